@@ -1,0 +1,63 @@
+"""hasten makes diffusion models fast, and shows on one page what each way costs and what quality is left.
+
+    import hasten
+    model = hasten.load("fashion")
+    images = model.sample(16, label=9, sampler="unipc", steps=8, guidance_scale=2)
+
+The public names below are imported when they are first used; `import hasten` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name: the module that defines it (`pick` and `plan` are modules that can be called)
+_HOMES = {
+    **dict.fromkeys(["Model", "load"], "model"),
+    **dict.fromkeys(["HastenError"], "errors"),
+    **dict.fromkeys(["Denoiser"], "denoiser"),
+    **dict.fromkeys(["Noise", "Query", "draw", "walk"], "sampling"),
+    **dict.fromkeys(["EDM", "VE", "Flow", "SubVP", "VPCosine", "VPLinear"], "schedules"),
+    **dict.fromkeys(["Discrete", "rescale_zero_snr"], "discrete"),
+    **dict.fromkeys(["DDIM", "DDPM", "DEIS", "DPMSolver", "Heun", "PLMS", "UniPC"], "samplers"),
+    **dict.fromkeys(["CFG"], "guides"),
+    **dict.fromkeys(["Plan"], "plan"),
+}
+__all__ = [
+    "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "VE", "DPMSolver", "Denoiser", "Discrete", "Flow", "HastenError",
+    "Heun", "Model", "Noise", "Plan", "Query", "SubVP", "UniPC", "VPCosine", "VPLinear", "draw", "load", "pick", "plan",
+    "rescale_zero_snr", "walk",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser
+    from .discrete import Discrete, rescale_zero_snr
+    from .errors import HastenError
+    from .guides import CFG
+    from .model import Model, load
+    from .pick import pick
+    from .plan import Plan, plan
+    from .samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC
+    from .sampling import Noise, Query, draw, walk
+    from .schedules import EDM, VE, Flow, SubVP, VPCosine, VPLinear
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:  # a submodule: hasten.times, hasten.exact
+            return importlib.import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

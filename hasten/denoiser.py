@@ -1,0 +1,162 @@
+"""Denoiser: a network with its schedule and prediction, asked for the clean sample. The one type everybody shares."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BadInput, HastenError, nearest
+from .predictions import Prediction, prediction_from, spread
+from .schedules import Schedule
+
+__all__ = ["Denoiser", "Wrapper"]
+
+CLOCKS = ("t", "t1000", "t999", "index", "log_sigma4", "lam")
+CACHED_TIMES = 4096
+
+
+class Denoiser(nn.Module):
+    """`x0 = c_skip x_t + c_out net(c_in x_t, clock(t), **cond)`, the network's estimate of the clean sample.
+
+    Coefficients are computed in float64 and applied in the dtype of `x_t`; the network is given its own floating
+    dtype (or what autocast makes of it), and the answer has the dtype of `x_t`. Coefficients of single times are kept:
+    to change the schedule or the prediction, make another with `replace`.
+
+    Args:
+        net: called as `net(input (B, *S), time (B,) float32, **cond) -> raw (B, *S)`.
+        schedule: what `t` in [0, 1] means.
+        prediction: what the raw output means, or its name: "eps", "x0", "v", "flow", "edm".
+        clock: the network's own time input: "t" (0 to 1), "t" and a number for that multiple of it ("t1000", "t999"),
+            "index" (the fractional index of a `Discrete` table), "log_sigma4" (ln(sigma / alpha) / 4, as EDM) or "lam".
+        null_label: the label that means "no class", which guidance needs; by default the network's own `null_label`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        schedule: Schedule,
+        prediction: Prediction | str,
+        clock: str = "t",
+        null_label: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise BadInput(f"Denoiser needs a Schedule, found {type(schedule).__name__}")
+        if not (clock in CLOCKS or re.fullmatch(r"t\d+(\.\d+)?", clock)):
+            raise BadInput(f"unknown clock {clock!r}: {nearest(clock, CLOCKS)}")
+        if clock == "index" and not hasattr(schedule, "index"):
+            raise BadInput(f'clock "index" needs a Discrete schedule, found {type(schedule).__name__}')
+        self.net = net
+        self.schedule = schedule
+        self.prediction = prediction_from(prediction)
+        self.clock = clock
+        self.null_label = getattr(net, "null_label", None) if null_label is None else null_label
+        self._at: dict[float, tuple[float, float, float, float]] = {}
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """The clean sample x0 (B, *S).
+
+        Args:
+            x_t: (B, *S), noisy. t: () or (B,), in [0, 1]. cond: passed to the network as keywords.
+
+        Raises:
+            HastenError: for an "eps" network at a time where alpha = 0: what it says there holds nothing of x0.
+        """
+        c_in, c_skip, c_out, clock = self._coefficients(t, x_t)
+        raw = self._net(x_t, c_in, clock, cond)
+        if isinstance(c_skip, float):
+            if c_skip == 0.0:
+                return raw * c_out if c_out != 1.0 else raw
+            return torch.add(x_t * c_skip, raw, alpha=c_out)
+        return spread(c_skip, x_t) * x_t + spread(c_out, x_t) * raw
+
+    def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """What the network says, (B, *S), in the dtype of `x_t`: the quantity that `prediction` names."""
+        c_in, _, _, clock = self._coefficients(t, x_t, need_x0=False)
+        return self._net(x_t, c_in, clock, cond)
+
+    def time_input(self, t: Tensor | float) -> Tensor:
+        """The network's own time, float64, of the shape of `t`."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if self.clock == "index":
+            return self.schedule.index(t)  # type: ignore[attr-defined]
+        if self.clock == "lam":
+            return self.schedule.lam(t)
+        if self.clock == "log_sigma4":
+            return -0.25 * self.schedule.lam(t)
+        return t * float(self.clock[1:] or 1)
+
+    def replace(self, **changes: Any) -> Denoiser:
+        """The same denoiser with some of its constructor's arguments changed; what is not named is shared."""
+        keys = ("net", "schedule", "prediction", "clock", "null_label")
+        unknown = set(changes) - set(keys)
+        if unknown:
+            raise BadInput(f"Denoiser has no argument {min(unknown)!r}: {nearest(min(unknown), keys)}")
+        new = Denoiser(**{key: changes.get(key, getattr(self, key)) for key in keys})
+        return new.train(self.training)
+
+    def _net(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float, cond: dict[str, Any]) -> Tensor:
+        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
+        if isinstance(c_in, Tensor):
+            c_in = spread(c_in, x_t)
+        elif c_in == 1.0:
+            c_in = None
+        net_input = x_t if c_in is None else x_t * c_in
+        if isinstance(clock, float):
+            time = torch.full((len(x_t),), clock, dtype=torch.float32, device=x_t.device)
+        else:
+            time = clock.to(x_t.device, torch.float32).expand(len(x_t))
+        return self.net(net_input.to(dtype), time, **cond).to(x_t.dtype)
+
+    def _coefficients(self, t: Tensor | float, x_t: Tensor, need_x0: bool = True) -> tuple[Any, Any, Any, Any]:
+        """c_in, c_skip, c_out and clock: floats for one time without a gradient, else float64 tensors."""
+        if isinstance(t, Tensor) and (t.ndim or t.requires_grad):
+            if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x_t))):
+                raise BadInput(f"t must be one time or one a sample ({len(x_t)}), found shape {tuple(t.shape)}")
+            t = t.cpu() if t.device.type == "mps" else t  # which has no float64
+            t = t.to(torch.float64)
+            alpha = self.schedule.alpha(t)
+            if need_x0 and self.prediction.name == "eps" and bool((alpha.detach() == 0).any()):
+                self._refuse(1.0)
+            return *self.prediction.coefficients(alpha, self.schedule.sigma(t)), self.time_input(t)
+        key = float(t)
+        if key not in self._at:
+            if len(self._at) >= CACHED_TIMES:
+                self._at.clear()
+            at = torch.tensor(key, dtype=torch.float64)
+            known = *self.prediction.coefficients(self.schedule.alpha(at), self.schedule.sigma(at)), self.time_input(at)
+            self._at[key] = tuple(float(c) for c in known)  # type: ignore[assignment]
+        found = self._at[key]
+        if need_x0 and self.prediction.name == "eps" and abs(found[2]) == float("inf"):
+            self._refuse(key)
+        return found
+
+    def _refuse(self, t: float) -> None:
+        raise HastenError(
+            f"an eps-prediction network says nothing about the image at t = {t:g}, where alpha = 0: "
+            "start below it (a time grid's start=), or use a network that predicts v, x0 or flow"
+        )
+
+
+class Wrapper(nn.Module):
+    """A denoiser around another one. What it does not define (`schedule`, `prediction`, ...) is the inner denoiser's.
+
+    A subclass that keeps something from one query to the next defines `reset()`, which is called before a trajectory.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """The inner denoiser's x0 (B, *S); what a subclass changes."""
+        return self.denoiser(x_t, t, **cond)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("denoiser"), name)

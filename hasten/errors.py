@@ -1,0 +1,22 @@
+"""The errors a user may meet, and how they suggest the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HastenError(Exception):
+    """Something the user asked for cannot be done. The message is one line that says what, and what would work."""
+
+
+class BadInput(HastenError, ValueError):
+    """An argument, a file or a folder is not what it must be."""
+
+
+def nearest(asked: str, choices: Iterable[str]) -> str:
+    """The end of an error message: `did you mean X? (choices: ...)`, or only the choices when nothing is near."""
+    choices = list(choices)
+    close = difflib.get_close_matches(asked, choices, n=1, cutoff=0.5)
+    listed = f"choices: {', '.join(choices)}" if choices else "there are no choices"
+    return f"did you mean {close[0]!r}? ({listed})" if close else listed

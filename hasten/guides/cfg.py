@@ -1,0 +1,110 @@
+"""Classifier-free guidance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Wrapper
+from ..errors import BadInput
+from ..predictions import spread
+
+__all__ = ["CFG", "Guided"]
+
+
+@dataclass(frozen=True)
+class CFG:
+    """`x0 = x0_uncond + scale (x0_cond - x0_uncond)`, both from one batch of 2 B rows.
+
+    `scale = 1` is the plain conditional model (papers' w is scale - 1, Imagen's w is scale). Guiding x0, eps or v is
+    the same thing, since they differ by a linear map.
+
+    Args:
+        scale: any finite number; 1 costs nothing: `wrap` gives the denoiser back.
+        interval: `(q_lo, q_hi)`: guide only where q_lo < sigma / alpha <= q_hi; elsewhere only the conditional
+            branch is run. None guides everywhere.
+        rescale: in [0, 1]: how much of the standard deviation that guidance adds is taken back, per sample and in what
+            the network predicts (paper: v, .7 with scale 7.5).
+
+    References: Ho, Salimans 2022, arXiv:2207.12598; interval: Kynkaanniemi et al. 2024, arXiv:2404.07724; rescale: Lin
+    et al. 2023, arXiv:2305.08891.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise BadInput(f"cfg needs a finite scale, found {self.scale}")
+        if self.interval is not None and not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1]):
+            raise BadInput(f"cfg needs interval = (q_lo, q_hi) with 0 <= q_lo < q_hi, found {self.interval}")
+        if not 0 <= self.rescale <= 1:
+            raise BadInput(f"cfg needs rescale in [0, 1], found {self.rescale}")
+
+    def wrap(self, denoiser: nn.Module) -> nn.Module:
+        """The guided denoiser, of the same signature; needs `label=` at every call and `denoiser.null_label`."""
+        if self.scale == 1.0:
+            return denoiser
+        if getattr(denoiser, "null_label", None) is None:
+            raise BadInput(
+                f"guidance needs a model with a null label (one trained with label dropout), found null_label None in "
+                f"{type(denoiser).__name__}"
+            )
+        return Guided(denoiser, self)
+
+
+class Guided(Wrapper):
+    """A denoiser under `CFG`, of the same signature; `label=` must be given."""
+
+    def __init__(self, denoiser: nn.Module, guide: CFG) -> None:
+        super().__init__(denoiser)
+        self.guide = guide
+
+    def forward(self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """x0 (B, *S). label: (B,) whole numbers; other conditions of B rows are doubled with the batch."""
+        if label is None:
+            raise BadInput(f"guidance with scale {self.guide.scale:g} needs label=, the classes to guide towards")
+        inside = self._inside(t)
+        if inside is False:
+            return self.denoiser(x_t, t, label=label, **cond)
+        B = len(x_t)
+        both = {key: _doubled(value, B) for key, value in cond.items()}
+        both["label"] = torch.cat([label, torch.full_like(label, self.denoiser.null_label)])
+        x0_cond, x0_uncond = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, B), **both).chunk(2)
+        guided = x0_uncond + self.guide.scale * (x0_cond - x0_uncond)
+        if self.guide.rescale:
+            guided = self._rescaled(guided, x0_cond, x_t, t)
+        return guided if inside is True else torch.where(spread(inside, x_t).bool(), guided, x0_cond)
+
+    def _inside(self, t: Tensor | float) -> bool | Tensor:
+        """Whether the time is in the interval: a bool for one time, (B,) bools for several of which some are."""
+        if self.guide.interval is None:
+            return True
+        low, high = self.guide.interval
+        q = self.denoiser.schedule.q(t)
+        inside = (q > low) & (q <= high)
+        return inside if inside.ndim and bool(inside.any()) else bool(inside.any())
+
+    def _rescaled(self, x0: Tensor, x0_cond: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
+        """phi o std(o_cond) / std(o) + (1 - phi) o, for o the network's own output, or x0 of a denoiser without one."""
+        skip, scale = torch.zeros(()), torch.ones(())
+        prediction, schedule = getattr(self.denoiser, "prediction", None), self.denoiser.schedule
+        if prediction is not None:
+            _, skip, scale = prediction.coefficients(schedule.alpha(t), schedule.sigma(t))
+            if bool((scale == 0).any()):
+                return x0  # at sigma = 0 the output does not matter
+        kept = spread(skip, x_t) * x_t
+        output, output_cond = ((value - kept) / spread(scale, x_t) for value in (x0, x0_cond))
+        dims = tuple(range(1, x_t.ndim))
+        ratio = output_cond.std(dims, keepdim=True) / output.std(dims, keepdim=True)
+        phi = self.guide.rescale
+        return kept + spread(scale, x_t) * (phi * ratio * output + (1 - phi) * output)
+
+
+def _doubled(value: Any, B: int) -> Any:
+    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == B else value

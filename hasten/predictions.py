@@ -1,0 +1,152 @@
+"""Predictions: what a network's raw output means.
+
+With `x_t = alpha x + sigma eps`, each prediction is three numbers at every (alpha, sigma):
+
+    net input = c_in x_t,        x0 = c_skip x_t + c_out raw
+
+and the training target `raw` that they imply. All hold for any (alpha, sigma), variance-preserving or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import BadInput, nearest
+
+__all__ = ["EDM", "V", "X0", "Eps", "Flow", "Prediction", "prediction_from", "spread"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One meaning of the raw output. Immutable and equal by value."""
+
+    name: ClassVar[str] = ""
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(c_in, c_skip, c_out)`, each of the shape of `alpha` and `sigma`."""
+        raise NotImplementedError
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The raw output (B, *S) of a perfect network for this very `x0` and `eps` (B, *S); alpha, sigma () or (B,)."""
+        return self._target(x0, eps, spread(alpha, x0), spread(sigma, x0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"name": ..., field: value}`, ready for JSON; `prediction_from` is the inverse."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Eps(Prediction):
+    """The noise: `x0 = (x_t - sigma eps) / alpha`, which at alpha = 0 says nothing about x0.
+
+    Ho, Jain, Abbeel 2020, arXiv:2006.11239.
+    """
+
+    name: ClassVar[str] = "eps"
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ones_like(alpha), 1 / alpha, -sigma / alpha
+
+    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return eps
+
+
+@dataclass(frozen=True)
+class X0(Prediction):
+    """The clean sample itself."""
+
+    name: ClassVar[str] = "x0"
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ones_like(alpha), torch.zeros_like(alpha), torch.ones_like(alpha)
+
+    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x0
+
+
+@dataclass(frozen=True)
+class V(Prediction):
+    """`v = alpha eps - sigma x`, `x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2)`.
+
+    Salimans, Ho 2022, arXiv:2202.00512.
+    """
+
+    name: ClassVar[str] = "v"
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        norm = alpha**2 + sigma**2
+        return torch.ones_like(alpha), alpha / norm, -sigma / norm
+
+    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha * eps - sigma * x0
+
+
+@dataclass(frozen=True)
+class Flow(Prediction):
+    """The velocity `u = eps - x` of the straight path, `x0 = (x_t - sigma u) / (alpha + sigma)`.
+
+    Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
+    """
+
+    name: ClassVar[str] = "flow"
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ones_like(alpha), 1 / (alpha + sigma), -sigma / (alpha + sigma)
+
+    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return eps - x0
+
+
+@dataclass(frozen=True)
+class EDM(Prediction):
+    """EDM's preconditioning: input and target of unit variance at every level for data of std `sigma_data`.
+
+    With q = sigma / alpha and y = x_t / alpha: `x0 = s^2 / (s^2 + q^2) y + q s / sqrt(s^2 + q^2) raw`, input
+    `y / sqrt(s^2 + q^2)`, s = sigma_data; written here so that alpha = 0 and sigma = 0 are finite.
+    Karras, Aittala, Aila, Laine 2022, arXiv:2206.00364, table 1.
+    """
+
+    name: ClassVar[str] = "edm"
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0:
+            raise BadInput(f"edm prediction needs sigma_data > 0, found {self.sigma_data}")
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        root = torch.hypot(sigma, alpha * self.sigma_data)
+        return 1 / root, alpha * self.sigma_data**2 / root**2, sigma * self.sigma_data / root
+
+    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        root = torch.hypot(sigma, alpha * self.sigma_data)
+        return (sigma * x0 - alpha * self.sigma_data**2 * eps) / (self.sigma_data * root)
+
+
+def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
+    """`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, a `to_dict()` of one, or one itself. Raises `BadInput` on another."""
+    if isinstance(spec, Prediction):
+        return spec
+    fields = dict(spec) if isinstance(spec, dict) else {"name": spec}
+    name = fields.pop("name", None)
+    kinds = {kind.name: kind for kind in Prediction.__subclasses__()}
+    if name not in kinds:
+        raise BadInput(f"unknown prediction {name!r}: {nearest(str(name), kinds)}")
+    known = [f.name for f in dataclasses.fields(kinds[name])]
+    for key in fields:
+        if key not in known:
+            raise BadInput(f"prediction {name} has no field {key!r}: {nearest(key, known)}")
+    return kinds[name](**fields)
+
+
+def spread(coefficient: Tensor | float, like: Tensor) -> Tensor:
+    """A coefficient () or (B,) shaped to multiply `like` (B, *S), in its dtype and on its device."""
+    coefficient = torch.as_tensor(coefficient).to(like.device, like.dtype)
+    return coefficient.reshape(-1, *[1] * (like.ndim - 1)) if coefficient.ndim == 1 else coefficient

@@ -1,0 +1,185 @@
+"""Time grids: which times a sampler visits.
+
+A grid is a small frozen dataclass, called as `grid(schedule, steps)`; it returns steps + 1 strictly decreasing
+float64 times. The first is `start` (by default `schedule.t_max`), the last is `end`. With the default `end = 0`, the
+clean image, the law of the grid places the first `steps` times, from `start` down to `low` (by default
+`schedule.t_min`), and 0 follows (grids that reach 0 by themselves, `Trailing` and `CosineAngle`, say so). With `end > 0` the law places all of them.
+
+Laws in lam or q meet an infinite value where a schedule starts at pure noise; it then counts as `q = 150`, the level at
+which the usual networks start; the time itself stays `start`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import BadInput
+from .schedules import Schedule
+
+__all__ = ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"]
+
+LARGEST_Q = 150.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeGrid:
+    """What the grids share. Raises `BadInput` unless 0 <= end <= low < start <= 1 and steps >= 1.
+
+    low: the smallest positive time that the law places before the final 0; by default `schedule.t_min`. With few
+    steps a larger one often pays: the last step, from `low` to 0, is a plain denoising. Without meaning where the law
+    reaches `end` by itself.
+    """
+
+    name: ClassVar[str] = ""
+    reaches_zero: ClassVar[bool] = False
+    start: float | None = None
+    end: float = 0.0
+    low: float | None = None
+
+    def __call__(self, schedule: Schedule, steps: int) -> Tensor:
+        check_steps(steps)
+        start = schedule.t_max if self.start is None else self.start
+        whole = self.end > 0 or self.reaches_zero
+        if whole and self.low is not None:
+            raise BadInput(f"{self.name} with end={self.end:g} places its times down to end: low={self.low} has no meaning")
+        last = self.end if whole else schedule.t_min if self.low is None else self.low
+        if not (0 <= self.end <= last < start <= 1 and (whole or last > 0)):
+            least = "end" if whole else "low"
+            raise BadInput(f"a time grid needs 0 <= {least} < start <= 1, found start={start}, {least}={last}")
+        times = self._law(schedule, start, last, steps + 1 if whole else steps)
+        times = times.clone() if whole else torch.cat([times, times.new_zeros(1)])
+        times[0], times[-1] = start, self.end  # exactly, whatever the rounding of the law
+        return check_times(times)
+
+    def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
+        """`count` times from `start` to `last`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformTime(TimeGrid):
+    """Equally spaced in t ("linspace"). On an `EDM` schedule these are the nodes of that paper."""
+
+    name: ClassVar[str] = "uniform"
+
+    def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
+        return torch.linspace(start, last, count, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformLambda(TimeGrid):
+    """Equally spaced in `lam = log(alpha / sigma)`. Lu et al. 2022, arXiv:2206.00927."""
+
+    name: ClassVar[str] = "lambda"
+
+    def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
+        high, low = levels(schedule, start, last)
+        return schedule.time(torch.linspace(-math.log(high), -math.log(low), count, dtype=torch.float64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadratic(TimeGrid):
+    """Equally spaced in the square root of t: denser near the image. Song, Meng, Ermon 2021, arXiv:2010.02502."""
+
+    name: ClassVar[str] = "quadratic"
+
+    def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
+        return torch.linspace(math.sqrt(start), math.sqrt(last), count, dtype=torch.float64) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Karras(TimeGrid):
+    """Equally spaced in `q^(1/rho)`, q = sigma / alpha. Karras et al. 2022, arXiv:2206.00364, equation 5."""
+
+    name: ClassVar[str] = "karras"
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not self.rho > 0:
+            raise BadInput(f"Karras needs rho > 0, found {self.rho}")
+
+    def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
+        high, low = (level ** (1 / self.rho) for level in levels(schedule, start, last))
+        return schedule.time(-self.rho * torch.log(torch.linspace(high, low, count, dtype=torch.float64)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trailing(TimeGrid):
+    """Equally spaced in t from `start` to `end` itself: no time is spent near the clean image.
+
+    The "trailing" spacing of Lin et al. 2023, arXiv:2305.08891: good with few steps and for zero-terminal-SNR models.
+    """
+
+    name: ClassVar[str] = "trailing"
+    reaches_zero: ClassVar[bool] = True
+
+    def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
+        return torch.linspace(start, last, count, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineAngle(TimeGrid):
+    """Equally spaced in the angle `atan(q / scale)` from `start` to `end` itself.
+
+    The angle is pi t / 2 on the cosine schedule; it is finite at both ends of every schedule. `scale` is about the
+    standard deviation of the data. Salimans, Ho 2022, arXiv:2202.00512.
+    """
+
+    name: ClassVar[str] = "angle"
+    reaches_zero: ClassVar[bool] = True
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise BadInput(f"CosineAngle needs scale > 0, found {self.scale}")
+
+    def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
+        high, low = (math.atan(float(schedule.q(t)) / self.scale) for t in (start, last))
+        angles = torch.linspace(high, low, count, dtype=torch.float64)
+        return schedule.time(-torch.log(torch.tan(angles) * self.scale))
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """These very times, for example `Explicit((1.0, 0.6, 0.25, 0.0))`, which is three steps."""
+
+    name: ClassVar[str] = "explicit"
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_times(torch.tensor(self.values, dtype=torch.float64))
+
+    def __call__(self, schedule: Schedule, steps: int | None = None) -> Tensor:
+        if steps is not None and steps != len(self.values) - 1:
+            raise BadInput(f"Explicit holds {len(self.values) - 1} steps, asked for {steps}")
+        return torch.tensor(self.values, dtype=torch.float64)
+
+
+def check_steps(steps: int) -> None:
+    """Raises `BadInput` unless `steps` is a whole number of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise BadInput(f"steps must be a whole number of at least 1, found {steps!r}")
+
+
+def check_times(times: Tensor) -> Tensor:
+    """The times themselves, if they are at least two, in [0, 1] and strictly decreasing; else `BadInput`."""
+    values = times.detach()
+    if values.ndim != 1 or len(values) < 2:
+        raise BadInput(f"times must be a list of at least 2 numbers, found shape {tuple(values.shape)}")
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise BadInput(f"times must lie in [0, 1], found {float(values.min()):.6g} to {float(values.max()):.6g}")
+    if not bool((values[1:] < values[:-1]).all()):
+        k = int((values[1:] >= values[:-1]).nonzero()[0])
+        raise BadInput(f"times must strictly decrease, found {float(values[k]):.6g} before {float(values[k + 1]):.6g}")
+    return times
+
+
+def levels(schedule: Schedule, start: float, last: float) -> tuple[float, float]:
+    """q at both times, the first at most `LARGEST_Q` where it is infinite."""
+    high, low = float(schedule.q(start)), float(schedule.q(last))
+    return (LARGEST_Q if math.isinf(high) else high), low
