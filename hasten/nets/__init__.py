@@ -1,0 +1,1 @@
+"""Networks that hasten trains and ships. They import torch and nothing of hasten."""

@@ -1,0 +1,87 @@
+"""Building blocks shared by the networks: time features, normalisation, attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TimeFeatures(nn.Module):
+    """Sinusoidal features of a scalar clock: `(B,) -> (B, width)`.
+
+    Half cosines, half sines, at geometric frequencies `scale * 10000^(-k / (width/2))`
+    (Vaswani et al. 2017, 1706.03762). `scale` brings the clock to the usual 0..1000 range,
+    so a clock in [0, 1] wants `scale=1000`.
+    """
+
+    def __init__(self, width: int, scale: float = 1000.0) -> None:
+        super().__init__()
+        if width % 2:
+            raise ValueError(f"time features need an even width, got {width}")
+        half = torch.arange(width // 2, dtype=torch.float32) / (width // 2)
+        self.register_buffer("frequencies", scale * torch.exp(-math.log(10000.0) * half), persistent=False)
+
+    def forward(self, time: Tensor) -> Tensor:
+        phase = time.float()[:, None] * self.frequencies
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+def group_norm(channels: int, most: int = 32) -> nn.GroupNorm:
+    """GroupNorm with the largest group count up to `most` that leaves at least four channels a group."""
+    groups = next(g for g in range(min(most, max(channels // 4, 1)), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """Set a layer's parameters to zero, so that a residual branch starts as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class Attention(nn.Module):
+    """Residual self-attention over the pixels of a feature map, `(B, C, H, W) -> (B, C, H, W)`."""
+
+    def __init__(self, channels: int, head_width: int = 32) -> None:
+        super().__init__()
+        self.heads = max(channels // head_width, 1)
+        if channels % self.heads:
+            raise ValueError(f"{channels} channels do not split into {self.heads} attention heads")
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        mixed = self.out(mixed.transpose(1, 2).reshape(b, h * w, c))
+        return x + mixed.transpose(1, 2).view(b, c, h, w)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a scale-and-shift from the embedding: `(B, C, H, W), (B, E) -> (B, C', H, W)`.
+
+    BigGAN-style residual block as used by Dhariwal & Nichol 2021 (2105.05233); the second convolution
+    starts at zero, so the block starts as its own shortcut.
+    """
+
+    def __init__(self, channels: int, out_channels: int, embedding: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.modulation = zero(nn.Linear(embedding, 2 * out_channels))
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulation(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))

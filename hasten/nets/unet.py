@@ -1,0 +1,164 @@
+"""A configurable U-Net with a seam between its encoder and its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import Attention, ResBlock, TimeFeatures, group_norm, zero
+
+
+class Stage(nn.Module):
+    """A residual block and, where asked, the attention that follows it."""
+
+    def __init__(self, channels: int, out_channels: int, embedding: int, attention: bool, dropout: float) -> None:
+        super().__init__()
+        self.block = ResBlock(channels, out_channels, embedding, dropout)
+        self.attention = Attention(out_channels) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x)
+
+
+class Up(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """Time- and class-conditional U-Net, `(B, C, H, W), (B,), (B,) -> (B, C_out, H, W)`.
+
+    The forward pass is `embed`, then `encode`, then `decode`; an accelerator may keep what `encode` returned
+    and call `decode` with the embedding of a later time (Faster Diffusion, Li et al. 2023, 2312.09608).
+
+    channels, out_channels: image channels in and out (out defaults to in).
+    widths: channels of each resolution, finest first; each further level halves the side.
+    blocks: residual blocks a level in the encoder; the decoder has one more.
+    attention: levels (0 = finest) whose blocks are followed by self-attention; the middle always has it.
+    classes: number of classes, 0 for none. Label `classes` is the null class; `label=None` means null for all.
+    patch: side of the space-to-depth squares at the input; H and W must divide by `patch * 2**(levels-1)`.
+    embedding: width of the time and class embedding (default 4 * widths[0]).
+    time_scale: what the clock is multiplied by before the sinusoids (1000 for a clock in [0, 1]).
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        out_channels: int | None = None,
+        widths: Sequence[int] = (64, 128),
+        blocks: int = 1,
+        attention: Sequence[int] = (),
+        classes: int = 0,
+        patch: int = 1,
+        embedding: int | None = None,
+        dropout: float = 0.0,
+        time_scale: float = 1000.0,
+    ) -> None:
+        super().__init__()
+        widths, attention = tuple(widths), tuple(attention)
+        if not widths or blocks < 1:
+            raise ValueError(f"a U-Net needs at least one width and one block a level, got {widths} and {blocks}")
+        if any(not 0 <= level < len(widths) for level in attention):
+            raise ValueError(f"attention levels {attention} are not all among 0..{len(widths) - 1}")
+        out_channels = channels if out_channels is None else out_channels
+        embedding = 4 * widths[0] if embedding is None else embedding
+        self.config = {
+            "channels": channels, "out_channels": out_channels, "widths": list(widths), "blocks": blocks,
+            "attention": list(attention), "classes": classes, "patch": patch, "embedding": embedding,
+            "dropout": dropout, "time_scale": time_scale,
+        }  # fmt: skip
+        self.patch, self.classes = patch, classes
+        self.null_label = classes or None
+        self.multiple = patch * 2 ** (len(widths) - 1)
+
+        self.time = nn.Sequential(
+            TimeFeatures(widths[0], time_scale), nn.Linear(widths[0], embedding), nn.SiLU(),
+            nn.Linear(embedding, embedding),
+        )  # fmt: skip
+        self.label = nn.Embedding(classes + 1, embedding) if classes else None
+
+        self.conv_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        c, skips = widths[0], [widths[0]]
+        for level, width in enumerate(widths):
+            row = nn.ModuleList()
+            for _ in range(blocks):
+                row.append(Stage(c, width, embedding, level in attention, dropout))
+                c = width
+                skips.append(c)
+            self.down.append(row)
+            if level + 1 < len(widths):
+                self.downsample.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+
+        self.middle = nn.ModuleList([
+            Stage(c, c, embedding, True, dropout), Stage(c, c, embedding, False, dropout),
+        ])  # fmt: skip
+
+        self.up = nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            row = nn.ModuleList()
+            for _ in range(blocks + 1):
+                row.append(Stage(c + skips.pop(), width, embedding, level in attention, dropout))
+                c = width
+            self.up.append(row)
+            if level:
+                self.upsample.append(Up(c))
+        self.norm_out = group_norm(c)
+        self.conv_out = zero(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
+
+    def embed(self, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """The embedding that modulates every block: clock `(B,)` and label `(B,)` int64 -> `(B, E)`."""
+        emb = self.time(time)
+        if self.label is not None:
+            if label is None:
+                label = torch.full(time.shape, self.classes, dtype=torch.long, device=time.device)
+            emb = emb + self.label(label)
+        elif label is not None:
+            raise ValueError("this U-Net was built with classes=0 and takes no label")
+        return emb
+
+    def encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The contracting half and the middle: `(B, C, H, W), (B, E) -> (skips, middle)`. Neither is changed later."""
+        if x.shape[-1] % self.multiple or x.shape[-2] % self.multiple:
+            raise ValueError(f"height and width must be multiples of {self.multiple}, got {tuple(x.shape[-2:])}")
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+        skips = [x]
+        for level, row in enumerate(self.down):
+            for stage in row:
+                x = stage(x, emb)
+                skips.append(x)
+            if level < len(self.downsample):
+                x = self.downsample[level](x)
+                skips.append(x)
+        for stage in self.middle:
+            x = stage(x, emb)
+        return skips, x
+
+    def decode(self, skips: Sequence[Tensor], middle: Tensor, emb: Tensor) -> Tensor:
+        """The expanding half: what `encode` returned and an embedding -> `(B, C_out, H, W)`. `skips` are kept."""
+        left, x = list(skips), middle
+        for level, row in enumerate(self.up):
+            for stage in row:
+                x = stage(torch.cat([x, left.pop()], dim=1), emb)
+            if level < len(self.upsample):
+                x = self.upsample[level](x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """Raw output at noisy images `x (B, C, H, W)`, clock `time (B,)`, labels `(B,)` or None."""
+        emb = self.embed(time, label)
+        return self.decode(*self.encode(x, emb), emb)

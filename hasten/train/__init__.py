@@ -1,0 +1,8 @@
+"""Training: the one loop, its data and its losses."""
+
+from .data import Batches, Data, open_data, to_float
+from .ema import Ema
+from .fit import Fit, Player
+from .losses import DenoisingLoss
+
+__all__ = ["Batches", "Data", "DenoisingLoss", "Ema", "Fit", "Player", "open_data", "to_float"]

@@ -1,0 +1,111 @@
+"""What a training run carries from one step to the next, and how it is kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import BadInput, HastenError
+
+if TYPE_CHECKING:
+    from .fit import Player
+
+
+class State:
+    """Players, their averages and optimisers, the number of finished steps, and the seconds they took.
+
+    Random numbers are no part of it: each step's are a function of the seed and the number of the step.
+    """
+
+    def __init__(self, players: list[Player], device: torch.device) -> None:
+        names = [p.name for p in players]
+        if not players or len(set(names)) < len(names):
+            raise BadInput(f"a run needs players with different names, got {names}")
+        self.step, self.seconds = 0, 0.0
+        for p in players:
+            p.module.to(device).train()
+        self.modules: dict[str, nn.Module] = {p.name: p.module for p in players}
+        self.emas = {p.name: copy.deepcopy(p.module).requires_grad_(False).eval() for p in players}
+        self.optimisers = {p.name: p.optimizer() for p in players}
+        self.peaks = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimisers.items()}
+
+    def save(self, path: Path, run: dict[str, Any]) -> None:
+        """Write the whole checkpoint or none of it. `run`: what a resumed run must have in common with this one."""
+        players = {
+            name: {
+                "module": self.modules[name].state_dict(),
+                "ema": self.emas[name].state_dict(),
+                "optimiser": self.optimisers[name].state_dict(),
+            }
+            for name in self.modules
+        }
+        part = path.with_suffix(".tmp")
+        try:
+            with open(part, "wb") as file:
+                torch.save({"step": self.step, "seconds": self.seconds, "run": run, "players": players}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError) as e:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise HastenError(f"cannot write the checkpoint {path}: {e}") from e
+
+    def load(self, path: Path, run: dict[str, Any]) -> None:
+        """Go on from the checkpoint `path`. BadInput where it is damaged or belongs to another run."""
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            players, step, seconds = saved["players"], int(saved["step"]), float(saved["seconds"])
+        except Exception as e:  # a damaged file makes torch.load raise nearly anything
+            raise BadInput(f"cannot read the checkpoint {path} ({type(e).__name__}): remove it to start afresh") from e
+        for key, value in saved.get("run", {}).items():
+            if key in run and run[key] != value:
+                raise BadInput(
+                    f"{path} belongs to a run with {key} {value}, this one has {run[key]}: "
+                    "ask for the same, or write to another folder"
+                )
+        if set(players) != set(self.modules):
+            raise BadInput(
+                f"{path} trains {', '.join(players)}, this run {', '.join(self.modules)}: write to another folder"
+            )
+        try:
+            for name, parts in players.items():
+                self.modules[name].load_state_dict(parts["module"])
+                self.emas[name].load_state_dict(parts["ema"])
+                self.optimisers[name].load_state_dict(parts["optimiser"])
+        except (RuntimeError, ValueError, KeyError) as e:
+            reason = str(e).split("\n")[-1].strip()
+            raise BadInput(f"{path} does not fit this network or optimiser ({reason}): write to another folder") from e
+        self.step, self.seconds = step, seconds
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL log; a last line that was cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop what was logged after `step`, so that a resumed run repeats no line."""
+    lines = read_log(path)
+    kept = [line for line in lines if line["step"] <= step]
+    if len(kept) < len(lines):
+        part = path.with_suffix(".tmp")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(part, path)
+
+
+def append_log(path: Path, line: dict[str, Any]) -> None:
+    """Add one line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")

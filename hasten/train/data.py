@@ -1,0 +1,158 @@
+"""Training data: `open_data` finds out what a path holds, `Batches` deals it out in a repeatable order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from .folders import SPLITS, SUFFIXES, folder_tree, open_tree, zip_tree
+from .sources import Data, find_idx, open_array, open_idx, open_npy, open_npz
+
+__all__ = ["Batches", "Data", "open_data", "to_float"]
+
+
+FLIPS = 2**40  # where the seeds of the mirroring begin, beyond those of any epoch
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]: `x / 127.5 - 1`."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def open_data(
+    path: str | Path,
+    split: str | None = "train",
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    label: str | None = None,
+) -> Data:
+    """The images, and labels if any, of a path:
+
+    - a folder or a zip of images: class sub-folders give labels; a `labels.csv` (columns `file` and `label`) does too;
+      sub-folders `train`, `test`, `val` are splits; a flat folder has no labels;
+    - a folder of IDX files under their usual names (`train-images-idx3-ubyte`, gzipped or not), or one such file;
+    - `.npy` or `.npz`: (n, H, W), (n, H, W, C) or (n, C, H, W), uint8 or floats in [-1, 1], and
+      optional integer labels.
+
+    split: `train` (all the images where the source has no splits), `test`, `val`, or None for all of a folder.
+    size: side or (height, width): images are cropped in the middle and resized. Needed when they differ in size.
+    channels: 1 or 3; by default what the source has.
+    label: the column of `labels.csv` to use.
+
+    Raises BadInput in one line, naming the file, where something is missing, empty, damaged or does not fit.
+    """
+    path = Path(path)
+    if split is not None and split not in SPLITS:
+        raise BadInput(f"unknown split {split!r} (choices: {', '.join(SPLITS)})")
+    if channels not in (None, 1, 3):
+        raise BadInput(f"channels must be 1 or 3, got {channels}")
+    pair = (size, size) if isinstance(size, int) else size
+    if pair is not None and (len(pair) != 2 or min(pair) < 1):
+        raise BadInput(f"size must be a positive side or (height, width), got {size}")
+    if not path.exists():
+        raise BadInput(f"there is no file or folder {path}")
+
+    if path.is_dir():
+        idx = find_idx(path)
+        if idx:
+            asked = split or "train"
+            if asked not in idx:
+                raise BadInput(f"{path} has no IDX file of the split {asked!r}: it has {', '.join(idx)}")
+            return open_array(*open_idx(idx[asked]), str(idx[asked]), pair, channels)
+        if (path / "images.npy").is_file():
+            path = path / "images.npy"
+        else:
+            return open_tree(folder_tree(path), split, pair, channels, label)
+    name = path.name.lower()
+    if split not in (None, "train") and name.endswith(".npy"):
+        raise BadInput(f"{path} is one array and has no split {split!r}")
+    if name.endswith(".zip"):
+        return open_tree(zip_tree(path), split, pair, channels, label)
+    if name.endswith(".npy"):
+        return open_array(*open_npy(path), str(path), pair, channels)
+    if name.endswith(".npz"):
+        return open_array(*open_npz(path, split), str(path), pair, channels)
+    if "idx3" in name or name.endswith((".gz", "ubyte")):
+        return open_array(*open_idx(path), str(path), pair, channels)
+    if name.endswith(SUFFIXES):
+        raise BadInput(f"{path} is one image: name the folder that holds it")
+    raise BadInput(f"{path} is no source of images: give a folder, a .zip, an IDX file, a .npy or a .npz")
+
+
+class Batches:
+    """Batches of `data` without end; batch k is a function of `(seed, k)` alone, so a run can go on where it stopped.
+
+    Each epoch is a permutation drawn from `(seed, epoch)`; the epochs are laid end to end and cut into batches, so
+    no image is dropped and a batch may span two epochs. A batch is `{"x": float32 (B, C, H, W) in [-1, 1],
+    "label": int64 (B,)}`, without `label` where the data has none.
+
+    batch_size: images in a batch over all ranks. rank, world: this process takes the rank-th of `world` equal parts.
+    flip: mirror each image left to right with probability 1/2, also drawn from `(seed, k)`.
+
+    `batches[k]` is batch k; iteration starts at `start_step`.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int,
+        seed: int = 0,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        flip: bool = False,
+    ) -> None:
+        if batch_size < 1 or batch_size % world:
+            raise BadInput(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
+        if not 0 <= rank < world or start_step < 0:
+            raise BadInput(f"rank must lie in 0..{world - 1} and start_step be 0 or more, got {rank} and {start_step}")
+        self.data, self.batch_size, self.seed, self.start_step = data, batch_size, seed, start_step
+        self.rank, self.world, self.flip = rank, world, flip
+        self._order: tuple[int, Tensor] | None = None
+
+    def _generator(self, k: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + k) % 2**63)
+
+    def shard(self, rank: int, world: int) -> Batches:
+        """The part of every batch that process `rank` of `world` takes."""
+        return Batches(self.data, self.batch_size, self.seed, self.start_step, rank, world, self.flip)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        cached = self._order
+        if cached is None or cached[0] != epoch:
+            cached = epoch, torch.randperm(len(self.data), generator=self._generator(epoch))
+            self._order = cached
+        return cached[1]
+
+    def indices(self, step: int) -> Tensor:
+        """The images of batch `step` over all ranks, int64 (batch_size,)."""
+        if step < 0:
+            raise IndexError(f"batches are counted from 0, got {step}")
+        n, parts = len(self.data), []
+        start, stop = step * self.batch_size, (step + 1) * self.batch_size
+        while start < stop:
+            epoch, offset = divmod(start, n)
+            take = min(n - offset, stop - start)
+            parts.append(self._permutation(epoch)[offset : offset + take])
+            start += take
+        return torch.cat(parts)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        share = self.batch_size // self.world
+        part = slice(self.rank * share, (self.rank + 1) * share)
+        indices = self.indices(step)[part]
+        x = to_float(self.data.images(indices))
+        if self.flip:
+            mirrored = torch.rand(self.batch_size, generator=self._generator(FLIPS + step))[part] < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        return {"x": x} if self.data.labels is None else {"x": x, "label": self.data.labels[indices]}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        step = self.start_step
+        while True:
+            yield self[step]
+            step += 1

@@ -1,0 +1,239 @@
+"""The one training loop: any number of players, one stream of batches, a budget, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput, HastenError, nearest
+from .checkpoint import State, append_log, trim_log
+from .data import Batches
+from .ema import Ema, average
+from .monitor import Meter, event_files, progress_bar, stop_signals
+from .muon import Muon, split
+from .ranks import Ranks
+
+__all__ = ["Ema", "Fit", "Player", "average"]
+
+OPTIMISERS = ("adamw", "muon")
+
+
+@dataclass
+class Player:
+    """A module, its loss, and its optimiser's settings. A loop trains one player or several.
+
+    name: of its part in the checkpoint and of its loss in the log.
+    loss: `batch -> scalar`; it reaches the module through its own closure. Batches lie on the module's device. Its
+        random numbers must come from torch's global generator, which is what makes a resumed run exact.
+    lr, betas, weight_decay: AdamW's (Loshchilov & Hutter 2019, 1711.05101); `lr` is the peak rate. The decay is
+        decoupled, `w <- w - lr weight_decay w`, and applies to every trained parameter.
+    optimiser: `adamw`, or `muon` for hidden matrices with AdamW at `lr` for the rest (see `train.muon`).
+    muon_lr: Muon's own peak rate.
+    every: the player learns on the steps that this divides.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[dict[str, Tensor]], Tensor]
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    optimiser: str = "adamw"
+    muon_lr: float = 0.02
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.optimiser not in OPTIMISERS:
+            raise BadInput(f"unknown optimiser {self.optimiser!r}: {nearest(self.optimiser, OPTIMISERS)}")
+        if not self.lr > 0 or self.every < 1:
+            raise BadInput(f"{self.name}: lr must be positive and every at least 1, got {self.lr} and {self.every}")
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh optimiser over the module's trainable parameters."""
+        if self.optimiser == "muon":
+            matrices, others = split(self.module)
+            return Muon(
+                matrices, others, self.muon_lr, adam_lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+            )
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, self.lr, self.betas, weight_decay=self.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long and how to train; `fit(players, batches, out)` runs it.
+
+    steps, minutes: the budget; whichever is reached first ends the run (at least one must be given). Minutes count
+        the training alone, over all the runs that a checkpoint joined.
+    warmup: steps of linear warm-up. decay: of the rate over the budget, `cosine` to zero or `constant`.
+    clip: largest gradient norm, None for no limit. precision: `fp32` or `bf16` (autocast; weights stay float32).
+    seed: of every random draw; those of step k are a function of (seed, k, rank).
+    save_seconds, log_steps: how often a checkpoint and a log line are written.
+    device: `cpu`, `cuda`, ...; by default a GPU where there is one.
+    tensorboard: write its event files too, where the package is installed.
+
+    `out` receives `checkpoint.pt`, `log.jsonl` (step, seconds, steps_per_second, each player's mean loss and gradient
+    norm since the line before, lr_factor) and `tensorboard/`. A run that was stopped, or killed, goes on from the
+    checkpoint; with a budget of steps, on a CPU, it ends with the very weights of an undisturbed run. (With a budget of
+    minutes the rate follows the clock, and some GPU kernels add in varying order.)
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    warmup: int = 200
+    decay: str = "cosine"
+    clip: float | None = 1.0
+    precision: str = "fp32"
+    ema: Ema = field(default_factory=Ema)
+    seed: int = 0
+    save_seconds: float = 60.0
+    log_steps: int = 50
+    device: str | None = None
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise BadInput("training needs a budget: give steps or minutes")
+        for name, choices in (("decay", ("cosine", "constant")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in choices:
+                raise BadInput(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}")
+        for name in ("steps", "minutes", "clip", "log_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BadInput(f"{name} must be positive, got {value}")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the budget that is used, in [0, 1]."""
+        by_steps = step / self.steps if self.steps else 0.0
+        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return min(max(by_steps, by_time), 1.0)
+
+    def rate(self, step: int, progress: float) -> float:
+        """The factor on every player's learning rate: `min(1, (step + 1) / warmup) (1 + cos(pi progress)) / 2`."""
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        return warm * (0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0)
+
+    def __call__(
+        self, players: list[Player], batches: Batches, out: str | Path, show: bool = True
+    ) -> dict[str, nn.Module]:
+        """Train the players' modules in place and return their averages by name; go on from `out`'s checkpoint if any.
+
+        batches: `batches[k]` is the batch of step k. show: a progress bar, where stderr is a terminal.
+
+        Raises HastenError where a loss or gradient stops being finite: the last checkpoint, written before that, is
+        kept. At SIGINT or SIGTERM a checkpoint is written and KeyboardInterrupt raised with a line to print.
+        """
+        out = Path(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not os.access(out, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as e:
+            raise BadInput(f"cannot write in {out}: {e.strerror}") from e
+        ranks = Ranks.start(self.device)
+        run = {"seed": self.seed, "batch_size": getattr(batches, "batch_size", None)}
+        if isinstance(batches, Batches):
+            run["images"] = len(batches.data)
+            batches = batches.shard(ranks.rank, ranks.world) if ranks.world > 1 else batches
+        state = State(players, ranks.device)
+        checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
+        if checkpoint.exists():
+            state.load(checkpoint, run)
+        for module in (*state.modules.values(), *state.emas.values()):
+            ranks.share(module)
+
+        meter = Meter(state.modules, state.step, ranks.device)
+        # On a GPU the loop looks at the clock, the signals and the losses every tenth step only: a look waits for it.
+        look = 1 if ranks.device.type == "cpu" else 10
+        done = self.progress(state.step, state.seconds)
+        stop = False
+        with contextlib.ExitStack() as stack:
+            told = stack.enter_context(stop_signals())
+            ahead = stack.enter_context(prefetch(batches))
+            bar = stack.enter_context(progress_bar(show and ranks.first, str(out)))
+            if ranks.first:
+                trim_log(log, state.step)
+            board = stack.enter_context(event_files(out, state.step, self.tensorboard and ranks.first))
+            last_save = mark = time.monotonic()
+            while done < 1 and not stop:
+                # Every draw of a step is a function of (seed, step), so a resumed run repeats an undisturbed one.
+                torch.manual_seed((self.seed * 1_000_003 + state.step + ranks.rank * 2**40) % 2**63)
+                batch = {k: v.to(ranks.device, non_blocking=True) for k, v in ahead(state.step).items()}
+                for p in players:
+                    if state.step % p.every == 0:
+                        meter.add(state.step, p.name, *self._learn(p, state, batch, done, ranks))
+                state.step += 1
+                done = self.progress(state.step, state.seconds)
+                if state.step % look and done < 1:
+                    continue
+                meter.refuse(checkpoint)
+                now = time.monotonic()
+                due = now - last_save > self.save_seconds
+                state.seconds, stop, due = ranks.agree(state.seconds + now - mark, bool(told), due)
+                done = self.progress(state.step, state.seconds)
+                if state.step // self.log_steps > meter.logged // self.log_steps or done >= 1 or stop:
+                    line = meter.line(state.step, state.seconds, self.rate(state.step, done))
+                    if ranks.first:
+                        append_log(log, line)
+                        for key in line if board is not None else ():
+                            board.add_scalar(key, line[key], state.step)
+                bar(done, state.step, meter.last)
+                if ranks.first and (due or done >= 1 or stop):
+                    state.save(checkpoint, run)
+                if due:
+                    last_save = time.monotonic()
+                mark = time.monotonic()
+        ranks.wait()
+        if stop and done < 1:
+            raise KeyboardInterrupt(
+                f"stopped after {state.step} steps; {checkpoint} is written: the same command goes on"
+            )
+        return state.emas
+
+    def _learn(
+        self, p: Player, state: State, batch: dict[str, Tensor], done: float, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        """One step of one player; its loss and gradient norm, still on the device."""
+        optimiser = state.optimisers[p.name]
+        for group, peak in zip(optimiser.param_groups, state.peaks[p.name], strict=True):
+            group["lr"] = peak * self.rate(state.step, done)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = p.loss(batch)
+        if loss.ndim:
+            raise HastenError(f"{p.name}: the loss must be a scalar, got shape {tuple(loss.shape)}")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = list(p.module.parameters())
+        loss = ranks.mean(parameters, loss.detach())
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if self.clip is None else self.clip)
+        optimiser.step()
+        average(state.emas[p.name], p.module, self.ema.beta(state.step // p.every + 1))
+        return loss, norm
+
+
+@contextlib.contextmanager
+def prefetch(batches: Batches) -> Iterator[Callable[[int], dict[str, Tensor]]]:
+    """`step -> batch`; where images are decoded on demand, the next batch is made while the step runs."""
+    if not (isinstance(batches, Batches) and batches.data.lazy):
+        yield batches.__getitem__
+        return
+    with ThreadPoolExecutor(1) as pool:
+        waiting: dict[int, Any] = {}
+
+        def take(step: int) -> dict[str, Tensor]:
+            batch = waiting.pop(step) if step in waiting else pool.submit(batches.__getitem__, step)
+            waiting[step + 1] = pool.submit(batches.__getitem__, step + 1)
+            return batch.result()
+
+        yield take

@@ -1,0 +1,210 @@
+"""Denoising losses: how a time is drawn, what the network is asked for, and how much each time counts.
+
+The error of the clean sample and that of the raw output differ by the prediction's own factor,
+`x0_hat - x = c_out (F - target)`, so a weight `w` on `||x0_hat - x||^2` is a weight `w c_out^2` on `||F - target||^2`.
+That is how every weight below is applied: the network is never divided by a small number. With SNR = alpha^2 / sigma^2,
+the plain error of the raw output has these weights on the squared error of x: eps SNR; v 1 + SNR (variance
+preserving); x0 1; flow (alpha + sigma)^2 / sigma^2; edm (q^2 + s^2) / (q s)^2 with q = sigma / alpha (times alpha^-2
+where alpha is not 1, s = sigma_data).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..errors import BadInput
+from ..schedules import Schedule
+
+__all__ = [
+    "DenoisingLoss",
+    "EDMWeight",
+    "LogNormal",
+    "LogitNormal",
+    "MinSNR",
+    "Uniform",
+    "snr_weight",
+    "stratified",
+    "truncated_snr_weight",
+    "v_weight",
+    "x0_weight",
+]
+
+Weight = Callable[[Tensor, Tensor], Tensor]
+
+
+def stratified(n: int, device: torch.device | str = "cpu") -> Tensor:
+    """`n` float64 numbers in [0, 1), one in each of `n` equal strata, in random order.
+
+    One shared offset `u` gives `(i + u) / n`, which lowers the variance of a loss averaged over times
+    (Kingma et al. 2021, 2107.00630, section I.1).
+    """
+    grid = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
+    return grid[torch.randperm(n)].to(device)
+
+
+# ---- which times ----
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """t uniform between the schedule's `t_min` and `t_max`."""
+
+    def __call__(self, schedule: Schedule, u: Tensor) -> Tensor:
+        """Times of the quantiles `u`, float64 (B,) in [0, 1)."""
+        return schedule.t_min + (schedule.t_max - schedule.t_min) * u
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """`t = sigmoid(mean + std z)`, z standard normal, within `t_min` and `t_max`: the middle times count most.
+
+    Esser et al. 2024, 2403.03206, section 3.1 (theirs: mean 0, std 1, for flow).
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, schedule: Schedule, u: Tensor) -> Tensor:
+        """Times of the quantiles `u`, float64 (B,) in [0, 1)."""
+        return torch.sigmoid(self.mean + self.std * normal_quantile(u)).clamp(schedule.t_min, schedule.t_max)
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """`ln(sigma / alpha) = mean + std z`, z standard normal, within the schedule's ends.
+
+    Karras et al. 2022, 2206.00364, table 1 (theirs: mean -1.2, std 1.2, for images in [-1, 1]).
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __call__(self, schedule: Schedule, u: Tensor) -> Tensor:
+        """Times of the quantiles `u`, float64 (B,) in [0, 1)."""
+        t = schedule.time(-(self.mean + self.std * normal_quantile(u)))
+        return t.clamp(schedule.t_min, schedule.t_max)
+
+
+def normal_quantile(u: Tensor) -> Tensor:
+    """The standard normal quantile of `u`, finite at 0 too."""
+    return torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
+
+
+# ---- how much each time counts: weights on ||x0_hat - x||^2 as functions of (alpha, sigma), float64 (B,) ----
+
+
+def x0_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """1: every time counts the same in x."""
+    return torch.ones_like(alpha)
+
+
+def snr_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """`SNR`: every time counts the same in eps (Ho et al. 2020, 2006.11239, equation 14)."""
+    return (alpha / sigma) ** 2
+
+
+def v_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """`1 + SNR`: every time counts the same in v (Salimans & Ho 2022, 2202.00512, section 4)."""
+    return 1 + (alpha / sigma) ** 2
+
+
+def truncated_snr_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """`max(SNR, 1)` (Salimans & Ho 2022, 2202.00512, section 4)."""
+    return ((alpha / sigma) ** 2).clamp_min(1.0)
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """`min(SNR, gamma)`: almost clean samples do not drown the rest (Hang et al. 2023, 2303.09556, section 3.4)."""
+
+    gamma: float = 5.0
+
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return ((alpha / sigma) ** 2).clamp_max(self.gamma)
+
+
+@dataclass(frozen=True)
+class EDMWeight:
+    """`(q^2 + s^2) / (q s)^2`, q = sigma / alpha, s = sigma_data (Karras et al. 2022, 2206.00364, table 1)."""
+
+    sigma_data: float = 0.5
+
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        q = sigma / alpha
+        return (q**2 + self.sigma_data**2) / (q * self.sigma_data) ** 2
+
+
+# ---- the loss ----
+
+
+@dataclass(frozen=True)
+class DenoisingLoss:
+    """Weighted mean squared error of the network's raw output against its parameterisation's target.
+
+    `L = E_{t, eps} w(t) c_out(t)^2 || F(c_in (alpha x + sigma eps), t) - target(x, eps, t) ||^2 / d`, where `w` weighs
+    the squared error of x. Without a weight the factor `w c_out^2` is 1: for v-prediction, `w = 1 + SNR`.
+
+    label_drop: share of labels replaced by the null class, so that the network can be guided
+        (Ho & Salimans 2022, 2207.12598).
+    times: the distribution of t, `Uniform`, `LogitNormal` or `LogNormal`.
+    weight: on the squared error of x, a function of (alpha, sigma): `x0_weight`, `snr_weight`, `v_weight`,
+        `truncated_snr_weight`, `MinSNR(gamma)`, `EDMWeight(sigma_data)`; None for the prediction's own.
+    spread: draw the times stratified over the batch, or independently.
+
+    `loss(denoiser, batch)`: batch `{"x": (B, *S), "label": int64 (B,)}`, the label optional; a scalar float32.
+    BadInput where labels should be dropped and the denoiser has no null label.
+    """
+
+    label_drop: float = 0.1
+    times: Callable[[Schedule, Tensor], Tensor] = field(default_factory=Uniform)
+    weight: Weight | None = None
+    spread: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_drop <= 1:
+            raise BadInput(f"label_drop is a share in [0, 1], got {self.label_drop}")
+
+    def __call__(self, denoiser: Denoiser, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["x"]
+        cond = {}
+        if "label" in batch:
+            cond["label"] = self.drop(batch["label"], denoiser.null_label)
+        n = len(x)
+        u = stratified(n, x.device) if self.spread else torch.rand(n, dtype=torch.float64).to(x.device)
+        t = self.times(denoiser.schedule, u)
+        eps = torch.randn_like(x)
+        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        x_t = (alpha.view(shape) * x + sigma.view(shape) * eps).to(x.dtype)
+        raw = denoiser.raw(x_t, t, **cond)
+        error = (raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()).square()
+        if self.weight is None:
+            return error.mean()
+        factor = self.factor(denoiser, t)
+        return (factor.to(x.device, torch.float32) * error.flatten(1).mean(1)).mean()
+
+    def drop(self, label: Tensor, null: int | None) -> Tensor:
+        """`label` int64 (B,) with a share `label_drop` replaced by the null label."""
+        if not self.label_drop:
+            return label
+        if null is None:
+            raise BadInput(
+                "labels can be dropped only where the denoiser has a null label: give it one, or label_drop=0"
+            )
+        return torch.where(torch.rand(len(label), device=label.device) < self.label_drop, null, label)
+
+    def factor(self, denoiser: Denoiser, t: Tensor) -> Tensor:
+        """`w c_out^2`, float64 (B,): what multiplies the squared error of the raw output at the times `t` (B,)."""
+        if self.weight is None:
+            return torch.ones_like(t, dtype=torch.float64)
+        # At t_min a weight may be infinite and c_out zero; just inside, their product is what it tends to.
+        width = denoiser.schedule.t_max - denoiser.schedule.t_min
+        inside = t.clamp(denoiser.schedule.t_min + 1e-6 * width, denoiser.schedule.t_max - 1e-6 * width)
+        alpha, sigma = denoiser.schedule.alpha(inside), denoiser.schedule.sigma(inside)
+        _, _, c_out = denoiser.prediction.coefficients(alpha, sigma)
+        return self.weight(alpha, sigma) * c_out**2

@@ -1,0 +1,310 @@
+"""The training loop: budgets, averages, checkpoints, exact resume, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import BadInput, HastenError
+from hasten.train.checkpoint import read_log
+from hasten.train.data import Batches, Data
+from hasten.train.ema import Ema
+from hasten.train.fit import Fit, Player
+
+
+def data(n: int = 40) -> Data:
+    g = torch.Generator().manual_seed(0)
+    return Data.of(torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=g))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.2), nn.SiLU(), nn.Linear(8, 16))
+
+
+def player(module: nn.Module, name: str = "net", **options: object) -> Player:
+    """Denoises with fresh noise at every step, so that a resumed run must find the same random numbers."""
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        noisy = batch["x"] + torch.randn_like(batch["x"])
+        return (module(noisy) - batch["x"].flatten(1)).square().mean()
+
+    return Player(name, module, loss, **options)  # type: ignore[arg-type]
+
+
+def fit(**options: object) -> Fit:
+    return Fit(**{"warmup": 4, "tensorboard": False, "log_steps": 5, **options})  # type: ignore[arg-type]
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+class Stop(Exception):
+    """Stands for a process that was killed: nothing is saved on the way out."""
+
+
+class Killed(Batches):
+    """Batches of which number `at` never arrives."""
+
+    at = 10
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        if step == self.at:
+            raise Stop
+        return super().__getitem__(step)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_resume_is_exact_bit_for_bit(tmp_path: Path, optimiser: str) -> None:
+    def players() -> list[Player]:
+        module, critic = net(), nn.Linear(16, 1)
+        score = Player("critic", critic, lambda b: critic(b["x"].flatten(1) + torch.randn(16)).square().mean(), every=3)
+        return [player(module, optimiser=optimiser), score]
+
+    def batches(kind: type[Batches] = Batches) -> Batches:
+        return kind(data(), 8, seed=5, flip=True)
+
+    whole = players()
+    emas = fit(steps=20, seed=7)(whole, batches(), tmp_path / "whole")
+
+    killed = players()
+    with pytest.raises(Stop):
+        # Saving after every step, then dying inside step 10 without a word.
+        fit(steps=20, seed=7, save_seconds=0)(killed, batches(Killed), tmp_path / "cut")
+    torch.manual_seed(12345)
+    again = players()
+    with torch.no_grad():
+        for p in again:
+            for w in p.module.parameters():
+                w.normal_()  # all of it must come from the checkpoint
+    resumed = fit(steps=20, seed=7)(again, batches(), tmp_path / "cut")
+
+    for a, b in zip(whole, again, strict=True):
+        assert torch.equal(weights(a.module), weights(b.module))
+        assert torch.equal(weights(emas[a.name]), weights(resumed[a.name]))
+    assert not torch.equal(weights(killed[0].module), weights(again[0].module))
+    left, right = (torch.load(tmp_path / d / "checkpoint.pt") for d in ("whole", "cut"))
+    assert left["step"] == right["step"] == 20
+    for name in ("net", "critic"):
+        a, b = (c["players"][name]["optimiser"]["state"] for c in (left, right))
+        assert a and all(torch.equal(torch.as_tensor(a[i][k]), torch.as_tensor(b[i][k])) for i in a for k in a[i])
+    # The log is one curve: no step twice, and the same losses where a whole window was resumed.
+    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("whole", "cut")]
+    assert [[line["step"] for line in log] for log in logs] == [[5, 10, 15, 20]] * 2
+    assert logs[0][-1]["net"] == logs[1][-1]["net"]
+
+
+def test_a_run_may_be_lengthened_and_a_finished_one_returns_at_once(tmp_path: Path) -> None:
+    fit(steps=6, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "a")
+    longer = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "a")["net"]
+    straight = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "b")["net"]
+    assert torch.equal(weights(longer), weights(straight))
+    again = fit(steps=12)([player(net())], Batches(data(), 8), tmp_path / "b")["net"]
+    assert torch.equal(weights(again), weights(straight))
+
+
+def test_a_checkpoint_without_the_run_it_belongs_to_is_read(tmp_path: Path) -> None:
+    straight = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "b")["net"]
+    fit(steps=6, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "a")
+    saved = torch.load(tmp_path / "a/checkpoint.pt")
+    del saved["run"]
+    torch.save(saved, tmp_path / "a/checkpoint.pt")
+    resumed = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "a")["net"]
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    fit(steps=2)([player(net())], Batches(data(), 8), tmp_path)
+    for other, batches, players, message in (
+        (fit(steps=4, seed=1), Batches(data(), 8), [player(net())], "a run with seed 0, this one has 1"),
+        (fit(steps=4), Batches(data(), 4), [player(net())], "batch_size 8, this one has 4"),
+        (fit(steps=4), Batches(data(9), 8), [player(net())], "images 40, this one has 9"),
+        (fit(steps=4), Batches(data(), 8), [player(net(), "student")], "trains net, this run student"),
+        (fit(steps=4), Batches(data(), 8), [player(nn.Linear(2, 2))], "does not fit this network"),
+        (fit(steps=4), Batches(data(), 8), [player(net(), optimiser="muon")], "does not fit this network or optimiser"),
+    ):
+        with pytest.raises(BadInput, match=message) as error:
+            other(players, batches, tmp_path)
+        assert "\n" not in str(error.value)
+    path = tmp_path / "checkpoint.pt"
+    raw = path.read_bytes()
+    for broken in (raw[: len(raw) // 2], b"", b"junk"):
+        path.write_bytes(broken)
+        with pytest.raises(BadInput, match=r"cannot read the checkpoint .*checkpoint.pt"):
+            fit(steps=4)([player(net())], Batches(data(), 8), tmp_path)
+        assert path.read_bytes() == broken
+
+
+def test_a_failed_write_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(steps=2)([player(net())], Batches(data(), 8), tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    save = torch.save
+
+    def half(state: object, file: object) -> None:
+        file.write(b"half of a checkpoint")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(HastenError, match=r"cannot write the checkpoint .*No space left"):
+        fit(steps=4)([player(net())], Batches(data(), 8), tmp_path)
+    monkeypatch.setattr(torch, "save", save)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path, bad: float) -> None:
+    module = net()
+    sound = player(module).loss
+    seen = 0
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return sound(batch) * (bad if seen == 6 else 1.0)
+
+    with pytest.raises(
+        HastenError, match=r"net: the loss or its gradient is not finite at step 5; .*checkpoint.pt.*kept"
+    ):
+        fit(steps=20, save_seconds=0)([Player("net", module, loss)], Batches(data(), 8), tmp_path)
+    assert seen == 6
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert saved["step"] == 5
+    assert all(w.isfinite().all() for part in ("module", "ema") for w in saved["players"]["net"][part].values())
+    with pytest.raises(HastenError, match="no checkpoint was written yet"):
+        fit(steps=2)([Player("net", module, lambda b: sound(b) * bad)], Batches(data(), 8), tmp_path / "other")
+    assert not (tmp_path / "other/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    straight = fit(steps=12)([player(net())], Batches(data(), 8), tmp_path / "whole")["net"]
+    cut = player(net())
+    inner, steps = cut.loss, iter(range(12))
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        if next(steps) == 6:
+            os.kill(os.getpid(), number)
+        return inner(batch)
+
+    cut.loss = loss
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after 7 steps; .*checkpoint.pt is written"):
+        fit(steps=12)([cut], Batches(data(), 8), tmp_path / "cut")
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "cut/checkpoint.pt")["step"] == 7
+    resumed = fit(steps=12)([player(net())], Batches(data(), 8), tmp_path / "cut")["net"]
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+# ---- averages, rates, budgets ----
+
+
+def test_the_loop_averages_with_the_player_s_own_steps(tmp_path: Path) -> None:
+    module = nn.Linear(16, 1)
+    p = Player("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), every=2)
+    seen: list[Tensor] = []
+    inner = p.loss
+    p.loss = lambda b: (seen.append(weights(module).clone()), inner(b))[1]
+    ema = fit(steps=6, ema=Ema("power", gamma=1.0))([p], Batches(data(), 8), tmp_path)["net"]
+    after = [*seen[1:], weights(module)]  # after the steps 0, 2, 4
+    assert len(after) == 3
+    expected = (1 * after[0] + 3 * after[1] + 5 * after[2]) / 9  # shares (i^2 - (i-1)^2) / 3^2
+    assert torch.allclose(weights(ema), expected, atol=1e-6)
+    assert not any(q.requires_grad for q in ema.parameters()) and not ema.training
+
+
+def test_rate_and_progress() -> None:
+    f = Fit(steps=100, minutes=2.0, warmup=10)
+    assert f.progress(30, 60.0) == 0.5 and f.progress(70, 60.0) == 0.7 and f.progress(1, 1e9) == 1.0
+    assert f.rate(0, 0.0) == pytest.approx(0.1) and f.rate(9, 0.0) == 1.0
+    assert f.rate(50, 0.5) == pytest.approx(0.5) and f.rate(100, 1.0) == pytest.approx(0.0)
+    assert Fit(steps=1, decay="constant", warmup=0).rate(0, 0.9) == 1.0
+
+
+def test_the_clock_ends_a_run(tmp_path: Path) -> None:
+    began = time.monotonic()
+    fit(minutes=0.3 / 60)([player(net())], Batches(data(), 8), tmp_path)
+    assert 0.3 <= time.monotonic() - began < 10
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert 0.3 <= saved["seconds"] < 5 and saved["step"] > 1
+    step = saved["step"]
+    fit(minutes=0.3 / 60)([player(net())], Batches(data(), 8), tmp_path)  # its time is spent
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == step
+
+
+def test_the_first_step_is_adamw_s_with_clipping(tmp_path: Path) -> None:
+    """Adam's first step is lr sign(g) whatever the clip; with a huge eps-to-gradient ratio the clip shows."""
+    module = nn.Linear(4, 1, bias=False)
+    nn.init.ones_(module.weight)
+    p = Player("net", module, lambda b: 1e3 * module.weight.sum(), lr=0.01, weight_decay=0.1)
+    fit(steps=1, warmup=0, decay="constant")([p], Batches(data(), 8), tmp_path)
+    assert torch.allclose(module.weight, torch.full((1, 4), 1 - 0.01 * 0.1 - 0.01), atol=1e-6)
+    log = read_log(tmp_path / "log.jsonl")
+    assert log[-1]["net_gradient"] == pytest.approx(2e3)
+    state = torch.load(tmp_path / "checkpoint.pt")["players"]["net"]["optimiser"]["state"][0]
+    assert torch.allclose(state["exp_avg"], torch.full((1, 4), 0.1 * 0.5))  # gradient of norm 1: 4 entries of 1/2
+
+
+def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
+    module = net()
+    kinds = []
+    inner = player(module).loss
+    p = Player("net", module, lambda b: (kinds.append(module(b["x"]).dtype), inner(b))[1])
+    fit(steps=30, precision="bf16", warmup=0)([p], Batches(data(), 8), tmp_path)
+    assert set(kinds) == {torch.bfloat16}
+    assert weights(module).dtype == torch.float32
+    log = read_log(tmp_path / "log.jsonl")
+    assert log[-1]["net"] < log[0]["net"]
+
+
+def test_log_and_event_files(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    fit(steps=12, tensorboard=True)([player(net())], Batches(data(), 8), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    assert set(lines[0]) == {"step", "seconds", "steps_per_second", "net", "net_gradient", "lr_factor"}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("net")
+    assert [(e.step, e.value) for e in events] == [(e["step"], pytest.approx(e["net"])) for e in lines]
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    for options, message in (
+        ({}, "give steps or minutes"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"steps": 1, "decay": "cosin"}, "unknown decay 'cosin': did you mean 'cosine'"),
+        ({"steps": 1, "precision": "fp16"}, "unknown precision 'fp16'"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            Fit(**options)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="unknown optimiser 'adam': did you mean 'adamw'"):
+        player(net(), optimiser="adam")
+    with pytest.raises(BadInput, match="different names"):
+        fit(steps=1)([player(net()), player(net())], Batches(data(), 8), tmp_path)
+    with pytest.raises(HastenError, match="loss must be a scalar"):
+        fit(steps=1)([Player("net", net(), lambda b: b["x"])], Batches(data(), 8), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"cannot write in .*file"):
+        fit(steps=1)([player(net())], Batches(data(), 8), tmp_path / "file")
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match="device cuda was asked for"):
+            fit(steps=1, device="cuda")([player(net())], Batches(data(), 8), tmp_path / "g")
+
+
+def test_lazy_data_is_fetched_ahead_in_order(tmp_path: Path) -> None:
+    eager = data()
+    lazy = Data(len(eager), eager.shape, eager.fetch, lazy=True)
+    a = fit(steps=8)([player(net())], Batches(eager, 8), tmp_path / "a")["net"]
+    b = fit(steps=8)([player(net())], Batches(lazy, 8), tmp_path / "b")["net"]
+    assert torch.equal(weights(a), weights(b))
