@@ -3,7 +3,8 @@
 A grid is a small frozen dataclass, called as `grid(schedule, steps)`; it returns steps + 1 strictly decreasing
 float64 times. The first is `start` (by default `schedule.t_max`), the last is `end`. With the default `end = 0`, the
 clean image, the law of the grid places the first `steps` times, from `start` down to `low` (by default
-`schedule.t_min`), and 0 follows (grids that reach 0 by themselves, `Trailing` and `CosineAngle`, say so). With `end > 0` the law places all of them.
+`schedule.t_min`), and 0 follows (grids that reach 0 by themselves, `Trailing` and `CosineAngle`, say so). With
+`end > 0` the law places all of them.
 
 Laws in lam or q meet an infinite value where a schedule starts at pure noise; it then counts as `q = 150`, the level at
 which the usual networks start; the time itself stays `start`.
@@ -46,7 +47,7 @@ class TimeGrid:
         start = schedule.t_max if self.start is None else self.start
         whole = self.end > 0 or self.reaches_zero
         if whole and self.low is not None:
-            raise BadInput(f"{self.name} with end={self.end:g} places its times down to end: low={self.low} has no meaning")
+            raise BadInput(f"{self.name} with end={self.end:g} places its times down to end: low={self.low} means nothing")
         last = self.end if whole else schedule.t_min if self.low is None else self.low
         if not (0 <= self.end <= last < start <= 1 and (whole or last > 0)):
             least = "end" if whole else "low"
