@@ -47,7 +47,7 @@ class TimeGrid:
         start = schedule.t_max if self.start is None else self.start
         whole = self.end > 0 or self.reaches_zero
         if whole and self.low is not None:
-            raise BadInput(f"{self.name} with end={self.end:g} places its times down to end: low={self.low} means nothing")
+            raise BadInput(f"{self.name} with end={self.end:g} places all its times: low={self.low} means nothing")
         last = self.end if whole else schedule.t_min if self.low is None else self.low
         if not (0 <= self.end <= last < start <= 1 and (whole or last > 0)):
             least = "end" if whole else "low"
