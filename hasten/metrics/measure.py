@@ -1,0 +1,80 @@
+"""A measured number with everything needed to read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hasten.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quality figure.
+
+    name: what was measured, e.g. "frechet". value: the figure.
+    features, reference: feature network and reference split; figures that differ in either never share a table.
+    count, reference_count: samples on each side.
+    floor: the same figure for real training images of the same count (None: not known). It is what a perfect
+        generator would get, not 0 (or 1).
+    seeds: noise seeds of the samples, as ranges ("0-1999"), or "not given".
+    interval: 95 % interval (low, high) at this count, or None. spread: deviation over subsets or splits, or None.
+    better: "lower" or "higher".
+    """
+
+    name: str
+    value: float
+    features: str
+    reference: str
+    count: int
+    reference_count: int
+    floor: float | None = None
+    seeds: str = "not given"
+    interval: tuple[float, float] | None = None
+    spread: float | None = None
+    better: str = "lower"
+
+    @property
+    def floors(self) -> float | None:
+        """The value as a multiple of its floor; None without a positive floor."""
+        return self.value / self.floor if self.floor is not None and self.floor > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `Measure.from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Measure:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise BadInput(f"a measure has no field {', '.join(unknown)}")
+        try:
+            return cls(**{**data, "interval": tuple(data["interval"]) if data.get("interval") else None})
+        except TypeError as error:
+            raise BadInput(f"this is not a measure: {error}") from None
+
+    def __str__(self) -> str:
+        interval = f" [{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else ""
+        spread = f" +- {self.spread:.2g}" if self.spread is not None else ""
+        floor = f", floor {self.floor:.4g}" if self.floor is not None else ""
+        return (
+            f"{self.name} {self.value:.4g}{interval}{spread} ({self.features} features, {self.count} samples "
+            f"against {self.reference_count} of {self.reference}{floor}, seeds {self.seeds})"
+        )
+
+
+def spell_seeds(seeds: Iterable[int] | str | None) -> str:
+    """Seeds as sorted ranges: `[0, 1, 2, 7]` -> "0-2,7"; None -> "not given"."""
+    if seeds is None:
+        return "not given"
+    if isinstance(seeds, str):
+        return seeds
+    parts: list[list[int]] = []
+    for seed in sorted({int(s) for s in seeds}):
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)

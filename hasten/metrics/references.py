@@ -1,0 +1,168 @@
+"""Statistics of real images that samples are compared with, as a folder of two files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.errors import BadInput, nearest
+
+from .frechet import moments
+from .inception_score import class_accuracy, inception_score
+
+ZOO = Path(__file__).resolve().parent.parent / "zoo"
+BUNDLED = {"fashion": ZOO / "fashion_features"}
+CARD = "features.json"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images seen through one feature network.
+
+    name, split: what they are; features: the network's name (see `features.net_name`); count: images behind
+    `mean (D,)` and `covariance (D, D)`, float64.
+    sample: features `(M, D)` float32 of M of them in random order, for kernel and neighbour metrics.
+    histogram: images per class, empty when unlabelled. accuracy: the classifier's own on these images, or None.
+    floor: {metric: {n: value}}, what n real training images get against this reference.
+    """
+
+    name: str
+    split: str
+    features: str
+    count: int
+    mean: Tensor
+    covariance: Tensor
+    sample: Tensor
+    histogram: tuple[int, ...] = ()
+    accuracy: float | None = None
+    floor: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    def floor_at(self, metric: str, n: int) -> float | None:
+        """The floor of `metric` at n samples: linear in 1/n between the counts in the table, and along the same
+        line beyond them (down to half the least and up to twice the most); a lone entry holds for every n.
+        None where nothing is known."""
+        table = sorted((int(k), v) for k, v in self.floor.get(metric, {}).items())
+        if len(table) == 1:
+            return table[0][1]
+        if not table or not table[0][0] / 2 <= n <= table[-1][0] * 2:
+            return None
+        right = next((i for i, (count, _) in enumerate(table) if count >= n and i > 0), len(table) - 1)
+        (n0, v0), (n1, v1) = table[right - 1], table[right]
+        return v0 + (v1 - v0) * (1 / n - 1 / n0) / (1 / n1 - 1 / n0)
+
+
+def make_reference(
+    features: Tensor, name: str, split: str, net: str, labels: Tensor | None = None, logits: Tensor | None = None,
+    keep: int = 10_000, seed: int = 0,
+) -> Reference:  # fmt: skip
+    """Reference from the features `(N, D)` of real images; `net` names the feature network.
+
+    `keep` of them (random, by `seed`) are kept for kernel and neighbour metrics, rounded to fp16 as stored. With
+    logits `(N, K)` and labels `(N,)` over the same K classes, inception score and accuracy of these images become
+    the floors of those two; the other floors need further real images (`evaluate.floor_table`).
+    """
+    mean, covariance = moments(features)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:keep]
+    histogram = () if labels is None else tuple(int(n) for n in torch.bincount(labels))
+    right, floor = None, {}
+    if logits is not None:
+        floor["inception_score"] = {len(logits): inception_score(logits)[0]}
+        if labels is not None and logits.shape[1] == len(histogram):
+            right = class_accuracy(logits, labels)[0]
+            floor["accuracy"] = {len(logits): right}
+    sample = features[order].half().float()
+    return Reference(name, split, net, len(features), mean, covariance, sample, histogram, right, floor)
+
+
+def save_reference(reference: Reference, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Write `reference.safetensors` and `features.json` (with `extra`) into `folder`; other files there that the
+    json names (the network's weights) keep their entries."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "mean": reference.mean,
+        "covariance": reference.covariance,
+        "sample": reference.sample.half().contiguous(),
+    }
+    (folder / "reference.safetensors").write_bytes(save(tensors))
+    card: dict[str, Any] = _read_card(folder) if (folder / CARD).is_file() else {"format": 1, "sha256": {}}
+    card["sha256"]["reference.safetensors"] = sha256(folder / "reference.safetensors")
+    card["reference"] = {
+        key: getattr(reference, key) for key in ("name", "split", "features", "count", "histogram", "accuracy")
+    } | {"floor": {m: {str(n): v for n, v in t.items()} for m, t in reference.floor.items()}}
+    write_card(folder, {**card, **(extra or {})})
+
+
+def reference(which: str | Path) -> Reference:
+    """The reference bundled under a name ("fashion"), or the one that lies in a folder.
+
+    Raises BadInput for an unknown name, a missing or damaged file, or a hash that does not match.
+    """
+    folder = BUNDLED.get(str(which), Path(which))
+    if not folder.is_dir():
+        raise BadInput(f"no reference statistics {str(which)!r}: not a folder; {nearest(str(which), BUNDLED)}")
+    card = _read_card(folder)
+    tensors = load_tensors(folder, "reference")
+    try:
+        r = card["reference"]
+        floor = {m: {int(n): float(v) for n, v in t.items()} for m, t in r["floor"].items()}
+        return Reference(
+            r["name"], r["split"], r["features"], int(r["count"]), tensors["mean"], tensors["covariance"],
+            tensors["sample"].float(), tuple(r["histogram"]), r["accuracy"], floor,
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder / CARD} does not describe reference statistics: {error!r}") from None
+
+
+def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Tensors of `folder/stem.safetensors`, after its sha256 was compared with the one in `features.json`."""
+    path = folder / f"{stem}.safetensors"
+    expected = _read_card(folder)["sha256"].get(path.name)
+    if not path.is_file():
+        raise BadInput(f"{path} is missing")
+    if expected is None:
+        raise BadInput(f"{folder / CARD} has no sha256 of {path.name}")
+    if (found := sha256(path)) != expected:
+        raise BadInput(f"{path} is damaged or was replaced: sha256 {found[:12]}, expected {expected[:12]}")
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write `features.json`, whole or not at all."""
+    temporary = folder / f".{CARD}.tmp"
+    temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / CARD)
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    path = folder / CARD
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise BadInput(f"{folder} holds no {CARD}: not a folder of reference statistics") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(card, dict) or card.get("format") != 1 or not isinstance(card.get("sha256"), dict):
+        raise BadInput(f"{path} is not a feature card of format 1")
+    return card
