@@ -1,0 +1,110 @@
+"""Images to files: PNG grids and single PNGs that say inside how they were made."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from torch import Tensor
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255."""
+    if x.ndim != 4 or x.shape[1] not in MODES:
+        raise BadInput(f"images are (n, C, H, W) with C of 1, 3 or 4, got shape {tuple(x.shape)}")
+    pixels = (x.detach().float().cpu() + 1).mul(127.5).round().clamp(0, 255)
+    return pixels.byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def picture(x: Tensor) -> Image:
+    """One image `(C, H, W)` in [-1, 1] as a Pillow image."""
+    from PIL import Image
+
+    pixels = to_uint8(x[None])[0]
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image:
+    """Images `(n, C, H, W)` in [-1, 1] as one Pillow image, row by row, `gap` white pixels apart.
+
+    columns: images in a row (default: the smallest square that holds them).
+    """
+    from PIL import Image
+
+    n, channels, height, width = x.shape
+    columns = math.ceil(math.sqrt(n)) if columns is None else columns
+    if columns < 1:
+        raise BadInput(f"columns must be at least 1, got {columns}")
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    sheet = Image.new(MODES.get(channels, "RGB"), size, 255 if channels == 1 else (255,) * channels)
+    for k in range(n):
+        sheet.paste(picture(x[k]), (k % columns * (width + gap), k // columns * (height + gap)))
+    return sheet
+
+
+def png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
+    """A Pillow image as the bytes of a PNG file with `text` in its text chunks. The same input gives the same bytes."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_itxt(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_text(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG file: how hasten made it."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        return dict(getattr(image, "text", {}))
+
+
+def reserve(path: str | Path) -> Path:
+    """Make the folder of `path` and check that a file can be written there, before the time is spent to fill it.
+
+    Raises BadInput in one line where it cannot.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"cannot write {path}: it is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.parent / f".{path.name}.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
+    return path
+
+
+def write(path: str | Path, data: bytes) -> Path:
+    """Write a whole file or none of it: into a temporary sibling that then takes the name."""
+    path = Path(path)
+    part = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as e:
+        raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+    return path

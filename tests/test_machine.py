@@ -1,0 +1,64 @@
+"""Runtimes by name, and the notes of what was probed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hasten import machine
+from hasten.errors import BadInput
+from hasten.runtime import Runtime
+
+
+@pytest.fixture(autouse=True)
+def own_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("text", ["fp32", "bf16", "fp32+medium", "bf16+high+channels_last"])
+def test_spelling(text: str) -> None:
+    assert machine.spell(machine.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("fp33", "did you mean 'fp32'"), ("bf16+medum", "did you mean 'medium'")]
+)
+def test_what_cannot_be_spelled(text: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        machine.parse(text)
+
+
+def test_a_probe_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = []
+
+    def probe(denoiser: torch.nn.Module, x: torch.Tensor, **_: object) -> Runtime:
+        probed.append(tuple(x.shape))
+        return Runtime(dtype="bfloat16", matmul="medium", speedup=2.0)
+
+    monkeypatch.setattr(machine, "probe", probe)
+    net = torch.nn.Identity()
+    for _ in range(2):
+        found = machine.choose(net, torch.zeros(4, 3), "weights A")
+        assert machine.spell(found) == "bf16+medium"
+    assert probed == [(4, 3)]
+    machine.choose(net, torch.zeros(4, 3), "weights B")
+    machine.choose(net, torch.zeros(8, 3), "weights A")
+    assert probed == [(4, 3), (4, 3), (8, 3)]
+    machine.notebook().write_text('{"broken')
+    assert machine.spell(machine.choose(net, torch.zeros(4, 3), "weights A")) == "bf16+medium"
+    assert len(probed) == 4
+
+
+def test_notes_that_cannot_be_written_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(machine, "probe", lambda *_, **__: Runtime())
+    assert machine.spell(machine.choose(torch.nn.Identity(), torch.zeros(1, 2), "a")) == "fp32"
+
+
+def test_a_device_that_is_not_here() -> None:
+    assert machine.device_for("cpu").type == "cpu"
+    with pytest.raises(BadInput, match="no device 'gpu' here"):
+        machine.device_for("gpu")
