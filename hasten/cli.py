@@ -1,0 +1,85 @@
+"""The command line: every public function of `commands` is a verb, its signature and docstring are the help."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .errors import HastenError
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+# Exit codes: 0 done, 1 it cannot be done, 2 it was asked wrongly, 130 stopped by Ctrl-C, 141 the reader went away.
+FAILED, USAGE, STOPPED, UNREAD = 1, 2, 130, 141
+
+
+def app() -> App:
+    """The command line as an object: built from `commands.VERBS`."""
+    from cyclopts import App, Parameter
+
+    from . import __version__, commands
+
+    verbs = App(
+        name="hasten",
+        help="Make diffusion models fast, and see what each way costs and what quality is left.",
+        version=__version__,
+        default_parameter=Parameter(negative=()),
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+    for verb in commands.VERBS:
+        verbs.command(verb)
+    return verbs
+
+
+def say(message: object) -> None:
+    """One line on stderr, whatever line breaks the message had."""
+    print(f"hasten: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors are one line on stderr; HASTEN_DEBUG=1 shows the traceback."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return run(arguments)
+    except KeyboardInterrupt as stop:
+        say(stop if str(stop) else "stopped; nothing was written")
+        return STOPPED
+    except BrokenPipeError:
+        # The reader is gone; a later flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+    except Exception as error:
+        if os.environ.get("HASTEN_DEBUG", "0") not in ("", "0"):
+            raise
+        say(describe(error))
+        return FAILED
+
+
+def run(arguments: list[str]) -> int:
+    """Parse and call; usage errors are told here, because only the parser has them."""
+    from cyclopts import CycloptsError
+
+    try:
+        app()(arguments)
+    except CycloptsError as error:
+        say(f"{error} (hasten --help shows the usage)")
+        return USAGE
+    sys.stdout.flush()
+    return 0
+
+
+def describe(error: Exception) -> str:
+    """An error as one line for the person who typed the command."""
+    if isinstance(error, HastenError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; a smaller --batch-size needs less"
+    return f"unexpected {type(error).__name__}: {error} (set HASTEN_DEBUG=1 to see where)"

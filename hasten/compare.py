@@ -1,0 +1,300 @@
+"""Compare ways of sampling one model: what each costs and what quality is left, from the same seeds, in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__, report
+from .errors import BadInput, HastenError
+from .images import to_uint8
+from .metrics import Reference, cost, evaluate_images, feature_net, net_name
+from .metrics import reference as load_reference
+from .metrics.difference import difference
+from .model import Model, load, whole
+from .results import QUALITY, SCHEMA, Store, fingerprint, now, processor
+from .terminal import spell
+from .variants import Variant, VariantSet, read
+
+SHOWN = 10  # columns of the sample grid
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to run, the row at equal cost that it must beat, its key in the store, and the model with its plan made."""
+
+    variant: Variant
+    equal: Variant | None
+    key: str
+    ready: Model
+
+
+class Progress:
+    """A bar with the time left on stderr, counted in images through the network; no bar where stderr is no terminal."""
+
+    def __init__(self, total: int) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
+            progress.TextColumn("left"), progress.TimeRemainingColumn(), console=self.console, transient=True,
+            disable=not self.console.is_terminal, speed_estimate_period=60,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def counting(model: Model, progress: Progress | None = None) -> Iterator[list[int]]:
+    """A list whose one entry counts images through the network: a guided evaluation of an image counts 2."""
+    count = [0]
+
+    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        count[0] += len(arguments[0])
+        if progress is not None:
+            progress.bar.advance(progress.task, len(arguments[0]))
+
+    net: nn.Module = getattr(model.denoiser, "net", model.denoiser)
+    handle = net.register_forward_pre_hook(hook)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def prepare(model: Model, chosen: VariantSet) -> list[tuple[Variant, Variant | None, Model]]:
+    """Each row, its equal and the model with the row's plan and guidance as its own.
+
+    Raises BadInput with the row's name for what this model cannot run, before anything has run.
+    """
+    rows = []
+    for v, equal in chosen.rows():
+        try:
+            model.guided(v.guidance_scale)
+            compiled, _, _ = model.method(v.sampler, v.times, v.steps)
+        except (HastenError, ValueError) as e:
+            raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
+        ready = replace(model, plan=compiled, sampler=v.sampler, times=v.times, steps=v.steps)
+        rows.append((v, equal, replace(ready, guidance_scale=v.guidance_scale)))
+    return rows
+
+
+@dataclass
+class Run:
+    """A comparison on its way: what it needs, and its phases. `protocol` is what every row carries."""
+
+    model: Model
+    jobs: list[Job]
+    store: Store
+    protocol: dict[str, Any]
+    known: Reference | None
+    net: nn.Module | None
+
+    def sample(self, job: Job, count: int) -> Tensor:
+        """The first images of a row: image k from seed + k and, in a model of C classes, class k mod C."""
+        p = self.protocol
+        return job.ready.sample(count, seed=p["seeds"][0], batch_size=p["batch_size"], runtime=p["dtype"])
+
+    def all(self) -> None:
+        """Time every row unless that is done, then sample and judge the rows that are missing."""
+        p = self.protocol
+        missing = [job for job in self.jobs if job.key not in self.store.rows]
+        if self.store.images(f"{self.jobs[0].key}-all") is None and self.jobs[0] not in missing:
+            missing = [self.jobs[0], *missing]
+        timed = self.store.timing(self.machine, [job.key for job in self.jobs])
+        work = sum(p["n"] * job.variant.nfe for job in missing)
+        work += 0 if timed else sum((p["rounds"] + 1) * p["timing_batch"] * job.variant.nfe for job in self.jobs)
+        progress = Progress(work)
+        with progress.bar:
+            progress.say(f"{p['model']}: {len(self.jobs)} rows of {p['n']} images, {p['dtype']}, {p['hardware']}")
+            if done := len(self.jobs) - len(missing):
+                progress.say(f"{done} of {len(self.jobs)} rows are finished in {self.store.out} and are kept")
+            timed = timed or self.time(progress)
+            left = sum(self.costs(job.key, timed)["seconds_per_image"] for job in missing) * p["n"]
+            if missing:
+                progress.say(f"{len(missing)} rows to sample, about {left:.0f} s")
+            for number, job in enumerate(missing, 1):
+                progress.bar.update(progress.task, description=job.variant.name)
+                row = self.judge(job, timed, progress)
+                self.store.put(row)
+                quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
+                said = f"{row['nfe']:g} NFE, {row['seconds_per_image'] * 1e3:.3g} ms an image{quality}"
+                progress.say(f"[{number}/{len(missing)}] {row['name']}: {said}")
+
+    @functools.cached_property
+    def machine(self) -> dict[str, Any]:
+        return {key: self.protocol[key] for key in ("hardware", "threads", "torch", "device", "rounds", "timing_batch")}
+
+    def time(self, progress: Progress) -> dict[str, Any]:
+        """Time all rows in turns, after a pass that warms up and counts; rows in the store get the new figures."""
+        batch = self.protocol["timing_batch"]
+        progress.bar.update(progress.task, description="timing")
+        found: dict[str, Any] = {}
+        for job in self.jobs:
+            with counting(self.model, progress) as count:
+                self.sample(job, batch)
+            found[job.key] = {"nfe": count[0] / batch}
+        work = {job.key: functools.partial(self.sample, job, batch) for job in self.jobs}
+        with counting(self.model, progress):
+            for key, seconds in cost.interleave(work, self.protocol["rounds"], warmup=0).items():
+                found[key]["seconds"] = seconds
+        self.store.put_timing(self.machine, found)
+        old = [self.store.rows[job.key] for job in self.jobs if job.key in self.store.rows]
+        for row in old:
+            protocol = {**row["protocol"], **self.machine, "date": now()}
+            self.store.put({**row, **self.costs(row["key"], found), "protocol": protocol})
+        return found
+
+    @functools.cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of one evaluation of one image."""
+        x, labels = torch.zeros(1, *self.model.shape, device=self.model.device), self.model.labels(1)
+        cond = {} if labels is None else {"label": labels.to(x.device)}
+        return cost.macs(self.model.denoiser, x, 0.5, **cond)
+
+    def costs(self, key: str, timed: Mapping[str, Any]) -> dict[str, Any]:
+        """The figures of a row that come from the timing."""
+        batch, mine, reference = self.protocol["timing_batch"], timed[key], timed[self.jobs[0].key]
+        ratio = cost.ratio(reference["seconds"], mine["seconds"])
+        return {
+            "nfe": mine["nfe"], "seconds_per_image": statistics.median(mine["seconds"]) / batch,
+            "speedup": ratio.median, "speedup_low": ratio.low, "speedup_high": ratio.high,
+        }  # fmt: skip
+
+    def judge(self, job: Job, timed: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """Sample a row's images and measure them: the finished row."""
+        model, p, v = self.model, self.protocol, job.variant
+        n, first = p["n"], p["seeds"][0]
+        with counting(model, progress), cost.peak_memory(model.device) as memory:
+            images = self.sample(job, n)
+        labels = model.labels(n)
+        row = {
+            "key": job.key, "name": v.name, "role": v.role, "sampler": v.sampler, "times": v.times, "steps": v.steps,
+            "guidance_scale": v.guidance_scale, "accelerators": list(v.accelerators), **self.costs(job.key, timed),
+            "macs_per_image": round(self.macs * timed[job.key]["nfe"]),
+            "peak_memory": memory.peak, **dict.fromkeys(QUALITY),
+        }  # fmt: skip
+        if self.known is not None:
+            seen = evaluate_images(images, labels, self.net, self.known, range(first, first + n))
+            row |= {key: measure.value for key, measure in seen.items()}
+            row["frechet_low"], row["frechet_high"] = seen["frechet"].interval or (None, None)
+            p = {**p, "floors": {key: measure.floor for key, measure in seen.items()}}
+        if v.role == "reference":
+            self.store.keep(f"{job.key}-all", images.half().numpy())
+        else:
+            whole = torch.from_numpy(self.store.images(f"{self.jobs[0].key}-all")).float()
+            row |= difference(images.half().float(), whole)
+        self.store.keep(job.key, to_uint8(images[:SHOWN]).transpose(0, 3, 1, 2))
+        return {**row, "protocol": {**p, "date": now()}}
+
+    def finish(self, show: bool) -> list[dict[str, Any]]:
+        """The finished rows in the order of the set, and their report on disk."""
+        rows, found = [], self.store.rows
+        keys = {job.variant.method: job.key for job in self.jobs}
+        for job in self.jobs:
+            if job.key not in found:
+                continue
+            equal = keys[job.equal.method] if job.equal is not None else None
+            row = {**found[job.key], "name": job.variant.name, "role": job.variant.role}
+            row |= {"equal_cost": None, "is_equal_cost": equal == job.key, "frechet_over_equal_cost": None}
+            if job.equal is not None and equal in found and equal != job.key:
+                row["equal_cost"] = job.equal.name
+                if row["frechet"] is not None and found[equal]["frechet"]:
+                    row["frechet_over_equal_cost"] = row["frechet"] / found[equal]["frechet"]
+            rows.append(row)
+        if not rows:
+            return rows
+        note = f"{len(rows)} of {len(self.jobs)} rows have finished: run the same command again to go on."
+        note = note if len(rows) < len(self.jobs) else ""
+        images = {row["key"]: kept for row in rows if (kept := self.store.images(row["key"])) is not None}
+        heads = [self.model.classes[k % len(self.model.classes)] for k in range(SHOWN)] if self.model.classes else []
+        page = report.write(self.store.out, rows, images, heads, note)
+        if show:
+            from rich.console import Console
+
+            console = Console()
+            console.print(report.table(rows, console.width))
+            console.print(f"{report.headline(rows)}\nReport: {page}", markup=False, highlight=False, soft_wrap=True)
+        return rows
+
+
+def compare(
+    model: str | Path | Model,
+    variants: str | Path | None = None,
+    n: int | None = None,
+    out: str | Path = "compare",
+    seed: int = 0,
+    rounds: int | None = None,
+    batch_size: int = 64,
+    timing_batch: int = 16,
+    runtime: str = "auto",
+    reference: str | Path | Reference | None = None,
+    features: str | nn.Module | None = None,
+    show: bool = True,
+    command: str | None = None,
+) -> list[dict[str, Any]]:
+    """Run every variant from the same seeds; write `results.jsonl`, `report.html`, `front.png`, `grid.png` into `out`.
+
+    model: a Model, or what `load` takes. variants: a bundled set ("demo", "full") or a TOML file (`hasten.variants`).
+    n: images a row, in batches of `batch_size` (default: the set's own). seed: of image 0; image k has `seed + k`.
+    rounds, timing_batch: a timing round samples one batch with each variant in turn.
+    runtime: as `Model.sample` takes it. reference: statistics of real images (default: those that the model names;
+    without any, quality is not measured). features: the network behind them (default: the reference's own).
+    show: print the table on stdout. command: for the record (default: the one that says the same).
+
+    Returns the rows, a dict a variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and high),
+    peak_memory (bytes), frechet (with low and high), kid, precision, recall, coverage, accuracy, psnr, rms, protocol.
+    Run again with the same folder, it keeps the rows whose key is the same. Ctrl-C keeps the finished rows and writes
+    their report before it goes on to the caller. Raises BadInput for a set, model or folder that cannot be used,
+    before anything has run.
+    """
+    model = model if isinstance(model, Model) else load(model)
+    chosen = read(variants, model.times, model.guidance_scale)
+    n, rounds = chosen.n if n is None else n, chosen.rounds if rounds is None else rounds
+    least = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0}
+    for name, value in zip(least, (n, rounds, timing_batch, batch_size, seed), strict=True):
+        whole(name, value, least[name])
+    rows = prepare(model, chosen)
+    asked = reference or model.card.get("reference")
+    known = asked if asked is None or isinstance(asked, Reference) else load_reference(asked)
+    net = None if known is None else feature_net(features or known.features)
+    if known is not None and net_name(net) != known.features:
+        raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
+    runtime = model.runtime_for(runtime, min(n, batch_size))
+    store, weights = Store(Path(out)), fingerprint(model)
+    protocol = {
+        "schema": SCHEMA, "model": model.name, "model_hash": weights, "set": chosen.source, "n": n,
+        "seeds": [seed, seed + n - 1], "batch_size": batch_size, "timing_batch": timing_batch, "rounds": rounds,
+        "classes": len(model.classes or ()), "features": known and net_name(net),
+        "reference": known and f"{known.name}, {known.split} split, {known.count} images", "floors": {},
+        "hardware": processor(model.device), "threads": torch.get_num_threads(), "device": model.device.type,
+        "dtype": runtime, "torch": torch.__version__, "hasten": __version__, "date": now(),
+        "command": command or spell("compare", model.name, {"variants": variants, "n": n, "seed": seed, "out": out}),
+    }  # fmt: skip
+    told = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
+    settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
+    jobs = []
+    for variant, equal, ready in rows:
+        text = json.dumps({**settings, "method": variant.method}, sort_keys=True)
+        jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], ready))
+    run = Run(model, jobs, store, protocol, known, net)
+    try:
+        run.all()
+    except KeyboardInterrupt:
+        kept = f"{len(run.finish(show))} of {len(jobs)} rows are kept in {out}"
+        raise KeyboardInterrupt(f"stopped: {kept}; the same command goes on from there") from None
+    return run.finish(show)

@@ -1,0 +1,282 @@
+"""A comparison's rows as pages: `report.html` (self-contained), `front.png`, `grid.png`, the terminal table."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+NEAR = 1.15  # the headline names the cheapest row whose distance is within 15 % of the reference's
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#555555")  # Okabe & Ito
+MARKERS = "oDs^vPX*"
+CAPTIONS = {"nfe": "network evaluations per image (NFE)", "seconds_per_image": "seconds per image"}
+
+
+def pareto(rows: Sequence[Row], cost: str = "nfe", loss: str = "frechet") -> list[int]:
+    """Indices of the rows that no other row beats: none is as cheap and as good, and strictly better in one of the two.
+
+    Rows without a cost or a loss (None) never belong. Sorted by cost; of exact ties only the first row stays.
+    """
+    known = [i for i, row in enumerate(rows) if row.get(cost) is not None and row.get(loss) is not None]
+    front: list[int] = []
+    for i in sorted(known, key=lambda i: (rows[i][cost], rows[i][loss], i)):
+        if not front or rows[i][loss] < rows[front[-1]][loss]:
+            front.append(i)
+    return front
+
+
+def cost_axis(rows: Sequence[Row]) -> str:
+    """What the plot calls cost: NFE, which has no noise, unless an accelerator changes what one evaluation costs."""
+    return "seconds_per_image" if any(row.get("accelerators") for row in rows) else "nfe"
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """One sentence: what the cheapest row near the reference's quality buys, or that there is none."""
+    reference = next((row for row in rows if row["role"] == "reference"), None)
+    if reference is None:
+        return "The reference has not finished yet: run the same command again to go on."
+    others = [row for row in rows if row is not reference and row["nfe"] < reference["nfe"]]
+    if reference.get("frechet") is None:
+        if not others:
+            return f"Only the reference, {reference['name']}, has finished."
+        best = max(others, key=lambda row: row["speedup"])
+        return (
+            f"{best['name']} is {best['speedup']:.1f}× faster than {reference['name']} at {decibels(best)}. "
+            "Quality was not measured: this model has no reference statistics."
+        )
+    near = [row for row in others if row["frechet"] <= NEAR * reference["frechet"]]
+    if not near:
+        return f"No variant comes within {NEAR - 1:.0%} of the distance of {reference['name']} at a lower cost."
+    best = min(near, key=lambda row: (row["nfe"], row["frechet"]))
+    return (
+        f"{best['name']} ({number(best['nfe'])} NFE) makes an image {best['speedup']:.1f}× faster than "
+        f"{reference['name']} ({number(reference['nfe'])} NFE) at a Fréchet distance of {best['frechet']:.2f} "
+        f"against {reference['frechet']:.2f}" + (f" (floor {floor(rows):.2f})." if floor(rows) else ".")
+    )
+
+
+def number(value: float | int) -> str:
+    """An NFE for reading: `8`, or `7.5` where the count is not whole."""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.1f}"
+
+
+def decibels(row: Row) -> str:
+    """PSNR to the reference images for reading."""
+    return "the reference's own images" if row.get("psnr") is None else f"{row['psnr']:.1f} dB to the reference images"
+
+
+def floor(rows: Sequence[Row]) -> float | None:
+    """The distance that real images of the same count would have, if the rows carry it."""
+    return next((row["protocol"]["floors"].get("frechet") for row in rows if row["protocol"]["floors"]), None)
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row's figures as text; an en dash where a figure is missing."""
+
+    def show(key: str, form: str, scale: float = 1.0) -> str:
+        return "–" if row.get(key) is None else format(row[key] * scale, form)
+
+    spread = row.get("speedup_low") is not None and row["role"] != "reference"
+    interval = row.get("frechet_low") is not None
+    ratio = row.get("frechet_over_equal_cost")
+    return {
+        "guidance": f"{row['guidance_scale']:g}",
+        "nfe": number(row["nfe"]),
+        "macs": show("macs_per_image", ".2f", 1e-9),
+        "seconds": show("seconds_per_image", ".3g"),
+        "speedup": show("speedup", ".1f") + ("×" if row.get("speedup") is not None else ""),
+        "speedup_spread": f"{row['speedup_low']:.1f}–{row['speedup_high']:.1f}" if spread else "",
+        "frechet": show("frechet", ".2f"),
+        "frechet_spread": f"{row['frechet_low']:.2f}–{row['frechet_high']:.2f}" if interval else "",
+        "ratio": "–" if ratio is None else f"{ratio:.2f}×",
+        "kid": show("kid", ".2f", 1e3),
+        "precision": show("precision", ".3f"),
+        "recall": show("recall", ".3f"),
+        "coverage": show("coverage", ".3f"),
+        "accuracy": show("accuracy", ".1%"),
+        "psnr": "–" if row.get("psnr") is None else f"{row['psnr']:.1f}",
+        "rms": show("rms", ".3f"),
+        "memory": show("peak_memory", ".0f", 2**-20),
+    }
+
+
+def table(rows: Sequence[Row], width: int = 160) -> Table:
+    """The rows as a `rich` table, with the columns that fit a terminal of `width`; `*` marks the Pareto front."""
+    from rich.table import Table
+
+    columns = {  # heading: (cell, from which width on)
+        "guidance": ("guidance", 120), "NFE": ("nfe", 0), "s/image": ("seconds", 0), "speed-up": ("speedup", 0),
+        "Fréchet": ("frechet", 0), "95 %": ("frechet_spread", 100), "KID e3": ("kid", 150),
+        "precision": ("precision", 150), "recall": ("recall", 120), "accuracy": ("accuracy", 100), "PSNR": ("psnr", 80),
+    }  # fmt: skip
+    shown = {head: cell for head, (cell, least) in columns.items() if width >= least}
+    result = Table(header_style="bold", row_styles=["", "on grey7"], pad_edge=False, box=None)
+    result.add_column("", width=1)
+    result.add_column("variant", overflow="fold", min_width=20)
+    for head in shown:
+        result.add_column(head, justify="right", no_wrap=True)
+    front = set(pareto(rows, cost_axis(rows)))
+    for i, row in enumerate(rows):
+        c = cells(row)
+        style = "bold" if row["role"] == "reference" else "dim" if row["role"] == "equal-cost" else None
+        result.add_row("*" if i in front else "", row["name"], *(c[cell] for cell in shown.values()), style=style)
+    return result
+
+
+def plot(rows: Sequence[Row]) -> Figure | None:
+    """Quality against cost, a panel per guidance scale, the front over all rows in each. None without quality."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    rows = [row for row in rows if row.get("frechet") is not None]
+    if not rows:
+        return None
+    cost, level = cost_axis(rows), floor(rows)
+    front = [rows[i] for i in pareto(rows, cost)]
+    methods = list(dict.fromkeys(row["sampler"].split(":")[0] for row in rows))
+    scales = sorted({row["guidance_scale"] for row in rows})
+    with matplotlib.rc_context({"font.size": 10, "font.family": "sans-serif", "svg.hashsalt": "hasten"}):
+        figure = Figure(figsize=(4.6 * max(len(scales), 1.55), 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = list(figure.subplots(1, len(scales), sharey=True, squeeze=False)[0])
+        for axis, scale in zip(axes, scales, strict=True):
+            axis.step([r[cost] for r in front], [r["frechet"] for r in front], where="post", color="#999999",
+                      lw=1.4, zorder=1, label="Pareto front of all rows")  # fmt: skip
+            if level:
+                axis.axhline(level, color="#b00020", lw=1, ls=(0, (4, 3)), zorder=0,
+                             label=f"floor: real images, n = {rows[0]['protocol']['n']}")  # fmt: skip
+            for method in methods:
+                here = [r for r in rows if r["sampler"].split(":")[0] == method and r["guidance_scale"] == scale]
+                here.sort(key=lambda r: r[cost])
+                if not here:
+                    continue
+                k = methods.index(method)
+                x, y = [r[cost] for r in here], [r["frechet"] for r in here]
+                low = [max(r["frechet"] - (r.get("frechet_low") or r["frechet"]), 0) for r in here]
+                high = [max((r.get("frechet_high") or r["frechet"]) - r["frechet"], 0) for r in here]
+                style = {"color": COLORS[k % 8], "marker": MARKERS[k % 8], "ms": 6.5, "ls": ":", "lw": 1}
+                axis.errorbar(x, y, yerr=[low, high], label=method, elinewidth=1.2, capsize=2.5, mec="white", mew=0.7,
+                              zorder=3, **style)  # fmt: skip
+            ours = [r for r in front if r["guidance_scale"] == scale]
+            axis.scatter([r[cost] for r in ours], [r["frechet"] for r in ours], s=130, facecolor="none",
+                         edgecolor="#222222", lw=1.2, zorder=4, label="on the front")  # fmt: skip
+            axis.set(xscale="log", yscale="log", xlabel=CAPTIONS[cost])
+            axis.set_title("no guidance" if scale == 1 else f"guidance scale {scale:g}", fontsize=11)
+            if cost == "nfe":
+                axis.xaxis.set_major_locator(FixedLocator([2**k for k in range(12)]))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            axis.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            axis.grid(color="#e6e6e6", lw=0.7)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("Fréchet distance (lower is better)")
+        entries = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        entries = dict(sorted(entries.items(), key=lambda entry: entry[0] not in methods))
+        figure.legend(entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def strip(images: np.ndarray, height: int = 56, gap: int = 3) -> Image:
+    """Images uint8 `(K, C, H, W)` side by side; small ones are enlarged, unsmoothed, to about `height` pixels."""
+    from PIL import Image
+
+    count, channels, h, w = images.shape
+    scale = max(1, round(height / h))
+    pixels = images if channels == 3 else np.repeat(images[:, :1], 3, axis=1)
+    pixels = pixels.transpose(0, 2, 3, 1).repeat(scale, 1).repeat(scale, 2)
+    sheet = np.full((h * scale, count * w * scale + (count - 1) * gap, 3), 255, np.uint8)
+    for k in range(count):
+        start = k * (w * scale + gap)
+        sheet[:, start : start + w * scale] = pixels[k]
+    return Image.fromarray(sheet)
+
+
+def grid(rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[str] = ()) -> Image:
+    """A row per variant, name and NFE at the left, a column per seed; `images[key]` is uint8 `(K, C, H, W)`."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    strips = [(row, strip(images[row["key"]])) for row in rows if row["key"] in images]
+    if not strips:
+        raise ValueError("a grid needs the images of at least one row")
+    bold, plain = ImageFont.load_default(15), ImageFont.load_default(13)
+    left = 24 + max(max(int(bold.getlength(row["name"])) for row, _ in strips), 130)
+    top, width, height = (26 if heads else 8), strips[0][1].width, strips[0][1].height
+    sheet = Image.new("RGB", (left + width + 8, top + len(strips) * (height + 5) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    step = (width + 3) / len(images[strips[0][0]["key"]])
+    for k, head in enumerate(heads):
+        while plain.getlength(head) > step - 4 and len(head) > 2:
+            head = head[:-2].rstrip() + "…" if not head.endswith("…") else head[:-2] + "…"
+        pen.text((left + (k + 0.5) * step, 13), head, font=plain, fill="#555555", anchor="mm")
+    for k, (row, picture) in enumerate(strips):
+        y = top + k * (height + 5)
+        sheet.paste(picture, (left, y))
+        pen.text((10, y + height / 2 - 9), row["name"], font=bold, fill="#111111", anchor="lm")
+        guided = "" if row["guidance_scale"] == 1 else f", guidance {row['guidance_scale']:g}"
+        below = f"{number(row['nfe'])} NFE{guided}"
+        pen.text((10, y + height / 2 + 10), below, font=plain, fill="#666666", anchor="lm")
+    return sheet
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an `<svg>` element to put inside a page: no declaration, no document type, no metadata."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    body = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.S)
+    body = body[body.index("<svg") :]
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%" role="img"', body, count=1)
+
+
+def data_uri(picture: Image) -> str:
+    """A picture as a PNG `data:` address."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def write(
+    out: Path, rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[str] = (), note: str = ""
+) -> Path:
+    """Write `report.html`, `front.png` (where quality was measured) and `grid.png` into `out`; return the page's path.
+
+    rows: as in results.jsonl, in the order to show. images: uint8 `(K, C, H, W)` by row key, the same K seeds in each.
+    heads: a word above each image column (class names). note: a line on what is missing, shown under the headline.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    figure = plot(rows)
+    if figure is not None:
+        figure.savefig(out / "front.png", dpi=160)
+    if any(row["key"] in images for row in rows):
+        grid(rows, images, heads).save(out / "grid.png")
+    front = set(pareto(rows, cost_axis(rows)))
+    shown = [
+        {"row": row, "cells": cells(row), "front": i in front,
+         "strip": data_uri(strip(images[row["key"]])) if row["key"] in images else ""}
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    page = Environment(loader=PackageLoader("hasten"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = page.get_template("report.html.j2").render(
+        shown=shown, headline=headline(rows), heads=heads, note=note, figure=svg(figure) if figure is not None else "",
+        protocol=rows[0]["protocol"], cost=CAPTIONS[cost_axis(rows)], quality=figure is not None,
+        width=strip(next(iter(images.values()))).width if images else 0,
+        real=cells({**dict.fromkeys(rows[0]), **rows[0]["protocol"]["floors"], "guidance_scale": 1.0, "nfe": 0}),
+    )  # fmt: skip
+    path = out / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return path

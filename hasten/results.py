@@ -1,0 +1,105 @@
+"""The folder of a comparison: finished rows, their images, and what a row's numbers depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import io
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .errors import BadInput
+from .images import reserve, write
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+SCHEMA = 1
+QUALITY = (  # what a row holds None of where it was not measured
+    "frechet", "frechet_low", "frechet_high", "kid", "precision", "recall", "density", "coverage", "inception_score",
+    "accuracy", "psnr", "rms",
+)  # fmt: skip
+
+
+class Store:
+    """The folder of a comparison: its finished rows and their images, each file written whole or not at all.
+
+    Rows lie in results.jsonl under a `key`, the hash of all that their numbers depend on: weights, method, the
+    reference's method, n, seed, runtime, features. Rows of other settings stay in the file and out of the report.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.path = out, reserve(out / "results.jsonl")
+        self.rows: dict[str, dict[str, Any]] = {}
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+            except (json.JSONDecodeError, KeyError, TypeError) as e:
+                raise BadInput(f"{self.path}, line {number}: not a row of hasten compare; choose another folder") from e
+
+    def put(self, *rows: dict[str, Any]) -> None:
+        """Add or replace rows on disk."""
+        self.rows |= {row["key"]: row for row in rows}
+        write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode())
+
+    def timing(self, machine: dict[str, Any], keys: Iterable[str]) -> dict[str, Any] | None:
+        """What `put_timing` wrote, if it holds for this machine and has all rows."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = json.loads((self.out / "timing.json").read_text())
+            if found["machine"] == machine and all(key in found["rows"] for key in keys):
+                return found["rows"]
+        return None
+
+    def put_timing(self, machine: dict[str, Any], rows: dict[str, Any]) -> None:
+        """Keep the seconds and counts of one interleaved run."""
+        write(self.out / "timing.json", json.dumps({"machine": machine, "rows": rows}).encode())
+
+    def keep(self, name: str, images: np.ndarray) -> None:
+        """Keep an array beside the rows."""
+        stream = io.BytesIO()
+        np.save(stream, images)
+        write(reserve(self.out / "samples" / f"{name}.npy"), stream.getvalue())
+
+    def images(self, name: str) -> np.ndarray | None:
+        """What `keep` wrote, or None if it is not there."""
+        with contextlib.suppress(OSError, ValueError):
+            return np.load(self.out / "samples" / f"{name}.npy")
+        return None
+
+
+def fingerprint(model: Model) -> str:
+    """sha256 of the weights as they are now, and of the schedule and prediction that give them their meaning."""
+    digest = hashlib.sha256()
+    for name, value in model.denoiser.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for part in ("schedule", "prediction", "clock"):
+        digest.update(repr(getattr(model.denoiser, part, None)).encode())
+    return digest.hexdigest()
+
+
+def now() -> str:
+    """The date and time, UTC, to the minute."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def processor(device: torch.device) -> str:
+    """The device that does the work, as a person would name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,55 @@
+"""What the commands say: results as text or JSON, commands as they are typed, progress on stderr."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+
+def spell(verb: str, argument: str, options: Mapping[str, object]) -> str:
+    """The command line that does this again; options that are None or False are left out."""
+    words = ["hasten", verb, argument]
+    for key, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            words.append(str(int(value) if isinstance(value, float) and value.is_integer() else value))
+    return shlex.join(words)
+
+
+def versions() -> str:
+    """The versions that a result depends on."""
+    import torch
+
+    from . import __version__
+
+    return f"hasten {__version__}, torch {torch.__version__}"
+
+
+def tell(result: object, text: str, json: bool) -> None:
+    """The result on stdout: JSON for machines, or the text for people."""
+    print(jsonlib.dumps(result, indent=2) if json else text, flush=True)
+
+
+def plain(value: object) -> str:
+    """A JSON value on one line, strings without their quotes, long ones cut."""
+    text = value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr while that is a terminal; yields what to call with (done, of how many), or None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

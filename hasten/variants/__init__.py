@@ -1,0 +1,222 @@
+"""Which ways of sampling a comparison runs: read from TOML, checked as a whole, with the equal-cost rows added.
+
+A set of variants is a TOML file (`demo` and `full` are bundled beside this module):
+
+    n = 400                       # images a row when the caller does not say; rounds = 3 for the timing likewise
+    [reference]
+    sampler = "unipc:order=3"
+    times = "lambda"
+    steps = 64
+    guidance_scale = 2.0
+    [[variant]]
+    name = "DDIM"
+    sampler = "ddim"              # sampler, times, steps and guidance_scale may be lists: the product is run
+    steps = [4, 8, 16]
+
+What a variant leaves out (times, steps, guidance_scale) is the reference's; times and guidance_scale that the reference
+leaves out are the model's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, HastenError, nearest
+
+FOLDER = Path(__file__).resolve().parent
+KEYS = ("name", "sampler", "times", "steps", "guidance_scale", "accelerators")
+LISTED = ("sampler", "times", "steps", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison: how to sample, and what the row is for.
+
+    role: "reference" (all else is measured against it), "variant", or "equal-cost" (the reference with fewer steps).
+    """
+
+    name: str
+    sampler: str
+    times: str
+    steps: int
+    guidance_scale: float = 1.0
+    accelerators: tuple[str, ...] = ()
+    role: str = "variant"
+
+    @property
+    def method(self) -> tuple[Any, ...]:
+        """What is run, without what it is called: equal methods are the same row."""
+        from ..pick import spell
+
+        sampler, times = spell(_picked("samplers", self.sampler)), spell(_picked("times", self.times))
+        return sampler, times, self.steps, self.guidance_scale, self.accelerators
+
+    @property
+    def nfe(self) -> int:
+        """Declared network evaluations per image; a guided one counts 2."""
+        return _picked("samplers", self.sampler).nfe(self.steps) * (1 if self.guidance_scale == 1 else 2)
+
+
+@dataclass(frozen=True)
+class VariantSet:
+    """A reference, the variants that are measured against it, and the set's own numbers where the caller gives none."""
+
+    source: str
+    reference: Variant
+    variants: tuple[Variant, ...]
+    n: int = 500
+    rounds: int = 5
+
+    def rows(self) -> list[tuple[Variant, Variant | None]]:
+        """Every row to run, with the row that is its equal-cost comparison (None for the reference).
+
+        For each NFE of a variant there is the reference with the most steps that do not cost more: a variant of the
+        set where one is just that, else a row of role "equal-cost". Where one step costs more already there is none.
+        """
+        rows: dict[tuple[Any, ...], Variant] = {self.reference.method: self.reference}
+        for variant in self.variants:
+            rows.setdefault(variant.method, variant)
+        equal: dict[int, Variant | None] = {}
+        for nfe in sorted({row.nfe for row in rows.values()}):
+            steps = range(self.reference.steps, 0, -1)
+            known = (replace(self.reference, steps=count, role="equal-cost") for count in steps)
+            fitting = next((row for row in known if row.nfe <= nfe), None)
+            if fitting is not None:
+                count = f"{fitting.steps} step" + ("" if fitting.steps == 1 else "s")
+                fitting = rows.setdefault(fitting.method, replace(fitting, name=f"Reference, {count}"))
+            equal[nfe] = fitting
+        order = {"reference": 0, "variant": 1, "equal-cost": 1}
+        ordered = sorted(rows.values(), key=lambda row: (order[row.role], row.role == "equal-cost"))
+        equals = {"reference": lambda row: None, "equal-cost": lambda row: row, "variant": lambda row: equal[row.nfe]}
+        return [(row, equals[row.role](row)) for row in ordered]
+
+
+@functools.lru_cache(256)
+def _picked(folder: str, text: str) -> Any:
+    """`pick`, remembered: a set asks for the same few methods many times."""
+    from ..pick import pick
+
+    return pick(folder, text)
+
+
+def names() -> list[str]:
+    """The bundled sets."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def read(source: str | Path | None, times: str = "angle", guidance_scale: float = 1.0) -> VariantSet:
+    """A bundled set by name (None: "demo"), or a TOML file by path. Everything but the model's part is checked here.
+
+    times, guidance_scale: of a reference that names none.
+    Raises BadInput in one line with the file, the key and the nearest valid choice.
+    """
+    source = "demo" if source is None else source
+    path = FOLDER / f"{source}.toml" if str(source) in names() else Path(source)
+    if not path.is_file():
+        known = nearest(str(source), names())
+        raise BadInput(f"no set of variants {str(source)!r}: neither a file nor bundled; {known}")
+    return parse(_load(path), str(source), times, guidance_scale)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path}: not valid TOML: {e}") from e
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror or e}") from e
+
+
+def parse(
+    data: Mapping[str, Any], source: str = "variants", times: str = "angle", guidance_scale: float = 1.0
+) -> VariantSet:
+    """A set from the mapping that its TOML holds; `source` begins each error."""
+    top = ("reference", "variant", "n", "rounds")
+    _known(data, top, source)
+    for key, least in (("n", 10), ("rounds", 1)):
+        if key in data and (type(data[key]) is not int or data[key] < least):
+            raise BadInput(f"{source}: {key} must be a whole number from {least}, got {data[key]!r}")
+    if not isinstance(data.get("reference"), dict):
+        raise BadInput(f"{source}: there must be one [reference] table with a sampler and steps")
+    if not isinstance(data.get("variant", []), list) or not all(isinstance(v, dict) for v in data.get("variant", [])):
+        raise BadInput(f"{source}: write each variant as a [[variant]] table")
+    head = {"name": "reference", "times": times, "guidance_scale": guidance_scale, **data["reference"]}
+    reference = _expand(head, f"{source}: [reference]", lists=False)[0]
+    reference = replace(reference, role="reference")
+    rest = {key: head[key] for key in ("times", "steps", "guidance_scale")}
+    variants: list[Variant] = []
+    for i, table in enumerate(data.get("variant", []), 1):
+        where = f"{source}: variant {i}" + (f" ({table['name']!r})" if isinstance(table.get("name"), str) else "")
+        if "name" not in table:
+            raise BadInput(f"{where}: has no name")
+        variants += _expand({**rest, **table}, where)
+    seen = {reference.name}
+    for variant in variants:
+        if variant.name in seen:
+            raise BadInput(f"{source}: the name {variant.name!r} is used twice: each row needs its own")
+        seen.add(variant.name)
+    numbers = {key: data[key] for key in ("n", "rounds") if key in data}
+    return VariantSet(source, reference, tuple(variants), **numbers)
+
+
+def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    for key in table:
+        if key not in keys:
+            raise BadInput(f"{where}: unknown key {key!r}: {nearest(key, keys)}")
+
+
+def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Variant]:
+    """The product over a table's lists; what varies is added to the name."""
+    _known(table, KEYS, where)
+    for key in ("sampler", "steps"):
+        if key not in table:
+            raise BadInput(f"{where}: has no {key}")
+    if not isinstance(table["name"], str) or not table["name"].strip():
+        raise BadInput(f"{where}: name must be text, got {table['name']!r}")
+    if table.get("accelerators", []) != []:
+        raise BadInput(f"{where}: accelerators: there are none yet; leave the key out")
+    choices: dict[str, list[Any]] = {}
+    for key in LISTED:
+        value = table[key]
+        if isinstance(value, list) and (not lists or not value):
+            raise BadInput(f"{where}: {key} must be {'one or more values' if lists else 'one value'}, got {value!r}")
+        choices[key] = value if isinstance(value, list) else [value]
+    result = []
+    for values in itertools.product(*choices.values()):
+        asked = dict(zip(LISTED, values, strict=True))
+        _check(asked, where)
+        name = table["name"].strip()
+        if len(choices["sampler"]) > 1:
+            name += f" {asked['sampler']}"
+        if len(choices["times"]) > 1:
+            name += f", {asked['times']} times"
+        if len(choices["steps"]) > 1:
+            name += f", {asked['steps']} step" + ("" if asked["steps"] == 1 else "s")
+        if len(choices["guidance_scale"]) > 1:
+            name += f", guidance {asked['guidance_scale']:g}"
+        result.append(Variant(name=name, **{**asked, "guidance_scale": float(asked["guidance_scale"])}))
+    return result
+
+
+def _check(asked: Mapping[str, Any], where: str) -> None:
+    for key, folder in (("sampler", "samplers"), ("times", "times")):
+        if not isinstance(asked[key], str):
+            raise BadInput(f"{where}: {key} must be text, got {asked[key]!r}")
+        try:
+            _picked(folder, asked[key])
+        except HastenError as e:
+            raise BadInput(f"{where}: {key}: {e}") from e
+    if type(asked["steps"]) is not int or asked["steps"] < 1:
+        raise BadInput(f"{where}: steps must be a whole number from 1, got {asked['steps']!r}")
+    scale = asked["guidance_scale"]
+    if type(scale) not in (int, float) or not 0 <= scale < float("inf"):
+        raise BadInput(f"{where}: guidance_scale must be a number from 0 (1: no guidance), got {scale!r}")

@@ -1,0 +1,192 @@
+"""The report: what is on the front, what the page says, and that it needs nothing but itself."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hasten import report
+
+PROTOCOL = {
+    "model": "fashion", "model_hash": "ab12" * 16, "set": "demo", "n": 500, "seeds": [0, 499], "batch_size": 64,
+    "timing_batch": 16, "rounds": 3, "classes": 10, "features": "fashion",
+    "reference": "Fashion-MNIST, test split, 10000 images",
+    "floors": {"frechet": 0.35, "kid": -0.0007, "precision": 0.88, "recall": 0.87, "coverage": 0.97, "accuracy": 0.93},
+    "hardware": "Some CPU, 2 cores", "threads": 2, "device": "cpu", "dtype": "bf16", "torch": "2.13.0", "hasten": "0.1",
+    "date": "2026-01-02 03:04 UTC", "command": "hasten compare fashion --n 500 --out runs/<demo>",
+}  # fmt: skip
+
+
+def row(name: str, sampler: str, steps: int, nfe: float, frechet: float | None, **others: Any) -> dict[str, Any]:
+    """A finished row as `compare` makes them."""
+    made = {
+        "key": f"key-{name}", "name": name, "role": "variant", "sampler": sampler, "times": "lambda", "steps": steps,
+        "guidance_scale": 2.0, "accelerators": [], "nfe": nfe, "macs_per_image": 30e6 * nfe,
+        "seconds_per_image": 1e-3 * nfe, "speedup": 64 / nfe, "speedup_low": 63 / nfe, "speedup_high": 66 / nfe,
+        "peak_memory": 4e8, "frechet": frechet, "frechet_low": frechet and 0.95 * frechet,
+        "frechet_high": frechet and 1.05 * frechet, "kid": 0.004, "precision": 0.8, "recall": 0.7, "density": 0.9,
+        "coverage": 0.8, "inception_score": 6.0, "accuracy": 0.95, "psnr": 25.0, "rms": 0.05, "equal_cost": None,
+        "is_equal_cost": False, "frechet_over_equal_cost": None, "protocol": PROTOCOL,
+    }  # fmt: skip
+    return {**made, **others}
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return [
+        row("UniPC-3, 32 steps", "unipc:order=3", 32, 64, 4.0, role="reference", psnr=None, rms=None),
+        row("UniPC-3, 4 steps", "unipc:order=3", 4, 8, 5.5, is_equal_cost=True),
+        row("UniPC-3, 8 steps", "unipc:order=3", 8, 16, 4.2, is_equal_cost=True),
+        row("DDIM, 4 steps", "ddim", 4, 8, 21.0, frechet_over_equal_cost=3.8),
+        row("DDIM, 8 steps", "ddim", 8, 16, 9.1, frechet_over_equal_cost=2.2),
+        row("Heun, 4 steps", "heun", 4, 14, 30.0),
+        row("UniPC-3, no guidance", "unipc:order=3", 8, 8, 12.0, guidance_scale=1.0),
+        row("Reference, 7 steps", "unipc:order=3", 7, 14, 4.4, role="equal-cost", is_equal_cost=True),
+    ]
+
+
+@pytest.fixture
+def images(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    noise = np.random.default_rng(0)
+    return {r["key"]: noise.integers(0, 256, (10, 1, 28, 28), dtype=np.uint8) for r in rows}
+
+
+def test_the_front_is_what_no_row_beats(rows: list[dict[str, Any]]) -> None:
+    front = report.pareto(rows)
+    assert [rows[i]["name"] for i in front] == [
+        "UniPC-3, 4 steps", "Reference, 7 steps", "UniPC-3, 8 steps", "UniPC-3, 32 steps",
+    ]  # fmt: skip
+    for i, mine in enumerate(rows):
+        beaten = any(
+            (r["nfe"] <= mine["nfe"] and r["frechet"] <= mine["frechet"])
+            and (r["nfe"] < mine["nfe"] or r["frechet"] < mine["frechet"])
+            for r in rows
+        )
+        assert beaten == (i not in front)
+
+
+def test_the_front_keeps_one_of_two_equal_rows_and_none_without_quality() -> None:
+    twice = [row("a", "ddim", 4, 4, 2.0), row("b", "ddim", 4, 4, 2.0), row("c", "ddim", 2, 2, None)]
+    assert report.pareto(twice) == [0]
+
+
+def test_the_headline_names_the_cheapest_row_near_the_reference(rows: list[dict[str, Any]]) -> None:
+    said = report.headline(rows)
+    assert said.startswith("Reference, 7 steps (14 NFE) makes an image 4.6× faster than UniPC-3, 32 steps (64 NFE)")
+    assert "4.40 against 4.00 (floor 0.35)" in said
+    far = [r for r in rows if r["frechet"] > 4.6 or r["role"] == "reference"]
+    assert report.headline(far).startswith("No variant comes within 15%")
+    assert "not finished" in report.headline(rows[1:])
+    blind = [{**r, "frechet": None} for r in rows]
+    assert "Quality was not measured" in report.headline(blind)
+    assert "UniPC-3, 4 steps" in report.headline(blind)
+
+
+class Page(HTMLParser):
+    """Addresses that a page would fetch, its table's rows, and whether its tags are balanced."""
+
+    VOID = {"meta", "img", "br", "input", "hr", "link", "source"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.names: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.fetched += [found[key] or "" for key in ("src", "srcset", "data", "poster") if key in found]
+        if tag in ("link", "a", "use", "image"):
+            self.fetched += [v or "" for k, v in attrs if k in ("href", "xlink:href")]
+        if tag == "tr" and found.get("class"):
+            self.names.append(found["class"] or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+
+def test_the_page_is_whole_and_needs_no_network(
+    rows: list[dict[str, Any]], images: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    heads = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+    path = report.write(tmp_path, rows, images, heads, "a <b>note</b>")
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.names == ["reference", *["variant"] * 6, "equal-cost"]
+    assert page.fetched
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.fetched)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert "runs/&lt;demo&gt;" in text  # what a user named is text, not markup
+    assert "a &lt;b&gt;note" in text
+    assert "not comparable" in text
+    assert "Fashion-MNIST, test split" in text
+    for r in rows:
+        assert r["name"] in text
+    assert text.count("<svg") == 1
+    assert len(text) < 2_000_000
+    for name in ("front.png", "grid.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_a_page_without_quality_has_costs_and_no_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    none = {"features": None, "reference": None, "floors": {}}
+    unknown = dict.fromkeys(("frechet", "frechet_low", "kid", "accuracy"))
+    blind = [{**r, **unknown, "protocol": PROTOCOL | none} for r in rows]
+    text = report.write(tmp_path, blind, {}).read_text()
+    assert Page(text).open == []
+    assert "<svg" not in text
+    assert "Fréchet<br>distance" not in text
+    assert not (tmp_path / "front.png").exists()
+
+
+def test_the_grid_puts_each_image_where_it_belongs(rows: list[dict[str, Any]]) -> None:
+    images = {rows[0]["key"]: np.zeros((3, 3, 8, 8), np.uint8), rows[1]["key"]: np.zeros((3, 3, 8, 8), np.uint8)}
+    images[rows[1]["key"]][2, 0] = 255  # the third image of the second row is red
+    picture = np.asarray(report.grid(rows, images, ["one", "two", "three"]))
+    red = (picture == [255, 0, 0]).all(axis=2)
+    assert red.sum() == 56 * 56
+    y, x = np.argwhere(red).min(axis=0)
+    black = (picture == 0).all(axis=2)
+    columns = np.flatnonzero(black[y - 61 : y - 5].all(axis=0))  # of the row above
+    assert (columns >= x).sum() == 56
+    assert (columns < x).sum() == 2 * 56
+
+
+def test_the_strip_enlarges_without_smoothing() -> None:
+    images = np.arange(4, dtype=np.uint8).reshape(1, 1, 2, 2) * 60
+    pixels = np.asarray(report.strip(images, height=8))
+    assert pixels.shape == (8, 8, 3)
+    assert set(np.unique(pixels)) == {0, 60, 120, 180}
+
+
+def test_the_table_has_a_line_a_row_and_marks_the_front(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    for width in (78, 100, 120, 160):
+        console = Console(width=width, no_color=True)
+        with console.capture() as captured:
+            console.print(report.table(rows, width))
+        lines = captured.get().splitlines()
+        assert len(lines) == len(rows) + 1, "a cell was wrapped"
+        assert "…" not in captured.get(), "a cell was cut"
+        for r, line in zip(rows, lines[1:], strict=True):
+            assert line[1:].lstrip().startswith(r["name"])
+            assert f"{r['frechet']:.2f}" in line
+        assert [line[0] for line in lines[1:]].count("*") == 4
