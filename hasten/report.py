@@ -167,7 +167,9 @@ def plot(rows: Sequence[Row]) -> Figure | None:
                 x, y = [r[cost] for r in here], [r["frechet"] for r in here]
                 low = [max(r["frechet"] - (r.get("frechet_low") or r["frechet"]), 0) for r in here]
                 high = [max((r.get("frechet_high") or r["frechet"]) - r["frechet"], 0) for r in here]
-                style = {"color": COLORS[k % 8], "marker": MARKERS[k % 8], "ms": 6.5, "ls": ":", "lw": 1}
+                style = {"color": COLORS[k % 8], "marker": MARKERS[k % 8], "ms": 6.5, "ls": "none"}
+                best = {r[cost]: r["frechet"] for r in sorted(here, key=lambda r: (r[cost], -r["frechet"]))}
+                axis.plot(list(best), list(best.values()), color=COLORS[k % 8], ls=":", lw=1, zorder=2)
                 axis.errorbar(x, y, yerr=[low, high], label=method, elinewidth=1.2, capsize=2.5, mec="white", mew=0.7,
                               zorder=3, **style)  # fmt: skip
             ours = [r for r in front if r["guidance_scale"] == scale]
@@ -274,6 +276,7 @@ def write(
     text = page.get_template("report.html.j2").render(
         shown=shown, headline=headline(rows), heads=heads, note=note, figure=svg(figure) if figure is not None else "",
         protocol=rows[0]["protocol"], cost=CAPTIONS[cost_axis(rows)], quality=figure is not None,
+        plot_width=round(100 * figure.get_figwidth()) if figure is not None else 0,
         width=strip(next(iter(images.values()))).width if images else 0,
         real=cells({**dict.fromkeys(rows[0]), **rows[0]["protocol"]["floors"], "guidance_scale": 1.0, "nfe": 0}),
     )  # fmt: skip

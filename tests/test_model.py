@@ -274,3 +274,11 @@ def test_bf16_is_near_fp32_and_not_the_same(model: Model) -> None:
     full, short = model.sample(2, steps=3), model.sample(2, steps=3, runtime="bf16")
     assert not torch.equal(full, short)
     assert (full - short).abs().mean() < 0.1
+
+
+def test_the_files_of_a_model_have_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    """A folder shared between people must be readable by the others where their system says so."""
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    folder = tiny().save(tmp_path / "model")
+    assert {f.stat().st_mode for f in folder.iterdir()} == {plain.stat().st_mode}
