@@ -145,10 +145,12 @@ def compare(
     """
     from .compare import compare as run
 
-    rows = run(
-        open_model(model, device), variants=variants, n=n, out=out, seed=seed, rounds=rounds, batch_size=batch_size,
-        timing_batch=timing_batch, runtime=runtime, reference=reference, features=features, show=not json,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "variants": variants, "n": n, "seed": seed, "rounds": rounds, "batch_size": batch_size,
+        "timing_batch": timing_batch, "runtime": runtime, "reference": reference, "features": features,
+    }  # fmt: skip
+    told = {**asked, "runtime": None if runtime == "auto" else runtime, "out": out}
+    rows = run(open_model(model, device), out=out, **asked, show=not json, command=spell("compare", model, told))
     if json:
         tell(rows, "", json)
     return rows
