@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import BadInput
-from hasten.exact import Gaussian
+from hasten.exact import Gaussian, g8
 from hasten.plan import Plan, plan
 from hasten.samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC, invert
 from hasten.samplers._phi import Known, advance, g, node
@@ -96,6 +96,89 @@ def test_a_step_integrates_polynomials_exactly(order: int, sde: bool, predict: s
         got = advance(zero, answers, end, predict=predict, sde=sde, noise=zero)
         exact = (weights * kernel * ((lam - lam0) / h) ** degree).sum()
         torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-11 * h)
+
+
+@pytest.mark.parametrize("variable", ["t", "rho"])
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_deis_weights_integrate_polynomials_exactly(order: int, variable: str) -> None:
+    """sum_j w_j p(node j) = int p dq for polynomials p of degree < order in the variable, over wide steps."""
+    import numpy as np
+
+    schedule, times = VPLinear(), torch.tensor([0.9, 0.85, 0.7, 0.6, 0.35], dtype=F64)
+    past = [Known(node(schedule, t), None, None) for t in times[4 - order : 4].flip(0)]
+    weights = DEIS(order, variable)._weights(schedule, past, node(schedule, times[-1]))
+    points, gauss = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(100))
+    if variable == "t":
+        low, high = times[3], times[4]
+        at = (low + (high - low) * (points + 1) / 2).requires_grad_()
+        (rate,) = torch.autograd.grad((schedule.sigma(at) / schedule.alpha(at)).sum(), at)  # dq/dt
+        place = [k.node.t for k in past]
+    else:
+        low, high = schedule.q(times[3]), schedule.q(times[4])
+        at, rate, place = low + (high - low) * (points + 1) / 2, torch.ones_like(points), [k.node.q for k in past]
+    for degree in range(order):
+        exact = (gauss * rate * at.detach() ** degree).sum() * (high - low) / 2
+        found = sum(w * p**degree for w, p in zip(weights, place))
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-13)
+
+
+def test_singlestep_is_the_papers_formula() -> None:
+    """2S with its node at 1/2 and 3S with nodes at 1/3 and 2/3 in lam, as DPM-Solver++ writes them."""
+    schedule, lam0, h = VPLinear(), -0.6, 0.8
+    z, answers = torch.tensor(0.7, dtype=F64), [torch.tensor(v, dtype=F64) for v in (0.3, -0.2, 0.5)]
+
+    def run(sampler: Any, fractions: list[float]) -> Tensor:
+        replies = iter(answers)
+        times = schedule.time(lam0 + h * torch.tensor([0.0, *fractions, 1.0], dtype=F64))
+        return drive(sampler, schedule, lambda z, t: next(replies), z, times)[0]
+
+    def base(r: float) -> tuple[Tensor, Tensor]:  # alpha, and the first-order step, at lam0 + r h
+        (a, s), s0 = (
+            (f(schedule.time(lam0 + r * h)) for f in (schedule.alpha, schedule.sigma)),
+            schedule.sigma(schedule.time(lam0)),
+        )
+        return a, s / s0 * z - a * math.expm1(-r * h) * answers[0]
+
+    (alpha, first), (m0, m1, m2) = base(1.0), answers
+    two = first - alpha * math.expm1(-h) * (m1 - m0)
+    torch.testing.assert_close(run(DPMSolver(2, multistep=False), [0.5]), two, rtol=1e-12, atol=0)
+    three = first + alpha * (math.expm1(-h) / h + 1) * (m2 - m0) * 3 / 2
+    replies = run_groups_of_three(schedule, lam0, h, z, answers)
+    torch.testing.assert_close(replies, three, rtol=1e-12, atol=0)
+
+
+def run_groups_of_three(schedule: Schedule, lam0: float, h: float, z: Tensor, answers: list[Tensor]) -> Tensor:
+    """The state after the first group of a 5-step grid, whose groups are 3 and 2."""
+    times = schedule.time(lam0 + h * torch.tensor([0.0, 1 / 3, 2 / 3, 1.0, 1.2, 1.4], dtype=F64))
+    coroutine = DPMSolver(3, multistep=False).steps(schedule, z, times, lambda: z)
+    next(coroutine)
+    return [coroutine.send(answer) for answer in answers][-1].x
+
+
+def test_the_first_step_from_pure_noise_is_a_trapezoid() -> None:
+    """From alpha = 0: z_t = sigma_t/sigma_0 z + alpha_t (x0_0 + x0_t)/2 in Heun, and by UniPC's first correction and PLMS's
+    repeated step; its local error is of third order."""
+    schedule, answers = Flow(), [torch.tensor(v, dtype=F64) for v in (0.3, -0.2, -0.2)]
+    z, times = torch.tensor(1.3, dtype=F64), torch.tensor([1.0, 0.7, 0.4], dtype=F64)
+
+    def run(sampler: Any, times: Tensor) -> Tensor:
+        replies = iter(answers)
+        return drive(sampler, schedule, lambda z, t: next(replies), z, times)[0]
+
+    first = 0.7 * z + 0.3 * (answers[0] + answers[1]) / 2
+    torch.testing.assert_close(run(Heun(), times[:2]), first, rtol=1e-14, atol=0)
+    then = 0.4 / 0.7 * first + (0.6 - 0.4 / 0.7 * 0.3) * answers[1]
+    for sampler in (UniPC(1), UniPC(1, "bh1")):
+        torch.testing.assert_close(run(sampler, times), then, rtol=1e-12, atol=0)
+    coroutine = PLMS().steps(schedule, z, times, lambda: z)
+    next(coroutine)
+    torch.testing.assert_close([coroutine.send(a) for a in answers[:2]][-1].x, first, rtol=1e-14, atol=0)
+    model, errors = g8(schedule), []
+    for h in (0.04, 0.02):
+        step = torch.tensor([1.0, 1 - h], dtype=F64)
+        wrong = drive(Heun(), schedule, model, normals(16, 8), step)[0] - model.endpoint(normals(16, 8), 1.0, 1 - h)
+        errors.append(wrong.norm().item())
+    assert math.log2(errors[0] / errors[1]) > 2.8
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
