@@ -80,7 +80,7 @@ def bundle(run: Path, folder: Path) -> None:
     }  # fmt: skip
     model = Model(
         denoiser.eval(), "fashion", (1, 28, 28), tuple(CLASSES),
-        sampler="unipc", times="lambda:low=0.03", steps=16, guidance_scale=1.5, card=card,
+        sampler="unipc", times="lambda:low=0.03", steps=12, guidance_scale=1.25, card=card,
     )  # fmt: skip
     model.save(folder, half=True)
 

@@ -1,0 +1,71 @@
+"""What the package bundles: it loads, it is small, and it draws clothes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import hasten
+from hasten import zoo
+from hasten.metrics import extract, feature_net, reference
+from hasten.model import Model
+from hasten.sampling import Count
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return hasten.load("fashion")
+
+
+@pytest.fixture(scope="module")
+def fine(model: Model) -> Tensor:
+    return model.sample(40, seed=100, steps=48)
+
+
+def test_every_card_of_the_zoo_has_its_files_and_they_are_small() -> None:
+    cards = zoo.cards()
+    assert "fashion" in cards
+    for card in cards.values():
+        assert card.summary and card.licence
+        assert card.size <= 8e6, card.name
+
+
+def test_the_model_names_statistics_that_are_bundled(model: Model) -> None:
+    known = reference(model.card["reference"])
+    assert known.count == 10_000 and known.floor_at("frechet", 2000)
+    assert model.classes is not None and len(known.histogram) == len(model.classes)
+
+
+def test_its_images_are_of_the_class_asked_for(model: Model, fine: Tensor) -> None:
+    _, logits = extract(feature_net("fashion"), fine)
+    right = (logits.argmax(1) == model.labels(40)).float().mean()
+    assert right >= 0.85
+    shuffled = (logits.argmax(1) == model.labels(40).roll(1)).float().mean()
+    assert shuffled < 0.3
+
+
+def test_few_steps_of_a_high_order_come_nearer_to_many_than_first_order_does(model: Model, fine: Tensor) -> None:
+    def error(sampler: str, steps: int) -> float:
+        return float((model.sample(40, seed=100, sampler=sampler, steps=steps) - fine).square().mean().sqrt())
+
+    assert error("unipc", 8) < 0.75 * error("ddim", 8)
+    assert error("unipc", 16) < 0.75 * error("unipc", 8)
+
+
+def test_guidance_runs_both_branches_as_one_batch(model: Model) -> None:
+    count = Count(model.denoiser)
+    guided = hasten.CFG(scale=1.5).wrap(count)
+    hasten.draw(
+        guided, hasten.UniPC(), hasten.pick("times", "lambda"), hasten.Noise(range(4), model.shape), steps=3,
+        label=model.labels(4),
+    )  # fmt: skip
+    assert (count.calls, count.rows) == (3, 24)
+
+
+def test_the_null_class_is_not_a_class(model: Model) -> None:
+    """At pure noise the network must answer with the mean of a class, or of all classes for the null label."""
+    z = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0)).expand(11, *model.shape)
+    x0 = model.denoiser(z, 1.0, label=torch.arange(11))
+    everything = x0[:10].mean(0)
+    assert (x0[10] - everything).square().mean() < 0.3 * (x0[:10] - everything).square().mean()
