@@ -48,7 +48,7 @@ def sample(
         steps: Steps of the time grid.
         guidance_scale: 1 is the plain conditional model; more follows the class more closely and costs twice.
         single: Write one file an image, named by its seed.
-        columns: Images in a row of the grid.
+        columns: Images in a row of the grid. Left out: one of each class where all classes take turns, else a square.
         batch_size: Images in the network at once.
         runtime: Number format of the network, fp32 or bf16; auto times them on this machine once.
         device: auto, cpu, cuda or cuda:1. auto takes the GPU if there is one.
@@ -73,6 +73,8 @@ def sample(
         x = loaded.sample(n, chosen, seed, **setting, batch_size=batch_size, progress=tick)
     seconds = time.perf_counter() - began
     said = {"label": label, **setting, "n": n, "seed": seed, "single": single, "columns": columns}
+    if columns is None and chosen is None and loaded.classes is not None and n > len(loaded.classes):
+        columns = len(loaded.classes)
     text = {"command": spell("sample", model, said), "model": f"{loaded.name} {loaded.sha256}", "versions": versions()}
 
     def made(first: int, last: int) -> dict[str, str]:

@@ -107,6 +107,12 @@ def test_the_command_in_a_file_makes_that_file(cli: Cli, folder: Path, tmp_path:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_a_grid_of_all_classes_has_a_column_for_each(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    for words, columns in ((), 3), (("--label", "bag"), 4), (("--columns", 5), 5):
+        cli("sample", folder, "--n", 12, *words, "--out", tmp_path / "a.png")
+        assert Image.open(tmp_path / "a.png").width == 10 * columns - 2
+
+
 def test_single_files_are_the_tiles_of_the_grid(cli: Cli, folder: Path, tmp_path: Path) -> None:
     asked = ("sample", folder, "--n", 5, "--seed", 10, "--runtime", "fp32")
     cli(*asked, "--out", tmp_path / "grid.png", "--columns", 3)
