@@ -18,7 +18,10 @@ among four:
 | 64/128, 1 block, 2.8 M | AdamW 2e-3 | 470 | .1771 |
 | 64/128, 1 block, 2.8 M | Muon .02 | 407 | .1669 |
 
-RESULT
+Result, two cores of an AMD EPYC (Zen 5) shared with other work, torch 2.13, seed 0: 8,350 steps (17.8 epochs) in
+4,440 s. Loss .1577 at step 1,000, .1427 at 3,000, .1370 at 5,000, .1293 at the end. On 10,000 images with 64 steps of
+UniPC-2: Frechet distance to the test split in the bundled features .287 (8.8 floors), with guidance 1.25 .139 (4.3
+floors); class accuracy .897 and .943. That run drew its times from [0, 1]; the loss now draws them from [.005, 1].
 """
 
 from __future__ import annotations
