@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from . import __version__, report
 from .errors import BadInput, HastenError
 from .images import to_uint8
+from .machine import processor
 from .metrics import Reference, cost, evaluate_images, feature_net, net_name
 from .metrics import reference as load_reference
 from .metrics.difference import difference
 from .model import Model, load, whole
-from .results import QUALITY, SCHEMA, Store, fingerprint, now, processor
+from .results import QUALITY, SCHEMA, Store, fingerprint, now
 from .terminal import spell
 from .variants import Variant, VariantSet, read
 

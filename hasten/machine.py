@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -52,7 +53,8 @@ def choose(denoiser: nn.Module, x: Tensor, identity: str, budget: float = 2.0, *
     threads, the network and the batch size.
     """
     device = x.device.type
-    told = [identity, list(x.shape), device, platform.machine(), processor(x.device), torch.__version__]
+    chip = [platform.machine(), processor(x.device), torch.backends.cpu.get_cpu_capability()]
+    told = [identity, list(x.shape), device, *chip, torch.__version__]
     key = hashlib.sha256(json.dumps([*told, torch.get_num_threads()]).encode()).hexdigest()[:16]
     notes = notebook()
     try:
@@ -80,10 +82,14 @@ def device_for(text: str) -> torch.device:
 
 
 def processor(device: torch.device) -> str:
-    """A name for what computes."""
+    """The device that does the work, as a person would name it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor()} {os.cpu_count()} {torch.backends.cpu.get_cpu_capability()}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def notebook() -> Path:

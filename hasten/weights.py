@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import pkgutil
 from pathlib import Path
@@ -12,6 +11,9 @@ from torch import nn
 
 from . import nets
 from .errors import BadInput, nearest
+from .metrics.references import sha256
+
+__all__ = ["build", "fill", "sha256", "store"]
 
 
 def store(net: nn.Module, file: Path, half: bool = False) -> None:
@@ -52,8 +54,3 @@ def fill(net: nn.Module, file: Path, expected: str) -> None:
         if w.shape != own[key].shape:
             raise BadInput(f"{file}: {key} has shape {tuple(w.shape)}, the network wants {tuple(own[key].shape)}")
     net.load_state_dict(weights)
-
-
-def sha256(file: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
