@@ -22,7 +22,7 @@ from .machine import processor
 from .metrics import Reference, cost, evaluate_images, feature_net, net_name
 from .metrics import reference as load_reference
 from .metrics.difference import difference
-from .model import Model, load, whole
+from .model import RECOMMENDED, Model, load, whole
 from .results import QUALITY, SCHEMA, Store, fingerprint, now
 from .terminal import spell
 from .variants import Variant, VariantSet, read
@@ -38,6 +38,11 @@ class Job:
     equal: Variant | None
     key: str
     ready: Model
+
+    @property
+    def nfe(self) -> float:
+        """Network evaluations an image, for the progress bar."""
+        return self.variant.nfe or 2 * self.ready.steps
 
 
 class Progress:
@@ -69,29 +74,69 @@ def counting(model: Model, progress: Progress | None = None) -> Iterator[list[in
         if progress is not None:
             progress.bar.advance(progress.task, len(arguments[0]))
 
-    net: nn.Module = getattr(model.denoiser, "net", model.denoiser)
+    denoiser = model.denoiser
+    net: nn.Module = getattr(denoiser, "net", denoiser)
     handle = net.register_forward_pre_hook(hook)
+    features = getattr(denoiser, "features", None)
+    if features is not None:  # the seam by which some guides ask the network, past its forward
+
+        def counted(x_t: Tensor, *arguments: Any, **cond: Any) -> Any:
+            hook(net, (x_t,))
+            return features(x_t, *arguments, **cond)
+
+        denoiser.features = counted  # type: ignore[method-assign]
     try:
         yield count
     finally:
         handle.remove()
+        if features is not None:
+            del denoiser.features
 
 
 def prepare(model: Model, chosen: VariantSet) -> list[tuple[Variant, Variant | None, Model]]:
     """Each row, its equal and the model with the row's plan and guidance as its own.
 
-    Raises BadInput with the row's name for what this model cannot run, before anything has run.
+    Raises BadInput with the row's name for what this model cannot run, before anything has run. What does not know its
+    cost samples one image to find out.
     """
-    rows = []
-    for v, equal in chosen.rows():
+    found: dict[Any, Model] = {}
+
+    def ready(v: Variant) -> Model:
+        if v.method not in found:
+            choice = v.sampler or None, v.times or None, v.steps or None
+            try:
+                way = model.way(*choice, v.guidance_scale, v.guides, v.start, v.plan)  # type: ignore[arg-type]
+            except (HastenError, ValueError) as e:
+                raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
+            own: dict[str, Any] = {} if v.plan is not None else {"sampler": v.sampler, "times": v.times}
+            steps = len(way.times) - 1 if way.plan is None else way.plan.nfe
+            made = replace(model, plan=way.plan, steps=v.steps or steps, **own)
+            found[v.method] = replace(made, guidance_scale=v.guidance_scale)
+        return found[v.method]
+
+    def nfe(v: Variant) -> float:
+        made = ready(v)
         try:
-            model.guided(v.guidance_scale)
-            compiled, _, _ = model.method(v.sampler, v.times, v.steps)
+            with counting(model) as count:
+                images(made, v, 1, 0, 1, "fp32")
         except (HastenError, ValueError) as e:
             raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
-        ready = replace(model, plan=compiled, sampler=v.sampler, times=v.times, steps=v.steps)
-        rows.append((v, equal, replace(ready, guidance_scale=v.guidance_scale)))
-    return rows
+        return count[0] + extra(model, v)
+
+    return [(v, equal, ready(v)) for v, equal in chosen.rows(nfe)]
+
+
+def images(ready: Model, v: Variant, count: int, seed: int, batch_size: int, runtime: str) -> Tensor:
+    """Images of a row, with its model made ready."""
+    plan = None if ready.plan is None else RECOMMENDED
+    return ready.sample(
+        count, seed=seed, batch_size=batch_size, runtime=runtime, guides=v.guides, start=v.start, plan=plan
+    )
+
+
+def extra(model: Model, v: Variant) -> float:
+    """Evaluations an image of what is not the model's own network: those of the start."""
+    return 0 if v.start is None else model.bound("starts", v.start).nfe
 
 
 @dataclass
@@ -108,7 +153,7 @@ class Run:
     def sample(self, job: Job, count: int) -> Tensor:
         """The first images of a row: image k from seed + k and, in a model of C classes, class k mod C."""
         p = self.protocol
-        return job.ready.sample(count, seed=p["seeds"][0], batch_size=p["batch_size"], runtime=p["dtype"])
+        return images(job.ready, job.variant, count, p["seeds"][0], p["batch_size"], p["dtype"])
 
     def all(self) -> None:
         """Time every row unless that is done, then sample and judge the rows that are missing."""
@@ -117,8 +162,8 @@ class Run:
         if self.store.images(f"{self.jobs[0].key}-all") is None and self.jobs[0] not in missing:
             missing = [self.jobs[0], *missing]
         timed = self.store.timing(self.machine, [job.key for job in self.jobs])
-        work = sum(p["n"] * job.variant.nfe for job in missing)
-        work += 0 if timed else sum((p["rounds"] + 1) * p["timing_batch"] * job.variant.nfe for job in self.jobs)
+        work = sum(p["n"] * job.nfe for job in missing)
+        work += 0 if timed else sum((p["rounds"] + 1) * p["timing_batch"] * job.nfe for job in self.jobs)
         progress = Progress(work)
         with progress.bar:
             progress.say(f"{p['model']}: {len(self.jobs)} rows of {p['n']} images, {p['dtype']}, {p['hardware']}")
@@ -148,7 +193,7 @@ class Run:
         for job in self.jobs:
             with counting(self.model, progress) as count:
                 self.sample(job, batch)
-            found[job.key] = {"nfe": count[0] / batch}
+            found[job.key] = {"nfe": count[0] / batch + extra(self.model, job.variant)}
         work = {job.key: functools.partial(self.sample, job, batch) for job in self.jobs}
         with counting(self.model, progress):
             for key, seconds in cost.interleave(work, self.protocol["rounds"], warmup=0).items():
@@ -181,25 +226,27 @@ class Run:
         model, p, v = self.model, self.protocol, job.variant
         n, first = p["n"], p["seeds"][0]
         with counting(model, progress), cost.peak_memory(model.device) as memory:
-            images = self.sample(job, n)
+            drawn = self.sample(job, n)
         labels = model.labels(n)
         row = {
-            "key": job.key, "name": v.name, "role": v.role, "sampler": v.sampler, "times": v.times, "steps": v.steps,
-            "guidance_scale": v.guidance_scale, "accelerators": list(v.accelerators), **self.costs(job.key, timed),
+            "key": job.key, "name": v.name, "role": v.role, "sampler": v.sampler or "plan",
+            "times": v.times or v.plan, "steps": job.ready.steps, "guidance_scale": v.guidance_scale,
+            "guides": list(v.guides), "start": v.start, "plan": v.plan, "accelerators": list(v.accelerators),
+            **self.costs(job.key, timed),
             "macs_per_image": round(self.macs * timed[job.key]["nfe"]),
             "peak_memory": memory.peak, **dict.fromkeys(QUALITY),
         }  # fmt: skip
         if self.known is not None:
-            seen = evaluate_images(images, labels, self.net, self.known, range(first, first + n))
+            seen = evaluate_images(drawn, labels, self.net, self.known, range(first, first + n))
             row |= {key: measure.value for key, measure in seen.items()}
             row["frechet_low"], row["frechet_high"] = seen["frechet"].interval or (None, None)
             p = {**p, "floors": {key: measure.floor for key, measure in seen.items()}}
         if v.role == "reference":
-            self.store.keep(f"{job.key}-all", images.half().numpy())
+            self.store.keep(f"{job.key}-all", drawn.half().numpy())
         else:
             whole = torch.from_numpy(self.store.images(f"{self.jobs[0].key}-all")).float()
-            row |= difference(images.half().float(), whole)
-        self.store.keep(job.key, to_uint8(images[:SHOWN]).transpose(0, 3, 1, 2))
+            row |= difference(drawn.half().float(), whole)
+        self.store.keep(job.key, to_uint8(drawn[:SHOWN]).transpose(0, 3, 1, 2))
         return {**row, "protocol": {**p, "date": now()}}
 
     def finish(self, show: bool) -> list[dict[str, Any]]:
@@ -290,7 +337,8 @@ def compare(
     settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
     jobs = []
     for variant, equal, ready in rows:
-        text = json.dumps({**settings, "method": variant.method}, sort_keys=True)
+        told_plan = {} if variant.plan is None or ready.plan is None else {"plan": ready.plan.to_json()}
+        text = json.dumps({**settings, "method": variant.method, **told_plan}, sort_keys=True)
         jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], ready))
     run = Run(model, jobs, store, protocol, known, net)
     try:

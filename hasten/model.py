@@ -1,10 +1,7 @@
-"""Model: a denoiser and what a user needs beside it; a folder of model.json and weights.safetensors."""
+"""Model: a denoiser and what a user needs beside it; `shelf` reads and writes its folder."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,22 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import zoo
+from . import shelf
 from .denoiser import Denoiser
-from .errors import BadInput, nearest
+from .errors import BadInput, HastenError, nearest
 from .guides.cfg import CFG
 from .machine import choose, parse, spell
 from .pick import pick
-from .plan import Plan, plan
-from .predictions import prediction_from
+from .plan import Plan
+from .plan import plan as compile_plan
 from .sampling import Noise, draw
-from .schedules import schedule_from_dict
-from .weights import build, fill, sha256, store
 
-SCHEMA = 1
-DESCRIPTION, WEIGHTS, PLAN = "model.json", "weights.safetensors", "plan.json"
 Progress = Callable[[int, int], None]
 Label = int | str | Sequence[int | str] | None
+RECOMMENDED = "recommended"
+
+
+@dataclass
+class Way:
+    """How images are made, all found and bound to the model: see `Model.way`."""
+
+    denoiser: nn.Module
+    plan: Plan | None
+    sampler: Any
+    times: Tensor
+    start: Any = None
+
+    @property
+    def nfe(self) -> float | None:
+        """Queries of the denoiser an image, without those of the start; None where only the run tells."""
+        return self.sampler.nfe(len(self.times) - 1) if self.plan is None else self.plan.nfe
 
 
 @dataclass
@@ -39,7 +49,9 @@ class Model:
     shape: `(C, H, W)` of one sample. classes: class names in label order, or None for an unconditional model.
     codec: what a sample is; `image` is pixels in [-1, 1].
     sampler, times, steps, guidance_scale: what `sample` uses where it is not told, spelled as `pick` reads them.
-    plan: the recommended sampler, times and steps compiled, if the model brings its own coefficients.
+    plan: what `sample` uses instead where it is told none of sampler, times and other steps. plans: more, by name.
+    statistics, parts: tensors measured on the model and small networks beside it, by name: what tuning leaves for the
+        methods that need it.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
@@ -56,6 +68,9 @@ class Model:
     plan: Plan | None = None
     card: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None
+    plans: dict[str, Plan] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -64,13 +79,14 @@ class Model:
 
     def to(self, device: str | torch.device) -> Model:
         """The same model with its weights moved."""
-        return replace(self, denoiser=self.denoiser.to(device))
+        parts = {name: net.to(device) for name, net in self.parts.items()}
+        return replace(self, denoiser=self.denoiser.to(device), parts=parts)
 
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model.
 
         label: one class (its index or its name) for all images; a sequence, of which image k gets entry `k % len`;
-            or None: image k gets class `k % C`.
+            `"none"`: no class, the label that guidance calls unconditional; or None: image k gets class `k % C`.
         Raises BadInput for a label that the model does not have.
         """
         if self.classes is None:
@@ -88,11 +104,15 @@ class Model:
         return torch.tensor([chosen[k % len(chosen)] for k in range(n)], dtype=torch.long)
 
     def class_index(self, label: int | str) -> int:
-        """The index of a class given by index, by digits or by name (case does not matter)."""
+        """The index of a class given by index, by digits or by name in any case; of "none" the null label."""
         names = list(self.classes or ())
         lowered = [name.lower() for name in names]
         if isinstance(label, str) and label.strip().lower() in lowered:
             return lowered.index(label.strip().lower())
+        if isinstance(label, str) and label.strip().lower() == "none":
+            if self.denoiser.null_label is None:
+                raise BadInput(f"{self.name} was trained without a null label: it needs a class for every image")
+            return self.denoiser.null_label
         if isinstance(label, str) and label.strip().lstrip("-").isdigit():
             label = int(label)
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
@@ -114,10 +134,15 @@ class Model:
         batch_size: int = 64,
         progress: Progress | None = None,
         runtime: str = "fp32",
+        guides: Sequence[Any] = (),
+        start: Any = None,
+        plan: Any = None,
+        images: Tensor | None = None,
     ) -> Tensor:
         """`n` images, `(n, C, H, W)` float32 in [-1, 1], on the CPU.
 
-        Image k depends on `seed + k` and its label alone, not on `n` or `batch_size`.
+        Image k depends on `seed + k` and its label alone, not on `n` or `batch_size` (but under a guide that steers a
+        whole batch, which says so).
 
         label: see `labels`. seed: of image 0; image k uses `seed + k`.
         sampler, times: as `pick` spells them, such as `"dpm:order=2"` and `"karras"`. steps: of the time grid.
@@ -125,47 +150,128 @@ class Model:
             (Ho & Salimans 2022, 2207.12598).
         batch_size: images in the network at once. progress: called with (network calls done, of how many).
         runtime: `fp32`, `bf16` (autocast; faster from about 16 images on, 1 % off), `auto`, see `runtime_for`.
+        guides: more guides, such as `"interval:low=0.2,high=5"`, in the order in which they wrap the model.
+        start: where sampling begins, such as `"ccdf:time=0.3"`; None: from noise.
+        plan: one of `plans` by name, a plan's .json file, or a `Plan`, in place of sampler, times and steps.
+        images: (n, ...), what a start such as `ccdf` begins from.
         Raises BadInput for a value that cannot be, with the nearest that can.
         """
         whole("n", n, 1)
         whole("batch_size", batch_size, 1)
         whole("seed", seed, 0)
-        guided = self.guided(guidance_scale)
-        plan, method, grid = self.method(sampler, times, steps)
+        way = self.way(sampler, times, steps, guidance_scale, guides, start, plan)
+        if images is not None and len(images) != n:
+            raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")
+        if images is not None and start is None:
+            raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
         labels = self.labels(n, label)
         device = self.device
-        images = []
+        made = []
         machine = parse(self.runtime_for(runtime, min(n, batch_size)), device.type)
         machine.prepare(self.denoiser)
         with machine.apply():
-            for start in range(0, n, batch_size):
-                count = min(batch_size, n - start)
-                seeds = range(seed + start, seed + start + count)
-                noise = Noise(seeds, self.shape, dtype=torch.float32, device=device)
-                cond = {} if labels is None else {"label": labels[start : start + count].to(device)}
-                x = draw(guided, method, grid, noise, plan=plan, progress=part(progress, start, n, batch_size), **cond)
-                images.append(x.float().clamp(-1, 1).cpu())
-        return torch.cat(images)
+            for first in range(0, n, batch_size):
+                count = min(batch_size, n - first)
+                noise = Noise(range(seed + first, seed + first + count), self.shape, torch.float32, device)
+                cond = {} if labels is None else {"label": labels[first : first + count].to(device)}
+                denoiser, x = way.denoiser, None
+                if way.start is not None:
+                    given = None if images is None else images[first : first + count].to(device)
+                    denoiser = way.start.wrap(denoiser, given) if hasattr(way.start, "wrap") else denoiser
+                    x = way.start.begin(denoiser, noise, way.times[0], given, **cond)
+                tick = part(progress, first, n, batch_size)
+                x = draw(denoiser, way.sampler, way.times, noise, x=x, plan=way.plan, progress=tick, **cond)
+                made.append(x.float().clamp(-1, 1).cpu())
+        return torch.cat(made)
 
-    def guided(self, guidance_scale: float | None = None) -> nn.Module:
-        """The denoiser under classifier-free guidance (None: the recommended scale)."""
+    def way(
+        self,
+        sampler: str | None = None,
+        times: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        guides: Sequence[Any] = (),
+        start: Any = None,
+        plan: Any = None,
+    ) -> Way:
+        """What these arguments of `sample` amount to, checked and bound to the model (None: what it recommends)."""
+        begin = self.bound("starts", start) if start is not None else None
+        compiled, method, grid = self.method(sampler, times, steps, plan, None if begin is None else begin.time)
+        denoiser = self.guided(guidance_scale, guides)
+        if hasattr(method, "wrap"):
+            denoiser = method.wrap(denoiser)
+        return Way(denoiser, compiled, method, grid, begin)
+
+    def guided(self, guidance_scale: float | None = None, guides: Sequence[Any] = ()) -> nn.Module:
+        """The denoiser under classifier-free guidance (None: the recommended scale) and then other guides."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
             raise BadInput(f"guidance_scale must be a finite number, got {scale!r}")
         if scale != 1 and self.classes is None:
             raise BadInput(f"{self.name} has no classes to guide towards: guidance_scale must be 1, got {scale:g}")
-        return CFG(scale=float(scale)).wrap(self.denoiser)
+        denoiser = CFG(scale=float(scale)).wrap(self.denoiser)
+        for guide in guides:
+            denoiser = self.bound("guides", guide).wrap(denoiser)
+        return denoiser
 
-    def method(self, sampler: str | None, times: str | None, steps: int | None) -> tuple[Plan | None, Any, Tensor]:
-        """What to run for these choices (None: the recommended one): plan or None, sampler, time grid."""
+    def method(
+        self,
+        sampler: str | None,
+        times: str | None,
+        steps: int | None,
+        plan: Any = None,
+        begin: float | None = None,
+    ) -> tuple[Plan | None, Any, Tensor]:
+        """What to run for these choices (None: the recommended one): plan or None, sampler, times. begin: the first."""
         if steps is not None:
             whole("steps", steps, 1)
-        schedule = self.denoiser.schedule
-        method = pick("samplers", sampler or self.sampler)
-        if self.plan is not None and (sampler, times, steps) == (None, None, None):
-            return self.plan, method, self.plan.times
-        grid = pick("times", times or self.times)(schedule, steps or self.steps)
-        return (plan(method, schedule, grid) if method.linear else None), method, grid
+        if plan is None and self.plan is not None and (sampler, times) == (None, None) and begin is None:
+            plan = RECOMMENDED if steps in (None, self.plan.nfe) else None
+        if plan is not None:
+            if (sampler, times) != (None, None):
+                raise BadInput("a plan holds its sampler and times: leave sampler and times out, or the plan")
+            found = self.named_plan(plan)
+            if steps not in (None, found.nfe):
+                raise BadInput(f"the plan has {found.nfe} network evaluations, asked for {steps} steps")
+            if begin is not None and abs(float(found.times[0]) - begin) > 1e-9:
+                raise BadInput(f"the plan begins at t = {float(found.times[0]):g}, the start at {begin:g}")
+            return found, self.bound("samplers", self.sampler, quiet=True), found.times
+        method = self.bound("samplers", sampler or self.sampler)
+        law = pick("times", times or self.times)
+        if begin is not None:
+            if not hasattr(law, "start"):
+                raise BadInput(f"{times or self.times} cannot begin at t = {begin:g}, where the start does")
+            low = law.low if law.low is None or law.low < begin else None
+            law = replace(law, start=begin, low=low)
+        grid = law(self.denoiser.schedule, steps or self.steps)
+        return (compile_plan(method, self.denoiser.schedule, grid) if method.linear else None), method, grid
+
+    def named_plan(self, plan: str | Plan) -> Plan:
+        """One of `plans` by name, the recommended one, or the plan in a .json file."""
+        if isinstance(plan, Plan):
+            return plan
+        known = {**self.plans, **({} if self.plan is None else {RECOMMENDED: self.plan})}
+        if plan in known:
+            return known[plan]
+        if str(plan).endswith(".json"):
+            try:
+                return Plan.from_json(Path(plan).read_text())
+            except OSError as e:
+                raise BadInput(f"cannot read {plan}: {e.strerror or e}") from e
+        hint = nearest(str(plan), known) if known else "it has none"
+        raise BadInput(f"{self.name} has no plan {str(plan)!r}: {hint}, or a plan's .json file")
+
+    def bound(self, folder: str, method: Any, quiet: bool = False) -> Any:
+        """A method, spelled or made, with what it needs of this model. quiet: as it is, where the model lacks that."""
+        method = pick(folder, method) if isinstance(method, str) else method
+        if not hasattr(method, "bind"):
+            return method
+        try:
+            return method.bind(self.statistics, self.parts)
+        except HastenError:
+            if quiet:
+                return method
+            raise
 
     def setting(
         self,
@@ -175,17 +281,20 @@ class Model:
         guidance_scale: float | None = None,
         runtime: str = "fp32",
         batch_size: int = 64,
+        guides: Sequence[str] = (),
+        start: str | None = None,
+        plan: str | None = None,
     ) -> dict[str, Any]:
         """The arguments of `sample` that a record must name, with the recommended ones filled in, checked."""
-        self.method(sampler, times, steps)
-        self.guided(guidance_scale)
-        return {
-            "sampler": sampler or self.sampler,
-            "times": times or self.times,
-            "steps": steps or self.steps,
-            "guidance_scale": float(self.guidance_scale if guidance_scale is None else guidance_scale),
-            "runtime": self.runtime_for(runtime, batch_size),
-        }
+        way = self.way(sampler, times, steps, guidance_scale, guides, start, plan)
+        told: dict[str, Any] = {"sampler": sampler or self.sampler, "times": times or self.times}
+        told["steps"] = steps or self.steps
+        if way.plan is not None and (plan is not None or way.plan is self.plan):
+            told = {"plan": plan or RECOMMENDED, "steps": way.plan.nfe}
+        told["guidance_scale"] = float(self.guidance_scale if guidance_scale is None else guidance_scale)
+        told |= {"guides": tuple(guides)} if guides else {}
+        told |= {"start": start} if start is not None else {}
+        return {**told, "runtime": self.runtime_for(runtime, batch_size)}
 
     def runtime_for(self, runtime: str = "auto", batch_size: int = 64) -> str:
         """`auto` as what a timing of this network on this machine found fastest; anything else as it is spelled.
@@ -203,138 +312,25 @@ class Model:
         return spell(choose(self.denoiser, x, identity, **cond))
 
     def save(self, folder: str | Path, half: bool = False) -> Path:
-        """Write `model.json`, `weights.safetensors` and, with a plan, `plan.json`. half: weights as float16.
+        """Write the model's folder: model.json, weights.safetensors, and what it has of plans, statistics and parts.
 
-        A new folder appears whole or not at all. In a folder that is there (a training run's), the files take their
-        names one by one, the description last, and nothing else in it is touched.
+        half: weights as float16. A new folder appears whole or not at all. In a folder that is there (a training
+        run's), the files take their names one by one, the description last, and nothing else in it is touched.
         """
-        folder = Path(folder)
-        part = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-        try:
-            part.mkdir(parents=True)
-            store(self.denoiser.net, part / WEIGHTS, half)
-            self.sha256 = sha256(part / WEIGHTS)
-            if self.plan is not None:
-                (part / PLAN).write_text(self.plan.to_json())
-            (part / DESCRIPTION).write_text(json.dumps(self.describe(), indent=2) + "\n")
-            if folder.is_dir() and any(folder.iterdir()):
-                for file in sorted(part.iterdir(), key=lambda file: file.name == DESCRIPTION):
-                    os.replace(file, folder / file.name)
-            else:
-                os.replace(part, folder)
-        except OSError as e:
-            raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        return folder
+        return shelf.save(self, Path(folder), half)
 
     def describe(self) -> dict[str, Any]:
-        """What `model.json` holds."""
-        net, denoiser = self.denoiser.net, self.denoiser
-        return {
-            "schema": SCHEMA,
-            "name": self.name,
-            "net": {"class": type(net).__name__, "config": net.config},
-            "schedule": denoiser.schedule.to_dict(),
-            "prediction": denoiser.prediction.to_dict(),
-            "clock": denoiser.clock,
-            "shape": list(self.shape),
-            "classes": None if self.classes is None else list(self.classes),
-            "null_label": denoiser.null_label,
-            "codec": self.codec,
-            "sampler": self.sampler,
-            "times": self.times,
-            "steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "plan": None if self.plan is None else PLAN,
-            "weights": {"file": WEIGHTS, "sha256": self.sha256},
-            "card": self.card,
-        }
+        """What `model.json` holds, but for the hashes of the files, which are known once they are written."""
+        return shelf.describe(self)
 
 
 def load(name: str | Path, device: str | torch.device = "cpu") -> Model:
     """A model by bundled name or by folder.
 
-    Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (the weights' sha256
-    must be the one in model.json) or of another shape than the network.
+    Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the
+    one in model.json) or of another shape than the network.
     """
-    return read(find(name)).to(device)
-
-
-def find(name: str | Path) -> Path:
-    """The folder of a model: a bundled name first, then a folder with a model.json."""
-    cards = zoo.cards()
-    if str(name) in cards:
-        return cards[str(name)].folder
-    folder = Path(name)
-    if (folder / DESCRIPTION).is_file():
-        return folder
-    if (folder / "model_index.json").is_file():
-        raise BadInput(f"{name} is a diffusers pipeline: diffusers models are not supported yet")
-    if folder.is_dir():
-        raise BadInput(f"no {DESCRIPTION} in {name}: not a model that hasten saved")
-    if folder.exists():
-        raise BadInput(f"{name} is a file: a model is a folder with a {DESCRIPTION}, or a bundled name")
-    if "/" in str(name) or os.sep in str(name):
-        raise BadInput(
-            f"no folder {name}; if it is a hub id: diffusers models are not supported yet "
-            f"(bundled models: {', '.join(cards) or 'none'})"
-        )
-    raise BadInput(f"unknown model {str(name)!r}: {nearest(str(name), cards)}, or a folder with a {DESCRIPTION}")
-
-
-def read(folder: Path) -> Model:
-    """The model in a folder, checked part by part."""
-    try:
-        told = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as e:
-        raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
-    if not isinstance(told, dict) or told.get("schema") != SCHEMA:
-        found = told.get("schema") if isinstance(told, dict) else type(told).__name__
-        raise BadInput(f"{folder / DESCRIPTION} has schema {found!r}, this version of hasten reads {SCHEMA}")
-    try:
-        net = build(told["net"]["class"], told["net"]["config"])
-        denoiser = Denoiser(
-            net,
-            schedule_from_dict(told["schedule"]),
-            prediction_from(told["prediction"]),
-            clock=told["clock"],
-            null_label=told["null_label"],
-        )
-        model = Model(
-            denoiser=denoiser,
-            name=told["name"],
-            shape=tuple(told["shape"]),
-            classes=None if told["classes"] is None else tuple(told["classes"]),
-            plan=Plan.from_json((folder / told["plan"]).read_text()) if told.get("plan") else None,
-            sha256=told["weights"]["sha256"],
-            **{key: told[key] for key in ("codec", "sampler", "times", "steps", "guidance_scale", "card")},
-        )
-        weights = folder / told["weights"]["file"]
-        fits(model)
-    except KeyError as e:
-        raise BadInput(f"{folder / DESCRIPTION} lacks {e}") from e
-    except BadInput:
-        raise
-    except (TypeError, ValueError) as e:
-        raise BadInput(f"{folder / DESCRIPTION} does not describe a model: {e}") from e
-    fill(net, weights, str(model.sha256))
-    denoiser.eval().requires_grad_(False)
-    return model
-
-
-def fits(model: Model) -> None:
-    """Refuse a shape or classes that the network was not built for, where the network tells."""
-    net = model.denoiser.net
-    config, side = getattr(net, "config", {}), getattr(net, "multiple", 1)
-    channels, height, width = model.shape
-    if config.get("channels", channels) != channels or height % side or width % side:
-        raise BadInput(
-            f"{model.name}: images of shape {model.shape} do not fit its network, "
-            f"which takes {config.get('channels', channels)} channels and sides that {side} divides"
-        )
-    if config.get("classes", len(model.classes or ())) != len(model.classes or ()):
-        raise BadInput(f"{model.name} names {len(model.classes or ())} classes, its network has {config['classes']}")
+    return Model(**shelf.read(shelf.find(name))).to(device)
 
 
 def part(progress: Progress | None, start: int, n: int, batch_size: int) -> Progress | None:

@@ -39,7 +39,7 @@ def pick(folder: str, text: str) -> Any:
     name = name.strip()
     cls = _class(folder, name)
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init and not field.metadata.get("bound")}
     options: dict[str, Any] = {}
     for part in _split(rest) if colon else []:
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -74,7 +74,7 @@ def _folder(folder: str) -> types.ModuleType:
 
 
 def _class(folder: str, name: str) -> type:
-    kind = folder.removesuffix("s") if folder != "times" else "time grid"
+    kind = {"times": "time grid", "tuning": "tuning method"}.get(folder, folder.removesuffix("s"))
     choices = names(folder)
     if name not in choices:
         raise BadInput(f"unknown {kind} {name!r}: {nearest(name, choices)}")

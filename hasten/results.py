@@ -77,9 +77,12 @@ class Store:
 
 
 def fingerprint(model: Model) -> str:
-    """sha256 of the weights as they are now, and of the schedule and prediction that give them their meaning."""
+    """sha256 of weights, parts and statistics as they are now, and of what gives the weights their meaning."""
     digest = hashlib.sha256()
-    for name, value in model.denoiser.state_dict().items():
+    tensors = {**model.denoiser.state_dict(), **model.statistics}
+    for part, net in sorted(model.parts.items()):
+        tensors |= {f"{part}.{name}": value for name, value in net.state_dict().items()}
+    for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     for part in ("schedule", "prediction", "clock"):

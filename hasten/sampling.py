@@ -35,24 +35,35 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A question to the denoiser: `x` (B, *S) at time `t`, a 0-d float64 tensor in [0, 1]."""
+    """A question to the denoiser: `x` (B, *S) at time `t`, a float64 tensor in [0, 1], 0-d or one time a row (B,).
+
+    rows: the query is about these samples of the batch only (R,), whole numbers; `x` (R, *S).
+    moments: the answer wanted is the pair (x0, E[eps^2 | x_t]), each (B, *S), from the denoiser's `moments`.
+
+    Without `rows`, an `x` of W B rows asks about W states of every sample at once: row w B + b is of sample b.
+    """
 
     x: Any
     t: Tensor
+    rows: Tensor | None = None
+    moments: bool = False
 
 
 class Sampler(Protocol):
     """What every file of `samplers/` holds: a frozen dataclass of this form.
 
     `linear` says that `steps` uses only +, -, * and / by numbers on x, the answers and `noise()`, so that it can be
-    compiled to a `Plan`. `order` is the convergence order the method claims. `nfe(steps)` is how many queries it
-    makes on a grid of `steps` steps that ends at t = 0.
+    compiled to a `Plan`; where it is False, `why` may say why not. `order` is the convergence order the method claims.
+    `nfe(steps)` is how many queries it makes on a grid of `steps` steps that ends at t = 0, None where only the run
+    tells. An algorithm that a library drives, calling back, is written as `solve(ask, schedule, x, times, noise)`
+    in place of `steps`, where `ask(x, t, rows=None)` gives x0. What needs something measured on the model, or a network
+    beside it, has `bind(statistics, parts)`, which returns the sampler that has it.
     """
 
     linear: Any
     order: Any
 
-    def nfe(self, steps: int) -> int: ...
+    def nfe(self, steps: int) -> int | None: ...
 
     def steps(
         self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]
@@ -138,19 +149,47 @@ def walk(
         cond: passed on to the denoiser.
     """
     schedule = _schedule_of(denoiser) if schedule is None else schedule
+    noise = no_noise if noise is None else noise
+    expected, done, B = sampler.nfe(len(times) - 1), 0, len(x)
+
+    def answer(query: Query) -> Any:
+        nonlocal done
+        result = _ask(denoiser, query, B, cond)
+        done += 1
+        if progress is not None:
+            progress(done, max(done, expected or 0))
+        return result
+
     reset(denoiser)
     with torch.set_grad_enabled(_records(grad, x, times)):
-        coroutine = sampler.steps(schedule, x, times, no_noise if noise is None else noise)
-        answer, done = None, 0
+        if hasattr(sampler, "solve"):
+            return sampler.solve(lambda x, t, rows=None: answer(Query(x, t, rows)), schedule, x, times, noise)
+        coroutine = sampler.steps(schedule, x, times, noise)
+        result = None
         while True:
             try:
-                query = coroutine.send(answer)
+                query = coroutine.send(result)
             except StopIteration as stop:
                 return stop.value
-            answer = denoiser(query.x, query.t, **cond)
-            done += 1
-            if progress is not None:
-                progress(done, max(done, sampler.nfe(len(times) - 1)))
+            result = answer(query)
+
+
+def _ask(denoiser: Any, query: Query, B: int, cond: dict[str, Any]) -> Any:
+    """The denoiser's answer to a query, with the conditions of the samples that it is about."""
+    if query.rows is not None:
+        cond = {key: value[query.rows.to(value.device)] if _each(value, B) else value for key, value in cond.items()}
+    elif (many := len(query.x) // B) > 1:
+        cond = {k: v.repeat(many, *[1] * (v.ndim - 1)) if _each(v, B) else v for k, v in cond.items()}
+    if not query.moments:
+        return denoiser(query.x, query.t, **cond)
+    if not callable(moments := getattr(denoiser, "moments", None)):
+        raise HastenError(f"{type(denoiser).__name__} gives no second moments: bind the sampler's network to it first")
+    return moments(query.x, query.t, **cond)
+
+
+def _each(value: Any, B: int) -> bool:
+    """Whether a condition has an entry for each of B samples."""
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == B
 
 
 def draw(
@@ -227,7 +266,7 @@ def spell(method: Any) -> str:
     options = []
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if value != field.default:
+        if not field.metadata.get("bound") and value != field.default:
             options.append(f"{field.name}={_text(value)}")
     return name + (":" + ",".join(options) if options else "")
 

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 
 
 def spell(verb: str, argument: str, options: Mapping[str, object]) -> str:
-    """The command line that does this again; options that are None or False are left out."""
+    """The command line that does this again; options that are None or False are left out, lists repeated."""
     words = ["hasten", verb, argument]
     for key, value in options.items():
         if value is None or value is False:
             continue
-        words.append(f"--{key.replace('_', '-')}")
-        if value is not True:
-            words.append(str(int(value) if isinstance(value, float) and value.is_integer() else value))
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            words.append(f"--{key.replace('_', '-')}")
+            if each is not True:
+                words.append(str(int(each) if isinstance(each, float) and each.is_integer() else each))
     return shlex.join(words)
 
 

@@ -236,7 +236,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def broken(name: str) -> None:
         raise ZeroDivisionError("a\nbug")
 
-    monkeypatch.setattr("hasten.model.find", broken)
+    monkeypatch.setattr("hasten.shelf.find", broken)
     assert "unexpected ZeroDivisionError: a bug" in refused(1, "show", "x")
     monkeypatch.setenv("HASTEN_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):

@@ -20,15 +20,18 @@ EVERYTHING = sorted(p for folder in ("hasten", "tests", "recipes", "benchmarks")
 FLOORS = {
     -1: "errors",
     0: "nets metrics zoo runtime",
-    1: "schedules discrete predictions times sampling tracing plan denoiser exact machine",
-    2: "samplers tuning guides train processes accelerators distillers",
-    3: "pick model weights training images tasks adapters",
-    4: "commands terminal compare results report variants",
+    1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis",
+    2: "samplers tuning guides starts train processes accelerators distillers",
+    3: "pick model shelf weights training images tasks adapters",
+    4: "commands tune terminal compare results report variants",
     5: "cli ui __main__",
 }
 LAYERS = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # Methods do not know one another's folders, but for these.
-FRIENDS = {"distillers": {"train", "samplers"}}
+FRIENDS = {
+    "distillers": {"train", "samplers"}, "tuning": {"train", "samplers"}, "starts": {"train", "samplers", "guides"},
+    "guides": {"train"},
+}  # fmt: skip
 METHODS = {name for name, layer in LAYERS.items() if layer == 2}
 # Never at the top of a module: they are slow to import, or optional.
 LAZY = {

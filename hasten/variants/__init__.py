@@ -13,15 +13,19 @@ A set of variants is a TOML file (`demo` and `full` are bundled beside this modu
     sampler = "ddim"              # sampler, times, steps and guidance_scale may be lists: the product is run
     steps = [4, 8, 16]
 
+    [[variant]]
+    name = "fitted"
+    plan = ["fitted-6", "fitted-8"]   # plans of the model, or .json files, in place of sampler, times and steps
+
 What a variant leaves out (times, steps, guidance_scale) is the reference's; times and guidance_scale that the reference
-leaves out are the model's own.
+leaves out are the model's own. `guides` (a list) and `start` are none unless the variant names them.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +33,8 @@ from typing import Any
 from ..errors import BadInput, HastenError, nearest
 
 FOLDER = Path(__file__).resolve().parent
-KEYS = ("name", "sampler", "times", "steps", "guidance_scale", "accelerators")
-LISTED = ("sampler", "times", "steps", "guidance_scale")
+KEYS = ("name", "sampler", "times", "steps", "guidance_scale", "guides", "start", "plan", "accelerators")
+LISTED = ("sampler", "times", "steps", "guidance_scale", "start", "plan")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Variant:
     """One row of a comparison: how to sample, and what the row is for.
 
     role: "reference" (all else is measured against it), "variant", or "equal-cost" (the reference with fewer steps).
+    plan: in place of sampler and times, which are then "", and of steps, 0.
     """
 
     name: str
@@ -45,6 +50,9 @@ class Variant:
     times: str
     steps: int
     guidance_scale: float = 1.0
+    guides: tuple[str, ...] = ()
+    start: str | None = None
+    plan: str | None = None
     accelerators: tuple[str, ...] = ()
     role: str = "variant"
 
@@ -53,13 +61,19 @@ class Variant:
         """What is run, without what it is called: equal methods are the same row."""
         from ..pick import spell
 
+        more = (self.guides, self.start, self.accelerators)
+        if self.plan is not None:
+            return "plan", self.plan, self.guidance_scale, *more
         sampler, times = spell(_picked("samplers", self.sampler)), spell(_picked("times", self.times))
-        return sampler, times, self.steps, self.guidance_scale, self.accelerators
+        return sampler, times, self.steps, self.guidance_scale, *more
 
     @property
-    def nfe(self) -> int:
-        """Declared network evaluations per image; a guided one counts 2."""
-        return _picked("samplers", self.sampler).nfe(self.steps) * (1 if self.guidance_scale == 1 else 2)
+    def nfe(self) -> float | None:
+        """Declared network evaluations per image, a guided one counts 2; None where only the model or the run tells."""
+        if self.plan is not None or self.guides or self.start is not None:
+            return None
+        queries = _picked("samplers", self.sampler).nfe(self.steps)
+        return None if queries is None else queries * (1 if self.guidance_scale == 1 else 2)
 
 
 @dataclass(frozen=True)
@@ -72,8 +86,12 @@ class VariantSet:
     n: int = 500
     rounds: int = 5
 
-    def rows(self) -> list[tuple[Variant, Variant | None]]:
+    def rows(
+        self, nfe: Callable[[Variant], float | None] = lambda variant: variant.nfe
+    ) -> list[tuple[Variant, Variant | None]]:
         """Every row to run, with the row that is its equal-cost comparison (None for the reference).
+
+        nfe: what a variant costs; asked for variants that cannot tell.
 
         For each NFE of a variant there is the reference with the most steps that do not cost more: a variant of the
         set where one is just that, else a row of role "equal-cost". Where one step costs more already there is none.
@@ -81,19 +99,20 @@ class VariantSet:
         rows: dict[tuple[Any, ...], Variant] = {self.reference.method: self.reference}
         for variant in self.variants:
             rows.setdefault(variant.method, variant)
-        equal: dict[int, Variant | None] = {}
-        for nfe in sorted({row.nfe for row in rows.values()}):
+        costs = {method: nfe(row) if row.nfe is None else row.nfe for method, row in rows.items()}
+        equal: dict[float | None, Variant | None] = {None: None}
+        for cost in sorted({cost for cost in costs.values() if cost is not None}):
             steps = range(self.reference.steps, 0, -1)
             known = (replace(self.reference, steps=count, role="equal-cost") for count in steps)
-            fitting = next((row for row in known if row.nfe <= nfe), None)
+            fitting = next((row for row in known if (row.nfe or 0) <= cost), None)
             if fitting is not None:
                 count = f"{fitting.steps} step" + ("" if fitting.steps == 1 else "s")
                 fitting = rows.setdefault(fitting.method, replace(fitting, name=f"Reference, {count}"))
-            equal[nfe] = fitting
+            equal[cost] = fitting
         order = {"reference": 0, "variant": 1, "equal-cost": 1}
         ordered = sorted(rows.values(), key=lambda row: (order[row.role], row.role == "equal-cost"))
-        equals = {"reference": lambda row: None, "equal-cost": lambda row: row, "variant": lambda row: equal[row.nfe]}
-        return [(row, equals[row.role](row)) for row in ordered]
+        equals = {"reference": lambda row: None, "equal-cost": lambda row: row}
+        return [(row, equals.get(row.role, lambda row: equal[costs[row.method]])(row)) for row in ordered]
 
 
 @functools.lru_cache(256)
@@ -150,6 +169,9 @@ def parse(
     if not isinstance(data.get("variant", []), list) or not all(isinstance(v, dict) for v in data.get("variant", [])):
         raise BadInput(f"{source}: write each variant as a [[variant]] table")
     head = {"name": "reference", "times": times, "guidance_scale": guidance_scale, **data["reference"]}
+    for key in ("plan", "start", "guides"):
+        if key in head:
+            raise BadInput(f"{source}: [reference]: the reference is a sampler with steps: it takes no {key}")
     reference = _expand(head, f"{source}: [reference]", lists=False)[0]
     reference = replace(reference, role="reference")
     rest = {key: head[key] for key in ("times", "steps", "guidance_scale")}
@@ -158,6 +180,10 @@ def parse(
         where = f"{source}: variant {i}" + (f" ({table['name']!r})" if isinstance(table.get("name"), str) else "")
         if "name" not in table:
             raise BadInput(f"{where}: has no name")
+        if "plan" in table:
+            if both := [key for key in ("sampler", "times", "steps") if key in table]:
+                raise BadInput(f"{where}: a plan holds its sampler, times and steps: leave out {both[0]} or the plan")
+            table = {"sampler": "", "times": "", "steps": 0, "guidance_scale": head["guidance_scale"], **table}
         variants += _expand({**rest, **table}, where)
     seen = {reference.name}
     for variant in variants:
@@ -184,19 +210,26 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
         raise BadInput(f"{where}: name must be text, got {table['name']!r}")
     if table.get("accelerators", []) != []:
         raise BadInput(f"{where}: accelerators: there are none yet; leave the key out")
+    guides = table.get("guides", [])
+    if not isinstance(guides, list) or not all(isinstance(guide, str) for guide in guides):
+        raise BadInput(f"{where}: guides must be a list of texts, got {guides!r}")
     choices: dict[str, list[Any]] = {}
     for key in LISTED:
-        value = table[key]
+        value = table.get(key)
         if isinstance(value, list) and (not lists or not value):
             raise BadInput(f"{where}: {key} must be {'one or more values' if lists else 'one value'}, got {value!r}")
         choices[key] = value if isinstance(value, list) else [value]
     result = []
     for values in itertools.product(*choices.values()):
-        asked = dict(zip(LISTED, values, strict=True))
+        asked = {**dict(zip(LISTED, values, strict=True)), "guides": tuple(guides)}
         _check(asked, where)
         name = table["name"].strip()
         if len(choices["sampler"]) > 1:
             name += f" {asked['sampler']}"
+        if len(choices["plan"]) > 1:
+            name += f" {asked['plan']}"
+        if len(choices["start"]) > 1:
+            name += f", from {asked['start']}"
         if len(choices["times"]) > 1:
             name += f", {asked['times']} times"
         if len(choices["steps"]) > 1:
@@ -208,14 +241,20 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
 
 
 def _check(asked: Mapping[str, Any], where: str) -> None:
-    for key, folder in (("sampler", "samplers"), ("times", "times")):
-        if not isinstance(asked[key], str):
-            raise BadInput(f"{where}: {key} must be text, got {asked[key]!r}")
+    planned = asked["plan"] is not None
+    if planned and not isinstance(asked["plan"], str):
+        raise BadInput(f"{where}: plan must be text, got {asked['plan']!r}")
+    texts = [] if planned else [("sampler", "samplers", asked["sampler"]), ("times", "times", asked["times"])]
+    texts += [("guides", "guides", guide) for guide in asked["guides"]]
+    texts += [] if asked["start"] is None else [("start", "starts", asked["start"])]
+    for key, folder, text in texts:
+        if not isinstance(text, str):
+            raise BadInput(f"{where}: {key} must be text, got {text!r}")
         try:
-            _picked(folder, asked[key])
+            _picked(folder, text)
         except HastenError as e:
             raise BadInput(f"{where}: {key}: {e}") from e
-    if type(asked["steps"]) is not int or asked["steps"] < 1:
+    if not planned and (type(asked["steps"]) is not int or asked["steps"] < 1):
         raise BadInput(f"{where}: steps must be a whole number from 1, got {asked['steps']!r}")
     scale = asked["guidance_scale"]
     if type(scale) not in (int, float) or not 0 <= scale < float("inf"):

@@ -1,0 +1,11 @@
+"""The verbs. Each is a plain function; the command line is built from their signatures and docstrings."""
+
+from __future__ import annotations
+
+from .judging import compare, evaluate
+from .looking import models, show
+from .making import sample, train
+from .tuning import tune
+
+VERBS = (sample, compare, tune, train, evaluate, models, show)
+__all__ = [verb.__name__ for verb in VERBS]

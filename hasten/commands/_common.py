@@ -1,0 +1,51 @@
+"""What several verbs need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model import Model
+
+
+def open_model(name: str, device: str) -> Model:
+    """`load`, on the device that was asked for."""
+    from ..machine import device_for
+    from ..model import load
+
+    return load(name, device_for(device))
+
+
+def is_images(path: str) -> bool:
+    """Whether a reference is real images, not statistics of them."""
+    place = Path(path)
+    return place.exists() and not (place / "features.json").is_file()
+
+
+def given_images(path: Path, n: int, channels: int) -> Tensor:
+    """The first `n` images of a folder, a zip, an array or a single image file, (n, C, h, w) in [-1, 1]."""
+    from ..train import open_data
+    from ..train.data import to_float
+    from ..train.folders import SUFFIXES
+
+    if path.name.lower().endswith(SUFFIXES):
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        except OSError as e:
+            raise BadInput(f"cannot read {path}: {e.strerror or e}") from e
+        one = torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+        return to_float(one[None]).expand(n, -1, -1, -1)
+    data = open_data(path, split=None, channels=channels)
+    if len(data) < n:
+        raise BadInput(f"{path} holds {len(data)} images, asked for {n} (--n {len(data)} takes all)")
+    return to_float(data.images(range(n)))

@@ -1,0 +1,147 @@
+"""`compare` and `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+from ..terminal import progress, spell, tell
+from ._common import is_images, open_model
+
+
+def compare(
+    model: str,
+    *,
+    out: Path = Path("compare"),
+    variants: str = "demo",
+    n: int | None = None,
+    seed: int = 0,
+    rounds: int | None = None,
+    batch_size: int = 64,
+    timing_batch: int = 16,
+    reference: str | None = None,
+    features: str | None = None,
+    runtime: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> list[dict[str, Any]]:
+    """Sample a model in many ways from the same seeds, and report what each costs and what quality is left.
+
+    Writes report.html, results.jsonl and pictures. The same command again goes on where an earlier one was stopped.
+
+    Args:
+        model: A bundled name (see models) or a folder.
+        out: The folder to write.
+        variants: What to compare: demo, full, or a TOML file.
+        n: Images a variant. Left out: what the variants say; so is rounds.
+        seed: Of the first image; image k has seed + k in every variant.
+        rounds: Times that each variant is timed, in turns.
+        batch_size: Images in the network at once.
+        timing_batch: Images in a timed batch.
+        reference: Statistics of real images. Left out: those that the model names.
+        features: The network that looks at the images. Left out: the reference's.
+        runtime: Number format of the network, fp32 or bf16; auto times them on this machine once.
+        device: auto, cpu, cuda or cuda:1.
+        json: Print the rows as JSON, not as a table.
+
+    Returns:
+        A row for each variant.
+    """
+    from ..compare import compare as run
+
+    asked: dict[str, Any] = {
+        "variants": variants, "n": n, "seed": seed, "rounds": rounds, "batch_size": batch_size,
+        "timing_batch": timing_batch, "runtime": runtime, "reference": reference, "features": features,
+    }  # fmt: skip
+    told = {**asked, "runtime": None if runtime == "auto" else runtime, "out": out}
+    rows = run(open_model(model, device), out=out, **asked, show=not json, command=spell("compare", model, told))
+    if json:
+        tell(rows, "", json)
+    return rows
+
+
+def evaluate(
+    model: str,
+    *,
+    n: int = 2000,
+    reference: str | None = None,
+    features: str | None = None,
+    seed: int = 0,
+    sampler: str | None = None,
+    times: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guide: list[str] | None = None,
+    start: str | None = None,
+    plan: str | None = None,
+    label: int | str | None = None,
+    batch_size: int = 64,
+    runtime: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> dict[str, Any]:
+    """Draw images from a model and measure how good they are: distances to real images, coverage, class accuracy.
+
+    A figure means something beside its floor, which is what real images of the same count would get, and beside
+    figures of the same features, reference and count only.
+
+    Args:
+        model: A bundled name (see models) or a folder.
+        n: How many images; at least 10, better 2000 or more.
+        reference: Bundled statistics, a folder of statistics, or a folder, zip or array of real images.
+            Left out: the one that the model names.
+        features: The network that looks at the images: fashion, efficientnet, inception. Left out: the reference's.
+        seed: Of the first image; image k has seed + k.
+        sampler: As for sample; so are the next three.
+        times: Time grid.
+        steps: Steps of the time grid.
+        guidance_scale: Strength of the guidance.
+        guide: A further guide, such as interval:low=0.2; may be given several times.
+        start: Where sampling begins.
+        plan: A plan of the model by name, or a plan's .json file.
+        label: As for sample; none is no class. Left out, all classes take turns.
+        batch_size: Images in the network at once.
+        runtime: Number format of the network.
+        device: auto, cpu, cuda or cuda:1.
+        json: Print the result as JSON.
+
+    Returns:
+        The settings, and under `measures` each figure with its features, reference, count, floor and interval.
+    """
+    from ..metrics import evaluate_images, feature_net, reference_from_images
+    from ..metrics import reference as load_reference
+    from ..model import whole
+
+    whole("n", n, 10)
+    loaded = open_model(model, device)
+    asked = reference or loaded.card.get("reference")
+    if asked is None:
+        raise BadInput(f"{loaded.name} names no reference: give --reference, such as a folder of real images")
+    if is_images(asked):
+        if features is None:
+            raise BadInput(f"{asked} holds images: give --features, the network to look at them with")
+        from ..train.data import open_data
+
+        channels, height, width = loaded.shape
+        data = open_data(asked, size=(height, width), channels=channels)
+        real = data.images(range(len(data)))
+        known = reference_from_images(real, Path(asked).name, "all", feature_net(features))
+    else:
+        known = load_reference(asked)
+    way: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
+    setting = loaded.setting(sampler, times, steps, guidance_scale, runtime, min(n, batch_size), **way)
+    with progress(f"sampling {n} images") as tick:
+        x = loaded.sample(n, label, seed, **setting, batch_size=batch_size, progress=tick)
+    wanted = None if label == "none" else loaded.labels(n, label)
+    measures = evaluate_images(x, wanted, features or known.features, known, range(seed, seed + n))
+    result = {
+        "model": loaded.name,
+        "sha256": loaded.sha256,
+        **setting,
+        "n": n,
+        "seeds": [seed, seed + n - 1],
+        "measures": {name: measure.to_dict() for name, measure in measures.items()},
+    }
+    tell(result, "\n".join(str(measure) for measure in measures.values()), json)
+    return result

@@ -1,0 +1,188 @@
+"""`sample` and `train`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+from ..terminal import progress, spell, tell, versions
+from ._common import given_images, open_model
+
+
+def sample(
+    model: str,
+    *,
+    out: Path = Path("samples.png"),
+    n: int = 16,
+    label: int | str | None = None,
+    seed: int = 0,
+    sampler: str | None = None,
+    times: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guide: list[str] | None = None,
+    start: str | None = None,
+    plan: str | None = None,
+    images: Path | None = None,
+    single: bool = False,
+    columns: int | None = None,
+    batch_size: int = 64,
+    runtime: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> dict[str, Any]:
+    """Draw images from a model into a PNG grid that says inside how it was made.
+
+    The same arguments give the same file. Image k depends on its own seed and label, not on n or batch_size, up to
+    the rounding of the number format.
+
+    Args:
+        model: A bundled name (see models) or a folder.
+        out: The PNG file to write; with single, the folder.
+        n: How many images.
+        label: Class index or name, or several parted by commas, taken in turn; none is no class. Left out, all classes
+            take turns.
+        seed: Of the first image; image k has seed + k.
+        sampler: Such as ddim, unipc or dpm:order=2,sde=true. Left out: the model's own choice, as for the next three.
+        times: Time grid, such as uniform, lambda, trailing or karras:rho=7.
+        steps: Steps of the time grid.
+        guidance_scale: 1 is the plain conditional model; more follows the class more closely and costs twice.
+        guide: A further guide, such as distribution:classes=uniform or interval:low=0.2; may be given several times.
+        start: Where sampling begins, such as ccdf:time=0.3. Left out: at noise.
+        plan: A plan of the model by name, or a plan's .json file, in place of sampler, times and steps.
+        images: Folder, zip or array of images that the start begins from.
+        single: Write one file an image, named by its seed.
+        columns: Images in a row of the grid. Left out: one of each class where all classes take turns, else a square.
+        batch_size: Images in the network at once.
+        runtime: Number format of the network, fp32 or bf16; auto times them on this machine once.
+        device: auto, cpu, cuda or cuda:1. auto takes the GPU if there is one.
+        json: Print the result as JSON.
+
+    Returns:
+        What was done: files, settings, seeds, labels, seconds.
+    """
+    from .. import images as pictures
+    from ..model import whole
+
+    whole("n", n, 1)
+    if out.suffix.lower() != ".png" and not single:
+        raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
+    pictures.reserve(out / "0.png" if single else out)
+    loaded = open_model(model, device)
+    chosen = [part.strip() for part in label.split(",")] if isinstance(label, str) and "," in label else label
+    labels = loaded.labels(n, chosen)
+    asked: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
+    setting = loaded.setting(sampler, times, steps, guidance_scale, runtime, min(n, batch_size), **asked)
+    given = None if images is None else given_images(images, n, loaded.shape[0])
+    began = time.perf_counter()
+    with progress(f"sampling {n} images") as tick:
+        x = loaded.sample(n, chosen, seed, **setting, batch_size=batch_size, progress=tick, images=given)
+    seconds = time.perf_counter() - began
+    told = {"guide" if key == "guides" else key: value for key, value in setting.items()}
+    said = {"label": label, **told, "images": images, "n": n, "seed": seed, "single": single, "columns": columns}
+    if columns is None and chosen is None and loaded.classes is not None and n > len(loaded.classes):
+        columns = len(loaded.classes)
+    text = {"command": spell("sample", model, said), "model": f"{loaded.name} {loaded.sha256}", "versions": versions()}
+
+    def made(first: int, last: int) -> dict[str, str]:
+        """What the file says inside; nothing of when and where, so that the same arguments give the same bytes."""
+        span = f"{seed + first}" if first == last else f"{seed + first}-{seed + last}"
+        told = [] if labels is None else labels[first : last + 1].tolist()
+        return {**text, "seeds": span, "labels": ",".join(map(str, told))}
+
+    if single:
+        whole_files = ((seed + k, pictures.png(pictures.picture(x[k]), made(k, k))) for k in range(n))
+        files = [pictures.write(out / f"{number:06d}.png", data) for number, data in whole_files]
+    else:
+        files = [pictures.write(out, pictures.png(pictures.grid(x, columns), made(0, n - 1)))]
+    result = {
+        "files": [str(f) for f in files],
+        "model": loaded.name,
+        "sha256": loaded.sha256,
+        **setting,
+        "n": n,
+        "seeds": [seed, seed + n - 1],
+        "labels": None if labels is None else labels.tolist(),
+        "seconds": seconds,
+        "images_per_second": n / seconds,
+    }
+    where = f"{len(files)} files in {out}" if single else str(out)
+    by = setting.get("sampler") or f"plan {setting['plan']}"
+    how = f"{by}, {setting['steps']} steps, {setting['runtime']}"
+    line = f"{where}: {n} images of {loaded.name} ({how}) in {seconds:.2f} s"
+    tell(result, line, json)
+    return result
+
+
+def train(
+    data: Path,
+    *,
+    out: Path,
+    minutes: float | None = None,
+    steps: int | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    label: str | None = None,
+    widths: str | None = None,
+    blocks: int = 1,
+    patch: int | None = None,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    label_drop: float = 0.1,
+    flip: bool = False,
+    seed: int = 0,
+    runtime: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> dict[str, Any]:
+    """Train a model on a folder of images and save it.
+
+    Sub-folders are classes, or a labels.csv names them. Ctrl-C keeps a checkpoint; the same command goes on from it.
+
+    Args:
+        data: A folder or zip of images, a folder of IDX files, a .npy or a .npz.
+        out: The folder of the run, in which the model is saved.
+        minutes: How long to train. Without steps, 30.
+        steps: How many steps to train; with minutes, whichever comes first.
+        size: Crop and resize the images to this side.
+        channels: 1 or 3. Left out: what the images have.
+        label: The column of labels.csv that holds the class.
+        widths: Channels of each resolution, such as 64,128. Left out: by the size of the images.
+        blocks: Residual blocks a resolution.
+        patch: Side of the squares that the network takes as one pixel.
+        batch_size: Images a step.
+        lr: The highest learning rate.
+        label_drop: Share of the labels that are dropped, so that the model can be guided.
+        flip: Mirror images at random.
+        seed: Of the weights, the order of the images and the noise.
+        runtime: Number format, fp32 or bf16; auto takes what is faster here.
+        device: auto, cpu, cuda or cuda:1.
+        json: Print the result as JSON.
+
+    Returns:
+        The folder, and what was trained on what for how long.
+    """
+    from ..machine import device_for
+    from ..training import train_model
+
+    try:
+        channel_list = [int(w) for w in widths.split(",")] if widths else None
+    except ValueError as e:
+        raise BadInput(f"widths are whole numbers parted by commas, such as 64,128, got {widths!r}") from e
+    model = train_model(
+        data, out, steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list,
+        blocks=blocks, patch=patch, batch_size=batch_size, lr=lr, label_drop=label_drop, flip=flip, runtime=runtime,
+        seed=seed, device=str(device_for(device)),
+    )  # fmt: skip
+    result = {
+        "folder": str(out),
+        "shape": list(model.shape),
+        "classes": model.classes,
+        "parameters": sum(p.numel() for p in model.denoiser.parameters()),
+        **model.card,
+    }
+    done = model.card["last"]
+    tell(result, f"{out}: {done.get('step')} steps on {model.card['images']} images; try hasten sample {out}", json)
+    return result

@@ -1,0 +1,223 @@
+"""The folder of a model: model.json, weights.safetensors, and what it has of plans, statistics and parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import zoo
+from .denoiser import Denoiser
+from .errors import BadInput, nearest
+from .plan import Plan
+from .predictions import prediction_from
+from .schedules import schedule_from_dict
+from .weights import build, fill, sha256, store
+
+if TYPE_CHECKING:
+    from .model import Model
+
+SCHEMA = 1
+DESCRIPTION, WEIGHTS, PLAN, STATISTICS = "model.json", "weights.safetensors", "plan.json", "statistics.safetensors"
+
+
+def save(model: Model, folder: Path, half: bool = False) -> Path:
+    """Write a model's folder; see `Model.save`."""
+    part = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    try:
+        part.mkdir(parents=True)
+        store(model.denoiser.net, part / WEIGHTS, half)
+        model.sha256 = sha256(part / WEIGHTS)
+        told = describe(model)
+        if model.plan is not None:
+            (part / PLAN).write_text(model.plan.to_json())
+        for name, plan in model.plans.items():
+            (part / "plans").mkdir(exist_ok=True)
+            (part / told["plans"][name]).write_text(plan.to_json())
+        if model.statistics:
+            keep(model.statistics, part / STATISTICS)
+            told["statistics"]["sha256"] = sha256(part / STATISTICS)
+        for name, net in model.parts.items():
+            (part / "parts").mkdir(exist_ok=True)
+            store(net, part / told["parts"][name]["file"], half)
+            told["parts"][name]["sha256"] = sha256(part / told["parts"][name]["file"])
+        (part / DESCRIPTION).write_text(json.dumps(told, indent=2) + "\n")
+        if folder.is_dir() and any(folder.iterdir()):
+            files = [file for file in part.rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
+                target = folder / file.relative_to(part)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+        else:
+            os.replace(part, folder)
+    except OSError as e:
+        raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What model.json holds, but for the hashes of the files of statistics and parts."""
+    net, denoiser = model.denoiser.net, model.denoiser
+    told = {
+        "schema": SCHEMA,
+        "name": model.name,
+        "net": {"class": type(net).__name__, "config": net.config},
+        "schedule": denoiser.schedule.to_dict(),
+        "prediction": denoiser.prediction.to_dict(),
+        "clock": denoiser.clock,
+        "shape": list(model.shape),
+        "classes": None if model.classes is None else list(model.classes),
+        "null_label": denoiser.null_label,
+        "codec": model.codec,
+        "sampler": model.sampler,
+        "times": model.times,
+        "steps": model.steps,
+        "guidance_scale": model.guidance_scale,
+        "plan": None if model.plan is None else PLAN,
+        "weights": {"file": WEIGHTS, "sha256": model.sha256},
+        "card": model.card,
+    }
+    if model.plans:
+        told["plans"] = {name: f"plans/{checked(name)}.json" for name in sorted(model.plans)}
+    if model.statistics:
+        told["statistics"] = {"file": STATISTICS, "names": sorted(model.statistics)}
+    if model.parts:
+        told["parts"] = {
+            name: {
+                "class": type(part).__name__,
+                "config": part.config,
+                "file": f"parts/{checked(name)}.safetensors",
+            }
+            for name, part in sorted(model.parts.items())
+        }
+    return told
+
+
+def checked(name: str) -> str:
+    """A name that can be a file's."""
+    if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
+        raise BadInput(f"{name!r} cannot name a file: use letters, digits, '-', '_' and '.'")
+    return name
+
+
+def keep(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write tensors as safetensors in their own precision."""
+    from safetensors.torch import save as written
+
+    file.write_bytes(written({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a model: a bundled name first, then a folder with a model.json."""
+    cards = zoo.cards()
+    if str(name) in cards:
+        return cards[str(name)].folder
+    folder = Path(name)
+    if (folder / DESCRIPTION).is_file():
+        return folder
+    if (folder / "model_index.json").is_file():
+        raise BadInput(f"{name} is a diffusers pipeline: diffusers models are not supported yet")
+    if folder.is_dir():
+        raise BadInput(f"no {DESCRIPTION} in {name}: not a model that hasten saved")
+    if folder.exists():
+        raise BadInput(f"{name} is a file: a model is a folder with a {DESCRIPTION}, or a bundled name")
+    if "/" in str(name) or os.sep in str(name):
+        raise BadInput(
+            f"no folder {name}; if it is a hub id: diffusers models are not supported yet "
+            f"(bundled models: {', '.join(cards) or 'none'})"
+        )
+    raise BadInput(f"unknown model {str(name)!r}: {nearest(str(name), cards)}, or a folder with a {DESCRIPTION}")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The arguments of `Model` for the model in a folder, checked part by part."""
+    try:
+        told = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
+    if not isinstance(told, dict) or told.get("schema") != SCHEMA:
+        found = told.get("schema") if isinstance(told, dict) else type(told).__name__
+        raise BadInput(f"{folder / DESCRIPTION} has schema {found!r}, this version of hasten reads {SCHEMA}")
+    try:
+        net = build(told["net"]["class"], told["net"]["config"])
+        denoiser = Denoiser(
+            net,
+            schedule_from_dict(told["schedule"]),
+            prediction_from(told["prediction"]),
+            clock=told["clock"],
+            null_label=told["null_label"],
+        )
+        fields = dict(
+            denoiser=denoiser,
+            shape=tuple(told["shape"]),
+            classes=None if told["classes"] is None else tuple(told["classes"]),
+            plan=plan_in(folder, told["plan"]) if told.get("plan") else None,
+            plans={name: plan_in(folder, file) for name, file in (told.get("plans") or {}).items()},
+            statistics=statistics_in(folder, told.get("statistics")),
+            parts={name: part_in(folder, part) for name, part in (told.get("parts") or {}).items()},
+            sha256=told["weights"]["sha256"],
+            **{key: told[key] for key in ("name", "codec", "sampler", "times", "steps", "guidance_scale", "card")},
+        )
+        weights = folder / told["weights"]["file"]
+        fits(fields)
+    except KeyError as e:
+        raise BadInput(f"{folder / DESCRIPTION} lacks {e}") from e
+    except BadInput:
+        raise
+    except (TypeError, ValueError, AttributeError) as e:
+        raise BadInput(f"{folder / DESCRIPTION} does not describe a model: {e}") from e
+    fill(net, weights, str(told["weights"]["sha256"]))
+    denoiser.eval().requires_grad_(False)
+    return fields
+
+
+def plan_in(folder: Path, file: str) -> Plan:
+    """A plan that model.json names."""
+    try:
+        return Plan.from_json((folder / file).read_text())
+    except OSError as e:
+        raise BadInput(f"{folder / file} is missing: model.json names it") from e
+    except BadInput as e:
+        raise BadInput(f"{folder / file}: {e}") from e
+
+
+def statistics_in(folder: Path, told: dict[str, Any] | None) -> dict[str, Tensor]:
+    """The tensors that model.json names, after their hash is checked."""
+    from safetensors.torch import load_file
+
+    if not told:
+        return {}
+    file = folder / told["file"]
+    if not file.is_file():
+        raise BadInput(f"{file} is missing: model.json names it")
+    if (found := sha256(file)) != told["sha256"]:
+        raise BadInput(f"{file} is not the file that model.json names: sha256 {found[:12]}, not {told['sha256'][:12]}")
+    return {name: value.to(torch.float64) for name, value in load_file(file).items()}
+
+
+def part_in(folder: Path, told: dict[str, Any]) -> torch.nn.Module:
+    """A small network beside the model's own."""
+    net = build(told["class"], told["config"])
+    fill(net, folder / told["file"], str(told["sha256"]))
+    return net.eval().requires_grad_(False)
+
+
+def fits(told: dict[str, Any]) -> None:
+    """Refuse a shape or classes that the network was not built for, where the network tells."""
+    name, net, classes = told["name"], told["denoiser"].net, told["classes"] or ()
+    config, side = getattr(net, "config", {}), getattr(net, "multiple", 1)
+    channels, height, width = told["shape"]
+    if config.get("channels", channels) != channels or height % side or width % side:
+        raise BadInput(
+            f"{name}: images of shape {told['shape']} do not fit its network, "
+            f"which takes {config.get('channels', channels)} channels and sides that {side} divides"
+        )
+    if config.get("classes", len(classes)) != len(classes):
+        raise BadInput(f"{name} names {len(classes)} classes, its network has {config['classes']}")

@@ -1,0 +1,139 @@
+"""Run a tuner on a model and save the model with what it found."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import BadInput
+from .images import reserve
+from .machine import parse
+from .model import Model, whole
+from .pick import pick
+from .results import fingerprint, now
+from .sampling import spell
+from .tuning import Task, Tuned
+from .tuning._task import Images, Tick, ignore
+
+
+def tune_model(
+    model: Model,
+    out: str | Path,
+    method: str = "optimized_steps",
+    sampler: str | None = None,
+    times: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    data: str | Path | None = None,
+    n: int | None = None,
+    seed: int = 1_000_000,
+    runtime: str = "fp32",
+    command: str = "",
+) -> dict[str, Any]:
+    """Tune a model with one method of `hasten.tuning` and save it in `out`; a plan becomes the recommended one.
+
+    method: as `pick` spells it. data: what `open_data` reads. n: samples to calibrate on (None: the method's own
+    number). seed: of calibration sample 0. The other arguments are those of `Model.sample`: what is to be improved.
+
+    Returns a dict: folder, method, plan (its name), statistics and parts (their names), figures, seconds.
+    Raises BadInput before anything has run where something cannot be, and keeps what `out` holds until all is done.
+    """
+    tuner = pick("tuning", method)
+    if getattr(tuner, "needs_data", False) and data is None:
+        raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
+    whole("seed", seed, 0)
+    if n is not None:
+        whole("n", n, 1)
+    out = Path(out)
+    reserve(out / "model.json")
+    scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
+    if hasattr(tuner, "bind"):
+        tuner = tuner.bind(model.statistics, model.parts)
+    way = model.way(sampler or model.sampler, times or model.times, steps or model.steps, scale)
+    task = Task(
+        denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
+        images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
+    )  # fmt: skip
+    machine = parse(model.runtime_for(runtime, 64), model.device.type)
+    began = time.perf_counter()
+    with watched() as task.tick, machine.apply():
+        machine.prepare(model.denoiser)
+        found = tuner.tune(task)
+    seconds = time.perf_counter() - began
+    name = keep(model, found, method, scale)
+    record = {
+        "method": spell(tuner), "plan": name, "statistics": sorted(found.statistics), "parts": sorted(found.parts),
+        "guidance_scale": scale, "figures": found.figures, "date": now(), "command": command,
+    }  # fmt: skip
+    model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
+    model.save(out, half=is_half(model))
+    return {"folder": str(out), **record, "seconds": seconds}
+
+
+def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
+    """Give the model what was found; the name of the plan, if there is one."""
+    model.statistics = {**model.statistics, **found.statistics}
+    model.parts = {**model.parts, **found.parts}
+    if found.plan is None:
+        return None
+    name = f"{method.partition(':')[0]}-{found.plan.nfe}" + (f"-g{scale:g}" if scale != 1 else "")
+    model.plans = {**model.plans, name: found.plan}
+    model.plan, model.steps, model.guidance_scale = found.plan, found.plan.nfe, scale
+    return name
+
+
+def real(model: Model, data: str | Path) -> Images:
+    """Real images in an order of their own, which does not depend on how many are asked for."""
+    from .train import open_data
+    from .train.data import to_float
+
+    channels, height, width = model.shape
+    source = open_data(data, size=(height, width), channels=channels)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    fitting = source.labels is not None and len(source.classes or ()) == len(model.classes or ())
+
+    def images(n: int) -> tuple[Tensor, Tensor | None]:
+        if n > len(source):
+            raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
+        chosen = order[:n]
+        labels = source.labels[chosen] if fitting and source.labels is not None else None
+        return to_float(source.images(chosen)).to(model.device), labels
+
+    return images
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Tick]:
+    """Progress with the time left on stderr, while that is a terminal."""
+    if not sys.stderr.isatty():
+        yield ignore
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TextColumn("left"), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[value]}"),
+    )  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tick(what: str, done: int, total: int, value: float) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, value="")
+            bar.update(tasks[what], completed=done, total=total, value=f"{value:.5g}")
+
+        yield tick
+
+
+def is_half(model: Model) -> bool:
+    """Whether float16 holds the weights without loss: they came from such a file."""
+    weights = [w for w in model.denoiser.net.state_dict().values() if w.is_floating_point()]
+    return all(torch.equal(w, w.half().to(w.dtype)) for w in weights)

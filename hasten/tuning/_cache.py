@@ -1,0 +1,36 @@
+"""Results of tuning that are remembered: one JSON file for each question that was ever asked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..machine import notebook
+
+
+def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make()` gave for this key, from hasten's folder of the user's cache where it is there, bit for bit.
+
+    Args:
+        key: all that the result depends on, with a version number of the method; JSON.
+        make: gives a dict that JSON can hold (Python floats survive it exactly).
+
+    A cache that cannot be read or written costs time, never the result.
+    """
+    text = json.dumps(key, sort_keys=True)
+    place = notebook().parent / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        told = json.loads(place.read_text())
+        if told["key"] == json.loads(text):
+            return told["value"]
+    value = json.loads(json.dumps(make()))
+    part = place.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"key": json.loads(text), "value": value}))
+        os.replace(part, place)
+    return value
