@@ -56,7 +56,7 @@ def tune_model(
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
         tuner = tuner.bind(model.statistics, model.parts)
-    way = model.way(sampler or model.sampler, times or model.times, steps or model.steps, scale)
+    way = model.way(sampler or model.sampler, times or model.times, model.steps if steps is None else steps, scale)
     task = Task(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
         images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),

@@ -184,3 +184,81 @@ def test_spell() -> None:
     assert (
         spell(Karras(rho=5.0)) == "karras:rho=5" and spell(Explicit((1.0, 0.25, 0.0))) == "explicit:values=(1,0.25,0)"
     )
+
+
+# ---- queries about some of the samples, about many states at once, and for moments ----------------------------------
+
+
+class Labelled(nn.Module):
+    """x0 = label: an answer tells for whom it was asked."""
+
+    schedule = Flow()
+
+    def forward(self, x: Tensor, t: Tensor, *, label: Tensor, note: str = "") -> Tensor:
+        assert len(label) == len(x) and note == "kept"
+        return label[:, None].to(x.dtype).expand_as(x)
+
+    def moments(self, x: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        return self(x, t, **cond), torch.full_like(x, 0.5)
+
+
+@dataclass(frozen=True)
+class Asks:
+    """Sends one query and returns the answer."""
+
+    query: Callable[[Tensor], Query]
+    linear: ClassVar[bool] = False
+    why: ClassVar[str] = "it only asks"
+
+    def nfe(self, steps: int) -> int | None:
+        return None
+
+    def steps(self, schedule: Any, x: Tensor, times: Tensor, noise: Any) -> Generator[Query, Any, Any]:
+        return (yield self.query(x))
+
+
+def ask(query: Callable[[Tensor], Query], denoiser: nn.Module | None = None) -> Any:
+    label = torch.tensor([3, 4, 5])
+    times = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    return walk(Asks(query), denoiser or Labelled(), torch.zeros(3, 2), times, label=label, note="kept")
+
+
+def test_a_query_about_some_samples_gets_their_conditions() -> None:
+    rows = torch.tensor([2, 0])
+    assert ask(lambda x: Query(x[rows], torch.tensor([0.5, 0.2]), rows))[:, 0].tolist() == [5, 3]
+
+
+def test_a_query_of_many_states_repeats_the_conditions() -> None:
+    t = torch.linspace(0.1, 0.6, 6, dtype=torch.float64)
+    assert ask(lambda x: Query(x.repeat(2, 1), t))[:, 0].tolist() == [3, 4, 5, 3, 4, 5]
+
+
+def test_a_query_for_moments_gets_both() -> None:
+    x0, second = ask(lambda x: Query(x, torch.tensor(0.5), moments=True))
+    assert x0[:, 0].tolist() == [3, 4, 5] and bool((second == 0.5).all())
+    with pytest.raises(HastenError, match="no second moments"):
+        ask(lambda x: Query(x, torch.tensor(0.5), moments=True), g8(Flow()))
+
+
+def test_a_sampler_that_is_driven_from_outside_is_asked_to_solve() -> None:
+    @dataclass(frozen=True)
+    class Driven:
+        linear: ClassVar[bool] = False
+
+        def nfe(self, steps: int) -> int | None:
+            return None
+
+        def solve(self, ask: Any, schedule: Any, x: Tensor, times: Tensor, noise: Any) -> Tensor:
+            return ask(x, times[0]) + ask(x[1:2], times[0], torch.tensor([1]))
+
+    seen: list[tuple[int, int]] = []
+    found = walk(
+        Driven(), Labelled(), torch.zeros(3, 2), torch.tensor([1.0, 0.0]), label=torch.tensor([3, 4, 5]), note="kept",
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert found[:, 0].tolist() == [7, 8, 9] and seen == [(1, 1), (2, 2)]
+
+
+def test_a_plan_is_refused_with_the_reason() -> None:
+    with pytest.raises(HastenError, match="it only asks"):
+        plan(Asks(lambda x: Query(x, torch.tensor(0.5))), Flow(), torch.tensor([1.0, 0.0]))
