@@ -12,12 +12,14 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .basis import Basis
 from .errors import BadInput, HastenError
+from .program import Draws, Program, combine, filled, program, sparse, used
 from .sampling import Progress, Sampler, no_noise, reset, spell
 from .schedules import Schedule, schedule_from_dict
 from .times import check_times
@@ -40,10 +42,16 @@ class Plan:
     float64. `start` is (1, 0, ...) but for samplers that add noise before their first query. `A` is zero but for
     methods that keep a history of noise predictions (x_j and x0_j together), for which the x0 alone take more terms.
 
+    With a `basis` of G groups of directions all of this is in its coordinates: x_j stands for U^T (x_j - alpha_j m),
+    x0_j for U^T (x0_j - m), xi_j for U^T xi_j, and every table has a last axis G: one number for each group.
+
     Args:
         times: (K + 1,). Not always decreasing: Heun with churn goes back up before it asks.
         start: (1 + M,).  a: (K,).  A, B: (K, K), A strictly lower and B lower triangular.  C: (K, M).
-        sampler: how the sampler is spelled; schedule: its `to_dict()`. For people and files: running needs neither.
+        sampler: how the sampler is spelled; schedule: its `to_dict()`. For people and files: running needs neither,
+            but the schedule where there is a basis.
+        basis: the coordinates, if not those of the samples themselves.
+        begin: the time of `x_init`, where a sampler moves it before its first query; None: `times[0]`.
     """
 
     times: Tensor
@@ -54,10 +62,14 @@ class Plan:
     C: Tensor
     sampler: str = ""
     schedule: dict[str, Any] = field(default_factory=dict)
+    basis: Basis | None = None
+    begin: float | None = None
 
     def __post_init__(self) -> None:
-        K, M = len(self.a), self.C.shape[-1]
-        for name, shape in {"times": (K + 1,), "start": (1 + M,), "A": (K, K), "B": (K, K), "C": (K, M)}.items():
+        G = self._groups
+        K, M = len(self.a), self.C.shape[1] if self.C.ndim > 1 else 0
+        shapes = {"times": (K + 1,), "start": (1 + M, *G), "A": (K, K, *G), "B": (K, K, *G), "C": (K, M, *G)}
+        for name, shape in {**shapes, **({"a": (K, *G)} if G else {})}.items():
             found = getattr(self, name)
             if found.shape != shape or found.dtype != torch.float64:
                 raise BadInput(f"plan: {name} must be float64 {shape}, found {found.dtype} {tuple(found.shape)}")
@@ -69,8 +81,13 @@ class Plan:
             )
         if not bool(((self.times.detach() >= 0) & (self.times.detach() <= 1)).all()):
             raise BadInput("plan: times must lie in [0, 1]")
-        if bool(torch.triu(self.A.detach()).any()) or bool(torch.triu(self.B.detach(), 1).any()):
+        if any(bool(torch.triu(X.detach().movedim((0, 1), (-2, -1)), d).any()) for X, d in ((self.A, 0), (self.B, 1))):
             raise BadInput("plan: a row may use earlier states and answers only (A strictly, B lower triangular)")
+
+    @property
+    def _groups(self) -> tuple[int, ...]:
+        """The last axis of every table: (G,), or () without a basis."""
+        return () if self.basis is None else (self.basis.groups,)
 
     @property
     def nfe(self) -> int:
@@ -93,7 +110,7 @@ class Plan:
         grad: bool | None = None,
         **cond: Any,
     ) -> Tensor:
-        """Run the plan from `x` (B, *S) at `times[0]`; the result is at `times[-1]`, in the dtype of `x`.
+        """Run the plan from `x` (B, *S) at `times[0]`, or `begin`; the result is at `times[-1]`, in the dtype of `x`.
 
         Args:
             denoiser: `denoiser(x_t, t, **cond) -> x0`; what has a `reset()` is reset once, before the first query.
@@ -104,89 +121,86 @@ class Plan:
         fitted = any(getattr(self, name).requires_grad for name in ("times", "start", *TABLES))
         if grad is None:
             grad = torch.is_grad_enabled() and (x.requires_grad or fitted)
-        program = self._program(tensors=True) if fitted and grad else self._numbers
+        rows = self._program(tensors=True) if fitted and grad else self._numbers
         reset(denoiser)
-        draws = _Draws(no_noise if noise is None else noise)
+        basis, fresh = self.basis, no_noise if noise is None else noise
+        into, back = (_same, _same) if basis is None else (basis.coordinates, basis.pixels)
+        draws = Draws(lambda: into(fresh(), 0.0))
         with torch.set_grad_enabled(grad):
-            state = _combine(program.start, {0: x}, {}, draws)
+            alpha = [0.0] * (self.nfe + 1) if basis is None else self._schedule.alpha(self.times).unbind()
+            first = alpha[0] if basis is None or self.begin is None else self._schedule.alpha(self.begin)
+            state = combine(rows.start, {0: into(x, first)}, {}, draws, basis)
             states, answers = {}, {}
-            for k, (t, row) in enumerate(zip(program.times, program.rows)):
+            for k, (t, row) in enumerate(zip(rows.times, rows.rows)):
                 states[k] = state
-                answers[k] = denoiser(state, t, **cond)
-                state = _combine(row, states, answers, draws)
+                answers[k] = into(denoiser(back(state, alpha[k]), t, **cond), 1.0)
+                state = combine(row, states, answers, draws, basis)
                 for j in row.last_states:
                     del states[j]
                 for j in row.last_answers:
                     del answers[j]
                 if progress is not None:
-                    progress(k + 1, len(program.rows))
-        return state
+                    progress(k + 1, self.nfe)
+            return back(state, alpha[-1])
 
     @cached_property
-    def _numbers(self) -> _Program:
+    def _numbers(self) -> Program:
         return self._program(tensors=False)
 
-    def _program(self, tensors: bool) -> _Program:
-        """The rows as lists of what to multiply by what, and when a piece of history is used for the last time."""
-        K = self.nfe
-        X = (self.A + torch.diag(self.a)).detach()
-        last_x = [max([k, *_used(X[:, k])]) for k in range(K)]
-        last_x0 = [max([k, *_used(self.B.detach()[:, k])]) for k in range(K)]
+    def _program(self, tensors: bool) -> Program:
+        return program(self.times, self.start, self.a, self.A, self.B, self.C, tensors)
 
-        def terms(row: Tensor) -> list[tuple[int, Any]]:
-            return [(j, row[j] if tensors else float(row[j])) for j in _used(row.detach())]
-
-        rows = []
-        for k in range(K):
-            states = terms(self.A[k]) + [(k, self.a[k] if tensors else float(self.a[k]))] * bool(self.a[k] != 0)
-            rows.append(
-                _Row(
-                    states=states[::-1],
-                    answers=terms(self.B[k])[::-1],
-                    draws=terms(self.C[k]),
-                    last_states=[j for j in range(K) if last_x[j] == k],
-                    last_answers=[j for j in range(K) if last_x0[j] == k],
-                )
-            )
-        start = _Row(terms(self.start[:1]), [], terms(self.start[1:]), [], [])
-        times = self.times if tensors else self.times.detach()
-        return _Program(list(times[:-1].unbind()), start, rows)
+    @property
+    def _schedule(self) -> Schedule:
+        return schedule_from_dict(self.schedule)
 
     def marginals(
         self, mean: Tensor, variance: Tensor, start: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of every state for data N(mean, diag(variance)) and its exact denoiser, without sampling.
 
+        With a `basis` all of it is about the coordinates u of the data, D of them, and of the states.
+
         Args:
             mean, variance: (D,), of the data; variance 0 is a point mass.
-            start: mean and variance (D,) of `x_init`; by default those of the forward process at `times[0]`.
+            start: mean and variance (D,) of `x_init`; by default those of the forward process at its time.
 
         Returns:
             two (K + 1, D) float64 tensors: of the state of every query and of the result.
         """
-        schedule = schedule_from_dict(self.schedule)
         mean, variance = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (mean, variance))
-        alpha, sigma = (f(self.times)[:, None] for f in (schedule.alpha, schedule.sigma))
+        alpha, sigma = (f(self.times)[:, None] for f in (self._schedule.alpha, self._schedule.sigma))
         if start is None:
-            start = alpha[0] * mean, alpha[0] ** 2 * variance + sigma[0] ** 2
-        scale = torch.cat([start[1].sqrt()[None], mean.new_ones(len(self.start) - 1, len(mean))])
+            t = self.times[:1] if self.begin is None else torch.tensor([self.begin], dtype=torch.float64)
+            start = (
+                self._schedule.alpha(t) * mean,
+                self._schedule.alpha(t) ** 2 * variance + self._schedule.sigma(t) ** 2,
+            )
+        begin, a, A, B, C = (self._each(table) for table in (self.start, self.a, self.A, self.B, self.C))
+        scale = torch.cat([start[1].sqrt()[None], mean.new_ones(len(begin) - 1, len(mean))])
         # each state as (mean, factors of the independent standard normals: the start and the draws)
-        means, factors = [self.start[0] * start[0]], [self.start[:, None] * scale]
+        means, factors = [begin[0] * start[0]], [begin * scale]
         answers_mean, answers_factor = [], []
-        noise = torch.cat([mean.new_zeros(self.nfe, 1), self.C], 1)
-        X = self.A + torch.diag(self.a)
         for k in range(self.nfe):
             gain = alpha[k] * variance / (alpha[k] ** 2 * variance + sigma[k] ** 2)
             answers_mean.append(mean + gain * (means[k] - alpha[k] * mean))
             answers_factor.append(gain * factors[k])
-            old, new = _used(X.detach()[k]), _used(self.B.detach()[k])
-            means.append(sum(X[k, j] * means[j] for j in old) + sum(self.B[k, j] * answers_mean[j] for j in new))
+            old, new = used(A.detach()[k]), used(B.detach()[k])
+            fresh = torch.cat([mean.new_zeros(1, len(mean)), C[k].expand(-1, len(mean))])
+            means.append(
+                sum(A[k, j] * means[j] for j in old) + a[k] * means[k] + sum(B[k, j] * answers_mean[j] for j in new)
+            )
             factors.append(
-                sum(X[k, j] * factors[j] for j in old)
-                + sum(self.B[k, j] * answers_factor[j] for j in new)
-                + noise[k][:, None]
+                sum(A[k, j] * factors[j] for j in old)
+                + a[k] * factors[k]
+                + sum(B[k, j] * answers_factor[j] for j in new)
+                + fresh
             )
         return torch.stack(means), torch.stack([f.square().sum(0) for f in factors])
+
+    def _each(self, table: Tensor) -> Tensor:
+        """A table with a last axis that goes over the coordinates of a sample: (..., D) or (..., 1)."""
+        return table[..., None] if self.basis is None else table[..., self.basis.index.flatten()]
 
     def to_json(self) -> str:
         """The plan as JSON, every number to its last bit, zeros of the tables left out; `from_json` is the inverse."""
@@ -194,8 +208,11 @@ class Plan:
         told["times"] = self.times.tolist()
         told["start"] = self.start.tolist()
         told["a"] = self.a.tolist()
-        for name in ("A", "B", "C"):
-            told[name] = [[[j, float(row[j])] for j in _used(row)] for row in getattr(self, name).detach()]
+        told.update({name: sparse(getattr(self, name)) for name in ("A", "B", "C")})
+        if self.basis is not None:
+            told["basis"] = self.basis.to_dict()
+        if self.begin is not None:
+            told["begin"] = self.begin
         return json.dumps(told)
 
     @classmethod
@@ -211,24 +228,36 @@ class Plan:
         try:
             vectors = {name: torch.tensor(told[name], dtype=torch.float64) for name in ("times", "start", "a")}
             K, M = len(vectors["a"]), len(vectors["start"]) - 1
-            tables = {name: _filled(told[name], K, M if name == "C" else K) for name in ("A", "B", "C")}
+            basis = Basis.from_dict(told["basis"]) if "basis" in told else None
+            groups = () if basis is None else (basis.groups,)
+            tables = {name: filled(told[name], K, M if name == "C" else K, groups) for name in ("A", "B", "C")}
             sampler, schedule = str(told["sampler"]), dict(told["schedule"])
+            begin = float(told["begin"]) if "begin" in told else None
         except KeyError as error:
             raise BadInput(f"plan: {error} is missing") from error
+        except BadInput as error:  # a ValueError too
+            raise BadInput(f"plan: {error}") from error
         except (TypeError, ValueError, IndexError) as error:
             raise BadInput(f"plan: its tables cannot be read: {error}") from error
         schedule_from_dict(schedule)
-        return cls(**vectors, **tables, sampler=sampler, schedule=schedule)
+        return cls(**vectors, **tables, sampler=sampler, schedule=schedule, basis=basis, begin=begin)
 
     def table(self) -> str:
-        """The plan as text for people: a line a query."""
-        name = self.schedule.get("name", "?")
+        """The plan as text for people: a line a query. In a basis u stands for U^T (x - alpha m), with the range that
+        each number has over the directions."""
+        name, x = self.schedule.get("name", "?"), "x" if self.basis is None else "u"
         lines = [f"{self.sampler} on {name}: {self.nfe} network evaluations"]
+        if self.basis is not None:
+            low, high = (float(v) for v in self.basis.values[[0, -1]])
+            lines.append(f"{self.basis.kind} basis, {self.basis.groups} variances from {low:.6g} to {high:.6g}")
+        if self.begin is not None:
+            start = " ".join(_text(c, f"{x}(t = {self.begin:.6f})") for _, c in self._numbers.start.states)
+            lines.append(f"                 {x}_0 = {start.removeprefix('+ ')}")
         for k, row in enumerate(self._numbers.rows):
-            terms = [(c, f"x_{j}") for j, c in row.states] + [(c, f"x0_{j}") for j, c in row.answers]
+            terms = [(c, f"{x}_{j}") for j, c in row.states] + [(c, f"{x}0_{j}") for j, c in row.answers]
             terms += [(c, f"xi_{j}") for j, c in row.draws]
-            text = " ".join(f"{'-' if c < 0 else '+'} {abs(c):.6g} {what}" for c, what in terms) or "0"
-            lines.append(f"t_{k} = {float(self.times[k]):.6f}   x_{k + 1} = {text.removeprefix('+ ')}")
+            text = " ".join(_text(c, what) for c, what in terms) or "0"
+            lines.append(f"t_{k} = {float(self.times[k]):.6f}   {x}_{k + 1} = {text.removeprefix('+ ')}")
         return "\n".join([*lines, f"t_{self.nfe} = {float(self.times[-1]):.6f}"])
 
 
@@ -241,7 +270,7 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
     float64 rounded. Where `times` require gradients, so do the tables and the plan's times.
 
     Args:
-        sampler: with `linear` True.
+        sampler: with `linear` True. One with a `basis` gives tables in its coordinates.
         times: (steps + 1,) float64, strictly decreasing in [0, 1].
 
     Raises:
@@ -249,73 +278,24 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
         BadInput: for times that do not decrease, or on which the sampler has no finite coefficients.
     """
     if not sampler.linear:
-        raise HastenError(
-            f"{spell(sampler)} cannot be compiled to a plan: its steps depend on the values it sees; run it with walk()"
-        )
-    tables = trace(sampler, schedule, check_times(times.to(torch.float64)))
-    return Plan(*tables, sampler=spell(sampler), schedule=schedule.to_dict())
+        why = getattr(sampler, "why", "its steps depend on the values it sees")
+        raise HastenError(f"{spell(sampler)} cannot be compiled to a plan: {why}; run it with walk()")
+    times = check_times(times.to(torch.float64))
+    tables, basis = trace(sampler, schedule, times), getattr(sampler, "basis", None)
+    begin = float(times[0].detach())
+    moved = basis is not None and begin != float(tables.times[0].detach())
+    return Plan(*tables, spell(sampler), schedule.to_dict(), basis, begin if moved else None)
 
 
-class _Row(NamedTuple):
-    """(index, coefficient) of every term of a row, newest first, and the history that nothing later uses."""
-
-    states: list[tuple[int, Any]]
-    answers: list[tuple[int, Any]]
-    draws: list[tuple[int, Any]]
-    last_states: list[int]
-    last_answers: list[int]
+def _same(x: Tensor, alpha: Any) -> Tensor:
+    return x
 
 
-class _Program(NamedTuple):
-    times: list[Tensor]
-    start: _Row
-    rows: list[_Row]
-
-
-class _Draws:
-    """Noise draws by number: each is made once, in order, and kept until a later one is asked for."""
-
-    def __init__(self, noise: Callable[[], Tensor]) -> None:
-        self.noise = noise
-        self.made: dict[int, Tensor] = {}
-        self.count = 0
-
-    def __getitem__(self, j: int) -> Tensor:
-        while self.count <= j:
-            self.made[self.count] = self.noise()
-            self.count += 1
-        return self.made[j]
-
-
-def _combine(row: _Row, states: Any, answers: Any, draws: Any) -> Tensor:
-    """The sum of the terms of a row. Never changes what it reads: history and wrappers may hold it."""
-    total: Any = None
-    for source, terms in ((states, row.states), (answers, row.answers), (draws, row.draws)):
-        for j, c in terms:
-            value = source[j]
-            if total is None:
-                total = value * c
-            elif isinstance(c, float) and not total.requires_grad:
-                total = total.add_(value, alpha=c)
-            else:
-                total = total + c * value
-    return torch.zeros_like(next(iter(states.values()))) if total is None else total
-
-
-def _used(row: Tensor) -> list[int]:
-    return row.nonzero().flatten().tolist()
-
-
-def _filled(rows: list[list[list[float]]], height: int, width: int) -> Tensor:
-    table = torch.zeros(height, width, dtype=torch.float64)
-    if len(rows) != height:
-        raise ValueError(f"{len(rows)} rows where there are {height} queries")
-    for k, row in enumerate(rows):
-        for j, value in row:
-            if not 0 <= j < width:
-                raise ValueError(f"row {k} has an entry in column {j} of {width}")
-            table[k, j] = value
-    return table
+def _text(c: Any, what: str) -> str:
+    """A term: "+ 0.5 x_0", or with the least and the largest number of all directions, "+ [0.5, 0.7] u_0"."""
+    if isinstance(c, Tensor):
+        return f"+ [{float(c.min()):.6g}, {float(c.max()):.6g}] {what}"
+    return f"{'-' if c < 0 else '+'} {abs(c):.6g} {what}"
 
 
 class _Callable(types.ModuleType):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .errors import BadInput, HastenError
+from .program import holds, used
 from .sampling import Query, Sampler, spell
 from .schedules import Schedule
 
@@ -35,8 +36,9 @@ class NotLinear(HastenError, AttributeError):
 class Traced:
     """A linear combination of symbols, in place of an image.
 
-    `value` (2, symbols) holds it in two ways: row 0 in the starting state, the answers and the draws alone; row 1 as
-    the sampler's code wrote it, in which every queried state is a symbol too.
+    `value` (2, symbols), or (2, symbols, G) for a sampler with a basis of G groups, holds it in two ways: row 0 in the
+    starting state, the answers and the draws alone; row 1 as the sampler's code wrote it, in which every queried state
+    is a symbol too.
     """
 
     __slots__ = ("value",)
@@ -57,7 +59,7 @@ class Traced:
     def __mul__(self, number: Any) -> Traced:
         if isinstance(number, Traced):
             raise NotLinear("a linear sampler multiplies by numbers only, not a state by a state")
-        if isinstance(number, Tensor) and number.ndim:
+        if isinstance(number, Tensor) and number.ndim and number.shape != self.value.shape[2:]:
             raise NotLinear(f"a linear sampler multiplies by 0-d tensors, not by one of shape {tuple(number.shape)}")
         return Traced(self.value * number)
 
@@ -82,17 +84,22 @@ class Traced:
 
 
 def trace(sampler: Sampler, schedule: Schedule, times: Tensor) -> Tables:
-    """The tables of a linear sampler on these times; differentiable in the times. `plan` documents the rules."""
+    """The tables of a linear sampler on these times; differentiable in the times. `plan` documents the rules.
+
+    Where the sampler has a `basis`, its symbols stand for coordinates in it and every table has a last axis (G,).
+    """
     return _Trace(sampler, schedule, times).tables()
 
 
 class _Trace:
     def __init__(self, sampler: Sampler, schedule: Schedule, times: Tensor) -> None:
         self.sampler = sampler
+        basis = getattr(sampler, "basis", None)
+        self.groups = () if basis is None else (basis.groups,)
         # the kind of each symbol and its number within the kind: the start, states, answers, draws
         self.symbols: list[tuple[str, int]] = []
         self.counts = {"init": 0, "x": 0, "x0": 0, "xi": 0}
-        self.states: list[Tensor] = []  # (2, symbols by then): the state of every query, and the result
+        self.states: list[Tensor] = []  # (2, symbols by then, *groups): the state of every query, and the result
         self.of_state: list[int] = []  # the symbol of the state of every query
         self.times: list[Tensor] = []
         self._run(schedule, times)
@@ -101,7 +108,7 @@ class _Trace:
     def _symbol(self, kind: str) -> Tensor:
         self.symbols.append((kind, self.counts[kind]))
         self.counts[kind] += 1
-        unit = torch.zeros(2, len(self.symbols), dtype=torch.float64)
+        unit = torch.zeros(2, len(self.symbols), *self.groups, dtype=torch.float64)
         unit[:, -1] = 1.0
         return unit
 
@@ -141,8 +148,8 @@ class _Trace:
         self.number = torch.tensor([size if kind == "xi" else number for kind, number in self.symbols])
         self.is_state = torch.tensor([kind in ("init", "x") for kind, _ in self.symbols])
         K, M = len(self.states) - 1, self.counts["xi"]
-        begin = drop(self.states[0][0], self.states[0][0].detach().abs().max())
-        plain = bool(begin[0] == 1) and int(begin.count_nonzero()) == 1
+        begin = drop(self.states[0][0], self.states[0][0].detach().abs().amax(0))
+        plain = bool((begin[0] == 1).all()) and used(begin) == [0]
         shapes = {"init": (1, 1), "begin": (1, M), "x": (K, K), "x0": (K, K), "xi": (K, M)}
         places: dict[str, list[tuple[int, int]]] = {kind: [] for kind in shapes}
         values: dict[str, list[Tensor]] = {kind: [] for kind in shapes}
@@ -151,27 +158,27 @@ class _Trace:
             places[kind].append(place)
             values[kind].append(value)
 
-        for index in begin.detach().nonzero().flatten().tolist():
+        for index in used(begin):
             kind, number = self.symbols[index]
             put("begin" if kind == "xi" else "init", (0, number), begin[index])
         for k in range(K):
             row = self._row(k, plain)
-            for index in row.detach().nonzero().flatten().tolist():
+            for index in used(row):
                 kind, number = self.symbols[index]
                 put("x" if kind == "init" else kind, (k, number), row[index])
         full = {
-            kind: torch.zeros(shape, dtype=torch.float64).index_put(
+            kind: torch.zeros(*shape, *self.groups, dtype=torch.float64).index_put(
                 tuple(torch.tensor(places[kind]).T), torch.stack(values[kind])
             )
             if places[kind]
-            else torch.zeros(shape, dtype=torch.float64)
+            else torch.zeros(*shape, *self.groups, dtype=torch.float64)
             for kind, shape in shapes.items()
         }
         return Tables(
             times=torch.stack(self.times),
             start=torch.cat([full["init"], full["begin"]], 1)[0],
-            a=torch.diagonal(full["x"]).clone(),
-            A=torch.tril(full["x"], -1),
+            a=full["x"][range(K), range(K)].clone(),
+            A=torch.where(beside(torch.ones(K, K).tril(-1) == 1, full["x"]), full["x"], 0.0),
             B=full["x0"],
             C=full["xi"],
         )
@@ -182,41 +189,50 @@ class _Trace:
         `plain`: the start is state 0, so that a row may name it.
         """
         before, (now, written) = self.states[k][0], self.states[k + 1]
-        scale = now.detach().abs().max()
+        scale = now.detach().abs().amax(0)
         unit = torch.zeros_like(now)
         unit[self.of_state[k]] = 1.0
         rows = []
         for pivot in self._pivots(before, now):
             ratio = now[pivot] / before[pivot]
             rest = now - ratio * before
-            rest = rest - torch.where(torch.arange(len(rest)) == pivot, rest, 0.0)  # 0, whatever the rounding
+            at_pivot = beside(torch.arange(len(rest)) == pivot, rest)
+            rest = rest - torch.where(at_pivot, rest, 0.0)  # 0, whatever the rounding
             rows.append(drop(rest, scale) + ratio * unit)
         rows += [drop(now, scale), drop(written, scale)]
 
         def cost(row: Tensor) -> tuple[int, int, int]:
-            used = row != 0
-            oldest = int(self.number[used].min()) if used.any() else k
-            return k - min(oldest, k), int((used & self.is_state & (self.number < k)).sum()), int(used.sum())
+            held = holds(row)
+            oldest = int(self.number[held].min()) if held.any() else k
+            return k - min(oldest, k), int((held & self.is_state & (self.number < k)).sum()), int(held.sum())
 
         if not plain:
-            rows = [row for row in rows if row[0] == 0]
+            rows = [row for row in rows if not bool(row[0].any())]
         if not rows:
             raise NotLinear(f"{spell(self.sampler)} uses its start again after adding noise to it: keep the sum only")
         return min(rows, key=cost)
 
     def _pivots(self, before: Tensor, now: Tensor) -> list[int]:
         """Symbols to read a_k from: the oldest that both states hold of the start and the draws, and of the answers."""
-        both = (drop(before, before.abs().max()) != 0) & (drop(now, now.abs().max()) != 0)
+        both = (drop(before, before.abs().amax(0)) != 0) & (drop(now, now.abs().amax(0)) != 0)
+        if self.groups:  # one symbol for all directions: far enough from 0 in each, or the ratio magnifies rounding
+            both = both.all(1) & (before.detach().abs() > 1e-4 * before.detach().abs().amax(0)).all(1)
         answers = ~self.is_state & (self.number < len(self.symbols))
         found = [both & ~answers, both & answers]
         return [int(mask.nonzero()[0]) for mask in found if mask.any()]
 
 
 def wide(value: Tensor, size: int) -> Tensor:
-    """`value` with zeros for the symbols made since."""
-    return pad(value, (0, size - value.shape[-1])) if value.shape[-1] < size else value
+    """`value` (2, symbols, *groups) with zeros for the symbols made since."""
+    more = size - value.shape[1]
+    return pad(value, (0, 0) * (value.ndim - 2) + (0, more)) if more > 0 else value
 
 
 def drop(row: Tensor, scale: Tensor) -> Tensor:
     """The row without the zeros that float64 rounded: entries of at most `TOLERANCE` of the scale."""
     return torch.where(row.detach().abs() > TOLERANCE * scale, row, 0.0)
+
+
+def beside(mask: Tensor, table: Tensor) -> Tensor:
+    """A mask over the first axes of a table, with axes of length 1 for the others."""
+    return mask.reshape(*mask.shape, *[1] * (table.ndim - mask.ndim))
