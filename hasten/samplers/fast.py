@@ -1,0 +1,135 @@
+"""FastDPM: a short chain of its own noise levels, at fractional steps of the model's."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hasten.errors import BadInput, nearest
+from hasten.samplers._phi import Known, ddim, nodes
+from hasten.sampling import Query
+from hasten.schedules import Schedule
+from hasten.times import LARGEST_Q, check_times
+
+
+@dataclass(frozen=True)
+class FastDPM:
+    """FastDPM: sampling with a schedule of the user's, which the bijection between noise level and time carries over to
+    the model's own, fractional, times.
+
+        z_s = alpha_s x0 + sqrt(sigma_s^2 - V) eps + sqrt(V) xi,  V = kappa^2 (1 - e^{-2h}) sigma_s^2, h = lam_s - lam_r
+
+    kappa in [0, 1]: 0 is the paper's DDIM-rev, better for images, 1 its DDPM-rev, better for sound.
+
+    approximation="step": the chain runs on the times that it is given; with kappa = 0 that is DDIM. "var": it is given
+    only their number S, first and last positive level (the betas of the short chain are its own):
+
+        abar_s = prod_{i<=s} (1 - eta_i),     eta_i = eta_1 + i w            schedule="linear",   i = 0 .. S-1,
+                                              eta_i = eta_1 (1 + i w)^2      schedule="quadratic",
+
+    eta_1 from the last positive level, w by bisection so that abar_S is that of the first, and the network is asked at
+    the times at which abar = alpha^2 / (alpha^2 + sigma^2) has these values. Pure noise counts as q = 150 there, as
+    in the grids; that query itself stays at its time. Raises BadInput where no w in the allowed range fits. A grid that
+    does not end at 0 is part of a chain only, and is taken as it is.
+
+    Order 1 in the largest step in lam, which "var" refines only as far as eta_1 lets it: near the clean end its levels
+    lie a factor apart that more steps do not change. NFE = steps. Reference: Kong, Ping 2021, 2106.00132.
+    """
+
+    approximation: str = "var"
+    schedule: str = "quadratic"
+    kappa: float = 0.0
+    linear: ClassVar[bool] = True
+    order: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        for name, choices in (("approximation", ("var", "step")), ("schedule", ("linear", "quadratic"))):
+            if getattr(self, name) not in choices:
+                raise BadInput(f"FastDPM({name}={getattr(self, name)!r}): {nearest(getattr(self, name), choices)}")
+        if not 0 <= self.kappa <= 1:
+            raise BadInput(f"FastDPM(kappa={self.kappa}): kappa must lie in [0, 1]")
+
+    def nfe(self, steps: int) -> int:
+        return steps
+
+    def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
+        if self.approximation == "var":
+            times = var_times(schedule, times, self.schedule)
+        path, z = nodes(schedule, times), x
+        for r, s in zip(path, path[1:], strict=False):
+            known = Known(r, z, (yield Query(z, r.t)))
+            if s.clean or self.kappa == 0:
+                z = ddim(z, known, s)
+                continue
+            decay = (r.alpha * s.sigma) / (s.alpha * r.sigma)  # e^{-h}, 0 from pure noise
+            V = (self.kappa * s.sigma) ** 2 * (1 - decay) * (1 + decay)
+            keep = torch.sqrt(s.sigma**2 - V) / r.sigma
+            z = keep * z + (s.alpha - keep * r.alpha) * known.x0 + torch.sqrt(V) * noise()
+        return z
+
+
+def var_times(schedule: Schedule, times: Tensor, family: str = "quadratic") -> Tensor:
+    """The times of the VAR chain with as many steps, the same first and last positive level as `times` (S + 1,); a grid
+    that does not end at 0 is returned as it is."""
+    check_times(times)
+    S = len(times) - 1
+    if times[-1].item() != 0 or S < 3:  # part of a chain; or both levels are given and nothing is left to choose
+        return times
+    lam = schedule.lam(times[[0, S - 1]].detach())
+    lam = torch.where(torch.isinf(lam), -math.log(LARGEST_Q), lam)
+    betas = short_chain(S, float(torch.sigmoid(-2 * lam[1])), float(torch.sigmoid(2 * lam[0])), family)
+    log_abar = torch.cumsum(torch.log1p(-betas), 0)
+    # lam of abar: log(abar / (1 - abar)) / 2, noisiest first; the ends are the given times themselves
+    inner = 0.5 * (log_abar - torch.log(-torch.expm1(log_abar)))
+    found = schedule.time(inner[1:-1]).flip(0)
+    return torch.cat([times[:1].double(), found, times[-2:].double()])
+
+
+@functools.lru_cache(maxsize=64)
+def short_chain(S: int, first: float, abar: float, family: str = "quadratic") -> Tensor:
+    """Betas eta_1 .. eta_S (S,) of a family with eta_1 = `first` and prod(1 - eta) = `abar`, by bisection on w.
+
+    Raises BadInput where even w = 0 loses more than `abar`, or where a beta would have to reach 1.
+    """
+    if S < 2 or not (0 < first < 1 and 0 < abar < 1 - first):
+        raise BadInput(f"a chain needs S >= 2 and 0 < eta_1 < 1 - abar < 1, found S={S}, {first:g}, {1 - abar:g}")
+
+    def betas(w: float) -> Tensor:
+        i = torch.arange(S, dtype=torch.float64)
+        return first + i * w if family == "linear" else first * (1 + i * w) ** 2
+
+    def left(w: float) -> float:
+        return float(torch.log1p(-betas(w)).sum())
+
+    low, high = 0.0, (1 - first if family == "linear" else 1 / math.sqrt(first) - 1) / (S - 1)
+    if left(low) <= math.log(abar):
+        raise BadInput(
+            f"{S} equal betas of {first:g} already leave less than {abar:g} of the signal: use fewer steps, or a grid "
+            "whose last positive time is smaller (low=)"
+        )
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if left(middle) > math.log(abar) else (low, middle)
+    return betas(low)
+
+
+def log_bijection(t: Tensor, first: float, last: float, count: int) -> Tensor:
+    """log R(t), R the paper's bijection for `count` betas equally spaced from `first` to `last`: the alpha that they
+    have after t steps, t real in [0, count].
+
+        R(t) = (db^t Gamma(bh + 1) / Gamma(bh - t + 1))^(1/2),   db = (last - first)/(count - 1),  bh = (1 - first)/db
+
+    At whole t it is the table itself; a `Discrete` schedule joins those points by straight lines in log alpha.
+    """
+    t = t.double()
+    db = (last - first) / (count - 1)
+    bh = torch.tensor((1 - first) / db, dtype=torch.float64)
+    return 0.5 * (t * math.log(db) + torch.lgamma(bh + 1) - torch.lgamma(bh - t + 1))
