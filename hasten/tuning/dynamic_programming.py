@@ -1,0 +1,169 @@
+"""The steps that are best for the likelihood bound, for every number of steps at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import BadInput, nearest
+from hasten.plan import plan
+from hasten.samplers.analytic import curve, pairs
+from hasten.schedules import Schedule
+from hasten.times import Karras, Quadratic, UniformLambda, UniformTime
+from hasten.tuning._bound import VARIANCES, edge_costs, variational_bound
+from hasten.tuning._task import Task, Tuned
+from hasten.tuning.moments import Moments
+
+__all__ = ["DynamicProgramming", "Paths", "candidate_times", "shortest_paths"]
+
+
+class Paths(NamedTuple):
+    """The cheapest paths from node 0 to node T with exactly k edges, for k = 0 .. K.
+
+    cost: (K + 1, T + 1), of the path to each node. back: (K + 1, T + 1), the node before it. Infinite and meaningless
+    where there is none.
+    """
+
+    cost: Tensor
+    back: Tensor
+
+    def nodes(self, k: int, end: int = -1) -> list[int]:
+        """The k + 1 nodes of the path with k edges to node `end` (the last), ascending. BadInput if there is none."""
+        at = range(self.cost.shape[1])[end]
+        if not 0 <= k < len(self.cost) or torch.isinf(self.cost[k, at]):
+            raise BadInput(f"there is no path of {k} steps to node {at}: choose 1 to {min(at, len(self.cost) - 1)}")
+        path = [at]
+        for row in range(k, 0, -1):
+            path.append(int(self.back[row, path[-1]]))
+        return path[::-1]
+
+
+def shortest_paths(costs: Tensor, K: int) -> Paths:
+    """`V[k, r] = min_s V[k-1, s] + L(s, r)`, V[0, 0] = 0, for all k up to K: O(K T^2).
+
+    costs: L, (T + 1, T + 1), row s, column r, +inf where there is no edge.
+
+    Reference: Watson, Ho, Norouzi, Chan 2021, 2106.03802, section 4.
+    """
+    if costs.ndim != 2 or costs.shape[0] != costs.shape[1] or K < 1:
+        raise BadInput(f"shortest_paths needs a square table and K >= 1, found {tuple(costs.shape)} and K = {K}")
+    V = torch.full(costs.shape[:1], torch.inf, dtype=costs.dtype)
+    V[0] = 0.0
+    cost, back = [V], [torch.zeros(len(V), dtype=torch.long)]
+    for _ in range(K):
+        V, s = (V[:, None] + costs).min(0)
+        cost.append(V)
+        back.append(s)
+    return Paths(torch.stack(cost), torch.stack(back))
+
+
+def candidate_times(schedule: Schedule, start: float, count: int) -> Tensor:
+    """0 and `count` times from `schedule.t_min` to `start`, equally spaced in lam: (count + 1,), ascending."""
+    return UniformLambda(start=start)(schedule, count).flip(0)
+
+
+@dataclass(frozen=True)
+class DynamicProgramming:
+    """The grid on which the evidence lower bound of ancestral sampling is best, among all grids on a fine one.
+
+    The bound of a chain of steps is the sum of the costs L(s, r) of its steps (see `edge_costs`), which depend on the
+    model only through MSE_r = E||x - x0(z_r)||^2. So the best chain of exactly K steps from the noise to t = 0 is a
+    shortest path, found for all K at once in O(K T^2).
+
+    MSE comes from the model's statistics `mse` (`--method moments`), or is measured on `images` real images and kept.
+    Gives the plan of the task's sampler on the best grid with as many steps as the task's, and, in bits per dimension,
+    its bound and those of the grid it replaces and of `uniform`, `quadratic`, `karras` and `lambda`.
+
+    The best bound is often not the best image: it spends many steps near t = 0, on what no eye sees. Measure both.
+
+    variance: of the steps that the bound is of: "small" and "large" as in DDPM, or "analytic", the optimal one.
+    candidates: T, the times that a grid may use. decoder: standard deviation of the last step's Gaussian, None for the
+        best one for each time. levels: of grey in [-1, 1], 0 for data with a density. images, points: to measure MSE
+        with, how many of and at how many times.
+
+    Raises BadInput where there is neither MSE nor images, for a grid that does not end at 0 and for more steps than
+    candidates.
+
+    Reference: Watson, Ho, Norouzi, Chan 2021, 2106.03802.
+    """
+
+    needs_data: ClassVar[bool] = False
+    variance: str = "small"
+    candidates: int = 500
+    decoder: float | None = None
+    levels: int = 256
+    images: int = 500
+    points: int = 64
+    mse: tuple[tuple[float, ...], tuple[float, ...]] | None = field(default=None, repr=False, metadata={"bound": True})
+
+    def __post_init__(self) -> None:
+        if self.variance not in VARIANCES:
+            found = f"dynamic_programming: variance={self.variance!r}"
+            raise BadInput(f"{found}: {nearest(str(self.variance), VARIANCES)}")
+        if self.candidates < 2 or self.levels < 0 or self.levels == 1 or self.images < 16 or self.points < 2:
+            raise BadInput(
+                f"dynamic_programming needs candidates >= 2, levels >= 2 or 0, images >= 16, points >= 2, found {self}"
+            )
+
+    def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> DynamicProgramming:
+        """With the model's squared errors, where they were measured; else as it is, to measure them."""
+        return replace(self, mse=pairs(statistics, "mse")) if "mse" in statistics else self
+
+    def tune(self, task: Task) -> Tuned:
+        times = task.times.detach().double()
+        if times[-1] != 0:
+            raise BadInput(f"dynamic_programming needs a grid that ends at t = 0, found {float(times[-1]):g}")
+        if task.steps > self.candidates:
+            raise BadInput(f"dynamic_programming: {task.steps} steps of {self.candidates} candidates: raise candidates")
+        statistics: dict[str, Tensor] = {}
+        bound = self
+        if self.mse is None:
+            statistics = self._measured(task)
+            bound = self.bind(statistics, {})
+        mse = bound.errors(task.schedule)
+        grid = candidate_times(task.schedule, float(times[0]), self.candidates)
+        paths = shortest_paths(self.costs(task.schedule, grid, mse), task.steps)
+        found = grid[paths.nodes(task.steps)].flip(0)
+
+        def bits(chain: Tensor) -> float:
+            errors = mse(task.schedule.lam(chain[:-1]))
+            parts = variational_bound(
+                task.schedule, chain, errors, self.variance, decoder=self.decoder, width=self.width
+            )
+            return float(f"{parts.total:.6g}")
+
+        figures: dict[str, Any] = {"bits_per_dimension": bits(found), "bits_per_dimension_before": bits(times)}
+        start = float(times[0])
+        for law in (UniformTime, Quadratic, Karras, UniformLambda):
+            figures[f"bits_per_dimension_{law.name}"] = bits(law(start=start)(task.schedule, task.steps))
+        figures |= {"variance": self.variance, "candidates": self.candidates}
+        return Tuned(plan=plan(task.sampler, task.schedule, found), statistics=statistics, figures=figures)
+
+    def errors(self, schedule: Schedule) -> Any:
+        """The squared error as a function of lam: what is bound, interpolated."""
+        if self.mse is None:
+            raise BadInput("dynamic_programming has no squared errors yet: bind(statistics, {}) or tune(task)")
+        return curve(self.mse, schedule, "mse")
+
+    @property
+    def width(self) -> float:
+        """Of the bins that the data lie in."""
+        return 2 / (self.levels - 1) if self.levels else 0.0
+
+    def costs(self, schedule: Schedule, grid: Tensor, mse: Any) -> Tensor:
+        """(T + 1, T + 1), nats per dimension; `mse` a function of lam."""
+        errors = torch.cat([torch.zeros(1, dtype=torch.float64), mse(schedule.lam(grid[1:]))])
+        return edge_costs(schedule, grid, errors, self.variance, decoder=self.decoder, width=self.width)
+
+    def _measured(self, task: Task) -> dict[str, Tensor]:
+        if task.images is None:
+            raise BadInput(
+                "dynamic_programming needs the model's squared errors or real images to measure them: --data"
+            )
+        measure = Moments(times=self.points, images=self.images)
+        found = measure.tune(task).statistics
+        return {key: found[key] for key in ("mse_times", "mse")}
