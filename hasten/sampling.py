@@ -221,7 +221,8 @@ def draw(
     elif not isinstance(times, Tensor):
         times = times(schedule, steps)
     if x is None:
-        x = noise.initial() * float(schedule.prior_std(times[0].detach()))
+        first = times[0].detach() if plan is None or plan.begin is None else plan.begin
+        x = noise.initial() * float(schedule.prior_std(first))
     if plan is None and sampler is not None:
         if not sampler.linear:
             return walk(sampler, denoiser, x, times, noise, progress=progress, **cond)
@@ -294,6 +295,11 @@ class Count(Wrapper):
         self.calls += 1
         self.rows += len(x_t)
         return self.denoiser(x_t, t, **cond)
+
+    def features(self, x_t: Tensor, t: Tensor, **cond: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        self.calls += 1
+        self.rows += len(x_t)
+        return self.denoiser.features(x_t, t, **cond)  # type: ignore[operator]
 
 
 def _schedule_of(denoiser: Any) -> Schedule:
