@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,17 +67,37 @@ class Denoiser(nn.Module):
             HastenError: for an "eps" network at a time where alpha = 0: what it says there holds nothing of x0.
         """
         c_in, c_skip, c_out, clock = self._coefficients(t, x_t)
-        raw = self._net(x_t, c_in, clock, cond)
-        if isinstance(c_skip, float):
-            if c_skip == 0.0:
-                return raw * c_out if c_out != 1.0 else raw
-            return torch.add(x_t * c_skip, raw, alpha=c_out)
-        return spread(c_skip, x_t) * x_t + spread(c_out, x_t) * raw
+        return _clean(x_t, self._net(x_t, c_in, clock, cond), c_skip, c_out)
 
     def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """What the network says, (B, *S), in the dtype of `x_t`: the quantity that `prediction` names."""
         c_in, _, _, clock = self._coefficients(t, x_t, need_x0=False)
         return self._net(x_t, c_in, clock, cond)
+
+    def features(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The seam in the middle of the network: `(middle, finish)`, with `finish(middle)` what `forward` returns.
+
+        middle: (B, C, h, w), the features where the contracting half ends. `finish(changed)` runs the expanding half on
+        other ones and returns x0 (B, *S); it may be called again, and needs no gradient.
+
+        Raises:
+            HastenError: for a network without `embed`, `encode` and `decode`.
+        """
+        if not all(callable(getattr(self.net, name, None)) for name in ("embed", "encode", "decode")):
+            raise HastenError(
+                f"{type(self.net).__name__} has no middle features to steer: what works is a network with embed, "
+                "encode and decode, such as hasten's UNet"
+            )
+        c_in, c_skip, c_out, clock = self._coefficients(t, x_t)
+        net_input, time = self._inputs(x_t, c_in, clock)
+        emb = self.net.embed(time, **cond)  # type: ignore[operator]
+        skips, middle = self.net.encode(net_input, emb)  # type: ignore[operator]
+
+        def finish(changed: Tensor) -> Tensor:
+            raw = self.net.decode(skips, changed, emb)  # type: ignore[operator]
+            return _clean(x_t, raw.to(x_t.dtype), c_skip, c_out)
+
+        return middle, finish
 
     def time_input(self, t: Tensor | float) -> Tensor:
         """The network's own time, float64, of the shape of `t`."""
@@ -99,6 +120,10 @@ class Denoiser(nn.Module):
         return new.train(self.training)
 
     def _net(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float, cond: dict[str, Any]) -> Tensor:
+        return self.net(*self._inputs(x_t, c_in, clock), **cond).to(x_t.dtype)
+
+    def _inputs(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float) -> tuple[Tensor, Tensor]:
+        """What the network is given: c_in x_t in its own dtype, and its time (B,) float32."""
         dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
         if isinstance(c_in, Tensor):
             c_in = spread(c_in, x_t)
@@ -109,7 +134,7 @@ class Denoiser(nn.Module):
             time = torch.full((len(x_t),), clock, dtype=torch.float32, device=x_t.device)
         else:
             time = clock.to(x_t.device, torch.float32).expand(len(x_t))
-        return self.net(net_input.to(dtype), time, **cond).to(x_t.dtype)
+        return net_input.to(dtype), time
 
     def _coefficients(self, t: Tensor | float, x_t: Tensor, need_x0: bool = True) -> tuple[Any, Any, Any, Any]:
         """c_in, c_skip, c_out and clock: floats for one time without a gradient, else float64 tensors."""
@@ -141,10 +166,20 @@ class Denoiser(nn.Module):
         )
 
 
+def _clean(x_t: Tensor, raw: Tensor, c_skip: Tensor | float, c_out: Tensor | float) -> Tensor:
+    """`c_skip x_t + c_out raw`, without the products that are none."""
+    if isinstance(c_skip, float):
+        if c_skip == 0.0:
+            return raw * c_out if c_out != 1.0 else raw
+        return torch.add(x_t * c_skip, raw, alpha=c_out)  # type: ignore[arg-type]
+    return spread(c_skip, x_t) * x_t + spread(c_out, x_t) * raw
+
+
 class Wrapper(nn.Module):
     """A denoiser around another one. What it does not define (`schedule`, `prediction`, ...) is the inner denoiser's.
 
     A subclass that keeps something from one query to the next defines `reset()`, which is called before a trajectory.
+    One whose `forward` does something and that can be steered from outside defines `features` to do it there too.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -154,6 +189,15 @@ class Wrapper(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The inner denoiser's x0 (B, *S); what a subclass changes."""
         return self.denoiser(x_t, t, **cond)
+
+    def features(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The inner denoiser's seam, where this wrapper's `forward` is the inner denoiser's too."""
+        if type(self).forward is not Wrapper.forward:  # what it does there would silently be left out
+            raise HastenError(
+                f"{type(self).__name__} cannot be steered from outside by its middle features: "
+                "name the guide that steers them before it"
+            )
+        return self.denoiser.features(x_t, t, **cond)  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 from .cfg import CFG
+from .distribution import Distribution
+from .dynamic_threshold import DynamicThreshold
+from .interval import Interval
+from .rescale import Rescale
 
-__all__ = ["CFG"]
+__all__ = ["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +68,45 @@ class Guided(Wrapper):
 
     def forward(self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any) -> Tensor:
         """x0 (B, *S). label: (B,) whole numbers; other conditions of B rows are doubled with the batch."""
-        if label is None:
-            raise BadInput(f"guidance with scale {self.guide.scale:g} needs label=, the classes to guide towards")
         inside = self._inside(t)
         if inside is False:
-            return self.denoiser(x_t, t, label=label, **cond)
-        B = len(x_t)
-        both = {key: _doubled(value, B) for key, value in cond.items()}
-        both["label"] = torch.cat([label, torch.full_like(label, self.denoiser.null_label)])
-        x0_cond, x0_uncond = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, B), **both).chunk(2)
+            return self.denoiser(x_t, t, label=self._given(label), **cond)
+        both = self._both(x_t, label, cond)
+        answers = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)
+        return self._combined(answers, x_t, t, inside)
+
+    def features(
+        self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The conditional branch's middle features. `finish` moves both branches by the same difference, so that a
+        step in the features does the same whatever the scale."""
+        inside = self._inside(t)
+        if inside is False:
+            return self.denoiser.features(x_t, t, label=self._given(label), **cond)  # type: ignore[operator]
+        both = self._both(x_t, label, cond)
+        x_twice, t_twice = torch.cat([x_t, x_t]), _doubled(t, len(x_t))
+        middle, finish = self.denoiser.features(x_twice, t_twice, **both)  # type: ignore[operator]
+        of_cond, of_uncond = middle.chunk(2)
+
+        def finish_both(changed: Tensor) -> Tensor:
+            moved = torch.cat([changed, of_uncond + (changed - of_cond)])
+            return self._combined(finish(moved), x_t, t, inside)
+
+        return of_cond, finish_both
+
+    def _given(self, label: Tensor | None) -> Tensor:
+        if label is None:
+            raise BadInput(f"guidance with scale {self.guide.scale:g} needs label=, the classes to guide towards")
+        return label
+
+    def _both(self, x_t: Tensor, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
+        """The conditions of the 2 B rows: as given, and without a class."""
+        label = self._given(label)
+        both = {key: _doubled(value, len(x_t)) for key, value in cond.items()}
+        return both | {"label": torch.cat([label, torch.full_like(label, self.denoiser.null_label)])}
+
+    def _combined(self, answers: Tensor, x_t: Tensor, t: Tensor | float, inside: bool | Tensor) -> Tensor:
+        x0_cond, x0_uncond = answers.chunk(2)
         guided = x0_uncond + self.guide.scale * (x0_cond - x0_uncond)
         if self.guide.rescale:
             guided = self._rescaled(guided, x0_cond, x_t, t)

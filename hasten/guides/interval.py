@@ -1,0 +1,59 @@
+"""Guidance in a limited interval of noise levels."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..denoiser import Wrapper
+from ..errors import BadInput
+from .cfg import CFG, Guided
+
+__all__ = ["Interval", "refined"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Classifier-free guidance where `low < sigma / alpha <= high` only; elsewhere the plain conditional model.
+
+    Outside, the second branch is not evaluated: a step there costs half. In the noisiest steps guidance drives all
+    samples of a class to one place, and in the cleanest it changes little, says the paper.
+
+    Multistep samplers combine answers from both sides of an end of the interval, which are answers to different
+    questions. On the bundled teacher (UniPC-2, guidance 2, interval (.3, 3], 24 images) the RMS error to the fine
+    solution of the same equation rises from .022 to .046 at 12 steps and from .074 to .079 at 8. Starting the method
+    afresh at both ends, with order 1, costs more: .076 and .118.
+
+    Args:
+        low, high: 0 <= low < high, in units of q = sigma / alpha.
+
+    Raises BadInput from `wrap` where nothing guides.
+
+    Reference: Kynkaanniemi, Aittala, Karras, Laine, Aila, Lehtinen 2024, arXiv:2404.07724.
+    """
+
+    low: float = 0.0
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise BadInput(f"interval needs 0 <= low < high, found low={self.low:g}, high={self.high:g}")
+
+    def wrap(self, denoiser: nn.Module) -> nn.Module:
+        """The same denoiser, guided in the interval only."""
+        return refined(denoiser, "interval narrows", lambda cfg: replace(cfg, interval=(self.low, self.high)))
+
+
+def refined(denoiser: nn.Module, what: str, change: Callable[[CFG], CFG]) -> nn.Module:
+    """The denoiser with the `CFG` in it changed, wherever among its wrappers that is; the original stays as it is."""
+    if isinstance(denoiser, Guided):
+        return Guided(denoiser.denoiser, change(denoiser.guide))
+    if not isinstance(denoiser, Wrapper):
+        raise BadInput(f"{what} guidance: give a guidance scale other than 1")
+    changed = copy.copy(denoiser)
+    changed._modules = {**denoiser._modules, "denoiser": refined(denoiser.denoiser, what, change)}
+    return changed
