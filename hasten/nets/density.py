@@ -1,0 +1,96 @@
+"""A density that is fitted, not trained: mixtures of Gaussians along the leading directions of the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class MixtureDensity(nn.Module):
+    """For each class c, with an orthonormal basis U (D, r) that all share and a centre m_c,
+
+        z = m_c + U y + s_c (1 - U U^T) e,   y ~ sum_k w_ck N(mu_ck, L_ck L_ck^T),   e ~ N(0, I)
+
+    a normalised density on R^D: a mixture of K Gaussians in r directions and equal noise in the others.
+
+    shape: S of a sample, D numbers. classes: 0 for none; label `classes` is "no class", and `label=None` means that for
+    all. rank, components: r and K. time: of the diffusion whose z_t this is a density of.
+
+    The buffers are float64; `tuning/auxiliary` fills them. Raises ValueError for a rank above D.
+    """
+
+    basis: Tensor
+    centre: Tensor
+    weight: Tensor
+    mean: Tensor
+    factor: Tensor
+    rest: Tensor
+
+    def __init__(
+        self, shape: Sequence[int], classes: int = 0, rank: int = 32, components: int = 1, time: float = 1.0
+    ) -> None:
+        super().__init__()
+        D, rows = math.prod(shape), classes + 1
+        if not 1 <= rank <= D or components < 1:
+            raise ValueError(f"a density needs 1 <= rank <= {D} and components >= 1, got {rank} and {components}")
+        self.config = {
+            "shape": list(shape), "classes": classes, "rank": rank, "components": components, "time": time,
+        }  # fmt: skip
+        self.classes, self.time = classes, time
+        eye = torch.eye(rank, dtype=torch.float64)
+        self.register_buffer("basis", torch.eye(D, rank, dtype=torch.float64))
+        self.register_buffer("centre", torch.zeros(rows, D, dtype=torch.float64))
+        self.register_buffer("weight", torch.full((rows, components), 1 / components, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(rows, components, rank, dtype=torch.float64))
+        self.register_buffer("factor", eye.repeat(rows, components, 1, 1))
+        self.register_buffer("rest", torch.ones(rows, dtype=torch.float64))
+
+    def log_prob(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """log density of `z` (B, *S), nats, float64 (B,)."""
+        label = self._rows(z, label)
+        off = z.double().flatten(1) - self.centre[label]
+        y = off @ self.basis
+        rank, D = y.shape[1], off.shape[1]
+        u = torch.linalg.solve_triangular(self.factor[label], (y[:, None] - self.mean[label])[..., None], upper=False)
+        log_det = self.factor[label].diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        inside = torch.log(self._shares(label)) - 0.5 * u.square().sum((-2, -1)) - log_det
+        across = (off.square().sum(1) - y.square().sum(1)).clamp(min=0) / self.rest[label] ** 2
+        rest = -0.5 * across - (D - rank) * torch.log(self.rest[label])
+        return torch.logsumexp(inside, 1) + rest - 0.5 * D * math.log(2 * math.pi)
+
+    def sample(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """z (B, *S), a function of each sample's own standard normal `noise` (B, *S) and label (B,); in its dtype.
+
+        The component is drawn from the noise as well. Of its first coordinate g along U, Phi(g) is uniform: the
+        interval of cumulated weights that it falls in is the component, and its place in there, uniform again and
+        independent of the component, is turned back into a normal number. The law is exact.
+        """
+        label = self._rows(noise, label)
+        e = noise.double().flatten(1)
+        g = e @ self.basis
+        across = e - g @ self.basis.T
+        if self.weight.shape[1] > 1:
+            g = g.clone()
+            shares = self._shares(label)
+            upper = shares.cumsum(1)
+            uniform = torch.special.ndtr(g[:, :1])
+            k = (uniform >= upper[:, :-1]).sum(1)
+            w, top = (v.gather(1, k[:, None]) for v in (shares, upper))
+            g[:, :1] = torch.special.ndtri(((uniform - top + w) / w).clamp(1e-12, 1 - 1e-12))
+        else:
+            k = torch.zeros_like(label)
+        y = self.mean[label, k] + torch.einsum("brs,bs->br", self.factor[label, k], g)
+        z = self.centre[label] + y @ self.basis.T + self.rest[label][:, None] * across
+        return z.reshape(noise.shape).to(noise.dtype)
+
+    def _shares(self, label: Tensor) -> Tensor:
+        weight = self.weight[label]
+        return weight / weight.sum(1, keepdim=True)  # which rounding to another precision has spoiled
+
+    def _rows(self, z: Tensor, label: Tensor | None) -> Tensor:
+        if label is None:
+            return torch.full((len(z),), self.classes, dtype=torch.long, device=z.device)
+        return label.to(z.device)

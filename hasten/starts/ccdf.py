@@ -1,0 +1,205 @@
+"""Begin from a degraded image: the last part of the reverse process is enough to restore it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..denoiser import Wrapper
+from ..errors import BadInput, HastenError
+from ..sampling import Noise
+from ..schedules import Schedule
+
+__all__ = ["CCDF", "Consistent", "contraction", "down", "remaining", "smallest_time", "up"]
+
+Task = Literal["super_resolution", "inpainting", "restoration"]
+
+
+@dataclass(frozen=True)
+class CCDF:
+    """Come closer, diffuse faster: from a cheap estimate x_init of the image, noised to the time t0 < 1,
+
+        x_t0 = alpha x_init + sigma e,   e ~ N(0, I),   then the usual sampler from t0, with x0 made consistent.
+
+    Each reverse step contracts what x_init is wrong by (`contraction`), so the smallest t0 that forgets enough of it is
+    the best (`smallest_time`); the evaluations are those of a grid that begins at t0.
+
+    task "super_resolution": `images` are smaller by `factor`, each pixel the mean of factor x factor. x_init is their
+        bicubic enlargement, made consistent. Consistency is `x0 <- x0 + up(y - down(x0))` with down the mean over
+        squares and up their repetition: an exact projection, hence non-expansive.
+    task "inpainting": `images` of full size with NaN where unknown; x_init fills in the mean of the image's known
+        pixels, and x0 is set to what is known.
+    task "restoration": `images` of full size, x_init themselves; nothing is known exactly (stroke and sketch editing is
+        the same: SDEdit, 2108.01073).
+
+    The paper makes x_t itself consistent with y noised to the same level. For deterministic samplers that is the same:
+    x0 being consistent at every query, the known part of x_t is alpha y + sigma e, with the e of the start, at all
+    times.
+
+    Args:
+        time: t0 in (0, 1), from which the grid begins. factor: of super-resolution, at least 2.
+
+    `begin` and `wrap` raise BadInput without images, or for images of another shape.
+
+    NFE: 0 beside the sampler's. Reference: Chung, Sim, Ye 2022, 2112.05146.
+    """
+
+    time: float = 0.5
+    factor: int = 4
+    task: Task = "super_resolution"
+    nfe: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time < 1:
+            raise BadInput(f"ccdf needs 0 < time < 1, found {self.time}")
+        if self.task not in ("super_resolution", "inpainting", "restoration"):
+            raise BadInput(f"ccdf: task is super_resolution, inpainting or restoration, found {self.task!r}")
+        if self.task == "super_resolution" and self.factor < 2:
+            raise BadInput(f"ccdf: super_resolution needs a factor of at least 2, found {self.factor}")
+
+    def begin(self, denoiser: nn.Module, noise: Noise, t: Tensor, images: Tensor | None = None, **cond: Any) -> Tensor:
+        """x_t (B, *S) at time t. images: (B, C, H, W) in [-1, 1], or (B, C, H / factor, W / factor)."""
+        e, schedule = noise.initial(), denoiser.schedule
+        x_init = self.initial(images, e.shape).to(e)
+        return float(schedule.alpha(t)) * x_init + float(schedule.sigma(t)) * e  # type: ignore[union-attr,operator]
+
+    def initial(self, images: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """x_init (B, *S) of `images`, for samples of `shape` (B, *S)."""
+        y = self._checked(images, shape)
+        if self.task == "super_resolution":
+            x = F.interpolate(y, scale_factor=float(self.factor), mode="bicubic", align_corners=False)
+            return x + up(y - down(x, self.factor), self.factor)
+        if self.task == "inpainting":
+            dims = tuple(range(1, y.ndim))
+            return torch.where(y.isnan(), torch.nanmean(y, dims, keepdim=True), y)
+        return y
+
+    def wrap(self, denoiser: nn.Module, images: Tensor | None = None) -> nn.Module:
+        """The denoiser whose x0 agrees with `images`."""
+        if images is None:
+            raise BadInput(f"ccdf begins from images, found none: give those for {self.task} (images=)")
+        if self.task == "restoration":
+            return denoiser
+        return Consistent(denoiser, images, self.factor if self.task == "super_resolution" else 1)
+
+    def _checked(self, images: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        if images is None:
+            raise BadInput(f"ccdf begins from images, found none: give those for {self.task} (images=)")
+        wanted = tuple(shape)
+        if self.task == "super_resolution":
+            if len(shape) != 4 or shape[2] % self.factor or shape[3] % self.factor:
+                raise BadInput(f"super_resolution needs sides that {self.factor} divides, found samples {wanted[1:]}")
+            wanted = (*shape[:2], shape[2] // self.factor, shape[3] // self.factor)
+        if tuple(images.shape) != wanted:
+            raise BadInput(f"{self.task} needs images of shape {wanted}, found {tuple(images.shape)}")
+        if self.task == "inpainting":
+            if bool(images.isnan().flatten(1).all(1).any()):
+                raise BadInput("inpainting needs at least one known pixel in every image")
+        elif not bool(torch.isfinite(images).all()):
+            raise BadInput(f"{self.task} needs finite images (NaN marks what is unknown for task=inpainting only)")
+        return images.float()
+
+
+class Consistent(Wrapper):
+    """`x0 <- x0 + up(y - down(x0))`, y (B, C, h, w); with factor 1, `x0 <- y` where y is not NaN."""
+
+    def __init__(self, denoiser: nn.Module, y: Tensor, factor: int) -> None:
+        super().__init__(denoiser)
+        self.register_buffer("y", y, persistent=False)
+        self.factor = factor
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        x0 = self.denoiser(x_t, t, **cond)
+        many, rest = divmod(len(x0), len(self.y))
+        if rest or not many:
+            raise HastenError(
+                f"this sampler asks about {len(x0)} of {len(self.y)} samples, and consistency cannot know which: "
+                "use one that asks about all"
+            )
+        y = self.y.to(x0).repeat(many, *[1] * (x0.ndim - 1))
+        if self.factor == 1:
+            return torch.where(y.isnan(), x0, y)
+        return x0 + up(y - down(x0, self.factor), self.factor)
+
+
+def down(x: Tensor, factor: int) -> Tensor:
+    """Means over squares: (B, C, H, W) -> (B, C, H / factor, W / factor)."""
+    return F.avg_pool2d(x, factor)
+
+
+def up(y: Tensor, factor: int) -> Tensor:
+    """Each pixel repeated in a square, so that `down(up(y)) = y` and `up(down(x))` is an orthogonal projection."""
+    return y.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def contraction(schedule: Schedule, times: Tensor, variance: Tensor | float, sampler: str = "ddpm") -> Tensor:
+    """By what each step of a grid multiplies the difference of two trajectories that share their noise: (steps, *V).
+
+    For Gaussian data of `variance` v (*V), from r = times[k] down to s = times[k + 1]:
+
+        "ddpm"   a_{r|s} s_s^2 / s_r^2 + (a_s s_{r|s}^2 / s_r^2) g,     g = a_r v / (a_r^2 v + s_r^2)
+        "ddim"   s_s / s_r + (a_s - a_r s_s / s_r) g
+
+    with a_{r|s} = a_r / a_s, s_{r|s}^2 = s_r^2 - a_{r|s}^2 s_s^2; in the paper the first is at most lambda < 1.
+    """
+    if sampler not in ("ddpm", "ddim"):
+        raise BadInput(f"contraction knows ddpm and ddim, found {sampler!r}")
+    v = torch.as_tensor(variance, dtype=torch.float64)
+    a, s = (f(times).reshape(-1, *[1] * v.ndim) for f in (schedule.alpha, schedule.sigma))
+    a_r, a_s, s_r, s_s = a[:-1], a[1:], s[:-1], s[1:]
+    g = a_r * v / (a_r**2 * v + s_r**2)
+    if sampler == "ddim":
+        return s_s / s_r + (a_s - a_r * s_s / s_r) * g
+    ratio = a_r / a_s
+    return ratio * (s_s / s_r) ** 2 + a_s * (1 - (ratio * s_s / s_r) ** 2) * g
+
+
+def remaining(schedule: Schedule, t: Tensor | float, variance: Tensor | float, sampler: str = "ddpm") -> Tensor:
+    """What of an error in x_init is left at the end of the reverse process from t, in the limit of many steps: (*V).
+
+    alpha times the product of `contraction`: v / (v + q^2) for "ddpm", the weight of x_init in E[x | x_t];
+    sqrt(v / (v + q^2)) for "ddim", the probability-flow equation. q = sigma / alpha at t.
+    """
+    v = torch.as_tensor(variance, dtype=torch.float64)
+    kept = v / (v + schedule.q(t) ** 2)
+    if sampler not in ("ddpm", "ddim"):
+        raise BadInput(f"remaining knows ddpm and ddim, found {sampler!r}")
+    return kept if sampler == "ddpm" else kept.sqrt()
+
+
+def smallest_time(
+    schedule: Schedule, variance: Tensor | float, error: Tensor | float, share: float, sampler: str = "ddpm"
+) -> float:
+    """The smallest t0 from which the squared error of x_init falls to `share` of itself: the paper's theorem 2, exactly
+    for Gaussian data.
+
+        sum_j remaining_j(t0)^2 error_j = share sum_j error_j
+
+    Args:
+        variance, error: (D,) of the data, and the mean square of x - x_init, along the same directions (principal ones
+            of what consistency does not fix). share: in (0, 1): where the error of x_init should meet another one that
+            does not fall, that other one divided by the error of x_init.
+
+    The latest time of the schedule where nothing earlier is enough.
+    """
+    if not 0 < share < 1:
+        raise BadInput(f"smallest_time needs a share in (0, 1), found {share}")
+    v, e = (torch.as_tensor(x, dtype=torch.float64) for x in (variance, error))
+    if not bool((v > 0).all()) or bool((e < 0).any()) or not float(e.sum()) > 0:
+        raise BadInput("smallest_time needs variance > 0 and error >= 0, not all 0")
+
+    def left(t: float) -> float:
+        kept = remaining(schedule, t, v, sampler) ** 2
+        return float((kept * e).sum() / (torch.ones_like(kept) * e).sum())
+
+    low, high = 0.0, schedule.t_max
+    if left(high) > share:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if left(middle) <= share else (middle, high)
+    return high
