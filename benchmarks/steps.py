@@ -3,9 +3,9 @@
     python -m benchmarks.steps --out steps.jsonl [--guidance-scale 1] [--n 10000] [--part 0/2]
 
 First the best fixed grid of each count of steps is chosen among `GRIDS` (order 2 and 3 of UniPC on each) with 1,000
-images of seeds that are used for nothing else; then that grid, the grid that the model recommends, and the model's own
-plans of as many evaluations draw `n` images of the seeds 0, 1, ... Rows that are in the file are not made again; with
-`--part k/m` only every m-th row is made, for several processes.
+images of seeds that are used for nothing else; then (`--no-choose`) that grid and the model's own plans of as many
+evaluations draw `n` images of the seeds 0, 1, ... Rows that are in the file are not made again; with `--part k/m` only
+every m-th row is made, for several processes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import hasten
 from hasten.metrics import evaluate_images, feature_net, reference
 
 STEPS = (4, 5, 6, 8, 10)
-GRIDS = ("lambda:low=0.03", "lambda:low=0.05", "lambda:low=0.08", "angle", "karras:low=0.03", "uniform:low=0.03")
+GRIDS = ("lambda:low=0.03", "lambda:low=0.05", "lambda:low=0.08", "karras:low=0.03")
 CHOOSING = 1_000
 FIRST = 2_000_000  # seed of the images that choose among grids
-PLANS = ("optimized_steps", "fitted_plan")
+PLANS = ("optimized_steps", "local_steps", "fitted_plan")
 
 
 def rows(guidance_scale: float) -> list[dict[str, Any]]:
@@ -70,9 +70,7 @@ def main(
         todo = []
         for steps in STEPS:
             chosen = best(found, steps)
-            own = {"sampler": loaded.sampler, "times": loaded.times}
             todo += [({"kind": "best", "steps": steps, **{k: chosen[k] for k in ("sampler", "times")}}, n, 0)]
-            todo += [({"kind": "recommended", "steps": steps, **own}, n, 0)]
             for name in PLANS:
                 if f"{name}-{steps}{suffix}" in loaded.plans:
                     todo.append(({"kind": name, "steps": steps, "plan": f"{name}-{steps}{suffix}"}, n, 0))

@@ -1,0 +1,200 @@
+"""The free numbers of a deterministic plan, and the plan that they make: consistent whatever the numbers are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hasten.errors import BadInput
+from hasten.plan import Plan
+from hasten.schedules import Schedule, schedule_from_dict
+from hasten.times import LARGEST_Q
+
+__all__ = ["Rows", "coordinate", "time_at"]
+
+KNEE = 2.0  # of the coordinate: linear in 1/q above it, in log q below
+SMALLEST_Q = 1e-3
+
+
+def coordinate(schedule: Schedule, t: Tensor) -> Tensor:
+    """`u = log(1 + 2 / q)` of times t: like 2/q where noise prevails, like -log q near the image, 0 at pure noise."""
+    return torch.log1p(KNEE / schedule.q(t))
+
+
+def time_at(schedule: Schedule, u: Tensor) -> Tensor:
+    """The inverse of `coordinate`, differentiable for u > 0."""
+    return schedule.time(torch.log(torch.expm1(u) / KNEE))
+
+
+class Numbers(NamedTuple):
+    """What a plan is made from. query: (K,) times that the network is told. level: (K+1,) times whose alpha and sigma
+    the states have. gain: () of the first state. D: (K, K), strictly lower: coefficients of x0_j - x0_k in row k."""
+
+    query: Tensor
+    level: Tensor
+    gain: Tensor
+    D: Tensor
+
+
+class Rows:
+    """Plans of K queries whose every row is exact for constant x0, as functions of one float64 vector `theta` (P,).
+
+    State k has a level s_k, and is `alpha(s_k) x + sigma(s_k) eps` whenever all answers are x and the start is
+    `alpha(s_0) x + sigma(s_0) eps`: that is, with any numbers D,
+
+        x_{k+1} = a_k x_k + b_k x0_k + sum_{j<k} D[k, j] (x0_j - x0_k),
+        a_k = sigma(s_{k+1}) / sigma(s_k),    b_k = alpha(s_{k+1}) - a_k alpha(s_k).
+
+    s_0 is the time that the noise was made for and s_K the end of the grid: neither is free. Free are the other levels
+    and D (`answers` bounds how many answers a row uses). With `shift` the times
+    that the network is told are free beside the levels, otherwise they are the levels. With `teleport` the first
+    query's time is free too, and the first state is `gain` times the start: what the first step of a solver finds out
+    about pure noise is known beforehand, so the plan may begin where it matters, asking about the noise as if it were
+    the state at a lower level.
+
+    Args:
+        base: deterministic, with states at the levels of its times.
+        top: s_0; the start is noise times `prior_std(top)`. By default the time of the base's first query.
+    """
+
+    def __init__(self, base: Plan, *, top: float | None = None, teleport: bool = True, shift: bool = True,
+                 answers: int | None = None) -> None:  # fmt: skip
+        if base.stochastic:
+            raise BadInput(f"{base.sampler} draws noise as it goes: only a deterministic plan can be fitted")
+        self.schedule = schedule_from_dict(base.schedule)
+        self.sampler, self.spec = base.sampler, base.schedule
+        self.K, self.teleport, self.shift = base.nfe, teleport, shift
+        self.top = base.times[0].detach() if top is None else torch.tensor(top, dtype=torch.float64)
+        self.end = base.times[-1].detach()
+        self.lowest = float(coordinate(self.schedule, self.top))
+        if self.lowest == 0:
+            self.lowest = math.log1p(KNEE / LARGEST_Q)
+        self.highest = math.log1p(KNEE / SMALLEST_Q)
+        self.first = base.times[0].detach()
+        K = self.K
+        used = torch.ones(K, K, dtype=torch.bool).tril(-1)
+        self.free = used if answers is None else used & ~torch.ones(K, K, dtype=torch.bool).tril(-answers)
+        # how D follows from theta: row k is base + z @ frame[k]; see `whiten`
+        self.frames: list[Tensor] = [torch.eye(int(row.sum()), dtype=torch.float64) for row in self.free]
+        self.base = self._differences(base)
+        u = coordinate(self.schedule, base.times[:-1].detach()).clamp(self.lowest, self.highest)
+        parts = {"level": u[1:].clone(), "query": u[0 if teleport else 1 :].clone() if shift else u[:teleport].clone()}
+        parts["gain"] = torch.zeros(int(teleport), dtype=torch.float64)
+        parts["D"] = torch.zeros(int(self.free.sum()), dtype=torch.float64)
+        self.sizes = {name: len(part) for name, part in parts.items()}
+        self.initial = torch.cat(list(parts.values()))
+
+    def parts(self, theta: Tensor) -> dict[str, Tensor]:
+        """The pieces of `theta` by name: coordinates of the levels and queries, log gain, weights."""
+        return dict(zip(self.sizes, theta.split(list(self.sizes.values())), strict=True))
+
+    def bounds(self) -> list[tuple[float | None, float | None]]:
+        """Lower and upper bounds of theta, for an optimiser that knows them."""
+        times = self.sizes["level"] + self.sizes["query"]
+        return [(self.lowest, self.highest)] * times + [(None, None)] * (len(self.initial) - times)
+
+    def numbers(self, theta: Tensor) -> Numbers:
+        """theta as times and weights, differentiable."""
+        part = self.parts(theta)
+        inner = time_at(self.schedule, part["level"])
+        level = torch.cat([self.top[None], inner, self.end[None]])
+        asked = time_at(self.schedule, part["query"])
+        first = asked[:1] if self.teleport else self.first[None]
+        rest = asked[int(self.teleport) :] if self.shift else inner
+        rows, z = [], part["D"].split([len(frame) for frame in self.frames])
+        for k, frame in enumerate(self.frames):
+            rows.append(torch.zeros_like(self.base[k]).masked_scatter(self.free[k], z[k] @ frame))
+        D = self.base + torch.stack(rows)
+        return Numbers(torch.cat([first, rest]), level, torch.exp(part["gain"].sum()), D)
+
+    def plan(self, theta: Tensor) -> Plan:
+        """The plan of theta, differentiable; float64."""
+        return self.compose(self.numbers(theta))
+
+    def compose(self, n: Numbers) -> Plan:
+        """The plan of these numbers."""
+        a, b = self.steps(n.level)
+        start = n.gain * self.schedule.prior_std(n.query[0]) / self.schedule.prior_std(self.top)
+        a = torch.cat([a[:1] / start, a[1:]])
+        B = n.D + torch.diag(b - n.D.sum(1))
+        zero = torch.zeros(self.K, self.K, dtype=torch.float64)
+        return Plan(
+            times=torch.cat([n.query, self.end[None]]), start=start.reshape(1), a=a, A=zero, B=B, C=zero[:, :0],
+            sampler=f"fitted:{self.sampler}", schedule=self.spec,
+            begin=float(self.top) if self.teleport else None,
+        )  # fmt: skip
+
+    def steps(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """a (K,) and the sum of the answers' coefficients (K,) that levels (K+1,) imply."""
+        alpha, sigma = self.schedule.alpha(level), self.schedule.sigma(level)
+        a = sigma[1:] / sigma[:-1]
+        return a, alpha[1:] - a * alpha[:-1]
+
+    def whiten(self, theta: Tensor, grams: list[Tensor]) -> Tensor:
+        """Measure D anew, so that one unit of each moves a state by one RMS unit and no two move it alike.
+
+        theta keeps its plan: what is returned is the same numbers in the new frame. grams: for each row, the mean
+        products (k, k) of x0_j - x0_k, j < k, per entry.
+        """
+        n = self.numbers(theta.detach())
+        for k, gram in enumerate(grams):
+            use = self.free[k, :k]
+            if use.any():
+                gram = gram[use][:, use]
+                ridge = 1e-6 * gram.diagonal().mean() + 1e-12
+                self.frames[k] = torch.linalg.inv(torch.linalg.cholesky(gram + ridge * torch.eye(len(gram))))
+        return self.theta_of(n)
+
+    def theta_of(self, n: Numbers) -> Tensor:
+        """The vector that makes these numbers, for what is free of them; D becomes the new base."""
+        self.base = n.D.detach().clone()
+        level, query = (coordinate(self.schedule, t).clamp(self.lowest, self.highest) for t in (n.level[1:-1], n.query))
+        query = query[0 if self.teleport else 1 :] if self.shift else query[: int(self.teleport)]
+        gain = torch.log(n.gain).reshape(1)[: int(self.teleport)]
+        zero = torch.zeros(self.sizes["D"], dtype=torch.float64)
+        return torch.cat([level, query, gain, zero]).detach()
+
+    def _differences(self, base: Plan) -> Tensor:
+        """D of a base plan; raises BadInput where it is not of this form."""
+        K = self.K
+        X = base.A + torch.diag(base.a)
+        start, answers = torch.zeros(K + 1, dtype=torch.float64), torch.zeros(K + 1, K, dtype=torch.float64)
+        start[0] = base.start[0]
+        for k in range(K):
+            start[k + 1] = X[k, : k + 1] @ start[: k + 1]
+            answers[k + 1] = X[k, : k + 1] @ answers[: k + 1] + base.B[k]
+        sigma = self.schedule.sigma(base.times)
+        if not torch.allclose(start, sigma / sigma[0], atol=1e-6):
+            raise BadInput(
+                f"{base.sampler} is not a solver of the probability-flow equation: its plan cannot be fitted"
+            )
+        a, _ = self.steps(base.times)
+        return torch.where(self.free, answers[1:] - a[:, None] * answers[:-1], 0.0)
+
+
+def grams(answers: list[Any]) -> list[Tensor]:
+    """For each row k, the mean products (k, k) per entry of x0_j - x0_k, j < k, of answers (B, *S) each."""
+    stacked = torch.stack([answer.flatten() for answer in answers])
+    found = []
+    for k in range(len(answers)):
+        off = stacked[:k] - stacked[k]
+        found.append((off @ off.T).double() / stacked.shape[1])
+    return found
+
+
+def follow(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The K + 1 states and K answers of a plan without A and C, from `x` (B, *S), differentiable in all its numbers.
+
+    Unlike `Plan.__call__`, it gives the coefficients that are 0 their gradients too.
+    """
+    states, answers = [x * plan.start[0]], []
+    for k in range(plan.nfe):
+        answers.append(denoiser(states[k], plan.times[k], **cond))
+        state = plan.a[k] * states[k]
+        for j in range(k + 1):
+            state = state + plan.B[k, j] * answers[j]
+        states.append(state)
+    return states, answers
