@@ -22,27 +22,57 @@ _HOMES = {
     **dict.fromkeys(["Noise", "Query", "draw", "walk"], "sampling"),
     **dict.fromkeys(["EDM", "VE", "Flow", "SubVP", "VPCosine", "VPLinear"], "schedules"),
     **dict.fromkeys(["Discrete", "rescale_zero_snr"], "discrete"),
-    **dict.fromkeys(["DDIM", "DDPM", "DEIS", "DPMSolver", "Heun", "PLMS", "UniPC"], "samplers"),
-    **dict.fromkeys(["CFG"], "guides"),
+    **dict.fromkeys(
+        [
+            "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "DPMSolver", "FastDPM", "Heun",
+            "NoiseLevel", "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver", "UniPC",
+        ],
+        "samplers",
+    ),
+    **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
+    **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
+    **dict.fromkeys(["tune_model"], "tune"),
     **dict.fromkeys(["Plan"], "plan"),
-}
+}  # fmt: skip
 __all__ = [
-    "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "VE", "DPMSolver", "Denoiser", "Discrete", "Flow", "HastenError",
-    "Heun", "Model", "Noise", "Plan", "Query", "SubVP", "UniPC", "VPCosine", "VPLinear", "draw", "load", "pick", "plan",
-    "rescale_zero_snr", "walk",
+    "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM", "Auxiliary",
+    "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold", "FastDPM", "Flow", "HastenError", "Heun",
+    "Interval", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned", "PredictorCorrector",
+    "ProbabilityFlow", "Query", "Rescale", "SASolver", "SingDiffusion", "SubVP", "UniPC", "VPCosine", "VPLinear",
+    "draw", "load", "pick", "plan", "rescale_zero_snr", "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
     from .discrete import Discrete, rescale_zero_snr
     from .errors import HastenError
-    from .guides import CFG
+    from .guides import CFG, Distribution, DynamicThreshold, Interval, Rescale
     from .model import Model, load
     from .pick import pick
     from .plan import Plan, plan
-    from .samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC
+    from .samplers import (
+        DDIM,
+        DDPM,
+        DEIS,
+        PLMS,
+        SNDPM,
+        AdaptiveSDE,
+        AnalyticDPM,
+        DPMSolver,
+        FastDPM,
+        Heun,
+        NoiseLevel,
+        Picard,
+        Preconditioned,
+        PredictorCorrector,
+        ProbabilityFlow,
+        SASolver,
+        UniPC,
+    )  # fmt: skip
     from .sampling import Noise, Query, draw, walk
     from .schedules import EDM, VE, Flow, SubVP, VPCosine, VPLinear
+    from .starts import CCDF, Auxiliary, SingDiffusion
+    from .tune import tune_model
 
 
 def __getattr__(name: str) -> Any:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from hasten.samplers.adaptive import AdaptiveSDE
+from hasten.samplers.analytic import AnalyticDPM
 from hasten.samplers.ddim import DDIM, invert
 from hasten.samplers.ddpm import DDPM
 from hasten.samplers.deis import DEIS
 from hasten.samplers.dpm import DPMSolver
+from hasten.samplers.fast import FastDPM
 from hasten.samplers.heun import Heun
+from hasten.samplers.noise_level import NoiseLevel
+from hasten.samplers.picard import Picard
 from hasten.samplers.plms import PLMS
+from hasten.samplers.preconditioned import Preconditioned
+from hasten.samplers.predictor_corrector import PredictorCorrector
+from hasten.samplers.probability_flow import ProbabilityFlow
+from hasten.samplers.sa import SASolver
+from hasten.samplers.sn import SNDPM
 from hasten.samplers.unipc import UniPC
 
-__all__ = ["DDIM", "DDPM", "DEIS", "DPMSolver", "Heun", "PLMS", "UniPC", "invert"]
+__all__ = [
+    "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "DPMSolver", "FastDPM", "Heun", "NoiseLevel",
+    "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver", "UniPC", "invert",
+]  # fmt: skip
