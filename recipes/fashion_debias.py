@@ -18,7 +18,7 @@ generated shoes against 2,000 real ones; CPU seconds for all 500:
 No loss of precision within a group can be seen; among 51 images its standard error is .06. Sampling on and throwing
 tops away would need 1 / (2 x .104) = 4.8 times the images for 50:50.
 
-The default scale was chosen on other seeds (1000 to 1199, 200 images a setting; unguided: B .066, precision B .92 of 13):
+The default scale was chosen on seeds 1000 to 1199, 200 images a setting (unguided: B .066, precision B .92 of 13):
 
 | along, temperature, scale | share of B | precision B |
 | --- | --- | --- |
