@@ -298,7 +298,9 @@ def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
     out = tmp_path / "out"
     tiny().save(tmp_path / "model")
     code = (
-        "import sys, time\nfrom hasten import cli, compare\njudge = compare.Run.judge\n"
+        # a test run in the background is deaf to Ctrl-C, and so would be its children
+        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from hasten import cli, compare\njudge = compare.Run.judge\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'UniPC': time.sleep(120)\n"
         "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
