@@ -29,7 +29,8 @@ GRIDS: dict[str, TimeGrid] = {
     "lambda": UniformLambda(),
     "uniform": UniformTime(),
     "karras": Karras(),
-    "angle": CosineAngle(scale=0.5),
+    "narrow_angle": CosineAngle(scale=0.5),
+    "angle": CosineAngle(),
     "wide_angle": CosineAngle(scale=2.0),
 }
 
@@ -56,10 +57,10 @@ class OptimizedSteps:
         own fine trajectory (UniPC-3, `fine` steps) from the same noise, differentiated through sampler and network,
         from the best of the starts, the task's own times and those of the other two objectives. A quarter of the
         `task.n` (by default 64) noises decides when to stop: after `patience` iterations without gain, or `iterations`.
-        chunk: samples at a time.
+        searches: from how many of the best starts; the held-out noises choose. chunk: samples at a time.
 
-    starts: where the search begins: names of fixed grids, "lambda", "uniform", "karras", "angle" (scale 0.5),
-    "wide_angle" (scale 2). restarts: random ones beside them ("bound" only).
+    starts: where the search begins: names of fixed grids, "lambda", "uniform", "karras", "narrow_angle" (scale 0.5),
+    "angle" (1), "wide_angle" (2). restarts: random ones beside them ("bound" only).
 
     Results are remembered by schedule, sampler, steps and options, and for "trajectory" by the weights, the noises and
     the times given as well.
@@ -83,6 +84,7 @@ class OptimizedSteps:
     fine: int = 64
     iterations: int = 40
     patience: int = 8
+    searches: int = 1
     chunk: int = 16
     seed: int = 0
     needs_data: ClassVar[bool] = False
@@ -95,8 +97,10 @@ class OptimizedSteps:
             raise BadInput(f"OptimizedSteps(objective={self.objective!r}): one of bound, local, trajectory")
         if self.growth is not None and self.growth <= 1:
             raise BadInput(f"OptimizedSteps(growth={self.growth}): must be greater than 1")
-        if (self.std is not None and self.std <= 0) or min(self.fine, self.iterations, self.patience, self.chunk) < 1:
-            raise BadInput(f"{self}: std must be positive, fine, iterations, patience and chunk at least 1")
+        if (self.std is not None and self.std <= 0) or min(
+            self.fine, self.iterations, self.patience, self.searches, self.chunk
+        ) < 1:
+            raise BadInput(f"{self}: std must be positive, fine, iterations, patience, searches and chunk at least 1")
 
     def tune(self, task: Task) -> Tuned:
         """The plan of `task.sampler` on the best times found between `task.times[0]` and `task.times[-1]`.
@@ -269,22 +273,24 @@ class OptimizedSteps:
         for done, (name, grid) in enumerate(candidates.items()):
             at[name] = error(grid, 0, n)
             task.tick("starts", done + 1, len(candidates), math.sqrt(at[name]))
-        begin = candidates[min(at, key=lambda name: at[name])]
-        best, waited, made = (error(begin, held, n), begin), 0, 0
+        begins = [candidates[name] for name in sorted(at, key=lambda name: at[name])[: self.searches]]
+        best, made, total = (math.inf, times), 0, self.searches * self.iterations
+        for k, begin in enumerate(begins):
+            own, waited = (error(begin, held, n), begin), 0
 
-        def watch(u: Tensor, done: int) -> None:
-            nonlocal best, waited, made
-            made = done
-            now = nodes.of(u)
-            out = error(now, held, n)
-            waited = 0 if out < best[0] else waited + 1
-            best = min(best, (out, now), key=lambda pair: pair[0])
-            task.tick("trajectory", done, self.iterations, math.sqrt(out))
-            if waited >= self.patience:
-                raise Enough
+            def watch(u: Tensor, done: int, before: int = k * self.iterations) -> None:
+                nonlocal own, waited, made
+                made, now = made + 1, nodes.of(u)
+                out = error(now, held, n)
+                waited = 0 if out < own[0] else waited + 1
+                own = min(own, (out, now), key=lambda pair: pair[0])
+                task.tick("trajectory", before + done, total, math.sqrt(out))
+                if waited >= self.patience:
+                    raise Enough
 
-        nodes.descend(slope, begin, self.iterations, watch)
-        task.tick("trajectory", self.iterations, self.iterations, math.sqrt(best[0]))
+            nodes.descend(slope, begin, self.iterations, watch)
+            best = min(best, own, key=lambda pair: pair[0])
+        task.tick("trajectory", total, total, math.sqrt(best[0]))
         figures = {"held_out": math.sqrt(best[0]), "held_out_given": math.sqrt(error(times, held, n)),
                    "iterations": made, "evaluations": evaluations}  # fmt: skip
         return best[1], {**figures, **{f"error_{name}": math.sqrt(value) for name, value in at.items()}}

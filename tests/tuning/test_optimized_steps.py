@@ -25,6 +25,7 @@ from hasten.tuning._objective import Bound, Gaps, minimise, orders
 from hasten.tuning.optimized_steps import OptimizedSteps
 
 F64 = torch.float64
+ONE = ("narrow_angle",)  # few starts, for speed
 FIRST, LAST = float(VPLinear().lam(1.0)), float(VPLinear().lam(1e-3))
 
 
@@ -288,7 +289,7 @@ def test_local_serves_any_deterministic_sampler() -> None:
     for sampler, schedule in ((Heun(), EDM()), (DEIS(), Flow())):
         times = UniformLambda()(schedule, 4)
         with torch.no_grad():
-            tuned = OptimizedSteps("local", iterations=4, starts=("lambda", "angle")).tune(
+            tuned = OptimizedSteps("local", iterations=4, starts=("lambda", "narrow_angle")).tune(
                 task(Still(schedule), sampler, times)
             )
         assert tuned.plan is not None and tuned.plan.nfe == sampler.nfe(4)
@@ -300,7 +301,7 @@ def test_std_is_that_of_the_images() -> None:
         return 0.3 * torch.randn(n, 2, generator=torch.Generator().manual_seed(0)), None
 
     times = UniformLambda()(VPLinear(), 4)
-    tuner = OptimizedSteps(objective="local", iterations=1, starts=("angle",))
+    tuner = OptimizedSteps(objective="local", iterations=1, starts=ONE)
     given = tuner.tune(task(Still(VPLinear()), UniPC(2), times, images=images))
     assert given.figures["std"] == pytest.approx(0.3, abs=0.02)
     assert tuner.tune(task(Still(VPLinear()), UniPC(2), times)).figures["std"] == 0.5
@@ -312,7 +313,7 @@ def test_steps_tuned_on_the_models_own_trajectories() -> None:
     model, sampler, told = m2(schedule), UniPC(2), []
     times = UniformLambda()(schedule, 5)
     given = task(model, sampler, times, n=48, tick=lambda *what: told.append(what))
-    tuned = OptimizedSteps(objective="trajectory", iterations=12, chunk=48, starts=("angle",)).tune(given)
+    tuned = OptimizedSteps(objective="trajectory", iterations=8, searches=2, chunk=48, starts=ONE).tune(given)
     assert tuned.plan is not None
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((64, 2)))
     exact = model.ode(x * schedule.prior_std(1.0), 1.0, rtol=1e-8, atol=1e-9)
@@ -345,7 +346,7 @@ def test_gradients_go_through_the_network() -> None:
     denoiser = Denoiser(Small(), VPCosine(offset=0.0), "v")
     times = UniformTime()(denoiser.schedule, 4)
     given = task(denoiser, UniPC(2), times, shape=(4,), n=12, labels=lambda n: torch.arange(n) % 3)
-    tuned = OptimizedSteps(objective="trajectory", iterations=6, chunk=5, fine=20, starts=("angle",)).tune(given)
+    tuned = OptimizedSteps(objective="trajectory", iterations=6, chunk=5, fine=20, starts=ONE).tune(given)
     assert tuned.figures["held_out"] < tuned.figures["held_out_given"]
     assert all(p.grad is None for p in denoiser.parameters())
 
@@ -361,14 +362,10 @@ class Louder(Wrapper):
 def test_a_second_time_costs_nothing_and_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = Flow()
     times = UniformLambda()(schedule, 5)
-    cases = [
-        (OptimizedSteps(), task(Still(schedule), UniPC(3), times)),
-        (OptimizedSteps(objective="local", iterations=1, starts=("angle",)), task(Still(schedule), UniPC(3), times)),
-        (
-            OptimizedSteps(objective="trajectory", iterations=1, fine=16, starts=("angle",)),
-            task(m2(schedule), UniPC(3), times, n=4, identity="m2"),
-        ),
-    ]
+    few = {"iterations": 1, "starts": ONE, "fine": 16}
+    still, model = task(Still(schedule), UniPC(3), times), task(m2(schedule), UniPC(3), times, n=4, identity="m2")
+    cases = [(OptimizedSteps(), still), (OptimizedSteps("local", **few), still)]
+    cases += [(OptimizedSteps("trajectory", **few), model)]
     first = [tuner.tune(given) for tuner, given in cases]
 
     def fail(*_: Any) -> Any:
