@@ -67,14 +67,14 @@ def statistics(model: GaussianMixture, moments: str, samples: int = 500) -> dict
 
 
 def methods(model: GaussianMixture) -> dict[str, Preconditioned]:
-    """The sampler with local variances, with the covariance only, with one variance, and the first rule for it."""
+    """The sampler with local variances, with the covariance only, and with one variance and the largest."""
     full = Preconditioned(moments="full")
-    scalar = float(statistics(model, "full")["covariance"].diagonal().mean())
-    mean = statistics(model, "full")["mean"]
+    told = statistics(model, "full")
+    top, scalar = float(torch.linalg.eigvalsh(told["covariance"])[-1].sqrt()), told["covariance"].diagonal().mean()
     return {
         "local": full.bind(statistics(model, "local"), {}),
-        "covariance": full.bind(statistics(model, "full"), {}),
-        "scalar": Preconditioned(basis=Basis(mean, torch.tensor(scalar))),
+        "covariance": full.bind(told, {}),
+        "scalar": Preconditioned(basis=Basis(told["mean"], scalar), top=top),
     }
 
 

@@ -168,7 +168,7 @@ def test_tiny_variances_are_the_data_form() -> None:
         basis = Basis(torch.tensor([0.3, -2.0]), torch.tensor(1e-13))
         ours = Preconditioned(order, math.inf, "log_q", nodes="given", basis=basis)
         peer = UniPC(order, "bh1", lower_order_final=False)
-        # the corrector of the first order is a rule of thumb in UniPC: compare where both interpolate
+        # a single difference has a weight by rule of thumb in UniPC: none in order 1, one step in order 3
         ours, peer = replace(ours, correct=order > 1), replace(peer, corrector=order > 1)
         difference = walk(ours, model, x, times) - walk(peer, model, x, times)
         assert difference.abs().max() < (1e-9 if order == 1 else 2e-3)
