@@ -33,6 +33,9 @@ class Denoiser(nn.Module):
         clock: the network's own time input: "t" (0 to 1), "t" and a number for that multiple of it ("t1000", "t999"),
             "index" (the fractional index of a `Discrete` table), "log_sigma4" (ln(sigma / alpha) / 4, as EDM) or "lam".
         null_label: the label that means "no class", which guidance needs; by default the network's own `null_label`.
+        guidance_range: of a distilled student: the guidance scales (low, high) that it can give. By default those that
+            the network takes as its input `guidance`; equal ones where one scale is built in; None: not a student, and
+            guidance is two evaluations.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Denoiser(nn.Module):
         prediction: Prediction | str,
         clock: str = "t",
         null_label: int | None = None,
+        guidance_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(schedule, Schedule):
@@ -55,6 +59,8 @@ class Denoiser(nn.Module):
         self.prediction = prediction_from(prediction)
         self.clock = clock
         self.null_label = getattr(net, "null_label", None) if null_label is None else null_label
+        own = getattr(net, "guidance_range", None)
+        self.guidance_range = own if guidance_range is None else (float(guidance_range[0]), float(guidance_range[1]))
         self._at: dict[float, tuple[float, float, float, float]] = {}
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
@@ -110,9 +116,14 @@ class Denoiser(nn.Module):
             return -0.25 * self.schedule.lam(t)
         return t * float(self.clock[1:] or 1)
 
+    @property
+    def net_takes_guidance(self) -> bool:
+        """Whether the network must be given `guidance`, the scale of each sample (B,)."""
+        return getattr(self.net, "guidance_range", None) is not None
+
     def replace(self, **changes: Any) -> Denoiser:
         """The same denoiser with some of its constructor's arguments changed; what is not named is shared."""
-        keys = ("net", "schedule", "prediction", "clock", "null_label")
+        keys = ("net", "schedule", "prediction", "clock", "null_label", "guidance_range")
         unknown = set(changes) - set(keys)
         if unknown:
             raise BadInput(f"Denoiser has no argument {min(unknown)!r}: {nearest(min(unknown), keys)}")

@@ -207,7 +207,7 @@ class Model:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
             raise BadInput(f"guidance_scale must be a finite number, got {scale!r}")
-        if scale != 1 and self.classes is None:
+        if scale != 1 and self.classes is None and self.denoiser.guidance_range is None:
             raise BadInput(f"{self.name} has no classes to guide towards: guidance_scale must be 1, got {scale:g}")
         denoiser = CFG(scale=float(scale)).wrap(self.denoiser)
         for guide in guides:

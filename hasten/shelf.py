@@ -84,6 +84,8 @@ def describe(model: Model) -> dict[str, Any]:
         "weights": {"file": WEIGHTS, "sha256": model.sha256},
         "card": model.card,
     }
+    if denoiser.guidance_range is not None:
+        told["guidance_range"] = list(denoiser.guidance_range)
     if model.plans:
         told["plans"] = {name: f"plans/{checked(name)}.json" for name in sorted(model.plans)}
     if model.statistics:
@@ -153,6 +155,7 @@ def read(folder: Path) -> dict[str, Any]:
             prediction_from(told["prediction"]),
             clock=told["clock"],
             null_label=told["null_label"],
+            guidance_range=told.get("guidance_range"),
         )
         fields = dict(
             denoiser=denoiser,

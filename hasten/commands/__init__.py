@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from .distilling import distill
 from .judging import compare, evaluate
 from .looking import models, show
 from .making import sample, train
 from .tuning import tune
 
-VERBS = (sample, compare, tune, train, evaluate, models, show)
+VERBS = (sample, compare, distill, tune, train, evaluate, models, show)
 __all__ = [verb.__name__ for verb in VERBS]

@@ -49,6 +49,8 @@ class CFG:
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """The guided denoiser, of the same signature; needs `label=` at every call and `denoiser.null_label`."""
+        if getattr(denoiser, "guidance_range", None) is not None:
+            return distilled(denoiser, self)
         if self.scale == 1.0:
             return denoiser
         if getattr(denoiser, "null_label", None) is None:
@@ -57,6 +59,40 @@ class CFG:
                 f"{type(denoiser).__name__}"
             )
         return Guided(denoiser, self)
+
+
+def distilled(denoiser: nn.Module, guide: CFG) -> nn.Module:
+    """A distilled student at the guide's scale, one evaluation a step (Meng et al. 2023, arXiv:2210.03142)."""
+    low, high = denoiser.guidance_range  # type: ignore[misc]
+    if guide.interval is not None or guide.rescale:
+        raise BadInput("a distilled student has its guidance inside: interval and rescale cannot be applied to it")
+    if not low - 1e-6 <= guide.scale <= high + 1e-6:
+        span = f"{low:g} to {high:g}" if low < high else f"{low:g} only"
+        raise BadInput(f"this student was distilled for guidance_scale {span}, asked for {guide.scale:g}")
+    return Told(denoiser, guide.scale) if low < high else denoiser
+
+
+class Told(Wrapper):
+    """A student that takes the guidance scale as an input, at one scale."""
+
+    def __init__(self, denoiser: nn.Module, scale: float) -> None:
+        super().__init__(denoiser)
+        self.scale = scale
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """The student's x0 (B, *S)."""
+        return self.denoiser(x_t, t, **self._with(x_t), **cond)
+
+    def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """What the student's network says (B, *S)."""
+        return self.denoiser.raw(x_t, t, **self._with(x_t), **cond)  # type: ignore[operator]
+
+    def features(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The student's seam."""
+        return self.denoiser.features(x_t, t, **self._with(x_t), **cond)  # type: ignore[operator]
+
+    def _with(self, x_t: Tensor) -> dict[str, Tensor]:
+        return {"guidance": torch.full((len(x_t),), self.scale, device=x_t.device)}
 
 
 class Guided(Wrapper):

@@ -29,6 +29,27 @@ class TimeFeatures(nn.Module):
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
+class GuidanceFeatures(nn.Module):
+    """A guidance scale as an addition to the time's embedding, at first none: `(B,) -> (B, E)`.
+
+    `W [sin(2 pi g_j u), cos(2 pi g_j u)]`, u = (scale - low) / (high - low), g_j from 1/4 to 16 in equal ratios, W = 0
+    to begin with, so that a network starts as what it was without (Meng et al. 2023, 2210.03142). u itself is a
+    feature too, and all are multiplied by `gain`, without which Adam takes long to lead W away from zero.
+    """
+
+    def __init__(self, low: float, high: float, embedding: int, count: int = 12, gain: float = 4.0) -> None:
+        super().__init__()
+        self.low, self.width, self.gain = float(low), float(high) - float(low), gain
+        self.register_buffer("frequencies", torch.logspace(-2, 4, count, base=2.0), persistent=False)
+        self.out = zero(nn.Linear(2 * count + 1, embedding))
+
+    def forward(self, scale: Tensor) -> Tensor:
+        u = ((scale.float() - self.low) / self.width)[:, None]
+        phase = 2 * math.pi * u * self.frequencies
+        features = torch.cat([u, phase.sin(), phase.cos()], dim=1)
+        return self.gain * self.out(features.to(self.out.weight.dtype))
+
+
 def group_norm(channels: int, most: int = 32) -> nn.GroupNorm:
     """GroupNorm with the largest group count up to `most` that leaves at least four channels a group."""
     groups = next(g for g in range(min(most, max(channels // 4, 1)), 0, -1) if channels % g == 0)

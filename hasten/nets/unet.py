@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import Attention, ResBlock, TimeFeatures, group_norm, zero
+from .layers import Attention, GuidanceFeatures, ResBlock, TimeFeatures, group_norm, zero
 
 
 class Stage(nn.Module):
@@ -49,6 +50,8 @@ class UNet(nn.Module):
     patch: side of the space-to-depth squares at the input; H and W must divide by `patch * 2**(levels-1)`.
     embedding: width of the time and class embedding (default 4 * widths[0]).
     time_scale: what the clock is multiplied by before the sinusoids (1000 for a clock in [0, 1]).
+    guidance: the guidance scales (low, high) that the network takes as an input of its own, None for no such input.
+        The layer that reads it starts at zero (Meng et al. 2023, 2210.03142).
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class UNet(nn.Module):
         embedding: int | None = None,
         dropout: float = 0.0,
         time_scale: float = 1000.0,
+        guidance: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         widths, attention = tuple(widths), tuple(attention)
@@ -72,11 +76,16 @@ class UNet(nn.Module):
             raise ValueError(f"attention levels {attention} are not all among 0..{len(widths) - 1}")
         out_channels = channels if out_channels is None else out_channels
         embedding = 4 * widths[0] if embedding is None else embedding
-        self.config = {
+        self.config: dict[str, Any] = {
             "channels": channels, "out_channels": out_channels, "widths": list(widths), "blocks": blocks,
             "attention": list(attention), "classes": classes, "patch": patch, "embedding": embedding,
             "dropout": dropout, "time_scale": time_scale,
         }  # fmt: skip
+        if guidance is not None:
+            low, high = guidance
+            if not low < high:
+                raise ValueError(f"guidance needs (low, high) with low < high, got {tuple(guidance)}")
+            self.config["guidance"] = [float(low), float(high)]
         self.patch, self.classes = patch, classes
         self.null_label = classes or None
         self.multiple = patch * 2 ** (len(widths) - 1)
@@ -86,6 +95,8 @@ class UNet(nn.Module):
             nn.Linear(embedding, embedding),
         )  # fmt: skip
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
+        self.guidance_range = None if guidance is None else (float(guidance[0]), float(guidance[1]))
+        self.guidance = None if guidance is None else GuidanceFeatures(guidance[0], guidance[1], embedding)
 
         self.conv_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -119,8 +130,8 @@ class UNet(nn.Module):
         self.norm_out = group_norm(c)
         self.conv_out = zero(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
 
-    def embed(self, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """The embedding that modulates every block: clock `(B,)` and label `(B,)` int64 -> `(B, E)`."""
+    def embed(self, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        """The embedding of every block: clock `(B,)`, label `(B,)` int64, guidance scale `(B,)` -> `(B, E)`."""
         emb = self.time(time)
         if self.label is not None:
             if label is None:
@@ -128,7 +139,21 @@ class UNet(nn.Module):
             emb = emb + self.label(label)
         elif label is not None:
             raise ValueError("this U-Net was built with classes=0 and takes no label")
-        return emb
+        if (self.guidance is None) != (guidance is None):
+            raise ValueError("this U-Net " + ("takes no guidance" if self.guidance is None else "needs guidance="))
+        return emb if self.guidance is None or guidance is None else emb + self.guidance(guidance)
+
+    @torch.no_grad()
+    def fixed(self, scale: float) -> UNet:
+        """The same network for one guidance scale: without the input, its embedding added to that of the time."""
+        if self.guidance is None:
+            raise ValueError("this U-Net takes no guidance")
+        net = UNet(**{**self.config, "guidance": None})
+        net.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("guidance.")})
+        net.to(self.conv_in.weight.device)
+        last = net.time[-1]
+        last.bias += self.guidance(torch.tensor([scale], device=last.bias.device))[0]  # type: ignore[union-attr,operator]
+        return net
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
         """The contracting half and the middle: `(B, C, H, W), (B, E) -> (skips, middle)`. Neither is changed later."""
@@ -158,7 +183,7 @@ class UNet(nn.Module):
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """Raw output at noisy images `x (B, C, H, W)`, clock `time (B,)`, labels `(B,)` or None."""
-        emb = self.embed(time, label)
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        """Raw output at noisy images `x (B, C, H, W)`, clock `time (B,)`, labels, guidance scales `(B,)` or None."""
+        emb = self.embed(time, label, guidance)
         return self.decode(*self.encode(x, emb), emb)

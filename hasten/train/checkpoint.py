@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,41 @@ class State:
             reason = str(e).split("\n")[-1].strip()
             raise BadInput(f"{path} does not fit this network or optimiser ({reason}): write to another folder") from e
         self.step, self.seconds = step, seconds
+
+
+def save_modules(modules: Mapping[str, nn.Module], path: Path) -> None:
+    """Write the modules' tensors in one safetensors file, whole or not at all; `load_modules` reads it."""
+    from safetensors.torch import save
+
+    tensors = {
+        f"{name}/{key}": value.detach().cpu().contiguous().clone()
+        for name, module in modules.items() for key, value in module.state_dict().items()
+    }  # fmt: skip
+    part = path.with_suffix(".tmp")
+    try:
+        part.write_bytes(save(tensors))
+        os.replace(part, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise HastenError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def load_modules(modules: Mapping[str, nn.Module], path: Path) -> None:
+    """Fill the modules from a file of `save_modules`. BadInput where it is damaged or holds others."""
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except Exception as e:  # a damaged file makes safetensors raise nearly anything
+        raise BadInput(f"cannot read {path} ({type(e).__name__}): remove it to make it again") from e
+    for name, module in modules.items():
+        mine = {key.partition("/")[2]: value for key, value in tensors.items() if key.partition("/")[0] == name}
+        try:
+            module.load_state_dict(mine)
+        except RuntimeError as e:
+            reason = str(e).split("\n")[-1].strip()
+            raise BadInput(f"{path} does not fit this run ({reason}): write to another folder") from e
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

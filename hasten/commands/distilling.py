@@ -1,0 +1,71 @@
+"""`distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..terminal import spell, tell
+from ._common import open_model
+
+
+def distill(
+    model: str,
+    *,
+    data: Path,
+    out: Path,
+    method: str = "guided",
+    minutes: float | None = None,
+    steps: int | None = None,
+    evaluations: float | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    runtime: str = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Train a student that needs 1 to 16 network evaluations an image where its teacher needs hundreds.
+
+    Writes a model for every stage, a picture of what it draws, and the last student as the model of the folder itself.
+    The same command again goes on where an earlier one was stopped, and ends with the same students.
+
+    Args:
+        model: The teacher: a bundled name (see models) or a folder.
+        data: Folder, zip or array of real images, with the teacher's labels.
+        out: The folder to write.
+        method: Such as guided:steps=(16,8,4,2,1), progressive:steps=(8,4,2,1), tract, consistency or reflow.
+        minutes: Time for the whole run. If no budget is given, 30.
+        steps: Steps of training, all stages together.
+        evaluations: Network evaluations of one image, training included; 1e6 or so for a start.
+        guidance_scale: The strength of guidance that the student gives. Left out: the teacher's own choice.
+        batch_size: Images a step.
+        seed: Of everything that is drawn.
+        runtime: fp32 or bf16; auto times them on this machine once.
+        device: auto, cpu, cuda or cuda:1.
+        dry_run: Say what every stage costs, and train nothing.
+        json: Print the result as JSON.
+
+    Returns:
+        The folder, the stages and what they cost, the students.
+    """
+    from ..distill import distill_model
+
+    loaded = open_model(model, device)
+    said = {"data": data, "out": out, "method": method, "minutes": minutes, "steps": steps, "evaluations": evaluations,
+            "guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, "runtime": runtime}  # fmt: skip
+    result = distill_model(
+        loaded, out, method=method, data=data, steps=steps, minutes=minutes, evaluations=evaluations,
+        guidance_scale=guidance_scale, batch_size=batch_size, seed=seed, runtime=runtime, dry_run=dry_run,
+        say=(lambda line: None) if json else lambda line: print(line, flush=True),
+        command=spell("distill", model, said),
+    )  # fmt: skip
+    cost = f"{result['evaluations']:.3g} network evaluations"
+    if dry_run:
+        text = f"in all {cost}, {result['seconds'] / 60:.1f} min, {result['memory_bytes'] / 2**20:.0f} MiB at most"
+    else:
+        made = f"{len(result['students']) - 1} students, {cost} in {result['seconds'] / 60:.1f} min"
+        text = f"{out}: {made}; try hasten sample {out}"
+    tell(result, text, json)
+    return result

@@ -1,0 +1,228 @@
+"""Distil a model with one method of `hasten.distillers` and save the students."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .distillers import Student, Task
+from .distillers._rehearsal import Rehearsal, Stage, allocate
+from .errors import BadInput
+from .images import grid, png, reserve, write
+from .machine import parse, spell
+from .model import Model, whole
+from .pick import pick
+from .plan import plan as compile_plan
+from .results import fingerprint, now
+from .sampling import spell as spelled
+from .train import open_data
+from .train.data import Batches
+
+RUN = "run.json"
+SHOWN = 64  # images in the picture of a stage
+
+
+def distill_model(
+    model: Model,
+    out: str | Path,
+    method: str = "guided",
+    data: str | Path | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    evaluations: float | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    runtime: str = "auto",
+    dry_run: bool = False,
+    show: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train students of a model and save them: each stage's in `out/<stage>`, the last one also in `out` itself.
+
+    method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`. data: what `open_data` reads.
+    steps, minutes, evaluations: the budget of the whole run, the smallest counts (30 minutes if none is given): steps
+        of training; time; evaluations of the network for one image, in floating-point operations.
+    guidance_scale: that the students give (None: the model's recommended one); `guided` learns a range by itself.
+    runtime: `fp32`, `bf16` (autocast), or `auto`: what is faster here. dry_run: only say what it would cost.
+    show: progress bars on a terminal. say: told a line at every stage.
+
+    First every stage is tried for a moment, which gives its cost and divides the budget; the result is kept in
+    `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students.
+
+    Returns a dict: folder, method, stages, evaluations, seconds, memory_bytes (of the largest moment of the trial),
+    students (their names and folders).
+    Raises BadInput before anything has run where something cannot be, KeyboardInterrupt at Ctrl-C, with what is kept.
+    """
+    distiller = pick("distillers", method)
+    whole("batch_size", batch_size, 1)
+    whole("seed", seed, 0)
+    if data is None:
+        raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
+    if (steps, minutes, evaluations) == (None, None, None):
+        minutes = 30.0
+    for name, value in (("steps", steps), ("minutes", minutes), ("evaluations", evaluations)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise BadInput(f"{name} must be positive, got {value}")
+    out = Path(out)
+    before = model.card.get("distilled", {})
+    begin = getattr(distiller, "start", None)
+    few = before.get("stage", "guidance") != "guidance" and begin is not None
+    if few and (begin or 2 * distiller.steps[0]) != before["steps"]:
+        raise BadInput(
+            f"{model.name} is a student of {before['steps']} steps and knows no others: "
+            f"{method.partition(':')[0]} can go on from it with start={before['steps']}"
+        )
+    scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
+    teacher = model.guided(scale)
+    channels, height, width = model.shape
+    source = open_data(data, size=(height, width), channels=channels)
+    if model.classes is not None and len(source.classes or ()) != len(model.classes):
+        raise BadInput(
+            f"{model.name} has {len(model.classes)} classes, {data} has {len(source.classes or ())}: "
+            "distillation needs the labels that the model knows"
+        )
+    if model.classes is None and source.labels is not None:
+        source = replace(source, labels=None, classes=None)
+    run = {
+        "schema": 1, "method": spelled(distiller), "teacher": fingerprint(model), "guidance_scale": scale,
+        "seed": seed, "batch_size": batch_size, "images": len(source),
+        "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
+    }  # fmt: skip
+    precision = number_format(model, runtime, batch_size)
+    model.denoiser.requires_grad_(False).eval()
+    common: dict[str, Any] = {
+        "teacher": teacher, "denoiser": model.denoiser, "batches": Batches(source, batch_size, seed=seed),
+        "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
+        "device": str(model.device), "show": show,
+    }  # fmt: skip
+    known = read_run(out, run) if not dry_run else None
+    if known is None:
+        rehearsal = Rehearsal(**common)
+        distiller.distill(rehearsal)
+        allocate(rehearsal.stages, steps, minutes, evaluations)
+        known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
+                 "memory_bytes": memory(model.device)}  # fmt: skip
+        if not dry_run:
+            write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
+    stages = [Stage(**stage) for stage in known["stages"]]
+    result = {
+        "folder": str(out), "method": run["method"], "guidance_scale": scale, "stages": known["stages"],
+        "evaluations": sum(s.evaluations * s.steps for s in stages), "precision": known["precision"],
+        "seconds": sum(s.seconds * s.steps for s in stages), "memory_bytes": known["memory_bytes"], "students": {},
+    }  # fmt: skip
+    for stage in stages:
+        say(told(stage))
+    if dry_run:
+        return result
+    common["precision"] = known["precision"]
+    saver = Saver(model, out, result, scale, command, say)
+    task = Task(**common, steps={s.name: s.steps for s in stages}, keep=saver)
+    began = time.perf_counter()
+    last = distiller.distill(task)
+    saver(None, last)
+    return {**result, "seconds": time.perf_counter() - began}
+
+
+class Saver:
+    """Writes a student's folder, and a picture of what it draws, where they are not there already."""
+
+    def __init__(
+        self, teacher: Model, out: Path, result: dict[str, Any], scale: float, command: str, say: Callable[[str], None]
+    ) -> None:
+        self.teacher, self.out, self.result, self.scale = teacher, out, result, scale
+        self.command, self.say = command, say
+
+    def __call__(self, name: str | None, student: Student) -> None:
+        """Save the student of the stage `name`; None: the last one, into the run's own folder."""
+        folder = self.out if name is None else self.out / name
+        model = self.model(name, student)
+        self.result["students"][name or "."] = str(folder)
+        if (folder / "model.json").is_file():
+            return
+        if name is not None and student.figures.get("direction") != "encode":
+            n = SHOWN if model.classes is None else len(model.classes) * (SHOWN // len(model.classes))
+            images = model.sample(n, batch_size=n)
+            picture = png(grid(images, None if model.classes is None else len(model.classes)))
+            write(reserve(self.out / f"{name}.png"), picture)
+            self.say(f"{name}: {self.out / f'{name}.png'} is drawn, {folder} is saved")
+        model.save(folder)
+
+    def model(self, name: str | None, student: Student) -> Model:
+        """The student as a model with its plan, and where it comes from on its card."""
+        span = student.guidance or (self.scale, self.scale)
+        denoiser = student.denoiser.eval().requires_grad_(False).cpu()
+        if not denoiser.net_takes_guidance:
+            denoiser = denoiser.replace(guidance_range=span)
+        sampler = pick("samplers", student.sampler)
+        times = pick("times", student.times)(denoiser.schedule, student.steps)
+        plan = compile_plan(sampler, denoiser.schedule, times) if sampler.linear else None
+        card: dict[str, Any] = {
+            **{key: self.teacher.card[key] for key in ("data", "licence", "reference") if key in self.teacher.card},
+            "summary": f"student of {self.teacher.name} for {student.steps} evaluations",
+            "distilled": {
+                "teacher": self.teacher.name, "teacher_sha256": self.teacher.sha256, "stage": name,
+                **{key: self.result[key] for key in ("method", "stages", "evaluations", "precision")},
+                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": now(),
+                "command": self.command,
+            },
+        }  # fmt: skip
+        return Model(
+            denoiser, self.out.resolve().name + ("" if name is None else f"-{name}"), self.teacher.shape,
+            self.teacher.classes, self.teacher.codec, student.sampler, student.times, student.steps,
+            min(max(self.scale, span[0]), span[1]), plan=plan, parts=student.parts, card=card,
+        )  # fmt: skip
+
+
+def read_run(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier call found, if it was for the same run; None if there was none."""
+    if not (out / RUN).is_file():
+        if (out / "model.json").exists():
+            raise BadInput(f"{out} holds a model already: choose another folder")
+        return None
+    try:
+        known = json.loads((out / RUN).read_text())
+        different = [key for key in run if known.get(key) != run[key]]
+        if not different:
+            [Stage(**stage) for stage in known["stages"]]
+            return known
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise BadInput(f"cannot read {out / RUN}: {e}") from e
+    key = different[0]
+    raise BadInput(
+        f"{out} is a run with {key} {known.get(key)}, asked for {run[key]}: "
+        "ask for the same, or write to another folder"
+    )
+
+
+def told(stage: Stage) -> str:
+    """A line about a stage before it begins."""
+    what = f"{stage.pairs} pairs" if stage.pairs else f"{stage.steps} steps"
+    seconds = stage.seconds * stage.steps
+    last = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return f"{stage.name}: {what} of {stage.evaluations:.3g} evaluations, about {last}"
+
+
+def number_format(model: Model, runtime: str, batch_size: int) -> str:
+    """`fp32` or `bf16`, as asked or as a timing of the network finds."""
+    if runtime != "auto":
+        return spell(parse(runtime)).split("+")[0]
+    return model.runtime_for("auto", min(batch_size, 64)).split("+")[0]
+
+
+def memory(device: torch.device) -> int:
+    """The most bytes that were in use: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,157 @@
+"""What a distillation will cost, found by going through it with a few steps of training a stage."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from ..train.fit import Ema, Player
+from ._task import Task
+
+TIMED = 2  # steps of training that are timed, after one that is counted
+
+
+@dataclass
+class Stage:
+    """A stage of a plan. evaluations, seconds: of one step of training, the first in network evaluations of one image.
+
+    share: of the budget. steps: what the stage gets, once the budget is known. pairs: of a stage that only draws
+    pairs, how many; a "step" of it is one pair.
+    """
+
+    name: str
+    evaluations: float
+    seconds: float
+    share: float = 1.0
+    steps: int = 0
+    pairs: int = 0
+
+
+@dataclass
+class Rehearsal(Task):
+    """A task whose stages are only tried: `stages` holds what each would cost. Nothing is written.
+
+    Cost is counted in floating-point operations, forwards and backwards, over those of one evaluation of the plain
+    network for one image, so that critics and partial evaluations count for what they are.
+    """
+
+    stages: list[Stage] = field(default_factory=list)
+    unit: float = 0.0
+    _scratch: list[Any] = field(default_factory=list)
+
+    def fit(
+        self,
+        name: str,
+        players: list[Player],
+        share: float = 1.0,
+        batches: Any = None,
+        ema: Ema | None = None,
+        decay: str = "cosine",
+        clip: float | None = 1.0,
+    ) -> dict[str, nn.Module]:
+        """Count one step, time a few; the modules after these, frozen."""
+        self.done.append(name)
+        device = next(self.denoiser.parameters()).device
+        batch = {key: value.to(device) for key, value in (self.batches if batches is None else batches)[0].items()}
+        optimisers = {p.name: p.optimizer() for p in players}
+        torch.manual_seed(self.seed)
+        evaluations = seconds = 0.0
+        for p in players:
+            p.module.to(device).train()
+            with counted() as count:
+                self._learn(p, batch, optimisers[p.name])
+            evaluations += count() / self.unit_flops(batch) / p.every
+        for p in players * TIMED:
+            began = time.perf_counter()
+            self._learn(p, batch, optimisers[p.name])
+            seconds += (time.perf_counter() - began) / TIMED / p.every
+        self.stages.append(Stage(name, evaluations, seconds, share))
+        return {p.name: copy.deepcopy(p.module).eval().requires_grad_(False) for p in players}
+
+    def pairs(self, name: str, count: int, **how: Any) -> Any:
+        """A batch of pairs, in a folder that goes with this task, and what one costs."""
+        from ._pairs import make
+
+        self._scratch.append(tempfile.TemporaryDirectory(prefix="hasten-"))
+        small = min(count, self.batch_size)
+        began = time.perf_counter()
+        with counted() as flops:
+            pairs = make(self, Path(self._scratch[-1].name) / name, small, **how)
+        seconds = (time.perf_counter() - began) / small
+        evaluations = flops() / self.unit_flops(self.batches[0]) / small
+        self.stages.append(Stage(f"pairs {name}", evaluations, seconds, pairs=count))
+        return pairs
+
+    def _learn(self, player: Player, batch: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
+        """A step of training too short to change anything."""
+        device = next(self.denoiser.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = player.loss(batch)
+        loss.backward()
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-7
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    def unit_flops(self, batch: dict[str, Tensor]) -> float:
+        """Floating-point operations of one evaluation of the plain network for one image."""
+        if not self.unit:
+            x = torch.zeros(1, *self.shape, device=batch["x"].device)
+            cond = {key: value[:1] for key, value in self.cond(batch).items()}
+            if self.denoiser.net_takes_guidance:
+                cond["guidance"] = torch.full((1,), self.guidance_scale, device=x.device)
+            with torch.no_grad(), counted() as count:
+                self.denoiser.raw(x, torch.tensor([0.5], dtype=torch.float64, device=x.device), **cond)
+            self.unit = max(count(), 1.0)
+        return self.unit
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Any]:
+    """A function that tells the floating-point operations of what ran inside."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        yield lambda: float(counter.get_total_flops())
+
+
+def allocate(stages: list[Stage], steps: int | None, minutes: float | None, evaluations: float | None) -> None:
+    """Give every stage its steps, from the smallest of the budgets that are given.
+
+    steps: of training, all stages together; pairs are not counted. minutes, evaluations: of everything.
+    BadInput where pairs alone cost more, or where a stage would get none.
+    """
+    if steps is None and minutes is None and evaluations is None:
+        raise BadInput("distillation needs a budget: give steps, minutes or evaluations")
+    trained = [stage for stage in stages if not stage.pairs]
+    whole = sum(stage.share for stage in trained)
+    limits = {"steps": (steps, None), "seconds": (None if minutes is None else 60 * minutes, "seconds"),
+              "evaluations": (evaluations, "evaluations")}  # fmt: skip
+    for stage in stages:
+        stage.steps = stage.pairs
+    for stage in trained:
+        found = []
+        for name, (limit, cost) in limits.items():
+            if limit is None:
+                continue
+            drawn = 0.0 if cost is None else sum(s.pairs * getattr(s, cost) for s in stages)
+            each = 1.0 if cost is None else getattr(stage, cost)
+            left = (limit - drawn) * stage.share / whole / each
+            if left < 1:
+                raise BadInput(
+                    f"a budget of {limit:g} {name} leaves no step for the stage {stage.name}: one costs {each:g}"
+                    + (f", and the pairs {drawn:g}" if drawn else "")
+                )
+            found.append(left)
+        stage.steps = int(min(found))

@@ -1,0 +1,112 @@
+"""What a student that jumps far has to say so that it lands where small steps of its teacher land.
+
+A step of DDIM from t to s with the prediction x0 is `z_s = alpha_s x0 + (sigma_s / sigma_t) (z_t - alpha_t x0)`. After
+several steps with predictions x_1, x_2, ... the one prediction that reaches the same point in a single step is their
+mean, weighted by how much each step gains in signal to noise k = alpha / sigma:
+
+    x* = sum_i (k_{i+1} - k_i) x_i / (k_end - k_start),   likewise   e* = sum_i (q_{i+1} - q_i) e_i / (q_end - q_start)
+
+with q = sigma / alpha for the noise. No difference of nearly equal images is ever taken, so float32 does for any
+number of steps, at both ends and in both directions. With z = alpha x* + sigma e* either one gives the other, except
+that at sigma = 0 only e* says anything, and at alpha = 0 only x*.
+
+Reference: Salimans, Ho 2022, arXiv:2202.00512, appendix G, for the target; the weighted mean is an identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..errors import BadInput, nearest
+from ..predictions import spread
+from ..schedules import Schedule
+from ..times import TimeGrid
+
+TINY = 1e-6  # the smallest alpha or sigma that is divided by
+WEIGHTS = ("snr+1", "truncated", "snr", "x0", "raw")
+
+
+def grid(law: TimeGrid, schedule: Schedule, steps: int) -> Tensor:
+    """The times of `steps` steps in increasing order, float64 (steps + 1,): node i of a path that ends clean at 0."""
+    return law(schedule, steps).flip(0)
+
+
+def noised(schedule: Schedule, x: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+    """`alpha_t x + sigma_t noise` (B, *S) at the times t (B,); the noise is drawn where it is not given."""
+    noise = torch.randn_like(x) if noise is None else noise
+    return spread(schedule.alpha(t), x) * x + spread(schedule.sigma(t), x) * noise
+
+
+def step(schedule: Schedule, z: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """DDIM from t to s, both (B,), with the prediction `x0` (B, *S) at z."""
+    ratio = schedule.sigma(s) / schedule.sigma(t).clamp_min(TINY)
+    return spread(ratio, z) * z + spread(schedule.alpha(s) - ratio * schedule.alpha(t), z) * x0
+
+
+def path(
+    denoiser: Callable[..., Tensor], schedule: Schedule, z: Tensor, times: Sequence[Tensor], **cond: Any
+) -> tuple[Tensor, Tensor]:
+    """Where DDIM steps along `times`, each (B,), take z (B, *S), and the x* of the jump there: `(z_end, x*)`.
+
+    times: falling. The mean is taken with the weights above times sigma_end, which are finite at the clean end.
+    """
+    end, total = times[-1], schedule.alpha(times[-1]) - schedule.sigma(times[-1]) * signal(schedule, times[0])
+    target = torch.zeros_like(z)
+    for t, s in zip(times, times[1:], strict=False):
+        x0 = denoiser(z, t, **cond)
+        upper = schedule.alpha(end) if s is end else schedule.sigma(end) * signal(schedule, s)
+        gain = (upper - schedule.sigma(end) * signal(schedule, t)) / total
+        target = target + spread(gain, z) * x0
+        z = step(schedule, z, x0, t, s)
+    return z, target
+
+
+def signal(schedule: Schedule, t: Tensor) -> Tensor:
+    """`alpha / sigma`, with sigma kept from zero."""
+    return schedule.alpha(t) / schedule.sigma(t).clamp_min(TINY)
+
+
+def landing(schedule: Schedule, z: Tensor, end: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The x* whose one DDIM step takes z at t to `end` at s: by subtraction, for ends that no weighted mean gives.
+
+    Two nearly equal images are subtracted where t and s are close: compute in float64 there.
+    """
+    ratio = schedule.sigma(s) / schedule.sigma(t).clamp_min(TINY)
+    return (end - spread(ratio, z) * z) / spread(schedule.alpha(s) - ratio * schedule.alpha(t), z)
+
+
+def raw_target(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """What the student's network has to say at z, t (B,), t > 0, to mean `x0`."""
+    alpha, sigma = student.schedule.alpha(t), student.schedule.sigma(t).clamp_min(TINY)
+    eps = (z - spread(alpha, z) * x0) / spread(sigma, z)
+    return student.prediction.target(x0, eps, alpha, sigma)
+
+
+def loss(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor, weight: str = "snr+1", **cond: Any) -> Tensor:
+    """The weighted squared distance of the student's prediction at z, t (B,) from `x0`, a scalar.
+
+    weight, on |x0_student - x0|^2, k = alpha / sigma: "snr+1" 1 + k^2, which for a v network is the plain error of
+    what it says; "truncated" max(1, k^2); "snr" k^2; "x0" 1; "raw" whatever makes it the plain error of what the
+    network says. Applied to the error of what the network says, so that no time divides by a small number.
+    """
+    raw = student.raw(z, t, **cond)
+    error = (raw - raw_target(student, z, t, x0).to(raw.dtype)).float().square().flatten(1).mean(1)
+    return (factor(student, t, weight).to(error.device, torch.float32) * error).mean()
+
+
+def factor(student: Denoiser, t: Tensor, weight: str) -> Tensor:
+    """What multiplies the squared error of the network's output at t (B,), float64 (B,), to have this `weight`."""
+    alpha, sigma = student.schedule.alpha(t), student.schedule.sigma(t).clamp_min(TINY)
+    _, _, c_out = student.prediction.coefficients(alpha, sigma)
+    snr = (alpha / sigma) ** 2
+    if weight == "raw":
+        return torch.ones_like(snr)
+    known = {"snr+1": 1 + snr, "truncated": snr.clamp_min(1), "snr": snr, "x0": torch.ones_like(snr)}
+    if weight not in known:
+        raise BadInput(f"unknown weight {weight!r}: {nearest(weight, WEIGHTS)}")
+    return known[weight] * c_out**2

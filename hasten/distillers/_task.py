@@ -1,0 +1,164 @@
+"""What a distiller is given (`Task`) and what it returns (`Student`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Denoiser
+from ..errors import HastenError
+from ..train.checkpoint import load_modules, save_modules
+from ..train.data import Batches
+from ..train.ema import Ema
+from ..train.fit import Fit, Player
+
+if TYPE_CHECKING:
+    from ._pairs import Pairs
+
+Loss = Callable[[dict[str, Tensor]], Tensor]
+STUDENT = "student.safetensors"
+
+
+@dataclass
+class Student:
+    """A distilled denoiser and how to sample from it.
+
+    sampler, times, steps: as `pick` spells them; they become the model's recommended ones and its plan.
+    guidance: the guidance scales (low, high) that the network takes as its input `guidance`, or equal ones where the
+        scale is built in; None: the task's own scale is built in.
+    parts: small networks to keep with the model, by name. figures: JSON scalars about this student.
+    """
+
+    denoiser: Denoiser
+    sampler: str
+    times: str
+    steps: int
+    guidance: tuple[float, float] | None = None
+    parts: dict[str, nn.Module] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+class Distiller(Protocol):
+    """What every file of `distillers/` holds: a frozen dataclass of this form, with the paper's numbers as defaults.
+
+    `needs_data`: it trains on real images (where it does not, it only needs to know their shape).
+    """
+
+    needs_data: ClassVar[bool]
+
+    def distill(self, task: Task) -> Student: ...
+
+
+@dataclass
+class Task:
+    """A teacher to imitate, the data, and `fit`, which trains a stage, skips it where it is done, or resumes it.
+
+    teacher: frozen; `teacher(x_t, t, **cond) -> x0` is what to imitate, guidance included.
+    denoiser: frozen; the network without guidance, from which students are copied.
+    guidance_scale: of `teacher`. shape: (C, H, W). batches: `batches[k]` is a batch `{"x": ..., "label": ...}`.
+    out: folder of the run. steps: by stage, how many steps of training it gets.
+    keep: told of every finished student: `keep(name, student)`.
+    """
+
+    teacher: nn.Module
+    denoiser: Denoiser
+    batches: Batches
+    shape: tuple[int, ...]
+    out: Path
+    guidance_scale: float = 1.0
+    steps: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    precision: str = "fp32"
+    device: str | None = None
+    show: bool = True
+    keep: Callable[[str, Student], None] = lambda name, student: None
+    done: list[str] = field(default_factory=list)
+
+    @property
+    def schedule(self) -> Any:
+        """Of the denoiser."""
+        return self.denoiser.schedule
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch."""
+        return self.batches.batch_size
+
+    def student(self, of: Denoiser | None = None, **changes: Any) -> Denoiser:
+        """A trainable copy of `of` (default: `denoiser`).
+
+        changes: of the network's configuration, such as `guidance=(1, 5)`; what the copy has in addition keeps its
+        first values, and what it shares is copied. For a network without `config`, no changes.
+        """
+        source = self.denoiser if of is None else of
+        if not changes:
+            return copy.deepcopy(source).requires_grad_(True)
+        config = getattr(source.net, "config", None)
+        if config is None:
+            raise HastenError(
+                f"{type(source.net).__name__} cannot be given {', '.join(changes)}: it has no config; "
+                "networks of hasten.nets have one"
+            )
+        device = next(source.net.parameters()).device
+        net = type(source.net)(**{**config, **changes}).to(device)
+        net.load_state_dict(source.net.state_dict(), strict=False)
+        ranged = {"guidance_range": None} if "guidance" in changes else {}
+        return source.replace(net=net, **ranged).requires_grad_(True)
+
+    def cond(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a batch the networks are told: its labels, where it has any."""
+        return {"label": batch["label"]} if "label" in batch else {}
+
+    def player(self, name: str, module: nn.Module, loss: Loss, lr: float, every: int = 1, **options: Any) -> Player:
+        """A `Player` with the settings that distillation wants: AdamW without decay. options: of `Player`."""
+        return Player(name, module, loss, **{"lr": lr, "every": every, "weight_decay": 0.0, **options})
+
+    def fit(
+        self,
+        name: str,
+        players: list[Player],
+        share: float = 1.0,
+        batches: Any = None,
+        ema: Ema | None = None,
+        decay: str = "cosine",
+        clip: float | None = 1.0,
+    ) -> dict[str, nn.Module]:
+        """Train the stage `name`; the players' averaged modules by player's name, frozen, in eval mode.
+
+        share: of the budget, relative to the other stages' shares. batches: in place of the task's own.
+        A stage that was finished before is read, one that was interrupted goes on; the result is the same.
+        """
+        number = len(self.done)
+        self.done.append(name)
+        folder = self.out / "stages" / f"{number}-{name}"
+        steps = self.steps[name]
+        finished = folder / STUDENT
+        if finished.is_file():
+            modules = {p.name: p.module for p in players}
+            load_modules(modules, finished)
+        else:
+            fit = Fit(
+                steps=steps, warmup=max(1, min(100, steps // 20)), precision=self.precision, decay=decay, clip=clip,
+                ema=ema or Ema(), seed=self.seed * 1009 + number, device=self.device, tensorboard=False,
+            )  # fmt: skip
+            modules = fit(players, self.batches if batches is None else batches, folder, self.show)
+            save_modules(modules, finished)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        # what is drawn between the stages must not depend on whether this one was trained, resumed or read
+        torch.manual_seed(self.seed * 1009 + number)
+        return {key: module.eval().requires_grad_(False) for key, module in modules.items()}
+
+    def pairs(self, name: str, count: int, **how: Any) -> Pairs:
+        """Noise and where the teacher takes it, from the store in `out`; made, or completed, where it lacks any.
+
+        count: pairs. how: as `distillers._pairs.make` takes it.
+        """
+        from ._pairs import make
+
+        return make(self, self.out / "pairs" / name, count, **how)

@@ -1,0 +1,156 @@
+"""Distillation of a guided model: first the two branches into one network, then many steps into few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..errors import BadInput, nearest
+from ..times import Trailing
+from ..train.losses import stratified
+from ._targets import factor, grid, loss, noised, path
+from ._task import Student, Task
+from .progressive import check
+
+__all__ = ["Guided"]
+
+KINDS = ("deterministic", "stochastic")
+
+
+@dataclass(frozen=True)
+class Guided:
+    """One student for a range of guidance scales s, then students of it that need few steps.
+
+    Stage one, the stage `guidance`: the student, a copy of the conditional network with s as a further input, is drawn
+    to `x0 = x0_uncond + s (x0_cond - x0_uncond)` at all times, s uniform in the range, one for each sample. It halves
+    the cost at any number of steps, with any sampler.
+
+    Stage two, a stage for each entry N of `steps`, from the student before, with s an input of both:
+    - "deterministic": as progressive distillation: at t = i/N, i = 1..N, the student's x0 is drawn to the x* whose one
+      step of DDIM lands at (i-1)/N where m steps of its teacher land. Sampled by DDIM with N steps.
+    - "stochastic": from t = i/N, i = 2..N, it lands where its teacher lands after two steps of 1/N, at (i-2)/N; at
+      t = 1/N it is drawn to its teacher's own answer. Sampled by N steps that jump two nodes and add the noise of one
+      (`stochastic_distilled`).
+
+    steps: falling, each a divisor of the one before. start: steps of the student of stage one that the first of them
+        learns from, a multiple of the first (0: twice as many). guidance: the scales (low, high), papers' w is s - 1.
+        kind: as above. lr, weight: as in `progressive`. first: how many times the training of another stage that of
+        stage one gets; last: likewise those of 2 steps and 1.
+
+    A model that takes the scale as an input already, such as what stage one left, begins with stage two.
+    Paper: scales 1 to 5 for pixels, N from 1024. Cost: 5 evaluations a step of training and image, m + 3 in stage two.
+    Raises BadInput for a model without a null label, and for steps that do not nest.
+
+    Reference: Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142.
+    """
+
+    steps: tuple[int, ...] = (16, 8, 4, 2, 1)
+    start: int = 0
+    guidance: tuple[float, float] = (1.0, 5.0)
+    kind: str = "deterministic"
+    lr: float = 3e-4
+    weight: str = "snr+1"
+    first: float = 1.0
+    last: float = 2.0
+    needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check("guided", self.steps, self.start)
+        if self.kind not in KINDS:
+            raise BadInput(f"guided: unknown kind {self.kind!r}: {nearest(self.kind, KINDS)}")
+        if not self.guidance[0] < self.guidance[1]:
+            raise BadInput(f"guided needs guidance=(low,high) with low < high, got {self.guidance}")
+
+    def distill(self, task: Task) -> Student:
+        """Train the stages `guidance`, `steps16`, ...; the last student."""
+        teacher, many = self.merged(task), self.start or 2 * self.steps[0]
+        span = teacher.guidance_range
+        assert span is not None
+        sampler = "ddim" if self.kind == "deterministic" else "stochastic_distilled"
+        lesson = self.jumps if self.kind == "deterministic" else self.double_jumps
+        for n in self.steps:
+            student = task.student(teacher)
+            players = [task.player("student", student, lesson(task, teacher, student, n, many // n), self.lr)]
+            teacher = task.fit(f"steps{n}", players, share=self.last if n <= 2 else 1.0)["student"]  # type: ignore[assignment]
+            made = Student(teacher, sampler, "trailing", n, guidance=span)
+            task.keep(f"steps{n}", made)
+            many = n
+        return made
+
+    def merged(self, task: Task) -> Denoiser:
+        """Stage one; nothing to do for a model that takes the scale as its input."""
+        if task.denoiser.net_takes_guidance:
+            return task.denoiser
+        if task.denoiser.null_label is None:
+            raise BadInput("guided needs a model with a null label, one that was trained with label dropout")
+        student = task.student(guidance=self.guidance)
+        players = [task.player("student", student, self.merging(task, student), self.lr)]
+        trained = task.fit("guidance", players, share=self.first)["student"]
+        assert isinstance(trained, Denoiser)
+        task.keep("guidance", Student(trained, "unipc", "angle", 16, guidance=self.guidance))
+        return trained
+
+    def merging(self, task: Task, student: Denoiser) -> Callable[[dict[str, Tensor]], Tensor]:
+        """The loss of stage one."""
+        low, high = self.guidance
+
+        def lesson(batch: dict[str, Tensor]) -> Tensor:
+            x, label = batch["x"], batch["label"]
+            t = task.schedule.t_max * stratified(len(x)).clamp_min(task.schedule.t_min)
+            z = noised(task.schedule, x, t)
+            scale = low + (high - low) * torch.rand(len(x), device=x.device)
+            with torch.no_grad():
+                both = torch.cat([label, torch.full_like(label, task.denoiser.null_label)])  # type: ignore[arg-type]
+                of_class, of_all = task.denoiser.raw(torch.cat([z, z]), torch.cat([t, t]), label=both).chunk(2)
+                target = of_all + scale.view(-1, *[1] * (z.ndim - 1)).to(z.dtype) * (of_class - of_all)
+            raw = student.raw(z, t, label=label, guidance=scale)
+            error = (raw - target).float().square().flatten(1).mean(1)
+            return (factor(student, t, self.weight).to(x.device, torch.float32) * error).mean()
+
+        return lesson
+
+    def scales(self, teacher: Denoiser, x: Tensor) -> Tensor:
+        """A scale for each sample, uniform in the range, (B,) float32."""
+        low, high = teacher.guidance_range  # type: ignore[misc]
+        return low + (high - low) * torch.rand(len(x), device=x.device)
+
+    def jumps(self, task: Task, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Any:
+        """The loss of the deterministic student of n steps whose teacher makes m for each."""
+        nodes = grid(Trailing(), task.schedule, n * m)
+
+        def lesson(batch: dict[str, Tensor]) -> Tensor:
+            x, cond = batch["x"], {**task.cond(batch), "guidance": self.scales(teacher, batch["x"])}
+            i = m * torch.randint(1, n + 1, (len(x),))
+            times = [nodes[i - k] for k in range(m + 1)]
+            z = noised(task.schedule, x, times[0])
+            with torch.no_grad():
+                _, target = path(teacher, task.schedule, z, times, **cond)
+            return loss(student, z, times[0], target, self.weight, **cond)
+
+        return lesson
+
+    def double_jumps(self, task: Task, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Any:
+        """The loss of the stochastic student of n steps, whose teacher has m nodes for each of its own.
+
+        A stochastic student jumps two of its nodes at a time; stage one's student, who is at home at all times, one.
+        """
+        nodes = grid(Trailing(), task.schedule, n * m)
+        stride = 1 if m * n == (self.start or 2 * self.steps[0]) else 2
+        jumps, last = 2 * m // stride, -(-m // stride)  # from the last node of the student fewer are left
+
+        def lesson(batch: dict[str, Tensor]) -> Tensor:
+            x, cond = batch["x"], {**task.cond(batch), "guidance": self.scales(teacher, batch["x"])}
+            i = m * torch.randint(1, n + 1, (len(x),))
+            made = [torch.where(i > m, k, max(k - (jumps - last), 0)) for k in range(jumps + 1)]
+            times = [nodes[(i - stride * k).clamp_min(0)] for k in made]
+            z = noised(task.schedule, x, times[0])
+            with torch.no_grad():
+                _, target = path(teacher, task.schedule, z, times, **cond)
+            return loss(student, z, times[0], target, self.weight, **cond)
+
+        return lesson

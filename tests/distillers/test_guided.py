@@ -1,0 +1,183 @@
+"""Guided distillation: stage one, deterministic and stochastic students, and the guidance scale as an input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hasten.denoiser import Denoiser
+from hasten.distillers import Student
+from hasten.distillers._targets import noised
+from hasten.distillers.guided import Guided
+from hasten.errors import BadInput
+from hasten.guides.cfg import CFG
+from hasten.nets.unet import UNet
+from hasten.predictions import V
+from hasten.schedules import VPCosine
+from tests.distillers._toy import Exact, energy, mixture, proportional, sample, task, toy
+
+
+def unet(**more: Any) -> UNet:
+    torch.manual_seed(0)
+    net = UNet(1, widths=(8, 16), classes=3, patch=1, **more)
+    for p in net.parameters():  # what starts at zero would hide everything
+        nn.init.normal_(p, std=0.1)
+    return net
+
+
+def test_a_student_starts_as_the_conditional_teacher_at_every_scale(tmp_path: Path) -> None:
+    teacher = Denoiser(unet(), VPCosine(offset=0.0), V())
+    job = replace(task(tmp_path), denoiser=teacher, teacher=teacher)
+    student = job.student(guidance=(1.0, 5.0))
+    x, t = torch.randn(6, 1, 8, 8), torch.linspace(0, 1, 6, dtype=torch.float64)
+    label, scale = torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([1.0, 1.7, 2.0, 3.3, 4.1, 5.0])
+    assert torch.equal(student(x, t, label=label, guidance=scale), teacher(x, t, label=label))
+    assert student.guidance_range == (1.0, 5.0) and teacher.guidance_range is None
+
+
+def test_a_network_for_one_scale_says_what_it_said_at_that_scale() -> None:
+    net = unet(guidance=(1.0, 5.0))
+    x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
+    fixed = net.fixed(2.5)
+    assert torch.allclose(fixed(x, t, label), net(x, t, label, torch.full((4,), 2.5)), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(fixed(x, t, label), net(x, t, label, torch.full((4,), 1.5)), atol=1e-2)
+    assert fixed.guidance_range is None
+    with pytest.raises(ValueError, match="needs guidance"):
+        net(x, t, label)
+    with pytest.raises(ValueError, match="takes no guidance"):
+        fixed(x, t, label, torch.ones(4))
+
+
+class Perfect(nn.Module):
+    """The exact student of stage one: the guided mixture with the scale as an input."""
+
+    guidance_range = (1.0, 5.0)
+
+    def __init__(self, exact: Exact) -> None:
+        super().__init__()
+        self.exact, self.schedule, self.null_label = exact, exact.schedule, 3
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, guidance: Tensor) -> Tensor:
+        both, t = torch.cat([label, torch.full_like(label, 3)]), torch.as_tensor(t).expand(len(x))
+        of_class, of_all = self.exact(torch.cat([x, x]), torch.cat([t, t]), label=both).chunk(2)
+        return of_all + guidance[:, None].double() * (of_class - of_all)
+
+
+def test_the_exact_merged_student_draws_what_the_guided_teacher_draws() -> None:
+    exact, label = mixture(), proportional(50)
+    for scale in (1.0, 2.0, 4.5):
+        student = Student(CFG(scale).wrap(Perfect(exact)), "ddim", "trailing", 8)  # type: ignore[arg-type]
+        teacher = Student(CFG(scale).wrap(exact), "ddim", "trailing", 8)  # type: ignore[arg-type]
+        a, b = (sample(s, 50, label=label) for s in (student, teacher))
+        assert torch.allclose(a, b.to(a.dtype), atol=1e-5)
+
+
+def test_students_of_both_kinds_follow_the_teacher_over_the_scales(tmp_path: Path) -> None:
+    made: dict[str, Student] = {}
+    job = task(tmp_path, steps=300, keep=made.__setitem__)
+    Guided(steps=(2,), start=16, guidance=(1.0, 3.0), lr=1e-3).distill(job)
+    assert list(made) == ["guidance", "steps2"]
+    base = toy()
+    for scale in (1.0, 2.0):
+        guided = CFG(scale).wrap(base)
+        reference = sample(Student(guided, "ddim", "trailing", 64), 3000, seed=50_000)  # type: ignore[arg-type]
+        plain = energy(sample(Student(guided, "ddim", "trailing", 2)), reference)  # type: ignore[arg-type]
+        two = replace(made["steps2"], denoiser=CFG(scale).wrap(made["steps2"].denoiser))
+        assert 4 * energy(sample(two), reference) < plain
+
+
+def test_the_scale_matters_to_the_student(tmp_path: Path) -> None:
+    job = task(tmp_path, steps=250)
+    merged = Guided(guidance=(1.0, 3.0), lr=3e-3).merged(job)
+    batch = job.batches[1000]
+    label, t = batch["label"], torch.full((256,), 0.6, dtype=torch.float64)
+    z = noised(job.schedule, batch["x"], t, torch.randn(256, 2, generator=torch.Generator().manual_seed(0)))
+    errors = []
+    for scale in (1.0, 2.0, 3.0):
+        want = CFG(scale).wrap(toy())(z, t, label=label)
+        told = [merged(z, t, label=label, guidance=torch.full((256,), s)) for s in (1.0, 2.0, 3.0)]
+        errors.append([(x - want).square().mean().item() for x in told])
+    for k, row in enumerate(errors):
+        assert row[k] == min(row), errors
+
+
+def recorded(job: Any, kind: str, n: int, m: int, method: Guided) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Times that a lesson asks its teacher at, the student's times, its targets, and the teacher's first answers."""
+    exact, asked, answers = mixture(), [], []
+
+    class Teacher(Perfect):
+        def forward(self, x: Tensor, t: Tensor, label: Tensor, guidance: Tensor) -> Tensor:
+            asked.append(t)
+            answers.append(super().forward(x, t, label, guidance))
+            return answers[-1]
+
+    seen: dict[str, Tensor] = {}
+    student = job.student(guidance=(1.0, 5.0))
+    keep = student.raw
+
+    def raw(z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        seen["t"] = t
+        return keep(z, t, **cond)
+
+    student.raw = raw  # type: ignore[method-assign]
+    make = method.jumps if kind == "deterministic" else method.double_jumps
+    from hasten.distillers import guided as module
+
+    found = module.path
+    targets: list[Tensor] = []
+
+    def path(*args: Any, **cond: Any) -> Any:
+        end, target = found(*args, **cond)
+        targets.append(target)
+        return end, target
+
+    module.path = path  # type: ignore[assignment]
+    try:
+        torch.manual_seed(0)
+        make(job, Teacher(exact), student, n, m)(job.batches[0])  # type: ignore[arg-type]
+    finally:
+        module.path = found  # type: ignore[assignment]
+    return asked, seen["t"], targets[0], torch.stack(answers)
+
+
+def test_the_stochastic_lesson_takes_double_steps_and_one_from_the_last_node(tmp_path: Path) -> None:
+    job, n = task(tmp_path), 4
+    asked, t, target, answers = recorded(job, "stochastic", n, 2, Guided(steps=(8, 4), kind="stochastic"))
+    assert sorted(set(t.tolist())) == [k / n for k in range(1, n + 1)]
+    last = t == 1 / n
+    assert len(asked) == 2  # two steps of 1/N of a teacher that jumps 1/N
+    assert torch.equal(asked[0], t) and torch.equal(asked[1][~last], t[~last] - 1 / n)
+    assert torch.equal(asked[1][last], t[last])  # the step before it had no length
+    assert torch.allclose(target[last].double(), answers[1][last], atol=1e-6)
+    assert not torch.allclose(target[~last].double(), answers[1][~last], atol=1e-2)
+
+
+def test_the_deterministic_lesson_takes_steps_of_half_the_length(tmp_path: Path) -> None:
+    asked, t, _, _ = recorded(task(tmp_path), "deterministic", 4, 2, Guided(steps=(8, 4)))
+    assert len(asked) == 2 and torch.equal(asked[0], t) and torch.equal(asked[1], t - 1 / 8)
+    assert sorted(set(t.tolist())) == [k / 4 for k in range(1, 5)]
+
+
+def test_a_scale_out_of_range_is_refused_with_the_range() -> None:
+    student = Denoiser(unet(guidance=(1.0, 5.0)), VPCosine(offset=0.0), V())
+    with pytest.raises(BadInput, match="guidance_scale 1 to 5, asked for 6"):
+        CFG(6.0).wrap(student)
+    one = Denoiser(unet(), VPCosine(offset=0.0), V(), guidance_range=(2.0, 2.0))
+    assert CFG(2.0).wrap(one) is one
+    with pytest.raises(BadInput, match="guidance_scale 2 only"):
+        CFG(1.0).wrap(one)
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="stochastic"):
+        Guided(kind="stochastik")
+    with pytest.raises(BadInput, match="low < high"):
+        Guided(guidance=(2.0, 2.0))
+    plain = Denoiser(nn.Linear(2, 2), VPCosine(offset=0.0), V())
+    with pytest.raises(BadInput, match="null label"):
+        Guided().distill(replace(task(tmp_path), denoiser=plain))
