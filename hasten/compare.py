@@ -32,7 +32,7 @@ SHOWN = 10  # columns of the sample grid
 
 @dataclass(frozen=True)
 class Job:
-    """A row to run, the row at equal cost that it must beat, its key in the store, and the model with its plan made."""
+    """A row to run, the row at equal cost that it must beat, its key in the store, and its model with its plan made."""
 
     variant: Variant
     equal: Variant | None
@@ -100,30 +100,45 @@ def prepare(model: Model, chosen: VariantSet) -> list[tuple[Variant, Variant | N
     cost samples one image to find out.
     """
     found: dict[Any, Model] = {}
+    others: dict[str | None, Model] = {None: model}
 
     def ready(v: Variant) -> Model:
         if v.method not in found:
+            if v.model not in others:
+                others[v.model] = other(str(v.model), model, f"{chosen.source}: {v.name!r}")
+            base = others[v.model]
             choice = v.sampler or None, v.times or None, v.steps or None
             try:
-                way = model.way(*choice, v.guidance_scale, v.guides, v.start, v.plan)  # type: ignore[arg-type]
+                way = base.way(*choice, v.guidance_scale, v.guides, v.start, v.plan)  # type: ignore[arg-type]
             except (HastenError, ValueError) as e:
                 raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
-            own: dict[str, Any] = {} if v.plan is not None else {"sampler": v.sampler, "times": v.times}
+            own: dict[str, Any] = {"sampler": v.sampler, "times": v.times} if v.sampler else {}
             steps = len(way.times) - 1 if way.plan is None else way.plan.nfe
-            made = replace(model, plan=way.plan, steps=v.steps or steps, **own)
+            made = replace(base, plan=way.plan, steps=v.steps or steps, **own)
             found[v.method] = replace(made, guidance_scale=v.guidance_scale)
         return found[v.method]
 
     def nfe(v: Variant) -> float:
         made = ready(v)
         try:
-            with counting(model) as count:
+            with counting(made) as count:
                 images(made, v, 1, 0, 1, "fp32")
         except (HastenError, ValueError) as e:
             raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
-        return count[0] + extra(model, v)
+        return count[0] + extra(made, v)
 
     return [(v, equal, ready(v)) for v, equal in chosen.rows(nfe)]
+
+
+def other(name: str, model: Model, where: str) -> Model:
+    """Another model, on the same device, which draws the same kind of images."""
+    try:
+        found = load(name, model.device)
+    except HastenError as e:
+        raise BadInput(f"{where}: model: {e}") from e
+    if (found.shape, found.classes) != (model.shape, model.classes):
+        raise BadInput(f"{where}: {name} draws other images or classes than {model.name}: they cannot be compared")
+    return found
 
 
 def images(ready: Model, v: Variant, count: int, seed: int, batch_size: int, runtime: str) -> Tensor:
@@ -191,11 +206,13 @@ class Run:
         progress.bar.update(progress.task, description="timing")
         found: dict[str, Any] = {}
         for job in self.jobs:
-            with counting(self.model, progress) as count:
+            with counting(job.ready, progress) as count:
                 self.sample(job, batch)
-            found[job.key] = {"nfe": count[0] / batch + extra(self.model, job.variant)}
+            found[job.key] = {"nfe": count[0] / batch + extra(job.ready, job.variant)}
         work = {job.key: functools.partial(self.sample, job, batch) for job in self.jobs}
-        with counting(self.model, progress):
+        with contextlib.ExitStack() as stack:
+            for ready in {id(job.ready.denoiser): job.ready for job in self.jobs}.values():
+                stack.enter_context(counting(ready, progress))
             for key, seconds in cost.interleave(work, self.protocol["rounds"], warmup=0).items():
                 found[key]["seconds"] = seconds
         self.store.put_timing(self.machine, found)
@@ -205,12 +222,10 @@ class Run:
             self.store.put({**row, **self.costs(row["key"], found), "protocol": protocol})
         return found
 
-    @functools.cached_property
-    def macs(self) -> int:
+    def macs(self, model: Model) -> int:
         """Multiply-accumulates of one evaluation of one image."""
-        x, labels = torch.zeros(1, *self.model.shape, device=self.model.device), self.model.labels(1)
-        cond = {} if labels is None else {"label": labels.to(x.device)}
-        return cost.macs(self.model.denoiser, x, 0.5, **cond)
+        x = torch.zeros(1, *model.shape, device=model.device)
+        return cost.macs(model.denoiser, x, 0.5, **model.cond(1))
 
     def costs(self, key: str, timed: Mapping[str, Any]) -> dict[str, Any]:
         """The figures of a row that come from the timing."""
@@ -225,15 +240,16 @@ class Run:
         """Sample a row's images and measure them: the finished row."""
         model, p, v = self.model, self.protocol, job.variant
         n, first = p["n"], p["seeds"][0]
-        with counting(model, progress), cost.peak_memory(model.device) as memory:
+        with counting(job.ready, progress), cost.peak_memory(model.device) as memory:
             drawn = self.sample(job, n)
         labels = model.labels(n)
         row = {
             "key": job.key, "name": v.name, "role": v.role, "sampler": v.sampler or "plan",
-            "times": v.times or v.plan, "steps": job.ready.steps, "guidance_scale": v.guidance_scale,
-            "guides": list(v.guides), "start": v.start, "plan": v.plan, "accelerators": list(v.accelerators),
+            "times": v.times or v.plan or v.model, "steps": job.ready.steps, "guidance_scale": v.guidance_scale,
+            "guides": list(v.guides), "start": v.start, "plan": v.plan, "model": v.model,
+            "accelerators": list(v.accelerators),
             **self.costs(job.key, timed),
-            "macs_per_image": round(self.macs * timed[job.key]["nfe"]),
+            "macs_per_image": round(self.macs(job.ready) * timed[job.key]["nfe"]),
             "peak_memory": memory.peak, **dict.fromkeys(QUALITY),
         }  # fmt: skip
         if self.known is not None:
@@ -337,7 +353,8 @@ def compare(
     settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
     jobs = []
     for variant, equal, ready in rows:
-        told_plan = {} if variant.plan is None or ready.plan is None else {"plan": ready.plan.to_json()}
+        told_plan = {} if variant.sampler or ready.plan is None else {"plan": ready.plan.to_json()}
+        told_plan |= {} if variant.model is None else {"weights": fingerprint(ready)}
         text = json.dumps({**settings, "method": variant.method, **told_plan}, sort_keys=True)
         jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], ready))
     run = Run(model, jobs, store, protocol, known, net)

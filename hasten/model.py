@@ -103,6 +103,14 @@ class Model:
             raise BadInput("label is an empty list: give one class or more")
         return torch.tensor([chosen[k % len(chosen)] for k in range(n)], dtype=torch.long)
 
+    def cond(self, n: int) -> dict[str, Tensor]:
+        """What the denoiser itself must be told with `n` samples: their labels, and the guidance scale of a student."""
+        labels = self.labels(n)
+        told = {} if labels is None else {"label": labels.to(self.device)}
+        if self.denoiser.net_takes_guidance:
+            told["guidance"] = torch.full((n,), float(self.guidance_scale), device=self.device)
+        return told
+
     def class_index(self, label: int | str) -> int:
         """The index of a class given by index, by digits or by name in any case; of "none" the null label."""
         names = list(self.classes or ())
@@ -306,8 +314,7 @@ class Model:
             return spell(parse(runtime))
         size = 2 ** (batch_size.bit_length() - 1)
         x = torch.randn((size, *self.shape), generator=torch.Generator().manual_seed(0)).to(self.device)
-        labels = self.labels(size)
-        cond = {} if labels is None else {"label": labels.to(self.device)}
+        cond = self.cond(size)
         identity = self.sha256 or str(self.denoiser.net)
         return spell(choose(self.denoiser, x, identity, **cond))
 

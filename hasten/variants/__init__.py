@@ -17,8 +17,13 @@ A set of variants is a TOML file (`demo` and `full` are bundled beside this modu
     name = "fitted"
     plan = ["fitted-6", "fitted-8"]   # plans of the model, or .json files, in place of sampler, times and steps
 
+    [[variant]]
+    name = "student"
+    model = ["runs/g/steps4", "runs/g/steps1"]   # other models of the same images: bundled names or folders
+
 What a variant leaves out (times, steps, guidance_scale) is the reference's; times and guidance_scale that the reference
-leaves out are the model's own. `guides` (a list) and `start` are none unless the variant names them.
+leaves out are the model's own. `guides` (a list) and `start` are none unless the variant names them. A variant with
+another `model` and no sampler is sampled as that model recommends, at the variant's guidance_scale.
 """
 
 from __future__ import annotations
@@ -33,8 +38,8 @@ from typing import Any
 from ..errors import BadInput, HastenError, nearest
 
 FOLDER = Path(__file__).resolve().parent
-KEYS = ("name", "sampler", "times", "steps", "guidance_scale", "guides", "start", "plan", "accelerators")
-LISTED = ("sampler", "times", "steps", "guidance_scale", "start", "plan")
+KEYS = ("name", "model", "sampler", "times", "steps", "guidance_scale", "guides", "start", "plan", "accelerators")
+LISTED = ("model", "sampler", "times", "steps", "guidance_scale", "start", "plan")
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Variant:
     """One row of a comparison: how to sample, and what the row is for.
 
     role: "reference" (all else is measured against it), "variant", or "equal-cost" (the reference with fewer steps).
-    plan: in place of sampler and times, which are then "", and of steps, 0.
+    plan: in place of sampler and times, which are then "", and of steps, 0. model: another than the comparison's own;
+    where sampler is "" and there is no plan, it is sampled as it recommends.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Variant:
     guides: tuple[str, ...] = ()
     start: str | None = None
     plan: str | None = None
+    model: str | None = None
     accelerators: tuple[str, ...] = ()
     role: str = "variant"
 
@@ -61,7 +68,9 @@ class Variant:
         """What is run, without what it is called: equal methods are the same row."""
         from ..pick import spell
 
-        more = (self.guides, self.start, self.accelerators)
+        more = (self.guides, self.start, self.accelerators, *([] if self.model is None else [self.model]))
+        if not self.sampler and self.plan is None:
+            return "model", self.guidance_scale, *more
         if self.plan is not None:
             return "plan", self.plan, self.guidance_scale, *more
         sampler, times = spell(_picked("samplers", self.sampler)), spell(_picked("times", self.times))
@@ -70,7 +79,7 @@ class Variant:
     @property
     def nfe(self) -> float | None:
         """Declared network evaluations per image, a guided one counts 2; None where only the model or the run tells."""
-        if self.plan is not None or self.guides or self.start is not None:
+        if self.model is not None or self.plan is not None or self.guides or self.start is not None:
             return None
         queries = _picked("samplers", self.sampler).nfe(self.steps)
         return None if queries is None else queries * (1 if self.guidance_scale == 1 else 2)
@@ -169,7 +178,7 @@ def parse(
     if not isinstance(data.get("variant", []), list) or not all(isinstance(v, dict) for v in data.get("variant", [])):
         raise BadInput(f"{source}: write each variant as a [[variant]] table")
     head = {"name": "reference", "times": times, "guidance_scale": guidance_scale, **data["reference"]}
-    for key in ("plan", "start", "guides"):
+    for key in ("plan", "start", "guides", "model"):
         if key in head:
             raise BadInput(f"{source}: [reference]: the reference is a sampler with steps: it takes no {key}")
     reference = _expand(head, f"{source}: [reference]", lists=False)[0]
@@ -183,6 +192,10 @@ def parse(
         if "plan" in table:
             if both := [key for key in ("sampler", "times", "steps") if key in table]:
                 raise BadInput(f"{where}: a plan holds its sampler, times and steps: leave out {both[0]} or the plan")
+            table = {"sampler": "", "times": "", "steps": 0, "guidance_scale": head["guidance_scale"], **table}
+        elif "model" in table and "sampler" not in table:
+            if both := [key for key in ("times", "steps") if key in table]:
+                raise BadInput(f"{where}: without a sampler the model is sampled as it recommends: leave out {both[0]}")
             table = {"sampler": "", "times": "", "steps": 0, "guidance_scale": head["guidance_scale"], **table}
         variants += _expand({**rest, **table}, where)
     seen = {reference.name}
@@ -224,6 +237,8 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
         asked = {**dict(zip(LISTED, values, strict=True)), "guides": tuple(guides)}
         _check(asked, where)
         name = table["name"].strip()
+        if len(choices["model"]) > 1:
+            name += f" {asked['model']}"
         if len(choices["sampler"]) > 1:
             name += f" {asked['sampler']}"
         if len(choices["plan"]) > 1:
@@ -241,8 +256,10 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
 
 
 def _check(asked: Mapping[str, Any], where: str) -> None:
-    planned = asked["plan"] is not None
-    if planned and not isinstance(asked["plan"], str):
+    if asked["model"] is not None and not isinstance(asked["model"], str):
+        raise BadInput(f"{where}: model must be text, got {asked['model']!r}")
+    planned = asked["plan"] is not None or (asked["model"] is not None and asked["sampler"] == "")
+    if asked["plan"] is not None and not isinstance(asked["plan"], str):
         raise BadInput(f"{where}: plan must be text, got {asked['plan']!r}")
     texts = [] if planned else [("sampler", "samplers", asked["sampler"]), ("times", "times", asked["times"])]
     texts += [("guides", "guides", guide) for guide in asked["guides"]]
