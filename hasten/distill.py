@@ -84,7 +84,10 @@ def distill_model(
             f"{method.partition(':')[0]} can go on from it with start={before['steps']}"
         )
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
-    teacher = model.guided(scale)
+    teacher, denoiser = model.guided(scale), model.denoiser
+    if denoiser.net_takes_guidance and not getattr(distiller, "ranged", False):
+        # the method knows no scales: it is given the network for this one
+        denoiser = teacher = denoiser.replace(net=denoiser.net.fixed(scale), guidance_range=(scale, scale))  # type: ignore[operator]
     channels, height, width = model.shape
     source = open_data(data, size=(height, width), channels=channels)
     if model.classes is not None and len(source.classes or ()) != len(model.classes):
@@ -100,9 +103,9 @@ def distill_model(
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     }  # fmt: skip
     precision = number_format(model, runtime, batch_size)
-    model.denoiser.requires_grad_(False).eval()
+    denoiser.requires_grad_(False).eval()
     common: dict[str, Any] = {
-        "teacher": teacher, "denoiser": model.denoiser, "batches": Batches(source, batch_size, seed=seed),
+        "teacher": teacher, "denoiser": denoiser, "batches": Batches(source, batch_size, seed=seed),
         "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
         "device": str(model.device), "show": show,
     }  # fmt: skip

@@ -174,3 +174,14 @@ def test_the_budget_is_divided_by_share_and_cost() -> None:
     assert [s.steps for s in stages] == [19, 19, 50]  # (120 - 5) / 3 / 2
     with pytest.raises(BadInput, match="leaves no step"):
         allocate(stages, steps=None, minutes=None, evaluations=600)
+
+
+def test_a_method_without_scales_is_given_the_network_for_one(place: Path, made: Path, tmp_path: Path) -> None:
+    arguments = asked(place, tmp_path / "run", "--steps", "9", "--guidance-scale", "2.5",
+                      method="progressive:steps=(2,),start=4", model="run/guidance")  # fmt: skip
+    assert main(arguments) == 0
+    student, teacher = hasten.load(tmp_path / "run"), hasten.load(made / "guidance")
+    assert student.denoiser.guidance_range == (2.5, 2.5) and student.guidance_scale == 2.5
+    assert not student.denoiser.net_takes_guidance
+    with pytest.raises(BadInput, match="2.5 only"):
+        student.sample(1, guidance_scale=2)

@@ -58,6 +58,7 @@ class Guided:
     first: float = 1.0
     last: float = 2.0
     needs_data: ClassVar[bool] = True
+    ranged: ClassVar[bool] = True  # it keeps a range of guidance scales
 
     def __post_init__(self) -> None:
         check("guided", self.steps, self.start)

@@ -1,0 +1,137 @@
+"""Every distillation method on the bundled teacher, at the same number of network evaluations of training.
+
+    python -m recipes.distill_all --teacher runs/guided/guidance --out runs/all --evaluations 3e5
+    python -m recipes.distill_all --out runs/all --table            the table of what is there
+
+--teacher: a model; here the student of stage one of `guided` (one evaluation a step with guidance inside), fixed at
+--guidance-scale, so that no method pays for two branches. Each method runs through `distill_model` with its defaults
+but for the counts of steps, into a folder of its own; what is finished is not done again. Each student is judged at
+its own number of steps, those of one network for several (consistency sampling) at 1, 2, 4: distance, class accuracy,
+precision and recall of --n images of the seeds 0, 1, ... The two reference rows are the teacher with as many steps
+(the best of a few samplers), and at its best. One JSON line a row in `rows.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+
+import hasten
+from hasten.distill import distill_model
+from hasten.errors import HastenError
+from hasten.metrics import evaluate_images, feature_net, reference
+
+DATA = "/usr/share/datasets/fashion-mnist"
+STEPS = (1, 2, 4, 8)
+METHODS: dict[str, str] = {
+    "progressive": "progressive:steps=(8,4,2,1),start=32",
+    "tract": "tract",
+    "consistency distillation": "consistency",
+    "consistency training": "consistency:mode=training",
+    "denoising student": "denoising_student",
+    "reflow": "reflow",
+    "dsno": "dsno",
+    "rcfd": "rcfd",
+    "mmd": "mmd",
+    "adversarial": "adversarial",
+    "diffusion gan": "diffusion_gan",
+    "denoising diffusion gan": "diffusion_gan:posterior=true",
+    "sft-pg": "sft_pg",
+    "dmd": "dmd",
+    "prodiff": "prodiff",
+}
+TEACHER = (("unipc:order=2", "lambda:low=0.05"), ("unipc:order=3", "lambda:low=0.05"), ("ddim", "trailing"))
+
+
+def judged(model: hasten.Model, n: int, guidance_scale: float, **way: Any) -> dict[str, Any]:
+    """Figures of `n` images."""
+    began = time.perf_counter()
+    images = model.sample(n, batch_size=100, runtime="bf16", guidance_scale=guidance_scale, **way)
+    seconds = time.perf_counter() - began
+    known = reference("fashion")
+    seen = evaluate_images(images, model.labels(n), feature_net(known.features), known, range(n))
+    told = {name: seen[name].value for name in ("frechet", "accuracy", "precision", "recall")}
+    return {**told, "floor": seen["frechet"].floor, "n": n, "seconds_per_image": seconds / n}
+
+
+def students(folder: Path) -> Iterator[tuple[int, hasten.Model, dict[str, Any]]]:
+    """What a finished run left: (steps, model, how to sample)."""
+    found = sorted(p.parent for p in folder.glob("*/model.json"))
+    for place in found or [folder]:
+        model = hasten.load(place)
+        if model.card["distilled"]["figures"].get("direction") == "encode" or model.steps > max(STEPS):
+            continue
+        if model.sampler.startswith("consistency"):
+            for steps in (1, 2, 4):
+                yield steps, model, {"sampler": model.sampler, "times": model.times, "steps": steps}
+        else:
+            yield model.steps, model, {}
+
+
+def reference_rows(teacher: hasten.Model, n: int, scale: float) -> Iterator[dict[str, Any]]:
+    """The teacher with few steps, the best of some samplers each, and with many."""
+    for steps in STEPS:
+        ways = [{"sampler": s, "times": t, "steps": steps} for s, t in TEACHER if steps > 1 or s == "ddim"]
+        few = [{**judged(teacher, n, scale, **way), "way": way} for way in ways]
+        yield {"method": "teacher", "steps": steps, **min(few, key=lambda row: row["frechet"])}
+    for way in ({"sampler": "ddim", "times": "trailing", "steps": 256}, {"sampler": "unipc:order=2", "steps": 32}):
+        yield {"method": "teacher", "steps": way["steps"], "way": way, **judged(teacher, n, scale, **way)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| method | steps | distance | accuracy | precision | recall | training |", "|---" * 7 + "|"]
+    for row in sorted(rows, key=lambda row: (row["steps"], row["frechet"])):
+        cost = "-" if "training_seconds" not in row else f"{row['training_seconds'] / 60:.0f} min"
+        figures = " | ".join(f"{row[key]:.3f}" for key in ("frechet", "accuracy", "precision", "recall"))
+        lines.append(f"| {row['method']} | {row['steps']} | {figures} | {cost} |")
+    return "\n".join(lines)
+
+
+def main(
+    *, out: Path, teacher: str = "fashion", data: str = DATA, guidance_scale: float = 2.0, evaluations: float = 3e5,
+    n: int = 2000, batch_size: int = 128, only: list[str] | None = None, table_only: bool = False,
+) -> None:  # fmt: skip
+    """Run what is missing, a method after the other, and print the table."""
+    kept = out / "rows.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        with kept.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    if not table_only:
+        loaded = hasten.load(teacher)
+        if not any(row["method"] == "teacher" for row in rows):
+            for row in reference_rows(loaded, n, guidance_scale):
+                add(row)
+        for name, method in METHODS.items():
+            if (only and name not in only) or any(row["method"] == name for row in rows):
+                continue
+            folder = out / name.replace(" ", "-")
+            try:
+                run = distill_model(
+                    hasten.load(teacher), folder, method, data, evaluations=evaluations, batch_size=batch_size,
+                    guidance_scale=guidance_scale, runtime="bf16", show=False,
+                )  # fmt: skip
+            except HastenError as e:
+                print(f"{name}: {e}", flush=True)
+                continue
+            for steps, model, way in students(folder):
+                row = {"method": name, "steps": steps, "spec": method, **judged(model, n, guidance_scale, **way)}
+                add({**row, "training_evaluations": run["evaluations"], "training_seconds": run["seconds"]})
+                print(
+                    f"{name}, {steps} steps: distance {row['frechet']:.3f}, accuracy {row['accuracy']:.3f}", flush=True
+                )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
