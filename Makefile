@@ -16,7 +16,7 @@ demo: $(VENV)/.stamp ## compare many ways to sample the bundled model on one pag
 	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
 
 test: $(VENV)/.stamp-dev ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile
 
 slow: $(VENV)/.stamp-dev ## the slow tests too
 	$(BIN)/python -m pytest -q
