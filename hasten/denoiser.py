@@ -121,6 +121,11 @@ class Denoiser(nn.Module):
         """Whether the network must be given `guidance`, the scale of each sample (B,)."""
         return getattr(self.net, "guidance_range", None) is not None
 
+    @property
+    def step_counts(self) -> tuple[int, ...] | None:
+        """The counts of steps of which the network must be told one, as `steps` (B,); None where it takes none."""
+        return getattr(self.net, "step_counts", None)
+
     def replace(self, **changes: Any) -> Denoiser:
         """The same denoiser with some of its constructor's arguments changed; what is not named is shared."""
         keys = ("net", "schedule", "prediction", "clock", "null_label", "guidance_range")

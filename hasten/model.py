@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import shelf
 from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest
-from .guides.cfg import CFG
+from .guides.cfg import CFG, told_steps
 from .machine import choose, parse, spell
 from .pick import pick
 from .plan import Plan
@@ -109,6 +109,8 @@ class Model:
         told = {} if labels is None else {"label": labels.to(self.device)}
         if self.denoiser.net_takes_guidance:
             told["guidance"] = torch.full((n,), float(self.guidance_scale), device=self.device)
+        if self.denoiser.step_counts is not None:
+            told["steps"] = torch.full((n,), self.denoiser.step_counts[0], device=self.device)
         return told
 
     def class_index(self, label: int | str) -> int:
@@ -205,7 +207,7 @@ class Model:
         """What these arguments of `sample` amount to, checked and bound to the model (None: what it recommends)."""
         begin = self.bound("starts", start) if start is not None else None
         compiled, method, grid = self.method(sampler, times, steps, plan, None if begin is None else begin.time)
-        denoiser = self.guided(guidance_scale, guides)
+        denoiser = told_steps(self.guided(guidance_scale, guides), len(grid) - 1)
         if hasattr(method, "wrap"):
             denoiser = method.wrap(denoiser)
         return Way(denoiser, compiled, method, grid, begin)

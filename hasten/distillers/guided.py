@@ -13,6 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..times import Trailing
 from ..train.losses import stratified
+from ._shadow import Shadow
 from ._targets import factor, grid, loss, noised, path
 from ._task import Student, Task
 from .progressive import check
@@ -42,11 +43,17 @@ class Guided:
         kind: as above. lr, weight: as in `progressive`. first: how many times the training of another stage that of
         stage one gets; last: likewise those of 2 steps and 1.
 
+    shared: one network for all the counts of `steps`, which it is told as one more input, in one stage, `shared`: each
+        image of a batch has one of the counts, and the teacher of a count is an average of the student itself at the
+        count before (momentum .9; of the first count, stage one's student). As large as one student, and all steps
+        train it. Deterministic only.
+
     A model that takes the scale as an input already, such as what stage one left, begins with stage two.
     Paper: scales 1 to 5 for pixels, N from 1024. Cost: 5 evaluations a step of training and image, m + 3 in stage two.
     Raises BadInput for a model without a null label, and for steps that do not nest.
 
-    Reference: Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142.
+    References: Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142; `shared` is ours, after Frans,
+    Hafner, Levine, Abbeel 2025, arXiv:2410.12557.
     """
 
     steps: tuple[int, ...] = (16, 8, 4, 2, 1)
@@ -57,6 +64,7 @@ class Guided:
     weight: str = "snr+1"
     first: float = 1.0
     last: float = 2.0
+    shared: bool = False
     needs_data: ClassVar[bool] = True
     ranged: ClassVar[bool] = True  # it keeps a range of guidance scales
 
@@ -64,6 +72,8 @@ class Guided:
         check("guided", self.steps, self.start)
         if self.kind not in KINDS:
             raise BadInput(f"guided: unknown kind {self.kind!r}: {nearest(self.kind, KINDS)}")
+        if self.shared and self.kind != "deterministic":
+            raise BadInput("guided: one network for all counts of steps is made for kind=deterministic only")
         if not self.guidance[0] < self.guidance[1]:
             raise BadInput(f"guided needs guidance=(low,high) with low < high, got {self.guidance}")
 
@@ -72,6 +82,8 @@ class Guided:
         teacher, many = self.merged(task), self.start or 2 * self.steps[0]
         span = teacher.guidance_range
         assert span is not None
+        if self.shared:
+            return self.for_all(task, teacher, many)
         sampler = "ddim" if self.kind == "deterministic" else "stochastic_distilled"
         lesson = self.jumps if self.kind == "deterministic" else self.double_jumps
         for n in self.steps:
@@ -134,6 +146,40 @@ class Guided:
             return loss(student, z, times[0], target, self.weight, **cond)
 
         return lesson
+
+    def for_all(self, task: Task, merged: Denoiser, many: int) -> Student:
+        """The stage `shared`: one network for all counts of steps."""
+        both = Shadow(task.student(merged, steps=self.steps))
+        counts, each = self.steps, [a // b for a, b in zip((many, *self.steps), self.steps, strict=False)]
+        nodes = [grid(Trailing(), task.schedule, n * m) for n, m in zip(counts, each, strict=True)]
+
+        def lesson(batch: dict[str, Tensor]) -> Tensor:
+            both.update(0.9)
+            x, told = batch["x"], {**task.cond(batch), "guidance": self.scales(merged, batch["x"])}
+            which = torch.arange(len(x)) % len(counts)
+            noise, z, target = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
+            t = torch.empty(len(x), dtype=torch.float64)
+            for k, (n, m) in enumerate(zip(counts, each, strict=True)):
+                rows = (which == k).nonzero()[:, 0]
+                i = m * torch.randint(1, n + 1, (len(rows),))
+                times = [nodes[k][i - j] for j in range(m + 1)]
+                cond = {key: value[rows] for key, value in told.items()}
+                if k:
+                    cond["steps"] = torch.full((len(rows),), counts[k - 1], device=x.device)
+                t[rows], z[rows] = times[0], noised(task.schedule, x[rows], times[0], noise[rows])
+                with torch.no_grad():
+                    teacher = both.copy if k else merged
+                    target[rows] = path(teacher, task.schedule, z[rows], times, **cond)[1].to(x.dtype)
+            told["steps"] = torch.tensor(counts, device=x.device)[which]
+            return loss(both.student, z, t, target, self.weight, **told)
+
+        players = [task.player("student", both, lesson, self.lr)]
+        trained = task.fit("shared", players, share=float(len(counts)))["student"].student
+        assert isinstance(trained, Denoiser)
+        few = 4 if 4 in counts else counts[-1]
+        made = Student(trained, "ddim", "trailing", few, guidance=merged.guidance_range)
+        task.keep("shared", made)
+        return made
 
     def double_jumps(self, task: Task, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Any:
         """The loss of the stochastic student of n steps, whose teacher has m nodes for each of its own.

@@ -69,15 +69,25 @@ def distilled(denoiser: nn.Module, guide: CFG) -> nn.Module:
     if not low - 1e-6 <= guide.scale <= high + 1e-6:
         span = f"{low:g} to {high:g}" if low < high else f"{low:g} only"
         raise BadInput(f"this student was distilled for guidance_scale {span}, asked for {guide.scale:g}")
-    return Told(denoiser, guide.scale) if low < high else denoiser
+    return Told(denoiser, guidance=guide.scale) if low < high else denoiser
+
+
+def told_steps(denoiser: nn.Module, steps: int) -> nn.Module:
+    """The denoiser, told how many steps there are, where it is a student that wants to know."""
+    counts = getattr(denoiser, "step_counts", None)
+    if counts is None:
+        return denoiser
+    if steps not in counts:
+        raise BadInput(f"this student was distilled for {', '.join(map(str, counts))} steps, asked for {steps}")
+    return Told(denoiser, steps=steps)
 
 
 class Told(Wrapper):
-    """A student that takes the guidance scale as an input, at one scale."""
+    """A student whose network is told the same numbers in every query: its guidance scale, its count of steps."""
 
-    def __init__(self, denoiser: nn.Module, scale: float) -> None:
+    def __init__(self, denoiser: nn.Module, **told: float) -> None:
         super().__init__(denoiser)
-        self.scale = scale
+        self.told = told
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The student's x0 (B, *S)."""
@@ -92,7 +102,7 @@ class Told(Wrapper):
         return self.denoiser.features(x_t, t, **self._with(x_t), **cond)  # type: ignore[operator]
 
     def _with(self, x_t: Tensor) -> dict[str, Tensor]:
-        return {"guidance": torch.full((len(x_t),), self.scale, device=x_t.device)}
+        return {key: torch.full((len(x_t),), value, device=x_t.device) for key, value in self.told.items()}
 
 
 class Guided(Wrapper):

@@ -52,6 +52,8 @@ class UNet(nn.Module):
     time_scale: what the clock is multiplied by before the sinusoids (1000 for a clock in [0, 1]).
     guidance: the guidance scales (low, high) that the network takes as an input of its own, None for no such input.
         The layer that reads it starts at zero (Meng et al. 2023, 2210.03142).
+    steps: the counts of sampling steps that the network is told as an input, None for no such input: a student for
+        several counts (Frans et al. 2025, 2410.12557, tell the length of a step). It starts at zero too.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         time_scale: float = 1000.0,
         guidance: Sequence[float] | None = None,
+        steps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         widths, attention = tuple(widths), tuple(attention)
@@ -86,6 +89,10 @@ class UNet(nn.Module):
             if not low < high:
                 raise ValueError(f"guidance needs (low, high) with low < high, got {tuple(guidance)}")
             self.config["guidance"] = [float(low), float(high)]
+        if steps is not None:
+            if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+                raise ValueError(f"steps needs different counts from 1, got {tuple(steps)}")
+            self.config["steps"] = [int(count) for count in steps]
         self.patch, self.classes = patch, classes
         self.null_label = classes or None
         self.multiple = patch * 2 ** (len(widths) - 1)
@@ -97,6 +104,8 @@ class UNet(nn.Module):
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
         self.guidance_range = None if guidance is None else (float(guidance[0]), float(guidance[1]))
         self.guidance = None if guidance is None else GuidanceFeatures(guidance[0], guidance[1], embedding)
+        self.step_counts = None if steps is None else tuple(int(count) for count in steps)
+        self.steps = None if steps is None else zero(nn.Embedding(len(steps), embedding))
 
         self.conv_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -130,8 +139,14 @@ class UNet(nn.Module):
         self.norm_out = group_norm(c)
         self.conv_out = zero(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
 
-    def embed(self, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
-        """The embedding of every block: clock `(B,)`, label `(B,)` int64, guidance scale `(B,)` -> `(B, E)`."""
+    def embed(
+        self,
+        time: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> Tensor:
+        """The embedding of every block: clock, label int64, guidance scale, count of steps, each `(B,)` -> `(B, E)`."""
         emb = self.time(time)
         if self.label is not None:
             if label is None:
@@ -139,9 +154,21 @@ class UNet(nn.Module):
             emb = emb + self.label(label)
         elif label is not None:
             raise ValueError("this U-Net was built with classes=0 and takes no label")
-        if (self.guidance is None) != (guidance is None):
-            raise ValueError("this U-Net " + ("takes no guidance" if self.guidance is None else "needs guidance="))
-        return emb if self.guidance is None or guidance is None else emb + self.guidance(guidance)
+        for name, layer, given in (("guidance", self.guidance, guidance), ("steps", self.steps, steps)):
+            if (layer is None) != (given is None):
+                raise ValueError(f"this U-Net takes no {name}" if layer is None else f"this U-Net needs {name}=")
+        if self.guidance is not None and guidance is not None:
+            emb = emb + self.guidance(guidance)
+        if self.steps is not None and steps is not None:
+            emb = emb + self.steps(self._which(steps))
+        return emb
+
+    def _which(self, steps: Tensor) -> Tensor:
+        """The places of counts (B,) in the list of those that the network knows."""
+        same = steps[:, None] == torch.tensor(self.step_counts, device=steps.device)
+        if not bool(same.any(1).all()):
+            raise ValueError(f"this U-Net knows {self.step_counts} steps, got {sorted(set(steps.tolist()))}")
+        return same.long().argmax(1)
 
     @torch.no_grad()
     def fixed(self, scale: float) -> UNet:
@@ -183,7 +210,7 @@ class UNet(nn.Module):
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
-        """Raw output at noisy images `x (B, C, H, W)`, clock `time (B,)`, labels, guidance scales `(B,)` or None."""
-        emb = self.embed(time, label, guidance)
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, **told: Tensor) -> Tensor:
+        """Raw output at noisy images `x (B, C, H, W)`; the rest is what `embed` takes."""
+        emb = self.embed(time, label, **told)
         return self.decode(*self.encode(x, emb), emb)

@@ -48,9 +48,13 @@ class Small(nn.Module):
 
     null_label = 3
 
-    def __init__(self, width: int = 96, guidance: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self, width: int = 96, guidance: tuple[float, float] | None = None, steps: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
-        self.config = {"width": width, "guidance": guidance}
+        self.config = {"width": width, "guidance": guidance, "steps": steps}
+        self.step_counts = steps
+        self.steps = nn.Embedding(max(steps) + 1, width) if steps else None
         self.guidance_range = guidance
         self.label = nn.Embedding(4, width)
         self.into = nn.Linear(2 + 8, width)
@@ -61,7 +65,14 @@ class Small(nn.Module):
             nn.init.zeros_(self.guidance.weight)
             nn.init.zeros_(self.guidance.bias)
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> Tensor:
         phase = time[:, None] * math.pi / 2 * torch.arange(1, 5, dtype=x.dtype)
         h = self.into(torch.cat([x, phase.cos(), phase.sin()], 1).to(self.into.weight.dtype))
         h = h + self.label(torch.full_like(time, 3, dtype=torch.long) if label is None else label)
@@ -72,6 +83,9 @@ class Small(nn.Module):
             h = h + self.guidance(
                 torch.cat([u, *(f(math.pi * k * u) for k in (1, 2) for f in (torch.sin, torch.cos))], 1)
             )
+        if self.steps is not None:
+            assert steps is not None, "the network needs steps="
+            h = h + self.steps(steps)
         for layer in self.hidden:
             h = h + layer(nn.functional.silu(h))
         return self.out(nn.functional.silu(h))

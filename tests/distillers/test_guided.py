@@ -15,7 +15,7 @@ from hasten.distillers import Student
 from hasten.distillers._targets import noised
 from hasten.distillers.guided import Guided
 from hasten.errors import BadInput
-from hasten.guides.cfg import CFG
+from hasten.guides.cfg import CFG, told_steps
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
@@ -44,13 +44,13 @@ def test_a_network_for_one_scale_says_what_it_said_at_that_scale() -> None:
     net = unet(guidance=(1.0, 5.0))
     x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
     fixed = net.fixed(2.5)
-    assert torch.allclose(fixed(x, t, label), net(x, t, label, torch.full((4,), 2.5)), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(fixed(x, t, label), net(x, t, label, torch.full((4,), 1.5)), atol=1e-2)
+    assert torch.allclose(fixed(x, t, label), net(x, t, label, guidance=torch.full((4,), 2.5)), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(fixed(x, t, label), net(x, t, label, guidance=torch.full((4,), 1.5)), atol=1e-2)
     assert fixed.guidance_range is None
     with pytest.raises(ValueError, match="needs guidance"):
         net(x, t, label)
     with pytest.raises(ValueError, match="takes no guidance"):
-        fixed(x, t, label, torch.ones(4))
+        fixed(x, t, label, guidance=torch.ones(4))
 
 
 class Perfect(nn.Module):
@@ -89,6 +89,34 @@ def test_students_of_both_kinds_follow_the_teacher_over_the_scales(tmp_path: Pat
         plain = energy(sample(Student(guided, "ddim", "trailing", 2)), reference)  # type: ignore[arg-type]
         two = replace(made["steps2"], denoiser=CFG(scale).wrap(made["steps2"].denoiser))
         assert 4 * energy(sample(two), reference) < plain
+
+
+def test_one_network_serves_several_counts_of_steps(tmp_path: Path) -> None:
+    made: dict[str, Student] = {}
+    job = task(tmp_path, steps={"guidance": 300, "shared": 800}, keep=made.__setitem__)
+    last = Guided(steps=(4, 2, 1), start=16, guidance=(1.0, 2.0), lr=1e-3, shared=True).distill(job)
+    assert list(made) == ["guidance", "shared"] and last.steps == 4 and last.denoiser.step_counts == (4, 2, 1)
+    guided = CFG(1.5).wrap(toy())
+    reference = sample(Student(guided, "ddim", "trailing", 64), 3000, seed=50_000)  # type: ignore[arg-type]
+    for n in (4, 2, 1):
+        plain = energy(sample(Student(guided, "ddim", "trailing", n)), reference)  # type: ignore[arg-type]
+        student = replace(last, denoiser=told_steps(CFG(1.5).wrap(last.denoiser), n), steps=n)  # type: ignore[arg-type]
+        assert 2.5 * energy(sample(student), reference) < plain, n
+    with pytest.raises(BadInput, match="4, 2, 1 steps, asked for 8"):
+        told_steps(last.denoiser, 8)
+
+
+def test_the_unet_is_told_its_count_of_steps() -> None:
+    net = unet(steps=(4, 1))
+    x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
+    four, one = (net(x, t, steps=torch.full((2,), n)) for n in (4, 1))
+    mixed = net(x, t, steps=torch.tensor([4, 1]))
+    assert torch.allclose(mixed[0], four[0], atol=1e-6) and torch.allclose(mixed[1], one[1], atol=1e-6)
+    assert not torch.allclose(four, one, atol=1e-3)
+    with pytest.raises(ValueError, match="knows \\(4, 1\\) steps"):
+        net(x, t, steps=torch.full((2,), 2))
+    with pytest.raises(ValueError, match="needs steps="):
+        net(x, t)
 
 
 def test_the_scale_matters_to_the_student(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Modules for a player whose loss needs more than its student: a count of the steps, a copy that follows slowly."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Denoiser
+
+
+class Counted(nn.Module):
+    """A student in training and how many times its loss was asked for, kept as a buffer, so that a resume knows it."""
+
+    count: Tensor
+
+    def __init__(self, student: Denoiser) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def tick(self) -> int:
+        """How many steps were made before this one; call it once a loss."""
+        done = int(self.count)
+        self.count += 1
+        return done
+
+
+class Shadow(Counted):
+    """A student in training and a copy that is an average of what the student was, frozen and in eval mode.
+
+    `update` moves it, `copy <- (1 - a) copy + a student`, a = 1 - momentum or, corrected for the short past,
+    a = (1 - momentum) / (1 - momentum^n) at the n-th step that was made, with which the first weights leave no trace.
+    """
+
+    def __init__(self, student: Denoiser) -> None:
+        super().__init__(student)
+        self.copy = copy.deepcopy(student).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, momentum: float, corrected: bool = True) -> int:
+        """Call it first in a loss, where the student is as the last step left it; the steps made before this one."""
+        n = self.tick()
+        if n:
+            follow(self.copy, self.student, (1 - momentum) / (1 - momentum**n) if corrected else 1 - momentum)
+        return n
+
+    def train(self, mode: bool = True) -> Shadow:
+        """The copy stays in eval mode."""
+        super().train(mode)
+        self.copy.eval()
+        return self
+
+
+def follow(copied: nn.Module, student: nn.Module, share: float) -> None:
+    """Move the parameters of `copied` by `share` of the way to the student's, at 1 exactly there; copy the buffers."""
+    old, new = list(copied.parameters()), list(student.parameters())
+    torch._foreach_lerp_(old, [p.detach() for p in new], share)
+    for one, other in zip(copied.buffers(), student.buffers(), strict=True):
+        one.copy_(other)
