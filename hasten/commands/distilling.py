@@ -13,7 +13,7 @@ def distill(
     model: str,
     *,
     data: Path,
-    out: Path,
+    out: Path = Path("students"),
     method: str = "guided",
     minutes: float | None = None,
     steps: int | None = None,
