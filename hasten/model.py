@@ -169,6 +169,8 @@ class Model:
         whole("n", n, 1)
         whole("batch_size", batch_size, 1)
         whole("seed", seed, 0)
+        if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
+            raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         way = self.way(sampler, times, steps, guidance_scale, guides, start, plan)
         if images is not None and len(images) != n:
             raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")

@@ -148,3 +148,15 @@ def test_rescale_one_restores_the_deviation_of_the_output(name: str) -> None:
 def test_bad_input(make: object, says: str) -> None:
     with pytest.raises(BadInput, match=says):
         make()  # type: ignore[operator]
+
+
+def test_the_raw_output_under_guidance_is_the_one_behind_the_guided_x0() -> None:
+    """The same answer by the network's own quantity: raw guided, then read as x0."""
+    net, x, label = setting()
+    guided, t = CFG(3.0).wrap(net), torch.tensor([0.1, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
+    alpha, sigma = spread(net.schedule.alpha(t), x), spread(net.schedule.sigma(t), x)
+    raw = guided.raw(x, t, label=label)
+    torch.testing.assert_close(alpha * x - sigma * raw, guided(x, t, label=label), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(raw, net.raw(x, t, label=label), atol=1e-2)
+    with pytest.raises(BadInput, match="rescale"):
+        CFG(3.0, rescale=0.5).wrap(net).raw(x, t, label=label)

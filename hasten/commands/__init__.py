@@ -6,7 +6,8 @@ from .distilling import distill
 from .judging import compare, evaluate
 from .looking import models, show
 from .making import sample, train
+from .restyling import restyle
 from .tuning import tune
 
-VERBS = (sample, compare, distill, tune, train, evaluate, models, show)
+VERBS = (sample, compare, distill, tune, restyle, train, evaluate, models, show)
 __all__ = [verb.__name__ for verb in VERBS]

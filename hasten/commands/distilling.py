@@ -66,6 +66,7 @@ def distill(
         text = f"in all {cost}, {result['seconds'] / 60:.1f} min, {result['memory_bytes'] / 2**20:.0f} MiB at most"
     else:
         made = f"{len(result['students']) - 1} students, {cost} in {result['seconds'] / 60:.1f} min"
-        text = f"{out}: {made}; try hasten sample {out}"
+        verb = "restyle" if method.startswith("encoder") else "sample"
+        text = f"{out}: {made}; try hasten {verb} {out}"
     tell(result, text, json)
     return result

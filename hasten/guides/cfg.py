@@ -140,6 +140,15 @@ class Guided(Wrapper):
 
         return of_cond, finish_both
 
+    def raw(self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """What the network says under guidance, (B, *S): the same combination, as all predictions are linear in x0."""
+        if self.guide.rescale or self.guide.interval is not None:
+            raise BadInput("the network's own output under guidance is known without interval and rescale only")
+        both = self._both(x_t, label, cond)
+        raw = self.denoiser.raw(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)  # type: ignore[operator]
+        of_cond, of_uncond = raw.chunk(2)
+        return of_uncond + self.guide.scale * (of_cond - of_uncond)
+
     def _given(self, label: Tensor | None) -> Tensor:
         if label is None:
             raise BadInput(f"guidance with scale {self.guide.scale:g} needs label=, the classes to guide towards")

@@ -18,9 +18,11 @@ from hasten.samplers.predictor_corrector import PredictorCorrector
 from hasten.samplers.probability_flow import ProbabilityFlow
 from hasten.samplers.sa import SASolver
 from hasten.samplers.sn import SNDPM
+from hasten.samplers.stochastic_distilled import StochasticDistilled
 from hasten.samplers.unipc import UniPC
 
 __all__ = [
     "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "DPMSolver", "FastDPM", "Heun", "NoiseLevel",
-    "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver", "UniPC", "invert",
+    "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver", "StochasticDistilled", "UniPC",
+    "invert",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from ..errors import BadInput
 from ..plan import Plan, plan
 from ..samplers import DPMSolver, UniPC
 from ..sampling import spell, walk
-from ..times import CosineAngle, Karras, TimeGrid, UniformLambda, UniformTime
+from ..times import CosineAngle, Karras, Quadratic, TimeGrid, UniformLambda, UniformTime
 from ._cache import remembered
 from ._mixtures import draw_family
 from ._nodes import Enough, Nodes
@@ -29,6 +29,7 @@ GRIDS: dict[str, TimeGrid] = {
     "lambda": UniformLambda(),
     "uniform": UniformTime(),
     "karras": Karras(),
+    "quadratic": Quadratic(),
     "narrow_angle": CosineAngle(scale=0.5),
     "angle": CosineAngle(),
     "wide_angle": CosineAngle(scale=2.0),
@@ -60,8 +61,8 @@ class OptimizedSteps:
         or `iterations`; of all that was tried the best on all noises is taken. searches: from how many of the best
         starts. chunk: samples at a time.
 
-    starts: where the search begins: names of fixed grids, "lambda", "uniform", "karras", "narrow_angle" (scale 0.5),
-    "angle" (1), "wide_angle" (2). restarts: random ones beside them ("bound" only).
+    starts: where the search begins: names of fixed grids, "lambda", "uniform", "karras", "quadratic", "narrow_angle"
+    (scale 0.5), "angle" (1), "wide_angle" (2). restarts: random ones beside them ("bound" only).
 
     Results are remembered by schedule, sampler, steps and options, and for "trajectory" by the weights, the noises and
     the times given as well.

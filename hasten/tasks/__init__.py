@@ -1,0 +1,7 @@
+"""What a model can be used for beyond drawing images from noise. One task a file."""
+
+from __future__ import annotations
+
+from .style_transfer import Restyled, restyle
+
+__all__ = ["Restyled", "restyle"]

@@ -1,0 +1,167 @@
+"""Style transfer without training for it: an image of one domain to noise, and the noise to an image of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Wrapper
+from ..distillers._upward import encode
+from ..errors import BadInput
+from ..model import Label, Model, part, whole
+from ..samplers.ddim import invert
+from ..sampling import Noise, draw
+from ..times import Trailing
+
+__all__ = ["Restyled", "restyle"]
+
+Progress = Callable[[int, int], None]
+
+
+class Restyled(NamedTuple):
+    """What `restyle` made.
+
+    images: (n, C, H, W) float32 in [-1, 1], on the CPU. noise: (n, C, H, W), what the sources were encoded to; N(0, I)
+    by and large. encode_evaluations, decode_evaluations: network evaluations an image; guidance by two counts two.
+    """
+
+    images: Tensor
+    noise: Tensor
+    encode_evaluations: float
+    decode_evaluations: float
+
+    @property
+    def evaluations(self) -> float:
+        """Network evaluations an image, both ways together."""
+        return self.encode_evaluations + self.decode_evaluations
+
+
+@torch.no_grad()
+def restyle(
+    encoder: Model,
+    decoder: Model,
+    images: Tensor,
+    from_label: Label = None,
+    to_label: Label = None,
+    encode_steps: int | None = None,
+    decode_steps: int | None = None,
+    guidance_scale: float | None = None,
+    encode_guidance_scale: float | None = None,
+    sampler: str | None = None,
+    times: str | None = None,
+    iterations: int = 0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Restyled:
+    """Images of domain A as images of domain B that keep their layout: z_1 = encode_A(x), x' = decode_B(z_1).
+
+    Domains are classes of one model, or models. The probability-flow equation takes each domain's images to the same
+    N(0, I) and back, so the noise of an image of A is that of some image of B, whose layout, seen by experience, it
+    shares. More guidance of the decoder gives more of B, and less of the source.
+
+    encoder, decoder: a distilled encoder (`distillers.encoder`) and a distilled student for sampling; or any model,
+        which is then run upwards by DDIM inversion and downwards by any sampler. They may be one model.
+    images: (n, C, H, W) in [-1, 1]. from_label, to_label: as for `Model.labels`: what the images are, and shall be.
+    encode_steps, decode_steps: None: those of the models. A distilled encoder knows its own number only.
+    guidance_scale: of the decoder (None: what it recommends). encode_guidance_scale: of the encoder (None: 1, or the
+        nearest that a distilled one can give: guidance makes what is encoded less like N(0, I)).
+    sampler, times: of the decoder, as for `Model.sample`. A deterministic sampler keeps the layout, a stochastic one
+        forgets some of it (`seed`: of its noise).
+    iterations: of the inversion of a model that is no distilled encoder, see `samplers.ddim.invert`.
+    progress: called with (network calls done, of how many).
+
+    Cost: encode_steps + decode_steps evaluations an image, twice that where guidance takes two.
+    Raises BadInput for models of other shapes, labels that they do not have, an encoder asked to draw.
+
+    Reference: Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142, for distilled encoders; Su, Song,
+    Meng, Ermon 2022, arXiv:2203.08382, for DDIM there and back.
+    """
+    whole("batch_size", batch_size, 1)
+    whole("seed", seed, 0)
+    whole("iterations", iterations, 0)
+    if images.ndim != 4 or tuple(images.shape[1:]) != tuple(encoder.shape) or encoder.shape != decoder.shape:
+        raise BadInput(
+            f"images, encoder and decoder must have one shape, found {tuple(images.shape)[1:]}, {tuple(encoder.shape)} "
+            f"and {tuple(decoder.shape)}"
+        )
+    if is_encoder(decoder):
+        raise BadInput(f"{decoder.name} can only encode: name a model that can draw as the decoder")
+    if iterations and is_encoder(encoder):
+        raise BadInput(f"{encoder.name} is a distilled encoder, whose jumps need no iterations")
+    count, tally_in, tally_out = len(images), Tally(encoder.denoiser), Tally(decoder.denoiser)
+    up = Upwards(replace(encoder, denoiser=tally_in), encode_steps, encode_guidance_scale, iterations)
+    way = replace(decoder, denoiser=tally_out).way(sampler, times, decode_steps, guidance_scale)  # type: ignore[arg-type]
+    sources, targets = classes(encoder, count, from_label, "from_label"), classes(decoder, count, to_label, "to_label")
+    begin = way.times[0] if way.plan is None or way.plan.begin is None else way.plan.begin
+    start = float(decoder.denoiser.schedule.prior_std(begin))
+    noises, results = [], []
+    for first in range(0, count, batch_size):
+        rows = slice(first, min(first + batch_size, count))
+        tick = part(progress, first, count, batch_size)
+        z = up(images[rows].to(encoder.device, torch.float32), None if sources is None else sources[rows], tick)
+        noises.append(z.cpu())
+        draws = Noise(range(seed + rows.start, seed + rows.stop), decoder.shape, torch.float32, decoder.device)
+        cond = {} if targets is None else {"label": targets[rows].to(decoder.device)}
+        x = start * z.to(decoder.device)
+        x = draw(way.denoiser, way.sampler, way.times, draws, x=x, plan=way.plan, progress=tick, **cond)
+        results.append(x.float().clamp(-1, 1).cpu())
+    return Restyled(torch.cat(results), torch.cat(noises), tally_in.rows / count, tally_out.rows / count)
+
+
+def classes(model: Model, count: int, label: Label, name: str) -> Tensor | None:
+    """`Model.labels`; of a model with classes one must be named, as it is the domain."""
+    if label is None and model.classes is not None:
+        raise BadInput(f"{model.name} has classes: give {name}, one of {', '.join(model.classes)}")
+    return model.labels(count, label)
+
+
+def is_encoder(model: Model) -> bool:
+    """Whether the model was distilled to encode images, and so cannot draw them."""
+    figures = model.card.get("distilled", {}).get("figures", {})
+    return isinstance(figures, dict) and figures.get("direction") == "encode"
+
+
+class Upwards:
+    """Images to standard normal noise: by a model's jumps if it is a distilled encoder, else by DDIM inversion."""
+
+    def __init__(self, model: Model, steps: int | None, guidance_scale: float | None, iterations: int) -> None:
+        self.model, self.iterations, self.distilled = model, iterations, is_encoder(model)
+        self.steps = model.steps if steps is None else steps
+        whole("encode_steps", self.steps, 1)
+        if self.distilled and self.steps != model.steps:
+            raise BadInput(f"{model.name} encodes in {model.steps} steps, asked for {self.steps}")
+        low, high = model.denoiser.guidance_range or (1.0, 1.0)
+        self.scale = min(max(1.0, low), high) if guidance_scale is None else guidance_scale
+        self.guided = model.guided(self.scale)  # refuses a scale that cannot be
+        self.times = Trailing()(model.denoiser.schedule, self.steps)
+        self.std = float(model.denoiser.schedule.prior_std(self.times[0]))
+
+    def __call__(self, x: Tensor, label: Tensor | None, progress: Progress | None) -> Tensor:
+        """The noise (B, C, H, W) of images (B, C, H, W)."""
+        cond = {} if label is None else {"label": label.to(x.device)}
+        if self.distilled:
+            return encode(self.model.denoiser, x, self.steps, self.scale, progress, **cond) / self.std
+        return invert(self.guided, x, self.times, self.iterations, **cond) / self.std
+
+
+class Tally(Wrapper):
+    """A denoiser that counts the samples that it is asked about, in either way of asking: `rows`."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__(denoiser)
+        self.rows = 0
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """The inner denoiser's x0."""
+        self.rows += len(x_t)
+        return self.denoiser(x_t, t, **cond)
+
+    def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """What the inner denoiser's network says."""
+        self.rows += len(x_t)
+        return self.denoiser.raw(x_t, t, **cond)  # type: ignore[operator]
