@@ -51,7 +51,7 @@ class Distiller(Protocol):
     is one: it can keep the range of guidance scales of a network that takes the scale as an input.
     """
 
-    needs_data: ClassVar[bool]
+    needs_data: bool
 
     def distill(self, task: Task) -> Student: ...
 

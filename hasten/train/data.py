@@ -15,7 +15,7 @@ from .sources import Data, find_idx, open_array, open_idx, open_npy, open_npz
 __all__ = ["Batches", "Data", "open_data", "to_float"]
 
 
-FLIPS = 2**40  # where the seeds of the mirroring begin, beyond those of any epoch
+FLIPS = 2_654_435_769  # where the seeds of the mirroring begin; those of a CPU repeat after 2**32
 
 
 def to_float(images: Tensor) -> Tensor:

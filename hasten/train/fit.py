@@ -168,7 +168,7 @@ class Fit:
             last_save = mark = time.monotonic()
             while done < 1 and not stop:
                 # Every draw of a step is a function of (seed, step), so a resumed run repeats an undisturbed one.
-                torch.manual_seed((self.seed * 1_000_003 + state.step + ranks.rank * 2**40) % 2**63)
+                torch.manual_seed(drawn(self.seed, state.step, ranks.rank))
                 batch = {k: v.to(ranks.device, non_blocking=True) for k, v in ahead(state.step).items()}
                 for p in players:
                     if state.step % p.every == 0:
@@ -220,6 +220,11 @@ class Fit:
         optimiser.step()
         average(state.emas[p.name], p.module, self.ema.beta(state.step // p.every + 1))
         return loss, norm
+
+
+def drawn(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's random numbers on one of the processes: below 2**32, after which a CPU's repeat."""
+    return (seed * 1_000_003 + step + rank * 2_654_435_769) % 2**32
 
 
 @contextlib.contextmanager

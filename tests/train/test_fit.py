@@ -17,7 +17,7 @@ from hasten.errors import BadInput, HastenError
 from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, Data
 from hasten.train.ema import Ema
-from hasten.train.fit import Fit, Player
+from hasten.train.fit import Fit, Player, drawn
 
 
 def data(n: int = 40) -> Data:
@@ -308,3 +308,10 @@ def test_lazy_data_is_fetched_ahead_in_order(tmp_path: Path) -> None:
     a = fit(steps=8)([player(net())], Batches(eager, 8), tmp_path / "a")["net"]
     b = fit(steps=8)([player(net())], Batches(lazy, 8), tmp_path / "b")["net"]
     assert torch.equal(weights(a), weights(b))
+
+
+def test_no_two_processes_and_steps_draw_the_same() -> None:
+    seeds = [drawn(seed, step, rank) for seed in (0, 1) for rank in range(4) for step in range(0, 200_000, 20_011)]
+    torch.manual_seed(0)
+    first = [torch.randn(2, generator=torch.Generator().manual_seed(s)).tolist() for s in seeds]
+    assert len({tuple(pair) for pair in first}) == len(seeds)

@@ -1,0 +1,116 @@
+"""Diffusion sampling by a neural operator: the whole path from one evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..errors import BadInput, nearest
+from ..nets.temporal import TemporalUNet
+from ..nets.unet import UNet
+from ..predictions import X0, spread
+from ..schedules import Schedule
+from ._task import Student, Task
+
+__all__ = ["DSNO"]
+
+LOSSES = ("l1", "l2")
+
+
+@dataclass(frozen=True)
+class DSNO:
+    """A student that says several states z_{t_1}, ..., z_{t_T} = x of the teacher's path at once, from z at t_max:
+
+        L = sum_m w_m | Z_m(z) - z_{t_m} | / sum_m w_m,    w_m = clip(sqrt(SNR(t_m)), 1, largest)
+
+    The network is the teacher's U-Net, once for each state with that state's time, and after each of its stages a
+    convolution along the path in the Fourier domain (`nets.temporal`). Its last state is the clean end, which is
+    what one step of sampling returns; the earlier ones teach it the way there. The teacher's paths are made once.
+
+    states: times of the states before the end, on the teacher's grid. modes: of the convolutions, of which T // 2 + 1
+        make sense. pairs: how many paths. pair_steps, sampler, times: of the teacher; ddim, dpm or deis. loss: "l1" or
+        "l2". largest: bound of the weights, which is that of the end. lr: peak rate.
+
+    Paper: 512 DDIM steps, quadratic times, states at .5625, .25, .0625 and 0, a perceptual loss (l1 here); Adam 2e-4.
+    Cost: 3 (T + 1) evaluations a step of training and image, pair_steps a path, and T + 1 evaluations' work at sampling
+    time, all in one call. BadInput for a network that is no hasten U-Net, or one preconditioned as in EDM.
+
+    Reference: Zheng, Nie, Vahdat, Azizzadenesheli, Anandkumar 2023, arXiv:2211.13449.
+    """
+
+    states: tuple[float, ...] = (0.5625, 0.25, 0.0625)
+    modes: int = 2
+    pairs: int = 16384
+    pair_steps: int = 32
+    sampler: str = "dpm"
+    times: str = "trailing"
+    loss: str = "l1"
+    largest: float = 1e4
+    lr: float = 2e-4
+    needs_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise BadInput(f"dsno has no loss {self.loss!r}: {nearest(self.loss, LOSSES)}")
+        if any(not 0 < b < a <= 1 for a, b in zip((1.0, *self.states), self.states)):
+            raise BadInput(f"dsno: states must be times in (0, 1) that fall, got {self.states}")
+        if self.modes < 1 or self.pairs < 1 or not self.largest >= 1:
+            raise BadInput("dsno needs modes and pairs of 1 or more, and largest >= 1")
+
+    def distill(self, task: Task) -> Student:
+        """Make the paths, train the stage `student`."""
+        student: Any = self.student(task)
+        pairs = task.pairs("paths", self.pairs, steps=self.pair_steps, sampler=self.sampler, times=self.times,
+                           states=self.states)  # fmt: skip
+        players = [task.player("student", student, self.lesson(task, student), self.lr)]
+        batches = pairs.batches(task.batch_size, task.seed)
+        # the paper's gradients are not clipped: the weights above make the norm a matter of the last state
+        trained: Any = task.fit("student", players, batches=batches, clip=None)["student"]
+        made = Student(trained, "ddim", "trailing", 1, figures={"paths": len(pairs), "states": len(self.states) + 1})
+        task.keep("student", made)
+        return made
+
+    def student(self, task: Task) -> Denoiser:
+        """The network of all states, with the teacher's weights where it has them."""
+        source = task.denoiser
+        net: Any = source.net
+        if type(net) is not UNet:
+            raise BadInput(f"dsno puts its blocks into a UNet of hasten.nets, found {type(net).__name__}")
+        if source.prediction.name == "edm":
+            raise BadInput("dsno: the states are what the network says, so it cannot be preconditioned as in EDM: "
+                           "found an edm prediction")  # fmt: skip
+        clocks = [float(source.time_input(t)) for t in (*self.states, 0.0)]
+        start = float(source.time_input(source.schedule.t_max))
+        student = TemporalUNet(states=clocks, start=start, modes=self.modes, **net.config)
+        student.load_state_dict(net.state_dict(), strict=False)
+        if source.prediction.name == "v":  # which at the beginning of the path is -x
+            with torch.no_grad():
+                for parameter in student.conv_out.parameters():
+                    parameter.neg_()
+        device = next(net.parameters()).device
+        return source.replace(net=student.to(device), prediction=X0()).requires_grad_(True)
+
+    def lesson(self, task: Task, student: Any) -> Any:
+        """The loss of all states."""
+        weights = self.weights(task.schedule)
+
+        def lesson(batch: dict[str, Tensor]) -> Tensor:
+            noise, target = batch["noise"], torch.cat([batch["states"], batch["x"][:, None]], 1)
+            t = torch.full((len(noise),), task.schedule.t_max, dtype=torch.float64, device=noise.device)
+            z = noise * spread(task.schedule.prior_std(t), noise)
+            time = student.time_input(t).to(noise.device, torch.float32)
+            error = student.net.path(z, time, **task.cond(batch)).float() - target
+            error = (error.abs() if self.loss == "l1" else error.square()).flatten(2).mean((0, 2))
+            return (weights.to(error.device, torch.float32) * error).sum()
+
+        return lesson
+
+    def weights(self, schedule: Schedule) -> Tensor:
+        """w_m over their sum, float64 (T + 1,)."""
+        snr = torch.exp(schedule.lam(torch.tensor([*self.states, 0.0], dtype=torch.float64)))
+        weights = snr.clamp(1.0, self.largest)
+        return weights / weights.sum()
