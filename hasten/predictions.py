@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import BadInput, nearest
 
-__all__ = ["EDM", "V", "X0", "Eps", "Flow", "Prediction", "prediction_from", "spread"]
+__all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "prediction_from", "spread"]
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,32 @@ class EDM(Prediction):
         return (sigma * x0 - alpha * self.sigma_data**2 * eps) / (self.sigma_data * root)
 
 
+@dataclass(frozen=True)
+class Anchored(Prediction):
+    """The clean sample, anchored to what is seen where there is no noise: `x0 = w x_t / alpha + (1 - w) raw`,
+    w = width^2 / (width^2 + q^2), q = sigma / alpha.
+
+    At t = 0 it is x_t whatever the network says, as it is for v, flow, edm and eps; above q = width a network that
+    predicts x0 keeps its meaning. What a consistency model needs of such a network: Song et al. 2023, arXiv:2303.01469.
+    """
+
+    name: ClassVar[str] = "anchored"
+    width: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.width > 0:
+            raise BadInput(f"anchored prediction needs width > 0, found {self.width}")
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        whole = (self.width * alpha) ** 2 + sigma**2
+        return torch.ones_like(alpha), self.width**2 * alpha / whole, sigma**2 / whole
+
+    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x0 - (self.width**2 * alpha / sigma) * eps
+
+
 def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
-    """`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, a `to_dict()` of one, or one itself. Raises `BadInput` on another."""
+    """`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`, a `to_dict()` of one, or one itself. Raises `BadInput` on another."""
     if isinstance(spec, Prediction):
         return spec
     fields = dict(spec) if isinstance(spec, dict) else {"name": spec}

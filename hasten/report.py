@@ -167,7 +167,7 @@ def plot(rows: Sequence[Row]) -> Figure | None:
                 x, y = [r[cost] for r in here], [r["frechet"] for r in here]
                 low = [max(r["frechet"] - (r.get("frechet_low") or r["frechet"]), 0) for r in here]
                 high = [max((r.get("frechet_high") or r["frechet"]) - r["frechet"], 0) for r in here]
-                style = {"color": COLORS[k % 8], "marker": MARKERS[k % 8], "ms": 6.5, "ls": "none"}
+                style = {"color": COLORS[k % 8], "marker": MARKERS[(k + k // 8) % 8], "ms": 6.5, "ls": "none"}
                 best = {r[cost]: r["frechet"] for r in sorted(here, key=lambda r: (r[cost], -r["frechet"]))}
                 axis.plot(list(best), list(best.values()), color=COLORS[k % 8], ls=":", lw=1, zorder=2)
                 axis.errorbar(x, y, yerr=[low, high], label=method, elinewidth=1.2, capsize=2.5, mec="white", mew=0.7,

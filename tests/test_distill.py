@@ -180,7 +180,7 @@ def test_a_method_without_scales_is_given_the_network_for_one(place: Path, made:
     arguments = asked(place, tmp_path / "run", "--steps", "9", "--guidance-scale", "2.5",
                       method="progressive:steps=(2,),start=4", model="run/guidance")  # fmt: skip
     assert main(arguments) == 0
-    student, teacher = hasten.load(tmp_path / "run"), hasten.load(made / "guidance")
+    student = hasten.load(tmp_path / "run")
     assert student.denoiser.guidance_range == (2.5, 2.5) and student.guidance_scale == 2.5
     assert not student.denoiser.net_takes_guidance
     with pytest.raises(BadInput, match="2.5 only"):

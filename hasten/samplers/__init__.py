@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hasten.samplers.adaptive import AdaptiveSDE
 from hasten.samplers.analytic import AnalyticDPM
+from hasten.samplers.consistency import Consistency
 from hasten.samplers.ddim import DDIM, invert
 from hasten.samplers.ddpm import DDPM
 from hasten.samplers.deis import DEIS
@@ -22,7 +23,7 @@ from hasten.samplers.stochastic_distilled import StochasticDistilled
 from hasten.samplers.unipc import UniPC
 
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "DPMSolver", "FastDPM", "Heun", "NoiseLevel",
+    "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver", "FastDPM", "Heun", "NoiseLevel",
     "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver", "StochasticDistilled", "UniPC",
     "invert",
 ]  # fmt: skip
