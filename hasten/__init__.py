@@ -24,27 +24,31 @@ _HOMES = {
     **dict.fromkeys(["Discrete", "rescale_zero_snr"], "discrete"),
     **dict.fromkeys(
         [
-            "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "DPMSolver", "FastDPM", "Heun",
-            "NoiseLevel", "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver", "UniPC",
+            "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver", "FastDPM",
+            "Heun", "NoiseLevel", "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver",
+            "StochasticDistilled", "UniPC",
         ],
         "samplers",
     ),
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
     **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
+    **dict.fromkeys(["distill_model"], "distill"),
     **dict.fromkeys(["tune_model"], "tune"),
     **dict.fromkeys(["Plan"], "plan"),
 }  # fmt: skip
 __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM", "Auxiliary",
-    "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold", "FastDPM", "Flow", "HastenError", "Heun",
-    "Interval", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned", "PredictorCorrector",
-    "ProbabilityFlow", "Query", "Rescale", "SASolver", "SingDiffusion", "SubVP", "UniPC", "VPCosine", "VPLinear",
-    "draw", "load", "pick", "plan", "rescale_zero_snr", "tune_model", "walk",
+    "Consistency", "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold", "FastDPM", "Flow",
+    "HastenError", "Heun", "Interval", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned",
+    "PredictorCorrector", "ProbabilityFlow", "Query", "Rescale", "SASolver", "SingDiffusion", "StochasticDistilled",
+    "SubVP", "UniPC", "VPCosine", "VPLinear", "distill_model", "draw", "load", "pick", "plan", "rescale_zero_snr",
+    "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from .denoiser import Denoiser
     from .discrete import Discrete, rescale_zero_snr
+    from .distill import distill_model
     from .errors import HastenError
     from .guides import CFG, Distribution, DynamicThreshold, Interval, Rescale
     from .model import Model, load
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
         SNDPM,
         AdaptiveSDE,
         AnalyticDPM,
+        Consistency,
         DPMSolver,
         FastDPM,
         Heun,
@@ -67,6 +72,7 @@ if TYPE_CHECKING:
         PredictorCorrector,
         ProbabilityFlow,
         SASolver,
+        StochasticDistilled,
         UniPC,
     )  # fmt: skip
     from .sampling import Noise, Query, draw, walk

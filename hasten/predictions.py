@@ -155,7 +155,10 @@ class Anchored(Prediction):
 
 
 def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
-    """`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`, a `to_dict()` of one, or one itself. Raises `BadInput` on another."""
+    """One by name (`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`), a `to_dict()`, or one itself.
+
+    Raises `BadInput` on another.
+    """
     if isinstance(spec, Prediction):
         return spec
     fields = dict(spec) if isinstance(spec, dict) else {"name": spec}

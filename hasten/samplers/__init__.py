@@ -23,7 +23,7 @@ from hasten.samplers.stochastic_distilled import StochasticDistilled
 from hasten.samplers.unipc import UniPC
 
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver", "FastDPM", "Heun", "NoiseLevel",
-    "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver", "StochasticDistilled", "UniPC",
-    "invert",
+    "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver", "FastDPM",
+    "Heun", "NoiseLevel", "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver",
+    "StochasticDistilled", "UniPC", "invert",
 ]  # fmt: skip
