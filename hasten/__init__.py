@@ -24,9 +24,9 @@ _HOMES = {
     **dict.fromkeys(["Discrete", "rescale_zero_snr"], "discrete"),
     **dict.fromkeys(
         [
-            "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver", "FastDPM",
-            "Heun", "NoiseLevel", "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "SASolver",
-            "StochasticDistilled", "UniPC",
+            "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver",
+            "FastDPM", "Heun", "NoiseLevel", "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow",
+            "SASolver", "StochasticDistilled", "UniPC",
         ],
         "samplers",
     ),

@@ -68,13 +68,17 @@ class Rehearsal(Task):
         evaluations = seconds = 0.0
         for p in players:
             p.module.to(device).train()
+        shared = dict(batch)  # the players of a step may leave one another something in it
+        for p in players:
             with counted() as count:
-                self._learn(p, batch, optimisers[p.name])
+                self._learn(p, shared, optimisers[p.name])
             evaluations += count() / self.unit_flops(batch) / p.every
-        for p in players * TIMED:
-            began = time.perf_counter()
-            self._learn(p, batch, optimisers[p.name])
-            seconds += (time.perf_counter() - began) / TIMED / p.every
+        for _ in range(TIMED):
+            shared = dict(batch)
+            for p in players:
+                began = time.perf_counter()
+                self._learn(p, shared, optimisers[p.name])
+                seconds += (time.perf_counter() - began) / TIMED / p.every
         self.stages.append(Stage(name, evaluations, seconds, share))
         return {p.name: copy.deepcopy(p.module).eval().requires_grad_(False) for p in players}
 
