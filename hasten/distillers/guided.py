@@ -60,7 +60,7 @@ class Guided:
     start: int = 0
     guidance: tuple[float, float] = (1.0, 5.0)
     kind: str = "deterministic"
-    lr: float = 3e-4
+    lr: float = 1e-3
     weight: str = "snr+1"
     first: float = 1.0
     last: float = 2.0
