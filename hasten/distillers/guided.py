@@ -14,9 +14,9 @@ from ..errors import BadInput, nearest
 from ..times import Trailing
 from ..train.losses import stratified
 from ._shadow import Shadow
-from ._targets import factor, grid, loss, noised, path
+from ._targets import factor, finer_path, grid, loss, noised, path
 from ._task import Student, Task
-from .progressive import check
+from .progressive import check, check_order
 
 __all__ = ["Guided"]
 
@@ -40,7 +40,8 @@ class Guided:
 
     steps: falling, each a divisor of the one before. start: steps of the student of stage one that the first of them
         learns from, a multiple of the first (0: twice as many). guidance: the scales (low, high), papers' w is s - 1.
-        kind: as above. lr, weight: as in `progressive`. first: how many times the training of another stage that of
+        kind: as above. lr, weight, order: as in `progressive`.
+        first: how many times the training of another stage that of
         stage one gets; last: likewise those of 2 steps and 1.
 
     shared: one network for all the counts of `steps`, which it is told as one more input, in one stage, `shared`: each
@@ -65,11 +66,13 @@ class Guided:
     first: float = 1.0
     last: float = 2.0
     shared: bool = False
+    order: int = 1
     needs_data: ClassVar[bool] = True
     ranged: ClassVar[bool] = True  # it keeps a range of guidance scales
 
     def __post_init__(self) -> None:
         check("guided", self.steps, self.start)
+        check_order("guided", self.order)
         if self.kind not in KINDS:
             raise BadInput(f"guided: unknown kind {self.kind!r}: {nearest(self.kind, KINDS)}")
         if self.shared and self.kind != "deterministic":
@@ -132,9 +135,14 @@ class Guided:
         low, high = teacher.guidance_range  # type: ignore[misc]
         return low + (high - low) * torch.rand(len(x), device=x.device)
 
+    def way(self, first: bool) -> Any:
+        """How a teacher goes from node to node: by steps of second order where it is not a student of few steps."""
+        return finer_path if first and self.order == 2 else path
+
     def jumps(self, task: Task, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Any:
         """The loss of the deterministic student of n steps whose teacher makes m for each."""
         nodes = grid(Trailing(), task.schedule, n * m)
+        way = self.way(first=n == self.steps[0])
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             x, cond = batch["x"], {**task.cond(batch), "guidance": self.scales(teacher, batch["x"])}
@@ -142,7 +150,7 @@ class Guided:
             times = [nodes[i - k] for k in range(m + 1)]
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
-                _, target = path(teacher, task.schedule, z, times, **cond)
+                _, target = way(teacher, task.schedule, z, times, **cond)
             return loss(student, z, times[0], target, self.weight, **cond)
 
         return lesson
@@ -169,7 +177,8 @@ class Guided:
                 t[rows], z[rows] = times[0], noised(task.schedule, x[rows], times[0], noise[rows])
                 with torch.no_grad():
                     teacher = both.copy if k else merged
-                    target[rows] = path(teacher, task.schedule, z[rows], times, **cond)[1].to(x.dtype)
+                    way = self.way(first=k == 0)
+                    target[rows] = way(teacher, task.schedule, z[rows], times, **cond)[1].to(x.dtype)
             told["steps"] = torch.tensor(counts, device=x.device)[which]
             return loss(both.student, z, t, target, self.weight, **told)
 
@@ -188,6 +197,7 @@ class Guided:
         """
         nodes = grid(Trailing(), task.schedule, n * m)
         stride = 1 if m * n == (self.start or 2 * self.steps[0]) else 2
+        way = self.way(first=stride == 1)
         jumps, last = 2 * m // stride, -(-m // stride)  # from the last node of the student fewer are left
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
@@ -197,7 +207,7 @@ class Guided:
             times = [nodes[(i - stride * k).clamp_min(0)] for k in made]
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
-                _, target = path(teacher, task.schedule, z, times, **cond)
+                _, target = way(teacher, task.schedule, z, times, **cond)
             return loss(student, z, times[0], target, self.weight, **cond)
 
         return lesson

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..times import Trailing
-from ._targets import grid, loss, noised, path
+from ._targets import finer_path, grid, loss, noised, path
 from ._task import Student, Task
 
 __all__ = ["Progressive"]
@@ -28,7 +28,8 @@ class Progressive:
     steps: of the students, falling, each a divisor of the one before. start: steps of the teacher itself, a multiple
         of the first (0: twice as many). lr: peak rate of each stage, whose optimiser starts afresh. weight: of the
         squared error, see `_targets.loss`; both of the paper's are there, "snr+1" and "truncated". last: how many
-        times the training of another stage those of 2 steps and of 1 get.
+        times the training of another stage those of 2 steps and of 1 get. order: of the steps that the first student
+        learns from: 1, DDIM, or 2, which takes two evaluations (`_targets.finer_path`).
 
     Paper: N from 8192 or 1024 by halves, Adam 1e-4, lr falling to 0 in each stage, no average of the weights.
     Cost: m + 3 evaluations a step of training and image.
@@ -41,10 +42,12 @@ class Progressive:
     lr: float = 3e-4
     weight: str = "snr+1"
     last: float = 2.0
+    order: int = 1
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("progressive", self.steps, self.start)
+        check_order("progressive", self.order)
 
     def distill(self, task: Task) -> Student:
         """Train the stages `steps8`, `steps4`, ...; the last student."""
@@ -63,6 +66,7 @@ class Progressive:
     def lesson(self, task: Task, teacher: nn.Module, student: Any, n: int, m: int) -> Any:
         """The loss of the student of n steps whose teacher makes m for each."""
         nodes = grid(Trailing(), task.schedule, n * m)
+        way = finer_path if self.order == 2 and teacher is task.teacher else path
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             x, cond = batch["x"], task.cond(batch)
@@ -70,10 +74,16 @@ class Progressive:
             times = [nodes[i - k] for k in range(m + 1)]
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
-                _, target = path(teacher, task.schedule, z, times, **cond)
+                _, target = way(teacher, task.schedule, z, times, **cond)
             return loss(student, z, times[0], target, self.weight, **cond)
 
         return lesson
+
+
+def check_order(name: str, order: int) -> None:
+    """Refuse orders that there are not."""
+    if order not in (1, 2):
+        raise BadInput(f"{name}: the steps to learn from are of order 1 or 2, got {order}")
 
 
 def check(name: str, steps: Sequence[int], start: int) -> None:

@@ -156,20 +156,25 @@ def recorded(job: Any, kind: str, n: int, m: int, method: Guided) -> tuple[list[
     make = method.jumps if kind == "deterministic" else method.double_jumps
     from hasten.distillers import guided as module
 
-    found = module.path
     targets: list[Tensor] = []
+    kept = {name: getattr(module, name) for name in ("path", "finer_path")}
 
-    def path(*args: Any, **cond: Any) -> Any:
-        end, target = found(*args, **cond)
-        targets.append(target)
-        return end, target
+    def watched(found: Any) -> Any:
+        def path(*args: Any, **cond: Any) -> Any:
+            end, target = found(*args, **cond)
+            targets.append(target)
+            return end, target
 
-    module.path = path  # type: ignore[assignment]
+        return path
+
+    for name, found in kept.items():
+        setattr(module, name, watched(found))
     try:
         torch.manual_seed(0)
         make(job, Teacher(exact), student, n, m)(job.batches[0])  # type: ignore[arg-type]
     finally:
-        module.path = found  # type: ignore[assignment]
+        for name, found in kept.items():
+            setattr(module, name, found)
     return asked, seen["t"], targets[0], torch.stack(answers)
 
 
@@ -189,6 +194,15 @@ def test_the_deterministic_lesson_takes_steps_of_half_the_length(tmp_path: Path)
     asked, t, _, _ = recorded(task(tmp_path), "deterministic", 4, 2, Guided(steps=(8, 4)))
     assert len(asked) == 2 and torch.equal(asked[0], t) and torch.equal(asked[1], t - 1 / 8)
     assert sorted(set(t.tolist())) == [k / 4 for k in range(1, 5)]
+
+
+def test_the_first_student_may_learn_from_steps_of_second_order(tmp_path: Path) -> None:
+    asked, t, _, _ = recorded(task(tmp_path), "deterministic", 4, 2, Guided(steps=(4, 2), start=8, order=2))
+    assert [torch.equal(a, t - k / 16) for k, a in enumerate(asked)] == [True] * 4  # each step, and its middle
+    asked, t, _, _ = recorded(task(tmp_path), "deterministic", 2, 2, Guided(steps=(4, 2), start=8, order=2))
+    assert len(asked) == 2  # a student of few steps is asked where it was trained
+    with pytest.raises(BadInput, match="order 1 or 2"):
+        Guided(order=3)
 
 
 def test_a_scale_out_of_range_is_refused_with_the_range() -> None:

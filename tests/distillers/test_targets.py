@@ -88,3 +88,21 @@ def test_an_unknown_weight_names_the_known_ones() -> None:
     t = torch.tensor([0.5], dtype=torch.float64)
     with pytest.raises(BadInput, match="truncated"):
         targets.factor(toy(), t, "truncatd")
+
+
+@pytest.mark.parametrize("schedule", [VPCosine(offset=0.0), Flow()], ids=lambda s: type(s).__name__)
+def test_the_finer_path_is_of_second_order_and_its_target_lands_on_it(schedule: Schedule) -> None:
+    exact = mixture()
+    exact.schedule = schedule
+    z = points(256) * schedule.sigma(torch.tensor(1.0, dtype=torch.float64))
+    true = exact.ode(z, 1.0)
+    errors = []
+    for n in (8, 16, 32, 64):
+        nodes = targets.grid(Trailing(), schedule, n)
+        times = [nodes[k].expand(256) for k in range(n, -1, -1)]
+        end, target = targets.finer_path(exact, schedule, z, times)
+        assert torch.allclose(targets.step(schedule, z, target, times[0], times[-1]), end, atol=1e-10)
+        errors.append((end - true).norm(dim=1).median().item())
+        plain = targets.path(exact, schedule, z, times)[0]
+        assert errors[-1] < 0.5 * (plain - true).norm(dim=1).median().item()
+    assert errors[0] / errors[-1] > 30  # 8 times as many steps: 64 of second order, 8 of first
