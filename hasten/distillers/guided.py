@@ -16,7 +16,7 @@ from ..train.losses import stratified
 from ._shadow import Shadow
 from ._targets import factor, finer_path, grid, loss, noised, path
 from ._task import Student, Task
-from .progressive import check, check_order
+from .progressive import check, check_order, halving
 
 __all__ = ["Guided"]
 
@@ -141,19 +141,8 @@ class Guided:
 
     def jumps(self, task: Task, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Any:
         """The loss of the deterministic student of n steps whose teacher makes m for each."""
-        nodes = grid(Trailing(), task.schedule, n * m)
         way = self.way(first=n == self.steps[0])
-
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
-            x, cond = batch["x"], {**task.cond(batch), "guidance": self.scales(teacher, batch["x"])}
-            i = m * torch.randint(1, n + 1, (len(x),))
-            times = [nodes[i - k] for k in range(m + 1)]
-            z = noised(task.schedule, x, times[0])
-            with torch.no_grad():
-                _, target = way(teacher, task.schedule, z, times, **cond)
-            return loss(student, z, times[0], target, self.weight, **cond)
-
-        return lesson
+        return halving(task, teacher, student, n, m, way, self.weight, lambda x: {"guidance": self.scales(teacher, x)})
 
     def for_all(self, task: Task, merged: Denoiser, many: int) -> Student:
         """The stage `shared`: one network for all counts of steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,19 +65,33 @@ class Progressive:
 
     def lesson(self, task: Task, teacher: nn.Module, student: Any, n: int, m: int) -> Any:
         """The loss of the student of n steps whose teacher makes m for each."""
-        nodes = grid(Trailing(), task.schedule, n * m)
         way = finer_path if self.order == 2 and teacher is task.teacher else path
+        return halving(task, teacher, student, n, m, way, self.weight)
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
-            x, cond = batch["x"], task.cond(batch)
-            i = m * torch.randint(1, n + 1, (len(x),))
-            times = [nodes[i - k] for k in range(m + 1)]
-            z = noised(task.schedule, x, times[0])
-            with torch.no_grad():
-                _, target = way(teacher, task.schedule, z, times, **cond)
-            return loss(student, z, times[0], target, self.weight, **cond)
 
-        return lesson
+def halving(
+    task: Task,
+    teacher: nn.Module,
+    student: Any,
+    n: int,
+    m: int,
+    way: Callable[..., Any],
+    weight: str,
+    told: Callable[[Tensor], dict[str, Tensor]] = lambda x: {},
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The loss of a student of n steps whose teacher goes the `way` of m steps for each; told: what both are told."""
+    nodes = grid(Trailing(), task.schedule, n * m)
+
+    def lesson(batch: dict[str, Tensor]) -> Tensor:
+        x, cond = batch["x"], {**task.cond(batch), **told(batch["x"])}
+        i = m * torch.randint(1, n + 1, (len(x),))
+        times = [nodes[i - k] for k in range(m + 1)]
+        z = noised(task.schedule, x, times[0])
+        with torch.no_grad():
+            _, target = way(teacher, task.schedule, z, times, **cond)
+        return loss(student, z, times[0], target, weight, **cond)
+
+    return lesson
 
 
 def check_order(name: str, order: int) -> None:
