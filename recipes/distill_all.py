@@ -1,14 +1,15 @@
 """Every distillation method on the bundled teacher, at the same number of network evaluations of training.
 
     python -m recipes.distill_all --teacher runs/guided/guidance --out runs/all --evaluations 3e5
-    python -m recipes.distill_all --out runs/all --table            the table of what is there
+    python -m recipes.distill_all --out runs/all --table-only       the table of what is there
 
 --teacher: a model; here the student of stage one of `guided` (one evaluation a step with guidance inside), fixed at
---guidance-scale, so that no method pays for two branches. Each method runs through `distill_model` with its defaults
-but for the counts of steps, into a folder of its own; what is finished is not done again. Each student is judged at
-its own number of steps, those of one network for several (consistency sampling) at 1, 2, 4: distance, class accuracy,
-precision and recall of --n images of the seeds 0, 1, ... The two reference rows are the teacher with as many steps
-(the best of a few samplers), and at its best. One JSON line a row in `rows.jsonl`.
+--guidance-scale, so that no method pays for two branches; what learns from data alone is judged as it is. Each method
+runs through `distill_model` with its defaults but for the counts of steps, into a folder of its own; what is finished
+is not done again. Each student is judged at its own number of steps, those of one network for several (consistency
+sampling) at 1, 2, 4: distance, class accuracy, precision and recall of --n images of the seeds 0, 1, ... The two
+reference rows are the teacher with as many steps (the best of a few samplers), and at its best. One JSON line a row in
+`rows.jsonl`.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def main(
                 print(f"{name}: {e}", flush=True)
                 continue
             for steps, model, way in students(folder):
-                row = {"method": name, "steps": steps, "spec": method, **judged(model, n, guidance_scale, **way)}
+                row = {"method": name, "steps": steps, "spec": method, **judged(model, n, model.guidance_scale, **way)}
                 add({**row, "training_evaluations": run["evaluations"], "training_seconds": run["seconds"]})
                 print(
                     f"{name}, {steps} steps: distance {row['frechet']:.3f}, accuracy {row['accuracy']:.3f}", flush=True

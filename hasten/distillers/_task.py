@@ -47,8 +47,8 @@ class Student:
 class Distiller(Protocol):
     """What every file of `distillers/` holds: a frozen dataclass of this form, with the paper's numbers as defaults.
 
-    `needs_data`: it trains on real images (where it does not, it only needs to know their shape). `ranged`, where there
-    is one: it can keep the range of guidance scales of a network that takes the scale as an input.
+    `needs_data`: it trains on real images (where it does not, their labels and number are all that it is given).
+    `ranged`, where there is one: it can keep the range of guidance scales of a network that takes one as an input.
     """
 
     needs_data: bool

@@ -39,8 +39,8 @@ class ReFlow:
     rounds: of reflow, each on pairs of the model before it. pairs: how many a round. pair_steps, sampler, times: how
         the teacher makes them; `own_steps`: steps of DDIM with which a student makes its own.
     coupling: "ot" or "ot_class": first train on real images, paired with noise by `train.coupling`, and begin from that
-        flow; "none": begin from the teacher. distill: at the end, learn the paths' ends at the `steps` times alone, on
-        pairs of the last flow: for one step, `loss` ("l1" or "l2") between the step and the end.
+        flow; "none": begin from the teacher. distill_last: at the end, learn the paths' ends at the `steps` times
+        alone, on pairs of the last flow: for one step, `loss` ("l1" or "l2") between the step and the end.
     steps: of the student that is returned. lr: peak rate of each stage.
 
     Paper: 1,000,000 pairs, Adam 2e-4, warm-up 5000, average .9999; the first flow trained from data.
