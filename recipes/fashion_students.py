@@ -3,8 +3,9 @@
     python -m recipes.fashion_students --out runs/students --minutes 60
     python -m recipes.fashion_students --out runs/students --bundle-to hasten/zoo/fashion_student
 
-One network for all four counts of steps and for guidance scales 1 to 5 (`guided:shared=true`): stage one for a fifth of
-the time, the rest for the student itself. It goes on from `--out` when it is stopped.
+One network for all four counts of steps and for guidance scales 1 to 5 (`guided:shared=true`): stage one for a ninth of
+the time, the rest for the student itself. It goes on from `--out` when it is stopped; `--teacher` may be what a stage one
+left, which then is not done again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hasten
 from hasten.distill import distill_model
 
 DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
-METHOD = "guided:steps=(8,4,2,1),start=32,shared=true"
+METHOD = "guided:steps=(8,4,2,1),start=16,order=2,shared=true,last=3"
 
 
 def bundle(run: Path, folder: Path) -> None:
@@ -31,14 +32,15 @@ def bundle(run: Path, folder: Path) -> None:
 
 
 def main(
-    *, out: Path, data: str = DATA, minutes: float = 60, batch_size: int = 64, bundle_to: Path | None = None
+    *, out: Path, teacher: str = "fashion", data: str = DATA, minutes: float = 60, batch_size: int = 64,
+    bundle_to: Path | None = None,
 ) -> None:  # fmt: skip
     """Train, or with --bundle-to write what was trained."""
     if bundle_to is not None:
         bundle(out, bundle_to)
         return
     distill_model(
-        hasten.load("fashion"), out, METHOD, data, minutes=minutes, guidance_scale=2.0, batch_size=batch_size,
+        hasten.load(teacher), out, METHOD, data, minutes=minutes, guidance_scale=2.0, batch_size=batch_size,
         runtime="bf16", say=print,
     )  # fmt: skip
 

@@ -41,8 +41,8 @@ class Guided:
     steps: falling, each a divisor of the one before. start: steps of the student of stage one that the first of them
         learns from, a multiple of the first (0: twice as many). guidance: the scales (low, high), papers' w is s - 1.
         kind: as above. lr, weight, order: as in `progressive`.
-        first: how many times the training of another stage that of
-        stage one gets; last: likewise those of 2 steps and 1.
+        first: how many times the training of another stage that of stage one gets; last: likewise those of 2 steps
+        and 1 (with `shared`: how many times the images of another count).
 
     shared: one network for all the counts of `steps`, which it is told as one more input, in one stage, `shared`: each
         image of a batch has one of the counts, and the teacher of a count is an average of the student itself at the
@@ -148,16 +148,19 @@ class Guided:
         """The stage `shared`: one network for all counts of steps."""
         both = Shadow(task.student(merged, steps=self.steps))
         counts, each = self.steps, [a // b for a, b in zip((many, *self.steps), self.steps, strict=False)]
+        parts = torch.tensor([self.last if n <= 2 else 1.0 for n in counts]).cumsum(0)
         nodes = [grid(Trailing(), task.schedule, n * m) for n, m in zip(counts, each, strict=True)]
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             both.update(0.9)
             x, told = batch["x"], {**task.cond(batch), "guidance": self.scales(merged, batch["x"])}
-            which = torch.arange(len(x)) % len(counts)
+            which = torch.searchsorted(parts, parts[-1] * stratified(len(x)).float()).clamp_max(len(counts) - 1)
             noise, z, target = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
             t = torch.empty(len(x), dtype=torch.float64)
             for k, (n, m) in enumerate(zip(counts, each, strict=True)):
                 rows = (which == k).nonzero()[:, 0]
+                if not len(rows):
+                    continue
                 i = m * torch.randint(1, n + 1, (len(rows),))
                 times = [nodes[k][i - j] for j in range(m + 1)]
                 cond = {key: value[rows] for key, value in told.items()}
@@ -172,7 +175,7 @@ class Guided:
             return loss(both.student, z, t, target, self.weight, **told)
 
         players = [task.player("student", both, lesson, self.lr)]
-        trained = task.fit("shared", players, share=float(len(counts)))["student"].student
+        trained = task.fit("shared", players, share=float(parts[-1]))["student"].student
         assert isinstance(trained, Denoiser)
         few = 4 if 4 in counts else counts[-1]
         made = Student(trained, "ddim", "trailing", few, guidance=merged.guidance_range)
