@@ -4,8 +4,8 @@
     python -m recipes.fashion_students --out runs/students --bundle-to hasten/zoo/fashion_student
 
 One network for all four counts of steps and for guidance scales 1 to 5 (`guided:shared=true`): stage one for a ninth of
-the time, the rest for the student itself. It goes on from `--out` when it is stopped; `--teacher` may be what a stage one
-left, which then is not done again.
+the time, the rest for the student itself. It goes on from `--out` when it is stopped. `--teacher` may be what a stage
+one left, which then is not done again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,89 @@
+"""Accelerators: each makes a network evaluation cheaper. One frozen dataclass a file; `accelerate` puts them together.
+
+An accelerator has
+
+    stage: ClassVar[int]                 where it stands among others: EXCHANGE < COMPILE < WRAP
+    claims: ClassVar[frozenset[str]]     what it cannot share with another: "features", "arithmetic", "graph", "space"
+    apply(denoiser, ahead) -> denoiser   the denoiser it is given stays as it was
+
+EXCHANGE swaps layers of a copy of the network, COMPILE compiles its parts, WRAP keeps something from one query to the
+next (and has `reset()`, which every trajectory calls first). None knows another's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from ..sampling import spell
+
+__all__ = ["COMPILE", "EXCHANGE", "WRAP", "Accelerator", "Ahead", "Call", "Conflict", "accelerate"]
+
+EXCHANGE, COMPILE, WRAP = 10, 20, 30
+Call = tuple[Tensor, float, dict[str, Tensor]]  # x_t (B, *S), t, conditions: what a denoiser is asked
+
+
+class Conflict(BadInput):
+    """Two accelerators of one denoiser need the same thing for themselves."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is known of the sampling to come.
+
+    times: of its queries, in order; None where only the run tells (an adaptive sampler).
+    calls: `calls(n, seed)` samples n images with the plain network and gives the calls that it was asked, in order,
+        guidance's two branches in one batch; None where nothing can be sampled.
+    """
+
+    times: tuple[float, ...] | None = None
+    calls: Callable[[int, int], list[Call]] | None = None
+
+    def required(self, who: str) -> tuple[float, ...]:
+        """The times. Raises BadInput, in the name of `who`, where they are not known."""
+        if self.times is None:
+            raise BadInput(
+                f"{who} must know the times of all queries: use a sampler with fixed steps, not an adaptive one"
+            )
+        return self.times
+
+    def calibration(self, who: str, n: int, seed: int) -> list[Call]:
+        """The calls of n sampled images. Raises BadInput, in the name of `who`, where there is nothing to sample."""
+        if self.calls is None:
+            raise BadInput(f"{who} must see some samplings first, and this denoiser comes without: use it on a Model")
+        return self.calls(n, seed)
+
+
+class Accelerator(Protocol):
+    """What `accelerate` takes."""
+
+    stage: ClassVar[int]
+    claims: ClassVar[frozenset[str]]
+
+    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+        """The accelerated denoiser, a new one."""
+        ...
+
+
+def accelerate(denoiser: nn.Module, accelerators: Iterable[Any], ahead: Ahead | None = None) -> nn.Module:
+    """The denoiser with all these accelerators, applied by their stage, whatever their order here.
+
+    Raises:
+        Conflict: where two claim the same.
+        BadInput: where one cannot do its work on this network or sampling.
+    """
+    ahead, owners = ahead or Ahead(), {}
+    chosen = sorted(accelerators, key=lambda one: one.stage)
+    for one in chosen:
+        for claim in sorted(one.claims):
+            if claim in owners:
+                both = f"{spell(owners[claim])} and {spell(one)}"
+                raise Conflict(f"{both} both claim {claim!r}: keep one of them")
+            owners[claim] = one
+    for one in chosen:
+        denoiser = one.apply(denoiser, ahead)
+    return denoiser
