@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, report
+from .denoiser import Denoiser
 from .errors import BadInput, HastenError
 from .images import to_uint8
 from .machine import processor
@@ -23,6 +24,7 @@ from .metrics import Reference, cost, evaluate_images, feature_net, net_name
 from .metrics import reference as load_reference
 from .metrics.difference import difference
 from .model import RECOMMENDED, Model, load, whole
+from .pick import pick
 from .results import QUALITY, SCHEMA, Store, fingerprint, now
 from .terminal import spell
 from .variants import Variant, VariantSet, read
@@ -75,7 +77,7 @@ def counting(model: Model, progress: Progress | None = None) -> Iterator[list[in
             progress.bar.advance(progress.task, len(arguments[0]))
 
     denoiser = model.denoiser
-    net: nn.Module = getattr(denoiser, "net", denoiser)
+    net: nn.Module = denoiser.net if isinstance(denoiser, Denoiser) else denoiser
     handle = net.register_forward_pre_hook(hook)
     features = getattr(denoiser, "features", None)
     if features is not None:  # the seam by which some guides ask the network, past its forward
@@ -110,6 +112,10 @@ def prepare(model: Model, chosen: VariantSet) -> list[tuple[Variant, Variant | N
             choice = v.sampler or None, v.times or None, v.steps or None
             try:
                 way = base.way(*choice, v.guidance_scale, v.guides, v.start, v.plan)  # type: ignore[arg-type]
+                if v.accelerators:
+                    asked: dict[str, Any] = {"guidance_scale": v.guidance_scale, "plan": way.plan}
+                    asked |= {} if way.plan is not None else dict(zip(("sampler", "times", "steps"), choice))
+                    base = replace(base, denoiser=base.accelerated(v.accelerators, way.plan, asked))  # type: ignore[arg-type]
             except (HastenError, ValueError) as e:
                 raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
             own: dict[str, Any] = {"sampler": v.sampler, "times": v.times} if v.sampler else {}
@@ -152,6 +158,14 @@ def images(ready: Model, v: Variant, count: int, seed: int, batch_size: int, run
 def extra(model: Model, v: Variant) -> float:
     """Evaluations an image of what is not the model's own network: those of the start."""
     return 0 if v.start is None else model.bound("starts", v.start).nfe
+
+
+def as_fast(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Set beside an accelerated row the best of the plain ones that take no more time, in place."""
+    plain = [r for r in rows if not r["accelerators"] and r["seconds_per_image"] <= row["seconds_per_image"]]
+    if plain and row["frechet"] is not None:
+        best = min(plain, key=lambda r: r["frechet"])
+        row["equal_cost"], row["frechet_over_equal_cost"] = best["name"], row["frechet"] / best["frechet"]
 
 
 @dataclass
@@ -222,10 +236,16 @@ class Run:
             self.store.put({**row, **self.costs(row["key"], found), "protocol": protocol})
         return found
 
-    def macs(self, model: Model) -> int:
-        """Multiply-accumulates of one evaluation of one image."""
+    def macs(self, job: Job, nfe: float) -> int | None:
+        """Multiply-accumulates of an image; None where its layers or graphs are others than torch's own."""
+        model, claims = (
+            job.ready,
+            {claim for one in job.variant.accelerators for claim in pick("accelerators", one).claims},
+        )
+        if claims:
+            return cost.macs(images, model, job.variant, 1, 0, 1, "fp32") if claims == {"features"} else None
         x = torch.zeros(1, *model.shape, device=model.device)
-        return cost.macs(model.denoiser, x, 0.5, **model.cond(1))
+        return round(cost.macs(model.denoiser, x, 0.5, **model.cond(1)) * nfe)
 
     def costs(self, key: str, timed: Mapping[str, Any]) -> dict[str, Any]:
         """The figures of a row that come from the timing."""
@@ -249,7 +269,7 @@ class Run:
             "guides": list(v.guides), "start": v.start, "plan": v.plan, "model": v.model,
             "accelerators": list(v.accelerators),
             **self.costs(job.key, timed),
-            "macs_per_image": round(self.macs(job.ready) * timed[job.key]["nfe"]),
+            "macs_per_image": self.macs(job, timed[job.key]["nfe"]),
             "peak_memory": memory.peak, **dict.fromkeys(QUALITY),
         }  # fmt: skip
         if self.known is not None:
@@ -282,6 +302,9 @@ class Run:
             rows.append(row)
         if not rows:
             return rows
+        for row in rows:
+            if row["accelerators"]:
+                as_fast(row, rows)
         note = f"{len(rows)} of {len(self.jobs)} rows have finished: run the same command again to go on."
         note = note if len(rows) < len(self.jobs) else ""
         images = {row["key"]: kept for row in rows if (kept := self.store.images(row["key"])) is not None}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import shelf
+from .accelerators import Ahead, Call, Recorder, accelerate
 from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest
 from .guides.cfg import CFG, told_steps
@@ -23,6 +24,7 @@ from .sampling import Noise, draw
 Progress = Callable[[int, int], None]
 Label = int | str | Sequence[int | str] | None
 RECOMMENDED = "recommended"
+KEPT = 4  # accelerated denoisers of a model
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Model:
     plans: dict[str, Plan] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, nn.Module] = field(default_factory=dict)
+    _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +151,7 @@ class Model:
         start: Any = None,
         plan: Any = None,
         images: Tensor | None = None,
+        accelerators: Sequence[Any] = (),
     ) -> Tensor:
         """`n` images, `(n, C, H, W)` float32 in [-1, 1], on the CPU.
 
@@ -164,6 +168,7 @@ class Model:
         start: where sampling begins, such as `"ccdf:time=0.3"`; None: from noise.
         plan: one of `plans` by name, a plan's .json file, or a `Plan`, in place of sampler, times and steps.
         images: (n, ...), what a start such as `ccdf` begins from.
+        accelerators: what makes an evaluation cheaper, such as `"encoder_propagation"`, in any order.
         Raises BadInput for a value that cannot be, with the nearest that can.
         """
         whole("n", n, 1)
@@ -171,7 +176,7 @@ class Model:
         whole("seed", seed, 0)
         if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
-        way = self.way(sampler, times, steps, guidance_scale, guides, start, plan)
+        way = self.way(sampler, times, steps, guidance_scale, guides, start, plan, accelerators)
         if images is not None and len(images) != n:
             raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")
         if images is not None and start is None:
@@ -205,14 +210,39 @@ class Model:
         guides: Sequence[Any] = (),
         start: Any = None,
         plan: Any = None,
+        accelerators: Sequence[Any] = (),
     ) -> Way:
         """What these arguments of `sample` amount to, checked and bound to the model (None: what it recommends)."""
         begin = self.bound("starts", start) if start is not None else None
         compiled, method, grid = self.method(sampler, times, steps, plan, None if begin is None else begin.time)
-        denoiser = told_steps(self.guided(guidance_scale, guides), len(grid) - 1)
+        base = self
+        if accelerators:
+            again = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale, "plan": plan}
+            base = replace(self, denoiser=self.accelerated(accelerators, compiled, again))  # type: ignore[arg-type]
+        denoiser = told_steps(base.guided(guidance_scale, guides), len(grid) - 1)
         if hasattr(method, "wrap"):
             denoiser = method.wrap(denoiser)
         return Way(denoiser, compiled, method, grid, begin)
+
+    def accelerated(self, accelerators: Sequence[Any], plan: Plan | None, setting: dict[str, Any]) -> nn.Module:
+        """The denoiser with these accelerators, for a sampling by `plan` with this `setting` of `sample`.
+
+        The last few are kept: to calibrate or to compile may take long.
+        """
+        chosen = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
+        ahead_times = None if plan is None else tuple(plan.times[:-1].tolist())
+
+        def calls(n: int, seed: int) -> list[Call]:
+            recorder = Recorder(self.denoiser)
+            replace(self, denoiser=recorder).sample(n, seed=seed, batch_size=n, **setting)  # type: ignore[arg-type]
+            return recorder.calls
+
+        key = (self.denoiser, tuple(map(repr, chosen)), ahead_times, str(setting), self.device)
+        if key not in self._accelerated:
+            if len(self._accelerated) >= KEPT:
+                self._accelerated.pop(next(iter(self._accelerated)))
+            self._accelerated[key] = accelerate(self.denoiser, chosen, Ahead(ahead_times, calls))
+        return self._accelerated[key]
 
     def guided(self, guidance_scale: float | None = None, guides: Sequence[Any] = ()) -> nn.Module:
         """The denoiser under classifier-free guidance (None: the recommended scale) and then other guides."""
@@ -296,9 +326,10 @@ class Model:
         guides: Sequence[str] = (),
         start: str | None = None,
         plan: str | None = None,
+        accelerators: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The arguments of `sample` that a record must name, with the recommended ones filled in, checked."""
-        way = self.way(sampler, times, steps, guidance_scale, guides, start, plan)
+        way = self.way(sampler, times, steps, guidance_scale, guides, start, plan, accelerators)
         told: dict[str, Any] = {"sampler": sampler or self.sampler, "times": times or self.times}
         told["steps"] = steps or self.steps
         if way.plan is not None and (plan is not None or way.plan is self.plan):
@@ -306,6 +337,7 @@ class Model:
         told["guidance_scale"] = float(self.guidance_scale if guidance_scale is None else guidance_scale)
         told |= {"guides": tuple(guides)} if guides else {}
         told |= {"start": start} if start is not None else {}
+        told |= {"accelerators": tuple(accelerators)} if accelerators else {}
         return {**told, "runtime": self.runtime_for(runtime, batch_size)}
 
     def runtime_for(self, runtime: str = "auto", batch_size: int = 64) -> str:

@@ -46,7 +46,8 @@ def headline(rows: Sequence[Row]) -> str:
     reference = next((row for row in rows if row["role"] == "reference"), None)
     if reference is None:
         return "The reference has not finished yet: run the same command again to go on."
-    others = [row for row in rows if row is not reference and row["nfe"] < reference["nfe"]]
+    cost = cost_axis(rows)
+    others = [row for row in rows if row is not reference and row[cost] < reference[cost]]
     if reference.get("frechet") is None:
         if not others:
             return f"Only the reference, {reference['name']}, has finished."
@@ -58,7 +59,7 @@ def headline(rows: Sequence[Row]) -> str:
     near = [row for row in others if row["frechet"] <= NEAR * reference["frechet"]]
     if not near:
         return f"No variant comes within {NEAR - 1:.0%} of the distance of {reference['name']} at a lower cost."
-    best = min(near, key=lambda row: (row["nfe"], row["frechet"]))
+    best = min(near, key=lambda row: (row[cost], row["frechet"]))
     return (
         f"{best['name']} ({number(best['nfe'])} NFE) makes an image {best['speedup']:.1f}× faster than "
         f"{reference['name']} ({number(reference['nfe'])} NFE) at a Fréchet distance of {best['frechet']:.2f} "

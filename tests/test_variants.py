@@ -34,7 +34,12 @@ from .test_compare import SET, Corner, chosen, run, tiny
         ("guidance_scale = 1", 'guidance_scale = "x"', r"guidance_scale must be a number"),
         ('name = "UniPC"', 'name = "DDIM, 2 steps"', r"'DDIM, 2 steps' is used twice"),
         ('name = "UniPC"\n', "", r"variant 2: has no name"),
-        ('name = "UniPC"\n', 'name = "UniPC"\naccelerators = ["cache"]\n', r"accelerators: there are none yet"),
+        (
+            'name = "UniPC"\n',
+            'name = "UniPC"\naccelerators = ["cache"]\n',
+            r"accelerators: unknown accelerator 'cache'",
+        ),
+        ('name = "UniPC"\n', 'name = "UniPC"\naccelerators = "cache"\n', r"accelerators must be a list of texts"),
     ],
 )
 def test_a_bad_set_is_one_line_before_anything_runs(

@@ -18,10 +18,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ..denoiser import Wrapper
 from ..errors import BadInput
 from ..sampling import spell
 
-__all__ = ["COMPILE", "EXCHANGE", "WRAP", "Accelerator", "Ahead", "Call", "Conflict", "accelerate"]
+__all__ = ["COMPILE", "EXCHANGE", "WRAP", "Accelerator", "Ahead", "Call", "Conflict", "Recorder", "accelerate"]
 
 EXCHANGE, COMPILE, WRAP = 10, 20, 30
 Call = tuple[Tensor, float, dict[str, Tensor]]  # x_t (B, *S), t, conditions: what a denoiser is asked
@@ -58,6 +59,18 @@ class Ahead:
         return self.calls(n, seed)
 
 
+class Recorder(Wrapper):
+    """A denoiser that keeps what it is asked, in `calls`."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__(denoiser)
+        self.calls: list[Call] = []
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        self.calls.append((x_t, float(t), cond))
+        return super().forward(x_t, t, **cond)
+
+
 class Accelerator(Protocol):
     """What `accelerate` takes."""
 
@@ -76,7 +89,8 @@ def accelerate(denoiser: nn.Module, accelerators: Iterable[Any], ahead: Ahead | 
         Conflict: where two claim the same.
         BadInput: where one cannot do its work on this network or sampling.
     """
-    ahead, owners = ahead or Ahead(), {}
+    ahead = ahead or Ahead()
+    owners: dict[str, Any] = {}
     chosen = sorted(accelerators, key=lambda one: one.stage)
     for one in chosen:
         for claim in sorted(one.claims):

@@ -26,6 +26,7 @@ def sample(
     start: str | None = None,
     plan: str | None = None,
     images: Path | None = None,
+    accelerate: list[str] | None = None,
     single: bool = False,
     columns: int | None = None,
     batch_size: int = 64,
@@ -53,6 +54,8 @@ def sample(
         start: Where sampling begins, such as ccdf:time=0.3. Left out: at noise.
         plan: A plan of the model by name, or a plan's .json file, in place of sampler, times and steps.
         images: Folder, zip or array of images that the start begins from.
+        accelerate: What makes an evaluation cheaper, such as encoder_propagation or quantize:weights=8; may be given
+            several times.
         single: Write one file an image, named by its seed.
         columns: Images in a row of the grid. Left out: one of each class where all classes take turns, else a square.
         batch_size: Images in the network at once.
@@ -74,13 +77,15 @@ def sample(
     chosen = [part.strip() for part in label.split(",")] if isinstance(label, str) and "," in label else label
     labels = loaded.labels(n, chosen)
     asked: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
+    asked["accelerators"] = tuple(accelerate or ())
     setting = loaded.setting(sampler, times, steps, guidance_scale, runtime, min(n, batch_size), **asked)
     given = None if images is None else given_images(images, n, loaded.shape[0])
     began = time.perf_counter()
     with progress(f"sampling {n} images") as tick:
         x = loaded.sample(n, chosen, seed, **setting, batch_size=batch_size, progress=tick, images=given)
     seconds = time.perf_counter() - began
-    told = {"guide" if key == "guides" else key: value for key, value in setting.items()}
+    flags = {"guides": "guide", "accelerators": "accelerate"}
+    told = {flags.get(key, key): value for key, value in setting.items()}
     said = {"label": label, **told, "images": images, "n": n, "seed": seed, "single": single, "columns": columns}
     if columns is None and chosen is None and loaded.classes is not None and n > len(loaded.classes):
         columns = len(loaded.classes)

@@ -78,7 +78,10 @@ class Variant:
 
     @property
     def nfe(self) -> float | None:
-        """Declared network evaluations per image, a guided one counts 2; None where only the model or the run tells."""
+        """Declared network evaluations per image, a guided one counts 2; None where only the model or the run tells.
+
+        An accelerated one is an evaluation like another: what it costs, the time tells.
+        """
         if self.model is not None or self.plan is not None or self.guides or self.start is not None:
             return None
         queries = _picked("samplers", self.sampler).nfe(self.steps)
@@ -103,12 +106,14 @@ class VariantSet:
         nfe: what a variant costs; asked for variants that cannot tell.
 
         For each NFE of a variant there is the reference with the most steps that do not cost more: a variant of the
-        set where one is just that, else a row of role "equal-cost". Where one step costs more already there is none.
+        set where one is just that, else a row of role "equal-cost". Where one step costs more already there is none,
+        and none for an accelerated variant, whose cost is a time.
         """
         rows: dict[tuple[Any, ...], Variant] = {self.reference.method: self.reference}
         for variant in self.variants:
             rows.setdefault(variant.method, variant)
-        costs = {method: nfe(row) if row.nfe is None else row.nfe for method, row in rows.items()}
+        plain = {method: row for method, row in rows.items() if not row.accelerators}
+        costs = {method: nfe(row) if row.nfe is None else row.nfe for method, row in plain.items()}
         equal: dict[float | None, Variant | None] = {None: None}
         for cost in sorted({cost for cost in costs.values() if cost is not None}):
             steps = range(self.reference.steps, 0, -1)
@@ -121,7 +126,7 @@ class VariantSet:
         order = {"reference": 0, "variant": 1, "equal-cost": 1}
         ordered = sorted(rows.values(), key=lambda row: (order[row.role], row.role == "equal-cost"))
         equals = {"reference": lambda row: None, "equal-cost": lambda row: row}
-        return [(row, equals.get(row.role, lambda row: equal[costs[row.method]])(row)) for row in ordered]
+        return [(row, equals.get(row.role, lambda row: equal[costs.get(row.method)])(row)) for row in ordered]
 
 
 @functools.lru_cache(256)
@@ -221,11 +226,10 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
             raise BadInput(f"{where}: has no {key}")
     if not isinstance(table["name"], str) or not table["name"].strip():
         raise BadInput(f"{where}: name must be text, got {table['name']!r}")
-    if table.get("accelerators", []) != []:
-        raise BadInput(f"{where}: accelerators: there are none yet; leave the key out")
-    guides = table.get("guides", [])
-    if not isinstance(guides, list) or not all(isinstance(guide, str) for guide in guides):
-        raise BadInput(f"{where}: guides must be a list of texts, got {guides!r}")
+    texts = {key: table.get(key, []) for key in ("guides", "accelerators")}
+    for key, value in texts.items():
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise BadInput(f"{where}: {key} must be a list of texts, got {value!r}")
     choices: dict[str, list[Any]] = {}
     for key in LISTED:
         value = table.get(key)
@@ -234,7 +238,7 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
         choices[key] = value if isinstance(value, list) else [value]
     result = []
     for values in itertools.product(*choices.values()):
-        asked = {**dict(zip(LISTED, values, strict=True)), "guides": tuple(guides)}
+        asked = {**dict(zip(LISTED, values, strict=True)), **{key: tuple(value) for key, value in texts.items()}}
         _check(asked, where)
         name = table["name"].strip()
         if len(choices["model"]) > 1:
@@ -263,6 +267,7 @@ def _check(asked: Mapping[str, Any], where: str) -> None:
         raise BadInput(f"{where}: plan must be text, got {asked['plan']!r}")
     texts = [] if planned else [("sampler", "samplers", asked["sampler"]), ("times", "times", asked["times"])]
     texts += [("guides", "guides", guide) for guide in asked["guides"]]
+    texts += [("accelerators", "accelerators", one) for one in asked["accelerators"]]
     texts += [] if asked["start"] is None else [("start", "starts", asked["start"])]
     for key, folder, text in texts:
         if not isinstance(text, str):
