@@ -7,38 +7,18 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .plots import CAPTIONS, Row, cost_axis, floor, pareto, plot, sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
     from rich.table import Table
 
-Row = Mapping[str, Any]
 NEAR = 1.15  # the headline names the cheapest row whose distance is within 15 % of the reference's
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#555555")  # Okabe & Ito
-MARKERS = "oDs^vPX*"
-CAPTIONS = {"nfe": "network evaluations per image (NFE)", "seconds_per_image": "seconds per image"}
-
-
-def pareto(rows: Sequence[Row], cost: str = "nfe", loss: str = "frechet") -> list[int]:
-    """Indices of the rows that no other row beats: none is as cheap and as good, and strictly better in one of the two.
-
-    Rows without a cost or a loss (None) never belong. Sorted by cost; of exact ties only the first row stays.
-    """
-    known = [i for i, row in enumerate(rows) if row.get(cost) is not None and row.get(loss) is not None]
-    front: list[int] = []
-    for i in sorted(known, key=lambda i: (rows[i][cost], rows[i][loss], i)):
-        if not front or rows[i][loss] < rows[front[-1]][loss]:
-            front.append(i)
-    return front
-
-
-def cost_axis(rows: Sequence[Row]) -> str:
-    """What the plot calls cost: NFE, which has no noise, unless an accelerator changes what one evaluation costs."""
-    return "seconds_per_image" if any(row.get("accelerators") for row in rows) else "nfe"
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -75,11 +55,6 @@ def number(value: float | int) -> str:
 def decibels(row: Row) -> str:
     """PSNR to the reference images for reading."""
     return "the reference's own images" if row.get("psnr") is None else f"{row['psnr']:.1f} dB to the reference images"
-
-
-def floor(rows: Sequence[Row]) -> float | None:
-    """The distance that real images of the same count would have, if the rows carry it."""
-    return next((row["protocol"]["floors"].get("frechet") for row in rows if row["protocol"]["floors"]), None)
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -133,65 +108,6 @@ def table(rows: Sequence[Row], width: int = 160) -> Table:
         style = "bold" if row["role"] == "reference" else "dim" if row["role"] == "equal-cost" else None
         result.add_row("*" if i in front else "", row["name"], *(c[cell] for cell in shown.values()), style=style)
     return result
-
-
-def plot(rows: Sequence[Row]) -> Figure | None:
-    """Quality against cost, a panel per guidance scale, the front over all rows in each. None without quality."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    rows = [row for row in rows if row.get("frechet") is not None]
-    if not rows:
-        return None
-    cost, level = cost_axis(rows), floor(rows)
-    front = [rows[i] for i in pareto(rows, cost)]
-    methods = list(dict.fromkeys(row["sampler"].split(":")[0] for row in rows))
-    scales = sorted({row["guidance_scale"] for row in rows})
-    with matplotlib.rc_context({"font.size": 10, "font.family": "sans-serif", "svg.hashsalt": "hasten"}):
-        figure = Figure(figsize=(4.6 * max(len(scales), 1.55), 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = list(figure.subplots(1, len(scales), sharey=True, squeeze=False)[0])
-        for axis, scale in zip(axes, scales, strict=True):
-            axis.step([r[cost] for r in front], [r["frechet"] for r in front], where="post", color="#999999",
-                      lw=1.4, zorder=1, label="Pareto front of all rows")  # fmt: skip
-            if level:
-                axis.axhline(level, color="#b00020", lw=1, ls=(0, (4, 3)), zorder=0,
-                             label=f"floor: real images, n = {rows[0]['protocol']['n']}")  # fmt: skip
-            for method in methods:
-                here = [r for r in rows if r["sampler"].split(":")[0] == method and r["guidance_scale"] == scale]
-                here.sort(key=lambda r: r[cost])
-                if not here:
-                    continue
-                k = methods.index(method)
-                x, y = [r[cost] for r in here], [r["frechet"] for r in here]
-                low = [max(r["frechet"] - (r.get("frechet_low") or r["frechet"]), 0) for r in here]
-                high = [max((r.get("frechet_high") or r["frechet"]) - r["frechet"], 0) for r in here]
-                style = {"color": COLORS[k % 8], "marker": MARKERS[(k + k // 8) % 8], "ms": 6.5, "ls": "none"}
-                best = {r[cost]: r["frechet"] for r in sorted(here, key=lambda r: (r[cost], -r["frechet"]))}
-                axis.plot(list(best), list(best.values()), color=COLORS[k % 8], ls=":", lw=1, zorder=2)
-                axis.errorbar(x, y, yerr=[low, high], label=method, elinewidth=1.2, capsize=2.5, mec="white", mew=0.7,
-                              zorder=3, **style)  # fmt: skip
-            ours = [r for r in front if r["guidance_scale"] == scale]
-            axis.scatter([r[cost] for r in ours], [r["frechet"] for r in ours], s=130, facecolor="none",
-                         edgecolor="#222222", lw=1.2, zorder=4, label="on the front")  # fmt: skip
-            axis.set(xscale="log", yscale="log", xlabel=CAPTIONS[cost])
-            axis.set_title("no guidance" if scale == 1 else f"guidance scale {scale:g}", fontsize=11)
-            if cost == "nfe":
-                axis.xaxis.set_major_locator(FixedLocator([2**k for k in range(12)]))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axis.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]))
-            axis.yaxis.set_minor_locator(NullLocator())
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axis.grid(color="#e6e6e6", lw=0.7)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].set_ylabel("Fréchet distance (lower is better)")
-        entries = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-        entries = dict(sorted(entries.items(), key=lambda entry: entry[0] not in methods))
-        figure.legend(entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=9)
-    return figure
 
 
 def strip(images: np.ndarray, height: int = 56, gap: int = 3) -> Image:
@@ -257,6 +173,8 @@ def write(
 ) -> Path:
     """Write `report.html`, `front.png` (where quality was measured) and `grid.png` into `out`; return the page's path.
 
+    Where a way of sampling has three guidance scales or more, `guidance.png` too.
+
     rows: as in results.jsonl, in the order to show. images: uint8 `(K, C, H, W)` by row key, the same K seeds in each.
     heads: a word above each image column (class names). note: a line on what is missing, shown under the headline.
     """
@@ -265,6 +183,9 @@ def write(
     figure = plot(rows)
     if figure is not None:
         figure.savefig(out / "front.png", dpi=160)
+    swept = sweep(rows)
+    if swept is not None:
+        swept.savefig(out / "guidance.png", dpi=160)
     if any(row["key"] in images for row in rows):
         grid(rows, images, heads).save(out / "grid.png")
     front = set(pareto(rows, cost_axis(rows)))
@@ -276,6 +197,7 @@ def write(
     page = Environment(loader=PackageLoader("hasten"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = page.get_template("report.html.j2").render(
         shown=shown, headline=headline(rows), heads=heads, note=note, figure=svg(figure) if figure is not None else "",
+        swept=svg(swept) if swept is not None else "",
         protocol=rows[0]["protocol"], cost=CAPTIONS[cost_axis(rows)], quality=figure is not None,
         plot_width=round(100 * figure.get_figwidth()) if figure is not None else 0,
         width=strip(next(iter(images.values()))).width if images else 0,

@@ -23,7 +23,7 @@ FLOORS = {
     1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis program",
     2: "samplers tuning guides starts train processes accelerators distillers",
     3: "pick model shelf weights training images tasks adapters",
-    4: "commands distill tune terminal compare results report variants",
+    4: "commands distill tune terminal compare results report plots variants",
     5: "cli ui __main__",
 }
 LAYERS = {name: floor for floor, names in FLOORS.items() for name in names.split()}

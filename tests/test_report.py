@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hasten import report
+from hasten import plots, report
 
 PROTOCOL = {
     "model": "fashion", "model_hash": "ab12" * 16, "set": "demo", "n": 500, "seeds": [0, 499], "batch_size": 64,
@@ -69,6 +69,23 @@ def test_the_front_is_what_no_row_beats(rows: list[dict[str, Any]]) -> None:
             for r in rows
         )
         assert beaten == (i not in front)
+
+
+def test_three_guidance_scales_make_a_curve(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    scales = {1.0: 12.0, 3.0: 6.0, 2.0: 4.2}  # in no order
+    swept = [
+        row(f"UniPC-3, {scale:g}", "unipc:order=3", 8, 8 if scale == 1 else 16, distance, guidance_scale=scale,
+            accuracy=0.9 + scale / 50)
+        for scale, distance in scales.items()
+    ]  # fmt: skip
+    assert plots.sweep(rows) is None  # the fixture has two scales of one way
+    figure = plots.sweep([*rows[:2], *swept])
+    assert figure is not None
+    (line,) = figure.axes[0].lines
+    assert line.get_xdata() == pytest.approx([92, 94, 96]) and list(line.get_ydata()) == [12.0, 4.2, 6.0]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2", "3"]
+    assert "Over the guidance scale" in report.write(tmp_path, [*rows[:2], *swept], {}).read_text()
+    assert (tmp_path / "guidance.png").exists()
 
 
 def test_the_front_keeps_one_of_two_equal_rows_and_none_without_quality() -> None:
