@@ -25,9 +25,10 @@ from .plan import plan as compile_plan
 from .results import fingerprint, now
 from .sampling import spell as spelled
 from .train import open_data
-from .train.data import Batches
+from .train.data import Batches, Data
 
 RUN = "run.json"
+LABELS = 1024  # drawn from where there are no real images
 SHOWN = 64  # images in the picture of a stage
 
 
@@ -50,7 +51,8 @@ def distill_model(
 ) -> dict[str, Any]:
     """Train students of a model and save them: each stage's in `out/<stage>`, the last one also in `out` itself.
 
-    method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`. data: what `open_data` reads.
+    method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`. data: what `open_data` reads; may be left out
+        for methods that train on the teacher's own samples (`needs_data` is false): the classes then take equal parts.
     steps, minutes, evaluations: the budget of the whole run, the smallest counts (30 minutes if none is given): steps
         of training; time; evaluations of the network for one image, in floating-point operations.
     guidance_scale: that the students give (None: the model's recommended one); `guided` learns a range by itself.
@@ -67,7 +69,7 @@ def distill_model(
     distiller = pick("distillers", method)
     whole("batch_size", batch_size, 1)
     whole("seed", seed, 0)
-    if data is None:
+    if data is None and distiller.needs_data:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     if (steps, minutes, evaluations) == (None, None, None):
         minutes = 30.0
@@ -88,15 +90,7 @@ def distill_model(
     if denoiser.net_takes_guidance and not getattr(distiller, "ranged", False):
         # the method knows no scales: it is given the network for this one
         denoiser = teacher = denoiser.replace(net=denoiser.net.fixed(scale), guidance_range=(scale, scale))  # type: ignore[operator]
-    channels, height, width = model.shape
-    source = open_data(data, size=(height, width), channels=channels)
-    if model.classes is not None and len(source.classes or ()) != len(model.classes):
-        raise BadInput(
-            f"{model.name} has {len(model.classes)} classes, {data} has {len(source.classes or ())}: "
-            "distillation needs the labels that the model knows"
-        )
-    if model.classes is None and source.labels is not None:
-        source = replace(source, labels=None, classes=None)
+    source = without_images(model) if data is None else real_images(model, data)
     run = {
         "schema": 1, "method": spelled(distiller), "teacher": fingerprint(model), "guidance_scale": scale,
         "seed": seed, "batch_size": batch_size, "images": len(source),
@@ -135,6 +129,28 @@ def distill_model(
     last = distiller.distill(task)
     saver(None, last)
     return {**result, "seconds": time.perf_counter() - began}
+
+
+def real_images(model: Model, data: str | Path) -> Data:
+    """The images and labels of `data`, checked against the model."""
+    channels, height, width = model.shape
+    source = open_data(data, size=(height, width), channels=channels)
+    if model.classes is None:
+        return source if source.labels is None else replace(source, labels=None, classes=None)
+    if len(source.classes or ()) != len(model.classes):
+        raise BadInput(
+            f"{model.name} has {len(model.classes)} classes, {data} has {len(source.classes or ())}: "
+            "distillation needs the labels that the model knows"
+        )
+    return source
+
+
+def without_images(model: Model) -> Data:
+    """What a method gets that trains on the model's own samples alone: its classes in equal parts, and blank images."""
+    size = LABELS if model.classes is None else len(model.classes) * -(-LABELS // len(model.classes))
+    labels = None if model.classes is None else torch.arange(size) % len(model.classes)
+    blank = torch.zeros(1, *model.shape, dtype=torch.uint8)
+    return Data(size, model.shape, lambda indices: blank.expand(len(indices), *model.shape), labels, model.classes)
 
 
 class Saver:

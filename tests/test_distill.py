@@ -164,6 +164,19 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "bad").exists()
 
 
+def test_what_trains_on_the_teachers_samples_needs_no_images(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = "denoising_student:pairs=64,pair_steps=4"
+    arguments = asked(place, tmp_path / "own", "--steps", "8", method=method)
+    del arguments[(k := arguments.index("--data")) : k + 2]
+    assert main(arguments) == 0
+    assert hasten.load(tmp_path / "own").steps == 1
+    capsys.readouterr()
+    assert main(["distill", str(place / "tiny"), "--out", str(tmp_path / "no"), "--method", "progressive"]) == 1
+    assert "progressive needs real images" in capsys.readouterr().err
+
+
 def test_the_budget_is_divided_by_share_and_cost() -> None:
     stages = [Stage("a", 100, 2.0), Stage("b", 200, 4.0, share=2.0), Stage("pairs", 10, 0.1, pairs=50)]
     allocate(stages, steps=None, minutes=None, evaluations=10_000)

@@ -12,7 +12,7 @@ from ._common import open_model
 def distill(
     model: str,
     *,
-    data: Path,
+    data: Path | None = None,
     out: Path = Path("students"),
     method: str = "guided",
     minutes: float | None = None,
@@ -33,7 +33,8 @@ def distill(
 
     Args:
         model: The teacher: a bundled name (see models) or a folder.
-        data: Folder, zip or array of real images, with the teacher's labels.
+        data: Folder, zip or array of real images, with the teacher's labels. Some methods (reflow, dsno,
+            denoising_student) do without: they train on what the teacher draws.
         out: The folder to write.
         method: Such as guided:steps=(16,8,4,2,1), progressive:steps=(8,4,2,1), tract, consistency or reflow.
         minutes: Time for the whole run. If no budget is given, 30.
