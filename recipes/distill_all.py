@@ -6,9 +6,9 @@
 --teacher: a model; here the student of stage one of `guided` (one evaluation a step with guidance inside), fixed at
 --guidance-scale, so that no method pays for two branches; what learns from data alone is judged as it is. Each method
 runs through `distill_model` with the options of METHODS, into a folder of its own; what is finished is not done again.
-Each student is judged at its own number of steps, those of one network for several (consistency sampling) at 1, 2, 4:
-distance, class accuracy, precision and recall of --n images of the seeds 0, 1, ... The two reference rows are the
-teacher with as many steps (the best of a few samplers), and at its best. One JSON line a row in `rows.jsonl`.
+Each student is judged at its own number of steps, one network for several at all of those (consistency sampling: at
+1, 2, 4): distance, class accuracy, precision and recall of --n images of the seeds 0, 1, ... The two reference rows are
+the teacher with as many steps (the best of a few samplers), and at its best. One JSON line a row in `rows.jsonl`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ METHODS: dict[str, str] = {
     "sft-pg": "sft_pg:steps=4,last=0.05,balance=true,lr=2e-5",
     "dmd": "dmd",
     "prodiff": "prodiff:lr=1e-3",
+    "guided, stochastic": "guided:steps=(8,4,2,1),start=32,kind=stochastic",
+    "guided, one network": "guided:steps=(8,4,2,1),start=16,order=2,shared=true,last=3",
 }
 TEACHER = (("unipc:order=2", "lambda:low=0.05"), ("unipc:order=3", "lambda:low=0.05"), ("ddim", "trailing"))
 
@@ -67,11 +69,12 @@ def students(folder: Path) -> Iterator[tuple[int, hasten.Model, dict[str, Any]]]
         model = hasten.load(place)
         if model.card["distilled"]["figures"].get("direction") == "encode" or model.steps > max(STEPS):
             continue
-        if model.sampler.startswith("consistency"):
-            for steps in (1, 2, 4):
-                yield steps, model, {"sampler": model.sampler, "times": model.times, "steps": steps}
-        else:
-            yield model.steps, model, {}
+        several = (1, 2, 4) if model.sampler.startswith("consistency") else model.denoiser.step_counts
+        for steps in several or ():
+            yield steps, model, {"sampler": model.sampler, "times": model.times, "steps": steps}
+        if several:
+            continue
+        yield model.steps, model, {}
 
 
 def reference_rows(teacher: hasten.Model, n: int, scale: float) -> Iterator[dict[str, Any]]:
@@ -80,7 +83,7 @@ def reference_rows(teacher: hasten.Model, n: int, scale: float) -> Iterator[dict
         ways = [{"sampler": s, "times": t, "steps": steps} for s, t in TEACHER if steps > 1 or s == "ddim"]
         few = [{**judged(teacher, n, scale, **way), "way": way} for way in ways]
         yield {"method": "teacher", "steps": steps, **min(few, key=lambda row: row["frechet"])}
-    for way in ({"sampler": "ddim", "times": "trailing", "steps": 256}, {"sampler": "unipc:order=2", "steps": 32}):
+    for way in ({"sampler": "ddim", "times": "trailing", "steps": 64}, {"sampler": "unipc:order=2", "steps": 32}):
         yield {"method": "teacher", "steps": way["steps"], "way": way, **judged(teacher, n, scale, **way)}
 
 
