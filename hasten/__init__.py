@@ -32,7 +32,9 @@ _HOMES = {
     ),
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
     **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
+    **dict.fromkeys(["accelerate", "as_scheduler", "times_like"], "adapters.diffusers"),
     **dict.fromkeys(["distill_model"], "distill"),
+    **dict.fromkeys(["quantize_model"], "quantize"),
     **dict.fromkeys(["tune_model"], "tune"),
     **dict.fromkeys(["Plan"], "plan"),
 }  # fmt: skip
@@ -41,11 +43,12 @@ __all__ = [
     "Consistency", "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold", "FastDPM", "Flow",
     "HastenError", "Heun", "Interval", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned",
     "PredictorCorrector", "ProbabilityFlow", "Query", "Rescale", "SASolver", "SingDiffusion", "StochasticDistilled",
-    "SubVP", "UniPC", "VPCosine", "VPLinear", "distill_model", "draw", "load", "pick", "plan", "rescale_zero_snr",
-    "tune_model", "walk",
+    "SubVP", "UniPC", "VPCosine", "VPLinear", "accelerate", "as_scheduler", "distill_model", "draw", "load", "pick",
+    "plan", "quantize_model", "rescale_zero_snr", "times_like", "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from .adapters.diffusers import accelerate, as_scheduler, times_like
     from .denoiser import Denoiser
     from .discrete import Discrete, rescale_zero_snr
     from .distill import distill_model
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from .model import Model, load
     from .pick import pick
     from .plan import Plan, plan
+    from .quantize import quantize_model
     from .samplers import (
         DDIM,
         DDPM,

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from . import __version__, report
 from .denoiser import Denoiser
-from .errors import BadInput, HastenError
+from .errors import BadInput, HastenError, whole
 from .images import to_uint8
 from .machine import processor
 from .metrics import Reference, cost, evaluate_images, feature_net, net_name
 from .metrics import reference as load_reference
 from .metrics.difference import difference
-from .model import RECOMMENDED, Model, load, whole
+from .model import RECOMMENDED, Model, load
 from .pick import pick
 from .results import QUALITY, SCHEMA, Store, fingerprint, now
 from .terminal import spell
@@ -111,16 +111,12 @@ def prepare(model: Model, chosen: VariantSet) -> list[tuple[Variant, Variant | N
             base = others[v.model]
             choice = v.sampler or None, v.times or None, v.steps or None
             try:
-                way = base.way(*choice, v.guidance_scale, v.guides, v.start, v.plan)  # type: ignore[arg-type]
-                if v.accelerators:
-                    asked: dict[str, Any] = {"guidance_scale": v.guidance_scale, "plan": way.plan}
-                    asked |= {} if way.plan is not None else dict(zip(("sampler", "times", "steps"), choice))
-                    base = replace(base, denoiser=base.accelerated(v.accelerators, way.plan, asked))  # type: ignore[arg-type]
+                way = base.way(*choice, v.guidance_scale, v.guides, v.start, v.plan, v.accelerators)  # type: ignore[arg-type]
             except (HastenError, ValueError) as e:
                 raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
             own: dict[str, Any] = {"sampler": v.sampler, "times": v.times} if v.sampler else {}
             steps = len(way.times) - 1 if way.plan is None else way.plan.nfe
-            made = replace(base, plan=way.plan, steps=v.steps or steps, **own)
+            made = replace(base, denoiser=way.inner, plan=way.plan, steps=v.steps or steps, **own)  # type: ignore[arg-type]
             found[v.method] = replace(made, guidance_scale=v.guidance_scale)
         return found[v.method]
 
@@ -242,6 +238,8 @@ class Run:
             job.ready,
             {claim for one in job.variant.accelerators for claim in pick("accelerators", one).claims},
         )
+        if getattr(getattr(model.denoiser, "net", None), "runs_elsewhere", False):
+            return None
         if claims:
             return cost.macs(images, model, job.variant, 1, 0, 1, "fp32") if claims == {"features"} else None
         x = torch.zeros(1, *model.shape, device=model.device)
@@ -263,6 +261,8 @@ class Run:
         with counting(job.ready, progress), cost.peak_memory(model.device) as memory:
             drawn = self.sample(job, n)
         labels = model.labels(n)
+        net = next((m for m in job.ready.denoiser.modules() if hasattr(type(m), "cold_seconds")), None)
+        compiled = {} if net is None else {"cold_seconds": net.cold_seconds, "warm_seconds": net.warm_seconds}
         row = {
             "key": job.key, "name": v.name, "role": v.role, "sampler": v.sampler or "plan",
             "times": v.times or v.plan or v.model, "steps": job.ready.steps, "guidance_scale": v.guidance_scale,
@@ -270,7 +270,7 @@ class Run:
             "accelerators": list(v.accelerators),
             **self.costs(job.key, timed),
             "macs_per_image": self.macs(job, timed[job.key]["nfe"]),
-            "peak_memory": memory.peak, **dict.fromkeys(QUALITY),
+            "peak_memory": memory.peak, **dict.fromkeys(QUALITY), **compiled,
         }  # fmt: skip
         if self.known is not None:
             seen = evaluate_images(drawn, labels, self.net, self.known, range(first, first + n))

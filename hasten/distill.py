@@ -16,10 +16,10 @@ import torch
 
 from .distillers import Student, Task
 from .distillers._rehearsal import Rehearsal, Stage, allocate
-from .errors import BadInput
+from .errors import BadInput, whole
 from .images import grid, png, reserve, write
 from .machine import parse, spell
-from .model import Model, whole
+from .model import Model
 from .pick import pick
 from .plan import plan as compile_plan
 from .results import fingerprint, now

@@ -20,3 +20,9 @@ def nearest(asked: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(asked, choices, n=1, cutoff=0.5)
     listed = f"choices: {', '.join(choices)}" if choices else "there are no choices"
     return f"did you mean {close[0]!r}? ({listed})" if close else listed
+
+
+def whole(name: str, value: object, least: int) -> None:
+    """Refuse an argument that is not a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise BadInput(f"{name} must be a whole number of at least {least}, got {value!r}")

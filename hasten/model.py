@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,17 @@ from torch import Tensor, nn
 from . import shelf
 from .accelerators import Ahead, Call, Recorder, accelerate
 from .denoiser import Denoiser
-from .errors import BadInput, HastenError, nearest
+from .errors import BadInput, HastenError, nearest, whole
 from .guides.cfg import CFG, told_steps
 from .machine import choose, parse, spell
 from .pick import pick
 from .plan import Plan
 from .plan import plan as compile_plan
-from .sampling import Noise, draw
+from .sampling import Noise, Progress, Way, draw, part
 
-Progress = Callable[[int, int], None]
 Label = int | str | Sequence[int | str] | None
 RECOMMENDED = "recommended"
 KEPT = 4  # accelerated denoisers of a model
-
-
-@dataclass
-class Way:
-    """How images are made, all found and bound to the model: see `Model.way`."""
-
-    denoiser: nn.Module
-    plan: Plan | None
-    sampler: Any
-    times: Tensor
-    start: Any = None
-
-    @property
-    def nfe(self) -> float | None:
-        """Queries of the denoiser an image, without those of the start; None where only the run tells."""
-        return self.sampler.nfe(len(self.times) - 1) if self.plan is None else self.plan.nfe
 
 
 @dataclass
@@ -54,6 +37,8 @@ class Model:
     plan: what `sample` uses instead where it is told none of sampler, times and other steps. plans: more, by name.
     statistics, parts: tensors measured on the model and small networks beside it, by name: what tuning leaves for the
         methods that need it.
+    conditioning: of a model that takes prompts where others take labels: `cond(n, prompt, seed)` gives what the network
+        is told (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
@@ -73,6 +58,8 @@ class Model:
     plans: dict[str, Plan] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, nn.Module] = field(default_factory=dict)
+    conditioning: Any = None
+    decoder: Any = None
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -83,15 +70,20 @@ class Model:
     def to(self, device: str | torch.device) -> Model:
         """The same model with its weights moved."""
         parts = {name: net.to(device) for name, net in self.parts.items()}
-        return replace(self, denoiser=self.denoiser.to(device), parts=parts)
+        beside = {
+            key: one and one.to(device) for key, one in (("conditioning", self.conditioning), ("decoder", self.decoder))
+        }
+        return replace(self, denoiser=self.denoiser.to(device), parts=parts, **beside)
 
     def labels(self, n: int, label: Label = None) -> Tensor | None:
-        """Labels of `n` images, `(n,)` int64: None for an unconditional model.
+        """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.
 
         label: one class (its index or its name) for all images; a sequence, of which image k gets entry `k % len`;
             `"none"`: no class, the label that guidance calls unconditional; or None: image k gets class `k % C`.
         Raises BadInput for a label that the model does not have.
         """
+        if self.conditioning is not None:
+            return None
         if self.classes is None:
             if label is not None:
                 raise BadInput(f"{self.name} has no classes, so label={label!r} means nothing to it")
@@ -106,10 +98,17 @@ class Model:
             raise BadInput("label is an empty list: give one class or more")
         return torch.tensor([chosen[k % len(chosen)] for k in range(n)], dtype=torch.long)
 
+    def conditions(self, n: int, label: Label = None, seed: int = 0) -> dict[str, Tensor]:
+        """What tells the network apart the `n` samples (n, ...): their labels, or what is made of their prompts."""
+        if self.conditioning is not None:
+            made = self.conditioning.cond(n, label, seed)
+            return {key: value.to(self.device) for key, value in made.items()}
+        labels = self.labels(n, label)
+        return {} if labels is None else {"label": labels.to(self.device)}
+
     def cond(self, n: int) -> dict[str, Tensor]:
         """What the denoiser itself must be told with `n` samples: their labels, and the guidance scale of a student."""
-        labels = self.labels(n)
-        told = {} if labels is None else {"label": labels.to(self.device)}
+        told = self.conditions(n)
         if self.denoiser.net_takes_guidance:
             told["guidance"] = torch.full((n,), float(self.guidance_scale), device=self.device)
         if self.denoiser.step_counts is not None:
@@ -181,7 +180,7 @@ class Model:
             raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")
         if images is not None and start is None:
             raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
-        labels = self.labels(n, label)
+        conditions = self.conditions(n, label, seed)
         device = self.device
         made = []
         machine = parse(self.runtime_for(runtime, min(n, batch_size)), device.type)
@@ -190,7 +189,7 @@ class Model:
             for first in range(0, n, batch_size):
                 count = min(batch_size, n - first)
                 noise = Noise(range(seed + first, seed + first + count), self.shape, torch.float32, device)
-                cond = {} if labels is None else {"label": labels[first : first + count].to(device)}
+                cond = {key: value[first : first + count] for key, value in conditions.items()}
                 denoiser, x = way.denoiser, None
                 if way.start is not None:
                     given = None if images is None else images[first : first + count].to(device)
@@ -198,6 +197,7 @@ class Model:
                     x = way.start.begin(denoiser, noise, way.times[0], given, **cond)
                 tick = part(progress, first, n, batch_size)
                 x = draw(denoiser, way.sampler, way.times, noise, x=x, plan=way.plan, progress=tick, **cond)
+                x = x if self.decoder is None else self.decoder.decode(x)
                 made.append(x.float().clamp(-1, 1).cpu())
         return torch.cat(made)
 
@@ -215,21 +215,23 @@ class Model:
         """What these arguments of `sample` amount to, checked and bound to the model (None: what it recommends)."""
         begin = self.bound("starts", start) if start is not None else None
         compiled, method, grid = self.method(sampler, times, steps, plan, None if begin is None else begin.time)
-        base = self
-        if accelerators:
+        base, chosen = self, [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
+        if chosen:
             again = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale, "plan": plan}
-            base = replace(self, denoiser=self.accelerated(accelerators, compiled, again))  # type: ignore[arg-type]
+            base = replace(self, denoiser=self.accelerated(chosen, compiled, again))  # type: ignore[arg-type]
+        for one in chosen:
+            if hasattr(one, "plan") and compiled is not None:
+                compiled = one.plan(compiled, self.denoiser)
         denoiser = told_steps(base.guided(guidance_scale, guides), len(grid) - 1)
         if hasattr(method, "wrap"):
             denoiser = method.wrap(denoiser)
-        return Way(denoiser, compiled, method, grid, begin)
+        return Way(denoiser, base.denoiser, compiled, method, grid, begin)
 
-    def accelerated(self, accelerators: Sequence[Any], plan: Plan | None, setting: dict[str, Any]) -> nn.Module:
+    def accelerated(self, chosen: Sequence[Any], plan: Plan | None, setting: dict[str, Any]) -> nn.Module:
         """The denoiser with these accelerators, for a sampling by `plan` with this `setting` of `sample`.
 
         The last few are kept: to calibrate or to compile may take long.
         """
-        chosen = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
         ahead_times = None if plan is None else tuple(plan.times[:-1].tolist())
 
         def calls(n: int, seed: int) -> list[Call]:
@@ -249,7 +251,8 @@ class Model:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
             raise BadInput(f"guidance_scale must be a finite number, got {scale!r}")
-        if scale != 1 and self.classes is None and self.denoiser.guidance_range is None:
+        unguided = self.classes is None and self.conditioning is None
+        if scale != 1 and unguided and self.denoiser.guidance_range is None:
             raise BadInput(f"{self.name} has no classes to guide towards: guidance_scale must be 1, got {scale:g}")
         denoiser = CFG(scale=float(scale)).wrap(self.denoiser)
         for guide in guides:
@@ -367,24 +370,16 @@ class Model:
         return shelf.describe(self)
 
 
-def load(name: str | Path, device: str | torch.device = "cpu") -> Model:
-    """A model by bundled name or by folder.
+def load(name: Any, device: str | torch.device | None = None) -> Model:
+    """A model by bundled name or by folder; or a pipeline of `diffusers`, itself, by its folder or by its hub id.
+
+    device: by default the CPU; a pipeline itself stays where it is.
 
     Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the
     one in model.json) or of another shape than the network.
     """
-    return Model(**shelf.read(shelf.find(name))).to(device)
+    if shelf.is_pipeline(name):
+        from .adapters.diffusers import load_pipeline
 
-
-def part(progress: Progress | None, start: int, n: int, batch_size: int) -> Progress | None:
-    """`progress` of the batch that begins at image `start`, as a share of all `n` images."""
-    if progress is None:
-        return None
-    before, batches = start // batch_size, -(-n // batch_size)
-    return lambda done, total: progress(before * total + done, batches * total)
-
-
-def whole(name: str, value: object, least: int) -> None:
-    """Refuse an argument that is not a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise BadInput(f"{name} must be a whole number of at least {least}, got {value!r}")
+        return load_pipeline(name, device=device)
+    return Model(**shelf.read(shelf.find(name))).to(device or "cpu")

@@ -253,6 +253,34 @@ def reset(denoiser: Any) -> None:
                 module.reset()  # type: ignore[operator]
 
 
+def part(progress: Progress | None, start: int, n: int, batch_size: int) -> Progress | None:
+    """`progress` of the batch that begins at image `start`, as a share of all `n` images."""
+    if progress is None:
+        return None
+    before, batches = start // batch_size, -(-n // batch_size)
+    return lambda done, total: progress(before * total + done, batches * total)
+
+
+@dataclass
+class Way:
+    """How images are made, all found and bound to a model: see `Model.way`.
+
+    denoiser: accelerated and guided. inner: accelerated alone.
+    """
+
+    denoiser: nn.Module
+    inner: nn.Module
+    plan: Plan | None
+    sampler: Any
+    times: Tensor
+    start: Any = None
+
+    @property
+    def nfe(self) -> float | None:
+        """Queries of the denoiser an image, without those of the start; None where only the run tells."""
+        return self.sampler.nfe(len(self.times) - 1) if self.plan is None else self.plan.nfe
+
+
 def no_noise() -> Tensor:
     """The noise of a deterministic sampler. Raises HastenError when it is drawn after all."""
     raise HastenError("this sampler draws noise as it goes: pass noise=Noise(seeds, shape)")

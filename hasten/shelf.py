@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from .errors import BadInput, nearest
 from .plan import Plan
 from .predictions import prediction_from
 from .schedules import schedule_from_dict
-from .weights import build, fill, sha256, store
+from .weights import fill, restored, sha256, store
+from .weights import told as network
 
 if TYPE_CHECKING:
     from .model import Model
@@ -28,10 +30,14 @@ DESCRIPTION, WEIGHTS, PLAN, STATISTICS = "model.json", "weights.safetensors", "p
 
 def save(model: Model, folder: Path, half: bool = False) -> Path:
     """Write a model's folder; see `Model.save`."""
+    if model.card.get("pipeline"):
+        raise BadInput(f"{model.name} is a pipeline of diffusers: save that, pipe.save_pretrained(folder)")
     part = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
         part.mkdir(parents=True)
         store(model.denoiser.net, part / WEIGHTS, half)
+        if hasattr(model.denoiser.net, "write_files"):  # one that another library runs, with a graph of its own
+            model.denoiser.net.write_files(part)
         model.sha256 = sha256(part / WEIGHTS)
         told = describe(model)
         if model.plan is not None:
@@ -68,7 +74,7 @@ def describe(model: Model) -> dict[str, Any]:
     told = {
         "schema": SCHEMA,
         "name": model.name,
-        "net": {"class": type(net).__name__, "config": net.config},
+        "net": network(net),
         "schedule": denoiser.schedule.to_dict(),
         "prediction": denoiser.prediction.to_dict(),
         "clock": denoiser.clock,
@@ -92,11 +98,7 @@ def describe(model: Model) -> dict[str, Any]:
         told["statistics"] = {"file": STATISTICS, "names": sorted(model.statistics)}
     if model.parts:
         told["parts"] = {
-            name: {
-                "class": type(part).__name__,
-                "config": part.config,
-                "file": f"parts/{checked(name)}.safetensors",
-            }
+            name: {**network(part), "file": f"parts/{checked(name)}.safetensors"}
             for name, part in sorted(model.parts.items())
         }
     return told
@@ -116,6 +118,18 @@ def keep(tensors: dict[str, Tensor], file: Path) -> None:
     file.write_bytes(written({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
 
 
+def is_pipeline(name: Any) -> bool:
+    """Whether it is a pipeline of `diffusers`: itself, its folder, or what can only be a hub id, `owner/name` where no
+    folder `owner` is."""
+    if not isinstance(name, (str, Path)):
+        return True
+    folder, parts = Path(name), str(name).split("/")
+    if folder.exists():
+        return (folder / "model_index.json").is_file() and not (folder / DESCRIPTION).is_file()
+    plain = len(parts) == 2 and all(re.fullmatch(r"\w[\w.-]*", part) for part in parts)
+    return plain and not folder.parent.exists()
+
+
 def find(name: str | Path) -> Path:
     """The folder of a model: a bundled name first, then a folder with a model.json."""
     cards = zoo.cards()
@@ -124,17 +138,12 @@ def find(name: str | Path) -> Path:
     folder = Path(name)
     if (folder / DESCRIPTION).is_file():
         return folder
-    if (folder / "model_index.json").is_file():
-        raise BadInput(f"{name} is a diffusers pipeline: diffusers models are not supported yet")
     if folder.is_dir():
         raise BadInput(f"no {DESCRIPTION} in {name}: not a model that hasten saved")
     if folder.exists():
         raise BadInput(f"{name} is a file: a model is a folder with a {DESCRIPTION}, or a bundled name")
     if "/" in str(name) or os.sep in str(name):
-        raise BadInput(
-            f"no folder {name}; if it is a hub id: diffusers models are not supported yet "
-            f"(bundled models: {', '.join(cards) or 'none'})"
-        )
+        raise BadInput(f"no folder {name} (bundled models: {', '.join(cards) or 'none'})")
     raise BadInput(f"unknown model {str(name)!r}: {nearest(str(name), cards)}, or a folder with a {DESCRIPTION}")
 
 
@@ -148,7 +157,7 @@ def read(folder: Path) -> dict[str, Any]:
         found = told.get("schema") if isinstance(told, dict) else type(told).__name__
         raise BadInput(f"{folder / DESCRIPTION} has schema {found!r}, this version of hasten reads {SCHEMA}")
     try:
-        net = build(told["net"]["class"], told["net"]["config"])
+        net = restored(told["net"])
         denoiser = Denoiser(
             net,
             schedule_from_dict(told["schedule"]),
@@ -177,6 +186,8 @@ def read(folder: Path) -> dict[str, Any]:
     except (TypeError, ValueError, AttributeError) as e:
         raise BadInput(f"{folder / DESCRIPTION} does not describe a model: {e}") from e
     fill(net, weights, str(told["weights"]["sha256"]))
+    if hasattr(net, "open_files"):
+        net.open_files(folder)
     denoiser.eval().requires_grad_(False)
     return fields
 
@@ -207,7 +218,7 @@ def statistics_in(folder: Path, told: dict[str, Any] | None) -> dict[str, Tensor
 
 def part_in(folder: Path, told: dict[str, Any]) -> torch.nn.Module:
     """A small network beside the model's own."""
-    net = build(told["class"], told["config"])
+    net = restored(told)
     fill(net, folder / told["file"], str(told["sha256"]))
     return net.eval().requires_grad_(False)
 

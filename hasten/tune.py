@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import BadInput
+from .errors import BadInput, whole
 from .images import reserve
 from .machine import parse
-from .model import Model, whole
+from .model import Model
 from .pick import pick
 from .results import fingerprint, now
 from .sampling import spell

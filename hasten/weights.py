@@ -1,4 +1,4 @@
-"""Weights on disk: a network built from its name and filled from a safetensors file that is checked first."""
+"""Weights on disk: a network built from what is told of it and filled from a safetensors file that is checked first."""
 
 from __future__ import annotations
 
@@ -12,29 +12,55 @@ from torch import nn
 from . import nets
 from .errors import BadInput, nearest
 from .metrics.references import sha256
+from .nets.quantized import described, scales, vacant
 
-__all__ = ["build", "fill", "sha256", "store"]
+__all__ = ["build", "fill", "restored", "sha256", "store", "told"]
+
+ELSEWHERE = ("adapters.onnx", "adapters.openvino")
 
 
 def store(net: nn.Module, file: Path, half: bool = False) -> None:
-    """Write a network's tensors as safetensors; half: floating-point ones as float16."""
+    """Write a network's tensors as safetensors; half: floating-point ones as float16, but for integers' scales."""
     from safetensors.torch import save
 
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
     if half:
-        weights = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
+        exact = scales(net)
+        weights = {key: w.half() if w.is_floating_point() and key not in exact else w for key, w in weights.items()}
     file.write_bytes(save(weights))  # save_file would make it readable by its owner only
 
 
 def build(name: str, config: dict[str, Any]) -> nn.Module:
-    """A network of `hasten.nets` by class name."""
+    """A network of `hasten.nets` by class name, or one of those that another library runs."""
     found: dict[str, type[nn.Module]] = {}
-    for info in pkgutil.iter_modules(nets.__path__):
-        module = importlib.import_module(f"{nets.__name__}.{info.name}")
+    for part in [*(f"nets.{info.name}" for info in pkgutil.iter_modules(nets.__path__)), *ELSEWHERE]:
+        module = importlib.import_module(f"{__package__}.{part}")
         found |= {k: v for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__}
     if name not in found or not issubclass(found[name], nn.Module):
         raise BadInput(f"unknown network {name!r}: {nearest(name, sorted(found))}")
     return found[name](**config)
+
+
+def told(net: nn.Module) -> dict[str, Any]:
+    """What model.json holds of a network: its class, its config, and which of its layers are made of integers.
+
+    `quantized` is a list of {bits, act_bits, parts, groups, rank, layers}: layers of the same kind, by name.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, kind in described(net).items():
+        row = next((row for row in rows if all(row[key] == value for key, value in kind.items())), None)
+        if row is None:
+            rows.append(row := {**kind, "layers": []})
+        row["layers"].append(name)
+    base = {"class": type(net).__name__, "config": net.config}
+    return base | {"quantized": rows} if rows else base
+
+
+def restored(told: dict[str, Any]) -> nn.Module:
+    """The network that `told` told, for `fill` to fill."""
+    net = build(told["class"], told["config"])
+    rows = told.get("quantized") or []
+    return vacant(net, {name: row for row in rows for name in row["layers"]}) if rows else net
 
 
 def fill(net: nn.Module, file: Path, expected: str) -> None:

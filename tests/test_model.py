@@ -253,8 +253,7 @@ def test_what_is_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, message in {
         "empty": "no model.json in empty",
         "file": "file is a file",
-        "pipeline": "diffusers models are not supported yet",
-        "someone/some-model": "diffusers models are not supported yet",
+        "pipeline": "diffusers cannot load pipeline",
         "nothing": "unknown model 'nothing'",
     }.items():
         with pytest.raises(BadInput, match=message):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .distilling import distill
+from .exporting import export
 from .judging import compare, evaluate
 from .looking import models, show
 from .making import sample, train
+from .quantizing import quantize
 from .restyling import restyle
 from .tuning import tune
 
-VERBS = (sample, compare, distill, tune, restyle, train, evaluate, models, show)
+VERBS = (sample, compare, distill, quantize, tune, restyle, export, train, evaluate, models, show)
 __all__ = [verb.__name__ for verb in VERBS]

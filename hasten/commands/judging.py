@@ -109,9 +109,9 @@ def evaluate(
     Returns:
         The settings, and under `measures` each figure with its features, reference, count, floor and interval.
     """
+    from ..errors import whole
     from ..metrics import evaluate_images, feature_net, reference_from_images
     from ..metrics import reference as load_reference
-    from ..model import whole
 
     whole("n", n, 10)
     loaded = open_model(model, device)

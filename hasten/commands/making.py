@@ -40,11 +40,11 @@ def sample(
     the rounding of the number format.
 
     Args:
-        model: A bundled name (see models) or a folder.
+        model: A bundled name (see models), a folder, or the folder or hub id of a diffusers pipeline.
         out: The PNG file to write; with single, the folder.
         n: How many images.
         label: Class index or name, or several parted by commas, taken in turn; none is no class. Left out, all classes
-            take turns.
+            take turns. Of a model of prompts: the prompt.
         seed: Of the first image; image k has seed + k.
         sampler: Such as ddim, unipc or dpm:order=2,sde=true. Left out: the model's own choice, as for the next three.
         times: Time grid, such as uniform, lambda, trailing or karras:rho=7.
@@ -67,14 +67,15 @@ def sample(
         What was done: files, settings, seeds, labels, seconds.
     """
     from .. import images as pictures
-    from ..model import whole
+    from ..errors import whole
 
     whole("n", n, 1)
     if out.suffix.lower() != ".png" and not single:
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
     pictures.reserve(out / "0.png" if single else out)
     loaded = open_model(model, device)
-    chosen = [part.strip() for part in label.split(",")] if isinstance(label, str) and "," in label else label
+    several = isinstance(label, str) and "," in label and loaded.conditioning is None  # a prompt may hold commas
+    chosen = [part.strip() for part in str(label).split(",")] if several else label
     labels = loaded.labels(n, chosen)
     asked: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
     asked["accelerators"] = tuple(accelerate or ())

@@ -66,7 +66,7 @@ def restyle(
         The file, what was done, and the network evaluations that an image took.
     """
     from .. import images as pictures
-    from ..model import whole
+    from ..errors import whole
     from ..tasks.style_transfer import classes, is_encoder
     from ..tasks.style_transfer import restyle as run
 

@@ -48,12 +48,14 @@ class CFG:
             raise BadInput(f"cfg needs rescale in [0, 1], found {self.rescale}")
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
-        """The guided denoiser, of the same signature; needs `label=` at every call and `denoiser.null_label`."""
+        """The guided denoiser, of the same signature. What the unconditional branch is told is `denoiser.null_label`,
+        with `label=` at every call, or what is given beside every condition NAME as `null_NAME`."""
         if getattr(denoiser, "guidance_range", None) is not None:
             return distilled(denoiser, self)
         if self.scale == 1.0:
             return denoiser
-        if getattr(denoiser, "null_label", None) is None:
+        told = getattr(getattr(denoiser, "net", None), "null_conditions", False)
+        if getattr(denoiser, "null_label", None) is None and not told:
             raise BadInput(
                 f"guidance needs a model with a null label (one trained with label dropout), found null_label None in "
                 f"{type(denoiser).__name__}"
@@ -116,7 +118,7 @@ class Guided(Wrapper):
         """x0 (B, *S). label: (B,) whole numbers; other conditions of B rows are doubled with the batch."""
         inside = self._inside(t)
         if inside is False:
-            return self.denoiser(x_t, t, label=self._given(label), **cond)
+            return self.denoiser(x_t, t, **self._alone(label, cond))
         both = self._both(x_t, label, cond)
         answers = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)
         return self._combined(answers, x_t, t, inside)
@@ -128,7 +130,7 @@ class Guided(Wrapper):
         step in the features does the same whatever the scale."""
         inside = self._inside(t)
         if inside is False:
-            return self.denoiser.features(x_t, t, label=self._given(label), **cond)  # type: ignore[operator]
+            return self.denoiser.features(x_t, t, **self._alone(label, cond))  # type: ignore[operator]
         both = self._both(x_t, label, cond)
         x_twice, t_twice = torch.cat([x_t, x_t]), _doubled(t, len(x_t))
         middle, finish = self.denoiser.features(x_twice, t_twice, **both)  # type: ignore[operator]
@@ -149,16 +151,27 @@ class Guided(Wrapper):
         of_cond, of_uncond = raw.chunk(2)
         return of_uncond + self.guide.scale * (of_cond - of_uncond)
 
-    def _given(self, label: Tensor | None) -> Tensor:
-        if label is None:
+    def _given(self, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
+        """All conditions. Raises BadInput where there is nothing to guide towards."""
+        if label is None and not any(key.startswith("null_") for key in cond):
             raise BadInput(f"guidance with scale {self.guide.scale:g} needs label=, the classes to guide towards")
-        return label
+        return cond if label is None else {**cond, "label": label}
+
+    def _alone(self, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
+        """The conditions of the conditional branch."""
+        return {key: value for key, value in self._given(label, cond).items() if not key.startswith("null_")}
 
     def _both(self, x_t: Tensor, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
-        """The conditions of the 2 B rows: as given, and without a class."""
-        label = self._given(label)
-        both = {key: _doubled(value, len(x_t)) for key, value in cond.items()}
-        return both | {"label": torch.cat([label, torch.full_like(label, self.denoiser.null_label)])}
+        """The conditions of the 2 B rows: as given, and without a class or with what stands for each of them."""
+        both = {}
+        for key, value in self._alone(label, cond).items():
+            if f"null_{key}" in cond:
+                both[key] = torch.cat([value, cond[f"null_{key}"]])
+            elif key == "label" and self.denoiser.null_label is not None:
+                both[key] = torch.cat([value, torch.full_like(value, self.denoiser.null_label)])  # type: ignore
+            else:
+                both[key] = _doubled(value, len(x_t))
+        return both
 
     def _combined(self, answers: Tensor, x_t: Tensor, t: Tensor | float, inside: bool | Tensor) -> Tensor:
         x0_cond, x0_uncond = answers.chunk(2)

@@ -166,7 +166,7 @@ class UNet(nn.Module):
     def _which(self, steps: Tensor) -> Tensor:
         """The places of counts (B,) in the list of those that the network knows."""
         same = steps[:, None] == torch.tensor(self.step_counts, device=steps.device)
-        if not bool(same.any(1).all()):
+        if not torch.compiler.is_compiling() and not bool(same.any(1).all()):
             raise ValueError(f"this U-Net knows {self.step_counts} steps, got {sorted(set(steps.tolist()))}")
         return same.long().argmax(1)
 
@@ -184,29 +184,72 @@ class UNet(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
         """The contracting half and the middle: `(B, C, H, W), (B, E) -> (skips, middle)`. Neither is changed later."""
-        if x.shape[-1] % self.multiple or x.shape[-2] % self.multiple:
-            raise ValueError(f"height and width must be multiples of {self.multiple}, got {tuple(x.shape[-2:])}")
-        x = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
-        skips = [x]
-        for level, row in enumerate(self.down):
-            for stage in row:
-                x = stage(x, emb)
-                skips.append(x)
-            if level < len(self.downsample):
-                x = self.downsample[level](x)
-                skips.append(x)
-        for stage in self.middle:
-            x = stage(x, emb)
-        return skips, x
+        skips = self._contracted([self._entered(x)], emb)
+        return skips, self._middle(skips[-1], emb)
 
     def decode(self, skips: Sequence[Tensor], middle: Tensor, emb: Tensor) -> Tensor:
         """The expanding half: what `encode` returned and an embedding -> `(B, C_out, H, W)`. `skips` are kept."""
-        left, x = list(skips), middle
+        return self._out(self._expanded(skips, middle, emb))
+
+    def shallow_encode(self, x: Tensor, emb: Tensor, branch: int | None = None) -> list[Tensor]:
+        """The first skips, `branch + 1` of them: `(B, C, H, W), (B, E) -> first`.
+
+        branch: how many blocks of the finest level are run, 0 to `blocks`; None: all of them.
+        """
+        branch = self.branches if branch is None else branch
+        if not 0 <= branch <= self.branches:
+            raise ValueError(f"branch must be a whole number from 0 to {self.branches}, got {branch}")
+        return self._contracted([self._entered(x)], emb, branch)
+
+    @property
+    def branches(self) -> int:
+        """The largest `branch`."""
+        return len(self.down[0])  # type: ignore[arg-type]
+
+    def deep(self, first: Sequence[Tensor], emb: Tensor) -> Tensor:
+        """All that lies between `shallow_encode` and `shallow_decode`: the first skips -> the input of the blocks that
+        use them, which DeepCache keeps (Ma et al. 2023, 2312.00858). `forward` is the three, one after the other."""
+        skips = self._contracted(first, emb)
+        return self._expanded(skips, self._middle(skips[-1], emb), emb, left=len(first))
+
+    def shallow_decode(self, first: Sequence[Tensor], up_input: Tensor, emb: Tensor) -> Tensor:
+        """The last blocks, one for each of the first skips: -> `(B, C_out, H, W)`."""
+        return self._out(self._expanded(first, up_input, emb))
+
+    def _entered(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % self.multiple or x.shape[-2] % self.multiple:
+            raise ValueError(f"height and width must be multiples of {self.multiple}, got {tuple(x.shape[-2:])}")
+        return self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+
+    def _contracted(self, first: Sequence[Tensor], emb: Tensor, until: int | None = None) -> list[Tensor]:
+        """The first skips and those that follow, up to number `until`."""
+        skips = list(first)
+        falling: list[tuple[nn.Module, bool]] = []  # and whether it is told the embedding
+        for level, row in enumerate(self.down):
+            falling += [(stage, True) for stage in row]
+            falling += [(layer, False) for layer in self.downsample[level : level + 1]]
+        for layer, told in falling[len(skips) - 1 : until]:
+            skips.append(layer(skips[-1], emb) if told else layer(skips[-1]))
+        return skips
+
+    def _middle(self, x: Tensor, emb: Tensor) -> Tensor:
+        for stage in self.middle:
+            x = stage(x, emb)
+        return x
+
+    def _expanded(self, skips: Sequence[Tensor], x: Tensor, emb: Tensor, left: int = 0) -> Tensor:
+        """`x` through the blocks that these skips are for, all but the first `left`."""
+        rising: list[tuple[nn.Module, nn.Module | None]] = []  # and what doubles the side after it
         for level, row in enumerate(self.up):
-            for stage in row:
-                x = stage(torch.cat([x, left.pop()], dim=1), emb)
+            rising += [(stage, None) for stage in row]
             if level < len(self.upsample):
-                x = self.upsample[level](x)
+                rising[-1] = row[-1], self.upsample[level]
+        for (stage, double), skip in zip(rising[-len(skips) :], list(skips)[left:][::-1]):
+            x = stage(torch.cat([x, skip], dim=1), emb)
+            x = x if double is None else double(x)
+        return x
+
+    def _out(self, x: Tensor) -> Tensor:
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 

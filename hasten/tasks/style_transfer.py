@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..distillers._upward import encode
-from ..errors import BadInput
-from ..model import Label, Model, part, whole
+from ..errors import BadInput, whole
+from ..model import Label, Model
 from ..samplers.ddim import invert
-from ..sampling import Noise, draw
+from ..sampling import Noise, draw, part
 from ..times import Trailing
 
 __all__ = ["Restyled", "restyle"]

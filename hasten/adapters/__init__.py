@@ -1,0 +1,1 @@
+"""Models of other libraries, and other libraries that run models."""

@@ -1,0 +1,124 @@
+"""What a scheduler of `diffusers` says about its network: schedule, prediction and clock; and the times it visits."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..discrete import Discrete
+from ..errors import BadInput, nearest
+from ..schedules import Flow, Schedule
+
+__all__ = ["FlowDenoiser", "Reading", "begin_of", "reading", "times_like"]
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `t` means, what the network predicts, and how many training steps its clock counts.
+
+    A table's network is told the fractional index N t - 1 of its entry; that of a flow N sigma(t).
+    """
+
+    schedule: Schedule
+    prediction: str
+    steps: int
+
+    @property
+    def flow(self) -> bool:
+        return isinstance(self.schedule, Flow)
+
+    def time(self, timesteps: Tensor | float) -> Tensor:
+        """t in [0, 1], float64, of the network's own times."""
+        own = torch.as_tensor(timesteps).to("cpu", torch.float64)
+        if not self.flow:
+            return ((own + 1) / self.steps).clamp(0, 1)
+        sigma = (own / self.steps).clamp(0, 1)
+        return self.schedule.time(torch.log1p(-sigma) - torch.log(sigma))
+
+    def timestep(self, t: Tensor | float) -> Tensor:
+        """The network's own time, float64, of t in [0, 1]."""
+        if isinstance(self.schedule, Flow):
+            return self.steps * self.schedule.sigma(t)
+        return self.schedule.index(t)  # type: ignore[attr-defined]
+
+    def denoiser(self, net: torch.nn.Module) -> Denoiser:
+        """The network as a denoiser."""
+        if self.flow:
+            return FlowDenoiser(net, self.schedule, self.prediction, clock=f"t{self.steps}")
+        return Denoiser(net, self.schedule, self.prediction, clock="index")
+
+
+class FlowDenoiser(Denoiser):
+    """A denoiser on the straight path whose network is told sigma, not t: with a shift the two differ."""
+
+    def time_input(self, t: Tensor | float) -> Tensor:
+        """sigma(t) times the number of training steps, float64, of the shape of `t`."""
+        return self.schedule.sigma(t) * float(self.clock[1:])
+
+    def replace(self, **changes: Any) -> Denoiser:
+        """The same with some of its constructor's arguments changed; what is not named is shared."""
+        new = super().replace(**changes)
+        new.__class__ = FlowDenoiser  # the same fields
+        return new
+
+
+def reading(scheduler: Any, prediction: str | None = None) -> Reading:
+    """What a scheduler says. prediction: in place of what it says, one of "eps", "v", "x0", "flow".
+
+    Raises BadInput where its network is none of those that hasten can ask.
+    """
+    if isinstance(own := getattr(scheduler, "reading", None), Reading):
+        return replace(own, prediction=prediction or own.prediction)  # it is one of ours
+    config, kind = dict(scheduler.config), type(scheduler).__name__
+    steps = int(config.get("num_train_timesteps", 1000))
+    if config.get("timestep_type") == "continuous":
+        raise BadInput(f"{kind} with timestep_type 'continuous' tells its network log sigma / 4: not supported")
+    if kind.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        shift = config.get("flow_shift", 1.0) if config.get("use_flow_sigmas") else config.get("shift", 1.0)
+        return Reading(Flow(float(shift or 1.0)), prediction or "flow", steps)
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise BadInput(f"{kind} has neither alphas_cumprod nor a flow: hasten cannot tell what its times mean")
+    schedule = Discrete(tuple(torch.as_tensor(table).double().tolist()), convention="log_q")
+    told = config.get("prediction_type", "epsilon")
+    if prediction is None and told not in PREDICTIONS:
+        raise BadInput(f"unknown prediction_type {told!r} of {kind}: {nearest(str(told), PREDICTIONS)}")
+    return Reading(schedule, prediction or PREDICTIONS[told], steps)
+
+
+def times_like(scheduler: Any, steps: int) -> Tensor:
+    """The times, float64 and decreasing, that the scheduler visits in `steps` steps, with the one where it ends.
+
+    Sampling on them is what the scheduler does, but for the rounding of its float32 tables. A last step that stays
+    where it is (from the table's first entry to itself) is left out, and so are times visited twice.
+    """
+    other, read = copy.deepcopy(scheduler), reading(scheduler)
+    other.set_timesteps(steps)
+    if hasattr(other, "grid"):
+        return other.grid  # one of ours
+    sigmas = getattr(other, "sigmas", None)
+    if read.flow and sigmas is not None:
+        visited = read.time(sigmas[:-1].double() * read.steps)  # unrounded: timesteps may be whole numbers
+    else:
+        visited = read.time(other.timesteps)
+    end = read.time(0).item()  # the table's first entry
+    clean = float(sigmas[-1]) == 0 if sigmas is not None else float(getattr(other, "final_alpha_cumprod", 1.0)) == 1
+    times = torch.unique(torch.cat([visited, torch.tensor([0.0 if clean or read.flow else end]).double()]))
+    return times.flip(0)
+
+
+def begin_of(scheduler: Any, timestep: float) -> int:
+    """The place in the scheduler's timesteps where a sampling begins that asks first at `timestep`."""
+    begin = getattr(scheduler, "begin_index", None)
+    own = scheduler.timesteps.detach().to("cpu", torch.float64)
+    if begin is not None and begin < len(own) and abs(float(own[begin]) - timestep) < 1e-6 * max(1.0, timestep):
+        return int(begin)
+    near = (own - timestep).abs() <= 1e-6 * max(1.0, abs(timestep))
+    return int(near.nonzero()[0]) if bool(near.any()) else -1

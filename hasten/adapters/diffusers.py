@@ -1,0 +1,296 @@
+"""`diffusers`, both ways: pipelines as models of hasten, samplers of hasten as schedulers, accelerated pipelines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Denoiser
+from ..discrete import Discrete
+from ..errors import BadInput
+from ..plan import Plan
+from ..sampling import spell
+from ..schedules import Flow, Schedule, schedule_from_dict
+from ..times import Explicit
+from ._conditions import Latents, Prompts
+from ._optional import diffusers
+from ._running import Accelerated
+from ._schedules import PREDICTIONS, FlowDenoiser, reading, times_like
+from ._seams import Seams, with_seams
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+__all__ = [
+    "accelerate",
+    "accelerate_pipeline",
+    "as_scheduler",
+    "is_pipeline",
+    "load_pipeline",
+    "open_pipeline",
+    "times_like",
+]
+
+INDEX = "model_index.json"
+TABLE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type", "shift", "use_flow_sigmas", "flow_shift",
+)  # fmt: skip
+
+
+def is_pipeline(thing: Any) -> bool:
+    """Whether a thing is a pipeline of `diffusers` (which is not imported to find out)."""
+    return any(kind.__name__ == "DiffusionPipeline" for kind in type(thing).__mro__)
+
+
+def open_pipeline(name: str | Path) -> Any:
+    """The pipeline in a folder with a model_index.json, or of a hub id. Raises BadInput in one line."""
+    library = diffusers()
+    try:
+        return library.DiffusionPipeline.from_pretrained(str(name))
+    except Exception as error:  # of many kinds: the network, the files, missing packages
+        said = " ".join(str(error).split()).split(". ")[0]
+        where = "" if (Path(name) / INDEX).is_file() else " (if you are offline, give the folder of a pipeline)"
+        raise BadInput(f"diffusers cannot load {name}: {said[:200]}{where}") from error
+
+
+def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device | None = None) -> Model:
+    """A pipeline, itself or by its folder or hub id, as a `Model`.
+
+    Its network with seams, its schedule, prompts or classes, image decoder and guidance; the weights are the
+    pipeline's own. Of the scheduler only the table, or the shift of a flow, is used, not its steps, nor its clipping of
+    x0: `times_like(pipe.scheduler, steps)` are the times that it would visit. A model of prompts takes them where
+    others take labels: `model.sample(4, "a photo of a cat")`.
+
+    Raises BadInput for a network that has no seams (`hasten.adapters._seams`), one that wants an image beside the noisy
+    one, or a scheduler whose times mean nothing to hasten.
+    """
+    from ..model import Model
+
+    if isinstance(pipe, (str, Path)):
+        pipe, device = open_pipeline(pipe), device or "cpu"
+    if not is_pipeline(pipe):
+        raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
+    slot, net = network_of(pipe)
+    seams, read = with_seams(net), reading(pipe.scheduler)
+    config = net.config
+    made = int(config.out_channels or config.in_channels)
+    if made not in (config.in_channels, 2 * config.in_channels):
+        raise BadInput(
+            f"the {slot} takes {config.in_channels} channels and makes {made}: it wants an image beside the noisy one; "
+            "use it through its pipeline (hasten.as_scheduler, hasten.accelerate)"
+        )
+    side = config.sample_size
+    if side is None:
+        raise BadInput(f"the {slot} does not say its sample_size: hasten cannot tell the shape of its samples")
+    height, width = (side, side) if isinstance(side, int) else side
+    vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    factor = 1 if vae is None else getattr(pipe, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1))
+    prompts = Prompts(pipe, (height * factor, width * factor)) if hasattr(pipe, "encode_prompt") else None
+    denoiser = read.denoiser(seams).eval()
+    classes = None if prompts is not None else classes_of(pipe, seams)
+    guidable = prompts is not None or denoiser.null_label is not None
+    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    card = {
+        "pipeline": type(pipe).__name__, "network": type(net).__name__, "scheduler": type(pipe.scheduler).__name__,
+        "parameters": sum(p.numel() for p in net.parameters()),
+    }  # fmt: skip
+    model = Model(
+        denoiser,
+        name or Path(str(pipe.config.get("_name_or_path") or type(pipe).__name__)).name,
+        (int(config.in_channels), int(height), int(width)),
+        classes=classes,
+        codec="image" if vae is None else "latent",
+        steps=20,
+        guidance_scale=float(default.default) if default is not None and guidable else 1.0,
+        card=card,
+        conditioning=prompts,
+        decoder=None if vae is None else Latents(vae),
+    )
+    return model if device is None else model.to(device)
+
+
+def network_of(pipe: Any) -> tuple[str, nn.Module]:
+    """The slot of a pipeline that holds its network, and the network."""
+    for slot in ("unet", "transformer"):
+        if isinstance(net := getattr(pipe, slot, None), nn.Module):
+            return slot, net
+    raise BadInput(f"{type(pipe).__name__} has neither a unet nor a transformer")
+
+
+def classes_of(pipe: Any, seams: Seams) -> tuple[str, ...] | None:
+    """Names of the classes that the network is told, the first name of each, where the pipeline has names."""
+    config = seams.config
+    count = config.get("num_class_embeds") or getattr(seams, "null_label", None)
+    if not count or config.get("class_embed_type"):
+        return None
+    names = pipe.config.get("id2label") or {}
+    for name, k in (getattr(pipe, "labels", None) or {}).items():  # all names of a class, sorted by name
+        names = names if k in names or str(k) in names else {**names, k: name}
+    given = [str(names.get(k, names.get(str(k), k))).split(",")[0].strip() for k in range(count)]
+    return tuple(name if given.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(given))
+
+
+def as_scheduler(
+    method: Plan | Any,
+    times: Any = None,
+    like: Any = None,
+    prediction: str | None = None,
+    clip: float | None = None,
+) -> Any:
+    """A scheduler of `diffusers` that runs a sampler or a plan of hasten inside an unmodified pipeline.
+
+        pipe.scheduler = hasten.as_scheduler("unipc:order=3", times="angle", like=pipe)
+        pipe("a photo of a cat", num_inference_steps=8)
+
+    It takes exactly the steps it is asked for, at fractional network times, with a generator for each sample if the
+    pipeline is given a list; `save_pretrained`, `from_pretrained` and `from_config` work.
+
+    Args:
+        method: a linear sampler, as an object or a text; or a `Plan`, as an object or a .json file.
+        times: a time grid, as an object, a text, or the times themselves (steps + 1, from noise to the end); by
+            default "angle". A plan has its own.
+        like: what the network was made for: a pipeline, a scheduler, a scheduler's config, or a `Model` or `Denoiser`.
+            May be left out with a plan, given `prediction`.
+        prediction: "eps", "v", "x0" or "flow", in place of what `like` says.
+        clip: hold x0 to [-clip, clip], for networks of pixels.
+    """
+    from ._scheduler import scheduler_class
+
+    kind, config = scheduler_class(), described(like)
+    if isinstance(method, (str, Path)) and str(method).endswith(".json"):
+        try:
+            method = Plan.from_json(Path(method).read_text())
+        except OSError as error:
+            raise BadInput(f"cannot read {method}: {error.strerror or error}") from error
+    if isinstance(method, Plan):
+        if times is not None:
+            raise BadInput("a plan holds its times: leave times out")
+        known = schedule_from_dict(method.schedule)
+        if not isinstance(known, (Discrete, Flow)):
+            raise BadInput(f"a plan on {type(known).__name__}: the networks of diffusers know tables and flows")
+        if like is None:
+            config = scheduled(known)
+        elif not alike(known, kind(**config).hasten_schedule, method.times):
+            raise BadInput("the plan was made for another schedule than that of this pipeline")
+        config["plan"] = method.to_json()
+    else:
+        config["sampler"] = method if isinstance(method, str) else spell(method)
+        if times is not None and not isinstance(times, str):
+            values = times.tolist() if isinstance(times, Tensor) else times
+            times = spell(Explicit(tuple(map(float, values))) if isinstance(values, Iterable) else times)
+        config["times"] = times or "angle"
+    if prediction is not None:
+        names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+        if prediction not in names:
+            raise BadInput(f"unknown prediction {prediction!r} (choices: {', '.join(names)})")
+        config["prediction_type"] = names[prediction]
+    elif like is None:
+        raise BadInput("as_scheduler needs like=, a pipeline or scheduler, or with a plan prediction=")
+    return kind(**config, clip=clip)
+
+
+def described(like: Any) -> dict[str, Any]:
+    """The part of a scheduler's configuration that says what the network was made for."""
+    from ._scheduler import scheduler_class
+
+    if like is None:
+        return {}
+    if isinstance(getattr(like, "denoiser", None), nn.Module):
+        like = like.denoiser  # a Model
+    if isinstance(like, Denoiser) or hasattr(like, "prediction") and hasattr(like, "clock"):
+        theirs = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+        if like.clock != "index" and not isinstance(like, FlowDenoiser):
+            raise BadInput(f"a scheduler of diffusers tells the network an index or sigma, this one wants {like.clock}")
+        return {**scheduled(like.schedule), "prediction_type": theirs[like.prediction.name]}
+    scheduler = like.scheduler if is_pipeline(like) else like
+    if hasattr(scheduler, "config"):
+        read, config = reading(scheduler), dict(scheduler.config)
+    else:
+        read, config = None, dict(scheduler)
+    kept = {key: config[key] for key in TABLE if key in config}
+    if kept.get("trained_betas") is not None:
+        kept["trained_betas"] = [float(beta) for beta in kept["trained_betas"]]
+    if read is None:
+        return kept
+    kept["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[read.prediction]
+    try:
+        same = scheduler_class()(**kept).hasten_schedule == read.schedule
+    except NotImplementedError:  # betas of a kind that only that scheduler knows
+        same = False
+    return kept if same else {**scheduled(read.schedule), "prediction_type": kept["prediction_type"]}
+
+
+def scheduled(schedule: Schedule) -> dict[str, Any]:
+    """The configuration that only a schedule gives."""
+    if isinstance(schedule, Discrete):
+        return {"num_train_timesteps": len(schedule.alphas_cumprod), "plan_schedule": schedule.to_dict()}
+    return {"num_train_timesteps": 1000, "plan_schedule": schedule.to_dict()}
+
+
+def alike(one: Schedule, two: Schedule, times: Tensor) -> bool:
+    """Whether two schedules agree at these times."""
+    return all(
+        bool(torch.allclose(getattr(one, f)(times), getattr(two, f)(times), atol=1e-4)) for f in ("alpha", "sigma")
+    )
+
+
+def accelerate(what: Any, accelerators: Any, ahead: Any = None, **told: Any) -> Any:
+    """A denoiser, or a pipeline of `diffusers`, under accelerators; what is given stays as it is.
+
+    Args:
+        what: a `Denoiser`, see `hasten.accelerators.accelerate`, or a pipeline, see `accelerate_pipeline`.
+        accelerators: one or several, as objects or texts.
+        ahead: with a denoiser: the `Ahead` of its sampling.
+        told: with a pipeline: `steps`, `prompts`, `seed`.
+    """
+    from ..accelerators import accelerate as accelerate_denoiser
+
+    if is_pipeline(what):
+        if ahead is not None:
+            raise BadInput("a pipeline's scheduler says what is ahead: give steps= in place of ahead=")
+        return accelerate_pipeline(what, accelerators, **told)
+    if told or not isinstance(what, nn.Module):
+        found = f"{type(what).__name__} with {', '.join(told)}=" if told else type(what).__name__
+        raise BadInput(
+            f"accelerate takes a Denoiser, or a pipeline of diffusers with steps= and prompts=, found {found}"
+        )
+    return accelerate_denoiser(what, methods(accelerators), ahead)
+
+
+def methods(accelerators: Any) -> list[Any]:
+    """Accelerators from one or several, as objects or texts."""
+    from ..pick import pick
+
+    if isinstance(accelerators, str) or not isinstance(accelerators, Iterable):
+        accelerators = [accelerators]
+    return [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
+
+
+def accelerate_pipeline(
+    pipe: Any, accelerators: Any, steps: int | None = None, prompts: Any = None, seed: int = 0
+) -> Any:
+    """A copy of the pipeline, with the same parts, whose network runs under these accelerators.
+
+    The pipeline that is given stays as it is. In the copy `unet` or `transformer` behaves as it did (config, dtype,
+    arguments, answers); guidance, ControlNet and T2I-Adapter inputs go through it. Every image begins afresh: where the
+    scheduler was set anew or the time goes up, what the accelerators remember is forgotten.
+
+    Args:
+        accelerators: one or several, as objects or texts such as "encoder_propagation:keys=uniform".
+        steps: of the samplings to come; by default 50. A sampling with other steps or another start (image to image)
+            makes the accelerators that look ahead anew, for the times of the scheduler then.
+        prompts, seed: of the samplings that an accelerator may want to see first (calibration).
+    """
+    from ..pick import pick
+
+    several = isinstance(accelerators, Iterable) and not isinstance(accelerators, str)
+    chosen = [
+        pick("accelerators", a) if isinstance(a, str) else a for a in (accelerators if several else [accelerators])
+    ]
+    return Accelerated.put_into(pipe, *network_of(pipe), chosen, steps or 50, seed, prompts)

@@ -1,0 +1,325 @@
+"""Quantisation: one quantiser's identities, learned rounding, calibration over time, split shortcuts, groups, ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hasten
+from hasten.accelerators import Ahead, Call, Recorder, accelerate
+from hasten.accelerators._calibration import Samples, bounds, chosen, fit_activations
+from hasten.accelerators._quantizer import ACTS, WEIGHTS, codes, error, fake, fit, search
+from hasten.accelerators._rounding import Block, begin, h, learn_rounding, learn_steps, mean_error
+from hasten.accelerators._simulated import Simulated
+from hasten.accelerators._units import Rows, trace
+from hasten.accelerators._work import relative_error
+from hasten.accelerators.quantize import Quantize
+from hasten.denoiser import Denoiser
+from hasten.errors import BadInput
+from hasten.nets.time_groups import TimeGroups
+from hasten.nets.unet import UNet
+from hasten.schedules import VPCosine
+from tests.test_model import tiny
+
+GRIDS = [WEIGHTS[8], WEIGHTS[4], ACTS[8]]
+
+
+def heavy(rows: int, n: int, seed: int = 0, shift: float = 0.0) -> Tensor:
+    """Rows of values with long tails."""
+    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed))
+    return x * x.abs() + shift
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("shift", [0.0, 9.0, -9.0])
+def test_codes_stay_on_the_grid_and_zero_stands_for_zero(grid: Any, shift: float) -> None:
+    x = heavy(5, 400, shift=shift)
+    scale, zero = fit(x.amin(1), x.amax(1), grid)
+    q = codes(x, scale[:, None], zero[:, None], grid)
+    assert q.min() >= grid.low and q.max() <= grid.high and torch.equal(zero, zero.round())
+    assert not grid.symmetric or (zero == 0).all()
+    assert torch.equal(fake(torch.zeros(5, 1), scale[:, None], zero[:, None], grid), torch.zeros(5, 1))
+    wrong = (x - fake(x, scale[:, None], zero[:, None], grid)).abs()
+    # half a step, and as much again at one end of the range, which moves when the zero is rounded
+    assert (wrong <= (0.5 if grid.symmetric else 1.0) * scale[:, None] * (1 + 1e-4)).all()
+
+
+def test_a_symmetric_grid_keeps_both_signs() -> None:
+    """A signed range with as many codes below zero as above: nothing negative is lost."""
+    x = torch.linspace(-3, 3, 601)[None]
+    for scale, zero in (fit(x.amin(1), x.amax(1), WEIGHTS[8]), search(x, WEIGHTS[8])):
+        q = codes(x, scale, zero, WEIGHTS[8])
+        assert torch.equal(q, -q.flip(1)) and q.min() == -127 and q.max() == 127
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_searched_range_is_never_worse_in_its_own_metric(grid: Any) -> None:
+    x = torch.cat([heavy(20, 500), torch.rand(20, 500), torch.zeros(1, 500)])
+    found = error(x, *search(x, grid), grid)
+    whole = error(x, *fit(x.amin(1), x.amax(1), grid), grid)
+    assert (found <= whole).all() and torch.isfinite(found).all()
+    if grid is WEIGHTS[4]:
+        assert found[:20].mean() < 0.9 * whole[:20].mean()  # measured: .83
+
+
+def test_gradients_pass_the_rounding() -> None:
+    grid, s, z = ACTS[8], torch.tensor(0.1, requires_grad=True), torch.tensor(100.0)
+    x = torch.tensor([-20.0, -3.14, 0.02, 4.44, 30.0], requires_grad=True)  # the first and the last outside
+    y = fake(x, s, z, grid)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
+    inside = sum(round(v / 0.1) - v / 0.1 for v in (-3.14, 0.02, 4.44))
+    assert float(s.grad) == pytest.approx((0 - 100) + inside + (255 - 100), abs=1e-3)
+
+
+def mixed(n: int, seed: int) -> Tensor:
+    """Activations like those in a network, (n, 32, 8, 8): 12 sources mixed into 32 channels, then SiLU."""
+    mix = torch.randn(32, 12, generator=torch.Generator().manual_seed(99)) / 12**0.5
+    z = torch.randn(n, 12, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return F.silu(torch.einsum("oc,nchw->nohw", 1.5 * mix, z))
+
+
+def block_of(layer: nn.Module, sim: Simulated, x: Tensor) -> Block:
+    with torch.no_grad():
+        return Block(sim, Rows([((x,), {})]), [layer(x)], torch.zeros(len(x), dtype=torch.long))
+
+
+@torch.no_grad()
+def squared(layer: nn.Module, sim: nn.Module, x: Tensor) -> float:
+    return float((layer(x) - sim(x)).square().mean())
+
+
+def test_learned_rounding_beats_nearest_on_inputs_it_has_not_seen() -> None:
+    torch.manual_seed(0)
+    layer, held = nn.Conv2d(32, 32, 3, padding=1), mixed(64, 2)
+    sim = Simulated(layer, [0], 4)
+    v = begin(sim.pieces[0])
+    ratio = sim.pieces[0].target / sim.pieces[0].scale[:, None, None, None]
+    torch.testing.assert_close(h(v), ratio - ratio.floor(), atol=1e-4, rtol=0)  # it starts at the weight itself
+    nearest = squared(layer, sim, held)
+    found = learn_rounding(block_of(layer, sim, mixed(128, 1)), 300, batch=32)
+    assert squared(layer, sim, held) <= 0.6 * nearest  # measured: .39
+    assert found["settled"] >= 0.95
+    q = sim.pieces[0].q
+    assert torch.equal(q, q.round()) and q.min() >= 0 and q.max() <= 15
+
+
+def bimodal(n: int, seed: int) -> Tensor:
+    """What a shortcut of a U-Net's expanding half is given: 16 strong channels beside 16 weak ones."""
+    x = torch.randn(n, 32, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return x * torch.cat([torch.full((16,), 20.0), torch.full((16,), 0.2)])[:, None, None]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_split_shortcut_beats_one_range(bits: int) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(32, 16, 1), bimodal(16, 1)
+    with torch.no_grad():
+        layer.weight[:, 16:] *= 100  # the weak half counts as much as the other
+    wrong = []
+    for edges in ([0, 16], [0]):
+        sim = Simulated(layer, edges, bits)
+        samples = Samples(x, torch.zeros(len(x)), {}, torch.zeros(len(x), dtype=torch.long))
+        net = nn.Sequential(sim)
+        fit_activations(Asked(net), net, samples, 1, "search", 16)
+        wrong.append(squared(layer, sim, bimodal(16, 2)))
+    assert wrong[0] < 0.05 * wrong[1]  # measured: .0002 and .004
+
+
+class Asked(nn.Module):
+    """What `fit_activations` asks of a denoiser, of a network without a time."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def raw(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_both_halves_of_a_split_layer_are_settled() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(32, 16, 1), mixed(64, 1)
+    sim = Simulated(layer, [0, 16], 4)
+    before = [piece.q.clone() for piece in sim.pieces]
+    found = learn_rounding(block_of(layer, sim, x), 300, batch=32)
+    assert found["settled"] >= 0.95 and found["error"] < found["nearest"]
+    for piece, old in zip(sim.pieces, before):
+        assert 0 < int((piece.q != old).sum()) and (piece.q - old).abs().max() <= 1
+
+
+def test_learned_steps_mend_a_range_that_an_outlier_has_spoilt() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(32, 16, 1), mixed(64, 1)
+    sim = Simulated(layer, [0], 8)
+    sim.pieces[0].act_scale, sim.pieces[0].act_zero = torch.tensor([x.max() * 8 / 255]), torch.tensor([2.0])
+    block = block_of(layer, sim, x)
+    found = learn_steps(block, 200, rate=2e-2)
+    assert found["error"] < 0.5 * found["before"] and found["error"] == mean_error(block, 32)
+
+
+def net_of_two() -> UNet:
+    torch.manual_seed(0)
+    net = UNet(channels=1, widths=(8, 16), classes=3, embedding=16, attention=(1,))
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.15)
+    return net
+
+
+def test_blocks_come_in_network_order_and_shortcuts_are_split_where_h_ends() -> None:
+    net = net_of_two()
+    denoiser = Denoiser(net, VPCosine(), "v").eval()
+    found = trace(denoiser, net, (torch.zeros(1, 1, 8, 8), torch.tensor([0.5]), {"label": torch.zeros(1).long()}))
+    layers = {n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert set(found.layers) == layers and [n for _, ns in found.units for n in ns] != sorted(layers)
+    assert found.splits == {
+        "up.0.0.block.shortcut": 16,
+        "up.0.1.block.shortcut": 16,
+        "up.1.0.block.shortcut": 16,
+        "up.1.1.block.shortcut": 8,
+    }
+    names = [name for name, _ in found.units]
+    assert names[:4] == ["time.1", "time.3", "conv_in", "down.0.0.block"] and names[-1] == "conv_out"
+    assert names.index("middle.0.attention") == names.index("middle.0.block") + 1
+    assert dict(found.units)["down.1.0.block"] == [
+        f"down.1.0.block.{n}" for n in ("conv1", "modulation", "shortcut", "conv2")
+    ]
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+
+
+def asked(n: int, seed: int, model: Any = None) -> list[Call]:
+    model = tiny() if model is None else model
+    recorder = Recorder(model.denoiser)
+    hasten.model.replace(model, denoiser=recorder).sample(n, seed=seed, batch_size=n)
+    return recorder.calls
+
+
+def test_calibration_takes_evenly_spread_queries_in_a_random_order() -> None:
+    calls = [
+        (torch.full((2, 1), float(k)), 1 - k / 50, {"label": torch.tensor([k, k]), "scale": 2.0}) for k in range(50)
+    ]
+    found = chosen(calls, [t for _, t, _ in calls], 20, seed=0, cuts=(0.3, 0.6))
+    assert sorted(set(found.x.flatten().tolist())) == [k * 50 // 20 for k in range(20)] and len(found) == 40
+    assert found.x.flatten().tolist() != sorted(found.x.flatten().tolist())
+    x, t, cond = found.rows(torch.tensor([3, 7]))
+    assert torch.equal(cond["label"], x.flatten().long()) and cond["scale"] == 2.0
+    torch.testing.assert_close(t, 1 - x.flatten().double() / 50)
+    assert torch.equal(found.group, torch.bucketize(found.t, torch.tensor([0.3, 0.6], dtype=torch.float64)))
+    assert all(set(found.group[found.t == one].tolist()) == {g} for g, (_, t, _) in found.batches(7) for one in t)
+    assert len(bounds([0.1, 0.2, 0.3, 0.4], 2)) == 1 and bounds([0.1, 0.2, 0.3, 0.4], 2)[0] == pytest.approx(0.25)
+    with pytest.raises(BadInput, match="5 groups of times"):
+        bounds([0.1, 0.2], 5)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Any:
+    torch.set_num_threads(1)
+    model = hasten.load("fashion")
+    return model, asked(6, 10**6, model), asked(4, 3 * 10**6, model)
+
+
+@pytest.mark.slow
+def test_the_teacher_in_eight_bits_keeps_its_x0(teacher: Any) -> None:
+    model, calls, held = teacher
+    before = {key: value.clone() for key, value in model.denoiser.state_dict().items()}
+    method = Quantize(images=6)
+    made = accelerate(model.denoiser, [method], Ahead(None, lambda n, seed: calls))
+    assert relative_error(model.denoiser, made, method.samples(model.denoiser, held)) < 0.02  # measured: .012
+    after = model.denoiser.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.slow
+def test_calibration_over_all_times_beats_the_first_ones(teacher: Any) -> None:
+    """Ranges from the noisiest quarter of the queries fit the last ones worse than ranges from all of them."""
+    model, calls, held = teacher
+    method = Quantize(images=6)
+    late = method.samples(model.denoiser, held[-3:])
+    wrong = {}
+    for name, seen in {"early": calls[: len(calls) // 4], "spread": calls}.items():
+        work = method.work(model.denoiser, seen)
+        work.fit()
+        wrong[name] = relative_error(model.denoiser, work.half, late)
+    assert wrong["spread"] < 0.8 * wrong["early"], wrong
+
+
+def test_integers_are_what_was_simulated_and_the_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = tiny(), Quantize(weights=4, rank=2, images=4)
+    calls = asked(4, 0, model)
+    work = method.work(model.denoiser, calls)
+    made = method.finished(work)
+    samples = method.samples(model.denoiser, calls)
+    assert relative_error(work.half, made, samples) < 2e-3  # the branch is in float16
+    assert 1e-4 < relative_error(model.denoiser, made, samples) < 0.3
+    assert made.net is not model.denoiser.net and isinstance(model.denoiser.net.middle[0].block.conv1, nn.Conv2d)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.denoiser.modules())
+    with pytest.raises(BadInput, match="quantised already"):
+        method.work(made, calls)
+
+
+@pytest.mark.parametrize("options", [{"rank": 6}, {"rounding": "adaround", "iterations": 50}])
+def test_both_cures_of_four_bits_beat_nearest(options: dict[str, Any]) -> None:
+    model = tiny()
+    calls, held = asked(8, 0, model), asked(6, 100, model)
+    wrong = []
+    for given in ({}, options):
+        method = Quantize(weights=4, acts=None, images=8, **given)
+        made = method.apply(model.denoiser, Ahead(None, lambda n, seed: calls))
+        wrong.append(relative_error(model.denoiser, made, method.samples(model.denoiser, held)))
+    assert wrong[1] < 0.9 * wrong[0], wrong  # measured: .79 and .83
+
+
+class Growing(nn.Module):
+    """A network whose activations are a hundred times larger at t = 1 than at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.config: dict[str, Any] = {}
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        gain = 100 ** time[:, None, None, None]
+        return self.conv(x * gain).mean(1, keepdim=True) / gain
+
+
+def test_groups_of_times_have_their_own_ranges() -> None:
+    denoiser = Denoiser(Growing(), VPCosine(), "x0").eval()
+    made = torch.Generator().manual_seed(0)
+    calls = [(torch.randn(4, 1, 8, 8, generator=made), 1 - k / 20, {}) for k in range(20)]
+    ahead, wrong = Ahead(None, lambda n, seed: calls), []
+    for groups in (1, 4):
+        quantised = Quantize(groups=groups).apply(denoiser, ahead)
+        wrong.append(relative_error(denoiser, quantised, chosen(calls, [t for _, t, _ in calls], 20, 1)))
+    assert wrong[1] < 0.3 * wrong[0]  # measured: .07
+    assert isinstance(quantised.net, TimeGroups)  # type: ignore[union-attr]
+    x, t = calls[0][0], torch.tensor([1.0, 0.05, 0.6, 0.05], dtype=torch.float64)
+    one_by_one = torch.cat([quantised(x[k : k + 1], t[k]) for k in range(4)])
+    torch.testing.assert_close(quantised(x, t), one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weights": 5}, "weights must be 8 or 4 bits, found 5"),
+        ({"acts": 4}, "acts must be 8 or none bits, found 4"),
+        ({"ranges": "mse"}, "ranges must be search or minmax"),
+        ({"groups": 0}, "groups must be at least 1"),
+        ({"acts": None, "groups": 2}, "acts is none"),
+        ({"acts": None, "learn_steps": True}, "acts is none"),
+        ({"keep": ("midle",)}, "did you mean 'middle'"),
+        ({"keep": ("*",)}, "no Conv2d or Linear to exchange"),
+    ],
+)
+def test_what_cannot_be_is_said(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        Quantize(**options).apply(tiny().denoiser, Ahead(None, lambda n, seed: asked(1, 0)))
+
+
+def test_it_must_be_able_to_sample() -> None:
+    with pytest.raises(BadInput, match="quantize must see some samplings first"):
+        accelerate(tiny().denoiser, [Quantize()])
