@@ -12,7 +12,7 @@ help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.stamp ## compare many ways to sample the bundled model on one page (about 3 minutes on 2 cores)
-	$(BIN)/hasten compare fashion --out $(DEMO)
+	$(BIN)/hasten compare fashion --variants fashion --out $(DEMO)
 	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
 
 test: $(VENV)/.stamp-dev ## the tests, without the slow ones
