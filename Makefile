@@ -11,7 +11,7 @@ DEMO ?= demo
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.stamp ## compare many ways to sample the bundled model on one page (about 3 minutes on 2 cores)
+demo: $(VENV)/.stamp ## compare many ways to sample the bundled model on one page (3 to 5 minutes on 2 cores)
 	$(BIN)/hasten compare fashion --variants fashion --out $(DEMO)
 	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
 
