@@ -234,10 +234,8 @@ class Run:
 
     def macs(self, job: Job, nfe: float) -> int | None:
         """Multiply-accumulates of an image; None where its layers or graphs are others than torch's own."""
-        model, claims = (
-            job.ready,
-            {claim for one in job.variant.accelerators for claim in pick("accelerators", one).claims},
-        )
+        model, chosen = job.ready, [pick("accelerators", one) for one in job.variant.accelerators]
+        claims = {claim for one in chosen for claim in one.claims}
         if getattr(getattr(model.denoiser, "net", None), "runs_elsewhere", False):
             return None
         if claims:

@@ -22,7 +22,7 @@ from .machine import parse, spell
 from .model import Model
 from .pick import pick
 from .plan import plan as compile_plan
-from .results import fingerprint, now
+from .results import earlier, fingerprint, now
 from .sampling import spell as spelled
 from .train import open_data
 from .train.data import Batches, Data
@@ -103,7 +103,7 @@ def distill_model(
         "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
         "device": str(model.device), "show": show,
     }  # fmt: skip
-    known = read_run(out, run) if not dry_run else None
+    known = earlier(out / RUN, run, stages_of) if not dry_run else None
     if known is None:
         rehearsal = Rehearsal(**common)
         distiller.distill(rehearsal)
@@ -112,7 +112,7 @@ def distill_model(
                  "memory_bytes": memory(model.device)}  # fmt: skip
         if not dry_run:
             write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
-    stages = [Stage(**stage) for stage in known["stages"]]
+    stages = stages_of(known)
     result = {
         "folder": str(out), "method": run["method"], "guidance_scale": scale, "stages": known["stages"],
         "evaluations": sum(s.evaluations * s.steps for s in stages), "precision": known["precision"],
@@ -203,25 +203,9 @@ class Saver:
         )  # fmt: skip
 
 
-def read_run(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier call found, if it was for the same run; None if there was none."""
-    if not (out / RUN).is_file():
-        if (out / "model.json").exists():
-            raise BadInput(f"{out} holds a model already: choose another folder")
-        return None
-    try:
-        known = json.loads((out / RUN).read_text())
-        different = [key for key in run if known.get(key) != run[key]]
-        if not different:
-            [Stage(**stage) for stage in known["stages"]]
-            return known
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise BadInput(f"cannot read {out / RUN}: {e}") from e
-    key = different[0]
-    raise BadInput(
-        f"{out} is a run with {key} {known.get(key)}, asked for {run[key]}: "
-        "ask for the same, or write to another folder"
-    )
+def stages_of(known: dict[str, Any]) -> list[Stage]:
+    """The stages that the rehearsal found."""
+    return [Stage(**stage) for stage in known["stages"]]
 
 
 def told(stage: Stage) -> str:

@@ -234,17 +234,20 @@ class Model:
         """
         ahead_times = None if plan is None else tuple(plan.times[:-1].tolist())
 
-        def calls(n: int, seed: int) -> list[Call]:
-            recorder = Recorder(self.denoiser)
-            replace(self, denoiser=recorder).sample(n, seed=seed, batch_size=n, **setting)  # type: ignore[arg-type]
-            return recorder.calls
-
         key = (self.denoiser, tuple(map(repr, chosen)), ahead_times, str(setting), self.device)
         if key not in self._accelerated:
             if len(self._accelerated) >= KEPT:
                 self._accelerated.pop(next(iter(self._accelerated)))
-            self._accelerated[key] = accelerate(self.denoiser, chosen, Ahead(ahead_times, calls))
+            self._accelerated[key] = accelerate(
+                self.denoiser, chosen, Ahead(ahead_times, lambda n, seed: self.calls(n, seed, **setting))
+            )
         return self._accelerated[key]
+
+    def calls(self, n: int, seed: int, **setting: Any) -> list[Call]:
+        """What the plain network is asked, call by call, when n images are sampled at once with this `setting`."""
+        recorder = Recorder(self.denoiser)
+        replace(self, denoiser=recorder).sample(n, seed=seed, batch_size=n, **setting)  # type: ignore[arg-type]
+        return recorder.calls
 
     def guided(self, guidance_scale: float | None = None, guides: Sequence[Any] = ()) -> nn.Module:
         """The denoiser under classifier-free guidance (None: the recommended scale) and then other guides."""

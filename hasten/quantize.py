@@ -14,13 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .accelerators import Call, Recorder
 from .accelerators._work import ROUNDING, STEPS, Book, Learned, Work, relative_error
 from .accelerators.quantize import Quantize
 from .errors import BadInput
 from .images import reserve, write
 from .model import Model
-from .results import fingerprint, now
+from .results import earlier, fingerprint, now
 from .sampling import spell
 from .tune import is_half, watched
 
@@ -86,22 +85,22 @@ def quantize_model(
     asked = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}
     setting = model.setting(**asked)  # type: ignore[arg-type]
     run = {"schema": 1, "method": spell(method), "model": fingerprint(model), "sampling": setting, "minutes": minutes}
-    known = read_run(out, run)
+    known = earlier(out / RUN, run, iterations_of)
     if known is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}
     reserve(out / RUN)
-    calls = recorded(model, images, method.seed, asked)
+    calls = model.calls(images, method.seed, **asked)
     work = method.work(model.denoiser, calls)
     if known is None:
         known = {**run, "iterations": allocated(method, work, minutes, began)}
         write(out / RUN, (json.dumps(known, indent=2) + "\n").encode())
     with watched() as tick:
-        book = Kept(known["iterations"], out / BLOCKS, say, tick)
+        book = Kept(iterations_of(known), out / BLOCKS, say, tick)
         try:
             denoiser = method.finished(work, book)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"stopped with {book.done} blocks done; the same command goes on") from stop
-    held = recorded(model, HELD_OUT, method.seed + images, asked)
+    held = model.calls(HELD_OUT, method.seed + images, **asked)
     record = {
         "method": spell(method), "model": model.name, "model_sha256": model.sha256, "weights": weights, "acts": acts,
         "calibration": {"images": images, "calls": len(work.samples), "seed": method.seed, **setting},
@@ -163,11 +162,9 @@ class Kept(Book):
         return self.folder / f"{stage}-{hashlib.sha256(unit.encode()).hexdigest()[:16]}.safetensors"
 
 
-def recorded(model: Model, n: int, seed: int, asked: dict[str, Any]) -> list[Call]:
-    """What the network is asked when n images are sampled in full precision."""
-    recorder = Recorder(model.denoiser)
-    replace(model, denoiser=recorder).sample(n, seed=seed, batch_size=n, **asked)  # type: ignore[arg-type]
-    return recorder.calls
+def iterations_of(known: dict[str, Any]) -> dict[str, int]:
+    """Of every block, in each pass."""
+    return {stage: int(known["iterations"][stage]) for stage in (ROUNDING, STEPS)}
 
 
 def allocated(method: Quantize, work: Work, minutes: float | None, began: float) -> dict[str, int]:
@@ -184,23 +181,3 @@ def allocated(method: Quantize, work: Work, minutes: float | None, began: float)
     left = 60 * minutes - (time.perf_counter() - began) - look
     share = {ROUNDING: 1 - SHARE, STEPS: SHARE} if len(passes) == 2 else dict.fromkeys((ROUNDING, STEPS), 1.0)
     return {stage: max(1, min(MOST, int(left * share[stage] / each))) for stage in (ROUNDING, STEPS)}
-
-
-def read_run(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier call decided, if it was for the same; None if there was none."""
-    if not (out / RUN).is_file():
-        if (out / "model.json").exists():
-            raise BadInput(f"{out} holds a model already: choose another folder")
-        return None
-    try:
-        known = json.loads((out / RUN).read_text())
-        different = [key for key, value in json.loads(json.dumps(run)).items() if known.get(key) != value]
-        if not different:
-            return {**known, "iterations": {key: int(known["iterations"][key]) for key in (ROUNDING, STEPS)}}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise BadInput(f"cannot read {out / RUN}: {e}") from e
-    key = different[0]
-    raise BadInput(
-        f"{out} is a run with {key} {known.get(key)}, asked for {run[key]}: "
-        "ask for the same, or write to another folder"
-    )

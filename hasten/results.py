@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,3 +93,29 @@ def fingerprint(model: Model) -> str:
 def now() -> str:
     """The date and time, UTC, to the minute."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def earlier(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
+    """What an unfinished run wrote down in `file`, if it was asked the same as `run`; None if there is none.
+
+    Raises BadInput where it was asked for something else, where the file is damaged, and where its folder holds a
+    model that no such run made. read: is given what was found, and raises where it cannot be used.
+    """
+    out = file.parent
+    if not file.is_file():
+        if (out / "model.json").exists():
+            raise BadInput(f"{out} holds a model already: choose another folder")
+        return None
+    try:
+        known = json.loads(file.read_text())
+        different = [key for key, value in json.loads(json.dumps(run)).items() if known.get(key) != value]
+        if not different:
+            read(known)
+            return known
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise BadInput(f"cannot read {file}: {e}") from e
+    key = different[0]
+    raise BadInput(
+        f"{out} is a run with {key} {known.get(key)}, asked for {run[key]}: "
+        "ask for the same, or write to another folder"
+    )

@@ -62,8 +62,8 @@ def judged(model: hasten.Model, n: int, guidance_scale: float, **way: Any) -> di
     return {**told, "floor": seen["frechet"].floor, "n": n, "seconds_per_image": seconds / n}
 
 
-def students(folder: Path) -> Iterator[tuple[int, hasten.Model, dict[str, Any]]]:
-    """What a finished run left: (steps, model, how to sample)."""
+def students(folder: Path) -> Iterator[tuple[str, int, hasten.Model, dict[str, Any]]]:
+    """What a finished run left: (stage, steps, model, how to sample)."""
     found = sorted(p.parent for p in folder.glob("*/model.json"))
     for place in found or [folder]:
         model = hasten.load(place)
@@ -71,10 +71,10 @@ def students(folder: Path) -> Iterator[tuple[int, hasten.Model, dict[str, Any]]]
             continue
         several = (1, 2, 4) if model.sampler.startswith("consistency") else model.denoiser.step_counts
         for steps in several or ():
-            yield steps, model, {"sampler": model.sampler, "times": model.times, "steps": steps}
+            yield place.name, steps, model, {"sampler": model.sampler, "times": model.times, "steps": steps}
         if several:
             continue
-        yield model.steps, model, {}
+        yield place.name, model.steps, model, {}
 
 
 def reference_rows(teacher: hasten.Model, n: int, scale: float) -> Iterator[dict[str, Any]]:
@@ -87,13 +87,22 @@ def reference_rows(teacher: hasten.Model, n: int, scale: float) -> Iterator[dict
         yield {"method": "teacher", "steps": way["steps"], "way": way, **judged(teacher, n, scale, **way)}
 
 
+def kind(row: dict[str, Any]) -> str:
+    """What a row's stage did: its name without the count of steps."""
+    return row.get("stage", "").rstrip("0123456789")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = ["| method | steps | distance | accuracy | precision | recall | training |", "|---" * 7 + "|"]
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        kinds.setdefault(row["method"], set()).add(kind(row))
     for row in sorted(rows, key=lambda row: (row["steps"], row["frechet"])):
+        name = row["method"] if len(kinds[row["method"]]) == 1 else f"{row['method']}, {kind(row)}"
         cost = "-" if "training_seconds" not in row else f"{row['training_seconds'] / 60:.0f} min"
         figures = " | ".join(f"{row[key]:.3f}" for key in ("frechet", "accuracy", "precision", "recall"))
-        lines.append(f"| {row['method']} | {row['steps']} | {figures} | {cost} |")
+        lines.append(f"| {name} | {row['steps']} | {figures} | {cost} |")
     return "\n".join(lines)
 
 
@@ -130,8 +139,9 @@ def main(
             except HastenError as e:
                 print(f"{name}: {e}", flush=True)
                 continue
-            for steps, model, way in students(folder):
-                row = {"method": name, "steps": steps, "spec": method, **judged(model, n, model.guidance_scale, **way)}
+            for stage, steps, model, way in students(folder):
+                row = {"method": name, "stage": stage, "steps": steps, "spec": method}
+                row |= judged(model, n, model.guidance_scale, **way)
                 add({**row, "training_evaluations": run["evaluations"], "training_seconds": run["seconds"]})
                 print(
                     f"{name}, {steps} steps: distance {row['frechet']:.3f}, accuracy {row['accuracy']:.3f}", flush=True

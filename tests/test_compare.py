@@ -17,7 +17,7 @@ import torch
 
 from hasten import compare as engine
 from hasten import variants
-from hasten.compare import compare, counting
+from hasten.compare import as_fast, compare, counting
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference
@@ -199,6 +199,20 @@ def test_the_difference_is_to_the_references_images_of_the_same_seeds(run: Any) 
         assert row["rms"] == pytest.approx(float(square.mean().sqrt()), rel=1e-2)
         psnr = (-10 * square.flatten(1).mean(1).log10()).mean()
         assert row["psnr"] == pytest.approx(float(psnr), abs=0.05)
+
+
+def test_an_accelerated_row_is_held_against_the_best_that_is_as_fast() -> None:
+    def row(name: str, seconds: float, frechet: float | None, *accelerators: str) -> dict[str, Any]:
+        return {"name": name, "seconds_per_image": seconds, "frechet": frechet, "accelerators": list(accelerators)}
+
+    rows = [row("50", 5, 1.0), row("30", 3, 1.5), row("25", 2.5, 1.2), row("60", 6, 0.5), row("other", 1, 0.1, "deep")]
+    kept = row("50 with reuse", 3, 0.9, "deep")
+    as_fast(kept, [*rows, kept])
+    assert kept["equal_cost"] == "25" and kept["frechet_over_equal_cost"] == pytest.approx(0.75)
+    for alone in (row("fastest", 0.1, 0.9, "deep"), row("without statistics", 3, None, "deep")):
+        before = dict(alone)
+        as_fast(alone, rows)
+        assert alone == before
 
 
 def test_difference_of_known_images() -> None:

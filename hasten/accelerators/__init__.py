@@ -22,9 +22,13 @@ from ..denoiser import Wrapper
 from ..errors import BadInput
 from ..sampling import spell
 
-__all__ = ["COMPILE", "EXCHANGE", "WRAP", "Accelerator", "Ahead", "Call", "Conflict", "Recorder", "accelerate"]
+__all__ = [
+    "COMPILE", "EXCHANGE", "FIRST_SEED", "WRAP", "Accelerator", "Ahead", "Call", "Conflict", "Recorder", "accelerate",
+    "ordered",
+]  # fmt: skip
 
 EXCHANGE, COMPILE, WRAP = 10, 20, 30
+FIRST_SEED = 2_000_000  # of the images that are looked at beforehand, far from those that sample and compare begin with
 Call = tuple[Tensor, float, dict[str, Tensor]]  # x_t (B, *S), t, conditions: what a denoiser is asked
 
 
@@ -90,6 +94,13 @@ def accelerate(denoiser: nn.Module, accelerators: Iterable[Any], ahead: Ahead | 
         BadInput: where one cannot do its work on this network or sampling.
     """
     ahead = ahead or Ahead()
+    for one in ordered(accelerators):
+        denoiser = one.apply(denoiser, ahead)
+    return denoiser
+
+
+def ordered(accelerators: Iterable[Any]) -> list[Any]:
+    """The accelerators by their stage. Raises Conflict where two claim the same, before any begins its work."""
     owners: dict[str, Any] = {}
     chosen = sorted(accelerators, key=lambda one: one.stage)
     for one in chosen:
@@ -98,6 +109,4 @@ def accelerate(denoiser: nn.Module, accelerators: Iterable[Any], ahead: Ahead | 
                 both = f"{spell(owners[claim])} and {spell(one)}"
                 raise Conflict(f"{both} both claim {claim!r}: keep one of them")
             owners[claim] = one
-    for one in chosen:
-        denoiser = one.apply(denoiser, ahead)
-    return denoiser
+    return chosen

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from . import WRAP, Ahead
+from . import FIRST_SEED, WRAP, Ahead
 from ._keyed import Keyed, inner
 from ._keys import checked, named
 from ._seams import has
@@ -41,7 +41,7 @@ class DeepCache:
         branch: how many blocks of the finest level are run at every query, 0 (cheapest; the paper's) to all of them;
             None: all, or what a foreign network has.
         forecast: 0: what is kept is held; 1: it is drawn on along the line through the last two keys.
-        samples, seed: of the search.
+        samples, seed: of the search: how many images, and the first one's seed.
 
     Reference: Ma, Fang, Wang 2023, arXiv:2312.00858.
     """
@@ -54,7 +54,7 @@ class DeepCache:
     branch: int | None = None
     forecast: int = 0
     samples: int = 8
-    seed: int = 0
+    seed: int = FIRST_SEED
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
 

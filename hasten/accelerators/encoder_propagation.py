@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from . import WRAP, Ahead
+from . import FIRST_SEED, WRAP, Ahead
 from ._injection import injected
 from ._keyed import Keyed, inner
 from ._keys import checked, named
@@ -47,7 +47,7 @@ class EncoderPropagation:
         first: how many blocks of a transformer are its encoder; None: 18 of 28, in proportion.
         inject, until: `plan` adds `inject` times the starting state before the update of every query with t < until
             (the paper's prior noise injection: .003 and .5; it brings back fine texture). 0: nothing.
-        samples, seed: of the search.
+        samples, seed: of the search: how many images, and the first one's seed.
 
     Where conditions or the batch change within a trajectory, that query is a key too.
 
@@ -64,7 +64,7 @@ class EncoderPropagation:
     inject: float = 0.0
     until: float = 0.5
     samples: int = 8
-    seed: int = 0
+    seed: int = FIRST_SEED
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
 

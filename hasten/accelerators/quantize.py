@@ -12,7 +12,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..nets.quantized import layers
 from ..nets.time_groups import TimeGroups
-from . import EXCHANGE, Ahead, Call
+from . import EXCHANGE, FIRST_SEED, Ahead, Call
 from ._calibration import Samples, bounds, chosen
 from ._quantizer import check_bits
 from ._work import Book, Work
@@ -20,7 +20,6 @@ from ._work import Book, Work
 __all__ = ["Quantize"]
 
 ENDS = ("conv_in", "conv_out")
-FIRST_SEED = 2_000_000  # of the calibration's images, far from those that sample and compare begin with
 
 
 @dataclass(frozen=True)

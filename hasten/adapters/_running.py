@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..accelerators import WRAP, Ahead, Call, Conflict, Recorder, accelerate
+from ..accelerators import WRAP, Ahead, Call, Recorder, accelerate, ordered
 from ..errors import BadInput
 from ..sampling import reset, spell
 from ..times import Explicit
@@ -36,7 +36,12 @@ class Accelerated(nn.Module):
 
     def __init__(self, net: nn.Module, accelerators: Sequence[Any], scheduler: Any, steps: int) -> None:
         super(Accelerated, self).__init__()  # noqa: UP008  (`__class__` is taken, below)
-        one_owner(accelerators)
+        accelerators = ordered(accelerators)
+        for one in accelerators:
+            if getattr(one, "inject", 0):
+                raise BadInput(
+                    f"{spell(one)}: a pipeline's scheduler injects nothing: leave inject out, or load a Model"
+                )
         self.__dict__["original"] = net  # not a child: an accelerator may have replaced its weights
         self.still = [one for one in accelerators if one.stage < WRAP]
         self.moving = [one for one in accelerators if one.stage >= WRAP]
@@ -172,18 +177,6 @@ def kind_for(kind: Any) -> type[Accelerated]:
         return Accelerated.forward(self, *args, **kwargs)
 
     return type(f"Accelerated{kind.__name__}", (Accelerated,), {"forward": forward})
-
-
-def one_owner(accelerators: Sequence[Any]) -> None:
-    """Raises Conflict where two accelerators claim the same, before any of them begins its work."""
-    owners: dict[str, Any] = {}
-    for one in accelerators:
-        if getattr(one, "inject", 0):
-            raise BadInput(f"{spell(one)}: a pipeline's scheduler injects nothing: leave inject out, or load a Model")
-        for claim in sorted(one.claims):
-            if claim in owners:
-                raise Conflict(f"{spell(owners[claim])} and {spell(one)} both claim {claim!r}: keep one of them")
-            owners[claim] = one
 
 
 def sampled(

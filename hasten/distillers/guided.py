@@ -92,7 +92,7 @@ class Guided:
         for n in self.steps:
             student = task.student(teacher)
             players = [task.player("student", student, lesson(task, teacher, student, n, many // n), self.lr)]
-            teacher = task.fit(f"steps{n}", players, share=self.last if n <= 2 else 1.0)["student"]  # type: ignore[assignment]
+            teacher = task.fit(f"steps{n}", players, share=self.share(n))["student"]  # type: ignore[assignment]
             made = Student(teacher, sampler, "trailing", n, guidance=span)
             task.keep(f"steps{n}", made)
             many = n
@@ -144,17 +144,25 @@ class Guided:
         way = self.way(first=n == self.steps[0])
         return halving(task, teacher, student, n, m, way, self.weight, lambda x: {"guidance": self.scales(teacher, x)})
 
+    def share(self, n: int) -> float:
+        """The share of the training that n steps get."""
+        return self.last if n <= 2 else 1.0
+
+    def dealt(self, n: int) -> Tensor:
+        """Which count of steps each of n images is a lesson for (n,), in proportion to their shares."""
+        parts = torch.tensor([self.share(count) for count in self.steps]).cumsum(0)
+        return torch.searchsorted(parts, parts[-1] * stratified(n).float()).clamp_max(len(parts) - 1)
+
     def for_all(self, task: Task, merged: Denoiser, many: int) -> Student:
         """The stage `shared`: one network for all counts of steps."""
         both = Shadow(task.student(merged, steps=self.steps))
         counts, each = self.steps, [a // b for a, b in zip((many, *self.steps), self.steps, strict=False)]
-        parts = torch.tensor([self.last if n <= 2 else 1.0 for n in counts]).cumsum(0)
         nodes = [grid(Trailing(), task.schedule, n * m) for n, m in zip(counts, each, strict=True)]
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             both.update(0.9)
             x, told = batch["x"], {**task.cond(batch), "guidance": self.scales(merged, batch["x"])}
-            which = torch.searchsorted(parts, parts[-1] * stratified(len(x)).float()).clamp_max(len(counts) - 1)
+            which = self.dealt(len(x))
             noise, z, target = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
             t = torch.empty(len(x), dtype=torch.float64)
             for k, (n, m) in enumerate(zip(counts, each, strict=True)):
@@ -175,7 +183,7 @@ class Guided:
             return loss(both.student, z, t, target, self.weight, **told)
 
         players = [task.player("student", both, lesson, self.lr)]
-        trained = task.fit("shared", players, share=float(parts[-1]))["student"].student
+        trained = task.fit("shared", players, share=sum(map(self.share, counts)))["student"].student
         assert isinstance(trained, Denoiser)
         few = 4 if 4 in counts else counts[-1]
         made = Student(trained, "ddim", "trailing", few, guidance=merged.guidance_range)

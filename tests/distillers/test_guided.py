@@ -106,6 +106,11 @@ def test_one_network_serves_several_counts_of_steps(tmp_path: Path) -> None:
         told_steps(last.denoiser, 8)
 
 
+def test_one_and_two_steps_get_their_shares_of_the_images() -> None:
+    counts = torch.bincount(Guided(steps=(8, 4, 2, 1), last=3, shared=True).dealt(800), minlength=4)
+    assert torch.allclose(counts.double(), 800 * torch.tensor([1, 1, 3, 3]).double() / 8, atol=1.01), counts
+
+
 def test_the_unet_is_told_its_count_of_steps() -> None:
     net = unet(steps=(4, 1))
     x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
