@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,8 +25,19 @@ __all__ = ["OpenVinoNet", "export"]
 
 GRAPHS = 4  # batch sizes that get a graph of their own, which is about a tenth faster than one for any batch
 CALLS = 64  # that calibrate
-# Without snippets: with them, 2026.4 crashes on some float32 attention (7 x 7 and 4 x 4 places) in a fixed batch.
-SETTINGS = {"PERFORMANCE_HINT": "LATENCY", "SNIPPETS_MODE": "DISABLE"}
+SETTINGS = {"PERFORMANCE_HINT": "LATENCY"}
+# Snippets make an int8 graph of fixed batch a third faster, but with them 2026.4 crashes on some float32 attention
+# (7 x 7 and 4 x 4 places), the whole process with it: such a graph is tried in a process of its own first.
+SNIPPETS = "SNIPPETS_MODE"
+TRIAL = """
+import sys, json, numpy, openvino
+path, batch, settings = json.loads(sys.argv[1])
+graph = openvino.Core().read_model(path)
+graph.reshape({k: [batch, *list(one.partial_shape)[1:]] for k, one in enumerate(graph.inputs)})
+asked = [numpy.zeros(list(one.shape), one.element_type.to_dtype()) for one in graph.inputs]
+openvino.Core().compile_model(graph, "CPU", settings).create_infer_request().infer(asked)
+"""
+PATIENCE = 300  # seconds that a trial may take
 
 
 class OpenVinoNet(Exported):
@@ -57,9 +70,21 @@ class OpenVinoNet(Exported):
             if batch:
                 graph.reshape({k: [batch, *list(one.partial_shape)[1:]] for k, one in enumerate(graph.inputs)})
             hints = {"INFERENCE_PRECISION_HINT": format, "INFERENCE_NUM_THREADS": threads}
-            return core.compile_model(graph, "CPU", {**hints, **SETTINGS})
+            settings = {**SETTINGS, **hints, SNIPPETS: "ENABLE"}
+            if not (batch and self.config["precision"] == "int8" and runs(str(self.graph()), batch, settings)):
+                settings[SNIPPETS] = "DISABLE"
+            return core.compile_model(graph, "CPU", settings)
         except RuntimeError as e:
             raise BadInput(f"openvino cannot run {self.graph()}: {str(e).strip().splitlines()[-1]}") from e
+
+
+def runs(path: str, batch: int, settings: dict[str, Any]) -> bool:
+    """Whether a graph of this batch is compiled and answers, in a process of its own."""
+    asked = [sys.executable, "-c", TRIAL, json.dumps([path, batch, settings])]
+    try:
+        return subprocess.run(asked, capture_output=True, timeout=PATIENCE).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def export(

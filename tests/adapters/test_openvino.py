@@ -118,3 +118,10 @@ def test_integers_are_near_and_small(source: Model, made: Model, tmp_path: Path)
     sizes = [(made.denoiser.net.folder / "network.bin").stat().st_size, (tmp_path / "int8/network.bin").stat().st_size]
     assert sizes[1] < 0.4 * sizes[0]
     assert load(tmp_path / "int8").sha256 not in (made.sha256, source.sha256)
+
+
+def test_a_graph_is_tried_in_a_process_of_its_own(made: Model, tmp_path: Path) -> None:
+    graph = made.denoiser.net.graph()
+    assert openvino.runs(str(graph), 2, {"SNIPPETS_MODE": "DISABLE"})
+    assert not openvino.runs(str(tmp_path / "none.xml"), 2, {})
+    assert not openvino.runs(str(graph), 2, {"SNIPPETS_MODE": "NONSENSE"})
