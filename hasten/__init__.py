@@ -37,14 +37,16 @@ _HOMES = {
     **dict.fromkeys(["quantize_model"], "quantize"),
     **dict.fromkeys(["tune_model"], "tune"),
     **dict.fromkeys(["Plan"], "plan"),
+    **dict.fromkeys(["Ranks"], "ranks"),
+    **dict.fromkeys(["sample_many"], "many"),
 }  # fmt: skip
 __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM", "Auxiliary",
     "Consistency", "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold", "FastDPM", "Flow",
     "HastenError", "Heun", "Interval", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned",
-    "PredictorCorrector", "ProbabilityFlow", "Query", "Rescale", "SASolver", "SingDiffusion", "StochasticDistilled",
+    "PredictorCorrector", "ProbabilityFlow", "Query", "Ranks", "Rescale", "SASolver", "SingDiffusion", "StochasticDistilled",
     "SubVP", "UniPC", "VPCosine", "VPLinear", "accelerate", "as_scheduler", "distill_model", "draw", "load", "pick",
-    "plan", "quantize_model", "rescale_zero_snr", "times_like", "tune_model", "walk",
+    "plan", "quantize_model", "rescale_zero_snr", "sample_many", "times_like", "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -54,10 +56,12 @@ if TYPE_CHECKING:
     from .distill import distill_model
     from .errors import HastenError
     from .guides import CFG, Distribution, DynamicThreshold, Interval, Rescale
+    from .many import sample_many
     from .model import Model, load
     from .pick import pick
     from .plan import Plan, plan
     from .quantize import quantize_model
+    from .ranks import Ranks
     from .samplers import (
         DDIM,
         DDPM,

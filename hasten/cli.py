@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -65,10 +67,15 @@ def run(arguments: list[str]) -> int:
     """Parse and call; usage errors are told here, because only the parser has them."""
     from cyclopts import CycloptsError
 
+    others = os.environ.get("RANK", "0") != "0"  # torchrun starts this several times: one says it
     try:
-        app()(arguments)
+        with (
+            contextlib.redirect_stdout(io.StringIO()) if others and "--help" in arguments else contextlib.nullcontext()
+        ):
+            app()(arguments)
     except CycloptsError as error:
-        say(f"{error} (hasten --help shows the usage)")
+        if not others:
+            say(f"{error} (hasten --help shows the usage)")
         return USAGE
     sys.stdout.flush()
     return 0

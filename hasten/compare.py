@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, report
-from .denoiser import Denoiser
 from .errors import BadInput, HastenError, whole
 from .images import to_uint8
 from .machine import processor
-from .metrics import Reference, cost, evaluate_images, feature_net, net_name
+from .many import Kept, joint, judge_many, sample_many
+from .meter import Progress, counting, extra
+from .metrics import Reference, cost, feature_net, net_name
 from .metrics import reference as load_reference
 from .metrics.difference import difference
 from .model import RECOMMENDED, Model, load
 from .pick import pick
+from .ranks import Lost, Ranks
 from .results import QUALITY, SCHEMA, Store, fingerprint, now
 from .terminal import spell
 from .variants import Variant, VariantSet, read
@@ -46,56 +48,15 @@ class Job:
         """Network evaluations an image, for the progress bar."""
         return self.variant.nfe or 2 * self.ready.steps
 
-
-class Progress:
-    """A bar with the time left on stderr, counted in images through the network; no bar where stderr is no terminal."""
-
-    def __init__(self, total: int) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False)
-        self.bar = progress.Progress(
-            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
-            progress.TextColumn("left"), progress.TimeRemainingColumn(), console=self.console, transient=True,
-            disable=not self.console.is_terminal, speed_estimate_period=60,
-        )  # fmt: skip
-        self.task = self.bar.add_task("", total=total)
-
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+    @property
+    def joint(self) -> bool:
+        """Whether all processes sample it together."""
+        return joint(self.variant.accelerators)
 
 
-@contextlib.contextmanager
-def counting(model: Model, progress: Progress | None = None) -> Iterator[list[int]]:
-    """A list whose one entry counts images through the network: a guided evaluation of an image counts 2."""
-    count = [0]
-
-    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        count[0] += len(arguments[0])
-        if progress is not None:
-            progress.bar.advance(progress.task, len(arguments[0]))
-
-    denoiser = model.denoiser
-    net: nn.Module = denoiser.net if isinstance(denoiser, Denoiser) else denoiser
-    handle = net.register_forward_pre_hook(hook)
-    features = getattr(denoiser, "features", None)
-    if features is not None:  # the seam by which some guides ask the network, past its forward
-
-        def counted(x_t: Tensor, *arguments: Any, **cond: Any) -> Any:
-            hook(net, (x_t,))
-            return features(x_t, *arguments, **cond)
-
-        denoiser.features = counted  # type: ignore[method-assign]
-    try:
-        yield count
-    finally:
-        handle.remove()
-        if features is not None:
-            del denoiser.features
-
-
-def prepare(model: Model, chosen: VariantSet) -> list[tuple[Variant, Variant | None, Model]]:
+def prepare(
+    model: Model, chosen: VariantSet, ranks: Ranks | None = None
+) -> list[tuple[Variant, Variant | None, Model]]:
     """Each row, its equal and the model with the row's plan and guidance as its own.
 
     Raises BadInput with the row's name for what this model cannot run, before anything has run. What does not know its
@@ -107,7 +68,8 @@ def prepare(model: Model, chosen: VariantSet) -> list[tuple[Variant, Variant | N
     def ready(v: Variant) -> Model:
         if v.method not in found:
             if v.model not in others:
-                others[v.model] = other(str(v.model), model, f"{chosen.source}: {v.name!r}")
+                with ranks.leading() if ranks is not None else contextlib.nullcontext():
+                    others[v.model] = other(str(v.model), model, f"{chosen.source}: {v.name!r}")
             base = others[v.model]
             choice = v.sampler or None, v.times or None, v.steps or None
             try:
@@ -145,15 +107,17 @@ def other(name: str, model: Model, where: str) -> Model:
 
 def images(ready: Model, v: Variant, count: int, seed: int, batch_size: int, runtime: str) -> Tensor:
     """Images of a row, with its model made ready."""
-    plan = None if ready.plan is None else RECOMMENDED
-    return ready.sample(
-        count, seed=seed, batch_size=batch_size, runtime=runtime, guides=v.guides, start=v.start, plan=plan
-    )
+    return ready.sample(count, seed=seed, batch_size=batch_size, **asked_of(ready, v, runtime))
 
 
-def extra(model: Model, v: Variant) -> float:
-    """Evaluations an image of what is not the model's own network: those of the start."""
-    return 0 if v.start is None else model.bound("starts", v.start).nfe
+def asked_of(ready: Model, v: Variant, runtime: str) -> dict[str, Any]:
+    """What the row's model, made ready, must still be told."""
+    return {
+        "runtime": runtime,
+        "guides": v.guides,
+        "start": v.start,
+        "plan": None if ready.plan is None else RECOMMENDED,
+    }
 
 
 def as_fast(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -170,61 +134,99 @@ class Run:
 
     model: Model
     jobs: list[Job]
-    store: Store
+    store: Any  # a Store in the first process; the others have none
     protocol: dict[str, Any]
     known: Reference | None
     net: nn.Module | None
+    out: Path
+    ranks: Ranks
 
     def sample(self, job: Job, count: int) -> Tensor:
         """The first images of a row: image k from seed + k and, in a model of C classes, class k mod C."""
         p = self.protocol
         return images(job.ready, job.variant, count, p["seeds"][0], p["batch_size"], p["dtype"])
 
+    def unfinished(self) -> tuple[list[int], dict[str, Any] | None]:
+        """The numbers of the rows that are missing, and the timing if that is done."""
+        missing = [k for k, job in enumerate(self.jobs) if job.key not in self.store.rows]
+        if self.store.images(f"{self.jobs[0].key}-all") is None and 0 not in missing:
+            missing = [0, *missing]
+        return missing, self.store.timing(self.machine, [job.key for job in self.jobs])
+
     def all(self) -> None:
         """Time every row unless that is done, then sample and judge the rows that are missing."""
         p = self.protocol
-        missing = [job for job in self.jobs if job.key not in self.store.rows]
-        if self.store.images(f"{self.jobs[0].key}-all") is None and self.jobs[0] not in missing:
-            missing = [self.jobs[0], *missing]
-        timed = self.store.timing(self.machine, [job.key for job in self.jobs])
+        numbers, timed = self.ranks.once(self.unfinished)
+        missing = [self.jobs[k] for k in numbers]
         work = sum(p["n"] * job.nfe for job in missing)
         work += 0 if timed else sum((p["rounds"] + 1) * p["timing_batch"] * job.nfe for job in self.jobs)
-        progress = Progress(work)
+        progress = Progress(work, self.ranks.first)
         with progress.bar:
             progress.say(f"{p['model']}: {len(self.jobs)} rows of {p['n']} images, {p['dtype']}, {p['hardware']}")
             if done := len(self.jobs) - len(missing):
                 progress.say(f"{done} of {len(self.jobs)} rows are finished in {self.store.out} and are kept")
-            timed = timed or self.time(progress)
-            left = sum(self.costs(job.key, timed)["seconds_per_image"] for job in missing) * p["n"]
+            timed = timed or self.ranks.tell(self.time(progress))
+            left = sum(self.costs(job.key, timed)["seconds_per_image"] for job in missing) * p["n"] / self.ranks.world
             if missing:
                 progress.say(f"{len(missing)} rows to sample, about {left:.0f} s")
             for number, job in enumerate(missing, 1):
                 progress.bar.update(progress.task, description=job.variant.name)
                 row = self.judge(job, timed, progress)
+                if row is None:  # the first process has it
+                    continue
                 self.store.put(row)
+                self.kept(job).clear(last=False)
                 quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
                 said = f"{row['nfe']:g} NFE, {row['seconds_per_image'] * 1e3:.3g} ms an image{quality}"
                 progress.say(f"[{number}/{len(missing)}] {row['name']}: {said}")
+        self.ranks.wait()
+        self.kept(self.jobs[0]).clear()
+
+    def many(self, job: Job, count: int) -> Tensor:
+        """As `sample`, on all processes, each of which gets the images; they are kept until the row is finished."""
+        p = self.protocol
+        keep = self.kept(job)
+        if self.ranks.world == 1 and not keep.folder.exists():
+            return self.sample(job, count)
+        made = sample_many(
+            job.ready, count, None, p["seeds"][0], p["batch_size"], ranks=self.ranks, keep=keep, everywhere=True,
+            jointly=job.joint, **asked_of(job.ready, job.variant, p["dtype"]),
+        )  # fmt: skip
+        assert made is not None
+        return made
+
+    def kept(self, job: Job) -> Kept:
+        """Where the images of an unfinished row are."""
+        versions = {key: self.protocol[key] for key in ("hasten", "torch", "batch_size")}
+        return Kept(self.out / "samples" / "kept", {"key": job.key, **versions})
 
     @functools.cached_property
     def machine(self) -> dict[str, Any]:
         return {key: self.protocol[key] for key in ("hardware", "threads", "torch", "device", "rounds", "timing_batch")}
 
     def time(self, progress: Progress) -> dict[str, Any]:
-        """Time all rows in turns, after a pass that warms up and counts; rows in the store get the new figures."""
+        """Time all rows in turns, after a pass that warms up and counts; rows in the store get the new figures.
+
+        Of several processes the first does it while the others rest, but for rows that need them all.
+        """
         batch = self.protocol["timing_batch"]
         progress.bar.update(progress.task, description="timing")
         found: dict[str, Any] = {}
-        for job in self.jobs:
+        jobs = [job for job in self.jobs if self.ranks.first or job.joint]
+        if not jobs:
+            return found
+        for job in jobs:
             with counting(job.ready, progress) as count:
                 self.sample(job, batch)
             found[job.key] = {"nfe": count[0] / batch + extra(job.ready, job.variant)}
-        work = {job.key: functools.partial(self.sample, job, batch) for job in self.jobs}
+        work = {job.key: functools.partial(self.sample, job, batch) for job in jobs}
         with contextlib.ExitStack() as stack:
-            for ready in {id(job.ready.denoiser): job.ready for job in self.jobs}.values():
+            for ready in {id(job.ready.denoiser): job.ready for job in jobs}.values():
                 stack.enter_context(counting(ready, progress))
             for key, seconds in cost.interleave(work, self.protocol["rounds"], warmup=0).items():
                 found[key]["seconds"] = seconds
+        if not self.ranks.first:
+            return found
         self.store.put_timing(self.machine, found)
         old = [self.store.rows[job.key] for job in self.jobs if job.key in self.store.rows]
         for row in old:
@@ -252,13 +254,17 @@ class Run:
             "speedup": ratio.median, "speedup_low": ratio.low, "speedup_high": ratio.high,
         }  # fmt: skip
 
-    def judge(self, job: Job, timed: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-        """Sample a row's images and measure them: the finished row."""
+    def judge(self, job: Job, timed: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
+        """Sample a row's images and measure them: the finished row, None where another process has it."""
         model, p, v = self.model, self.protocol, job.variant
         n, first = p["n"], p["seeds"][0]
         with counting(job.ready, progress), cost.peak_memory(model.device) as memory:
-            drawn = self.sample(job, n)
-        labels = model.labels(n)
+            drawn = self.many(job, n)
+        labels, seen = model.labels(n), None
+        if self.net is not None:
+            seen = judge_many(drawn, labels, self.net, self.known, range(first, first + n), self.ranks)
+        if not self.ranks.first:
+            return None
         net = next((m for m in job.ready.denoiser.modules() if hasattr(type(m), "cold_seconds")), None)
         compiled = {} if net is None else {"cold_seconds": net.cold_seconds, "warm_seconds": net.warm_seconds}
         row = {
@@ -270,8 +276,7 @@ class Run:
             "macs_per_image": self.macs(job, timed[job.key]["nfe"]),
             "peak_memory": memory.peak, **dict.fromkeys(QUALITY), **compiled,
         }  # fmt: skip
-        if self.known is not None:
-            seen = evaluate_images(drawn, labels, self.net, self.known, range(first, first + n))
+        if seen is not None:
             row |= {key: measure.value for key, measure in seen.items()}
             row["frechet_low"], row["frechet_high"] = seen["frechet"].interval or (None, None)
             p = {**p, "floors": {key: measure.floor for key, measure in seen.items()}}
@@ -331,6 +336,7 @@ def compare(
     features: str | nn.Module | None = None,
     show: bool = True,
     command: str | None = None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Run every variant from the same seeds; write `results.jsonl`, `report.html`, `front.png`, `grid.png` into `out`.
 
@@ -340,6 +346,8 @@ def compare(
     runtime: as `Model.sample` takes it. reference: statistics of real images (default: those that the model names;
     without any, quality is not measured). features: the network behind them (default: the reference's own).
     show: print the table on stdout. command: for the record (default: the one that says the same).
+    ranks: `Ranks.start(device)`, where several processes call this together: they share the images of a row, and the
+    first one times the rows, writes and shows (default: this process alone).
 
     Returns the rows, a dict a variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and high),
     peak_memory (bytes), frechet (with low and high), kid, precision, recall, coverage, accuracy, psnr, rms, protocol.
@@ -347,20 +355,21 @@ def compare(
     their report before it goes on to the caller. Raises BadInput for a set, model or folder that cannot be used,
     before anything has run.
     """
+    ranks = Ranks(torch.device("cpu")) if ranks is None else ranks
     model = model if isinstance(model, Model) else load(model)
     chosen = read(variants, model.times, model.guidance_scale)
     n, rounds = chosen.n if n is None else n, chosen.rounds if rounds is None else rounds
     least = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0}
     for name, value in zip(least, (n, rounds, timing_batch, batch_size, seed), strict=True):
         whole(name, value, least[name])
-    rows = prepare(model, chosen)
+    rows = prepare(model, chosen, ranks)
     asked = reference or model.card.get("reference")
     known = asked if asked is None or isinstance(asked, Reference) else load_reference(asked)
     net = None if known is None else feature_net(features or known.features)
     if known is not None and net_name(net) != known.features:
         raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
-    runtime = model.runtime_for(runtime, min(n, batch_size))
-    store, weights = Store(Path(out)), fingerprint(model)
+    runtime = ranks.once(functools.partial(model.runtime_for, runtime, min(n, batch_size)))
+    store, weights = Store(Path(out)) if ranks.first else None, fingerprint(model)
     protocol = {
         "schema": SCHEMA, "model": model.name, "model_hash": weights, "set": chosen.source, "n": n,
         "seeds": [seed, seed + n - 1], "batch_size": batch_size, "timing_batch": timing_batch, "rounds": rounds,
@@ -378,10 +387,13 @@ def compare(
         told_plan |= {} if variant.model is None else {"weights": fingerprint(ready)}
         text = json.dumps({**settings, "method": variant.method, **told_plan}, sort_keys=True)
         jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], ready))
-    run = Run(model, jobs, store, protocol, known, net)
+    run = Run(model, jobs, store, protocol, known, net, Path(out), ranks)
     try:
         run.all()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Lost) as e:
+        if not ranks.first:
+            raise
+        what = "stopped" if isinstance(e, KeyboardInterrupt) else str(e).partition(";")[0]
         kept = f"{len(run.finish(show))} of {len(jobs)} rows are kept in {out}"
-        raise KeyboardInterrupt(f"stopped: {kept}; the same command goes on from there") from None
-    return run.finish(show)
+        raise type(e)(f"{what}: {kept}; the same command goes on from there") from None
+    return ranks.once(lambda: run.finish(show))

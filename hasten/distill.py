@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import resource
@@ -22,6 +23,7 @@ from .machine import parse, spell
 from .model import Model
 from .pick import pick
 from .plan import plan as compile_plan
+from .ranks import Lost, Ranks
 from .results import earlier, fingerprint, now
 from .sampling import spell as spelled
 from .train import open_data
@@ -48,6 +50,8 @@ def distill_model(
     show: bool = True,
     say: Callable[[str], None] = lambda line: None,
     command: str = "",
+    accumulate: int = 1,
+    shard: bool = False,
 ) -> dict[str, Any]:
     """Train students of a model and save them: each stage's in `out/<stage>`, the last one also in `out` itself.
 
@@ -58,6 +62,9 @@ def distill_model(
     guidance_scale: that the students give (None: the model's recommended one); `guided` learns a range by itself.
     runtime: `fp32`, `bf16` (autocast), or `auto`: what is faster here. dry_run: only say what it would cost.
     show: progress bars on a terminal. say: told a line at every stage.
+    accumulate: parts of a batch that are computed one after another, to need less memory. Under torchrun, the processes
+    share every batch, and the pairs that some methods make; the first one writes, and all must see `out`.
+    shard: divide the student among them (and not the teacher), for methods whose student is asked as a whole.
 
     First every stage is tried for a moment, which gives its cost and divides the budget; the result is kept in
     `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students.
@@ -67,7 +74,9 @@ def distill_model(
     Raises BadInput before anything has run where something cannot be, KeyboardInterrupt at Ctrl-C, with what is kept.
     """
     distiller = pick("distillers", method)
+    ranks = Ranks.start(str(model.device))
     whole("batch_size", batch_size, 1)
+    whole("accumulate", accumulate, 1)
     whole("seed", seed, 0)
     if data is None and distiller.needs_data:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
@@ -96,38 +105,49 @@ def distill_model(
         "seed": seed, "batch_size": batch_size, "images": len(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     }  # fmt: skip
-    precision = number_format(model, runtime, batch_size)
+    precision = ranks.once(lambda: number_format(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     common: dict[str, Any] = {
         "teacher": teacher, "denoiser": denoiser, "batches": Batches(source, batch_size, seed=seed),
         "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
-        "device": str(model.device), "show": show,
+        "device": str(model.device), "show": show and ranks.first, "accumulate": accumulate, "shard": shard,
     }  # fmt: skip
-    known = earlier(out / RUN, run, stages_of) if not dry_run else None
-    if known is None:
-        rehearsal = Rehearsal(**common)
-        distiller.distill(rehearsal)
-        allocate(rehearsal.stages, steps, minutes, evaluations)
-        known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
-                 "memory_bytes": memory(model.device)}  # fmt: skip
-        if not dry_run:
-            write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
+
+    def planned() -> dict[str, Any]:
+        known = earlier(out / RUN, run, stages_of) if not dry_run else None
+        if known is None:
+            rehearsal = Rehearsal(**common, processes=ranks.world)
+            distiller.distill(rehearsal)
+            allocate(rehearsal.stages, steps, minutes, evaluations)
+            known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
+                     "memory_bytes": memory(model.device)}  # fmt: skip
+            if not dry_run:
+                write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
+        return known
+
+    known = ranks.once(planned)
     stages = stages_of(known)
     result = {
         "folder": str(out), "method": run["method"], "guidance_scale": scale, "stages": known["stages"],
         "evaluations": sum(s.evaluations * s.steps for s in stages), "precision": known["precision"],
         "seconds": sum(s.seconds * s.steps for s in stages), "memory_bytes": known["memory_bytes"], "students": {},
     }  # fmt: skip
-    for stage in stages:
+    for stage in stages if ranks.first else ():
         say(told(stage))
     if dry_run:
         return result
     common["precision"] = known["precision"]
     saver = Saver(model, out, result, scale, command, say)
-    task = Task(**common, steps={s.name: s.steps for s in stages}, keep=saver)
+    keep = saver if ranks.first else (lambda name, student: None)
+    task = Task(**common, steps={s.name: s.steps for s in stages}, keep=keep, ranks=ranks)
     began = time.perf_counter()
-    last = distiller.distill(task)
-    saver(None, last)
+    try:
+        last = distiller.distill(task)
+    except Lost as e:
+        raise Lost(f"{str(e).partition(';')[0]}; what {out} holds is kept: the same command goes on") from e
+    if ranks.first:
+        saver(None, last)
+    ranks.wait()
     return {**result, "seconds": time.perf_counter() - began}
 
 
@@ -180,7 +200,7 @@ class Saver:
     def model(self, name: str | None, student: Student) -> Model:
         """The student as a model with its plan, and where it comes from on its card."""
         span = student.guidance or (self.scale, self.scale)
-        denoiser = student.denoiser.eval().requires_grad_(False).cpu()
+        denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False).cpu()  # the next stage needs its own
         if not denoiser.net_takes_guidance:
             denoiser = denoiser.replace(guidance_range=span)
         sampler = pick("samplers", student.sampler)

@@ -15,6 +15,7 @@ from .machine import choose, parse, spell
 from .model import Model
 from .nets.unet import UNet
 from .predictions import V
+from .ranks import Ranks
 from .schedules import VPCosine
 from .train.data import Batches, Data, open_data
 from .train.fit import Fit, Player
@@ -41,6 +42,8 @@ def train_model(
     device: str | None = None,
     name: str | None = None,
     show: bool = True,
+    accumulate: int = 1,
+    shard: bool = False,
 ) -> Model:
     """Train a U-Net with v-prediction on the cosine path `x_t = cos(pi t/2) x + sin(pi t/2) eps`; save it in `out`.
 
@@ -51,6 +54,8 @@ def train_model(
     widths: channels of each resolution, finest first (default: by the side of the images). blocks: residual blocks a
     level. patch: side of the squares that the network takes as one pixel. lr: peak rate of AdamW.
     runtime: `fp32`, `bf16` (autocast), or `auto`: what is faster here. show: a progress bar on a terminal.
+    accumulate: parts of a batch that are computed one after another, to need less memory. Under torchrun, each process
+    takes its share of every batch, and the first one writes (see `Fit`). shard: divide the network among them too.
 
     Raises BadInput for data or settings that cannot be used, HastenError where the loss stops being finite, and
     KeyboardInterrupt, with a line that says what was kept, at Ctrl-C.
@@ -61,12 +66,15 @@ def train_model(
     out = Path(out)
     if steps is None and minutes is None:
         minutes = 30.0
+    ranks = Ranks.start(device)
     torch.manual_seed(seed)
     net = network(source, widths, blocks, patch)
     denoiser = Denoiser(net, VPCosine(offset=0.0), V(), null_label=net.classes or None)
     loss = DenoisingLoss(label_drop=label_drop)
-    precision = number_format(denoiser, source, runtime, batch_size)
-    fit = Fit(steps=steps, minutes=minutes, precision=precision, seed=seed, device=device)
+    precision = ranks.once(lambda: number_format(denoiser, source, runtime, batch_size))
+    fit = Fit(
+        steps=steps, minutes=minutes, precision=precision, seed=seed, device=device, accumulate=accumulate, shard=shard
+    )
     player = Player("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
     averaged = fit([player], Batches(source, batch_size, seed=seed, flip=flip), out, show)["model"]
     assert isinstance(averaged, Denoiser)
@@ -88,7 +96,9 @@ def train_model(
         guidance_scale=1.5 if source.classes else 1.0,
         card=card,
     )
-    model.save(out)
+    if ranks.first:
+        model.save(out)
+    ranks.wait()
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model import Model
+    from ..ranks import Ranks
 
 
 def open_model(name: str, device: str) -> Model:
@@ -19,6 +21,43 @@ def open_model(name: str, device: str) -> Model:
     from ..model import load
 
     return load(name, device_for(device))
+
+
+def processes(device: str) -> Ranks:
+    """This process alone on the device that was asked for, or among those that torchrun started."""
+    from ..machine import device_for
+    from ..ranks import Ranks, launched
+
+    if launched() > 1:
+        return Ranks.start(None if device == "auto" else device)
+    return Ranks(device_for(device))
+
+
+def open_shared(name: str, ranks: Ranks) -> Model:
+    """`load` on every process's own device; what must be fetched, one process of a machine fetches."""
+    from ..model import load
+
+    with ranks.leading():
+        return load(name, ranks.device)
+
+
+def hint(ranks: Ranks, n: int, batch_size: int) -> None:
+    """Say so where some processes will have nothing to do."""
+    batches = -(-n // batch_size)
+    if ranks.first and batches < ranks.world:
+        each = max(n // ranks.world, 1)
+        print(
+            f"hasten: {n} images are {batches} batch{'es' if batches > 1 else ''} of {batch_size}, for {ranks.world} "
+            f"processes: --batch-size {each} would give work to all",
+            file=sys.stderr,
+        )
+
+
+def cached(folder: str) -> Path:
+    """A folder of hasten's own, in the user's cache."""
+    from ..machine import notebook
+
+    return notebook().parent / folder
 
 
 def is_images(path: str) -> bool:

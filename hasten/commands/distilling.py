@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..terminal import spell, tell
-from ._common import open_model
+from ._common import open_shared, processes
+from ._together import together
 
 
+@together
 def distill(
     model: str,
     *,
@@ -20,6 +22,8 @@ def distill(
     evaluations: float | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 128,
+    accumulate: int = 1,
+    shard: bool = False,
     seed: int = 0,
     runtime: str = "auto",
     device: str = "auto",
@@ -29,7 +33,8 @@ def distill(
     """Train a student that needs 1 to 16 network evaluations an image where its teacher needs hundreds.
 
     Writes a model for every stage, a picture of what it draws, and the last student as the model of the folder itself.
-    The same command again goes on where an earlier one was stopped, and ends with the same students.
+    The same command again goes on where an earlier one was stopped, and ends with the same students. Under torchrun,
+    several processes share the work.
 
     Args:
         model: The teacher: a bundled name (see models) or a folder.
@@ -42,6 +47,8 @@ def distill(
         evaluations: Network evaluations of one image, training included; 1e6 or so for a start.
         guidance_scale: The strength of guidance that the student gives. Left out: the teacher's own choice.
         batch_size: Images a step.
+        accumulate: Parts of a batch that are computed one after another, to need less memory.
+        shard: Divide the network among the processes that torchrun started, where it is too large for one.
         seed: Of everything that is drawn.
         runtime: fp32 or bf16; auto times them on this machine once.
         device: auto, cpu, cuda or cuda:1.
@@ -53,14 +60,15 @@ def distill(
     """
     from ..distill import distill_model
 
-    loaded = open_model(model, device)
+    loaded = open_shared(model, processes(device))
     said = {"data": data, "out": out, "method": method, "minutes": minutes, "steps": steps, "evaluations": evaluations,
-            "guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, "runtime": runtime}  # fmt: skip
+            "guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, "runtime": runtime,
+            "accumulate": None if accumulate == 1 else accumulate, "shard": shard}  # fmt: skip
     result = distill_model(
         loaded, out, method=method, data=data, steps=steps, minutes=minutes, evaluations=evaluations,
         guidance_scale=guidance_scale, batch_size=batch_size, seed=seed, runtime=runtime, dry_run=dry_run,
         say=(lambda line: None) if json else lambda line: print(line, flush=True),
-        command=spell("distill", model, said),
+        command=spell("distill", model, said), accumulate=accumulate, shard=shard,
     )  # fmt: skip
     cost = f"{result['evaluations']:.3g} network evaluations"
     if dry_run:

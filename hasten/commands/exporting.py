@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from ..terminal import tell
 from ._common import open_model
+from ._together import alone
 
 
+@alone
 def export(
     model: str,
     *,

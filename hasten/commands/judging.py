@@ -7,9 +7,11 @@ from typing import Any
 
 from ..errors import BadInput
 from ..terminal import progress, spell, tell
-from ._common import is_images, open_model
+from ._common import cached, hint, is_images, open_shared, processes
+from ._together import together
 
 
+@together
 def compare(
     model: str,
     *,
@@ -55,12 +57,15 @@ def compare(
         "timing_batch": timing_batch, "runtime": runtime, "reference": reference, "features": features,
     }  # fmt: skip
     told = {**asked, "runtime": None if runtime == "auto" else runtime, "out": out}
-    rows = run(open_model(model, device), out=out, **asked, show=not json, command=spell("compare", model, told))
+    ranks = processes(device)
+    loaded = open_shared(model, ranks)
+    rows = run(loaded, out=out, **asked, show=not json, command=spell("compare", model, told), ranks=ranks)
     if json:
         tell(rows, "", json)
     return rows
 
 
+@together
 def evaluate(
     model: str,
     *,
@@ -110,11 +115,13 @@ def evaluate(
         The settings, and under `measures` each figure with its features, reference, count, floor and interval.
     """
     from ..errors import whole
-    from ..metrics import evaluate_images, feature_net, reference_from_images
+    from ..many import judge_many, kept, sample_many
+    from ..metrics import feature_net, reference_from_images
     from ..metrics import reference as load_reference
 
     whole("n", n, 10)
-    loaded = open_model(model, device)
+    ranks = processes(device)
+    loaded = open_shared(model, ranks)
     asked = reference or loaded.card.get("reference")
     if asked is None:
         raise BadInput(f"{loaded.name} names no reference: give --reference, such as a folder of real images")
@@ -125,16 +132,30 @@ def evaluate(
 
         channels, height, width = loaded.shape
         data = open_data(asked, size=(height, width), channels=channels)
-        real = data.images(range(len(data)))
-        known = reference_from_images(real, Path(asked).name, "all", feature_net(features))
+        known = None
+        if ranks.first:
+            real = data.images(range(len(data)))
+            known = reference_from_images(real, Path(asked).name, "all", feature_net(features))
     else:
         known = load_reference(asked)
     way: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
-    setting = loaded.setting(sampler, times, steps, guidance_scale, runtime, min(n, batch_size), **way)
+    size = min(n, batch_size)
+    setting = loaded.setting(sampler, times, steps, guidance_scale, "fp32", size, **way)
+    setting["runtime"] = ranks.once(lambda: loaded.runtime_for(runtime, size))
+    keep = kept(cached("kept"), ranks, loaded, n, label, seed, batch_size, setting)
+    hint(ranks, n, batch_size)
     with progress(f"sampling {n} images") as tick:
-        x = loaded.sample(n, label, seed, **setting, batch_size=batch_size, progress=tick)
+        x = sample_many(
+            loaded, n, label, seed, batch_size, **setting, ranks=ranks, keep=keep, everywhere=True, progress=tick
+        )
     wanted = None if label == "none" else loaded.labels(n, label)
-    measures = evaluate_images(x, wanted, features or known.features, known, range(seed, seed + n))
+    net = features or known.features  # type: ignore[union-attr]
+    measures = judge_many(x, wanted, net, known, range(seed, seed + n), ranks)  # type: ignore[arg-type]
+    ranks.wait()
+    if keep is not None:
+        keep.clear()
+    if measures is None:  # the first process has them
+        return {}
     result = {
         "model": loaded.name,
         "sha256": loaded.sha256,
@@ -142,6 +163,7 @@ def evaluate(
         "n": n,
         "seeds": [seed, seed + n - 1],
         "measures": {name: measure.to_dict() for name, measure in measures.items()},
+        **({"processes": ranks.world} if ranks.world > 1 else {}),
     }
     tell(result, "\n".join(str(measure) for measure in measures.values()), json)
     return result

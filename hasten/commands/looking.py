@@ -8,8 +8,10 @@ from typing import Any
 
 from ..errors import BadInput
 from ..terminal import plain, tell
+from ._together import alone
 
 
+@alone
 def models(*, json: bool = False) -> list[dict[str, Any]]:
     """List the models that travel with hasten.
 
@@ -37,6 +39,7 @@ def models(*, json: bool = False) -> list[dict[str, Any]]:
     return found
 
 
+@alone
 def show(
     what: str, *, sampler: str | None = None, times: str | None = None, steps: int | None = None, json: bool = False
 ) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from ..errors import BadInput
 from ..terminal import progress, spell, tell, versions
-from ._common import given_images, open_model
+from ._common import given_images, hint, open_shared, processes
+from ._together import together
 
 
+@together
 def sample(
     model: str,
     *,
@@ -37,7 +39,7 @@ def sample(
     """Draw images from a model into a PNG grid that says inside how it was made.
 
     The same arguments give the same file. Image k depends on its own seed and label, not on n or batch_size, up to
-    the rounding of the number format.
+    the rounding of the number format. Under torchrun, several processes share the batches, and make the same file.
 
     Args:
         model: A bundled name (see models), a folder, or the folder or hub id of a diffusers pipeline.
@@ -68,23 +70,38 @@ def sample(
     """
     from .. import images as pictures
     from ..errors import whole
+    from ..many import joint, kept, sample_many
 
     whole("n", n, 1)
     if out.suffix.lower() != ".png" and not single:
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
     pictures.reserve(out / "0.png" if single else out)
-    loaded = open_model(model, device)
+    ranks = processes(device)
+    loaded = open_shared(model, ranks)
     several = isinstance(label, str) and "," in label and loaded.conditioning is None  # a prompt may hold commas
     chosen = [part.strip() for part in str(label).split(",")] if several else label
     labels = loaded.labels(n, chosen)
     asked: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
     asked["accelerators"] = tuple(accelerate or ())
-    setting = loaded.setting(sampler, times, steps, guidance_scale, runtime, min(n, batch_size), **asked)
+    size = min(n, batch_size)
+    setting = loaded.setting(sampler, times, steps, guidance_scale, "fp32", size, **asked)
+    setting["runtime"] = ranks.once(lambda: loaded.runtime_for(runtime, size))
     given = None if images is None else given_images(images, n, loaded.shape[0])
+    folder = (out if single else out.parent) / f".{'images' if single else out.name}.kept"
+    keep = kept(folder, ranks, loaded, n, chosen, seed, batch_size, setting, given)
+    if not joint(asked["accelerators"]):
+        hint(ranks, n, batch_size)
     began = time.perf_counter()
     with progress(f"sampling {n} images") as tick:
-        x = loaded.sample(n, chosen, seed, **setting, batch_size=batch_size, progress=tick, images=given)
+        x = sample_many(
+            loaded, n, chosen, seed, batch_size, **setting, ranks=ranks, keep=keep, progress=tick, images=given
+        )
     seconds = time.perf_counter() - began
+    if x is None:  # the first process has them all
+        ranks.wait()
+        if keep is not None:
+            keep.clear()
+        return {}
     flags = {"guides": "guide", "accelerators": "accelerate"}
     told = {flags.get(key, key): value for key, value in setting.items()}
     said = {"label": label, **told, "images": images, "n": n, "seed": seed, "single": single, "columns": columns}
@@ -103,6 +120,9 @@ def sample(
         files = [pictures.write(out / f"{number:06d}.png", data) for number, data in whole_files]
     else:
         files = [pictures.write(out, pictures.png(pictures.grid(x, columns), made(0, n - 1)))]
+    ranks.wait()
+    if keep is not None:
+        keep.clear()
     result = {
         "files": [str(f) for f in files],
         "model": loaded.name,
@@ -113,15 +133,18 @@ def sample(
         "labels": None if labels is None else labels.tolist(),
         "seconds": seconds,
         "images_per_second": n / seconds,
+        **({"processes": ranks.world} if ranks.world > 1 else {}),
     }
     where = f"{len(files)} files in {out}" if single else str(out)
     by = setting.get("sampler") or f"plan {setting['plan']}"
     how = f"{by}, {setting['steps']} steps, {setting['runtime']}"
+    how += f", {ranks.world} processes" if ranks.world > 1 else ""
     line = f"{where}: {n} images of {loaded.name} ({how}) in {seconds:.2f} s"
     tell(result, line, json)
     return result
 
 
+@together
 def train(
     data: Path,
     *,
@@ -138,6 +161,8 @@ def train(
     lr: float = 1e-3,
     label_drop: float = 0.1,
     flip: bool = False,
+    accumulate: int = 1,
+    shard: bool = False,
     seed: int = 0,
     runtime: str = "auto",
     device: str = "auto",
@@ -145,7 +170,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a model on a folder of images and save it.
 
-    Sub-folders are classes, or a labels.csv names them. Ctrl-C keeps a checkpoint; the same command goes on from it.
+    Sub-folders are classes, or a labels.csv names them. Ctrl-C keeps a checkpoint; the same command goes on from it,
+    also on another number of processes: under torchrun, each takes its share of every batch.
 
     Args:
         data: A folder or zip of images, a folder of IDX files, a .npy or a .npz.
@@ -162,6 +188,8 @@ def train(
         lr: The highest learning rate.
         label_drop: Share of the labels that are dropped, so that the model can be guided.
         flip: Mirror images at random.
+        accumulate: Parts of a batch that are computed one after another, to need less memory.
+        shard: Divide the network among the processes that torchrun started, where it is too large for one.
         seed: Of the weights, the order of the images and the noise.
         runtime: Number format, fp32 or bf16; auto takes what is faster here.
         device: auto, cpu, cuda or cuda:1.
@@ -170,7 +198,6 @@ def train(
     Returns:
         The folder, and what was trained on what for how long.
     """
-    from ..machine import device_for
     from ..training import train_model
 
     try:
@@ -180,7 +207,7 @@ def train(
     model = train_model(
         data, out, steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list,
         blocks=blocks, patch=patch, batch_size=batch_size, lr=lr, label_drop=label_drop, flip=flip, runtime=runtime,
-        seed=seed, device=str(device_for(device)),
+        seed=seed, device=str(processes(device).device), accumulate=accumulate, shard=shard,
     )  # fmt: skip
     result = {
         "folder": str(out),

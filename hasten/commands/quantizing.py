@@ -7,8 +7,10 @@ from typing import Any
 
 from ..terminal import spell, tell
 from ._common import open_model
+from ._together import alone
 
 
+@alone
 def quantize(
     model: str,
     *,
@@ -24,6 +26,7 @@ def quantize(
     no_split: bool = False,
     ranges: str = "search",
     keep: list[str] | None = None,
+    eight: float = 0.0,
     images: int | None = None,
     spread: int = 20,
     seed: int = 2_000_000,
@@ -54,6 +57,7 @@ def quantize(
         ranges: search or minmax.
         keep: Names or patterns of modules that stay in floating point; may be given several times. Left out: conv_in
             and conv_out. none: nothing.
+        eight: Share of the weights, 0 to 1, that get 8 bits where weights is 4: of the layers that need them most.
         images: To calibrate on. Left out: 16, with learned rounding 32.
         spread: How many of a sampling's queries are calibrated on, evenly spread.
         seed: Of the first calibration image; far from the seeds that sample and compare start with.
@@ -73,11 +77,11 @@ def quantize(
     kept = None if keep is None else tuple(name for name in keep if name != "none")
     said = {"out": out, "weights": weights, "acts": acts, "rounding": rounding, "learn_steps": learn_steps,
             "minutes": minutes, "iterations": iterations, "rank": rank, "groups": groups, "no_split": no_split,
-            "ranges": ranges, "keep": keep, "images": images, "spread": spread, "seed": seed, "sampler": sampler,
-            "times": times, "steps": steps, "guidance_scale": guidance_scale}  # fmt: skip
+            "ranges": ranges, "keep": keep, "eight": eight, "images": images, "spread": spread, "seed": seed,
+            "sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}  # fmt: skip
     result = quantize_model(
         loaded, out, weights, acts or None, rounding, learn_steps, minutes, iterations, rank, groups, not no_split,
-        ranges, kept, images, spread, seed, sampler, times, steps, guidance_scale,
+        ranges, kept, eight, images, spread, seed, sampler, times, steps, guidance_scale,
         say=(lambda line: None) if json else lambda line: print(line, flush=True),
         command=spell("quantize", model, said),
     )  # fmt: skip

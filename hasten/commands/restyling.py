@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadInput
 from ..terminal import progress, spell, tell, versions
 from ._common import given_images, open_model
+from ._together import alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 
+@alone
 def restyle(
     encoder: str,
     decoder: str | None = None,

@@ -8,8 +8,10 @@ from typing import Any
 from ..errors import BadInput
 from ..terminal import spell, tell
 from ._common import open_model
+from ._together import alone
 
 
+@alone
 def tune(
     model: str,
     *,

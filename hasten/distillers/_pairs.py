@@ -28,7 +28,7 @@ from ..denoiser import Wrapper
 from ..errors import BadInput, HastenError, nearest
 from ..sampling import Noise, draw, spell
 from ..times import TimeGrid
-from ._store import check, fingerprint, record, stored, write
+from ._store import DESCRIPTION, check, fingerprint, record, stored, write
 
 if TYPE_CHECKING:
     from ._task import Task
@@ -117,10 +117,13 @@ class PairBatches:
     Epochs are permutations laid end to end and cut into batches, so that a batch may span two.
     """
 
-    def __init__(self, pairs: Pairs, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, pairs: Pairs, batch_size: int, seed: int = 0, part: int = 0, parts: int = 1) -> None:
         if batch_size < 1:
             raise BadInput(f"batch_size must be at least 1, got {batch_size}")
-        self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
+        if batch_size % parts:
+            raise BadInput(f"batch_size must be a multiple of the {parts} parts (processes, times accumulate), got "
+                           f"{batch_size}")  # fmt: skip
+        self.pairs, self.batch_size, self.seed, self.part, self.parts = pairs, batch_size, seed, part, parts
         self._order: tuple[int, Tensor] | None = None
 
     def indices(self, step: int) -> Tensor:
@@ -139,8 +142,13 @@ class PairBatches:
             self._order = epoch, torch.randperm(len(self.pairs), generator=generator)
         return self._order[1]
 
+    def shard(self, part: int, parts: int) -> PairBatches:
+        """Part `part` of `parts` of every batch."""
+        return PairBatches(self.pairs, self.batch_size, self.seed, part, parts)
+
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        return self.pairs[self.indices(step)]
+        share = self.batch_size // self.parts
+        return self.pairs[self.indices(step)[self.part * share : (self.part + 1) * share]]
 
 
 def labels_of(told: dict[str, Any], chosen: Tensor) -> Tensor:
@@ -209,7 +217,8 @@ def make(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"cannot write in {folder}: {e.strerror or e}") from e
-    blocks = check(folder, told)
+    ranks = task.ranks
+    blocks = ranks.once(lambda: check(folder, told))
     needed = [min(block, count - first) for first in range(0, count, block)]
     with watched(task.show, f"pairs {folder.name}", count) as tick:
         for number, rows in enumerate(needed):
@@ -217,22 +226,31 @@ def make(
                 tick(number * block + rows)
                 continue
             files = drawn(task, teacher, method, grid, told, number, rows, tick)
+            if files is None:  # the first process has them all
+                continue
             entry = {"rows": rows, **{kind: write(folder, f"{kind}-{number:05d}", a) for kind, a in files.items()}}
             blocks[number : number + 1] = [entry]
             record(folder, told, blocks)
+    ranks.wait()
+    if not (folder / DESCRIPTION).is_file():
+        raise BadInput(f"process {ranks.rank} does not see {folder}: all processes need the same folder")
     return Pairs(folder, told, 0, count)
 
 
 def drawn(
     task: Task, teacher: nn.Module, method: Any, grid: Tensor, told: dict[str, Any], number: int, rows: int,
     tick: Callable[[int], None],
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """The arrays of block `number`, whose batches begin where it does: they do not depend on what was made before."""
+) -> dict[str, np.ndarray] | None:  # fmt: skip
+    """The arrays of block `number`, whose batches begin where it does: they do not depend on what was made before.
+
+    Several processes share the batches, and the first one gets the arrays.
+    """
     parameter = next((p for p in teacher.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    ends, passed = [], []
-    for first in range(0, rows, told["batch_size"]):
-        chosen = torch.arange(first, min(first + told["batch_size"], rows)) + number * told["block"]
+    size = told["batch_size"]
+
+    def batch(index: int) -> tuple[Tensor, ...]:
+        chosen = torch.arange(index * size, min((index + 1) * size, rows)) + number * told["block"]
         seeds = (chosen + told["seed"]).tolist()
         cond = {"label": labels_of(told, chosen).to(device)} if told["classes"] else {}
         seen = Passed(teacher, told["states"])
@@ -240,12 +258,17 @@ def drawn(
             x = draw(seen, method, grid, Noise(seeds, told["shape"], device=device), **cond)
         if not bool(x.isfinite().all()):
             raise HastenError(f"the teacher's samples are not finite: try another sampler than {told['sampler']}")
-        ends.append(stored(x, told["dtype"]))
-        if told["states"]:
-            passed.append(torch.stack(seen.found(), 1).to("cpu", torch.float16).numpy())
-        tick(number * told["block"] + first + len(chosen))
-    made = {"ends": np.concatenate(ends)}
-    return made | ({"states": np.concatenate(passed)} if passed else {})
+        ends = torch.from_numpy(stored(x, told["dtype"]))
+        return (ends, torch.stack(seen.found(), 1).to("cpu", torch.float16)) if told["states"] else (ends,)
+
+    def progress(done: int, total: int) -> None:
+        tick(number * told["block"] + min(done * size, rows))
+
+    made = task.ranks.deal(-(-rows // size), batch, tick=progress)
+    if not task.ranks.first:
+        return None
+    columns = [torch.cat(column).numpy() for column in zip(*[piece for piece in made if piece is not None])]
+    return dict(zip(("ends", "states"), columns))
 
 
 class Passed(Wrapper):

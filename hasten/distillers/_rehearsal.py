@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..train.data import share_of
 from ..train.fit import Ema, Player
 from ._task import Task
 
@@ -41,12 +42,15 @@ class Stage:
 class Rehearsal(Task):
     """A task whose stages are only tried: `stages` holds what each would cost. Nothing is written.
 
+    Of several processes one rehearses, with its own part of a batch; the steps of all are then of the whole.
+
     Cost is counted in floating-point operations, forwards and backwards, over those of one evaluation of the plain
     network for one image, so that critics and partial evaluations count for what they are.
     """
 
     stages: list[Stage] = field(default_factory=list)
     unit: float = 0.0
+    processes: int = 1
     _scratch: list[Any] = field(default_factory=list)
 
     def fit(
@@ -62,7 +66,8 @@ class Rehearsal(Task):
         """Count one step, time a few; the modules after these, frozen."""
         self.done.append(name)
         device = next(self.denoiser.parameters()).device
-        batch = {key: value.to(device) for key, value in (self.batches if batches is None else batches)[0].items()}
+        source = share_of(self.batches if batches is None else batches, 0, self.processes * self.accumulate)
+        batch = {key: value.to(device) for key, value in source[0].items()}
         optimisers = {p.name: p.optimizer() for p in players}
         torch.manual_seed(self.seed)
         evaluations = seconds = 0.0
@@ -79,7 +84,8 @@ class Rehearsal(Task):
                 began = time.perf_counter()
                 self._learn(p, shared, optimisers[p.name])
                 seconds += (time.perf_counter() - began) / TIMED / p.every
-        self.stages.append(Stage(name, evaluations, seconds, share))
+        parts = self.accumulate, self.processes * self.accumulate
+        self.stages.append(Stage(name, evaluations * parts[1], seconds * parts[0], share))
         return {p.name: copy.deepcopy(p.module).eval().requires_grad_(False) for p in players}
 
     def pairs(self, name: str, count: int, **how: Any) -> Any:
@@ -91,7 +97,7 @@ class Rehearsal(Task):
         began = time.perf_counter()
         with counted() as flops:
             pairs = make(self, Path(self._scratch[-1].name) / name, small, **how)
-        seconds = (time.perf_counter() - began) / small
+        seconds = (time.perf_counter() - began) / small / self.processes
         evaluations = flops() / self.unit_flops(self.batches[0]) / small
         self.stages.append(Stage(f"pairs {name}", evaluations, seconds, pairs=count))
         return pairs

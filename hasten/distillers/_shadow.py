@@ -11,19 +11,27 @@ from ..denoiser import Denoiser
 
 
 class Counted(nn.Module):
-    """A student in training and how many times its loss was asked for, kept as a buffer, so that a resume knows it."""
+    """A student in training and the steps that its loss was asked for, kept as a buffer, so that a resume knows it.
+
+    again: set by the loop where it asks for another part of the same step's batch.
+    """
 
     count: Tensor
+    again: bool = False
 
     def __init__(self, student: Denoiser) -> None:
         super().__init__()
         self.student = student
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
+    def begun(self) -> int:
+        """How many steps were made before this one; ask before `tick`."""
+        return int(self.count) - self.again
+
     def tick(self) -> int:
         """How many steps were made before this one; call it once a loss."""
-        done = int(self.count)
-        self.count += 1
+        done = self.begun()
+        self.count.fill_(done + 1)
         return done
 
 
@@ -42,7 +50,7 @@ class Shadow(Counted):
     def update(self, momentum: float, corrected: bool = True) -> int:
         """Call it first in a loss, where the student is as the last step left it; the steps made before this one."""
         n = self.tick()
-        if n:
+        if n and not self.again:
             follow(self.copy, self.student, (1 - momentum) / (1 - momentum**n) if corrected else 1 - momentum)
         return n
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import HastenError
+from ..ranks import Ranks
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
@@ -65,6 +66,8 @@ class Task:
     guidance_scale: of `teacher`. shape: (C, H, W). batches: `batches[k]` is a batch `{"x": ..., "label": ...}`.
     out: folder of the run. steps: by stage, how many steps of training it gets.
     keep: told of every finished student: `keep(name, student)`.
+    accumulate, shard: see `Fit`. ranks: the processes that share every batch, and make the pairs; the first one writes,
+        and all see `out`.
     """
 
     teacher: nn.Module
@@ -80,6 +83,9 @@ class Task:
     show: bool = True
     keep: Callable[[str, Student], None] = lambda name, student: None
     done: list[str] = field(default_factory=list)
+    accumulate: int = 1
+    shard: bool = False
+    ranks: Ranks = field(default_factory=lambda: Ranks(torch.device("cpu")))
 
     @property
     def schedule(self) -> Any:
@@ -140,17 +146,20 @@ class Task:
         folder = self.out / "stages" / f"{number}-{name}"
         steps = self.steps[name]
         finished = folder / STUDENT
-        if finished.is_file():
+        if self.ranks.once(finished.is_file):
             modules = {p.name: p.module for p in players}
             load_modules(modules, finished)
         else:
             fit = Fit(
                 steps=steps, warmup=max(1, min(100, steps // 20)), precision=self.precision, decay=decay, clip=clip,
                 ema=ema or Ema(), seed=self.seed * 1009 + number, device=self.device, tensorboard=False,
+                accumulate=self.accumulate, shard=self.shard,
             )  # fmt: skip
             modules = fit(players, self.batches if batches is None else batches, folder, self.show)
-            save_modules(modules, finished)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            if self.ranks.first:
+                save_modules(modules, finished)
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
+            self.ranks.wait()
         # what is drawn between the stages must not depend on whether this one was trained, resumed or read
         torch.manual_seed(self.seed * 1009 + number)
         return {key: module.eval().requires_grad_(False) for key, module in modules.items()}

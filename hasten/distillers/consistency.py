@@ -127,7 +127,7 @@ class Consistency:
         rough = has_dropout(student)
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
-            k = int(player.count)
+            k = player.begun()
             total = max(budget(task, name), k + 1)
             if isinstance(player, Shadow):
                 player.update(self.following(k, total), corrected=False)

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from ..errors import BadInput, HastenError
+from . import shards
 
 if TYPE_CHECKING:
+    from ..ranks import Ranks
     from .fit import Player
 
 
@@ -23,22 +25,35 @@ class State:
     """Players, their averages and optimisers, the number of finished steps, and the seconds they took.
 
     Random numbers are no part of it: each step's are a function of the seed and the number of the step.
+
+    All processes begin with the weights of the first. shard: divide the players among them; what is written is whole.
     """
 
-    def __init__(self, players: list[Player], device: torch.device) -> None:
+    def __init__(self, players: list[Player], device: torch.device, ranks: Ranks, shard: bool = False) -> None:
         names = [p.name for p in players]
         if not players or len(set(names)) < len(names):
             raise BadInput(f"a run needs players with different names, got {names}")
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.device = 0, 0.0, device
         for p in players:
             p.module.to(device).train()
         self.modules: dict[str, nn.Module] = {p.name: p.module for p in players}
         self.emas = {p.name: copy.deepcopy(p.module).requires_grad_(False).eval() for p in players}
+        self.undivided: dict[str, nn.Module] = {}
+        for module in (*self.modules.values(), *self.emas.values()):
+            ranks.share(module)
+        for p in players if shard else ():
+            shards.check(p.name, p.module, p.optimiser, ranks)
+            self.undivided[p.name] = copy.deepcopy(self.emas[p.name]).cpu()
+            shards.divide(p.module, ranks)
+            shards.divide(self.emas[p.name], ranks)
         self.optimisers = {p.name: p.optimizer() for p in players}
         self.peaks = {name: [g["lr"] for g in o.param_groups] for name, o in self.optimisers.items()}
 
-    def save(self, path: Path, run: dict[str, Any]) -> None:
-        """Write the whole checkpoint or none of it. `run`: what a resumed run must have in common with this one."""
+    def save(self, path: Path, run: dict[str, Any], ranks: Ranks) -> None:
+        """Write the whole checkpoint or none of it. `run`: what a resumed run must have in common with this one.
+
+        Of several processes the first one writes.
+        """
         players = {
             name: {
                 "module": self.modules[name].state_dict(),
@@ -47,6 +62,10 @@ class State:
             }
             for name in self.modules
         }
+        if self.undivided:
+            players = shards.whole(players)
+        if not ranks.first:
+            return
         part = path.with_suffix(".tmp")
         try:
             with open(part, "wb") as file:
@@ -78,13 +97,20 @@ class State:
             )
         try:
             for name, parts in players.items():
-                self.modules[name].load_state_dict(parts["module"])
-                self.emas[name].load_state_dict(parts["ema"])
-                self.optimisers[name].load_state_dict(parts["optimiser"])
+                shards.load_module(self.modules[name], parts["module"])
+                shards.load_module(self.emas[name], parts["ema"])
+                shards.load_optimiser(self.optimisers[name], parts["optimiser"])
         except (RuntimeError, ValueError, KeyError) as e:
             reason = str(e).split("\n")[-1].strip()
             raise BadInput(f"{path} does not fit this network or optimiser ({reason}): write to another folder") from e
         self.step, self.seconds = step, seconds
+
+    def averages(self) -> dict[str, nn.Module]:
+        """The averaged modules, each whole."""
+        if not self.undivided:
+            return self.emas
+        return {name: shards.restored(self.undivided[name], shards.whole(ema.state_dict()), self.device)
+                for name, ema in self.emas.items()}  # fmt: skip
 
 
 def save_modules(modules: Mapping[str, nn.Module], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,9 @@ class Batches:
         flip: bool = False,
     ) -> None:
         if batch_size < 1 or batch_size % world:
-            raise BadInput(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
+            raise BadInput(
+                f"batch_size must be a positive multiple of the {world} processes (times accumulate), got {batch_size}"
+            )
         if not 0 <= rank < world or start_step < 0:
             raise BadInput(f"rank must lie in 0..{world - 1} and start_step be 0 or more, got {rank} and {start_step}")
         self.data, self.batch_size, self.seed, self.start_step = data, batch_size, seed, start_step
@@ -118,7 +121,7 @@ class Batches:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + k) % 2**63)
 
     def shard(self, rank: int, world: int) -> Batches:
-        """The part of every batch that process `rank` of `world` takes."""
+        """Part `rank` of `world` of every batch."""
         return Batches(self.data, self.batch_size, self.seed, self.start_step, rank, world, self.flip)
 
     def _permutation(self, epoch: int) -> Tensor:
@@ -156,3 +159,25 @@ class Batches:
         while True:
             yield self[step]
             step += 1
+
+
+class Slices:
+    """Part `part` of `parts` of whatever batches there are."""
+
+    def __init__(self, batches: Any, part: int, parts: int) -> None:
+        self.batches, self.part, self.parts = batches, part, parts
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        batch = self.batches[step]
+        n = min(len(value) for value in batch.values())
+        if n % self.parts:
+            raise BadInput(f"a batch of {n} cannot be divided into {self.parts} parts (processes, times accumulate)")
+        part = slice(self.part * n // self.parts, (self.part + 1) * n // self.parts)
+        return {key: value[part] for key, value in batch.items()}
+
+
+def share_of(batches: Any, part: int, parts: int) -> Any:
+    """Part `part` of `parts` of every batch; together they are the batch."""
+    if parts == 1:
+        return batches
+    return batches.shard(part, parts) if hasattr(batches, "shard") else Slices(batches, part, parts)

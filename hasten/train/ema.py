@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput, nearest
+from .shards import local
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Ema:
 @torch.no_grad()
 def average(ema: nn.Module, module: nn.Module, beta: float) -> None:
     """Move the parameters of `ema` by `1 - beta` of the way to those of `module`; copy the buffers."""
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in module.parameters()], 1 - beta)
-    for old, new in zip(ema.buffers(), module.buffers(), strict=True):
-        old.copy_(new)
+    old, new = ([local(p.detach()) for p in one.parameters()] for one in (ema, module))
+    torch._foreach_lerp_(old, new, 1 - beta)
+    for kept, now in zip(ema.buffers(), module.buffers(), strict=True):
+        kept.copy_(now)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput, HastenError, nearest
+from ..errors import BadInput, HastenError, nearest, whole
+from ..ranks import Lost, Ranks
 from .checkpoint import State, append_log, trim_log
-from .data import Batches
+from .data import Batches, share_of
+from .draws import Draws, drawn
 from .ema import Ema, average
 from .monitor import Meter, event_files, progress_bar, stop_signals
 from .muon import Muon, split
-from .ranks import Ranks
 
 __all__ = ["Ema", "Fit", "Player", "average"]
 
@@ -78,10 +79,17 @@ class Fit:
         the training alone, over all the runs that a checkpoint joined.
     warmup: steps of linear warm-up. decay: of the rate over the budget, `cosine` to zero or `constant`.
     clip: largest gradient norm, None for no limit. precision: `fp32` or `bf16` (autocast; weights stay float32).
-    seed: of every random draw; those of step k are a function of (seed, k, rank).
+    seed: of every random draw.
     save_seconds, log_steps: how often a checkpoint and a log line are written.
     device: `cpu`, `cuda`, ...; by default a GPU where there is one.
     tensorboard: write its event files too, where the package is installed.
+    accumulate: parts of a batch that go through the network one after another, to need less memory.
+    shard: divide parameters, gradients, averages and AdamW's state among the processes, for networks too large for
+        one (`train.shards`). Checkpoints and results are whole, so a run may go on with or without it.
+
+    Of K processes (`torchrun --nproc-per-node K`) each takes a K-th of every batch, in `accumulate` parts; gradients
+    are averaged over all K accumulate parts. The random draws of step k for part p are a function of (seed, k, p), so
+    the run is the same, up to rounding, whenever K accumulate is. A checkpoint says nothing of K: it goes on on any.
 
     `out` receives `checkpoint.pt`, `log.jsonl` (step, seconds, steps_per_second, each player's mean loss and gradient
     norm since the line before, lr_factor) and `tensorboard/`. A run that was stopped, or killed, goes on from the
@@ -101,6 +109,8 @@ class Fit:
     log_steps: int = 50
     device: str | None = None
     tensorboard: bool = True
+    accumulate: int = 1
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -108,6 +118,7 @@ class Fit:
         for name, choices in (("decay", ("cosine", "constant")), ("precision", ("fp32", "bf16"))):
             if getattr(self, name) not in choices:
                 raise BadInput(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}")
+        whole("accumulate", self.accumulate, 1)
         for name in ("steps", "minutes", "clip", "log_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -145,22 +156,21 @@ class Fit:
         run = {"seed": self.seed, "batch_size": getattr(batches, "batch_size", None)}
         if isinstance(batches, Batches):
             run["images"] = len(batches.data)
-            batches = batches.shard(ranks.rank, ranks.world) if ranks.world > 1 else batches
-        state = State(players, ranks.device)
+        numbers = range(ranks.rank * self.accumulate, (ranks.rank + 1) * self.accumulate)
+        parts = [share_of(batches, number, ranks.world * self.accumulate) for number in numbers]
+        state = State(players, ranks.device, ranks, self.shard)
         checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
-        if checkpoint.exists():
+        if ranks.once(checkpoint.exists):
             state.load(checkpoint, run)
-        for module in (*state.modules.values(), *state.emas.values()):
-            ranks.share(module)
-
         meter = Meter(state.modules, state.step, ranks.device)
         # On a GPU the loop looks at the clock, the signals and the losses every tenth step only: a look waits for it.
         look = 1 if ranks.device.type == "cpu" else 10
         done = self.progress(state.step, state.seconds)
         stop = False
         with contextlib.ExitStack() as stack:
+            stack.enter_context(keeping(checkpoint))
             told = stack.enter_context(stop_signals())
-            ahead = stack.enter_context(prefetch(batches))
+            ahead = [stack.enter_context(prefetch(part)) for part in parts]
             bar = stack.enter_context(progress_bar(show and ranks.first, str(out)))
             if ranks.first:
                 trim_log(log, state.step)
@@ -168,11 +178,13 @@ class Fit:
             last_save = mark = time.monotonic()
             while done < 1 and not stop:
                 # Every draw of a step is a function of (seed, step), so a resumed run repeats an undisturbed one.
-                torch.manual_seed(drawn(self.seed, state.step, ranks.rank))
-                batch = {k: v.to(ranks.device, non_blocking=True) for k, v in ahead(state.step).items()}
+                draws = Draws([drawn(self.seed, state.step, number) for number in numbers])
+                taken = [
+                    {k: v.to(ranks.device, non_blocking=True) for k, v in take(state.step).items()} for take in ahead
+                ]
                 for p in players:
                     if state.step % p.every == 0:
-                        meter.add(state.step, p.name, *self._learn(p, state, batch, done, ranks))
+                        meter.add(state.step, p.name, *self._learn(p, state, taken, draws, done, ranks))
                 state.step += 1
                 done = self.progress(state.step, state.seconds)
                 if state.step % look and done < 1:
@@ -189,8 +201,8 @@ class Fit:
                         for key in line if board is not None else ():
                             board.add_scalar(key, line[key], state.step)
                 bar(done, state.step, meter.last)
-                if ranks.first and (due or done >= 1 or stop):
-                    state.save(checkpoint, run)
+                if due or done >= 1 or stop:
+                    state.save(checkpoint, run, ranks)
                 if due:
                     last_save = time.monotonic()
                 mark = time.monotonic()
@@ -199,32 +211,44 @@ class Fit:
             raise KeyboardInterrupt(
                 f"stopped after {state.step} steps; {checkpoint} is written: the same command goes on"
             )
-        return state.emas
+        return state.averages()
 
     def _learn(
-        self, p: Player, state: State, batch: dict[str, Tensor], done: float, ranks: Ranks
+        self, p: Player, state: State, batches: list[dict[str, Tensor]], draws: Draws, done: float, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        """One step of one player; its loss and gradient norm, still on the device."""
+        """One step of one player on the parts of a batch; its loss and gradient norm, still on the device."""
         optimiser = state.optimisers[p.name]
         for group, peak in zip(optimiser.param_groups, state.peaks[p.name], strict=True):
             group["lr"] = peak * self.rate(state.step, done)
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = p.loss(batch)
-        if loss.ndim:
-            raise HastenError(f"{p.name}: the loss must be a scalar, got shape {tuple(loss.shape)}")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        total = torch.zeros((), device=ranks.device)
+        for number, batch in enumerate(batches):
+            for module in p.module.modules() if len(batches) > 1 else ():
+                if hasattr(module, "again"):  # what a loss does once a step must not be done for every part
+                    module.again = number > 0
+            with draws.of(number), torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = p.loss(batch)
+            if loss.ndim:
+                raise HastenError(f"{p.name}: the loss must be a scalar, got shape {tuple(loss.shape)}")
+            (loss if len(batches) == 1 else loss / len(batches)).backward()
+            total = total + loss.detach() / len(batches)
         parameters = list(p.module.parameters())
-        loss = ranks.mean(parameters, loss.detach())
+        loss = ranks.mean(() if self.shard else parameters, total)  # sharded gradients are means already
         norm = nn.utils.clip_grad_norm_(parameters, math.inf if self.clip is None else self.clip)
+        norm = norm.full_tensor() if self.shard else norm  # type: ignore[operator]
         optimiser.step()
         average(state.emas[p.name], p.module, self.ema.beta(state.step // p.every + 1))
         return loss, norm
 
 
-def drawn(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's random numbers on one of the processes: below 2**32, after which a CPU's repeat."""
-    return (seed * 1_000_003 + step + rank * 2_654_435_769) % 2**32
+@contextlib.contextmanager
+def keeping(checkpoint: Path) -> Iterator[None]:
+    """Where another process is lost, the message says what is left."""
+    try:
+        yield
+    except Lost as e:
+        kept = f"{checkpoint} is kept: the same command goes on" if checkpoint.exists() else "no checkpoint was written"
+        raise Lost(f"{e}; {kept}") from e
 
 
 @contextlib.contextmanager

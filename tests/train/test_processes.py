@@ -69,7 +69,6 @@ def test_a_terminated_process_says_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_like_one_at_the_same_global_batch(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])

@@ -1,0 +1,259 @@
+"""Many images on several processes: whole batches are dealt, so that the images are those of one process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .errors import BadInput
+from .images import reserve, write
+from .metrics import Measure, Reference, evaluate_features, evaluate_images, extract, feature_net, net_name
+from .model import Label, Model
+from .pick import pick
+from .ranks import Lost, Ranks
+from .results import fingerprint
+from .sampling import Progress, spell
+
+JOINT = frozenset({"space", "branches"})  # claims of accelerators that share one sampling among the processes
+
+
+class Kept:
+    """Finished batches of images on disk, under the hash of all that they depend on, until the whole is written.
+
+    folder: holds a folder of that name; nothing else in it is looked at.
+    """
+
+    def __init__(self, folder: str | Path, told: dict[str, Any]) -> None:
+        text = json.dumps(told, sort_keys=True, default=str)
+        self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def put(self, first: int, images: Tensor) -> None:
+        """Keep the images `first`, `first + 1`, ..., whole or not at all."""
+        stream = io.BytesIO()
+        np.save(stream, images.numpy())
+        write(reserve(self.folder / f"{first:08d}-{len(images)}.npy"), stream.getvalue())
+
+    def get(self, first: int, count: int) -> Tensor | None:
+        """What `put` kept, or None where it is not there, or damaged."""
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            found = np.load(self.folder / f"{first:08d}-{count}.npy")
+            if len(found) == count and found.dtype == np.float32:
+                return torch.from_numpy(found)
+        return None
+
+    def count(self) -> int:
+        """How many images are there."""
+        return sum(int(path.stem.partition("-")[2]) for path in self.folder.glob("*-*.npy"))
+
+    def clear(self, last: bool = True) -> None:
+        """Remove them, once the whole is written. last: and the folder, where nobody is about to keep more in it."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob("*.npy"):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
+        with contextlib.suppress(OSError):  # which says that something else lies in it
+            if last:
+                self.folder.parent.rmdir()
+
+
+def kept(
+    folder: str | Path, ranks: Ranks, model: Model, n: int, label: Label, seed: int, batch_size: int,
+    setting: dict[str, Any], images: Tensor | None = None,
+) -> Kept | None:  # fmt: skip
+    """Where this run keeps its batches. None for one process, unless `folder` has some of a run of several."""
+    if ranks.world == 1 and not Path(folder).exists():
+        return None
+    return Kept(folder, told(model, n, label, seed, batch_size, setting, images))
+
+
+def sample_many(
+    model: Model,
+    n: int,
+    label: Label = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    *,
+    ranks: Ranks,
+    keep: Kept | None = None,
+    everywhere: bool = False,
+    jointly: bool | None = None,
+    progress: Progress | None = None,
+    images: Tensor | None = None,
+    **setting: Any,
+) -> Tensor | None:
+    """`model.sample(n, ...)` on all processes of a run: the same images, bit for bit where each has as many threads.
+
+    Batch b, the images b `batch_size` and on, is sampled whole by whoever is free, so the rounding of its sums is that
+    of one process; guides that look at a batch see the same one. Where an accelerator claims "space" or "branches", all
+    processes sample every batch together instead. (n below `batch_size` times the processes leaves some without work.)
+
+    ranks: `Ranks.start(device)`; all call this with the same arguments. keep: where batches are kept as they are
+    finished, and looked for. everywhere: all processes get the images, not the first alone (the others get None).
+    jointly: whether all sample every batch together (None: where an accelerator of this call wants it).
+    The other arguments are those of `Model.sample`; `runtime` must not be `auto`, which processes could take
+    differently: `ranks.once(lambda: model.runtime_for(...))`.
+
+    Raises Lost where another process ends early, KeyboardInterrupt when stopped: both say what is kept.
+    """
+    if ranks.world == 1 and (keep is None or not keep.folder.exists()):
+        return model.sample(n, label, seed, batch_size=batch_size, progress=progress, images=images, **setting)
+    starts = range(0, n, batch_size)
+
+    def drawn(number: int, say: Progress | None = None) -> Tensor:
+        first, count = starts[number], min(batch_size, n - starts[number])
+        found = None if keep is None else keep.get(first, count)
+        if found is None:
+            mine = part_of(model, n, label, slice(first, first + count))
+            given = None if images is None else images[first : first + count]
+            found = model.sample(
+                count, mine, seed + first, batch_size=batch_size, images=given, progress=say, **setting
+            )
+            if keep is not None:
+                keep.put(first, found)
+        return found
+
+    done = [b for b, first in enumerate(starts) if keep and keep.get(first, min(batch_size, n - first)) is not None]
+    with saying(keep, n):
+        if ranks.world > 1 and (joint(setting.get("accelerators", ())) if jointly is None else jointly):
+            made = together(ranks, len(starts), drawn, done, everywhere, progress)
+        else:
+            pieces = ranks.deal(len(starts), lambda b: (drawn(b),), done, everywhere, progress)
+            made = [piece[0] for piece in pieces if piece is not None]
+    return torch.cat(made) if everywhere or ranks.first else None
+
+
+def together(
+    ranks: Ranks, count: int, drawn: Any, done: list[int], everywhere: bool, progress: Progress | None
+) -> list[Tensor]:
+    """Every batch by all processes at once, but for those that the first one has kept already."""
+    held, made = set(ranks.tell(done)), {}
+    for b in range(count):
+        if b not in held or ranks.first:
+            made[b] = drawn(b)
+        if progress is not None:
+            progress(b + 1, count)
+    ranks.wait()
+    if everywhere:
+        mine = {b: (made[b],) for b in made if ranks.first}
+        return [piece[0] for piece in ranks.collect(count, mine, True) if piece is not None]
+    return [made[b] for b in sorted(made)]
+
+
+def joint(accelerators: Sequence[Any]) -> bool:
+    """Whether one of these shares a single sampling among the processes."""
+    chosen = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
+    return any(one.claims & JOINT for one in chosen)
+
+
+def part_of(model: Model, n: int, label: Label, part: slice) -> Label:
+    """The labels, or the prompts, of some of `n` images, as `Model.sample` takes them."""
+    if model.conditioning is not None:
+        texts = getattr(model.conditioning, "texts", None)
+        return label if texts is None else texts(n, label)[part]
+    labels = model.labels(n, label)
+    if labels is None:
+        return None
+    null = model.denoiser.null_label
+    return ["none" if k == null else k for k in labels[part].tolist()]
+
+
+def told(
+    model: Model,
+    n: int,
+    label: Label,
+    seed: int,
+    batch_size: int,
+    setting: dict[str, Any],
+    images: Tensor | None = None,
+) -> dict[str, Any]:
+    """All that the images depend on, for `Kept`."""
+    way = model.way(**{key: value for key, value in setting.items() if key != "runtime"})
+    spelled = {key: value if isinstance(value, (str, int, float, type(None))) else names(value)
+               for key, value in setting.items() if key != "plan"}  # fmt: skip
+    return {
+        "hasten": __version__, "torch": torch.__version__, "device": model.device.type, "model": model.name,
+        "weights": fingerprint(model), "beside": [beside(model.conditioning), beside(model.decoder)],
+        "plan": None if way.plan is None else way.plan.to_json(), "setting": spelled,
+        "label": label, "n": n, "seed": seed, "batch_size": batch_size,
+        "images": None if images is None else hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(),
+    }  # fmt: skip
+
+
+def names(methods: Any) -> Any:
+    """Methods as they are spelled."""
+    if isinstance(methods, (list, tuple)):
+        return [names(one) for one in methods]
+    return methods if isinstance(methods, str) else spell(methods)
+
+
+def beside(part: Any) -> str | None:
+    """What lies beside the network, a decoder or text encoders, in a few digits."""
+    if part is None:
+        return None
+    digest = hashlib.sha256(type(part).__name__.encode())
+    held = {**vars(part), **getattr(getattr(part, "pipe", None), "components", {})}
+    for name, value in sorted(held.items()):
+        if isinstance(value, nn.Module):
+            for key, tensor in value.state_dict().items():
+                digest.update(f"{name}.{key}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, (str, int, float, tuple)):
+            digest.update(f"{name} {value}".encode())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def saying(keep: Kept | None, n: int) -> Iterator[None]:
+    """An early end tells how many images are kept."""
+
+    def line(what: str) -> str:
+        if keep is None:
+            return what
+        return f"{what}; {keep.count()} of {n} images are kept in {keep.folder}: the same command goes on from there"
+
+    try:
+        yield
+    except Lost as e:
+        raise Lost(line(str(e))) from e
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(line(str(e) or "stopped")) from e
+
+
+def judge_many(
+    images: Tensor,
+    labels: Tensor | None,
+    features: str | nn.Module,
+    known: Reference | None,
+    seeds: range,
+    ranks: Ranks,
+) -> dict[str, Measure] | None:
+    """`evaluate_images` with the looking done by all processes, each with all the images (N, C, H, W) in [-1, 1].
+
+    known: needed by the first process alone, which gets the figures; the others get None.
+    """
+    if ranks.world == 1:
+        assert known is not None
+        return evaluate_images(images, labels, features, known, seeds)
+    net, size = feature_net(features), 256
+    if known is not None and net_name(net) != known.features:
+        raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
+
+    def look(number: int) -> tuple[Tensor, ...]:
+        seen, logits = extract(net, images[number * size : (number + 1) * size], size)
+        return (seen,) if logits is None else (seen, logits)
+
+    found = ranks.deal(-(-len(images) // size), look)
+    if not ranks.first or known is None:
+        return None
+    columns = [torch.cat(column) for column in zip(*[piece for piece in found if piece is not None])]
+    return evaluate_features(columns[0], known, columns[1] if len(columns) > 1 else None, labels, seeds)

@@ -1,0 +1,219 @@
+"""Processes that belong together: what they tell one another, how work is dealt, and what happens when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hasten
+from hasten.company import alive
+from hasten.errors import BadInput
+from hasten.many import Kept, joint, kept, part_of, sample_many, told
+from hasten.ranks import Lost, Ranks, launched, own_device
+
+from .processes import spawn
+
+SETTING: dict[str, Any] = {"sampler": "ddim", "times": "uniform", "steps": 1, "guidance_scale": 1.0, "runtime": "fp32"}
+CPU = Ranks(torch.device("cpu"))
+
+
+def together(rank: int, folder: str) -> None:
+    """Three processes: everything that `Ranks` does, and at last one dies."""
+    ranks = Ranks.start("cpu")
+    assert (ranks.rank, ranks.world, ranks.local, ranks.first) == (rank, 3, rank, rank == 0)
+    assert Ranks.start("cpu") == ranks and Ranks.meet().world == 3
+    assert ranks.tell(f"from {rank}") == "from 0"
+    asked: list[int] = []
+    assert ranks.once(lambda: asked.append(rank) or [1, 2]) == [1, 2] and asked == ([0] if rank == 0 else [])
+    assert ranks.gather({rank: "x" * rank}) == [{0: ""}, {1: "x"}, {2: "xx"}]
+    assert ranks.agree(10.0 + rank, rank == 2, rank == 1) == (10.0, True, False)
+    with ranks.leading():
+        order = time.monotonic()
+    orders = ranks.gather(order)
+    assert min(orders) == orders[0]
+
+    # each number once, by somebody; numbers that somebody has at hand, by that one; tensors of any kind
+    done: list[int] = []
+
+    def work(number: int) -> tuple[torch.Tensor, ...]:
+        done.append(number)
+        time.sleep(0.02)
+        return torch.full((number + 1, 2), number, dtype=torch.float16), torch.tensor([number], dtype=torch.int64)
+
+    pieces = ranks.deal(7, work, done=[5] if rank == 2 else [])
+    every = ranks.gather(done)
+    assert sorted(number for mine in every for number in mine) == list(range(7)) and 5 in every[2]
+    assert all(len(mine) >= 1 for mine in every)
+    if rank == 0:
+        assert [int(piece[1]) for piece in pieces] == list(range(7))  # type: ignore[index]
+        assert all(torch.equal(p[0], torch.full((k + 1, 2), k, dtype=torch.float16)) for k, p in enumerate(pieces))  # type: ignore[index]
+    else:
+        assert [k for k, piece in enumerate(pieces) if piece is not None] == sorted(done)
+    whole = ranks.deal(4, lambda k: (torch.tensor([float(k)]),), everywhere=True)
+    assert [float(piece[0]) for piece in whole] == [0, 1, 2, 3]  # type: ignore[index]
+
+    module = torch.nn.Linear(2, 1)
+    ranks.share(module)
+    assert len({json.dumps(weights) for weights in ranks.gather(module.weight.tolist())}) == 1
+    module.weight.grad = torch.full((1, 2), float(rank))
+    loss = ranks.mean(module.parameters(), torch.tensor(3.0 * rank))
+    assert loss == 3.0 and module.weight.grad.tolist() == [[1.0, 1.0]] and module.bias.grad.tolist() == [0.0]  # type: ignore[union-attr]
+
+    # 10 images of the bundled model in batches of 4, which is no multiple of anything: those of one process
+    model = hasten.load("fashion")
+    store = Kept(folder, {"a": 1})
+    made = sample_many(model, 10, ["bag", 3], seed=5, batch_size=4, ranks=ranks, keep=store, **SETTING)
+    assert (made is None) == (rank > 0) and store.count() == 10
+    if made is not None:
+        torch.save(made, f"{folder}/three.pt")
+    # what is kept is not sampled again, by however many; all sampling together gives the same images
+    marked = store.get(4, 4)
+    assert marked is not None
+    ranks.wait()
+    if rank == 0:
+        store.put(4, marked + 1)
+    ranks.wait()
+    again = sample_many(
+        model, 10, ["bag", 3], 5, 4, ranks=ranks, keep=store, everywhere=True, jointly=rank < 9, **SETTING
+    )
+    assert again is not None
+    first = torch.load(f"{folder}/three.pt")
+    assert torch.equal(again[4:8], first[4:8] + 1) and torch.equal(again[8:], first[8:])
+    joined = sample_many(model, 6, None, 0, 4, ranks=ranks, jointly=True, **SETTING)
+    assert (joined is None) == (rank > 0)
+
+    # number 2 is killed; the others say so, the first of them aloud
+    ranks.wait()
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(Lost, match="of the 3 processes of this run number 2 has died"):
+        ranks.wait()
+    assert time.monotonic() - began < 15
+    if rank == 1:
+        Path(folder, "quiet").write_text(str(ranks.speaks(own=False)))
+    else:
+        time.sleep(0.5)  # being the first to see it is not what counts
+        assert ranks.speaks(own=False) and not ranks.speaks(own=True)
+    Path(folder, f"fine{rank}").touch()
+
+
+def silent(rank: int, folder: str) -> None:
+    os.environ["HASTEN_TIMEOUT"] = "2"
+    ranks = Ranks.start("cpu")
+    ranks.wait()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        ranks.tell(None) if rank else ranks.wait()
+    except Lost as e:
+        Path(folder, "silent").write_text(str(e))
+
+
+def test_what_processes_do_together(tmp_path: Path) -> None:
+    assert spawn(together, 3, str(tmp_path)) == [0, 0, -signal.SIGKILL]
+    assert len(list(tmp_path.glob("fine*"))) == 2 and (tmp_path / "quiet").read_text() == "False"
+    one = hasten.load("fashion").sample(10, ["bag", 3], 5, batch_size=4, **SETTING)
+    assert torch.equal(one, torch.load(tmp_path / "three.pt"))
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_moving_is_given_up(tmp_path: Path) -> None:
+    began = time.monotonic()
+    spawn(silent, 2, str(tmp_path), seconds=20)
+    assert time.monotonic() - began < 40
+    assert (tmp_path / "silent").read_text() == (
+        "of the 2 processes of this run number 1 has given no sign of life for 2 s"
+    )
+
+
+def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == 1
+    ranks = Ranks.start("cpu")
+    assert (ranks.rank, ranks.world, ranks.first) == (0, 1, True) and not torch.distributed.is_initialized()
+    assert ranks.deal(3, lambda k: (torch.tensor(k),))[2] == (torch.tensor(2),)
+    assert ranks.once(lambda: 5) == ranks.tell(5) == 5 and ranks.gather(1) == [1] and ranks.speaks(False)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # somebody else's, without a rank
+    assert launched() == 1
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(BadInput, match=r"\$WORLD_SIZE must be a whole number, found 'two'"):
+        Ranks.start("cpu")
+
+
+def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device(None, 1) == own_device("cuda", 1) == own_device("cuda:1", 1) == torch.device("cuda:1")
+    assert own_device("cuda:1", None) == torch.device("cuda:1") and own_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(BadInput, match="a GPU of its own: ask for cuda, not cuda:1"):
+        own_device("cuda:1", 0)
+    with pytest.raises(BadInput, match="process 3 of this machine finds no GPU of its own, there are 2"):
+        own_device(None, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="torch finds no GPU here"):
+        own_device("cuda", 0)
+
+
+def test_kept_batches(tmp_path: Path) -> None:
+    store = Kept(tmp_path / "kept", {"seed": 1})
+    x = torch.randn(3, 1, 2, 2)
+    store.put(4, x)
+    found = store.get(4, 3)
+    assert found is not None and torch.equal(found, x) and store.count() == 3
+    assert store.get(4, 2) is None and store.get(0, 3) is None
+    assert Kept(tmp_path / "kept", {"seed": 2}).get(4, 3) is None
+    whole = next(store.folder.glob("*.npy"))
+    whole.write_bytes(whole.read_bytes()[:-5])
+    assert store.get(4, 3) is None
+    store.clear()
+    assert not (tmp_path / "kept").exists()
+    store.clear()  # nothing there, nothing said
+
+
+def test_the_key_of_kept_images_holds_all_that_they_depend_on() -> None:
+    model = hasten.load("fashion")
+    common: dict[str, Any] = {"n": 8, "label": None, "seed": 0, "batch_size": 4, "setting": SETTING}
+    base = told(model, **common)
+    assert base == told(model, **common)
+    others = [{"n": 9}, {"label": "bag"}, {"seed": 1}, {"batch_size": 8}, {"images": torch.zeros(8, 1, 28, 28)}]
+    others += [{"setting": {**SETTING, key: value}} for key, value in
+               {"steps": 2, "sampler": "heun", "runtime": "bf16", "guidance_scale": 2.0, "times": "lambda"}.items()]  # fmt: skip
+    for other in others:
+        assert told(model, **{**common, **other}) != base, other
+    with torch.no_grad():
+        next(model.denoiser.parameters()).flatten()[0] += 1
+    assert told(model, **common) != base
+    assert kept("/nowhere", CPU, model, 8, None, 0, 4, SETTING) is None  # one process keeps nothing
+
+
+def test_a_batch_gets_the_labels_of_its_images() -> None:
+    model = hasten.load("fashion")
+    for label in (None, "bag", [0, 3, "none"], "none"):
+        whole = model.labels(11, label)
+        assert whole is not None
+        parts = [
+            model.labels(len(range(11)[part]), part_of(model, 11, label, part)) for part in (slice(0, 4), slice(4, 11))
+        ]
+        assert torch.equal(torch.cat(parts), whole)  # type: ignore[arg-type]
+
+
+def test_accelerators_that_share_a_sampling() -> None:
+    class One:
+        claims = frozenset({"branches"})
+
+    assert joint([One()]) and joint(["encoder_propagation", One()])
+    assert not joint(["encoder_propagation"]) and not joint([])
+
+
+def test_alive() -> None:
+    assert alive(os.getpid()) and not alive(2**22 + 1)
