@@ -43,6 +43,7 @@ def quantize_model(
     split: bool = True,
     ranges: str = "search",
     keep: tuple[str, ...] | None = None,
+    eight: float = 0.0,
     images: int | None = None,
     spread: int = 20,
     seed: int | None = None,
@@ -72,7 +73,7 @@ def quantize_model(
     """
     rounding = ("adaround" if weights == 4 else "nearest") if rounding is None else rounding
     images = (32 if rounding == "adaround" or learn_steps else 16) if images is None else images
-    options: dict[str, Any] = {"keep": keep, "seed": seed, "iterations": iterations}
+    options: dict[str, Any] = {"keep": keep, "eight": eight, "seed": seed, "iterations": iterations}
     method = Quantize(
         weights=weights, acts=acts, rounding=rounding, learn_steps=learn_steps, rank=rank, groups=groups, split=split,  # type: ignore[arg-type]
         ranges=ranges, images=images, steps=spread, **{k: v for k, v in options.items() if v is not None},  # type: ignore[arg-type]
@@ -105,6 +106,7 @@ def quantize_model(
         "method": spell(method), "model": model.name, "model_sha256": model.sha256, "weights": weights, "acts": acts,
         "calibration": {"images": images, "calls": len(work.samples), "seed": method.seed, **setting},
         "iterations": known["iterations"] if book.figures else None, "blocks": book.figures,
+        "eight": work.wide,
         "error": relative_error(model.denoiser, denoiser, method.samples(model.denoiser, held)),
         "bytes_fp32": sum(4 * p.numel() for p in model.denoiser.net.parameters()),
         "date": now(), "command": command,

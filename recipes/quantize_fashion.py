@@ -43,6 +43,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4a8-adaround-steps": {"weights": 4, "rounding": "adaround", "learn_steps": True},
     "w4a8-adaround-rank4": {"weights": 4, "rounding": "adaround", "rank": 4},
     "w4a8-adaround-rank16": {"weights": 4, "rounding": "adaround", "rank": 16},
+    "w4a8-nearest-mixed": {"weights": 4, "rounding": "nearest", "eight": 0.06},
+    "w4a8-adaround-mixed": {"weights": 4, "rounding": "adaround", "eight": 0.06},
+    "w4a8-adaround-mixed-groups3": {"weights": 4, "rounding": "adaround", "eight": 0.06, "groups": 3},
     "w4a8-adaround-groups3": {"weights": 4, "rounding": "adaround", "groups": 3},
 }
 WAYS = {

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from ..errors import BadInput, nearest
 from ..nets.quantized import exchange
 from ._calibration import Samples, fit_activations
+from ._mixed import most_sensitive
 from ._rounding import Block, learn_rounding, learn_steps, restore, state
 from ._simulated import Simulated, replace_module, shadow, simulated, takes
 from ._units import Rows, Traced, detached, given, size, trace
 
 MEMORY = 2**31  # bytes of a block's inputs and outputs that are kept while it is reconstructed
+LOOK = 64  # calls by which a layer is judged before anything is learned
 ROUNDING, STEPS = "rounding", "steps"  # the two passes over the blocks
 Learned = tuple[dict[str, Tensor], dict[str, float]]  # what a pass has learned of a unit, and its figures
 
@@ -63,6 +65,7 @@ class Work:
     rank: int = 0
     groups: int = 1
     keep: tuple[str, ...] = ()
+    eight: float = 0.0
     batch: int = 32
     rate: float = 0.1
     seed: int = 0
@@ -71,13 +74,27 @@ class Work:
         self.float = self.denoiser.replace(net=shadow(self.denoiser.net))
         self.traced: Traced = trace(self.float, self.float.net, self.samples.rows(torch.arange(1)))
         chosen = kept_out(self.denoiser.net, self.traced.layers, self.keep)
+        self.wide: list[str] = self._wide(chosen) if self.eight and self.weights < 8 else []
+        self.half = self._rounded({name: 8 if name in self.wide else self.weights for name in chosen})
+        self.units = [unit for unit, names in self.traced.units if set(names) & set(chosen)]
+
+    def _rounded(self, bits: dict[str, int]) -> Any:
+        """The denoiser with these layers rounded to the nearest, each to its count of bits."""
         net = shadow(self.denoiser.net)
-        for name in chosen:
+        for name, count in bits.items():
             edges = [0, self.traced.splits[name]] if self.split and name in self.traced.splits else [0]
             layer: Any = net.get_submodule(name)
-            replace_module(net, name, Simulated(layer, edges, self.weights, self.ranges, self.rank))
-        self.half = self.denoiser.replace(net=net)
-        self.units = [unit for unit, names in self.traced.units if set(names) & set(chosen)]
+            replace_module(net, name, Simulated(layer, edges, count, self.ranges, self.rank))
+        return self.denoiser.replace(net=net)
+
+    def _wide(self, names: Sequence[str]) -> list[str]:
+        """The layers that get 8 bits, a share `eight` of the weights of all that are exchanged."""
+        sizes = {name: self.denoiser.net.get_submodule(name).weight.numel() for name in names}
+
+        def error(name: str) -> float:
+            return relative_error(self.denoiser, self._rounded({name: self.weights}), self.samples, self.batch, LOOK)
+
+        return most_sensitive(sizes, self.eight * sum(sizes.values()), error)
 
     @property
     def net(self) -> nn.Module:
@@ -176,10 +193,10 @@ def kept_out(net: nn.Module, layers: Sequence[str], keep: Sequence[str]) -> list
 
 
 @torch.no_grad()
-def relative_error(denoiser: Any, other: Any, samples: Samples, size: int = 32) -> float:
-    """`sqrt(sum |o - d|^2 / sum |d|^2)` of the clean samples that two denoisers find, over all the calls."""
+def relative_error(denoiser: Any, other: Any, samples: Samples, size: int = 32, limit: int | None = None) -> float:
+    """`sqrt(sum |o - d|^2 / sum |d|^2)` of the clean samples that two denoisers find, over all calls or `limit`."""
     above = below = 0.0
-    for _, (x, t, cond) in samples.batches(size):
+    for _, (x, t, cond) in samples.batches(size, limit):
         a, b = denoiser(x, t, **cond), other(x, t, **cond)
         above += float((b - a).double().square().sum())
         below += float(a.double().square().sum())

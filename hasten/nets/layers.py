@@ -47,7 +47,7 @@ class GuidanceFeatures(nn.Module):
         u = ((scale.float() - self.low) / self.width)[:, None]
         phase = 2 * math.pi * u * self.frequencies
         features = torch.cat([u, phase.sin(), phase.cos()], dim=1)
-        return self.gain * self.out(features.to(self.out.weight.dtype))
+        return self.gain * self.out(features.to(self.frequencies.dtype))
 
 
 def group_norm(channels: int, most: int = 32) -> nn.GroupNorm:
