@@ -44,9 +44,10 @@ __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM", "Auxiliary",
     "Consistency", "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold", "FastDPM", "Flow",
     "HastenError", "Heun", "Interval", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned",
-    "PredictorCorrector", "ProbabilityFlow", "Query", "Ranks", "Rescale", "SASolver", "SingDiffusion", "StochasticDistilled",
-    "SubVP", "UniPC", "VPCosine", "VPLinear", "accelerate", "as_scheduler", "distill_model", "draw", "load", "pick",
-    "plan", "quantize_model", "rescale_zero_snr", "sample_many", "times_like", "tune_model", "walk",
+    "PredictorCorrector", "ProbabilityFlow", "Query", "Ranks", "Rescale", "SASolver", "SingDiffusion",
+    "StochasticDistilled", "SubVP", "UniPC", "VPCosine", "VPLinear", "accelerate", "as_scheduler", "distill_model",
+    "draw", "load", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "times_like", "tune_model",
+    "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
