@@ -32,6 +32,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "w8a8": {"weights": 8},
     "w8a8-unsplit": {"weights": 8, "split": False},
     "w8a8-groups3": {"weights": 8, "groups": 3},
+    "w8a8-groups6": {"weights": 8, "groups": 6},
     "w8a8-all": {"weights": 8, "keep": ()},
     "w8a8-minmax": {"weights": 8, "ranges": "minmax"},
     "w4a8-nearest": {"weights": 4, "rounding": "nearest"},
@@ -45,7 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4a8-adaround-rank16": {"weights": 4, "rounding": "adaround", "rank": 16},
     "w4a8-nearest-mixed": {"weights": 4, "rounding": "nearest", "eight": 0.06},
     "w4a8-adaround-mixed": {"weights": 4, "rounding": "adaround", "eight": 0.06},
-    "w4a8-adaround-mixed-groups3": {"weights": 4, "rounding": "adaround", "eight": 0.06, "groups": 3},
+    "w4a8-adaround-mixed-groups6": {"weights": 4, "rounding": "adaround", "eight": 0.06, "groups": 6},
     "w4a8-adaround-groups3": {"weights": 4, "rounding": "adaround", "groups": 3},
 }
 WAYS = {

@@ -2,18 +2,20 @@
 
 An accelerator has
 
-    stage: ClassVar[int]                 where it stands among others: EXCHANGE < COMPILE < WRAP
-    claims: ClassVar[frozenset[str]]     what it cannot share with another: "features", "arithmetic", "graph", "space"
+    stage: ClassVar[int]                 where it stands among others: EXCHANGE < COMPILE < PART < WRAP < HALVE
+    claims: ClassVar[frozenset[str]]     what it cannot share with another: "features", "arithmetic", "graph", "space",
+                                         "branches"
     apply(denoiser, ahead) -> denoiser   the denoiser it is given stays as it was
 
-EXCHANGE swaps layers of a copy of the network, COMPILE compiles its parts, WRAP keeps something from one query to the
-next (and has `reset()`, which every trajectory calls first). None knows another's name.
+EXCHANGE swaps layers of a copy of the network, COMPILE compiles its parts, PART gives each process a part of the image,
+WRAP keeps something from one query to the next, HALVE gives each process half of the batch. What keeps something has
+`reset()`, which every trajectory calls first. None knows another's name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -23,11 +25,11 @@ from ..errors import BadInput
 from ..sampling import spell
 
 __all__ = [
-    "COMPILE", "EXCHANGE", "FIRST_SEED", "WRAP", "Accelerator", "Ahead", "Call", "Conflict", "Recorder", "accelerate",
-    "ordered",
+    "COMPILE", "EXCHANGE", "FIRST_SEED", "HALVE", "PART", "WRAP", "Accelerator", "Ahead", "Call", "Conflict",
+    "Recorder", "accelerate", "ordered",
 ]  # fmt: skip
 
-EXCHANGE, COMPILE, WRAP = 10, 20, 30
+EXCHANGE, COMPILE, PART, WRAP, HALVE = 10, 20, 25, 30, 40
 FIRST_SEED = 2_000_000  # of the images that are looked at beforehand, far from those that sample and compare begin with
 Call = tuple[Tensor, float, dict[str, Tensor]]  # x_t (B, *S), t, conditions: what a denoiser is asked
 
@@ -43,10 +45,12 @@ class Ahead:
     times: of its queries, in order; None where only the run tells (an adaptive sampler).
     calls: `calls(n, seed)` samples n images with the plain network and gives the calls that it was asked, in order,
         guidance's two branches in one batch; None where nothing can be sampled.
+    claimed: what all the chosen accelerators claim together; `accelerate` fills it in.
     """
 
     times: tuple[float, ...] | None = None
     calls: Callable[[int, int], list[Call]] | None = None
+    claimed: frozenset[str] = frozenset()
 
     def required(self, who: str) -> tuple[float, ...]:
         """The times. Raises BadInput, in the name of `who`, where they are not known."""
@@ -93,8 +97,9 @@ def accelerate(denoiser: nn.Module, accelerators: Iterable[Any], ahead: Ahead | 
         Conflict: where two claim the same.
         BadInput: where one cannot do its work on this network or sampling.
     """
-    ahead = ahead or Ahead()
-    for one in ordered(accelerators):
+    ahead, chosen = ahead or Ahead(), ordered(accelerators)
+    ahead = replace(ahead, claimed=ahead.claimed.union(*(one.claims for one in chosen)))
+    for one in chosen:
         denoiser = one.apply(denoiser, ahead)
     return denoiser
 

@@ -42,6 +42,7 @@ class Accelerated(nn.Module):
                 raise BadInput(
                     f"{spell(one)}: a pipeline's scheduler injects nothing: leave inject out, or load a Model"
                 )
+        self.claimed = frozenset[str]().union(*(one.claims for one in accelerators))
         self.__dict__["original"] = net  # not a child: an accelerator may have replaced its weights
         self.still = [one for one in accelerators if one.stage < WRAP]
         self.moving = [one for one in accelerators if one.stage >= WRAP]
@@ -121,7 +122,7 @@ class Accelerated(nn.Module):
         key = str(hash(times))
         if key in self.kept:
             return self.kept[key]
-        ahead = Ahead(times, None if times is None else self.calls(times, whole))
+        ahead = Ahead(times, None if times is None else self.calls(times, whole), self.claimed)
         if self.base is None:
             self.base = accelerate(self.__dict__.pop("plain"), self.still, ahead)
         made = accelerate(self.base, self.moving, ahead)

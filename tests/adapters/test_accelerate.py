@@ -221,12 +221,13 @@ def test_calibration_sees_the_pipeline() -> None:
         claims: ClassVar[frozenset[str]] = frozenset()
 
         def apply(self, denoiser: Any, ahead: Ahead) -> nn.Module:
-            found.append((ahead.required("look"), ahead.calibration("look", 3, 0)))
+            found.append((ahead.required("look"), ahead.calibration("look", 3, 0), ahead.claimed))
             return denoiser
 
     pipe = tiny.sd_pipeline(scheduler=tiny.scheduler(**TRAILING))
-    accelerate_pipeline(pipe, Look(), steps=4, prompts=["a cat", "the dog"])
-    times, calls = found[0]
+    accelerate_pipeline(pipe, [Look(), Twin()], steps=4, prompts=["a cat", "the dog"])
+    times, calls, claimed = found[0]
+    assert claimed == {"arithmetic"}
     assert times == tuple(times_like(pipe.scheduler, 4)[:-1].tolist())
     assert [t for _, t, _ in calls] == list(times)
     x, _, cond = calls[0]

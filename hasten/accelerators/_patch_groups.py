@@ -1,0 +1,71 @@
+"""Which processes share one sampling: the groups of `torch.distributed` that these accelerators talk in."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["Team", "gather", "place", "team"]
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of one group, by their ranks in the world, in order; `me` is this one's place among them."""
+
+    ranks: tuple[int, ...] = (0,)
+    me: int = 0
+    group: Any = None
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return len(self.ranks)
+
+
+_made: dict[tuple[tuple[int, ...], ...], Team] = {}
+_world: Any = None  # that they were made in
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are; (0, 1) where none were joined."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def team(parts: list[tuple[int, ...]]) -> Team:
+    """This process's group among `parts`, which every process must name alike and at the same point."""
+    global _world
+    rank, world = place()
+    if world == 1:
+        return Team()
+    if distributed.group.WORLD is not _world:
+        _made.clear()
+        _world = distributed.group.WORLD
+    key = tuple(parts)
+    if key not in _made:
+        for part in parts:  # every process makes every group, its own or not
+            whole = len(part) == world
+            group = distributed.group.WORLD if whole else distributed.new_group(list(part), timeout=_patience())
+            if rank in part:
+                _made[key] = Team(part, part.index(rank), group)
+    return _made[key]
+
+
+def _patience() -> timedelta | None:
+    """The time-out of the world, which a group of some of it does not take over by itself."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(RuntimeError, AttributeError):
+            return distributed.group.WORLD._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
+    return None
+
+
+def gather(into: Tensor, own: Tensor, group: Any, later: bool = False) -> Any:
+    """All members' `own` (k,), one after the other, in `into` (members * k,). later: a handle to wait for."""
+    run = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    return run(into, own, group=group, async_op=later)

@@ -1,0 +1,94 @@
+"""CFG parallelism: two devices, each with one branch of guidance."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Wrapper
+from ..errors import BadInput
+from . import HALVE, Ahead
+from ._patch_groups import Team, gather, place, team
+
+__all__ = ["CfgParallel", "Halved"]
+
+
+@dataclass(frozen=True)
+class CfgParallel:
+    """Classifier-free guidance asks for 2 B rows at once, B with and B without their condition: two processes take B
+    each, and tell each other the answers, which are those of one process (up to what a smaller batch rounds otherwise).
+
+    All processes are started alike (torchrun) and draw the same noise. Beside an accelerator that parts the image, in
+    2 n processes, the first n have the first half of the batch and the last n the other, and n share an image.
+
+    A batch that guidance did not double, such as those outside of a guidance interval, is parted all the same: its rows
+    do not know each other. Of an odd one both processes run the row in the middle: one row alone is run by both.
+    In one process nothing changes at all.
+
+    Reference: Li, Cai, Cao, Zhang, Cai, Bai, Jia, Liu, Li, Han 2024, arXiv:2402.19481 (beside its patches).
+    """
+
+    stage: ClassVar[int] = HALVE
+    claims: ClassVar[frozenset[str]] = frozenset({"branches"})
+
+    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+        """The denoiser on half of each batch. Every process must call it, in the same order as the others.
+
+        Raises:
+            BadInput: for a number of processes that is not two, or beside an accelerator of space not even.
+        """
+        world = place()[1]
+        if world == 1:
+            return Halved(denoiser, Team())
+        parted = "space" in ahead.claimed
+        if world % 2 or (world > 2 and not parted):
+            fits = "an even number of processes" if parted else "2 processes, or 2 n beside patch_parallel"
+            raise BadInput(f"cfg_parallel takes {fits}, found {world}")
+        n = world // 2
+        return Halved(denoiser, team([(k, k + n) for k in range(n)]))
+
+
+class Halved(Wrapper):
+    """A denoiser of which this process answers half of every batch, and the other of its pair the rest.
+
+    Attributes:
+        traffic: bytes that this process sent in the last query, as {"rows": ...}; collectives: how often it spoke.
+    """
+
+    def __init__(self, denoiser: nn.Module, pair: Team) -> None:
+        super().__init__(denoiser)
+        self.pair = pair
+        self.traffic, self.collectives = {"rows": 0}, {"rows": 0}
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """x0 (B, *S) of the whole batch."""
+        return self._asked(self.denoiser, x_t, t, cond)
+
+    def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """What the network says (B, *S), of the whole batch."""
+        return self._asked(self.denoiser.raw, x_t, t, cond)  # type: ignore[operator]
+
+    def _asked(self, ask: Any, x_t: Tensor, t: Tensor | float, cond: dict[str, Any]) -> Tensor:
+        if self.pair.size == 1:
+            return ask(x_t, t, **cond)
+        if x_t.requires_grad and torch.is_grad_enabled():
+            raise BadInput("cfg_parallel has no gradient: leave out the guides that need one")
+        B = len(x_t)
+        half = -(-B // 2)
+        mine = slice(half) if self.pair.me == 0 else slice(B - half, B)
+
+        def own(value: Any) -> Any:
+            return value[mine] if isinstance(value, Tensor) and value.ndim and len(value) == B else value
+
+        beside = getattr(getattr(self.denoiser, "net", None), "beside", None)
+        more = {} if beside is None else {key: own(value) for key, value in beside.conditions.items()}
+        with torch.no_grad(), beside.given(more) if more else nullcontext():  # type: ignore[union-attr]
+            answer = ask(own(x_t), own(t), **{key: own(value) for key, value in cond.items()}).contiguous()
+        both = answer.new_empty((2 * half, *answer.shape[1:]))
+        gather(both.view(-1), answer.view(-1), self.pair.group)
+        self.traffic, self.collectives = {"rows": answer.numel() * answer.element_size()}, {"rows": 1}
+        return torch.cat([both[:half], both[3 * half - B :]])

@@ -1,0 +1,169 @@
+"""The layers of patches by themselves, in one process: what they compute, what they hold, what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hasten.accelerators._compile import CompiledNet
+from hasten.accelerators._patch_attention import Text
+from hasten.accelerators._patch_buffers import Track
+from hasten.accelerators._patch_exchange import Exchange, Shares
+from hasten.accelerators._patch_groups import Team
+from hasten.accelerators._patch_layers import PatchNorm, corrected, pooled
+from hasten.accelerators._patch_swap import Patched, twin
+from hasten.accelerators.patch_parallel import PatchParallel
+from hasten.errors import BadInput
+from hasten.nets.quantized import Part, QConv2d, exchange
+
+from ._tiny import unet
+
+THERE = importlib.util.find_spec("diffusers") is not None
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def test_corrected_moments_of_now_are_those_of_all() -> None:
+    parts = noise(3, 2, 4, 50, dtype=torch.float64) * 2 + 5 + noise(3, 2, 4, 1, seed=1, dtype=torch.float64)
+    moments, weights = (
+        torch.stack([parts.mean(-1), parts.var(-1, correction=0)], 1),
+        torch.full((3,), 1 / 3, dtype=torch.float64),
+    )
+    M, V = pooled(moments, weights)
+    whole = parts.movedim(0, -1).flatten(2)
+    torch.testing.assert_close(M, whole.mean(-1)), torch.testing.assert_close(V, whole.var(-1, correction=0))
+    for me in range(3):
+        torch.testing.assert_close(corrected(moments[me], moments, weights, me), (M, V))
+    # of another evaluation: E[x] and E[x^2] of then, plus this rank's change of each
+    own = moments[1] * 1.1
+    second = (moments[:, 1] + moments[:, 0].square()).mean(0)
+    drift = own[1] + own[0].square() - moments[1, 1] - moments[1, 0].square()
+    mean = M + own[0] - moments[1, 0]
+    expected = second + drift - mean.square()
+    assert bool((expected > 0).all())
+    torch.testing.assert_close(corrected(own, moments, weights, 1), (mean, expected))
+    gone = torch.stack([moments[1, 0], torch.zeros_like(V)])  # a part that lost its variance: its own, in place of < 0
+    before = moments.clone()
+    before[0, 1], before[2, 1] = 0.0, 0.0
+    before[:, 0] = 1.0
+    assert bool((corrected(gone, before, weights, 1)[1] == 0).all())
+
+
+class Echo(Exchange):
+    """The talk of one process that hears itself alone."""
+
+    def gathered(self, kind: str, own: Tensor, now: bool = False) -> Tensor:
+        return own[None]
+
+
+def test_the_norm_of_the_whole_is_group_norm_whatever_the_layout() -> None:
+    norm = nn.GroupNorm(4, 8).requires_grad_(False)
+    norm.weight.copy_(noise(8)), norm.bias.copy_(noise(8, seed=1))
+    ours = PatchNorm(norm, Echo(Team(), "sync", "full", 0, "same", 60))
+    wide = 3 + noise(2, 8, 6, 5, seed=2)
+    tokens = wide.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
+    for x in (wide, wide.to(memory_format=torch.channels_last), wide[:1, :, ::2], tokens, tokens[:1].unflatten(2, (6, 5)),
+              wide[:, :, :1], wide[:1, :, :2, :1], wide.transpose(2, 3)):  # fmt: skip
+        torch.testing.assert_close(ours(x), norm(x), rtol=1e-5, atol=1e-5)
+    last = ours(wide.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    half = ours(wide.bfloat16())
+    assert half.dtype is torch.bfloat16
+    torch.testing.assert_close(half.float(), norm(wide), rtol=0.02, atol=0.03)
+    flat = torch.full((1, 8, 4, 4), 7.0)  # no variance at all
+    torch.testing.assert_close(ours(flat), norm(flat), rtol=0, atol=1e-3)
+
+
+def test_rows_are_shared_as_evenly_as_can_be() -> None:
+    shares = [Shares.of(7, 3, me) for me in range(3)]
+    assert shares[0].units == (3, 2, 2) and not shares[0].even
+    assert [one.span(28) for one in shares] == [(0, 12), (12, 20), (20, 28)]
+    assert shares[1].others(8) == (12, 8, 8)
+
+
+def test_buffers_hold_every_format() -> None:
+    heard = [noise(3, 5), noise(3, 2, 3, seed=1).double(), torch.zeros(3, 0, 2), noise(3, 7, seed=2).bfloat16()]
+    track = Track(3, heard, 2)
+    assert all(torch.equal(track.heard(k), tensor) for k, tensor in enumerate(heard))
+    assert track.bounds == [(0, 24 + 48), (72, 72 + 16)]
+    track.said(3).copy_(heard[3][1])
+    assert torch.equal(track.piece(1)[0][:14].view(torch.bfloat16), heard[3][1])
+
+
+def parts(net: nn.Module) -> Any:
+    return Patched(net, Exchange(Team((0, 1), 0), "async", "corrected", 4, "same", 60), Text())
+
+
+def test_a_copy_shares_the_weights() -> None:
+    net = unet(attention=(1,))
+    before = [type(module) for module in net.modules()]
+    made = parts(net).net
+    assert [type(module) for module in net.modules()] == before and made is not net
+    ours = {p.data_ptr() for p in net.parameters()}
+    assert {p.data_ptr() for p in made.parameters()} == ours
+    assert all(a is b for a, b in zip(twin(net).parameters(), net.parameters()))
+
+
+def test_layers_that_are_not_known_are_refused() -> None:
+    with pytest.raises(BadInput, match="does not know Linear: what works is hasten's UNet"):
+        parts(nn.Linear(2, 2))
+    net = unet()
+    net.down[0][0].block.norm1 = nn.InstanceNorm2d(8)
+    with pytest.raises(BadInput, match=r"does not know down\.0\.0\.block\.norm1, a InstanceNorm2d: it may mix rows"):
+        parts(net)
+    net = unet()
+    net.conv_out = nn.Conv2d(8, 2, 3, padding=1, padding_mode="circular")
+    with pytest.raises(BadInput, match="conv_out pads with 'circular'"):
+        parts(net)
+    net = unet()
+    net.downsample[0] = nn.Conv2d(8, 8, 3, padding=0)
+    with pytest.raises(BadInput, match=r"downsample\.0 changes the number of rows"):
+        parts(net)
+    net, layer = unet(), "down.0.0.block.conv1"
+    ones = torch.ones(8, 8, 3, 3, dtype=torch.int8)
+    part = Part((0, 8), ones, torch.ones(8), None, 8, torch.ones(1), torch.zeros(1))
+    with pytest.raises(BadInput, match=r"does not know down\.0\.0\.block\.conv1, a QConv2d"):
+        parts(exchange(net, {layer: QConv2d.made(net.get_submodule(layer), [part])}))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"does not know CompiledNet.*neither quantized nor compiled"):
+        parts(CompiledNet(net, lambda f: f, 1))
+    for wrong in ({"mode": "late"}, {"norm": "none"}, {"warmup": -1}, {"keys": "int8"}):
+        with pytest.raises(BadInput, match="patch_parallel"):
+            PatchParallel(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not THERE, reason="diffusers is not installed")
+def test_the_networks_that_people_use_are_known() -> None:
+    from diffusers import UNet2DConditionModel, UNet2DModel
+
+    from hasten.adapters._seams import with_seams
+
+    with torch.device("meta"):  # their shapes without their weights
+        sd = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        xl = UNet2DConditionModel(
+            sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=[5, 10, 20],
+            transformer_layers_per_block=[1, 2, 10], use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+        scores = UNet2DModel(
+            block_out_channels=(32, 64), down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+            up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        )  # fmt: skip
+    for net, multiple in ((sd, 8), (xl, 4)):
+        made = parts(with_seams(net))
+        assert made.exchange.multiple == multiple
+        layers = [module for module in made.net.modules() if type(module) is nn.GroupNorm]
+        inside = [module.norm for module in made.net.modules() if isinstance(module, PatchNorm)]
+        assert layers and {id(layer) for layer in layers} == {id(layer) for layer in inside}
+    with pytest.raises(BadInput, match=r"does not know down_blocks\.0, a SkipDownBlock2D"):
+        parts(with_seams(scores))
+    sd.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with pytest.raises(BadInput, match="UpBlock2D: it may mix rows"):
+        parts(with_seams(sd))
