@@ -39,7 +39,7 @@ def quantize_model(
     minutes: float | None = None,
     iterations: int | None = None,
     rank: int = 0,
-    groups: int = 1,
+    groups: int | None = None,
     split: bool = True,
     ranges: str = "search",
     keep: tuple[str, ...] | None = None,

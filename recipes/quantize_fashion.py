@@ -31,8 +31,9 @@ from hasten.quantize import quantize_model
 ROWS: dict[str, dict[str, Any]] = {
     "w8a8": {"weights": 8},
     "w8a8-unsplit": {"weights": 8, "split": False},
+    "w8a8-groups1": {"weights": 8, "groups": 1},
     "w8a8-groups3": {"weights": 8, "groups": 3},
-    "w8a8-groups6": {"weights": 8, "groups": 6},
+    "w8a8-uncorrected": {"weights": 8, "correct": False},
     "w8a8-all": {"weights": 8, "keep": ()},
     "w8a8-minmax": {"weights": 8, "ranges": "minmax"},
     "w4a8-nearest": {"weights": 4, "rounding": "nearest"},
@@ -46,8 +47,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4a8-adaround-rank16": {"weights": 4, "rounding": "adaround", "rank": 16},
     "w4a8-nearest-mixed": {"weights": 4, "rounding": "nearest", "eight": 0.06},
     "w4a8-adaround-mixed": {"weights": 4, "rounding": "adaround", "eight": 0.06},
-    "w4a8-adaround-mixed-groups6": {"weights": 4, "rounding": "adaround", "eight": 0.06, "groups": 6},
-    "w4a8-adaround-groups3": {"weights": 4, "rounding": "adaround", "groups": 3},
+    "w4a8-adaround-mixed-groups1": {"weights": 4, "rounding": "adaround", "eight": 0.06, "groups": 1},
+    "w4a8-adaround-groups1": {"weights": 4, "rounding": "adaround", "groups": 1},
 }
 WAYS = {
     "unipc-12": {"sampler": "unipc", "steps": 12},

@@ -72,7 +72,8 @@ class Piece(nn.Module):
 class Simulated(nn.Module):
     """`y = bias + sum over pieces of conv(acts(x), weight) + branch x`, for a Conv2d or a Linear.
 
-    group: of the times, which of the activation ranges holds. soft: the h of `_rounding`, of what is being learned.
+    group: of the times, which of the activation ranges holds. shift: of the bias (C_out,). soft: the h of `_rounding`,
+    of what is being learned.
     """
 
     def __init__(
@@ -85,22 +86,33 @@ class Simulated(nn.Module):
             Piece(layer.weight, (a, b), bits, how, rank) for a, b in zip(edges, [*edges[1:], _inputs(layer)])
         )
         self.group = 0
+        self.shift: Tensor | None = None
         self.soft: Callable[[Tensor], Tensor] = torch.sigmoid
 
     @property
     def layer(self) -> nn.Conv2d | nn.Linear:
         return self.kept[0]
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias, with the shift that rounding asks for."""
+        own = self.layer.bias
+        return own if own is None or self.shift is None else own + self.shift.to(own)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """What the layer itself answers."""
+        return self._apply(x, self.layer.weight, self.layer.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         pieces: list[Piece] = list(self.pieces)  # type: ignore[arg-type]
         if all(piece.act_scale is None for piece in pieces):
             each = [piece.weight(self.soft) for piece in pieces]
             each = [w if (low := p.branch()) is None else w + low for p, w in zip(pieces, each)]
-            return self._apply(x, torch.cat(each, dim=1) if len(each) > 1 else each[0], self.layer.bias)
+            return self._apply(x, torch.cat(each, dim=1) if len(each) > 1 else each[0], self.bias)
         y: Tensor | None = None
         for piece in pieces:
             part = x if len(pieces) == 1 else self.slice(x, piece.channels)
-            bias = self.layer.bias if y is None else None
+            bias = self.bias if y is None else None
             found = self._apply(piece.acts(part, self.group), piece.weight(self.soft), bias)
             if (low := piece.branch()) is not None:
                 found = found + self._apply(part, low, None)
@@ -120,8 +132,11 @@ class Simulated(nn.Module):
 
     def made(self) -> nn.Module:
         """The layer that computes with integers."""
-        kind = QConv2d if self.conv else QLinear
-        return kind.made(self.layer, [piece.part() for piece in self.pieces])  # type: ignore[arg-type,operator,misc]
+        kind, layer = QConv2d if self.conv else QLinear, copy.copy(self.layer)
+        layer._parameters = {**layer._parameters}
+        if (bias := self.bias) is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return kind.made(layer, [piece.part() for piece in self.pieces])  # type: ignore[arg-type,operator,misc]
 
 
 def takes(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, nearest
 from ..nets.quantized import exchange
+from ._bias import correct_biases
 from ._calibration import Samples, fit_activations
 from ._mixed import most_sensitive
 from ._rounding import Block, learn_rounding, learn_steps, restore, state
@@ -166,6 +167,10 @@ class Work:
             else:
                 restore(self.net.get_submodule(name), what, found[0])
             book.tick(stage, k + 1, len(self.units), name, found[1])
+
+    def correct(self) -> None:
+        """Shift the biases by what rounding adds on average."""
+        correct_biases(self.half, self.net, self.samples, self.batch)
 
     def made(self) -> nn.Module:
         """The network with layers that compute with integers; what was not exchanged is shared with the original."""

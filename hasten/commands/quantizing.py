@@ -22,7 +22,7 @@ def quantize(
     minutes: float | None = None,
     iterations: int | None = None,
     rank: int = 0,
-    groups: int = 1,
+    groups: int | None = None,
     no_split: bool = False,
     ranges: str = "search",
     keep: list[str] | None = None,
@@ -52,7 +52,7 @@ def quantize(
         minutes: Time for all that is learned, divided over the blocks.
         iterations: Of every block, in place of minutes. Left out: 300.
         rank: Of a branch in floating point beside each layer, 0 for none.
-        groups: Of times, each with activation ranges of its own.
+        groups: Of times, each with activation ranges of its own. Left out: 6, or as many as there are.
         no_split: One range for what a U-Net's shortcuts are given, and not one for either half.
         ranges: search or minmax.
         keep: Names or patterns of modules that stay in floating point; may be given several times. Left out: conv_in

@@ -271,7 +271,32 @@ def test_both_cures_of_four_bits_beat_nearest(options: dict[str, Any]) -> None:
         method = Quantize(weights=4, acts=None, images=8, **given)
         made = method.apply(model.denoiser, Ahead(None, lambda n, seed: calls))
         wrong.append(relative_error(model.denoiser, made, method.samples(model.denoiser, held)))
-    assert wrong[1] < 0.9 * wrong[0], wrong  # measured: .51, .43 and .83
+    assert wrong[1] < 0.9 * wrong[0], wrong  # measured: .51, .43 and .83, biases as they were
+
+
+def test_corrected_biases_leave_no_error_on_average() -> None:
+    model = tiny()
+    calls, held = asked(8, 0, model), asked(8, 100, model)
+    method = Quantize(weights=4, groups=3)
+    seen = {}
+    for correct in (False, True):
+        work = method.work(model.denoiser, calls)
+        work.fit()
+        if correct:
+            work.correct()
+        samples = method.samples(model.denoiser, held)
+        (_, batch), *_ = samples.batches(len(samples))
+        answers = [denoiser.raw(batch[0], batch[1], **batch[2]) for denoiser in (model.denoiser, work.half)]
+        seen[correct] = (
+            float((answers[1] - answers[0]).mean().abs()),
+            relative_error(model.denoiser, work.half, samples),
+        )
+        for name, layer in simulated(work.net).items():
+            assert (layer.shift is None) == (not correct or layer.layer.bias is None), name
+    assert seen[True][0] < 0.8 * seen[False][0] and seen[True][1] < 0.97 * seen[False][1], seen  # .58 and .92
+    made = simulated(work.net)["middle.0.block.conv1"].made()
+    kept = model.denoiser.net.middle[0].block.conv1.bias
+    assert not torch.equal(made.bias, kept) and torch.equal(made.bias, kept + work.net.middle[0].block.conv1.shift)
 
 
 def test_the_layers_that_need_them_most_get_eight_bits() -> None:
