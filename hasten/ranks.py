@@ -1,6 +1,6 @@
 """The processes of one run: which of them this is, its device, what they tell one another, and who does what.
 
-Start several with `torchrun --nproc-per-node K -m hasten ...`. Small things (decisions, counts, who is still alive) go
+Start several with `torchrun --nproc-per-node K -m -- hasten ...`. Small things (decisions, counts, who is alive) go
 through the store that torchrun keeps; tensors go through `torch.distributed`, by gloo on CPUs and NCCL on GPUs.
 """
 

@@ -54,7 +54,9 @@ def test_the_commands_of_the_readme_are_commands() -> None:
     """Every `hasten ...` line of the README names a verb and options that exist."""
     from hasten import commands
 
-    lines = re.findall(r"^hasten (\w+)(.*)$", (ROOT / "README.md").read_text(), re.M)
+    pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
+    lines = re.findall(r"^(?:torchrun .* -- )?hasten (\w+)(.*)$", text, re.M)
     assert len(lines) >= 6
     for verb, rest in lines:
         known = inspect.signature(getattr(commands, verb)).parameters
@@ -63,6 +65,6 @@ def test_the_commands_of_the_readme_are_commands() -> None:
 
 
 def test_the_files_that_the_documents_point_at_are_there() -> None:
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert target.startswith("http") or (ROOT / target).exists(), (page.name, target)
+            assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
