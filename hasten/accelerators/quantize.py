@@ -44,7 +44,8 @@ class Quantize:
         needs no data, and rank (C_in k^2 + C_out) float16 numbers a layer.
     groups: of times, each with ranges of its own; None: 6, or as many as the sampling has times. They cost no time, and
         take 40 % of the error of 8 bits.
-    correct: shift the biases by what rounding adds to each channel on average.
+    correct: shift the biases by what rounding adds to each channel on average; None: where the rounding is the nearest.
+        What is learned of a block makes up for its layers' means already, and correcting each of them undoes it.
     keep: names or patterns of modules that stay in floating point. conv_in and conv_out (wherever they are) do by
         default: of the bundled teacher they are 0.2 % of the weights, and with 4-bit weights half of the error of x0.
     eight: share of the weights, 0 to 1, that get 8 bits where `weights` is 4: those of the layers whose 4 bits cost x0
@@ -70,7 +71,7 @@ class Quantize:
     split: bool = True
     rank: int = 0
     groups: int | None = None
-    correct: bool = True
+    correct: bool | None = None
     keep: tuple[str, ...] = ENDS
     eight: float = 0.0
     images: int = 16
@@ -134,7 +135,7 @@ class Quantize:
         work.fit()
         if self.learn_steps:
             work.learn(book)
-        if self.correct:
+        if self.rounding == "nearest" if self.correct is None else self.correct:
             work.correct()
         net = work.made()
         return work.denoiser.replace(net=TimeGroups(net, work.samples.bounds) if work.groups > 1 else net)
