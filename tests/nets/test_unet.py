@@ -70,7 +70,7 @@ def test_no_label_is_the_null_class_and_samples_do_not_mix(inputs):
     assert torch.equal(net(x, t), net(x, t, null))
     assert not torch.allclose(net(x, t)[:3], net(x, t, label)[:3])
     one = net(x[1:2], t[1:2], label[1:2])
-    torch.testing.assert_close(one, net(x, t, label)[1:2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one, net(x, t, label)[1:2], rtol=1e-5, atol=5e-6)  # other kernels for a batch of one
 
 
 def test_unconditional_network_refuses_labels_and_odd_sizes_are_named(inputs):
