@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -67,14 +65,13 @@ def run(arguments: list[str]) -> int:
     """Parse and call; usage errors are told here, because only the parser has them."""
     from cyclopts import CycloptsError
 
-    others = os.environ.get("RANK", "0") != "0"  # torchrun starts this several times: one says it
+    first = os.environ.get("RANK", "0") == "0"  # torchrun starts this several times: one says it
+    if "--help" in arguments and not first:
+        return 0
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()) if others and "--help" in arguments else contextlib.nullcontext()
-        ):
-            app()(arguments)
+        app()(arguments)
     except CycloptsError as error:
-        if not others:
+        if first:
             say(f"{error} (hasten --help shows the usage)")
         return USAGE
     sys.stdout.flush()

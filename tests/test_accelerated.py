@@ -105,3 +105,15 @@ def test_a_comparison_counts_queries_and_measures_time(model: Model, tmp_path: P
     assert by["both"]["macs_per_image"] is None  # integer layers are not counted
     assert by["cached"]["psnr"] > 10 and by["both"]["psnr"] > 10
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_comparison_of_accelerators_on_a_pipelines_folder(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from tests.adapters import tiny as pipelines
+
+    pipelines.sd_pipeline().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "set.toml").write_text(SET.replace('times = "', 'times = "uniform:start=0.999" # "'))
+    rows = compare(tmp_path / "pipe", tmp_path / "set.toml", out=tmp_path / "out", runtime="fp32", show=False)
+    by = {row["name"]: row for row in rows}
+    assert by["plain"]["nfe"] == by["cached"]["nfe"] == by["both"]["nfe"] and by["plain"]["frechet"] is None
+    assert 10 < by["cached"]["psnr"] < 100 and 10 < by["both"]["psnr"] < 100

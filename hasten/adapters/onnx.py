@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..accelerators import FIRST_SEED
 from ..errors import BadInput
 from ._export import Asked, Exported, Flat, exported, needed
 
@@ -61,7 +62,7 @@ class OnnxNet(Exported):
 
 
 def export(
-    model: Model, path: str | Path, precision: str = "fp32", opset: int = 18, n: int = 8, seed: int = 2_000_000
+    model: Model, path: str | Path, precision: str = "fp32", opset: int = 18, n: int = 8, seed: int = FIRST_SEED
 ) -> Model:
     """Write a model's folder with its network as network.onnx, and load it: a Model that samples as any other.
 

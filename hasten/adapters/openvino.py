@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..accelerators import FIRST_SEED
 from ..errors import BadInput, HastenError
 from ._export import Asked, Exported, Flat, exported, needed
 
@@ -92,7 +93,7 @@ def export(
     path: str | Path,
     precision: str = "fp32",
     n: int = 8,
-    seed: int = 2_000_000,
+    seed: int = FIRST_SEED,
     keep: tuple[str, ...] = (),
 ) -> Model:
     """Write a model's folder with its network as network.xml and network.bin, and load it: a Model as any other.
