@@ -8,7 +8,7 @@ On a rank with a share s of the rows, operations on rows have s of the macs and 
 are read whole), all others stay as they are. To that come the bytes that parting moves in memory (rows joined to their
 halo, moments, keys put together), and the talk, `latency x messages + bytes / bandwidth`:
 
-    synchronous evaluation    compute + talk
+    synchronous evaluation    (1 + skew) compute + talk
     later ones                max(compute + contention x hidden talk, hidden talk) + what is waited for
 
 The first `warmup` + 1 evaluations are synchronous. Reference: Li et al. 2024, arXiv:2402.19481.
@@ -16,6 +16,7 @@ The first `warmup` + 1 evaluations are synchronous. Reference: Li et al. 2024, a
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,17 +62,20 @@ class Link:
     """What one device sends to the others together.
 
     bandwidth: bytes/s each way; latency: seconds of a message; contention: what a second of hidden talk takes from
-    computing, 0 (a copy engine does it) to 1 (the same cores do).
+    computing, 0 (a copy engine does it) to 1 (the same cores do); skew: how long devices wait for the slowest where
+    they meet in every layer, as a share of computing, 0 to 1.
     """
 
     bandwidth: float
     latency: float = 0.0
     contention: float = 0.0
+    skew: float = 0.0
 
     def __post_init__(self) -> None:
         _positive("a link's bandwidth", self.bandwidth)
         _share("a link's latency, in seconds,", self.latency)
         _share("a link's contention", self.contention)
+        _share("a link's skew", self.skew)
 
 
 # Data sheets: 312 TFLOP/s (fp16, fp32 sums), 1.555 TB/s, NVLink 300 GB/s each way; of which large work sustains about
@@ -180,10 +184,11 @@ def forecast(work: Work, device: Device, link: Link, way: Way = Way(), steps: in
         {"rows": spoken_later["rows"], "branches": spoken_later["branches"], "norms": norms},
     )
     hidden = talk_later - open_
-    sync = compute + talk_sync
-    later = compute + talk_later
+    waits = link.skew * compute if way.group > 1 else 0.0
+    sync = compute + waits + talk_sync
+    later = compute + waits + talk_later
     if way.overlap:
-        later = max(compute + link.contention * hidden, hidden) + open_
+        later = max(compute + link.contention * hidden, hidden) + open_ + (waits if norms else 0.0)
     if way.mode == "sync":
         later = sync
     first = min(way.warmup + 1, steps)
@@ -193,9 +198,11 @@ def forecast(work: Work, device: Device, link: Link, way: Way = Way(), steps: in
 
 @torch.no_grad()
 def measured_link(group: Any = None, device: str = "cpu", most: int = 2**25, repeats: int = 5) -> Link:
-    """The link between the processes that are joined, from gathering 4 bytes and `most` of each; all must call it.
+    """The link between the processes that are joined, from gathering 4 bytes and `most` of each, and from convolutions
+    with and without a message after each; all must call it.
 
-    Contention is 1 on CPUs, where copies take the cores of the arithmetic, and 2/9 on GPUs, see `NVLINK`.
+    Skew is what these lose beyond the latency, as a share of them. Contention is 1 on CPUs, where copies take the cores
+    of the arithmetic, and 2/9 on GPUs, see `NVLINK`.
     Raises BadInput where fewer than two processes are joined.
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1):
@@ -208,32 +215,48 @@ def measured_link(group: Any = None, device: str = "cpu", most: int = 2**25, rep
         return lambda: distributed.all_gather(into, own, group=group)
 
     small, large = (_least(gathers(size), device, repeats) for size in (4, most))
-    told = torch.tensor([small, large], dtype=torch.float64, device=device)
+    work, meet = _convolution(device)[0], gathers(4)
+    apart, met = [], []
+    for _ in range(2 * repeats):
+        meet()
+        apart.append(_seconds(lambda: [work() for _ in range(10)], device) / 10)
+        meet()
+        met.append(_seconds(lambda: [(work(), meet()) for _ in range(10)], device) / 10)
+    told = torch.tensor([small, large, statistics.median(apart), statistics.median(met)], dtype=torch.float64)
+    told = told.to(device)
     distributed.all_reduce(told, group=group)  # all the same
-    latency, took = (told / ranks).tolist()
+    latency, gathered, alone, together = (told / ranks).tolist()
     contention = 1.0 if torch.device(device).type == "cpu" else NVLINK.contention
-    return Link(most * (ranks - 1) / max(took - latency, 1e-9), latency, contention)
+    skew = min(max((together - latency) / alone - 1, 0.0), 1.0)
+    return Link(most * (ranks - 1) / max(gathered - latency, 1e-9), latency, contention, skew)
 
 
 @torch.no_grad()
 def measured_device(device: str = "cpu", repeats: int = 5) -> Device:
     """This device with as many threads as torch has: a 3x3 convolution of 128 channels on 64x64, a copy of 64 MiB,
     and an addition of one number."""
-    x, conv = torch.randn(1, 128, 64, 64, device=device), nn.Conv2d(128, 128, 3, padding=1).to(device)
+    work, flops = _convolution(device)
     source = torch.ones(2**24, device=device)
     into, one = torch.empty_like(source), torch.ones(1, device=device)
-    spent, copied = (_least(call, device, repeats) for call in (lambda: conv(x), lambda: into.copy_(source)))
+    spent, copied = (_least(call, device, repeats) for call in (work, lambda: into.copy_(source)))
     launch = _least(lambda: [one.add(1) for _ in range(200)], device, repeats) / 200
-    return Device(2 * 128 * 128 * 9 * 64 * 64 / spent, 2 * 2**26 / copied, launch)
+    return Device(flops / spent, 2 * 2**26 / copied, launch)
+
+
+def _convolution(device: str) -> tuple[Callable[[], Any], int]:
+    """A 3x3 convolution of 128 channels on 64x64, and its flops."""
+    x, conv = torch.randn(1, 128, 64, 64, device=device), nn.Conv2d(128, 128, 3, padding=1).to(device)
+    return lambda: conv(x), 2 * 128 * 128 * 9 * 64 * 64
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    begin = time.perf_counter()
+    call()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def _least(call: Callable[[], Any], device: str, repeats: int) -> float:
     """Seconds of the fastest of some calls, after one that is not counted."""
-    took = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        call()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - begin)
-    return min(took[1:])
+    return min([_seconds(call, device) for _ in range(repeats + 1)][1:])

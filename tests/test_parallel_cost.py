@@ -91,7 +91,7 @@ def told(rank: int, ranks: int) -> dict[Any, Any]:
 def test_bytes_and_messages_are_those_that_travel(tmp_path: Path) -> None:
     for rank, found in enumerate(together(told, 2, tmp_path, seconds=140)):
         link = found["link"]
-        assert 1e6 < link.bandwidth < 1e12 and 0 < link.latency < 1 and link.contention == 1
+        assert 1e6 < link.bandwidth < 1e12 and 0 < link.latency < 1 and link.contention == 1 and 0 <= link.skew <= 1
         for name in TALKING:
             net, shape, cond = problem(name)
             work = work_of(net, shape, **cond)
@@ -166,6 +166,11 @@ def test_by_hand(large: Work) -> None:
     busy = forecast(large, only, replace(link, contention=1), Way(2))
     waiting = forecast(large, only, link, Way(2, overlap=False))
     assert busy.later == pytest.approx(waiting.later) == pytest.approx(expected + found.talk_later)
+    late = {norm: forecast(large, only, replace(link, skew=0.1), Way(2, norm=norm)) for norm in ("corrected", "full")}
+    assert late["corrected"].sync == pytest.approx(1.1 * expected + talk)
+    assert late["corrected"].later == pytest.approx(found.later)  # who does not meet does not wait
+    assert late["full"].later == pytest.approx(forecast(large, only, link, Way(2, norm="full")).later + 0.1 * expected)
+    assert forecast(large, only, Link(1e30, skew=0.1), Way(2, branches=True, efficiency=0.9)).speedup == apart.speedup
     launched = forecast(large, Device(1e30, 1e30, 1e-5), FAST, Way(2))
     assert launched.alone == pytest.approx(1e-5 * len(large.ops)) and launched.gain <= 1  # too small to gain
 

@@ -85,7 +85,20 @@ class Exchange:
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise BadInput("patch_parallel has no gradient: leave out the guides that need one")
-        whole, ranks = x.shape[2] * patch, self.team.size
+        self.part(x.shape[2] * patch)
+        self.open = True
+        if self._seen not in (None, (x.shape, x.dtype)):
+            self.step = min(self.step, self.warmup)  # another batch: nothing that was heard fits it
+            self._drop()
+        self._seen = x.shape, x.dtype
+        late = self.mode == "async"
+        self.sync = not late or self.step <= self.warmup
+        self._fills = late and self.step == self.warmup
+        self._clear()
+
+    def part(self, whole: int) -> None:
+        """This rank's rows of an image of so many. Raises BadInput where they cannot be parted among the ranks."""
+        ranks = self.team.size
         rows, rest = divmod(whole, self.multiple)
         if rest:
             raise BadInput(
@@ -96,16 +109,7 @@ class Exchange:
                 f"patch_parallel: {whole} rows are {rows} at the coarsest level of this network, found {ranks} "
                 f"processes for them (choices: 1 to {rows})"
             )
-        self.open = True
-        if self._seen not in (None, (x.shape, x.dtype)):
-            self.step = min(self.step, self.warmup)  # another batch: nothing that was heard fits it
-            self._drop()
-        self._seen = x.shape, x.dtype
-        self.shares = Shares.of(rows, self.team.size, self.team.me)
-        late = self.mode == "async"
-        self.sync = not late or self.step <= self.warmup
-        self._fills = late and self.step == self.warmup
-        self._clear()
+        self.shares = Shares.of(rows, ranks, self.team.me)
 
     def finish(self) -> None:
         """It is over: what the last synchronous one exchanged is kept, and of an asynchronous one the rest goes off."""

@@ -162,6 +162,9 @@ class PatchNet(nn.Module):
         """The conditions, of feature maps this rank's rows; also of those that reach the network past its callers."""
         beside = getattr(self.net, "beside", None)
         more = {} if beside is None else beside.conditions
+        known = [value.shape[2] for key, value in {**more, **cond}.items() if key.startswith(OF_ROWS)]
+        if known and not self.exchange.open:
+            self.exchange.part(max(known))  # the finest of them has the rows of x_t, which is yet to come
         with beside.given(self._own(more)) if more else nullcontext():  # type: ignore[union-attr]
             yield self._own(cond)
 
