@@ -7,7 +7,8 @@
 Diffusion 1.5 on latents of `--side` 64, a text of 77 tokens), one thread a process. The ways take turns, one evaluation
 each, between two barriers; each gets its median, and the CPU time of the first process, which tells of the work when
 the machine is not idle. `one` is one process while the others wait; patches are one image, `cfg` two rows against the
-same two rows in one process. Bytes are what one rank sends in a query.
+same two rows in one process. Bytes are what one rank sends in a query. Beside each ratio stands the one that
+`hasten.parallel_cost` predicts from this machine's arithmetic, memory and link, measured in the same run.
 
 `quality`: the bundled model `fashion`, images of the same seeds in each way; PSNR against one process and the Frechet
 distance to the data. Its 7 rows of the coarsest level are parted 4 and 3 between two processes.
@@ -40,6 +41,7 @@ from hasten.denoiser import Denoiser
 from hasten.metrics import evaluate_images, feature_net, reference
 from hasten.metrics.difference import difference
 from hasten.nets.unet import UNet
+from hasten.parallel_cost import Way, forecast, measured_device, measured_link, work_of
 from hasten.schedules import VPCosine
 
 app = cyclopts.App(help=__doc__)
@@ -84,6 +86,21 @@ def built(unet: str, side: int) -> tuple[Denoiser, int, dict[str, Tensor]]:
     return Denoiser(net, VPCosine(), "v", clock="t1000").eval(), 4, {"text": torch.randn(1, 77, 768)}
 
 
+def predicted(net: nn.Module, shape: tuple[int, ...], two: dict[str, Tensor], ranks: int) -> dict[str, float]:
+    """How many times faster one evaluation should be, by way; `two` is what two rows are told. All ranks call it."""
+    device, link = measured_device(), measured_link()
+    work = work_of(net, (2, *shape[1:]), **two)
+    assert work.half is not None
+    found = {"cfg": forecast(work, device, link, Way(2, branches=True)).gain} if ranks == 2 else {}
+    for name, how in PATCHES.items():
+        if how.mode != "naive":
+            told = forecast(work.half, device, link, Way(ranks, mode=how.mode, keys=how.keys))
+            found[f"patches, {name}"] = told.alone / told.later
+    if distributed.get_rank() == 0:
+        print(f"one process: {device}\n{link}")
+    return found
+
+
 def timed(rank: int, unet: str, side: int, runs: int, ranks: int, out: Path | None) -> None:
     plain, channels, cond = built(unet, side)
     one = torch.randn(1, channels, side, side)
@@ -96,6 +113,7 @@ def timed(rank: int, unet: str, side: int, runs: int, ranks: int, out: Path | No
     if halved is not None:
         ways["one, two rows"] = (lambda: plain(torch.cat([one, one]), 0.5, **two), False)
         ways["cfg"] = (lambda: halved(torch.cat([one, one]), 0.5, **two), True)
+    foretold = predicted(plain.net, tuple(one.shape), two, ranks)
     took: dict[str, list[float]] = {name: [] for name in ways}
     used: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(runs + 1):
@@ -115,14 +133,16 @@ def timed(rank: int, unet: str, side: int, runs: int, ranks: int, out: Path | No
         sent["cfg"] = halved.traffic
     weights = sum(p.numel() for p in plain.parameters()) / 1e6
     print(f"{unet}, {weights:.0f} M weights, side {side}, {ranks} processes of one thread, torch {torch.__version__}")
-    print(f"{'way':30s} {'s':>8s} {'ratio':>6s} {'CPU s':>8s}  bytes sent by one rank in a query")
+    print(f"{'way':30s} {'s':>8s} {'ratio':>6s} {'model':>6s} {'CPU s':>8s}  bytes sent by one rank in a query")
     for name, each in seconds.items():
         base = seconds["one, two rows" if name == "cfg" else "one"]
         share = "" if name.startswith("one") else f"{base / each:6.2f}"
-        print(f"{name:30s} {each:8.3f} {share:>6s} {cpu[name]:8.3f}  {json.dumps(sent[name]) if name in sent else ''}")
+        model = f"{foretold[name]:6.2f}" if name in foretold else ""
+        bytes_ = json.dumps(sent[name]) if name in sent else ""
+        print(f"{name:30s} {each:8.3f} {share:>6s} {model:>6s} {cpu[name]:8.3f}  {bytes_}")
     if out is not None:
         row = {"unet": unet, "side": side, "ranks": ranks, "runs": runs, "torch": torch.__version__,
-               "seconds": seconds, "cpu_seconds": cpu, "sent": sent}  # fmt: skip
+               "seconds": seconds, "cpu_seconds": cpu, "sent": sent, "predicted": foretold}  # fmt: skip
         with out.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
 
