@@ -29,14 +29,18 @@ class Lost(HastenError):
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[None]:
-    """What torch says where another process is gone, as Lost."""
+def heard(sure: bool = True) -> Iterator[None]:
+    """What torch says where another process is gone, as Lost. sure: nothing else can have gone wrong inside."""
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as e:
         if isinstance(e, (torch.cuda.OutOfMemoryError, NotImplementedError)):
             raise
-        dead = line.gone(range(line.world))
+        end = time.monotonic() + 1
+        while not (dead := line.gone(range(line.world))) and time.monotonic() < end:
+            time.sleep(0.05)  # its connections close a little before it is gone
+        if not (dead or sure):
+            raise
         said = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise Lost(line.lost(dead) if dead else f"the other processes cannot be reached any more ({said})") from e
 

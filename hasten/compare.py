@@ -19,7 +19,7 @@ from . import __version__, report
 from .errors import BadInput, HastenError, whole
 from .images import to_uint8
 from .machine import processor
-from .many import Kept, joint, judge_many, sample_many
+from .many import Kept, judge_many, sample_many, sharing
 from .meter import Progress, counting, extra
 from .metrics import Reference, cost, feature_net, net_name
 from .metrics import reference as load_reference
@@ -47,11 +47,6 @@ class Job:
     def nfe(self) -> float:
         """Network evaluations an image, for the progress bar."""
         return self.variant.nfe or 2 * self.ready.steps
-
-    @property
-    def joint(self) -> bool:
-        """Whether all processes sample it together."""
-        return joint(self.variant.accelerators)
 
 
 def prepare(
@@ -190,7 +185,7 @@ class Run:
             return self.sample(job, count)
         made = sample_many(
             job.ready, count, None, p["seeds"][0], p["batch_size"], ranks=self.ranks, keep=keep, everywhere=True,
-            jointly=job.joint, **asked_of(job.ready, job.variant, p["dtype"]),
+            accelerated=job.variant.accelerators, **asked_of(job.ready, job.variant, p["dtype"]),
         )  # fmt: skip
         assert made is not None
         return made
@@ -202,7 +197,8 @@ class Run:
 
     @functools.cached_property
     def machine(self) -> dict[str, Any]:
-        return {key: self.protocol[key] for key in ("hardware", "threads", "torch", "device", "rounds", "timing_batch")}
+        told = ("hardware", "threads", "torch", "device", "processes", "rounds", "timing_batch")
+        return {key: self.protocol[key] for key in told}
 
     def time(self, progress: Progress) -> dict[str, Any]:
         """Time all rows in turns, after a pass that warms up and counts; rows in the store get the new figures.
@@ -212,7 +208,7 @@ class Run:
         batch = self.protocol["timing_batch"]
         progress.bar.update(progress.task, description="timing")
         found: dict[str, Any] = {}
-        jobs = [job for job in self.jobs if self.ranks.first or job.joint]
+        jobs = [job for job in self.jobs if self.ranks.first or sharing(job.variant.accelerators, self.ranks)]
         if not jobs:
             return found
         for job in jobs:
@@ -376,15 +372,16 @@ def compare(
         "classes": len(model.classes or ()), "features": known and net_name(net),
         "reference": known and f"{known.name}, {known.split} split, {known.count} images", "floors": {},
         "hardware": processor(model.device), "threads": torch.get_num_threads(), "device": model.device.type,
-        "dtype": runtime, "torch": torch.__version__, "hasten": __version__, "date": now(),
+        "processes": ranks.world, "dtype": runtime, "torch": torch.__version__, "hasten": __version__, "date": now(),
         "command": command or spell("compare", model.name, {"variants": variants, "n": n, "seed": seed, "out": out}),
     }  # fmt: skip
     told = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
     settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
     jobs = []
     for variant, equal, ready in rows:
-        told_plan = {} if variant.sampler or ready.plan is None else {"plan": ready.plan.to_json()}
+        told_plan: dict[str, Any] = {} if variant.sampler or ready.plan is None else {"plan": ready.plan.to_json()}
         told_plan |= {} if variant.model is None else {"weights": fingerprint(ready)}
+        told_plan |= {} if sharing(variant.accelerators, ranks) is None else {"processes": ranks.world}
         text = json.dumps({**settings, "method": variant.method, **told_plan}, sort_keys=True)
         jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], ready))
     run = Run(model, jobs, store, protocol, known, net, Path(out), ranks)

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .errors import BadInput
+from .company import heard
+from .errors import BadInput, whole
 from .images import reserve, write
 from .metrics import Measure, Reference, evaluate_features, evaluate_images, extract, feature_net, net_name
 from .model import Label, Model
 from .pick import pick
-from .ranks import Lost, Ranks
+from .ranks import Lost, Piece, Ranks
 from .results import fingerprint
 from .sampling import Progress, spell
 
@@ -73,7 +75,8 @@ def kept(
     """Where this run keeps its batches. None for one process, unless `folder` has some of a run of several."""
     if ranks.world == 1 and not Path(folder).exists():
         return None
-    return Kept(folder, told(model, n, label, seed, batch_size, setting, images))
+    shared = sharing(setting.get("accelerators", ()), ranks) is not None
+    return Kept(folder, told(model, n, label, seed, batch_size, setting, images, ranks.world if shared else 1))
 
 
 def sample_many(
@@ -86,7 +89,7 @@ def sample_many(
     ranks: Ranks,
     keep: Kept | None = None,
     everywhere: bool = False,
-    jointly: bool | None = None,
+    accelerated: Sequence[Any] = (),
     progress: Progress | None = None,
     images: Tensor | None = None,
     **setting: Any,
@@ -94,65 +97,85 @@ def sample_many(
     """`model.sample(n, ...)` on all processes of a run: the same images, bit for bit where each has as many threads.
 
     Batch b, the images b `batch_size` and on, is sampled whole by whoever is free, so the rounding of its sums is that
-    of one process; guides that look at a batch see the same one. Where an accelerator claims "space" or "branches", all
-    processes sample every batch together instead. (n below `batch_size` times the processes leaves some without work.)
+    of one process; guides that look at a batch see the same one. Where an accelerator claims "space" or "branches", the
+    processes that share an image sample their batches together. (n below `batch_size` times the processes leaves some
+    without work.)
 
     ranks: `Ranks.start(device)`; all call this with the same arguments. keep: where batches are kept as they are
     finished, and looked for. everywhere: all processes get the images, not the first alone (the others get None).
-    jointly: whether all sample every batch together (None: where an accelerator of this call wants it).
+    accelerated: accelerators that are in the model already.
     The other arguments are those of `Model.sample`; `runtime` must not be `auto`, which processes could take
     differently: `ranks.once(lambda: model.runtime_for(...))`.
 
     Raises Lost where another process ends early, KeyboardInterrupt when stopped: both say what is kept.
     """
+    whole("batch_size", batch_size, 1)
     if ranks.world == 1 and (keep is None or not keep.folder.exists()):
         return model.sample(n, label, seed, batch_size=batch_size, progress=progress, images=images, **setting)
     starts = range(0, n, batch_size)
+    team = sharing((*accelerated, *setting.get("accelerators", ())), ranks)
+    leads = team is None or team.leads
+    mine = [keep.get(first, min(batch_size, n - first)) if keep and leads else None for first in starts]
+    found = {number: made for number, made in enumerate(mine) if made is not None}
 
-    def drawn(number: int, say: Progress | None = None) -> Tensor:
+    def drawn(number: int) -> Piece:
         first, count = starts[number], min(batch_size, n - starts[number])
-        found = None if keep is None else keep.get(first, count)
-        if found is None:
-            mine = part_of(model, n, label, slice(first, first + count))
-            given = None if images is None else images[first : first + count]
-            found = model.sample(
-                count, mine, seed + first, batch_size=batch_size, images=given, progress=say, **setting
-            )
-            if keep is not None:
-                keep.put(first, found)
-        return found
+        if number in found:
+            return (found[number],)
+        named = part_of(model, n, label, slice(first, first + count))
+        given = None if images is None else images[first : first + count]
+        made = model.sample(count, named, seed + first, batch_size=batch_size, images=given, **setting)
+        if keep is not None and leads:
+            keep.put(first, made)
+        return (made,)
 
-    done = [b for b, first in enumerate(starts) if keep and keep.get(first, min(batch_size, n - first)) is not None]
     with saying(keep, n):
-        if ranks.world > 1 and (joint(setting.get("accelerators", ())) if jointly is None else jointly):
-            made = together(ranks, len(starts), drawn, done, everywhere, progress)
+        if team is None:
+            pieces = ranks.deal(len(starts), drawn, found, everywhere, progress)
         else:
-            pieces = ranks.deal(len(starts), lambda b: (drawn(b),), done, everywhere, progress)
-            made = [piece[0] for piece in pieces if piece is not None]
+            pieces = together(ranks, team, len(starts), drawn, found, everywhere, progress)
+    made = [piece[0] for piece in pieces if piece is not None]
     return torch.cat(made) if everywhere or ranks.first else None
 
 
-def together(
-    ranks: Ranks, count: int, drawn: Any, done: list[int], everywhere: bool, progress: Progress | None
-) -> list[Tensor]:
-    """Every batch by all processes at once, but for those that the first one has kept already."""
-    held, made = set(ranks.tell(done)), {}
-    for b in range(count):
-        if b not in held or ranks.first:
-            made[b] = drawn(b)
-        if progress is not None:
-            progress(b + 1, count)
-    ranks.wait()
-    if everywhere:
-        mine = {b: (made[b],) for b in made if ranks.first}
-        return [piece[0] for piece in ranks.collect(count, mine, True) if piece is not None]
-    return [made[b] for b in sorted(made)]
+@dataclass(frozen=True)
+class Sharing:
+    """Processes that sample a batch together: group `number` of `count`. leads: whether this one keeps what they draw,
+    and gives it to the others of the run."""
+
+    number: int
+    count: int
+    leads: bool
 
 
-def joint(accelerators: Sequence[Any]) -> bool:
-    """Whether one of these shares a single sampling among the processes."""
+def sharing(accelerators: Sequence[Any], ranks: Ranks) -> Sharing | None:
+    """With whom this process samples; None where each samples by itself."""
     chosen = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
-    return any(one.claims & JOINT for one in chosen)
+    claims = {claim for one in chosen for claim in one.claims}
+    if ranks.world == 1 or not claims & JOINT:
+        return None
+    row = ranks.world // 2 if claims >= JOINT else ranks.world  # the two halves of the processes have a branch each
+    size = min([row, *(one.size for one in chosen if getattr(one, "size", None))])
+    return Sharing(ranks.rank % row // size, row // size, ranks.rank < row and ranks.rank % size == 0)
+
+
+def together(
+    ranks: Ranks, team: Sharing, count: int, drawn: Callable[[int], Piece], found: Iterable[int], everywhere: bool,
+    progress: Progress | None,
+) -> list[Piece | None]:  # fmt: skip
+    """As `Ranks.deal`, but a number is taken by a whole group, whose leaders alone have found some already."""
+    owners = ranks.owners(found)
+    mine = {number: drawn(number) for number, rank in owners.items() if rank == ranks.rank}
+    missing = [number for number in range(count) if number not in owners]
+    for turn, number in enumerate(missing[team.number :: team.count], 1):
+        with heard(sure=False):
+            made = drawn(number)
+        if team.leads:
+            mine[number] = made
+        if progress is not None:
+            progress(min(len(owners) + turn * team.count, count), count)
+    ranks.wait()
+    return ranks.collect(count, mine, everywhere)
 
 
 def part_of(model: Model, n: int, label: Label, part: slice) -> Label:
@@ -175,8 +198,9 @@ def told(
     batch_size: int,
     setting: dict[str, Any],
     images: Tensor | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
-    """All that the images depend on, for `Kept`."""
+    """All that the images depend on, for `Kept`. processes: which share an image."""
     way = model.way(**{key: value for key, value in setting.items() if key != "runtime"})
     spelled = {key: value if isinstance(value, (str, int, float, type(None))) else names(value)
                for key, value in setting.items() if key != "plan"}  # fmt: skip
@@ -184,7 +208,7 @@ def told(
         "hasten": __version__, "torch": torch.__version__, "device": model.device.type, "model": model.name,
         "weights": fingerprint(model), "beside": [beside(model.conditioning), beside(model.decoder)],
         "plan": None if way.plan is None else way.plan.to_json(), "setting": spelled,
-        "label": label, "n": n, "seed": seed, "batch_size": batch_size,
+        "label": label, "n": n, "seed": seed, "batch_size": batch_size, "processes": processes,
         "images": None if images is None else hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(),
     }  # fmt: skip
 

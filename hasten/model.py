@@ -235,13 +235,13 @@ class Model:
         ahead_times = None if plan is None else tuple(plan.times[:-1].tolist())
 
         key = (self.denoiser, tuple(map(repr, chosen)), ahead_times, str(setting), self.device)
-        if key not in self._accelerated:
+        made = self._accelerated.pop(key, None)
+        if made is None:
             if len(self._accelerated) >= KEPT:
                 self._accelerated.pop(next(iter(self._accelerated)))
-            self._accelerated[key] = accelerate(
-                self.denoiser, chosen, Ahead(ahead_times, lambda n, seed: self.calls(n, seed, **setting))
-            )
-        return self._accelerated[key]
+            made = accelerate(self.denoiser, chosen, Ahead(ahead_times, lambda n, seed: self.calls(n, seed, **setting)))
+        self._accelerated[key] = made  # the last is the one that was used last
+        return made
 
     def calls(self, n: int, seed: int, **setting: Any) -> list[Call]:
         """What the plain network is asked, call by call, when n images are sampled at once with this `setting`."""

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .accelerators._patch_exchange import Shares
+from .accelerators._patch_swap import ASIDE, core_of
 from .errors import BadInput
 
 if TYPE_CHECKING:
@@ -22,10 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Op", "Talk", "Work", "work_of"]
 
 KINDS = ("halo", "keys", "moments", "rows", "branches")
-ASIDE = {
-    "time", "label", "guidance", "steps", "time_proj", "time_embedding", "class_embedding", "add_embedding",
-    "add_time_proj", "encoder_hid_proj", "time_embed_act",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,7 @@ class Work:
             raise BadInput(
                 f"{self.units} rows of the coarsest level cannot be parted in {group} (choices: 1 to {self.units})"
             )
-        least, more = divmod(self.units, group)
-        return tuple(least + (k < more) for k in range(group))
+        return Shares.of(self.units, group, 0).units
 
     def sent(self, way: Way, rank: int = 0, later: bool = False) -> dict[str, int]:
         """Bytes that a rank sends in an evaluation, by kind. later: not one of the first, synchronous ones."""
@@ -309,8 +306,7 @@ def _on_meta(given: Any, dtype: torch.dtype, batch: int, count: int) -> Any:
 @contextmanager
 def _heard(net: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """The layers of a U-Net tell the recorder what they would exchange."""
-    inside = getattr(net, "net", None)
-    core: Any = inside if isinstance(inside, nn.Module) and hasattr(net, "beside") else net
+    core: Any = core_of(net)
     handles = []
     padded: set[int] = set()
     if all(isinstance(getattr(core, end, None), nn.Conv2d) for end in ("conv_in", "conv_out")):

@@ -85,21 +85,23 @@ class Ranks:
                     distributed.broadcast(tensor.data, 0)
 
     def mean(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
-        """Replace each gradient by its mean over the processes; the mean of `loss` is returned."""
+        """Replace each gradient by its mean over the processes, of whom some may have none; the mean of `loss` is
+        returned. Where no process has one, there is none afterwards: to an optimiser that is not the same as zero."""
         if self.world == 1:
             return loss
         owners = [p for p in parameters if p.requires_grad]
-        for p in owners:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([loss.detach().float().view(1), *(p.grad.float().flatten() for p in owners)])  # type: ignore[union-attr]
+        mine = [p.grad is not None for p in owners]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in owners]
+        has = torch.tensor(mine, dtype=torch.float32, device=loss.device)
+        flat = torch.cat([loss.detach().float().view(1), has, *(grad.float().flatten() for grad in grads)])
         with heard():
             distributed.all_reduce(flat)
         flat /= self.world
-        sizes = [p.numel() for p in owners]
-        for p, part in zip(owners, flat[1:].split(sizes), strict=True):
-            p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
-        return flat[0]
+        loss, has, means = flat.split([1, len(owners), len(flat) - 1 - len(owners)])
+        some = mine if all(mine) else has.tolist()  # which waits for a GPU
+        for p, grad, mean, there in zip(owners, grads, means.split([p.numel() for p in owners]), some, strict=True):
+            p.grad = grad.copy_(mean.view_as(p)) if there else None
+        return loss[0]
 
     def agree(self, seconds: float, stop: bool, due: bool) -> tuple[float, bool, bool]:
         """The first process's clock and wish to save, and whether any process was told to stop."""
@@ -179,10 +181,7 @@ class Ranks:
                 if tick is not None:
                     tick(number + 1, count)
             return found  # type: ignore[return-value]
-        key, held = line.next("deal"), self.gather(sorted(set(done)))
-        owners: dict[int, int] = {}
-        for rank in reversed(range(self.world)):
-            owners |= dict.fromkeys(held[rank], rank)
+        key, owners = line.next("deal"), self.owners(done)
         mine = {number: work(number) for number, rank in owners.items() if rank == self.rank}
         missing = [number for number in range(count) if number not in owners]
         while True:
@@ -194,6 +193,13 @@ class Ranks:
                 break
             mine[missing[turn]] = work(missing[turn])
         return self.collect(count, mine, everywhere)
+
+    def owners(self, held: Iterable[int]) -> dict[int, int]:
+        """By number the first process that has it. held: what this one has."""
+        owners: dict[int, int] = {}
+        for rank, numbers in reversed(list(enumerate(self.gather(sorted(set(held)))))):
+            owners |= dict.fromkeys(numbers, rank)
+        return owners
 
     def collect(self, count: int, mine: dict[int, Piece], everywhere: bool = False) -> list[Piece | None]:
         """The numbered pieces of all processes, at the first one or everywhere, in order."""

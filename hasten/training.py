@@ -71,7 +71,7 @@ def train_model(
     net = network(source, widths, blocks, patch)
     denoiser = Denoiser(net, VPCosine(offset=0.0), V(), null_label=net.classes or None)
     loss = DenoisingLoss(label_drop=label_drop)
-    precision = ranks.once(lambda: number_format(denoiser, source, runtime, batch_size))
+    precision = ranks.once(lambda: number_format(denoiser, source, runtime, batch_size, ranks.device))
     fit = Fit(
         steps=steps, minutes=minutes, precision=precision, seed=seed, device=device, accumulate=accumulate, shard=shard
     )
@@ -123,12 +123,12 @@ def network(data: Data, widths: Sequence[int] | None, blocks: int, patch: int | 
     return net
 
 
-def number_format(denoiser: Denoiser, data: Data, runtime: str, batch_size: int) -> str:
+def number_format(denoiser: Denoiser, data: Data, runtime: str, batch_size: int, device: torch.device) -> str:
     """`fp32` or `bf16`, as asked or as a timing of the forward pass finds."""
     if runtime != "auto":
         return spell(parse(runtime)).split("+")[0]
-    x = torch.randn(min(batch_size, 64), *data.shape)
-    return spell(choose(denoiser, x, f"train {denoiser.net}")).split("+")[0]
+    x = torch.randn(min(batch_size, 64), *data.shape, device=device)
+    return spell(choose(denoiser.to(device), x, f"train {denoiser.net}")).split("+")[0]
 
 
 def last_line(log: Path) -> dict[str, Any]:

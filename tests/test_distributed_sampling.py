@@ -68,10 +68,10 @@ def test_two_processes_make_the_file_of_one(tmp_path: Path, capsys: pytest.Captu
     assert [p.name for p in two.parent.iterdir()] == ["a.png"]  # nothing is left beside it
 
 
-def stopped(tmp_path: Path, number: int, victim: int | None) -> tuple[str, Path]:
+def stopped(tmp_path: Path, number: int, victim: int | None, *more: str) -> tuple[str, Path]:
     """A run of two processes that is disturbed when three batches are done; victim None: torchrun itself, by Ctrl-C."""
     folder = tmp_path / ".a.png.kept"
-    with torchrun(2, "sample", "fashion", "--n", "24", "--out", str(tmp_path / "a.png"), *LONG) as process:
+    with torchrun(2, "sample", "fashion", "--n", "24", "--out", str(tmp_path / "a.png"), *LONG, *more) as process:
         until(lambda: len(list(folder.glob("*/*.npy"))) >= 3 or process.poll() is not None)
         os.kill(process.pid if victim is None else children(process.pid)[victim], number)
         out, err = process.communicate(timeout=120)
@@ -115,6 +115,23 @@ def test_other_ends(tmp_path: Path, number: int, victim: int | None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accelerator", ["patch_parallel", "cfg_parallel"])
+def test_a_process_killed_while_an_image_is_shared(tmp_path: Path, accelerator: str) -> None:
+    more = ["--accelerate", accelerator]
+    line, folder = stopped(tmp_path, signal.SIGKILL, 1, *more)
+    assert "of the 2 processes of this run number 1 has died" in line
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npy")}
+    asked = ["sample", "fashion", "--n", "24", *LONG, *more, "--out"]
+    with torchrun(2, *asked, str(tmp_path / "a.png")) as process:
+        until(lambda: len(list(folder.glob("*/*.npy"))) > len(times) or process.poll() is not None)
+        assert {path: path.stat().st_mtime_ns for path in times if path.exists()} == times  # none is made again
+        assert process.wait(150) == 0
+    assert run(2, *asked, str(tmp_path / "whole" / "a.png"))[0] == 0
+    assert (tmp_path / "whole" / "a.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    assert read_text(tmp_path / "a.png")["processes"] == "2"
+
+
+@pytest.mark.slow
 def test_a_mistake_is_told_once() -> None:
     code, out, err = run(2, "evaluate", "fashion", "--n", "12", "--sampler", "nosuch", "--device", "cpu")
     assert code != 0 and out == ""
@@ -147,6 +164,23 @@ def test_evaluations_and_comparisons_are_those_of_one(tmp_path: Path, capsys: py
     assert files[0] == files[1]
     for path in (tmp_path / "one" / "samples").glob("*.npy"):
         assert path.read_bytes() == (tmp_path / "two" / "samples" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_row_in_which_processes_share_images_belongs_to_their_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = SET.rpartition("[[variant]]")[2].replace('"one"', '"shared"') + 'accelerators = ["patch_parallel"]\n'
+    (tmp_path / "set.toml").write_text(SET + "[[variant]]" + shared)
+    asked = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), "--batch-size", "4", "--timing-batch", "2",
+             "--runtime", "fp32", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
+    code, _, err = run(2, *asked)
+    assert code == 0, err
+    assert main(asked) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["best", "one", "shared", "shared"]
+    assert [row["protocol"]["processes"] for row in rows[2:]] == [2, 1]
+    assert rows[2]["frechet"] == pytest.approx(rows[3]["frechet"], rel=1e-3)  # one step is exact
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import torch
 import hasten
 from hasten.company import alive
 from hasten.errors import BadInput
-from hasten.many import Kept, joint, kept, part_of, sample_many, told
+from hasten.many import Kept, Sharing, kept, part_of, sample_many, sharing, told
 from hasten.ranks import Lost, Ranks, launched, own_device
 
 from .processes import spawn
 
 SETTING: dict[str, Any] = {"sampler": "ddim", "times": "uniform", "steps": 1, "guidance_scale": 1.0, "runtime": "fp32"}
 CPU = Ranks(torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Stands for an accelerator by which some processes share an image."""
+
+    claims: frozenset[str] = frozenset({"space"})
+    size: int | None = None
 
 
 def together(rank: int, folder: str) -> None:
@@ -62,9 +71,12 @@ def together(rank: int, folder: str) -> None:
     module = torch.nn.Linear(2, 1)
     ranks.share(module)
     assert len({json.dumps(weights) for weights in ranks.gather(module.weight.tolist())}) == 1
+    unused = torch.nn.Parameter(torch.ones(2))
     module.weight.grad = torch.full((1, 2), float(rank))
-    loss = ranks.mean(module.parameters(), torch.tensor(3.0 * rank))
-    assert loss == 3.0 and module.weight.grad.tolist() == [[1.0, 1.0]] and module.bias.grad.tolist() == [0.0]  # type: ignore[union-attr]
+    module.bias.grad = torch.tensor([3.0]) if rank == 1 else None
+    loss = ranks.mean([*module.parameters(), unused], torch.tensor(3.0 * rank))
+    assert loss == 3.0 and module.weight.grad.tolist() == [[1.0, 1.0]] and module.bias.grad.tolist() == [1.0]  # type: ignore[union-attr]
+    assert unused.grad is None  # AdamW would decay what it is given a zero for
 
     # 10 images of the bundled model in batches of 4, which is no multiple of anything: those of one process
     model = hasten.load("fashion")
@@ -80,14 +92,25 @@ def together(rank: int, folder: str) -> None:
     if rank == 0:
         store.put(4, marked + 1)
     ranks.wait()
-    again = sample_many(
-        model, 10, ["bag", 3], 5, 4, ranks=ranks, keep=store, everywhere=True, jointly=rank < 9, **SETTING
-    )
-    assert again is not None
+    asked = (model, 10, ["bag", 3], 5, 4)
     first = torch.load(f"{folder}/three.pt")
-    assert torch.equal(again[4:8], first[4:8] + 1) and torch.equal(again[8:], first[8:])
-    joined = sample_many(model, 6, None, 0, 4, ranks=ranks, jointly=True, **SETTING)
-    assert (joined is None) == (rank > 0)
+    for how in ([Shared()], [Shared(size=1)], []):
+        again = sample_many(*asked, ranks=ranks, keep=store, everywhere=True, accelerated=how, **SETTING)
+        assert again is not None
+        assert torch.equal(again[4:8], first[4:8] + 1) and torch.equal(again[8:], first[8:])
+    # folders that are not the same: only who leads a group looks and keeps, so that a group does the same
+    own, seen = Kept(Path(folder, f"own{rank}"), {}), []
+    if rank == 2:
+        own.put(4, marked)
+    for how, keep, batches in (
+        (Shared(), own, [4, 4, 2]), (Shared(), own, []), (Shared(size=1), None, [[4], [4], [2]][rank]),
+    ):  # fmt: skip
+        seen.clear()
+        handle = model.denoiser.net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+        joined = sample_many(*asked, ranks=ranks, keep=keep, accelerated=[how], **SETTING)
+        handle.remove()
+        assert (joined is None) == (rank > 0) and (joined is None or torch.equal(joined, first))
+        assert seen == batches and own.count() == (10, 0, 4)[rank]
 
     # number 2 is killed; the others say so, the first of them aloud
     ranks.wait()
@@ -120,7 +143,10 @@ def silent(rank: int, folder: str) -> None:
 def test_what_processes_do_together(tmp_path: Path) -> None:
     assert spawn(together, 3, str(tmp_path)) == [0, 0, -signal.SIGKILL]
     assert len(list(tmp_path.glob("fine*"))) == 2 and (tmp_path / "quiet").read_text() == "False"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the processes has
     one = hasten.load("fashion").sample(10, ["bag", 3], 5, batch_size=4, **SETTING)
+    torch.set_num_threads(before)
     assert torch.equal(one, torch.load(tmp_path / "three.pt"))
 
 
@@ -208,11 +234,22 @@ def test_a_batch_gets_the_labels_of_its_images() -> None:
 
 
 def test_accelerators_that_share_a_sampling() -> None:
-    class One:
-        claims = frozenset({"branches"})
+    branches, space = Shared(frozenset({"branches"})), Shared(frozenset({"space"}))
 
-    assert joint([One()]) and joint(["encoder_propagation", One()])
-    assert not joint(["encoder_propagation"]) and not joint([])
+    def groups(world: int, *accelerators: Any) -> list[Sharing | None]:
+        return [sharing(accelerators, Ranks(torch.device("cpu"), rank, world)) for rank in range(world)]
+
+    lead, other = Sharing(0, 1, True), Sharing(0, 1, False)
+    assert groups(2, branches) == [lead, other] and groups(3, "encoder_propagation", space) == [lead, other, other]
+    assert groups(2, "encoder_propagation") == groups(2) == [None, None] and groups(1, space) == [None]
+    # two to an image; and with branches too, of which the second two are those of the first two
+    pairs = groups(4, Shared(size=2))
+    assert [(each.number, each.count, each.leads) for each in pairs if each] == [
+        (0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)
+    ]  # fmt: skip
+    fours = groups(8, branches, Shared(size=2))
+    assert [each.number for each in fours if each] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [rank for rank, each in enumerate(fours) if each and each.leads] == [0, 2]
 
 
 def test_alive() -> None:

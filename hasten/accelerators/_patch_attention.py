@@ -21,7 +21,7 @@ def everybodys(exchange: Exchange, own: Tensor) -> Tensor:
     if exchange.mode == "naive":
         return own
     counts, me = exchange.shares.others(own.shape[1]), exchange.shares.me
-    said = own if exchange.keys_dtype is None else own.to(exchange.keys_dtype)
+    said = own if exchange.keys_dtype is None or own.element_size() <= 2 else own.to(exchange.keys_dtype)
     said = said if exchange.shares.even else F.pad(said, (0, 0, 0, max(counts) - own.shape[1]))
     heard = exchange.gathered("keys", said)
     parts = [own if j == me else heard[j, :, :count].to(own.dtype) for j, count in enumerate(counts)]

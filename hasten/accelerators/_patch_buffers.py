@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import HastenError
 
-__all__ = ["Line", "Track"]
+__all__ = ["Relay", "Track"]
 
 ALIGN = 8  # bytes: every number format fits there
 
@@ -59,7 +59,7 @@ class Track:
         return rows.view(dtype).view(self.copies, *shape)
 
 
-class Line:
+class Relay:
     """Tensors that are said in one evaluation and heard in the next, chunk by chunk, while the layers go on.
 
     A chunk is sent off once all its slots are written and read, which is when the next one is asked for; it is waited

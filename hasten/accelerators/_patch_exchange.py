@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from ..errors import BadInput
-from ._patch_buffers import Line, Track
+from ._patch_buffers import Relay, Track
 from ._patch_groups import Team, gather
 
 __all__ = ["Exchange", "Shares"]
@@ -63,8 +65,8 @@ class Exchange:
     def __init__(self, team: Team, mode: str, norm: str, warmup: int, keys: str, chunk: int) -> None:
         self.team, self.mode, self.norm, self.warmup, self.chunk = team, mode, norm, warmup, chunk
         self.keys_dtype = torch.bfloat16 if keys == "bf16" else None
-        self.gathers: Line | None = None
-        self.halos: Line | None = None
+        self.gathers: Relay | None = None
+        self.halos: Relay | None = None
         self.shares = Shares((1,) * team.size, team.me)
         self._seen: Any = None
         self._weights: tuple[Any, Tensor] | None = None
@@ -77,6 +79,12 @@ class Exchange:
         self._seen = None
         self._drop()
         self._clear()
+
+    def __del__(self) -> None:
+        """What is on its way must arrive before its buffers are freed, or the others wait for ever."""
+        if not sys.is_finalizing():
+            with contextlib.suppress(Exception):
+                self._drop()
 
     def begin(self, x: Tensor, patch: int = 1) -> None:
         """An evaluation begins, of x (B, C, H, W) in which each row is `patch` rows of the image.
@@ -115,10 +123,10 @@ class Exchange:
         """It is over: what the last synchronous one exchanged is kept, and of an asynchronous one the rest goes off."""
         if self._fills:
             if self._gathered:
-                self.gathers = Line([Track(self.team.size, self._gathered, self.chunk)], self._gather_chunk)
+                self.gathers = Relay([Track(self.team.size, self._gathered, self.chunk)], self._gather_chunk)
             if self._above:
                 tracks = [Track(1, heard, self.chunk) for heard in (self._above, self._below)]
-                self.halos = Line(tracks, self._neighbour_chunk)
+                self.halos = Relay(tracks, self._neighbour_chunk)
             self._forget()
         elif not self.sync:
             for line in (self.gathers, self.halos):

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ..errors import BadInput
+from ..ranks import launched
+
 __all__ = ["Team", "gather", "place", "team"]
 
 
@@ -32,8 +35,13 @@ _world: Any = None  # that they were made in
 
 
 def place() -> tuple[int, int]:
-    """This process's rank, and how many there are; (0, 1) where none were joined."""
+    """This process's rank, and how many there are; (0, 1) where there is but one.
+
+    Raises BadInput where torchrun started several that were not joined: each would do all the work.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
+        if launched() > 1:
+            raise BadInput("the processes that torchrun started must be joined first: hasten.Ranks.start()")
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 

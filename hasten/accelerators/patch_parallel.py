@@ -44,9 +44,9 @@ class PatchParallel:
         mode: "async"; "sync": every query is exact; "naive": no exchange, each part an image of its own, to compare.
         size: how many processes share an image; by default all that are joined, or half of them where another
             accelerator has claimed the two branches of guidance. A divisor of that makes several groups, each for the
-            images that it is asked for.
+            images that it is asked for: `hasten.sample_many` deals them batches.
         keys: keys and values as they are ("same") or rounded to bfloat16 on their way ("bf16"), half the bytes of
-            float32; then no query is exact.
+            float32 (those of 16 bits are sent as they are); then no query is exact.
         chunk: how many tensors go in one message.
 
     Rows are parted as evenly as the coarsest level allows: H of them, at `multiple` a row there, on up to H / multiple

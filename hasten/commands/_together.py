@@ -15,7 +15,7 @@ FAILED, STOPPED = 1, 130  # the exit codes of `cli`
 
 
 def several() -> bool:
-    """Whether torchrun started this process and others."""
+    """Whether torchrun started this process and others. (`ranks.launched` would need torch, which --help does not.)"""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 

@@ -120,6 +120,7 @@ def evaluate(
     from ..metrics import reference as load_reference
 
     whole("n", n, 10)
+    whole("batch_size", batch_size, 1)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
     asked = reference or loaded.card.get("reference")

@@ -39,7 +39,8 @@ def sample(
     """Draw images from a model into a PNG grid that says inside how it was made.
 
     The same arguments give the same file. Image k depends on its own seed and label, not on n or batch_size, up to
-    the rounding of the number format. Under torchrun, several processes share the batches, and make the same file.
+    the rounding of the number format. Under torchrun, several processes share the batches, and make the same file,
+    but for accelerators with which they share an image.
 
     Args:
         model: A bundled name (see models), a folder, or the folder or hub id of a diffusers pipeline.
@@ -70,9 +71,10 @@ def sample(
     """
     from .. import images as pictures
     from ..errors import whole
-    from ..many import joint, kept, sample_many
+    from ..many import kept, sample_many, sharing
 
     whole("n", n, 1)
+    whole("batch_size", batch_size, 1)
     if out.suffix.lower() != ".png" and not single:
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
     pictures.reserve(out / "0.png" if single else out)
@@ -89,7 +91,8 @@ def sample(
     given = None if images is None else given_images(images, n, loaded.shape[0])
     folder = (out if single else out.parent) / f".{'images' if single else out.name}.kept"
     keep = kept(folder, ranks, loaded, n, chosen, seed, batch_size, setting, given)
-    if not joint(asked["accelerators"]):
+    shared = sharing(asked["accelerators"], ranks) is not None
+    if not shared:
         hint(ranks, n, batch_size)
     began = time.perf_counter()
     with progress(f"sampling {n} images") as tick:
@@ -108,6 +111,7 @@ def sample(
     if columns is None and chosen is None and loaded.classes is not None and n > len(loaded.classes):
         columns = len(loaded.classes)
     text = {"command": spell("sample", model, said), "model": f"{loaded.name} {loaded.sha256}", "versions": versions()}
+    text |= {"processes": str(ranks.world)} if shared else {}  # which may differ in the last digits, or by more
 
     def made(first: int, last: int) -> dict[str, str]:
         """What the file says inside; nothing of when and where, so that the same arguments give the same bytes."""

@@ -161,6 +161,8 @@ class Fit:
         state = State(players, ranks.device, ranks, self.shard)
         checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
         if ranks.once(checkpoint.exists):
+            if not checkpoint.exists():
+                raise BadInput(f"process {ranks.rank} does not see {checkpoint}: all need the same folder")
             state.load(checkpoint, run)
         meter = Meter(state.modules, state.step, ranks.device)
         # On a GPU the loop looks at the clock, the signals and the losses every tenth step only: a look waits for it.

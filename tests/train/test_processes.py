@@ -27,7 +27,7 @@ data = Data.of(torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8, generator
 player = Player("net", module, lambda b: (module(b["x"]) - b["x"].flatten(1)).square().mean())
 other = nn.Linear(16, 1)
 if mode == "ranks":
-    # Each process starts elsewhere and the second player has no gradient: both must be mended.
+    # Each process starts elsewhere, which must be mended.
     import os
     torch.manual_seed(int(os.environ.get("RANK", 0)))
     nn.init.normal_(other.weight)
