@@ -11,7 +11,8 @@ same two rows in one process. Bytes are what one rank sends in a query. Beside e
 `hasten.parallel_cost` predicts from this machine's arithmetic, memory and link, measured in the same run.
 
 `quality`: the bundled model `fashion`, images of the same seeds in each way; PSNR against one process and the Frechet
-distance to the data. Its 7 rows of the coarsest level are parted 4 and 3 between two processes.
+distance to the data. Ways are by the moments of group norms, and "held" where nothing is drawn on (`forecast=0`). Its 7
+rows of the coarsest level are parted 4 and 3 between two processes.
 
 It starts its own processes, which talk through gloo. Wants an idle machine with a core for each of them.
 """
@@ -36,7 +37,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 import hasten
 from hasten.accelerators import accelerate
 from hasten.accelerators.cfg_parallel import CfgParallel
-from hasten.accelerators.patch_parallel import PatchParallel
+from hasten.accelerators.patch_parallel import NORMS, PatchParallel
 from hasten.denoiser import Denoiser
 from hasten.metrics import evaluate_images, feature_net, reference
 from hasten.metrics.difference import difference
@@ -148,22 +149,24 @@ def timed(rank: int, unet: str, side: int, runs: int, ranks: int, out: Path | No
 
 
 def judged(
-    rank: int, images: int, steps: int, warmup: int, guidance_scale: float, batch_size: int, out: Path | None
-) -> None:
+    rank: int, images: int, steps: int, warmup: int, guidance_scale: float, batch_size: int, only: list[str],
+    out: Path | None,
+) -> None:  # fmt: skip
     torch.set_grad_enabled(False)
     model = hasten.load("fashion")
-    ways = {
-        "one process": None, "sync": PatchParallel(mode="sync"), "corrected": PatchParallel(warmup),
-        "stale": PatchParallel(warmup, "stale"), "full": PatchParallel(warmup, "full"),
-        "separate": PatchParallel(warmup, "separate"), "naive": PatchParallel(mode="naive"),
-    }  # fmt: skip
+    ways = {"one process": None, "sync": PatchParallel(mode="sync")}
+    for norm in NORMS:
+        ways[norm], ways[f"{norm}, held"] = PatchParallel(warmup, norm), PatchParallel(warmup, norm, forecast=0)
+    ways["naive"] = PatchParallel(mode="naive")
     told: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": steps, "guidance_scale": guidance_scale}
     known = reference("fashion")
     features, alone, found = feature_net(known.features), None, []
     if rank == 0:
         print(f"fashion, {images} images, ddim of {steps} steps, guidance {guidance_scale:g}, warm-up {warmup}")
-        print(f"{'way':12s} {'PSNR, dB':>9s} {'Frechet':>9s} {'s':>7s}")
+        print(f"{'way':16s} {'PSNR, dB':>9s} {'Frechet':>9s} {'s':>7s}")
     for name, how in ways.items():
+        if how is not None and only and name not in only:
+            continue
         begin = time.perf_counter()
         if how is None and rank:
             distributed.barrier()
@@ -177,7 +180,7 @@ def judged(
             row = {"way": name, "psnr": difference(made, alone)["psnr"], "frechet": seen["frechet"].value,
                    "seconds": time.perf_counter() - begin}  # fmt: skip
             found.append(row)
-            print(f"{name:12s} {row['psnr']:9.2f} {row['frechet']:9.4f} {row['seconds']:7.1f}", flush=True)
+            print(f"{name:16s} {row['psnr']:9.2f} {row['frechet']:9.4f} {row['seconds']:7.1f}", flush=True)
     if rank == 0 and out is not None:
         setting = {"images": images, "warmup": warmup, **told}
         with out.open("a") as rows:
@@ -196,11 +199,11 @@ def speed(
 @app.command
 def quality(
     images: int = 1000, steps: int = 50, warmup: int = 4, guidance_scale: float = 1.25, ranks: int = 2,
-    batch_size: int = 100, out: Path | None = None,
+    batch_size: int = 100, only: list[str] | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
-    """PSNR to one process, and Frechet distance, of each way."""
+    """PSNR to one process, and Frechet distance, of each way, or of the `only` ones that are named."""
     given = {"images": images, "steps": steps, "warmup": warmup, "guidance_scale": guidance_scale}
-    spawned(judged, ranks, {**given, "batch_size": batch_size, "out": out})
+    spawned(judged, ranks, {**given, "batch_size": batch_size, "only": only or [], "out": out})
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Way:
     """How the work is parted; ranks = 2 n with `branches`, else n, of which each has a part of the rows.
 
     branches: the two halves of the batch on half of the ranks each (`cfg_parallel`).
-    warmup, norm, mode, keys, chunk: as of `patch_parallel`.
+    warmup, norm, mode, keys, forecast, chunk: as of `patch_parallel`.
     neighbours: halos go to the neighbours alone, and norms are two passes; else all ranks gather all halos, and norms
         are written out, as in the code of the paper.
     overlap: later evaluations go on while they talk; else each message is waited for.
@@ -102,6 +102,7 @@ class Way:
     norm: Literal["corrected", "stale", "full", "separate"] = "corrected"
     mode: Literal["async", "sync"] = "async"
     keys: Literal["same", "bf16"] = "same"
+    forecast: int = 1
     chunk: int = 60
     neighbours: bool = True
     overlap: bool = True
@@ -113,9 +114,10 @@ class Way:
         for name, found, choices in (
             ("norm", self.norm, ("corrected", "stale", "full", "separate")),
             ("mode", self.mode, ("async", "sync")), ("keys", self.keys, ("same", "bf16")),
+            ("forecast", self.forecast, (0, 1)),
         ):  # fmt: skip
             if found not in choices:
-                raise BadInput(f"{name} is one of {', '.join(choices)}, found {found!r}")
+                raise BadInput(f"{name} is one of {', '.join(map(str, choices))}, found {found!r}")
         if not 0 < self.efficiency <= 1:
             raise BadInput(f"efficiency is above 0 and at most 1, found {self.efficiency}")
         if self.branches and self.ranks > 1 and self.ranks % 2:
@@ -186,9 +188,10 @@ def forecast(work: Work, device: Device, link: Link, way: Way = Way(), steps: in
     hidden = talk_later - open_
     waits = link.skew * compute if way.group > 1 else 0.0
     sync = compute + waits + talk_sync
-    later = compute + waits + talk_later
+    drawn_on = sum(talk.drawn_on(way, share) for talk in talks) / device.memory_bandwidth / slower
+    later = compute + drawn_on + waits + talk_later
     if way.overlap:
-        later = max(compute + link.contention * hidden, hidden) + open_ + (waits if norms else 0.0)
+        later = max(compute + drawn_on + link.contention * hidden, hidden) + open_ + (waits if norms else 0.0)
     if way.mode == "sync":
         later = sync
     first = min(way.warmup + 1, steps)

@@ -78,6 +78,11 @@ class Talk:
             return self.count * (2 * share * size + (1 - share) * size + size + self.size)
         return 0.0
 
+    def drawn_on(self, way: Way, share: float) -> float:
+        """Bytes more in memory where others' keys are drawn on: those of one evaluation more are read."""
+        size = 2 if way.keys == "bf16" else self.size
+        return (1 - share) * self.count * size if self.kind == "keys" and way.forecast else 0.0
+
 
 @dataclass(frozen=True)
 class Work:

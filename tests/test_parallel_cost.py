@@ -191,6 +191,7 @@ def test_more_of_anything_helps(large: Work) -> None:
     assert gain(Device(1e12, 1e12)) < gain()  # a faster device waits more
     assert gain(steps=5) < gain(steps=50) < gain(steps=500)
     assert gain(norm="full", chunk=1000) < gain(norm="corrected", chunk=1000)
+    assert gain(forecast=1) < gain(forecast=0) and gain(forecast=1, mode="sync") == gain(forecast=0, mode="sync")
 
 
 def sdxl(side: int) -> Work:
@@ -216,7 +217,7 @@ def sdxl(side: int) -> Work:
 def test_sdxl_at_3840_is_what_was_published() -> None:
     """1.8, 3.4 and 6.1 times faster on 2, 4 and 8 A100 (arXiv:2402.19481, abstract); the first is put in, as the
     efficiency of two devices that exchange nothing but the answer, the others come out."""
-    work, theirs = sdxl(480), Way(8, branches=True, neighbours=False, efficiency=0.9)
+    work, theirs = sdxl(480), Way(8, branches=True, neighbours=False, forecast=0, efficiency=0.9)
     two, four, eight = (forecast(work, A100, NVLINK, replace(theirs, ranks=n)) for n in (2, 4, 8))
     assert two.speedup == pytest.approx(1.8, rel=1e-3)
     assert four.speedup == pytest.approx(3.4, rel=0.15) and eight.speedup == pytest.approx(6.1, rel=0.15)

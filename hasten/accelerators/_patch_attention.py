@@ -23,9 +23,14 @@ def everybodys(exchange: Exchange, own: Tensor) -> Tensor:
     counts, me = exchange.shares.others(own.shape[1]), exchange.shares.me
     said = own if exchange.keys_dtype is None or own.element_size() <= 2 else own.to(exchange.keys_dtype)
     said = said if exchange.shares.even else F.pad(said, (0, 0, 0, max(counts) - own.shape[1]))
-    heard = exchange.gathered("keys", said)
-    parts = [own if j == me else heard[j, :, :count].to(own.dtype) for j, count in enumerate(counts)]
-    return torch.cat(parts, dim=1)
+    heard, before = exchange.gathered("keys", said)
+    whole = own.new_empty((len(own), sum(counts), own.shape[2]))
+    for j, (count, part) in enumerate(zip(counts, whole.split(counts, dim=1))):
+        if j == me:
+            part.copy_(own)
+        else:
+            exchange.line(heard[j, :, :count], None if before is None else before[j, :, :count], out=part)
+    return whole
 
 
 class PatchAttention(nn.Module):

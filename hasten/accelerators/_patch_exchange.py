@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from ..errors import BadInput
-from ._patch_buffers import Relay, Track
+from ._patch_buffers import Heard, Relay, Track
 from ._patch_groups import Team, gather
 
 __all__ = ["Exchange", "Shares"]
@@ -62,8 +62,9 @@ class Exchange:
         multiple: how many rows of the image are one of the network's coarsest level.
     """
 
-    def __init__(self, team: Team, mode: str, norm: str, warmup: int, keys: str, chunk: int) -> None:
+    def __init__(self, team: Team, mode: str, norm: str, warmup: int, keys: str, chunk: int, forecast: int = 0) -> None:
         self.team, self.mode, self.norm, self.warmup, self.chunk = team, mode, norm, warmup, chunk
+        self.forecast = forecast == 1
         self.keys_dtype = torch.bfloat16 if keys == "bf16" else None
         self.gathers: Relay | None = None
         self.halos: Relay | None = None
@@ -76,6 +77,8 @@ class Exchange:
     def reset(self) -> None:
         """A new trajectory begins."""
         self.step, self.sync, self.open, self._fills = 0, True, False, False
+        self._times: list[Tensor] = []
+        self.ratio: Tensor | None = None
         self._seen = None
         self._drop()
         self._clear()
@@ -104,6 +107,17 @@ class Exchange:
         self._fills = late and self.step == self.warmup
         self._clear()
 
+    def at(self, time: Tensor) -> None:
+        """The network's time () or (B,) of the evaluation that begins: how far it is drawn on, if it is.
+
+        Further than from the one before the last to the last is too far, and backwards is not at all.
+        """
+        if self.forecast and self.mode == "async":
+            self._times = [*self._times[-2:], time.detach().float().reshape(-1)[0]]
+            before, last, now = (3 * self._times[:1] + self._times)[-3:]
+            step = last - before
+            self.ratio = torch.where(step == 0, step, (now - last) / step).clamp(0, 1)
+
     def part(self, whole: int) -> None:
         """This rank's rows of an image of so many. Raises BadInput where they cannot be parted among the ranks."""
         ranks = self.team.size
@@ -123,9 +137,11 @@ class Exchange:
         """It is over: what the last synchronous one exchanged is kept, and of an asynchronous one the rest goes off."""
         if self._fills:
             if self._gathered:
-                self.gathers = Relay([Track(self.team.size, self._gathered, self.chunk)], self._gather_chunk)
+                lines = [k for k, kind in enumerate(self._kinds) if kind == "keys" and self.forecast]
+                self.gathers = Relay([Track(self.team.size, self._gathered, self.chunk, lines)], self._gather_chunk)
             if self._above:
-                tracks = [Track(1, heard, self.chunk) for heard in (self._above, self._below)]
+                lines = list(range(len(self._above))) if self.forecast else []
+                tracks = [Track(1, heard, self.chunk, lines) for heard in (self._above, self._below)]
                 self.halos = Relay(tracks, self._neighbour_chunk)
             self._forget()
         elif not self.sync:
@@ -135,8 +151,9 @@ class Exchange:
         self.step += 1
         self.open = False
 
-    def gathered(self, kind: str, own: Tensor, now: bool = False) -> Tensor:
-        """`own` of every rank, (ranks, *shape): fresh in a synchronous evaluation, else as it was one before.
+    def gathered(self, kind: str, own: Tensor, now: bool = False) -> Heard:
+        """`own` of every rank, (ranks, *shape): fresh in a synchronous evaluation, else as it was one before; and,
+        where it is drawn on, as it was two before.
 
         now: fresh always, and nothing is kept.
         """
@@ -147,7 +164,8 @@ class Exchange:
         self.collectives["gather"] += 1
         if self._fills and not now:
             self._gathered.append(heard)
-        return heard
+            self._kinds.append(kind)
+        return heard, None
 
     def halo(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """Rows from the neighbours, (above, below): of the shapes of `down`, which goes to the rank below, and of `up`,
@@ -157,7 +175,7 @@ class Exchange:
             rows.numel() * rows.element_size() for rows, there in ((up, me > 0), (down, me < last)) if there
         )
         if self.halos is not None and not self.sync:
-            above, below = self.halos.trade([down, up])
+            above, below = (self.line(*heard) for heard in self.halos.trade([down, up]))
             return above[0], below[0]
         above, below = down.new_zeros(down.shape), up.new_zeros(up.shape)
         for work in self._neighbours([(down.contiguous(), above), (up.contiguous(), below)], 0):
@@ -166,6 +184,14 @@ class Exchange:
             self._above.append(above[None])
             self._below.append(below[None])
         return above, below
+
+    def line(self, heard: Tensor, before: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """What was heard, drawn on to this evaluation's time along the line from what was heard before."""
+        if before is None or self.ratio is None:
+            return heard if out is None else out.copy_(heard)
+        if out is not None and out.dtype != heard.dtype:
+            return out.copy_(self.line(heard, before))
+        return torch.lerp(before, heard, (1 + self.ratio).to(heard.dtype), out=out)
 
     def weights(self, like: Tensor) -> Tensor:
         """The ranks' shares of the image (ranks,), which sum to 1."""
@@ -189,6 +215,7 @@ class Exchange:
         self._forget()
 
     def _forget(self) -> None:
+        self._kinds: list[str] = []
         self._gathered: list[Tensor] = []  # what this evaluation heard, where it is the last synchronous one
         self._above: list[Tensor] = []
         self._below: list[Tensor] = []
@@ -206,12 +233,12 @@ class Exchange:
         return into.view(self.team.size, *own.shape)
 
     def _gather_chunk(self, tracks: Sequence[Track], c: int) -> list[Any]:
-        out, into = tracks[0].piece(c)
+        out, into = tracks[0].turn(c)
         self.collectives["gather"] += 1
         return [gather(into, out, self.team.group, later=True)]
 
     def _neighbour_chunk(self, tracks: Sequence[Track], c: int) -> list[Any]:
-        return self._neighbours([track.piece(c) for track in tracks], c)
+        return self._neighbours([track.turn(c) for track in tracks], c)
 
     def _neighbours(self, pairs: Sequence[tuple[Tensor, Tensor]], c: int) -> list[Any]:
         """Send and receive: the first pair downwards (to the rank below, from the rank above), the second upwards."""

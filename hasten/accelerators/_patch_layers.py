@@ -156,7 +156,7 @@ class PatchNorm(nn.Module):
         """M and V (B, G), for this rank's mean and variance (2, B, G)."""
         exchange = self.exchange
         full = exchange.norm in ("full", "separate")
-        heard = exchange.gathered("moments", own, now=full)
+        heard, _ = exchange.gathered("moments", own, now=full)
         weights, me = exchange.weights(heard), exchange.shares.me
         if exchange.sync or full:
             return pooled(heard, weights)

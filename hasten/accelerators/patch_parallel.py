@@ -47,6 +47,9 @@ class PatchParallel:
             images that it is asked for: `hasten.sample_many` deals them batches.
         keys: keys and values as they are ("same") or rounded to bfloat16 on their way ("bf16"), half the bytes of
             float32 (those of 16 bits are sent as they are); then no query is exact.
+        forecast: 0: keys, values and halos are those of the query before, as in the paper; 1: they are drawn on along
+            the line through the last two, at most as far as these are apart in time. It is for nothing on the link, and
+            takes a second buffer of what is heard. Moments are never drawn on: that is not stable.
         chunk: how many tensors go in one message.
 
     Rows are parted as evenly as the coarsest level allows: H of them, at `multiple` a row there, on up to H / multiple
@@ -65,6 +68,7 @@ class PatchParallel:
     mode: Literal["async", "sync", "naive"] = "async"
     size: int | None = None
     keys: Literal["same", "bf16"] = "same"
+    forecast: int = 1
     chunk: int = 60
     stage: ClassVar[int] = PART
 
@@ -77,6 +81,9 @@ class PatchParallel:
                 "patch_parallel: warmup is 0 or more, chunk and size are 1 or more, "
                 f"found {self.warmup}, {self.chunk} and {self.size}"
             )
+
+        if self.forecast not in (0, 1):
+            raise BadInput(f"patch_parallel: forecast is 0 (hold) or 1 (a line), found {self.forecast}")
 
     @property
     def claims(self) -> frozenset[str]:
@@ -115,7 +122,10 @@ class PatchNet(nn.Module):
 
     def __init__(self, net: nn.Module, group: Team, method: PatchParallel) -> None:
         super().__init__()
-        self.exchange = Exchange(group, method.mode, method.norm, method.warmup, method.keys, method.chunk)
+        self.exchange = Exchange(
+            group, method.mode, method.norm, method.warmup, method.keys, method.chunk,
+            method.forecast,
+        )  # fmt: skip
         self.alone = group.size == 1
         self._text = Text()
         self._told: dict[str, Any] | None = None
@@ -143,6 +153,7 @@ class PatchNet(nn.Module):
         if self.alone:
             return self.net(x, time, **cond)
         self._begin(x, cond)
+        self.exchange.at(time)
         with torch.no_grad(), self._parted(cond) as own:
             raw = self.net(x, time, **own)
         self.exchange.finish()

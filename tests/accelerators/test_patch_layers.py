@@ -58,8 +58,8 @@ def test_corrected_moments_of_now_are_those_of_all() -> None:
 class Echo(Exchange):
     """The talk of one process that hears itself alone."""
 
-    def gathered(self, kind: str, own: Tensor, now: bool = False) -> Tensor:
-        return own[None]
+    def gathered(self, kind: str, own: Tensor, now: bool = False) -> tuple[Tensor, None]:
+        return own[None], None
 
 
 def test_the_norm_of_the_whole_is_group_norm_whatever_the_layout() -> None:
@@ -93,7 +93,32 @@ def test_buffers_hold_every_format() -> None:
     assert all(torch.equal(track.heard(k), tensor) for k, tensor in enumerate(heard))
     assert track.bounds == [(0, 24 + 48), (72, 72 + 16)]
     track.said(3).copy_(heard[3][1])
-    assert torch.equal(track.piece(1)[0][:14].view(torch.bfloat16), heard[3][1])
+    out, into = track.turn(1)
+    assert torch.equal(out[:14].view(torch.bfloat16), heard[3][1]) and track.latest == [0, 0]
+    into.zero_()
+    assert not track.heard(3).any() and torch.equal(track.heard(1), heard[1])
+
+
+def test_what_is_heard_is_drawn_on_along_a_line() -> None:
+    values = [noise(2, 5, seed=k) for k in range(4)]
+    track, held = Track(2, [values[0], values[0]], 1, [1]), Track(2, [values[0]], 1)
+    talk = Exchange(Team((0, 1), 0), "async", "corrected", 4, "same", 60, 1)
+    for time in (0.9, 0.7, 0.6):
+        talk.at(torch.tensor([time, 0.1]))
+    assert torch.equal(talk.line(track.heard(1), track.before(1)), values[0])  # nothing is known from before
+    for before, now in zip(values, values[1:]):
+        for c in (0, 1):  # a chunk for each slot
+            into = track.turn(c)[1].view(2, -1)
+            into[:, :20] = now.view(torch.uint8)
+        assert torch.equal(track.heard(0), now) and track.before(0) is None is held.before(0)
+        expected = now + 0.5 * (now - before)
+        torch.testing.assert_close(talk.line(track.heard(1), track.before(1)), expected)
+        into = torch.zeros(2, 5, dtype=torch.float64)
+        assert talk.line(track.heard(1), track.before(1), out=into) is into
+        torch.testing.assert_close(into.float(), expected)
+    for time, ratio in ((0.3, 1.0), (0.3, 0.0), (0.2, 0.0), (0.15, 0.5), (0.4, 0.0)):  # too far, twice, back
+        talk.at(torch.tensor(time))
+        assert talk.ratio is not None and float(talk.ratio) == pytest.approx(ratio, abs=1e-5)
 
 
 def parts(net: nn.Module) -> Any:

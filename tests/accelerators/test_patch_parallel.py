@@ -30,8 +30,10 @@ NETS = ("hasten", "patch2", *(("model", "sd", "sdxl") if THERE else ()))
 # How many processes share an image of how many rows of the coarsest level; with 6 for 4 some have two.
 WAYS = {"hasten": ((2, 4), (4, 4), (4, 6)), "patch2": ((4, 6),), "model": ((4, 4),), "sd": ((2, 4), (4, 4)),
         "sdxl": ((2, 6),)}  # fmt: skip
-MODES = {"sync": {"mode": "sync"}, "corrected": {}, "separate": {"norm": "separate"}, "naive": {"mode": "naive"},
-         "stale": {"norm": "stale"}, "full": {"norm": "full"}}  # fmt: skip
+MODES: dict[str, Any] = {
+    "sync": {"mode": "sync"}, "corrected": {}, "separate": {"norm": "separate"}, "naive": {"mode": "naive"},
+    "stale": {"norm": "stale"}, "full": {"norm": "full"},
+}  # fmt: skip
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,12 +98,15 @@ def late(ranks: int) -> dict[Any, Any]:
     net, schedule = unet(widths=(16, 32, 32), attention=(1,)), VPCosine()
     plain, found = denoiser_of(net), {}
     x0, eps, label = noise(1, 2, 16, 16, seed=1), noise(1, 2, 16, 16, seed=2), torch.tensor([1])
-    for T in (8, 16):
+    ways = {8: MODES, 16: dict(list(MODES.items())[:4])}
+    both: dict[str, Any] = {"full": {"norm": "full"}, "full, drawn on": {"norm": "full", "forecast": 1}}
+    ways |= {32: both, 64: both}
+    for T, modes in ways.items():
         times = [0.95 - 0.9 * k / (T - 1) for k in range(T)]
         path = [float(schedule.alpha(t)) * x0 + float(schedule.sigma(t)) * eps for t in times]
         expected = [plain.raw(x_t, t, label=label) for x_t, t in zip(path, times)]
-        for name, options in list(MODES.items())[: 6 if T == 8 else 4]:
-            fast: Any = accelerate(plain, [PatchParallel(warmup=0, **options)])
+        for name, options in modes.items():
+            fast: Any = accelerate(plain, [PatchParallel(**{"warmup": 0, "forecast": 0, **options})])
             reset(fast)
             answers = [fast.raw(x_t, t, label=label) for x_t, t in zip(path, times)]
             errors = [relative(a, e) for a, e in zip(answers, expected)]
@@ -238,6 +243,13 @@ def test_what_is_stale_is_off_in_the_right_order(seen: list[dict[str, Any]]) -> 
             assert all(torch.equal(rank["late"][T, name][2], found[T, name][2]) for rank in seen)
     assert found[8, "full"][1] < found[8, "separate"][1]
     assert found[16, "corrected"][1] < 0.75 * found[8, "corrected"][1]  # smaller steps, less of a change between them
+
+
+def test_what_is_drawn_on_is_off_in_the_second_order(seen: list[dict[str, Any]]) -> None:
+    """Half the step: half the error where others' features are held, a quarter of it where they are drawn on."""
+    held, drawn = ([seen[0]["late"][T, name][1] for T in (32, 64)] for name in ("full", "full, drawn on"))
+    assert 1.7 < held[0] / held[1] < 2.3 and 3 < drawn[0] / drawn[1] < 6
+    assert drawn[1] < 0.5 * held[1]
 
 
 def expected_traffic(me: int, ranks: int, B: int = 2) -> dict[str, int]:
