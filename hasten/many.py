@@ -155,7 +155,7 @@ def sharing(accelerators: Sequence[Any], ranks: Ranks) -> Sharing | None:
     if ranks.world == 1 or not claims & JOINT:
         return None
     row = ranks.world // 2 if claims >= JOINT else ranks.world  # the two halves of the processes have a branch each
-    size = min([row, *(one.size for one in chosen if getattr(one, "size", None))])
+    size = min([row, *(one.size for one in chosen if "space" in one.claims and getattr(one, "size", None))])
     return Sharing(ranks.rank % row // size, row // size, ranks.rank < row and ranks.rank % size == 0)
 
 
