@@ -1,7 +1,7 @@
 """Two processes against one: time of an evaluation in patches and in branches, and what stale patches cost in quality.
 
     python -m benchmarks.parallel speed [--unet hasten] [--side 256] [--runs 7] [--out parallel.jsonl]
-    python -m benchmarks.parallel quality [--images 1000] [--steps 50] [--warmup 4]
+    python -m benchmarks.parallel quality [--images 1000] [--sampler ddim] [--steps 50] [--warmup 4] [--only full]
 
 `speed`: a U-Net with random weights (`hasten`: ours, on images of `--side`; `sd`: the configuration of Stable
 Diffusion 1.5 on latents of `--side` 64, a text of 77 tokens), one thread a process. The ways take turns, one evaluation
@@ -149,8 +149,8 @@ def timed(rank: int, unet: str, side: int, runs: int, ranks: int, out: Path | No
 
 
 def judged(
-    rank: int, images: int, steps: int, warmup: int, guidance_scale: float, batch_size: int, only: list[str],
-    out: Path | None,
+    rank: int, images: int, sampler: str, steps: int, warmup: int, guidance_scale: float, batch_size: int,
+    only: list[str], out: Path | None,
 ) -> None:  # fmt: skip
     torch.set_grad_enabled(False)
     model = hasten.load("fashion")
@@ -158,11 +158,12 @@ def judged(
     for norm in NORMS:
         ways[norm], ways[f"{norm}, held"] = PatchParallel(warmup, norm), PatchParallel(warmup, norm, forecast=0)
     ways["naive"] = PatchParallel(mode="naive")
-    told: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": steps, "guidance_scale": guidance_scale}
+    told: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
+    told |= {"times": "trailing"} if sampler == "ddim" else {}
     known = reference("fashion")
     features, alone, found = feature_net(known.features), None, []
     if rank == 0:
-        print(f"fashion, {images} images, ddim of {steps} steps, guidance {guidance_scale:g}, warm-up {warmup}")
+        print(f"fashion, {images} images, {sampler} of {steps} steps, guidance {guidance_scale:g}, warm-up {warmup}")
         print(f"{'way':16s} {'PSNR, dB':>9s} {'Frechet':>9s} {'s':>7s}")
     for name, how in ways.items():
         if how is not None and only and name not in only:
@@ -198,11 +199,17 @@ def speed(
 
 @app.command
 def quality(
-    images: int = 1000, steps: int = 50, warmup: int = 4, guidance_scale: float = 1.25, ranks: int = 2,
-    batch_size: int = 100, only: list[str] | None = None, out: Path | None = None,
+    images: int = 1000, sampler: str = "ddim", steps: int = 50, warmup: int = 4, guidance_scale: float = 1.25,
+    ranks: int = 2, batch_size: int = 100, only: list[str] | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
     """PSNR to one process, and Frechet distance, of each way, or of the `only` ones that are named."""
-    given = {"images": images, "steps": steps, "warmup": warmup, "guidance_scale": guidance_scale}
+    given: dict[str, Any] = {
+        "images": images,
+        "sampler": sampler,
+        "steps": steps,
+        "warmup": warmup,
+        "guidance_scale": guidance_scale,
+    }
     spawned(judged, ranks, {**given, "batch_size": batch_size, "only": only or [], "out": out})
 
 
