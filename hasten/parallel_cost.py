@@ -11,7 +11,8 @@ halo, moments, keys put together), and the talk, `latency x messages + bytes / b
     synchronous evaluation    (1 + skew) compute + talk
     later ones                max(compute + contention x hidden talk, hidden talk) + what is waited for
 
-The first `warmup` + 1 evaluations are synchronous. Reference: Li et al. 2024, arXiv:2402.19481.
+The first `warmup` + 1 evaluations are synchronous; later ones read the keys of others twice, to draw them on.
+Reference: Li et al. 2024, arXiv:2402.19481.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class Exchange:
         sync: whether this evaluation is a synchronous one; step: which one of the trajectory it is; open: whether it
             has begun.
         multiple: how many rows of the image are one of the network's coarsest level.
+        ratio: how far what is heard is drawn on, in steps as long as the one before.
     """
 
     def __init__(self, team: Team, mode: str, norm: str, warmup: int, keys: str, chunk: int, forecast: int = 0) -> None:
