@@ -57,6 +57,7 @@ class Line:
         self.counts: dict[str, int] = {}
         self.homes: dict[int, tuple[Any, int]] = {}
         self.ended = threading.Event()
+        self.pulse: threading.Thread | None = None
         self.failed = False  # then nobody waits for the others
 
     def meet(self, rank: int, world: int, seconds: float) -> None:
@@ -77,7 +78,8 @@ class Line:
         self.store, self.torch = distributed.PrefixStore("hasten", store), distributed.PrefixStore("torch", store)
         self.rank, self.world, self.seconds = rank, world, seconds
         self.store.set(f"home/{rank}", pickle.dumps((home(), os.getpid())))
-        threading.Thread(target=self.beat, daemon=True, name="hasten-pulse").start()
+        self.pulse = threading.Thread(target=self.beat, daemon=True, name="hasten-pulse")
+        self.pulse.start()
         atexit.register(self.leave)
 
     def join(self, cuda: bool) -> None:
@@ -108,6 +110,8 @@ class Line:
     def leave(self) -> None:
         """At the end of the process."""
         self.ended.set()
+        if self.pulse is not None:
+            self.pulse.join(5)  # a thread that the interpreter ends while it talks to the store aborts the process
         if not self.failed and distributed.is_initialized():
             with contextlib.suppress(Exception):
                 distributed.destroy_process_group()

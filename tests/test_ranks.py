@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import hasten
-from hasten.company import alive
+from hasten.company import Line, alive
 from hasten.errors import BadInput
 from hasten.many import Kept, Sharing, kept, part_of, sample_many, sharing, told
 from hasten.ranks import Lost, Ranks, launched, own_device
@@ -254,3 +255,18 @@ def test_accelerators_that_share_a_sampling() -> None:
 
 def test_alive() -> None:
     assert alive(os.getpid()) and not alive(2**22 + 1)
+
+
+def test_the_pulse_ends_before_the_interpreter_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def add(self, key: str, amount: int) -> int:
+            time.sleep(0.3)  # outside of Python, in truth, where being ended aborts the process
+            return amount
+
+    monkeypatch.setattr("hasten.company.PULSE", 0.01)
+    line = Line()
+    line.store, line.pulse = Slow(), threading.Thread(target=line.beat, daemon=True)
+    line.pulse.start()
+    time.sleep(0.1)
+    line.leave()
+    assert not line.pulse.is_alive()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from ._patch_groups import Team, gather
 __all__ = ["Exchange", "Shares"]
 
 KINDS = ("halo", "keys", "moments", "rows")
+ENOUGH = 3  # rows of the coarsest level: parts with fewer hang on one another so much that a line overshoots
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ class Exchange:
         late = self.mode == "async"
         self.sync = not late or self.step <= self.warmup
         self._fills = late and self.step == self.warmup
+        if late and self.step == self.warmup + 1 and min(self.shares.units) < ENOUGH:
+            warnings.warn(
+                f"patch_parallel: a process has {min(self.shares.units)} of the network's coarsest rows, too few to be "
+                "near one process where others' features are a query late: use fewer processes, norm=full or mode=sync",
+                stacklevel=2,
+            )
         self._clear()
 
     def at(self, time: Tensor) -> None:
@@ -137,11 +145,12 @@ class Exchange:
     def finish(self) -> None:
         """It is over: what the last synchronous one exchanged is kept, and of an asynchronous one the rest goes off."""
         if self._fills:
+            draws = self.forecast and min(self.shares.units) >= ENOUGH
             if self._gathered:
-                lines = [k for k, kind in enumerate(self._kinds) if kind == "keys" and self.forecast]
+                lines = [k for k, kind in enumerate(self._kinds) if kind == "keys" and draws]
                 self.gathers = Relay([Track(self.team.size, self._gathered, self.chunk, lines)], self._gather_chunk)
             if self._above:
-                lines = list(range(len(self._above))) if self.forecast else []
+                lines = list(range(len(self._above))) if draws else []
                 tracks = [Track(1, heard, self.chunk, lines) for heard in (self._above, self._below)]
                 self.halos = Relay(tracks, self._neighbour_chunk)
             self._forget()

@@ -49,11 +49,13 @@ class PatchParallel:
             float32 (those of 16 bits are sent as they are); then no query is exact.
         forecast: 0: keys, values and halos are those of the query before, as in the paper; 1: they are drawn on along
             the line through the last two, at most as far as these are apart in time. It is for nothing on the link, and
-            takes a second buffer of what is heard. Moments are never drawn on: that is not stable.
+            takes a second buffer of what is heard. Moments are never drawn on, and nothing where a process has fewer
+            than three of the coarsest rows: that is not stable.
         chunk: how many tensors go in one message.
 
     Rows are parted as evenly as the coarsest level allows: H of them, at `multiple` a row there, on up to H / multiple
-    processes; the one with most sets the pace. In one process nothing changes at all.
+    processes; the one with most sets the pace. With fewer than three of the coarsest rows a process, late queries are
+    far off, and a warning says so. In one process nothing changes at all.
 
     Raises:
         BadInput: for a network with layers that are not known (see `Patched`), such as quantized or compiled ones; and

@@ -46,11 +46,15 @@ def hint(ranks: Ranks, n: int, batch_size: int) -> None:
     batches = -(-n // batch_size)
     if ranks.first and batches < ranks.world:
         each = max(n // ranks.world, 1)
-        print(
-            f"hasten: {n} images are {batches} batch{'es' if batches > 1 else ''} of {batch_size}, for {ranks.world} "
-            f"processes: --batch-size {each} would give work to all",
-            file=sys.stderr,
+        warn(
+            f"{n} images are {batches} batch{'es' if batches > 1 else ''} of {batch_size}, for {ranks.world} "
+            f"processes: --batch-size {each} would give work to all"
         )
+
+
+def warn(line: str) -> None:
+    """A line on stderr beside the work."""
+    print(f"hasten: {line}", file=sys.stderr)
 
 
 def cached(folder: str) -> Path:

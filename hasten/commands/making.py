@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
 from ..terminal import progress, spell, tell, versions
-from ._common import given_images, hint, open_shared, processes
+from ._common import given_images, hint, open_shared, processes, warn
 from ._together import together
 
 
@@ -92,6 +93,8 @@ def sample(
     folder = (out if single else out.parent) / f".{'images' if single else out.name}.kept"
     keep = kept(folder, ranks, loaded, n, chosen, seed, batch_size, setting, given)
     shared = sharing(asked["accelerators"], ranks) is not None
+    if ranks.world == 1 and sharing(asked["accelerators"], replace(ranks, world=2)) is not None:
+        warn("what shares an image among processes does nothing in one: start several with torchrun")
     if not shared:
         hint(ranks, n, batch_size)
     began = time.perf_counter()
