@@ -83,7 +83,6 @@ class PatchParallel:
                 "patch_parallel: warmup is 0 or more, chunk and size are 1 or more, "
                 f"found {self.warmup}, {self.chunk} and {self.size}"
             )
-
         if self.forecast not in (0, 1):
             raise BadInput(f"patch_parallel: forecast is 0 (hold) or 1 (a line), found {self.forecast}")
 
@@ -125,9 +124,8 @@ class PatchNet(nn.Module):
     def __init__(self, net: nn.Module, group: Team, method: PatchParallel) -> None:
         super().__init__()
         self.exchange = Exchange(
-            group, method.mode, method.norm, method.warmup, method.keys, method.chunk,
-            method.forecast,
-        )  # fmt: skip
+            group, method.mode, method.norm, method.warmup, method.keys, method.chunk, method.forecast
+        )
         self.alone = group.size == 1
         self._text = Text()
         self._told: dict[str, Any] | None = None
