@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 
 
@@ -22,7 +23,18 @@ def nearest(asked: str, choices: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? ({listed})" if close else listed
 
 
-def whole(name: str, value: object, least: int) -> None:
-    """Refuse an argument that is not a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    """The value as an int. Refuses what is not a whole number of at least `least`, at most `most`.
+
+    NumPy integers and tensors of one whole number are whole numbers too.
+    """
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    try:
+        number = operator.index(value) if "bool" not in kind else None  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None or number < least:
         raise BadInput(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if most is not None and number > most:
+        raise BadInput(f"{name} must be a whole number of at most {most}, got {value!r}")
+    return number

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import inspect
 import math
 import pkgutil
 import sys
@@ -188,6 +189,10 @@ class _Callable(types.ModuleType):
     """`hasten.pick` is this module and, called, the function of that name in it."""
 
     __call__ = staticmethod(pick)
+    __signature__ = inspect.signature(pick)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _Callable
