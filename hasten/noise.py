@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .errors import BadInput, HastenError, whole
 
-__all__ = ["LARGEST_SEED", "Noise", "generator", "no_noise"]
+__all__ = ["LARGEST_SEED", "Noise", "generator", "global_seed", "no_noise"]
 
 LARGEST_SEED = 2**64 - 1
 
@@ -89,6 +90,15 @@ def generator(seed: int) -> torch.Generator:
         state[24 : 24 + 8 * 624] = torch.from_numpy(np.asarray(words, dtype=np.uint64).view(np.uint8))
         made.set_state(state)
     return made
+
+
+@contextlib.contextmanager
+def global_seed(seed: int) -> Iterator[None]:
+    """What draws from the CPU's global generator inside, such as the first weights of a layer, gets the numbers of this
+    seed; afterwards the generator goes on as if nothing had been drawn. Those of other devices are not touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed % 2**64)
+        yield
 
 
 def no_noise() -> Tensor:

@@ -307,11 +307,11 @@ def local_variance(
         error, rest = (torch.zeros(basis.mean.shape, dtype=torch.float64) for _ in range(2))
         for part in torch.arange(len(images)).split(batch):
             x = images[part]
-            y = x + float(q) * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            y = x + float(q) * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
             with torch.no_grad():
                 x0 = denoiser(y * float(schedule.alpha(t)), t, **({} if label is None else {"label": label[part]}))
-            error += basis.coordinates((x0 - x).double(), 0.0).square().sum(0)
-            rest += basis.coordinates((y - x0).double(), 0.0).square().sum(0)
+            error += basis.coordinates((x0 - x).cpu().double(), 0.0).square().sum(0)
+            rest += basis.coordinates((y - x0).cpu().double(), 0.0).square().sum(0)
         rows.append(q**2 * error / rest)
     return torch.stack(rows)
 

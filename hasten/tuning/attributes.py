@@ -110,6 +110,7 @@ class AttributePredictor:
             asked = torch.full((n,), null)
         if task.images is not None:
             images, labels = task.images(n)
+            images, labels = images.cpu(), None if labels is None else labels.cpu()
             if self.conditional and asked is not None:
                 asked = self._classified(images) if labels is None else labels
             return images, labels, asked

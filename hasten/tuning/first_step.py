@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..nets.first_step import FirstStepNet
+from ..noise import global_seed
 from ._task import Task, Tuned
 
 __all__ = ["FirstStep"]
@@ -73,9 +74,9 @@ class FirstStep:
         known = classes and label is not None
         label = label.cpu() if known and label is not None else torch.full((len(x),), classes, dtype=torch.long)
         x, held = x.float().cpu(), max(len(x) // 10, 1)
-        torch.manual_seed(task.seed)
         try:
-            net = FirstStepNet(task.shape, classes, self.widths, self.blocks, self.patch if self.widths else 1)
+            with global_seed(task.seed):
+                net = FirstStepNet(task.shape, classes, self.widths, self.blocks, self.patch if self.widths else 1)
         except ValueError as e:
             raise BadInput(f"first_step: {e}") from e
         means = class_means(x[:-held], label[:-held], classes)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hasten.errors import BadInput
 from hasten.nets.noise_level import NoiseLevelNet
+from hasten.noise import global_seed
 from hasten.tuning._task import Task, Tuned
 
 __all__ = ["NoiseLevel"]
@@ -62,8 +63,9 @@ class NoiseLevel:
         if len(x) < 10:
             raise BadInput(f"noise_level needs at least 10 images, found {len(x)}")
         x, held = x[: -max(len(x) // 10, 1)], x[-max(len(x) // 10, 1) :]
-        torch.manual_seed(task.seed)
-        net, steps = self._train(NoiseLevelNet(task.shape[0], self.width).to(task.device), x, task)
+        with global_seed(task.seed):
+            net = NoiseLevelNet(task.shape[0], self.width).to(task.device)
+        net, steps = self._train(net, x, task)
         figures: dict[str, Any] = {
             "images": len(x),
             "steps": steps,

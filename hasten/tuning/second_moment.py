@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hasten.errors import BadInput
 from hasten.nets.second_moment import SecondMoment as Net
+from hasten.noise import global_seed
 from hasten.predictions import spread
 from hasten.times import LARGEST_Q
 from hasten.tuning._task import Task, Tuned
@@ -67,8 +68,7 @@ class SecondMoment:
         x, labels = task.images(max(task.n or self.images, 32))
         labels = None if task.labels(1) is None else labels
         held = min(512, len(x) // 8)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(task.seed)
+        with global_seed(task.seed):
             net = Net(task.shape[0], self.width, self.blocks, self.patch, float(x.std())).to(task.device)
         generator = torch.Generator().manual_seed(task.seed)
         optimiser = torch.optim.AdamW(net.parameters(), lr=self.rate, weight_decay=0.01)
