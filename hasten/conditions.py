@@ -59,7 +59,9 @@ def conditions_of(
         found[name] = value
     for name in RESERVED:
         if name in found:
-            raise BadInput(f"{what}: a condition cannot be called {name!r}, which is an argument of the denoiser itself")
+            raise BadInput(
+                f"{what}: a condition cannot be called {name!r}, which is an argument of the denoiser itself"
+            )
     return found
 
 

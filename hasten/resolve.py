@@ -24,7 +24,9 @@ def checked(folder: str, method: Any) -> Any:
     if isinstance(method, type):
         raise BadInput(f"{kind} must be an object, such as {method.__name__}(), found the class {method.__name__}")
     if folder in METHODS and not any(callable(getattr(method, name, None)) for name in METHODS[folder]):
-        raise BadInput(f"{kind} must be a name or a method of hasten.{folder}, found {type(method).__name__} {method!r}")
+        raise BadInput(
+            f"{kind} must be a name or a method of hasten.{folder}, found {type(method).__name__} {method!r}"
+        )
     return method
 
 

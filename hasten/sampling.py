@@ -57,7 +57,8 @@ class Sampler(Protocol):
     """What every file of `samplers/` holds: a frozen dataclass of this form.
 
     `linear` says that `steps` uses only +, -, * and / by numbers on x, the answers and `noise()`, so that it can be
-    compiled to a `Plan`; where it is False, `why` may say why not. `order` is the convergence order the method claims.
+    compiled to a `Plan`; where it is False, `why` may say why not. `differentiable` False: gradients are refused.
+    `order` is the convergence order the method claims.
     `nfe(steps)` is how many queries it makes on a grid of `steps` steps that ends at t = 0, None where only the run
     tells. An algorithm that a library drives, calling back, is written as `solve(ask, schedule, x, times, noise)`
     in place of `steps`, where `ask(x, t, rows=None)` gives x0. What needs something measured on the model, or a network
@@ -121,8 +122,14 @@ def walk(
             progress(done, max(done, expected or 0))
         return result
 
+    records = _records(grad, x, times)
+    if records and not getattr(sampler, "differentiable", True):
+        raise BadInput(
+            f"{spell(sampler)} keeps no gradients (its steps follow the values that it sees): detach x, or use a "
+            "sampler with fixed steps, such as unipc or heun"
+        )
     reset(denoiser)
-    with torch.set_grad_enabled(_records(grad, x, times)):
+    with torch.set_grad_enabled(records):
         if hasattr(sampler, "solve"):
             return sampler.solve(lambda x, t, rows=None: answer(Query(x, t, rows)), schedule, x, times, noise_like_x)
         coroutine = sampler.steps(schedule, x, times, noise_like_x)
@@ -179,8 +186,8 @@ def draw(
         x: the state to start from; by default `noise.initial()` times `schedule.prior_std(times[0])`.
         plan: run this plan, made for the denoiser's schedule; `sampler` and `times` are then not used.
         callback: called after each evaluation as `callback(step, t, x, x0)`; see `walk`.
-        cond: the conditions, passed on to the denoiser as keywords: `cond={"label": labels}`. A keyword that the network
-            names in its `forward`, and `label`, may also stand beside the options.
+        cond: the conditions, passed on to the denoiser as keywords: `cond={"label": labels}`. A keyword that the
+            network names in its `forward`, and `label`, may also stand beside the options.
 
     Raises BadInput for a keyword that is neither an option nor a condition, for `steps` that are not those of the times
     or of the plan, and for a plan that was made for another schedule.

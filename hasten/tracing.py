@@ -70,7 +70,9 @@ class Traced:
             raise NotLinear("a linear sampler multiplies by numbers only, not a state by a state")
         if isinstance(number, Tensor):
             if number.ndim and number.shape != self.value.shape[2:]:
-                raise NotLinear(f"a linear sampler multiplies by 0-d tensors, not by one of shape {tuple(number.shape)}")
+                raise NotLinear(
+                    f"a linear sampler multiplies by 0-d tensors, not by one of shape {tuple(number.shape)}"
+                )
             if not isinstance(self.value, Tensor):
                 number = plain(number)
         return Traced(self.value * number)

@@ -60,7 +60,9 @@ def tune_model(
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
         tuner = tuner.bind(model.statistics, model.parts)
-    sampler, times = (own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times)))
+    sampler, times = (
+        own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
+    )
     way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
     task = Task(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,

@@ -60,6 +60,7 @@ class AdaptiveSDE:
     safety: float = 0.9
     power: float = 0.9
     linear: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
     order: ClassVar[int] = 1
     why: ClassVar[str] = "the length of its next step follows the error of the last one, for each sample"
 

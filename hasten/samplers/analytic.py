@@ -154,6 +154,11 @@ def missing(name: str) -> str:
 @functools.lru_cache(maxsize=32)
 def curve(known: Pairs, schedule: Schedule, moments: str = "gamma") -> Curve:
     """C as a function of lam from a table of (times, Gam) or, for "mse", of (times, C)."""
+    with torch.inference_mode(False):  # what is kept may be used under autograd later
+        return _curve(known, schedule, moments)
+
+
+def _curve(known: Pairs, schedule: Schedule, moments: str) -> Curve:
     t, value = (torch.tensor(column, dtype=torch.float64) for column in known)
     if t.shape != value.shape or len(t) < 2:
         raise BadInput(f"a table of moments needs two or more times with a value each, found {len(t)} and {len(value)}")

@@ -95,7 +95,8 @@ class DEIS:
 @cache
 def _gauss(n: int) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre points and weights on [0, 1], from the eigenvalues of the Jacobi matrix (Golub, Welsch 1969)."""
-    k = torch.arange(1, n, dtype=torch.float64)
-    off = k / torch.sqrt(4 * k**2 - 1)
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return (values + 1) / 2, vectors[0] ** 2
+    with torch.inference_mode(False):  # what is kept may be used under autograd later
+        k = torch.arange(1, n, dtype=torch.float64)
+        off = k / torch.sqrt(4 * k**2 - 1)
+        values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+        return (values + 1) / 2, vectors[0] ** 2

@@ -337,7 +337,8 @@ def _by_group(basis: Basis, table: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _gauss_legendre() -> tuple[Tensor, Tensor]:
     """Nodes and weights on [0, 1], by the eigenvalues of the Jacobi matrix (Golub, Welsch 1969)."""
-    k = torch.arange(1, QUADRATURE, dtype=torch.float64)
-    off = k / torch.sqrt(4 * k**2 - 1)
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return (values + 1) / 2, vectors[0] ** 2
+    with torch.inference_mode(False):  # what is kept may be used under autograd later
+        k = torch.arange(1, QUADRATURE, dtype=torch.float64)
+        off = k / torch.sqrt(4 * k**2 - 1)
+        values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+        return (values + 1) / 2, vectors[0] ** 2

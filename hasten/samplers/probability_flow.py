@@ -54,6 +54,7 @@ class ProbabilityFlow:
     method: str = "RK45"
     limit: int = 1000
     linear: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
     why: ClassVar[str] = "the length of its next step follows the error of the last one, for each sample"
 
     def __post_init__(self) -> None:
