@@ -179,8 +179,8 @@ class Plan:
                     k = int((here - there).abs().argmax())
                     raise BadInput(
                         f"the plan was made for {_short(own)}, the model has {_short(schedule)}: "
-                        f"at t = {float(at[k]):.4g} {name} is {float(here[k]):.4g} in one and {float(there[k]):.4g} in the other; "
-                        "compile the sampler for this model's schedule"
+                        f"at t = {float(at[k]):.4g} {name} is {float(here[k]):.4g} in one and {float(there[k]):.4g} in "
+                        "the other; compile the sampler for this model's schedule"
                     )
             self.__dict__["_checked"] = schedule
 

@@ -148,7 +148,7 @@ def _ask(denoiser: Any, query: Query, B: int, cond: dict[str, Any]) -> Any:
         cond = {key: value[query.rows.to(value.device)] if _each(value, B) else value for key, value in cond.items()}
     elif (many := len(query.x) // B) > 1:
         cond = {k: v.repeat(many, *[1] * (v.ndim - 1)) if _each(v, B) else v for k, v in cond.items()}
-    if query.rows is not None and getattr(denoiser, "takes_rows", False):
+    if query.rows is not None and getattr(denoiser, "takes_rows", False):  # a wrapper with something of each sample
         cond = {**cond, "rows": query.rows}
     if not query.moments:
         return denoiser(query.x, query.t, **cond)
@@ -317,6 +317,18 @@ class Count(Wrapper):
         self.calls += 1
         self.rows += len(x_t)
         return self.denoiser.features(x_t, t, **cond)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("moments", "raw"):
+            return super().__getattr__(name)
+        inner = getattr(self.denoiser, name)
+
+        def counted(x_t: Tensor, t: Tensor, **cond: Any) -> Any:
+            self.calls += 1
+            self.rows += len(x_t)
+            return inner(x_t, t, **cond)
+
+        return counted
 
 
 def _schedule_of(denoiser: Any) -> Schedule:

@@ -34,9 +34,9 @@ class FastDPM:
                                               eta_i = eta_1 (1 + i w)^2      schedule="quadratic",
 
     eta_1 from the last positive level, w by bisection so that abar_S is that of the first, and the network is asked at
-    the times at which abar = alpha^2 / (alpha^2 + sigma^2) has these values. Pure noise, and what the grids clip, counts
-    as q = 150 there, as in the grids; that query itself stays at its time. Raises BadInput where no w in the allowed range fits. A grid that
-    does not end at 0 is part of a chain only, and is taken as it is.
+    the times at which abar = alpha^2 / (alpha^2 + sigma^2) has these values. Pure noise, and what the grids clip,
+    counts as q = 150 there, as in the grids; that query itself stays at its time. Raises BadInput where no w in the
+    allowed range fits. A grid that does not end at 0 is part of a chain only, and is taken as it is.
 
     Order 1 in the largest step in lam, which "var" refines only as far as eta_1 lets it: near the clean end its levels
     lie a factor apart that more steps do not change. NFE = steps. Reference: Kong, Ping 2021, 2106.00132.

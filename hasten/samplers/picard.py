@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from hasten.errors import BadInput, nearest
-from hasten.plan import plan
 from hasten.samplers.ddim import DDIM
 from hasten.samplers.ddpm import DDPM
-from hasten.sampling import Query
+from hasten.sampling import Query, compiled
 from hasten.schedules import Schedule
 
 
@@ -83,7 +82,7 @@ class Picard:
         return None
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        table = plan(self.sampler, schedule, times.detach())
+        table = compiled(self.sampler, schedule, times.detach())
         N, B = table.nfe, len(x)
         W = min(self.window or N, N)
         a, b = table.a, torch.diagonal(table.B)
