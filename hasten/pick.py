@@ -17,7 +17,7 @@ import types
 import typing
 from typing import Any
 
-from .errors import BadInput, HastenError, nearest
+from .errors import BadInput, HastenError, check_numbers, nearest
 from .sampling import spell
 
 __all__ = ["names", "pick", "spell"]
@@ -55,7 +55,10 @@ def pick(folder: str, text: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in options:
             raise BadInput(f"{name} needs {key}=..., {_said(hints[key])}")
-    return cls(**options)
+    made = cls(**options)
+    if dataclasses.is_dataclass(made):
+        check_numbers(made)
+    return made
 
 
 def names(folder: str) -> list[str]:

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .errors import BadInput
+from .errors import BadInput, check_numbers, whole
 from .schedules import Schedule
 
 __all__ = ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"]
@@ -48,8 +48,13 @@ class TimeGrid:
     end: float = 0.0
     low: float | None = None
 
+    infinite: ClassVar[tuple[str, ...]] = ("clip",)
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
     def __call__(self, schedule: Schedule, steps: int) -> Tensor:
-        check_steps(steps)
+        steps = check_steps(steps)
         start = schedule.t_max if self.start is None else self.start
         whole = self.end > 0 or self.reaches_zero
         if whole and self.low is not None:
@@ -90,6 +95,7 @@ class UniformLambda(TimeGrid):
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_clip(self.name, self.clip)
 
     def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
@@ -119,6 +125,7 @@ class Karras(TimeGrid):
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_clip(self.name, self.clip)
         if not self.rho > 0:
             raise BadInput(f"Karras needs rho > 0, found {self.rho}")
@@ -155,6 +162,7 @@ class CosineAngle(TimeGrid):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.scale > 0:
             raise BadInput(f"CosineAngle needs scale > 0, found {self.scale}")
 
@@ -180,10 +188,9 @@ class Explicit:
         return torch.tensor(self.values, dtype=torch.float64)
 
 
-def check_steps(steps: int) -> None:
-    """Raises `BadInput` unless `steps` is a whole number of at least 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise BadInput(f"steps must be a whole number of at least 1, found {steps!r}")
+def check_steps(steps: int) -> int:
+    """The number of steps. Raises `BadInput` unless it is a whole number of at least 1."""
+    return whole("steps", steps, 1)
 
 
 def check_times(times: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Known, Node, advance, ddim, nodes, usable
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -43,6 +43,7 @@ class DEIS:
             raise BadInput(f"DEIS(order={self.order}): order must be 1, 2, 3 or 4")
         if self.variable not in ("t", "rho", "log_rho"):
             raise BadInput(f"DEIS(variable={self.variable!r}): {nearest(str(self.variable), ['t', 'rho', 'log_rho'])}")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return steps

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Known, ddim, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -54,6 +54,7 @@ class FastDPM:
                 raise BadInput(f"FastDPM({name}={getattr(self, name)!r}): {nearest(getattr(self, name), choices)}")
         if not 0 <= self.kappa <= 1:
             raise BadInput(f"FastDPM(kappa={self.kappa}): kappa must lie in [0, 1]")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return steps

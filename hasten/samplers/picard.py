@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers.ddim import DDIM
 from hasten.samplers.ddpm import DDPM
 from hasten.sampling import Query, compiled
@@ -72,6 +72,7 @@ class Picard:
         for name in ("tolerance", "data_std"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"Picard({name}={getattr(self, name)}): must not be negative")
+        check_numbers(self)
 
     @property
     def sampler(self) -> Any:

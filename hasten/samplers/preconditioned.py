@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.basis import Basis
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Node, node, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -118,6 +118,7 @@ class Preconditioned:
     top: float | None = field(default=None, repr=False, metadata={"bound": True})
     local: LocalVariance | None = field(default=None, repr=False, metadata={"bound": True})
     linear: ClassVar[bool] = True
+    infinite: ClassVar[tuple[str, ...]] = ("kappa",)
     needs: ClassVar[str] = "the mean and the spectrum of the data"
 
     def __post_init__(self) -> None:
@@ -132,6 +133,7 @@ class Preconditioned:
                 raise BadInput(f"Preconditioned({name}={found!r}): {nearest(str(found), choices)}")
         if self.local is not None and (self.basis is None or self.local.values.shape[1] != self.basis.groups):
             raise BadInput("Preconditioned: local variances belong to a basis, one for each of its groups")
+        check_numbers(self)
 
     @property
     def convergence(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Node, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -68,6 +68,7 @@ class PredictorCorrector:
             )
         if self.corrections < 0 or not self.snr > 0:
             raise BadInput(f"{self}: corrections must not be negative, and snr must be positive")
+        check_numbers(self)
 
     @property
     def linear(self) -> bool:

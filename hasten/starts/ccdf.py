@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..denoiser import Wrapper
-from ..errors import BadInput, HastenError
+from ..errors import BadInput, HastenError, check_numbers
 from ..predictions import spread
 from ..sampling import Noise
 from ..schedules import Schedule
@@ -61,6 +61,7 @@ class CCDF:
             raise BadInput(f"ccdf: task is super_resolution, inpainting or restoration, found {self.task!r}")
         if self.task == "super_resolution" and self.factor < 2:
             raise BadInput(f"ccdf: super_resolution needs a factor of at least 2, found {self.factor}")
+        check_numbers(self)
 
     def begin(self, denoiser: nn.Module, noise: Noise, t: Tensor, images: Tensor | None = None, **cond: Any) -> Tensor:
         """x_t (B, *S) at time t. images: (B, C, H, W) in [-1, 1], or (B, C, H / factor, W / factor)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_numbers, nearest
 from ..nets.attributes import Attributes, pooled
 from ..predictions import spread
 from ..sampling import draw
@@ -79,6 +79,7 @@ class AttributePredictor:
                 f"attributes needs knots, views, steps >= 1 and decay >= 0, found {self.knots}, {self.views}, "
                 f"{self.steps}, {self.decay:g}"
             )
+        check_numbers(self)
 
     @torch.no_grad()
     def tune(self, task: Task) -> Tuned:

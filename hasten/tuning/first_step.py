@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput
+from ..errors import BadInput, check_numbers
 from ..nets.first_step import FirstStepNet
 from ..noise import global_seed
 from ._task import Task, Tuned
@@ -61,6 +61,7 @@ class FirstStep:
             raise BadInput(f"first_step: label_drop is a share in [0, 1], found {self.label_drop}")
         if not self.table and not self.widths:
             raise BadInput("first_step without a table needs widths, such as widths=(32,64)")
+        check_numbers(self)
 
     def tune(self, task: Task) -> Tuned:
         """Raises BadInput without images, or for images that the U-Net does not take."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput
+from hasten.errors import BadInput, check_numbers
 from hasten.nets.second_moment import SecondMoment as Net
 from hasten.noise import global_seed
 from hasten.predictions import spread
@@ -59,6 +59,7 @@ class SecondMoment:
             raise BadInput(f"second_moment needs steps, batch >= 1, rate > 0 and images >= 32, found {self}")
         if self.minutes is not None and not self.minutes > 0:
             raise BadInput(f"second_moment: minutes must be more than 0, found {self.minutes}")
+        check_numbers(self)
 
     def tune(self, task: Task) -> Tuned:
         if task.images is None:
