@@ -54,7 +54,10 @@ class Basis:
             found = getattr(self, name)
             if found is None:
                 continue
-            found = torch.as_tensor(found, dtype=torch.float64, device="cpu").detach()
+            with torch.inference_mode(False):  # a basis may be used under autograd later
+                found = torch.as_tensor(found)
+                found = found.clone() if found.is_inference() else found
+                found = found.detach().to("cpu").to(torch.float64)
             if not bool(torch.isfinite(found).all()):
                 raise BadInput(f"basis: {name} holds a number that is not finite")
             object.__setattr__(self, name, found)
@@ -85,14 +88,17 @@ class Basis:
     @cached_property
     def values(self) -> Tensor:
         """(G,) float64, the variances, each once, ascending."""
-        return torch.unique(self.variance)
+        with torch.inference_mode(False):
+            return torch.unique(self.variance)
 
     @cached_property
     def index(self) -> Tensor:
         """The group of each coordinate of u: whole numbers below G, of shape S (0-d where G is 1)."""
         if self.groups == 1:
-            return torch.zeros((), dtype=torch.long)
-        return torch.searchsorted(self.values, self.variance.contiguous()).expand(self.mean.shape).contiguous()
+            with torch.inference_mode(False):
+                return torch.zeros((), dtype=torch.long)
+        with torch.inference_mode(False):
+            return torch.searchsorted(self.values, self.variance.contiguous()).expand(self.mean.shape).contiguous()
 
     def to(self, x: Any, alpha: Tensor | float = 1.0) -> Any:
         """u = U^T (x - alpha m) of pixels x (B, *S), as `Coordinates`. alpha = 0 for what has no mean: noise."""
@@ -187,8 +193,9 @@ class Basis:
             return x
         key = (x.device, x.dtype)
         if key not in self._matrices:
-            found = [self.matrix] if self.matrix is not None else [dct_matrix(n).T for n in self.mean.shape[-2:]]
-            self._matrices[key] = tuple(side.to(*key) for side in found)
+            with torch.inference_mode(False):  # what is kept may be used under autograd later
+                found = [self.matrix] if self.matrix is not None else [dct_matrix(n).T for n in self.mean.shape[-2:]]
+                self._matrices[key] = tuple(side.to(*key) for side in found)
         sides = self._matrices[key]
         with torch.autocast(x.device.type, enabled=False):  # coordinates in bfloat16 would lose the image
             if self.kind == "matrix":

@@ -17,6 +17,7 @@ __all__ = ["Denoiser", "Wrapper"]
 
 CLOCKS = ("t", "t1000", "t999", "index", "log_sigma4", "lam")
 CACHED_TIMES = 4096
+ANSWERS = ("raw", "moments")  # methods that answer about x_t, beside `forward`
 
 
 class Denoiser(nn.Module):
@@ -191,11 +192,17 @@ def _clean(x_t: Tensor, raw: Tensor, c_skip: Tensor | float, c_out: Tensor | flo
     return spread(c_skip, x_t) * x_t + spread(c_out, x_t) * raw
 
 
+class NotForwarded(HastenError, AttributeError):
+    """A wrapper is asked for an answer that it would not change as it does those of `forward`."""
+
+
 class Wrapper(nn.Module):
     """A denoiser around another one. What it does not define (`schedule`, `prediction`, ...) is the inner denoiser's.
 
     A subclass that keeps something from one query to the next defines `reset()`, which is called before a trajectory.
-    One whose `forward` does something and that can be steered from outside defines `features` to do it there too.
+    One whose `forward` does something and that can be steered from outside defines `features` to do it there too; and
+    `raw` and `moments`, where they are asked for: the inner ones would leave out what `forward` does. With a class
+    attribute `takes_rows = True` it is given `rows` (R,) where a query is about some samples of the batch only.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -219,4 +226,8 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in ANSWERS and type(self).forward is not Wrapper.forward:
+                raise NotForwarded(
+                    f"{type(self).__name__} changes what its denoiser answers, and does not define {name!r}"
+                ) from None
             return getattr(super().__getattr__("denoiser"), name)

@@ -91,9 +91,10 @@ class Discrete(Schedule):
     @cached_property
     def _nodes(self) -> tuple[Tensor, Tensor]:
         """log alpha and lam at t = 0, 1/N, ..., 1 (the first lam is +inf, the last of each may be -inf)."""
-        table = torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64)
-        log_alpha = 0.5 * torch.log(table)
-        return log_alpha, log_alpha - 0.5 * torch.log1p(-table)
+        with torch.inference_mode(False):  # what is kept may be used under autograd later
+            table = torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64)
+            log_alpha = 0.5 * torch.log(table)
+            return log_alpha, log_alpha - 0.5 * torch.log1p(-table)
 
     def _pieces(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log alpha and lam, each by the rule of the interval that t lies in."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 class HastenError(Exception):
@@ -22,7 +26,42 @@ def nearest(asked: str, choices: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? ({listed})" if close else listed
 
 
-def whole(name: str, value: object, least: int) -> None:
-    """Refuse an argument that is not a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    """The value as an int. Refuses what is not a whole number of at least `least`, at most `most`.
+
+    NumPy integers and tensors of one whole number are whole numbers too.
+    """
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    try:
+        number = operator.index(value) if "bool" not in kind else None  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None or number < least:
         raise BadInput(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if most is not None and number > most:
+        raise BadInput(f"{name} must be a whole number of at most {most}, got {value!r}")
+    return number
+
+
+def check_numbers(method: Any) -> None:
+    """Refuse numbers in the fields of a dataclass that are not numbers, not finite or negative.
+
+    A field may be infinite where its default is, or the class names it in `infinite`; negative where its default is, or
+    the class names it in `negative`. Whole numbers are looked at too, fields of other kinds are not.
+    """
+    for field in dataclasses.fields(method):
+        default = field.default if isinstance(field.default, (int, float, tuple)) else None
+        for value in _numbers(getattr(method, field.name)):
+            infinite = field.name in getattr(method, "infinite", ()) or any(math.isinf(d) for d in _numbers(default))
+            negative = field.name in getattr(method, "negative", ()) or any(d < 0 for d in _numbers(default))
+            if math.isnan(value) or (math.isinf(value) and not infinite) or (value < 0 and not negative):
+                rule = "a number" if negative and infinite else "a finite number" if negative else "a number >= 0"
+                rule = "a finite number >= 0" if not negative and not infinite else rule
+                raise BadInput(f"{type(method).__name__}: {field.name} must be {rule}, found {value:g}")
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in a field: itself, or those of a tuple."""
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []

@@ -162,9 +162,9 @@ class GaussianMixture(nn.Module):
         weights = self.weights
         if label is not None:
             weights = weights * torch.exp(_masked(self.labels, torch.tensor([label]), self.null_label))[0]
-        k = torch.multinomial(weights, n, replacement=True, generator=generator)
+        k = torch.multinomial(weights.cpu(), n, replacement=True, generator=generator).to(self.means.device)
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        return (self.means[k] + self.variances[k].sqrt() * noise).reshape(n, *self.shape)
+        return (self.means[k] + self.variances[k].sqrt() * noise.to(self.means.device)).reshape(n, *self.shape)
 
 
 class PointSet(nn.Module):

@@ -16,10 +16,11 @@ from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest, whole
 from .guides.cfg import CFG, told_steps
 from .machine import choose, parse, spell
+from .noise import LARGEST_SEED
 from .pick import pick
 from .plan import Plan
-from .plan import plan as compile_plan
-from .sampling import Noise, Progress, Way, draw, part
+from .resolve import checked, grid_of, spelled
+from .sampling import Callback, Noise, Progress, Way, compiled, draw, part
 
 Label = int | str | Sequence[int | str] | None
 RECOMMENDED = "recommended"
@@ -139,8 +140,8 @@ class Model:
         n: int = 1,
         label: Label = None,
         seed: int = 0,
-        sampler: str | None = None,
-        times: str | None = None,
+        sampler: Any = None,
+        times: Any = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
         batch_size: int = 64,
@@ -151,14 +152,16 @@ class Model:
         plan: Any = None,
         images: Tensor | None = None,
         accelerators: Sequence[Any] = (),
+        callback: Callback | None = None,
     ) -> Tensor:
         """`n` images, `(n, C, H, W)` float32 in [-1, 1], on the CPU.
 
         Image k depends on `seed + k` and its label alone, not on `n` or `batch_size` (but under a guide that steers a
         whole batch, which says so).
 
-        label: see `labels`. seed: of image 0; image k uses `seed + k`.
-        sampler, times: as `pick` spells them, such as `"dpm:order=2"` and `"karras"`. steps: of the time grid.
+        label: see `labels`. seed: of image 0, from 0 to 2^64 - n; image k uses `seed + k`.
+        sampler, times: as `pick` spells them, such as `"dpm:order=2"` and `"karras"`, or made, such as
+            `DPMSolver(order=2)` and `Karras()`; times may be a float64 tensor. steps: of the time grid.
         guidance_scale: 1 is the plain conditional model; more than 1 costs two network evaluations a step
             (Ho & Salimans 2022, 2207.12598).
         batch_size: images in the network at once. progress: called with (network calls done, of how many).
@@ -168,11 +171,11 @@ class Model:
         plan: one of `plans` by name, a plan's .json file, or a `Plan`, in place of sampler, times and steps.
         images: (n, ...), what a start such as `ccdf` begins from.
         accelerators: what makes an evaluation cheaper, such as `"encoder_propagation"`, in any order.
+        callback: called after each evaluation as `callback(step, t, x, x0)`, for one batch after the other; see `walk`.
         Raises BadInput for a value that cannot be, with the nearest that can.
         """
-        whole("n", n, 1)
-        whole("batch_size", batch_size, 1)
-        whole("seed", seed, 0)
+        n, batch_size = whole("n", n, 1), whole("batch_size", batch_size, 1)
+        seed = whole("seed", seed, 0, LARGEST_SEED + 1 - n)
         if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         way = self.way(sampler, times, steps, guidance_scale, guides, start, plan, accelerators)
@@ -196,15 +199,18 @@ class Model:
                     denoiser = way.start.wrap(denoiser, given) if hasattr(way.start, "wrap") else denoiser
                     x = way.start.begin(denoiser, noise, way.times[0], given, **cond)
                 tick = part(progress, first, n, batch_size)
-                x = draw(denoiser, way.sampler, way.times, noise, x=x, plan=way.plan, progress=tick, **cond)
+                x = draw(
+                    denoiser, way.sampler, way.times, noise, x=x, plan=way.plan, progress=tick, callback=callback,
+                    cond=cond,
+                )  # fmt: skip
                 x = x if self.decoder is None else self.decoder.decode(x)
                 made.append(x.float().clamp(-1, 1).cpu())
         return torch.cat(made)
 
     def way(
         self,
-        sampler: str | None = None,
-        times: str | None = None,
+        sampler: Any = None,
+        times: Any = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
         guides: Sequence[Any] = (),
@@ -214,18 +220,18 @@ class Model:
     ) -> Way:
         """What these arguments of `sample` amount to, checked and bound to the model (None: what it recommends)."""
         begin = self.bound("starts", start) if start is not None else None
-        compiled, method, grid = self.method(sampler, times, steps, plan, None if begin is None else begin.time)
+        table, method, grid = self.method(sampler, times, steps, plan, None if begin is None else begin.time)
         base, chosen = self, [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
         if chosen:
             again = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale, "plan": plan}
-            base = replace(self, denoiser=self.accelerated(chosen, compiled, again))  # type: ignore[arg-type]
+            base = replace(self, denoiser=self.accelerated(chosen, table, again))  # type: ignore[arg-type]
         for one in chosen:
-            if hasattr(one, "plan") and compiled is not None:
-                compiled = one.plan(compiled, self.denoiser)
+            if hasattr(one, "plan") and table is not None:
+                table = one.plan(table, self.denoiser)
         denoiser = told_steps(base.guided(guidance_scale, guides), len(grid) - 1)
         if hasattr(method, "wrap"):
             denoiser = method.wrap(denoiser)
-        return Way(denoiser, base.denoiser, compiled, method, grid, begin)
+        return Way(denoiser, base.denoiser, table, method, grid, begin)
 
     def accelerated(self, chosen: Sequence[Any], plan: Plan | None, setting: dict[str, Any]) -> nn.Module:
         """The denoiser with these accelerators, for a sampling by `plan` with this `setting` of `sample`.
@@ -264,19 +270,19 @@ class Model:
 
     def method(
         self,
-        sampler: str | None,
-        times: str | None,
+        sampler: Any,
+        times: Any,
         steps: int | None,
         plan: Any = None,
         begin: float | None = None,
     ) -> tuple[Plan | None, Any, Tensor]:
         """What to run for these choices (None: the recommended one): plan or None, sampler, times. begin: the first."""
-        if steps is not None:
-            whole("steps", steps, 1)
-        if plan is None and self.plan is not None and (sampler, times) == (None, None) and begin is None:
+        steps = None if steps is None else whole("steps", steps, 1)
+        free = sampler is None and times is None
+        if plan is None and self.plan is not None and free and begin is None:
             plan = RECOMMENDED if steps in (None, self.plan.nfe) else None
         if plan is not None:
-            if (sampler, times) != (None, None):
+            if not free:
                 raise BadInput("a plan holds its sampler and times: leave sampler and times out, or the plan")
             found = self.named_plan(plan)
             if steps not in (None, found.nfe):
@@ -284,18 +290,20 @@ class Model:
             if begin is not None and abs(float(found.times[0]) - begin) > 1e-9:
                 raise BadInput(f"the plan begins at t = {float(found.times[0]):g}, the start at {begin:g}")
             return found, self.bound("samplers", self.sampler, quiet=True), found.times
-        method = self.bound("samplers", sampler or self.sampler)
-        law = pick("times", times or self.times)
-        if begin is not None:
-            if not hasattr(law, "start"):
-                raise BadInput(f"{times or self.times} cannot begin at t = {begin:g}, where the start does")
-            low = law.low if law.low is None or law.low < begin else None
-            law = replace(law, start=begin, low=low)
-        grid = law(self.denoiser.schedule, steps or self.steps)
-        return (compile_plan(method, self.denoiser.schedule, grid) if method.linear else None), method, grid
+        method = self.bound("samplers", self.sampler if sampler is None else sampler)
+        grid = grid_of(self.denoiser.schedule, self.times if times is None else times, steps, self.steps, begin)
+        return (compiled(method, self.denoiser.schedule, grid) if method.linear else None), method, grid
 
     def named_plan(self, plan: str | Plan) -> Plan:
-        """One of `plans` by name, the recommended one, or the plan in a .json file."""
+        """One of `plans` by name, the recommended one, or the plan in a .json file.
+
+        Raises BadInput for a plan that is not there, and for one of another schedule than the model's.
+        """
+        found = self._found_plan(plan)
+        found.check_schedule(self.denoiser.schedule)
+        return found
+
+    def _found_plan(self, plan: str | Plan) -> Plan:
         if isinstance(plan, Plan):
             return plan
         known = {**self.plans, **({} if self.plan is None else {RECOMMENDED: self.plan})}
@@ -311,7 +319,7 @@ class Model:
 
     def bound(self, folder: str, method: Any, quiet: bool = False) -> Any:
         """A method, spelled or made, with what it needs of this model. quiet: as it is, where the model lacks that."""
-        method = pick(folder, method) if isinstance(method, str) else method
+        method = pick(folder, method) if isinstance(method, str) else checked(folder, method)
         if not hasattr(method, "bind"):
             return method
         try:
@@ -323,8 +331,8 @@ class Model:
 
     def setting(
         self,
-        sampler: str | None = None,
-        times: str | None = None,
+        sampler: Any = None,
+        times: Any = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
         runtime: str = "fp32",
@@ -336,8 +344,11 @@ class Model:
     ) -> dict[str, Any]:
         """The arguments of `sample` that a record must name, with the recommended ones filled in, checked."""
         way = self.way(sampler, times, steps, guidance_scale, guides, start, plan, accelerators)
-        told: dict[str, Any] = {"sampler": sampler or self.sampler, "times": times or self.times}
-        told["steps"] = steps or self.steps
+        told: dict[str, Any] = {
+            "sampler": spelled(self.sampler if sampler is None else sampler),
+            "times": spelled(self.times if times is None else times),
+        }
+        told["steps"] = len(way.times) - 1
         if way.plan is not None and (plan is not None or way.plan is self.plan):
             told = {"plan": plan or RECOMMENDED, "steps": way.plan.nfe}
         told["guidance_scale"] = float(self.guidance_scale if guidance_scale is None else guidance_scale)

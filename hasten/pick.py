@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import inspect
 import math
 import pkgutil
 import sys
@@ -16,7 +17,7 @@ import types
 import typing
 from typing import Any
 
-from .errors import BadInput, HastenError, nearest
+from .errors import BadInput, HastenError, check_numbers, nearest
 from .sampling import spell
 
 __all__ = ["names", "pick", "spell"]
@@ -54,7 +55,10 @@ def pick(folder: str, text: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in options:
             raise BadInput(f"{name} needs {key}=..., {_said(hints[key])}")
-    return cls(**options)
+    made = cls(**options)
+    if dataclasses.is_dataclass(made):
+        check_numbers(made)
+    return made
 
 
 def names(folder: str) -> list[str]:
@@ -188,6 +192,10 @@ class _Callable(types.ModuleType):
     """`hasten.pick` is this module and, called, the function of that name in it."""
 
     __call__ = staticmethod(pick)
+    __signature__ = inspect.signature(pick)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _Callable

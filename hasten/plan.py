@@ -6,10 +6,12 @@ such a sampler *is* the table (see `Plan`) that `plan` reads off it by running i
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
+from .conditions import conditions_of
 from .errors import BadInput, HastenError
 from .program import Draws, Program, combine, filled, program, sparse, used
-from .sampling import Progress, Sampler, no_noise, reset, spell
+from .sampling import Callback, Progress, Sampler, no_noise, reset, spell
 from .schedules import Schedule, schedule_from_dict
 from .times import check_times
 from .tracing import trace
@@ -108,7 +111,10 @@ class Plan:
         noise: Callable[[], Tensor] | None = None,
         progress: Progress | None = None,
         grad: bool | None = None,
-        **cond: Any,
+        *,
+        callback: Callback | None = None,
+        cond: Mapping[str, Any] | None = None,
+        **keywords: Any,
     ) -> Tensor:
         """Run the plan from `x` (B, *S) at `times[0]`, or `begin`; the result is at `times[-1]`, in the dtype of `x`.
 
@@ -117,15 +123,23 @@ class Plan:
             noise: gives a fresh (B, *S) draw at each call; needed where `stochastic`.
             progress: called as `progress(queries done, queries in all)`.
             grad: record gradients; by default only where `x` or the coefficients require them.
+            callback: called after each query as `callback(step, t, x, x0)`: its number from 0, the time, the state that
+                was asked about and the answer. It must not change the tensors.
+            cond: the conditions, passed on to the denoiser as keywords. Keywords that the network knows may stand here
+                too.
+
+        Raises BadInput for a denoiser of another schedule than the plan's, and for a keyword that is no condition.
         """
-        fitted = any(getattr(self, name).requires_grad for name in ("times", "start", *TABLES))
+        given = conditions_of("plan", OPTIONS, cond, keywords, denoiser)
+        if isinstance(schedule := getattr(denoiser, "schedule", None), Schedule):
+            self.check_schedule(schedule)
         if grad is None:
-            grad = torch.is_grad_enabled() and (x.requires_grad or fitted)
-        rows = self._program(tensors=True) if fitted and grad else self._numbers
+            grad = torch.is_grad_enabled() and (x.requires_grad or self.fitted)
+        rows = self._program(tensors=True) if self.fitted and grad else self._numbers
         reset(denoiser)
         basis, fresh = self.basis, no_noise if noise is None else noise
         into, back = (_same, _same) if basis is None else (basis.coordinates, basis.pixels)
-        draws = Draws(lambda: into(fresh(), 0.0))
+        draws = Draws(lambda: into(fresh().to(x.dtype), 0.0))
         with torch.set_grad_enabled(grad):
             alpha = [0.0] * (self.nfe + 1) if basis is None else self._schedule.alpha(self.times).unbind()
             first = alpha[0] if basis is None or self.begin is None else self._schedule.alpha(self.begin)
@@ -133,7 +147,11 @@ class Plan:
             states, answers = {}, {}
             for k, (t, row) in enumerate(zip(rows.times, rows.rows)):
                 states[k] = state
-                answers[k] = into(denoiser(back(state, alpha[k]), t, **cond), 1.0)
+                z = back(state, alpha[k])
+                x0 = denoiser(z, t, **given).to(x.dtype)
+                answers[k] = into(x0, 1.0)
+                if callback is not None:
+                    callback(k, t, z, x0)
                 state = combine(row, states, answers, draws, basis)
                 for j in row.last_states:
                     del states[j]
@@ -143,14 +161,38 @@ class Plan:
                     progress(k + 1, self.nfe)
             return back(state, alpha[-1])
 
+    @property
+    def fitted(self) -> bool:
+        """Whether a coefficient or a time requires a gradient."""
+        return any(getattr(self, name).requires_grad for name in ("times", "start", *TABLES))
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Refuse a schedule whose alpha and sigma at the plan's times are not those that the plan was made for.
+
+        Raises BadInput. A plan that does not say its schedule passes.
+        """
+        if self.schedule and self.__dict__.get("_checked") is not schedule:
+            own, at = self._schedule, self.times.detach()
+            for name in ("alpha", "sigma"):
+                here, there = getattr(own, name)(at), getattr(schedule, name)(at)
+                if not torch.allclose(here, there, rtol=1e-3, atol=1e-6):
+                    k = int((here - there).abs().argmax())
+                    raise BadInput(
+                        f"the plan was made for {_short(own)}, the model has {_short(schedule)}: "
+                        f"at t = {float(at[k]):.4g} {name} is {float(here[k]):.4g} in one and {float(there[k]):.4g} in "
+                        "the other; compile the sampler for this model's schedule"
+                    )
+            self.__dict__["_checked"] = schedule
+
     @cached_property
     def _numbers(self) -> Program:
-        return self._program(tensors=False)
+        with torch.inference_mode(False):  # what is kept may be used under autograd later
+            return self._program(tensors=False)
 
     def _program(self, tensors: bool) -> Program:
         return program(self.times, self.start, self.a, self.A, self.B, self.C, tensors)
 
-    @property
+    @cached_property
     def _schedule(self) -> Schedule:
         return schedule_from_dict(self.schedule)
 
@@ -280,11 +322,15 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
     if not sampler.linear:
         why = getattr(sampler, "why", "its steps depend on the values it sees")
         raise HastenError(f"{spell(sampler)} cannot be compiled to a plan: {why}; run it with walk()")
-    times = check_times(times.to(torch.float64))
-    tables, basis = trace(sampler, schedule, times), getattr(sampler, "basis", None)
-    begin = float(times[0].detach())
-    moved = basis is not None and begin != float(tables.times[0].detach())
-    return Plan(*tables, spell(sampler), schedule.to_dict(), basis, begin if moved else None)
+    with torch.inference_mode(False):  # a plan may be used under autograd later
+        times = times.clone() if times.is_inference() else times
+        times = check_times(times.to(torch.float64))
+        tables, basis = trace(sampler, schedule, times), getattr(sampler, "basis", None)
+        begin = float(times[0].detach())
+        moved = basis is not None and begin != float(tables.times[0].detach())
+        made = Plan(*tables, spell(sampler), schedule.to_dict(), basis, begin if moved else None)
+    made.__dict__["_schedule"] = made.__dict__["_checked"] = schedule
+    return made
 
 
 def _same(x: Tensor, alpha: Any) -> Tensor:
@@ -298,10 +344,24 @@ def _text(c: Any, what: str) -> str:
     return f"{'-' if c < 0 else '+'} {abs(c):.6g} {what}"
 
 
+def _short(schedule: Schedule) -> str:
+    """A schedule in a message: a table by its length."""
+    text = repr(schedule)
+    table = getattr(schedule, "alphas_cumprod", None)
+    return text if table is None else f"{type(schedule).__name__}(table of {len(table)}, last {table[-1]:.4g})"
+
+
+OPTIONS = tuple(inspect.signature(Plan.__call__).parameters)[1:-1]
+
+
 class _Callable(types.ModuleType):
     """`hasten.plan` is this module and, called, the function of that name in it."""
 
     __call__: Callable[..., Plan] = staticmethod(plan)
+    __signature__ = inspect.signature(plan)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _Callable

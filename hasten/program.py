@@ -52,8 +52,8 @@ def program(times: Tensor, start: Tensor, a: Tensor, A: Tensor, B: Tensor, C: Te
     """
     K = len(a)
     X = (A + torch.diag_embed(a.movedim(0, -1)).movedim((-2, -1), (0, 1))).detach()
-    last_x = [max([k, *used(X[:, k])]) for k in range(K)]
-    last_x0 = [max([k, *used(B.detach()[:, k])]) for k in range(K)]
+    states, answers, draws = (by_row(table) for table in (X, B, C))
+    last_x, last_x0 = last_uses(states, K), last_uses(answers, K)
 
     def number(c: Tensor) -> Any:
         return c if tensors else float(c) if c.numel() == 1 else c.detach()
@@ -61,20 +61,39 @@ def program(times: Tensor, start: Tensor, a: Tensor, A: Tensor, B: Tensor, C: Te
     def terms(row: Tensor) -> list[tuple[int, Any]]:
         return [(j, number(row[j])) for j in used(row.detach())]
 
-    rows = []
-    for k in range(K):
-        states = terms(A[k]) + [(k, number(a[k]))] * bool((a[k] != 0).any())
-        rows.append(
-            Row(
-                states=states[::-1],
-                answers=terms(B[k])[::-1],
-                draws=terms(C[k]),
-                last_states=[j for j in range(K) if last_x[j] == k],
-                last_answers=[j for j in range(K) if last_x0[j] == k],
-            )
+    rows = [
+        Row(
+            states=[(j, number(a[k] if j == k else A[k, j])) for j in reversed(states[k])],
+            answers=[(j, number(B[k, j])) for j in reversed(answers[k])],
+            draws=[(j, number(C[k, j])) for j in draws[k]],
+            last_states=last_x[k],
+            last_answers=last_x0[k],
         )
+        for k in range(K)
+    ]
     begin = Row(terms(start[:1]), [], terms(start[1:]), [], [])
     return Program(list((times if tensors else times.detach())[:-1].unbind()), begin, rows)
+
+
+def by_row(table: Tensor) -> list[list[int]]:
+    """The places of each row of a table (K, n), or (K, n, G), that hold anything but zeros, ascending."""
+    held = table.detach() != 0
+    found: list[list[int]] = [[] for _ in range(len(table))]
+    for k, j in (held if held.ndim == 2 else held.flatten(2).any(2)).nonzero().tolist():
+        found[k].append(j)
+    return found
+
+
+def last_uses(rows: list[list[int]], K: int) -> list[list[int]]:
+    """For each row the pieces of history, of K, that no later row uses: a piece j is made in row j, if never used."""
+    last = list(range(K))
+    for k, places in enumerate(rows):
+        for j in places:
+            last[j] = max(last[j], k)
+    found: list[list[int]] = [[] for _ in range(K)]
+    for j, k in enumerate(last):
+        found[k].append(j)
+    return found
 
 
 def combine(row: Row, states: Any, answers: Any, draws: Any, basis: Basis | None = None) -> Tensor:

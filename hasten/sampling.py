@@ -14,23 +14,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable
+import inspect
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .conditions import conditions_of
 from .denoiser import Wrapper
 from .errors import BadInput, HastenError
+from .noise import Noise, generator, no_noise
 from .schedules import Schedule
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-__all__ = ["Count", "Noise", "Query", "Sampler", "draw", "spell", "walk"]
+__all__ = ["Count", "Noise", "Query", "Sampler", "draw", "generator", "spell", "walk"]
 
 Progress = Callable[[int, int], None]
+Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,8 @@ class Sampler(Protocol):
     """What every file of `samplers/` holds: a frozen dataclass of this form.
 
     `linear` says that `steps` uses only +, -, * and / by numbers on x, the answers and `noise()`, so that it can be
-    compiled to a `Plan`; where it is False, `why` may say why not. `order` is the convergence order the method claims.
+    compiled to a `Plan`; where it is False, `why` may say why not. `differentiable` False: gradients are refused.
+    `order` is the convergence order the method claims.
     `nfe(steps)` is how many queries it makes on a grid of `steps` steps that ends at t = 0, None where only the run
     tells. An algorithm that a library drives, calling back, is written as `solve(ask, schedule, x, times, noise)`
     in place of `steps`, where `ask(x, t, rows=None)` gives x0. What needs something measured on the model, or a network
@@ -70,62 +75,6 @@ class Sampler(Protocol):
     ) -> Generator[Query, Any, Any]: ...
 
 
-class Noise:
-    """Standard normal noise with one generator per sample: draw k of sample i depends on `seeds[i]` and k alone.
-
-    So image 7 is the same image in a batch of 1, 7 or 64, in any order and on any device: the numbers are always drawn
-    in float32 on the CPU, then moved and cast. The starting noise is what `torch.randn(shape, generator=g)` gives
-    for a CPU generator `g` with that seed; later draws go on from there.
-
-    Args:
-        seeds: one whole number per sample, B of them.
-        shape: shape S of one sample.
-        dtype, device: of the results.
-    """
-
-    def __init__(
-        self,
-        seeds: Iterable[int],
-        shape: Iterable[int],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.seeds = tuple(int(seed) for seed in seeds)
-        self.shape = tuple(int(size) for size in shape)
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self._generators: list[torch.Generator] | None = None
-        if not self.seeds:
-            raise BadInput("Noise needs at least one seed")
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def initial(self) -> Tensor:
-        """The noise to start from, (B, *S); the same at every call."""
-        return self._draw(self._fresh())
-
-    def draw(self) -> Tensor:
-        """The next fresh noise, (B, *S). `noise()` is the same."""
-        if self._generators is None:
-            self._generators = self._fresh()
-            self._draw(self._generators)  # the starting noise comes first, whether or not it was asked for
-        return self._draw(self._generators)
-
-    __call__ = draw
-
-    def rows(self, part: slice) -> Noise:
-        """The noise of these samples alone, from its beginning: `noise.rows(slice(0, 8))`."""
-        return Noise(self.seeds[part], self.shape, self.dtype, self.device)
-
-    def _fresh(self) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
-
-    def _draw(self, generators: list[torch.Generator]) -> Tensor:
-        drawn = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
-        return drawn.to(self.device, self.dtype)
-
-
 def walk(
     sampler: Sampler,
     denoiser: Callable[..., Tensor],
@@ -136,7 +85,9 @@ def walk(
     schedule: Schedule | None = None,
     progress: Progress | None = None,
     grad: bool | None = None,
-    **cond: Any,
+    callback: Callback | None = None,
+    cond: Mapping[str, Any] | None = None,
+    **keywords: Any,
 ) -> Tensor:
     """Run the sampler's own coroutine from `x` (B, *S) at `times[0]` to the result at `times[-1]`.
 
@@ -146,25 +97,42 @@ def walk(
         schedule: by default the denoiser's own.
         progress: called as `progress(queries done, queries in all)`.
         grad: record gradients; by default only where `x` or `times` require them.
-        cond: passed on to the denoiser.
+        callback: called after each evaluation as `callback(step, t, x, x0)`: its number from 0, the time, the state
+            that was asked about and the answer. It must not change the tensors.
+        cond: the conditions, passed on to the denoiser as keywords. Keywords that the network knows may stand here too.
+
+    Returns (B, *S) in the dtype of `x`.
     """
     schedule = _schedule_of(denoiser) if schedule is None else schedule
-    noise = no_noise if noise is None else noise
+    given = conditions_of("walk", OPTIONS["walk"], cond, keywords, denoiser)
+    fresh = no_noise if noise is None else noise
     expected, done, B = sampler.nfe(len(times) - 1), 0, len(x)
+
+    def noise_like_x() -> Any:
+        return fresh().to(x.dtype)
 
     def answer(query: Query) -> Any:
         nonlocal done
-        result = _ask(denoiser, query, B, cond)
+        result = _ask(denoiser, query, B, given)
+        result = result if query.moments else result.to(x.dtype)
+        if callback is not None:
+            callback(done, query.t, query.x, result[0] if query.moments else result)
         done += 1
         if progress is not None:
             progress(done, max(done, expected or 0))
         return result
 
+    records = _records(grad, x, times)
+    if records and not getattr(sampler, "differentiable", True):
+        raise BadInput(
+            f"{spell(sampler)} keeps no gradients (its steps follow the values that it sees): detach x, or use a "
+            "sampler with fixed steps, such as unipc or heun"
+        )
     reset(denoiser)
-    with torch.set_grad_enabled(_records(grad, x, times)):
+    with torch.set_grad_enabled(records):
         if hasattr(sampler, "solve"):
-            return sampler.solve(lambda x, t, rows=None: answer(Query(x, t, rows)), schedule, x, times, noise)
-        coroutine = sampler.steps(schedule, x, times, noise)
+            return sampler.solve(lambda x, t, rows=None: answer(Query(x, t, rows)), schedule, x, times, noise_like_x)
+        coroutine = sampler.steps(schedule, x, times, noise_like_x)
         result = None
         while True:
             try:
@@ -180,6 +148,8 @@ def _ask(denoiser: Any, query: Query, B: int, cond: dict[str, Any]) -> Any:
         cond = {key: value[query.rows.to(value.device)] if _each(value, B) else value for key, value in cond.items()}
     elif (many := len(query.x) // B) > 1:
         cond = {k: v.repeat(many, *[1] * (v.ndim - 1)) if _each(v, B) else v for k, v in cond.items()}
+    if query.rows is not None and getattr(denoiser, "takes_rows", False):  # a wrapper with something of each sample
+        cond = {**cond, "rows": query.rows}
     if not query.moments:
         return denoiser(query.x, query.t, **cond)
     if not callable(moments := getattr(denoiser, "moments", None)):
@@ -202,47 +172,71 @@ def draw(
     x: Tensor | None = None,
     plan: Plan | None = None,
     progress: Progress | None = None,
-    **cond: Any,
+    callback: Callback | None = None,
+    cond: Mapping[str, Any] | None = None,
+    **keywords: Any,
 ) -> Tensor:
     """Samples (B, *S): start from noise and run the sampler, compiled to a `Plan` where it can be.
+
+    The same call gives the same samples: `noise` is taken from its beginning, whatever was drawn from it before.
 
     Args:
         times: the float64 times, or a grid that makes them from the denoiser's schedule and `steps`.
         noise: the starting noise and all draws.
         x: the state to start from; by default `noise.initial()` times `schedule.prior_std(times[0])`.
-        plan: run this plan; `sampler`, `times` and `steps` are then not used.
-        cond: passed on to the denoiser.
+        plan: run this plan, made for the denoiser's schedule; `sampler` and `times` are then not used.
+        callback: called after each evaluation as `callback(step, t, x, x0)`; see `walk`.
+        cond: the conditions, passed on to the denoiser as keywords: `cond={"label": labels}`. A keyword that the
+            network names in its `forward`, and `label`, may also stand beside the options.
+
+    Raises BadInput for a keyword that is neither an option nor a condition, for `steps` that are not those of the times
+    or of the plan, and for a plan that was made for another schedule.
     """
     schedule = _schedule_of(denoiser)
+    given = conditions_of("draw", OPTIONS["draw"], cond, keywords, denoiser)
     if plan is None and sampler is None:
         raise BadInput("draw needs a sampler or a plan")
     if plan is not None:
+        plan.check_schedule(schedule)
         times = plan.times
     elif not isinstance(times, Tensor):
         times = times(schedule, steps)
+    count = len(times) - 1 if plan is None else plan.nfe
+    if steps is not None and isinstance(times, Tensor) and steps != count:
+        what = f"the times are {count} steps" if plan is None else f"the plan has {count} network evaluations"
+        raise BadInput(f"{what}, asked for {steps} steps")
     if x is None:
         first = times[0].detach() if plan is None or plan.begin is None else plan.begin
         x = noise.initial() * float(schedule.prior_std(first))
+    fresh = noise.rows(slice(None)) if isinstance(noise, Noise) else noise
+    options: dict[str, Any] = {"progress": progress, "callback": callback, "cond": given}
     if plan is None and sampler is not None:
         if not sampler.linear:
-            return walk(sampler, denoiser, x, times, noise, progress=progress, **cond)
-        plan = _compiled(sampler, schedule, times)
-    return plan(denoiser, x, noise, progress=progress, **cond)  # type: ignore[misc]
+            return walk(sampler, denoiser, x, times, fresh, **options)
+        plan = compiled(sampler, schedule, times)
+    return plan(denoiser, x, fresh, **options)  # type: ignore[misc]
 
 
-def _compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
+def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
+    """The plan of a linear sampler; the last few are kept."""
     from .plan import plan
 
     if times.requires_grad:
         return plan(sampler, schedule, times)
-    return _cached(sampler, schedule, tuple(times.tolist()))  # type: ignore[arg-type]  # a frozen dataclass hashes
+    try:
+        hash(sampler)
+    except TypeError:  # a dataclass that is not frozen
+        return plan(sampler, schedule, times)
+    found = _cached(sampler, schedule, tuple(times.tolist()))
+    return plan(sampler, schedule, times) if found.fitted else found
 
 
 @functools.lru_cache(maxsize=16)
 def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
     from .plan import plan
 
-    return plan(sampler, schedule, torch.tensor(times, dtype=torch.float64))
+    with torch.inference_mode(False):
+        return plan(sampler, schedule, torch.tensor(times, dtype=torch.float64))
 
 
 def reset(denoiser: Any) -> None:
@@ -279,11 +273,6 @@ class Way:
     def nfe(self) -> float | None:
         """Queries of the denoiser an image, without those of the start; None where only the run tells."""
         return self.sampler.nfe(len(self.times) - 1) if self.plan is None else self.plan.nfe
-
-
-def no_noise() -> Tensor:
-    """The noise of a deterministic sampler. Raises HastenError when it is drawn after all."""
-    raise HastenError("this sampler draws noise as it goes: pass noise=Noise(seeds, shape)")
 
 
 def spell(method: Any) -> str:
@@ -329,6 +318,18 @@ class Count(Wrapper):
         self.rows += len(x_t)
         return self.denoiser.features(x_t, t, **cond)  # type: ignore[operator]
 
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("moments", "raw"):
+            return super().__getattr__(name)
+        inner = getattr(self.denoiser, name)
+
+        def counted(x_t: Tensor, t: Tensor, **cond: Any) -> Any:
+            self.calls += 1
+            self.rows += len(x_t)
+            return inner(x_t, t, **cond)
+
+        return counted
+
 
 def _schedule_of(denoiser: Any) -> Schedule:
     schedule = getattr(denoiser, "schedule", None)
@@ -341,3 +342,6 @@ def _records(grad: bool | None, *tensors: Tensor) -> bool:
     if grad is None:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return grad
+
+
+OPTIONS = {call.__name__: tuple(inspect.signature(call).parameters)[:-1] for call in (walk, draw)}

@@ -6,8 +6,13 @@ clean image, the law of the grid places the first `steps` times, from `start` do
 `schedule.t_min`), and 0 follows (grids that reach 0 by themselves, `Trailing` and `CosineAngle`, say so). With
 `end > 0` the law places all of them.
 
-Laws in lam or q meet an infinite value where a schedule starts at pure noise; it then counts as `q = 150`, the level at
-which the usual networks start; the time itself stays `start`.
+Laws in lam or q meet an infinite or a huge value where a schedule starts at (nearly) pure noise: the cosine table ends
+at q = 20291, and 3 of 8 steps equal in lam would lie above q = 150, where the answer is all but the mean of the data. A
+grid that begins where such a schedule does (alpha < 1/150, q > 300) spaces its levels from `q = 150` on, at which the
+usual networks start, as `lambda_min_clipped = -5.1` of diffusers; the first time itself stays `start`. `clip` says
+otherwise. On exact mixtures at 6 to 15 steps this lowers the error 1.2 to 6 times in 30 of 32 cases. It does not in
+two, UniPC-3 with 6 steps: their step in lam is then 2, at which third order overshoots between the modes (error .307),
+and which the unclipped grid has with 8 steps (.316); second order gains there as well (.192 to .111).
 """
 
 from __future__ import annotations
@@ -19,12 +24,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .errors import BadInput
+from .errors import BadInput, check_numbers, whole
 from .schedules import Schedule
 
 __all__ = ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"]
 
 LARGEST_Q = 150.0
+FAR_Q = 2 * LARGEST_Q  # noise beyond this says nothing of the image: it counts as `LARGEST_Q`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,13 @@ class TimeGrid:
     end: float = 0.0
     low: float | None = None
 
+    infinite: ClassVar[tuple[str, ...]] = ("clip",)
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
     def __call__(self, schedule: Schedule, steps: int) -> Tensor:
-        check_steps(steps)
+        steps = check_steps(steps)
         start = schedule.t_max if self.start is None else self.start
         whole = self.end > 0 or self.reaches_zero
         if whole and self.low is not None:
@@ -74,12 +85,21 @@ class UniformTime(TimeGrid):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformLambda(TimeGrid):
-    """Equally spaced in `lam = log(alpha / sigma)`. Lu et al. 2022, arXiv:2206.00927."""
+    """Equally spaced in `lam = log(alpha / sigma)`. Lu et al. 2022, arXiv:2206.00927.
+
+    clip: the largest q = sigma / alpha of a level; None: 150 where the schedule starts at (nearly) pure noise (see the
+    head of this file), else none; inf: none.
+    """
 
     name: ClassVar[str] = "lambda"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clip(self.name, self.clip)
 
     def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
-        high, low = levels(schedule, start, last)
+        high, low = levels(schedule, start, last, self.clip)
         return schedule.time(torch.linspace(-math.log(high), -math.log(low), count, dtype=torch.float64))
 
 
@@ -95,17 +115,23 @@ class Quadratic(TimeGrid):
 
 @dataclass(frozen=True, kw_only=True)
 class Karras(TimeGrid):
-    """Equally spaced in `q^(1/rho)`, q = sigma / alpha. Karras et al. 2022, arXiv:2206.00364, equation 5."""
+    """Equally spaced in `q^(1/rho)`, q = sigma / alpha. Karras et al. 2022, arXiv:2206.00364, equation 5.
+
+    clip: the largest q of a level, as in `UniformLambda`.
+    """
 
     name: ClassVar[str] = "karras"
     rho: float = 7.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clip(self.name, self.clip)
         if not self.rho > 0:
             raise BadInput(f"Karras needs rho > 0, found {self.rho}")
 
     def _law(self, schedule: Schedule, start: float, last: float, count: int) -> Tensor:
-        high, low = (level ** (1 / self.rho) for level in levels(schedule, start, last))
+        high, low = (level ** (1 / self.rho) for level in levels(schedule, start, last, self.clip))
         return schedule.time(-self.rho * torch.log(torch.linspace(high, low, count, dtype=torch.float64)))
 
 
@@ -136,6 +162,7 @@ class CosineAngle(TimeGrid):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.scale > 0:
             raise BadInput(f"CosineAngle needs scale > 0, found {self.scale}")
 
@@ -161,10 +188,9 @@ class Explicit:
         return torch.tensor(self.values, dtype=torch.float64)
 
 
-def check_steps(steps: int) -> None:
-    """Raises `BadInput` unless `steps` is a whole number of at least 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise BadInput(f"steps must be a whole number of at least 1, found {steps!r}")
+def check_steps(steps: int) -> int:
+    """The number of steps. Raises `BadInput` unless it is a whole number of at least 1."""
+    return whole("steps", steps, 1)
 
 
 def check_times(times: Tensor) -> Tensor:
@@ -180,7 +206,23 @@ def check_times(times: Tensor) -> Tensor:
     return times
 
 
-def levels(schedule: Schedule, start: float, last: float) -> tuple[float, float]:
-    """q at both times, the first at most `LARGEST_Q` where it is infinite."""
+def levels(schedule: Schedule, start: float, last: float, clip: float | None = None) -> tuple[float, float]:
+    """q at both times. The first is at most `clip`; None: `LARGEST_Q` where it is infinite, or the schedule ends beyond
+    `FAR_Q` because alpha falls to nearly 0, and `start` is that end."""
     high, low = float(schedule.q(start)), float(schedule.q(last))
-    return (LARGEST_Q if math.isinf(high) else high), low
+    if clip is not None:
+        high = min(high, clip)
+    elif math.isinf(high) or (
+        high > FAR_Q and start >= schedule.t_max and float(schedule.alpha(start)) * LARGEST_Q < 1
+    ):
+        high = LARGEST_Q
+    if not low < high < math.inf:
+        found = f"q from {high:g} to {low:g} for times from {start:g} to {last:g}, clip={clip}"
+        raise BadInput(f"levels must fall from a finite one, found {found}")
+    return high, low
+
+
+def check_clip(name: str, clip: float | None) -> None:
+    """Raises `BadInput` unless a clip is None or positive."""
+    if clip is not None and not clip > 0:
+        raise BadInput(f"{name} needs clip > 0, found {clip}")

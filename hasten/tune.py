@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import BadInput, whole
 from .images import reserve
 from .machine import parse
 from .model import Model
+from .noise import LARGEST_SEED
 from .pick import pick
 from .results import fingerprint, now
 from .sampling import spell
@@ -27,8 +29,8 @@ def tune_model(
     model: Model,
     out: str | Path,
     method: str = "optimized_steps",
-    sampler: str | None = None,
-    times: str | None = None,
+    sampler: Any = None,
+    times: Any = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     data: str | Path | None = None,
@@ -39,6 +41,8 @@ def tune_model(
 ) -> dict[str, Any]:
     """Tune a model with one method of `hasten.tuning` and save it in `out`; a plan becomes the recommended one.
 
+    `model` itself stays as it is: what is saved is a copy of its description, with the same network.
+
     method: as `pick` spells it. data: what `open_data` reads. n: samples to calibrate on (None: the method's own
     number). seed: of calibration sample 0. The other arguments are those of `Model.sample`: what is to be improved.
 
@@ -48,15 +52,18 @@ def tune_model(
     tuner = pick("tuning", method)
     if getattr(tuner, "needs_data", False) and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
-    whole("seed", seed, 0)
-    if n is not None:
-        whole("n", n, 1)
+    n = None if n is None else whole("n", n, 1)
+    seed = whole("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
+    model = replace(model)
     out = Path(out)
     reserve(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
         tuner = tuner.bind(model.statistics, model.parts)
-    way = model.way(sampler or model.sampler, times or model.times, model.steps if steps is None else steps, scale)
+    sampler, times = (
+        own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
+    )
+    way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
     task = Task(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
         images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..errors import BadInput
+from ..errors import BadInput, check_numbers
 from ..predictions import spread
 
 __all__ = ["CFG", "Guided"]
@@ -38,6 +38,8 @@ class CFG:
     scale: float = 1.0
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
+    infinite: ClassVar[tuple[str, ...]] = ("interval",)
+    negative: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -46,6 +48,7 @@ class CFG:
             raise BadInput(f"cfg needs interval = (q_lo, q_hi) with 0 <= q_lo < q_hi, found {self.interval}")
         if not 0 <= self.rescale <= 1:
             raise BadInput(f"cfg needs rescale in [0, 1], found {self.rescale}")
+        check_numbers(self)
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """The guided denoiser, of the same signature. What the unconditional branch is told is `denoiser.null_label`,

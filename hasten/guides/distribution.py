@@ -6,13 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_numbers, nearest
 
 __all__ = ["Distribution", "Steered"]
 
@@ -73,6 +73,7 @@ class Distribution:
     temperature: float = 1.0
     along: Literal["means", "gradient"] = "means"
     heads: nn.Module | None = field(default=None, repr=False, metadata={"bound": True})
+    negative: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __post_init__(self) -> None:
         if self.classes != "uniform" and (len(self.classes) < 2 or not all(0 < r < math.inf for r in self.classes)):
@@ -91,6 +92,7 @@ class Distribution:
             raise BadInput(f"distribution has no loss {self.loss!r}: {nearest(self.loss, ('chi2', 'kl'))}")
         if self.along not in ("means", "gradient"):
             raise BadInput(f"distribution cannot go along {self.along!r}: {nearest(self.along, ('means', 'gradient'))}")
+        check_numbers(self)
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> Distribution:
         """The guide with the model's classifiers."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..errors import BadInput
+from ..errors import BadInput, check_numbers
 
 __all__ = ["DynamicThreshold"]
 
@@ -38,6 +38,7 @@ class DynamicThreshold:
             raise BadInput(f"dynamic_threshold needs quantile in (0, 1], found {self.quantile:g}")
         if not self.least > 0:
             raise BadInput(f"dynamic_threshold needs least > 0, found {self.least:g}")
+        check_numbers(self)
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """The denoiser whose every answer is thresholded."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..denoiser import Wrapper
-from ..errors import BadInput
+from ..errors import BadInput, check_numbers
 from .cfg import CFG, Guided
 
 __all__ = ["Interval", "refined"]
@@ -42,6 +42,7 @@ class Interval:
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high:
             raise BadInput(f"interval needs 0 <= low < high, found low={self.low:g}, high={self.high:g}")
+        check_numbers(self)
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """The same denoiser, guided in the interval only."""

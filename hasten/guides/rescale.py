@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..errors import BadInput
+from ..errors import BadInput, check_numbers
 from .interval import refined
 
 __all__ = ["Rescale"]
@@ -32,6 +32,7 @@ class Rescale:
     def __post_init__(self) -> None:
         if not 0 <= self.amount <= 1:
             raise BadInput(f"rescale needs amount in [0, 1], found {self.amount:g}")
+        check_numbers(self)
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """The same denoiser, with its guidance rescaled."""

@@ -60,8 +60,16 @@ def node(schedule: Schedule, t: Tensor) -> Node:
 
 
 def nodes(schedule: Schedule, times: Tensor) -> list[Node]:
-    """All nodes of a grid, one time after the other (a vectorised call would mix the ends' infinite derivatives in)."""
-    return [node(schedule, t) for t in check_times(times).double().unbind()]
+    """All nodes of a grid. Where its times require gradients one is made after the other: a vectorised call would mix
+    the ends' infinite derivatives in."""
+    times = check_times(times).double()
+    if times.requires_grad:
+        return [node(schedule, t) for t in times.unbind()]
+    alpha, sigma, lam = schedule.alpha(times), schedule.sigma(times), schedule.lam(times)
+    if alpha.requires_grad or sigma.requires_grad:  # a schedule with parameters of its own
+        return [node(schedule, t) for t in times.unbind()]
+    lam = torch.where(sigma == 0, math.inf, torch.where(alpha == 0, -math.inf, lam))
+    return [Node(*each) for each in zip(times.unbind(), alpha.unbind(), sigma.unbind(), lam.unbind(), strict=True)]
 
 
 class Known(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, HastenError, nearest
+from hasten.errors import BadInput, HastenError, check_numbers, nearest
 from hasten.samplers._phi import Known, ddim, node
 from hasten.sampling import Query
 from hasten.schedules import Schedule, VPLinear
@@ -60,6 +60,7 @@ class AdaptiveSDE:
     safety: float = 0.9
     power: float = 0.9
     linear: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
     order: ClassVar[int] = 1
     why: ClassVar[str] = "the length of its next step follows the error of the last one, for each sample"
 
@@ -70,6 +71,7 @@ class AdaptiveSDE:
             raise BadInput(f"{self}: first_step, safety and power must lie in (0, 1]")
         if self.retry not in ("bridge", "redraw"):
             raise BadInput(f"AdaptiveSDE(retry={self.retry!r}): {nearest(str(self.retry), ['bridge', 'redraw'])}")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> None:
         return None

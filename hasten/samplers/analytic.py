@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Node, node, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -69,6 +69,7 @@ class AnalyticDPM:
                 raise BadInput(f"AnalyticDPM({name}={getattr(self, name)!r}): {nearest(getattr(self, name), choices)}")
         if not self.half_range > 0 or (self.pixels is not None and not self.pixels >= 0):
             raise BadInput(f"AnalyticDPM needs half_range > 0 and pixels >= 0, found {self.half_range}, {self.pixels}")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return steps
@@ -154,6 +155,11 @@ def missing(name: str) -> str:
 @functools.lru_cache(maxsize=32)
 def curve(known: Pairs, schedule: Schedule, moments: str = "gamma") -> Curve:
     """C as a function of lam from a table of (times, Gam) or, for "mse", of (times, C)."""
+    with torch.inference_mode(False):  # what is kept may be used under autograd later
+        return _curve(known, schedule, moments)
+
+
+def _curve(known: Pairs, schedule: Schedule, moments: str) -> Curve:
     t, value = (torch.tensor(column, dtype=torch.float64) for column in known)
     if t.shape != value.shape or len(t) < 2:
         raise BadInput(f"a table of moments needs two or more times with a value each, found {len(t)} and {len(value)}")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput
+from hasten.errors import BadInput, check_numbers
 from hasten.samplers._phi import Known, ddim, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -34,6 +34,7 @@ class DDIM:
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise BadInput(f"DDIM(eta={self.eta}): eta must lie in [0, 1]")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return steps

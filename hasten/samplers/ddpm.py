@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -38,6 +38,7 @@ class DDPM:
     def __post_init__(self) -> None:
         if self.variance not in ("small", "large"):
             raise BadInput(f"DDPM(variance={self.variance!r}): {nearest(str(self.variance), ['small', 'large'])}")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return steps

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Known, Node, advance, ddim, nodes, usable
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -43,6 +43,7 @@ class DEIS:
             raise BadInput(f"DEIS(order={self.order}): order must be 1, 2, 3 or 4")
         if self.variable not in ("t", "rho", "log_rho"):
             raise BadInput(f"DEIS(variable={self.variable!r}): {nearest(str(self.variable), ['t', 'rho', 'log_rho'])}")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return steps
@@ -95,7 +96,8 @@ class DEIS:
 @cache
 def _gauss(n: int) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre points and weights on [0, 1], from the eigenvalues of the Jacobi matrix (Golub, Welsch 1969)."""
-    k = torch.arange(1, n, dtype=torch.float64)
-    off = k / torch.sqrt(4 * k**2 - 1)
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return (values + 1) / 2, vectors[0] ** 2
+    with torch.inference_mode(False):  # what is kept may be used under autograd later
+        k = torch.arange(1, n, dtype=torch.float64)
+        off = k / torch.sqrt(4 * k**2 - 1)
+        values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+        return (values + 1) / 2, vectors[0] ** 2

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Known, Node, advance, nodes, usable
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -64,6 +64,7 @@ class DPMSolver:
                 )
         if self.sde and not self.multistep:
             raise BadInput("DPMSolver(sde=True, multistep=False): the stochastic form is multistep; use multistep=True")
+        check_numbers(self)
 
     @property
     def convergence(self) -> int:

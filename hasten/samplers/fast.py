@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Known, ddim, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
-from hasten.times import LARGEST_Q, check_times
+from hasten.times import check_times, levels
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class FastDPM:
                                               eta_i = eta_1 (1 + i w)^2      schedule="quadratic",
 
     eta_1 from the last positive level, w by bisection so that abar_S is that of the first, and the network is asked at
-    the times at which abar = alpha^2 / (alpha^2 + sigma^2) has these values. Pure noise counts as q = 150 there, as
-    in the grids; that query itself stays at its time. Raises BadInput where no w in the allowed range fits. A grid that
-    does not end at 0 is part of a chain only, and is taken as it is.
+    the times at which abar = alpha^2 / (alpha^2 + sigma^2) has these values. Pure noise, and what the grids clip,
+    counts as q = 150 there, as in the grids; that query itself stays at its time. Raises BadInput where no w in the
+    allowed range fits. A grid that does not end at 0 is part of a chain only, and is taken as it is.
 
     Order 1 in the largest step in lam, which "var" refines only as far as eta_1 lets it: near the clean end its levels
     lie a factor apart that more steps do not change. NFE = steps. Reference: Kong, Ping 2021, 2106.00132.
@@ -54,6 +54,7 @@ class FastDPM:
                 raise BadInput(f"FastDPM({name}={getattr(self, name)!r}): {nearest(getattr(self, name), choices)}")
         if not 0 <= self.kappa <= 1:
             raise BadInput(f"FastDPM(kappa={self.kappa}): kappa must lie in [0, 1]")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return steps
@@ -69,21 +70,33 @@ class FastDPM:
                 continue
             decay = (r.alpha * s.sigma) / (s.alpha * r.sigma)  # e^{-h}, 0 from pure noise
             V = (self.kappa * s.sigma) ** 2 * (1 - decay) * (1 + decay)
-            keep = torch.sqrt(s.sigma**2 - V) / r.sigma
+            rest = decay if self.kappa == 1 else torch.sqrt(1 - self.kappa**2 * (1 - decay) * (1 + decay))
+            keep = s.sigma * rest / r.sigma
             z = keep * z + (s.alpha - keep * r.alpha) * known.x0 + torch.sqrt(V) * noise()
         return z
 
 
 def var_times(schedule: Schedule, times: Tensor, family: str = "quadratic") -> Tensor:
     """The times of the VAR chain with as many steps, the same first and last positive level as `times` (S + 1,); a grid
-    that does not end at 0 is returned as it is."""
+    that does not end at 0 is returned as it is. Differentiable in both of these times."""
     check_times(times)
     S = len(times) - 1
     if times[-1].item() != 0 or S < 3:  # part of a chain; or both levels are given and nothing is left to choose
         return times
-    lam = schedule.lam(times[[0, S - 1]].detach())
-    lam = torch.where(torch.isinf(lam), -math.log(LARGEST_Q), lam)
-    betas = short_chain(S, float(torch.sigmoid(-2 * lam[1])), float(torch.sigmoid(2 * lam[0])), family)
+    high, _ = levels(schedule, float(times[0].detach()), float(times[S - 1].detach()))
+    clipped = high != float(schedule.q(times[0].detach()))
+    lam0 = torch.tensor(-math.log(high), dtype=torch.float64) if clipped else schedule.lam(times[0])
+    eta, abar = torch.sigmoid(-2 * schedule.lam(times[S - 1])), torch.sigmoid(2 * lam0)
+    if times.requires_grad:
+        w = torch.tensor(slope(S, eta.item(), abar.item(), family), dtype=torch.float64)
+        with torch.enable_grad():  # w is a root: one Newton step has its derivatives
+            left = torch.log1p(-betas_of(S, eta, w.requires_grad_(), family)).sum()
+            (rate,) = torch.autograd.grad(left, w, retain_graph=True)
+        w = w.detach()
+        w = w - (torch.log1p(-betas_of(S, eta, w, family)).sum() - torch.log(abar)) / rate
+        betas = betas_of(S, eta, w, family)
+    else:
+        betas = short_chain(S, eta.item(), abar.item(), family)
     log_abar = torch.cumsum(torch.log1p(-betas), 0)
     # lam of abar: log(abar / (1 - abar)) / 2, noisiest first; the ends are the given times themselves
     inner = 0.5 * (log_abar - torch.log(-torch.expm1(log_abar)))
@@ -91,21 +104,28 @@ def var_times(schedule: Schedule, times: Tensor, family: str = "quadratic") -> T
     return torch.cat([times[:1].double(), found, times[-2:].double()])
 
 
-@functools.lru_cache(maxsize=64)
+def betas_of(S: int, first: Tensor | float, w: Tensor | float, family: str) -> Tensor:
+    """eta_1 .. eta_S (S,) of a family from eta_1 and w."""
+    i = torch.arange(S, dtype=torch.float64)
+    return first + i * w if family == "linear" else first * (1 + i * w) ** 2
+
+
 def short_chain(S: int, first: float, abar: float, family: str = "quadratic") -> Tensor:
     """Betas eta_1 .. eta_S (S,) of a family with eta_1 = `first` and prod(1 - eta) = `abar`, by bisection on w.
 
     Raises BadInput where even w = 0 loses more than `abar`, or where a beta would have to reach 1.
     """
+    return betas_of(S, first, slope(S, first, abar, family), family)
+
+
+@functools.lru_cache(maxsize=64)
+def slope(S: int, first: float, abar: float, family: str) -> float:
+    """w of `short_chain`."""
     if S < 2 or not (0 < first < 1 and 0 < abar < 1 - first):
         raise BadInput(f"a chain needs S >= 2 and 0 < eta_1 < 1 - abar < 1, found S={S}, {first:g}, {1 - abar:g}")
 
-    def betas(w: float) -> Tensor:
-        i = torch.arange(S, dtype=torch.float64)
-        return first + i * w if family == "linear" else first * (1 + i * w) ** 2
-
     def left(w: float) -> float:
-        return float(torch.log1p(-betas(w)).sum())
+        return float(torch.log1p(-betas_of(S, first, w, family)).sum())
 
     low, high = 0.0, (1 - first if family == "linear" else 1 / math.sqrt(first) - 1) / (S - 1)
     if left(low) <= math.log(abar):
@@ -118,7 +138,7 @@ def short_chain(S: int, first: float, abar: float, family: str = "quadratic") ->
         if not low < middle < high:
             break
         low, high = (middle, high) if left(middle) > math.log(abar) else (low, middle)
-    return betas(low)
+    return low
 
 
 def log_bijection(t: Tensor, first: float, last: float, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput
+from hasten.errors import BadInput, check_numbers
 from hasten.samplers._phi import Known, Node, ddim, from_pure, node, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -42,6 +42,7 @@ class Heun:
     def __post_init__(self) -> None:
         if self.churn < 0 or not 0 <= self.churn_min <= self.churn_max or self.churn_noise < 0:
             raise BadInput(f"{self}: churn and churn_noise must not be negative, and 0 <= churn_min <= churn_max")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return 2 * steps - 1

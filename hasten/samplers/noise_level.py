@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.predictions import spread
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -68,6 +68,7 @@ class NoiseLevel:
             raise BadInput(f"noise_level: beta={self.beta} must lie in (0, .1): it is the last, smallest step")
         if any(k < 1 for k in self.updates or ()):
             raise BadInput(f"noise_level: updates={self.updates}: steps are counted from 1; () is none, none is all")
+        check_numbers(self)
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> NoiseLevel:
         """With the model's part "noise_level"; BadInput without it, unless `updates` is ()."""

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
-from hasten.plan import plan
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers.ddim import DDIM
 from hasten.samplers.ddpm import DDPM
-from hasten.sampling import Query
+from hasten.sampling import Query, compiled
 from hasten.schedules import Schedule
 
 
@@ -73,6 +72,7 @@ class Picard:
         for name in ("tolerance", "data_std"):
             if not getattr(self, name) >= 0:
                 raise BadInput(f"Picard({name}={getattr(self, name)}): must not be negative")
+        check_numbers(self)
 
     @property
     def sampler(self) -> Any:
@@ -83,7 +83,7 @@ class Picard:
         return None
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        table = plan(self.sampler, schedule, times.detach())
+        table = compiled(self.sampler, schedule, times.detach())
         N, B = table.nfe, len(x)
         W = min(self.window or N, N)
         a, b = table.a, torch.diagonal(table.B)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Known, ddim, from_pure, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -42,6 +42,7 @@ class PLMS:
             raise BadInput(f"PLMS(order={self.order}): order must be 1, 2, 3 or 4")
         if self.start not in ("heun", "ramp"):
             raise BadInput(f"PLMS(start={self.start!r}): {nearest(str(self.start), ['heun', 'ramp'])}")
+        check_numbers(self)
 
     @property
     def convergence(self) -> int:

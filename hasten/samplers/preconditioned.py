@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.basis import Basis
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Node, node, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -118,6 +118,7 @@ class Preconditioned:
     top: float | None = field(default=None, repr=False, metadata={"bound": True})
     local: LocalVariance | None = field(default=None, repr=False, metadata={"bound": True})
     linear: ClassVar[bool] = True
+    infinite: ClassVar[tuple[str, ...]] = ("kappa",)
     needs: ClassVar[str] = "the mean and the spectrum of the data"
 
     def __post_init__(self) -> None:
@@ -132,6 +133,7 @@ class Preconditioned:
                 raise BadInput(f"Preconditioned({name}={found!r}): {nearest(str(found), choices)}")
         if self.local is not None and (self.basis is None or self.local.values.shape[1] != self.basis.groups):
             raise BadInput("Preconditioned: local variances belong to a basis, one for each of its groups")
+        check_numbers(self)
 
     @property
     def convergence(self) -> int:
@@ -307,11 +309,11 @@ def local_variance(
         error, rest = (torch.zeros(basis.mean.shape, dtype=torch.float64) for _ in range(2))
         for part in torch.arange(len(images)).split(batch):
             x = images[part]
-            y = x + float(q) * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            y = x + float(q) * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
             with torch.no_grad():
                 x0 = denoiser(y * float(schedule.alpha(t)), t, **({} if label is None else {"label": label[part]}))
-            error += basis.coordinates((x0 - x).double(), 0.0).square().sum(0)
-            rest += basis.coordinates((y - x0).double(), 0.0).square().sum(0)
+            error += basis.coordinates((x0 - x).cpu().double(), 0.0).square().sum(0)
+            rest += basis.coordinates((y - x0).cpu().double(), 0.0).square().sum(0)
         rows.append(q**2 * error / rest)
     return torch.stack(rows)
 
@@ -337,7 +339,8 @@ def _by_group(basis: Basis, table: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _gauss_legendre() -> tuple[Tensor, Tensor]:
     """Nodes and weights on [0, 1], by the eigenvalues of the Jacobi matrix (Golub, Welsch 1969)."""
-    k = torch.arange(1, QUADRATURE, dtype=torch.float64)
-    off = k / torch.sqrt(4 * k**2 - 1)
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return (values + 1) / 2, vectors[0] ** 2
+    with torch.inference_mode(False):  # what is kept may be used under autograd later
+        k = torch.arange(1, QUADRATURE, dtype=torch.float64)
+        off = k / torch.sqrt(4 * k**2 - 1)
+        values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+        return (values + 1) / 2, vectors[0] ** 2

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Node, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -68,6 +68,7 @@ class PredictorCorrector:
             )
         if self.corrections < 0 or not self.snr > 0:
             raise BadInput(f"{self}: corrections must not be negative, and snr must be positive")
+        check_numbers(self)
 
     @property
     def linear(self) -> bool:
@@ -114,12 +115,14 @@ class PredictorCorrector:
 
 
 def _rates(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """f = (log alpha)' and g^2 = -2 sigma^2 lam' at a time inside the schedule, by differentiating its curves."""
+    """f = (log alpha)' and g^2 = -2 sigma^2 lam' at a time inside the schedule, by differentiating its curves; both are
+    differentiable in `t` where it requires a gradient."""
     with torch.inference_mode(False), torch.enable_grad():
-        at = torch.tensor(float(t), dtype=torch.float64, requires_grad=True)
+        tracked = t.requires_grad
+        at = t if tracked else torch.tensor(float(t), dtype=torch.float64, requires_grad=True)
         log_alpha, lam = torch.log(schedule.alpha(at)), schedule.lam(at)
         slopes = [
-            torch.autograd.grad(curve, at, allow_unused=True)[0] if curve.requires_grad else None
+            torch.autograd.grad(curve, at, create_graph=tracked, allow_unused=True)[0] if curve.requires_grad else None
             for curve in (log_alpha, lam)
         ]
     f, rate = (torch.zeros_like(t) if slope is None else slope for slope in slopes)

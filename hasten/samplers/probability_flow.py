@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, HastenError, nearest
+from hasten.errors import BadInput, HastenError, check_numbers, nearest
 from hasten.samplers.adaptive import span
 from hasten.schedules import Schedule
 
@@ -54,6 +54,7 @@ class ProbabilityFlow:
     method: str = "RK45"
     limit: int = 1000
     linear: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
     why: ClassVar[str] = "the length of its next step follows the error of the last one, for each sample"
 
     def __post_init__(self) -> None:
@@ -61,6 +62,7 @@ class ProbabilityFlow:
             raise BadInput(f"ProbabilityFlow(method={self.method!r}): {nearest(str(self.method), METHODS)}")
         if not (1e-13 <= self.rtol < 1 and 0 < self.atol < 1 and self.limit > 0):
             raise BadInput(f"{self}: needs 1e-13 <= rtol < 1, 0 < atol < 1 and limit > 0")
+        check_numbers(self)
 
     @property
     def order(self) -> int:

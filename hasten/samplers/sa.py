@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput
+from hasten.errors import BadInput, check_numbers
 from hasten.samplers._phi import Known, Node, g, node, nodes, solve, usable
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -65,6 +65,7 @@ class SASolver:
         if not 0 <= self.tau_low < self.tau_high <= 1:
             found = f"SASolver(tau_low={self.tau_low}, tau_high={self.tau_high})"
             raise BadInput(f"{found}: needs 0 <= tau_low < tau_high <= 1")
+        check_numbers(self)
 
     @property
     def convergence(self) -> int:

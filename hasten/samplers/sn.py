@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Wrapper
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.predictions import spread
 from hasten.samplers._phi import Node, node, nodes
 from hasten.samplers.analytic import FAR, output_bound, weights
@@ -50,6 +50,7 @@ class SNDPM:
             raise BadInput(f"SNDPM(form={self.form!r}): {nearest(str(self.form), ('ddpm', 'ddim'))}")
         if not self.half_range > 0 or (self.pixels is not None and not self.pixels >= 0):
             raise BadInput(f"SNDPM needs half_range > 0 and pixels >= 0, found {self.half_range}, {self.pixels}")
+        check_numbers(self)
 
     def nfe(self, steps: int) -> int:
         return steps

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.samplers._phi import Known, advance, from_pure, nodes, usable
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -50,6 +50,7 @@ class UniPC:
         for name, choices in (("variant", ("bh1", "bh2")), ("predict", ("x0", "eps"))):
             if getattr(self, name) not in choices:
                 raise BadInput(f"UniPC({name}={getattr(self, name)!r}): {nearest(str(getattr(self, name)), choices)}")
+        check_numbers(self)
 
     @property
     def convergence(self) -> int:

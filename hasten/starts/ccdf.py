@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..denoiser import Wrapper
-from ..errors import BadInput, HastenError
+from ..errors import BadInput, HastenError, check_numbers
+from ..predictions import spread
 from ..sampling import Noise
 from ..schedules import Schedule
 
@@ -60,6 +61,7 @@ class CCDF:
             raise BadInput(f"ccdf: task is super_resolution, inpainting or restoration, found {self.task!r}")
         if self.task == "super_resolution" and self.factor < 2:
             raise BadInput(f"ccdf: super_resolution needs a factor of at least 2, found {self.factor}")
+        check_numbers(self)
 
     def begin(self, denoiser: nn.Module, noise: Noise, t: Tensor, images: Tensor | None = None, **cond: Any) -> Tensor:
         """x_t (B, *S) at time t. images: (B, C, H, W) in [-1, 1], or (B, C, H / factor, W / factor)."""
@@ -105,25 +107,60 @@ class CCDF:
 
 
 class Consistent(Wrapper):
-    """`x0 <- x0 + up(y - down(x0))`, y (B, C, h, w); with factor 1, `x0 <- y` where y is not NaN."""
+    """`x0 <- x0 + up(y - down(x0))`, y (B, C, h, w); with factor 1, `x0 <- y` where y is not NaN.
+
+    Asked about some samples only, it is told which: `rows` (R,), whole numbers.
+    """
+
+    takes_rows: ClassVar[bool] = True
 
     def __init__(self, denoiser: nn.Module, y: Tensor, factor: int) -> None:
         super().__init__(denoiser)
         self.register_buffer("y", y, persistent=False)
         self.factor = factor
 
-    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor | float, *, rows: Tensor | None = None, **cond: Any) -> Tensor:
         x0 = self.denoiser(x_t, t, **cond)
+        return self._consistent(x0, self._known(x0, rows))
+
+    def moments(
+        self, x_t: Tensor, t: Tensor | float, *, rows: Tensor | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor]:
+        """x0 (B, *S) made consistent and E[eps^2 | x_t] (B, *S) around it.
+
+        What is known has no variance; the mean over a square of n = factor^2 pixels neither, which leaves a pixel of
+        variance C_i the variance (1 - 2 / n) C_i + mean(C) / n where the pixels are independent.
+        """
+        x0, second = self.denoiser.moments(x_t, t, **cond)  # type: ignore[operator]
+        y = self._known(x0, rows)
+        made = self._consistent(x0, y)
+        before, after = (self._eps(x_t, t, x0.to(second)), self._eps(x_t, t, made.to(second)))
+        variance = (second - before**2).clamp(min=0)
+        if self.factor == 1:
+            variance = torch.where(y.isnan().to(variance.device), variance, 0.0)
+        else:
+            n = self.factor**2
+            variance = (1 - 2 / n) * variance + up(down(variance, self.factor), self.factor) / n
+        return made, after**2 + variance
+
+    def _eps(self, x_t: Tensor, t: Tensor | float, x0: Tensor) -> Tensor:
+        schedule: Schedule = self.denoiser.schedule  # type: ignore[assignment]
+        return (x_t.to(x0) - spread(schedule.alpha(t), x0) * x0) / spread(schedule.sigma(t), x0)
+
+    def _known(self, x0: Tensor, rows: Tensor | None) -> Tensor:
+        """y of the samples that x0 is of."""
+        if rows is not None:
+            return self.y.to(x0)[rows.to(x0.device)]
         many, rest = divmod(len(x0), len(self.y))
         if rest or not many:
             raise HastenError(
                 f"this sampler asks about {len(x0)} of {len(self.y)} samples, and consistency cannot know which: "
                 "use one that asks about all"
             )
-        y = self.y.to(x0).repeat(many, *[1] * (x0.ndim - 1))
-        if self.factor == 1:
-            return torch.where(y.isnan(), x0, y)
-        return x0 + up(y - down(x0, self.factor), self.factor)
+        return self.y.to(x0).repeat(many, *[1] * (x0.ndim - 1))
+
+    def _consistent(self, x0: Tensor, y: Tensor) -> Tensor:
+        return torch.where(y.isnan(), x0, y) if self.factor == 1 else x0 + up(y - down(x0, self.factor), self.factor)
 
 
 def down(x: Tensor, factor: int) -> Tensor:

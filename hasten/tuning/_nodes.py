@@ -13,11 +13,9 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..schedules import Schedule
-from ..times import LARGEST_Q, TimeGrid
+from ..times import FAR_Q, LARGEST_Q, TimeGrid
 
 __all__ = ["Enough", "Nodes"]
-
-FAR_Q = 10 * LARGEST_Q  # noise beyond this says nothing of the image: it counts as `LARGEST_Q`
 
 
 class Enough(Exception):

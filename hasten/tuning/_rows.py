@@ -181,7 +181,7 @@ def grams(answers: list[Any]) -> list[Tensor]:
     found = []
     for k in range(len(answers)):
         off = stacked[:k] - stacked[k]
-        found.append((off @ off.T).double() / stacked.shape[1])
+        found.append((off @ off.T).cpu().double() / stacked.shape[1])
     return found
 
 

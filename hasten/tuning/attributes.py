@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_numbers, nearest
 from ..nets.attributes import Attributes, pooled
 from ..predictions import spread
 from ..sampling import draw
@@ -79,6 +79,7 @@ class AttributePredictor:
                 f"attributes needs knots, views, steps >= 1 and decay >= 0, found {self.knots}, {self.views}, "
                 f"{self.steps}, {self.decay:g}"
             )
+        check_numbers(self)
 
     @torch.no_grad()
     def tune(self, task: Task) -> Tuned:
@@ -110,6 +111,7 @@ class AttributePredictor:
             asked = torch.full((n,), null)
         if task.images is not None:
             images, labels = task.images(n)
+            images, labels = images.cpu(), None if labels is None else labels.cpu()
             if self.conditional and asked is not None:
                 asked = self._classified(images) if labels is None else labels
             return images, labels, asked

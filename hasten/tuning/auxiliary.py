@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput
+from ..errors import BadInput, check_numbers
 from ..nets.density import MixtureDensity
 from ..predictions import spread
 from ..schedules import Schedule
@@ -59,6 +59,7 @@ class AuxiliaryDensity:
             raise BadInput(f"auxiliary needs levels > 0, found {self.levels} and level={self.level}")
         if self.rank < 1 or self.components < 1 or self.iterations < 1:
             raise BadInput("auxiliary needs rank, components and iterations of at least 1")
+        check_numbers(self)
 
     def tune(self, task: Task) -> Tuned:
         """Raises BadInput without images, and for levels that the schedule does not have."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.plan import plan
 from hasten.samplers.analytic import curve, pairs
 from hasten.schedules import Schedule
@@ -108,6 +108,7 @@ class DynamicProgramming:
             raise BadInput(
                 f"dynamic_programming needs candidates >= 2, levels >= 2 or 0, images >= 16, points >= 2, found {self}"
             )
+        check_numbers(self)
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> DynamicProgramming:
         """With the model's squared errors, where they were measured; else as it is, to measure them."""

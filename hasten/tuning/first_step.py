@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput
+from ..errors import BadInput, check_numbers
 from ..nets.first_step import FirstStepNet
+from ..noise import global_seed
 from ._task import Task, Tuned
 
 __all__ = ["FirstStep"]
@@ -60,6 +61,7 @@ class FirstStep:
             raise BadInput(f"first_step: label_drop is a share in [0, 1], found {self.label_drop}")
         if not self.table and not self.widths:
             raise BadInput("first_step without a table needs widths, such as widths=(32,64)")
+        check_numbers(self)
 
     def tune(self, task: Task) -> Tuned:
         """Raises BadInput without images, or for images that the U-Net does not take."""
@@ -73,9 +75,9 @@ class FirstStep:
         known = classes and label is not None
         label = label.cpu() if known and label is not None else torch.full((len(x),), classes, dtype=torch.long)
         x, held = x.float().cpu(), max(len(x) // 10, 1)
-        torch.manual_seed(task.seed)
         try:
-            net = FirstStepNet(task.shape, classes, self.widths, self.blocks, self.patch if self.widths else 1)
+            with global_seed(task.seed):
+                net = FirstStepNet(task.shape, classes, self.widths, self.blocks, self.patch if self.widths else 1)
         except ValueError as e:
             raise BadInput(f"first_step: {e}") from e
         means = class_means(x[:-held], label[:-held], classes)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, check_numbers, nearest
 from hasten.plan import Plan, plan
 from hasten.times import TimeGrid, UniformLambda
 
@@ -97,6 +97,7 @@ class FittedPlan:
             raise BadInput(f"fitted_plan(finish={self.finish}): the weight must be positive")
         if self.answers is not None and self.answers < 1:
             raise BadInput(f"fitted_plan(answers={self.answers}): a row needs at least 1")
+        check_numbers(self)
 
     def tune(self, task: Task) -> Tuned:
         """The fitted plan, and the errors before and after: root mean squared distances per entry."""

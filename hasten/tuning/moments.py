@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Wrapper
-from hasten.errors import BadInput
+from hasten.errors import BadInput, check_numbers
 from hasten.schedules import Schedule
 from hasten.times import UniformLambda
 from hasten.tuning._task import Task, Tuned
@@ -57,6 +57,7 @@ class Moments:
             raise BadInput(f"moments needs times >= 2, images >= 16 and batch >= 1, found {self}")
         if self.precision not in ("fp32", "bf16", "mixed"):
             raise BadInput(f"moments: precision must be fp32, bf16 or mixed, found {self.precision!r}")
+        check_numbers(self)
 
     @torch.no_grad()
     def tune(self, task: Task) -> Tuned:

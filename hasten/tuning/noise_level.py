@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hasten.errors import BadInput
+from hasten.errors import BadInput, check_numbers
 from hasten.nets.noise_level import NoiseLevelNet
+from hasten.noise import global_seed
 from hasten.tuning._task import Task, Tuned
 
 __all__ = ["NoiseLevel"]
@@ -51,6 +52,7 @@ class NoiseLevel:
     def __post_init__(self) -> None:
         if not self.minutes > 0 or self.steps < 1 or self.batch_size < 1 or not self.lr > 0 or self.width < 1:
             raise BadInput(f"noise_level needs minutes, steps, batch_size, lr and width above 0, found {self}")
+        check_numbers(self)
 
     def tune(self, task: Task) -> Tuned:
         """Raises BadInput without images, or for samples that are no images (C, H, W)."""
@@ -62,8 +64,9 @@ class NoiseLevel:
         if len(x) < 10:
             raise BadInput(f"noise_level needs at least 10 images, found {len(x)}")
         x, held = x[: -max(len(x) // 10, 1)], x[-max(len(x) // 10, 1) :]
-        torch.manual_seed(task.seed)
-        net, steps = self._train(NoiseLevelNet(task.shape[0], self.width).to(task.device), x, task)
+        with global_seed(task.seed):
+            net = NoiseLevelNet(task.shape[0], self.width).to(task.device)
+        net, steps = self._train(net, x, task)
         figures: dict[str, Any] = {
             "images": len(x),
             "steps": steps,

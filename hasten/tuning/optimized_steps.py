@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import BadInput, check_numbers
 from ..plan import Plan, plan
 from ..samplers import DPMSolver, UniPC
 from ..sampling import spell, walk
@@ -103,6 +103,7 @@ class OptimizedSteps:
             self.fine, self.iterations, self.patience, self.searches, self.chunk
         ) < 1:
             raise BadInput(f"{self}: std must be positive, fine, iterations, patience, searches and chunk at least 1")
+        check_numbers(self)
 
     def tune(self, task: Task) -> Tuned:
         """The plan of `task.sampler` on the best times found between `task.times[0]` and `task.times[-1]`.

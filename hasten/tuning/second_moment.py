@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput
+from hasten.errors import BadInput, check_numbers
 from hasten.nets.second_moment import SecondMoment as Net
+from hasten.noise import global_seed
 from hasten.predictions import spread
 from hasten.times import LARGEST_Q
 from hasten.tuning._task import Task, Tuned
@@ -58,6 +59,7 @@ class SecondMoment:
             raise BadInput(f"second_moment needs steps, batch >= 1, rate > 0 and images >= 32, found {self}")
         if self.minutes is not None and not self.minutes > 0:
             raise BadInput(f"second_moment: minutes must be more than 0, found {self.minutes}")
+        check_numbers(self)
 
     def tune(self, task: Task) -> Tuned:
         if task.images is None:
@@ -67,8 +69,7 @@ class SecondMoment:
         x, labels = task.images(max(task.n or self.images, 32))
         labels = None if task.labels(1) is None else labels
         held = min(512, len(x) // 8)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(task.seed)
+        with global_seed(task.seed):
             net = Net(task.shape[0], self.width, self.blocks, self.patch, float(x.std())).to(task.device)
         generator = torch.Generator().manual_seed(task.seed)
         optimiser = torch.optim.AdamW(net.parameters(), lr=self.rate, weight_decay=0.01)
