@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .decode import SUFFIXES, Header, Unreadable, decode, header, readable
+from .decode import SUFFIXES, Header, Unreadable, alpha, decode, header, readable
 from .labels import find_labels
 from .names import natural
 from .notes import listed, note
@@ -62,8 +63,10 @@ def open_tree(
         lower = Counter(name.casefold() for name in classes)
         if alike := [name for name in classes if lower[name.casefold()] > 1]:
             notes.append(f"these classes differ in capitals alone: {listed(alike)}")
-    details = {"origin": origin, "skipped": f"{len(skipped):,} files skipped: {kinds(skipped)}" if skipped else "",
-               "notes": tuple(notes)}  # fmt: skip
+    details: dict[str, Any] = {
+        "origin": origin, "skipped": f"{len(skipped):,} files skipped: {kinds(skipped)}" if skipped else "",
+        "notes": tuple(notes), "alpha": lambda k: alpha(tree, names[k]),
+    }  # fmt: skip
 
     def attempt(k: int) -> Tensor | Unreadable:
         try:

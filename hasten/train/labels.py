@@ -54,7 +54,7 @@ def find_labels(
     if missing:
         raise BadInput(f"{where}: {len(names)} images but no label for {len(missing)} of them, such as {missing[0]}")
     if folders is not None and column is None:
-        notes += label_files.check_against_folders(where, labels, folders)
+        notes += check_against_folders(where, labels, folders)
     origin = " and ".join(one.place for one in giving)
     return {name: labels[name] for name in names}, origin, {one.place for one in read}, notes
 

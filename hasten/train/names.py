@@ -17,7 +17,7 @@ from .notes import listed
 if TYPE_CHECKING:
     from .sources import Data
 
-__all__ = ["class_index", "index_map", "label_indices", "match_labels", "natural", "normal", "split_labels"]
+__all__ = ["class_index", "class_of", "index_map", "label_indices", "match_labels", "natural", "normal", "split_labels"]
 
 
 def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
@@ -81,7 +81,7 @@ def class_index(label: Any, classes: Sequence[str], null_label: int | None, owne
                 raise TypeError
             text = str(operator.index(label))
         except TypeError:
-            raise BadInput(f"a label of {owner} is a class name or an index, got {label!r}") from None
+            raise BadInput(f"unknown label {label!r} for {owner}: it is neither a class name nor an integer") from None
     found = find(text, names)
     if found is not None:
         return found
@@ -94,7 +94,7 @@ def class_index(label: Any, classes: Sequence[str], null_label: int | None, owne
     if isinstance(label, str) and not is_number(text):
         raise BadInput(f"unknown label {label!r} for {owner}: {nearest(label, names)}")
     choices = names if any(map(is_number, names)) else [f"{k} {name}" for k, name in enumerate(names)]
-    raise BadInput(f"unknown label {label!r} for {owner}: choices: {listed(choices, 20)}")
+    raise BadInput(f"unknown label {text} for {owner}: choices: {listed(choices, 20)}")
 
 
 def label_indices(n: int, label: Any, classes: Sequence[str], null_label: int | None, owner: str) -> Tensor:
@@ -165,6 +165,15 @@ def index_map(names: Sequence[str], classes: Sequence[str], source: str, owner: 
     if len(set(found)) < len(found):
         raise BadInput(f"{source}: two of its classes, {listed(names)}, are one class of {owner}: {listed(classes)}")
     return [k for k in found if k is not None]
+
+
+def class_of(index: int, classes: Sequence[str], names: Sequence[str]) -> int | None:
+    """The class among `names` that is class `index` of `classes`: by name, or by index where all `names` are numbers
+    and none of `classes` is."""
+    found = find(classes[index], names)
+    if found is None and all(map(is_number, names)) and not any(map(is_number, classes)):
+        found = find(str(index), names)
+    return found
 
 
 def match_labels(data: Data, classes: Sequence[str] | None, owner: str, required: bool = True) -> Data:

@@ -34,6 +34,7 @@ class Data:
     source: where it came from, for messages. lazy: images are decoded when they are asked for.
     origin: where the labels came from. skipped: which files were passed over. notes: what else is there and not used,
     or was taken in one of several senses. `found` puts them in words.
+    alpha: index -> the opacity of an image, uint8 (H, W), or None where it has none; for image files alone.
     """
 
     size: int
@@ -46,6 +47,7 @@ class Data:
     origin: str = ""
     skipped: str = ""
     notes: tuple[str, ...] = ()
+    alpha: Callable[[int], Tensor | None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.size < 1:
