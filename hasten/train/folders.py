@@ -16,7 +16,7 @@ from ..errors import BadInput
 from .decode import SUFFIXES, Header, Unreadable, alpha, decode, header, readable
 from .labels import find_labels
 from .names import natural
-from .notes import listed, note
+from .notes import counted, listed, note
 from .sources import MEMORY, Data
 from .tree import Tree, file_tree, folder_tree, zip_tree
 
@@ -54,17 +54,19 @@ def open_tree(
     c, h, w = shape
     notes = [*tree.notes, *notes, *more]
     if pages := [name for name, one in zip(names, headers, strict=True) if one.pages]:
-        notes.append(f"{len(pages):,} files hold several pages or frames, such as {pages[0]}: the first is used")
+        notes.append(f"several pages or frames in {counted(len(pages), 'file')}, such as {pages[0]}: the first is used")
     classes = None if labels is None else tuple(sorted(set(labels.values()), key=natural))
     targets = None
     if labels is not None and classes is not None:
+        if origin == "folders" and (odd := [n for n in classes if split_of(n) or n.lower() in BESIDE]):
+            notes.append(f"taken for classes: the folders {listed(odd)}; move them away if they are none")
         index = {name: k for k, name in enumerate(classes)}
         targets = torch.tensor([index[labels[name]] for name in names])
         lower = Counter(name.casefold() for name in classes)
         if alike := [name for name in classes if lower[name.casefold()] > 1]:
             notes.append(f"these classes differ in capitals alone: {listed(alike)}")
     details: dict[str, Any] = {
-        "origin": origin, "skipped": f"{len(skipped):,} files skipped: {kinds(skipped)}" if skipped else "",
+        "origin": origin, "skipped": f"{counted(len(skipped), 'file')} skipped: {kinds(skipped)}" if skipped else "",
         "notes": tuple(notes), "alpha": lambda k: alpha(tree, names[k]),
     }  # fmt: skip
 
@@ -153,7 +155,7 @@ def choose_split(tree: Tree, names: list[str], split: str | None) -> tuple[list[
     if unused := [top for top in tops if top not in chosen]:
         notes.append(f"the images of {', '.join(chosen)} are used; not those of {listed(unused)}")
     if loose:
-        notes.append(f"{len(loose):,} images beside the folders are not used, such as {loose[0]}")
+        notes.append(f"not used: {counted(len(loose), 'image')} beside the folders, such as {loose[0]}")
     places = [f"{prefix}{top}/" for top in chosen]
     return [(place, [name for name in names if name.startswith(place)]) for place in places], notes
 
@@ -167,8 +169,8 @@ def nested_splits(
     if "train" in kinds and len(kinds) > 1 and None not in kinds and split is not None:
         chosen = [name for name in names if split_of(inner[name][0]) == split]
         if chosen:
-            return [(prefix, chosen)], [f"the class folders hold splits: {split} is used, {len(names) - len(chosen):,} "
-                                        "images of other splits are not"]  # fmt: skip
+            rest = counted(len(names) - len(chosen), "image")
+            return [(prefix, chosen)], [f"the class folders hold splits: {split} is used, not {rest} of others"]
     if split in (None, "train"):
         return [(prefix, names)], []
     raise BadInput(f"{tree.root} has no split {split!r}: it has no split folders")

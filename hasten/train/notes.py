@@ -22,3 +22,8 @@ def listed(names: object, most: int = 8) -> str:
     every = [str(name) for name in names]  # type: ignore[attr-defined]
     rest = len(every) - most
     return ", ".join(every) if rest <= 0 else f"{', '.join(every[:most])} and {rest:,} more"
+
+
+def counted(n: int, what: str) -> str:
+    """`1 file`, `2,000 files`."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .notes import listed
+from .notes import counted, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,7 +76,7 @@ class Data:
         """What the data hold, in a line: number, size and colour of the images, classes and where they are from."""
         channels, height, width = self.shape
         colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
-        line = f"{self.size:,} image{'s' if self.size > 1 else ''} {width} x {height} {colour}, "
+        line = f"{counted(self.size, 'image')} {width} x {height} {colour}, "
         if self.labels is None:
             line += "no labels"
         else:
