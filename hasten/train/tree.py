@@ -14,6 +14,7 @@ from typing import IO
 
 from ..errors import BadInput
 from .decode import SUFFIXES
+from .notes import counted
 
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$)|@eaDir(/|$))")
 
@@ -109,7 +110,7 @@ def zip_tree(path: Path) -> Tree:
                 f"{path}: {name} is compressed in a way that Python cannot read (method {info.compress_type}, {kind}): "
                 "unpack it and name the folder, or pack it again with deflate"
             )
-    notes = [f"{links} symbolic links in the zip are skipped"] if links else []
-    notes += [f"{repeated} names are in the zip twice: the last of each is used"] if repeated else []
+    notes = [f"skipped: {counted(links, 'symbolic link')} in the zip"] if links else []
+    notes += [f"in the zip twice, of which the last is used: {counted(repeated, 'name')}"] if repeated else []
     return Tree(str(path), tuple(sorted(members)), lambda name: archive.read(members[name]),
                 lambda name: archive.open(members[name]), tuple(notes))  # fmt: skip
