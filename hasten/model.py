@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .plan import Plan
 from .plan import plan as compile_plan
 from .sampling import Noise, Progress, Way, draw, part
 
-Label = int | str | Sequence[int | str] | Tensor | None
+Label: TypeAlias = int | str | Sequence[int | str] | Tensor | None
 RECOMMENDED = "recommended"
 KEPT = 4  # accelerated denoisers of a model
 

@@ -192,7 +192,8 @@ def text_of(tree: Tree, place: str) -> str:
 def resolve(tree: Tree, place: str) -> Callable[[str], str]:
     """A function from a file name as the labels spell it, relative to where they lie, to one of the tree."""
     base = place[: len(place) - len(PurePosixPath(place).name)]
-    known, stems = set(tree.names), {}
+    known = set(tree.names)
+    stems: dict[str, list[str]] = {}
     for name in tree.names:
         if name.lower().endswith(SUFFIXES):
             stems.setdefault(normal(str(PurePosixPath(name).with_suffix(""))), []).append(name)
@@ -215,7 +216,8 @@ def resolve(tree: Tree, place: str) -> Callable[[str], str]:
 
 def by_image(tree: Tree, place: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
     """Image -> class name, for files as the labels spell them."""
-    find, labels = resolve(tree, place), {}
+    find = resolve(tree, place)
+    labels: dict[str, str] = {}
     for file, label in pairs:
         name, label = find(file), normal(label)
         if labels.setdefault(name, label) != label:

@@ -45,7 +45,7 @@ def folder_tree(path: Path) -> Tree:
     def failed(error: OSError) -> None:
         raise BadInput(f"cannot read {error.filename}: {error.strerror}") from error
 
-    above = {str(path): (os.path.realpath(path),)}
+    above: dict[str, tuple[str, ...]] = {str(path): (os.path.realpath(path),)}
     for place, folders, files in os.walk(path, onerror=failed, followlinks=True):
         chain = above.pop(place)
         for name in [*folders]:
