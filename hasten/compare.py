@@ -258,7 +258,7 @@ class Run:
             drawn = self.many(job, n)
         labels, seen = model.labels(n), None
         if self.net is not None:
-            seen = judge_many(drawn, labels, self.net, self.known, range(first, first + n), self.ranks)
+            seen = judge_many(drawn, labels, self.net, self.known, range(first, first + n), self.ranks, model.classes)
         if not self.ranks.first:
             return None
         net = next((m for m in job.ready.denoiser.modules() if hasattr(type(m), "cold_seconds")), None)

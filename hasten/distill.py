@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .results import earlier, fingerprint, now
 from .sampling import spell as spelled
 from .train import open_data
 from .train.data import Batches, Data
+from .train.names import match_labels
 
 RUN = "run.json"
 LABELS = 1024  # drawn from where there are no real images
@@ -152,17 +153,10 @@ def distill_model(
 
 
 def real_images(model: Model, data: str | Path) -> Data:
-    """The images and labels of `data`, checked against the model."""
+    """The images of `data`, and their labels as the model's classes, matched by name."""
     channels, height, width = model.shape
     source = open_data(data, size=(height, width), channels=channels)
-    if model.classes is None:
-        return source if source.labels is None else replace(source, labels=None, classes=None)
-    if len(source.classes or ()) != len(model.classes):
-        raise BadInput(
-            f"{model.name} has {len(model.classes)} classes, {data} has {len(source.classes or ())}: "
-            "distillation needs the labels that the model knows"
-        )
-    return source
+    return match_labels(source, model.classes, model.name)
 
 
 def without_images(model: Model) -> Data:

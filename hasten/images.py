@@ -6,9 +6,9 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 
@@ -26,6 +26,53 @@ def to_uint8(x: Tensor) -> np.ndarray:
         raise BadInput(f"images are (n, C, H, W) with C of 1, 3 or 4, got shape {tuple(x.shape)}")
     pixels = (x.detach().float().cpu() + 1).mul(127.5).round().clamp(0, 255)
     return pixels.byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
+    """Images that a user gives, as float32 (n, C, H, W) in [-1, 1]; NaN stays where something is unknown.
+
+    images: a tensor or NumPy array, floats in [-1, 1] or uint8, (n, C, H, W), of arrays also (n, H, W, C) or (n, H, W);
+        or a PIL image, or a list of PIL images, turned upright and brought to the channels of `shape`.
+    shape: (C, H, W) of a sample, of which the channels count; None: latents, of any range and shape.
+    Raises BadInput for other types, for integers other than uint8, for floats beyond [-1, 1] by more than a half.
+    """
+    import numpy as np
+    import torch
+
+    several = images if isinstance(images, (list, tuple)) else [images]
+    if several and all(hasattr(one, "getexif") and hasattr(one, "convert") for one in several):
+        from PIL import ImageOps
+
+        mode = "L" if shape is not None and shape[0] == 1 else "RGB"
+        arrays = [np.array((ImageOps.exif_transpose(one) or one).convert(mode)) for one in several]
+        if len({array.shape for array in arrays}) > 1:
+            raise BadInput(f"images must have one size, found {sorted({a.shape[1::-1] for a in arrays})}")
+        images = np.stack(arrays)
+    elif isinstance(images, (list, tuple)):
+        if not images or not all(isinstance(one, (torch.Tensor, np.ndarray)) for one in images):
+            kinds = sorted({type(one).__name__ for one in images}) or ["nothing"]
+            raise BadInput(f"images must be a tensor, an array or PIL images, got a list of {', '.join(kinds)}")
+        if len({tuple(one.shape) for one in images}) > 1:
+            raise BadInput(f"images must have one shape, found {sorted({tuple(one.shape) for one in images})}")
+        images = torch.stack([torch.as_tensor(one) for one in images])
+    if isinstance(images, np.ndarray):
+        if shape is not None and images.ndim == 3 and shape[0] == 1:
+            images = images[:, None]
+        elif shape is not None and images.ndim == 4 and images.shape[1] != shape[0] == images.shape[-1]:
+            images = np.moveaxis(images, -1, 1)
+        if images.dtype.kind not in "fiub":
+            raise BadInput(f"images must be numbers, got an array of {images.dtype}")
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    if not isinstance(images, torch.Tensor):
+        raise BadInput(f"images must be a tensor, an array or PIL images, got {type(images).__name__}")
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    if not images.is_floating_point():
+        raise BadInput(f"images must be floats in [-1, 1] or uint8, got {images.dtype}")
+    high = float(images.detach().nan_to_num(0.0).abs().amax()) if images.numel() else 0.0
+    if shape is not None and high > 1.5:
+        raise BadInput(f"images must lie in [-1, 1], found values up to {high:.4g}: uint8 images are scaled for you")
+    return images if images.dtype == torch.float64 else images.float()
 
 
 def picture(x: Tensor) -> Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .accelerators import Ahead, Call, Recorder, accelerate
 from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest, whole
 from .guides.cfg import CFG, told_steps
+from .images import given_images
 from .machine import choose, parse, spell
 from .noise import LARGEST_SEED
 from .pick import pick
@@ -22,7 +23,7 @@ from .plan import Plan
 from .resolve import checked, grid_of, spelled
 from .sampling import Callback, Noise, Progress, Way, compiled, draw, part
 
-Label = int | str | Sequence[int | str] | None
+Label: TypeAlias = int | str | Sequence[int | str] | Tensor | None
 RECOMMENDED = "recommended"
 KEPT = 4  # accelerated denoisers of a model
 
@@ -79,8 +80,10 @@ class Model:
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.
 
-        label: one class (its index or its name) for all images; a sequence, of which image k gets entry `k % len`;
-            `"none"`: no class, the label that guidance calls unconditional; or None: image k gets class `k % C`.
+        label: one class for all images: its name in any case, or its index, but a number that is the name of a class is
+            that name; a sequence, of which image k gets entry `k % len`; `"none"`: no class, the label that guidance
+            calls unconditional; a tensor of integers: indices, as the network takes them; None: image k gets class
+            `k % C`.
         Raises BadInput for a label that the model does not have.
         """
         if self.conditioning is not None:
@@ -89,15 +92,9 @@ class Model:
             if label is not None:
                 raise BadInput(f"{self.name} has no classes, so label={label!r} means nothing to it")
             return None
-        if label is None:
-            chosen: list[int] = list(range(len(self.classes)))
-        elif isinstance(label, (int, str)) or not isinstance(label, Sequence):
-            chosen = [self.class_index(label)]
-        else:
-            chosen = [self.class_index(entry) for entry in label]
-        if not chosen:
-            raise BadInput("label is an empty list: give one class or more")
-        return torch.tensor([chosen[k % len(chosen)] for k in range(n)], dtype=torch.long)
+        from .train.names import label_indices
+
+        return label_indices(n, label, self.classes, self.denoiser.null_label, self.name)
 
     def conditions(self, n: int, label: Label = None, seed: int = 0) -> dict[str, Tensor]:
         """What tells the network apart the `n` samples (n, ...): their labels, or what is made of their prompts."""
@@ -117,22 +114,11 @@ class Model:
         return told
 
     def class_index(self, label: int | str) -> int:
-        """The index of a class given by index, by digits or by name in any case; of "none" the null label."""
-        names = list(self.classes or ())
-        lowered = [name.lower() for name in names]
-        if isinstance(label, str) and label.strip().lower() in lowered:
-            return lowered.index(label.strip().lower())
-        if isinstance(label, str) and label.strip().lower() == "none":
-            if self.denoiser.null_label is None:
-                raise BadInput(f"{self.name} was trained without a null label: it needs a class for every image")
-            return self.denoiser.null_label
-        if isinstance(label, str) and label.strip().lstrip("-").isdigit():
-            label = int(label)
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-            return label
-        listed = [f"{k} {name}" for k, name in enumerate(names)]
-        hint = nearest(label, names) if isinstance(label, str) else f"choices: {', '.join(listed)}"
-        raise BadInput(f"unknown label {label!r} for {self.name}: {hint}")
+        """The index of a class given by name in any case, or by index where no class is named by a number; of "none"
+        the null label."""
+        from .train.names import class_index
+
+        return class_index(label, self.classes or (), self.denoiser.null_label, self.name)
 
     @torch.no_grad()
     def sample(
@@ -150,7 +136,7 @@ class Model:
         guides: Sequence[Any] = (),
         start: Any = None,
         plan: Any = None,
-        images: Tensor | None = None,
+        images: Any = None,
         accelerators: Sequence[Any] = (),
         callback: Callback | None = None,
     ) -> Tensor:
@@ -169,7 +155,8 @@ class Model:
         guides: more guides, such as `"interval:low=0.2,high=5"`, in the order in which they wrap the model.
         start: where sampling begins, such as `"ccdf:time=0.3"`; None: from noise.
         plan: one of `plans` by name, a plan's .json file, or a `Plan`, in place of sampler, times and steps.
-        images: (n, ...), what a start such as `ccdf` begins from.
+        images: (n, ...), what a start such as `ccdf` begins from: a tensor or NumPy array, floats in [-1, 1] or uint8,
+            or PIL images.
         accelerators: what makes an evaluation cheaper, such as `"encoder_propagation"`, in any order.
         callback: called after each evaluation as `callback(step, t, x, x0)`, for one batch after the other; see `walk`.
         Raises BadInput for a value that cannot be, with the nearest that can.
@@ -179,6 +166,8 @@ class Model:
         if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         way = self.way(sampler, times, steps, guidance_scale, guides, start, plan, accelerators)
+        if images is not None:
+            images = given_images(images, self.shape if self.decoder is None else None)
         if images is not None and len(images) != n:
             raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")
         if images is not None and start is None:

@@ -90,6 +90,7 @@ def cells(row: Row) -> dict[str, str]:
 def table(rows: Sequence[Row], width: int = 160) -> Table:
     """The rows as a `rich` table, with the columns that fit a terminal of `width`; `*` marks the Pareto front."""
     from rich.table import Table
+    from rich.text import Text
 
     columns = {  # heading: (cell, from which width on)
         "guidance": ("guidance", 120), "NFE": ("nfe", 0), "s/image": ("seconds", 0), "speed-up": ("speedup", 0),
@@ -106,7 +107,8 @@ def table(rows: Sequence[Row], width: int = 160) -> Table:
     for i, row in enumerate(rows):
         c = cells(row)
         style = "bold" if row["role"] == "reference" else "dim" if row["role"] == "equal-cost" else None
-        result.add_row("*" if i in front else "", row["name"], *(c[cell] for cell in shown.values()), style=style)
+        name = Text(str(row["name"]))  # square brackets in it are no markup
+        result.add_row("*" if i in front else "", name, *(c[cell] for cell in shown.values()), style=style)
     return result
 
 

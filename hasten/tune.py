@@ -97,20 +97,22 @@ def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
 
 
 def real(model: Model, data: str | Path) -> Images:
-    """Real images in an order of their own, which does not depend on how many are asked for."""
+    """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
+    model's classes, matched by name."""
     from .train import open_data
     from .train.data import to_float
+    from .train.names import match_labels
 
     channels, height, width = model.shape
     source = open_data(data, size=(height, width), channels=channels)
+    source = match_labels(source, model.classes, model.name, required=False)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    fitting = source.labels is not None and len(source.classes or ()) == len(model.classes or ())
 
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         if n > len(source):
             raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
         chosen = order[:n]
-        labels = source.labels[chosen] if fitting and source.labels is not None else None
+        labels = None if source.labels is None else source.labels[chosen]
         return to_float(source.images(chosen)).to(model.device), labels
 
     return images
@@ -126,7 +128,7 @@ def watched() -> Iterator[Tick]:
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
         progress.TextColumn("left"), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[value]}"),
     )  # fmt: skip
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -70,25 +70,24 @@ def is_images(path: str) -> bool:
     return place.exists() and not (place / "features.json").is_file()
 
 
-def given_images(path: Path, n: int, channels: int) -> Tensor:
-    """The first `n` images of a folder, a zip, an array or a single image file, (n, C, h, w) in [-1, 1]."""
-    from ..train import open_data
-    from ..train.data import to_float
-    from ..train.folders import SUFFIXES
+def given_images(path: Path, n: int, channels: int, start: str | None = None, mask: Path | None = None) -> Tensor:
+    """The first `n` images of a folder, a zip, an array or a single image file, (n, C, h, w) in [-1, 1].
 
-    if path.name.lower().endswith(SUFFIXES):
-        import numpy as np
-        import torch
-        from PIL import Image
+    start: for inpainting, what is unknown becomes NaN: where the images are transparent, or `mask` is white.
+    """
+    from ..pick import pick
+    from ..train.given import read_images
 
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        except OSError as e:
-            raise BadInput(f"cannot read {path}: {e.strerror or e}") from e
-        one = torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
-        return to_float(one[None]).expand(n, -1, -1, -1)
-    data = open_data(path, split=None, channels=channels)
-    if len(data) < n:
-        raise BadInput(f"{path} holds {len(data)} images, asked for {n} (--n {len(data)} takes all)")
-    return to_float(data.images(range(n)))
+    unknown = start is not None and getattr(pick("starts", start), "task", None) == "inpainting"
+    if mask is not None and not unknown:
+        raise BadInput("a mask is for inpainting: --start ccdf:task=inpainting,time=0.5")
+    return read_images(path, n, channels, unknown, mask)
+
+
+def label_list(model: Model, label: str | None) -> str | list[str] | None:
+    """What `Model.labels` takes, of a label as it is typed: names or indices separated by commas; a prompt as it is."""
+    from ..train.names import split_labels
+
+    if label is None or model.conditioning is not None:
+        return label
+    return split_labels(str(label), model.classes)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..terminal import progress, spell, tell
-from ._common import cached, hint, is_images, open_shared, processes
+from ._common import cached, hint, is_images, label_list, open_shared, processes
 from ._together import together
 
 
@@ -80,7 +80,7 @@ def evaluate(
     guide: list[str] | None = None,
     start: str | None = None,
     plan: str | None = None,
-    label: int | str | None = None,
+    label: str | None = None,
     batch_size: int = 64,
     runtime: str = "auto",
     device: str = "auto",
@@ -143,15 +143,16 @@ def evaluate(
     size = min(n, batch_size)
     setting = loaded.setting(sampler, times, steps, guidance_scale, "fp32", size, **way)
     setting["runtime"] = ranks.once(lambda: loaded.runtime_for(runtime, size))
-    keep = kept(cached("kept"), ranks, loaded, n, label, seed, batch_size, setting)
+    chosen = label_list(loaded, label)
+    wanted = loaded.labels(n, chosen)
+    keep = kept(cached("kept"), ranks, loaded, n, chosen, seed, batch_size, setting)
     hint(ranks, n, batch_size)
     with progress(f"sampling {n} images") as tick:
         x = sample_many(
-            loaded, n, label, seed, batch_size, **setting, ranks=ranks, keep=keep, everywhere=True, progress=tick
+            loaded, n, chosen, seed, batch_size, **setting, ranks=ranks, keep=keep, everywhere=True, progress=tick
         )
-    wanted = None if label == "none" else loaded.labels(n, label)
     net = features or known.features  # type: ignore[union-attr]
-    measures = judge_many(x, wanted, net, known, range(seed, seed + n), ranks)  # type: ignore[arg-type]
+    measures = judge_many(x, wanted, net, known, range(seed, seed + n), ranks, loaded.classes)  # type: ignore[arg-type]
     ranks.wait()
     if keep is not None:
         keep.clear()

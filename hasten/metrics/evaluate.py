@@ -41,7 +41,7 @@ def evaluate_images(
     """
     known = reference if isinstance(reference, Reference) else load_reference(reference)
     net = feature_net(features)
-    if isinstance(features, str):
+    if isinstance(features, str) and isinstance(images, Tensor):
         net = net.to(images.device)
     _same_network(net_name(net), known)
     found, logits = extract(net, images, batch_size)

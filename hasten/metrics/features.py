@@ -78,8 +78,10 @@ def extract(
     images: `(N, C, H, W)`, C = 1 or 3, floats in [-1, 1] (what lies outside is cut) or uint8. `quantize` rounds
     floats to the 256 levels of a PNG first, so that images in memory and the files they are saved as get the
     same figures. Runs in float32 on the device of the network's weights.
-    Raises BadInput for another shape, for NaN or infinity, and for floats that are plainly 0..255.
+    Raises BadInput for another shape, for NaN or infinity, and for floats that are plainly 0..255 or [0, 1], and for
+    integers other than uint8.
     """
+    images = _checked(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise BadInput(f"images must have shape (N, 1 or 3, H, W), found {tuple(images.shape)}")
     weight = next(net.parameters(), None)
@@ -102,6 +104,29 @@ def extract(
     return torch.cat(features), torch.cat(logits) if logits else None
 
 
+def _checked(images: Tensor) -> Tensor:
+    """A tensor of images, of NumPy arrays too, whose values as a whole may be in [-1, 1] or are uint8."""
+    if not isinstance(images, Tensor):
+        try:
+            images = torch.as_tensor(images)
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(f"images must be a tensor (N, C, H, W), got {type(images).__name__}") from None
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise BadInput(f"images must be floats in [-1, 1] or uint8, got {images.dtype}")
+    if not images.numel():
+        return images
+    low, high = float(images.min()), float(images.max())  # NaN passes here, and is counted later
+    if low >= 0 and 0 < high <= 1.001 and len(images) > 1:
+        raise BadInput(f"images must be in [-1, 1], found {low:.3g} to {high:.3g}: multiply by 2, subtract 1")
+    if min(low, -high) < -16:
+        raise BadInput(
+            f"images must be in [-1, 1], found values up to {max(high, -low):.0f}: divide by 127.5, subtract 1"
+        )
+    return images
+
+
 def _pixels(images: Tensor, quantize: bool) -> Tensor:
     """Float32 in [-1, 1]."""
     if images.dtype == torch.uint8:
@@ -109,10 +134,6 @@ def _pixels(images: Tensor, quantize: bool) -> Tensor:
     x = images.float()
     if bad := int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()):
         raise BadInput(f"{bad} of {len(x)} images hold NaN or infinity")
-    if x.min() >= 0 and x.max() > 16:
-        raise BadInput(
-            f"images must be in [-1, 1], found values up to {float(x.max()):.0f}: divide by 127.5, subtract 1"
-        )
     x = x.clamp(-1, 1)
     return ((x + 1) * 127.5).round() / 127.5 - 1 if quantize else x
 

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .folders import SPLITS, SUFFIXES, folder_tree, open_tree, zip_tree
-from .sources import Data, find_idx, open_array, open_idx, open_npy, open_npz
+from .arrays import open_array, open_npz
+from .decode import SUFFIXES
+from .folders import SPLITS, file_tree, folder_tree, open_tree, zip_tree
+from .notes import note
+from .sources import Data, find_idx, open_idx, open_npy
 
 __all__ = ["Batches", "Data", "open_data", "to_float"]
 
@@ -30,21 +33,33 @@ def open_data(
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     label: str | None = None,
+    report: bool = True,
 ) -> Data:
     """The images, and labels if any, of a path:
 
-    - a folder or a zip of images: class sub-folders give labels; a `labels.csv` (columns `file` and `label`) does too;
-      sub-folders `train`, `test`, `val` are splits; a flat folder has no labels;
+    - a folder or a zip of images, or one image. Labels come from a file beside them, or from class sub-folders:
+      `labels.csv` (a column such as `file` or `filename`, and one such as `label` or `class`; parted by `,` `;` or a
+      tab), `metadata.csv` or `metadata.jsonl` (`file_name` and `label`), `dataset.json` of the StyleGAN and EDM tools
+      (`{"labels": [[file, class], ...]}`). Both must say the same. Sub-folders `train`, `test`, `val` are splits;
     - a folder of IDX files under their usual names (`train-images-idx3-ubyte`, gzipped or not), or one such file;
-    - `.npy` or `.npz`: (n, H, W), (n, H, W, C) or (n, C, H, W), uint8 or floats in [-1, 1], and
-      optional integer labels.
+    - `.npy` or `.npz` (`images`, `labels`; `x_train`, `y_train`; `train_images`, `train_labels`; ...):
+      (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3. Their range is taken from the whole array, see
+      `arrays.value_range`: uint8, floats in [-1, 1], [0, 1] or 0..255, booleans, integers 0..255, 16 bits.
 
-    split: `train` (all the images where the source has no splits), `test`, `val`, or None for all of a folder.
-    size: side or (height, width): images are cropped in the middle and resized. Needed when they differ in size.
-    channels: 1 or 3; by default what the source has.
-    label: the column of `labels.csv` to use.
+    Images are decoded at once, and refused by name where one cannot be read; above 1 GiB they are decoded when asked
+    for, and one that cannot be read is replaced by the next of its class, which is said.
 
-    Raises BadInput in one line, naming the file, where something is missing, empty, damaged or does not fit.
+    Args:
+        split: `train` (all the images where the source has no splits), `test`, `val`, or None for all of a folder.
+        size: side or (height, width): images are cropped in the middle and resized. Needed when they differ in size.
+        channels: 1 or 3; by default what the source has.
+        label: the column of the file of labels, or the array of an `.npz`, to use; `folders`: the class folders;
+            `none`: no labels.
+        report: print on stderr, once, what was found and what of it is not used.
+
+    Raises:
+        BadInput: in one line, naming the file, where something is missing, empty, damaged or does not fit; where there
+            are labels that cannot be used; where two sources of labels differ.
     """
     path = Path(path)
     if split is not None and split not in SPLITS:
@@ -56,14 +71,22 @@ def open_data(
         raise BadInput(f"size must be a positive side or (height, width), got {size}")
     if not path.exists():
         raise BadInput(f"there is no file or folder {path}")
+    data = _open(path, split, pair, channels, label)
+    if report:
+        for line in (data.found, *data.notes):
+            note(f"{path}: {line}")
+    return data
 
+
+def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels: int | None, label: str | None) -> Data:
+    """`open_data` with its arguments checked."""
     if path.is_dir():
         idx = find_idx(path)
         if idx:
             asked = split or "train"
             if asked not in idx:
                 raise BadInput(f"{path} has no IDX file of the split {asked!r}: it has {', '.join(idx)}")
-            return open_array(*open_idx(idx[asked]), str(idx[asked]), pair, channels)
+            return open_array(*open_idx(idx[asked]), str(idx[asked]), pair, channels, label)
         if (path / "images.npy").is_file():
             path = path / "images.npy"
         else:
@@ -74,13 +97,14 @@ def open_data(
     if name.endswith(".zip"):
         return open_tree(zip_tree(path), split, pair, channels, label)
     if name.endswith(".npy"):
-        return open_array(*open_npy(path), str(path), pair, channels)
+        images, labels, notes = open_npy(path)
+        return open_array(images, labels, str(path), pair, channels, label, notes=notes)
     if name.endswith(".npz"):
-        return open_array(*open_npz(path, split), str(path), pair, channels)
+        return open_npz(path, split, pair, channels, label)
     if "idx3" in name or name.endswith((".gz", "ubyte")):
-        return open_array(*open_idx(path), str(path), pair, channels)
+        return open_array(*open_idx(path), str(path), pair, channels, label)
     if name.endswith(SUFFIXES):
-        raise BadInput(f"{path} is one image: name the folder that holds it")
+        return open_tree(file_tree(path), None, pair, channels, None)
     raise BadInput(f"{path} is no source of images: give a folder, a .zip, an IDX file, a .npy or a .npz")
 
 
