@@ -22,9 +22,10 @@ class Progress:
 
         self.console = Console(stderr=True, highlight=False, quiet=not show)
         self.bar = progress.Progress(
-            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
-            progress.TextColumn("left"), progress.TimeRemainingColumn(), console=self.console, transient=True,
-            disable=not (show and self.console.is_terminal), speed_estimate_period=60,
+            progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
+            progress.TaskProgressColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
+            console=self.console, transient=True, disable=not (show and self.console.is_terminal),
+            speed_estimate_period=60,
         )  # fmt: skip
         self.task = self.bar.add_task("", total=total)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .environment import is_terminal
 from .errors import BadInput, whole
 from .images import reserve
 from .machine import parse
@@ -112,14 +113,14 @@ def real(model: Model, data: str | Path) -> Images:
 @contextlib.contextmanager
 def watched() -> Iterator[Tick]:
     """Progress with the time left on stderr, while that is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield ignore
         return
     from rich import progress
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
         progress.TextColumn("left"), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[value]}"),
     )  # fmt: skip
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
