@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -10,12 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
-from .files import write_whole
+from .files import contents, write_whole
 from .weights import sha256
 
 DESCRIPTION = "model.json"
 RENAMED = re.compile(r".+-[0-9a-f]{8}\.(safetensors|json)")
 STEMS = ("weights-", "statistics-", "plan-")
+
+
+def digest(*values: Any) -> str:
+    """Values as 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
+
+
+def refuse_other_model(folder: Path, model: Any, identity: str = "") -> None:
+    """BadInput where a folder holds something that saving what was made of `model` would write over.
+
+    Allowed are the model itself, as it was loaded, and what an earlier run of the same `identity` made of it.
+    """
+    found = contents(folder)
+    if found is None:
+        return
+    if found == "a model":
+        told: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        card, own = told.get("card") or {}, json.loads(json.dumps(model.card, default=str))
+        if (told.get("weights") or {}).get("sha256") == model.sha256 and card == own:
+            return
+        if identity and (card.get("tuned") or [{}])[-1].get("identity") == identity:
+            return
+        found = f"the model {told.get('name')}"
+    raise BadInput(
+        f"{folder} holds {found} already, and not {model.name} as it was loaded: choose another folder, or remove it"
+    )
 
 
 def replace_files(part: Path, folder: Path, told: dict[str, Any]) -> None:
@@ -42,12 +71,12 @@ def place(told: dict[str, Any], name: str, file: Path, folder: Path, old: set[st
         os.fsync(written.fileno())
     if name in old:
         network = told["net"].get("config", {}).get("files", ())
-        digest = sha256(file)
-        if target.is_file() and sha256(target) == digest:
+        own = sha256(file)
+        if target.is_file() and sha256(target) == own:
             return name
         if name in network:  # the files of a graph may name one another
             raise BadInput(f"{folder} holds another exported network: save the model in another folder")
-        other = (file.parent / f"{file.stem}-{digest[:8]}{file.suffix}").relative_to(file.parents[name.count("/")])
+        other = (file.parent / f"{file.stem}-{own[:8]}{file.suffix}").relative_to(file.parents[name.count("/")])
         for entry in (told["weights"], told.get("statistics", {}), *told.get("parts", {}).values()):
             if entry.get("file") == name:
                 entry["file"] = other.as_posix()

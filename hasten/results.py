@@ -87,9 +87,22 @@ def fingerprint(model: Model) -> str:
     for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for part in ("schedule", "prediction", "clock"):
+    for part in ("schedule", "prediction", "clock", "null_label", "guidance_range"):
         digest.update(repr(getattr(model.denoiser, part, None)).encode())
+    net = getattr(model.denoiser, "net", None)
+    digest.update(f"{type(net).__name__} {model.classes} {model.codec}".encode())
+    config = getattr(net, "config", None)  # of a network of ours; those of diffusers hold paths and versions
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode() if type(config) is dict else b"")
     return digest.hexdigest()
+
+
+def hash_of(*tensors: torch.Tensor) -> str:
+    """16 hexadecimal digits of tensors."""
+    digest = hashlib.sha256()
+    for value in tensors:
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def now() -> str:

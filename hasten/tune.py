@@ -14,16 +14,20 @@ from torch import Tensor
 
 from .environment import is_terminal
 from .errors import BadInput, whole
+from .files import refuse_inside, writes
 from .images import reserve
 from .machine import parse
 from .model import Model
+from .model_files import digest, refuse_other_model
 from .pick import pick
 from .results import fingerprint, now
 from .sampling import spell
+from .train.fingerprint import listing
 from .tuning import Task, Tuned
 from .tuning._task import Images, Tick, ignore
 
 
+@writes("out")
 def tune_model(
     model: Model,
     out: str | Path,
@@ -53,11 +57,17 @@ def tune_model(
     if n is not None:
         whole("n", n, 1)
     out = Path(out)
+    refuse_inside(out, data)
     reserve(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
         tuner = tuner.bind(model.statistics, model.parts)
     way = model.way(sampler or model.sampler, times or model.times, model.steps if steps is None else steps, scale)
+    identity = digest(
+        fingerprint(model), spell(tuner), sampler or model.sampler, times or model.times, steps or model.steps, scale,
+        n, seed, runtime, None if data is None else listing(Path(data)),
+    )  # fmt: skip
+    refuse_other_model(out, model, identity)
     task = Task(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
         images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
@@ -72,6 +82,7 @@ def tune_model(
     record = {
         "method": spell(tuner), "plan": name, "statistics": sorted(found.statistics), "parts": sorted(found.parts),
         "guidance_scale": scale, "figures": found.figures, "date": now(), "command": command,
+        "identity": identity,
     }  # fmt: skip
     model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
     model.save(out, half=is_half(model))

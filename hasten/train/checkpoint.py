@@ -82,16 +82,16 @@ class State:
             players, step, seconds = saved["players"], int(saved["step"]), float(saved["seconds"])
         except Exception as e:  # a damaged file makes torch.load raise nearly anything
             raise BadInput(f"cannot read the checkpoint {path} ({type(e).__name__}): remove it to start afresh") from e
+        if set(players) != set(self.modules):
+            raise BadInput(
+                f"{path} trains {', '.join(players)}, this run {', '.join(self.modules)}: write to another folder"
+            )
         different = difference(saved.get("run", {}), run, missing=False)
         if different is not None:
             key, old, new = different
             raise BadInput(
                 f"{path} belongs to a run with {key} {old}, this one has {new}: "
                 "ask for the same, write to another folder, or remove it to start afresh"
-            )
-        if set(players) != set(self.modules):
-            raise BadInput(
-                f"{path} trains {', '.join(players)}, this run {', '.join(self.modules)}: write to another folder"
             )
         try:
             for name, parts in players.items():
