@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .environment import is_out_of_memory, launched, open_standard_streams, without_launcher
 from .errors import HastenError
 
 if TYPE_CHECKING:
@@ -38,34 +40,49 @@ def app() -> App:
 
 
 def say(message: object) -> None:
-    """One line on stderr, whatever line breaks the message had."""
-    print(f"hasten: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    """One line on stderr, whatever line breaks the message had; nothing where nobody can read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"hasten: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are one line on stderr; HASTEN_DEBUG=1 shows the traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    open_standard_streams()
     try:
         return run(arguments)
     except KeyboardInterrupt as stop:
         say(stop if str(stop) else "stopped; nothing was written")
         return STOPPED
     except BrokenPipeError:
-        # The reader is gone; a later flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return UNREAD
     except Exception as error:
         if os.environ.get("HASTEN_DEBUG", "0") not in ("", "0"):
             raise
         say(describe(error))
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # a full disk, say, which was the error that has just been told
+            drop_output()
         return FAILED
+
+
+def drop_output() -> None:
+    """Nobody reads stdout any more, or it cannot be written: the flush at exit must not complain as well."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def run(arguments: list[str]) -> int:
     """Parse and call; usage errors are told here, because only the parser has them."""
     from cyclopts import CycloptsError
 
-    first = os.environ.get("RANK", "0") == "0"  # torchrun starts this several times: one says it
+    first = launched() == 1 or os.environ["RANK"] == "0"  # torchrun starts this several times: one says it
+    if line := without_launcher():
+        say(line)
     if "--help" in arguments and not first:
         return 0
     try:
@@ -82,8 +99,8 @@ def describe(error: Exception) -> str:
     """An error as one line for the person who typed the command."""
     if isinstance(error, HastenError):
         return str(error)
+    if is_out_of_memory(error):
+        return "out of memory; a smaller --batch-size needs less (in training --accumulate too)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out of memory; a smaller --batch-size needs less"
     return f"unexpected {type(error).__name__}: {error} (set HASTEN_DEBUG=1 to see where)"

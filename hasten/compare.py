@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import __version__, report
 from .errors import BadInput, HastenError, whole
+from .files import writes
 from .images import to_uint8
 from .machine import processor
 from .many import Kept, judge_many, sample_many, sharing
@@ -27,7 +28,7 @@ from .metrics.difference import difference
 from .model import RECOMMENDED, Model, load
 from .pick import pick
 from .ranks import Lost, Ranks
-from .results import QUALITY, SCHEMA, Store, fingerprint, now
+from .results import QUALITY, SCHEMA, Store, fingerprint, hash_of, now
 from .terminal import spell
 from .variants import Variant, VariantSet, read
 
@@ -318,6 +319,7 @@ class Run:
         return rows
 
 
+@writes("out")
 def compare(
     model: str | Path | Model,
     variants: str | Path | None = None,
@@ -377,6 +379,7 @@ def compare(
     }  # fmt: skip
     told = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
     settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
+    settings |= {"statistics": None if known is None else hash_of(known.mean, known.covariance, known.sample)}
     jobs = []
     for variant, equal, ready in rows:
         told_plan: dict[str, Any] = {} if variant.sampler or ready.plan is None else {"plan": ready.plan.to_json()}

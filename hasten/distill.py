@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,8 +16,10 @@ import torch
 from .distillers import Student, Task
 from .distillers._rehearsal import Rehearsal, Stage, allocate
 from .errors import BadInput, whole
+from .files import refuse_inside, writes
 from .images import grid, png, reserve, write
 from .machine import parse, spell
+from .metrics.cost import process_peak
 from .model import Model
 from .pick import pick
 from .plan import plan as compile_plan
@@ -28,6 +28,7 @@ from .results import earlier, fingerprint, now
 from .sampling import spell as spelled
 from .train import open_data
 from .train.data import Batches, Data
+from .train.fingerprint import describe_data
 from .train.names import match_labels
 
 RUN = "run.json"
@@ -35,6 +36,7 @@ LABELS = 1024  # drawn from where there are no real images
 SHOWN = 64  # images in the picture of a stage
 
 
+@writes("out", unless="dry_run")
 def distill_model(
     model: Model,
     out: str | Path,
@@ -100,10 +102,11 @@ def distill_model(
     if denoiser.net_takes_guidance and not getattr(distiller, "ranged", False):
         # the method knows no scales: it is given the network for this one
         denoiser = teacher = denoiser.replace(net=denoiser.net.fixed(scale), guidance_range=(scale, scale))  # type: ignore[operator]
+    refuse_inside(out, data)
     source = without_images(model) if data is None else real_images(model, data)
     run = {
         "schema": 1, "method": spelled(distiller), "teacher": fingerprint(model), "guidance_scale": scale,
-        "seed": seed, "batch_size": batch_size, "images": len(source),
+        "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     }  # fmt: skip
     precision = ranks.once(lambda: number_format(model, runtime, batch_size))
@@ -116,6 +119,11 @@ def distill_model(
 
     def planned() -> dict[str, Any]:
         known = earlier(out / RUN, run, stages_of) if not dry_run else None
+        if known is not None and runtime != "auto" and known["precision"] != precision:
+            raise BadInput(
+                f"{out} is a run with runtime {known['precision']}, asked for {precision}: ask for the same, write to "
+                "another folder, or remove it"
+            )
         if known is None:
             rehearsal = Rehearsal(**common, processes=ranks.world)
             distiller.distill(rehearsal)
@@ -233,7 +241,10 @@ def told(stage: Stage) -> str:
 def number_format(model: Model, runtime: str, batch_size: int) -> str:
     """`fp32` or `bf16`, as asked or as a timing of the network finds."""
     if runtime != "auto":
-        return spell(parse(runtime)).split("+")[0]
+        precision, *rest = spell(parse(runtime)).split("+")
+        if rest:
+            raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
+        return precision
     return model.runtime_for("auto", min(batch_size, 64)).split("+")[0]
 
 
@@ -241,5 +252,4 @@ def memory(device: torch.device) -> int:
     """The most bytes that were in use: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return process_peak()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
+from .files import remove_leftovers, temporary, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,16 +126,17 @@ def read_text(path: str | Path) -> dict[str, str]:
 def reserve(path: str | Path) -> Path:
     """Make the folder of `path` and check that a file can be written there, before the time is spent to fill it.
 
-    Raises BadInput in one line where it cannot.
+    What a killed process left of the same file is removed. Raises BadInput in one line where it cannot be written.
     """
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"cannot write {path}: it is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.parent / f".{path.name}.{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        remove_leftovers(path.parent, path.name)
+        probe = temporary(path)
+        probe.touch(exist_ok=False)
+        probe.unlink(missing_ok=True)
     except OSError as e:
         raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
     return path
@@ -145,13 +145,8 @@ def reserve(path: str | Path) -> Path:
 def write(path: str | Path, data: bytes) -> Path:
     """Write a whole file or none of it: into a temporary sibling that then takes the name."""
     path = Path(path)
-    part = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        part.write_bytes(data)
-        os.replace(part, path)
+        write_whole(path, data)
     except OSError as e:
         raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
     return path

@@ -17,6 +17,7 @@ from torch import Tensor
 from .accelerators._work import ROUNDING, STEPS, Book, Learned, Work, relative_error
 from .accelerators.quantize import Quantize
 from .errors import BadInput
+from .files import writes
 from .images import reserve, write
 from .model import Model
 from .results import earlier, fingerprint, now
@@ -29,6 +30,7 @@ MOST = 20_000  # iterations of a block, the paper's number: more are not made ho
 SHARE = 0.25  # of the time for learning that steps get beside rounding
 
 
+@writes("out")
 def quantize_model(
     model: Model,
     out: str | Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from torch import Tensor
 from . import zoo
 from .denoiser import Denoiser
 from .errors import BadInput, nearest
+from .files import locked, remove_leftovers, temporary
+from .model_files import replace_files
 from .plan import Plan
 from .predictions import prediction_from
 from .schedules import schedule_from_dict
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from .model import Model
 
 SCHEMA = 1
+WAIT = 30.0  # seconds that a save waits for another one into the same folder
 DESCRIPTION, WEIGHTS, PLAN, STATISTICS = "model.json", "weights.safetensors", "plan.json", "statistics.safetensors"
 
 
@@ -32,9 +36,19 @@ def save(model: Model, folder: Path, half: bool = False) -> Path:
     """Write a model's folder; see `Model.save`."""
     if model.card.get("pipeline"):
         raise BadInput(f"{model.name} is a pipeline of diffusers: save that, pipe.save_pretrained(folder)")
-    part = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
-        part.mkdir(parents=True)
+        with locked(folder, wait=WAIT):
+            remove_leftovers(folder.parent, folder.name)  # of versions that wrote there
+            return commit(model, folder, half)
+    except OSError as e:
+        raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
+
+
+def commit(model: Model, folder: Path, half: bool) -> Path:
+    """Write all files of a model into a temporary folder, and exchange those of `folder` for them at once."""
+    part = temporary(folder / "model")
+    try:
+        part.mkdir()
         store(model.denoiser.net, part / WEIGHTS, half)
         if hasattr(model.denoiser.net, "write_files"):  # one that another library runs, with a graph of its own
             model.denoiser.net.write_files(part)
@@ -52,17 +66,7 @@ def save(model: Model, folder: Path, half: bool = False) -> Path:
             (part / "parts").mkdir(exist_ok=True)
             store(net, part / told["parts"][name]["file"], half)
             told["parts"][name]["sha256"] = sha256(part / told["parts"][name]["file"])
-        (part / DESCRIPTION).write_text(json.dumps(told, indent=2) + "\n")
-        if folder.is_dir() and any(folder.iterdir()):
-            files = [file for file in part.rglob("*") if file.is_file()]
-            for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
-                target = folder / file.relative_to(part)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
-        else:
-            os.replace(part, folder)
-    except OSError as e:
-        raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
+        replace_files(part, folder, told)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -148,10 +152,30 @@ def find(name: str | Path) -> Path:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The arguments of `Model` for the model in a folder, checked part by part."""
+    """The arguments of `Model` for the model in a folder, checked part by part.
+
+    Where another process saves a new model there meanwhile, that one is read.
+    """
+    for _ in range(10):
+        try:
+            text = (folder / DESCRIPTION).read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
+        try:
+            return fields_of(folder, text)
+        except (BadInput, OSError):
+            with contextlib.suppress(OSError, ValueError):
+                if (folder / DESCRIPTION).read_text(encoding="utf-8") != text:
+                    continue
+            raise
+    raise BadInput(f"cannot read {folder / DESCRIPTION}: it changes all the time")
+
+
+def fields_of(folder: Path, text: str) -> dict[str, Any]:
+    """The arguments of `Model` that the text of a model.json amounts to."""
     try:
-        told = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as e:
+        told = json.loads(text)
+    except ValueError as e:
         raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
     if not isinstance(told, dict) or told.get("schema") != SCHEMA:
         found = told.get("schema") if isinstance(told, dict) else type(told).__name__

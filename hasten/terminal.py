@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from .environment import is_terminal
+
 
 def spell(verb: str, argument: str, options: Mapping[str, object]) -> str:
     """The command line that does this again; options that are None or False are left out, lists repeated."""
@@ -45,7 +47,7 @@ def plain(value: object) -> str:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr while that is a terminal; yields what to call with (done, of how many), or None."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console

@@ -13,18 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .environment import is_terminal
 from .errors import BadInput, whole
+from .files import refuse_inside, writes
 from .images import reserve
 from .machine import parse
 from .model import Model
+from .model_files import digest, refuse_other_model
 from .noise import LARGEST_SEED
 from .pick import pick
 from .results import fingerprint, now
 from .sampling import spell
+from .train.fingerprint import listing
 from .tuning import Task, Tuned
 from .tuning._task import Images, Tick, ignore
 
 
+@writes("out")
 def tune_model(
     model: Model,
     out: str | Path,
@@ -56,6 +61,7 @@ def tune_model(
     seed = whole("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
     model = replace(model)
     out = Path(out)
+    refuse_inside(out, data)
     reserve(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
@@ -64,6 +70,11 @@ def tune_model(
         own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
     )
     way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
+    identity = digest(
+        fingerprint(model), spell(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+        None if data is None else listing(Path(data)),
+    )  # fmt: skip
+    refuse_other_model(out, model, identity)
     task = Task(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
         images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
@@ -78,6 +89,7 @@ def tune_model(
     record = {
         "method": spell(tuner), "plan": name, "statistics": sorted(found.statistics), "parts": sorted(found.parts),
         "guidance_scale": scale, "figures": found.figures, "date": now(), "command": command,
+        "identity": identity,
     }  # fmt: skip
     model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
     model.save(out, half=is_half(model))
@@ -121,7 +133,7 @@ def real(model: Model, data: str | Path) -> Images:
 @contextlib.contextmanager
 def watched() -> Iterator[Tick]:
     """Progress with the time left on stderr, while that is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield ignore
         return
     from rich import progress

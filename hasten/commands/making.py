@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..files import refuse_inside, writes
 from ..terminal import progress, spell, tell, versions
 from ._common import given_images, hint, label_list, open_shared, processes, warn
 from ._together import together
 
 
 @together
+@writes("out", only="single")
 def sample(
     model: str,
     *,
@@ -81,6 +83,7 @@ def sample(
     whole("batch_size", batch_size, 1)
     if out.suffix.lower() != ".png" and not single:
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
+    refuse_inside(out, images, "--out")
     pictures.reserve(out / "0.png" if single else out)
     ranks = processes(device)
     loaded = open_shared(model, ranks)

@@ -69,6 +69,7 @@ def restyle(
     """
     from .. import images as pictures
     from ..errors import whole
+    from ..files import refuse_inside
     from ..tasks.style_transfer import classes, is_encoder
     from ..tasks.style_transfer import restyle as run
 
@@ -76,6 +77,7 @@ def restyle(
     whole("seed", seed, 0)
     if out.suffix.lower() != ".png":
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r}")
+    refuse_inside(out, images, "--out")
     pictures.reserve(out)
     up = open_model(encoder, device)
     down = up if decoder is None else open_model(decoder, device)

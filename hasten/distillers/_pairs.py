@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
+from ..environment import is_terminal
 from ..errors import BadInput, HastenError, nearest
 from ..sampling import Noise, draw, spell
 from ..times import TimeGrid
@@ -335,7 +336,7 @@ def named_times(times: Any) -> Any:
 @contextlib.contextmanager
 def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress with the time left on stderr, while that is a terminal."""
-    if not show or not sys.stderr.isatty():
+    if not show or not is_terminal(sys.stderr):
         yield lambda done: None
         return
     from rich import progress

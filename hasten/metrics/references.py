@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import BadInput, nearest
+from hasten.files import write_whole
 
 from .frechet import moments
 from .inception_score import class_accuracy, inception_score
@@ -150,9 +150,7 @@ def sha256(path: Path) -> str:
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write `features.json`, whole or not at all."""
-    temporary = folder / f".{CARD}.tmp"
-    temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CARD)
+    write_whole(folder / CARD, json.dumps(card, indent=1) + "\n")
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
