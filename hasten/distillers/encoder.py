@@ -45,7 +45,7 @@ class Encoder:
     start: int = 0
     guidance: tuple[float, float] | None = None
     lr: float = 3e-4
-    weight: str = "snr+1"
+    weight: str = "auto"
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -62,7 +62,7 @@ class Guided:
     guidance: tuple[float, float] = (1.0, 5.0)
     kind: str = "deterministic"
     lr: float = 1e-3
-    weight: str = "snr+1"
+    weight: str = "auto"
     first: float = 1.0
     last: float = 2.0
     shared: bool = False

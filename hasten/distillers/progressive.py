@@ -40,7 +40,7 @@ class Progressive:
     steps: tuple[int, ...] = (8, 4, 2, 1)
     start: int = 0
     lr: float = 3e-4
-    weight: str = "snr+1"
+    weight: str = "auto"
     last: float = 2.0
     order: int = 1
     needs_data: ClassVar[bool] = True

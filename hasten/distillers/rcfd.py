@@ -54,7 +54,7 @@ class Rcfd:
     beta: float = 0.003
     gamma: float = 0.75
     pixel: float = 0.1
-    weight: str = "snr+1"
+    weight: str = "auto"
     share: float = 0.3
     width: int = 32
     lr: float = 3e-4
