@@ -15,7 +15,7 @@ from ..schedules import Schedule
 from ..times import Trailing
 from ..train.augment import Augment
 from ..train.losses import LogitNormal
-from ._adversary import entry, hinge, slope, still
+from ._adversary import critic_of, entry, hinge, slope, still
 from ._targets import grid, noised
 from ._task import Student, Task
 from .progressive import Progressive
@@ -80,7 +80,7 @@ class Adversarial:
         if self.start == "progressive":
             source = Progressive(steps=(4 * self.steps, 2 * self.steps, self.steps)).distill(task).denoiser
         torch.manual_seed(task.seed)  # the critic's first weights
-        student, critic = task.student(source), Critic(task.denoiser, task.shape)
+        student, critic = task.student(source), critic_of(task)
         players = [
             task.player("student", student, self.lesson(task, student, critic), self.lr, self.every),
             task.player("critic", critic.heads, self.trial(task, student, critic), self.critic_lr, betas=(0.0, 0.99)),

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
-from ..nets.critic import Critic, zeroed
+from ..nets.critic import zeroed
 from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
-from ._adversary import entry, margin, predict, slope, still
+from ._adversary import critic_of, entry, margin, predict, slope, still
 from ._targets import TINY, grid, noised, raw_target
 from ._task import Student, Task
 
@@ -98,7 +98,7 @@ class DiffusionGAN:
     def judge(self, task: Task) -> tuple[Judge, nn.Module, Judge]:
         """The critic, the part of it that learns, and its squared slope, asked as the critic is."""
         if self.posterior or self.critic == "heads":
-            heads = Critic(task.denoiser, task.shape, pair=self.posterior)
+            heads = critic_of(task, pair=self.posterior)
             features = heads.pair_features if self.posterior else heads.features
 
             def steep(*seen: Tensor, **cond: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..nets.critic import FeatureHeads, plain_critic
+from ..nets.critic import FeatureHeads, label_count, plain_critic
 from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
@@ -66,7 +66,7 @@ class DMD:
     def distill(self, task: Task) -> Student:
         """Train the stage `dmd`."""
         torch.manual_seed(task.seed)  # the critic's first weights
-        student, fake = task.student(), Fake(task.student(task.denoiser), task.shape)
+        student, fake = task.student(), Fake(task.student(task.denoiser), task.shape, task.label_count, task.one_cond())
         players = [
             task.player("fake", fake, self.chase(task, student, fake), self.fake_lr, betas=(0.0, 0.999)),
             task.player("student", student, self.lesson(task, student, fake), self.lr, self.every, betas=(0.0, 0.999)),
@@ -130,18 +130,30 @@ class DMD:
 
 
 class Fake(nn.Module):
-    """The denoiser of the student's samples, and a critic's head on its middle features (or on z, without any)."""
+    """The denoiser of the student's samples, and a critic's head on its middle features (or on z, without any).
 
-    def __init__(self, denoiser: Denoiser, shape: tuple[int, ...]) -> None:
+    classes: how many labels there are; None: as many as the denoiser says. cond: what the network is told with
+    one sample, to look at its features once; None: label 0, where there are classes.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: tuple[int, ...],
+        classes: int | None = None,
+        cond: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
-        net, classes = denoiser.net, denoiser.null_label or 0
+        net, classes = denoiser.net, label_count(denoiser) if classes is None else classes
         self.seam = len(shape) == 3 and all(callable(getattr(net, name, None)) for name in ("embed", "encode"))
         self.head: nn.Module
         if self.seam:
             first = next(net.parameters())
+            if cond is None:
+                cond = {"label": torch.zeros(1, dtype=torch.long, device=first.device)} if classes else {}
             with torch.no_grad():
-                middle, _ = denoiser.features(torch.zeros(1, *shape, device=first.device), 0.5)
+                middle, _ = denoiser.features(torch.zeros(1, *shape, device=first.device), 0.5, **cond)
             self.head = FeatureHeads([middle.shape[1]], classes).to(first.device)
         else:
             self.head = plain_critic(shape, classes)

@@ -73,6 +73,11 @@ class Rcfd:
         if not self.share > 0:
             raise BadInput(f"rcfd: share must be above 0, got {self.share:g}")
 
+    @property
+    def whole_batches(self) -> bool:
+        """The term of beta that wants a batch to be of all classes sees the whole batch."""
+        return self.beta > 0 and self.gamma < 1
+
     def distill(self, task: Task) -> Student:
         """Train the stages `classifier`, then `steps8`, `steps4`, ...; the last student."""
         net = classifier(task, self.share, self.width).eval().requires_grad_(False)

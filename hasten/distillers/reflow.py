@@ -76,6 +76,11 @@ class ReFlow:
         """A coupling trains on real images; pairs do not."""
         return self.coupling != "none"
 
+    @property
+    def whole_batches(self) -> bool:
+        """A coupling pairs the images of a batch with its noise."""
+        return self.coupling != "none"
+
     def distill(self, task: Task) -> Student:
         """Train the stages `flow` (with a coupling), `reflow1`, ..., `distill`; the last student."""
         teacher: nn.Module = task.teacher

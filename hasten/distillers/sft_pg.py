@@ -75,7 +75,7 @@ class SFTPG:
     def distill(self, task: Task) -> Student:
         """Train the stage `policy`."""
         torch.manual_seed(task.seed)  # the critic's first weights
-        student, classes = task.student(), task.denoiser.null_label or 0
+        student, classes = task.student(), task.label_count
         critic = plain_critic(task.shape, classes, spectral=self.bound == "spectral")
         value = plain_critic(task.shape, classes)
         chain, picks = Chain(student, task.schedule, self.steps, self.last), min(self.picks, self.steps)
