@@ -74,6 +74,7 @@ def predict(student: Denoiser, z: Tensor, t: Tensor, **cond: Any) -> tuple[Tenso
     """What the network says at z, t (B,), and the x0 that it means."""
     raw = student.raw(z, t, **cond)
     _, skip, out = student.prediction.coefficients(student.schedule.alpha(t), student.schedule.sigma(t))
-    if not torch.isfinite(skip).all():
+    # only there may alpha be 0; elsewhere the numbers are not waited for
+    if student.prediction.name == "eps" and student.schedule.zero_snr and not torch.isfinite(skip).all():
         student(z, t, **cond)  # which refuses in its own words
     return raw, spread(skip, z) * z + spread(out, z) * raw

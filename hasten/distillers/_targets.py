@@ -36,6 +36,29 @@ def grid(law: TimeGrid, schedule: Schedule, steps: int) -> Tensor:
     return law(schedule, steps).flip(0)
 
 
+def clock(x: Tensor) -> torch.device:
+    """Where the times of a batch x are drawn: on its device, so that none of their coefficients waits for a copy.
+
+    MPS has no float64: there they stay on the CPU.
+    """
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+class Nodes:
+    """Times (N,) that are moved to a device once: `nodes.at(x)` where those of the batch x are drawn."""
+
+    def __init__(self, times: Tensor) -> None:
+        self.times = times
+        self._moved: dict[torch.device, Tensor] = {}
+
+    def at(self, x: Tensor) -> Tensor:
+        """The times, float64 (N,), on the device `clock(x)`."""
+        device = clock(x)
+        if device not in self._moved:
+            self._moved[device] = self.times.to(device)
+        return self._moved[device]
+
+
 def noised(schedule: Schedule, x: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
     """`alpha_t x + sigma_t noise` (B, *S) at the times t (B,); the noise is drawn where it is not given."""
     noise = torch.randn_like(x) if noise is None else noise

@@ -17,7 +17,7 @@ from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
 from ._adversary import critic_of, entry, margin, predict, slope, still
-from ._targets import TINY, grid, noised, raw_target
+from ._targets import TINY, clock, grid, noised, raw_target
 from ._task import Student, Task
 
 __all__ = ["DiffusionGAN"]
@@ -158,10 +158,10 @@ class DiffusionGAN:
         """Puts `t`, `z` and `fake` (x_hat) in the batch; what the network said."""
         x, schedule = batch["x"], task.schedule
         if self.times == "nodes":
-            nodes = grid(Trailing(), schedule, self.steps)[1:]
-            t = nodes[torch.randint(0, self.steps, (len(x),))]
+            nodes = grid(Trailing(), schedule, self.steps)[1:].to(clock(x))
+            t = nodes[torch.randint(0, self.steps, (len(x),), device=nodes.device)]
         else:
-            t = schedule.t_max * (1 - torch.rand(len(x), dtype=torch.float64))
+            t = schedule.t_max * (1 - torch.rand(len(x), dtype=torch.float64, device=clock(x)))
         batch["t"], batch["z"] = t, entry(schedule, x, t)
         raw, batch["fake"] = predict(student, batch["z"], t, **task.cond(batch))
         return raw

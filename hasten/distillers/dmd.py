@@ -16,7 +16,7 @@ from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
 from ._adversary import still
-from ._targets import grid, loss, noised
+from ._targets import clock, grid, loss, noised
 from ._task import Student, Task
 
 __all__ = ["DMD"]
@@ -82,7 +82,7 @@ class DMD:
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             cond = task.cond(batch)
             x = self.make(task, student, batch)
-            t = self.levels(task.schedule, len(x))
+            t = self.levels(task.schedule, len(x), clock(x))
             z = noised(task.schedule, x, t)
             with torch.no_grad():
                 g = push(x, fake.denoiser(z, t, **cond), task.teacher(z, t, **cond))
@@ -101,7 +101,7 @@ class DMD:
             cond = task.cond(batch)
             with torch.no_grad():
                 x = self.make(task, student, batch)
-            t = self.levels(task.schedule, len(x))
+            t = self.levels(task.schedule, len(x), clock(x))
             z = noised(task.schedule, x, t)
             value = loss(fake.denoiser, z, t, x, "raw", **cond)
             if self.gan:
@@ -112,10 +112,10 @@ class DMD:
 
         return chase
 
-    def levels(self, schedule: Schedule, n: int) -> Tensor:
+    def levels(self, schedule: Schedule, n: int, device: torch.device | str = "cpu") -> Tensor:
         """The times (n,) at which the scores are compared."""
         low, high = max(self.low, schedule.t_min), min(self.high, schedule.t_max)
-        return low + (high - low) * torch.rand(n, dtype=torch.float64)
+        return low + (high - low) * torch.rand(n, dtype=torch.float64, device=device)
 
     def make(self, task: Task, student: Denoiser, batch: dict[str, Tensor]) -> Tensor:
         """The student's samples (B, *S) at a node drawn for the batch, from where its own steps lead."""
@@ -123,9 +123,10 @@ class DMD:
         nodes = grid(Trailing(), schedule, self.steps).flip(0)
         last = int(torch.randint(0, self.steps, ()))
         z = float(schedule.prior_std(nodes[0])) * torch.randn_like(batch["x"])
+        there = nodes.to(clock(z))
         with torch.no_grad():
-            for t, s in zip(nodes[:last], nodes[1 : last + 1]):
-                z = noised(schedule, student(z, t, **cond), s.expand(len(z)))
+            for k in range(last):
+                z = noised(schedule, student(z, nodes[k], **cond), there[k + 1].expand(len(z)))
         return student(z, nodes[last], **cond)
 
 

@@ -14,7 +14,7 @@ from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
 from ._shadow import Shadow
-from ._targets import grid, loss, noised, signal, step, weight_for
+from ._targets import Nodes, grid, loss, noised, signal, step, weight_for
 from ._task import Student, Task
 from .progressive import check
 
@@ -76,14 +76,15 @@ class Tract:
         self, task: Task, teacher: Callable[..., Tensor], shadow: Shadow, n: int, S: int
     ) -> Callable[[dict[str, Tensor]], Tensor]:
         """The loss of a phase whose student has n segments of S nodes."""
-        schedule, nodes = task.schedule, grid(Trailing(), task.schedule, n * S)
+        schedule, times_of = task.schedule, Nodes(grid(Trailing(), task.schedule, n * S))
         weight = weight_for(shadow.student, self.weight, "truncated")
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             shadow.update(self.momentum)
             x, cond = batch["x"], task.cond(batch)
-            end = S * torch.randint(0, n, (len(x),))
-            i = end + torch.randint(1, S + 1, (len(x),))
+            nodes = times_of.at(x)
+            end = S * torch.randint(0, n, (len(x),), device=nodes.device)
+            i = end + torch.randint(1, S + 1, (len(x),), device=nodes.device)
             times = nodes[i], nodes[i - 1], nodes[end]
             z = noised(schedule, x, times[0])
             with torch.no_grad():

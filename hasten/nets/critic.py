@@ -32,7 +32,9 @@ class Condition(nn.Module):
 
     def forward(self, n: int, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         weight = self.time[1].weight
-        emb = self.time(torch.as_tensor(t).to(weight.device, torch.float32).expand(n))
+        if not isinstance(t, Tensor):
+            t = torch.full((n,), float(t), device=weight.device)
+        emb = self.time(t.to(weight.device, torch.float32).expand(n))
         if self.label is None:
             return emb
         if label is None:
