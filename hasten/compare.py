@@ -364,6 +364,8 @@ def compare(
     asked = reference or model.card.get("reference")
     known = asked if asked is None or isinstance(asked, Reference) else load_reference(asked)
     net = None if known is None else feature_net(features or known.features)
+    if net is not None and not isinstance(features, nn.Module):
+        net = net.to(model.device)
     if known is not None and net_name(net) != known.features:
         raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
     runtime = ranks.once(functools.partial(model.runtime_for, runtime, min(n, batch_size)))

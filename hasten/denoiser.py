@@ -161,7 +161,8 @@ class Denoiser(nn.Module):
             t = t.cpu() if t.device.type == "mps" else t  # which has no float64
             t = t.to(torch.float64)
             alpha = self.schedule.alpha(t)
-            if need_x0 and self.prediction.name == "eps" and bool((alpha.detach() == 0).any()):
+            ends = need_x0 and self.prediction.name == "eps" and self.schedule.zero_snr  # else alpha is never 0
+            if ends and bool((alpha.detach() == 0).any()):
                 self._refuse(1.0)
             return *self.prediction.coefficients(alpha, self.schedule.sigma(t)), self.time_input(t)
         key = float(t)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .distillers import Student, Task
-from .distillers._rehearsal import Rehearsal, Stage, allocate
+from .distillers._rehearsal import Rehearsal, Stage, allocate, time_limits
+from .distillers._task import notes
 from .errors import BadInput, whole
 from .files import refuse_inside, writes
 from .images import grid, png, reserve, write
@@ -70,7 +71,8 @@ def distill_model(
     shard: divide the student among them (and not the teacher), for methods whose student is asked as a whole.
 
     First every stage is tried for a moment, which gives its cost and divides the budget; the result is kept in
-    `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students.
+    `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students. (But with
+    `minutes` a stage that turns out slower than in the trial by more than a tenth ends early, by the clock.)
 
     Returns a dict: folder, method, stages, evaluations, seconds, memory_bytes (of the largest moment of the trial),
     students (their names and folders).
@@ -115,7 +117,10 @@ def distill_model(
         "teacher": teacher, "denoiser": denoiser, "batches": Batches(source, batch_size, seed=seed),
         "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
         "device": str(model.device), "show": show and ranks.first, "accumulate": accumulate, "shard": shard,
+        "classes": None if model.classes is None else len(model.classes), "codec": model.codec,
     }  # fmt: skip
+    for line in notes(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.first else ():
+        say(line)
 
     def planned() -> dict[str, Any]:
         known = earlier(out / RUN, run, stages_of) if not dry_run else None
@@ -128,8 +133,10 @@ def distill_model(
             rehearsal = Rehearsal(**common, processes=ranks.world)
             distiller.distill(rehearsal)
             allocate(rehearsal.stages, steps, minutes, evaluations)
+            # a stage that is much slower than it was in the trial ends early, so that the minutes are kept
+            limits = {} if minutes is None else time_limits(rehearsal.stages, minutes)
             known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
-                     "memory_bytes": memory(model.device)}  # fmt: skip
+                     "minutes": limits, "memory_bytes": memory(model.device)}  # fmt: skip
             if not dry_run:
                 write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
         return known
@@ -148,7 +155,9 @@ def distill_model(
     common["precision"] = known["precision"]
     saver = Saver(model, out, result, scale, command, say)
     keep = saver if ranks.first else (lambda name, student: None)
-    task = Task(**common, steps={s.name: s.steps for s in stages}, keep=keep, ranks=ranks)
+    task = Task(
+        **common, steps={s.name: s.steps for s in stages}, minutes=known.get("minutes", {}), keep=keep, ranks=ranks
+    )
     began = time.perf_counter()
     try:
         last = distiller.distill(task)
@@ -169,8 +178,9 @@ def real_images(model: Model, data: str | Path) -> Data:
 
 def without_images(model: Model) -> Data:
     """What a method gets that trains on the model's own samples alone: its classes in equal parts, and blank images."""
-    size = LABELS if model.classes is None else len(model.classes) * -(-LABELS // len(model.classes))
-    labels = None if model.classes is None else torch.arange(size) % len(model.classes)
+    known = [k for k in range(len(model.classes or ())) if k != model.denoiser.null_label]
+    size = len(known) * -(-LABELS // len(known)) if known else LABELS
+    labels = torch.tensor(known).repeat(size // len(known)) if known else None
     blank = torch.zeros(1, *model.shape, dtype=torch.uint8)
     return Data(size, model.shape, lambda indices: blank.expand(len(indices), *model.shape), labels, model.classes)
 

@@ -270,8 +270,9 @@ def judge_many(
     labels = labels if classes is None else classifier_labels(labels, classes, features)
     if ranks.world == 1:
         assert known is not None
-        return evaluate_images(images, labels, features, known, seeds)
+        return evaluate_images(images, labels, features, known, seeds, device=ranks.device)
     net, size = feature_net(features), 256
+    net = net.to(ranks.device) if isinstance(features, str) else net
     if known is not None and net_name(net) != known.features:
         raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
 

@@ -65,6 +65,15 @@ def compare(
     return rows
 
 
+def refuse_colour(features: str, model: Any) -> None:
+    """Raises BadInput before a colour model draws what the fashion features cannot see."""
+    if features == "fashion" and (model.shape[0] == 3 or model.decoder is not None):
+        raise BadInput(
+            f"{model.name} makes pictures in colour, and the fashion features see grey garments only: give --reference "
+            "a folder of real images, and --features efficientnet_lite0 or inception"
+        )
+
+
 @together
 def evaluate(
     model: str,
@@ -96,7 +105,8 @@ def evaluate(
         n: How many images; at least 10, better 2000 or more.
         reference: Bundled statistics, a folder of statistics, or a folder, zip or array of real images.
             Left out: the one that the model names.
-        features: The network that looks at the images: fashion, efficientnet, inception. Left out: the reference's.
+        features: The network that looks at the images: fashion, efficientnet_lite0 or inception. Left out: the
+            reference's.
         seed: Of the first image; image k has seed + k.
         sampler: As for sample; so are the next three.
         times: Time grid.
@@ -136,9 +146,11 @@ def evaluate(
         known = None
         if ranks.first:
             real = data.images(range(len(data)))
-            known = reference_from_images(real, Path(asked).name, "all", feature_net(features))
+            net = feature_net(features).to(loaded.device)
+            known = reference_from_images(real, Path(asked).name, "all", net)
     else:
         known = load_reference(asked)
+    refuse_colour(features or known.features, loaded)  # type: ignore[union-attr]
     way: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
     size = min(n, batch_size)
     setting = loaded.setting(sampler, times, steps, guidance_scale, "fp32", size, **way)
@@ -151,8 +163,10 @@ def evaluate(
         x = sample_many(
             loaded, n, chosen, seed, batch_size, **setting, ranks=ranks, keep=keep, everywhere=True, progress=tick
         )
-    net = features or known.features  # type: ignore[union-attr]
-    measures = judge_many(x, wanted, net, known, range(seed, seed + n), ranks, loaded.classes)  # type: ignore[arg-type]
+    looking = features or known.features  # type: ignore[union-attr]
+    measures = judge_many(  # type: ignore[arg-type]
+        x, wanted, looking, known, range(seed, seed + n), ranks, loaded.classes
+    )
     ranks.wait()
     if keep is not None:
         keep.clear()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
-from ..errors import HastenError
+from ..errors import BadInput, HastenError
+from ..nets.critic import label_count
 from ..ranks import Ranks
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 STUDENT = "student.safetensors"
+# what the players of a step leave in its batch for one another
+RESERVED = ("fake", "t", "z", "chain", "advantage", "k")
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Distiller(Protocol):
 
     `needs_data`: it trains on real images (where it does not, their labels and number are all that it is given).
     `ranged`, where there is one: it can keep the range of guidance scales of a network that takes one as an input.
+    `whole_batches`, where there is one: its loss is no mean over images, but compares those of a batch.
     """
 
     needs_data: bool
@@ -68,6 +72,12 @@ class Task:
     keep: told of every finished student: `keep(name, student)`.
     accumulate, shard: see `Fit`. ranks: the processes that share every batch, and make the pairs; the first one writes,
         and all see `out`.
+    classes: how many classes there are, their labels counted from 0; None: what the network or the data say.
+    codec: of the samples, as a model has it. Only samples of "image" lie in [-1, 1] and may be kept in 8 bits.
+    minutes: by stage, the most that its training may take; a stage that is slower than planned ends early.
+    tensorboard: write event files beside the logs of the stages, where the package is installed.
+
+    What is trained has float32 weights whatever the teacher's are, and so have its averages and the students.
     """
 
     teacher: nn.Module
@@ -86,6 +96,10 @@ class Task:
     accumulate: int = 1
     shard: bool = False
     ranks: Ranks = field(default_factory=lambda: Ranks(torch.device("cpu")))
+    classes: int | None = None
+    codec: str | None = None
+    minutes: dict[str, float] = field(default_factory=dict)
+    tensorboard: bool = True
 
     @property
     def schedule(self) -> Any:
@@ -118,12 +132,37 @@ class Task:
         ranged = {"guidance_range": None} if "guidance" in changes else {}
         return source.replace(net=net, **ranged).requires_grad_(True)
 
+    @property
+    def label_count(self) -> int:
+        """How many labels a batch may hold, counted from 0: 0 where batches have none.
+
+        The task's `classes`, where it says so; else the most that the network's classes, its null label (which may be
+        any of the labels, 0 too), the data's classes and the labels themselves ask for.
+        """
+        batch = self.batches[0]
+        if "label" not in batch:
+            return 0
+        if self.classes:
+            return self.classes
+        data = getattr(self.batches, "data", None)
+        labels = getattr(data, "labels", None)
+        labels = batch["label"] if labels is None else labels
+        classes = getattr(data, "classes", None) or ()
+        return max(label_count(self.denoiser), len(classes), int(labels.max()) + 1)
+
+    def one_cond(self) -> dict[str, Tensor]:
+        """What the networks are told with one sample: the first of the data's, on their device."""
+        device = next(self.denoiser.parameters(), torch.zeros(())).device
+        return {key: value[:1].to(device) for key, value in self.cond(self.batches[0]).items()}
+
     def cond(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What of a batch the networks are told: its labels, where it has any."""
         return {"label": batch["label"]} if "label" in batch else {}
 
     def player(self, name: str, module: nn.Module, loss: Loss, lr: float, every: int = 1, **options: Any) -> Player:
-        """A `Player` with the settings that distillation wants: AdamW without decay. options: of `Player`."""
+        """A `Player` with the settings that distillation wants: AdamW without decay, float32 weights. options: of
+        `Player`."""
+        widened(module)
         return Player(name, module, loss, **{"lr": lr, "every": every, "weight_decay": 0.0, **options})
 
     def fit(
@@ -141,6 +180,7 @@ class Task:
         share: of the budget, relative to the other stages' shares. batches: in place of the task's own.
         A stage that was finished before is read, one that was interrupted goes on; the result is the same.
         """
+        refuse_keys(self.batches if batches is None else batches)
         number = len(self.done)
         self.done.append(name)
         folder = self.out / "stages" / f"{number}-{name}"
@@ -152,8 +192,8 @@ class Task:
         else:
             fit = Fit(
                 steps=steps, warmup=max(1, min(100, steps // 20)), precision=self.precision, decay=decay, clip=clip,
-                ema=ema or Ema(), seed=self.seed * 1009 + number, device=self.device, tensorboard=False,
-                accumulate=self.accumulate, shard=self.shard,
+                ema=ema or Ema(), seed=self.seed * 1009 + number, device=self.device, tensorboard=self.tensorboard,
+                accumulate=self.accumulate, shard=self.shard, minutes=self.minutes.get(name),
             )  # fmt: skip
             modules = fit(players, self.batches if batches is None else batches, folder, self.show)
             if self.ranks.first:
@@ -172,3 +212,40 @@ class Task:
         from ._pairs import make
 
         return make(self, self.out / "pairs" / name, count, **how)
+
+
+def widened(module: nn.Module) -> nn.Module:
+    """The module with its parameters and buffers of less than 32 bits made float32, in place.
+
+    A step of training is smaller than what half precision can tell apart: the weights would not move, or drift.
+    """
+    return module._apply(lambda value: value.float() if value.is_floating_point() and value.itemsize < 4 else value)
+
+
+def refuse_keys(batches: Any) -> None:
+    """Refuse batches with keys in which the distillers leave values of their own. Raises BadInput."""
+    taken = sorted(set(RESERVED) & set(batches[0]))
+    if taken:
+        raise BadInput(
+            f"the batches have the key {taken[0]!r}, in which distillers keep values of their own: call it something "
+            f"else (and none of {', '.join(key for key in RESERVED if key != taken[0])})"
+        )
+
+
+def notes(distiller: Any, denoiser: nn.Module, batch_size: int, parts: int) -> list[str]:
+    """What a person should know before a run: lines about the weights' type and about batches that are divided.
+
+    parts: into which every batch is divided: processes, times accumulate.
+    """
+    lines = []
+    narrow = {p.dtype for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4}
+    if narrow:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
+        lines.append(f"the teacher's weights are {names}: students are trained and saved in float32")
+    if parts > 1 and getattr(distiller, "whole_batches", False):
+        name = type(distiller).__name__.lower()
+        lines.append(
+            f"{name} compares the images of a batch with one another: divided into {parts} parts (processes, times "
+            f"accumulate), it sees {batch_size // parts} of the {batch_size} at once"
+        )
+    return lines

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from hasten.errors import BadInput
@@ -30,6 +31,7 @@ def evaluate_images(
     seeds: Iterable[int] | str | None = None,
     bootstrap: int = 100,
     batch_size: int = 256,
+    device: torch.device | str | None = None,
 ) -> dict[str, Measure]:
     """Fréchet distance with interval, kernel distance, precision, recall, density, coverage; where the network
     classifies, inception score; where it knows the classes of the `labels` `(N,)` asked for, class accuracy.
@@ -37,12 +39,13 @@ def evaluate_images(
     images: `(N, C, H, W)` in [-1, 1] or uint8, N >= 10. features: a network or its name (`feature_net`).
     reference: statistics, their bundled name or folder; they must come from the same network.
     seeds: the noise seeds, for the record. bootstrap: repeats of the interval, 0 for none.
+    device: where a network that is given by name looks at them, batch by batch; None: where the images are.
     Keys: frechet, kid, precision, recall, density, coverage, inception_score, accuracy.
     """
     known = reference if isinstance(reference, Reference) else load_reference(reference)
     net = feature_net(features)
-    if isinstance(features, str) and isinstance(images, Tensor):
-        net = net.to(images.device)
+    if isinstance(features, str) and (device is not None or isinstance(images, Tensor)):
+        net = net.to(images.device if device is None else device)
     _same_network(net_name(net), known)
     found, logits = extract(net, images, batch_size)
     return evaluate_features(found, known, logits, labels, seeds, bootstrap)

@@ -63,7 +63,13 @@ class Player:
             raise BadInput(f"{self.name}: lr must be positive and every at least 1, got {self.lr} and {self.every}")
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimiser over the module's trainable parameters."""
+        """A fresh optimiser over the module's trainable parameters. BadInput where they are of less than 32 bits."""
+        for name, p in self.module.named_parameters():
+            if p.requires_grad and p.is_floating_point() and p.itemsize < 4:
+                raise BadInput(
+                    f"{self.name}: the weights {name} are {str(p.dtype).removeprefix('torch.')}, in which small steps "
+                    "are lost: train float32 weights (module.float()); precision='bf16' computes in bf16 with them"
+                )
         if self.optimiser == "muon":
             matrices, others = split(self.module)
             return Muon(

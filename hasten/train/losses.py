@@ -38,13 +38,14 @@ Weight = Callable[[Tensor, Tensor], Tensor]
 
 
 def stratified(n: int, device: torch.device | str = "cpu") -> Tensor:
-    """`n` float64 numbers in [0, 1), one in each of `n` equal strata, in random order.
+    """`n` float64 numbers in [0, 1), one in each of `n` equal strata, in random order; for MPS on the CPU.
 
     One shared offset `u` gives `(i + u) / n`, which lowers the variance of a loss averaged over times
     (Kingma et al. 2021, 2107.00630, section I.1).
     """
-    grid = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
-    return grid[torch.randperm(n)].to(device)
+    made = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
+    grid = (torch.arange(n, dtype=torch.float64, device=made) + torch.rand((), dtype=torch.float64, device=made)) / n
+    return grid[torch.randperm(n, device=made)]
 
 
 # ---- which times ----
@@ -175,7 +176,7 @@ class DenoisingLoss:
         if "label" in batch:
             cond["label"] = self.drop(batch["label"], denoiser.null_label)
         n = len(x)
-        u = stratified(n, x.device) if self.spread else torch.rand(n, dtype=torch.float64).to(x.device)
+        u = stratified(n, x.device) if self.spread else torch.rand(n, dtype=torch.float64)
         t = self.times(denoiser.schedule, u)
         eps = torch.randn_like(x)
         alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
