@@ -19,6 +19,7 @@ from .model import Model
 from .pick import pick
 from .results import fingerprint, now
 from .sampling import spell
+from .shelf import check_savable
 from .tuning import Task, Tuned
 from .tuning._task import Images, Tick, ignore
 
@@ -51,6 +52,7 @@ def tune_model(
     whole("seed", seed, 0)
     if n is not None:
         whole("n", n, 1)
+    check_savable(model)
     out = Path(out)
     reserve(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
@@ -94,6 +96,8 @@ def real(model: Model, data: str | Path) -> Images:
     from .train import open_data
     from .train.data import to_float
 
+    if len(model.shape) != 3:
+        raise BadInput(f"{model.name} makes samples of shape {model.shape}, which no images are: leave data out")
     channels, height, width = model.shape
     source = open_data(data, size=(height, width), channels=channels)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))

@@ -81,6 +81,11 @@ def sample(
     pictures.reserve(out / "0.png" if single else out)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
+    if loaded.codec == "raw":
+        raise BadInput(
+            f"{loaded.name} makes samples of shape {loaded.shape}, which are no images: "
+            "draw them in Python, hasten.load(folder).sample(n)"
+        )
     several = isinstance(label, str) and "," in label and loaded.conditioning is None  # a prompt may hold commas
     chosen = [part.strip() for part in str(label).split(",")] if several else label
     labels = loaded.labels(n, chosen)
