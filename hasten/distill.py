@@ -218,7 +218,8 @@ def at_scale(denoiser: Any, scale: float) -> Any:
 def samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
     """Real samples of the model's shape, with the labels that it knows: `real_images`, where they are images."""
     if isinstance(data, torch.Tensor):
-        data = Data(len(data), tuple(data.shape[1:]), lambda rows: data[rows], source="the tensor")  # type: ignore
+        values = data
+        data = Data(len(values), tuple(values.shape[1:]), lambda rows: values[rows], source="the tensor")  # type: ignore
     if isinstance(data, Data):
         if tuple(data.shape) != tuple(model.shape):
             raise BadInput(f"{model.name} makes samples of shape {tuple(model.shape)}, data has {tuple(data.shape)}")

@@ -205,9 +205,8 @@ class Model:
                 tick = part(progress, first, n, batch_size)
                 x = draw(denoiser, way.sampler, way.times, noise, x=x, plan=way.plan, progress=tick, **cond)
                 x = x if self.decoder is None else self.decoder.decode(x)
-                x = x.float()
                 pixels = self.codec == "image" or self.decoder is not None
-                made.append((x.clamp(-1, 1) if pixels else x).cpu())
+                made.append((x.float().clamp(-1, 1) if pixels else x.float()).cpu())
         return torch.cat(made)
 
     def way(
@@ -382,15 +381,12 @@ class Model:
         return shelf.describe(self)
 
 
-def load(
-    name: Any, device: str | torch.device | None = None, networks: Sequence[type] = (), trust_code: bool = False
-) -> Model:
+def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_code: bool = False) -> Model:
     """A model by bundled name or by folder; or a pipeline of `diffusers`, itself, by its folder or by its hub id.
 
     device: by default the CPU; a pipeline itself stays where it is.
-    networks: classes of one's own networks, for models that were saved with one of them. A class whose module this
-        process has imported need not be given.
-    trust_code: allow the import of a network's module, which runs the code of that module.
+    networks: classes of one's own networks; one whose module this process has imported need not be given.
+    trust_code: allow the import of the module of a network's class, which runs its code.
 
     Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the
     one in model.json) or of another shape than the network.

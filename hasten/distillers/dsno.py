@@ -85,7 +85,10 @@ class DSNO:
         source = task.denoiser
         net: Any = source.net
         if type(net) is not UNet:
-            raise BadInput(f"dsno puts its blocks into a UNet of hasten.nets, found {type(net).__name__}")
+            kind = type(getattr(net, "net", net)).__name__
+            raise BadInput(
+                f"dsno puts its blocks into a UNet of hasten.nets, found {kind}: for that use denoising_student"
+            )
         if source.prediction.name == "edm":
             raise BadInput("dsno: the states are what the network says, so it cannot be preconditioned as in EDM: "
                            "found an edm prediction")  # fmt: skip

@@ -109,7 +109,10 @@ class Guided:
         if task.denoiser.net_takes_guidance:
             return task.denoiser
         if task.denoiser.null_label is None:
-            raise BadInput("guided needs a model with a null label, one that was trained with label dropout")
+            raise BadInput(
+                "guided needs a model with a null label, one that was trained with label dropout: "
+                "what works without one is progressive, tract or consistency"
+            )
         student = task.student(guidance=self.guidance)
         players = [task.player("student", student, self.merging(task, student), self.lr)]
         trained = task.fit("guidance", players, share=self.first)["student"]
