@@ -34,20 +34,22 @@ class Model:
 
     denoiser: `forward(x_t (B, C, H, W), t, label=) -> x0 (B, C, H, W)`.
     shape: `(C, H, W)` of one sample. classes: class names in label order, or None for an unconditional model.
-    codec: what a sample is; `image` is pixels in [-1, 1].
+    codec: what a sample is: `image`, pixels in [-1, 1]; `latent`, of an autoencoder; `raw`, anything else, which is
+        left as it is (points, audio, video): what a shape of other than three dimensions is taken for.
     sampler, times, steps, guidance_scale: what `sample` uses where it is not told, spelled as `pick` reads them.
     plan: what `sample` uses instead where it is told none of sampler, times and other steps. plans: more, by name.
     statistics, parts: tensors measured on the model and small networks beside it, by name: what tuning leaves for the
         methods that need it.
     conditioning: of a model that takes prompts where others take labels: `cond(n, prompt, seed)` gives what the network
         is told (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
+    pipeline: of diffusers, with which the network was loaded and can be saved again.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
 
     denoiser: Denoiser
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: tuple[str, ...] | None = None
     codec: str = "image"
     sampler: str = "unipc"
@@ -62,7 +64,12 @@ class Model:
     parts: dict[str, nn.Module] = field(default_factory=dict)
     conditioning: Any = None
     decoder: Any = None
+    pipeline: Any = None
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.codec == "image" and len(self.shape) != 3:
+            self.codec = "raw"
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +147,7 @@ class Model:
         accelerators: Sequence[Any] = (),
         callback: Callback | None = None,
     ) -> Tensor:
-        """`n` images, `(n, C, H, W)` float32 in [-1, 1], on the CPU.
+        """`n` images, `(n, C, H, W)` float32 in [-1, 1], on the CPU; other samples (see `codec`) as `(n, *shape)`.
 
         Image k depends on `seed + k` and its label alone, not on `n` or `batch_size` (but under a guide that steers a
         whole batch, which says so).
@@ -193,7 +200,8 @@ class Model:
                     cond=cond,
                 )  # fmt: skip
                 x = x if self.decoder is None else self.decoder.decode(x)
-                made.append(x.float().clamp(-1, 1).cpu())
+                pixels = self.codec == "image" or self.decoder is not None
+                made.append((x.float().clamp(-1, 1) if pixels else x.float()).cpu())
         return torch.cat(made)
 
     def way(
@@ -373,10 +381,12 @@ class Model:
         return shelf.describe(self)
 
 
-def load(name: Any, device: str | torch.device | None = None) -> Model:
+def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_code: bool = False) -> Model:
     """A model by bundled name or by folder; or a pipeline of `diffusers`, itself, by its folder or by its hub id.
 
     device: by default the CPU; a pipeline itself stays where it is.
+    networks: classes of one's own networks; one whose module this process has imported need not be given.
+    trust_code: allow the import of the module of a network's class, which runs its code.
 
     Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the
     one in model.json) or of another shape than the network.
@@ -385,4 +395,4 @@ def load(name: Any, device: str | torch.device | None = None) -> Model:
         from .adapters.diffusers import load_pipeline
 
         return load_pipeline(name, device=device)
-    return Model(**shelf.read(shelf.find(name))).to(device or "cpu")
+    return Model(**shelf.read(shelf.find(name), networks, trust_code)).to(device or "cpu")

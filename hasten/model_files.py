@@ -74,8 +74,8 @@ def place(told: dict[str, Any], name: str, file: Path, folder: Path, old: set[st
         own = sha256(file)
         if target.is_file() and sha256(target) == own:
             return name
-        if name in network:  # the files of a graph may name one another
-            raise BadInput(f"{folder} holds another exported network: save the model in another folder")
+        if name in network or "slot" in told["net"]:  # files of a graph or of a pipeline are looked for by name
+            raise BadInput(f"{folder} holds another network of this kind: save the model in another folder")
         other = (file.parent / f"{file.stem}-{own[:8]}{file.suffix}").relative_to(file.parents[name.count("/")])
         for entry in (told["weights"], told.get("statistics", {}), *told.get("parts", {}).values()):
             if entry.get("file") == name:
@@ -84,7 +84,7 @@ def place(told: dict[str, Any], name: str, file: Path, folder: Path, old: set[st
         for key, value in told.get("plans", {}).items():
             told["plans"][key] = other.as_posix() if value == name else value
         name, target = other.as_posix(), folder / other
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(file, target)
     return name
 

@@ -22,6 +22,7 @@ from .images import reserve, write
 from .model import Model
 from .results import earlier, fingerprint, now
 from .sampling import spell
+from .shelf import check_savable
 from .tune import is_half, watched
 
 RUN, BLOCKS = "run.json", "blocks"
@@ -84,6 +85,7 @@ def quantize_model(
         raise BadInput("give minutes or iterations, not both")
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
         raise BadInput(f"minutes must be positive, got {minutes}")
+    check_savable(model, network=False)
     out, began = Path(out), time.perf_counter()
     asked = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}
     setting = model.setting(**asked)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from .noise import LARGEST_SEED
 from .pick import pick
 from .results import fingerprint, now
 from .sampling import spell
+from .shelf import check_savable
 from .train.fingerprint import listing
 from .tuning import Task, Tuned
 from .tuning._task import Images, Tick, ignore
@@ -59,6 +60,7 @@ def tune_model(
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     n = None if n is None else whole("n", n, 1)
     seed = whole("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
+    check_savable(model)
     model = replace(model)
     out = Path(out)
     refuse_inside(out, data)
@@ -115,6 +117,8 @@ def real(model: Model, data: str | Path) -> Images:
     from .train.data import to_float
     from .train.names import match_labels
 
+    if len(model.shape) != 3:
+        raise BadInput(f"{model.name} makes samples of shape {model.shape}, which no images are: leave data out")
     channels, height, width = model.shape
     source = open_data(data, size=(height, width), channels=channels)
     source = match_labels(source, model.classes, model.name, required=False)

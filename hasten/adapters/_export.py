@@ -223,7 +223,9 @@ def exported(
     n samplings for int8, else one call to trace with.
     """
     from ..model import load
+    from ..shelf import check_savable
 
+    check_savable(model, network=False)
     path, denoiser, net = Path(path), model.denoiser, model.denoiser.net
     if precision not in PRECISIONS:
         raise BadInput(f"cannot export in {precision!r}: {nearest(precision, PRECISIONS)}")

@@ -1,7 +1,7 @@
 """`PlanScheduler`: a sampler or plan of hasten as a scheduler of `diffusers`.
 
 The class is made when it is first asked for, since it inherits from `diffusers`, which this module does not import.
-Pipelines that are saved name it as `hasten.adapters._scheduler.PlanScheduler`.
+Pipelines that are saved name it as `hasten.PlanScheduler`: diffusers opens them where hasten has been imported.
 """
 
 from __future__ import annotations
@@ -268,7 +268,8 @@ def scheduler_class() -> type:
             """The same under the name and the order that pipelines of flows use."""
             return self.add_noise(sample, noise, timestep)
 
-    PlanScheduler.__module__, PlanScheduler.__qualname__ = __name__, "PlanScheduler"
+    # diffusers imports no library that a folder names: it must be one that a user has imported, `import hasten`
+    PlanScheduler.__module__, PlanScheduler.__qualname__ = __name__.partition(".")[0], "PlanScheduler"
     return PlanScheduler
 
 

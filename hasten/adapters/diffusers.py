@@ -51,6 +51,8 @@ def is_pipeline(thing: Any) -> bool:
 def open_pipeline(name: str | Path) -> Any:
     """The pipeline in a folder with a model_index.json, or of a hub id. Raises BadInput in one line."""
     library = diffusers()
+    from . import _scheduler  # noqa: F401  diffusers names it in the pipelines that hold one, and does not import it
+
     try:
         return library.DiffusionPipeline.from_pretrained(str(name))
     except Exception as error:  # of many kinds: the network, the files, missing packages
@@ -111,6 +113,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         card=card,
         conditioning=prompts,
         decoder=None if vae is None else Latents(vae),
+        pipeline=pipe,
     )
     return model if device is None else model.to(device)
 
@@ -149,7 +152,8 @@ def as_scheduler(
         pipe("a photo of a cat", num_inference_steps=8)
 
     It takes exactly the steps it is asked for, at fractional network times, with a generator for each sample if the
-    pipeline is given a list; `save_pretrained`, `from_pretrained` and `from_config` work.
+    pipeline is given a list; `save_pretrained`, `from_pretrained` and `from_config` work. A process that opens such a
+    pipeline's folder must have imported hasten (`import hasten`) before it calls `from_pretrained`.
 
     Args:
         method: a linear sampler, as an object or a text; or a `Plan`, as an object or a .json file.

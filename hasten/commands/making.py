@@ -87,6 +87,11 @@ def sample(
     pictures.reserve(out / "0.png" if single else out)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
+    if loaded.codec == "raw":
+        raise BadInput(
+            f"{loaded.name} makes samples of shape {loaded.shape}, which are no images: "
+            "draw them in Python, hasten.load(folder).sample(n)"
+        )
     chosen = label_list(loaded, label)
     labels = loaded.labels(n, chosen)
     asked: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}

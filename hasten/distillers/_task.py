@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
-from ..errors import BadInput, HastenError
+from ..errors import BadInput
 from ..nets.critic import label_count
+from ..nets.scalar_inputs import ScalarInputs, with_scalars
 from ..ranks import Ranks
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
@@ -37,6 +39,7 @@ class Student:
     guidance: the guidance scales (low, high) that the network takes as its input `guidance`, or equal ones where the
         scale is built in; None: the task's own scale is built in.
     parts: small networks to keep with the model, by name. figures: JSON scalars about this student.
+    any_time: it is a denoiser at every time, as its teacher was, and not only at the nodes of its own steps.
     """
 
     denoiser: Denoiser
@@ -46,19 +49,36 @@ class Student:
     guidance: tuple[float, float] | None = None
     parts: dict[str, nn.Module] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
+    any_time: bool = False
 
 
 class Distiller(Protocol):
     """What every file of `distillers/` holds: a frozen dataclass of this form, with the paper's numbers as defaults.
 
-    `needs_data`: it trains on real images (where it does not, their labels and number are all that it is given).
-    `ranged`, where there is one: it can keep the range of guidance scales of a network that takes one as an input.
-    `whole_batches`, where there is one: its loss is no mean over images, but compares those of a batch.
+    needs_data: it trains on real images (where it does not, their labels and number are all that it is given).
+    ranged: it can keep the range of guidance scales of a network that takes one as an input. Default: it cannot.
+    whole_batches: its loss is no mean over images, but compares those of a batch. Default: it does not.
+    teacher_steps: at which times it asks its teacher: an int k, at the nodes of k steps on the trailing grid alone, so
+        that a student of k steps can be its teacher; 0, never (the teacher only lends its weights); None, anywhere.
+        Default: None.
+    adds_inputs: its students' networks take further inputs (a guidance scale, a number of steps), or are networks of
+        another kind, so that a student of a network of diffusers is saved as a hasten folder. Default: they do not.
+    direction: "decode", its students go from noise to data, or "encode", the other way. Default: "decode".
+
+    All but the first may be class attributes or properties; `option` reads them with their defaults.
     """
 
     needs_data: bool
 
     def distill(self, task: Task) -> Student: ...
+
+
+DEFAULTS: dict[str, Any] = {"ranged": False, "teacher_steps": None, "adds_inputs": False, "direction": "decode"}
+
+
+def option(distiller: Any, name: str) -> Any:
+    """A field of the `Distiller` protocol, or its default."""
+    return getattr(distiller, name, DEFAULTS[name])
 
 
 @dataclass
@@ -67,6 +87,7 @@ class Task:
 
     teacher: frozen; `teacher(x_t, t, **cond) -> x0` is what to imitate, guidance included.
     denoiser: frozen; the network without guidance, from which students are copied.
+    init: frozen; what the first student is copied from in place of `denoiser`, see `initial`.
     guidance_scale: of `teacher`. shape: (C, H, W). batches: `batches[k]` is a batch `{"x": ..., "label": ...}`.
     out: folder of the run. steps: by stage, how many steps of training it gets.
     keep: told of every finished student: `keep(name, student)`.
@@ -96,10 +117,16 @@ class Task:
     accumulate: int = 1
     shard: bool = False
     ranks: Ranks = field(default_factory=lambda: Ranks(torch.device("cpu")))
+    init: Denoiser | None = None
     classes: int | None = None
     codec: str | None = None
     minutes: dict[str, float] = field(default_factory=dict)
     tensorboard: bool = True
+
+    @property
+    def initial(self) -> Denoiser:
+        """What the first student begins as: `init` where there is one, else `denoiser`."""
+        return self.denoiser if self.init is None else self.init
 
     @property
     def schedule(self) -> Any:
@@ -112,23 +139,16 @@ class Task:
         return self.batches.batch_size
 
     def student(self, of: Denoiser | None = None, **changes: Any) -> Denoiser:
-        """A trainable copy of `of` (default: `denoiser`).
+        """A trainable copy of `of` (default: `initial`).
 
-        changes: of the network's configuration, such as `guidance=(1, 5)`; what the copy has in addition keeps its
-        first values, and what it shares is copied. For a network without `config`, no changes.
+        changes: inputs that the copy takes in addition, `guidance=(1, 5)` and `steps=(4, 2)`. A network whose
+        constructor has such arguments is built with them; any other is wrapped (`nets.scalar_inputs`). At first the
+        copy answers as its source, whatever it is given there.
         """
-        source = self.denoiser if of is None else of
+        source = self.initial if of is None else of
         if not changes:
             return copy.deepcopy(source).requires_grad_(True)
-        config = getattr(source.net, "config", None)
-        if config is None:
-            raise HastenError(
-                f"{type(source.net).__name__} cannot be given {', '.join(changes)}: it has no config; "
-                "networks of hasten.nets have one"
-            )
-        device = next(source.net.parameters()).device
-        net = type(source.net)(**{**config, **changes}).to(device)
-        net.load_state_dict(source.net.state_dict(), strict=False)
+        net = with_inputs(source.net, self.shape, **changes)
         ranged = {"guidance_range": None} if "guidance" in changes else {}
         return source.replace(net=net, **ranged).requires_grad_(True)
 
@@ -249,3 +269,23 @@ def notes(distiller: Any, denoiser: nn.Module, batch_size: int, parts: int) -> l
             f"accumulate), it sees {batch_size // parts} of the {batch_size} at once"
         )
     return lines
+
+
+def with_inputs(net: nn.Module, shape: Sequence[int], **inputs: Any) -> nn.Module:
+    """A copy of the network that takes `guidance` and `steps` as inputs, with its weights; zero where they are new."""
+    config, wanted = getattr(net, "config", None), inspect.signature(type(net).__init__).parameters
+    if isinstance(net, ScalarInputs):
+        made: nn.Module = with_scalars(copy.deepcopy(net.net), shape, **{**known(net), **inputs})
+    elif isinstance(config, Mapping) and all(name in wanted for name in inputs):
+        made = type(net)(**{**config, **inputs})
+    else:
+        return with_scalars(copy.deepcopy(net), shape, **inputs)
+    made.to(next(net.parameters()).device)
+    made.load_state_dict(net.state_dict(), strict=False)
+    return made
+
+
+def known(net: ScalarInputs) -> dict[str, Any]:
+    """The inputs that such a network takes already."""
+    found = {"guidance": net.guidance_range, "steps": net.step_counts}
+    return {name: value for name, value in found.items() if value is not None}

@@ -74,9 +74,14 @@ class Adversarial:
                 asked = getattr(self, name)
                 raise BadInput(f"adversarial: unknown {name} {asked!r}: {nearest(asked, choices)}")
 
+    @property
+    def teacher_steps(self) -> int | None:
+        """Without the distance from its answers the teacher only lends its weights, and features at all times."""
+        return 0 if not self.strength and self.start == "teacher" else None
+
     def distill(self, task: Task) -> Student:
         """Train the stage `adversarial`, after the stages of the start where it needs any."""
-        source = task.denoiser
+        source = task.initial
         if self.start == "progressive":
             source = Progressive(steps=(4 * self.steps, 2 * self.steps, self.steps)).distill(task).denoiser
         torch.manual_seed(task.seed)  # the critic's first weights

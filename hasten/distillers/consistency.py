@@ -108,6 +108,11 @@ class Consistency:
         if not 0 <= self.momentum < 1 or not self.c >= 0 or not self.noise[1] > 0:
             raise BadInput("consistency needs momentum in [0, 1), c of at least 0, and a deviation of noise above 0")
 
+    @property
+    def teacher_steps(self) -> int | None:
+        """In training the teacher only lends its weights."""
+        return 0 if self.mode == "training" else None
+
     def distill(self, task: Task) -> Student:
         """Train the one stage `consistency`; its student."""
         student = anchored(task.student())

@@ -69,6 +69,7 @@ class DiffusionGAN:
     critic_lr: float = 1e-4
     every: int = 2
     needs_data: ClassVar[bool] = True
+    teacher_steps: ClassVar[int] = 0  # it only lends its weights
 
     def __post_init__(self) -> None:
         if self.steps < 1:

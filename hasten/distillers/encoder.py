@@ -47,16 +47,23 @@ class Encoder:
     lr: float = 3e-4
     weight: str = "auto"
     needs_data: ClassVar[bool] = True
+    adds_inputs: ClassVar[bool] = True  # the scale, and it draws no images
+    direction: ClassVar[str] = "encode"
 
     def __post_init__(self) -> None:
         check("encoder", self.steps, self.start)
         if self.guidance is not None and not (len(self.guidance) == 2 and self.guidance[0] < self.guidance[1]):
             raise BadInput(f"encoder needs guidance = (low, high) with low < high, found {self.guidance}")
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `encode32`, `encode16`, ...; the last student. BadInput for a network that predicts x0."""
-        source, many, span = task.denoiser, self.start or 2 * self.steps[0], self.span(task.denoiser)
-        rising(source, many)
+        source, many, span = task.initial, self.start or 2 * self.steps[0], self.span(task.denoiser)
+        rising(task.denoiser, many)
         changes = {"guidance": span} if span and not source.net_takes_guidance else {}
         teacher: Denoiser | None = None
         for n in self.steps:

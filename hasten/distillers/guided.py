@@ -69,6 +69,7 @@ class Guided:
     order: int = 1
     needs_data: ClassVar[bool] = True
     ranged: ClassVar[bool] = True  # it keeps a range of guidance scales
+    adds_inputs: ClassVar[bool] = True  # the scale
 
     def __post_init__(self) -> None:
         check("guided", self.steps, self.start)
@@ -80,6 +81,11 @@ class Guided:
         if not self.guidance[0] < self.guidance[1]:
             raise BadInput(f"guided needs guidance=(low,high) with low < high, got {self.guidance}")
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `guidance`, `steps16`, ...; the last student."""
         teacher, many = self.merged(task), self.start or 2 * self.steps[0]
@@ -90,7 +96,7 @@ class Guided:
         sampler = "ddim" if self.kind == "deterministic" else "stochastic_distilled"
         lesson = self.jumps if self.kind == "deterministic" else self.double_jumps
         for n in self.steps:
-            student = task.student(teacher)
+            student = self.beginning(task, teacher)
             players = [task.player("student", student, lesson(task, teacher, student, n, many // n), self.lr)]
             teacher = task.fit(f"steps{n}", players, share=self.share(n))["student"]  # type: ignore[assignment]
             made = Student(teacher, sampler, "trailing", n, guidance=span)
@@ -103,13 +109,22 @@ class Guided:
         if task.denoiser.net_takes_guidance:
             return task.denoiser
         if task.denoiser.null_label is None:
-            raise BadInput("guided needs a model with a null label, one that was trained with label dropout")
+            raise BadInput(
+                "guided needs a model with a null label, one that was trained with label dropout: "
+                "what works without one is progressive, tract or consistency"
+            )
         student = task.student(guidance=self.guidance)
         players = [task.player("student", student, self.merging(task, student), self.lr)]
         trained = task.fit("guidance", players, share=self.first)["student"]
         assert isinstance(trained, Denoiser)
-        task.keep("guidance", Student(trained, "unipc", "angle", 16, guidance=self.guidance))
+        task.keep("guidance", Student(trained, "unipc", "angle", 16, guidance=self.guidance, any_time=True))
         return trained
+
+    def beginning(self, task: Task, teacher: Denoiser, **inputs: Any) -> Denoiser:
+        """What a student of `teacher` begins as: its copy, or the task's `init` with the teacher's range of scales."""
+        if task.init is None or teacher is not task.denoiser:
+            return task.student(teacher, **inputs)
+        return task.student(task.init, guidance=teacher.guidance_range, **inputs)
 
     def merging(self, task: Task, student: Denoiser) -> Callable[[dict[str, Tensor]], Tensor]:
         """The loss of stage one."""
@@ -155,7 +170,7 @@ class Guided:
 
     def for_all(self, task: Task, merged: Denoiser, many: int) -> Student:
         """The stage `shared`: one network for all counts of steps."""
-        both = Shadow(task.student(merged, steps=self.steps))
+        both = Shadow(self.beginning(task, merged, steps=self.steps))
         counts, each = self.steps, [a // b for a, b in zip((many, *self.steps), self.steps, strict=False)]
         times_of = [Nodes(grid(Trailing(), task.schedule, n * m)) for n, m in zip(counts, each, strict=True)]
 

@@ -67,6 +67,11 @@ class Mmd:
         if self.steps < 1 or not self.anchor >= 0 or not self.share > 0:
             raise BadInput("mmd needs steps of at least 1, anchor of at least 0 and share above 0")
 
+    @property
+    def teacher_steps(self) -> int:
+        """The anchor asks it at the nodes of the student's own steps."""
+        return self.steps if self.anchor else 0
+
     def distill(self, task: Task) -> Student:
         """Train the stages `classifier`, where it is wanted, and `mmd`; the student."""
         phi = classifier(task, self.share, self.width) if self.features == "classifier" else untrained(task, self.width)

@@ -61,9 +61,14 @@ class ProDiff:
         if self.loss not in LOSSES:
             raise BadInput(f"prodiff has no loss {self.loss!r}: {nearest(self.loss, LOSSES)}")
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `steps2`, ...; the last student."""
-        teacher, source, many = task.teacher, task.denoiser, self.start or 2 * self.steps[0]
+        teacher, source, many = task.teacher, task.initial, self.start or 2 * self.steps[0]
         finest = nodes(task.schedule, many)
         for n in self.steps:
             student: Any = task.student(source)

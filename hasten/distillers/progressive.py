@@ -49,10 +49,15 @@ class Progressive:
         check("progressive", self.steps, self.start)
         check_order("progressive", self.order)
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `steps8`, `steps4`, ...; the last student."""
         teacher, many = task.teacher, self.start or 2 * self.steps[0]
-        source = task.denoiser
+        source = task.initial
         for n in self.steps:
             student = task.student(source)
             players = [task.player("student", student, self.lesson(task, teacher, student, n, many // n), self.lr)]

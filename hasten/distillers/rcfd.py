@@ -79,12 +79,17 @@ class Rcfd:
         """The term of beta that wants a batch to be of all classes sees the whole batch."""
         return self.beta > 0 and self.gamma < 1
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `classifier`, then `steps8`, `steps4`, ...; the last student."""
         net = classifier(task, self.share, self.width).eval().requires_grad_(False)
         common = Progressive(self.steps, self.start, self.lr, self.weight, self.last)
         teacher: Any = task.teacher
-        source, many = task.denoiser, self.start or 2 * self.steps[0]
+        source, many = task.initial, self.start or 2 * self.steps[0]
         for n in self.steps:
             student = task.student(source)
             if n >= self.plain:

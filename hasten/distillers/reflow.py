@@ -81,10 +81,17 @@ class ReFlow:
         """A coupling pairs the images of a batch with its noise."""
         return self.coupling != "none"
 
+    @property
+    def teacher_steps(self) -> int | None:
+        """With a coupling the teacher only lends its weights; else it is asked at the times of the pairs."""
+        if self.coupling != "none":
+            return 0
+        return self.pair_steps if (self.sampler, self.times) == ("ddim", "trailing") else None
+
     def distill(self, task: Task) -> Student:
         """Train the stages `flow` (with a coupling), `reflow1`, ..., `distill`; the last student."""
         teacher: nn.Module = task.teacher
-        source, made = task.denoiser, None
+        source, made = task.initial, None
         figures = {"straightness_teacher": straightness(teacher, *begin(task))}
         if self.coupling != "none":
             if task.guidance_scale != 1:
@@ -140,7 +147,7 @@ class ReFlow:
     def shown(self, task: Task, name: str, flow: Any, figures: dict[str, Any]) -> Student:
         """A flow as a student that can be sampled from."""
         figures["straightness"] = straightness(flow, *begin(task))
-        made = Student(flow, "ddim", "trailing", self.steps, figures=dict(figures))
+        made = Student(flow, "ddim", "trailing", self.steps, figures=dict(figures), any_time=True)
         task.keep(name, made)
         return made
 

@@ -63,6 +63,7 @@ class SFTPG:
     critic_lr: float = 1e-4
     value_lr: float = 1e-4
     needs_data: ClassVar[bool] = True
+    teacher_steps: ClassVar[int] = 0  # it only lends its weights
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.picks < 1:

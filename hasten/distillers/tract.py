@@ -59,10 +59,15 @@ class Tract:
         if not 0 <= self.momentum < 1:
             raise BadInput(f"tract: momentum must lie in [0, 1), got {self.momentum:g}")
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.phases[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `steps8`, `steps1`, ...; the last student."""
         teacher: Any = task.teacher
-        source = task.denoiser
+        source = task.initial
         for many, n in zip(self.phases, self.phases[1:], strict=False):
             shadow = Shadow(task.student(source))
             players = [task.player("student", shadow, self.lesson(task, teacher, shadow, n, many // n), self.lr)]

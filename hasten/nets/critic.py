@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .layers import TimeFeatures, group_norm, zero
 
-LAST = ("conv_out", "out", "proj_out", "final")  # what the last layer of a network may be called
+LAST = ("conv_out", "out", "proj_out", "proj_out_2", "final")  # what the last layer of a network may be called
 
 
 class Condition(nn.Module):
@@ -236,11 +236,15 @@ def label_count(denoiser: Any) -> int:
 def zeroed(net: nn.Module) -> nn.Module:
     """The network with its last layer set to zero, in place: as a critic it begins with the logit 0 everywhere.
 
+    Of a network inside another one (`net.net`, such as that of diffusers in its adapter) the inner one's is meant.
     Raises ValueError where it has no last layer of a known name.
     """
-    for name in LAST:
-        layer = getattr(net, name, None)
-        if isinstance(layer, nn.Module):
-            zero(layer)
-            return net
+    inner: nn.Module | None = net
+    while inner is not None:
+        for name in LAST:
+            if isinstance(layer := getattr(inner, name, None), nn.Module):
+                zero(layer)
+                return net
+        inside = getattr(inner, "net", None)
+        inner = inside if isinstance(inside, nn.Module) else None
     raise ValueError(f"{type(net).__name__} has no last layer called {', '.join(LAST)}: use the feature heads")

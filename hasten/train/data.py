@@ -24,7 +24,9 @@ FLIPS = 2_654_435_769  # where the seeds of the mirroring begin; those of a CPU 
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]: `x / 127.5 - 1`."""
+    """uint8 -> float32 in [-1, 1]: `x / 127.5 - 1`; what has a floating type already is no image and stays as it is."""
+    if images.is_floating_point():
+        return images.float()
     return images.float().div_(127.5).sub_(1.0)
 
 
