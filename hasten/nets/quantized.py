@@ -10,7 +10,6 @@ where conv runs in integers (`execution == "int8"`) or in floating point on the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _int8
 from ._packed import Part, Slice, check
+from .copies import copy_modules
 
 __all__ = [
     "Part",
@@ -209,15 +209,15 @@ def exchange(net: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
     modules = dict(net.named_modules())
     if unknown := sorted(made.keys() - modules.keys()):
         raise ValueError(f"the network has no layer {unknown[0]!r}")
-    memo: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
-    memo |= {id(modules[name]): layer for name, layer in made.items()}
+    tensors: dict[int, Tensor] = {}
+    made_by_id = {id(modules[name]): layer for name, layer in made.items()}
     if any(isinstance(layer, QConv2d) for layer in made.values()):
         for name, module in modules.items():
             if isinstance(module, nn.Conv2d) and name not in made:
                 w = module.weight
                 own = w.detach().clone(memory_format=torch.channels_last)
-                memo[id(w)] = nn.Parameter(own, requires_grad=w.requires_grad)
-    return copy.deepcopy(net, memo)
+                tensors[id(w)] = nn.Parameter(own, requires_grad=w.requires_grad)
+    return copy_modules(net, tensors, made_by_id)
 
 
 def set_group(net: nn.Module, k: int) -> None:
