@@ -152,6 +152,7 @@ class Denoiser(nn.Module):
         net_input = x_t if c_in is None else x_t * c_in
         if isinstance(clock, float):
             time = torch.full((len(x_t),), clock, dtype=torch.float32, device=x_t.device)
+            time.host_times = (clock,)  # type: ignore[attr-defined]  # for networks that choose by the time, without a wait
         else:
             time = clock.to(x_t.device, torch.float32).expand(len(x_t))
         return net_input.to(dtype), time

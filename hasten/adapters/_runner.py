@@ -18,7 +18,7 @@ from ..sampling import reset, spell
 from ._calls import PASSING, PLACES, answer, raw_of
 from ._network import Layers, bare, changed, fingerprint, structure
 from ._schedules import Reading, reading
-from ._seams import with_seams
+from ._seams import Seams, with_seams
 from ._timeline import Timeline, one_number
 
 __all__ = ["Runner"]
@@ -82,7 +82,7 @@ class Runner:
     def _take(self, found: Any, network: nn.Module) -> None:
         """Take over the layers of an exchanged network, and what lies around it."""
         holder = found
-        while not hasattr(holder.net, "beside"):
+        while not isinstance(holder.net, Seams):
             holder = holder.net
         self.layers = Layers(self.core, holder.net.net)
         holder.net = self.seams
@@ -245,4 +245,4 @@ class Runner:
 
 def _copied(denoiser: Any) -> Any:
     """A denoiser and the networks around its own (`TimeGroups`), copied without what is inside."""
-    return copy_modules(denoiser, modules={id(m): m for m in denoiser.modules() if hasattr(m, "beside")})
+    return copy_modules(denoiser, modules={id(m): m for m in denoiser.modules() if isinstance(m, Seams)})

@@ -86,6 +86,7 @@ class Quantized(nn.Module):
         held = self.bias if self.parts[0].q.device.type != "meta" else None
         if self.parts[0].q.device.type == "meta":
             return self
+        self.index = self.index.to(self.parts[0].q.device)
         self.kernels = tuple(part.kernel(held if i == 0 else None, self.moves) for i, part in enumerate(self.parts))
         return self
 
@@ -102,7 +103,7 @@ class Quantized(nn.Module):
 
     def at(self, k: int) -> None:
         """Use the activation scales of group k of the times; a layer with one group has nothing to choose."""
-        if (count := self.groups_of_times) == 1:
+        if (count := self.groups_of_times) == 1 or k == self.group:
             return
         if not 0 <= k < count:
             raise ValueError(f"group {k} of the times was asked, the layer has groups 0..{count - 1}")
