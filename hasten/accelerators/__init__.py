@@ -5,6 +5,7 @@ An accelerator has
     stage: ClassVar[int]                 where it stands among others: EXCHANGE < COMPILE < PART < WRAP < HALVE
     claims: ClassVar[frozenset[str]]     what it cannot share with another: "features", "arithmetic", "graph", "space",
                                          "branches"
+    least_queries: ClassVar[int] = 0     a sampling of fewer is not for it: a pipeline leaves it out, with a warning
     apply(denoiser, ahead) -> denoiser   the denoiser it is given stays as it was
 
 EXCHANGE swaps layers of a copy of the network, COMPILE compiles its parts, PART gives each process a part of the image,

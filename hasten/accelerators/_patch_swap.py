@@ -3,7 +3,6 @@ exchanged for one that asks the other ranks."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from math import prod
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import BadInput
+from ..nets.copies import copy_modules
 from ._patch_attention import PatchAttention, PatchProcessor, Text
 from ._patch_exchange import Exchange
 from ._patch_layers import FirstConv, HaloConv, LastConv, PatchNorm, local
@@ -47,8 +47,7 @@ def core_of(net: nn.Module) -> nn.Module:
 
 def twin(net: nn.Module) -> Any:
     """A copy of the network with the very same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
-    return copy.deepcopy(net, shared)
+    return copy_modules(net)
 
 
 class Patched:

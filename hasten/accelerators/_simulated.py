@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nets.copies import copy_modules
 from ..nets.quantized import Part, QConv2d, QLinear, refusal
 from ._quantizer import ACTS, WEIGHTS, codes, fake, of_weights, spread
 
@@ -94,6 +95,11 @@ class Simulated(nn.Module):
         return self.kept[0]
 
     @property
+    def weight(self) -> Tensor:
+        """That of the layer itself, which a LoRA around it looks at."""
+        return self.layer.weight
+
+    @property
     def bias(self) -> Tensor | None:
         """The layer's bias, with the shift that rounding asks for."""
         own = self.layer.bias
@@ -148,9 +154,8 @@ def takes(module: nn.Module) -> bool:
 def shadow(net: nn.Module) -> nn.Module:
     """A copy of a network, in evaluation mode, whose layers can be replaced; the numbers are those of the original,
     which gets no gradients."""
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
-    memo |= {id(b): b for b in net.buffers()}
-    return copy.deepcopy(net, memo).eval()
+    tensors: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
+    return copy_modules(net, tensors).eval()
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from ..sampling import spell
 from ..schedules import Flow, Schedule, schedule_from_dict
 from ..times import Explicit
 from ._conditions import Latents, Prompts
+from ._network import loadable, uncompiled
 from ._optional import diffusers
 from ._running import Accelerated
 from ._schedules import PREDICTIONS, FlowDenoiser, reading, times_like
@@ -79,7 +80,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     if not is_pipeline(pipe):
         raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
     slot, net = network_of(pipe)
-    seams, read = with_seams(net), reading(pipe.scheduler)
+    seams, read = with_seams(loadable(net)), reading(pipe.scheduler)
     config = net.config
     made = int(config.out_channels or config.in_channels)
     if made not in (config.in_channels, 2 * config.in_channels):
@@ -119,10 +120,10 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
 
 
 def network_of(pipe: Any) -> tuple[str, nn.Module]:
-    """The slot of a pipeline that holds its network, and the network."""
+    """The slot of a pipeline that holds its network, and the network, the one inside of `torch.compile`'s."""
     for slot in ("unet", "transformer"):
         if isinstance(net := getattr(pipe, slot, None), nn.Module):
-            return slot, net
+            return slot, uncompiled(net)
     raise BadInput(f"{type(pipe).__name__} has neither a unet nor a transformer")
 
 
