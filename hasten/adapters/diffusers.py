@@ -20,7 +20,7 @@ from ..times import Explicit
 from ._conditions import Latents, Prompts
 from ._optional import diffusers
 from ._running import Accelerated
-from ._schedules import PREDICTIONS, FlowDenoiser, reading, times_like
+from ._schedules import PREDICTIONS, FlowDenoiser, alike, reading, times_like
 from ._seams import Seams, with_seams
 
 if TYPE_CHECKING:
@@ -39,8 +39,10 @@ __all__ = [
 INDEX = "model_index.json"
 TABLE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
-    "prediction_type", "shift", "use_flow_sigmas", "flow_shift",
+    "prediction_type", "shift", "use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type",
+    "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "original_inference_steps",
 )  # fmt: skip
+THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
 def is_pipeline(thing: Any) -> bool:
@@ -141,7 +143,7 @@ def as_scheduler(
     times: Any = None,
     like: Any = None,
     prediction: str | None = None,
-    clip: float | None = None,
+    clip: float | bool | None = None,
 ) -> Any:
     """A scheduler of `diffusers` that runs a sampler or a plan of hasten inside an unmodified pipeline.
 
@@ -158,7 +160,11 @@ def as_scheduler(
         like: what the network was made for: a pipeline, a scheduler, a scheduler's config, or a `Model` or `Denoiser`.
             May be left out with a plan, given `prediction`.
         prediction: "eps", "v", "x0" or "flow", in place of what `like` says.
-        clip: hold x0 to [-clip, clip], for networks of pixels.
+        clip: hold x0 to [-clip, clip], for networks of pixels; None: as `like` does, which may also have dynamic
+            thresholding; False: not.
+
+    A flow whose shift depends on the size of the image (`use_dynamic_shifting`) takes it from the pipeline. What
+    pipelines give to `set_timesteps` and `step` beside is taken, or refused by name.
     """
     from ._scheduler import scheduler_class
 
@@ -176,7 +182,11 @@ def as_scheduler(
             raise BadInput(f"a plan on {type(known).__name__}: the networks of diffusers know tables and flows")
         if like is None:
             config = scheduled(known)
-        elif not alike(known, kind(**config).hasten_schedule, method.times):
+        elif not (
+            config.get("use_dynamic_shifting")  # whose shift is known later
+            and isinstance(known, Flow)
+            or alike(known, kind(**config).hasten_schedule, method.times)
+        ):
             raise BadInput("the plan was made for another schedule than that of this pipeline")
         config["plan"] = method.to_json()
     else:
@@ -192,7 +202,10 @@ def as_scheduler(
         config["prediction_type"] = names[prediction]
     elif like is None:
         raise BadInput("as_scheduler needs like=, a pipeline or scheduler, or with a plan prediction=")
-    return kind(**config, clip=clip)
+    if clip is not None:
+        config = {key: value for key, value in config.items() if key not in ("clip", *THRESHOLDING)}
+        config["clip"] = None if clip is False else 1.0 if clip is True else float(clip)
+    return kind(**config)
 
 
 def described(like: Any) -> dict[str, Any]:
@@ -213,9 +226,12 @@ def described(like: Any) -> dict[str, Any]:
         read, config = reading(scheduler), dict(scheduler.config)
     else:
         read, config = None, dict(scheduler)
-    kept = {key: config[key] for key in TABLE if key in config}
+    kept = {key: config[key] for key in TABLE if key in config} | clipping(scheduler, config)
     if kept.get("trained_betas") is not None:
         kept["trained_betas"] = [float(beta) for beta in kept["trained_betas"]]
+    if "FlowMatch" in str(config.get("_class_name") or type(scheduler).__name__) and not kept.get("use_flow_sigmas"):
+        # which tells pipelines (Flux) that the scheduler has noise levels of its own
+        kept |= {"use_flow_sigmas": True, "flow_shift": kept.get("shift") or 1.0}
     if read is None:
         return kept
     kept["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[read.prediction]
@@ -223,7 +239,28 @@ def described(like: Any) -> dict[str, Any]:
         same = scheduler_class()(**kept).hasten_schedule == read.schedule
     except NotImplementedError:  # betas of a kind that only that scheduler knows
         same = False
-    return kept if same else {**scheduled(read.schedule), "prediction_type": kept["prediction_type"]}
+    if same:
+        return kept
+    more = {key: kept[key] for key in ("prediction_type", "clip", *THRESHOLDING) if key in kept}
+    return {**scheduled(read.schedule), **more}
+
+
+def clipping(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """How a scheduler holds x0 within bounds: `clip`, or the arguments of dynamic thresholding; {} where it does not.
+
+    Configurations carry what other schedulers wanted, so only what this scheduler itself takes counts.
+    """
+    if "clip" in config:
+        return {key: config[key] for key in ("clip", *THRESHOLDING) if key in config}  # one of ours
+    kind = (
+        type(scheduler) if hasattr(scheduler, "config") else getattr(diffusers(), str(config.get("_class_name")), None)
+    )
+    takes = config if kind is None else inspect.signature(kind.__init__).parameters
+    if config.get("thresholding") and "thresholding" in takes:
+        return {key: config[key] for key in THRESHOLDING if key in config}
+    if config.get("clip_sample") and "clip_sample" in takes:
+        return {"clip": float(config.get("clip_sample_range") or 1.0)}
+    return {}
 
 
 def scheduled(schedule: Schedule) -> dict[str, Any]:
@@ -231,13 +268,6 @@ def scheduled(schedule: Schedule) -> dict[str, Any]:
     if isinstance(schedule, Discrete):
         return {"num_train_timesteps": len(schedule.alphas_cumprod), "plan_schedule": schedule.to_dict()}
     return {"num_train_timesteps": 1000, "plan_schedule": schedule.to_dict()}
-
-
-def alike(one: Schedule, two: Schedule, times: Tensor) -> bool:
-    """Whether two schedules agree at these times."""
-    return all(
-        bool(torch.allclose(getattr(one, f)(times), getattr(two, f)(times), atol=1e-4)) for f in ("alpha", "sigma")
-    )
 
 
 def accelerate(what: Any, accelerators: Any, ahead: Any = None, **told: Any) -> Any:
