@@ -6,18 +6,18 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..accelerators import WRAP, Ahead, Call, Recorder, accelerate, ordered
+from ..accelerators import WRAP, Ahead, Call, accelerate, ordered
 from ..errors import BadInput
 from ..sampling import reset, spell
 from ..times import Explicit
-from ._schedules import Reading, begin_of, reading
+from ._recorded import drawn_calls, recorded
+from ._schedules import Reading, begin_of, reading, set_steps
 from ._seams import with_seams
 
 __all__ = ["Accelerated"]
@@ -75,7 +75,7 @@ class Accelerated(nn.Module):
         module.owner = weakref.ref(new)
         module.calls = lambda times, whole: sampled(pipe, times, whole, prompts, seed)
         scheduler = copy.deepcopy(pipe.scheduler)
-        scheduler.set_timesteps(steps)
+        set_steps(scheduler, steps)
         whole = tuple(module._read().time(scheduler.timesteps).tolist())
         module._wrapped(whole, whole)  # what cannot work fails now
         return new
@@ -188,8 +188,12 @@ def sampled(
 
     None where the network wants more than hasten can give it by itself (an image to inpaint).
     """
-    from .diffusers import load_pipeline
+    from .diffusers import load_pipeline, network_of
 
+    if callable(prompts):
+        net = network_of(pipe)[1]
+        place = PLACES[next(kind.__name__ for kind in type(net).__mro__ if kind.__name__ in PLACES)]
+        return recorded(pipe, prompts, net, place, seed)
     try:
         model = load_pipeline(pipe)
     except BadInput:
@@ -197,11 +201,8 @@ def sampled(
 
     def calls(n: int, first: int) -> list[Call]:
         grid = torch.unique(torch.tensor([*whole, 0.0], dtype=torch.float64)).flip(0)
-        recorder = Recorder(model.denoiser)
         told: Any = {"sampler": "ddim", "times": spell(Explicit(tuple(grid.tolist()))), "steps": len(grid) - 1}
-        drawn: Any = replace(model, denoiser=recorder, decoder=None)  # type: ignore[arg-type]
-        drawn.sample(n, prompts, seed=seed + first, batch_size=n, **told)
-        return [call for call in recorder.calls if any(abs(call[1] - t) < 1e-9 for t in times)]
+        return drawn_calls(model, n, prompts, seed + first, times, told)
 
     return calls
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..accelerators import EXCHANGE
 from ..denoiser import Denoiser
 from ..discrete import Discrete
 from ..errors import BadInput
@@ -18,9 +21,10 @@ from ..sampling import spell
 from ..schedules import Flow, Schedule, schedule_from_dict
 from ..times import Explicit
 from ._conditions import Latents, Prompts
+from ._loadable import check_loadable, wants_image
 from ._optional import diffusers
 from ._running import Accelerated
-from ._schedules import PREDICTIONS, FlowDenoiser, alike, reading, times_like
+from ._schedules import PREDICTIONS, FlowDenoiser, alike, mu_of, reading, times_like
 from ._seams import Seams, with_seams
 
 if TYPE_CHECKING:
@@ -67,10 +71,13 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     Its network with seams, its schedule, prompts or classes, image decoder and guidance; the weights are the
     pipeline's own. Of the scheduler only the table, or the shift of a flow, is used, not its steps, nor its clipping of
     x0: `times_like(pipe.scheduler, steps)` are the times that it would visit. A model of prompts takes them where
-    others take labels: `model.sample(4, "a photo of a cat")`.
+    others take labels: `model.sample(4, "a photo of a cat")`; a guidance scale of 1 or less is none, as in pipelines.
+    Image-to-image and inpainting pipelines are loaded as what they draw from noise alone. A flow whose shift depends on
+    the size of the image has that of the network's own size.
 
-    Raises BadInput for a network that has no seams (`hasten.adapters._seams`), one that wants an image beside the noisy
-    one, or a scheduler whose times mean nothing to hasten.
+    Raises BadInput for a network that has no seams (`hasten.adapters._seams`), a pipeline that is more than a network
+    with prompts or classes and a decoder (a ControlNet, an adapter, an image as a condition), one without its text
+    encoders, or a scheduler whose times mean nothing to hasten.
     """
     from ..model import Model
 
@@ -79,18 +86,17 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     if not is_pipeline(pipe):
         raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
     slot, net = network_of(pipe)
-    seams, read = with_seams(net), reading(pipe.scheduler)
-    config = net.config
+    seams, config = with_seams(net), net.config
     made = int(config.out_channels or config.in_channels)
     if made not in (config.in_channels, 2 * config.in_channels):
-        raise BadInput(
-            f"the {slot} takes {config.in_channels} channels and makes {made}: it wants an image beside the noisy one; "
-            "use it through its pipeline (hasten.as_scheduler, hasten.accelerate)"
-        )
+        raise wants_image(slot, config.in_channels, made)
+    check_loadable(pipe, slot, net)
     side = config.sample_size
     if side is None:
         raise BadInput(f"the {slot} does not say its sample_size: hasten cannot tell the shape of its samples")
     height, width = (side, side) if isinstance(side, int) else side
+    patch = int(config.get("patch_size") or 1)
+    read = reading(pipe.scheduler, mu=mu_of(pipe.scheduler, (height // patch) * (width // patch)))
     vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
     factor = 1 if vae is None else getattr(pipe, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1))
     prompts = Prompts(pipe, (height * factor, width * factor)) if hasattr(pipe, "encode_prompt") else None
@@ -277,7 +283,7 @@ def accelerate(what: Any, accelerators: Any, ahead: Any = None, **told: Any) -> 
         what: a `Denoiser`, see `hasten.accelerators.accelerate`, or a pipeline, see `accelerate_pipeline`.
         accelerators: one or several, as objects or texts.
         ahead: with a denoiser: the `Ahead` of its sampling.
-        told: with a pipeline: `steps`, `prompts`, `seed`.
+        told: with a pipeline: `steps`, `prompts`, `seed`, `calls`.
     """
     from ..accelerators import accelerate as accelerate_denoiser
 
@@ -303,7 +309,7 @@ def methods(accelerators: Any) -> list[Any]:
 
 
 def accelerate_pipeline(
-    pipe: Any, accelerators: Any, steps: int | None = None, prompts: Any = None, seed: int = 0
+    pipe: Any, accelerators: Any, steps: int | None = None, prompts: Any = None, seed: int = 0, calls: Any = None
 ) -> Any:
     """A copy of the pipeline, with the same parts, whose network runs under these accelerators.
 
@@ -315,12 +321,42 @@ def accelerate_pipeline(
         accelerators: one or several, as objects or texts such as "encoder_propagation:keys=uniform".
         steps: of the samplings to come; by default 50. A sampling with other steps or another start (image to image)
             makes the accelerators that look ahead anew, for the times of the scheduler then.
-        prompts, seed: of the samplings that an accelerator may want to see first (calibration).
+        prompts, seed: of the samplings that an accelerator may want to see first (calibration); without prompts those
+            of the empty prompt, with a warning.
+        calls: in place of prompts, `calls(pipe)` runs the pipeline as it will be used, and what its network is asked
+            then is what is looked at: `calls=lambda pipe: pipe("a cat", image=sketch)`. Pipelines that `load` refuses
+            (ControlNet, inpainting networks, adapters) need it.
     """
     from ..pick import pick
 
+    if calls is not None and (prompts is not None or not callable(calls)):
+        raise BadInput("give prompts=, or calls=, a function of the pipeline such as lambda pipe: pipe('a cat')")
     several = isinstance(accelerators, Iterable) and not isinstance(accelerators, str)
     chosen = [
         pick("accelerators", a) if isinstance(a, str) else a for a in (accelerators if several else [accelerators])
     ]
-    return Accelerated.put_into(pipe, *network_of(pipe), chosen, steps or 50, seed, prompts)
+    seen_in = prompts if calls is None else calls
+    slot, net = network_of(pipe)
+    made = Accelerated.put_into(pipe, slot, net, chosen, steps or 50, seed, seen_in)
+    other_weights = any(one.stage == EXCHANGE for one in chosen)
+    for thing in (made, vars(made)[slot]) if other_weights else (made,):  # past their own __setattr__
+        vars(thing)["save_pretrained"] = partial(save_accelerated, thing, chosen, other_weights)
+    return made
+
+
+def save_accelerated(
+    thing: Any, accelerators: list[Any], other_weights: bool, folder: Any, *more: Any, **told: Any
+) -> Any:
+    """`save_pretrained` of an accelerated pipeline or its network: without the accelerators, and it says so.
+
+    Raises BadInput where they have changed the weights: a folder of `diffusers` does not hold integers.
+    """
+    names = [spell(one) for one in accelerators]
+    again = f"hasten.accelerate(pipe, {names!r}) after loading"
+    if other_weights:
+        raise BadInput(
+            f"save_pretrained would write the weights before {' and '.join(names)}, not those that run: save the "
+            f"pipeline that accelerate was given, and call {again}"
+        )
+    warnings.warn(f"saved without {' and '.join(names)}: call {again}", stacklevel=2)
+    return type(thing).save_pretrained(thing, folder, *more, **told)
