@@ -321,13 +321,14 @@ def scheduler_class() -> type:
                 raise BadInput("call set_timesteps before step")
             more |= {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
             arguments.check_neutral("step", self.sampler, more)
-            run, expected = self._run, None if self._run is None else (self._begin_index or 0) + self._run.next
-            if run is None and self._begin_index is not None:
-                place = self._begin_index
-            elif run is not None and run.next >= run.plan.nfe:
-                raise BadInput(f"this sampling has {run.plan.nfe} queries and all are done: call set_timesteps again")
-            else:
-                place = arguments.place_of(timestep, self.timesteps, self._asked_at, expected)
+            run, expected = self._run, self._begin_index
+            if run is not None:
+                if run.next >= run.plan.nfe:
+                    raise BadInput(
+                        f"this sampling has {run.plan.nfe} queries and all are done: call set_timesteps again"
+                    )
+                expected = (self._begin_index or 0) + run.next
+            place = arguments.place_of(timestep, self.timesteps, self._asked_at, expected)
             if run is None or place != expected:
                 run = self._run = self._begin(place)
                 self._begin_index = place
