@@ -64,7 +64,10 @@ class Ahead:
     def calibration(self, who: str, n: int, seed: int) -> list[Call]:
         """The calls of n sampled images. Raises BadInput, in the name of `who`, where there is nothing to sample."""
         if self.calls is None:
-            raise BadInput(f"{who} must see some samplings first, and this denoiser comes without: use it on a Model")
+            raise BadInput(
+                f"{who} must see some samplings first, and this denoiser comes without: use it on a Model, or on a "
+                "pipeline with calls=lambda pipe: pipe(...), a call as it will be used"
+            )
         return self.calls(n, seed)
 
 

@@ -229,6 +229,11 @@ def exported(
     path, denoiser, net = Path(path), model.denoiser, model.denoiser.net
     if precision not in PRECISIONS:
         raise BadInput(f"cannot export in {precision!r}: {nearest(precision, PRECISIONS)}")
+    if model.card.get("pipeline"):
+        raise BadInput(
+            f"{model.name} is a pipeline of diffusers, and an exported model's folder cannot hold its prompts and "
+            "decoder: export pipelines with optimum (optimum-cli export onnx)"
+        )
     if getattr(net, "runs_elsewhere", False):
         raise BadInput(f"{model.name} is exported already: export the model that it was made from")
     if next(layers(net), None) is not None:

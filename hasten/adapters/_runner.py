@@ -17,7 +17,7 @@ from ..nets.copies import copy_modules
 from ..sampling import reset, spell
 from ._calls import PASSING, PLACES, answer, raw_of
 from ._network import Layers, bare, changed, fingerprint, structure
-from ._schedules import Reading, reading
+from ._schedules import Reading, reading, set_steps
 from ._seams import Seams, with_seams
 from ._timeline import Timeline, one_number
 
@@ -69,7 +69,7 @@ class Runner:
         if self.patch is not None:
             return
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(steps)
+        set_steps(scheduler, steps)
         times = tuple(self._read().time(scheduler.timesteps).tolist())
         ahead = Ahead(times, self.calls(times, times), self.claimed)
         if self.swapping:

@@ -6,18 +6,19 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..accelerators import WRAP, Call, Recorder, ordered
+from ..accelerators import WRAP, Call, ordered
 from ..errors import BadInput
 from ..sampling import spell
 from ..times import Explicit
+from ._calls import PLACES
 from ._network import attach, hooks_of, patch_of, separate, uncompiled
+from ._recorded import drawn_calls, recorded
 from ._runner import Runner
 from ._seams import with_seams
 
@@ -145,8 +146,12 @@ def sampled(
 
     None where the network wants more than hasten can give it by itself (an image to inpaint).
     """
-    from .diffusers import load_pipeline
+    from .diffusers import load_pipeline, network_of
 
+    if callable(prompts):
+        net = network_of(pipe)[1]
+        place = PLACES[next(kind.__name__ for kind in type(net).__mro__ if kind.__name__ in PLACES)]
+        return recorded(pipe, prompts, net, place, seed)
     try:
         model = load_pipeline(pipe)
     except BadInput:
@@ -154,10 +159,7 @@ def sampled(
 
     def calls(n: int, first: int) -> list[Call]:
         grid = torch.unique(torch.tensor([*whole, 0.0], dtype=torch.float64)).flip(0)
-        recorder = Recorder(model.denoiser)
         told: Any = {"sampler": "ddim", "times": spell(Explicit(tuple(grid.tolist()))), "steps": len(grid) - 1}
-        drawn: Any = replace(model, denoiser=recorder, decoder=None)  # type: ignore[arg-type]
-        drawn.sample(n, prompts, seed=seed + first, batch_size=n, **told)
-        return [call for call in recorder.calls if any(abs(call[1] - t) < 1e-9 for t in times)]
+        return drawn_calls(model, n, prompts, seed + first, times, told)
 
     return calls
