@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import HastenError
+from .errors import HastenError, Notice
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -42,11 +43,26 @@ def say(message: object) -> None:
     print(f"hasten: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
+def notices() -> None:
+    """Warnings of hasten itself are a line on stderr, without the line of source that warns."""
+    known = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *others: Any, **more: Any) -> None:
+        if issubclass(category, Notice):
+            say(message)
+        else:
+            known(message, category, *others, **more)
+
+    warnings.showwarning = show
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are one line on stderr; HASTEN_DEBUG=1 shows the traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return run(arguments)
+        with warnings.catch_warnings():
+            notices()
+            return run(arguments)
     except KeyboardInterrupt as stop:
         say(stop if str(stop) else "stopped; nothing was written")
         return STOPPED

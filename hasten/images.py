@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInput
+from .finite import check_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,11 +22,27 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255."""
+    """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255.
+
+    Raises NonFinite, which names the images, where they hold NaN or infinity.
+    """
     if x.ndim != 4 or x.shape[1] not in MODES:
         raise BadInput(f"images are (n, C, H, W) with C of 1, 3 or 4, got shape {tuple(x.shape)}")
+    check_images(x)
     pixels = (x.detach().float().cpu() + 1).mul(127.5).round().clamp(0, 255)
     return pixels.byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def crossed(x: Tensor) -> Tensor:
+    """Images `(n, C, H, W)` with a white cross on grey in the place of those that hold NaN or infinity."""
+    import torch
+
+    height, width = x.shape[-2:]
+    rows, columns = torch.arange(height)[:, None] / max(height - 1, 1), torch.arange(width) / max(width - 1, 1)
+    near = 0.75 / max(min(height, width) - 1, 1)
+    cross = ((rows - columns).abs() <= near) | ((rows + columns - 1).abs() <= near)
+    bad = ~torch.isfinite(x).flatten(1).all(dim=1)
+    return torch.where(bad[:, None, None, None], cross.float(), x.clamp(-1, 1))
 
 
 def picture(x: Tensor) -> Image:

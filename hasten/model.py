@@ -14,6 +14,7 @@ from . import shelf
 from .accelerators import Ahead, Call, Recorder, accelerate
 from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest, whole
+from .finite import check_sample
 from .guides.cfg import CFG, told_steps
 from .machine import choose, parse, spell
 from .pick import pick
@@ -182,7 +183,7 @@ class Model:
             raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
         conditions = self.conditions(n, label, seed)
         device = self.device
-        made = []
+        made: list[Tensor] = []
         machine = parse(self.runtime_for(runtime, min(n, batch_size)), device.type)
         machine.prepare(self.denoiser)
         with machine.apply():
@@ -190,7 +191,7 @@ class Model:
                 count = min(batch_size, n - first)
                 noise = Noise(range(seed + first, seed + first + count), self.shape, torch.float32, device)
                 cond = {key: value[first : first + count] for key, value in conditions.items()}
-                denoiser, x = way.denoiser, None
+                denoiser, x, given = way.denoiser, None, None
                 if way.start is not None:
                     given = None if images is None else images[first : first + count].to(device)
                     denoiser = way.start.wrap(denoiser, given) if hasattr(way.start, "wrap") else denoiser
@@ -198,6 +199,7 @@ class Model:
                 tick = part(progress, first, n, batch_size)
                 x = draw(denoiser, way.sampler, way.times, noise, x=x, plan=way.plan, progress=tick, **cond)
                 x = x if self.decoder is None else self.decoder.decode(x)
+                check_sample(x, made, way, denoiser, noise, given, cond, self.decoder, runtime)
                 made.append(x.float().clamp(-1, 1).cpu())
         return torch.cat(made)
 

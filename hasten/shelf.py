@@ -15,6 +15,7 @@ from torch import Tensor
 from . import zoo
 from .denoiser import Denoiser
 from .errors import BadInput, nearest
+from .finite import check_finite
 from .plan import Plan
 from .predictions import prediction_from
 from .schedules import schedule_from_dict
@@ -213,7 +214,9 @@ def statistics_in(folder: Path, told: dict[str, Any] | None) -> dict[str, Tensor
         raise BadInput(f"{file} is missing: model.json names it")
     if (found := sha256(file)) != told["sha256"]:
         raise BadInput(f"{file} is not the file that model.json names: sha256 {found[:12]}, not {told['sha256'][:12]}")
-    return {name: value.to(torch.float64) for name, value in load_file(file).items()}
+    tensors = {name: value.to(torch.float64) for name, value in load_file(file).items()}
+    check_finite(f"{file}: the statistics", tensors)
+    return tensors
 
 
 def part_in(folder: Path, told: dict[str, Any]) -> torch.nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, whole
+from .finite import check_finite, check_weights
 from .images import reserve
 from .machine import parse
 from .model import Model
@@ -48,6 +49,7 @@ def tune_model(
     tuner = pick("tuning", method)
     if getattr(tuner, "needs_data", False) and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
+    check_weights(model.denoiser, model.name)
     whole("seed", seed, 0)
     if n is not None:
         whole("n", n, 1)
@@ -67,6 +69,10 @@ def tune_model(
         machine.prepare(model.denoiser)
         found = tuner.tune(task)
     seconds = time.perf_counter() - began
+    for what in ("figures", "statistics"):
+        check_finite(f"{method} found {what} that are not finite", getattr(found, what))
+    for part, net in found.parts.items():
+        check_weights(net, f"{method}: the network {part} that it trained")
     name = keep(model, found, method, scale)
     record = {
         "method": spell(tuner), "plan": name, "statistics": sorted(found.statistics), "parts": sorted(found.parts),

@@ -20,7 +20,7 @@ EVERYTHING = sorted(p for folder in ("hasten", "tests", "recipes", "benchmarks")
 FLOORS = {
     -1: "errors",
     0: "nets metrics zoo runtime company ranks",
-    1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis program",
+    1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis program finite",
     2: "samplers tuning guides starts train processes accelerators distillers",
     3: "pick model shelf weights training images tasks adapters parallel_cost parallel_work",
     4: "commands distill quantize tune terminal compare results report plots variants many meter",

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 def open_model(name: str, device: str) -> Model:
     """`load`, on the device that was asked for."""
+    from ..finite import check_weights
     from ..machine import device_for
     from ..model import load
 
-    return load(name, device_for(device))
+    loaded = load(name, device_for(device))
+    check_weights(loaded.denoiser, name)
+    return loaded
 
 
 def processes(device: str) -> Ranks:
@@ -33,12 +36,19 @@ def processes(device: str) -> Ranks:
     return Ranks(device_for(device))
 
 
-def open_shared(name: str, ranks: Ranks) -> Model:
-    """`load` on every process's own device; what must be fetched, one process of a machine fetches."""
+def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
+    """`load` on every process's own device; what must be fetched, one process of a machine fetches.
+
+    sound: refuse weights that are not finite (else a warning has named one).
+    """
+    from ..finite import check_weights
     from ..model import load
 
     with ranks.leading():
-        return load(name, ranks.device)
+        loaded = load(name, ranks.device)
+    if sound:
+        check_weights(loaded.denoiser, name)
+    return loaded
 
 
 def hint(ranks: Ranks, n: int, batch_size: int) -> None:
