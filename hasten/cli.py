@@ -22,6 +22,7 @@ def app() -> App:
     from cyclopts import App, Parameter
 
     from . import __version__, commands
+    from .commands._numbers import checked
 
     verbs = App(
         name="hasten",
@@ -34,7 +35,7 @@ def app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for verb in commands.VERBS:
-        verbs.command(verb)
+        verbs.command(checked(verb))
     return verbs
 
 
@@ -102,4 +103,6 @@ def describe(error: Exception) -> str:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; a smaller --batch-size needs less"
+    if isinstance(error, (OverflowError, ZeroDivisionError, FloatingPointError)):
+        return f"a number is too large or too small: {error} (set HASTEN_DEBUG=1 to see where)"
     return f"unexpected {type(error).__name__}: {error} (set HASTEN_DEBUG=1 to see where)"
