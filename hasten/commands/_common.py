@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +66,25 @@ def hint(ranks: Ranks, n: int, batch_size: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def ends_as_stopped() -> Iterator[None]:
+    """SIGTERM within the block ends it as Ctrl-C does, so that what is finished is kept and reported."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the report is written undisturbed
+        raise KeyboardInterrupt("told to stop (SIGTERM)")
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def warn(line: str) -> None:
     """A line on stderr beside the work."""
     print(f"hasten: {line}", file=sys.stderr)
@@ -72,12 +95,6 @@ def cached(folder: str) -> Path:
     from ..machine import notebook
 
     return notebook().parent / folder
-
-
-def is_images(path: str) -> bool:
-    """Whether a reference is real images, not statistics of them."""
-    place = Path(path)
-    return place.exists() and not (place / "features.json").is_file()
 
 
 def given_images(path: Path, n: int, channels: int) -> Tensor:
