@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .environment import is_out_of_memory, launched, open_standard_streams, without_launcher
-from .errors import HastenError
+from .errors import HastenError, Notice
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -23,6 +24,7 @@ def app() -> App:
     from cyclopts import App, Parameter
 
     from . import __version__, commands
+    from .commands._numbers import checked
 
     verbs = App(
         name="hasten",
@@ -35,7 +37,7 @@ def app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for verb in commands.VERBS:
-        verbs.command(verb)
+        verbs.command(checked(verb))
     return verbs
 
 
@@ -45,12 +47,27 @@ def say(message: object) -> None:
         print(f"hasten: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
+def notices() -> None:
+    """Warnings of hasten itself are a line on stderr, without the line of source that warns."""
+    known = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *others: Any, **more: Any) -> None:
+        if issubclass(category, Notice):
+            say(message)
+        else:
+            known(message, category, *others, **more)
+
+    warnings.showwarning = show
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are one line on stderr; HASTEN_DEBUG=1 shows the traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     open_standard_streams()
     try:
-        return run(arguments)
+        with warnings.catch_warnings():
+            notices()
+            return run(arguments)
     except KeyboardInterrupt as stop:
         say(stop if str(stop) else "stopped; nothing was written")
         return STOPPED
@@ -103,4 +120,6 @@ def describe(error: Exception) -> str:
         return "out of memory; a smaller --batch-size needs less (in training --accumulate too)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, (OverflowError, ZeroDivisionError, FloatingPointError)):
+        return f"a number is too large or too small: {error} (set HASTEN_DEBUG=1 to see where)"
     return f"unexpected {type(error).__name__}: {error} (set HASTEN_DEBUG=1 to see where)"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 from .files import remove_leftovers, temporary, write_whole
+from .finite import check_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,9 +21,13 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255."""
+    """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255.
+
+    Raises NonFinite, which names the images, where they hold NaN or infinity.
+    """
     if x.ndim != 4 or x.shape[1] not in MODES:
         raise BadInput(f"images are (n, C, H, W) with C of 1, 3 or 4, got shape {tuple(x.shape)}")
+    check_images(x)
     pixels = (x.detach().float().cpu() + 1).mul(127.5).round().clamp(0, 255)
     return pixels.byte().permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -72,6 +77,18 @@ def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
     if shape is not None and high > 1.5:
         raise BadInput(f"images must lie in [-1, 1], found values up to {high:.4g}: uint8 images are scaled for you")
     return images if images.dtype == torch.float64 else images.float()
+
+
+def crossed(x: Tensor) -> Tensor:
+    """Images `(n, C, H, W)` with a white cross on grey in the place of those that hold NaN or infinity."""
+    import torch
+
+    height, width = x.shape[-2:]
+    rows, columns = torch.arange(height)[:, None] / max(height - 1, 1), torch.arange(width) / max(width - 1, 1)
+    near = 0.75 / max(min(height, width) - 1, 1)
+    cross = ((rows - columns).abs() <= near) | ((rows + columns - 1).abs() <= near)
+    bad = ~torch.isfinite(x).flatten(1).all(dim=1)
+    return torch.where(bad[:, None, None, None], cross.float(), x.clamp(-1, 1))
 
 
 def picture(x: Tensor) -> Image:

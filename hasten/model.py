@@ -14,6 +14,7 @@ from . import shelf
 from .accelerators import Ahead, Call, Recorder, accelerate
 from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest, whole
+from .finite import check_sample
 from .guides.cfg import CFG, told_steps
 from .images import given_images
 from .machine import choose, parse, spell
@@ -181,7 +182,7 @@ class Model:
             raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
         conditions = self.conditions(n, label, seed)
         device = self.device
-        made = []
+        made: list[Tensor] = []
         machine = parse(self.runtime_for(runtime, min(n, batch_size)), device.type)
         machine.prepare(self.denoiser)
         with machine.apply():
@@ -189,17 +190,16 @@ class Model:
                 count = min(batch_size, n - first)
                 noise = Noise(range(seed + first, seed + first + count), self.shape, torch.float32, device)
                 cond = {key: value[first : first + count] for key, value in conditions.items()}
-                denoiser, x = way.denoiser, None
+                denoiser, x, given = way.denoiser, None, None
                 if way.start is not None:
                     given = None if images is None else images[first : first + count].to(device)
                     denoiser = way.start.wrap(denoiser, given) if hasattr(way.start, "wrap") else denoiser
                     x = way.start.begin(denoiser, noise, way.times[0], given, **cond)
                 tick = part(progress, first, n, batch_size)
-                x = draw(
-                    denoiser, way.sampler, way.times, noise, x=x, plan=way.plan, progress=tick, callback=callback,
-                    cond=cond,
-                )  # fmt: skip
+                how: dict[str, Any] = {"plan": way.plan, "progress": tick, "callback": callback, "cond": cond}
+                x = draw(denoiser, way.sampler, way.times, noise, x=x, **how)
                 x = x if self.decoder is None else self.decoder.decode(x)
+                check_sample(x, made, way, denoiser, noise, given, cond, self.decoder, runtime)
                 pixels = self.codec == "image" or self.decoder is not None
                 made.append((x.float().clamp(-1, 1) if pixels else x.float()).cpu())
         return torch.cat(made)

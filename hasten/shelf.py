@@ -18,6 +18,7 @@ from . import zoo
 from .denoiser import Denoiser
 from .errors import BadInput, nearest
 from .files import locked, remove_leftovers, temporary
+from .finite import check_finite
 from .model_files import replace_files
 from .plan import Plan
 from .predictions import prediction_from
@@ -321,7 +322,9 @@ def statistics_in(folder: Path, told: dict[str, Any] | None) -> dict[str, Tensor
         raise BadInput(f"{file} is missing: model.json names it")
     if (found := sha256(file)) != told["sha256"]:
         raise BadInput(f"{file} is not the file that model.json names: sha256 {found[:12]}, not {told['sha256'][:12]}")
-    return {name: value.to(torch.float64) for name, value in load_file(file).items()}
+    tensors = {name: value.to(torch.float64) for name, value in load_file(file).items()}
+    check_finite(f"{file}: the statistics", tensors)
+    return tensors
 
 
 def part_in(folder: Path, told: dict[str, Any]) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .environment import is_terminal
 from .errors import BadInput, whole
 from .files import refuse_inside, writes
+from .finite import check_finite, check_weights
 from .images import reserve
 from .machine import parse
 from .model import Model
@@ -61,6 +62,7 @@ def tune_model(
     n = None if n is None else whole("n", n, 1)
     seed = whole("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
     check_savable(model)
+    check_weights(model.denoiser, model.name)
     model = replace(model)
     out = Path(out)
     refuse_inside(out, data)
@@ -87,6 +89,10 @@ def tune_model(
         machine.prepare(model.denoiser)
         found = tuner.tune(task)
     seconds = time.perf_counter() - began
+    for what in ("figures", "statistics"):
+        check_finite(f"{method} found {what} that are not finite", getattr(found, what))
+    for part, net in found.parts.items():
+        check_weights(net, f"{method}: the network {part} that it trained")
     name = keep(model, found, method, scale)
     record = {
         "method": spell(tuner), "plan": name, "statistics": sorted(found.statistics), "parts": sorted(found.parts),

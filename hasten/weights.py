@@ -17,6 +17,7 @@ import json
 import os
 import pkgutil
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import torch
 from torch import nn
 
 from . import nets
-from .errors import BadInput, nearest
+from .errors import BadInput, Notice, nearest
+from .finite import not_finite
 from .metrics.references import sha256
 from .nets.quantized import described, scales, vacant
 
@@ -40,6 +42,8 @@ def store(net: nn.Module, file: Path, half: bool = False) -> None:
     """Write a network's tensors as safetensors; half: floating-point ones as float16, but for integers' scales."""
     from safetensors.torch import save
 
+    if bad := not_finite(net):
+        warnings.warn(f"{file.name}: the tensor {bad}, which is saved, holds NaN or infinity", Notice, stacklevel=2)
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
     if half:
         exact = scales(net)
@@ -220,3 +224,5 @@ def fill(net: nn.Module, file: Path, expected: str) -> None:
         if w.shape != own[key].shape:
             raise BadInput(f"{file}: {key} has shape {tuple(w.shape)}, the network wants {tuple(own[key].shape)}")
     net.load_state_dict(weights)
+    if bad := not_finite(net):
+        warnings.warn(f"{file}: the tensor {bad} holds NaN or infinity", Notice, stacklevel=2)

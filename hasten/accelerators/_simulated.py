@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +97,17 @@ class Simulated(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """That of the layer itself, which a LoRA around it looks at."""
+        """The layer's own weight, for what looks at its dtype, device or shape, and for a LoRA around the layer."""
         return self.layer.weight
+
+    def __getattr__(self, name: str) -> Any:
+        """What networks read of a layer beside its weight and bias: its channels, kernel size, stride, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "kept" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["kept"][0], name)
 
     @property
     def bias(self) -> Tensor | None:
@@ -148,7 +158,14 @@ class Simulated(nn.Module):
 def takes(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer that can be exchanged."""
     kinds = (nn.Conv2d, nn.Linear)
-    return any(isinstance(module, k) and type(module).forward is k.forward for k in kinds) and refusal(module) is None
+    plain = any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
+    return plain and not is_reparametrised(module) and refusal(module) is None
+
+
+def is_reparametrised(module: nn.Module) -> bool:
+    """Whether the weight is computed from other tensors before each use: `torch.nn.utils.parametrizations`, or the
+    older `weight_norm` and `spectral_norm`, which keep a hook."""
+    return hasattr(module, "parametrizations") or "weight" not in module._parameters
 
 
 def shadow(net: nn.Module) -> nn.Module:

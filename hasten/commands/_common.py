@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +21,13 @@ if TYPE_CHECKING:
 
 def open_model(name: str, device: str) -> Model:
     """`load`, on the device that was asked for."""
+    from ..finite import check_weights
     from ..machine import device_for
     from ..model import load
 
-    return load(name, device_for(device))
+    loaded = load(name, device_for(device))
+    check_weights(loaded.denoiser, name)
+    return loaded
 
 
 def processes(device: str) -> Ranks:
@@ -33,12 +40,19 @@ def processes(device: str) -> Ranks:
     return Ranks(device_for(device))
 
 
-def open_shared(name: str, ranks: Ranks) -> Model:
-    """`load` on every process's own device; what must be fetched, one process of a machine fetches."""
+def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
+    """`load` on every process's own device; what must be fetched, one process of a machine fetches.
+
+    sound: refuse weights that are not finite (else a warning has named one).
+    """
+    from ..finite import check_weights
     from ..model import load
 
     with ranks.leading():
-        return load(name, ranks.device)
+        loaded = load(name, ranks.device)
+    if sound:
+        check_weights(loaded.denoiser, name)
+    return loaded
 
 
 def hint(ranks: Ranks, n: int, batch_size: int) -> None:
@@ -52,6 +66,25 @@ def hint(ranks: Ranks, n: int, batch_size: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def ends_as_stopped() -> Iterator[None]:
+    """SIGTERM within the block ends it as Ctrl-C does, so that what is finished is kept and reported."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the report is written undisturbed
+        raise KeyboardInterrupt("told to stop (SIGTERM)")
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def warn(line: str) -> None:
     """A line on stderr beside the work."""
     print(f"hasten: {line}", file=sys.stderr)
@@ -62,12 +95,6 @@ def cached(folder: str) -> Path:
     from ..machine import notebook
 
     return notebook().parent / folder
-
-
-def is_images(path: str) -> bool:
-    """Whether a reference is real images, not statistics of them."""
-    place = Path(path)
-    return place.exists() and not (place / "features.json").is_file()
 
 
 def given_images(path: Path, n: int, channels: int, start: str | None = None, mask: Path | None = None) -> Tensor:

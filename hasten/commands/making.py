@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from ..errors import BadInput, NonFinite
 from ..files import refuse_inside, writes
 from ..terminal import progress, spell, tell, versions
 from ._common import given_images, hint, label_list, open_shared, processes, warn
@@ -86,7 +86,7 @@ def sample(
     refuse_inside(out, images, "--out")
     pictures.reserve(out / "0.png" if single else out)
     ranks = processes(device)
-    loaded = open_shared(model, ranks)
+    loaded = open_shared(model, ranks, sound=False)
     if loaded.codec == "raw":
         raise BadInput(
             f"{loaded.name} makes samples of shape {loaded.shape}, which are no images: "
@@ -111,9 +111,15 @@ def sample(
         hint(ranks, n, batch_size)
     began = time.perf_counter()
     with progress(f"sampling {n} images") as tick:
-        x = sample_many(
-            loaded, n, chosen, seed, batch_size, **setting, ranks=ranks, keep=keep, progress=tick, images=given
-        )
+        try:
+            x = sample_many(
+                loaded, n, chosen, seed, batch_size, **setting, ranks=ranks, keep=keep, progress=tick, images=given
+            )
+        except NonFinite as e:
+            if single or e.images is None or e.images.ndim != 4 or not ranks.first:
+                raise
+            pictures.write(out, pictures.png(pictures.grid(pictures.crossed(e.images), columns), {"failed": str(e)}))
+            raise NonFinite(f"{e} ({out} has a cross in their place)") from e
     seconds = time.perf_counter() - began
     if x is None:  # the first process has them all
         ranks.wait()
