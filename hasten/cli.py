@@ -120,6 +120,6 @@ def describe(error: Exception) -> str:
         return "out of memory; a smaller --batch-size needs less (in training --accumulate too)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if isinstance(error, (OverflowError, ZeroDivisionError, FloatingPointError)):
+    if isinstance(error, (OverflowError, FloatingPointError)):
         return f"a number is too large or too small: {error} (set HASTEN_DEBUG=1 to see where)"
     return f"unexpected {type(error).__name__}: {error} (set HASTEN_DEBUG=1 to see where)"

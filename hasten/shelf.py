@@ -338,8 +338,12 @@ def fits(told: dict[str, Any]) -> None:
     """Refuse a shape or classes that the network was not built for, where the network tells."""
     name, net, classes = told["name"], told["denoiser"].net, told["classes"] or ()
     config, side = getattr(net, "config", {}), getattr(net, "multiple", 1)
-    if not is_ours(net) or len(told["shape"]) != 3:
+    if not is_ours(net):
         return  # what another network's config means is not known
+    if len(told["shape"]) != 3:
+        if "channels" in config:
+            raise BadInput(f"{name}: samples of shape {told['shape']} do not fit its network, which takes images")
+        return
     channels, height, width = told["shape"]
     if config.get("channels", channels) != channels or height % side or width % side:
         raise BadInput(

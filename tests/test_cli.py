@@ -338,7 +338,7 @@ def test_evaluate_against_a_folder_of_images(
 
     assert "names no reference" in refused(1, "evaluate", folder, "--n", 12)
     assert "give --features" in refused(1, "evaluate", folder, "--n", 12, "--reference", pictures)
-    monkeypatch.setattr("hasten.metrics.feature_net", lambda *_: Pixels())
+    monkeypatch.setattr("hasten.reference_images.feature_net", lambda *_: Pixels())
     monkeypatch.setattr("hasten.metrics.evaluate.feature_net", lambda *_: Pixels())
     asked = ("evaluate", folder, "--n", 12, "--seed", 5, "--reference", pictures, "--features", "pixels")
     told = json.loads(cli(*asked, "--runtime", "fp32", "--json"))
