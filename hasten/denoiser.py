@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
             x_t: (B, *S), noisy. t: () or (B,), in [0, 1]. cond: passed to the network as keywords.
 
         Raises:
-            BadInput: for a time outside [0, 1]. Times on another device than the CPU are not looked at, which would wait
+            BadInput: for a time outside [0, 1]. Times on another device than the CPU are not looked at: that would wait
                 for it.
             HastenError: for an "eps" network at a time where alpha = 0: what it says there holds nothing of x0.
         """

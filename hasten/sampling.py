@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .conditions import conditions_of
 from .denoiser import Wrapper
 from .errors import BadInput, HastenError
+from .families import is_own, path_of
 from .noise import Noise, generator, no_noise
 from .schedules import Schedule
 
@@ -278,9 +279,12 @@ class Way:
 def spell(method: Any) -> str:
     """How a method is written on the command line: `"heun:churn=0.1"`, the fields that are not at their default.
 
-    The name is the class attribute `name` where there is one, else the file that defines the class.
+    The name is the class attribute `name` where there is one, else the file that defines the class; of a class that
+    hasten does not define, where it is defined, `"my_package.Mine"`.
     """
     name = getattr(type(method), "name", None) or type(method).__module__.rpartition(".")[2]
+    if not is_own(type(method)):
+        name = path_of(type(method))
     options = []
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)

@@ -18,7 +18,7 @@ EVERYTHING = sorted(p for folder in ("hasten", "tests", "recipes", "benchmarks")
 
 # The first word of a module's path inside hasten, and the height of the floor it stands on.
 FLOORS = {
-    -1: "errors",
+    -1: "errors families",
     0: "nets metrics zoo runtime company ranks",
     1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis program noise conditions",
     2: "samplers tuning guides starts train processes accelerators distillers",
