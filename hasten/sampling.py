@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Count", "Noise", "Query", "Sampler", "draw", "generator", "spell", "walk"]
 
 Progress = Callable[[int, int], None]
+FEW = 40  # evaluations up to which a plan is looked at for what it would do to the values
+WILD = 4.0  # standard deviations of the result that are worth a warning
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -237,7 +240,20 @@ def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
     from .plan import plan
 
     with torch.inference_mode(False):
-        return plan(sampler, schedule, torch.tensor(times, dtype=torch.float64))
+        made = plan(sampler, schedule, torch.tensor(times, dtype=torch.float64))
+    if made.basis is None and made.nfe <= FEW and not made.fitted and times[-1] == 0 and made.gain > WILD:
+        warnings.warn(_too_few(sampler, len(times) - 1, made.gain), UserWarning, stacklevel=3)
+    return made
+
+
+def _too_few(sampler: Any, steps: int, gain: float) -> str:
+    instead = "more steps, or unipc or dpm"
+    if getattr(sampler, "lower_order_final", None) is False:
+        instead = f"lower_order_final=true, {instead}"
+    return (
+        f"{spell(sampler)} with {steps} steps gives values of about {gain:.0f} standard deviations on these times (data "
+        f"of unit variance): its order is too high for so few steps; use {instead}"
+    )
 
 
 def reset(denoiser: Any) -> None:
