@@ -240,20 +240,21 @@ def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
     from .plan import plan
 
     with torch.inference_mode(False):
-        made = plan(sampler, schedule, torch.tensor(times, dtype=torch.float64))
-    if made.basis is None and made.nfe <= FEW and not made.fitted and times[-1] == 0 and made.gain > WILD:
-        warnings.warn(_too_few(sampler, len(times) - 1, made.gain), UserWarning, stacklevel=3)
+        at = torch.tensor(times, dtype=torch.float64)
+        made = plan(sampler, schedule, at)
+        if made.basis is None and made.nfe <= FEW and not made.fitted and times[-1] == 0 and made.gain > WILD:
+            instead = "more steps, or unipc or dpm"
+            if getattr(sampler, "lower_order_final", None) is False:
+                lowered = dataclasses.replace(sampler, lower_order_final=True)
+                if plan(lowered, schedule, at).gain <= WILD:
+                    instead = f"{spell(lowered)}, {instead}"
+            warnings.warn(
+                f"{spell(sampler)} with {len(times) - 1} steps gives values of about {made.gain:.0f} standard "
+                f"deviations on these times (data of unit variance): its order is too high for so few steps; use {instead}",
+                UserWarning,
+                stacklevel=3,
+            )
     return made
-
-
-def _too_few(sampler: Any, steps: int, gain: float) -> str:
-    instead = "more steps, or unipc or dpm"
-    if getattr(sampler, "lower_order_final", None) is False:
-        instead = f"lower_order_final=true, {instead}"
-    return (
-        f"{spell(sampler)} with {steps} steps gives values of about {gain:.0f} standard deviations on these times (data "
-        f"of unit variance): its order is too high for so few steps; use {instead}"
-    )
 
 
 def reset(denoiser: Any) -> None:

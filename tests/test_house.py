@@ -22,7 +22,7 @@ FLOORS = {
     0: "nets metrics zoo runtime company ranks",
     1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis program noise conditions",
     2: "samplers tuning guides starts train processes accelerators distillers",
-    3: "pick resolve model shelf weights training images tasks adapters parallel_cost parallel_work",
+    3: "pick aliases resolve model shelf weights training images tasks adapters parallel_cost parallel_work",
     4: "commands distill quantize tune terminal compare results report plots variants many meter",
     5: "cli ui __main__",
 }

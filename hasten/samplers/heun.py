@@ -29,8 +29,8 @@ class Heun:
     where y does not exist, the step is the trapezoid rule in alpha/sigma, also with two evaluations. Order 2 (in law
     with churn); NFE = 2 steps - 1 on a grid that ends at sigma = 0, 2 steps on one that does not.
 
-    lower_order_final: on a grid that ends at sigma = 0 the step before the last is Euler's too, one evaluation less. With
-    2 or 3 steps the rule as published multiplies what d' is wrong by by q / q_next, and gives noise.
+    lower_order_final: on a grid that ends at sigma = 0 the step before the last is Euler's too, one evaluation less.
+    With 2 or 3 steps the rule as published multiplies what d' is wrong by by q / q_next, and gives noise.
 
     Reference: Karras, Aittala, Aila, Laine 2022, 2206.00364, algorithm 2.
     """
