@@ -250,7 +250,8 @@ def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
                     instead = f"{spell(lowered)}, {instead}"
             warnings.warn(
                 f"{spell(sampler)} with {len(times) - 1} steps gives values of about {made.gain:.0f} standard "
-                f"deviations on these times (data of unit variance): its order is too high for so few steps; use {instead}",
+                "deviations on these times (data of unit variance): its order is too high for so few steps; use "
+                f"{instead}",
                 UserWarning,
                 stacklevel=3,
             )

@@ -119,8 +119,8 @@ def test_caches_filled_in_inference_mode_serve_autograd() -> None:
     for convention in ("log_alpha", "log_q"):
         table = Discrete.linear(convention=convention)
         after_inference_mode(
-            lambda: (table.alpha(0.5), table.time(table.lam(0.3))),  # noqa: B023
-            lambda: (table.alpha(free()).sum() + table.time(table.lam(free())).sum()).backward(),  # noqa: B023
+            lambda: (table.alpha(0.5), table.time(table.lam(0.3))),
+            lambda: (table.alpha(free()).sum() + table.time(table.lam(free())).sum()).backward(),
         )
 
 
