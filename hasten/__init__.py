@@ -17,16 +17,20 @@ __version__ = "0.1.0"
 # public name: the module that defines it (`pick` and `plan` are modules that can be called)
 _HOMES = {
     **dict.fromkeys(["Model", "load"], "model"),
-    **dict.fromkeys(["HastenError"], "errors"),
-    **dict.fromkeys(["Denoiser"], "denoiser"),
-    **dict.fromkeys(["Noise", "Query", "draw", "walk"], "sampling"),
+    **dict.fromkeys(["BadInput", "HastenError"], "errors"),
+    **dict.fromkeys(["Denoiser", "Wrapper"], "denoiser"),
+    **dict.fromkeys(["Noise", "Query", "Sampler", "draw", "walk"], "sampling"),
+    **dict.fromkeys(
+        ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"],
+        "times",
+    ),
     **dict.fromkeys(["EDM", "VE", "Flow", "SubVP", "VPCosine", "VPLinear"], "schedules"),
     **dict.fromkeys(["Discrete", "rescale_zero_snr"], "discrete"),
     **dict.fromkeys(
         [
             "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver",
             "FastDPM", "Heun", "NoiseLevel", "Picard", "Preconditioned", "PredictorCorrector", "ProbabilityFlow",
-            "SASolver", "StochasticDistilled", "UniPC",
+            "SASolver", "StochasticDistilled", "UniPC", "invert",
         ],
         "samplers",
     ),
@@ -44,20 +48,21 @@ _HOMES = {
 }  # fmt: skip
 __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM", "Auxiliary",
-    "Consistency", "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold", "FastDPM", "Flow",
-    "HastenError", "Heun", "Interval", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned",
-    "PredictorCorrector", "ProbabilityFlow", "Query", "Ranks", "Rescale", "SASolver", "SingDiffusion",
-    "StochasticDistilled", "SubVP", "UniPC", "VPCosine", "VPLinear", "accelerate", "as_scheduler", "distill_model",
-    "draw", "load", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "times_like", "tune_model",
-    "walk",
+    "BadInput", "Consistency", "CosineAngle", "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold",
+    "Explicit", "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras", "Model", "Noise", "NoiseLevel",
+    "Picard", "Plan", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "Quadratic", "Query", "Ranks",
+    "Rescale", "SASolver", "Sampler", "SingDiffusion", "StochasticDistilled", "SubVP", "TimeGrid", "Trailing", "UniPC",
+    "UniformLambda", "UniformTime", "VPCosine", "VPLinear", "Wrapper", "accelerate", "as_scheduler", "distill_model",
+    "draw", "invert", "load", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "times_like",
+    "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from .adapters.diffusers import accelerate, as_scheduler, times_like
-    from .denoiser import Denoiser
+    from .denoiser import Denoiser, Wrapper
     from .discrete import Discrete, rescale_zero_snr
     from .distill import distill_model
-    from .errors import HastenError
+    from .errors import BadInput, HastenError
     from .guides import CFG, Distribution, DynamicThreshold, Interval, Rescale
     from .many import sample_many
     from .model import Model, load
@@ -85,10 +90,21 @@ if TYPE_CHECKING:
         SASolver,
         StochasticDistilled,
         UniPC,
+        invert,
     )  # fmt: skip
-    from .sampling import Noise, Query, draw, walk
+    from .sampling import Noise, Query, Sampler, draw, walk
     from .schedules import EDM, VE, Flow, SubVP, VPCosine, VPLinear
     from .starts import CCDF, Auxiliary, SingDiffusion
+    from .times import (
+        CosineAngle,
+        Explicit,
+        Karras,
+        Quadratic,
+        TimeGrid,
+        Trailing,
+        UniformLambda,
+        UniformTime,
+    )  # fmt: skip
     from .tune import tune_model
 
 

@@ -17,6 +17,7 @@ __all__ = ["Denoiser", "Wrapper"]
 
 CLOCKS = ("t", "t1000", "t999", "index", "log_sigma4", "lam")
 CACHED_TIMES = 4096
+SLACK = 1e-9  # of a time, for rounding
 ANSWERS = ("raw", "moments")  # methods that answer about x_t, beside `forward`
 
 
@@ -56,13 +57,33 @@ class Denoiser(nn.Module):
         if clock == "index" and not hasattr(schedule, "index"):
             raise BadInput(f'clock "index" needs a Discrete schedule, found {type(schedule).__name__}')
         self.net = net
-        self.schedule = schedule
-        self.prediction = prediction_from(prediction)
-        self.clock = clock
+        self._fixed = (schedule, prediction_from(prediction), clock)
         self.null_label = getattr(net, "null_label", None) if null_label is None else null_label
         own = getattr(net, "guidance_range", None)
         self.guidance_range = own if guidance_range is None else (float(guidance_range[0]), float(guidance_range[1]))
         self._at: dict[float, tuple[float, float, float, float]] = {}
+
+    @property
+    def schedule(self) -> Schedule:
+        """What `t` means. Coefficients are kept, so it cannot be assigned: `replace(schedule=...)`."""
+        return self._fixed[0]
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the raw output means; `replace(prediction=...)`."""
+        return self._fixed[1]
+
+    @property
+    def clock(self) -> str:
+        """The network's own time input; `replace(clock=...)`."""
+        return self._fixed[2]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("schedule", "prediction", "clock"):
+            raise FixedAttribute(
+                f"the {name} of a Denoiser cannot be assigned: make another with denoiser.replace({name}=...)"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The clean sample x0 (B, *S).
@@ -71,6 +92,8 @@ class Denoiser(nn.Module):
             x_t: (B, *S), noisy. t: () or (B,), in [0, 1]. cond: passed to the network as keywords.
 
         Raises:
+            BadInput: for a time outside [0, 1]. Times on another device than the CPU are not looked at: that would wait
+                for it.
             HastenError: for an "eps" network at a time where alpha = 0: what it says there holds nothing of x0.
         """
         c_in, c_skip, c_out, clock = self._coefficients(t, x_t)
@@ -165,6 +188,9 @@ class Denoiser(nn.Module):
                 raise BadInput(f"t must be one time or one a sample ({len(x_t)}), found shape {tuple(t.shape)}")
             t = t.cpu() if t.device.type == "mps" else t  # which has no float64
             t = t.to(torch.float64)
+            if t.device.type == "cpu" and not bool(((t >= -SLACK) & (t <= 1 + SLACK)).all()):
+                outside = t.detach()[~((t >= -SLACK) & (t <= 1 + SLACK))]
+                self._refuse_time(float(outside.flatten()[0]))
             alpha = self.schedule.alpha(t)
             ends = need_x0 and self.prediction.name == "eps" and self.schedule.zero_snr  # else alpha is never 0
             if ends and bool((alpha.detach() == 0).any()):
@@ -172,6 +198,8 @@ class Denoiser(nn.Module):
             return *self.prediction.coefficients(alpha, self.schedule.sigma(t)), self.time_input(t)
         key = float(t)
         if key not in self._at:
+            if not -SLACK <= key <= 1 + SLACK:
+                self._refuse_time(key)
             if len(self._at) >= CACHED_TIMES:
                 self._at.clear()
             at = torch.tensor(key, dtype=torch.float64)
@@ -181,6 +209,14 @@ class Denoiser(nn.Module):
         if need_x0 and self.prediction.name == "eps" and abs(found[2]) == float("inf"):
             self._refuse(key)
         return found
+
+    def _refuse_time(self, t: float) -> None:
+        table = getattr(self.schedule, "alphas_cumprod", None)
+        N = len(table) if table else 1000
+        hint = f"for entry i of a table of {N} give t = (i + 1) / {N}"
+        if float(t).is_integer() and 0 <= t < N:
+            hint += f", here {(t + 1) / N:g}"
+        raise BadInput(f"t must lie in [0, 1] (0 the image, 1 the noise), found {t:g}: {hint}")
 
     def _refuse(self, t: float) -> None:
         raise HastenError(
@@ -193,9 +229,13 @@ def _clean(x_t: Tensor, raw: Tensor, c_skip: Tensor | float, c_out: Tensor | flo
     """`c_skip x_t + c_out raw`, without the products that are none."""
     if isinstance(c_skip, float):
         if c_skip == 0.0:
-            return raw * c_out if c_out != 1.0 else raw
+            return raw * c_out if c_out != 1.0 else raw.clone()  # the network may write its next answer over this one
         return torch.add(x_t * c_skip, raw, alpha=c_out)  # type: ignore[arg-type]
     return spread(c_skip, x_t) * x_t + spread(c_out, x_t) * raw
+
+
+class FixedAttribute(BadInput, AttributeError):
+    """An attribute that others were computed from is assigned."""
 
 
 class NotForwarded(HastenError, AttributeError):

@@ -17,6 +17,7 @@ import types
 import typing
 from typing import Any
 
+from .aliases import alias_of, hint_for
 from .errors import BadInput, HastenError, check_numbers, nearest
 from .sampling import spell
 
@@ -32,13 +33,18 @@ def pick(folder: str, text: str) -> Any:
     Args:
         folder: `"samplers"`, `"times"`, `"guides"`, ...
         text: values are numbers, true, false, none, inf, words, or tuples of them in parentheses:
-            `"cfg:scale=2,interval=(0.2,inf)"`.
+            `"cfg:scale=2,interval=(0.2,inf)"`. Names of diffusers and k-diffusion are understood, such as `"euler"`,
+            `"dpmpp_2m_sde"`, `"pndm"` and `"exponential"` (`hasten.aliases` lists them).
 
     Raises:
         HastenError: for an unknown name, option or value, naming the nearest valid choice.
     """
     name, colon, rest = text.strip().partition(":")
     name = name.strip()
+    preset: dict[str, str] = {}
+    if name not in names(folder) and (meant := alias_of(folder, name)):
+        name, _, said = meant.partition(":")
+        preset = dict(part.split("=") for part in _split(said) if part)
     cls = _class(folder, name)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and not field.metadata.get("bound")}
@@ -52,6 +58,8 @@ def pick(folder: str, text: str) -> Any:
         if key in options:
             raise BadInput(f"{name}: {key} is given twice")
         options[key] = _typed(f"{name}: {key}", _parse(value), hints[key])
+    for key, value in preset.items():
+        options.setdefault(key, _typed(f"{name}: {key}", _parse(value), hints[key]))
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in options:
@@ -81,6 +89,8 @@ def _folder(folder: str) -> types.ModuleType:
 def _class(folder: str, name: str) -> type:
     kind = {"times": "time grid", "tuning": "tuning method"}.get(folder, folder.removesuffix("s"))
     choices = names(folder)
+    if name not in choices and (relative := hint_for(folder, name)):
+        raise BadInput(f"unknown {kind} {name!r}: nearest is {relative} (choices: {', '.join(choices)})")
     if name not in choices:
         raise BadInput(f"unknown {kind} {name!r}: {nearest(name, choices)}")
     module = _folder(folder)

@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, nearest
+from .families import family, is_own, path_of
 
 __all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "prediction_from", "spread"]
+
+ALIASES = {
+    "epsilon": "eps", "noise": "eps", "sample": "x0", "x_start": "x0", "start_x": "x0", "v_prediction": "v",
+    "flow_prediction": "flow",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"name": ..., field: value}`, ready for JSON; `prediction_from` is the inverse."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        name = self.name if is_own(type(self)) else path_of(type(self))
+        return {"name": name, **dataclasses.asdict(self)}
 
     def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         raise NotImplementedError
@@ -157,20 +164,19 @@ class Anchored(Prediction):
 def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
     """One by name (`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`), a `to_dict()`, or one itself.
 
+    The names that diffusers gives them are understood: `"epsilon"`, `"sample"`, `"v_prediction"`, `"flow_prediction"`.
     Raises `BadInput` on another.
     """
     if isinstance(spec, Prediction):
         return spec
     fields = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = fields.pop("name", None)
-    kinds = {kind.name: kind for kind in Prediction.__subclasses__()}
-    if name not in kinds:
-        raise BadInput(f"unknown prediction {name!r}: {nearest(str(name), kinds)}")
-    known = [f.name for f in dataclasses.fields(kinds[name])]
+    found = family("prediction", Prediction, ALIASES.get(name, name), lambda kind: kind.name)
+    known = [f.name for f in dataclasses.fields(found)]  # type: ignore[arg-type]
     for key in fields:
         if key not in known:
             raise BadInput(f"prediction {name} has no field {key!r}: {nearest(key, known)}")
-    return kinds[name](**fields)
+    return found(**fields)  # type: ignore[no-any-return]
 
 
 def spread(coefficient: Tensor | float, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from .conditions import conditions_of
 from .denoiser import Wrapper
 from .errors import BadInput, HastenError
+from .families import is_own, path_of
 from .noise import Noise, generator, no_noise
 from .schedules import Schedule
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Count", "Noise", "Query", "Sampler", "draw", "generator", "spell", "walk"]
 
 Progress = Callable[[int, int], None]
+FEW = 40  # evaluations up to which a plan is looked at for what it would do to the values
+WILD = 4.0  # standard deviations of the result that are worth a warning
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -236,7 +240,22 @@ def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
     from .plan import plan
 
     with torch.inference_mode(False):
-        return plan(sampler, schedule, torch.tensor(times, dtype=torch.float64))
+        at = torch.tensor(times, dtype=torch.float64)
+        made = plan(sampler, schedule, at)
+        if made.basis is None and made.nfe <= FEW and not made.fitted and times[-1] == 0 and made.gain > WILD:
+            instead = "more steps, or unipc or dpm"
+            if getattr(sampler, "lower_order_final", None) is False:
+                lowered = dataclasses.replace(sampler, lower_order_final=True)
+                if plan(lowered, schedule, at).gain <= WILD:
+                    instead = f"{spell(lowered)}, {instead}"
+            warnings.warn(
+                f"{spell(sampler)} with {len(times) - 1} steps gives values of about {made.gain:.0f} standard "
+                "deviations on these times (data of unit variance): its order is too high for so few steps; use "
+                f"{instead}",
+                UserWarning,
+                stacklevel=3,
+            )
+    return made
 
 
 def reset(denoiser: Any) -> None:
@@ -278,9 +297,12 @@ class Way:
 def spell(method: Any) -> str:
     """How a method is written on the command line: `"heun:churn=0.1"`, the fields that are not at their default.
 
-    The name is the class attribute `name` where there is one, else the file that defines the class.
+    The name is the class attribute `name` where there is one, else the file that defines the class; of a class that
+    hasten does not define, where it is defined, `"my_package.Mine"`.
     """
     name = getattr(type(method), "name", None) or type(method).__module__.rpartition(".")[2]
+    if not is_own(type(method)):
+        name = path_of(type(method))
     options = []
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, nearest
+from .families import family, is_own, path_of
 
 if TYPE_CHECKING:
     from .discrete import Discrete, rescale_zero_snr
@@ -84,8 +85,12 @@ class Schedule:
         return torch.hypot(self.alpha(t), self.sigma(t))
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"name": class, field: value, ...}`, ready for JSON; `schedule_from_dict` is the inverse."""
-        return {"name": type(self).__name__, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        """`{"name": class, field: value, ...}`, ready for JSON; `schedule_from_dict` is the inverse.
+
+        A class that hasten does not define is named with its module, `"my_package.Mine"`.
+        """
+        name = type(self).__name__ if is_own(type(self)) else path_of(type(self))
+        return {"name": name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
 
     def _ends(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """t, where it is the clean end, where it is pure noise, and t with both replaced by a harmless value."""
@@ -302,20 +307,21 @@ class Flow(Schedule):
 
 
 def schedule_from_dict(spec: dict[str, Any]) -> Schedule:
-    """The schedule that `Schedule.to_dict` wrote. Raises `BadInput` on an unknown name or field."""
+    """The schedule that `Schedule.to_dict` wrote. Raises `BadInput` on an unknown name or field.
+
+    A class of one's own is found where it is defined in this process; nothing is imported for it.
+    """
     from . import discrete  # noqa: F401  (makes Discrete known)
 
     spec = dict(spec)
     name = spec.pop("name", None)
-    families = {cls.__name__: cls for cls in Schedule.__subclasses__()}
-    if name not in families:
-        raise BadInput(f"unknown schedule {name!r}: {nearest(str(name), families)}")
-    known = [f.name for f in dataclasses.fields(families[name])]
+    found = family("schedule", Schedule, name, lambda cls: cls.__name__)
+    known = [f.name for f in dataclasses.fields(found)]  # type: ignore[arg-type]
     for key in spec:
         if key not in known:
             raise BadInput(f"{name} has no field {key!r}: {nearest(key, known)}")
     try:
-        return families[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()})
+        return found(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()})
     except TypeError as error:
         raise BadInput(f"schedule {name}: {error}") from error
 

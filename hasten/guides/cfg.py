@@ -209,7 +209,9 @@ class Guided(Wrapper):
         kept = spread(skip, x_t) * x_t
         output, output_cond = ((value - kept) / spread(scale, x_t) for value in (x0, x0_cond))
         dims = tuple(range(1, x_t.ndim))
-        ratio = output_cond.std(dims, keepdim=True) / output.std(dims, keepdim=True)
+        n = output[0].numel()  # one number has no deviation
+        spread_of, wanted = (o.std(dims, correction=min(1, n - 1), keepdim=True) for o in (output, output_cond))
+        ratio = torch.where(spread_of > 0, wanted / spread_of, 1.0)  # a constant output has no contrast to keep
         phi = self.guide.rescale
         return kept + spread(scale, x_t) * (phi * ratio * output + (1 - phi) * output)
 

@@ -14,6 +14,8 @@ from ..errors import BadInput, check_numbers
 
 __all__ = ["DynamicThreshold"]
 
+LARGEST = 2**24  # values that torch.quantile takes
+
 
 @dataclass(frozen=True)
 class DynamicThreshold:
@@ -64,6 +66,19 @@ class Thresholded(Wrapper):
         size = x0.flatten(1).abs()
         if size.dtype not in (torch.float32, torch.float64):
             size = size.float()
-        S = torch.quantile(size, self.guide.quantile, dim=1).clamp_min(self.guide.least).to(x0.dtype)
+        S = quantile(size, self.guide.quantile).clamp_min(self.guide.least).to(x0.dtype)
         S = S.reshape(-1, *[1] * (x0.ndim - 1))
         return torch.maximum(torch.minimum(x0, S), -S) * (self.guide.least / S)
+
+
+def quantile(size: Tensor, share: float) -> Tensor:
+    """The quantile of each row (B,) of `size` (B, n), between the two nearest values; also where n is beyond what
+    `torch.quantile` takes."""
+    n = size.shape[1]
+    if n <= LARGEST:
+        return torch.quantile(size, share, dim=1)
+    place = share * (n - 1)
+    k = min(int(place), n - 2)
+    low = torch.kthvalue(size, k + 1, dim=1).values
+    high = torch.kthvalue(size, k + 2, dim=1).values
+    return torch.lerp(low, high, place - k)

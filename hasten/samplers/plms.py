@@ -30,11 +30,15 @@ class PLMS:
     used, the DDIM step is not linear in t and the order is 2 ("pseudo"). With start="heun" the step from alpha = 0 is
     the trapezoid in alpha/sigma.
 
+    lower_order_final: on a grid that ends at sigma = 0 the order is at most the steps left before the one into it, and
+    that one is of order 1 (NFE = steps with 2 steps). With 2 or 3 steps the method as published gives noise.
+
     Reference: Liu, Ren, Lin, Zhao 2022, 2202.09778; ramp: Zhang, Chen 2023, 2204.13902.
     """
 
     order: int = 4
     start: str = "heun"
+    lower_order_final: bool = False
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -50,7 +54,7 @@ class PLMS:
         return min(self.order, 2)
 
     def nfe(self, steps: int) -> int:
-        return steps + (self.start == "heun" and self.order > 1 and steps > 1)
+        return steps + (self.start == "heun" and self.order > 1 and steps > 1 + self.lower_order_final)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
         path, z = nodes(schedule, times), x
@@ -58,7 +62,10 @@ class PLMS:
         twice = self.nfe(len(path) - 1) == len(path)
         for n, (start, end) in enumerate(pairwise(path)):
             past = [Known(start, z, (yield Query(z, start.t))), *past[: self.order - 1]]
-            terms = list(zip(_ADAMS[len(past) - 1], past, strict=True))
+            order = len(past)
+            if self.lower_order_final and path[-1].clean:
+                order = max(1, min(order, len(path) - 2 - n))
+            terms = list(zip(_ADAMS[order - 1], past, strict=False))
             if n == 0 and twice:
                 guess = ddim(z, past[0], end)
                 ahead = Known(end, guess, (yield Query(guess, end.t)))

@@ -1,0 +1,79 @@
+"""Names that diffusers, k-diffusion and the interfaces built on them give to samplers and time grids.
+
+Where one is the same method it is read as that, with the identity beside it; where hasten has only a relative, the
+error says which.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["alias_of", "hint_for"]
+
+ALIASES = {
+    "samplers": {
+        "euler": "ddim",  # y' = y + (q' - q) (y - x0) / q is the DDIM step
+        "flow_match_euler": "ddim",
+        "euler_a": "ddim:eta=1",  # sigma_up^2 = q'^2 (1 - q'^2 / q^2) is DDIM's variance at eta = 1
+        "euler_ancestral": "ddim:eta=1",
+        "dpmpp_2m": "dpm",
+        "dpmpp_3m": "dpm:order=3",
+        "dpmpp_2m_sde": "dpm:sde=true",
+        "dpmpp_3m_sde": "dpm:order=3,sde=true",
+        "dpmpp_2s": "dpm:multistep=false",
+        "dpm_solver": "dpm:predict=eps",
+        "dpmsolver": "dpm:predict=eps",
+        "dpm_solverpp": "dpm",
+        "dpmsolverpp": "dpm",
+        "dpmpp": "dpm",
+        "dpm_solver_multistep": "dpm",
+        "dpm_solver_singlestep": "dpm:multistep=false",
+        "pndm": "plms",
+        "ipndm": "plms:start=ramp",
+        "lms": "deis:order=4,variable=rho,lower_order_final=false",  # polynomials in sigma, integrated exactly
+        "lms_discrete": "deis:order=4,variable=rho,lower_order_final=false",
+        "lcm": "consistency",
+        "uni_pc": "unipc",
+        "sa_solver": "sa",
+    },
+    "times": {
+        "linspace": "uniform",
+        "normal": "uniform",
+        "exponential": "lambda",  # equally spaced in log sigma
+        "simple": "trailing",
+        "sgm_uniform": "trailing",
+    },
+}
+RELATIVES = {
+    "samplers": {
+        "dpmpp_sde": "dpm:sde=true (the multistep form, DPM++ 2M SDE)",
+        "dpmpp_2s_ancestral": "dpm:sde=true",
+        "dpm_2": "dpm:multistep=false,predict=eps",
+        "dpm_2_a": "dpm:sde=true,predict=eps",
+        "kdpm2": "dpm:multistep=false,predict=eps",
+        "dpm_fast": "dpm:order=3,multistep=false,predict=eps",
+        "dpm_adaptive": "probability_flow",
+        "tcd": "consistency",
+    },
+    "times": {
+        "leading": "trailing (leading ends short of the noisiest time; arXiv:2305.08891)",
+        "beta": "angle",
+        "kl_optimal": "angle",
+        "polyexponential": "karras",
+    },
+}
+
+
+def plain(name: str) -> str:
+    """A name in lower case, its words joined by underscores: `"DPM++ 2M"` is `"dpmpp_2m"`."""
+    return re.sub(r"[\s\-_]+", "_", name.strip().lower().replace("++", "pp"))
+
+
+def alias_of(folder: str, name: str) -> str | None:
+    """The method that this name means, as `pick` reads it; None where the name is no alias."""
+    return ALIASES.get(folder, {}).get(plain(name))
+
+
+def hint_for(folder: str, name: str) -> str | None:
+    """A relative of a method that there is not, for the error; None where none is known."""
+    return RELATIVES.get(folder, {}).get(plain(name))
