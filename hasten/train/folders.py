@@ -111,7 +111,7 @@ def open_tree(
             else:
                 bad.append((names[k], image))
     if bad:
-        rest = f"; nor {listed(name for name, _ in bad[1:])}" if len(bad) > 1 else ""
+        rest = f"; also refused: {listed(name for name, _ in bad[1:])}" if len(bad) > 1 else ""
         raise Unreadable(f"{bad[0][1]}{rest}")
     return Data.of(out, targets, classes, tree.root, **details)
 
