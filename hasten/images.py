@@ -36,7 +36,7 @@ def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
     """Images that a user gives, as float32 (n, C, H, W) in [-1, 1]; NaN stays where something is unknown.
 
     images: a tensor or NumPy array, floats in [-1, 1] or uint8, (n, C, H, W), of arrays also (n, H, W, C) or (n, H, W);
-        or a PIL image, or a list of PIL images, turned upright and brought to the channels of `shape`.
+        or a PIL image, or a list of PIL images, turned upright, put on white, brought to the channels of `shape`.
     shape: (C, H, W) of a sample, of which the channels count; None: latents, of any range and shape.
     Raises BadInput for other types, for integers other than uint8, for floats beyond [-1, 1] by more than a half.
     """
@@ -45,10 +45,17 @@ def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
 
     several = images if isinstance(images, (list, tuple)) else [images]
     if several and all(hasattr(one, "getexif") and hasattr(one, "convert") for one in several):
-        from PIL import ImageOps
+        from PIL import Image, ImageOps
 
-        mode = "L" if shape is not None and shape[0] == 1 else "RGB"
-        arrays = [np.array((ImageOps.exif_transpose(one) or one).convert(mode)) for one in several]
+        def flat(one: Image.Image) -> np.ndarray:
+            one = ImageOps.exif_transpose(one) or one
+            if one.mode in ("LA", "PA", "RGBA") or "transparency" in one.info:
+                one = Image.alpha_composite(Image.new("RGBA", one.size, "white"), one.convert("RGBA"))
+            if one.mode.startswith(("I", "F")):
+                raise BadInput(f"images of PIL must have 8 bits a channel, got one of mode {one.mode}")
+            return np.array(one.convert("L" if shape is not None and shape[0] == 1 else "RGB"))
+
+        arrays = [flat(one) for one in several]
         if len({array.shape for array in arrays}) > 1:
             raise BadInput(f"images must have one size, found {sorted({a.shape[1::-1] for a in arrays})}")
         images = np.stack(arrays)

@@ -35,6 +35,7 @@ def open_npz(
     """
     import numpy as np
 
+    label = label.lower() if label and label.lower() == "none" else label
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not hasattr(archive, "files"):
@@ -226,7 +227,7 @@ def open_array(
     import numpy as np
     from PIL import Image
 
-    if label not in (None, "none"):
+    if label is not None and label.lower() != "none":
         raise BadInput(f"{source} has no column {label!r}: it is an array")
     given = images.shape
     if images.ndim == 3:
@@ -254,7 +255,7 @@ def open_array(
         return torch.from_numpy(np.array(chosen))
 
     targets, classes = None, None
-    if labels is not None and label != "none":
+    if labels is not None and label is None:
         targets, classes, more = label_array(labels, len(images), source, names)
         notes += more
     targets, classes = checked_labels(targets, classes, len(images), source)

@@ -14,7 +14,7 @@ from ..errors import BadInput
 from .arrays import open_array, open_npz
 from .decode import SUFFIXES
 from .folders import SPLITS, file_tree, folder_tree, open_tree, zip_tree
-from .notes import note
+from .notes import counted, note
 from .sources import Data, find_idx, open_idx, open_npy
 
 __all__ = ["Batches", "Data", "open_data", "to_float"]
@@ -76,9 +76,17 @@ def open_data(
         raise BadInput(f"there is no file or folder {path}")
     data = _open(path, split, pair, channels, label)
     if report:
-        for line in (data.found, *data.notes):
+        for line in (data.found, *data.notes, *_beside(path)):
             note(f"{path}: {line}")
     return data
+
+
+def _beside(path: Path) -> list[str]:
+    """A note on image files beside the array of a folder."""
+    if not path.is_dir() or not (find_idx(path) or (path / "images.npy").is_file()):
+        return []
+    names = [p.name for p in sorted(path.iterdir()) if p.name.lower().endswith(SUFFIXES)]
+    return [f"the arrays are read, not {counted(len(names), 'image')} beside them, such as {names[0]}"] if names else []
 
 
 def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels: int | None, label: str | None) -> Data:

@@ -36,7 +36,7 @@ GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
 class Unreadable(BadInput):
-    """An image file that cannot be read."""
+    """An image file that cannot be read, or whose values cannot be brought to 8 bits without a guess."""
 
 
 @functools.cache
@@ -123,14 +123,14 @@ def decode(tree: Tree, name: str, shape: tuple[int, int, int], resize: bool) -> 
         if deep and picture.mode == "RGB":
             high = max(high for _, high in picture.getextrema())  # type: ignore[union-attr,misc]
             if 0 < high < 16:  # type: ignore[operator]
-                raise BadInput(f"{tree.where(name)} holds few of its 16 bits: scale its values to 0..65535")
+                raise Unreadable(f"{tree.where(name)} holds few of its 16 bits: scale its values to 0..65535")
         if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("L" if channels == 1 else "RGB")
     picture = crop(picture, height, width) if resize else picture
     if picture.size != (width, height):
-        raise BadInput(f"{tree.where(name)} is {picture.width}x{picture.height}, others are {width}x{height}: "
+        raise Unreadable(f"{tree.where(name)} is {picture.width}x{picture.height}, others are {width}x{height}: "
                        "give a size to bring all to one")  # fmt: skip
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
@@ -171,7 +171,7 @@ def eight_bits(tree: Tree, name: str, image: Image) -> Image:
     low, high = float(pixels.min()), float(pixels.max())
     if image.mode == "F":
         if not np.isfinite(pixels).all() or low < 0 or high > 255:
-            raise BadInput(f"{where} holds floats from {low:.4g} to {high:.4g}: they must lie in [0, 1] or 0..255")
+            raise Unreadable(f"{where} holds floats from {low:.4g} to {high:.4g}: they must lie in [0, 1] or 0..255")
         rule = "[0, 1]" if high <= 1 else "0..255"
         if high > 0:
             other = next((known for known in tree.ranges if known != rule), None)
@@ -182,13 +182,13 @@ def eight_bits(tree: Tree, name: str, image: Image) -> Image:
         scaled: Any = np.rint(pixels * (255.0 if high <= 1 else 1.0))
     elif image.mode != "I" or image.format in ("PNG", "PPM") or "I;16" in str(getattr(image, "tile", "")):
         if 0 < high < 4096:
-            raise BadInput(
+            raise Unreadable(
                 f"{where} has 16 bits and no value above {high:.0f}: it would be almost black. Scale its values to "
                 "0..65535 (12 bits: times 16)"
             )
         scaled = pixels.astype(np.int64) >> 8
     else:
         if low < 0 or high > 255:
-            raise BadInput(f"{where} holds 32-bit integers from {low:.0f} to {high:.0f}: they must lie in 0..255")
+            raise Unreadable(f"{where} holds 32-bit integers from {low:.0f} to {high:.0f}: they must lie in 0..255")
         scaled = pixels
     return Image.fromarray(scaled.clip(0, 255).astype(np.uint8))

@@ -60,6 +60,8 @@ def open_tree(
     if labels is not None and classes is not None:
         if origin == "folders" and (odd := [n for n in classes if split_of(n) or n.lower() in BESIDE]):
             notes.append(f"taken for classes: the folders {listed(odd)}; move them away if they are none")
+        if origin == "folders" and (empty := without_images(tree, parts)):
+            notes.append(f"no images in the folders {listed(empty)}: they are no classes")
         index = {name: k for k, name in enumerate(classes)}
         targets = torch.tensor([index[labels[name]] for name in names])
         lower = Counter(name.casefold() for name in classes)
@@ -109,9 +111,19 @@ def open_tree(
             else:
                 bad.append((names[k], image))
     if bad:
-        rest = f"; nor {listed(name for name, _ in bad[1:])}" if len(bad) > 1 else ""
+        rest = f"; also refused: {listed(name for name, _ in bad[1:])}" if len(bad) > 1 else ""
         raise Unreadable(f"{bad[0][1]}{rest}")
     return Data.of(out, targets, classes, tree.root, **details)
+
+
+def without_images(tree: Tree, parts: list[tuple[str, list[str]]]) -> list[str]:
+    """The folders beside class folders that hold no image that can be read."""
+    empty = set()
+    for prefix, names in parts:
+        held = {name[len(prefix) :].split("/", 1)[0] for name in names}
+        beside = {folder[len(prefix) :] for folder in tree.folders if folder.startswith(prefix)}
+        empty |= {folder for folder in beside if "/" not in folder and folder not in held}
+    return sorted(empty, key=natural)
 
 
 def kinds(names: Sequence[str]) -> str:

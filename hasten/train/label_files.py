@@ -190,26 +190,30 @@ def text_of(tree: Tree, place: str) -> str:
 
 
 def resolve(tree: Tree, place: str) -> Callable[[str], str]:
-    """A function from a file name as the labels spell it, relative to where they lie, to one of the tree."""
+    """A function from a file name as the labels spell it to one of the tree.
+
+    A name is relative to where the labels lie, with or without its suffix; a bare name may lie in any folder if it is
+    the only one.
+    """
     base = place[: len(place) - len(PurePosixPath(place).name)]
     known = set(tree.names)
-    stems: dict[str, list[str]] = {}
+    spelled: dict[str, list[str]] = {}  # with composed accents, without a suffix, or without folders
     for name in tree.names:
         if name.lower().endswith(SUFFIXES):
-            stems.setdefault(normal(str(PurePosixPath(name).with_suffix(""))), []).append(name)
-    composed = {normal(name): name for name in tree.names}
+            path = PurePosixPath(normal(name))
+            for short in {str(path), str(path.with_suffix("")), f"*/{path.name}", f"*/{path.stem}"}:
+                spelled.setdefault(short, []).append(name)
 
     def find(file: str) -> str:
         path = file.strip().replace("\\", "/")
         while path.startswith("./"):
             path = path[2:]
-        name = base + path
-        if name in known:
-            return name
-        if normal(name) in composed:
-            return composed[normal(name)]
-        without = stems.get(normal(name), [])
-        return without[0] if len(without) == 1 else name
+        if base + path in known:
+            return base + path
+        for short in (normal(base + path), f"*/{normal(path)}"):
+            if len(spelled.get(short, ())) == 1:
+                return spelled[short][0]
+        return base + path
 
     return find
 

@@ -15,6 +15,11 @@ from .notes import listed
 if TYPE_CHECKING:
     from .tree import Tree
 
+# Files that may hold labels, but under other names than those that are read.
+MAYBE = re.compile(
+    r"\.(csv|tsv|jsonl|parquet)$|(label|class|annotation|meta).*\.(txt|json|xml|mat|xlsx?)$", re.IGNORECASE
+)
+
 
 def find_labels(
     tree: Tree, parts: list[tuple[str, list[str]]], column: str | None
@@ -23,6 +28,7 @@ def find_labels(
 
     column: of a file of labels; "folders": the class folders; "none": no labels; None: what there is.
     """
+    column = column.lower() if column and column.lower() in ("folders", "none") else column
     names = [name for _, part in parts for name in part]
     if column == "none" or names == [""]:
         return None, "", set(), []
@@ -42,6 +48,9 @@ def find_labels(
         if folders and all(re.fullmatch(r"[0-9]{5,}", name) for name in set(folders.values())):
             shown = listed(sorted(set(folders.values())))
             notes.append(f"the folders {shown} are taken for classes; if they are shards, give label 'none'")
+        others = [] if folders else [n for n in tree.names if n not in files and MAYBE.search(PurePosixPath(n).name)]
+        if others:
+            notes.append(f"{listed(others)} not read: labels are read from {', '.join(label_files.NAMES)}")
         return folders, "folders", {one.place for one in read}, notes
     labels: dict[str, str] = {}
     for one in giving:

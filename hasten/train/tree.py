@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from ..errors import BadInput
@@ -23,7 +23,8 @@ HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$)|@eaDir(/|$))")
 class Tree:
     """A folder or a zip as a sorted list of file names and ways to read one.
 
-    notes: what was passed over. ranges: of float images, what range the first file of each kind had.
+    notes: what was passed over. folders: all of them, empty ones too. ranges: of float images, the first file of each
+    range.
     """
 
     root: str
@@ -31,6 +32,7 @@ class Tree:
     read: Callable[[str], bytes] = field(repr=False)
     open: Callable[[str], IO[bytes]] = field(repr=False)
     notes: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     ranges: dict[str, str] = field(default_factory=dict, repr=False)
 
     def where(self, name: str) -> str:
@@ -41,6 +43,7 @@ def folder_tree(path: Path) -> Tree:
     """Every file below `path`, hidden ones left out; links are followed, but for those to a folder that holds them."""
     names: list[str] = []
     notes: list[str] = []
+    inside: list[str] = []
 
     def failed(error: OSError) -> None:
         raise BadInput(f"cannot read {error.filename}: {error.strerror}") from error
@@ -58,6 +61,7 @@ def folder_tree(path: Path) -> Tree:
                 notes.append(f"{os.path.relpath(inner, path)} links to a folder that holds it: not followed")
             else:
                 above[inner] = (*chain, real)
+                inside.append(os.path.relpath(inner, path).replace(os.sep, "/"))
         for name in files:
             file = os.path.join(place, name)
             relative = os.path.relpath(file, path).replace(os.sep, "/")
@@ -68,7 +72,7 @@ def folder_tree(path: Path) -> Tree:
             elif name.lower().endswith(SUFFIXES):
                 notes.append(f"{relative} links to a file that is not there: skipped")
     return Tree(str(path), tuple(sorted(names)), lambda name: (path / name).read_bytes(),
-                lambda name: (path / name).open("rb"), tuple(notes))  # fmt: skip
+                lambda name: (path / name).open("rb"), tuple(notes), tuple(sorted(inside)))  # fmt: skip
 
 
 def file_tree(path: Path) -> Tree:
@@ -86,6 +90,7 @@ def zip_tree(path: Path) -> Tree:
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as e:
         raise BadInput(f"{path} is not a zip file that can be read ({e}): it may be cut short") from e
     members: dict[str, zipfile.ZipInfo] = {}
+    inside: set[str] = set()
     links = repeated = 0
     for info in archive.infolist():
         raw = info.filename
@@ -93,7 +98,11 @@ def zip_tree(path: Path) -> Tree:
             with suppress(UnicodeError):
                 raw = raw.encode("cp437").decode("utf-8")
         name = "/".join(part for part in raw.replace("\\", "/").split("/") if part not in ("", ".", ".."))
-        if raw.endswith(("/", "\\")) or not name or HIDDEN.search(name):
+        if not name or HIDDEN.search(name):
+            continue
+        inside.update(str(parent) for parent in PurePosixPath(name).parents if str(parent) != ".")
+        if raw.endswith(("/", "\\")):
+            inside.add(name)
             continue
         if stat.S_ISLNK(info.external_attr >> 16):
             links += 1
@@ -105,7 +114,7 @@ def zip_tree(path: Path) -> Tree:
         if info.flag_bits & 1:
             raise BadInput(f"{path} is encrypted ({name}): unpack it and name the folder")
         if info.compress_type not in able:
-            kind = zipfile.compressor_names.get(info.compress_type, "unknown")  # type: ignore[attr-defined]
+            kind = getattr(zipfile, "compressor_names", {}).get(info.compress_type, "unknown")
             raise BadInput(
                 f"{path}: {name} is compressed in a way that Python cannot read (method {info.compress_type}, {kind}): "
                 "unpack it and name the folder, or pack it again with deflate"
@@ -113,4 +122,4 @@ def zip_tree(path: Path) -> Tree:
     notes = [f"skipped: {counted(links, 'symbolic link')} in the zip"] if links else []
     notes += [f"in the zip twice, of which the last is used: {counted(repeated, 'name')}"] if repeated else []
     return Tree(str(path), tuple(sorted(members)), lambda name: archive.read(members[name]),
-                lambda name: archive.open(members[name]), tuple(notes))  # fmt: skip
+                lambda name: archive.open(members[name]), tuple(notes), tuple(sorted(inside)))  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,26 @@ def test_doubtful_image_files_are_refused(tmp_path: Path, way: str) -> None:
     pixels, message = DOUBTFUL[way]
     Image.fromarray(pixels).save(tmp_path / "a.tif")
     with pytest.raises(BadInput, match=message):
+        open_data(tmp_path)
+
+
+def test_colours_of_12_bits_in_16_are_refused(tmp_path: Path) -> None:
+    def png(values: np.ndarray) -> bytes:
+        """A PNG of 16-bit colours, which Pillow reads and does not write."""
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(values[..., None], 3, -1))
+        out = b"\x89PNG\r\n\x1a\n"
+        for kind, data in (
+            (b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(rows)),
+            (b"IEND", b""),
+        ):
+            out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return out
+
+    (tmp_path / "a.png").write_bytes(png((RAMP * 65535).astype(np.uint16)))
+    assert np.abs(read(tmp_path) - WANTED).max() <= 1
+    (tmp_path / "a.png").write_bytes(png((RAMP * 4095).astype(np.uint16)))
+    with pytest.raises(BadInput, match="few of its 16 bits"):
         open_data(tmp_path)
 
 

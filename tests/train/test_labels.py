@@ -38,6 +38,7 @@ READ = {
     "semicolon": ("labels.csv", "file;label\na.png;cat\nb.png;dog\nc.png;cat\n"),
     "tab": ("labels.tsv", "file\tlabel\na.png\tcat\nb.png\tdog\nc.png\tcat\n"),
     "spaces": ("labels.csv", "file, label\na.png, cat\nb.png, dog\nc.png , cat\n"),
+    "spaces and quotes": ("labels.csv", 'file, label\n"a.png", "cat"\n"b.png", "dog"\n"c.png", "cat"\n'),
     "capitals": ("Labels.CSV", "File,LABEL\na.png,cat\nb.png,dog\nc.png,cat\n"),
     "other names": ("labels.csv", "image,class\na.png,cat\nb.png,dog\nc.png,cat\n"),
     "no header": ("labels.csv", "a.png;cat\nb.png;dog\nc.png;cat\n"),
@@ -92,11 +93,31 @@ def test_what_is_not_used_is_said(flat: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().err
     assert "3 images 4 x 4 grey, no labels, " in said
     assert "captions (text) are not supported yet" in said and "columns not used: score" in said
-    assert "other.csv" in said and ".txt 1" in said
+    assert "other.csv not read: labels are read from labels.csv" in said and ".txt 1" in said
     open_data(flat)
     assert capsys.readouterr().err == ""  # once
     data = open_data(flat, label="score")
     assert classes_of(data) == ["1", "2", "3"]
+
+
+def test_bare_names_may_lie_in_a_folder(tmp_path: Path) -> None:
+    for name in NAMES:
+        pic(tmp_path / "images" / name)
+    (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"{n},{c}\n" for n, c in zip(NAMES, WANTED)))
+    assert classes_of(open_data(tmp_path)) == WANTED
+    pic(tmp_path / "images/more/a.png")
+    with pytest.raises(BadInput, match=r"names a.png, which is not there"):
+        open_data(tmp_path)
+
+
+def test_classes_without_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        pic(tmp_path / name / "0.png")
+    (tmp_path / "eel").mkdir()
+    (tmp_path / "fox").mkdir()
+    (tmp_path / "fox/0.heic").write_bytes(b"x")
+    assert open_data(tmp_path).classes == ("cat", "dog")
+    assert "no images in the folders eel, fox" in capsys.readouterr().err
 
 
 def test_a_single_other_column_of_metadata_is_a_class_where_its_values_repeat(flat: Path) -> None:
@@ -206,6 +227,15 @@ def test_arrays_that_are_not_used_are_said_and_labels_never_are(
     np.save(tmp_path / "labels.npy", Y)
     open_data(tmp_path / "pictures.npy")
     assert "labels.npy beside it not used" in capsys.readouterr().err
+
+
+def test_images_beside_an_array_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "images.npy", X)
+    pic(tmp_path / "a.png")
+    assert len(open_data(tmp_path)) == 6
+    assert "not 1 image beside them, such as a.png" in capsys.readouterr().err
+    open_data(tmp_path, split=None, size=3, report=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_several_idx_sets_in_a_folder_are_not_mixed(tmp_path: Path) -> None:

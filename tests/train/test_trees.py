@@ -242,6 +242,13 @@ def test_an_unreadable_image_of_a_large_set_never_stops_a_run(lazy: Path, capsys
         data.images([bad])
 
 
+def test_a_doubtful_image_of_a_large_set_is_replaced_as_well(lazy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.full((16, 16), 300, np.uint16)).save(lazy / "b/5.png")  # 12 bits in 16?
+    images = open_data(lazy).images(range(8))
+    assert torch.equal(images[6], images[7])
+    assert "no value above 300" in capsys.readouterr().err
+
+
 def test_headers_are_read_and_no_pixels(lazy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> bytes:
         raise AssertionError("a whole file was read")
@@ -257,5 +264,5 @@ def test_all_unreadable_images_of_a_small_set_are_named(tmp_path: Path) -> None:
         file = pic(tmp_path / f"{k}.png")
         if k % 2:
             file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(BadInput, match=r"cannot read .*1.png.*; nor 3.png"):
+    with pytest.raises(BadInput, match=r"cannot read .*1.png.*; also refused: 3.png"):
         open_data(tmp_path)
