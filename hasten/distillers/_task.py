@@ -54,6 +54,8 @@ class Distiller(Protocol):
     `needs_data`: it trains on real images (where it does not, their labels and number are all that it is given).
     `ranged`, where there is one: it can keep the range of guidance scales of a network that takes one as an input.
     `whole_batches`, where there is one: its loss is no mean over images, but compares those of a batch.
+    `on_samples`, where there is one: its loss compares samples, in which the error of an eps network is sigma / alpha
+        times as large: at the noisy end of DDPM's table 150 times.
     """
 
     needs_data: bool
@@ -247,5 +249,13 @@ def notes(distiller: Any, denoiser: nn.Module, batch_size: int, parts: int) -> l
         lines.append(
             f"{name} compares the images of a batch with one another: divided into {parts} parts (processes, times "
             f"accumulate), it sees {batch_size // parts} of the {batch_size} at once"
+        )
+    prediction, schedule = getattr(denoiser, "prediction", None), getattr(denoiser, "schedule", None)
+    if getattr(distiller, "on_samples", False) and prediction is not None and prediction.name == "eps":
+        grown = float(schedule.q(schedule.t_max))
+        lines.append(
+            f"{type(distiller).__name__.lower()} compares samples, in which the error of a network that predicts eps "
+            f"is {grown:.3g} times as large at the noisy end: its students may be much worse than those of progressive, "
+            "tract, guided or reflow"
         )
     return lines
