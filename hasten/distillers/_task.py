@@ -250,12 +250,13 @@ def notes(distiller: Any, denoiser: nn.Module, batch_size: int, parts: int) -> l
             f"{name} compares the images of a batch with one another: divided into {parts} parts (processes, times "
             f"accumulate), it sees {batch_size // parts} of the {batch_size} at once"
         )
-    prediction, schedule = getattr(denoiser, "prediction", None), getattr(denoiser, "schedule", None)
+    prediction: Any = getattr(denoiser, "prediction", None)
+    schedule: Any = getattr(denoiser, "schedule", None)
     if getattr(distiller, "on_samples", False) and prediction is not None and prediction.name == "eps":
         grown = float(schedule.q(schedule.t_max))
         lines.append(
             f"{type(distiller).__name__.lower()} compares samples, in which the error of a network that predicts eps "
-            f"is {grown:.3g} times as large at the noisy end: its students may be much worse than those of progressive, "
-            "tract, guided or reflow"
+            f"is {grown:.3g} times as large at the noisy end: its students may be much worse than those of "
+            "progressive, tract, guided or reflow"
         )
     return lines

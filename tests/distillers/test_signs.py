@@ -230,7 +230,11 @@ def test_a_float64_teacher_guides_a_classifier_of_float32(tmp_path: Path) -> Non
     net = Classifier((2,), 3, 8).eval()
     exact, student = mixture(), job.student()
     found = []
-    for teacher in (exact, lambda z, t, **cond: exact(z, t, **cond).float()):
+    for dtype in (torch.float64, torch.float32):
+
+        def teacher(z: Tensor, t: Tensor, dtype: torch.dtype = dtype, **cond: Any) -> Tensor:
+            return exact(z.double(), t, **cond).to(dtype)
+
         torch.manual_seed(0)
         found.append(Rcfd(steps=(2,), beta=0.0).lesson(job, net, teacher, student, 2, 2)(job.batches[0]))
     assert found[0].dtype == torch.float32 and found[0].item() == pytest.approx(found[1].item(), rel=1e-4)
