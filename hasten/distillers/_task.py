@@ -58,6 +58,8 @@ class Distiller(Protocol):
     needs_data: it trains on real images (where it does not, their labels and number are all that it is given).
     ranged: it can keep the range of guidance scales of a network that takes one as an input. Default: it cannot.
     whole_batches: its loss is no mean over images, but compares those of a batch. Default: it does not.
+    on_samples: its loss compares samples, in which the error of an eps network is sigma / alpha times as large: at the
+        noisy end of DDPM's table 150 times. Default: it does not.
     teacher_steps: at which times it asks its teacher: an int k, at the nodes of k steps on the trailing grid alone, so
         that a student of k steps can be its teacher; 0, never (the teacher only lends its weights); None, anywhere.
         Default: None.
@@ -267,6 +269,15 @@ def notes(distiller: Any, denoiser: nn.Module, batch_size: int, parts: int) -> l
         lines.append(
             f"{name} compares the images of a batch with one another: divided into {parts} parts (processes, times "
             f"accumulate), it sees {batch_size // parts} of the {batch_size} at once"
+        )
+    prediction: Any = getattr(denoiser, "prediction", None)
+    schedule: Any = getattr(denoiser, "schedule", None)
+    if getattr(distiller, "on_samples", False) and prediction is not None and prediction.name == "eps":
+        grown = float(schedule.q(schedule.t_max))
+        lines.append(
+            f"{type(distiller).__name__.lower()} compares samples, in which the error of a network that predicts eps "
+            f"is {grown:.3g} times as large at the noisy end: its students may be much worse than those of "
+            "progressive, tract, guided or reflow"
         )
     return lines
 

@@ -92,6 +92,7 @@ class Consistency:
     lr: float = 3e-4
     steps: int = 2
     needs_data: ClassVar[bool] = True
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():

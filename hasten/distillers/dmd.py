@@ -56,6 +56,7 @@ class DMD:
     lr: float = 5e-5
     fake_lr: float = 5e-5
     needs_data: ClassVar[bool] = True
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.every < 1:

@@ -57,6 +57,7 @@ class Mmd:
     checkpointing: bool = False
     lr: float = 5e-5
     needs_data: ClassVar[bool] = True
+    on_samples: ClassVar[bool] = True
     whole_batches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

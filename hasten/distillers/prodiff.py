@@ -55,6 +55,7 @@ class ProDiff:
     frozen: tuple[str, ...] = ()
     lr: float = 3e-4
     needs_data: ClassVar[bool] = True
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("prodiff", self.steps, self.start)

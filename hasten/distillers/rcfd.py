@@ -117,7 +117,7 @@ class Rcfd:
             times = [nodes[i - k] for k in range(m + 1)]
             z = noised(schedule, x, times[0])
             with torch.no_grad():
-                _, target = path(teacher, schedule, z, times, **cond)
+                target = path(teacher, schedule, z, times, **cond)[1].to(z.dtype)  # the classifier's, too
                 wanted = net.features(target)
             # what the network says once, and as an image: neither is made from the other by a division
             raw = student.raw(z, times[0], **cond)
@@ -127,7 +127,9 @@ class Rcfd:
             if self.beta:
                 total = total + self.beta * balance(logits, self.gamma)
             if self.pixel:
-                error = (raw - raw_target(student, z, times[0], target)).float().square().flatten(1).mean(1)
+                error = (
+                    (raw - raw_target(student, z, times[0], target).to(raw.dtype)).float().square().flatten(1).mean(1)
+                )
                 scale = factor(student, times[0], self.weight).to(error.device, torch.float32)
                 total = total + self.pixel * (scale * error).mean()
             return total

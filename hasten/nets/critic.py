@@ -227,7 +227,7 @@ def label_count(denoiser: Any) -> int:
     The null label may be any of them, 0 too. A network of diffusers says `num_class_embeds` in its config.
     """
     net = getattr(denoiser, "net", denoiser)
-    config = getattr(net, "config", None)
+    config: Any = getattr(net, "config", None)
     embedded = config.get("num_class_embeds") if hasattr(config, "get") else None
     known = (getattr(net, "classes", None), embedded, getattr(denoiser, "null_label", None))
     return max(count if isinstance(count, int) else 0 for count in known)

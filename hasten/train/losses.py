@@ -176,12 +176,14 @@ class DenoisingLoss:
         if "label" in batch:
             cond["label"] = self.drop(batch["label"], denoiser.null_label)
         n = len(x)
-        u = stratified(n, x.device) if self.spread else torch.rand(n, dtype=torch.float64)
+        where = "cpu" if x.device.type == "mps" else x.device  # which has no float64
+        u = stratified(n, where) if self.spread else torch.rand(n, dtype=torch.float64, device=where)
         t = self.times(denoiser.schedule, u)
         eps = torch.randn_like(x)
         alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
         shape = (-1,) + (1,) * (x.ndim - 1)
-        x_t = (alpha.view(shape) * x + sigma.view(shape) * eps).to(x.dtype)
+        a, s = (c if c.device == x.device else c.to(x.device, x.dtype) for c in (alpha, sigma))
+        x_t = (a.view(shape) * x + s.view(shape) * eps).to(x.dtype)
         raw = denoiser.raw(x_t, t, **cond)
         error = (raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()).square()
         if self.weight is None:

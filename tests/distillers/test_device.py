@@ -17,6 +17,7 @@ from hasten.distillers import Task
 from hasten.nets.unet import UNet
 from hasten.pick import names, pick
 from hasten.schedules import VPCosine
+from hasten.train.losses import DenoisingLoss, LogNormal
 
 from ._device import DEVICE, Pretend, Remote, counted, moved
 from ._images import Squares
@@ -128,6 +129,15 @@ def test_a_loss_copies_next_to_nothing_to_the_device(method: str, prediction: st
         waits = sum(n for what, n in found.items() if what.startswith("wait"))
         print(method, prediction, name, copies, waits, dict(found))
         assert copies <= 2, (name, found)
+
+
+def test_a_loss_of_training_copies_nothing_to_the_device() -> None:
+    for loss in (DenoisingLoss(label_drop=0.5), DenoisingLoss(spread=False, times=LogNormal())):
+        with Pretend():
+            job = remote_task(Path())
+            with counted() as found:
+                loss(job.denoiser, {key: Remote(value) for key, value in Squares()[0].items()})
+        assert not found
 
 
 def test_the_pretended_device_counts_and_refuses() -> None:

@@ -24,7 +24,11 @@ from hasten.metrics import (
     reference_from_images,
     save_reference,
 )
+from hasten.metrics.difference import difference
+from hasten.metrics.frechet import frechet_distance
+from hasten.metrics.inception_score import class_accuracy, inception_score
 from hasten.metrics.kid import kid, polynomial_mmd2
+from hasten.metrics.precision_recall import manifold
 from hasten.ranks import Ranks
 
 
@@ -141,3 +145,18 @@ def test_a_named_network_looks_at_images_on_the_device_that_is_given(
     assert net.sent == 2 * [torch.device(device)] and net.sizes == 2 * [256, 256, 88]
     evaluate_images(images, features=net, reference=known, bootstrap=0, device=device)
     assert len(net.sent) == 2, "a network of one's own stays where it is"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_figure_is_made_of_what_is_not_finite(value: float) -> None:
+    good, bad = torch.randn(12, 4), torch.randn(12, 4)
+    bad[3, 1] = bad[5, 0] = value
+    covariance = torch.eye(4)
+    for figure in (
+        lambda: kid(bad, good), lambda: manifold(good, bad), lambda: manifold(bad, good), lambda: inception_score(bad, 2),
+        lambda: class_accuracy(bad, torch.zeros(12, dtype=torch.long)), lambda: difference(bad, good),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match="2 of 12 .* hold NaN or infinity"):
+            figure()
+    with pytest.raises(BadInput, match="hold NaN or infinity"):
+        frechet_distance(bad[3], covariance, good[0], covariance)
