@@ -78,6 +78,8 @@ def check_savable(model: Model, network: bool = True) -> bool:
         from .adapters._saving import fits_pipeline
 
         if fits_pipeline(model, network):
+            if why := refusal(net):
+                raise BadInput(f"{model.name} cannot be saved: {why}")
             return True
     if model.conditioning is not None:
         raise BadInput(

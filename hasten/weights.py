@@ -108,8 +108,7 @@ def own_refusal(net: nn.Module) -> str | None:
         return f"{name}.config cannot be written as JSON ({e}): keep numbers, texts, lists and dicts in it"
     call = f"{name}(**net.config)" if config else f"{name}()"
     try:
-        with torch.random.fork_rng(devices=[]):
-            again = kind(**config)
+        again = rebuilt(kind, config)
     except Exception as e:  # whatever its constructor raises
         said = " ".join(str(e).split())[:200]
         return (
@@ -121,6 +120,16 @@ def own_refusal(net: nn.Module) -> str | None:
     if different:
         return f"{call} builds a network with other tensors, first {different[0]}: its config does not describe it"
     return None
+
+
+def rebuilt(kind: type[nn.Module], config: dict[str, Any]) -> nn.Module:
+    """A network of this kind, where its constructor lets it, without memory for its weights; no draw leaves a trace."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return kind(**config)
+        except Exception:  # whatever it computes at once, which has no values there
+            return kind(**config)
 
 
 def named(module: Any, name: str) -> Any:
