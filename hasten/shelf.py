@@ -217,7 +217,9 @@ def read(folder: Path, networks: Sequence[type] = (), trust_code: bool = False) 
             plan=plan_in(folder, told["plan"]) if told.get("plan") else None,
             plans={name: plan_in(folder, file) for name, file in (told.get("plans") or {}).items()},
             statistics=statistics_in(folder, told.get("statistics")),
-            parts={name: part_in(folder, part) for name, part in (told.get("parts") or {}).items()},
+            parts={
+                name: part_in(folder, part, networks, trust_code) for name, part in (told.get("parts") or {}).items()
+            },
             sha256=told["weights"]["sha256"],
             conditioning=None if base is None else base.conditioning,
             decoder=decoder_in(folder, told) if base is None else base.decoder,
@@ -302,9 +304,11 @@ def statistics_in(folder: Path, told: dict[str, Any] | None) -> dict[str, Tensor
     return {name: value.to(torch.float64) for name, value in load_file(file).items()}
 
 
-def part_in(folder: Path, told: dict[str, Any]) -> torch.nn.Module:
+def part_in(
+    folder: Path, told: dict[str, Any], networks: Sequence[type] = (), trust_code: bool = False
+) -> torch.nn.Module:
     """A small network beside the model's own."""
-    net = restored(told)
+    net = restored(told, networks, trust_code)
     fill(net, folder / told["file"], str(told["sha256"]))
     return net.eval().requires_grad_(False)
 
@@ -313,7 +317,7 @@ def fits(told: dict[str, Any]) -> None:
     """Refuse a shape or classes that the network was not built for, where the network tells."""
     name, net, classes = told["name"], told["denoiser"].net, told["classes"] or ()
     config, side = getattr(net, "config", {}), getattr(net, "multiple", 1)
-    if not is_ours(net) or len(told["shape"]) != 3:
+    if not is_ours(net) or (len(told["shape"]) != 3 and not hasattr(net, "multiple")):
         return  # what another network's config means is not known
     channels, height, width = told["shape"]
     if config.get("channels", channels) != channels or height % side or width % side:

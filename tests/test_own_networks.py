@@ -206,6 +206,13 @@ def test_a_refusal_comes_before_training(tmp_path: Path, images: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_it_is_quantised(tmp_path: Path) -> None:
+    hasten.quantize_model(plain(), tmp_path / "q", steps=2, images=2, keep=())
+    again = hasten.load(tmp_path / "q")
+    assert again.card["quantized"]["bytes_fp32"] and again.sample(2, steps=2).isfinite().all()
+    assert type(again.denoiser.net.conv).__name__ == "QConv2d"
+
+
 @pytest.mark.parametrize("method", ["progressive:steps=(4,2)", "denoising_student:pairs=8,pair_steps=2"])
 def test_it_is_distilled_and_the_same_call_again_changes_nothing(tmp_path: Path, images: Path, method: str) -> None:
     for _ in range(2):
