@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from .distillers._task import option
 from .errors import BadInput, HastenError, whole
 from .images import grid, png, reserve, write
 from .machine import parse, spell
+from .metrics.cost import process_peak
 from .model import Model
 from .nets.quantized import layers
 from .nets.scalar_inputs import FixedGuidance
@@ -356,5 +356,4 @@ def memory(device: torch.device) -> int:
     """The most bytes that were in use: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return process_peak()

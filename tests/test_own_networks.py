@@ -169,6 +169,9 @@ class Local:
         (lambda: Misdescribed(8), "builds a network with other tensors, first layer.bias"),
         (lambda: Needy(4), r"Needy\(\) fails \(TypeError: .*give the network an attribute config"),
         (Odd, "config is a object: it must be a dict"),
+        (lambda: nn.DataParallel(Plain()), "wrapped in DataParallel: give the network itself, net.module"),
+        (lambda: nn.Sequential(nn.Linear(1, 1)), "builds a network with other tensors"),
+        (lambda: nn.Sequential(nn.LazyLinear(1)), "builds a network with other tensors"),
     ],
 )
 def test_what_cannot_be_opened_again_is_refused(make: Any, message: str | None) -> None:
