@@ -191,6 +191,8 @@ def check_models(model: Model, init: Model | None, distiller: Any, method: str) 
             raise BadInput(
                 f"{one.name} is quantised or exported, which cannot be trained: give the model it was made from"
             )
+        if one.denoiser.step_counts is not None:
+            raise BadInput(f"{one.name} is one network for several numbers of steps, which no method goes on from")
     check_savable(model if init is None else init, network=not option(distiller, "adds_inputs"))
     before = model.card.get("distilled", {})
     if before and not (before.get("any_time") or before.get("stage") == "guidance"):
@@ -206,10 +208,6 @@ def check_models(model: Model, init: Model | None, distiller: Any, method: str) 
                 f"{model.name} is a student of {k} steps and knows no other times, {name} asks its teacher {what}: "
                 f"give the model that it was distilled from as the teacher, and this one as --init (init=){how}"
             )
-    if model.denoiser.step_counts is not None or (init is not None and init.denoiser.step_counts is not None):
-        one = model if model.denoiser.step_counts is not None else init
-        assert one is not None
-        raise BadInput(f"{one.name} is one network for several numbers of steps, which no method goes on from")
     if init is None:
         return
     for what, mine, theirs in (

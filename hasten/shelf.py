@@ -83,6 +83,8 @@ def check_savable(model: Model, network: bool = True) -> bool:
         from .adapters._saving import fits_pipeline
 
         if fits_pipeline(model, network):
+            if why := refusal(net):
+                raise BadInput(f"{model.name} cannot be saved: {why}")
             return True
     if model.conditioning is not None:
         raise BadInput(
@@ -240,7 +242,9 @@ def fields_of(folder: Path, text: str, networks: Sequence[type], trust_code: boo
             plan=plan_in(folder, told["plan"]) if told.get("plan") else None,
             plans={name: plan_in(folder, file) for name, file in (told.get("plans") or {}).items()},
             statistics=statistics_in(folder, told.get("statistics")),
-            parts={name: part_in(folder, part) for name, part in (told.get("parts") or {}).items()},
+            parts={
+                name: part_in(folder, part, networks, trust_code) for name, part in (told.get("parts") or {}).items()
+            },
             sha256=told["weights"]["sha256"],
             conditioning=None if base is None else base.conditioning,
             decoder=decoder_in(folder, told) if base is None else base.decoder,
@@ -327,9 +331,11 @@ def statistics_in(folder: Path, told: dict[str, Any] | None) -> dict[str, Tensor
     return tensors
 
 
-def part_in(folder: Path, told: dict[str, Any]) -> torch.nn.Module:
+def part_in(
+    folder: Path, told: dict[str, Any], networks: Sequence[type] = (), trust_code: bool = False
+) -> torch.nn.Module:
     """A small network beside the model's own."""
-    net = restored(told)
+    net = restored(told, networks, trust_code)
     fill(net, folder / told["file"], str(told["sha256"]))
     return net.eval().requires_grad_(False)
 
@@ -341,7 +347,7 @@ def fits(told: dict[str, Any]) -> None:
     if not is_ours(net):
         return  # what another network's config means is not known
     if len(told["shape"]) != 3:
-        if "channels" in config:
+        if hasattr(net, "multiple"):
             raise BadInput(f"{name}: samples of shape {told['shape']} do not fit its network, which takes images")
         return
     channels, height, width = told["shape"]

@@ -94,6 +94,9 @@ def own_refusal(net: nn.Module) -> str | None:
     """`refusal` of a network whose class is the user's."""
     kind, module = type(net), type(net).__module__
     name = kind.__qualname__
+    for inside in ("_orig_mod", "module"):  # torch.compile; DataParallel, DistributedDataParallel, FSDP
+        if module.startswith("torch.") and isinstance(getattr(net, inside, None), nn.Module):
+            return f"it is wrapped in {name}: give the network itself, net.{inside}"
     if module == "__main__":
         return (
             f"its class {name} is defined in the program itself, which no other program can import: "
@@ -112,19 +115,36 @@ def own_refusal(net: nn.Module) -> str | None:
         return f"{name}.config cannot be written as JSON ({e}): keep numbers, texts, lists and dicts in it"
     call = f"{name}(**net.config)" if config else f"{name}()"
     try:
-        with torch.random.fork_rng(devices=[]):
-            again = kind(**config)
+        again = rebuilt(kind, config)
     except Exception as e:  # whatever its constructor raises
         said = " ".join(str(e).split())[:200]
         return (
             f"{call} fails ({type(e).__name__}: {said}): give the network an attribute config, "
             "a dict of its constructor's keyword arguments"
         )
-    before, after = ({key: tuple(w.shape) for key, w in one.state_dict().items()} for one in (net, again))
+    before, after = ({key: shape_of(w) for key, w in one.state_dict().items()} for one in (net, again))
     different = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    if different:
+    if different and not described(net):  # integer layers have other tensors, which `quantized` describes
         return f"{call} builds a network with other tensors, first {different[0]}: its config does not describe it"
     return None
+
+
+def shape_of(value: Any) -> Any:
+    """The shape of an entry of a network's state; "lazy" where it has none yet."""
+    try:
+        return tuple(value.shape)
+    except (AttributeError, RuntimeError):
+        return "lazy"
+
+
+def rebuilt(kind: type[nn.Module], config: dict[str, Any]) -> nn.Module:
+    """A network of this kind, where its constructor lets it, without memory for its weights; no draw leaves a trace."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return kind(**config)
+        except Exception:  # whatever it computes at once, which has no values there
+            return kind(**config)
 
 
 def named(module: Any, name: str) -> Any:

@@ -261,3 +261,38 @@ def test_a_flow_is_told_sigma_in_a_folder_of_hasten_too(tmp_path: Path) -> None:
     again = hasten.load(tmp_path / "m")
     assert float(again.denoiser.time_input(t)) == pytest.approx(float(model.denoiser.time_input(t)))
     assert torch.equal(again.sample(1, steps=2), model.sample(1, steps=2))
+
+
+def test_a_network_that_its_config_does_not_describe_is_refused(tmp_path: Path) -> None:
+    """Adapters, fused projections, reparametrised weights: diffusers would open it with random weights in their place."""
+    pipe = tiny.ddpm_pipeline()
+    torch.nn.utils.parametrizations.weight_norm(pipe.unet.conv_in)
+    for call in (
+        lambda: hasten.load(pipe).save(tmp_path / "o"),
+        lambda: distill_model(hasten.load(pipe), tmp_path / "o", "progressive", data(tmp_path), **COMMON),
+    ):
+        with pytest.raises(BadInput, match=r"other tensors than its config describes, first conv_in.parametrizations"):
+            call()
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_prediction_that_diffusers_does_not_know_is_a_folder_of_hasten(tmp_path: Path) -> None:
+    """A consistency student of an x0 network is anchored at the clean end; a flow runs by hasten's scheduler."""
+    import diffusers
+
+    images = data(tmp_path)
+    x0 = diffusers.DDPMPipeline(tiny.unet2d(), diffusers.DDPMScheduler(prediction_type="sample"))
+    distill_model(hasten.load(x0), tmp_path / "x0", "consistency", images, **COMMON)
+    assert hasten.load(tmp_path / "x0").denoiser.prediction.name == "anchored"
+    assert not (tmp_path / "x0" / "model_index.json").exists()
+    flow = diffusers.DDPMPipeline(tiny.unet2d(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    distill_model(hasten.load(flow), tmp_path / "flow", "progressive:steps=(2,)", images, **COMMON)
+    student = hasten.load(tmp_path / "flow")
+    assert type(student.pipeline.scheduler).__name__ == "PlanScheduler"
+    x = hasten.Noise(range(1), (3, 8, 8)).initial()
+    scheduler, net = student.pipeline.scheduler, student.pipeline.unet
+    scheduler.set_timesteps(2)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x, t).sample, t, x).prev_sample
+    assert torch.allclose(x.clamp(-1, 1), student.sample(1, seed=0), atol=1e-4)

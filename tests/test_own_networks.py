@@ -169,6 +169,9 @@ class Local:
         (lambda: Misdescribed(8), "builds a network with other tensors, first layer.bias"),
         (lambda: Needy(4), r"Needy\(\) fails \(TypeError: .*give the network an attribute config"),
         (Odd, "config is a object: it must be a dict"),
+        (lambda: nn.DataParallel(Plain()), "wrapped in DataParallel: give the network itself, net.module"),
+        (lambda: nn.Sequential(nn.Linear(1, 1)), "builds a network with other tensors"),
+        (lambda: nn.Sequential(nn.LazyLinear(1)), "builds a network with other tensors"),
     ],
 )
 def test_what_cannot_be_opened_again_is_refused(make: Any, message: str | None) -> None:
@@ -204,6 +207,13 @@ def test_a_refusal_comes_before_training(tmp_path: Path, images: Path) -> None:
         with pytest.raises(BadInput, match="cannot be saved: its class .* is defined inside a function"):
             call()
     assert not (tmp_path / "out").exists()
+
+
+def test_it_is_quantised(tmp_path: Path) -> None:
+    hasten.quantize_model(plain(), tmp_path / "q", steps=2, images=2, keep=())
+    again = hasten.load(tmp_path / "q")
+    assert again.card["quantized"]["bytes_fp32"] and again.sample(2, steps=2).isfinite().all()
+    assert type(again.denoiser.net.conv).__name__ == "QConv2d"
 
 
 @pytest.mark.parametrize("method", ["progressive:steps=(4,2)", "denoising_student:pairs=8,pair_steps=2"])

@@ -12,6 +12,7 @@ integer layers, an encoder of images, a prediction that diffusers does not know.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,9 +40,17 @@ def network_refusal(net: Any) -> str | None:
     if getattr(diffusers(), name, None) is not type(net.net):
         return f"its network is a {name} that diffusers {diffusers().__version__} does not have under that name"
     try:
-        network_config(net)
+        config = network_config(net)["config"]
     except (TypeError, ValueError) as e:
         return f"the config of its {name} cannot be written as JSON ({e})"
+    with torch.device("meta"):
+        before, after = net.net.state_dict(), type(net.net).from_config(config).state_dict()
+    different = sorted(set(before) ^ set(after)) or [k for k, w in before.items() if w.shape != after[k].shape]
+    if different and next(layers(net), None) is None:
+        return (
+            f"its {name} has other tensors than its config describes, first {different[0]}: merge or unload adapters "
+            "(pipe.fuse_lora(), pipe.unload_lora_weights()) and undo fused projections first"
+        )
     return None
 
 
@@ -116,8 +125,8 @@ def open_decoder(folder: Path) -> Any:
     if not (folder / DECODER / "config.json").is_file():
         return None
     name = json.loads((folder / DECODER / "config.json").read_text()).get("_class_name")
-    kind = getattr(diffusers(), str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers().ModelMixin)):
+    kind: Any = getattr(diffusers(), str(name), None)
+    if not issubclass(kind if inspect.isclass(kind) else object, diffusers().ModelMixin):
         raise BadInput(f"{folder / DECODER} holds a {name}, which diffusers does not have")
     return Latents(kind.from_pretrained(str(folder / DECODER)).eval().requires_grad_(False))
 
@@ -135,8 +144,9 @@ def scheduler_of(model: Model) -> Any:
     if (found := stock_scheduler(model)) is not None:
         return found
     try:
-        how = (model.plan,) if model.plan is not None else (model.sampler, model.times)
-        return as_scheduler(*how, like=model)
+        if model.plan is not None:
+            return as_scheduler(model.plan, like=model)
+        return as_scheduler(model.sampler, model.times, like=model)
     except BadInput:
         if "distilled" in model.card:
             raise
@@ -217,7 +227,9 @@ def readme(model: Model, pipe: Any) -> str:
     ours = type(pipe.scheduler).__name__ == "PlanScheduler"
     lines += ["With diffusers:", "", "```python", *(["import hasten  # its scheduler"] if ours else [])]
     lines += ["from diffusers import DiffusionPipeline", "", "pipe = DiffusionPipeline.from_pretrained(FOLDER)"]
-    lines += [f"images = pipe(..., num_inference_steps={steps}).images", "```", ""]
+    alone = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters and "distilled" in model.card
+    more = ", guidance_scale=1" if alone else ""  # the student has its guidance inside
+    lines += [f"images = pipe(..., num_inference_steps={steps}{more}).images", "```", ""]
     lines += ["With hasten: `hasten sample FOLDER`, or `hasten.load(FOLDER).sample(4)`.", ""]
     return "\n".join(lines)
 

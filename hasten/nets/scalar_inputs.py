@@ -125,7 +125,8 @@ class EmbeddedInputs(ScalarInputs):
     ) -> Tensor:
         """The raw answer (B, *S). guidance: scales (B,). steps: numbers of steps (B,)."""
         emb = self.embed(time, guidance=guidance, steps=steps, **cond)
-        return self.decode(*self.encode(x, emb), emb)
+        skips, middle = self.encode(x, emb)
+        return self.decode(skips, middle, emb)
 
     def embed(self, time: Tensor, guidance: Tensor | None = None, steps: Tensor | None = None, **cond: Any) -> Any:
         """The network's own embedding, with that of the scalars added to its time."""

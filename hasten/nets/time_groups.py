@@ -33,7 +33,8 @@ class TimeGroups(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What the network is built from."""
-        return {"net": {"class": type(self.net).__name__, "config": self.net.config}, "bounds": list(self.bounds)}
+        inner = getattr(self.net, "config", {})  # one's own network may have none
+        return {"net": {"class": type(self.net).__name__, "config": inner}, "bounds": list(self.bounds)}
 
     def forward(self, x: Tensor, time: Tensor, *args: Any, **cond: Any) -> Any:
         """The network's raw output."""
