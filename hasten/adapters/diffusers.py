@@ -19,7 +19,7 @@ from ..schedules import Flow, Schedule, schedule_from_dict
 from ..times import Explicit
 from ._conditions import Latents, Prompts
 from ._network import loadable, uncompiled
-from ._optional import diffusers
+from ._optional import diffusers, without_loading_bars
 from ._running import Accelerated
 from ._schedules import PREDICTIONS, FlowDenoiser, reading, times_like
 from ._seams import Seams, with_seams
@@ -53,7 +53,8 @@ def open_pipeline(name: str | Path) -> Any:
     """The pipeline in a folder with a model_index.json, or of a hub id. Raises BadInput in one line."""
     library = diffusers()
     try:
-        return library.DiffusionPipeline.from_pretrained(str(name))
+        with without_loading_bars():
+            return library.DiffusionPipeline.from_pretrained(str(name))
     except Exception as error:  # of many kinds: the network, the files, missing packages
         said = " ".join(str(error).split()).split(". ")[0]
         where = "" if (Path(name) / INDEX).is_file() else " (if you are offline, give the folder of a pipeline)"
