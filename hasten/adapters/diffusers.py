@@ -23,7 +23,7 @@ from ..times import Explicit
 from ._conditions import Latents, Prompts
 from ._loadable import check_loadable, wants_image
 from ._network import loadable, uncompiled
-from ._optional import diffusers
+from ._optional import diffusers, without_loading_bars
 from ._running import Accelerated
 from ._schedules import PREDICTIONS, FlowDenoiser, alike, mu_of, reading, times_like
 from ._seams import Seams, with_seams
@@ -61,7 +61,8 @@ def open_pipeline(name: str | Path) -> Any:
     from . import _scheduler  # noqa: F401  diffusers names it in the pipelines that hold one, and does not import it
 
     try:
-        return library.DiffusionPipeline.from_pretrained(str(name))
+        with without_loading_bars():
+            return library.DiffusionPipeline.from_pretrained(str(name))
     except Exception as error:  # of many kinds: the network, the files, missing packages
         said = " ".join(str(error).split()).split(". ")[0]
         where = "" if (Path(name) / INDEX).is_file() else " (if you are offline, give the folder of a pipeline)"
