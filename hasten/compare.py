@@ -352,7 +352,7 @@ def compare(
     for name, value in zip(least, (n, rounds, timing_batch, batch_size, seed, repeats), strict=True):
         whole(name, value, least[name])
     label = tools.given_prompts(model, chosen.prompts if prompts is None else prompts, chosen.source)
-    if model.conditioning is not None:
+    if model.conditioning is not None and model.denoiser.guidance_range is None:
         chosen = chosen.without_guidance_below_one()
     rows = prepare(model, chosen, ranks, label)
     progress = Progress(0, ranks.first)

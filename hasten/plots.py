@@ -90,7 +90,7 @@ def plot(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
             panel(axis, rows, front, methods, scale, cost, quality, level)
         for axis in axes if narrow else axes[:1]:
             axis.set_ylabel("Fréchet distance (lower is better)" if distance else
-                            "PSNR to the reference's images, dB (higher is better)")  # fmt: skip
+                            "PSNR, dB (higher is better)")  # fmt: skip
         entries = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
         entries = dict(sorted(entries.items(), key=lambda entry: entry[0] not in methods))
         where = "outside lower center" if narrow else "outside right upper"
@@ -111,9 +111,10 @@ def panel(
     distance = quality == "frechet"
     axis.step([r[cost] for r in front], [r[quality] for r in front], where="post", color=FRONT, lw=1.4, zorder=1,
               label="Pareto front of all rows")  # fmt: skip
-    if level:
-        axis.axhline(level, color=LEVEL, lw=1, ls=(0, (4, 3)), zorder=0,
-                     label=f"real images, n = {rows[0]['protocol']['n']}")  # fmt: skip
+    seen = level is not None and level >= min(r[quality] for r in rows) / 3
+    if level:  # far below it would press the marks together: then its number is in the legend alone
+        label = f"real images, n = {rows[0]['protocol']['n']}" + ("" if seen else f":\n{level:.2g}, below the plot")
+        axis.axhline(level, color=LEVEL, lw=1, ls=(0, (4, 3)), zorder=0, label=label)
     if not distance:
         axis.axhline(NEAR_DB, color=LEVEL, lw=1, ls=(0, (4, 3)), zorder=0, label=f"{NEAR_DB:g} dB")
     for name in methods:
@@ -144,7 +145,7 @@ def panel(
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     if distance:
-        axis.set_ylim(*span([*(r[quality] for r in rows), *([level] if level else [])], 1.3))
+        axis.set_ylim(*span([*(r[quality] for r in rows), *([level] if level and seen else [])], 1.3))
         axis.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]))
         axis.yaxis.set_minor_locator(NullLocator())
     else:

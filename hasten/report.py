@@ -42,7 +42,7 @@ NEAR = 1.15  # the headline names the cheapest row whose distance is within 15 %
 
 def recommended(rows: Sequence[Row]) -> Row | None:
     """The row that the headline names: the cheapest within 15 % of the reference's distance; where no distance was
-    measured, the fastest whose images are within 35 dB of the reference's. None where there is no such row."""
+    measured, the fastest with 35 dB PSNR or more to the reference's images. None where there is no such row."""
     rows = [row for row in rows if not row.get("failed")]
     reference = next((row for row in rows if row["role"] == "reference"), None)
     if reference is None:
@@ -68,7 +68,7 @@ def headline(rows: Sequence[Row]) -> str:
             return f"Only the reference, {reference['name']}, has finished."
         blind = "Quality was not measured: this model has no reference statistics."
         if best is None:
-            return f"No faster row comes within {NEAR_DB:g} dB PSNR of the images of {reference['name']}. {blind}"
+            return f"No faster row reaches {NEAR_DB:g} dB PSNR to the images of {reference['name']}. {blind}"
         return (
             f"{best['name']} is {best['speedup']:.1f}× faster than {reference['name']} at {decibels(best)}: the "
             f"fastest row above {NEAR_DB:g} dB. {blind}"

@@ -206,6 +206,7 @@ def parse(
         where = f"{source}: variant {i}" + (f" ({table['name']!r})" if isinstance(table.get("name"), str) else "")
         if "name" not in table:
             raise BadInput(f"{where}: has no name")
+        _known(table, KEYS, where)
         if "plan" in table:
             if both := [key for key in ("sampler", "times", "steps") if key in table]:
                 raise BadInput(f"{where}: a plan holds its sampler, times and steps: leave out {both[0]} or the plan")
