@@ -190,6 +190,7 @@ def fields_of(folder: Path, text: str) -> dict[str, Any]:
             null_label=told["null_label"],
             guidance_range=told.get("guidance_range"),
         )
+        denoiser.null_label = told["null_label"]  # None where the network has a row for it that was never trained
         fields = dict(
             denoiser=denoiser,
             shape=tuple(told["shape"]),

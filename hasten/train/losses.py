@@ -41,10 +41,23 @@ def stratified(n: int, device: torch.device | str = "cpu") -> Tensor:
     """`n` float64 numbers in [0, 1), one in each of `n` equal strata, in random order.
 
     One shared offset `u` gives `(i + u) / n`, which lowers the variance of a loss averaged over times
-    (Kingma et al. 2021, 2107.00630, section I.1).
+    (Kingma et al. 2021, 2107.00630, section I.1). On MPS, which has no float64, they are float32.
     """
     grid = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
-    return grid[torch.randperm(n)].to(device)
+    return narrowed(grid[torch.randperm(n)], torch.device(device), below=1.0)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for one that has no float64 (MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def narrowed(value: Tensor, device: torch.device, below: float | None = None) -> Tensor:
+    """A float64 tensor on a device; for one without float64, made float32 before it is moved, and less than `below`."""
+    if device.type == "mps" and value.dtype == torch.float64:
+        value = value.float()
+        value = value if below is None else value.clamp_max(below * (1 - 2**-24))
+    return value.to(device)
 
 
 # ---- which times ----
@@ -175,10 +188,11 @@ class DenoisingLoss:
         if "label" in batch:
             cond["label"] = self.drop(batch["label"], denoiser.null_label)
         n = len(x)
-        u = stratified(n, x.device) if self.spread else torch.rand(n, dtype=torch.float64).to(x.device)
+        exact = float64_device(x.device)
+        u = stratified(n, exact) if self.spread else torch.rand(n, dtype=torch.float64).to(exact)
         t = self.times(denoiser.schedule, u)
         eps = torch.randn_like(x)
-        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+        alpha, sigma = (narrowed(each(t), x.device) for each in (denoiser.schedule.alpha, denoiser.schedule.sigma))
         shape = (-1,) + (1,) * (x.ndim - 1)
         x_t = (alpha.view(shape) * x + sigma.view(shape) * eps).to(x.dtype)
         raw = denoiser.raw(x_t, t, **cond)
@@ -186,7 +200,7 @@ class DenoisingLoss:
         if self.weight is None:
             return error.mean()
         factor = self.factor(denoiser, t)
-        return (factor.to(x.device, torch.float32) * error.flatten(1).mean(1)).mean()
+        return (factor.float().to(x.device) * error.flatten(1).mean(1)).mean()
 
     def drop(self, label: Tensor, null: int | None) -> Tensor:
         """`label` int64 (B,) with a share `label_drop` replaced by the null label."""
