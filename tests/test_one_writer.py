@@ -26,7 +26,8 @@ from hasten.cli import main
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.files import locked
-from hasten.metrics.references import make_reference
+from hasten.metrics import references
+from hasten.metrics.references import make_reference, reference, save_reference
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
@@ -278,3 +279,30 @@ def test_a_reference_is_known_by_its_figures_and_a_model_by_its_meaning(place: P
     assert fingerprint(model) == same
     model.denoiser.null_label = None
     assert fingerprint(model) != same
+
+
+def test_stages_without_the_run_they_belong_to_are_not_taken_up(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb, name in (("distill", "stages"), ("quantize", "blocks")):
+        (tmp_path / verb / name / "0-steps4").mkdir(parents=True)
+        assert main(command(place, verb, tmp_path / verb)) == 1
+        assert f"holds {name} of a run of {verb} already" in capsys.readouterr().err
+
+
+def test_statistics_of_real_images_are_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double()
+    one, two = (make_reference(f, name, "all", "net") for f, name in ((features, "one"), (features + 1, "two")))
+    save_reference(one, tmp_path)
+
+    def killed(folder: Path, card: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(references, "write_card", killed)
+        save_reference(two, tmp_path)
+    assert reference(tmp_path).name == "one" and torch.equal(reference(tmp_path).mean, one.mean)
+    for each in (two, two, one):
+        save_reference(each, tmp_path)
+        assert reference(tmp_path).name == each.name and torch.equal(reference(tmp_path).mean, each.mean)
+        assert len(list(tmp_path.iterdir())) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hasten.train.ema import Ema
 from hasten.train.fingerprint import describe_data
 from hasten.train.fit import Fit, Player
 from hasten.train.losses import DenoisingLoss, narrowed, stratified
+from hasten.train.transfer import moved, prefetch
 from hasten.training import train_model
 
 
@@ -332,3 +334,31 @@ def test_a_damaged_image_of_a_large_set_does_not_end_the_run(tmp_path: Path, mon
         (source / "ab"[k % 2] / f"{k}.png").write_bytes(b"junk")
     with pytest.warns(UserWarning), pytest.raises(BadInput, match="6 images of 6 cannot be read"):
         Batches(gone, 6)[0]
+
+
+def test_batches_for_a_gpu_are_pinned_ahead_and_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned, copies = [], []
+    plain = Tensor.to
+
+    def pin(self: Tensor) -> Tensor:
+        pinned.append(threading.current_thread() is not threading.main_thread())
+        return self
+
+    def to(self: Tensor, *where: Any, **more: Any) -> Tensor:
+        if where and where[0] == torch.device("cuda"):
+            copies.append(more.get("non_blocking"))
+            return self
+        return plain(self, *where, **more)
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    batches, gpu = Batches(data(), 4), torch.device("cuda")
+    with prefetch(batches, gpu) as take:
+        for step in range(3):
+            batch = {key: moved(value, gpu, False) for key, value in take(step).items()}
+            assert torch.equal(batch["x"], batches[step]["x"])
+    assert len(pinned) >= 6 and all(pinned) and copies == [True] * 6
+    pinned.clear()
+    with prefetch(batches, torch.device("cpu")) as take:
+        take(0)
+    assert not pinned
