@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -40,6 +38,7 @@ from torch import Tensor
 
 from benchmarks.peers import TABLES, theirs
 from hasten.exact import GaussianMixture, m2, m64
+from hasten.files import append_json_line, read_json_lines
 from hasten.plan import Plan, plan
 from hasten.samplers import DDIM, DEIS, PLMS, DPMSolver, Heun, UniPC
 from hasten.samplers.sa import SASolver
@@ -315,7 +314,7 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     cells: list[Cell] = []
     if args.out is not None and args.out.exists():
-        cells = [Cell(**json.loads(line)) for line in args.out.read_text().splitlines()]
+        cells = [Cell(**line) for line in read_json_lines(args.out)]
     problems = cache(Problem)
     for title in args.problems:
         for part in args.only:
@@ -325,8 +324,8 @@ def main() -> None:
                 new = list(WORK[part](problems(title), count))
                 cells += new
                 if args.out is not None:
-                    with args.out.open("a") as file:
-                        file.writelines(json.dumps(asdict(c)) + os.linesep for c in new)
+                    for c in new:
+                        append_json_line(args.out, asdict(c))
     wanted = [c for c in cells if c.problem in args.problems and c.part in args.only and c.budget in args.nfe]
     order = {key: k for k, key in enumerate((p, part) for p in args.problems for part in PARTS)}
     wanted.sort(key=lambda c: order[c.problem, c.part])

@@ -18,6 +18,7 @@ from typing import Any
 import cyclopts
 
 import hasten
+from hasten.files import append_json_line, read_json_lines
 from hasten.metrics import evaluate_images, feature_net, reference
 
 STEPS = (4, 5, 6, 8, 10)
@@ -62,7 +63,7 @@ def main(
     """Make the rows that the file lacks, one JSON line each. With --no-choose: the final ones, once all have chosen."""
     loaded = hasten.load(model)
     mine, parts = (int(x) for x in part.split("/"))
-    found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    found = read_json_lines(out)
     found = [row for row in found if row["guidance_scale"] == guidance_scale]
     todo = [(row, CHOOSING, FIRST) for row in rows(guidance_scale)]
     if not choose:
@@ -79,8 +80,7 @@ def main(
         if any(all(old.get(key) == value for key, value in same.items()) for old in found):
             continue
         done = measured(loaded, row, count, seed, guidance_scale)
-        with out.open("a") as file:
-            file.write(json.dumps(done) + "\n")
+        append_json_line(out, done)
         print(json.dumps(done), flush=True)
 
 

@@ -157,6 +157,9 @@ class Denoiser(nn.Module):
         if unknown:
             raise BadInput(f"Denoiser has no argument {min(unknown)!r}: {nearest(min(unknown), keys)}")
         new = Denoiser(**{key: changes.get(key, getattr(self, key)) for key in keys})
+        untrained = self.null_label is None and getattr(self.net, "null_label", None) is not None
+        if untrained and "null_label" not in changes:  # the network has a row for it, which was never trained
+            new.null_label = None
         return new.train(self.training)
 
     def _net(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float, cond: dict[str, Any]) -> Tensor:

@@ -305,7 +305,9 @@ def contents(folder: str | Path) -> str | None:
         "model.json": "a model", "model_index.json": "a pipeline of diffusers", "checkpoint.pt": "a run of train",
         "run.json": "a run of distill or quantize", "features.json": "statistics of real images",
     }  # fmt: skip
-    return next((what for name, what in kinds.items() if (folder / name).is_file()), None)
+    found = next((what for name, what in kinds.items() if (folder / name).is_file()), None)
+    parts = {"stages": "stages of a run of distill", "blocks": "blocks of a run of quantize"}  # without their run.json
+    return found or next((what for name, what in parts.items() if (folder / name).is_dir()), None)
 
 
 def refuse_inside(out: str | Path, data: Any, what: str = "out") -> None:

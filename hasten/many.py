@@ -44,7 +44,8 @@ class Kept:
         """Keep the images `first`, `first + 1`, ..., whole or not at all."""
         stream = io.BytesIO()
         np.save(stream, images.numpy())
-        write(reserve(self.folder / f"{first:08d}-{len(images)}.npy"), stream.getvalue())
+        with contextlib.suppress(BadInput):  # a cache that cannot be written costs what a stop would lose, no more
+            write(reserve(self.folder / f"{first:08d}-{len(images)}.npy"), stream.getvalue())
 
     def get(self, first: int, count: int) -> Tensor | None:
         """What `put` kept, or None where it is not there, or damaged."""

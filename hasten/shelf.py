@@ -235,6 +235,7 @@ def fields_of(folder: Path, text: str, networks: Sequence[type], trust_code: boo
         base = opened(folder, told) if "slot" in told["net"] else None
         net = restored(told["net"], networks, trust_code) if base is None else base.denoiser.net
         denoiser = denoiser_of(net, told)
+        denoiser.null_label = told["null_label"]  # None where the network has a row for it that was never trained
         fields = dict(
             denoiser=denoiser,
             shape=tuple(told["shape"]),

@@ -77,7 +77,8 @@ def train_model(
     torch.manual_seed(seed)
     net = network(source, widths, blocks, patch)
     dropped = label_drop if source.labels is not None else 0.0  # without it the network never sees the null label
-    denoiser = Denoiser(net, VPCosine(offset=0.0), V(), null_label=net.classes if net.classes and dropped else None)
+    denoiser = Denoiser(net, VPCosine(offset=0.0), V())
+    denoiser.null_label = net.classes if net.classes and dropped else None
     loss = DenoisingLoss(label_drop=dropped)
     precision = before.get("precision") if runtime == "auto" else None
     precision = precision or ranks.once(lambda: number_format(denoiser, source, runtime, batch_size, ranks.device))

@@ -13,7 +13,6 @@ the teacher with as many steps (the best of a few samplers), and at its best. On
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import cyclopts
 import hasten
 from hasten.distill import distill_model
 from hasten.errors import HastenError
+from hasten.files import append_json_line, read_json_lines
 from hasten.metrics import evaluate_images, feature_net, reference
 
 DATA = "/usr/share/datasets/fashion-mnist"
@@ -113,12 +113,11 @@ def main(
     """Run what is missing, a method after the other, and print the table."""
     kept = out / "rows.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = read_json_lines(kept)
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
-        with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_json_line(kept, row)
 
     if not table_only:
         loaded = hasten.load(teacher)

@@ -53,6 +53,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.denoiser import Denoiser
+from hasten.files import append_json_line, read_json_lines
 from hasten.guides import Distribution
 from hasten.metrics import evaluate_features, feature_net
 from hasten.metrics.features import extract
@@ -182,7 +183,7 @@ class Judge:
 
 def measure(out: Path, denoiser: Denoiser, part: Attributes, judge: Judge, median: float) -> None:
     """Every setting that `out` does not hold yet, one JSON line each."""
-    done = {json.loads(line)["name"] for line in out.read_text().splitlines()} if out.exists() else set()
+    done = {line["name"] for line in read_json_lines(out)}
     for name, (guides, setting, n) in SETTINGS.items():
         if name in done:
             continue
@@ -194,8 +195,7 @@ def measure(out: Path, denoiser: Denoiser, part: Attributes, judge: Judge, media
         seconds = time.process_time() - begin
         line = {"name": name, "cpu seconds": round(seconds, 1), **judge(images, median)}
         print(json.dumps(line), flush=True)
-        with out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_line(out, line)
 
 
 def bundle(folder: Path, data: str = DATA, n: int = 6000) -> Attributes:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import hasten
+from hasten.files import read_json_lines
 from hasten.metrics.evaluate import evaluate_images
 from hasten.pick import pick
 from hasten.samplers import UniPC
@@ -101,7 +102,7 @@ def compare(args: argparse.Namespace) -> None:
     model = replace(model, statistics=statistics, parts=parts, plan=None)
     known = set()
     if args.compare.is_file():
-        lines = [json.loads(line) for line in args.compare.read_text().splitlines()]
+        lines = read_json_lines(args.compare)
         known = {(row["sampler"], row["times"], row["steps"]) for row in lines}
     for steps in args.steps:
         for grid in args.grids:

@@ -27,7 +27,6 @@ floors); class accuracy .897 and .943. That run drew its times from [0, 1]; the 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -38,6 +37,7 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
+from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, open_data
 from hasten.train.fit import Ema, Fit, Player
 from hasten.train.losses import DenoisingLoss
@@ -69,7 +69,7 @@ def bundle(run: Path, folder: Path) -> None:
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     denoiser = build()
     denoiser.load_state_dict(saved["players"]["teacher"]["ema"])
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = read_log(run / "log.jsonl")
     card = {
         "summary": "ten kinds of clothes, 28x28 grey, class-conditional, v-prediction on the cosine path",
         "data": "Fashion-MNIST, 60,000 training images (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747; MIT)",

@@ -198,7 +198,8 @@ def train(
 
     Sub-folders are classes, or a file beside the images gives them: labels.csv, metadata.csv, metadata.jsonl or
     dataset.json. What was found, and what of it is not used, is printed. Ctrl-C keeps a checkpoint; the same command
-    goes on from it, also on another number of processes: under torchrun, each takes its share of every batch.
+    goes on from it, also on another number of processes: under torchrun, each takes its share of every batch. Steps and
+    minutes may be more than before; other images or settings are refused.
 
     Args:
         data: A folder or zip of images, a folder of IDX files, a .npy or a .npz.
@@ -219,7 +220,8 @@ def train(
         accumulate: Parts of a batch that are computed one after another, to need less memory.
         shard: Divide the network among the processes that torchrun started, where it is too large for one.
         seed: Of the weights, the order of the images and the noise.
-        runtime: Number format, fp32 or bf16; auto takes what is faster here.
+        runtime: Number format, fp32 or bf16; auto takes what is faster here. With +high (TF32 on GPUs), +medium or
+            +channels_last, such as fp32+high, also the precision of matrix products and the memory layout.
         device: auto, cpu, cuda or cuda:1.
         json: Print the result as JSON.
 

@@ -100,13 +100,20 @@ def save_reference(reference: Reference, folder: str | Path, extra: Mapping[str,
         "covariance": reference.covariance,
         "sample": narrow(reference.sample).contiguous(),
     }
-    (folder / "reference.safetensors").write_bytes(save(tensors))
     card: dict[str, Any] = _read_card(folder) if (folder / CARD).is_file() else {"format": 1, "sha256": {}}
-    card["sha256"]["reference.safetensors"] = sha256(folder / "reference.safetensors")
+    data, old = save(tensors), card.get("files", {}).get("reference", "reference.safetensors")
+    digest = hashlib.sha256(data).hexdigest()
+    name = old if card["sha256"].get(old) in (None, digest) else f"reference-{digest[:8]}.safetensors"
+    write_whole(folder / name, data)  # the old file stays until the card names the new one
+    card["sha256"] = {key: value for key, value in card["sha256"].items() if key != old} | {name: digest}
+    if name != "reference.safetensors":
+        card["files"] = {**card.get("files", {}), "reference": name}
     card["reference"] = {
         key: getattr(reference, key) for key in ("name", "split", "features", "count", "histogram", "accuracy")
     } | {"floor": {m: {str(n): v for n, v in t.items()} for m, t in reference.floor.items()}}
     write_card(folder, {**card, **(extra or {})})
+    if old != name:
+        (folder / old).unlink(missing_ok=True)
 
 
 def reference(which: str | Path) -> Reference:
@@ -134,8 +141,9 @@ def reference(which: str | Path) -> Reference:
 
 def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     """Tensors of `folder/stem.safetensors`, after its sha256 was compared with the one in `features.json`."""
-    path = folder / f"{stem}.safetensors"
-    expected = _read_card(folder)["sha256"].get(path.name)
+    card = _read_card(folder)
+    path = folder / str(card.get("files", {}).get(stem, f"{stem}.safetensors"))
+    expected = card["sha256"].get(path.name)
     if not path.is_file():
         raise BadInput(f"{path} is missing")
     if expected is None:

@@ -209,7 +209,7 @@ class Batches:
                     break
                 except BadInput as e:
                     self.unreadable.add(k)
-                    if len(self.unreadable) > max(10, n // 100):
+                    if len(self.unreadable) > min(max(10, n // 100), n - 1):
                         raise BadInput(f"{len(self.unreadable)} images of {n} cannot be read, the last: {e}") from e
                     warnings.warn(f"{e}; the next image takes its place in training", stacklevel=2)
         return torch.tensor(rows), torch.cat(found)

@@ -17,21 +17,10 @@ from .sources import Data
 SAMPLE = 64  # images that are decoded of a set that is too large to be held in memory
 ROWS = 4096
 HEAD = 2**16  # bytes of a single file that are looked at
-PICTURES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".jfif",
-    ".ppm",
-    ".jp2",
-    ".heic",
-)
+PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "ppm", "jp2", "heic")
+READ = tuple(f".{end}" for end in (*PICTURES, "npy", "npz", "gz", "csv", "json", "jsonl")) + ("ubyte",)
+FILES = 4096  # of a folder, of which the first bytes are read
+DEEP = 16  # folders in one another
 
 _known: WeakKeyDictionary[Data, dict[str, Any]] = WeakKeyDictionary()
 
@@ -70,23 +59,35 @@ def _some(data: Data) -> str:
 
 
 def listing(path: Path) -> str:
-    """Names and sizes of the images in a folder or a zip; the size and the first bytes of another file."""
+    """Names, sizes and first bytes of the files in a folder; names, sizes and checksums of those in a zip; the size and
+    the first bytes of another file. Of folders with very many files the first bytes are read of some."""
     if path.is_dir():
         found = []
-        for place, folders, files in os.walk(path, followlinks=False):
-            folders.sort()
-            for name in sorted(files):
-                file = Path(place, name)
-                if name.lower().endswith(PICTURES) and not name.startswith(".") and file.exists():
-                    found.append(f"{file.relative_to(path).as_posix()} {file.stat().st_size}")
-        return "\n".join(found)
+        for place, folders, files in os.walk(path, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if len(Path(place).relative_to(path).parts) > DEEP:  # links that lead in circles
+                folders.clear()
+            files = [name for name in sorted(files) if not name.startswith(".") and name.lower().endswith(READ)]
+            found += [file for name in files if (file := Path(place, name)).is_file()]
+        lines = [f"{file.relative_to(path).as_posix()} {file.stat().st_size}" for file in found]
+        for k in range(0, len(found), len(found) // FILES + 1):
+            lines[k] += f" {head(found[k], 4096)}"
+        return "\n".join(lines)
     if not path.is_file():
         return ""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return "\n".join(f"{each.filename} {each.file_size} {each.CRC}" for each in archive.infolist())
-    with open(path, "rb") as file:
-        return f"{path.stat().st_size} {hashlib.sha256(file.read(HEAD)).hexdigest()}"
+    return f"{path.stat().st_size} {head(path, HEAD)}"
+
+
+def head(path: Path, size: int) -> str:
+    """The first bytes of a file, as 16 hexadecimal digits; nothing where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return _digest([file.read(size)])
+    except OSError:
+        return ""
 
 
 def _digest(pieces: Any) -> str:

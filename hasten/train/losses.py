@@ -43,9 +43,19 @@ def stratified(n: int, device: torch.device | str = "cpu") -> Tensor:
     One shared offset `u` gives `(i + u) / n`, which lowers the variance of a loss averaged over times
     (Kingma et al. 2021, 2107.00630, section I.1).
     """
-    made = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
-    grid = (torch.arange(n, dtype=torch.float64, device=made) + torch.rand((), dtype=torch.float64, device=made)) / n
-    return grid[torch.randperm(n, device=made)]
+    exact = float64_device(torch.device(device))
+    grid = (torch.arange(n, dtype=torch.float64, device=exact) + torch.rand((), dtype=torch.float64, device=exact)) / n
+    return grid[torch.randperm(n, device=exact)]
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for one that has no float64 (MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def narrowed(value: Tensor, device: torch.device) -> Tensor:
+    """A float64 tensor on a device; for one without float64, made float32 before it is moved."""
+    return (value.float() if device.type == "mps" and value.dtype == torch.float64 else value).to(device)
 
 
 # ---- which times ----
@@ -176,20 +186,19 @@ class DenoisingLoss:
         if "label" in batch:
             cond["label"] = self.drop(batch["label"], denoiser.null_label)
         n = len(x)
-        where = "cpu" if x.device.type == "mps" else x.device  # which has no float64
-        u = stratified(n, where) if self.spread else torch.rand(n, dtype=torch.float64, device=where)
+        exact = float64_device(x.device)
+        u = stratified(n, exact) if self.spread else torch.rand(n, dtype=torch.float64, device=exact)
         t = self.times(denoiser.schedule, u)
         eps = torch.randn_like(x)
-        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+        alpha, sigma = (narrowed(each(t), x.device) for each in (denoiser.schedule.alpha, denoiser.schedule.sigma))
         shape = (-1,) + (1,) * (x.ndim - 1)
-        a, s = (c if c.device == x.device else c.to(x.device, x.dtype) for c in (alpha, sigma))
-        x_t = (a.view(shape) * x + s.view(shape) * eps).to(x.dtype)
+        x_t = (alpha.view(shape) * x + sigma.view(shape) * eps).to(x.dtype)
         raw = denoiser.raw(x_t, t, **cond)
         error = (raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()).square()
         if self.weight is None:
             return error.mean()
         factor = self.factor(denoiser, t)
-        return (factor.to(x.device, torch.float32) * error.flatten(1).mean(1)).mean()
+        return (factor.float().to(x.device) * error.flatten(1).mean(1)).mean()
 
     def drop(self, label: Tensor, null: int | None) -> Tensor:
         """`label` int64 (B,) with a share `label_drop` replaced by the null label."""

@@ -1,0 +1,364 @@
+"""A training goes on with the same data and settings only, and applies the ones that it was given."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import hasten
+from hasten.denoiser import Denoiser
+from hasten.errors import BadInput
+from hasten.train.checkpoint import read_log, saved_run
+from hasten.train.data import Batches, Data, open_data
+from hasten.train.ema import Ema
+from hasten.train.fingerprint import describe_data
+from hasten.train.fit import Fit, Player
+from hasten.train.losses import DenoisingLoss, narrowed, stratified
+from hasten.train.transfer import moved, prefetch
+from hasten.training import train_model
+
+
+def images(n: int = 12, seed: int = 0, side: int = 8) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 1, side, side), dtype=torch.uint8, generator=g)
+
+
+def data(n: int = 12, classes: tuple[str, ...] | None = ("a", "b", "c"), **changes: Any) -> Data:
+    labels = torch.arange(n) % len(classes) if classes else None
+    return Data.of(changes.get("pixels", images(n)), labels, classes)
+
+
+def trained(out: Path, source: Data | Path | None = None, **options: Any) -> hasten.Model:
+    asked = {"steps": 2, "widths": (8,), "patch": 1, "batch_size": 4, "runtime": "fp32", "device": "cpu", "show": False}
+    return train_model(data() if source is None else source, out, **{**asked, **options})
+
+
+def vector(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+# ---- the schedule, the precision and the layout are applied ----
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_the_learning_rate_follows_the_schedule(tmp_path: Path, optimiser: str) -> None:
+    """With a constant gradient each step of Adam is its learning rate: the way is the sum of the rates."""
+    module = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    module = nn.Sequential(module, nn.LayerNorm(1))
+    norm = module[1]
+    nn.init.zeros_(norm.weight)
+    fit = Fit(steps=20, warmup=5, clip=None, tensorboard=False)
+    p = Player("net", module, lambda b: norm.weight.sum() + 0 * module[0].weight.sum(), lr=0.01, weight_decay=0.0,
+               optimiser=optimiser)  # fmt: skip
+    fit([p], Batches(data(classes=None), 4), tmp_path)
+    rates = [fit.rate(k, k / 20) for k in range(20)]
+    assert float(norm.weight.detach()) == pytest.approx(-0.01 * sum(rates), rel=1e-4)
+    assert min(rates[-3:]) < 0.1 < max(rates) and rates[0] == pytest.approx(0.2)
+    assert [line["lr_factor"] for line in read_log(tmp_path / "log.jsonl")][-1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_matmul_precision_and_layout_are_used_in_training_and_put_back(tmp_path: Path) -> None:
+    module, seen = nn.Conv2d(1, 4, 3, padding=1), []
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        last = batch["x"].is_contiguous(memory_format=torch.channels_last)
+        weights = module.weight.stride() == module.weight.contiguous(memory_format=torch.channels_last).stride()
+        seen.append((torch.get_float32_matmul_precision(), last and weights, module(batch["x"]).dtype))
+        return module(batch["x"]).square().mean()
+
+    pixels = Data.of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
+    module = nn.Conv2d(3, 4, 3, padding=1)
+    before = torch.get_float32_matmul_precision()
+    for precision, expected in (
+        ("fp32", ("highest", False, torch.float32)),
+        ("fp32+high+channels_last", ("high", True, torch.float32)),
+        ("bf16+medium", ("medium", False, torch.bfloat16)),
+    ):
+        module.to(memory_format=torch.contiguous_format)
+        seen.clear()
+        fit = Fit(steps=1, precision=precision, tensorboard=False)
+        fit([Player("net", module, loss)], Batches(pixels, 4), tmp_path / precision)
+        assert seen == [expected]
+        assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(BadInput, match="unknown part 'hihg'"):
+        Fit(steps=1, precision="fp32+hihg")
+
+
+def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    plain = Tensor.to
+
+    def to(self: Tensor, *where: Any, **more: Any) -> Tensor:
+        if where and where[0] == torch.device("mps"):
+            moved.append(self.dtype)
+            return self
+        return plain(self, *where, **more)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    u = stratified(1000, "mps")
+    assert moved == [torch.float32] and float(u.max()) < 1
+    assert float(narrowed(torch.tensor(1 - 1e-12, dtype=torch.float64), torch.device("mps"), below=1.0)) < 1
+    assert stratified(4).dtype == torch.float64
+
+
+# ---- train_model does what it was asked ----
+
+
+def test_the_averaged_weights_are_saved(tmp_path: Path) -> None:
+    model = trained(tmp_path, steps=12, lr=0.05)
+    saved = torch.load(tmp_path / "checkpoint.pt")["players"]["model"]
+    own = hasten.load(tmp_path).denoiser.state_dict()
+    assert all(torch.equal(own[key], saved["ema"][key]) for key in own)
+    assert any(not torch.equal(own[key], saved["module"][key]) for key in own)
+    assert torch.equal(vector(model.denoiser), vector(hasten.load(tmp_path).denoiser))
+
+
+def test_the_first_step_is_as_long_as_the_learning_rate_says(tmp_path: Path) -> None:
+    """Adam's first step is `rate lr sign(g)`, the decay is `rate lr weight_decay w`: both proportional to lr."""
+    start, once, twice = (
+        vector(trained(tmp_path / str(lr), steps=1, lr=lr).denoiser) for lr in (1e-12, 0.02, 0.04)
+    )  # fmt: skip
+    assert (once - start).abs().max() == pytest.approx(0.02 / 200, rel=0.1)
+    assert torch.allclose(twice - start, 2 * (once - start), atol=1e-6)
+
+
+def test_the_seed_is_that_of_the_weights_and_of_the_order(tmp_path: Path) -> None:
+    order: list[list[int]] = []
+    pixels = images()
+
+    def fetch(indices: list[int]) -> Tensor:
+        order.append(indices)
+        return pixels[indices]
+
+    made = []
+    for seed in (0, 3):
+        source = Data(12, (1, 8, 8), fetch)
+        made.append(vector(trained(tmp_path / str(seed), source, seed=seed, lr=1e-12).denoiser))
+        expected = [Batches(source, 4, seed=seed).indices(k).tolist() for k in range(2)]
+        assert order[-2:] == expected
+    assert order[-2:] != order[1:3]
+    assert not torch.allclose(made[0], made[1])
+
+
+def test_images_are_mirrored_where_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    class Seen(DenoisingLoss):
+        def __call__(self, denoiser: Denoiser, batch: dict[str, Tensor]) -> Tensor:
+            seen.append(batch["x"][:, 0, 0, 0] > 0)
+            return super().__call__(denoiser, batch)
+
+    monkeypatch.setattr("hasten.training.DenoisingLoss", Seen)
+    pixels = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
+    pixels[..., :4] = 255
+    for flip in (False, True):
+        seen.clear()
+        trained(tmp_path / str(flip), data(32, pixels=pixels), steps=1, batch_size=32, flip=flip)
+        assert 0 < int((~seen[0]).sum()) < 32 if flip else bool(seen[0].all())
+
+
+@pytest.mark.parametrize(("drop", "low", "high"), [(0.0, 0, 0), (0.5, 8, 56), (1.0, 64, 64)])
+def test_labels_are_dropped_at_the_rate_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop: float, low: int, high: int
+) -> None:
+    seen: list[Tensor] = []
+    raw = Denoiser.raw
+
+    def spy(self: Denoiser, x_t: Tensor, t: Any, **cond: Any) -> Tensor:
+        seen.append(cond["label"].clone())
+        return raw(self, x_t, t, **cond)
+
+    monkeypatch.setattr(Denoiser, "raw", spy)
+    model = trained(tmp_path, data(64), steps=1, batch_size=64, label_drop=drop)
+    assert len(seen) == 1
+    assert low <= int((seen[0] == 3).sum()) <= high
+    # a null label that was never trained must not be what guidance starts from
+    assert model.denoiser.null_label == (3 if drop else None)
+    assert model.guidance_scale == (1.5 if drop else 1.0)
+    again = hasten.load(tmp_path)
+    assert (again.denoiser.null_label, again.guidance_scale) == (model.denoiser.null_label, model.guidance_scale)
+    assert again.sample(2, steps=1).shape == (2, 1, 8, 8)
+    if not drop:
+        with pytest.raises(BadInput):
+            again.sample(2, steps=1, guidance_scale=2.0)
+
+
+def test_a_model_without_classes_has_no_null_label(tmp_path: Path) -> None:
+    model = trained(tmp_path, data(classes=None))
+    assert model.denoiser.null_label is None and model.guidance_scale == 1.0 and model.card["label_drop"] == 0.0
+
+
+# ---- other data and settings are refused ----
+
+
+CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"source": data(pixels=images(12, seed=1))}, "data.pixels"),
+    ({"source": data(classes=("a", "b", "x"))}, r'data.classes \["a", "b", "c"\], this one has \["a", "b", "x"\]'),
+    ({"source": replace(data(), labels=torch.arange(12).flip(0) % 3)}, "data.labels"),
+    ({"source": data(11)}, "images 12, this one has 11"),
+    ({"lr": 0.5}, "players.model.lr 0.001, this one has 0.5"),
+    ({"label_drop": 0.9}, "label_drop 0.1, this one has 0.9"),
+    ({"flip": True}, "flip false, this one has true"),
+    ({"seed": 1}, "seed 0, this one has 1"),
+    ({"batch_size": 6}, "batch_size 4, this one has 6"),
+    ({"runtime": "bf16"}, "precision fp32, this one has bf16"),
+    ({"runtime": "fp32+high"}, "precision fp32, this one has fp32.high"),
+    ({"widths": (16,)}, "network.widths"),
+)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_of_anything_else_is_refused_finished_or_not(tmp_path: Path, steps: int) -> None:
+    trained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    for change, message in CHANGES:
+        with pytest.raises(BadInput, match=message) as error:
+            trained(tmp_path, **{"steps": steps, **change})
+        assert "\n" not in str(error.value) and "another folder" in str(error.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    model = trained(tmp_path, steps=steps)
+    assert model.card["last"]["step"] == steps
+
+
+def test_auto_takes_the_number_format_of_the_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.training.choose", lambda *_: hasten.machine.parse("bf16"))
+    trained(tmp_path, runtime="fp32")
+    assert trained(tmp_path, runtime="auto", steps=3).card["precision"] == "fp32"
+    assert trained(tmp_path / "other", runtime="auto").card["precision"] == "bf16"
+    assert saved_run(tmp_path / "checkpoint.pt")["precision"] == "fp32"
+
+
+def test_the_settings_of_every_player_count(tmp_path: Path) -> None:
+    def fit(out: Path, steps: int = 2, ema: Ema | None = None, clip: float | None = 1.0, **options: Any) -> None:
+        module = nn.Linear(64, 1)
+        p = Player("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), **options)
+        Fit(steps=steps, ema=ema or Ema(), clip=clip, tensorboard=False)([p], Batches(data(classes=None), 4), out)
+
+    fit(tmp_path)
+    for change, message in (
+        ({"weight_decay": 0.5}, "players.net.weight_decay 0.01"), ({"betas": (0.5, 0.9)}, "players.net.betas"),
+        ({"every": 2}, "players.net.every"), ({"ema": Ema(gamma=3.0)}, "ema.gamma 12.0"), ({"clip": None}, "clip 1.0"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            fit(tmp_path, **change)
+    fit(tmp_path, 3, Ema(decay=0.5))  # which the power average does not use
+
+
+def test_a_finished_run_keeps_what_was_found_for_its_model_since(tmp_path: Path) -> None:
+    model = trained(tmp_path)
+    model.statistics = {"gamma": torch.ones(3, dtype=torch.float64)}
+    model.card = {**model.card, "tuned": [{"method": "x"}]}
+    model.save(tmp_path)
+    assert trained(tmp_path).statistics.keys() == {"gamma"}
+    assert hasten.load(tmp_path).statistics.keys() == {"gamma"}
+    with pytest.raises(BadInput, match="a model that was tuned since"):
+        trained(tmp_path, steps=5)
+    assert hasten.load(tmp_path).statistics.keys() == {"gamma"}
+
+
+@pytest.mark.parametrize("name", ["model.json", "model_index.json", "run.json"])
+def test_a_folder_of_something_else_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"card": {}}')
+    with pytest.raises(BadInput, match=r"holds a .* already: choose another folder"):
+        trained(out)
+    assert [p.name for p in out.iterdir()] == [name]
+
+
+# ---- what tells one data set from another ----
+
+
+def folder(path: Path, n: int = 6, value: int = 0) -> Path:
+    for k in range(n):
+        file = path / "ab"[k % 2] / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 20 * k + value, np.uint8)).save(file)
+    return path
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_data_is_known_by_pixels_labels_and_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool
+) -> None:
+    if lazy:
+        monkeypatch.setattr("hasten.train.folders.MEMORY", 0)
+    first = describe_data(open_data(folder(tmp_path / "one")))
+    assert first == describe_data(open_data(folder(tmp_path / "two")))  # wherever it lies
+    assert json.loads(json.dumps(first)) == first
+    assert first["pixels"] != describe_data(open_data(folder(tmp_path / "other", value=1)))["pixels"]
+    (tmp_path / "two" / "b").rename(tmp_path / "two" / "c")
+    assert first["classes"] != describe_data(open_data(tmp_path / "two"))["classes"]
+    changed = copy.copy(open_data(tmp_path / "one"))
+    assert changed.labels is not None
+    assert describe_data(replace(changed, labels=changed.labels.flip(0)))["labels"] != first["labels"]
+
+
+def test_an_image_in_the_middle_of_a_large_set_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.train.folders.MEMORY", 0)
+    monkeypatch.setattr("hasten.train.fingerprint.SAMPLE", 2)  # images that are decoded: the first and the last
+    first = describe_data(open_data(folder(tmp_path / "a")))
+    Image.effect_noise((8, 8), 80).save(tmp_path / "a" / "b" / "3.png")
+    assert describe_data(open_data(tmp_path / "a"))["pixels"] != first["pixels"]
+
+
+def test_a_damaged_image_of_a_large_set_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.train.folders.MEMORY", 0)
+    source = folder(tmp_path / "d")
+    file = source / "b" / "3.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.warns(UserWarning, match=r"3\.png.*the next image takes its place"):
+        model = trained(tmp_path / "m", open_data(source, size=8, channels=1), steps=3)
+    assert model.card["last"]["unreadable"] == 1
+    batches = Batches(open_data(source, size=8, channels=1), 6, seed=0)
+    with pytest.warns(UserWarning):
+        found = batches[0]
+    names = [0, 2, 4, 1, 3, 5]  # by class
+    bad = names.index(3)
+    rows = [k if k != bad else bad + 1 for k in batches.indices(0).tolist()]
+    assert found["label"].tolist() == [k // 3 for k in rows]
+    assert torch.equal(batches[0]["x"], found["x"])  # the same at every visit, so that a resumed run is exact
+    gone = open_data(source, size=8, channels=1)
+    for k in range(6):
+        (source / "ab"[k % 2] / f"{k}.png").write_bytes(b"junk")
+    with pytest.warns(UserWarning), pytest.raises(BadInput, match="6 images of 6 cannot be read"):
+        Batches(gone, 6)[0]
+
+
+def test_batches_for_a_gpu_are_pinned_ahead_and_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned, copies = [], []
+    plain = Tensor.to
+
+    def pin(self: Tensor) -> Tensor:
+        pinned.append(threading.current_thread() is not threading.main_thread())
+        return self
+
+    def to(self: Tensor, *where: Any, **more: Any) -> Tensor:
+        if where and where[0] == torch.device("cuda"):
+            copies.append(more.get("non_blocking"))
+            return self
+        return plain(self, *where, **more)
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    batches, gpu = Batches(data(), 4), torch.device("cuda")
+    with prefetch(batches, gpu) as take:
+        for step in range(3):
+            batch = {key: moved(value, gpu, False) for key, value in take(step).items()}
+            assert torch.equal(batch["x"], batches[step]["x"])
+    assert len(pinned) >= 6 and all(pinned) and copies == [True] * 6
+    pinned.clear()
+    with prefetch(batches, torch.device("cpu")) as take:
+        take(0)
+    assert not pinned
