@@ -112,18 +112,18 @@ class Basis:
         """u = U^T (x - alpha m) as a tensor (B, *S), in the dtype of x."""
         self._fits(x)
         if self._centred:
-            x = x - (self.mean * alpha).to(x.device, x.dtype)
+            x = x - self._shift(alpha, x)
         return self._turn(x, back=False)
 
     def pixels(self, u: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
         """x = alpha m + U u (B, *S), in the dtype of u."""
         x = self._turn(u, back=True)
-        return x + (self.mean * alpha).to(x.device, x.dtype) if self._centred else x
+        return x + self._shift(alpha, x) if self._centred else x
 
     def spread(self, number: Tensor, like: Tensor) -> Tensor:
         """Numbers (G,), one for each group, as a tensor that multiplies coordinates (B, *S) such as `like`."""
         number = number.to(like.device, like.dtype)
-        return number.reshape(()) if self.groups == 1 else number[self.index.to(like.device)]
+        return number.reshape(()) if self.groups == 1 else number[self._kept("index", like)]
 
     def grouped(self, most: int) -> Basis:
         """The basis with at most `most` different variances: where there are more, equal parts of the range of log v
@@ -179,13 +179,29 @@ class Basis:
         return bool((self.mean != 0).any())
 
     @cached_property
-    def _matrices(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]:
+    def _matrices(self) -> dict[Any, tuple[Tensor, ...]]:
         return {}
 
     def _fits(self, x: Tensor) -> None:
         S = tuple(self.mean.shape)
         if S and tuple(x.shape[1:]) != S:
             raise BadInput(f"samples of shape {tuple(x.shape[1:])} in a basis that was made for {S}")
+
+    def _shift(self, alpha: Tensor | float, like: Tensor) -> Tensor:
+        """alpha m, for pixels such as `like`."""
+        if like.device.type == "cpu":
+            return (self.mean * alpha).to(like.dtype)
+        return self._kept("mean", like) * alpha  # a number on the CPU, which is not copied
+
+    def _kept(self, name: str, like: Tensor) -> Tensor:
+        """The mean, in the dtype of `like`, or the index, on its device; each copied there once."""
+        key = (name, like.device, like.dtype)
+        if key not in self._matrices:
+            with torch.inference_mode(False):
+                value = getattr(self, name)
+                value = value.to(like.dtype) if name == "mean" else value  # before it moves: not all have float64
+                self._matrices[key] = (value.to(like.device),)
+        return self._matrices[key][0]
 
     def _turn(self, x: Tensor, back: bool) -> Tensor:
         """U^T x, or U x where `back`."""
@@ -195,7 +211,7 @@ class Basis:
         if key not in self._matrices:
             with torch.inference_mode(False):  # what is kept may be used under autograd later
                 found = [self.matrix] if self.matrix is not None else [dct_matrix(n).T for n in self.mean.shape[-2:]]
-                self._matrices[key] = tuple(side.to(*key) for side in found)
+                self._matrices[key] = tuple(side.to(x.dtype).to(x.device) for side in found)
         sides = self._matrices[key]
         with torch.autocast(x.device.type, enabled=False):  # coordinates in bfloat16 would lose the image
             if self.kind == "matrix":

@@ -135,7 +135,7 @@ class Plan:
             self.check_schedule(schedule)
         if grad is None:
             grad = torch.is_grad_enabled() and (x.requires_grad or self.fitted)
-        rows = self._program(tensors=True) if self.fitted and grad else self._numbers
+        rows = self._program(tensors=True) if self.fitted and grad else self._numbers.beside(x)
         reset(denoiser)
         basis, fresh = self.basis, no_noise if noise is None else noise
         into, back = (_same, _same) if basis is None else (basis.coordinates, basis.pixels)

@@ -180,6 +180,9 @@ def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
 
 
 def spread(coefficient: Tensor | float, like: Tensor) -> Tensor:
-    """A coefficient () or (B,) shaped to multiply `like` (B, *S), in its dtype and on its device."""
-    coefficient = torch.as_tensor(coefficient).to(like.device, like.dtype)
+    """A coefficient () or (B,) shaped to multiply `like` (B, *S), in its dtype; (B,) on its device."""
+    coefficient = torch.as_tensor(coefficient)
+    if coefficient.ndim == 0 and coefficient.device.type == "cpu":
+        return coefficient.to(like.dtype)  # multiplies on any device, without a copy
+    coefficient = coefficient.to(like.device, like.dtype)
     return coefficient.reshape(-1, *[1] * (like.ndim - 1)) if coefficient.ndim == 1 else coefficient

@@ -28,6 +28,22 @@ class Program(NamedTuple):
     start: Row
     rows: list[Row]
 
+    def beside(self, x: Tensor) -> Program:
+        """The same with the coefficients that are tensors on the device and in the dtype of `x`, in one copy."""
+        found = [
+            c for row in (self.start, *self.rows) for part in row[:3] for _, c in part
+            if isinstance(c, Tensor) and not c.requires_grad
+        ]  # fmt: skip
+        if not found or found[0].device == x.device:
+            return self
+        moved = dict(zip(map(id, found), torch.stack(found).to(x.dtype).to(x.device).unbind()))
+
+        def there(row: Row) -> Row:
+            terms = [[(j, moved.get(id(c), c)) for j, c in part] for part in row[:3]]
+            return Row(*terms, row.last_states, row.last_answers)
+
+        return Program(self.times, there(self.start), [there(row) for row in self.rows])
+
 
 class Draws:
     """Noise draws by number: each is made once, in order, and kept until a later one is asked for."""

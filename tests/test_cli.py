@@ -338,13 +338,17 @@ def test_evaluate_against_a_folder_of_images(
 
     assert "names no reference" in refused(1, "evaluate", folder, "--n", 12)
     assert "give --features" in refused(1, "evaluate", folder, "--n", 12, "--reference", pictures)
+    refused(1, "evaluate", folder, "--n", 12, "--reference", pictures, "--features", "fashion")  # 8 images are too few
+    for k in range(8, 24):
+        pixels = np.random.default_rng(k).integers(0, 255, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / "dark" / f"{k}.png")
     monkeypatch.setattr("hasten.reference_images.feature_net", lambda *_: Pixels())
     monkeypatch.setattr("hasten.metrics.evaluate.feature_net", lambda *_: Pixels())
     asked = ("evaluate", folder, "--n", 12, "--seed", 5, "--reference", pictures, "--features", "pixels")
     told = json.loads(cli(*asked, "--runtime", "fp32", "--json"))
     frechet = told["measures"]["frechet"]
     assert frechet["count"] == 12
-    assert frechet["reference_count"] == 8
+    assert frechet["reference_count"] == 24
     assert frechet["features"] == "pixels"
     assert frechet["seeds"] == "5-16"
     assert frechet["value"] > 0

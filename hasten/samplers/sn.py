@@ -109,7 +109,10 @@ class WithMoments(Wrapper):
         schedule: Schedule = self.denoiser.schedule  # type: ignore[assignment]
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         scaled = x_t.float() * spread(1 / torch.hypot(alpha, sigma), x_t.float())
-        g = self.net(scaled, x0.float(), schedule.lam(t).expand(len(x_t)))
+        lam = schedule.lam(t)
+        if lam.ndim == 0 and lam.device.type == "cpu":  # filled in where it is needed, not copied there
+            lam = torch.full((len(x_t),), float(lam), device=x_t.device)
+        g = self.net(scaled, x0.float(), lam.expand(len(x_t)))
         wide = x_t.double()
         eps = (wide - spread(alpha, wide) * x0.double()) / spread(sigma, wide)
         return x0, eps**2 + g.double()
