@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DEMO ?= demo
 
-.PHONY: help demo test slow check format constraints clean
+.PHONY: help demo test slow mutants check format constraints clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -20,6 +20,9 @@ test: $(VENV)/.stamp-dev ## the tests, without the slow ones
 
 slow: $(VENV)/.stamp-dev ## the slow tests too
 	$(BIN)/python -m pytest -q
+
+mutants: $(VENV)/.stamp-dev ## apply the faults of tests/mutants.toml one by one and report those that no test sees
+	$(BIN)/python -m tests.mutants
 
 check: $(VENV)/.stamp-dev ## style, types, and the rules of the house
 	$(BIN)/ruff check .

@@ -37,6 +37,8 @@ _HOMES = {
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
     **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
     **dict.fromkeys(["accelerate", "as_scheduler", "times_like"], "adapters.diffusers"),
+    # diffusers looks both up where a pipeline was saved with such a scheduler
+    **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters._scheduler"),
     **dict.fromkeys(["distill_model"], "distill"),
     **dict.fromkeys(["quantize_model"], "quantize"),
     **dict.fromkeys(["tune_model"], "tune"),

@@ -14,10 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed
 
-from .errors import BadInput, HastenError
+from .environment import is_out_of_memory, number
+from .errors import HastenError
 
 SILENCE = 60.0  # seconds without a sign of life
 PULSE = 1.0  # seconds between two of them
@@ -34,7 +34,7 @@ def heard(sure: bool = True) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as e:
-        if isinstance(e, (torch.cuda.OutOfMemoryError, NotImplementedError)):
+        if is_out_of_memory(e) or isinstance(e, NotImplementedError):
             raise
         end = time.monotonic() + 1
         while not (dead := line.gone(range(line.world))) and time.monotonic() < end:
@@ -186,13 +186,9 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def variable(name: str, default: int | None = None) -> int:
+def variable(name: str, default: int) -> int:
     """A whole number from the environment."""
-    text = os.environ.get(name, "" if default is None else str(default))
-    try:
-        return int(text)
-    except ValueError as e:
-        raise BadInput(f"${name} must be a whole number, found {text!r}: start the processes with torchrun") from e
+    return number(name, default)
 
 
 line = Line()

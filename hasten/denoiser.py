@@ -164,7 +164,11 @@ class Denoiser(nn.Module):
 
     def _inputs(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float) -> tuple[Tensor, Tensor]:
         """What the network is given: c_in x_t in its own dtype, and its time (B,) float32."""
-        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
+        said = getattr(self.net, "dtype", None)  # weights may be stored in fewer bits than the network computes in
+        if isinstance(said, torch.dtype) and said.is_floating_point:
+            dtype = said
+        else:
+            dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x_t.dtype)
         if isinstance(c_in, Tensor):
             c_in = spread(c_in, x_t)
         elif c_in == 1.0:
@@ -172,6 +176,7 @@ class Denoiser(nn.Module):
         net_input = x_t if c_in is None else x_t * c_in
         if isinstance(clock, float):
             time = torch.full((len(x_t),), clock, dtype=torch.float32, device=x_t.device)
+            time.host_times = (clock,)  # type: ignore[attr-defined]  # for networks that choose by the time, without a wait
         else:
             time = clock.to(x_t.device, torch.float32).expand(len(x_t))
         return net_input.to(dtype), time
@@ -187,7 +192,8 @@ class Denoiser(nn.Module):
                 outside = t.detach()[~((t >= -SLACK) & (t <= 1 + SLACK))]
                 self._refuse_time(float(outside.flatten()[0]))
             alpha = self.schedule.alpha(t)
-            if need_x0 and self.prediction.name == "eps" and bool((alpha.detach() == 0).any()):
+            ends = need_x0 and self.prediction.name == "eps" and self.schedule.zero_snr  # else alpha is never 0
+            if ends and bool((alpha.detach() == 0).any()):
                 self._refuse(1.0)
             return *self.prediction.coefficients(alpha, self.schedule.sigma(t)), self.time_input(t)
         key = float(t)

@@ -96,10 +96,23 @@ class Discrete(Schedule):
             log_alpha = 0.5 * torch.log(table)
             return log_alpha, log_alpha - 0.5 * torch.log1p(-table)
 
+    @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _nodes_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The nodes on a device, copied to it once."""
+        if device.type == "cpu":
+            return self._nodes
+        if device not in self._copies:
+            log_alphas, lams = self._nodes
+            self._copies[device] = log_alphas.to(device), lams.to(device)
+        return self._copies[device]
+
     def _pieces(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log alpha and lam, each by the rule of the interval that t lies in."""
         size = len(self.alphas_cumprod)
-        log_alphas, lams = (node.to(t.device) for node in self._nodes)
+        log_alphas, lams = self._nodes_on(t.device)
         k = (torch.ceil(t.detach() * size).long() - 1).clamp(0, size - 1)
         w = t * size - k
         if self.convention == "log_alpha":
@@ -131,7 +144,7 @@ class Discrete(Schedule):
 
     def _time(self, lam: Tensor) -> Tensor:
         size = len(self.alphas_cumprod)
-        log_alphas, lams = (node.to(lam.device) for node in self._nodes)
+        log_alphas, lams = self._nodes_on(lam.device)
         k = (torch.searchsorted(-lams, -lam.detach().contiguous()) - 1).clamp(0, size - 1)
         log_alpha = _vp_log_alpha(lam)
         if self.convention == "log_alpha":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -16,29 +15,39 @@ from typing import Any
 import torch
 
 from .distillers import Student, Task
-from .distillers._rehearsal import Rehearsal, Stage, allocate
-from .errors import BadInput, whole
+from .distillers._rehearsal import Rehearsal, Stage, allocate, time_limits
+from .distillers._task import notes, option
+from .errors import BadInput, HastenError, whole
+from .files import refuse_inside, writes
 from .images import grid, png, reserve, write
 from .machine import parse, spell
+from .metrics.cost import process_peak
 from .model import Model
+from .nets.quantized import layers
+from .nets.scalar_inputs import FixedGuidance
 from .pick import pick
 from .plan import plan as compile_plan
 from .ranks import Lost, Ranks
 from .results import earlier, fingerprint, now
 from .sampling import spell as spelled
+from .shelf import check_savable
 from .train import open_data
-from .train.data import Batches, Data
+from .train.data import Batches, Data, to_float
+from .train.fingerprint import describe_data
+from .train.names import match_labels
 
 RUN = "run.json"
 LABELS = 1024  # drawn from where there are no real images
 SHOWN = 64  # images in the picture of a stage
+AT_ONCE = 16  # of them in the network
 
 
+@writes("out", unless="dry_run")
 def distill_model(
     model: Model,
     out: str | Path,
     method: str = "guided",
-    data: str | Path | None = None,
+    data: str | Path | Data | torch.Tensor | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     evaluations: float | None = None,
@@ -52,11 +61,14 @@ def distill_model(
     command: str = "",
     accumulate: int = 1,
     shard: bool = False,
+    init: Model | None = None,
 ) -> dict[str, Any]:
     """Train students of a model and save them: each stage's in `out/<stage>`, the last one also in `out` itself.
 
     method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`. data: what `open_data` reads; may be left out
         for methods that train on the teacher's own samples (`needs_data` is false): the classes then take equal parts.
+        For samples that are no images: a tensor (n, *shape), or a `Data` with labels. Images for a model of latents
+        are encoded.
     steps, minutes, evaluations: the budget of the whole run, the smallest counts (30 minutes if none is given): steps
         of training; time; evaluations of the network for one image, in floating-point operations.
     guidance_scale: that the students give (None: the model's recommended one); `guided` learns a range by itself.
@@ -64,16 +76,20 @@ def distill_model(
     show: progress bars on a terminal. say: told a line at every stage.
     accumulate: parts of a batch that are computed one after another, to need less memory. Under torchrun, the processes
     share every batch, and the pairs that some methods make; the first one writes, and all must see `out`.
+    init: what the first student begins as, in place of the teacher: another model of the same shape, classes and
+        schedule, such as an earlier student (adversarial and distribution matching polish one so).
     shard: divide the student among them (and not the teacher), for methods whose student is asked as a whole.
 
     First every stage is tried for a moment, which gives its cost and divides the budget; the result is kept in
-    `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students.
+    `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students. (But with
+    `minutes` a stage that turns out slower than in the trial by more than a tenth ends early, by the clock.)
 
     Returns a dict: folder, method, stages, evaluations, seconds, memory_bytes (of the largest moment of the trial),
     students (their names and folders).
     Raises BadInput before anything has run where something cannot be, KeyboardInterrupt at Ctrl-C, with what is kept.
     """
     distiller = pick("distillers", method)
+    check_models(model, init, distiller, method)
     ranks = Ranks.start(str(model.device))
     whole("batch_size", batch_size, 1)
     whole("accumulate", accumulate, 1)
@@ -86,41 +102,50 @@ def distill_model(
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise BadInput(f"{name} must be positive, got {value}")
     out = Path(out)
-    before = model.card.get("distilled", {})
-    begin = getattr(distiller, "start", None)
-    few = before.get("stage", "guidance") != "guidance" and begin is not None
-    if few and (begin or 2 * distiller.steps[0]) != before["steps"]:
-        raise BadInput(
-            f"{model.name} is a student of {before['steps']} steps and knows no others: "
-            f"{method.partition(':')[0]} can go on from it with start={before['steps']}"
-        )
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     teacher, denoiser = model.guided(scale), model.denoiser
-    if denoiser.net_takes_guidance and not getattr(distiller, "ranged", False):
-        # the method knows no scales: it is given the network for this one
-        denoiser = teacher = denoiser.replace(net=denoiser.net.fixed(scale), guidance_range=(scale, scale))  # type: ignore[operator]
-    source = without_images(model) if data is None else real_images(model, data)
+    first = None if init is None else init.denoiser
+    if not option(distiller, "ranged"):
+        if denoiser.net_takes_guidance:  # the method knows no scales: it is given the network for this one
+            denoiser = teacher = at_scale(denoiser, scale)
+        if first is not None and first.net_takes_guidance:
+            first = at_scale(first, scale)
+    refuse_inside(out, data)
+    source = without_images(model) if data is None else samples(model, data)
     run = {
         "schema": 1, "method": spelled(distiller), "teacher": fingerprint(model), "guidance_scale": scale,
-        "seed": seed, "batch_size": batch_size, "images": len(source),
+        "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
-    }  # fmt: skip
+    } | ({} if init is None else {"init": fingerprint(init)})  # fmt: skip
     precision = ranks.once(lambda: number_format(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
+    if first is not None:
+        first.requires_grad_(False).eval().to(model.device)
     common: dict[str, Any] = {
         "teacher": teacher, "denoiser": denoiser, "batches": Batches(source, batch_size, seed=seed),
         "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
         "device": str(model.device), "show": show and ranks.first, "accumulate": accumulate, "shard": shard,
+        "classes": None if model.classes is None else len(model.classes), "codec": model.codec,
+        "init": first,
     }  # fmt: skip
+    for line in notes(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.first else ():
+        say(line)
 
     def planned() -> dict[str, Any]:
         known = earlier(out / RUN, run, stages_of) if not dry_run else None
+        if known is not None and runtime != "auto" and known["precision"] != precision:
+            raise BadInput(
+                f"{out} is a run with runtime {known['precision']}, asked for {precision}: ask for the same, write to "
+                "another folder, or remove it"
+            )
         if known is None:
             rehearsal = Rehearsal(**common, processes=ranks.world)
             distiller.distill(rehearsal)
             allocate(rehearsal.stages, steps, minutes, evaluations)
+            # a stage that is much slower than it was in the trial ends early, so that the minutes are kept
+            limits = {} if minutes is None else time_limits(rehearsal.stages, minutes)
             known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
-                     "memory_bytes": memory(model.device)}  # fmt: skip
+                     "minutes": limits, "memory_bytes": memory(model.device)}  # fmt: skip
             if not dry_run:
                 write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
         return known
@@ -139,7 +164,9 @@ def distill_model(
     common["precision"] = known["precision"]
     saver = Saver(model, out, result, scale, command, say)
     keep = saver if ranks.first else (lambda name, student: None)
-    task = Task(**common, steps={s.name: s.steps for s in stages}, keep=keep, ranks=ranks)
+    task = Task(
+        **common, steps={s.name: s.steps for s in stages}, minutes=known.get("minutes", {}), keep=keep, ranks=ranks
+    )
     began = time.perf_counter()
     try:
         last = distiller.distill(task)
@@ -151,26 +178,97 @@ def distill_model(
     return {**result, "seconds": time.perf_counter() - began}
 
 
+def check_models(model: Model, init: Model | None, distiller: Any, method: str) -> None:
+    """Refuse, before anything runs, what cannot be distilled so or could not be saved afterwards."""
+    name = method.partition(":")[0]
+    for one in (model,) if init is None else (model, init):
+        if one.conditioning is not None:
+            raise BadInput(
+                f"{one.name} takes prompts: distilling networks that read text is not supported yet; "
+                "what works is a model without conditions or with classes"
+            )
+        if next(layers(one.denoiser.net), None) is not None or getattr(one.denoiser.net, "runs_elsewhere", False):
+            raise BadInput(
+                f"{one.name} is quantised or exported, which cannot be trained: give the model it was made from"
+            )
+        if one.denoiser.step_counts is not None:
+            raise BadInput(f"{one.name} is one network for several numbers of steps, which no method goes on from")
+    check_savable(model if init is None else init, network=not option(distiller, "adds_inputs"))
+    before = model.card.get("distilled", {})
+    if before and not (before.get("any_time") or before.get("stage") == "guidance"):
+        asks, k = option(distiller, "teacher_steps"), before["steps"]
+        direction = before.get("figures", {}).get("direction", "decode")
+        if direction != option(distiller, "direction"):
+            made = "encodes images into noise" if direction == "encode" else "makes images from noise"
+            raise BadInput(f"{model.name} {made}, which {name} cannot learn from: give it another teacher")
+        if asks not in (0, k):
+            how = f", or use {name} with start={k}" if isinstance(getattr(distiller, "start", None), int) else ""
+            what = "at any time" if asks is None else f"at the times of {asks} steps"
+            raise BadInput(
+                f"{model.name} is a student of {k} steps and knows no other times, {name} asks its teacher {what}: "
+                f"give the model that it was distilled from as the teacher, and this one as --init (init=){how}"
+            )
+    if init is None:
+        return
+    for what, mine, theirs in (
+        ("shape", tuple(init.shape), tuple(model.shape)),
+        ("classes", len(init.classes or ()), len(model.classes or ())),
+    ):
+        if mine != theirs:
+            raise BadInput(f"--init (init=) {init.name} has {what} {mine}, {model.name} has {theirs}")
+    if init.classes != model.classes:
+        raise BadInput(
+            f"--init (init=) {init.name} has the classes of {model.name} under other names or in another order"
+        )
+    if init.denoiser.schedule.to_dict() != model.denoiser.schedule.to_dict():
+        raise BadInput(f"--init (init=) {init.name} was trained on another schedule than {model.name}")
+
+
+def at_scale(denoiser: Any, scale: float) -> Any:
+    """A denoiser whose network takes a guidance scale, for one scale."""
+    net = denoiser.net
+    net = net.fixed(scale) if hasattr(net, "fixed") else FixedGuidance(copy.deepcopy(net), scale)
+    return denoiser.replace(net=net, guidance_range=(scale, scale))
+
+
+def samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
+    """Real samples of the model's shape, with the labels that it knows: `real_images`, where they are images."""
+    if isinstance(data, torch.Tensor):
+        values = data
+        data = Data(len(values), tuple(values.shape[1:]), lambda rows: values[rows], source="the tensor")  # type: ignore
+    if isinstance(data, Data):
+        if tuple(data.shape) != tuple(model.shape):
+            raise BadInput(f"{model.name} makes samples of shape {tuple(model.shape)}, data has {tuple(data.shape)}")
+        return match_labels(data, model.classes, model.name)
+    if len(model.shape) != 3 or model.codec == "raw":
+        raise BadInput(
+            f"{model.name} makes samples of shape {tuple(model.shape)}, which no images are: give data as a tensor "
+            "(n, *shape) or a Data, in Python"
+        )
+    if model.decoder is None:
+        return real_images(model, data)
+    latents = model.decoder
+    size = 2 ** (len(latents.vae.config.block_out_channels) - 1)
+    pixels = (int(latents.vae.config.in_channels), *(size * side for side in model.shape[1:]))
+    images = real_images(replace(model, shape=pixels), data)
+    return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))  # type: ignore
+
+
 def real_images(model: Model, data: str | Path) -> Data:
-    """The images and labels of `data`, checked against the model."""
+    """The images of `data`, and their labels as the model's classes, matched by name."""
     channels, height, width = model.shape
     source = open_data(data, size=(height, width), channels=channels)
-    if model.classes is None:
-        return source if source.labels is None else replace(source, labels=None, classes=None)
-    if len(source.classes or ()) != len(model.classes):
-        raise BadInput(
-            f"{model.name} has {len(model.classes)} classes, {data} has {len(source.classes or ())}: "
-            "distillation needs the labels that the model knows"
-        )
-    return source
+    return match_labels(source, model.classes, model.name)
 
 
 def without_images(model: Model) -> Data:
     """What a method gets that trains on the model's own samples alone: its classes in equal parts, and blank images."""
-    size = LABELS if model.classes is None else len(model.classes) * -(-LABELS // len(model.classes))
-    labels = None if model.classes is None else torch.arange(size) % len(model.classes)
+    known = [k for k in range(len(model.classes or ())) if k != model.denoiser.null_label]
+    size = len(known) * -(-LABELS // len(known)) if known else LABELS
+    labels = torch.tensor(known).repeat(size // len(known)) if known else None
     blank = torch.zeros(1, *model.shape, dtype=torch.uint8)
-    return Data(size, model.shape, lambda indices: blank.expand(len(indices), *model.shape), labels, model.classes)
+    shape: Any = model.shape
+    return Data(size, shape, lambda indices: blank.expand(len(indices), *model.shape), labels, model.classes)
 
 
 class Saver:
@@ -187,20 +285,24 @@ class Saver:
         folder = self.out if name is None else self.out / name
         model = self.model(name, student)
         self.result["students"][name or "."] = str(folder)
-        if (folder / "model.json").is_file():
+        if not (folder / "model.json").is_file():
+            model.save(folder)
+            if name is not None:
+                self.say(f"{name}: {folder} is saved")
+        picture = self.out / f"{name}.png"
+        if name is None or picture.is_file() or student.figures.get("direction") == "encode" or not drawable(model):
             return
-        if name is not None and student.figures.get("direction") != "encode":
-            n = SHOWN if model.classes is None else len(model.classes) * (SHOWN // len(model.classes))
-            images = model.sample(n, batch_size=n)
-            picture = png(grid(images, None if model.classes is None else len(model.classes)))
-            write(reserve(self.out / f"{name}.png"), picture)
-            self.say(f"{name}: {self.out / f'{name}.png'} is drawn, {folder} is saved")
-        model.save(folder)
+        try:
+            images, columns = drawn(model)
+            write(reserve(picture), png(grid(images, columns)))
+        except (HastenError, RuntimeError) as e:  # the student is saved, and worth more than its picture
+            first = (str(e).splitlines() or [type(e).__name__])[0]
+            print(f"hasten: {picture} is not drawn, {folder} is saved: {first}", file=sys.stderr)
 
     def model(self, name: str | None, student: Student) -> Model:
         """The student as a model with its plan, and where it comes from on its card."""
         span = student.guidance or (self.scale, self.scale)
-        denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False).cpu()  # the next stage needs its own
+        denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage needs its own
         if not denoiser.net_takes_guidance:
             denoiser = denoiser.replace(guidance_range=span)
         sampler = pick("samplers", student.sampler)
@@ -213,14 +315,31 @@ class Saver:
                 "teacher": self.teacher.name, "teacher_sha256": self.teacher.sha256, "stage": name,
                 **{key: self.result[key] for key in ("method", "stages", "evaluations", "precision")},
                 "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": now(),
-                "command": self.command,
+                "command": self.command, **({"any_time": True} if student.any_time else {}),
             },
         }  # fmt: skip
         return Model(
             denoiser, self.out.resolve().name + ("" if name is None else f"-{name}"), self.teacher.shape,
             self.teacher.classes, self.teacher.codec, student.sampler, student.times, student.steps,
             min(max(self.scale, span[0]), span[1]), plan=plan, parts=student.parts, card=card,
+            decoder=self.teacher.decoder, pipeline=self.teacher.pipeline,
         )  # fmt: skip
+
+
+def drawable(model: Model) -> bool:
+    """Whether what the model makes are images."""
+    return model.decoder is not None or (model.codec == "image" and model.shape[0] in (1, 3, 4))
+
+
+def drawn(model: Model) -> tuple[torch.Tensor, int | None]:
+    """At most 64 images of a model and how many go in a row: a column for each class, or, of many classes, one each."""
+    if model.classes is None:
+        return model.sample(SHOWN, batch_size=AT_ONCE), None
+    columns = len(model.classes)
+    if columns <= SHOWN:
+        n = columns * (SHOWN // columns)
+        return model.sample(n, batch_size=AT_ONCE), columns
+    return model.sample(SHOWN, label=list(range(SHOWN)), batch_size=AT_ONCE), None
 
 
 def stages_of(known: dict[str, Any]) -> list[Stage]:
@@ -239,7 +358,10 @@ def told(stage: Stage) -> str:
 def number_format(model: Model, runtime: str, batch_size: int) -> str:
     """`fp32` or `bf16`, as asked or as a timing of the network finds."""
     if runtime != "auto":
-        return spell(parse(runtime)).split("+")[0]
+        precision, *rest = spell(parse(runtime)).split("+")
+        if rest:
+            raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
+        return precision
     return model.runtime_for("auto", min(batch_size, 64)).split("+")[0]
 
 
@@ -247,5 +369,4 @@ def memory(device: torch.device) -> int:
     """The most bytes that were in use: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return process_peak()

@@ -18,6 +18,19 @@ class BadInput(HastenError, ValueError):
     """An argument, a file or a folder is not what it must be."""
 
 
+class NonFinite(BadInput, ArithmeticError):
+    """A result, a weight or a figure is NaN or infinity. The message says where that began, where it can be found.
+
+    images: of a sampling, the images (n, ...) up to and with the batch that has them, else None.
+    """
+
+    images: Any = None
+
+
+class Notice(UserWarning):
+    """Something that goes on, but that the user should know."""
+
+
 def nearest(asked: str, choices: Iterable[str]) -> str:
     """The end of an error message: `did you mean X? (choices: ...)`, or only the choices when nothing is near."""
     choices = list(choices)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
+from .files import remove_leftovers, temporary, write_whole
+from .finite import check_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,11 +21,81 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255."""
+    """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255.
+
+    Raises NonFinite, which names the images, where they hold NaN or infinity.
+    """
     if x.ndim != 4 or x.shape[1] not in MODES:
         raise BadInput(f"images are (n, C, H, W) with C of 1, 3 or 4, got shape {tuple(x.shape)}")
+    check_images(x)
     pixels = (x.detach().float().cpu() + 1).mul(127.5).round().clamp(0, 255)
     return pixels.byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
+    """Images that a user gives, as float32 (n, C, H, W) in [-1, 1]; NaN stays where something is unknown.
+
+    images: a tensor or NumPy array, floats in [-1, 1] or uint8, (n, C, H, W), of arrays also (n, H, W, C) or (n, H, W);
+        or a PIL image, or a list of PIL images, turned upright, put on white, brought to the channels of `shape`.
+    shape: (C, H, W) of a sample, of which the channels count; None: latents, of any range and shape.
+    Raises BadInput for other types, for integers other than uint8, for floats beyond [-1, 1] by more than a half.
+    """
+    import numpy as np
+    import torch
+
+    several = images if isinstance(images, (list, tuple)) else [images]
+    if several and all(hasattr(one, "getexif") and hasattr(one, "convert") for one in several):
+        from PIL import Image, ImageOps
+
+        def flat(one: Image.Image) -> np.ndarray:
+            one = ImageOps.exif_transpose(one) or one
+            if one.mode in ("LA", "PA", "RGBA") or "transparency" in one.info:
+                one = Image.alpha_composite(Image.new("RGBA", one.size, "white"), one.convert("RGBA"))
+            if one.mode.startswith(("I", "F")):
+                raise BadInput(f"images of PIL must have 8 bits a channel, got one of mode {one.mode}")
+            return np.array(one.convert("L" if shape is not None and shape[0] == 1 else "RGB"))
+
+        arrays = [flat(one) for one in several]
+        if len({array.shape for array in arrays}) > 1:
+            raise BadInput(f"images must have one size, found {sorted({a.shape[1::-1] for a in arrays})}")
+        images = np.stack(arrays)
+    elif isinstance(images, (list, tuple)):
+        if not images or not all(isinstance(one, (torch.Tensor, np.ndarray)) for one in images):
+            kinds = sorted({type(one).__name__ for one in images}) or ["nothing"]
+            raise BadInput(f"images must be a tensor, an array or PIL images, got a list of {', '.join(kinds)}")
+        if len({tuple(one.shape) for one in images}) > 1:
+            raise BadInput(f"images must have one shape, found {sorted({tuple(one.shape) for one in images})}")
+        images = torch.stack([torch.as_tensor(one) for one in images])
+    if isinstance(images, np.ndarray):
+        if shape is not None and images.ndim == 3 and shape[0] == 1:
+            images = images[:, None]
+        elif shape is not None and images.ndim == 4 and images.shape[1] != shape[0] == images.shape[-1]:
+            images = np.moveaxis(images, -1, 1)
+        if images.dtype.kind not in "fiub":
+            raise BadInput(f"images must be numbers, got an array of {images.dtype}")
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    if not isinstance(images, torch.Tensor):
+        raise BadInput(f"images must be a tensor, an array or PIL images, got {type(images).__name__}")
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    if not images.is_floating_point():
+        raise BadInput(f"images must be floats in [-1, 1] or uint8, got {images.dtype}")
+    high = float(images.detach().nan_to_num(0.0).abs().amax()) if images.numel() else 0.0
+    if shape is not None and high > 1.5:
+        raise BadInput(f"images must lie in [-1, 1], found values up to {high:.4g}: uint8 images are scaled for you")
+    return images if images.dtype == torch.float64 else images.float()
+
+
+def crossed(x: Tensor) -> Tensor:
+    """Images `(n, C, H, W)` with a white cross on grey in the place of those that hold NaN or infinity."""
+    import torch
+
+    height, width = x.shape[-2:]
+    rows, columns = torch.arange(height)[:, None] / max(height - 1, 1), torch.arange(width) / max(width - 1, 1)
+    near = 0.75 / max(min(height, width) - 1, 1)
+    cross = ((rows - columns).abs() <= near) | ((rows + columns - 1).abs() <= near)
+    bad = ~torch.isfinite(x).flatten(1).all(dim=1)
+    return torch.where(bad[:, None, None, None], cross.float(), x.clamp(-1, 1))
 
 
 def picture(x: Tensor) -> Image:
@@ -80,16 +150,17 @@ def read_text(path: str | Path) -> dict[str, str]:
 def reserve(path: str | Path) -> Path:
     """Make the folder of `path` and check that a file can be written there, before the time is spent to fill it.
 
-    Raises BadInput in one line where it cannot.
+    What a killed process left of the same file is removed. Raises BadInput in one line where it cannot be written.
     """
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"cannot write {path}: it is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.parent / f".{path.name}.{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        remove_leftovers(path.parent, path.name)
+        probe = temporary(path)
+        probe.touch(exist_ok=False)
+        probe.unlink(missing_ok=True)
     except OSError as e:
         raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
     return path
@@ -98,13 +169,8 @@ def reserve(path: str | Path) -> Path:
 def write(path: str | Path, data: bytes) -> Path:
     """Write a whole file or none of it: into a temporary sibling that then takes the name."""
     path = Path(path)
-    part = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        part.write_bytes(data)
-        os.replace(part, path)
+        write_whole(path, data)
     except OSError as e:
         raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
     return path

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .environment import cache_folder
 from .errors import BadInput, nearest
+from .files import write_whole
 from .runtime import Runtime, probe
 
 FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -93,19 +95,12 @@ def processor(device: torch.device) -> str:
 
 
 def notebook() -> Path:
-    """The file of notes: in $HASTEN_CACHE, or in hasten's folder of the user's cache."""
-    base = os.environ.get("HASTEN_CACHE")
-    if base is None:
-        base = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hasten")
-    return Path(base) / "runtime.json"
+    """The file of notes: in $HASTEN_CACHE, or in hasten's folder of the user's cache (`environment.cache_folder`)."""
+    return cache_folder() / "runtime.json"
 
 
 def note(file: Path, known: dict[str, str]) -> None:
     """Write the notes down; a machine where that cannot be done probes again next time."""
-    part = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known, indent=1))
-        os.replace(part, file)
-    except OSError:
-        pass
+        write_whole(file, json.dumps(known, indent=1))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from . import __version__
 from .company import heard
 from .errors import BadInput, whole
-from .images import reserve, write
+from .images import given_images, reserve, write
 from .metrics import Measure, Reference, evaluate_features, evaluate_images, extract, feature_net, net_name
+from .metrics.fashion import CLASSES as FASHION
 from .model import Label, Model
 from .pick import pick
 from .ranks import Lost, Piece, Ranks
@@ -110,6 +111,7 @@ def sample_many(
     Raises Lost where another process ends early, KeyboardInterrupt when stopped: both say what is kept.
     """
     whole("batch_size", batch_size, 1)
+    images = None if images is None else given_images(images, model.shape if model.decoder is None else None)
     if ranks.world == 1 and (keep is None or not keep.folder.exists()):
         return model.sample(n, label, seed, batch_size=batch_size, progress=progress, images=images, **setting)
     starts = range(0, n, batch_size)
@@ -184,10 +186,7 @@ def part_of(model: Model, n: int, label: Label, part: slice) -> Label:
         texts = getattr(model.conditioning, "texts", None)
         return label if texts is None else texts(n, label)[part]
     labels = model.labels(n, label)
-    if labels is None:
-        return None
-    null = model.denoiser.null_label
-    return ["none" if k == null else k for k in labels[part].tolist()]
+    return None if labels is None else labels[part]
 
 
 def told(
@@ -208,7 +207,8 @@ def told(
         "hasten": __version__, "torch": torch.__version__, "device": model.device.type, "model": model.name,
         "weights": fingerprint(model), "beside": [beside(model.conditioning), beside(model.decoder)],
         "plan": None if way.plan is None else way.plan.to_json(), "setting": spelled,
-        "label": label, "n": n, "seed": seed, "batch_size": batch_size, "processes": processes,
+        "label": label.tolist() if isinstance(label, Tensor) else label,
+        "n": n, "seed": seed, "batch_size": batch_size, "processes": processes,
         "images": None if images is None else hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(),
     }  # fmt: skip
 
@@ -260,15 +260,19 @@ def judge_many(
     known: Reference | None,
     seeds: range,
     ranks: Ranks,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Measure] | None:
     """`evaluate_images` with the looking done by all processes, each with all the images (N, C, H, W) in [-1, 1].
 
-    known: needed by the first process alone, which gets the figures; the others get None.
+    known: needed by the first process alone, which gets the figures; the others get None. classes: what `labels` are
+    indices of, matched by name to the classes of the feature network (None: these are the same).
     """
+    labels = labels if classes is None else classifier_labels(labels, classes, features)
     if ranks.world == 1:
         assert known is not None
-        return evaluate_images(images, labels, features, known, seeds)
+        return evaluate_images(images, labels, features, known, seeds, device=ranks.device)
     net, size = feature_net(features), 256
+    net = net.to(ranks.device) if isinstance(features, str) else net
     if known is not None and net_name(net) != known.features:
         raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
 
@@ -281,3 +285,30 @@ def judge_many(
         return None
     columns = [torch.cat(column) for column in zip(*[piece for piece in found if piece is not None])]
     return evaluate_features(columns[0], known, columns[1] if len(columns) > 1 else None, labels, seeds)
+
+
+def classifier_labels(labels: Tensor | None, classes: Sequence[str], features: str | nn.Module) -> Tensor | None:
+    """Labels (n,) of a model's `classes` as those of a classifier, matched by name.
+
+    None, which is printed, where class accuracy cannot be measured: it does not know them all, or an image has none.
+    """
+    from .train.names import class_of, is_number
+    from .train.notes import listed, note
+
+    names = FASHION if features == "fashion" else getattr(features, "classes", None)
+    if labels is None:
+        return None
+    used = sorted(set(labels.tolist()))
+    if used and used[-1] >= len(classes):
+        note("class accuracy is not measured: some images were drawn without a class")
+        return None
+    if names is None or isinstance(names, int):
+        return labels
+    index = {k: class_of(k, classes, names) for k in used}
+    if all(map(is_number, classes)) and None in index.values() and len(classes) == len(names):
+        index = {k: class_of(int(classes[k]), names, names) if int(classes[k]) < len(names) else None for k in used}
+    lost = [classes[k] for k, found in index.items() if found is None]
+    if lost:
+        note(f"class accuracy is not measured: the feature network does not know the classes {listed(lost)}")
+        return None
+    return torch.tensor([index[k] for k in labels.tolist()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from . import shelf
 from .accelerators import Ahead, Call, Recorder, accelerate
 from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest, whole
+from .finite import check_sample
 from .guides.cfg import CFG, told_steps
+from .images import given_images
 from .machine import choose, parse, spell
 from .noise import LARGEST_SEED
 from .pick import pick
@@ -22,7 +24,7 @@ from .plan import Plan
 from .resolve import checked, grid_of, spelled
 from .sampling import Callback, Noise, Progress, Way, compiled, draw, part
 
-Label = int | str | Sequence[int | str] | None
+Label: TypeAlias = int | str | Sequence[int | str] | Tensor | None
 RECOMMENDED = "recommended"
 KEPT = 4  # accelerated denoisers of a model
 
@@ -33,20 +35,22 @@ class Model:
 
     denoiser: `forward(x_t (B, C, H, W), t, label=) -> x0 (B, C, H, W)`.
     shape: `(C, H, W)` of one sample. classes: class names in label order, or None for an unconditional model.
-    codec: what a sample is; `image` is pixels in [-1, 1].
+    codec: what a sample is: `image`, pixels in [-1, 1]; `latent`, of an autoencoder; `raw`, anything else, which is
+        left as it is (points, audio, video): what a shape of other than three dimensions is taken for.
     sampler, times, steps, guidance_scale: what `sample` uses where it is not told, spelled as `pick` reads them.
     plan: what `sample` uses instead where it is told none of sampler, times and other steps. plans: more, by name.
     statistics, parts: tensors measured on the model and small networks beside it, by name: what tuning leaves for the
         methods that need it.
     conditioning: of a model that takes prompts where others take labels: `cond(n, prompt, seed)` gives what the network
         is told (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
+    pipeline: of diffusers, with which the network was loaded and can be saved again.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
 
     denoiser: Denoiser
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: tuple[str, ...] | None = None
     codec: str = "image"
     sampler: str = "unipc"
@@ -61,7 +65,12 @@ class Model:
     parts: dict[str, nn.Module] = field(default_factory=dict)
     conditioning: Any = None
     decoder: Any = None
+    pipeline: Any = None
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.codec == "image" and len(self.shape) != 3:
+            self.codec = "raw"
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +88,10 @@ class Model:
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.
 
-        label: one class (its index or its name) for all images; a sequence, of which image k gets entry `k % len`;
-            `"none"`: no class, the label that guidance calls unconditional; or None: image k gets class `k % C`.
+        label: one class for all images: its name in any case, or its index, but a number that is the name of a class is
+            that name; a sequence, of which image k gets entry `k % len`; `"none"`: no class, the label that guidance
+            calls unconditional; a tensor of integers: indices, as the network takes them; None: image k gets class
+            `k % C`.
         Raises BadInput for a label that the model does not have.
         """
         if self.conditioning is not None:
@@ -89,15 +100,9 @@ class Model:
             if label is not None:
                 raise BadInput(f"{self.name} has no classes, so label={label!r} means nothing to it")
             return None
-        if label is None:
-            chosen: list[int] = list(range(len(self.classes)))
-        elif isinstance(label, (int, str)) or not isinstance(label, Sequence):
-            chosen = [self.class_index(label)]
-        else:
-            chosen = [self.class_index(entry) for entry in label]
-        if not chosen:
-            raise BadInput("label is an empty list: give one class or more")
-        return torch.tensor([chosen[k % len(chosen)] for k in range(n)], dtype=torch.long)
+        from .train.names import label_indices
+
+        return label_indices(n, label, self.classes, self.denoiser.null_label, self.name)
 
     def conditions(self, n: int, label: Label = None, seed: int = 0) -> dict[str, Tensor]:
         """What tells the network apart the `n` samples (n, ...): their labels, or what is made of their prompts."""
@@ -117,22 +122,11 @@ class Model:
         return told
 
     def class_index(self, label: int | str) -> int:
-        """The index of a class given by index, by digits or by name in any case; of "none" the null label."""
-        names = list(self.classes or ())
-        lowered = [name.lower() for name in names]
-        if isinstance(label, str) and label.strip().lower() in lowered:
-            return lowered.index(label.strip().lower())
-        if isinstance(label, str) and label.strip().lower() == "none":
-            if self.denoiser.null_label is None:
-                raise BadInput(f"{self.name} was trained without a null label: it needs a class for every image")
-            return self.denoiser.null_label
-        if isinstance(label, str) and label.strip().lstrip("-").isdigit():
-            label = int(label)
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-            return label
-        listed = [f"{k} {name}" for k, name in enumerate(names)]
-        hint = nearest(label, names) if isinstance(label, str) else f"choices: {', '.join(listed)}"
-        raise BadInput(f"unknown label {label!r} for {self.name}: {hint}")
+        """The index of a class given by name in any case, or by index where no class is named by a number; of "none"
+        the null label."""
+        from .train.names import class_index
+
+        return class_index(label, self.classes or (), self.denoiser.null_label, self.name)
 
     @torch.no_grad()
     def sample(
@@ -150,11 +144,11 @@ class Model:
         guides: Sequence[Any] = (),
         start: Any = None,
         plan: Any = None,
-        images: Tensor | None = None,
+        images: Any = None,
         accelerators: Sequence[Any] = (),
         callback: Callback | None = None,
     ) -> Tensor:
-        """`n` images, `(n, C, H, W)` float32 in [-1, 1], on the CPU.
+        """`n` images, `(n, C, H, W)` float32 in [-1, 1], on the CPU; other samples (see `codec`) as `(n, *shape)`.
 
         Image k depends on `seed + k` and its label alone, not on `n` or `batch_size` (but under a guide that steers a
         whole batch, which says so).
@@ -169,7 +163,8 @@ class Model:
         guides: more guides, such as `"interval:low=0.2,high=5"`, in the order in which they wrap the model.
         start: where sampling begins, such as `"ccdf:time=0.3"`; None: from noise.
         plan: one of `plans` by name, a plan's .json file, or a `Plan`, in place of sampler, times and steps.
-        images: (n, ...), what a start such as `ccdf` begins from.
+        images: (n, ...), what a start such as `ccdf` begins from: a tensor or NumPy array, floats in [-1, 1] or uint8,
+            or PIL images.
         accelerators: what makes an evaluation cheaper, such as `"encoder_propagation"`, in any order.
         callback: called after each evaluation as `callback(step, t, x, x0)`, for one batch after the other; see `walk`.
         Raises BadInput for a value that cannot be, with the nearest that can.
@@ -179,13 +174,15 @@ class Model:
         if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         way = self.way(sampler, times, steps, guidance_scale, guides, start, plan, accelerators)
+        if images is not None:
+            images = given_images(images, self.shape if self.decoder is None else None)
         if images is not None and len(images) != n:
             raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")
         if images is not None and start is None:
             raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
         conditions = self.conditions(n, label, seed)
         device = self.device
-        made = []
+        made: list[Tensor] = []
         machine = parse(self.runtime_for(runtime, min(n, batch_size)), device.type)
         machine.prepare(self.denoiser)
         with machine.apply():
@@ -193,18 +190,18 @@ class Model:
                 count = min(batch_size, n - first)
                 noise = Noise(range(seed + first, seed + first + count), self.shape, torch.float32, device)
                 cond = {key: value[first : first + count] for key, value in conditions.items()}
-                denoiser, x = way.denoiser, None
+                denoiser, x, given = way.denoiser, None, None
                 if way.start is not None:
                     given = None if images is None else images[first : first + count].to(device)
                     denoiser = way.start.wrap(denoiser, given) if hasattr(way.start, "wrap") else denoiser
                     x = way.start.begin(denoiser, noise, way.times[0], given, **cond)
                 tick = part(progress, first, n, batch_size)
-                x = draw(
-                    denoiser, way.sampler, way.times, noise, x=x, plan=way.plan, progress=tick, callback=callback,
-                    cond=cond,
-                )  # fmt: skip
+                how: dict[str, Any] = {"plan": way.plan, "progress": tick, "callback": callback, "cond": cond}
+                x = draw(denoiser, way.sampler, way.times, noise, x=x, **how)
                 x = x if self.decoder is None else self.decoder.decode(x)
-                made.append(x.float().clamp(-1, 1).cpu())
+                check_sample(x, made, way, denoiser, noise, given, cond, self.decoder, runtime)
+                pixels = self.codec == "image" or self.decoder is not None
+                made.append((x.float().clamp(-1, 1) if pixels else x.float()).cpu())
         return torch.cat(made)
 
     def way(
@@ -260,6 +257,8 @@ class Model:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
             raise BadInput(f"guidance_scale must be a finite number, got {scale!r}")
+        if hasattr(self.conditioning, "guidance"):
+            scale = self.conditioning.guidance(scale)
         unguided = self.classes is None and self.conditioning is None
         if scale != 1 and unguided and self.denoiser.guidance_range is None:
             raise BadInput(f"{self.name} has no classes to guide towards: guidance_scale must be 1, got {scale:g}")
@@ -384,10 +383,12 @@ class Model:
         return shelf.describe(self)
 
 
-def load(name: Any, device: str | torch.device | None = None) -> Model:
+def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_code: bool = False) -> Model:
     """A model by bundled name or by folder; or a pipeline of `diffusers`, itself, by its folder or by its hub id.
 
     device: by default the CPU; a pipeline itself stays where it is.
+    networks: classes of one's own networks; one whose module this process has imported need not be given.
+    trust_code: allow the import of the module of a network's class, which runs its code.
 
     Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the
     one in model.json) or of another shape than the network.
@@ -396,4 +397,4 @@ def load(name: Any, device: str | torch.device | None = None) -> Model:
         from .adapters.diffusers import load_pipeline
 
         return load_pipeline(name, device=device)
-    return Model(**shelf.read(shelf.find(name))).to(device or "cpu")
+    return Model(**shelf.read(shelf.find(name), networks, trust_code)).to(device or "cpu")

@@ -23,6 +23,7 @@ from .sampling import spell
 
 __all__ = ["names", "pick", "spell"]
 
+LARGEST = 1e15  # magnitude of a finite option
 WORDS = {"true": True, "false": False, "none": None, "inf": math.inf, "nan": math.nan}
 
 
@@ -140,9 +141,10 @@ def _parse(text: str) -> Any:
     if text[0] + text[-1] in ("()", "[]"):
         return tuple(_parse(piece.strip()) for piece in _split(text[1:-1]) if piece.strip())
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    return text if isinstance(value, float) and math.isinf(value) else value  # 1e999 is no number
 
 
 def _typed(what: str, value: Any, hint: Any) -> Any:
@@ -152,6 +154,8 @@ def _typed(what: str, value: Any, hint: Any) -> Any:
         hints = ""
         if typing.get_origin(hint) is typing.Literal and isinstance(value, str):
             hints = ": " + nearest(value, [str(choice) for choice in typing.get_args(hint)])
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _fit(1, hint)[0] and value == value:
+            hints = f", which is beyond {LARGEST:g}" if abs(value) > LARGEST else hints
         raise BadInput(f"{what} must be {_said(hint)}, found {value!r}{hints}")
     return converted
 
@@ -174,13 +178,18 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
         pairs = [_fit(v, h) for v, h in zip(value, each)]
         return len(each) == len(value) and all(fits for fits, _ in pairs), tuple(v for _, v in pairs)
     if hint is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and sensible(value)
         return number, float(value) if number else None
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64, value
     if hint is type(None):
         return value is None, None
     return isinstance(value, origin or hint), value
+
+
+def sensible(value: float) -> bool:
+    """Whether a number can be an option: infinity can (no bound), NaN and what overflows when it is squared cannot."""
+    return math.isinf(value) or abs(value) <= LARGEST
 
 
 def _said(hint: Any) -> str:

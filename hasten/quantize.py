@@ -17,10 +17,13 @@ from torch import Tensor
 from .accelerators._work import ROUNDING, STEPS, Book, Learned, Work, relative_error
 from .accelerators.quantize import Quantize
 from .errors import BadInput
+from .files import writes
+from .finite import check_finite, check_weights
 from .images import reserve, write
 from .model import Model
 from .results import earlier, fingerprint, now
 from .sampling import spell
+from .shelf import check_savable
 from .tune import is_half, watched
 
 RUN, BLOCKS = "run.json", "blocks"
@@ -29,6 +32,7 @@ MOST = 20_000  # iterations of a block, the paper's number: more are not made ho
 SHARE = 0.25  # of the time for learning that steps get beside rounding
 
 
+@writes("out")
 def quantize_model(
     model: Model,
     out: str | Path,
@@ -82,6 +86,8 @@ def quantize_model(
         raise BadInput("give minutes or iterations, not both")
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
         raise BadInput(f"minutes must be positive, got {minutes}")
+    check_savable(model, network=False)
+    check_weights(model.denoiser, model.name)
     out, began = Path(out), time.perf_counter()
     asked = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}
     setting = model.setting(**asked)  # type: ignore[arg-type]
@@ -111,6 +117,7 @@ def quantize_model(
         "bytes_fp32": sum(4 * p.numel() for p in model.denoiser.net.parameters()),
         "date": now(), "command": command,
     }  # fmt: skip
+    check_finite("quantize: the record of what was found", record)
     made = replace(model, denoiser=denoiser, name=out.resolve().name, card={**model.card, "quantized": record})
     made.save(out, half=is_half(model))
     shutil.rmtree(out / BLOCKS, ignore_errors=True)

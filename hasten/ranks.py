@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .company import SILENCE, Lost, heard, line, variable
+from .environment import launched
 from .errors import BadInput
 
 __all__ = ["Lost", "Ranks", "launched", "own_device"]
@@ -253,11 +254,6 @@ class Ranks:
                     time.sleep(0.05)
             return line.store.add("spoken", 1) == 1
         return own or self.first  # the store is gone too
-
-
-def launched() -> int:
-    """How many processes torchrun started; 1 where it was not torchrun that started this one."""
-    return variable("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def own_device(device: str | None, local: int | None) -> torch.device:

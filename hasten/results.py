@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .errors import BadInput
+from .files import contents, difference, read_json_lines
 from .images import reserve, write
 
 if TYPE_CHECKING:
@@ -38,13 +39,14 @@ class Store:
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, reserve(out / "results.jsonl")
         self.rows: dict[str, dict[str, Any]] = {}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                self.rows[row["key"]] = row
-            except (json.JSONDecodeError, KeyError, TypeError) as e:
-                raise BadInput(f"{self.path}, line {number}: not a row of hasten compare; choose another folder") from e
+        found = read_json_lines(self.path)  # a line that was cut is left out, and its row is made again
+        text = self.path.read_bytes().strip(b"\0 \r\n\t") if self.path.is_file() else b""
+        if not found and text and not text.startswith(b'{"key'):
+            raise BadInput(f"{self.path} holds no rows of hasten compare: choose another folder")
+        for number, row in enumerate(found, 1):
+            if not isinstance(row.get("key"), str) or "protocol" not in row:
+                raise BadInput(f"{self.path}, row {number}: not a row of hasten compare; choose another folder")
+            self.rows[row["key"]] = row
 
     def put(self, *rows: dict[str, Any]) -> None:
         """Add or replace rows on disk."""
@@ -85,9 +87,22 @@ def fingerprint(model: Model) -> str:
     for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for part in ("schedule", "prediction", "clock"):
+    for part in ("schedule", "prediction", "clock", "null_label", "guidance_range"):
         digest.update(repr(getattr(model.denoiser, part, None)).encode())
+    net = getattr(model.denoiser, "net", None)
+    digest.update(f"{type(net).__name__} {model.classes} {model.codec}".encode())
+    config = getattr(net, "config", None)  # of a network of ours; those of diffusers hold paths and versions
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode() if type(config) is dict else b"")
     return digest.hexdigest()
+
+
+def hash_of(*tensors: torch.Tensor) -> str:
+    """16 hexadecimal digits of tensors."""
+    digest = hashlib.sha256()
+    for value in tensors:
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def now() -> str:
@@ -103,19 +118,18 @@ def earlier(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], ob
     """
     out = file.parent
     if not file.is_file():
-        if (out / "model.json").exists():
-            raise BadInput(f"{out} holds a model already: choose another folder")
+        if found := contents(out):
+            raise BadInput(f"{out} holds {found} already: choose another folder")
         return None
     try:
         known = json.loads(file.read_text())
-        different = [key for key, value in json.loads(json.dumps(run)).items() if known.get(key) != value]
-        if not different:
+        different = difference(known, run)
+        if different is None:
             read(known)
             return known
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise BadInput(f"cannot read {file}: {e}") from e
-    key = different[0]
+    key, old, new = different
     raise BadInput(
-        f"{out} is a run with {key} {known.get(key)}, asked for {run[key]}: "
-        "ask for the same, or write to another folder"
+        f"{out} is a run with {key} {old}, asked for {new}: ask for the same, write to another folder, or remove it"
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,31 +17,41 @@ from torch import Tensor
 from . import zoo
 from .denoiser import Denoiser
 from .errors import BadInput, nearest
+from .files import locked, remove_leftovers, temporary
+from .finite import check_finite
+from .model_files import replace_files
 from .plan import Plan
 from .predictions import prediction_from
 from .schedules import schedule_from_dict
-from .weights import fill, restored, sha256, store
+from .weights import fill, is_diffusers, is_ours, refusal, restored, sha256, store
 from .weights import told as network
 
 if TYPE_CHECKING:
     from .model import Model
 
 SCHEMA = 1
+WAIT = 30.0  # seconds that a save waits for another one into the same folder
 DESCRIPTION, WEIGHTS, PLAN, STATISTICS = "model.json", "weights.safetensors", "plan.json", "statistics.safetensors"
 
 
 def save(model: Model, folder: Path, half: bool = False) -> Path:
     """Write a model's folder; see `Model.save`."""
-    if model.card.get("pipeline"):
-        raise BadInput(f"{model.name} is a pipeline of diffusers: save that, pipe.save_pretrained(folder)")
-    part = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    as_pipeline = check_savable(model)
     try:
-        part.mkdir(parents=True)
-        store(model.denoiser.net, part / WEIGHTS, half)
-        if hasattr(model.denoiser.net, "write_files"):  # one that another library runs, with a graph of its own
-            model.denoiser.net.write_files(part)
-        model.sha256 = sha256(part / WEIGHTS)
-        told = describe(model)
+        with locked(folder, wait=WAIT):
+            remove_leftovers(folder.parent, folder.name)  # of versions that wrote there
+            return commit(model, folder, half, as_pipeline)
+    except OSError as e:
+        raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
+
+
+def commit(model: Model, folder: Path, half: bool, as_pipeline: bool) -> Path:
+    """Write all files of a model into a temporary folder, and exchange those of `folder` for them at once."""
+    part = temporary(folder / "model")
+    try:
+        part.mkdir()
+        replaced = write_network(model, part, half, as_pipeline)
+        told = describe(model) | replaced
         if model.plan is not None:
             (part / PLAN).write_text(model.plan.to_json())
         for name, plan in model.plans.items():
@@ -52,20 +64,61 @@ def save(model: Model, folder: Path, half: bool = False) -> Path:
             (part / "parts").mkdir(exist_ok=True)
             store(net, part / told["parts"][name]["file"], half)
             told["parts"][name]["sha256"] = sha256(part / told["parts"][name]["file"])
-        (part / DESCRIPTION).write_text(json.dumps(told, indent=2) + "\n")
-        if folder.is_dir() and any(folder.iterdir()):
-            files = [file for file in part.rglob("*") if file.is_file()]
-            for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
-                target = folder / file.relative_to(part)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
-        else:
-            os.replace(part, folder)
-    except OSError as e:
-        raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
+        replace_files(part, folder, told)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def check_savable(model: Model, network: bool = True) -> bool:
+    """Refuse a model that could not be saved, before any work is done on it; whether it becomes a pipeline's folder.
+
+    network: it keeps a network of its kind; False: it will be saved with one that diffusers cannot express (integer
+    layers, a graph of another library, further inputs).
+
+    Raises BadInput with the reason and what would work.
+    """
+    net = model.denoiser.net
+    if is_diffusers(net) and model.pipeline is not None:
+        from .adapters._saving import fits_pipeline
+
+        if fits_pipeline(model, network):
+            if why := refusal(net):
+                raise BadInput(f"{model.name} cannot be saved: {why}")
+            return True
+    if model.conditioning is not None:
+        raise BadInput(
+            f"{model.name} takes prompts: its network can only be saved in its pipeline's folder, and diffusers has no "
+            "place there for integer layers, exported graphs or further inputs: use them within a program, as in "
+            "hasten.accelerate(pipe, 'quantize:weights=8')"
+        )
+    if why := refusal(net):
+        raise BadInput(f"{model.name} cannot be saved: {why}")
+    for name, part in model.parts.items():
+        if why := refusal(part):
+            raise BadInput(f"{model.name} cannot be saved with its part {name}: {why}")
+    return False
+
+
+def write_network(model: Model, part: Path, half: bool, as_pipeline: bool) -> dict[str, Any]:
+    """Write the network's files into the folder `part`; what model.json says otherwise than `describe` does."""
+    net = model.denoiser.net
+    if as_pipeline:
+        from .adapters._saving import save_pipeline
+
+        told = save_pipeline(model, part)
+        model.sha256 = sha256(part / told["file"])
+        return {"net": told["net"], "weights": {"file": told["file"], "sha256": model.sha256}}
+    store(net, part / WEIGHTS, half)
+    if hasattr(net, "write_files"):  # one that another library runs, with a graph of its own
+        net.write_files(part)
+    model.sha256 = sha256(part / WEIGHTS)
+    if model.decoder is None:
+        return {"weights": {"file": WEIGHTS, "sha256": model.sha256}}
+    from .adapters._saving import save_decoder
+
+    save_decoder(model, part)
+    return {"decoder": True, "weights": {"file": WEIGHTS, "sha256": model.sha256}}
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -90,6 +143,8 @@ def describe(model: Model) -> dict[str, Any]:
         "weights": {"file": WEIGHTS, "sha256": model.sha256},
         "card": model.card,
     }
+    if type(denoiser).__name__ == "FlowDenoiser":
+        told["flow_clock"] = True  # the network is told sigma, not t
     if denoiser.guidance_range is not None:
         told["guidance_range"] = list(denoiser.guidance_range)
     if model.plans:
@@ -147,25 +202,39 @@ def find(name: str | Path) -> Path:
     raise BadInput(f"unknown model {str(name)!r}: {nearest(str(name), cards)}, or a folder with a {DESCRIPTION}")
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The arguments of `Model` for the model in a folder, checked part by part."""
+def read(folder: Path, networks: Sequence[type] = (), trust_code: bool = False) -> dict[str, Any]:
+    """The arguments of `Model` for the model in a folder, checked part by part. networks, trust_code: see `load`.
+
+    Where another process saves a new model there meanwhile, that one is read.
+    """
+    for _ in range(10):
+        try:
+            text = (folder / DESCRIPTION).read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
+        try:
+            return fields_of(folder, text, networks, trust_code)
+        except (BadInput, OSError):
+            with contextlib.suppress(OSError, ValueError):
+                if (folder / DESCRIPTION).read_text(encoding="utf-8") != text:
+                    continue
+            raise
+    raise BadInput(f"cannot read {folder / DESCRIPTION}: it changes all the time")
+
+
+def fields_of(folder: Path, text: str, networks: Sequence[type], trust_code: bool) -> dict[str, Any]:
+    """The arguments of `Model` that the text of a model.json amounts to."""
     try:
-        told = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as e:
+        told = json.loads(text)
+    except ValueError as e:
         raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
     if not isinstance(told, dict) or told.get("schema") != SCHEMA:
         found = told.get("schema") if isinstance(told, dict) else type(told).__name__
         raise BadInput(f"{folder / DESCRIPTION} has schema {found!r}, this version of hasten reads {SCHEMA}")
     try:
-        net = restored(told["net"])
-        denoiser = Denoiser(
-            net,
-            schedule_from_dict(told["schedule"]),
-            prediction_from(told["prediction"]),
-            clock=told["clock"],
-            null_label=told["null_label"],
-            guidance_range=told.get("guidance_range"),
-        )
+        base = opened(folder, told) if "slot" in told["net"] else None
+        net = restored(told["net"], networks, trust_code) if base is None else base.denoiser.net
+        denoiser = denoiser_of(net, told)
         fields = dict(
             denoiser=denoiser,
             shape=tuple(told["shape"]),
@@ -173,8 +242,13 @@ def read(folder: Path) -> dict[str, Any]:
             plan=plan_in(folder, told["plan"]) if told.get("plan") else None,
             plans={name: plan_in(folder, file) for name, file in (told.get("plans") or {}).items()},
             statistics=statistics_in(folder, told.get("statistics")),
-            parts={name: part_in(folder, part) for name, part in (told.get("parts") or {}).items()},
+            parts={
+                name: part_in(folder, part, networks, trust_code) for name, part in (told.get("parts") or {}).items()
+            },
             sha256=told["weights"]["sha256"],
+            conditioning=None if base is None else base.conditioning,
+            decoder=decoder_in(folder, told) if base is None else base.decoder,
+            pipeline=None if base is None else base.pipeline,
             **{key: told[key] for key in ("name", "codec", "sampler", "times", "steps", "guidance_scale", "card")},
         )
         weights = folder / told["weights"]["file"]
@@ -185,11 +259,50 @@ def read(folder: Path) -> dict[str, Any]:
         raise
     except (TypeError, ValueError, AttributeError) as e:
         raise BadInput(f"{folder / DESCRIPTION} does not describe a model: {e}") from e
-    fill(net, weights, str(told["weights"]["sha256"]))
+    if base is None:
+        fill(net, weights, str(told["weights"]["sha256"]))
     if hasattr(net, "open_files"):
         net.open_files(folder)
     denoiser.eval().requires_grad_(False)
     return fields
+
+
+def denoiser_of(net: torch.nn.Module, told: dict[str, Any]) -> Denoiser:
+    """The network with its schedule and prediction, of the kind that model.json names."""
+    kind = Denoiser
+    if told.get("flow_clock"):
+        from .adapters._schedules import FlowDenoiser
+
+        kind = FlowDenoiser
+    return kind(
+        net,
+        schedule_from_dict(told["schedule"]),
+        prediction_from(told["prediction"]),
+        clock=told["clock"],
+        null_label=told["null_label"],
+        guidance_range=told.get("guidance_range"),
+    )
+
+
+def opened(folder: Path, told: dict[str, Any]) -> Model:
+    """The pipeline in a folder that also has a model.json, after the hash of its network's weights is checked."""
+    from .adapters._saving import open_saved
+
+    file = folder / told["weights"]["file"]
+    if not file.is_file():
+        raise BadInput(f"{file} is missing: model.json names it")
+    if (found := sha256(file)) != (expected := str(told["weights"]["sha256"])):
+        raise BadInput(f"{file} is not the file that model.json names: sha256 {found[:12]}, expected {expected[:12]}")
+    return open_saved(folder)
+
+
+def decoder_in(folder: Path, told: dict[str, Any]) -> Any:
+    """The image decoder of a model of latents, where model.json names one."""
+    if not told.get("decoder"):
+        return None
+    from .adapters._saving import open_decoder
+
+    return open_decoder(folder)
 
 
 def plan_in(folder: Path, file: str) -> Plan:
@@ -213,12 +326,16 @@ def statistics_in(folder: Path, told: dict[str, Any] | None) -> dict[str, Tensor
         raise BadInput(f"{file} is missing: model.json names it")
     if (found := sha256(file)) != told["sha256"]:
         raise BadInput(f"{file} is not the file that model.json names: sha256 {found[:12]}, not {told['sha256'][:12]}")
-    return {name: value.to(torch.float64) for name, value in load_file(file).items()}
+    tensors = {name: value.to(torch.float64) for name, value in load_file(file).items()}
+    check_finite(f"{file}: the statistics", tensors)
+    return tensors
 
 
-def part_in(folder: Path, told: dict[str, Any]) -> torch.nn.Module:
+def part_in(
+    folder: Path, told: dict[str, Any], networks: Sequence[type] = (), trust_code: bool = False
+) -> torch.nn.Module:
     """A small network beside the model's own."""
-    net = restored(told)
+    net = restored(told, networks, trust_code)
     fill(net, folder / told["file"], str(told["sha256"]))
     return net.eval().requires_grad_(False)
 
@@ -227,6 +344,12 @@ def fits(told: dict[str, Any]) -> None:
     """Refuse a shape or classes that the network was not built for, where the network tells."""
     name, net, classes = told["name"], told["denoiser"].net, told["classes"] or ()
     config, side = getattr(net, "config", {}), getattr(net, "multiple", 1)
+    if not is_ours(net):
+        return  # what another network's config means is not known
+    if len(told["shape"]) != 3:
+        if hasattr(net, "multiple"):
+            raise BadInput(f"{name}: samples of shape {told['shape']} do not fit its network, which takes images")
+        return
     channels, height, width = told["shape"]
     if config.get("channels", channels) != channels or height % side or width % side:
         raise BadInput(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+
+from .environment import is_terminal
 
 
 def spell(verb: str, argument: str, options: Mapping[str, object]) -> str:
@@ -33,7 +36,16 @@ def versions() -> str:
 
 def tell(result: object, text: str, json: bool) -> None:
     """The result on stdout: JSON for machines, or the text for people."""
-    print(jsonlib.dumps(result, indent=2) if json else text, flush=True)
+    print(jsonlib.dumps(finite(result), indent=2, allow_nan=False) if json else text, flush=True)
+
+
+def finite(value: object) -> object:
+    """The same for JSON, which has no NaN and no infinity: null in their place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def plain(value: object) -> str:
@@ -45,7 +57,7 @@ def plain(value: object) -> str:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr while that is a terminal; yields what to call with (done, of how many), or None."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console

@@ -11,17 +11,20 @@ import torch
 
 from .denoiser import Denoiser
 from .errors import BadInput
+from .files import contents, refuse_inside, writes
 from .machine import choose, parse, spell
-from .model import Model
+from .model import Model, load
 from .nets.unet import UNet
 from .predictions import V
 from .ranks import Ranks
 from .schedules import VPCosine
+from .train.checkpoint import read_log, saved_run
 from .train.data import Batches, Data, open_data
 from .train.fit import Fit, Player
 from .train.losses import DenoisingLoss
 
 
+@writes("out")
 def train_model(
     data: str | Path | Data,
     out: str | Path,
@@ -53,30 +56,41 @@ def train_model(
     data, size, channels, label: as `open_data` takes them. steps, minutes: the budget, 30 minutes if neither is given.
     widths: channels of each resolution, finest first (default: by the side of the images). blocks: residual blocks a
     level. patch: side of the squares that the network takes as one pixel. lr: peak rate of AdamW.
-    runtime: `fp32`, `bf16` (autocast), or `auto`: what is faster here. show: a progress bar on a terminal.
+    runtime: `fp32`, `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last` as wanted; `auto`:
+    the number format that is faster here, or that of the run that goes on. show: a progress bar on a terminal.
     accumulate: parts of a batch that are computed one after another, to need less memory. Under torchrun, each process
     takes its share of every batch, and the first one writes (see `Fit`). shard: divide the network among them too.
 
-    Raises BadInput for data or settings that cannot be used, HastenError where the loss stops being finite, and
-    KeyboardInterrupt, with a line that says what was kept, at Ctrl-C.
+    Raises BadInput for data or settings that cannot be used, where `out` lies inside the data, holds another model or
+    the run of other data or settings, or is written by another process; HastenError where the loss stops being finite,
+    and KeyboardInterrupt, with a line that says what was kept, at Ctrl-C.
 
     Reference: Salimans, Ho 2022, 2202.00512 (v-prediction); Ho, Salimans 2022, 2207.12598 (label dropout).
     """
+    refuse_inside(out, data)
     source = data if isinstance(data, Data) else open_data(data, size=size, channels=channels, label=label)
     out = Path(out)
     if steps is None and minutes is None:
         minutes = 30.0
     ranks = Ranks.start(device)
+    before = ranks.once(lambda: saved_run(out / "checkpoint.pt"))
     torch.manual_seed(seed)
     net = network(source, widths, blocks, patch)
-    denoiser = Denoiser(net, VPCosine(offset=0.0), V(), null_label=net.classes or None)
-    loss = DenoisingLoss(label_drop=label_drop)
-    precision = ranks.once(lambda: number_format(denoiser, source, runtime, batch_size, ranks.device))
+    dropped = label_drop if source.labels is not None else 0.0  # without it the network never sees the null label
+    denoiser = Denoiser(net, VPCosine(offset=0.0), V(), null_label=net.classes if net.classes and dropped else None)
+    loss = DenoisingLoss(label_drop=dropped)
+    precision = before.get("precision") if runtime == "auto" else None
+    precision = precision or ranks.once(lambda: number_format(denoiser, source, runtime, batch_size, ranks.device))
     fit = Fit(
         steps=steps, minutes=minutes, precision=precision, seed=seed, device=device, accumulate=accumulate, shard=shard
     )
+    finished = bool(before) and fit.progress(before["step"], before["seconds"]) >= 1
+    ranks.once(lambda: check_folder(out, finished))
     player = Player("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
-    averaged = fit([player], Batches(source, batch_size, seed=seed, flip=flip), out, show)["model"]
+    settings = {"network": net.config, "label_drop": dropped}
+    averaged = fit([player], Batches(source, batch_size, seed=seed, flip=flip), out, show, settings)["model"]
+    if finished and (kept := ranks.once(lambda: is_saved(out, before["step"]))):
+        return load(kept)  # with what was found for it since, such as plans
     assert isinstance(averaged, Denoiser)
     card: dict[str, Any] = {
         "data": source.source,
@@ -85,7 +99,8 @@ def train_model(
         "lr": lr,
         "seed": seed,
         "precision": precision,
-        "label_drop": label_drop if source.labels is not None else 0.0,
+        "label_drop": dropped,
+        "flip": flip,
         "last": last_line(out / "log.jsonl"),
     }
     model = Model(
@@ -93,7 +108,7 @@ def train_model(
         name=name or out.resolve().name,
         shape=source.shape,
         classes=source.classes,
-        guidance_scale=1.5 if source.classes else 1.0,
+        guidance_scale=1.5 if source.classes and dropped else 1.0,
         card=card,
     )
     if ranks.first:
@@ -124,14 +139,42 @@ def network(data: Data, widths: Sequence[int] | None, blocks: int, patch: int | 
 
 
 def number_format(denoiser: Denoiser, data: Data, runtime: str, batch_size: int, device: torch.device) -> str:
-    """`fp32` or `bf16`, as asked or as a timing of the forward pass finds."""
+    """What was asked for, or `fp32` or `bf16`, as a timing of the forward pass finds."""
     if runtime != "auto":
-        return spell(parse(runtime)).split("+")[0]
+        return spell(parse(runtime))
     x = torch.randn(min(batch_size, 64), *data.shape, device=device)
     return spell(choose(denoiser.to(device), x, f"train {denoiser.net}")).split("+")[0]
 
 
 def last_line(log: Path) -> dict[str, Any]:
     """The last line of a training log: step, seconds, loss."""
-    lines = log.read_text().splitlines() if log.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
+    lines = read_log(log)
+    return lines[-1] if lines else {}
+
+
+def check_folder(out: Path, finished: bool) -> None:
+    """BadInput where `out` holds something that the training would write over. finished: it will not take a step."""
+    found = contents(out)
+    if found is not None and not (out / "checkpoint.pt").is_file():
+        raise BadInput(f"{out} holds {found} already: choose another folder, or remove it")
+    told = saved_card(out)
+    changed = [key for key in ("tuned", "quantized", "distilled", "exported") if key in told]
+    if changed and not finished:
+        raise BadInput(f"{out} holds a model that was {changed[0]} since: train in another folder, or remove it")
+    if found == "a pipeline of diffusers":
+        raise BadInput(f"{out} holds {found} already: choose another folder, or remove it")
+
+
+def saved_card(out: Path) -> dict[str, Any]:
+    """The card of the model in a folder; {} without one."""
+    try:
+        card = json.loads((out / "model.json").read_text(encoding="utf-8"))["card"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def is_saved(out: Path, step: int) -> str | None:
+    """The folder, if its model is the one after `step` steps."""
+    last = saved_card(out).get("last")
+    return str(out) if isinstance(last, dict) and last.get("step") == step else None

@@ -13,18 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .environment import is_terminal
 from .errors import BadInput, whole
+from .files import refuse_inside, writes
+from .finite import check_finite, check_weights
 from .images import reserve
 from .machine import parse
 from .model import Model
+from .model_files import digest, refuse_other_model
 from .noise import LARGEST_SEED
 from .pick import pick
 from .results import fingerprint, now
 from .sampling import spell
+from .shelf import check_savable
+from .train.fingerprint import listing
 from .tuning import Task, Tuned
 from .tuning._task import Images, Tick, ignore
 
 
+@writes("out")
 def tune_model(
     model: Model,
     out: str | Path,
@@ -54,8 +61,11 @@ def tune_model(
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     n = None if n is None else whole("n", n, 1)
     seed = whole("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
+    check_savable(model)
+    check_weights(model.denoiser, model.name)
     model = replace(model)
     out = Path(out)
+    refuse_inside(out, data)
     reserve(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
@@ -64,6 +74,11 @@ def tune_model(
         own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
     )
     way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
+    identity = digest(
+        fingerprint(model), spell(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+        None if data is None else listing(Path(data)),
+    )  # fmt: skip
+    refuse_other_model(out, model, identity)
     task = Task(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
         images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
@@ -74,10 +89,15 @@ def tune_model(
         machine.prepare(model.denoiser)
         found = tuner.tune(task)
     seconds = time.perf_counter() - began
+    for what in ("figures", "statistics"):
+        check_finite(f"{method} found {what} that are not finite", getattr(found, what))
+    for part, net in found.parts.items():
+        check_weights(net, f"{method}: the network {part} that it trained")
     name = keep(model, found, method, scale)
     record = {
         "method": spell(tuner), "plan": name, "statistics": sorted(found.statistics), "parts": sorted(found.parts),
         "guidance_scale": scale, "figures": found.figures, "date": now(), "command": command,
+        "identity": identity,
     }  # fmt: skip
     model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
     model.save(out, half=is_half(model))
@@ -97,20 +117,24 @@ def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
 
 
 def real(model: Model, data: str | Path) -> Images:
-    """Real images in an order of their own, which does not depend on how many are asked for."""
+    """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
+    model's classes, matched by name."""
     from .train import open_data
     from .train.data import to_float
+    from .train.names import match_labels
 
+    if len(model.shape) != 3:
+        raise BadInput(f"{model.name} makes samples of shape {model.shape}, which no images are: leave data out")
     channels, height, width = model.shape
     source = open_data(data, size=(height, width), channels=channels)
+    source = match_labels(source, model.classes, model.name, required=False)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    fitting = source.labels is not None and len(source.classes or ()) == len(model.classes or ())
 
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         if n > len(source):
             raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
         chosen = order[:n]
-        labels = source.labels[chosen] if fitting and source.labels is not None else None
+        labels = None if source.labels is None else source.labels[chosen]
         return to_float(source.images(chosen)).to(model.device), labels
 
     return images
@@ -119,14 +143,14 @@ def real(model: Model, data: str | Path) -> Images:
 @contextlib.contextmanager
 def watched() -> Iterator[Tick]:
     """Progress with the time left on stderr, while that is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield ignore
         return
     from rich import progress
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
         progress.TextColumn("left"), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[value]}"),
     )  # fmt: skip
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:

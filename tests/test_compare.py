@@ -361,7 +361,7 @@ def test_a_reference_whose_images_are_gone_is_sampled_again(run: Any, chosen: Pa
 def test_a_folder_with_something_else_in_it_is_refused(run: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.jsonl").write_text('{"key": "a"}\nnot json\n')
-    with pytest.raises(BadInput, match=r"results\.jsonl, line 2"):
+    with pytest.raises(BadInput, match=r"results\.jsonl, row 1: not a row of hasten compare"):
         run()
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot write"):

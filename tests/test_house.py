@@ -18,12 +18,13 @@ EVERYTHING = sorted(p for folder in ("hasten", "tests", "recipes", "benchmarks")
 
 # The first word of a module's path inside hasten, and the height of the floor it stands on.
 FLOORS = {
-    -1: "errors families",
-    0: "nets metrics zoo runtime company ranks",
-    1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis program noise conditions",
+    -1: "errors environment families",
+    0: "nets metrics zoo runtime company ranks files",
+    1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis program noise conditions "
+    "finite",
     2: "samplers tuning guides starts train processes accelerators distillers",
-    3: "pick aliases resolve model shelf weights training images tasks adapters parallel_cost parallel_work",
-    4: "commands distill quantize tune terminal compare results report plots variants many meter",
+    3: "pick aliases resolve model shelf model_files weights training images tasks adapters parallel_cost parallel_work",
+    4: "commands distill quantize tune terminal compare results report plots variants many meter jobs reference_images",
     5: "cli ui __main__",
 }
 LAYERS = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -51,12 +51,10 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_text("old")
 
-    def full(self: Path, data: bytes) -> None:
-        with open(self, "wb") as f:
-            f.write(data[:1])
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(BadInput, match="cannot write .*a.png: No space left on device"):
         images.write(tmp_path / "a.png", b"new")
     assert (tmp_path / "a.png").read_text() == "old"

@@ -218,7 +218,7 @@ def test_weights_with_a_tensor_missing(model: Model, tmp_path: Path) -> None:
         ({"schedule": {"name": "VPCosin"}}, "VPCosine"),
         ({"weights": {"file": "gone.safetensors", "sha256": ""}}, "gone.safetensors is missing"),
         ({"shape": [1, 7, 8]}, "shape"),
-        ({"shape": [8, 8]}, "does not describe a model"),
+        ({"shape": [8, 8]}, "takes images"),
         ({"classes": 5}, "does not describe a model"),
         ({"classes": ["coat"]}, "names 1 classes, its network has 3"),
     ],

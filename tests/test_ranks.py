@@ -162,7 +162,7 @@ def test_a_process_that_stops_moving_is_given_up(tmp_path: Path) -> None:
 
 
 def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert launched() == 1
     ranks = Ranks.start("cpu")
@@ -171,8 +171,10 @@ def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> 
     assert ranks.once(lambda: 5) == ranks.tell(5) == 5 and ranks.gather(1) == [1] and ranks.speaks(False)
     monkeypatch.setenv("WORLD_SIZE", "2")  # somebody else's, without a rank
     assert launched() == 1
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "two")
+    monkeypatch.setenv("RANK", "1")  # of a cluster's shell, in which no launcher has run
+    assert launched() == 1 and Ranks.start("cpu").first
+    for name, value in (("WORLD_SIZE", "two"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=r"\$WORLD_SIZE must be a whole number, found 'two'"):
         Ranks.start("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,12 @@ def test_the_headline_names_the_cheapest_row_near_the_reference(rows: list[dict[
     assert "not finished" in report.headline(rows[1:])
     blind = [{**r, "frechet": None} for r in rows]
     assert "Quality was not measured" in report.headline(blind)
-    assert "UniPC-3, 4 steps" in report.headline(blind)
+    assert report.headline(blind).startswith("No faster row reaches 35 dB PSNR")  # all are at 25: none is praised
+    assert report.recommended(blind) is None
+    near = [{**r, "psnr": {16: 35.2, 14: 34.9}.get(r["nfe"], r["psnr"])} for r in blind]
+    near[4] |= {"speedup": 3.0}
+    assert report.headline(near).startswith("UniPC-3, 8 steps is 4.0× faster than UniPC-3, 32 steps at 35.2 dB")
+    assert "the fastest row above 35 dB" in report.headline(near)
 
 
 class Page(HTMLParser):
@@ -155,22 +161,102 @@ def test_the_page_is_whole_and_needs_no_network(
     assert "Fashion-MNIST, test split" in text
     for r in rows:
         assert r["name"] in text
-    assert text.count("<svg") == 1
+    assert text.count("<svg") == 2  # one for a phone
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
     assert len(text) < 2_000_000
     for name in ("front.png", "grid.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 200
 
 
-def test_a_page_without_quality_has_costs_and_no_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_page_without_quality_plots_the_nearness_to_the_reference(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     none = {"features": None, "reference": None, "floors": {}}
     unknown = dict.fromkeys(("frechet", "frechet_low", "kid", "accuracy"))
     blind = [{**r, **unknown, "protocol": PROTOCOL | none} for r in rows]
     text = report.write(tmp_path, blind, {}).read_text()
     assert Page(text).open == []
-    assert "<svg" not in text
+    assert text.count("<svg") == 2 and 'aria-label="PSNR against seconds per image' in text
     assert "Fréchet<br>distance" not in text
-    assert not (tmp_path / "front.png").exists()
+    assert (tmp_path / "front.png").exists()
+    alone = [{**r, "psnr": None} for r in blind]
+    assert "<svg" not in report.write(tmp_path, alone, {}).read_text()
+
+
+def test_a_failed_row_is_marked_with_its_reason_and_in_no_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from hasten.results import QUALITY
+
+    gone = dict.fromkeys((*QUALITY, "nfe", "seconds_per_image", "speedup", "macs_per_image", "peak_memory"))
+    lost = {**rows[1], **gone, "name": "[red]boom[/nothing]", "failed": "3 of 8 images hold <NaN>"}
+    made = [rows[0], lost, *rows[2:]]
+    text = report.write(tmp_path, made, {}).read_text()
+    assert Page(text).open == [] and len(Page(text).names) == len(rows)
+    assert text.count("3 of 8 images hold &lt;NaN&gt;") == 2 and "1 of 8 rows failed" in text
+    assert report.headline(made) == report.headline([rows[0], *rows[2:]])
+    console = Console(width=120, no_color=True)
+    with console.capture() as captured:
+        console.print(report.table(made, 120))
+    assert "[red]boom[/nothing] failed: 3 of 8" in captured.get()  # names are no markup
+
+
+def test_the_recommended_row_is_marked_with_its_command(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    text = report.write(tmp_path, rows, {}).read_text()
+    assert text.count(" data-best>") == 1 and text.count(">recommended<") == 1
+    assert "hasten sample &#39;runs/&lt;demo&gt;&#39;" in text or "hasten sample " in text
+    best = report.recommended(rows)
+    assert best is not None and best["name"] == "Reference, 7 steps"
+    words = shlex.split(report.command_of(best))
+    assert words[:2] == ["hasten", "sample"] and "--steps" in words
+    assert words[words.index("--sampler") + 1] == "unipc:order=3" and words[words.index("--steps") + 1] == "7"
+    student = {**best, "model": "runs/s 4", "sampler": "plan", "times": "runs/s 4", "steps": 4}
+    words = shlex.split(report.command_of(student))
+    assert words[2] == "runs/s 4" and "--sampler" not in words and words[words.index("--steps") + 1] == "4"
+    planned = {**best, "plan": "fitted-6", "sampler": "plan", "guides": ["interval:low=1"]}
+    words = shlex.split(report.command_of(planned))
+    assert "--steps" not in words and words[words.index("--plan") + 1] == "fitted-6"
+    assert words[words.index("--guide") + 1] == "interval:low=1"
+
+
+def test_the_page_can_be_used_in_the_dark_by_keyboard_and_on_a_phone(
+    rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    text = report.write(tmp_path, rows, {}).read_text()
+    assert "prefers-color-scheme: dark" in text and "@media (max-width" in text
+    head = text[text.index("<thead>") : text.index("</thead>")]
+    assert head.count("<th ") == head.count('scope="col"') == head.count('aria-sort="none"') == head.count("<button")
+    assert text.count('<th scope="row"') == len(rows) + 1 and "<caption>" in text
+    drawn = text[text.index("<svg") : text.rindex("</svg>")]
+    for colour in (plots.INK, plots.GRID, plots.PAPER):  # only as what stands in for a variable of the page
+        assert drawn.count(colour) == drawn.count(f", {colour})") > 0
+    assert "#000000" not in drawn and "#ffffff" not in drawn
+
+
+def test_marks_carry_the_numbers_of_their_rows_and_bars_do_not_squeeze_them(rows: list[dict[str, Any]]) -> None:
+    wide = [{**r, "frechet_high": 1000.0} for r in rows]
+    for made, narrow in ((rows, False), (wide, True)):
+        figure = plots.plot(made, narrow=narrow)
+        assert figure is not None
+        found = {text.get_text(): text.xy for axis in figure.axes for text in axis.texts}
+        assert found == {str(k): (r["nfe"], r["frechet"]) for k, r in enumerate(made, 1)}
+        low, high = figure.axes[0].get_ylim()
+        assert 2 < low < 4 and 30 < high < 50  # the floor of 0.35, far below, does not press them together either
+
+
+def test_repeats_show_their_deviation(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    protocol = {**PROTOCOL, "repeats": 3}
+    made = [{**r, "protocol": protocol, "deviation": {"frechet": 0.123, "psnr": 0.456}} for r in rows]
+    text = report.write(tmp_path, made, {}).read_text()
+    assert "± 0.12" in text and "± 0.46" in text and "means over 3 disjoint blocks" in text
+
+
+def test_prompts_are_named(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    texts = [f"a <cat> number {k}" for k in range(25)]
+    made = [{**r, "protocol": {**PROTOCOL, "prompts": texts}} for r in rows]
+    text = report.write(tmp_path, made, {}).read_text()
+    assert "a &lt;cat&gt; number 19" in text and "number 20" not in text and "and 5 more" in text
+    assert "--label 'a <cat> number 0'" in report.command_of(made[0])
 
 
 def test_the_grid_puts_each_image_where_it_belongs(rows: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ An accelerator has
     stage: ClassVar[int]                 where it stands among others: EXCHANGE < COMPILE < PART < WRAP < HALVE
     claims: ClassVar[frozenset[str]]     what it cannot share with another: "features", "arithmetic", "graph", "space",
                                          "branches"
+    least_queries: ClassVar[int] = 0     a sampling of fewer is not for it: a pipeline leaves it out, with a warning
     apply(denoiser, ahead) -> denoiser   the denoiser it is given stays as it was
 
 EXCHANGE swaps layers of a copy of the network, COMPILE compiles its parts, PART gives each process a part of the image,
@@ -63,7 +64,10 @@ class Ahead:
     def calibration(self, who: str, n: int, seed: int) -> list[Call]:
         """The calls of n sampled images. Raises BadInput, in the name of `who`, where there is nothing to sample."""
         if self.calls is None:
-            raise BadInput(f"{who} must see some samplings first, and this denoiser comes without: use it on a Model")
+            raise BadInput(
+                f"{who} must see some samplings first, and this denoiser comes without: use it on a Model, or on a "
+                "pipeline with calls=lambda pipe: pipe(...), a call as it will be used"
+            )
         return self.calls(n, seed)
 
 

@@ -31,7 +31,7 @@ def correct_biases(denoiser: nn.Module, net: nn.Module, samples: Samples, size: 
         def look(layer: Simulated, args: tuple[Tensor, ...], answer: Tensor) -> None:
             left = layer.exact(args[0]) - answer
             places = [0, 2, 3] if layer.conv else list(range(left.ndim - 1))
-            mean = left.double().mean(places) * len(left)
+            mean = left.float().mean(places).cpu().double() * len(left)  # not every device has float64
             total[name] = total[name] + mean if name in total else mean
             rows[name] = rows.get(name, 0) + len(left)
 
@@ -48,4 +48,4 @@ def correct_biases(denoiser: nn.Module, net: nn.Module, samples: Samples, size: 
             handle.remove()
     for name, sums in total.items():
         layer = layers[name]
-        layer.shift = (sums / rows[name]).to(layer.layer.weight.dtype)
+        layer.shift = (sums / rows[name]).to(layer.layer.weight.dtype).to(layer.layer.weight.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..errors import BadInput
 
@@ -128,8 +129,9 @@ class Part:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
         fast = self.compiler(fresh(self.plain))
         try:
+            trial_given, trial_named = copied((given, named))  # a network may change what it is given
             began = now(tensors)
-            fast(*given, **named)
+            fast(*trial_given, **trial_named)
             middle = now(tensors)
         except Exception as e:
             if type(e).__module__.partition(".")[0] != "torch":
@@ -143,9 +145,7 @@ class Part:
         return answer
 
     def _kept(self, answer: Any) -> Any:
-        from torch.utils._pytree import tree_map
-
-        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, answer) if self.copies else answer
+        return copied(answer) if self.copies else answer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Part:
         raise BadInput("a compiled network cannot be copied: copy the one that it was made from")
@@ -159,6 +159,11 @@ def fresh(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     code = call.__code__.replace()
     return types.FunctionType(code, call.__globals__, call.__name__, call.__defaults__, call.__closure__)
+
+
+def copied(tree: Any) -> Any:
+    """The same tree with copies of its tensors."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
 
 
 def found(value: Any) -> Iterator[Tensor]:
@@ -193,6 +198,8 @@ def now(tensors: list[Tensor]) -> float:
     """Seconds of a clock, once the device has done what it was given."""
     if tensors and tensors[0].device.type == "cuda":
         torch.cuda.synchronize(tensors[0].device)
+    elif tensors and tensors[0].device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(tensors[0].device)
     return time.perf_counter()
 
 

@@ -93,7 +93,10 @@ class Keyed(Wrapper):
     def clocks(self, steps: Sequence[int], x_t: Tensor) -> Tensor:
         """The network's times at these queries, each for the whole batch: (len(steps) B,) float32."""
         own = [self.denoiser._coefficients(self.times[k], x_t, need_x0=False)[3] for k in steps]  # type: ignore[operator]
-        return torch.tensor(own, dtype=torch.float32, device=x_t.device).repeat_interleave(len(x_t))
+        made = [torch.full((len(x_t),), clock, dtype=torch.float32, device=x_t.device) for clock in own]
+        clocks = made[0] if len(made) == 1 else torch.cat(made)  # without a copy to the device, which would wait
+        clocks.host_times = tuple(own)  # type: ignore[attr-defined]  # see `TimeGroups`
+        return clocks
 
     def _answer(
         self, x_t: Tensor, t: Tensor | float, cond: dict[str, Any], need_x0: bool

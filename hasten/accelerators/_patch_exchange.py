@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput
 from ._patch_buffers import Heard, Relay, Track
-from ._patch_groups import Team, gather
+from ._patch_groups import Team, check_same, gather
 
 __all__ = ["Exchange", "Shares"]
 
@@ -80,6 +80,7 @@ class Exchange:
     def reset(self) -> None:
         """A new trajectory begins."""
         self.step, self.sync, self.open, self._fills = 0, True, False, False
+        self._checked = False  # whether the processes have compared their noise
         self._times: list[Tensor] = []
         self.ratio: Tensor | None = None
         self._seen = None
@@ -100,6 +101,9 @@ class Exchange:
         if x.requires_grad and torch.is_grad_enabled():
             raise BadInput("patch_parallel has no gradient: leave out the guides that need one")
         self.part(x.shape[2] * patch)
+        if not self._checked:
+            check_same(self.team, x, "patch_parallel")
+            self._checked = True
         self.open = True
         if self._seen not in (None, (x.shape, x.dtype)):
             self.step = min(self.step, self.warmup)  # another batch: nothing that was heard fits it

@@ -13,7 +13,10 @@ from torch import Tensor, distributed
 from ..errors import BadInput
 from ..ranks import launched
 
-__all__ = ["Team", "gather", "place", "team"]
+__all__ = ["Team", "check_same", "gather", "place", "team"]
+
+PROBES = 32  # entries of x_t that processes compare
+CLOSE = 0.1  # of its mean size: far less than between two noises, far more than rounding
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,25 @@ def _patience() -> timedelta | None:
         with contextlib.suppress(RuntimeError, AttributeError):
             return distributed.group.WORLD._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
     return None
+
+
+def check_same(members: Team, x_t: Tensor, who: str) -> None:
+    """Refuse, on every process, a sampling that the members of a group began with different x_t (B, *S): each would be
+    given an image made of several noises. It waits for the device once.
+
+    Raises BadInput on every member alike.
+    """
+    flat = x_t.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, PROBES, dtype=torch.float64).long().to(flat.device)
+    own = torch.cat([flat[index].float(), flat.new_full((1,), flat.numel(), dtype=torch.float32)])
+    every = own.new_empty(members.size * own.numel())
+    gather(every, own, members.group)
+    rows = every.view(members.size, -1).cpu()
+    if bool(((rows - rows[0]).abs() > CLOSE * rows[0, :-1].abs().mean()).any()):
+        raise BadInput(
+            f"{who}: the processes began with different noise, so that each would get an image made of several: give "
+            "all the same generator=torch.Generator().manual_seed(...) or latents= (and the same prompts)"
+        )
 
 
 def gather(into: Tensor, own: Tensor, group: Any, later: bool = False) -> Any:

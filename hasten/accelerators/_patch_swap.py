@@ -3,7 +3,6 @@ exchanged for one that asks the other ranks."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from math import prod
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import BadInput
+from ..nets.copies import copy_modules
 from ._patch_attention import PatchAttention, PatchProcessor, Text
 from ._patch_exchange import Exchange
 from ._patch_layers import FirstConv, HaloConv, LastConv, PatchNorm, local
@@ -47,8 +47,7 @@ def core_of(net: nn.Module) -> nn.Module:
 
 def twin(net: nn.Module) -> Any:
     """A copy of the network with the very same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
-    return copy.deepcopy(net, shared)
+    return copy_modules(net)
 
 
 class Patched:
@@ -118,7 +117,7 @@ class Patched:
         if _pads_itself(child) and type(child.conv) is nn.Conv2d:
             self._strides.append(child.conv.stride[0])
             return HaloConv(child.conv, exchange, where, (0, 1, 0, 1))
-        if kind in ROW_BY_ROW or _known(child):
+        if kind in ROW_BY_ROW or _known(child) or _low_rank(child):
             self._exchanged(child, where)
             return child
         raise BadInput(
@@ -141,6 +140,12 @@ def _known(module: Any) -> bool:
     return type(module).__name__ != "ResnetBlock2D" or all(
         one is None or isinstance(one, nn.Module) for one in resampled
     )
+
+
+def _low_rank(module: Any) -> bool:
+    """Whether it is peft's LoRA around a linear layer: products by rows, of which one may be missing."""
+    inside = getattr(module, "base_layer", None)
+    return _library(module) == "peft" and type(inside) is nn.Linear and not getattr(module, "use_dora", {})
 
 
 def _pads_itself(module: Any) -> bool:

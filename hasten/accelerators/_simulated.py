@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nets.copies import copy_modules
 from ..nets.quantized import Part, QConv2d, QLinear, refusal
 from ._quantizer import ACTS, WEIGHTS, codes, fake, of_weights, spread
 
@@ -94,6 +96,20 @@ class Simulated(nn.Module):
         return self.kept[0]
 
     @property
+    def weight(self) -> Tensor:
+        """The layer's own weight, for what looks at its dtype, device or shape, and for a LoRA around the layer."""
+        return self.layer.weight
+
+    def __getattr__(self, name: str) -> Any:
+        """What networks read of a layer beside its weight and bias: its channels, kernel size, stride, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "kept" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["kept"][0], name)
+
+    @property
     def bias(self) -> Tensor | None:
         """The layer's bias, with the shift that rounding asks for."""
         own = self.layer.bias
@@ -142,15 +158,21 @@ class Simulated(nn.Module):
 def takes(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer that can be exchanged."""
     kinds = (nn.Conv2d, nn.Linear)
-    return any(isinstance(module, k) and type(module).forward is k.forward for k in kinds) and refusal(module) is None
+    plain = any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
+    return plain and not is_reparametrised(module) and refusal(module) is None
+
+
+def is_reparametrised(module: nn.Module) -> bool:
+    """Whether the weight is computed from other tensors before each use: `torch.nn.utils.parametrizations`, or the
+    older `weight_norm` and `spectral_norm`, which keep a hook."""
+    return hasattr(module, "parametrizations") or "weight" not in module._parameters
 
 
 def shadow(net: nn.Module) -> nn.Module:
     """A copy of a network, in evaluation mode, whose layers can be replaced; the numbers are those of the original,
     which gets no gradients."""
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
-    memo |= {id(b): b for b in net.buffers()}
-    return copy.deepcopy(net, memo).eval()
+    tensors: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
+    return copy_modules(net, tensors).eval()
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:

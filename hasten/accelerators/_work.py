@@ -191,10 +191,27 @@ def kept_out(net: nn.Module, layers: Sequence[str], keep: Sequence[str]) -> list
     chosen = [
         name for name in layers
         if not any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in keep) and takes(net.get_submodule(name))
+        and _free(net, name)
     ]  # fmt: skip
     if not chosen:
-        raise BadInput(f"quantize: {type(net).__name__} has no Conv2d or Linear to exchange")
+        raise BadInput(
+            f"quantize: {type(net).__name__} has no Conv2d or Linear to exchange (those with hooks on their forward, "
+            "as offloading has, and the factors of a LoRA are left alone)"
+        )
     return chosen
+
+
+def _free(net: nn.Module, name: str) -> bool:
+    """Whether a layer may be exchanged by what is around it: not the low-rank factors of a LoRA, which stay as they are
+    beside its `base_layer`, nor what is inside a module whose `forward` was replaced (hooks that offload it)."""
+    inside = net
+    for part in name.split("."):
+        if isinstance(getattr(inside, "base_layer", None), nn.Module) and part != "base_layer":
+            return False
+        inside = inside.get_submodule(part)
+        if "forward" in vars(inside):
+            return False
+    return True
 
 
 @torch.no_grad()
@@ -203,6 +220,6 @@ def relative_error(denoiser: Any, other: Any, samples: Samples, size: int = 32, 
     above = below = 0.0
     for _, (x, t, cond) in samples.batches(size, limit):
         a, b = denoiser(x, t, **cond), other(x, t, **cond)
-        above += float((b - a).double().square().sum())
-        below += float(a.double().square().sum())
+        above += float((b - a).cpu().double().square().sum())  # copied first: not every device has float64
+        below += float(a.cpu().double().square().sum())
     return (above / below) ** 0.5

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..denoiser import Wrapper
 from ..errors import BadInput
 from . import HALVE, Ahead
-from ._patch_groups import Team, gather, place, team
+from ._patch_groups import Team, check_same, gather, place, team
 
 __all__ = ["CfgParallel", "Halved"]
 
@@ -22,8 +22,9 @@ class CfgParallel:
     """Classifier-free guidance asks for 2 B rows at once, B with and B without their condition: two processes take B
     each, and tell each other the answers, which are those of one process (up to what a smaller batch rounds otherwise).
 
-    All processes are started alike (torchrun) and draw the same noise. Beside an accelerator that parts the image, in
-    2 n processes, the first n have the first half of the batch and the last n the other, and n share an image.
+    All processes are started alike (torchrun) and draw the same noise (the first query is refused where they did not).
+    Beside an accelerator that parts the image, in 2 n processes, the first n have the first half of the batch and the
+    last n the other, and n share an image.
 
     A batch that guidance did not double, such as those outside of a guidance interval, is parted all the same: its rows
     do not know each other. Of an odd one both processes run the row in the middle: one row alone is run by both.
@@ -63,6 +64,11 @@ class Halved(Wrapper):
         super().__init__(denoiser)
         self.pair = pair
         self.traffic, self.collectives = {"rows": 0}, {"rows": 0}
+        self._checked = False
+
+    def reset(self) -> None:
+        """A new trajectory begins, whose noise the two compare."""
+        self._checked = False
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """x0 (B, *S) of the whole batch."""
@@ -77,6 +83,9 @@ class Halved(Wrapper):
             return ask(x_t, t, **cond)
         if x_t.requires_grad and torch.is_grad_enabled():
             raise BadInput("cfg_parallel has no gradient: leave out the guides that need one")
+        if not self._checked:
+            check_same(self.pair, x_t, "cfg_parallel")
+            self._checked = True
         B = len(x_t)
         half = -(-B // 2)
         mine = slice(half) if self.pair.me == 0 else slice(B - half, B)

@@ -12,7 +12,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput
 from . import FIRST_SEED, WRAP, Ahead
 from ._keyed import Keyed, inner
-from ._keys import checked, named
+from ._keys import FEWEST, checked, named
 from ._seams import has
 from ._search import search
 
@@ -57,6 +57,7 @@ class DeepCache:
     seed: int = FIRST_SEED
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
+    least_queries: ClassVar[int] = FEWEST
 
     def __post_init__(self) -> None:
         if self.forecast not in (0, 1):

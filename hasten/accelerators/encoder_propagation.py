@@ -13,7 +13,7 @@ from ..errors import BadInput
 from . import FIRST_SEED, WRAP, Ahead
 from ._injection import injected
 from ._keyed import Keyed, inner
-from ._keys import checked, named
+from ._keys import FEWEST, checked, named
 from ._seams import TransformerSeam, UNetSeam, seam, tiled
 from ._search import search
 
@@ -67,6 +67,7 @@ class EncoderPropagation:
     seed: int = FIRST_SEED
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
+    least_queries: ClassVar[int] = FEWEST
 
     def __post_init__(self) -> None:
         if self.forecast not in (0, 1):

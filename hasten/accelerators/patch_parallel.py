@@ -29,12 +29,12 @@ SEAMS = ("embed", "encode", "decode", "shallow_encode", "deep", "shallow_decode"
 class PatchParallel:
     """DistriFusion: every process runs the network on some rows of x_t, and is told what it needs of the others'.
 
-    All processes of a group are started alike (torchrun), draw the same noise and answer the same, bit for bit. A
-    convolution needs the `halo` rows next to its part, from the neighbours alone; self-attention the keys and values of
-    all; group normalisation their moments. The first `warmup` + 1 queries of a trajectory exchange these where they are
-    needed, and are exact; the later ones use what the others said in the query before, which travels while the layers
-    go on, and differ from the exact answer as much as features change from query to query. Few-step samplings leave
-    nothing to be gained: with `warmup` + 1 queries or fewer all are exact.
+    All processes of a group are started alike (torchrun), draw the same noise (the first query is refused where they
+    did not) and answer the same, bit for bit. A convolution needs the `halo` rows next to its part, from the neighbours
+    alone; self-attention the keys and values of all; group normalisation their moments. The first `warmup` + 1 queries
+    of a trajectory exchange these where they are needed, and are exact; the later ones use what the others said in the
+    query before, which travels while the layers go on, and differ from the exact answer as much as features change from
+    query to query. Few-step samplings leave nothing to be gained: with `warmup` + 1 queries or fewer all are exact.
 
     Args:
         warmup: 0 or more; see above. A query whose batch is of another size than the one before is exact too.

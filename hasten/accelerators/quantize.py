@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ __all__ = ["Quantize"]
 
 ENDS = ("conv_in", "conv_out")
 GROUPS = 6
+BATCH, PLACES = 32, 2**17  # rows that the network is asked at once, and at the most so many latents or pixels of them
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Quantize:
         samples = self.samples(denoiser, calls)
         return Work(
             denoiser, samples, self.weights, self.acts, self.ranges, self.split, self.rank,
-            len(samples.bounds) + 1, keep, self.eight, rate=self.rate, seed=self.seed,
+            len(samples.bounds) + 1, keep, self.eight, batch_of(samples.x.shape), rate=self.rate, seed=self.seed,
         )  # fmt: skip
 
     def samples(self, denoiser: Denoiser, calls: Sequence[Call]) -> Samples:
@@ -139,3 +141,8 @@ class Quantize:
             work.correct()
         net = work.made()
         return work.denoiser.replace(net=TimeGroups(net, work.samples.bounds) if work.groups > 1 else net)
+
+
+def batch_of(shape: Sequence[int]) -> int:
+    """Rows of samples (N, C, H, W) that the network is asked at once: fewer of large ones."""
+    return max(1, min(BATCH, PLACES // max(math.prod(shape[2:]), 1)))

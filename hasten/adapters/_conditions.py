@@ -57,21 +57,50 @@ class Prompts:
         }  # fmt: skip
         wanted = inspect.signature(self.pipe.encode_prompt).parameters
         told |= {name: None for name in ("prompt_2", "prompt_3") if name in wanted}
-        made = self.pipe.encode_prompt(**told)
+        try:
+            made = self.pipe.encode_prompt(**told)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self._unknown("encode_prompt", error) from error
         if not isinstance(made, tuple) or len(made) not in (2, 4):
             raise BadInput(f"{type(self.pipe).__name__}.encode_prompt answers in a form that hasten does not know")
         names = ("text", "null_text", "added_text_embeds", "null_added_text_embeds")
         found = dict(zip(names, made))
         if hasattr(self.pipe, "_get_add_time_ids"):
-            found["added_time_ids"] = self._sizes(found)
+            found |= self._sizes(found)
         return found
 
-    def _sizes(self, found: dict[str, Tensor]) -> Tensor:
-        """SDXL's original size, crop and target size (1, 6): those of an uncropped image of this size."""
-        told: dict[str, Any] = {"dtype": found["text"].dtype}
-        if "text_encoder_projection_dim" in inspect.signature(self.pipe._get_add_time_ids).parameters:
-            told["text_encoder_projection_dim"] = found["added_text_embeds"].shape[-1]
-        return self.pipe._get_add_time_ids(self.size, (0, 0), self.size, **told).to(found["text"].device)
+    def _sizes(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """SDXL's original size, crop and target size (1, 6): those of an uncropped image of this size. Of a refiner
+        the aesthetic score stands in place of the target size (1, 5), another one in the unconditional branch."""
+        takes = inspect.signature(self.pipe._get_add_time_ids).parameters
+        call = inspect.signature(type(self.pipe).__call__).parameters
+        told: dict[str, Any] = {
+            "original_size": self.size, "crops_coords_top_left": (0, 0), "target_size": self.size,
+            "negative_original_size": self.size, "negative_crops_coords_top_left": (0, 0),
+            "negative_target_size": self.size, "dtype": found["text"].dtype,
+            "text_encoder_projection_dim": found["added_text_embeds"].shape[-1],
+        }  # fmt: skip
+        told |= {name: call[name].default for name in ("aesthetic_score", "negative_aesthetic_score") if name in call}
+        try:
+            made = self.pipe._get_add_time_ids(**{name: value for name, value in told.items() if name in takes})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self._unknown("_get_add_time_ids", error) from error
+        names = ("added_time_ids", "null_added_time_ids")
+        pairs = zip(names, made if isinstance(made, tuple) else (made,))
+        return {name: ids.to(found["text"].device, found["text"].dtype) for name, ids in pairs}
+
+    def _unknown(self, method: str, error: Exception) -> BadInput:
+        said = " ".join(str(error).split())[:200]
+        return BadInput(
+            f"{type(self.pipe).__name__}.{method} cannot be asked as hasten does ({type(error).__name__}: {said}): use "
+            "the pipeline itself, with hasten.as_scheduler(...) or hasten.accelerate(pipe, ...)"
+        )
+
+    @staticmethod
+    def guidance(scale: float) -> float:
+        """What a guidance scale means: as in the pipelines, 1 or less is none, and the prompt alone (turbo models say
+        0)."""
+        return max(float(scale), 1.0)
 
 
 class Latents:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import json
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError, nearest
+from ..files import contents, writes
 from ..metrics.references import sha256
 from ..nets.quantized import layers
 
@@ -203,6 +206,7 @@ def tracing(net: nn.Module) -> Iterator[None]:
         raise HastenError(f"{type(net).__name__} cannot be exported: {type(e).__name__}: {first[:300]}") from e
 
 
+@writes("path")
 def exported(
     kind: type[Exported],
     model: Model,
@@ -219,10 +223,17 @@ def exported(
     n samplings for int8, else one call to trace with.
     """
     from ..model import load
+    from ..shelf import check_savable
 
+    check_savable(model, network=False)
     path, denoiser, net = Path(path), model.denoiser, model.denoiser.net
     if precision not in PRECISIONS:
         raise BadInput(f"cannot export in {precision!r}: {nearest(precision, PRECISIONS)}")
+    if model.card.get("pipeline"):
+        raise BadInput(
+            f"{model.name} is a pipeline of diffusers, and an exported model's folder cannot hold its prompts and "
+            "decoder: export pipelines with optimum (optimum-cli export onnx)"
+        )
     if getattr(net, "runs_elsewhere", False):
         raise BadInput(f"{model.name} is exported already: export the model that it was made from")
     if next(layers(net), None) is not None:
@@ -231,6 +242,12 @@ def exported(
         )
     if path.suffix in (".onnx", ".xml", ".bin") or path.is_file():
         raise BadInput(f"{path} must be a folder, for model.json beside the graph: try {path.with_suffix('')}")
+    before: dict[str, Any] = {}
+    if found := contents(path):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            before = dict(json.loads((path / "model.json").read_text(encoding="utf-8"))["card"]["exported"])
+        if (before.get("to"), before.get("precision"), before.get("of")) != (kind.kind, precision, model.sha256):
+            raise BadInput(f"{path} holds {found} already, and not this export: choose another folder, or remove it")
     if next(net.parameters()).device.type != "cpu" or net.training:
         net = copy.deepcopy(net).cpu().eval()
     model = replace(model, denoiser=denoiser.replace(net=net))
@@ -239,7 +256,8 @@ def exported(
     names = tuple(key for key in asked[0] if key not in ("x", "time"))
     inputs = {key: str(asked[0][key].dtype).removeprefix("torch.") for key in names}
     with tempfile.TemporaryDirectory(prefix="hasten-") as scratch:
-        first = Path(scratch) / f"network{'.xml' if kind.kind == 'openvino' else '.onnx'}"
+        own = f"-{uuid.uuid4().hex[:8]}" if before else ""  # beside the files of the export that it replaces
+        first = Path(scratch) / f"network{own}{'.xml' if kind.kind == 'openvino' else '.onnx'}"
         with tracing(net), torch.no_grad():
             write(Flat(net, names), asked, first)
         files = [first.name, *sorted(file.name for file in Path(scratch).iterdir() if file != first)]

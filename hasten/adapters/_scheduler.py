@@ -1,11 +1,13 @@
 """`PlanScheduler`: a sampler or plan of hasten as a scheduler of `diffusers`.
 
 The class is made when it is first asked for, since it inherits from `diffusers`, which this module does not import.
-Pipelines that are saved name it as `hasten.adapters._scheduler.PlanScheduler`.
+Pipelines that are saved name it as `hasten.PlanScheduler`: diffusers opens them where hasten has been imported.
 """
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +17,10 @@ from torch import Tensor
 from ..errors import BadInput
 from ..pick import pick
 from ..plan import Plan
-from ..plan import plan as compile_plan
-from ..predictions import prediction_from
-from ..program import Draws, combine
 from ..schedules import Flow, schedule_from_dict
-from ..times import Explicit
-from ._schedules import PREDICTIONS, Reading
+from . import _arguments as arguments
+from ._plans import Run, begun, coefficients, compiled, grid, later, usable
+from ._schedules import PREDICTIONS, Reading, alike, shift_of
 
 if TYPE_CHECKING:
     PlanScheduler: Any
@@ -41,33 +41,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Run:
-    """One trajectory: the plan, which query comes next, and the history that later rows need."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.program = plan._numbers
-        self.next = 0
-        self.states: dict[int, Tensor] = {}
-        self.answers: dict[int, Tensor] = {}
-        self.draws: Any = None
-        self.noise: Any = None
-
-    def step(self, x: Tensor, x0: Tensor, noise: Any) -> Tensor:
-        """x_{k+1} from x_k and the answer at it."""
-        row, k = self.program.rows[self.next], self.next
-        self.noise = noise  # of this very call: pipelines hand over their generators at each
-        self.draws = self.draws or Draws(lambda: self.noise())
-        self.states[k], self.answers[k] = x, x0
-        made = combine(row, self.states, self.answers, self.draws)
-        for j in row.last_states:
-            del self.states[j]
-        for j in row.last_answers:
-            del self.answers[j]
-        self.next += 1
-        return made
-
-
 @cache
 def scheduler_class() -> type:
     """The class itself. Raises BadInput where `diffusers` is not there."""
@@ -75,8 +48,16 @@ def scheduler_class() -> type:
 
     library = diffusers()
     from diffusers.configuration_utils import register_to_config
-    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+    from diffusers.utils import BaseOutput
     from diffusers.utils.torch_utils import randn_tensor
+
+    @dataclass
+    class PlanSchedulerOutput(BaseOutput):
+        """What `step` gives: the next state, x0, and what a latent consistency pipeline decodes in the end."""
+
+        prev_sample: Tensor
+        pred_original_sample: Tensor
+        denoised: Tensor
 
     class PlanScheduler(library.SchedulerMixin, library.ConfigMixin):  # type: ignore[name-defined, misc]
         """A scheduler of `diffusers` that runs any linear sampler or plan of hasten; see `hasten.as_scheduler`.
@@ -85,10 +66,15 @@ def scheduler_class() -> type:
             num_train_timesteps ... rescale_betas_zero_snr: the table, as for the schedulers of `diffusers`.
             prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
             shift, use_flow_sigmas, flow_shift: of a flow, which has no table.
+            use_dynamic_shifting, time_shift_type, base_shift ... max_image_seq_len: of a flow whose shift depends on
+                the size of the image: pipelines give it to `set_timesteps` as `mu`, made of these.
             sampler, times: as hasten spells them, such as "unipc" and "angle".
             plan: a plan as JSON, in place of both; the number of steps is then its own.
             plan_schedule: the schedule, as JSON would have it, where it is neither of the above.
             clip: x0 is held to [-clip, clip]; None: not.
+            thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x0, in place of `clip`.
+            variance_type: for pipelines that ask; variances that a network predicts are not used.
+            original_inference_steps: of a latent consistency model, for pipelines that ask.
         """
 
         _compatibles = COMPATIBLE
@@ -111,13 +97,24 @@ def scheduler_class() -> type:
             plan: str | None = None,
             plan_schedule: dict[str, Any] | None = None,
             clip: float | None = None,
+            use_dynamic_shifting: bool = False,
+            time_shift_type: str = "exponential",
+            base_shift: float | None = 0.5,
+            max_shift: float | None = 1.15,
+            base_image_seq_len: int | None = 256,
+            max_image_seq_len: int | None = 4096,
+            thresholding: bool = False,
+            dynamic_thresholding_ratio: float = 0.995,
+            sample_max_value: float = 1.0,
+            variance_type: str = "fixed_small",
+            original_inference_steps: int = 50,
         ) -> None:
             flow = shift is not None or use_flow_sigmas
             if plan_schedule is not None:
                 schedule = schedule_from_dict(dict(plan_schedule))
                 flow = isinstance(schedule, Flow)
             elif flow:
-                schedule = Flow(float(flow_shift if use_flow_sigmas else shift or 1.0))
+                schedule = Flow(shift_of(self.config))
             else:
                 schedule = self._table(library)
             told = "flow_prediction" if prediction_type is None and flow else prediction_type or "epsilon"
@@ -134,6 +131,7 @@ def scheduler_class() -> type:
             self.order = 1 if self.plan is not None else max(1, self._queries(4) - self._queries(3))
             self.num_inference_steps: int | None = None
             self.grid = self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+            self._asked_at: Tensor = self.timesteps.double()  # the same on the CPU
             self._begin_index: int | None = None
             self._run: Run | None = None
             self._first = 1.0
@@ -164,6 +162,28 @@ def scheduler_class() -> type:
             return torch.tensor(table, dtype=torch.float32)
 
         @property
+        def alphas(self) -> Any:
+            """alphas_cumprod of a training step over that of the one before; fractional times may be sliced."""
+            return arguments.StepAlphas(self.alphas_cumprod, self.hasten_schedule)
+
+        @property
+        def betas(self) -> Tensor:
+            """1 - alphas, (num_train_timesteps,)."""
+            return 1 - self.alphas.alphas
+
+        @property
+        def final_alpha_cumprod(self) -> Tensor:
+            """alphas_cumprod where the sampling ends: of the clean image."""
+            return torch.ones(())
+
+        @property
+        def sigmas(self) -> Tensor:
+            """Of a flow: the noise levels of the queries and of the end, (queries + 1,)."""
+            if not self.reading.flow:
+                raise AttributeError("the sigmas of a table are not those of a network here: see hasten_schedule")
+            return torch.cat([self.timesteps / self.config.num_train_timesteps, self.timesteps.new_zeros(1)])
+
+        @property
         def init_noise_sigma(self) -> float:
             """What the starting noise is multiplied by."""
             return self._first
@@ -188,80 +208,157 @@ def scheduler_class() -> type:
             num_inference_steps: int | None = None,
             device: Any = None,
             timesteps: Any = None,
+            sigmas: Any = None,
+            mu: float | None = None,
+            original_inference_steps: int | None = None,
+            strength: float | None = None,
+            **more: Any,
         ) -> None:
-            """Exactly `num_inference_steps` steps, or the given `timesteps` and then the clean image."""
-            if (num_inference_steps is None) == (timesteps is None):
-                raise BadInput("set_timesteps needs num_inference_steps or timesteps, one of them")
+            """Exactly `num_inference_steps` steps; or the given `timesteps` or `sigmas`, and then the clean image.
+
+            Args:
+                sigmas: noise levels: of a flow in [0, 1] before the shift; of a table sigma / alpha, with the end.
+                    Some pipelines give them by default; they come before `times`.
+                mu: log of a flow's shift, where that depends on the size of the image; else not used.
+                original_inference_steps, strength: of a latent consistency model: its own timesteps of so many.
+            """
+            arguments.check_neutral("set_timesteps", self.sampler, more)
+            given = [value for value in (timesteps, sigmas) if value is not None]
+            if len(given) > 1 or (num_inference_steps is None and not given):
+                raise BadInput("set_timesteps needs num_inference_steps, timesteps or sigmas, one of them")
+            if num_inference_steps is not None:
+                num_inference_steps = arguments.count_of("num_inference_steps", num_inference_steps)
+                if given and len(given[0]) != num_inference_steps:
+                    name = "timesteps" if sigmas is None else "sigmas"
+                    raise BadInput(f"set_timesteps: {num_inference_steps} steps and {len(given[0])} {name}: give one")
+            self._shift(mu)
+            if num_inference_steps and not given and (original_inference_steps, strength) != (None, None):
+                original = original_inference_steps or self.config.original_inference_steps
+                total, part = self.config.num_train_timesteps, 1.0 if strength is None else strength
+                timesteps = arguments.lcm_timesteps(num_inference_steps, total, original, part)
+            own = None
+            if timesteps is not None:
+                own = self.reading.time(arguments.numbers("timesteps", timesteps))
+                own = torch.cat([own, own.new_zeros(1)])
+            elif sigmas is not None:
+                own = arguments.times_of_sigmas(self.hasten_schedule, sigmas)
+                warnings.warn(
+                    f"this pipeline gives its own sigmas: they are used in place of times={self.config.times!r}",
+                    stacklevel=2,
+                )
             if self.plan is not None:
-                if timesteps is not None or num_inference_steps != self.plan.nfe:
-                    asked = "other timesteps" if timesteps is not None else f"{num_inference_steps} steps"
+                asked = "other timesteps" if own is not None else f"{num_inference_steps} steps"
+                if own is not None or num_inference_steps != self.plan.nfe:
                     raise BadInput(f"the plan of this scheduler has {self.plan.nfe} steps, asked for {asked}")
-                self._whole = self.plan
+                self._whole, steps = self.plan, self.plan.nfe
             else:
-                if timesteps is not None:
-                    own = self.reading.time(torch.as_tensor(timesteps, dtype=torch.float64))
-                    law: Any = Explicit((*own.tolist(), 0.0))
-                else:
-                    law = pick("times", self.config.times)
-                self.grid = law(self.hasten_schedule, num_inference_steps or len(own))
-                self._whole = usable(compile_plan(self.sampler, self.hasten_schedule, self.grid))
-            self.num_inference_steps = num_inference_steps or len(timesteps)
-            asked_at = self.reading.timestep(self._whole.times[:-1])
-            self.timesteps = asked_at.to(torch.float32).to(device)
+                if own is None:
+                    own = grid(self.config.times, self.hasten_schedule, num_inference_steps)
+                self.grid, steps = own, len(own) - 1
+                self._whole = compiled(self.config.sampler, self.hasten_schedule, tuple(own.tolist()))
+            self.num_inference_steps = num_inference_steps or steps
+            asked_at = self.reading.timestep(self._whole.times[:-1]).to(torch.float32)
+            self.timesteps, self._asked_at = asked_at.to(device), asked_at.double()
             begin = self._whole.times[0] if self._whole.begin is None else self._whole.begin
             self._first = float(self.hasten_schedule.prior_std(begin) * self._whole.start[0])
             self._begin_index, self._run = None, None
 
-        def _begin(self, timestep: Any) -> Run:
-            """A new trajectory, from `begin_index` or, without one, from the timestep that is this one."""
-            if self.num_inference_steps is None:
-                raise BadInput("call set_timesteps before step")
-            if self._begin_index is None:
-                at = float(timestep)
-                self._begin_index = int((self.timesteps.double() - at).abs().argmin())
-            first = self._begin_index
+        def _shift(self, mu: float | None) -> None:
+            """The schedule of a flow whose shift depends on the size of the image."""
+            if not self.config.use_dynamic_shifting:
+                if mu is not None and not self.reading.flow:
+                    raise BadInput(f"set_timesteps(mu={mu}) is for flows, and this scheduler has a table: leave it out")
+                return  # as the schedulers of diffusers: a flow of a constant shift does not use mu
+            if mu is None:
+                mu = float(self.config.base_shift or 0.0)
+                warnings.warn(
+                    "use_dynamic_shifting: the shift depends on the size of the image, and set_timesteps was not "
+                    f"given mu: mu={mu:g} is used, the smallest",
+                    stacklevel=3,
+                )
+            self.hasten_schedule = Flow(shift_of(self.config, mu))
+            self.reading = replace(self.reading, schedule=self.hasten_schedule)
+            plan = self.plan if self.plan is not None and self.plan.schedule else None
+            if plan and not alike(schedule_from_dict(plan.schedule), self.hasten_schedule, plan.times):
+                raise BadInput(
+                    f"the plan was made for another shift than {shift_of(self.config, mu):.4g} of this size of image"
+                )
+
+        def _begin(self, first: int) -> Run:
+            """A new trajectory from query number `first`: a multistep sampler has no history there."""
             if first == 0:
-                return Run(self._whole)
-            if self.plan is not None:
-                return Run(later(self.plan, first))
-            if first % self.order:
-                raise BadInput(f"a sampling begins at a whole step: {first} is inside one of {self.order} queries")
-            # a multistep sampler has no history here: it is compiled anew for the steps that are left
-            return Run(usable(compile_plan(self.sampler, self.hasten_schedule, self.grid[first // self.order :])))
+                plan = self._whole
+            elif self.plan is not None:
+                plan = later(self.plan, first)
+            else:
+                plan = begun(self.config.sampler, self.hasten_schedule, tuple(self.grid.tolist()), first)
+            return Run(plan, coefficients(plan, self.hasten_schedule, self.reading.prediction))
 
         def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
             """The sample itself: the state has the scale that the network wants."""
             return sample
 
         def step(
-            self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
+            self,
+            model_output: Tensor,
+            timestep: Any,
+            sample: Tensor,
+            generator: Any = None,
+            return_dict: bool = True,
+            eta: float | None = None,
+            use_clipped_model_output: bool | None = None,
+            **more: Any,
         ) -> Any:
-            """The next state. generator: one, or a list with one for each sample; samplers without noise use none."""
-            if self._run is None:
-                self._run = self._begin(timestep)
-            run, x = self._run, sample.float()
-            if run.next >= run.plan.nfe:
-                raise BadInput(f"this sampling has {run.plan.nfe} queries and all are done: call set_timesteps again")
-            t, prediction = run.plan.times[run.next], prediction_from(self.reading.prediction)
-            alpha, sigma = self.hasten_schedule.alpha(t), self.hasten_schedule.sigma(t)
-            if prediction.name == "eps" and float(alpha) == 0:
-                raise BadInput("an eps network says nothing at pure noise: begin below it, times='angle:start=0.999'")
-            _, skip, scale = (float(c) for c in prediction.coefficients(alpha, sigma))
-            x0 = torch.add(x * skip, model_output.to(x), alpha=scale)
-            x0 = x0 if self.config.clip is None else x0.clamp(-self.config.clip, self.config.clip)
+            """The next state, as `prev_sample`, and x0 as `pred_original_sample`; `denoised` is x0, at the last query
+            the result.
+
+            A timestep that is not the next one of the sampling begins a new one there, without history.
+
+            Args:
+                model_output: (B, C, ...) or, with variances that are not used, (B, 2 C, ...).
+                generator: one, or a list with one for each sample; samplers without noise use none.
+                eta, use_clipped_model_output: refused unless they ask for nothing; noise is an option of the sampler.
+            """
+            if self.num_inference_steps is None:
+                raise BadInput("call set_timesteps before step")
+            more |= {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
+            arguments.check_neutral("step", self.sampler, more)
+            run, expected = self._run, self._begin_index
+            if run is not None:
+                if run.next >= run.plan.nfe:
+                    raise BadInput(
+                        f"this sampling has {run.plan.nfe} queries and all are done: call set_timesteps again"
+                    )
+                expected = (self._begin_index or 0) + run.next
+            place = arguments.place_of(timestep, self.timesteps, self._asked_at, expected)
+            if run is None or place != expected:
+                run = self._run = self._begin(place)
+                self._begin_index = place
+            x, raw = sample.float(), model_output.to(sample.device, torch.float32)
+            if raw.shape != x.shape:
+                if raw.ndim != x.ndim or raw.shape[1] != 2 * x.shape[1]:
+                    raise BadInput(f"step: the network gave {tuple(raw.shape)} for a sample {tuple(x.shape)}")
+                raw = raw[:, : x.shape[1]]  # the rest are variances
+            skip, scale = run.numbers[run.next]
+            x0 = torch.add(x * skip, raw, alpha=scale)
+            ratio = self.config.dynamic_thresholding_ratio if self.config.thresholding else None
+            x0 = arguments.held(x0, self.config.clip, ratio, self.config.sample_max_value)
 
             def noise() -> Tensor:
                 return randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)
 
             made = run.step(x, x0, noise).to(model_output.dtype)
-            return SchedulerOutput(prev_sample=made) if return_dict else (made,)
+            x0 = x0.to(model_output.dtype)
+            if not return_dict:
+                return made, made if run.next == run.plan.nfe else x0
+            return PlanSchedulerOutput(made, x0, made if run.next == run.plan.nfe else x0)
 
         def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
             """alpha x + sigma noise at the timesteps, (B,) or ()."""
             t = self.reading.time(torch.as_tensor(timesteps).flatten())
             shape = (-1, *[1] * (original_samples.ndim - 1))
-            alpha, sigma = (
-                f(t).to(original_samples.device, original_samples.dtype).reshape(shape)
+            alpha, sigma = (  # narrowed before they move: not every device has float64
+                f(t).to(original_samples.dtype).to(original_samples.device).reshape(shape)
                 for f in (self.hasten_schedule.alpha, self.hasten_schedule.sigma)
             )
             return alpha * original_samples + sigma * noise
@@ -270,31 +367,6 @@ def scheduler_class() -> type:
             """The same under the name and the order that pipelines of flows use."""
             return self.add_noise(sample, noise, timestep)
 
-    PlanScheduler.__module__, PlanScheduler.__qualname__ = __name__, "PlanScheduler"
+    # diffusers imports no library that a folder names: it must be one that a user has imported, `import hasten`
+    PlanScheduler.__module__, PlanScheduler.__qualname__ = __name__.partition(".")[0], "PlanScheduler"
     return PlanScheduler
-
-
-def usable(plan: Plan) -> Plan:
-    """A plan that a pipeline can run: no noise before its first query, no basis."""
-    if plan.basis is not None:
-        raise BadInput(f"{plan.sampler or 'this plan'} works in a basis of its own: a pipeline cannot run it")
-    if bool(plan.start[1:].any()):
-        raise BadInput(f"{plan.sampler or 'this plan'} adds noise before its first query: a pipeline cannot")
-    return plan
-
-
-def later(plan: Plan, first: int) -> Plan:
-    """The rows of a plan from `first` on. Raises BadInput where they need what was answered before."""
-    if first >= plan.nfe or bool(plan.A[first:, :first].any()) or bool(plan.B[first:, :first].any()):
-        raise BadInput(
-            f"this plan cannot begin at its query {first} of {plan.nfe}: its rows need earlier answers; "
-            "give as_scheduler the sampler in place of the plan"
-        )
-    draws = plan.C[first:]
-    keep = (draws != 0).any(0)
-    start = torch.cat([torch.ones(1, dtype=torch.float64), torch.zeros(int(keep.sum()), dtype=torch.float64)])
-    rows = slice(first, None)
-    return Plan(
-        plan.times[rows], start, plan.a[rows], plan.A[rows, first:], plan.B[rows, first:], draws[:, keep],
-        plan.sampler, plan.schedule,
-    )  # fmt: skip

@@ -106,6 +106,11 @@ class Seams(nn.Module):
         return self.net.config
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which the network computes; its weights may be stored in fewer bits (layer-wise casting)."""
+        return dtype_of(self.net)
+
+    @property
     def channels(self) -> int:
         """Of the sample."""
         return int(self.config.in_channels)
@@ -133,7 +138,10 @@ def with_seams(net: nn.Module, whole: bool = False) -> Seams:
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:
-    """The floating dtype of the weights, as `Denoiser` finds it."""
+    """The dtype in which a network computes: what it says itself (weights may be stored in fewer bits), or theirs."""
+    said = getattr(net, "dtype", None)
+    if isinstance(said, torch.dtype) and said.is_floating_point:
+        return said
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 

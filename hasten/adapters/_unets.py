@@ -51,7 +51,10 @@ class _UNet(Seams):
         beside: Tensor | None = None
         doublings = 2 ** getattr(self.net, "num_upsamplers", 0)
         uneven = any(side % doublings for side in skips[0].shape[-2:])
-        for block in list(self.net.up_blocks)[first:last]:
+        blocks = list(self.net.up_blocks)[first:last]
+        if blocks and getattr(blocks[0], "b1", None):
+            x = x.clone()  # FreeU multiplies it where it lies, and it may be kept for the next query
+        for block in blocks:
             count = len(block.resnets)
             mine = tuple(skips[-count:])
             del skips[-count:]

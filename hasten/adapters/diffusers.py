@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..accelerators import EXCHANGE
 from ..denoiser import Denoiser
 from ..discrete import Discrete
 from ..errors import BadInput
@@ -18,9 +21,11 @@ from ..sampling import spell
 from ..schedules import Flow, Schedule, schedule_from_dict
 from ..times import Explicit
 from ._conditions import Latents, Prompts
-from ._optional import diffusers
+from ._loadable import check_loadable, wants_image
+from ._network import loadable, uncompiled
+from ._optional import diffusers, without_loading_bars
 from ._running import Accelerated
-from ._schedules import PREDICTIONS, FlowDenoiser, reading, times_like
+from ._schedules import PREDICTIONS, FlowDenoiser, alike, mu_of, reading, times_like
 from ._seams import Seams, with_seams
 
 if TYPE_CHECKING:
@@ -39,8 +44,10 @@ __all__ = [
 INDEX = "model_index.json"
 TABLE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
-    "prediction_type", "shift", "use_flow_sigmas", "flow_shift",
+    "prediction_type", "shift", "use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type",
+    "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "original_inference_steps",
 )  # fmt: skip
+THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
 def is_pipeline(thing: Any) -> bool:
@@ -51,8 +58,11 @@ def is_pipeline(thing: Any) -> bool:
 def open_pipeline(name: str | Path) -> Any:
     """The pipeline in a folder with a model_index.json, or of a hub id. Raises BadInput in one line."""
     library = diffusers()
+    from . import _scheduler  # noqa: F401  diffusers names it in the pipelines that hold one, and does not import it
+
     try:
-        return library.DiffusionPipeline.from_pretrained(str(name))
+        with without_loading_bars():
+            return library.DiffusionPipeline.from_pretrained(str(name))
     except Exception as error:  # of many kinds: the network, the files, missing packages
         said = " ".join(str(error).split()).split(". ")[0]
         where = "" if (Path(name) / INDEX).is_file() else " (if you are offline, give the folder of a pipeline)"
@@ -65,10 +75,13 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     Its network with seams, its schedule, prompts or classes, image decoder and guidance; the weights are the
     pipeline's own. Of the scheduler only the table, or the shift of a flow, is used, not its steps, nor its clipping of
     x0: `times_like(pipe.scheduler, steps)` are the times that it would visit. A model of prompts takes them where
-    others take labels: `model.sample(4, "a photo of a cat")`.
+    others take labels: `model.sample(4, "a photo of a cat")`; a guidance scale of 1 or less is none, as in pipelines.
+    Image-to-image and inpainting pipelines are loaded as what they draw from noise alone. A flow whose shift depends on
+    the size of the image has that of the network's own size.
 
-    Raises BadInput for a network that has no seams (`hasten.adapters._seams`), one that wants an image beside the noisy
-    one, or a scheduler whose times mean nothing to hasten.
+    Raises BadInput for a network that has no seams (`hasten.adapters._seams`), a pipeline that is more than a network
+    with prompts or classes and a decoder (a ControlNet, an adapter, an image as a condition), one without its text
+    encoders, or a scheduler whose times mean nothing to hasten.
     """
     from ..model import Model
 
@@ -77,18 +90,17 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     if not is_pipeline(pipe):
         raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
     slot, net = network_of(pipe)
-    seams, read = with_seams(net), reading(pipe.scheduler)
-    config = net.config
+    seams, config = with_seams(loadable(net)), net.config
     made = int(config.out_channels or config.in_channels)
     if made not in (config.in_channels, 2 * config.in_channels):
-        raise BadInput(
-            f"the {slot} takes {config.in_channels} channels and makes {made}: it wants an image beside the noisy one; "
-            "use it through its pipeline (hasten.as_scheduler, hasten.accelerate)"
-        )
+        raise wants_image(slot, config.in_channels, made)
+    check_loadable(pipe, slot, net)
     side = config.sample_size
     if side is None:
         raise BadInput(f"the {slot} does not say its sample_size: hasten cannot tell the shape of its samples")
     height, width = (side, side) if isinstance(side, int) else side
+    patch = int(config.get("patch_size") or 1)
+    read = reading(pipe.scheduler, mu=mu_of(pipe.scheduler, (height // patch) * (width // patch)))
     vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
     factor = 1 if vae is None else getattr(pipe, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1))
     prompts = Prompts(pipe, (height * factor, width * factor)) if hasattr(pipe, "encode_prompt") else None
@@ -111,15 +123,16 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         card=card,
         conditioning=prompts,
         decoder=None if vae is None else Latents(vae),
+        pipeline=pipe,
     )
     return model if device is None else model.to(device)
 
 
 def network_of(pipe: Any) -> tuple[str, nn.Module]:
-    """The slot of a pipeline that holds its network, and the network."""
+    """The slot of a pipeline that holds its network, and the network, the one inside of `torch.compile`'s."""
     for slot in ("unet", "transformer"):
         if isinstance(net := getattr(pipe, slot, None), nn.Module):
-            return slot, net
+            return slot, uncompiled(net)
     raise BadInput(f"{type(pipe).__name__} has neither a unet nor a transformer")
 
 
@@ -141,7 +154,7 @@ def as_scheduler(
     times: Any = None,
     like: Any = None,
     prediction: str | None = None,
-    clip: float | None = None,
+    clip: float | bool | None = None,
 ) -> Any:
     """A scheduler of `diffusers` that runs a sampler or a plan of hasten inside an unmodified pipeline.
 
@@ -149,7 +162,8 @@ def as_scheduler(
         pipe("a photo of a cat", num_inference_steps=8)
 
     It takes exactly the steps it is asked for, at fractional network times, with a generator for each sample if the
-    pipeline is given a list; `save_pretrained`, `from_pretrained` and `from_config` work.
+    pipeline is given a list; `save_pretrained`, `from_pretrained` and `from_config` work. A process that opens such a
+    pipeline's folder must have imported hasten (`import hasten`) before it calls `from_pretrained`.
 
     Args:
         method: a linear sampler, as an object or a text; or a `Plan`, as an object or a .json file.
@@ -158,7 +172,11 @@ def as_scheduler(
         like: what the network was made for: a pipeline, a scheduler, a scheduler's config, or a `Model` or `Denoiser`.
             May be left out with a plan, given `prediction`.
         prediction: "eps", "v", "x0" or "flow", in place of what `like` says.
-        clip: hold x0 to [-clip, clip], for networks of pixels.
+        clip: hold x0 to [-clip, clip], for networks of pixels; None: as `like` does, which may also have dynamic
+            thresholding; False: not.
+
+    A flow whose shift depends on the size of the image (`use_dynamic_shifting`) takes it from the pipeline. What
+    pipelines give to `set_timesteps` and `step` beside is taken, or refused by name.
     """
     from ._scheduler import scheduler_class
 
@@ -176,7 +194,11 @@ def as_scheduler(
             raise BadInput(f"a plan on {type(known).__name__}: the networks of diffusers know tables and flows")
         if like is None:
             config = scheduled(known)
-        elif not alike(known, kind(**config).hasten_schedule, method.times):
+        elif not (
+            config.get("use_dynamic_shifting")  # whose shift is known later
+            and isinstance(known, Flow)
+            or alike(known, kind(**config).hasten_schedule, method.times)
+        ):
             raise BadInput("the plan was made for another schedule than that of this pipeline")
         config["plan"] = method.to_json()
     else:
@@ -192,7 +214,10 @@ def as_scheduler(
         config["prediction_type"] = names[prediction]
     elif like is None:
         raise BadInput("as_scheduler needs like=, a pipeline or scheduler, or with a plan prediction=")
-    return kind(**config, clip=clip)
+    if clip is not None:
+        config = {key: value for key, value in config.items() if key not in ("clip", *THRESHOLDING)}
+        config["clip"] = None if clip is False else 1.0 if clip is True else float(clip)
+    return kind(**config)
 
 
 def described(like: Any) -> dict[str, Any]:
@@ -213,9 +238,12 @@ def described(like: Any) -> dict[str, Any]:
         read, config = reading(scheduler), dict(scheduler.config)
     else:
         read, config = None, dict(scheduler)
-    kept = {key: config[key] for key in TABLE if key in config}
+    kept = {key: config[key] for key in TABLE if key in config} | clipping(scheduler, config)
     if kept.get("trained_betas") is not None:
         kept["trained_betas"] = [float(beta) for beta in kept["trained_betas"]]
+    if "FlowMatch" in str(config.get("_class_name") or type(scheduler).__name__) and not kept.get("use_flow_sigmas"):
+        # which tells pipelines (Flux) that the scheduler has noise levels of its own
+        kept |= {"use_flow_sigmas": True, "flow_shift": kept.get("shift") or 1.0}
     if read is None:
         return kept
     kept["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[read.prediction]
@@ -223,7 +251,28 @@ def described(like: Any) -> dict[str, Any]:
         same = scheduler_class()(**kept).hasten_schedule == read.schedule
     except NotImplementedError:  # betas of a kind that only that scheduler knows
         same = False
-    return kept if same else {**scheduled(read.schedule), "prediction_type": kept["prediction_type"]}
+    if same:
+        return kept
+    more = {key: kept[key] for key in ("prediction_type", "clip", *THRESHOLDING) if key in kept}
+    return {**scheduled(read.schedule), **more}
+
+
+def clipping(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """How a scheduler holds x0 within bounds: `clip`, or the arguments of dynamic thresholding; {} where it does not.
+
+    Configurations carry what other schedulers wanted, so only what this scheduler itself takes counts.
+    """
+    if "clip" in config:
+        return {key: config[key] for key in ("clip", *THRESHOLDING) if key in config}  # one of ours
+    kind = (
+        type(scheduler) if hasattr(scheduler, "config") else getattr(diffusers(), str(config.get("_class_name")), None)
+    )
+    takes = config if kind is None else inspect.signature(kind.__init__).parameters
+    if config.get("thresholding") and "thresholding" in takes:
+        return {key: config[key] for key in THRESHOLDING if key in config}
+    if config.get("clip_sample") and "clip_sample" in takes:
+        return {"clip": float(config.get("clip_sample_range") or 1.0)}
+    return {}
 
 
 def scheduled(schedule: Schedule) -> dict[str, Any]:
@@ -233,13 +282,6 @@ def scheduled(schedule: Schedule) -> dict[str, Any]:
     return {"num_train_timesteps": 1000, "plan_schedule": schedule.to_dict()}
 
 
-def alike(one: Schedule, two: Schedule, times: Tensor) -> bool:
-    """Whether two schedules agree at these times."""
-    return all(
-        bool(torch.allclose(getattr(one, f)(times), getattr(two, f)(times), atol=1e-4)) for f in ("alpha", "sigma")
-    )
-
-
 def accelerate(what: Any, accelerators: Any, ahead: Any = None, **told: Any) -> Any:
     """A denoiser, or a pipeline of `diffusers`, under accelerators; what is given stays as it is.
 
@@ -247,7 +289,7 @@ def accelerate(what: Any, accelerators: Any, ahead: Any = None, **told: Any) -> 
         what: a `Denoiser`, see `hasten.accelerators.accelerate`, or a pipeline, see `accelerate_pipeline`.
         accelerators: one or several, as objects or texts.
         ahead: with a denoiser: the `Ahead` of its sampling.
-        told: with a pipeline: `steps`, `prompts`, `seed`.
+        told: with a pipeline: `steps`, `prompts`, `seed`, `calls`.
     """
     from ..accelerators import accelerate as accelerate_denoiser
 
@@ -273,7 +315,7 @@ def methods(accelerators: Any) -> list[Any]:
 
 
 def accelerate_pipeline(
-    pipe: Any, accelerators: Any, steps: int | None = None, prompts: Any = None, seed: int = 0
+    pipe: Any, accelerators: Any, steps: int | None = None, prompts: Any = None, seed: int = 0, calls: Any = None
 ) -> Any:
     """A copy of the pipeline, with the same parts, whose network runs under these accelerators.
 
@@ -285,12 +327,42 @@ def accelerate_pipeline(
         accelerators: one or several, as objects or texts such as "encoder_propagation:keys=uniform".
         steps: of the samplings to come; by default 50. A sampling with other steps or another start (image to image)
             makes the accelerators that look ahead anew, for the times of the scheduler then.
-        prompts, seed: of the samplings that an accelerator may want to see first (calibration).
+        prompts, seed: of the samplings that an accelerator may want to see first (calibration); without prompts those
+            of the empty prompt, with a warning.
+        calls: in place of prompts, `calls(pipe)` runs the pipeline as it will be used, and what its network is asked
+            then is what is looked at: `calls=lambda pipe: pipe("a cat", image=sketch)`. Pipelines that `load` refuses
+            (ControlNet, inpainting networks, adapters) need it.
     """
     from ..pick import pick
 
+    if calls is not None and (prompts is not None or not callable(calls)):
+        raise BadInput("give prompts=, or calls=, a function of the pipeline such as lambda pipe: pipe('a cat')")
     several = isinstance(accelerators, Iterable) and not isinstance(accelerators, str)
     chosen = [
         pick("accelerators", a) if isinstance(a, str) else a for a in (accelerators if several else [accelerators])
     ]
-    return Accelerated.put_into(pipe, *network_of(pipe), chosen, steps or 50, seed, prompts)
+    seen_in = prompts if calls is None else calls
+    slot, net = network_of(pipe)
+    made = Accelerated.put_into(pipe, slot, net, chosen, steps or 50, seed, seen_in)
+    other_weights = any(one.stage == EXCHANGE for one in chosen)
+    for thing in (made, vars(made)[slot]) if other_weights else (made,):  # past their own __setattr__
+        vars(thing)["save_pretrained"] = partial(save_accelerated, thing, chosen, other_weights)
+    return made
+
+
+def save_accelerated(
+    thing: Any, accelerators: list[Any], other_weights: bool, folder: Any, *more: Any, **told: Any
+) -> Any:
+    """`save_pretrained` of an accelerated pipeline or its network: without the accelerators, and it says so.
+
+    Raises BadInput where they have changed the weights: a folder of `diffusers` does not hold integers.
+    """
+    names = [spell(one) for one in accelerators]
+    again = f"hasten.accelerate(pipe, {names!r}) after loading"
+    if other_weights:
+        raise BadInput(
+            f"save_pretrained would write the weights before {' and '.join(names)}, not those that run: save the "
+            f"pipeline that accelerate was given, and call {again}"
+        )
+    warnings.warn(f"saved without {' and '.join(names)}: call {again}", stacklevel=2)
+    return type(thing).save_pretrained(thing, folder, *more, **told)

@@ -111,7 +111,7 @@ def graph(flat: Flat, asked: Asked, file: Path, opset: int) -> None:
     program = torch.export.export(
         flat,
         (asked["x"], asked["time"], *told),
-        dynamic_shapes={"x": batch, "time": batch, "told": tuple(batch for _ in told)},
+        dynamic_shapes={"x": batch, "time": batch} | ({"told": tuple(batch for _ in told)} if told else {}),
         strict=False,
     )
     large = sum(p.numel() * p.element_size() for p in flat.parameters()) > MOST_BYTES

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +21,13 @@ if TYPE_CHECKING:
 
 def open_model(name: str, device: str) -> Model:
     """`load`, on the device that was asked for."""
+    from ..finite import check_weights
     from ..machine import device_for
     from ..model import load
 
-    return load(name, device_for(device))
+    loaded = load(name, device_for(device))
+    check_weights(loaded.denoiser, name)
+    return loaded
 
 
 def processes(device: str) -> Ranks:
@@ -33,12 +40,19 @@ def processes(device: str) -> Ranks:
     return Ranks(device_for(device))
 
 
-def open_shared(name: str, ranks: Ranks) -> Model:
-    """`load` on every process's own device; what must be fetched, one process of a machine fetches."""
+def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
+    """`load` on every process's own device; what must be fetched, one process of a machine fetches.
+
+    sound: refuse weights that are not finite (else a warning has named one).
+    """
+    from ..finite import check_weights
     from ..model import load
 
     with ranks.leading():
-        return load(name, ranks.device)
+        loaded = load(name, ranks.device)
+    if sound:
+        check_weights(loaded.denoiser, name)
+    return loaded
 
 
 def hint(ranks: Ranks, n: int, batch_size: int) -> None:
@@ -50,6 +64,25 @@ def hint(ranks: Ranks, n: int, batch_size: int) -> None:
             f"{n} images are {batches} batch{'es' if batches > 1 else ''} of {batch_size}, for {ranks.world} "
             f"processes: --batch-size {each} would give work to all"
         )
+
+
+@contextlib.contextmanager
+def ends_as_stopped() -> Iterator[None]:
+    """SIGTERM within the block ends it as Ctrl-C does, so that what is finished is kept and reported."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the report is written undisturbed
+        raise KeyboardInterrupt("told to stop (SIGTERM)")
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def warn(line: str) -> None:
@@ -64,31 +97,24 @@ def cached(folder: str) -> Path:
     return notebook().parent / folder
 
 
-def is_images(path: str) -> bool:
-    """Whether a reference is real images, not statistics of them."""
-    place = Path(path)
-    return place.exists() and not (place / "features.json").is_file()
+def given_images(path: Path, n: int, channels: int, start: str | None = None, mask: Path | None = None) -> Tensor:
+    """The first `n` images of a folder, a zip, an array or a single image file, (n, C, h, w) in [-1, 1].
+
+    start: for inpainting, what is unknown becomes NaN: where the images are transparent, or `mask` is white.
+    """
+    from ..pick import pick
+    from ..train.given import read_images
+
+    unknown = start is not None and getattr(pick("starts", start), "task", None) == "inpainting"
+    if mask is not None and not unknown:
+        raise BadInput("a mask is for inpainting: --start ccdf:task=inpainting,time=0.5")
+    return read_images(path, n, channels, unknown, mask)
 
 
-def given_images(path: Path, n: int, channels: int) -> Tensor:
-    """The first `n` images of a folder, a zip, an array or a single image file, (n, C, h, w) in [-1, 1]."""
-    from ..train import open_data
-    from ..train.data import to_float
-    from ..train.folders import SUFFIXES
+def label_list(model: Model, label: str | None) -> str | list[str] | None:
+    """What `Model.labels` takes, of a label as it is typed: names or indices separated by commas; a prompt as it is."""
+    from ..train.names import split_labels
 
-    if path.name.lower().endswith(SUFFIXES):
-        import numpy as np
-        import torch
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        except OSError as e:
-            raise BadInput(f"cannot read {path}: {e.strerror or e}") from e
-        one = torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
-        return to_float(one[None]).expand(n, -1, -1, -1)
-    data = open_data(path, split=None, channels=channels)
-    if len(data) < n:
-        raise BadInput(f"{path} holds {len(data)} images, asked for {n} (--n {len(data)} takes all)")
-    return to_float(data.images(range(n)))
+    if label is None or model.conditioning is not None:
+        return label
+    return split_labels(str(label), model.classes)

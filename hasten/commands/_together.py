@@ -10,13 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from ..environment import launched
+
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 FAILED, STOPPED = 1, 130  # the exit codes of `cli`
 
 
 def several() -> bool:
-    """Whether torchrun started this process and others. (`ranks.launched` would need torch, which --help does not.)"""
-    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    """Whether torchrun started this process and others."""
+    return launched() > 1
 
 
 def together(verb: Verb) -> Verb:
@@ -65,7 +67,7 @@ def one_voice() -> Iterator[None]:
             deaf()
             stopped = isinstance(error, KeyboardInterrupt)
             own = not stopped and not isinstance(error, Lost)
-            if os.environ["RANK"] == "0" if ranks is None else ranks.speaks(own):
+            if ranks is None or ranks.speaks(own):  # a process that found no others speaks for itself
                 raise
             raise SystemExit(STOPPED if stopped else FAILED) from None
 

@@ -21,6 +21,7 @@ def distill(
     steps: int | None = None,
     evaluations: float | None = None,
     guidance_scale: float | None = None,
+    init: str | None = None,
     batch_size: int = 128,
     accumulate: int = 1,
     shard: bool = False,
@@ -46,6 +47,8 @@ def distill(
         steps: Steps of training, all stages together.
         evaluations: Network evaluations of one image, training included; 1e6 or so for a start.
         guidance_scale: The strength of guidance that the student gives. Left out: the teacher's own choice.
+        init: The model that the first student begins as, in place of the teacher: a bundled name or a folder, such as
+            that of an earlier student.
         batch_size: Images a step.
         accumulate: Parts of a batch that are computed one after another, to need less memory.
         shard: Divide the network among the processes that torchrun started, where it is too large for one.
@@ -60,15 +63,17 @@ def distill(
     """
     from ..distill import distill_model
 
-    loaded = open_shared(model, processes(device))
+    ranks = processes(device)
+    loaded = open_shared(model, ranks)
     said = {"data": data, "out": out, "method": method, "minutes": minutes, "steps": steps, "evaluations": evaluations,
-            "guidance_scale": guidance_scale, "batch_size": batch_size, "seed": seed, "runtime": runtime,
+            "guidance_scale": guidance_scale, "init": init, "batch_size": batch_size, "seed": seed, "runtime": runtime,
             "accumulate": None if accumulate == 1 else accumulate, "shard": shard}  # fmt: skip
     result = distill_model(
         loaded, out, method=method, data=data, steps=steps, minutes=minutes, evaluations=evaluations,
         guidance_scale=guidance_scale, batch_size=batch_size, seed=seed, runtime=runtime, dry_run=dry_run,
         say=(lambda line: None) if json else lambda line: print(line, flush=True),
         command=spell("distill", model, said), accumulate=accumulate, shard=shard,
+        init=None if init is None else open_shared(init, ranks),
     )  # fmt: skip
     cost = f"{result['evaluations']:.3g} network evaluations"
     if dry_run:

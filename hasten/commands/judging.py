@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput
+from ..errors import BadInput, HastenError
 from ..terminal import progress, spell, tell
-from ._common import cached, hint, is_images, open_shared, processes
+from ._common import cached, ends_as_stopped, hint, open_shared, processes, warn
 from ._together import together
+
+if TYPE_CHECKING:
+    from ..metrics import Measure
 
 
 @together
@@ -24,6 +27,9 @@ def compare(
     timing_batch: int = 16,
     reference: str | None = None,
     features: str | None = None,
+    prompt: list[str] | None = None,
+    prompts: Path | None = None,
+    repeats: int = 1,
     runtime: str = "auto",
     device: str = "auto",
     json: bool = False,
@@ -41,8 +47,13 @@ def compare(
         rounds: Times that each variant is timed, in turns.
         batch_size: Images in the network at once.
         timing_batch: Images in a timed batch.
-        reference: Statistics of real images. Left out: those that the model names.
-        features: The network that looks at the images. Left out: the reference's.
+        reference: Statistics of real images, or a folder, zip or array of images of your own, with --features. Left
+            out: the statistics that the model names.
+        features: The network that looks at the images: fashion, efficientnet_lite0, inception. Left out: the
+            reference's.
+        prompt: Of a model that takes prompts; given several times, image k gets number k mod their count.
+        prompts: A text file of prompts in their place, one a line.
+        repeats: Blocks of n seeds, one after the other: figures are then means with their deviation.
         runtime: Number format of the network, fp32 or bf16; auto times them on this machine once.
         device: auto, cpu, cuda or cuda:1.
         json: Print the rows as JSON, not as a table.
@@ -56,13 +67,33 @@ def compare(
         "variants": variants, "n": n, "seed": seed, "rounds": rounds, "batch_size": batch_size,
         "timing_batch": timing_batch, "runtime": runtime, "reference": reference, "features": features,
     }  # fmt: skip
-    told = {**asked, "runtime": None if runtime == "auto" else runtime, "out": out}
+    asked["repeats"] = repeats
+    given = {"prompt": prompt, "prompts": prompts, "repeats": None if repeats == 1 else repeats}
+    told = {**asked, **given, "runtime": None if runtime == "auto" else runtime, "out": out}
+    texts = prompts_of(prompt, prompts)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
-    rows = run(loaded, out=out, **asked, show=not json, command=spell("compare", model, told), ranks=ranks)
+    with ends_as_stopped():
+        command = spell("compare", model, told)
+        rows = run(loaded, out=out, **asked, show=not json, command=command, ranks=ranks, prompts=texts)
     if json:
         tell(rows, "", json)
+    if lost := [row for row in rows if row.get("failed")]:
+        also = "" if len(lost) == 1 else f" (and {len(lost) - 1} more)"
+        first = f"{lost[0]['name']!r}: {lost[0]['failed']}"
+        raise HastenError(
+            f"{len(lost)} of {len(rows)} rows failed, {first}{also}; {out / 'report.html'} has the others"
+        )
     return rows
+
+
+def prompts_of(prompt: list[str] | None, prompts: Path | None) -> list[str] | None:
+    """The prompts of the command line, None where there are none."""
+    from ..jobs import read_prompts
+
+    if prompt and prompts is not None:
+        raise BadInput("give --prompt or --prompts, not both")
+    return read_prompts(prompts) if prompts is not None else prompt or None
 
 
 @together
@@ -80,7 +111,10 @@ def evaluate(
     guide: list[str] | None = None,
     start: str | None = None,
     plan: str | None = None,
-    label: int | str | None = None,
+    label: str | None = None,
+    prompt: list[str] | None = None,
+    prompts: Path | None = None,
+    repeats: int = 1,
     batch_size: int = 64,
     runtime: str = "auto",
     device: str = "auto",
@@ -94,9 +128,10 @@ def evaluate(
     Args:
         model: A bundled name (see models) or a folder.
         n: How many images; at least 10, better 2000 or more.
-        reference: Bundled statistics, a folder of statistics, or a folder, zip or array of real images.
-            Left out: the one that the model names.
-        features: The network that looks at the images: fashion, efficientnet, inception. Left out: the reference's.
+        reference: Bundled statistics, a folder of statistics, or a folder, zip or array of real images, whose
+            statistics are made once. Left out: the one that the model names.
+        features: The network that looks at the images: fashion, efficientnet_lite0 or inception. Left out: the
+            reference's.
         seed: Of the first image; image k has seed + k.
         sampler: As for sample; so are the next three.
         times: Time grid.
@@ -106,6 +141,9 @@ def evaluate(
         start: Where sampling begins.
         plan: A plan of the model by name, or a plan's .json file.
         label: As for sample; none is no class. Left out, all classes take turns.
+        prompt: Of a model that takes prompts; given several times, image k gets number k mod their count.
+        prompts: A text file of prompts in their place, one a line.
+        repeats: Blocks of n seeds, one after the other: figures are then means with their deviation.
         batch_size: Images in the network at once.
         runtime: Number format of the network.
         device: auto, cpu, cuda or cuda:1.
@@ -115,56 +153,84 @@ def evaluate(
         The settings, and under `measures` each figure with its features, reference, count, floor and interval.
     """
     from ..errors import whole
+    from ..jobs import given_prompts, image_shape
     from ..many import judge_many, kept, sample_many
-    from ..metrics import feature_net, reference_from_images
-    from ..metrics import reference as load_reference
+    from ..metrics import without_neighbours
+    from ..reference_images import judge
 
     whole("n", n, 10)
     whole("batch_size", batch_size, 1)
+    whole("repeats", repeats, 1)
+    texts = prompts_of(prompt, prompts)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
+    if loaded.conditioning is not None and texts is None and isinstance(label, str):
+        texts = [label]  # as for sample, whose label is the prompt
+    chosen: Any = given_prompts(loaded, texts, "the command") or label
     asked = reference or loaded.card.get("reference")
     if asked is None:
         raise BadInput(f"{loaded.name} names no reference: give --reference, such as a folder of real images")
-    if is_images(asked):
-        if features is None:
-            raise BadInput(f"{asked} holds images: give --features, the network to look at them with")
-        from ..train.data import open_data
-
-        channels, height, width = loaded.shape
-        data = open_data(asked, size=(height, width), channels=channels)
-        known = None
-        if ranks.first:
-            real = data.images(range(len(data)))
-            known = reference_from_images(real, Path(asked).name, "all", feature_net(features))
-    else:
-        known = load_reference(asked)
+    say = warn if ranks.first else lambda line: None
+    known, net = judge(asked, features, image_shape(loaded), loaded.device, ranks, say)
+    assert known is not None and net is not None
+    if line := without_neighbours(n, known):
+        say(line)
     way: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
     size = min(n, batch_size)
     setting = loaded.setting(sampler, times, steps, guidance_scale, "fp32", size, **way)
     setting["runtime"] = ranks.once(lambda: loaded.runtime_for(runtime, size))
-    keep = kept(cached("kept"), ranks, loaded, n, label, seed, batch_size, setting)
     hint(ranks, n, batch_size)
-    with progress(f"sampling {n} images") as tick:
-        x = sample_many(
-            loaded, n, label, seed, batch_size, **setting, ranks=ranks, keep=keep, everywhere=True, progress=tick
-        )
-    wanted = None if label == "none" else loaded.labels(n, label)
-    net = features or known.features  # type: ignore[union-attr]
-    measures = judge_many(x, wanted, net, known, range(seed, seed + n), ranks)  # type: ignore[arg-type]
-    ranks.wait()
-    if keep is not None:
-        keep.clear()
-    if measures is None:  # the first process has them
+    wanted = None if loaded.conditioning is not None else loaded.labels(n, chosen)
+    blocks = []
+    for block in range(repeats):
+        first = seed + block * n
+        keep = kept(cached("kept"), ranks, loaded, n, chosen, first, batch_size, setting)
+        of = f", block {block + 1} of {repeats}" if repeats > 1 else ""
+        with progress(f"sampling {n} images{of}") as tick:
+            x = sample_many(
+                loaded, n, chosen, first, batch_size, **setting, ranks=ranks, keep=keep, everywhere=True, progress=tick
+            )
+        assert x is not None
+        blocks.append(judge_many(x, wanted, net, known, range(first, first + n), ranks, loaded.classes))
+        ranks.wait()
+        if keep is not None:
+            keep.clear()
+    found = [measures for measures in blocks if measures is not None]
+    if not found:  # the first process has them
         return {}
+    measures, deviation = over_blocks(found)
     result = {
         "model": loaded.name,
         "sha256": loaded.sha256,
         **setting,
         "n": n,
-        "seeds": [seed, seed + n - 1],
+        "seeds": [seed, seed + repeats * n - 1],
+        **({"prompts": texts} if texts else {}),
         "measures": {name: measure.to_dict() for name, measure in measures.items()},
+        **({"repeats": repeats, "deviation": deviation} if repeats > 1 else {}),
+        **({"blocks": [{name: m.value for name, m in each.items()} for each in found]} if repeats > 1 else {}),
         **({"processes": ranks.world} if ranks.world > 1 else {}),
     }
-    tell(result, "\n".join(str(measure) for measure in measures.values()), json)
+    lines = [f"{m}, deviation {deviation[name]:.2g} over {repeats} blocks" if name in deviation else str(m)
+             for name, m in measures.items()]  # fmt: skip
+    tell(result, "\n".join(lines), json)
     return result
+
+
+def over_blocks(blocks: list[dict[str, Measure]]) -> tuple[dict[str, Measure], dict[str, float]]:
+    """The means of the figures over blocks of seeds, and the standard deviation of one block, where there are several.
+
+    The interval of a mean is not that of a block, so it has none.
+    """
+    import statistics
+    from dataclasses import replace
+
+    if len(blocks) == 1:
+        return blocks[0], {}
+    means, deviation = {}, {}
+    for name, measure in blocks[0].items():
+        values = [block[name].value for block in blocks if name in block]
+        deviation[name] = statistics.stdev(values)
+        seeds = ",".join(block[name].seeds for block in blocks)
+        means[name] = replace(measure, value=statistics.fmean(values), interval=None, spread=None, seeds=seeds)
+    return means, deviation

@@ -7,19 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from ..errors import BadInput, NonFinite
+from ..files import refuse_inside, writes
 from ..terminal import progress, spell, tell, versions
-from ._common import given_images, hint, open_shared, processes, warn
+from ._common import given_images, hint, label_list, open_shared, processes, warn
 from ._together import together
 
 
 @together
+@writes("out", only="single")
 def sample(
     model: str,
     *,
     out: Path = Path("samples.png"),
     n: int = 16,
-    label: int | str | None = None,
+    label: str | None = None,
     seed: int = 0,
     sampler: str | None = None,
     times: str | None = None,
@@ -29,6 +31,7 @@ def sample(
     start: str | None = None,
     plan: str | None = None,
     images: Path | None = None,
+    mask: Path | None = None,
     accelerate: list[str] | None = None,
     single: bool = False,
     columns: int | None = None,
@@ -47,8 +50,8 @@ def sample(
         model: A bundled name (see models), a folder, or the folder or hub id of a diffusers pipeline.
         out: The PNG file to write; with single, the folder.
         n: How many images.
-        label: Class index or name, or several parted by commas, taken in turn; none is no class. Left out, all classes
-            take turns. Of a model of prompts: the prompt.
+        label: Class name or index, or several separated by commas, taken in turn; none is no class. A number that is
+            the name of a class is that class. Left out, all classes take turns. Of a model of prompts: the prompt.
         seed: Of the first image; image k has seed + k.
         sampler: Such as ddim, unipc or dpm:order=2,sde=true. Left out: the model's own choice, as for the next three.
         times: Time grid, such as uniform, lambda, trailing or karras:rho=7.
@@ -57,7 +60,9 @@ def sample(
         guide: A further guide, such as distribution:classes=uniform or interval:low=0.2; may be given several times.
         start: Where sampling begins, such as ccdf:time=0.3. Left out: at noise.
         plan: A plan of the model by name, or a plan's .json file, in place of sampler, times and steps.
-        images: Folder, zip or array of images that the start begins from.
+        images: Folder, zip or array of images, or one image, that the start begins from.
+        mask: For inpainting: an image, or as many as are sampled, whose white pixels are filled in. Left out: where the
+            images are transparent.
         accelerate: What makes an evaluation cheaper, such as encoder_propagation or quantize:weights=8; may be given
             several times.
         single: Write one file an image, named by its seed.
@@ -78,18 +83,25 @@ def sample(
     whole("batch_size", batch_size, 1)
     if out.suffix.lower() != ".png" and not single:
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
+    refuse_inside(out, images, "--out")
     pictures.reserve(out / "0.png" if single else out)
     ranks = processes(device)
-    loaded = open_shared(model, ranks)
-    several = isinstance(label, str) and "," in label and loaded.conditioning is None  # a prompt may hold commas
-    chosen = [part.strip() for part in str(label).split(",")] if several else label
+    loaded = open_shared(model, ranks, sound=False)
+    if loaded.codec == "raw":
+        raise BadInput(
+            f"{loaded.name} makes samples of shape {loaded.shape}, which are no images: "
+            "draw them in Python, hasten.load(folder).sample(n)"
+        )
+    chosen = label_list(loaded, label)
     labels = loaded.labels(n, chosen)
     asked: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
     asked["accelerators"] = tuple(accelerate or ())
     size = min(n, batch_size)
     setting = loaded.setting(sampler, times, steps, guidance_scale, "fp32", size, **asked)
     setting["runtime"] = ranks.once(lambda: loaded.runtime_for(runtime, size))
-    given = None if images is None else given_images(images, n, loaded.shape[0])
+    if mask is not None and images is None:
+        raise BadInput("a mask belongs to --images, of which it says what to fill in")
+    given = None if images is None else given_images(images, n, loaded.shape[0], start, mask)
     folder = (out if single else out.parent) / f".{'images' if single else out.name}.kept"
     keep = kept(folder, ranks, loaded, n, chosen, seed, batch_size, setting, given)
     shared = sharing(asked["accelerators"], ranks) is not None
@@ -99,9 +111,15 @@ def sample(
         hint(ranks, n, batch_size)
     began = time.perf_counter()
     with progress(f"sampling {n} images") as tick:
-        x = sample_many(
-            loaded, n, chosen, seed, batch_size, **setting, ranks=ranks, keep=keep, progress=tick, images=given
-        )
+        try:
+            x = sample_many(
+                loaded, n, chosen, seed, batch_size, **setting, ranks=ranks, keep=keep, progress=tick, images=given
+            )
+        except NonFinite as e:
+            if single or e.images is None or e.images.ndim != 4 or not ranks.first:
+                raise
+            pictures.write(out, pictures.png(pictures.grid(pictures.crossed(e.images), columns), {"failed": str(e)}))
+            raise NonFinite(f"{e} ({out} has a cross in their place)") from e
     seconds = time.perf_counter() - began
     if x is None:  # the first process has them all
         ranks.wait()
@@ -110,7 +128,8 @@ def sample(
         return {}
     flags = {"guides": "guide", "accelerators": "accelerate"}
     told = {flags.get(key, key): value for key, value in setting.items()}
-    said = {"label": label, **told, "images": images, "n": n, "seed": seed, "single": single, "columns": columns}
+    said = {"label": label, **told, "images": images, "mask": mask, "n": n, "seed": seed, "single": single}
+    said["columns"] = columns
     if columns is None and chosen is None and loaded.classes is not None and n > len(loaded.classes):
         columns = len(loaded.classes)
     text = {"command": spell("sample", model, said), "model": f"{loaded.name} {loaded.sha256}", "versions": versions()}
@@ -177,8 +196,9 @@ def train(
 ) -> dict[str, Any]:
     """Train a model on a folder of images and save it.
 
-    Sub-folders are classes, or a labels.csv names them. Ctrl-C keeps a checkpoint; the same command goes on from it,
-    also on another number of processes: under torchrun, each takes its share of every batch.
+    Sub-folders are classes, or a file beside the images gives them: labels.csv, metadata.csv, metadata.jsonl or
+    dataset.json. What was found, and what of it is not used, is printed. Ctrl-C keeps a checkpoint; the same command
+    goes on from it, also on another number of processes: under torchrun, each takes its share of every batch.
 
     Args:
         data: A folder or zip of images, a folder of IDX files, a .npy or a .npz.
@@ -187,7 +207,8 @@ def train(
         steps: How many steps to train; with minutes, whichever comes first.
         size: Crop and resize the images to this side.
         channels: 1 or 3. Left out: what the images have.
-        label: The column of labels.csv that holds the class.
+        label: The column of the file of labels (or the array of an .npz) that holds the class; folders for the class
+            folders, none to train without classes.
         widths: Channels of each resolution, such as 64,128. Left out: by the size of the images.
         blocks: Residual blocks a resolution.
         patch: Side of the squares that the network takes as one pixel.

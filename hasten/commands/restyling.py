@@ -22,8 +22,8 @@ def restyle(
     encoder: str,
     decoder: str | None = None,
     *,
-    from_label: int | str | None = None,
-    to_label: int | str | None = None,
+    from_label: str | None = None,
+    to_label: str | None = None,
     out: Path = Path("restyled.png"),
     images: Path | None = None,
     n: int = 8,
@@ -69,6 +69,7 @@ def restyle(
     """
     from .. import images as pictures
     from ..errors import whole
+    from ..files import refuse_inside
     from ..tasks.style_transfer import classes, is_encoder
     from ..tasks.style_transfer import restyle as run
 
@@ -76,6 +77,7 @@ def restyle(
     whole("seed", seed, 0)
     if out.suffix.lower() != ".png":
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r}")
+    refuse_inside(out, images, "--out")
     pictures.reserve(out)
     up = open_model(encoder, device)
     down = up if decoder is None else open_model(decoder, device)
@@ -121,25 +123,26 @@ def restyle(
     return result
 
 
-def of_class(path: Path, n: int, model: Model, label: int | str | None) -> Tensor:
+def of_class(path: Path, n: int, model: Model, label: str | None) -> Tensor:
     """The first `n` images of a path, (n, C, h, w) in [-1, 1]; of one class, where both have any."""
     from ..train import open_data
     from ..train.data import to_float
-    from ..train.folders import SUFFIXES
+    from ..train.given import is_file
+    from ..train.names import class_of
 
     known = model.classes or ()
     index = None if label is None or not known else model.class_index(label)
-    if index is None or index == model.denoiser.null_label or path.name.lower().endswith(SUFFIXES):
+    if index is None or index == model.denoiser.null_label or is_file(path):
         return given_images(path, n, model.shape[0])
     data = open_data(path, split=None, channels=model.shape[0])
     if data.labels is None:
         return given_images(path, n, model.shape[0])
-    name, named = known[index], list(data.classes or ())
-    if name not in named and len(named) != len(known):
-        raise BadInput(f"{path} has no class {name!r}: its classes are {', '.join(named)}")
-    rows = (data.labels == (named.index(name) if name in named else index)).nonzero()[:n, 0]
+    own = class_of(index, known, data.classes or ())
+    if own is None:
+        raise BadInput(f"{path} has no class {known[index]!r}: its classes are {', '.join(data.classes or ())}")
+    rows = (data.labels == own).nonzero()[:n, 0]
     if len(rows) < n:
-        raise BadInput(f"{path} holds {len(rows)} images of {name!r}, asked for {n}")
+        raise BadInput(f"{path} holds {len(rows)} images of {known[index]!r}, asked for {n}")
     return to_float(data.images(rows.tolist()))
 
 

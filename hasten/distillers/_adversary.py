@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..denoiser import Denoiser
+from ..nets.critic import Critic
 from ..predictions import spread
 from ..schedules import Schedule
 from ._targets import noised
+
+if TYPE_CHECKING:
+    from ._task import Task
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
@@ -38,6 +42,11 @@ def slope(judge: Callable[[Sequence[Tensor]], Tensor], features: Sequence[Tensor
     with torch.enable_grad():
         gradients = torch.autograd.grad(judge(leaves).float().sum(), leaves, create_graph=True)
     return torch.stack([g.square().flatten(1).sum(1).mean().float() for g in gradients]).sum()
+
+
+def critic_of(task: Task, pair: bool = False) -> Critic:
+    """The critic with heads on the features of a task's network, told as many classes as the task has."""
+    return Critic(task.denoiser, task.shape, pair=pair, classes=task.label_count, cond=task.one_cond())
 
 
 @contextlib.contextmanager
@@ -65,6 +74,7 @@ def predict(student: Denoiser, z: Tensor, t: Tensor, **cond: Any) -> tuple[Tenso
     """What the network says at z, t (B,), and the x0 that it means."""
     raw = student.raw(z, t, **cond)
     _, skip, out = student.prediction.coefficients(student.schedule.alpha(t), student.schedule.sigma(t))
-    if not torch.isfinite(skip).all():
+    # only there may alpha be 0; elsewhere the numbers are not waited for
+    if student.prediction.name == "eps" and student.schedule.zero_snr and not torch.isfinite(skip).all():
         student(z, t, **cond)  # which refuses in its own words
     return raw, spread(skip, z) * z + spread(out, z) * raw

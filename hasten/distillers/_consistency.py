@@ -56,11 +56,11 @@ def ect_lower(q: Tensor, stage: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def pairs(law: str, schedule: Schedule, count: int) -> tuple[Tensor, Tensor]:
+def pairs(law: str, schedule: Schedule, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Times and levels (count + 1,), rising: the clean end, then `count` nodes up to the schedule's t_max."""
     with torch.inference_mode(False):  # what is kept may be used under autograd later
         times = grid(LAWS[law], schedule, count)
-        return times, level(schedule, times)
+        return times.to(device), level(schedule, times).to(device)
 
 
 def lognormal_shares(levels: Tensor, mean: float, std: float) -> Tensor:

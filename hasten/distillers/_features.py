@@ -32,8 +32,7 @@ def classifier(task: Task, share: float, width: int = 32, lr: float = 1e-3) -> C
 
 def untrained(task: Task, width: int = 32) -> Classifier:
     """The network with its first weights, a function of the task's seed; its features are good for a kernel, too."""
-    classes = task.denoiser.null_label or getattr(task.denoiser.net, "classes", None) or 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
-        net = Classifier(task.shape, int(classes), width)
+        net = Classifier(task.shape, task.label_count or 1, width)
     return net.to(next(task.denoiser.parameters()).device)

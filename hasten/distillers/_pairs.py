@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
+from ..environment import is_terminal
 from ..errors import BadInput, HastenError, nearest
 from ..sampling import Noise, draw, spell
 from ..times import TimeGrid
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 # Seeds from here on are not those that people sample with. A generator of the CPU has 2^32 of them in all.
 FIRST, SPAN, RUNS = 10_000_000, 10_000_000, 400
 MEMORY = 2**28  # bytes of noise that are kept rather than drawn again
+OPEN = 64  # files that are mapped at once
 DTYPES = ("uint8", "float16", "float32")
 SAMPLERS = ("ddim", "unipc", "dpm", "deis", "heun")  # deterministic ones: the end is a function of the noise
 EXACT = ("ddim", "dpm", "deis")  # of these, the ones that ask the teacher about the very states they pass
@@ -53,7 +56,8 @@ class Pairs:
 
     def __init__(self, folder: Path, told: dict[str, Any], start: int, stop: int) -> None:
         self.folder, self.told, self.start, self.stop = folder, told, start, stop
-        self._open: dict[str, Any] = {}
+        self._maps: OrderedDict[str, Any] = OrderedDict()  # of files, the last used ones: each holds a descriptor
+        self._drawn: dict[int, Any] = {}
         # drawing noise from its seeds takes as long as a small network: kept, where there is room for all of it
         self._keep = 4 * (stop - start) * math.prod(told["shape"]) <= MEMORY
 
@@ -66,7 +70,7 @@ class Pairs:
         if not 0 <= start < stop <= len(self):
             raise BadInput(f"a part of {len(self)} pairs needs 0 <= start < stop <= {len(self)}, got {start}, {stop}")
         found = Pairs(self.folder, self.told, self.start + start, self.start + stop)
-        found._open, found._keep = self._open, self._keep
+        found._maps, found._drawn, found._keep = self._maps, self._drawn, self._keep
         return found
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> dict[str, Tensor]:
@@ -91,17 +95,28 @@ class Pairs:
         out: Tensor | None = None
         blocks = chosen // self.told["block"]
         for block in blocks.unique().tolist():
-            key = f"{kind}-{block:05d}"
-            if key not in self._open and kind == "noise":
-                self._open[key] = self._noise(torch.arange(self.told["block"]) + block * self.told["block"]).numpy()
-            elif key not in self._open:
-                self._open[key] = np.load(self.folder / f"{key}.npy", mmap_mode="r")
+            values = self._kept(block) if kind == "noise" else self._map(f"{kind}-{block:05d}")
             where = (blocks == block).nonzero()[:, 0]
-            rows = torch.from_numpy(self._open[key][(chosen[where] % self.told["block"]).numpy()])
+            rows = torch.from_numpy(values[(chosen[where] % self.told["block"]).numpy()])
             out = rows.new_empty(len(chosen), *rows.shape[1:]) if out is None else out
             out[where] = rows
         assert out is not None, "no pairs were asked for"
         return out
+
+    def _map(self, key: str) -> np.ndarray:
+        """A file as a map; at most `OPEN` are kept, as a system allows a process about a thousand open files."""
+        if key not in self._maps:
+            while len(self._maps) >= OPEN:
+                self._maps.popitem(last=False)
+            self._maps[key] = np.load(self.folder / f"{key}.npy", mmap_mode="r")
+        self._maps.move_to_end(key)
+        return self._maps[key]
+
+    def _kept(self, block: int) -> np.ndarray:
+        """The noise of a whole block, drawn once."""
+        if block not in self._drawn:
+            self._drawn[block] = self._noise(torch.arange(self.told["block"]) + block * self.told["block"]).numpy()
+        return self._drawn[block]
 
     def _noise(self, chosen: Tensor) -> Tensor:
         return Noise((chosen + self.told["seed"]).tolist(), self.told["shape"]).initial()
@@ -152,14 +167,23 @@ class PairBatches:
 
 
 def labels_of(told: dict[str, Any], chosen: Tensor) -> Tensor:
-    """The labels of the pairs `chosen`, int64: pair k has class k % C, or one drawn from the seed of its block."""
+    """The labels of the pairs `chosen`, int64: pair k has class k % C, or one drawn from the seed of its block.
+
+    A null label among the classes is none of them: those above it move up by one.
+    """
+    null, count = told.get("null_label"), int(told["classes"])
+    if null is not None:
+        if count == 1:
+            return torch.full_like(chosen, null)
+        found = labels_of({**told, "classes": count - 1, "null_label": None}, chosen)
+        return found + (found >= null).long()
     if told["labels"] == "turns":
-        return chosen % int(told["classes"])
+        return chosen % count
     out, blocks = torch.empty_like(chosen), chosen // told["block"]
     for block in blocks.unique().tolist():
         # beyond all the seeds of noise
         seed = FIRST + RUNS * SPAN + (told["seed"] // SPAN) * 500_000 + block
-        drawn = torch.randint(told["classes"], (told["block"],), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randint(count, (told["block"],), generator=torch.Generator().manual_seed(seed))
         here = blocks == block
         out[here] = drawn[chosen[here] % told["block"]]
     return out
@@ -187,8 +211,9 @@ def make(
         steps, sampler, times: how the teacher samples: a method, or the name of one; it must be deterministic.
         states: times of the grid, above 0, at which to keep what the teacher passes (ddim, dpm, deis), as float16.
         dtype: of the stored ends: uint8 (images, rounded to 1/127.5 and clipped to [-1, 1]), float16 or float32; None:
-            uint8 for samples of three dimensions, float32 for others.
-        labels: "turns", pair k of class k % C, or "random". There are labels where the task's batches have them.
+            uint8 where the task says that its samples are images, float32 for others, such as latents.
+        labels: "turns", pair k of class k % C, or "random". There are labels where the task's batches have them; where
+            the null label is one of them, it is left out.
         teacher: what to sample from (None: the task's teacher). batch_size: in the network at once. block: in a file.
 
     Raises BadInput, before anything has run, where the store was made in another way or is damaged.
@@ -198,7 +223,7 @@ def make(
         raise BadInput(f"pairs: count must lie in 1..{SPAN}, got {count}")
     if block < 1 or not 1 <= batch_size <= block:
         raise BadInput(f"pairs: batch_size must lie in 1..block, got {batch_size} and block {block}")
-    dtype = dtype or ("uint8" if len(task.shape) == 3 else "float32")
+    dtype = dtype or ("uint8" if task.codec == "image" and len(task.shape) == 3 else "float32")
     for name, value, known in (("dtype", dtype, DTYPES), ("labels", labels, LABELS)):
         if value not in known:
             raise BadInput(f"pairs: unknown {name} {value!r}: {nearest(value, known)}")
@@ -210,9 +235,12 @@ def make(
     told = {
         "schema": 1, "teacher": fingerprint(teacher), "guidance_scale": task.guidance_scale, "sampler": spell(method),
         "times": spell(law), "grid": grid.tolist(), "states": on_grid(grid, states), "shape": list(task.shape),
-        "dtype": dtype, "labels": labels, "classes": classes_of(task), "seed": FIRST + SPAN * (task.seed % RUNS),
+        "dtype": dtype, "labels": labels, "classes": task.label_count, "seed": FIRST + SPAN * (task.seed % RUNS),
         "precision": task.precision, "batch_size": batch_size, "block": block,
     }  # fmt: skip
+    null = getattr(task.denoiser, "null_label", None)
+    if null is not None and null < told["classes"]:
+        told["null_label"] = null
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -291,15 +319,6 @@ class Passed(Wrapper):
         return [self._seen[state] for state in self.states]
 
 
-def classes_of(task: Task) -> int:
-    """How many classes the pairs have: those below the null label, where the task's batches are labelled."""
-    if "label" not in task.batches[0]:
-        return 0
-    if task.denoiser.null_label is None:
-        raise BadInput("pairs of a model with classes need its null label, which says how many there are; found none")
-    return int(task.denoiser.null_label)
-
-
 def on_grid(grid: Tensor, states: Sequence[float]) -> list[float]:
     """`states`, each of which must be a time of the grid above its end, as the grid has it."""
     inside = grid[:-1].tolist()
@@ -335,14 +354,14 @@ def named_times(times: Any) -> Any:
 @contextlib.contextmanager
 def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress with the time left on stderr, while that is a terminal."""
-    if not show or not sys.stderr.isatty():
+    if not show or not is_terminal(sys.stderr):
         yield lambda done: None
         return
     from rich import progress
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
         progress.TextColumn("left"), progress.TimeRemainingColumn(),
     )  # fmt: skip
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:

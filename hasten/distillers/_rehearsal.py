@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..train.data import share_of
 from ..train.fit import Ema, Player
-from ._task import Task
+from ._task import Task, refuse_keys
 
 TIMED = 2  # steps of training that are timed, after one that is counted
 
@@ -64,6 +64,7 @@ class Rehearsal(Task):
         clip: float | None = 1.0,
     ) -> dict[str, nn.Module]:
         """Count one step, time a few; the modules after these, frozen."""
+        refuse_keys(self.batches if batches is None else batches)
         self.done.append(name)
         device = next(self.denoiser.parameters()).device
         source = share_of(self.batches if batches is None else batches, 0, self.processes * self.accumulate)
@@ -81,9 +82,9 @@ class Rehearsal(Task):
         for _ in range(TIMED):
             shared = dict(batch)
             for p in players:
-                began = time.perf_counter()
+                began = clock(device)
                 self._learn(p, shared, optimisers[p.name])
-                seconds += (time.perf_counter() - began) / TIMED / p.every
+                seconds += (clock(device) - began) / TIMED / p.every
         parts = self.accumulate, self.processes * self.accumulate
         self.stages.append(Stage(name, evaluations * parts[1], seconds * parts[0], share))
         return {p.name: copy.deepcopy(p.module).eval().requires_grad_(False) for p in players}
@@ -94,10 +95,11 @@ class Rehearsal(Task):
 
         self._scratch.append(tempfile.TemporaryDirectory(prefix="hasten-"))
         small = min(count, self.batch_size)
-        began = time.perf_counter()
+        device = next(self.denoiser.parameters(), torch.zeros(())).device
+        began = clock(device)
         with counted() as flops:
             pairs = make(self, Path(self._scratch[-1].name) / name, small, **how)
-        seconds = (time.perf_counter() - began) / small / self.processes
+        seconds = (clock(device) - began) / small / self.processes
         evaluations = flops() / self.unit_flops(self.batches[0]) / small
         self.stages.append(Stage(f"pairs {name}", evaluations, seconds, pairs=count))
         return pairs
@@ -145,6 +147,21 @@ def counted() -> Iterator[Any]:
 
     with Counter():
         yield lambda: total
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, read when the device has finished what it was given: launches alone take no time."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
+def time_limits(stages: list[Stage], minutes: float, slack: float = 1.1) -> dict[str, float]:
+    """The most minutes that each stage may train: its share of `minutes` and a tenth, by which a timing may be off."""
+    trained = [stage for stage in stages if not stage.pairs]
+    left = minutes - sum(stage.pairs * stage.seconds for stage in stages) / 60
+    whole = sum(stage.share for stage in trained)
+    return {stage.name: slack * left * stage.share / whole for stage in trained}
 
 
 def allocate(stages: list[Stage], steps: int | None, minutes: float | None, evaluations: float | None) -> None:

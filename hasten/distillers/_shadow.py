@@ -23,15 +23,20 @@ class Counted(nn.Module):
         super().__init__()
         self.student = student
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self._read: tuple[Tensor, int, int] | None = None  # the buffer, its version, what it held
 
     def begun(self) -> int:
-        """How many steps were made before this one; ask before `tick`."""
-        return int(self.count) - self.again
+        """How many steps were made before this one; ask before `tick`. Reads the device only where others wrote."""
+        read = self._read
+        if read is None or read[0] is not self.count or read[1] != self.count._version:
+            self._read = read = self.count, self.count._version, int(self.count)
+        return read[2] - self.again
 
     def tick(self) -> int:
         """How many steps were made before this one; call it once a loss."""
         done = self.begun()
         self.count.fill_(done + 1)
+        self._read = self.count, self.count._version, done + 1
         return done
 
 

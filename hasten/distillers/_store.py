@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError
+from ..files import remove_leftovers, replacing, write_whole
 
 DESCRIPTION = "pairs.json"
 
@@ -28,6 +27,7 @@ def stored(x: Tensor, dtype: str) -> np.ndarray:
 def check(folder: Path, told: dict[str, Any]) -> list[dict[str, Any]]:
     """The blocks that `folder` holds. BadInput where they were made in another way, or are not what they were."""
     file = folder / DESCRIPTION
+    remove_leftovers(folder)
     if not file.is_file():
         return []
     try:
@@ -52,23 +52,18 @@ def check(folder: Path, told: dict[str, Any]) -> list[dict[str, Any]]:
 
 def record(folder: Path, told: dict[str, Any], blocks: list[dict[str, Any]]) -> None:
     """List the blocks that are whole."""
-    part = folder / (DESCRIPTION + ".tmp")
-    part.write_text(json.dumps({"how": told, "blocks": blocks}, indent=1) + "\n")
-    os.replace(part, folder / DESCRIPTION)
+    try:
+        write_whole(folder / DESCRIPTION, json.dumps({"how": told, "blocks": blocks}, indent=1) + "\n")
+    except OSError as e:
+        raise HastenError(f"cannot write the pairs in {folder}: {e.strerror or e}") from e
 
 
 def write(folder: Path, name: str, array: np.ndarray) -> str:
     """Write one file, whole or not at all; its checksum."""
-    part = folder / f"{name}.npy.tmp"
     try:
-        with open(part, "wb") as file:
+        with replacing(folder / f"{name}.npy") as file:
             np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, folder / f"{name}.npy")
     except OSError as e:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise HastenError(f"cannot write the pairs in {folder}: {e.strerror or e}") from e
     return digest(folder / f"{name}.npy")
 

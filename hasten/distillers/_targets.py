@@ -28,12 +28,35 @@ from ..schedules import Schedule
 from ..times import TimeGrid
 
 TINY = 1e-6  # the smallest alpha or sigma that is divided by
-WEIGHTS = ("snr+1", "truncated", "snr", "x0", "raw")
+WEIGHTS = ("auto", "snr+1", "truncated", "snr", "x0", "raw")
 
 
 def grid(law: TimeGrid, schedule: Schedule, steps: int) -> Tensor:
     """The times of `steps` steps in increasing order, float64 (steps + 1,): node i of a path that ends clean at 0."""
     return law(schedule, steps).flip(0)
+
+
+def clock(x: Tensor) -> torch.device:
+    """Where the times of a batch x are drawn: on its device, so that none of their coefficients waits for a copy.
+
+    MPS has no float64: there they stay on the CPU.
+    """
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+class Nodes:
+    """Times (N,) that are moved to a device once: `nodes.at(x)` where those of the batch x are drawn."""
+
+    def __init__(self, times: Tensor) -> None:
+        self.times = times
+        self._moved: dict[torch.device, Tensor] = {}
+
+    def at(self, x: Tensor) -> Tensor:
+        """The times, float64 (N,), on the device `clock(x)`."""
+        device = clock(x)
+        if device not in self._moved:
+            self._moved[device] = self.times.to(device)
+        return self._moved[device]
 
 
 def noised(schedule: Schedule, x: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -111,12 +134,14 @@ def raw_target(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     return student.prediction.target(x0, eps, alpha, sigma)
 
 
-def loss(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor, weight: str = "snr+1", **cond: Any) -> Tensor:
+def loss(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor, weight: str = "auto", **cond: Any) -> Tensor:
     """The weighted squared distance of the student's prediction at z, t (B,) from `x0`, a scalar.
 
     weight, on |x0_student - x0|^2, k = alpha / sigma: "snr+1" 1 + k^2, which for a v network is the plain error of
     what it says; "truncated" max(1, k^2); "snr" k^2; "x0" 1; "raw" whatever makes it the plain error of what the
-    network says. Applied to the error of what the network says, so that no time divides by a small number.
+    network says; "auto" "raw" for a network that predicts eps and "snr+1" for every other. (On the error of eps,
+    "snr+1" is 1 / alpha^2: on DDPM's table 25,000 at t = 1, beside which no other time counts.) Applied to the error of
+    what the network says, so that no time divides by a small number.
     """
     raw = student.raw(z, t, **cond)
     error = (raw - raw_target(student, z, t, x0).to(raw.dtype)).float().square().flatten(1).mean(1)
@@ -125,6 +150,7 @@ def loss(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor, weight: str = "snr
 
 def factor(student: Denoiser, t: Tensor, weight: str) -> Tensor:
     """What multiplies the squared error of the network's output at t (B,), float64 (B,), to have this `weight`."""
+    weight = weight_for(student, weight)
     alpha, sigma = student.schedule.alpha(t), student.schedule.sigma(t).clamp_min(TINY)
     _, _, c_out = student.prediction.coefficients(alpha, sigma)
     snr = (alpha / sigma) ** 2
@@ -134,3 +160,10 @@ def factor(student: Denoiser, t: Tensor, weight: str) -> Tensor:
     if weight not in known:
         raise BadInput(f"unknown weight {weight!r}: {nearest(weight, WEIGHTS)}")
     return known[weight] * c_out**2
+
+
+def weight_for(student: Denoiser, weight: str, otherwise: str = "snr+1") -> str:
+    """The weight that "auto" stands for: "raw" for an eps network, `otherwise` for every other; others as they are."""
+    if weight != "auto":
+        return weight
+    return "raw" if student.prediction.name == "eps" else otherwise

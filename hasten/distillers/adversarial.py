@@ -15,8 +15,8 @@ from ..schedules import Schedule
 from ..times import Trailing
 from ..train.augment import Augment
 from ..train.losses import LogitNormal
-from ._adversary import entry, hinge, slope, still
-from ._targets import grid, noised
+from ._adversary import critic_of, entry, hinge, slope, still
+from ._targets import clock, grid, noised
 from ._task import Student, Task
 from .progressive import Progressive
 
@@ -74,13 +74,18 @@ class Adversarial:
                 asked = getattr(self, name)
                 raise BadInput(f"adversarial: unknown {name} {asked!r}: {nearest(asked, choices)}")
 
+    @property
+    def teacher_steps(self) -> int | None:
+        """Without the distance from its answers the teacher only lends its weights, and features at all times."""
+        return 0 if not self.strength and self.start == "teacher" else None
+
     def distill(self, task: Task) -> Student:
         """Train the stage `adversarial`, after the stages of the start where it needs any."""
-        source = task.denoiser
+        source = task.initial
         if self.start == "progressive":
             source = Progressive(steps=(4 * self.steps, 2 * self.steps, self.steps)).distill(task).denoiser
         torch.manual_seed(task.seed)  # the critic's first weights
-        student, critic = task.student(source), Critic(task.denoiser, task.shape)
+        student, critic = task.student(source), critic_of(task)
         players = [
             task.player("student", student, self.lesson(task, student, critic), self.lr, self.every),
             task.player("critic", critic.heads, self.trial(task, student, critic), self.critic_lr, betas=(0.0, 0.99)),
@@ -114,7 +119,7 @@ class Adversarial:
             if "fake" not in batch:  # on a step when the student does not learn
                 with torch.no_grad():
                     batch["fake"] = self.make(task, student, batch)
-            t = self.levels(task, len(batch["x"]))
+            t = self.levels(task, len(batch["x"]), clock(batch["x"]))
             with torch.no_grad():
                 seen = [critic.features(*self.shown(task, x, t), **cond) for x in (batch["x"], batch["fake"])]
             real, fake = (critic.judge(features, t, **cond) for features in seen)
@@ -128,23 +133,24 @@ class Adversarial:
     def make(self, task: Task, student: Denoiser, batch: dict[str, Tensor]) -> Tensor:
         """x_hat (B, *S) at a random node each."""
         x = batch["x"]
-        nodes = grid(Trailing(), task.schedule, self.steps)[1:]
-        s = nodes[torch.randint(0, self.steps, (len(x),))]
+        nodes = grid(Trailing(), task.schedule, self.steps)[1:].to(clock(x))
+        s = nodes[torch.randint(0, self.steps, (len(x),), device=nodes.device)]
         return student(entry(task.schedule, x, s), s, **task.cond(batch))
 
-    def levels(self, task: Task, n: int) -> Tensor:
+    def levels(self, task: Task, n: int, device: torch.device | str = "cpu") -> Tensor:
         """The times (n,) at which the critic sees samples."""
-        return LogitNormal(*self.level)(task.schedule, torch.rand(n, dtype=torch.float64))
+        return LogitNormal(*self.level)(task.schedule, torch.rand(n, dtype=torch.float64, device=device))
 
     def shown(self, task: Task, x: Tensor, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the critic sees of x (B, *S): augmented and noised to t (drawn where not given), and t."""
-        t = self.levels(task, len(x)) if t is None else t
+        t = self.levels(task, len(x), clock(x)) if t is None else t
         return noised(task.schedule, Augment()(x) if self.augment else x, t), t
 
     def pull(self, teacher: nn.Module, schedule: Schedule, fake: Tensor, **cond: Any) -> Tensor:
         """The distance of `fake` (B, *S) from what the teacher makes of it, noised: weighted, a mean over all."""
         # a little below pure noise, where the weight is 0 and an eps network says nothing
-        t = schedule.t_min + (0.999 * schedule.t_max - schedule.t_min) * torch.rand(len(fake), dtype=torch.float64)
+        u = torch.rand(len(fake), dtype=torch.float64, device=clock(fake))
+        t = schedule.t_min + (0.999 * schedule.t_max - schedule.t_min) * u
         with torch.no_grad():
             target = teacher(noised(schedule, fake.detach(), t), t, **cond)
         error = (fake - target).square().flatten(1).mean(1)

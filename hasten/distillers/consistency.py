@@ -27,7 +27,7 @@ from ._consistency import (
     root_momentum,
 )
 from ._shadow import Counted, Shadow
-from ._targets import noised
+from ._targets import clock, noised
 from ._task import Student, Task
 
 __all__ = ["Consistency"]
@@ -92,6 +92,7 @@ class Consistency:
     lr: float = 3e-4
     steps: int = 2
     needs_data: ClassVar[bool] = True
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -107,6 +108,11 @@ class Consistency:
             raise BadInput(f"consistency: nodes grow from first={self.first} to nodes={self.nodes}, which is less")
         if not 0 <= self.momentum < 1 or not self.c >= 0 or not self.noise[1] > 0:
             raise BadInput("consistency needs momentum in [0, 1), c of at least 0, and a deviation of noise above 0")
+
+    @property
+    def teacher_steps(self) -> int | None:
+        """In training the teacher only lends its weights."""
+        return 0 if self.mode == "training" else None
 
     def distill(self, task: Task) -> Student:
         """Train the one stage `consistency`; its student."""
@@ -134,7 +140,7 @@ class Consistency:
             else:
                 player.tick()
             x, cond = batch["x"], task.cond(batch)
-            t, s = self.times(schedule, len(x), k, total)
+            t, s = self.times(schedule, len(x), k, total, clock(x))
             eps = torch.randn_like(x)
             z = noised(schedule, x, t, eps)
             seed = int(torch.randint(2**62, ())) if rough else None
@@ -170,16 +176,18 @@ class Consistency:
             return root_momentum(self.count(k, total), self.first, self.momentum)
         return self.momentum
 
-    def times(self, schedule: Any, n: int, k: int, total: int) -> tuple[Tensor, Tensor]:
+    def times(
+        self, schedule: Any, n: int, k: int, total: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
         """The upper and the lower times (n,) of n pairs, drawn at step k of `total`."""
         if self.curriculum == "ect":
-            t = LogNormal(*self.noise)(schedule, torch.rand(n, dtype=torch.float64))
+            t = LogNormal(*self.noise)(schedule, torch.rand(n, dtype=torch.float64, device=device))
             return t, schedule.time(-torch.log(ect_lower(level(schedule, t), k * self.stages // total)))
-        times, levels = pairs(self.grid, schedule, self.count(k, total))
+        times, levels = pairs(self.grid, schedule, self.count(k, total), str(device))
         if self.levels == "lognormal":
             i = torch.multinomial(lognormal_shares(levels, *self.noise), n, replacement=True)
         else:
-            i = torch.randint(len(times) - 1, (n,))
+            i = torch.randint(len(times) - 1, (n,), device=device)
         return times[i + 1], times[i]
 
 

@@ -56,6 +56,11 @@ class DenoisingStudent:
         if self.pairs < 2 or not 0 < self.held < 1:
             raise BadInput(f"denoising_student needs 2 pairs or more and held in (0, 1), got {self.pairs}, {self.held}")
 
+    @property
+    def teacher_steps(self) -> int | None:
+        """It asks its teacher at the times of the pairs."""
+        return self.pair_steps if (self.sampler, self.times) == ("ddim", "trailing") else None
+
     def distill(self, task: Task) -> Student:
         """Make the pairs, train the stage `student`."""
         pairs = task.pairs("teacher", self.pairs, steps=self.pair_steps, sampler=self.sampler, times=self.times)

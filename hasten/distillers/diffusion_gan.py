@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
-from ..nets.critic import Critic, zeroed
+from ..nets.critic import zeroed
 from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
-from ._adversary import entry, margin, predict, slope, still
-from ._targets import TINY, grid, noised, raw_target
+from ._adversary import critic_of, entry, margin, predict, slope, still
+from ._targets import TINY, clock, grid, noised, raw_target
 from ._task import Student, Task
 
 __all__ = ["DiffusionGAN"]
@@ -69,6 +69,7 @@ class DiffusionGAN:
     critic_lr: float = 1e-4
     every: int = 2
     needs_data: ClassVar[bool] = True
+    teacher_steps: ClassVar[int] = 0  # it only lends its weights
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -98,7 +99,7 @@ class DiffusionGAN:
     def judge(self, task: Task) -> tuple[Judge, nn.Module, Judge]:
         """The critic, the part of it that learns, and its squared slope, asked as the critic is."""
         if self.posterior or self.critic == "heads":
-            heads = Critic(task.denoiser, task.shape, pair=self.posterior)
+            heads = critic_of(task, pair=self.posterior)
             features = heads.pair_features if self.posterior else heads.features
 
             def steep(*seen: Tensor, **cond: Any) -> Tensor:
@@ -158,10 +159,10 @@ class DiffusionGAN:
         """Puts `t`, `z` and `fake` (x_hat) in the batch; what the network said."""
         x, schedule = batch["x"], task.schedule
         if self.times == "nodes":
-            nodes = grid(Trailing(), schedule, self.steps)[1:]
-            t = nodes[torch.randint(0, self.steps, (len(x),))]
+            nodes = grid(Trailing(), schedule, self.steps)[1:].to(clock(x))
+            t = nodes[torch.randint(0, self.steps, (len(x),), device=nodes.device)]
         else:
-            t = schedule.t_max * (1 - torch.rand(len(x), dtype=torch.float64))
+            t = schedule.t_max * (1 - torch.rand(len(x), dtype=torch.float64, device=clock(x)))
         batch["t"], batch["z"] = t, entry(schedule, x, t)
         raw, batch["fake"] = predict(student, batch["z"], t, **task.cond(batch))
         return raw

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..nets.critic import FeatureHeads, plain_critic
+from ..nets.critic import FeatureHeads, label_count, plain_critic
 from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
 from ._adversary import still
-from ._targets import grid, loss, noised
+from ._targets import clock, grid, loss, noised
 from ._task import Student, Task
 
 __all__ = ["DMD"]
@@ -56,6 +56,7 @@ class DMD:
     lr: float = 5e-5
     fake_lr: float = 5e-5
     needs_data: ClassVar[bool] = True
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.every < 1:
@@ -66,7 +67,7 @@ class DMD:
     def distill(self, task: Task) -> Student:
         """Train the stage `dmd`."""
         torch.manual_seed(task.seed)  # the critic's first weights
-        student, fake = task.student(), Fake(task.student(task.denoiser), task.shape)
+        student, fake = task.student(), Fake(task.student(task.denoiser), task.shape, task.label_count, task.one_cond())
         players = [
             task.player("fake", fake, self.chase(task, student, fake), self.fake_lr, betas=(0.0, 0.999)),
             task.player("student", student, self.lesson(task, student, fake), self.lr, self.every, betas=(0.0, 0.999)),
@@ -82,7 +83,7 @@ class DMD:
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             cond = task.cond(batch)
             x = self.make(task, student, batch)
-            t = self.levels(task.schedule, len(x))
+            t = self.levels(task.schedule, len(x), clock(x))
             z = noised(task.schedule, x, t)
             with torch.no_grad():
                 g = push(x, fake.denoiser(z, t, **cond), task.teacher(z, t, **cond))
@@ -101,7 +102,7 @@ class DMD:
             cond = task.cond(batch)
             with torch.no_grad():
                 x = self.make(task, student, batch)
-            t = self.levels(task.schedule, len(x))
+            t = self.levels(task.schedule, len(x), clock(x))
             z = noised(task.schedule, x, t)
             value = loss(fake.denoiser, z, t, x, "raw", **cond)
             if self.gan:
@@ -112,10 +113,10 @@ class DMD:
 
         return chase
 
-    def levels(self, schedule: Schedule, n: int) -> Tensor:
+    def levels(self, schedule: Schedule, n: int, device: torch.device | str = "cpu") -> Tensor:
         """The times (n,) at which the scores are compared."""
         low, high = max(self.low, schedule.t_min), min(self.high, schedule.t_max)
-        return low + (high - low) * torch.rand(n, dtype=torch.float64)
+        return low + (high - low) * torch.rand(n, dtype=torch.float64, device=device)
 
     def make(self, task: Task, student: Denoiser, batch: dict[str, Tensor]) -> Tensor:
         """The student's samples (B, *S) at a node drawn for the batch, from where its own steps lead."""
@@ -123,25 +124,38 @@ class DMD:
         nodes = grid(Trailing(), schedule, self.steps).flip(0)
         last = int(torch.randint(0, self.steps, ()))
         z = float(schedule.prior_std(nodes[0])) * torch.randn_like(batch["x"])
+        there = nodes.to(clock(z))
         with torch.no_grad():
-            for t, s in zip(nodes[:last], nodes[1 : last + 1]):
-                z = noised(schedule, student(z, t, **cond), s.expand(len(z)))
+            for k in range(last):
+                z = noised(schedule, student(z, nodes[k], **cond), there[k + 1].expand(len(z)))
         return student(z, nodes[last], **cond)
 
 
 class Fake(nn.Module):
-    """The denoiser of the student's samples, and a critic's head on its middle features (or on z, without any)."""
+    """The denoiser of the student's samples, and a critic's head on its middle features (or on z, without any).
 
-    def __init__(self, denoiser: Denoiser, shape: tuple[int, ...]) -> None:
+    classes: how many labels there are; None: as many as the denoiser says. cond: what the network is told with
+    one sample, to look at its features once; None: label 0, where there are classes.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: tuple[int, ...],
+        classes: int | None = None,
+        cond: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
-        net, classes = denoiser.net, denoiser.null_label or 0
+        net, classes = denoiser.net, label_count(denoiser) if classes is None else classes
         self.seam = len(shape) == 3 and all(callable(getattr(net, name, None)) for name in ("embed", "encode"))
         self.head: nn.Module
         if self.seam:
             first = next(net.parameters())
+            if cond is None:
+                cond = {"label": torch.zeros(1, dtype=torch.long, device=first.device)} if classes else {}
             with torch.no_grad():
-                middle, _ = denoiser.features(torch.zeros(1, *shape, device=first.device), 0.5)
+                middle, _ = denoiser.features(torch.zeros(1, *shape, device=first.device), 0.5, **cond)
             self.head = FeatureHeads([middle.shape[1]], classes).to(first.device)
         else:
             self.head = plain_critic(shape, classes)

@@ -52,6 +52,7 @@ class DSNO:
     largest: float = 1e4
     lr: float = 2e-4
     needs_data: ClassVar[bool] = False
+    adds_inputs: ClassVar[bool] = True  # a network of another kind
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -60,6 +61,11 @@ class DSNO:
             raise BadInput(f"dsno: states must be times in (0, 1) that fall, got {self.states}")
         if self.modes < 1 or self.pairs < 1 or not self.largest >= 1:
             raise BadInput("dsno needs modes and pairs of 1 or more, and largest >= 1")
+
+    @property
+    def teacher_steps(self) -> int | None:
+        """It asks its teacher at the times of the pairs."""
+        return self.pair_steps if (self.sampler, self.times) == ("ddim", "trailing") else None
 
     def distill(self, task: Task) -> Student:
         """Make the paths, train the stage `student`."""
@@ -79,7 +85,10 @@ class DSNO:
         source = task.denoiser
         net: Any = source.net
         if type(net) is not UNet:
-            raise BadInput(f"dsno puts its blocks into a UNet of hasten.nets, found {type(net).__name__}")
+            kind = type(getattr(net, "net", net)).__name__
+            raise BadInput(
+                f"dsno puts its blocks into a UNet of hasten.nets, found {kind}: for that use denoising_student"
+            )
         if source.prediction.name == "edm":
             raise BadInput("dsno: the states are what the network says, so it cannot be preconditioned as in EDM: "
                            "found an edm prediction")  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ._targets import noised
+from ._targets import Nodes, noised
 from ._task import Student, Task
 from ._upward import Voice, climbed, own_voice, rising, upward_loss, voice
 from .progressive import check
@@ -45,18 +45,25 @@ class Encoder:
     start: int = 0
     guidance: tuple[float, float] | None = None
     lr: float = 3e-4
-    weight: str = "snr+1"
+    weight: str = "auto"
     needs_data: ClassVar[bool] = True
+    adds_inputs: ClassVar[bool] = True  # the scale, and it draws no images
+    direction: ClassVar[str] = "encode"
 
     def __post_init__(self) -> None:
         check("encoder", self.steps, self.start)
         if self.guidance is not None and not (len(self.guidance) == 2 and self.guidance[0] < self.guidance[1]):
             raise BadInput(f"encoder needs guidance = (low, high) with low < high, found {self.guidance}")
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `encode32`, `encode16`, ...; the last student. BadInput for a network that predicts x0."""
-        source, many, span = task.denoiser, self.start or 2 * self.steps[0], self.span(task.denoiser)
-        rising(source, many)
+        source, many, span = task.initial, self.start or 2 * self.steps[0], self.span(task.denoiser)
+        rising(task.denoiser, many)
         changes = {"guidance": span} if span and not source.net_takes_guidance else {}
         teacher: Denoiser | None = None
         for n in self.steps:
@@ -81,7 +88,7 @@ class Encoder:
 
     def lesson(self, task: Task, teacher: Denoiser | None, student: Denoiser, n: int, m: int) -> Any:
         """The loss of the student of n jumps whose teacher makes m steps for each. teacher: None for the task's own."""
-        nodes, span = rising(task.denoiser, n * m), self.span(task.denoiser)
+        times_of, span = Nodes(rising(task.denoiser, n * m)), self.span(task.denoiser)
         fixed: Voice = (
             own_voice(task.teacher, task.denoiser, task.guidance_scale) if teacher is None else voice(teacher)
         )
@@ -91,7 +98,8 @@ class Encoder:
             if span is not None:
                 scale = span[0] + (span[1] - span[0]) * torch.rand(len(x), device=x.device)
                 noise_of, told = voice(teacher or task.denoiser, scale), {"guidance": scale}
-            i = m * torch.randint(0, n, (len(x),))
+            nodes = times_of.at(x)
+            i = m * torch.randint(0, n, (len(x),), device=nodes.device)
             times = [nodes[i + k] for k in range(m + 1)]
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():

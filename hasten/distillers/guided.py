@@ -14,7 +14,7 @@ from ..errors import BadInput, nearest
 from ..times import Trailing
 from ..train.losses import stratified
 from ._shadow import Shadow
-from ._targets import factor, finer_path, grid, loss, noised, path
+from ._targets import Nodes, clock, factor, finer_path, grid, loss, noised, path
 from ._task import Student, Task
 from .progressive import check, check_order, halving
 
@@ -62,13 +62,14 @@ class Guided:
     guidance: tuple[float, float] = (1.0, 5.0)
     kind: str = "deterministic"
     lr: float = 1e-3
-    weight: str = "snr+1"
+    weight: str = "auto"
     first: float = 1.0
     last: float = 2.0
     shared: bool = False
     order: int = 1
     needs_data: ClassVar[bool] = True
     ranged: ClassVar[bool] = True  # it keeps a range of guidance scales
+    adds_inputs: ClassVar[bool] = True  # the scale
 
     def __post_init__(self) -> None:
         check("guided", self.steps, self.start)
@@ -80,6 +81,11 @@ class Guided:
         if not self.guidance[0] < self.guidance[1]:
             raise BadInput(f"guided needs guidance=(low,high) with low < high, got {self.guidance}")
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `guidance`, `steps16`, ...; the last student."""
         teacher, many = self.merged(task), self.start or 2 * self.steps[0]
@@ -90,7 +96,7 @@ class Guided:
         sampler = "ddim" if self.kind == "deterministic" else "stochastic_distilled"
         lesson = self.jumps if self.kind == "deterministic" else self.double_jumps
         for n in self.steps:
-            student = task.student(teacher)
+            student = self.beginning(task, teacher)
             players = [task.player("student", student, lesson(task, teacher, student, n, many // n), self.lr)]
             teacher = task.fit(f"steps{n}", players, share=self.share(n))["student"]  # type: ignore[assignment]
             made = Student(teacher, sampler, "trailing", n, guidance=span)
@@ -103,13 +109,22 @@ class Guided:
         if task.denoiser.net_takes_guidance:
             return task.denoiser
         if task.denoiser.null_label is None:
-            raise BadInput("guided needs a model with a null label, one that was trained with label dropout")
+            raise BadInput(
+                "guided needs a model with a null label, one that was trained with label dropout: "
+                "what works without one is progressive, tract or consistency"
+            )
         student = task.student(guidance=self.guidance)
         players = [task.player("student", student, self.merging(task, student), self.lr)]
         trained = task.fit("guidance", players, share=self.first)["student"]
         assert isinstance(trained, Denoiser)
-        task.keep("guidance", Student(trained, "unipc", "angle", 16, guidance=self.guidance))
+        task.keep("guidance", Student(trained, "unipc", "angle", 16, guidance=self.guidance, any_time=True))
         return trained
+
+    def beginning(self, task: Task, teacher: Denoiser, **inputs: Any) -> Denoiser:
+        """What a student of `teacher` begins as: its copy, or the task's `init` with the teacher's range of scales."""
+        if task.init is None or teacher is not task.denoiser:
+            return task.student(teacher, **inputs)
+        return task.student(task.init, guidance=teacher.guidance_range, **inputs)
 
     def merging(self, task: Task, student: Denoiser) -> Callable[[dict[str, Tensor]], Tensor]:
         """The loss of stage one."""
@@ -117,7 +132,7 @@ class Guided:
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             x, label = batch["x"], batch["label"]
-            t = task.schedule.t_max * stratified(len(x)).clamp_min(task.schedule.t_min)
+            t = task.schedule.t_max * stratified(len(x), clock(x)).clamp_min(task.schedule.t_min)
             z = noised(task.schedule, x, t)
             scale = low + (high - low) * torch.rand(len(x), device=x.device)
             with torch.no_grad():
@@ -155,31 +170,36 @@ class Guided:
 
     def for_all(self, task: Task, merged: Denoiser, many: int) -> Student:
         """The stage `shared`: one network for all counts of steps."""
-        both = Shadow(task.student(merged, steps=self.steps))
+        both = Shadow(self.beginning(task, merged, steps=self.steps))
         counts, each = self.steps, [a // b for a, b in zip((many, *self.steps), self.steps, strict=False)]
-        nodes = [grid(Trailing(), task.schedule, n * m) for n, m in zip(counts, each, strict=True)]
+        times_of = [Nodes(grid(Trailing(), task.schedule, n * m)) for n, m in zip(counts, each, strict=True)]
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             both.update(0.9)
             x, told = batch["x"], {**task.cond(batch), "guidance": self.scales(merged, batch["x"])}
             which = self.dealt(len(x))
+            # the rows of one count after those of another: sorted here, so that no one waits for their numbers
+            order, amounts = which.argsort(stable=True).to(x.device), torch.bincount(which, minlength=len(counts))
             noise, z, target = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
-            t = torch.empty(len(x), dtype=torch.float64)
-            for k, (n, m) in enumerate(zip(counts, each, strict=True)):
-                rows = (which == k).nonzero()[:, 0]
+            t = torch.empty(len(x), dtype=torch.float64, device=clock(x))
+            own = torch.empty(len(x), dtype=torch.long, device=x.device)
+            for k, (n, m, rows) in enumerate(zip(counts, each, order.split(amounts.tolist()), strict=True)):
                 if not len(rows):
                     continue
-                i = m * torch.randint(1, n + 1, (len(rows),))
-                times = [nodes[k][i - j] for j in range(m + 1)]
+                nodes = times_of[k].at(x)
+                i = m * torch.randint(1, n + 1, (len(rows),), device=nodes.device)
+                times = [nodes[i - j] for j in range(m + 1)]
                 cond = {key: value[rows] for key, value in told.items()}
+                own[rows] = n
                 if k:
                     cond["steps"] = torch.full((len(rows),), counts[k - 1], device=x.device)
-                t[rows], z[rows] = times[0], noised(task.schedule, x[rows], times[0], noise[rows])
+                t[rows.to(t.device)] = times[0]
+                z[rows] = noised(task.schedule, x[rows], times[0], noise[rows])
                 with torch.no_grad():
                     teacher = both.copy if k else merged
                     way = self.way(first=k == 0)
                     target[rows] = way(teacher, task.schedule, z[rows], times, **cond)[1].to(x.dtype)
-            told["steps"] = torch.tensor(counts, device=x.device)[which]
+            told["steps"] = own
             return loss(both.student, z, t, target, self.weight, **told)
 
         players = [task.player("student", both, lesson, self.lr)]
@@ -195,14 +215,15 @@ class Guided:
 
         A stochastic student jumps two of its nodes at a time; stage one's student, who is at home at all times, one.
         """
-        nodes = grid(Trailing(), task.schedule, n * m)
+        times_of = Nodes(grid(Trailing(), task.schedule, n * m))
         stride = 1 if m * n == (self.start or 2 * self.steps[0]) else 2
         way = self.way(first=stride == 1)
         jumps, last = 2 * m // stride, -(-m // stride)  # from the last node of the student fewer are left
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             x, cond = batch["x"], {**task.cond(batch), "guidance": self.scales(teacher, batch["x"])}
-            i = m * torch.randint(1, n + 1, (len(x),))
+            nodes = times_of.at(x)
+            i = m * torch.randint(1, n + 1, (len(x),), device=nodes.device)
             made = [torch.where(i > m, k, max(k - (jumps - last), 0)) for k in range(jumps + 1)]
             times = [nodes[(i - stride * k).clamp_min(0)] for k in made]
             z = noised(task.schedule, x, times[0])

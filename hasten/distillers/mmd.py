@@ -14,7 +14,7 @@ from ..errors import BadInput, nearest
 from ..schedules import Schedule
 from ..times import Trailing
 from ._features import classifier, untrained
-from ._targets import step
+from ._targets import clock, step
 from ._task import Student, Task
 
 __all__ = ["Mmd"]
@@ -57,6 +57,8 @@ class Mmd:
     checkpointing: bool = False
     lr: float = 5e-5
     needs_data: ClassVar[bool] = True
+    on_samples: ClassVar[bool] = True
+    whole_batches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.features not in FEATURES:
@@ -65,6 +67,11 @@ class Mmd:
             raise BadInput(f"mmd: unknown kernel {self.kernel!r}: {nearest(self.kernel, KERNELS)}")
         if self.steps < 1 or not self.anchor >= 0 or not self.share > 0:
             raise BadInput("mmd needs steps of at least 1, anchor of at least 0 and share above 0")
+
+    @property
+    def teacher_steps(self) -> int:
+        """The anchor asks it at the nodes of the student's own steps."""
+        return self.steps if self.anchor else 0
 
     def distill(self, task: Task) -> Student:
         """Train the stages `classifier`, where it is wanted, and `mmd`; the student."""
@@ -91,7 +98,7 @@ class Mmd:
             made = sampled(student, task.schedule, z, times, self.checkpointing, **cond)
             with torch.no_grad():
                 real = phi(x)
-                scale = float(real.square().sum(1).mean())
+                scale = real.square().sum(1).mean()
             total = mmd2(real, phi(made), self.kernel, scale)
             if self.anchor:
                 with torch.no_grad():
@@ -109,16 +116,17 @@ def sampled(
 
     again: the activations of each step are computed a second time, going back, rather than kept.
     """
-    for t, s in zip(times, times[1:], strict=False):
+    there = times.to(clock(z))
+    for k, t in enumerate(times[:-1]):
         if again:
             x0 = checkpoint(denoiser, z, t, use_reentrant=False, **cond)
         else:
             x0 = denoiser(z, t, **cond)
-        z = step(schedule, z, x0, t, s)
+        z = step(schedule, z, x0, there[k], there[k + 1])
     return z
 
 
-def mmd2(x: Tensor, y: Tensor, kernel: str = "cubic", scale: float | None = None) -> Tensor:
+def mmd2(x: Tensor, y: Tensor, kernel: str = "cubic", scale: float | Tensor | None = None) -> Tensor:
     """Unbiased squared MMD of features x (M, D) and y (N, D), a scalar that may be negative, differentiable.
 
     kernel: "cubic" (u.v / scale + 1)^3, "rbf" exp(-|u - v|^2 / scale), "linear" u.v / scale; scale: by default D.
@@ -126,7 +134,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: str = "cubic", scale: float | None = None
     """
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     x, y = x.to(dtype), y.to(dtype)
-    d = scale or x.shape[1]
+    d = x.shape[1] if scale is None else scale
 
     def k(u: Tensor, v: Tensor) -> Tensor:
         if kernel == "rbf":

@@ -13,7 +13,7 @@ from ..discrete import Discrete
 from ..errors import BadInput, nearest
 from ..schedules import Schedule
 from ..times import UniformTime
-from ._targets import noised, path
+from ._targets import Nodes, noised, path
 from ._task import Student, Task
 from .progressive import check
 
@@ -55,15 +55,21 @@ class ProDiff:
     frozen: tuple[str, ...] = ()
     lr: float = 3e-4
     needs_data: ClassVar[bool] = True
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("prodiff", self.steps, self.start)
         if self.loss not in LOSSES:
             raise BadInput(f"prodiff has no loss {self.loss!r}: {nearest(self.loss, LOSSES)}")
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `steps2`, ...; the last student."""
-        teacher, source, many = task.teacher, task.denoiser, self.start or 2 * self.steps[0]
+        teacher, source, many = task.teacher, task.initial, self.start or 2 * self.steps[0]
         finest = nodes(task.schedule, many)
         for n in self.steps:
             student: Any = task.student(source)
@@ -77,12 +83,14 @@ class ProDiff:
 
     def lesson(self, task: Task, teacher: nn.Module, student: Any, times: Tensor, m: int) -> Any:
         """The loss of the student whose teacher makes m steps for each of its own. times: the teacher's, increasing."""
+        times_of = Nodes(times)
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             x, cond = batch["x"], task.cond(batch)
             mask = mask_of(batch)
-            i = m * torch.randint(1, (len(times) - 1) // m + 1, (len(x),))
-            visited = [times[i - k] for k in range(m + 1)]
+            nodes = times_of.at(x)
+            i = m * torch.randint(1, (len(nodes) - 1) // m + 1, (len(x),), device=nodes.device)
+            visited = [nodes[i - k] for k in range(m + 1)]
             z = noised(task.schedule, x, visited[0])
             with torch.no_grad():
                 _, target = path(masked(teacher, mask), task.schedule, z, visited, **cond)

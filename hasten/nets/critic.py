@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .layers import TimeFeatures, group_norm, zero
 
-LAST = ("conv_out", "out", "proj_out", "final")  # what the last layer of a network may be called
+LAST = ("conv_out", "out", "proj_out", "proj_out_2", "final")  # what the last layer of a network may be called
 
 
 class Condition(nn.Module):
@@ -32,7 +32,9 @@ class Condition(nn.Module):
 
     def forward(self, n: int, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         weight = self.time[1].weight
-        emb = self.time(torch.as_tensor(t).to(weight.device, torch.float32).expand(n))
+        if not isinstance(t, Tensor):
+            t = torch.full((n,), float(t), device=weight.device)
+        emb = self.time(t.to(weight.device, torch.float32).expand(n))
         if self.label is None:
             return emb
         if label is None:
@@ -66,7 +68,7 @@ class FeatureHeads(nn.Module):
         c = self.condition(len(features[0]), t, label)
         logits = []
         for feature, body, out, project in zip(features, self.body, self.out, self.project, strict=True):
-            h = body(feature)
+            h = body(feature if feature.itemsize >= 4 else feature.float())  # of a network in half precision
             along = (project(c)[:, :, None, None] * h).sum(1, keepdim=True) / math.sqrt(h.shape[1])
             logits.append((out(h) + along).flatten(1))
         return torch.cat(logits, 1)
@@ -154,20 +156,33 @@ class Critic:
 
     denoiser: frozen, with `net, prediction, schedule, time_input` as hasten's Denoiser. shape: S.
     pair: it judges pairs, `critic.pair(x_s, s, x_t, t, **cond)`: the features of both, side by side.
+    classes: how many labels there are, 0 for none; None: as many as the denoiser says (`label_count`).
+    cond: what the network must be told with one sample, to look at its features once; None: label 0, where there are
+        classes.
 
     Sauer et al. 2024, 2403.12015 (the teacher's own features), after Sauer et al. 2023, 2311.17042.
     """
 
-    def __init__(self, denoiser: Any, shape: Sequence[int], width: int = 64, pair: bool = False) -> None:
+    def __init__(
+        self,
+        denoiser: Any,
+        shape: Sequence[int],
+        width: int = 64,
+        pair: bool = False,
+        classes: int | None = None,
+        cond: dict[str, Tensor] | None = None,
+    ) -> None:
         self.denoiser = denoiser
         net = denoiser.net if hasattr(denoiser, "net") else denoiser
         self.seam = len(shape) == 3 and all(callable(getattr(net, name, None)) for name in ("embed", "encode"))
-        classes, times = getattr(denoiser, "null_label", None) or 0, 2 if pair else 1
+        classes, times = label_count(denoiser) if classes is None else classes, 2 if pair else 1
         self.heads: nn.Module
         if self.seam:
             first = next(net.parameters())
             with torch.no_grad():
-                found = self.features(torch.zeros(1, *shape, device=first.device), 0.5)
+                if cond is None:
+                    cond = {"label": torch.zeros(1, dtype=torch.long, device=first.device)} if classes else {}
+                found = self.features(torch.zeros(1, *shape, device=first.device), 0.5, **cond)
             self.heads = FeatureHeads([times * f.shape[1] for f in found], classes, width).to(first.device)
         else:
             self.heads = plain_critic(shape, classes, count=times)
@@ -195,7 +210,8 @@ class Critic:
             c_in = c_in.reshape(-1, *[1] * (x_t.ndim - 1))
         time = denoiser.time_input(t).to(x_t.device, torch.float32).expand(len(x_t))
         emb = denoiser.net.embed(time, **cond)
-        skips, middle = denoiser.net.encode(x_t * c_in.to(x_t.device, x_t.dtype), emb)
+        own = next((p.dtype for p in denoiser.net.parameters() if p.is_floating_point()), x_t.dtype)
+        skips, middle = denoiser.net.encode((x_t * c_in.to(x_t.device, x_t.dtype)).to(own), emb)
         last = {tuple(skip.shape[2:]): skip for skip in skips}  # of each resolution; finest first
         return [*last.values(), middle]
 
@@ -205,14 +221,30 @@ class Critic:
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def label_count(denoiser: Any) -> int:
+    """How many labels a denoiser tells apart, 0 for none: its network's `classes`, or those below its null label.
+
+    The null label may be any of them, 0 too. A network of diffusers says `num_class_embeds` in its config.
+    """
+    net = getattr(denoiser, "net", denoiser)
+    config: Any = getattr(net, "config", None)
+    embedded = config.get("num_class_embeds") if hasattr(config, "get") else None
+    known = (getattr(net, "classes", None), embedded, getattr(denoiser, "null_label", None))
+    return max(count if isinstance(count, int) else 0 for count in known)
+
+
 def zeroed(net: nn.Module) -> nn.Module:
     """The network with its last layer set to zero, in place: as a critic it begins with the logit 0 everywhere.
 
+    Of a network inside another one (`net.net`, such as that of diffusers in its adapter) the inner one's is meant.
     Raises ValueError where it has no last layer of a known name.
     """
-    for name in LAST:
-        layer = getattr(net, name, None)
-        if isinstance(layer, nn.Module):
-            zero(layer)
-            return net
+    inner: nn.Module | None = net
+    while inner is not None:
+        for name in LAST:
+            if isinstance(layer := getattr(inner, name, None), nn.Module):
+                zero(layer)
+                return net
+        inside = getattr(inner, "net", None)
+        inner = inside if isinstance(inside, nn.Module) else None
     raise ValueError(f"{type(net).__name__} has no last layer called {', '.join(LAST)}: use the feature heads")

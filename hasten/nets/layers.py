@@ -26,7 +26,7 @@ class TimeFeatures(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         phase = time.float()[:, None] * self.frequencies
-        return torch.cat([phase.cos(), phase.sin()], dim=1)
+        return torch.cat([phase.cos(), phase.sin()], dim=1).to(self.frequencies.dtype)
 
 
 class GuidanceFeatures(nn.Module):

@@ -10,7 +10,6 @@ where conv runs in integers (`execution == "int8"`) or in floating point on the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _int8
 from ._packed import Part, Slice, check
+from .copies import copy_modules
 
 __all__ = [
     "Part",
@@ -86,6 +86,7 @@ class Quantized(nn.Module):
         held = self.bias if self.parts[0].q.device.type != "meta" else None
         if self.parts[0].q.device.type == "meta":
             return self
+        self.index = self.index.to(self.parts[0].q.device)
         self.kernels = tuple(part.kernel(held if i == 0 else None, self.moves) for i, part in enumerate(self.parts))
         return self
 
@@ -102,7 +103,7 @@ class Quantized(nn.Module):
 
     def at(self, k: int) -> None:
         """Use the activation scales of group k of the times; a layer with one group has nothing to choose."""
-        if (count := self.groups_of_times) == 1:
+        if (count := self.groups_of_times) == 1 or k == self.group:
             return
         if not 0 <= k < count:
             raise ValueError(f"group {k} of the times was asked, the layer has groups 0..{count - 1}")
@@ -209,15 +210,15 @@ def exchange(net: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
     modules = dict(net.named_modules())
     if unknown := sorted(made.keys() - modules.keys()):
         raise ValueError(f"the network has no layer {unknown[0]!r}")
-    memo: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
-    memo |= {id(modules[name]): layer for name, layer in made.items()}
+    tensors: dict[int, Tensor] = {}
+    made_by_id = {id(modules[name]): layer for name, layer in made.items()}
     if any(isinstance(layer, QConv2d) for layer in made.values()):
         for name, module in modules.items():
             if isinstance(module, nn.Conv2d) and name not in made:
                 w = module.weight
                 own = w.detach().clone(memory_format=torch.channels_last)
-                memo[id(w)] = nn.Parameter(own, requires_grad=w.requires_grad)
-    return copy.deepcopy(net, memo)
+                tensors[id(w)] = nn.Parameter(own, requires_grad=w.requires_grad)
+    return copy_modules(net, tensors, made_by_id)
 
 
 def set_group(net: nn.Module, k: int) -> None:

@@ -33,11 +33,13 @@ class TimeGroups(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What the network is built from."""
-        return {"net": {"class": type(self.net).__name__, "config": self.net.config}, "bounds": list(self.bounds)}
+        inner = getattr(self.net, "config", {})  # one's own network may have none
+        return {"net": {"class": type(self.net).__name__, "config": inner}, "bounds": list(self.bounds)}
 
     def forward(self, x: Tensor, time: Tensor, *args: Any, **cond: Any) -> Any:
         """The network's raw output."""
-        groups = [bisect_left(self.bounds, t) for t in time.tolist()]
+        known = {bisect_left(self.bounds, t) for t in host_times(time)}
+        groups = list(known) if len(known) == 1 else [bisect_left(self.bounds, t) for t in time.tolist()]
         if len(set(groups)) == 1:
             set_group(self.net, groups[0])
             return self.net(x, time, *args, **cond)
@@ -57,7 +59,9 @@ class TimeGroups(nn.Module):
     def embed(self, *args: Any, **cond: Any) -> Any:
         """The network's `embed`; the time is the last argument without a name."""
         time = cond["time"] if "time" in cond else args[-1]
-        set_group(self.net, bisect_left(self.bounds, float(time.float().mean())))
+        known = host_times(time)
+        mean = sum(known) / len(known) if known else float(time.float().mean())
+        set_group(self.net, bisect_left(self.bounds, mean))
         return self.net.embed(*args, **cond)  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
@@ -67,6 +71,12 @@ class TimeGroups(nn.Module):
             if name == "net":
                 raise
             return getattr(super().__getattr__("net"), name)
+
+
+def host_times(time: Tensor) -> tuple[float, ...]:
+    """The different numbers in a tensor of times, each as often as any other, where who made it has written them beside
+    it (`tensor.host_times`), so that nobody waits for the device to read them; () where not."""
+    return () if torch.compiler.is_compiling() else getattr(time, "host_times", ())
 
 
 def _rows(value: Any, rows: Tensor, count: int) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..denoiser import Wrapper
 from ..distillers._upward import encode
 from ..errors import BadInput, whole
+from ..images import given_images
 from ..model import Label, Model
 from ..samplers.ddim import invert
 from ..sampling import Noise, draw, part
@@ -84,6 +85,7 @@ def restyle(
     whole("batch_size", batch_size, 1)
     whole("seed", seed, 0)
     whole("iterations", iterations, 0)
+    images = given_images(images, encoder.shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(encoder.shape) or encoder.shape != decoder.shape:
         raise BadInput(
             f"images, encoder and decoder must have one shape, found {tuple(images.shape)[1:]}, {tuple(encoder.shape)} "

@@ -44,23 +44,24 @@ class Augment:
             return x
         n, device = len(x), x.device
         if self.brightness:
-            x = x + self.brightness * (2 * torch.rand(n, 1, 1, 1).to(device, x.dtype) - 1)
+            x = x + self.brightness * (2 * torch.rand(n, 1, 1, 1, device=device).to(x.dtype) - 1)
         if self.translation:
-            rows, columns = (self._shifted(n, side).to(device) for side in x.shape[2:])
+            rows, columns = (self._shifted(n, side, device) for side in x.shape[2:])
             x = x.gather(2, rows[:, None, :, None].expand_as(x)).gather(3, columns[:, None, None, :].expand_as(x))
         if self.cutout:
-            rows, columns = (self._cut(n, side).to(device) for side in x.shape[2:])
+            rows, columns = (self._cut(n, side, device) for side in x.shape[2:])
             x = x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
         return x
 
-    def _shifted(self, n: int, side: int) -> Tensor:
+    def _shifted(self, n: int, side: int, device: torch.device | str = "cpu") -> Tensor:
         """Where each row of a shifted image comes from, int64 (n, side)."""
         most = round(self.translation * side)
-        return (torch.arange(side) + torch.randint(-most, most + 1, (n, 1))).clamp(0, side - 1)
+        moves = torch.randint(-most, most + 1, (n, 1), device=device)
+        return (torch.arange(side, device=device) + moves).clamp(0, side - 1)
 
-    def _cut(self, n: int, side: int) -> Tensor:
+    def _cut(self, n: int, side: int, device: torch.device | str = "cpu") -> Tensor:
         """Which rows lie in the rectangle, bool (n, side)."""
         length = round(self.cutout * side)
-        start = torch.randint(-(length // 2), side - (length + 1) // 2 + 1, (n, 1))
-        row = torch.arange(side)
+        start = torch.randint(-(length // 2), side - (length + 1) // 2 + 1, (n, 1), device=device)
+        row = torch.arange(side, device=device)
         return (row >= start) & (row < start + length)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..environment import is_out_of_memory
 from ..errors import BadInput, HastenError
+from ..files import append_json_line, difference, read_json_lines, replacing, write_whole
 from . import shards
 
 if TYPE_CHECKING:
@@ -66,16 +67,12 @@ class State:
             players = shards.whole(players)
         if not ranks.first:
             return
-        part = path.with_suffix(".tmp")
         try:
-            with open(part, "wb") as file:
+            with replacing(path) as file:
                 torch.save({"step": self.step, "seconds": self.seconds, "run": run, "players": players}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
         except (OSError, RuntimeError) as e:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            if is_out_of_memory(e):
+                raise
             raise HastenError(f"cannot write the checkpoint {path}: {e}") from e
 
     def load(self, path: Path, run: dict[str, Any]) -> None:
@@ -85,15 +82,16 @@ class State:
             players, step, seconds = saved["players"], int(saved["step"]), float(saved["seconds"])
         except Exception as e:  # a damaged file makes torch.load raise nearly anything
             raise BadInput(f"cannot read the checkpoint {path} ({type(e).__name__}): remove it to start afresh") from e
-        for key, value in saved.get("run", {}).items():
-            if key in run and run[key] != value:
-                raise BadInput(
-                    f"{path} belongs to a run with {key} {value}, this one has {run[key]}: "
-                    "ask for the same, or write to another folder"
-                )
         if set(players) != set(self.modules):
             raise BadInput(
                 f"{path} trains {', '.join(players)}, this run {', '.join(self.modules)}: write to another folder"
+            )
+        different = difference(saved.get("run", {}), run, missing=False)
+        if different is not None:
+            key, old, new = different
+            raise BadInput(
+                f"{path} belongs to a run with {key} {old}, this one has {new}: "
+                "ask for the same, write to another folder, or remove it to start afresh"
             )
         try:
             for name, parts in players.items():
@@ -121,13 +119,9 @@ def save_modules(modules: Mapping[str, nn.Module], path: Path) -> None:
         f"{name}/{key}": value.detach().cpu().contiguous().clone()
         for name, module in modules.items() for key, value in module.state_dict().items()
     }  # fmt: skip
-    part = path.with_suffix(".tmp")
     try:
-        part.write_bytes(save(tensors))
-        os.replace(part, path)
+        write_whole(path, save(tensors))
     except OSError as e:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise HastenError(f"cannot write {path}: {e.strerror or e}") from e
 
 
@@ -149,25 +143,41 @@ def load_modules(modules: Mapping[str, nn.Module], path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL log; a last line that was cut short is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
+    """The lines of a JSONL log; lines that were cut short are left out."""
+    return [line for line in read_json_lines(path) if isinstance(line.get("step"), int)]
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Drop what was logged after `step`, so that a resumed run repeats no line."""
-    lines = read_log(path)
-    kept = [line for line in lines if line["step"] <= step]
-    if len(kept) < len(lines):
-        part = path.with_suffix(".tmp")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(part, path)
+    """Drop what was logged after `step`, so that a resumed run repeats no line, and lines that were cut short."""
+    if not path.is_file():
+        return
+    text = "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step)
+    if text.encode() != path.read_bytes():
+        with writing(path):
+            write_whole(path, text)
 
 
 def append_log(path: Path, line: dict[str, Any]) -> None:
     """Add one line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    with writing(path):
+        append_json_line(path, line)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file it was that cannot be written."""
+    try:
+        yield
+    except OSError as e:
+        raise HastenError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def saved_run(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run: the settings that `State.load` compares, `step` and `seconds`; {} without one.
+
+    The weights are not read. A damaged file is left to `State.load`.
+    """
+    with contextlib.suppress(Exception):
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {**saved.get("run", {}), "step": int(saved["step"]), "seconds": float(saved["seconds"])}
+    return {}

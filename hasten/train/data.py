@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .folders import SPLITS, SUFFIXES, folder_tree, open_tree, zip_tree
-from .sources import Data, find_idx, open_array, open_idx, open_npy, open_npz
+from .arrays import open_array, open_npz
+from .decode import SUFFIXES
+from .folders import SPLITS, file_tree, folder_tree, open_tree, zip_tree
+from .notes import counted, note
+from .sources import Data, find_idx, open_idx, open_npy
 
 __all__ = ["Batches", "Data", "open_data", "to_float"]
 
@@ -20,7 +24,9 @@ FLIPS = 2_654_435_769  # where the seeds of the mirroring begin; those of a CPU 
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]: `x / 127.5 - 1`."""
+    """uint8 -> float32 in [-1, 1]: `x / 127.5 - 1`; what has a floating type already is no image and stays as it is."""
+    if images.is_floating_point():
+        return images.float()
     return images.float().div_(127.5).sub_(1.0)
 
 
@@ -30,21 +36,33 @@ def open_data(
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     label: str | None = None,
+    report: bool = True,
 ) -> Data:
     """The images, and labels if any, of a path:
 
-    - a folder or a zip of images: class sub-folders give labels; a `labels.csv` (columns `file` and `label`) does too;
-      sub-folders `train`, `test`, `val` are splits; a flat folder has no labels;
+    - a folder or a zip of images, or one image. Labels come from a file beside them, or from class sub-folders:
+      `labels.csv` (a column such as `file` or `filename`, and one such as `label` or `class`; parted by `,` `;` or a
+      tab), `metadata.csv` or `metadata.jsonl` (`file_name` and `label`), `dataset.json` of the StyleGAN and EDM tools
+      (`{"labels": [[file, class], ...]}`). Both must say the same. Sub-folders `train`, `test`, `val` are splits;
     - a folder of IDX files under their usual names (`train-images-idx3-ubyte`, gzipped or not), or one such file;
-    - `.npy` or `.npz`: (n, H, W), (n, H, W, C) or (n, C, H, W), uint8 or floats in [-1, 1], and
-      optional integer labels.
+    - `.npy` or `.npz` (`images`, `labels`; `x_train`, `y_train`; `train_images`, `train_labels`; ...):
+      (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3. Their range is taken from the whole array, see
+      `arrays.value_range`: uint8, floats in [-1, 1], [0, 1] or 0..255, booleans, integers 0..255, 16 bits.
 
-    split: `train` (all the images where the source has no splits), `test`, `val`, or None for all of a folder.
-    size: side or (height, width): images are cropped in the middle and resized. Needed when they differ in size.
-    channels: 1 or 3; by default what the source has.
-    label: the column of `labels.csv` to use.
+    Images are decoded at once, and refused by name where one cannot be read; above 1 GiB they are decoded when asked
+    for, and one that cannot be read is replaced by the next of its class, which is said.
 
-    Raises BadInput in one line, naming the file, where something is missing, empty, damaged or does not fit.
+    Args:
+        split: `train` (all the images where the source has no splits), `test`, `val`, or None for all of a folder.
+        size: side or (height, width): images are cropped in the middle and resized. Needed when they differ in size.
+        channels: 1 or 3; by default what the source has.
+        label: the column of the file of labels, or the array of an `.npz`, to use; `folders`: the class folders;
+            `none`: no labels.
+        report: print on stderr, once, what was found and what of it is not used.
+
+    Raises:
+        BadInput: in one line, naming the file, where something is missing, empty, damaged or does not fit; where there
+            are labels that cannot be used; where two sources of labels differ.
     """
     path = Path(path)
     if split is not None and split not in SPLITS:
@@ -56,14 +74,30 @@ def open_data(
         raise BadInput(f"size must be a positive side or (height, width), got {size}")
     if not path.exists():
         raise BadInput(f"there is no file or folder {path}")
+    data = _open(path, split, pair, channels, label)
+    if report:
+        for line in (data.found, *data.notes, *_beside(path)):
+            note(f"{path}: {line}")
+    return data
 
+
+def _beside(path: Path) -> list[str]:
+    """A note on image files beside the array of a folder."""
+    if not path.is_dir() or not (find_idx(path) or (path / "images.npy").is_file()):
+        return []
+    names = [p.name for p in sorted(path.iterdir()) if p.name.lower().endswith(SUFFIXES)]
+    return [f"the arrays are read, not {counted(len(names), 'image')} beside them, such as {names[0]}"] if names else []
+
+
+def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels: int | None, label: str | None) -> Data:
+    """`open_data` with its arguments checked."""
     if path.is_dir():
         idx = find_idx(path)
         if idx:
             asked = split or "train"
             if asked not in idx:
                 raise BadInput(f"{path} has no IDX file of the split {asked!r}: it has {', '.join(idx)}")
-            return open_array(*open_idx(idx[asked]), str(idx[asked]), pair, channels)
+            return open_array(*open_idx(idx[asked]), str(idx[asked]), pair, channels, label)
         if (path / "images.npy").is_file():
             path = path / "images.npy"
         else:
@@ -74,13 +108,14 @@ def open_data(
     if name.endswith(".zip"):
         return open_tree(zip_tree(path), split, pair, channels, label)
     if name.endswith(".npy"):
-        return open_array(*open_npy(path), str(path), pair, channels)
+        images, labels, notes = open_npy(path)
+        return open_array(images, labels, str(path), pair, channels, label, notes=notes)
     if name.endswith(".npz"):
-        return open_array(*open_npz(path, split), str(path), pair, channels)
+        return open_npz(path, split, pair, channels, label)
     if "idx3" in name or name.endswith((".gz", "ubyte")):
-        return open_array(*open_idx(path), str(path), pair, channels)
+        return open_array(*open_idx(path), str(path), pair, channels, label)
     if name.endswith(SUFFIXES):
-        raise BadInput(f"{path} is one image: name the folder that holds it")
+        return open_tree(file_tree(path), None, pair, channels, None)
     raise BadInput(f"{path} is no source of images: give a folder, a .zip, an IDX file, a .npy or a .npz")
 
 
@@ -116,6 +151,7 @@ class Batches:
         self.data, self.batch_size, self.seed, self.start_step = data, batch_size, seed, start_step
         self.rank, self.world, self.flip = rank, world, flip
         self._order: tuple[int, Tensor] | None = None
+        self.unreadable: set[int] = set()
 
     def _generator(self, k: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + k) % 2**63)
@@ -147,12 +183,36 @@ class Batches:
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         share = self.batch_size // self.world
         part = slice(self.rank * share, (self.rank + 1) * share)
-        indices = self.indices(step)[part]
-        x = to_float(self.data.images(indices))
+        indices, images = self._readable(self.indices(step)[part])
+        x = to_float(images)
         if self.flip:
             mirrored = torch.rand(self.batch_size, generator=self._generator(FLIPS + step))[part] < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         return {"x": x} if self.data.labels is None else {"x": x, "label": self.data.labels[indices]}
+
+    def _readable(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of the asked indices. Of data that is decoded on demand, a damaged file does not end a long run: the
+        next image that can be read takes its place, with a warning, while those are fewer than 1 in 100 (or 10)."""
+        try:
+            return indices, self.data.images(indices)
+        except BadInput:
+            if not self.data.lazy:
+                raise
+        n, rows, found = len(self.data), [], []
+        for index in indices.tolist():
+            for k in (number % n for number in range(index, index + n)):
+                if k in self.unreadable:
+                    continue
+                try:
+                    found.append(self.data.images([k]))
+                    rows.append(k)
+                    break
+                except BadInput as e:
+                    self.unreadable.add(k)
+                    if len(self.unreadable) > max(10, n // 100):
+                        raise BadInput(f"{len(self.unreadable)} images of {n} cannot be read, the last: {e}") from e
+                    warnings.warn(f"{e}; the next image takes its place in training", stacklevel=2)
+        return torch.tensor(rows), torch.cat(found)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         step = self.start_step

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError, nearest, whole
+from ..files import locked
+from ..machine import FORMATS, parse
 from ..ranks import Lost, Ranks
 from .checkpoint import State, append_log, trim_log
 from .data import Batches, share_of
 from .draws import Draws, drawn
 from .ema import Ema, average
+from .fingerprint import describe_data
 from .monitor import Meter, event_files, progress_bar, stop_signals
 from .muon import Muon, split
+from .transfer import matmul_precision, moved, prefetch
 
 __all__ = ["Ema", "Fit", "Player", "average"]
 
@@ -61,7 +63,13 @@ class Player:
             raise BadInput(f"{self.name}: lr must be positive and every at least 1, got {self.lr} and {self.every}")
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimiser over the module's trainable parameters."""
+        """A fresh optimiser over the module's trainable parameters. BadInput where they are of less than 32 bits."""
+        for name, p in self.module.named_parameters():
+            if p.requires_grad and p.is_floating_point() and p.itemsize < 4:
+                raise BadInput(
+                    f"{self.name}: the weights {name} are {str(p.dtype).removeprefix('torch.')}, in which small steps "
+                    "are lost: train float32 weights (module.float()); precision='bf16' computes in bf16 with them"
+                )
         if self.optimiser == "muon":
             matrices, others = split(self.module)
             return Muon(
@@ -78,7 +86,8 @@ class Fit:
     steps, minutes: the budget; whichever is reached first ends the run (at least one must be given). Minutes count
         the training alone, over all the runs that a checkpoint joined.
     warmup: steps of linear warm-up. decay: of the rate over the budget, `cosine` to zero or `constant`.
-    clip: largest gradient norm, None for no limit. precision: `fp32` or `bf16` (autocast; weights stay float32).
+    clip: largest gradient norm, None for no limit. precision: `fp32` or `bf16` (autocast; weights stay float32), with
+        `+high` (TF32 on GPUs), `+medium` and `+channels_last` as `machine.parse` takes them.
     seed: of every random draw.
     save_seconds, log_steps: how often a checkpoint and a log line are written.
     device: `cpu`, `cuda`, ...; by default a GPU where there is one.
@@ -115,9 +124,11 @@ class Fit:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise BadInput("training needs a budget: give steps or minutes")
-        for name, choices in (("decay", ("cosine", "constant")), ("precision", ("fp32", "bf16"))):
-            if getattr(self, name) not in choices:
-                raise BadInput(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), choices)}")
+        formats = self.precision.partition("+")[0]
+        for name, value, choices in (("decay", self.decay, ("cosine", "constant")), ("precision", formats, FORMATS)):
+            if value not in choices:
+                raise BadInput(f"unknown {name} {getattr(self, name)!r}: {nearest(value, choices)}")
+        parse(self.precision)
         whole("accumulate", self.accumulate, 1)
         for name in ("steps", "minutes", "clip", "log_steps"):
             value = getattr(self, name)
@@ -135,27 +146,63 @@ class Fit:
         warm = min(1.0, (step + 1) / max(self.warmup, 1))
         return warm * (0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0)
 
+    def run(self, players: list[Player], batches: Any) -> dict[str, Any]:
+        """All that a resumed run must have in common with the one that wrote the checkpoint, ready for JSON.
+
+        The budget is not part of it, nor how the work is divided: a run may be lengthened, and go on elsewhere.
+        """
+        found: dict[str, Any] = {"seed": self.seed, "batch_size": getattr(batches, "batch_size", None)}
+        if isinstance(batches, Batches):
+            data = describe_data(batches.data)
+            found |= {"images": data["images"], "data": data, "order": batches.seed, "flip": batches.flip}
+        ema = asdict(self.ema)
+        del ema["decay" if self.ema.kind == "power" else "gamma"]  # which is not used
+        found |= {
+            "precision": self.precision,
+            "warmup": self.warmup,
+            "decay": self.decay,
+            "clip": self.clip,
+            "ema": ema,
+        }
+        names = ("lr", "betas", "weight_decay", "optimiser", "every")
+        found["players"] = {p.name: {name: getattr(p, name) for name in names} for p in players}
+        for p in players:
+            found["players"][p.name] |= {"muon_lr": p.muon_lr} if p.optimiser == "muon" else {}
+        return json.loads(json.dumps(found))
+
     def __call__(
-        self, players: list[Player], batches: Batches, out: str | Path, show: bool = True
+        self,
+        players: list[Player],
+        batches: Batches,
+        out: str | Path,
+        show: bool = True,
+        settings: Mapping[str, Any] | None = None,
     ) -> dict[str, nn.Module]:
         """Train the players' modules in place and return their averages by name; go on from `out`'s checkpoint if any.
 
         batches: `batches[k]` is the batch of step k. show: a progress bar, where stderr is a terminal.
+        settings: what else a resumed run must have in common with this one, such as the network's shape; JSON.
 
+        Raises BadInput where `out` belongs to a run of other data or settings, or another process writes there.
         Raises HastenError where a loss or gradient stops being finite: the last checkpoint, written before that, is
         kept. At SIGINT or SIGTERM a checkpoint is written and KeyboardInterrupt raised with a line to print.
         """
-        out = Path(out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if not os.access(out, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as e:
-            raise BadInput(f"cannot write in {out}: {e.strerror}") from e
         ranks = Ranks.start(self.device)
-        run = {"seed": self.seed, "batch_size": getattr(batches, "batch_size", None)}
-        if isinstance(batches, Batches):
-            run["images"] = len(batches.data)
+        with locked(out) if ranks.first else contextlib.nullcontext():
+            return self._train(players, batches, Path(out), show, settings or {}, ranks)
+
+    def _train(
+        self,
+        players: list[Player],
+        batches: Batches,
+        out: Path,
+        show: bool,
+        settings: Mapping[str, Any],
+        ranks: Ranks,
+    ) -> dict[str, nn.Module]:
+        """`__call__`, with the folder locked."""
+        run = ranks.once(lambda: {**self.run(players, batches), **json.loads(json.dumps(dict(settings)))})
+        runtime = parse(self.precision, ranks.device.type)
         numbers = range(ranks.rank * self.accumulate, (ranks.rank + 1) * self.accumulate)
         parts = [share_of(batches, number, ranks.world * self.accumulate) for number in numbers]
         state = State(players, ranks.device, ranks, self.shard)
@@ -164,6 +211,9 @@ class Fit:
             if not checkpoint.exists():
                 raise BadInput(f"process {ranks.rank} does not see {checkpoint}: all need the same folder")
             state.load(checkpoint, run)
+        if runtime.channels_last:
+            for module in (*state.modules.values(), *state.emas.values()):
+                runtime.prepare(module)
         meter = Meter(state.modules, state.step, ranks.device)
         # On a GPU the loop looks at the clock, the signals and the losses every tenth step only: a look waits for it.
         look = 1 if ranks.device.type == "cpu" else 10
@@ -172,7 +222,8 @@ class Fit:
         with contextlib.ExitStack() as stack:
             stack.enter_context(keeping(checkpoint))
             told = stack.enter_context(stop_signals())
-            ahead = [stack.enter_context(prefetch(part)) for part in parts]
+            ahead = [stack.enter_context(prefetch(part, ranks.device)) for part in parts]
+            stack.enter_context(matmul_precision(runtime.matmul))
             bar = stack.enter_context(progress_bar(show and ranks.first, str(out)))
             if ranks.first:
                 trim_log(log, state.step)
@@ -182,7 +233,8 @@ class Fit:
                 # Every draw of a step is a function of (seed, step), so a resumed run repeats an undisturbed one.
                 draws = Draws([drawn(self.seed, state.step, number) for number in numbers])
                 taken = [
-                    {k: v.to(ranks.device, non_blocking=True) for k, v in take(state.step).items()} for take in ahead
+                    {k: moved(v, ranks.device, runtime.channels_last) for k, v in take(state.step).items()}
+                    for take in ahead
                 ]
                 for p in players:
                     if state.step % p.every == 0:
@@ -198,6 +250,8 @@ class Fit:
                 done = self.progress(state.step, state.seconds)
                 if state.step // self.log_steps > meter.logged // self.log_steps or done >= 1 or stop:
                     line = meter.line(state.step, state.seconds, self.rate(state.step, done))
+                    if unreadable := set().union(*(getattr(part, "unreadable", ()) for part in parts)):
+                        line["unreadable"] = len(unreadable)
                     if ranks.first:
                         append_log(log, line)
                         for key in line if board is not None else ():
@@ -228,7 +282,8 @@ class Fit:
             for module in p.module.modules() if len(batches) > 1 else ():
                 if hasattr(module, "again"):  # what a loss does once a step must not be done for every part
                     module.again = number > 0
-            with draws.of(number), torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            low = self.precision.startswith("bf16")
+            with draws.of(number), torch.autocast(ranks.device.type, torch.bfloat16, enabled=low):
                 loss = p.loss(batch)
             if loss.ndim:
                 raise HastenError(f"{p.name}: the loss must be a scalar, got shape {tuple(loss.shape)}")
@@ -251,20 +306,3 @@ def keeping(checkpoint: Path) -> Iterator[None]:
     except Lost as e:
         kept = f"{checkpoint} is kept: the same command goes on" if checkpoint.exists() else "no checkpoint was written"
         raise Lost(f"{e}; {kept}") from e
-
-
-@contextlib.contextmanager
-def prefetch(batches: Batches) -> Iterator[Callable[[int], dict[str, Tensor]]]:
-    """`step -> batch`; where images are decoded on demand, the next batch is made while the step runs."""
-    if not (isinstance(batches, Batches) and batches.data.lazy):
-        yield batches.__getitem__
-        return
-    with ThreadPoolExecutor(1) as pool:
-        waiting: dict[int, Any] = {}
-
-        def take(step: int) -> dict[str, Tensor]:
-            batch = waiting.pop(step) if step in waiting else pool.submit(batches.__getitem__, step)
-            waiting[step + 1] = pool.submit(batches.__getitem__, step + 1)
-            return batch.result()
-
-        yield take

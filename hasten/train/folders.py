@@ -1,242 +1,209 @@
-"""Images from a folder or a zip: splits, class sub-folders, `labels.csv`, and the decoding of one file."""
+"""Images from a folder or a zip: what is in it, splits, and where the labels come from."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import re
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .sources import MEMORY, Data, crop
+from .decode import SUFFIXES, Header, Unreadable, alpha, decode, header, readable
+from .labels import find_labels
+from .names import natural
+from .notes import counted, listed, note
+from .sources import MEMORY, Data
+from .tree import Tree, file_tree, folder_tree, zip_tree
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+__all__ = ["SPLITS", "SUFFIXES", "Tree", "file_tree", "folder_tree", "open_tree", "zip_tree"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "t10k"),
-    "val": ("val", "valid", "validation"),
+    "val": ("val", "valid", "validation", "dev"),
 }
-# What Pillow and zipfile raise for a file that is damaged.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, IndexError)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A folder or a zip as a list of file names and a way to read one."""
-
-    root: str
-    names: tuple[str, ...]
-    read: Callable[[str], bytes] = field(repr=False)
-
-    def where(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-
-def folder_tree(path: Path) -> Tree:
-    """Every file below `path`, hidden ones left out."""
-    files = (p.relative_to(path) for p in path.rglob("*") if p.is_file())
-    names = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
-    return Tree(str(path), tuple(names), lambda name: (path / name).read_bytes())
-
-
-def zip_tree(path: Path) -> Tree:
-    """Every member of a zip, hidden ones and those of macOS left out."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as e:
-        raise BadInput(f"{path} is not a zip file that can be read ({e}): it may be cut short") from e
-    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
-    names = sorted(i.filename for i in archive.infolist() if not i.is_dir() and not hidden.search(i.filename))
-    return Tree(str(path), tuple(names), archive.read)
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts "2" before "10"."""
-    return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"(\d+)", name) if s]
+# Folders beside splits that are no classes.
+BESIDE = (
+    "unlabeled", "unlabelled", "unsup", "extra", "mask", "masks", "annotations", "annotation", "labels", "meta",
+    "metadata", "holdout", "segmentations",
+)  # fmt: skip
+TRIES = 100  # images that are tried in place of one that cannot be read
 
 
 def open_tree(
     tree: Tree, split: str | None, size: tuple[int, int] | None, channels: int | None, label: str | None
 ) -> Data:
-    """Images of a folder or a zip, with labels from `labels.csv` or from the class sub-folders."""
-    names = [name for name in tree.names if name.lower().endswith(SUFFIXES)]
-    names, prefix = choose_split(tree, names, split)
+    """Images of a folder, a zip or one file, with labels from a file of labels or from the class sub-folders."""
+    able = readable()
+    names = [name for name in tree.names if name.lower().endswith(able) or not name]
     if not names:
-        raise BadInput(f"{tree.root} holds no images (looked for {', '.join(SUFFIXES)})")
-    labels, classes = labels_from_csv(tree, names, prefix, label)
-    if labels is None and label is None:
-        labels, classes = labels_from_folders(tree, names, prefix)
-    shape = common_shape(tree, names, size, channels)
+        held = f"; it holds {kinds(tree.names)}" if tree.names else ""
+        raise BadInput(f"{tree.root} holds no images (looked for {', '.join(able)}{held})")
+    parts, notes = choose_split(tree, names, split)
+    names = [name for _, part in parts for name in part]
+    skipped = [name for name in tree.names if not name.lower().endswith(able) and name]
+    labels, origin, used, more = find_labels(tree, parts, label)
+    skipped = [name for name in skipped if name not in used]
+    headers = read_headers(tree, names)
+    shape = common_shape(tree, names, headers, size, channels)
     c, h, w = shape
+    notes = [*tree.notes, *notes, *more]
+    if pages := [name for name, one in zip(names, headers, strict=True) if one.pages]:
+        notes.append(f"several pages or frames in {counted(len(pages), 'file')}, such as {pages[0]}: the first is used")
+    classes = None if labels is None else tuple(sorted(set(labels.values()), key=natural))
+    targets = None
+    if labels is not None and classes is not None:
+        if origin == "folders" and (odd := [n for n in classes if split_of(n) or n.lower() in BESIDE]):
+            notes.append(f"taken for classes: the folders {listed(odd)}; move them away if they are none")
+        if origin == "folders" and (empty := without_images(tree, parts)):
+            notes.append(f"no images in the folders {listed(empty)}: they are no classes")
+        index = {name: k for k, name in enumerate(classes)}
+        targets = torch.tensor([index[labels[name]] for name in names])
+        lower = Counter(name.casefold() for name in classes)
+        if alike := [name for name in classes if lower[name.casefold()] > 1]:
+            notes.append(f"these classes differ in capitals alone: {listed(alike)}")
+    details: dict[str, Any] = {
+        "origin": origin, "skipped": f"{counted(len(skipped), 'file')} skipped: {kinds(skipped)}" if skipped else "",
+        "notes": tuple(notes), "alpha": lambda k: alpha(tree, names[k]),
+    }  # fmt: skip
+
+    def attempt(k: int) -> Tensor | Unreadable:
+        try:
+            return decode(tree, names[k], shape, size is not None)
+        except Unreadable as e:
+            return e
+
+    def replaced(k: int) -> Tensor:
+        """Image k; where it cannot be read, the next of its class that can, so that a run goes on, and resumes."""
+        made = attempt(k)
+        if isinstance(made, Tensor):
+            return made
+        same = range(len(names)) if targets is None else (targets == targets[k]).nonzero().flatten().tolist()
+        start = list(same).index(k) if targets is not None else k
+        for step in range(1, min(len(same), TRIES)):
+            other = same[(start + step) % len(same)]
+            found = attempt(other)
+            if isinstance(found, Tensor):
+                note(f"{made}; {names[other]} is used in its place")
+                return found
+        raise made
 
     def fetch(indices: list[int]) -> Tensor:
         out = torch.empty(len(indices), c, h, w, dtype=torch.uint8)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside Python's lock
-            for k, image in enumerate(pool.map(lambda i: decode(tree, names[i], shape, size is not None), indices)):
+            for k, image in enumerate(pool.map(replaced, indices)):
                 out[k] = image
         return out
 
-    targets = None if labels is None else torch.tensor(labels)
-    if len(names) * c * h * w <= MEMORY:
-        return Data.of(fetch(list(range(len(names)))), targets, classes, tree.root)
-    return Data(len(names), shape, fetch, targets, classes, tree.root, lazy=True)
+    if len(names) * c * h * w > MEMORY:
+        return Data(len(names), shape, fetch, targets, classes, tree.root, lazy=True, **details)
+    out = torch.empty(len(names), c, h, w, dtype=torch.uint8)
+    bad: list[tuple[str, Unreadable]] = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for k, image in enumerate(pool.map(attempt, range(len(names)))):
+            if isinstance(image, Tensor):
+                out[k] = image
+            else:
+                bad.append((names[k], image))
+    if bad:
+        rest = f"; also refused: {listed(name for name, _ in bad[1:])}" if len(bad) > 1 else ""
+        raise Unreadable(f"{bad[0][1]}{rest}")
+    return Data.of(out, targets, classes, tree.root, **details)
 
 
-def choose_split(tree: Tree, names: list[str], split: str | None) -> tuple[list[str], str]:
-    """The names of the asked split, and the folder they share; a lone top folder is looked through."""
+def without_images(tree: Tree, parts: list[tuple[str, list[str]]]) -> list[str]:
+    """The folders beside class folders that hold no image that can be read."""
+    empty = set()
+    for prefix, names in parts:
+        held = {name[len(prefix) :].split("/", 1)[0] for name in names}
+        beside = {folder[len(prefix) :] for folder in tree.folders if folder.startswith(prefix)}
+        empty |= {folder for folder in beside if "/" not in folder and folder not in held}
+    return sorted(empty, key=natural)
+
+
+def kinds(names: Sequence[str]) -> str:
+    """Files counted by suffix; those that might hold labels by name."""
+    telling = [n for n in names if n.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".parquet", ".mat", ".xml"))]
+    telling = telling if len(telling) <= 5 else []
+    rest = Counter(PurePosixPath(n).suffix.lower() or "no suffix" for n in names if n not in telling)
+    return listed([*telling, *(f"{kind} {count:,}" for kind, count in sorted(rest.items(), key=lambda kv: -kv[1]))])
+
+
+def split_of(folder: str) -> str | None:
+    """The split that a folder's name stands for."""
+    return next((split for split, aliases in SPLITS.items() if folder.lower() in aliases), None)
+
+
+def choose_split(tree: Tree, names: list[str], split: str | None) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """The images of the asked split as (the folder they share, names), and notes; a lone top folder is looked through.
+
+    Folders are splits where all are, or where `train` stands beside another split or a folder of `BESIDE`.
+    None: all splits, each with its folder.
+    """
     prefix = ""
     while True:
-        tops = {name[len(prefix) :].split("/", 1)[0] for name in names}
-        inside = all("/" in name[len(prefix) :] for name in names)
-        parts = {s: top for s, aliases in SPLITS.items() for top in tops if top.lower() in aliases}
-        if parts and inside and len(parts) == len(tops):
+        tops = sorted({name[len(prefix) :].split("/", 1)[0] for name in names if "/" in name[len(prefix) :]})
+        loose = [name for name in names if "/" not in name[len(prefix) :]]
+        found = {top: split_of(top) for top in tops}
+        splits = {kind for kind in found.values() if kind}
+        others = [top for top in tops if not found[top]]
+        whole = bool(splits) and not others and not loose
+        if whole or "train" in splits and (len(splits) > 1 or others and all(t.lower() in BESIDE for t in others)):
             break
-        if len(tops) != 1 or not inside:
-            parts = {}
-            break
-        prefix += f"{tops.pop()}/"
-    if split is None or (split == "train" and not parts):
-        return names, prefix
-    if split not in parts:
-        found = f"it has {', '.join(sorted(parts))}" if parts else "it has no split folders"
-        raise BadInput(f"{tree.root} has no split {split!r}: {found}")
-    prefix = f"{prefix}{parts[split]}/"
-    return [name for name in names if name.startswith(prefix)], prefix
+        if len(tops) != 1 or loose:
+            return nested_splits(tree, names, prefix, split)
+        prefix += f"{tops[0]}/"
+    chosen = [top for top in tops if found[top] and split in (None, found[top])]
+    if split is not None and not chosen:
+        raise BadInput(f"{tree.root} has no split {split!r}: it has {', '.join(sorted(splits))}")
+    if split is not None and len(chosen) > 1:
+        raise BadInput(f"{tree.root} has several folders of the split {split!r}, {', '.join(chosen)}: name one of them")
+    notes = []
+    if unused := [top for top in tops if top not in chosen]:
+        notes.append(f"the images of {', '.join(chosen)} are used; not those of {listed(unused)}")
+    if loose:
+        notes.append(f"not used: {counted(len(loose), 'image')} beside the folders, such as {loose[0]}")
+    places = [f"{prefix}{top}/" for top in chosen]
+    return [(place, [name for name in names if name.startswith(place)]) for place in places], notes
 
 
-def labels_from_folders(tree: Tree, names: list[str], prefix: str) -> tuple[list[int] | None, tuple[str, ...] | None]:
-    """The class of an image is the first folder of its name after `prefix`."""
-    tops = [PurePosixPath(name[len(prefix) :]).parts for name in names]
-    flat = [name for name, parts in zip(names, tops, strict=True) if len(parts) == 1]
-    if len(flat) == len(names):
-        return None, None
-    if flat:
-        raise BadInput(f"{tree.root} holds class folders and loose images as well ({flat[0]}): sort it into a class")
-    classes = sorted({parts[0] for parts in tops}, key=natural)
-    if len(classes) == 1:
-        return None, None
-    index = {name: k for k, name in enumerate(classes)}
-    return [index[parts[0]] for parts in tops], tuple(classes)
+def nested_splits(
+    tree: Tree, names: list[str], prefix: str, split: str | None
+) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Images without split folders at the top: all of them, but of `class/train/`, `class/test/` the asked split."""
+    inner = {name: PurePosixPath(name[len(prefix) :]).parts[1:-1] for name in names}
+    kinds = {split_of(parts[0]) if parts else None for parts in inner.values()}
+    if "train" in kinds and len(kinds) > 1 and None not in kinds and split is not None:
+        chosen = [name for name in names if split_of(inner[name][0]) == split]
+        if chosen:
+            rest = counted(len(names) - len(chosen), "image")
+            return [(prefix, chosen)], [f"the class folders hold splits: {split} is used, not {rest} of others"]
+    if split in (None, "train"):
+        return [(prefix, names)], []
+    raise BadInput(f"{tree.root} has no split {split!r}: it has no split folders")
 
 
-def labels_from_csv(
-    tree: Tree, names: list[str], prefix: str, label: str | None
-) -> tuple[list[int] | None, tuple[str, ...] | None]:
-    """Labels of `labels.csv`: a header with `file` and `label` (or the column asked for), or two columns without one.
-
-    A file is named relative to where the csv lies. A csv without that column gives no labels unless it was asked for.
-    """
-    places = (f"{prefix}labels.csv", f"{PurePosixPath(prefix).parent}/labels.csv".removeprefix("./"), "labels.csv")
-    place = next((p for p in places if p in tree.names), None)
-    if place is None:
-        if label is not None:
-            raise BadInput(f"{tree.root} has no labels.csv to take the column {label!r} from")
-        return None, None
-    where, base = tree.where(place), place.removesuffix("labels.csv")
-    try:
-        rows = [row for row in csv.reader(io.StringIO(tree.read(place).decode("utf-8-sig"))) if row]
-    except (UnicodeDecodeError, csv.Error, zipfile.BadZipFile, OSError) as e:
-        raise BadInput(f"cannot read {where}: {e}") from e
-    column, file = label or "label", 0
-    if rows and base + rows[0][0] in tree.names:
-        value = 1
-    elif not rows or column not in rows[0]:
-        if label is None:
-            return None, None
-        raise BadInput(f"{where} has no column {label!r} (columns: {', '.join(rows[0]) if rows else 'none'})")
-    elif "file" not in rows[0]:
-        raise BadInput(f"{where} has no column 'file' (columns: {', '.join(rows[0])})")
-    else:
-        file, value = rows[0].index("file"), rows[0].index(column)
-        rows = rows[1:]
-    short = next((row for row in rows if len(row) <= max(file, value)), None)
-    if short:
-        raise BadInput(f"{where}: the row {','.join(short)!r} has no label")
-    said = {base + row[file]: row[value].strip() for row in rows}
-    missing = [name for name in names if name not in said]
-    if missing:
-        raise BadInput(f"{where}: {len(names)} images but no label for {len(missing)} of them, such as {missing[0]}")
-    lost = next((name for name in said if name not in tree.names), None)
-    if lost:
-        raise BadInput(f"{where} names {lost}, which is not there")
-    classes = sorted({said[name] for name in names}, key=natural)
-    index = {name: k for k, name in enumerate(classes)}
-    return [index[said[name]] for name in names], tuple(classes)
-
-
-def open_image(tree: Tree, name: str) -> Image:
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(tree.read(name)))
-    except (*BROKEN, Image.DecompressionBombError) as e:
-        reason = "not an image, or cut short" if isinstance(e, Image.UnidentifiedImageError) else str(e)
-        raise BadInput(f"cannot read {tree.where(name)}: {reason}") from e
+def read_headers(tree: Tree, names: list[str]) -> list[Header]:
+    """The headers of image files, some at a time."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda name: header(tree, name), names))
 
 
 def common_shape(
-    tree: Tree, names: list[str], size: tuple[int, int] | None, channels: int | None
+    tree: Tree, names: list[str], headers: list[Header], size: tuple[int, int] | None, channels: int | None
 ) -> tuple[int, int, int]:
     """(C, H, W) of all the images, from their headers; grey only when all are."""
-    first, grey = None, True
-    for name in names:
-        with open_image(tree, name) as image:
-            width, height = image.size
-            if orientation(image) >= 5:
-                width, height = height, width
-            grey = grey and image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "F")
-        if first is None:
-            first = (name, height, width)
-        if size is None and first[1:] != (height, width):
+    first = headers[0]
+    for name, one in zip(names, headers, strict=True):
+        if size is None and (one.height, one.width) != (first.height, first.width):
             raise BadInput(
-                f"{tree.root} mixes sizes: {first[0]} is {first[2]}x{first[1]} and {name} is {width}x{height}; "
-                "give a size to bring all to one"
+                f"{tree.root} mixes sizes: {names[0]} is {first.width}x{first.height} and {name} is "
+                f"{one.width}x{one.height}; give a size to bring all to one"
             )
-        if size is not None and channels is not None:
-            break
-    assert first is not None
-    height, width = size or first[1:]
-    return channels or (1 if grey else 3), height, width
-
-
-def orientation(image: Image) -> int:
-    """The EXIF orientation, of the formats whose header holds it."""
-    return image.getexif().get(0x0112, 1) if image.format in ("JPEG", "MPO", "TIFF", "WEBP") else 1
-
-
-def decode(tree: Tree, name: str, shape: tuple[int, int, int], resize: bool) -> Tensor:
-    """One image as uint8 (C, H, W): upright, transparency on white, 16 bits reduced to 8."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    channels, height, width = shape
-    with open_image(tree, name) as opened:
-        try:
-            image: Image.Image = opened
-            if orientation(image) > 1:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-        except (*BROKEN, Image.DecompressionBombError) as e:
-            raise BadInput(f"cannot read {tree.where(name)}: {e}") from e
-        image = crop(image, height, width) if resize else image
-        pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+    height, width = size or (first.height, first.width)
+    return channels or (1 if all(one.grey for one in headers) else 3), height, width

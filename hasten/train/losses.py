@@ -38,13 +38,14 @@ Weight = Callable[[Tensor, Tensor], Tensor]
 
 
 def stratified(n: int, device: torch.device | str = "cpu") -> Tensor:
-    """`n` float64 numbers in [0, 1), one in each of `n` equal strata, in random order.
+    """`n` float64 numbers in [0, 1), one in each of `n` equal strata, in random order; for MPS on the CPU.
 
     One shared offset `u` gives `(i + u) / n`, which lowers the variance of a loss averaged over times
     (Kingma et al. 2021, 2107.00630, section I.1).
     """
-    grid = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
-    return grid[torch.randperm(n)].to(device)
+    made = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
+    grid = (torch.arange(n, dtype=torch.float64, device=made) + torch.rand((), dtype=torch.float64, device=made)) / n
+    return grid[torch.randperm(n, device=made)]
 
 
 # ---- which times ----
@@ -175,12 +176,14 @@ class DenoisingLoss:
         if "label" in batch:
             cond["label"] = self.drop(batch["label"], denoiser.null_label)
         n = len(x)
-        u = stratified(n, x.device) if self.spread else torch.rand(n, dtype=torch.float64).to(x.device)
+        where = "cpu" if x.device.type == "mps" else x.device  # which has no float64
+        u = stratified(n, where) if self.spread else torch.rand(n, dtype=torch.float64, device=where)
         t = self.times(denoiser.schedule, u)
         eps = torch.randn_like(x)
         alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
         shape = (-1,) + (1,) * (x.ndim - 1)
-        x_t = (alpha.view(shape) * x + sigma.view(shape) * eps).to(x.dtype)
+        a, s = (c if c.device == x.device else c.to(x.device, x.dtype) for c in (alpha, sigma))
+        x_t = (a.view(shape) * x + s.view(shape) * eps).to(x.dtype)
         raw = denoiser.raw(x_t, t, **cond)
         error = (raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()).square()
         if self.weight is None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..environment import is_terminal
 from ..errors import HastenError
 
 
@@ -93,7 +94,7 @@ def stop_signals() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def progress_bar(show: bool, title: str) -> Iterator[Callable[[float, int, float], None]]:
     """A bar on stderr with steps a second, time to go and loss; nothing where stderr is no terminal."""
-    if not show or not sys.stderr.isatty():
+    if not show or not is_terminal(sys.stderr):
         yield lambda done, step, loss: None
         return
     from rich.console import Console
@@ -101,7 +102,7 @@ def progress_bar(show: bool, title: str) -> Iterator[Callable[[float, int, float
 
     fields = ("step {task.fields[step]}", "{task.fields[rate]:.2f}/s", "loss {task.fields[loss]:.4f}")
     columns = (BarColumn(), *(TextColumn(field) for field in fields), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as bar:
+    with Progress(TextColumn("{task.description}", markup=False), *columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=1.0, step=0, rate=0.0, loss=math.nan)
         seen: deque[tuple[float, int]] = deque(maxlen=100)
 

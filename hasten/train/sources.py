@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import re
 import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from .notes import counted, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MEMORY = 2**30  # bytes of decoded images that are kept in memory; above that they are decoded when asked for
+LABELS = re.compile(r"label|target|class|(^|_)y($|_)", re.IGNORECASE)  # names of arrays that may be labels
 IDX = re.compile(r"^(.*[-_])?(train|t10k|test)[-_]images[-_.]idx3[-_]ubyte(\.gz)?$")
 
 
@@ -31,6 +32,9 @@ class Data:
     shape: (C, H, W). fetch: list of indices -> uint8 (n, C, H, W).
     labels: int64 (len,) in 0..len(classes)-1, or None. classes: their names, or None.
     source: where it came from, for messages. lazy: images are decoded when they are asked for.
+    origin: where the labels came from. skipped: which files were passed over. notes: what else is there and not used,
+    or was taken in one of several senses. `found` puts them in words.
+    alpha: index -> the opacity of an image, uint8 (H, W), or None where it has none; for image files alone.
     """
 
     size: int
@@ -40,6 +44,10 @@ class Data:
     classes: tuple[str, ...] | None = None
     source: str = ""
     lazy: bool = False
+    origin: str = ""
+    skipped: str = ""
+    notes: tuple[str, ...] = ()
+    alpha: Callable[[int], Tensor | None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -49,14 +57,32 @@ class Data:
 
     @classmethod
     def of(
-        cls, images: Tensor, labels: Tensor | None = None, classes: Sequence[str] | None = None, source: str = ""
+        cls,
+        images: Tensor,
+        labels: Tensor | None = None,
+        classes: Sequence[str] | None = None,
+        source: str = "",
+        **details: Any,
     ) -> Data:
         """Data in memory: `images` uint8 (n, C, H, W); `labels` integers (n,), named by number by default."""
         if images.ndim != 4 or images.dtype != torch.uint8:
             raise BadInput(f"images must be uint8 (n, C, H, W), got {images.dtype} {tuple(images.shape)}")
         shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
         labels, names = checked_labels(labels, classes, len(images), source)
-        return cls(len(images), shape, lambda indices: images[indices], labels, names, source)
+        return cls(len(images), shape, lambda indices: images[indices], labels, names, source, **details)
+
+    @property
+    def found(self) -> str:
+        """What the data hold, in a line: number, size and colour of the images, classes and where they are from."""
+        channels, height, width = self.shape
+        colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+        line = f"{counted(self.size, 'image')} {width} x {height} {colour}, "
+        if self.labels is None:
+            line += "no labels"
+        else:
+            names = self.classes or ()
+            line += f"{len(names):,} classes{f' from {self.origin}' if self.origin else ''} ({listed(names)})"
+        return f"{line}, {self.skipped}" if self.skipped else line
 
     def __len__(self) -> int:
         return self.size
@@ -98,7 +124,10 @@ def find_idx(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         match = IDX.match(path.name)
         if match:
-            found.setdefault("train" if match[2] == "train" else "test", path)
+            split = "train" if match[2] == "train" else "test"
+            other = found.setdefault(split, path)
+            if other.name.removesuffix(".gz") != path.name.removesuffix(".gz"):
+                raise BadInput(f"{folder} holds several sets, {other.name} and {path.name}: name the file to use")
     return found
 
 
@@ -128,16 +157,25 @@ def open_idx(path: Path) -> tuple[Any, Any]:
     images = read_idx(path)
     if images.ndim not in (3, 4):
         raise BadInput(f"{path} holds an array of shape {images.shape}, not images (n, H, W)")
-    partner = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1").replace("idx4", "idx1"))
-    places = [partner, partner.with_name(partner.name.removesuffix(".gz")), partner.with_name(partner.name + ".gz")]
-    labels = next((read_idx(p) for p in places if p != path and p.is_file()), None)
-    return images, labels
+
+    def plain(name: str) -> str:
+        return re.sub(r"(labels)[-_.]idx1|(images)[-_.]idx[34]", "labels", name.removesuffix(".gz").lower())
+
+    beside = (p for p in sorted(path.parent.iterdir()) if "idx1" in p.name.lower() and p.is_file())
+    place = next((p for p in beside if plain(p.name) == plain(path.name) and p != path), None)
+    return images, None if place is None else read_idx(place)
 
 
-def open_npy(path: Path) -> tuple[Any, Any]:
-    """Images and labels or None of an `.npy`; `images` becomes `labels` in the name of the file of labels."""
-    partner = path.with_name(path.name.replace("images", "labels"))
-    return read_npy(path), read_npy(partner) if partner != path and partner.is_file() else None
+def open_npy(path: Path) -> tuple[Any, Any, list[str]]:
+    """Images, labels or None of an `.npy`, and notes; the labels lie beside it: `images` becomes `labels`, `x` `y`."""
+    swaps = (("images", "labels"), ("image", "label"), ("Images", "Labels"), ("X", "y"), ("x", "y"))
+    names = dict.fromkeys(path.name.replace(*swap) for swap in swaps)
+    partner = next((path.with_name(n) for n in names if n != path.name and path.with_name(n).is_file()), None)
+    images = read_npy(path)
+    if partner is not None:
+        return images, read_npy(partner), []
+    beside = [p.name for p in sorted(path.parent.glob("*.npy")) if p != path and LABELS.search(p.stem)]
+    return images, None, [f"{', '.join(beside)} beside it not used"] if beside else []
 
 
 def read_npy(path: Path) -> Any:
@@ -147,69 +185,3 @@ def read_npy(path: Path) -> Any:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as e:
         raise BadInput(f"cannot read {path}: {e} (the file may be cut short)") from e
-
-
-def open_npz(path: Path, split: str | None) -> tuple[Any, Any]:
-    """Images and labels, or None, of an `.npz`.
-
-    The arrays are `images` and `labels`, `x` and `y` (or ending in `_train`, `_test`, `_val`), or `arr_0` and `arr_1`.
-    """
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            keys = archive.files
-            tail = "train" if split is None else split
-            pairs = [(f"{x}_{tail}", f"{y}_{tail}") for x, y in (("x", "y"), ("images", "labels"))]
-            if split in (None, "train"):
-                pairs = [("images", "labels"), ("x", "y"), ("arr_0", "arr_1"), *pairs]
-            for x, y in pairs:
-                if x in keys:
-                    return archive[x], archive[y] if y in keys else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise BadInput(f"cannot read {path}: {e} (the file may be cut short)") from e
-    raise BadInput(
-        f"{path} has no array of images: looked for {', '.join(x for x, _ in pairs)}, found {', '.join(keys)}"
-    )
-
-
-def open_array(images: Any, labels: Any, source: str, size: tuple[int, int] | None, channels: int | None) -> Data:
-    """Data of a NumPy array (n, H, W), (n, H, W, C) or (n, C, H, W), uint8 or floats in [-1, 1] (rounded to 8 bits)."""
-    import numpy as np
-    from PIL import Image
-
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4 and images.shape[-1] in (1, 3):
-        images = np.moveaxis(images, -1, 1)
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise BadInput(f"{source}: images must be (n, H, W, C) or (n, C, H, W) with C of 1 or 3, got {images.shape}")
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise BadInput(f"{source}: images must be uint8, or floats in [-1, 1], got {images.dtype}")
-    stored = int(images.shape[1])
-    c, (h, w) = channels or stored, size or images.shape[2:]
-
-    def fetch(indices: list[int]) -> Tensor:
-        whole = len(indices) == len(images) and indices == list(range(len(images)))
-        chosen = np.asarray(images if whole else images[indices])
-        if chosen.dtype != np.uint8:
-            if not (np.abs(chosen) <= 1.001).all():
-                raise BadInput(
-                    f"{source}: float images must lie in [-1, 1], found {chosen.min():.4g} to {chosen.max():.4g}"
-                )
-            chosen = np.rint(127.5 * (chosen.astype(np.float32) + 1)).clip(0, 255).astype(np.uint8)
-        if (h, w) != chosen.shape[2:] or c != stored:
-            pictures = (Image.fromarray(a[0] if stored == 1 else np.moveaxis(a, 0, -1)) for a in chosen)
-            chosen = np.stack([np.array(crop(p.convert("L" if c == 1 else "RGB"), h, w)) for p in pictures])
-            chosen = chosen[:, None] if c == 1 else np.moveaxis(chosen, -1, 1)
-        return torch.from_numpy(np.array(chosen))
-
-    if not len(images):
-        raise BadInput(f"{source} holds no images")
-    if labels is not None and (labels.dtype.kind not in "iu" or labels.size != len(labels)):
-        raise BadInput(f"{source}: labels must be integers (n,), got {labels.dtype} {labels.shape}")
-    targets = None if labels is None else torch.from_numpy(np.array(labels, np.int64).reshape(-1))
-    if len(images) * c * h * w <= MEMORY:
-        return Data.of(fetch(list(range(len(images)))), targets, None, source)
-    targets, classes = checked_labels(targets, None, len(images), source)
-    return Data(len(images), (c, h, w), fetch, targets, classes, source, lazy=True)

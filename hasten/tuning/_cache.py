@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
+from ..files import write_whole
 from ..machine import notebook
 
 
@@ -28,9 +28,7 @@ def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[
         if told["key"] == json.loads(text):
             return told["value"]
     value = json.loads(json.dumps(make()))
-    part = place.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"key": json.loads(text), "value": value}))
-        os.replace(part, place)
+        write_whole(place, json.dumps({"key": json.loads(text), "value": value}))
     return value

@@ -3,6 +3,7 @@
 A set of variants is a TOML file (`demo` and `full` are bundled beside this module):
 
     n = 400                       # images a row when the caller does not say; rounds = 3 for the timing likewise
+    prompts = ["a red fox"]       # of a model that takes prompts: image k gets number k mod their count
     [reference]
     sampler = "unipc:order=3"
     times = "lambda"
@@ -21,9 +22,10 @@ A set of variants is a TOML file (`demo` and `full` are bundled beside this modu
     name = "student"
     model = ["runs/g/steps4", "runs/g/steps1"]   # other models of the same images: bundled names or folders
 
-What a variant leaves out (times, steps, guidance_scale) is the reference's; times and guidance_scale that the reference
-leaves out are the model's own. `guides` (a list) and `start` are none unless the variant names them. A variant with
-another `model` and no sampler is sampled as that model recommends, at the variant's guidance_scale.
+What a variant leaves out (sampler, times, steps, guidance_scale) is the reference's; times and guidance_scale that the
+reference leaves out are the model's own. `guides` (a list) and `start` are none unless the variant names them. Of a
+variant with another `model`, sampler, times and steps that are left out are that model's own, as in `hasten sample
+MODEL --steps 4`, and only its guidance_scale is the reference's. docs/variants.md has all of it.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class Variant:
 
         more = (self.guides, self.start, self.accelerators, *([] if self.model is None else [self.model]))
         if not self.sampler and self.plan is None:
-            return "model", self.guidance_scale, *more
+            return "model", self.guidance_scale, *more, *([self.times, self.steps] if self.times or self.steps else [])
         if self.plan is not None:
             return "plan", self.plan, self.guidance_scale, *more
         sampler, times = spell(_picked("samplers", self.sampler)), spell(_picked("times", self.times))
@@ -97,6 +99,13 @@ class VariantSet:
     variants: tuple[Variant, ...]
     n: int = 500
     rounds: int = 5
+    prompts: tuple[str, ...] = ()
+
+    def without_guidance_below_one(self) -> VariantSet:
+        """The same set where a guidance_scale below 1 is 1: a pipeline then samples by the prompt alone."""
+        first = replace(self.reference, guidance_scale=max(self.reference.guidance_scale, 1.0))
+        others = tuple(replace(v, guidance_scale=max(v.guidance_scale, 1.0)) for v in self.variants)
+        return replace(self, reference=first, variants=others)
 
     def rows(
         self, nfe: Callable[[Variant], float | None] = lambda variant: variant.nfe
@@ -173,11 +182,14 @@ def parse(
     data: Mapping[str, Any], source: str = "variants", times: str = "angle", guidance_scale: float = 1.0
 ) -> VariantSet:
     """A set from the mapping that its TOML holds; `source` begins each error."""
-    top = ("reference", "variant", "n", "rounds")
+    top = ("reference", "variant", "n", "rounds", "prompts")
     _known(data, top, source)
     for key, least in (("n", 10), ("rounds", 1)):
         if key in data and (type(data[key]) is not int or data[key] < least):
             raise BadInput(f"{source}: {key} must be a whole number from {least}, got {data[key]!r}")
+    prompts = data.get("prompts", [])
+    if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+        raise BadInput(f"{source}: prompts must be a list of texts, got {prompts!r}")
     if not isinstance(data.get("reference"), dict):
         raise BadInput(f"{source}: there must be one [reference] table with a sampler and steps")
     if not isinstance(data.get("variant", []), list) or not all(isinstance(v, dict) for v in data.get("variant", [])):
@@ -188,20 +200,21 @@ def parse(
             raise BadInput(f"{source}: [reference]: the reference is a sampler with steps: it takes no {key}")
     reference = _expand(head, f"{source}: [reference]", lists=False)[0]
     reference = replace(reference, role="reference")
-    rest = {key: head[key] for key in ("times", "steps", "guidance_scale")}
+    rest = {key: head[key] for key in ("sampler", "times", "steps", "guidance_scale") if key in head}
     variants: list[Variant] = []
     for i, table in enumerate(data.get("variant", []), 1):
         where = f"{source}: variant {i}" + (f" ({table['name']!r})" if isinstance(table.get("name"), str) else "")
         if "name" not in table:
             raise BadInput(f"{where}: has no name")
+        _known(table, KEYS, where)
         if "plan" in table:
             if both := [key for key in ("sampler", "times", "steps") if key in table]:
                 raise BadInput(f"{where}: a plan holds its sampler, times and steps: leave out {both[0]} or the plan")
             table = {"sampler": "", "times": "", "steps": 0, "guidance_scale": head["guidance_scale"], **table}
         elif "model" in table and "sampler" not in table:
-            if both := [key for key in ("times", "steps") if key in table]:
-                raise BadInput(f"{where}: without a sampler the model is sampled as it recommends: leave out {both[0]}")
-            table = {"sampler": "", "times": "", "steps": 0, "guidance_scale": head["guidance_scale"], **table}
+            table = {"sampler": "", "times": "", "steps": None, "guidance_scale": head["guidance_scale"], **table}
+        elif not set(table) & {"sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators"}:
+            raise BadInput(f"{where}: it says nothing of how to sample, so it is the reference again")
         variants += _expand({**rest, **table}, where)
     seen = {reference.name}
     for variant in variants:
@@ -209,7 +222,7 @@ def parse(
             raise BadInput(f"{source}: the name {variant.name!r} is used twice: each row needs its own")
         seen.add(variant.name)
     numbers = {key: data[key] for key in ("n", "rounds") if key in data}
-    return VariantSet(source, reference, tuple(variants), **numbers)
+    return VariantSet(source, reference, tuple(variants), **numbers, prompts=tuple(prompts))
 
 
 def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
@@ -255,17 +268,20 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
             name += f", {asked['steps']} step" + ("" if asked["steps"] == 1 else "s")
         if len(choices["guidance_scale"]) > 1:
             name += f", guidance {asked['guidance_scale']:g}"
-        result.append(Variant(name=name, **{**asked, "guidance_scale": float(asked["guidance_scale"])}))
+        asked |= {"steps": asked["steps"] or 0, "guidance_scale": float(asked["guidance_scale"])}
+        result.append(Variant(name=name, **asked))
     return result
 
 
 def _check(asked: Mapping[str, Any], where: str) -> None:
     if asked["model"] is not None and not isinstance(asked["model"], str):
         raise BadInput(f"{where}: model must be text, got {asked['model']!r}")
-    planned = asked["plan"] is not None or (asked["model"] is not None and asked["sampler"] == "")
+    own = asked["model"] is not None and asked["sampler"] == ""  # what it leaves out is the other model's
+    planned = asked["plan"] is not None or own
     if asked["plan"] is not None and not isinstance(asked["plan"], str):
         raise BadInput(f"{where}: plan must be text, got {asked['plan']!r}")
     texts = [] if planned else [("sampler", "samplers", asked["sampler"]), ("times", "times", asked["times"])]
+    texts += [("times", "times", asked["times"])] if own and asked["times"] != "" else []
     texts += [("guides", "guides", guide) for guide in asked["guides"]]
     texts += [("accelerators", "accelerators", one) for one in asked["accelerators"]]
     texts += [] if asked["start"] is None else [("start", "starts", asked["start"])]
@@ -276,7 +292,8 @@ def _check(asked: Mapping[str, Any], where: str) -> None:
             _picked(folder, text)
         except HastenError as e:
             raise BadInput(f"{where}: {key}: {e}") from e
-    if not planned and (type(asked["steps"]) is not int or asked["steps"] < 1):
+    free = asked["plan"] is not None or (own and asked["steps"] is None)
+    if not free and (type(asked["steps"]) is not int or asked["steps"] < 1):
         raise BadInput(f"{where}: steps must be a whole number from 1, got {asked['steps']!r}")
     scale = asked["guidance_scale"]
     if type(scale) not in (int, float) or not 0 <= scale < float("inf"):

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import pytest
 from torch import nn
 
-from hasten.accelerators import COMPILE, EXCHANGE, FIRST_SEED, WRAP, Ahead, Conflict, accelerate
+from hasten.accelerators import COMPILE, EXCHANGE, WRAP, Ahead, Conflict, accelerate
 from hasten.errors import BadInput
-from hasten.pick import pick
 
 
 class Layer(nn.Module):
@@ -68,8 +67,3 @@ def test_what_is_not_known_is_said_in_the_name_of_who_needs_it() -> None:
         accelerate(nn.Identity(), [Cache()])
     with pytest.raises(BadInput, match="quantize must see some samplings first"):
         Ahead().calibration("quantize", 4, 0)
-
-
-@pytest.mark.parametrize("name", ["deep_cache", "encoder_propagation", "quantize"])
-def test_what_is_looked_at_beforehand_is_not_what_users_sample(name: str) -> None:
-    assert pick("accelerators", name).seed == FIRST_SEED >= 2_000_000

@@ -89,3 +89,22 @@ def test_what_cannot_be_is_said(source: Model, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(BadInput, match=r"onnx networks need onnxscript: pip install 'hasten\[onnx\]'"):
         onnx.export(source, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_model_without_classes(tmp_path: Path, precision: str) -> None:
+    """The network takes x and the time alone; any batch."""
+    plain = tiny(classes=None)
+    made = onnx.export(plain, tmp_path / "out", precision, n=2)
+    for rows in (1, 3):
+        x = torch.randn(rows, 1, 8, 8, generator=torch.Generator().manual_seed(rows))
+        assert off(made.denoiser(x, 0.5), plain.denoiser(x, 0.5)) < (1e-5 if precision == "fp32" else 0.3)
+    assert made.classes is None and made.sample(2, steps=3).shape == (2, 1, 8, 8)
+
+
+def test_a_pipeline_is_refused_at_once(tmp_path: Path) -> None:
+    plain = tiny()
+    plain.card["pipeline"] = "StableDiffusionPipeline"
+    with pytest.raises(BadInput, match="optimum"):
+        onnx.export(plain, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

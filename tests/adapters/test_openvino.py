@@ -125,3 +125,24 @@ def test_a_graph_is_tried_in_a_process_of_its_own(made: Model, tmp_path: Path) -
     assert openvino.runs(str(graph), 2, {"SNIPPETS_MODE": "DISABLE"})
     assert not openvino.runs(str(tmp_path / "none.xml"), 2, {})
     assert not openvino.runs(str(graph), 2, {"SNIPPETS_MODE": "NONSENSE"})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_model_without_classes(tmp_path: Path, precision: str) -> None:
+    """The network takes x and the time alone; any batch."""
+    if precision == "int8":
+        pytest.importorskip("nncf")
+    plain = tiny(classes=None)
+    made = openvino.export(plain, tmp_path / "out", precision, n=2)
+    for rows in (1, 3):
+        x = torch.randn(rows, 1, 8, 8, generator=torch.Generator().manual_seed(rows))
+        assert off(made.denoiser(x, 0.5), plain.denoiser(x, 0.5)) < (1e-5 if precision == "fp32" else 0.3)
+    assert made.classes is None and made.sample(2, steps=3).shape == (2, 1, 8, 8)
+
+
+def test_a_pipeline_is_refused_at_once(tmp_path: Path) -> None:
+    plain = tiny()
+    plain.card["pipeline"] = "StableDiffusionPipeline"
+    with pytest.raises(BadInput, match="optimum"):
+        openvino.export(plain, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

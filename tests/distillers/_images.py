@@ -47,5 +47,6 @@ def image_task(out: Path, steps: int = 2, **more: Any) -> Task:
         def __missing__(self, key: str) -> int:
             return steps
 
+    more.setdefault("codec", "image")
     return Task(teacher=base, denoiser=base, batches=Squares(), shape=(1, 16, 16), out=out, steps=Few(), show=False,
                 device="cpu", **more)  # type: ignore[arg-type]  # fmt: skip

@@ -141,14 +141,12 @@ def test_the_critic_is_a_game_about_reality(tmp_path: Path) -> None:
     assert abs(losses[0] - 2) < 0.3 and sum(losses[-5:]) / 5 < 1.2
 
 
-def test_images_with_feature_heads(tmp_path: Path) -> None:
+def test_a_start_is_distilled_first(tmp_path: Path) -> None:
     seen = []
     job = image_task(tmp_path, keep=lambda name, student: seen.append((name, student.steps)))
     student = Adversarial(start="progressive", steps=1).distill(job)
     assert (student.sampler, student.times, student.steps) == ("consistency", "trailing", 1)
     assert seen == [("steps4", 4), ("steps2", 2), ("steps1", 1), ("adversarial", 1)]
-    x = student.denoiser(torch.randn(2, 1, 16, 16), 1.0, label=torch.tensor([0, 1]))
-    assert x.isfinite().all()
 
 
 def test_two_steps_on_the_mixture(tmp_path: Path) -> None:

@@ -121,12 +121,6 @@ def test_training_walks_the_students_own_path(tmp_path: Path) -> None:
     assert paths == {(1.0,), (1.0, 0.75), (1.0, 0.75, 0.5), (1.0, 0.75, 0.5, 0.25)}
 
 
-def test_images(tmp_path: Path) -> None:
-    student = DMD(steps=2, every=1).distill(image_task(tmp_path))
-    assert (student.sampler, student.times, student.steps) == ("consistency", "trailing", 2)
-    assert student.denoiser(torch.randn(2, 1, 16, 16), 1.0, label=torch.tensor([0, 1])).isfinite().all()
-
-
 def test_one_step_on_the_mixture(tmp_path: Path) -> None:
     method = DMD(lr=2e-3, fake_lr=2e-3, every=2)
     student = method.distill(task(tmp_path, 120))

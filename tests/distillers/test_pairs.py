@@ -42,6 +42,7 @@ class Blank:
 
 def task(out: Path, teacher: nn.Module | None = None, **more: Any) -> Task:
     exact = pictures()
+    more.setdefault("codec", "image")
     return Task(teacher=teacher or exact, denoiser=exact, batches=Blank(), shape=SHAPE, out=out, show=False, **more)  # type: ignore[arg-type]
 
 

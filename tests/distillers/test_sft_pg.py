@@ -17,7 +17,6 @@ from hasten.sampling import walk
 from hasten.schedules import VPCosine
 from hasten.times import Trailing
 
-from ._images import image_task
 from ._toy import Student, energy, sample, task, toy, truth
 
 COSINE = VPCosine(offset=0.0)
@@ -143,13 +142,6 @@ def test_one_fresh_set_of_chains_a_step_shared_by_three(tmp_path: Path) -> None:
         grads = [p.grad for p in taken["student"].module.parameters() if p.grad is not None]
         assert sum(g.norm() for g in grads) > 0
         taken["student"].module.zero_grad(set_to_none=True)
-
-
-@pytest.mark.parametrize("bound", ["gradient", "spectral"])
-def test_images(tmp_path: Path, bound: str) -> None:
-    student = SFTPG(steps=3, picks=5, bound=bound).distill(image_task(tmp_path))
-    assert (student.sampler, student.times, student.steps) == ("ddpm", "trailing", 3)
-    assert student.denoiser(torch.randn(2, 1, 16, 16), 1.0, label=torch.tensor([0, 1])).isfinite().all()
 
 
 def test_four_steps_on_the_mixture(tmp_path: Path) -> None:

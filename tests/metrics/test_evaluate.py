@@ -50,9 +50,9 @@ def test_the_bundled_reference_is_whole() -> None:
 
 
 def test_images_are_measured_against_it_and_every_figure_says_how() -> None:
-    images = torch.rand(40, 1, 28, 28) * 2 - 1
-    labels = torch.arange(40) % 10
-    found = evaluate_images(images, labels, seeds=range(5, 45), bootstrap=5)
+    images = torch.rand(200, 1, 28, 28) * 2 - 1
+    labels = torch.arange(200) % 10
+    found = evaluate_images(images, labels, seeds=range(5, 205), bootstrap=5)
     assert list(found) == [
         "frechet", "kid", "precision", "recall", "density", "coverage", "inception_score", "accuracy",
     ]  # fmt: skip
@@ -62,8 +62,8 @@ def test_images_are_measured_against_it_and_every_figure_says_how() -> None:
     assert found["precision"].value < 0.2 and found["accuracy"].value < 0.5
     for measure in found.values():
         assert (measure.features, measure.reference) == ("fashion", "Fashion-MNIST test")
-        assert (measure.count, measure.seeds) == (40, "5-44")
-    assert found["precision"].reference_count == 40 and distance.reference_count == 10_000
+        assert (measure.count, measure.seeds) == (200, "5-204")
+    assert found["precision"].reference_count == 200 and distance.reference_count == 10_000
     assert "accuracy" not in evaluate_images(images, bootstrap=0)
 
 

@@ -1,0 +1,106 @@
+"""What a pipeline's network is asked in a call of the user's own, for accelerators that look at samplings first."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..accelerators import Call, Recorder
+from ..errors import BadInput
+from ._schedules import reading
+
+__all__ = ["drawn_calls", "recorded"]
+
+PLACES = 2**16  # of latents or pixels in a batch that is only looked at: 4 images of SDXL at 1024 x 1024
+
+
+def rows_at_once(shape: Any, n: int) -> int:
+    """How many of n samples (C, H, W) are drawn in one batch."""
+    places = 1
+    for side in tuple(shape)[1:]:
+        places *= int(side)
+    return max(1, min(n, PLACES // max(places, 1)))
+
+
+def recorded(pipe: Any, call: Callable[[Any], Any], net: nn.Module, place: Any, seed: int) -> Callable[..., list[Call]]:
+    """`Ahead.calls` made of a call of the pipeline itself, with all that its network is given there.
+
+    Args:
+        call: `call(pipe)` runs the pipeline as it will be used: its prompts, images, ControlNets, size and batch.
+        net: the pipeline's network.
+        place: from the arguments of the network's forward to (x, time, conditions).
+        seed: of torch's generator within the call, where it is given none.
+    """
+
+    def calls(n: int, first: int) -> list[Call]:
+        found: list[Call] = []
+        signature = inspect.signature(type(net).forward)
+
+        def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            bound = signature.bind(module, *positional, **named)
+            bound.apply_defaults()
+            given = {name: value for name, value in bound.arguments.items() if name not in ("self", "return_dict")}
+            x, timestep, cond = place(given)
+            time = reading(pipe.scheduler).time(timestep).flatten()
+            if bool((time != time[0]).any()):
+                raise BadInput("the network was asked at several times in one batch: calls= must ask at one")
+            found.append((x.detach().clone(), float(time[0]), cond))
+
+        handle = net.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(seed + first)
+                call(pipe)
+        finally:
+            handle.remove()
+        if not found:
+            raise BadInput("calls= must call the pipeline that it is given, as calls=lambda pipe: pipe('a cat')")
+        if any(x.shape != found[0][0].shape for x, _, _ in found):
+            raise BadInput("calls= asked the network for samples of several shapes: give one batch and size")
+        return found
+
+    return calls
+
+
+def drawn_calls(
+    model: Any, n: int, prompts: Any, seed: int, times: Sequence[float], setting: dict[str, Any]
+) -> list[Call]:
+    """What a model's network is asked at these times when n images are drawn; large images not all in one batch."""
+    texts = prompts
+    if model.conditioning is not None:
+        texts = model.conditioning.texts(n, prompts)
+        if not any(texts):
+            warnings.warn(
+                "the network is looked at with the empty prompt alone: give prompts=[...] as those to come, or calls=",
+                stacklevel=2,
+            )
+    rows, parts = rows_at_once(model.shape, n), []
+    for first in range(0, n, rows):
+        recorder, count = Recorder(model.denoiser), min(rows, n - first)
+        drawn: Any = replace(model, denoiser=recorder, decoder=None)
+        some = texts if model.conditioning is None else texts[first : first + count]
+        drawn.sample(count, some, seed=seed + first, batch_size=count, **setting)
+        parts.append([call for call in recorder.calls if any(abs(call[1] - t) < 1e-9 for t in times)])
+    return parts[0] if len(parts) == 1 else [together(same) for same in zip(*parts)]
+
+
+def together(calls: Sequence[Call]) -> Call:
+    """Calls at one time as one. Under guidance the rows of its two halves stay together."""
+    rows = [len(x) for x, _, _ in calls]
+
+    def joined(values: Sequence[Any]) -> Any:
+        if not all(isinstance(v, Tensor) and v.ndim and len(v) == n for v, n in zip(values, rows)):
+            return values[0]
+        if any(n % 2 for n in rows):
+            return torch.cat(list(values))
+        halves = [v.chunk(2) for v in values]
+        return torch.cat([*(first for first, _ in halves), *(second for _, second in halves)])
+
+    cond = {key: joined([other[key] for _, _, other in calls]) for key in calls[0][2]}
+    return joined([x for x, _, _ in calls]), calls[0][1], cond

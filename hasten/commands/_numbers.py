@@ -1,0 +1,97 @@
+"""Numbers on the command line: every one is read as its type and held to its range here, before a verb begins."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from ..errors import HastenError
+
+SEEDS = 2**64 - 1  # what a torch generator takes
+COUNT, LARGE = 10**6, 10**12
+# Lowest and highest value of an option, for all verbs or for one ("verb.option").
+RANGES: dict[str, tuple[float, float]] = {
+    "n": (1, 10**8), "seed": (0, SEEDS), "steps": (1, COUNT), "batch_size": (1, COUNT), "timing_batch": (1, COUNT),
+    "rounds": (1, 10**4), "repeats": (1, 10**4), "columns": (1, 10**5), "guidance_scale": (-1e6, 1e6),
+    "encode_guidance_scale": (-1e6, 1e6), "encode_steps": (1, COUNT), "decode_steps": (1, COUNT),
+    "iterations": (0, LARGE), "size": (1, 2**16), "channels": (1, 4), "blocks": (1, 1000), "patch": (1, 2**12),
+    "accumulate": (1, COUNT), "lr": (1e-12, 1e3), "label_drop": (0, 1), "minutes": (1e-9, 1e7),
+    "evaluations": (1, 1e30), "weights": (4, 8), "acts": (0, 8), "rank": (0, 2**16), "groups": (1, 1000),
+    "eight": (0, 1), "images": (1, COUNT), "spread": (1, COUNT), "opset": (1, 1000),
+    "train.steps": (1, LARGE), "distill.steps": (1, LARGE), "quantize.iterations": (1, LARGE),
+}  # fmt: skip
+
+
+def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The verb as the command line calls it: its numbers are read by `read`. Its help and its types stay the same."""
+    from cyclopts import Parameter
+
+    hints = typing.get_type_hints(verb, include_extras=True)
+    signature = inspect.signature(verb)
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        hint = hints.get(name, parameter.annotation)
+        if (kind := number_type(hint)) is not None:
+            low, high = RANGES.get(f"{verb.__name__}.{name}") or RANGES.get(name, (-math.inf, math.inf))
+
+            def convert(type_: Any, tokens: Sequence[Any], args: Any = (kind, low, high, name)) -> Any:
+                return read(tokens[0].value, *args)
+
+            hint = Annotated[hint, Parameter(converter=convert)]
+        parameters.append(parameter.replace(annotation=hint))
+
+    @functools.wraps(verb)
+    def run(*arguments: Any, **options: Any) -> Any:
+        return verb(*arguments, **options)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {**hints, **{p.name: p.annotation for p in parameters}}
+    del run.__wrapped__
+    return run
+
+
+def number_type(hint: Any) -> type | None:
+    """int or float, of an option that is such a number or left out; None of another."""
+    kinds = {kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)}
+    return next(iter(kinds)) if kinds in ({int}, {float}) else None
+
+
+class OutOfRange(HastenError):
+    """A number of the right type that cannot be. (No ValueError, which the parser would take for a wrong usage.)"""
+
+
+def read(text: str, kind: type, low: float = -math.inf, high: float = math.inf, name: str = "it") -> Any:
+    """The number that a text is. Raises ValueError for one of another type and OutOfRange, in a line that says what it
+    must be."""
+    what = "a whole number" if kind is int else "a number"
+    given = text if len(text) <= 40 else f"{text[:37]}..."
+    form = "[+-]?[0-9]{1,4000}" if kind is int else r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|inf|nan)"
+    if not re.fullmatch(form, text, re.ASCII):
+        raise ValueError(f"must be {what} of {number(low)} to {number(high)}, got {given!r}{hint(text)}")
+    value = kind(text)
+    if kind is float and not math.isfinite(value):
+        raise OutOfRange(f"{name} must be a finite number of {number(low)} to {number(high)}, got {given}")
+    if value < low:
+        raise OutOfRange(f"{name} must be {what} of at least {number(low)}, got {given}")
+    if value > high:
+        raise OutOfRange(f"{name} must be {what} of at most {number(high)}, got {given}")
+    return value
+
+
+def hint(text: str) -> str:
+    """The whole number that was perhaps meant by `1e3` or `10.0`."""
+    try:
+        value = float(text)
+    except ValueError:
+        return ""
+    return f" (write {int(value)})" if value.is_integer() and abs(value) < 1e15 else ""
+
+
+def number(value: float) -> str:
+    """A bound as people write it."""
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -1,0 +1,189 @@
+"""Every distillation method on tiny random pipelines of diffusers: what trains, and what opens the students again.
+
+    python -m recipes.distill_pipelines                 a Markdown table; about 5 minutes on two cores
+    python -m recipes.distill_pipelines --only progressive --only guided
+
+Each cell runs `distill_model` for a few steps of training in a folder of its own. A student is opened by `hasten.load`
+and sampled; folders of pipelines are also opened, in a fresh process, by `DiffusionPipeline.from_pretrained`, without
+hasten and, where that fails, after `import hasten`. A refusal counts as one only where nothing was trained before it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+import numpy as np
+import torch
+
+import hasten
+from hasten.distill import distill_model
+from hasten.errors import BadInput
+
+METHODS = (
+    "progressive:steps=(4,2)", "guided:steps=(4,2),guidance=(1,3)", "tract:phases=(8,4,2)", "consistency",
+    "consistency:mode=training", "guided:steps=(4,2),guidance=(1,3),shared=true",
+    "denoising_student:pairs=8,pair_steps=2", "reflow:pairs=8,pair_steps=2", "dsno:pairs=8,pair_steps=4",
+    "adversarial:steps=4", "diffusion_gan", "diffusion_gan:critic=heads", "dmd:steps=4", "rcfd:steps=(4,2)",
+    "mmd:steps=4", "sft_pg:steps=4", "prodiff:steps=(4,2)", "encoder:steps=(4,2)",
+)  # fmt: skip
+OPENS = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+if sys.argv[1] == "hasten":
+    import hasten
+from diffusers import DiffusionPipeline
+for folder in sys.argv[2:]:
+    try:
+        print(json.dumps([folder, type(DiffusionPipeline.from_pretrained(folder).scheduler).__name__]))
+    except ValueError as e:
+        print(json.dumps([folder, None]))
+"""
+
+
+def unet(classes: int | None = None, prediction: str = "epsilon") -> Any:
+    """A DDPM pipeline of 8 x 8 pixels."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, num_class_embeds=classes,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    return DDPMPipeline(net, DDPMScheduler(prediction_type=prediction))
+
+
+def autoencoder() -> Any:
+    """Of images of 16 x 16 pixels into latents of 8 x 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+
+
+def dit() -> Any:
+    """A DiT pipeline of four classes."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    net = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=4,
+    )  # fmt: skip
+    return DiTPipeline(net, autoencoder(), DDIMScheduler(clip_sample=False))
+
+
+def stable_diffusion() -> Any:
+    """A Stable Diffusion pipeline without a tokenizer: it is refused before a prompt is read."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    net = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=50_000, **size))
+    return StableDiffusionPipeline(
+        vae=autoencoder(), text_encoder=text, tokenizer=None, unet=net, scheduler=DDIMScheduler(clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def with_null_label() -> hasten.Model:
+    """Four classes and a fifth that means none."""
+    model = hasten.load(unet(5))
+    return replace(model, denoiser=model.denoiser.replace(null_label=4), classes=("a", "b", "c", "d"))
+
+
+MODELS: dict[str, tuple[Callable[[], hasten.Model], int]] = {  # and the side of its images
+    "UNet2DModel, eps": (lambda: hasten.load(unet()), 8),
+    "UNet2DModel, v": (lambda: hasten.load(unet(prediction="v_prediction")), 8),
+    "4 classes": (lambda: hasten.load(unet(4)), 8),
+    "4 classes and null": (with_null_label, 8),
+    "DiT-like": (lambda: hasten.load(dit()), 16),
+    "SD-like": (lambda: hasten.load(stable_diffusion()), 16),
+}
+
+
+def cell(model: hasten.Model, side: int, method: str, folder: Path) -> dict[str, Any]:
+    """What happens to one model under one method."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, side, side, 3), dtype=np.uint8)
+    labels = {} if model.classes is None else {"labels": np.arange(16) % len(model.classes)}
+    folder.mkdir()
+    np.savez(folder / "data.npz", images=pixels, **labels)  # type: ignore[arg-type]
+    out = folder / "out"
+    try:
+        distill_model(model, out, method, folder / "data.npz", steps=24, batch_size=4, runtime="fp32", show=False)
+    except BadInput as e:
+        trained = any(out.rglob("*.safetensors"))
+        return {"trains": "**after training**" if trained else "refused", "why": str(e)}
+    except Exception as e:
+        return {"trains": f"**{type(e).__name__}**", "why": str(e)}
+    student = hasten.load(out)
+    encodes = student.card["distilled"]["figures"].get("direction") == "encode"
+    finite = encodes or bool(student.sample(2).isfinite().all())
+    form = "pipeline" if (out / "model_index.json").is_file() else "hasten"
+    return {"trains": "yes", "saved": form, "hasten": "yes" if finite else "**not finite**", "folder": str(out)}
+
+
+def opened(folders: list[str], first: str) -> dict[str, str | None]:
+    """The scheduler of each folder, as a fresh process opens it with diffusers; None where it cannot."""
+    if not folders:
+        return {}
+    done = subprocess.run([sys.executable, "-c", OPENS, first, *folders], capture_output=True, text=True, check=True)
+    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+
+
+def shown(
+    found: dict[str, Any], plain: dict[str, str | None], imported: dict[str, str | None], reasons: list[str]
+) -> str:
+    """A cell of the table."""
+    if "folder" not in found:
+        if found["why"] not in reasons:
+            reasons.append(found["why"])
+        return f"{found['trains']} [{reasons.index(found['why']) + 1}]"
+    if found["saved"] == "hasten":
+        return f"trains; hasten folder, opens: {found['hasten']}"
+    if name := plain.get(found["folder"]):
+        return f"trains; opens in hasten: {found['hasten']}, diffusers: {name}"
+    name = imported.get(found["folder"])
+    return f"trains; opens in hasten: {found['hasten']}, diffusers: {name} after `import hasten`"
+
+
+def main(*, only: list[str] | None = None) -> None:
+    """Print the table."""
+    warnings.simplefilter("ignore")
+    reasons: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        cells: dict[tuple[str, str], dict[str, Any]] = {}
+        methods = [m for m in METHODS if only is None or m.partition(":")[0] in only]
+        for k, method in enumerate(methods):
+            for j, (name, (make, side)) in enumerate(MODELS.items()):
+                cells[method, name] = cell(make(), side, method, Path(scratch) / f"{k}-{j}")
+                print(method, name, cells[method, name], file=sys.stderr, flush=True)
+        folders = [c["folder"] for c in cells.values() if c.get("saved") == "pipeline"]
+        plain = opened(folders, "alone")
+        imported = opened([f for f in folders if plain.get(f) is None], "hasten")
+        print(f"| method | {' | '.join(MODELS)} |\n|{' --- |' * (len(MODELS) + 1)}")
+        for method in methods:
+            row = [shown(cells[method, name], plain, imported, reasons) for name in MODELS]
+            print(f"| `{method}` | {' | '.join(row)} |")
+    for number, reason in enumerate(reasons, 1):
+        print(f"\n[{number}] {reason}")
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

@@ -1,0 +1,266 @@
+"""What a task does for all distillers: float32 students, labels of any count, pairs of latents, limits of time."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hasten.denoiser import Denoiser
+from hasten.distillers import Student, Task
+from hasten.distillers import _rehearsal as rehearsals
+from hasten.distillers._features import untrained
+from hasten.distillers._pairs import labels_of
+from hasten.distillers._rehearsal import Rehearsal, Stage, time_limits
+from hasten.distillers._task import RESERVED, notes
+from hasten.distillers.dmd import Fake
+from hasten.errors import BadInput
+from hasten.nets.critic import Critic
+from hasten.nets.unet import UNet
+from hasten.pick import pick
+from hasten.predictions import V
+from hasten.schedules import VPCosine
+from hasten.train.fit import Player
+
+from ._images import Squares, image_task
+from ._toy import Draws, Steady, task, toy
+
+# ---- half precision ----
+
+
+def test_a_half_precision_teacher_trains_the_student_of_its_float32_copy(tmp_path: Path) -> None:
+    """In float16 a hundred steps of AdamW move the weights by 20 times their size, or not at all."""
+    found: dict[torch.dtype, Denoiser] = {}
+    for dtype in (torch.float16, torch.float32):
+        base = toy().to(torch.float16).to(dtype)
+        job = Task(base, base, Draws(128), (2,), tmp_path / str(dtype), steps=Steady(60), show=False)  # type: ignore[arg-type]
+        found[dtype] = pick("distillers", "progressive:steps=(4,),lr=0.001").distill(job).denoiser
+        assert next(base.parameters()).dtype == dtype, "the teacher is as it was"
+    narrow, wide = found.values()
+    assert all(p.dtype == torch.float32 for p in narrow.parameters())
+    start = toy().half().float().state_dict()
+    moved = sum((v - start[k]).square().sum() for k, v in wide.state_dict().items()) ** 0.5
+    apart = sum((v - narrow.state_dict()[k]).square().sum() for k, v in wide.state_dict().items()) ** 0.5
+    assert moved > 0.1 and apart < 0.3 * moved, (moved, apart)
+
+
+@pytest.mark.parametrize(
+    "method", ["dmd", "adversarial", "diffusion_gan:critic=heads", "diffusion_gan", "sft_pg:steps=2"]
+)
+def test_critics_take_the_features_of_a_half_precision_network(method: str, tmp_path: Path) -> None:
+    job = image_task(tmp_path, steps=1)
+    job.denoiser.to(torch.bfloat16)
+    made: list[Student] = []
+    job.keep = lambda name, student: made.append(student)
+    pick("distillers", method).distill(job)
+    assert made and all(p.dtype == torch.float32 for p in made[-1].denoiser.parameters())
+    assert next(job.denoiser.parameters()).dtype == torch.bfloat16
+
+
+def test_averages_follow_what_half_precision_would_lose() -> None:
+    """The average of a weight that drifts by less than its last bit a step: Task.player widens both."""
+    player = task(Path()).player("student", nn.Linear(8, 8).to(torch.bfloat16), lambda batch: torch.zeros(()), 1e-3)
+    assert player.module.weight.dtype == torch.float32  # type: ignore[union-attr]
+    assert player.optimizer().param_groups[0]["params"][0].dtype == torch.float32
+
+
+def test_a_loop_of_ones_own_refuses_half_precision_weights() -> None:
+    player = Player("model", nn.Linear(2, 2).half(), lambda batch: torch.zeros(()))
+    with pytest.raises(BadInput, match="model: the weights weight are float16, .*float32"):
+        player.optimizer()
+
+
+def test_a_run_says_that_it_saves_float32() -> None:
+    assert notes(pick("distillers", "dmd"), toy().half(), 8, 1) == [
+        "the teacher's weights are float16: students are trained and saved in float32"
+    ]
+    assert notes(pick("distillers", "dmd"), toy(), 8, 4) == []
+
+
+@pytest.mark.parametrize(
+    "method, said", [("mmd", True), ("rcfd", True), ("rcfd:beta=0", False), ("reflow:coupling=ot", True), ("reflow", False),
+                     ("progressive", False)],
+)  # fmt: skip
+def test_a_method_that_compares_images_says_that_its_batches_are_divided(method: str, said: bool) -> None:
+    lines = notes(pick("distillers", method), toy(), 128, 4)
+    assert bool(lines) == said and all("32 of the 128" in line for line in lines)
+    assert not notes(pick("distillers", method), toy(), 128, 1)
+
+
+# ---- labels ----
+
+
+def labelled(out: Path, classes: int = 2, null: int | None = None, told: int | None = None, steps: int = 1) -> Task:
+    """A task on the squares whose network knows `classes` labels and has this null label."""
+    torch.manual_seed(0)
+    net = UNet(1, widths=(8,), classes=classes, embedding=16)
+    net.null_label = None
+    base = Denoiser(net, VPCosine(offset=0.0), V(), null_label=null)
+    base.requires_grad_(False).eval()
+    return Task(base, base, Squares(), (1, 16, 16), out, steps=Steady(steps), show=False, classes=told, codec="image")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("null", [None, 0, 1, 2])
+def test_any_null_label_or_none_leaves_the_classes_as_they_are(null: int | None, tmp_path: Path) -> None:
+    job = labelled(tmp_path, null=null)
+    assert job.label_count == 2
+    pairs = job.pairs("x", 8, steps=2)
+    assert set(pairs[list(range(8))]["label"].tolist()) == {0, 1} - {null}
+    for condition in (
+        Fake(job.student(), job.shape).head.condition, Critic(job.denoiser, job.shape).heads.condition,
+        Fake(job.student(), job.shape, job.label_count, job.one_cond()).head.condition,
+    ):  # fmt: skip
+        assert condition.label.num_embeddings == 3  # type: ignore[union-attr]
+    assert untrained(job).classes == 2
+
+
+@pytest.mark.parametrize("method", ["dmd", "adversarial", "diffusion_gan:critic=heads", "mmd", "rcfd:steps=(2,),share=1",
+                                    "sft_pg:steps=2", "denoising_student:pairs=8,pair_steps=2"])  # fmt: skip
+def test_a_network_with_classes_and_no_null_label_is_distilled(method: str, tmp_path: Path) -> None:
+    """It must be told a label wherever it is asked, when a critic looks at its features for the first time, too."""
+    job = labelled(tmp_path, told=2)
+    embed = job.denoiser.net.embed
+
+    def asked(time: Tensor, label: Tensor | None = None, **more: Any) -> Tensor:
+        assert label is not None, "needs label="
+        return embed(time, label=label, **more)
+
+    job.denoiser.net.embed = asked  # type: ignore[method-assign, assignment]
+    assert isinstance(pick("distillers", method).distill(job), Student)
+
+
+def test_labels_of_pairs_leave_out_the_null_label() -> None:
+    told = {"labels": "turns", "classes": 4, "block": 8, "seed": 0}
+    chosen = torch.arange(12)
+    assert labels_of(told, chosen).tolist() == [0, 1, 2, 3] * 3
+    assert labels_of({**told, "null_label": 1}, chosen).tolist() == [0, 2, 3] * 4
+    drawn = labels_of({**told, "labels": "random", "null_label": 0}, torch.arange(400))
+    assert set(drawn.tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("method", ["dmd", "mmd:share=1", "denoising_student:pairs=130,pair_steps=2"])
+def test_a_hundred_classes(method: str, tmp_path: Path) -> None:
+    class Many:
+        batch_size = 4
+
+        def __getitem__(self, step: int) -> dict[str, Tensor]:
+            g = torch.Generator().manual_seed(step)
+            return {"x": torch.randn(4, 1, 16, 16, generator=g), "label": torch.tensor([99, 3, 65, 64])}
+
+    job = labelled(tmp_path, classes=100, told=100)
+    job.batches = Many()  # type: ignore[assignment]
+    assert isinstance(pick("distillers", method).distill(job), Student)
+
+
+# ---- pairs ----
+
+
+class Loud(nn.Module):
+    """A teacher whose samples lie far outside of [-1, 1], as latents do."""
+
+    schedule = VPCosine(offset=0.0)
+
+    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        return torch.full_like(x, 3.21)
+
+
+@pytest.mark.parametrize("codec, dtype", [("latent", "float32"), (None, "float32"), ("image", "uint8")])
+def test_only_images_are_kept_in_eight_bits(codec: str | None, dtype: str, tmp_path: Path) -> None:
+    job = image_task(tmp_path, codec=codec)
+    job.teacher = Loud()
+    pairs = job.pairs("x", 4, steps=2)
+    assert pairs.told["dtype"] == dtype
+    assert pairs[0]["x"].max().item() == pytest.approx(1.0 if dtype == "uint8" else 3.21)
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """A process that may have only 20 files more than it has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len(list(Path("/proc/self/fd").iterdir())) + 20 if Path("/proc/self/fd").is_dir() else 128
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_store_of_many_files_is_read_with_few_open(
+    few_files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hasten.distillers._pairs.OPEN", 8)
+    job = image_task(tmp_path)
+    job.teacher = Loud()
+    pairs = job.pairs("x", 160, steps=2, states=(0.5,), sampler="ddim", times="trailing", block=2, batch_size=2)
+    assert len(list(pairs.folder.glob("*.npy"))) == 160 > few_files
+    whole = pairs[torch.randperm(160)]
+    assert len(whole["x"]) == len(whole["states"]) == 160 and len(pairs._maps) <= 8
+
+
+def test_an_ordinary_limit_holds_as_many_files_as_are_open() -> None:
+    from hasten.distillers._pairs import OPEN
+
+    assert OPEN <= 128  # of the 256 that macOS gives a process, 1,024 on Linux
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize("key", RESERVED)
+@pytest.mark.parametrize("kind", [Task, Rehearsal])
+def test_keys_in_which_distillers_keep_their_values_are_refused(kind: type[Task], key: str, tmp_path: Path) -> None:
+    class More(Draws):
+        def __getitem__(self, step: int) -> dict[str, Tensor]:
+            return {**super().__getitem__(step), key: torch.zeros(self.batch_size)}
+
+    base = toy()
+    job = kind(base, base, More(8), (2,), tmp_path, steps=Steady(1), show=False)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=f"the batches have the key '{key}'"):
+        pick("distillers", "progressive:steps=(2,)").distill(job)
+    assert not any(tmp_path.iterdir())
+
+
+# ---- time ----
+
+
+def test_a_slow_stage_ends_when_its_minutes_are_over(tmp_path: Path) -> None:
+    job = task(tmp_path, 10_000, batch_size=8, minutes={"steps2": 0.5 / 60})
+    began = time.monotonic()
+    pick("distillers", "progressive:steps=(2,)").distill(job)
+    assert time.monotonic() - began < 5
+    log = (tmp_path / "stages" / "0-steps2" / "log.jsonl").read_text().splitlines()
+    last = json.loads(log[-1])
+    assert 0 < last["step"] < 10_000 and last["lr_factor"] < 1e-6, "the rate ends at zero all the same"
+
+
+def test_the_minutes_of_the_stages_are_a_tenth_more_than_the_budget() -> None:
+    stages = [Stage("pairs", 1.0, 0.6, pairs=100), Stage("a", 1.0, 1.0), Stage("b", 1.0, 1.0, share=3.0)]
+    assert time_limits(stages, 5.0) == pytest.approx({"a": 1.1, "b": 3.3})
+
+
+def test_the_trial_reads_the_clock_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: waits.append(1))
+    assert rehearsals.clock(torch.device("cpu")) > 0 and not waits
+    assert rehearsals.clock(torch.device("cuda")) > 0 and waits
+
+
+def test_every_time_of_a_trial_is_read_that_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a clock that only waiting for the device moves, each loss costs what it costs."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(rehearsals, "clock", lambda device: float(next(ticks)))
+    job = task(tmp_path, batch_size=32)
+    trial = Rehearsal(job.teacher, job.denoiser, job.batches, job.shape, tmp_path, show=False)
+    pick("distillers", "denoising_student:pairs=32,pair_steps=2").distill(trial)
+    assert [stage.seconds for stage in trial.stages] == [pytest.approx(1 / 32), 1.0]
+
+
+def test_event_files_are_written_where_tensorboard_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    pick("distillers", "progressive:steps=(2,)").distill(task(tmp_path, 2, batch_size=8))
+    assert list((tmp_path / "stages" / "0-steps2" / "tensorboard").iterdir())

@@ -1,0 +1,126 @@
+"""What `distill_model` passes on to its tasks: precision, seed, classes, codec, minutes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hasten.distill as module
+from hasten.denoiser import Denoiser
+from hasten.distill import distill_model, without_images
+from hasten.distillers import _task as tasks
+from hasten.model import Model
+from hasten.nets.unet import UNet
+from hasten.predictions import V
+from hasten.schedules import VPCosine
+
+
+class Stop(Exception):
+    """What ends a run when its settings are known."""
+
+
+def tiny(classes: int = 3, null: int | None = None) -> Model:
+    torch.manual_seed(0)
+    net = UNet(1, widths=(8,), classes=classes, embedding=16)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    names = tuple(f"class {k}" for k in range(classes))
+    denoiser = Denoiser(net, VPCosine(offset=0.0), V(), null_label=null)
+    return Model(denoiser, "tiny", (1, 8, 8), names)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(60) % 3)
+    return tmp_path / "data.npz"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the first stage is trained with; then the run ends."""
+    found: dict[str, Any] = {}
+
+    class Watched(tasks.Fit):
+        def __call__(self, players: Any, batches: Any, out: Any, show: bool = True) -> Any:
+            found.update(vars(self), batches=batches)
+            raise Stop
+
+    monkeypatch.setattr(tasks, "Fit", Watched)
+    real = module.Task
+
+    def watched(**settings: Any) -> Any:
+        found["task"] = settings
+        return real(**settings)
+
+    monkeypatch.setattr(module, "Task", watched)
+    return found
+
+
+def run(model: Model, data: Path | None, out: Path, **settings: Any) -> None:
+    settings = {"method": "progressive:steps=(2,)", "steps": 4, "batch_size": 4, "show": False, **settings}
+    with pytest.raises(Stop):
+        distill_model(model, out, data=data, **settings)
+
+
+@pytest.mark.parametrize("runtime", ["fp32", "bf16"])
+def test_the_number_format_that_was_asked_for_is_trained_in(
+    runtime: str, data: Path, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    run(tiny(), data, tmp_path / "out", runtime=runtime)
+    assert asked["precision"] == runtime and asked["task"]["precision"] == runtime
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["precision"] == runtime
+
+
+def test_a_run_goes_on_in_the_number_format_that_it_began_in(
+    data: Path, tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a timing finds may differ from day to day."""
+    for found, began in (("bf16", "bf16"), ("fp32", "bf16")):
+        monkeypatch.setattr(module, "number_format", lambda *a, found=found: found)
+        run(tiny(), data, tmp_path / "out")
+        assert asked["precision"] == began
+
+
+@pytest.mark.parametrize("seed", [7])
+def test_the_seed_deals_the_batches_too(seed: int, data: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
+    run(tiny(), data, tmp_path / "out", runtime="fp32", seed=seed)
+    assert asked["batches"].seed == seed and asked["seed"] == 1009 * seed
+    run(tiny(), data, tmp_path / "other", runtime="fp32", seed=seed + 1)
+    assert asked["batches"].seed == seed + 1
+
+
+def test_a_task_is_told_classes_and_codec_and_the_minutes_of_its_stages(
+    data: Path, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    model = tiny()
+    model.codec = "latent"
+    run(model, data, tmp_path / "out", runtime="fp32", minutes=0.5, steps=None)
+    assert (asked["task"]["classes"], asked["task"]["codec"]) == (3, "latent")
+    assert asked["task"]["minutes"] == {"steps2": pytest.approx(0.55)} and asked["minutes"] == pytest.approx(0.55)
+    run(model, data, tmp_path / "steps", runtime="fp32")
+    assert asked["minutes"] is None
+
+
+def test_models_that_draw_their_own_images_have_no_null_label_among_their_classes() -> None:
+    for null, wanted in ((None, {0, 1, 2}), (0, {1, 2}), (1, {0, 2}), (3, {0, 1, 2})):
+        labels = without_images(tiny(null=null)).labels
+        assert labels is not None and set(labels.tolist()) == wanted
+        assert len(set(torch.bincount(labels)[sorted(wanted)].tolist())) == 1, "in equal parts"
+    assert len(set(without_images(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
+
+
+def test_a_run_says_what_becomes_of_half_precision_and_of_divided_batches(
+    data: Path, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    lines: list[str] = []
+    model = tiny()
+    run(model, data, tmp_path / "out", runtime="fp32", method="mmd:steps=1,features=random", accumulate=2,
+        say=lines.append)  # fmt: skip
+    assert any("mmd compares the images of a batch" in line and "2 of the 4" in line for line in lines)
