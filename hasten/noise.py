@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import BadInput, HastenError, whole
 
-__all__ = ["LARGEST_SEED", "Noise", "generator", "global_seed", "no_noise"]
+__all__ = ["LARGEST_SEED", "Noise", "generator", "global_seed", "kept_random_state", "no_noise"]
 
 LARGEST_SEED = 2**64 - 1
 
@@ -98,6 +98,15 @@ def global_seed(seed: int) -> Iterator[None]:
     seed; afterwards the generator goes on as if nothing had been drawn. Those of other devices are not touched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed % 2**64)
+        yield
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """What runs inside may seed and use torch's global generators, that of the current GPU too; afterwards they go on
+    as if it had not. Serves as a decorator, `@kept_random_state()`."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         yield
 
 

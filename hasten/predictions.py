@@ -171,7 +171,7 @@ def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
         return spec
     fields = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = fields.pop("name", None)
-    found = family("prediction", Prediction, ALIASES.get(name, name), lambda kind: kind.name)
+    found = family("prediction", Prediction, ALIASES.get(str(name), name), lambda kind: kind.name)
     known = [f.name for f in dataclasses.fields(found)]  # type: ignore[arg-type]
     for key in fields:
         if key not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,3 +116,18 @@ def test_tuners_touch_no_global_generator(spec: str) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     pick("tuning", spec).tune(task)
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+def test_training_and_distilling_leave_the_numbers_outside(tmp_path: Path) -> None:
+    data = tmp_path / "images.npy"
+    np.save(data, (np.arange(40 * 64) % 251).astype(np.uint8).reshape(40, 8, 8))
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    setting: dict[str, Any] = {"steps": 1, "widths": (16, 16), "patch": 1, "batch_size": 4, "runtime": "fp32"}
+    hasten.training.train_model(data, tmp_path / "model", **setting)
+    assert torch.equal(before, torch.get_rng_state())
+    hasten.distill_model(
+        hasten.load(tmp_path / "model"), tmp_path / "student", "consistency:steps=1", data=data, batch_size=4, minutes=0.01,
+        runtime="fp32",
+    )  # fmt: skip
+    assert torch.equal(before, torch.get_rng_state())
