@@ -14,7 +14,7 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.exact import m2
 from hasten.nets.unet import UNet
-from hasten.noise import generator, global_seed
+from hasten.noise import global_seed, make_generator
 from hasten.pick import pick
 from hasten.samplers import DDIM, DDPM, PredictorCorrector, UniPC
 from hasten.sampling import Noise, draw
@@ -37,7 +37,7 @@ def test_every_bit_of_a_seed_counts() -> None:
     assert len({tuple(row.tolist()) for row in drawn}) == len(set(seeds))
     many = Noise([2**33 + 5], (20_000,)).initial()
     assert abs(float(many.mean())) < 0.03 and float(many.std()) == pytest.approx(1, abs=0.02)
-    again = generator(2**33 + 5)
+    again = make_generator(2**33 + 5)
     assert torch.equal(many[0], torch.randn(20_000, generator=again))
     other = Noise([5], (20_000,)).initial()
     assert abs(float((many * other).mean())) < 0.03
