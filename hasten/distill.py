@@ -25,6 +25,7 @@ from .metrics.cost import process_peak
 from .model import Model
 from .nets.quantized import layers
 from .nets.scalar_inputs import FixedGuidance
+from .noise import kept_random_state
 from .pick import pick
 from .plan import plan as compile_plan
 from .ranks import Lost, Ranks
@@ -43,6 +44,7 @@ AT_ONCE = 16  # of them in the network
 
 
 @writes("out", unless="dry_run")
+@kept_random_state()
 def distill_model(
     model: Model,
     out: str | Path,

@@ -28,7 +28,7 @@ def family(kind: str, base: type, name: Any, short: Callable[[Any], str]) -> typ
 
     Raises BadInput for an unknown name.
     """
-    classes = _below(base)
+    classes: list[type] = _below(base)
     own = {short(cls): cls for cls in classes if is_own(cls)}
     others = {path_of(cls): cls for cls in classes if not is_own(cls)}
     found = own.get(name) or others.get(name)
@@ -41,6 +41,7 @@ def family(kind: str, base: type, name: Any, short: Callable[[Any], str]) -> typ
 
 def _below(base: type) -> list[type]:
     found: list[type] = []
-    for cls in base.__subclasses__():
+    below: list[type] = base.__subclasses__()
+    for cls in below:
         found += [cls, *_below(cls)]
     return found

@@ -18,7 +18,7 @@ from .finite import check_sample
 from .guides.cfg import CFG, told_steps
 from .images import given_images
 from .machine import choose, parse, spell
-from .noise import LARGEST_SEED
+from .noise import LARGEST_SEED, kept_random_state
 from .pick import pick
 from .plan import Plan
 from .resolve import checked, grid_of, spelled
@@ -236,7 +236,6 @@ class Model:
         The last few are kept: to calibrate or to compile may take long.
         """
         ahead_times = None if plan is None else tuple(plan.times[:-1].tolist())
-
         key = (self.denoiser, tuple(map(repr, chosen)), ahead_times, str(setting), self.device)
         made = self._accelerated.pop(key, None)
         if made is None:
@@ -383,6 +382,7 @@ class Model:
         return shelf.describe(self)
 
 
+@kept_random_state()  # an empty network draws its first weights
 def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_code: bool = False) -> Model:
     """A model by bundled name or by folder; or a pipeline of `diffusers`, itself, by its folder or by its hub id.
 

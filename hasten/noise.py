@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import BadInput, HastenError, whole
 
-__all__ = ["LARGEST_SEED", "Noise", "generator", "global_seed", "no_noise"]
+__all__ = ["LARGEST_SEED", "Noise", "global_seed", "kept_random_state", "make_generator", "no_noise"]
 
 LARGEST_SEED = 2**64 - 1
 
@@ -69,14 +69,14 @@ class Noise:
         return Noise(self.seeds[part], self.shape, self.dtype, self.device)
 
     def _fresh(self) -> list[torch.Generator]:
-        return [generator(seed) for seed in self.seeds]
+        return [make_generator(seed) for seed in self.seeds]
 
     def _draw(self, generators: list[torch.Generator]) -> Tensor:
         drawn = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
         return drawn.to(self.device, self.dtype)
 
 
-def generator(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     """A CPU generator of this seed; different seeds from 0 to 2^64 - 1 give different numbers.
 
     Up to 2^32 - 1 it is `torch.Generator().manual_seed(seed)`, which heeds the last 32 bits only. Above that its state
@@ -98,6 +98,15 @@ def global_seed(seed: int) -> Iterator[None]:
     seed; afterwards the generator goes on as if nothing had been drawn. Those of other devices are not touched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed % 2**64)
+        yield
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """What runs inside may seed and use torch's global generators, that of the current GPU too; afterwards they go on
+    as if it had not. Serves as a decorator, `@kept_random_state()`."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         yield
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import BadInput, nearest
 from .families import family, is_own, path_of
 
-__all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "prediction_from", "spread"]
+__all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "precise", "prediction_from", "spread"]
 
 ALIASES = {
     "epsilon": "eps", "noise": "eps", "sample": "x0", "x_start": "x0", "start_x": "x0", "v_prediction": "v",
@@ -171,12 +171,17 @@ def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
         return spec
     fields = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = fields.pop("name", None)
-    found = family("prediction", Prediction, ALIASES.get(name, name), lambda kind: kind.name)
+    found = family("prediction", Prediction, ALIASES.get(str(name), name), lambda kind: kind.name)
     known = [f.name for f in dataclasses.fields(found)]  # type: ignore[arg-type]
     for key in fields:
         if key not in known:
             raise BadInput(f"prediction {name} has no field {key!r}: {nearest(key, known)}")
     return found(**fields)  # type: ignore[no-any-return]
+
+
+def precise(value: Tensor) -> Tensor:
+    """The values in float64 on their own device, or in float32 where that has no float64 (MPS)."""
+    return value.float() if value.device.type == "mps" else value.double()
 
 
 def spread(coefficient: Tensor | float, like: Tensor) -> Tensor:

@@ -27,13 +27,13 @@ from .conditions import conditions_of
 from .denoiser import Wrapper
 from .errors import BadInput, HastenError
 from .families import is_own, path_of
-from .noise import Noise, generator, no_noise
+from .noise import Noise, no_noise
 from .schedules import Schedule
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-__all__ = ["Count", "Noise", "Query", "Sampler", "draw", "generator", "spell", "walk"]
+__all__ = ["Count", "Noise", "Query", "Sampler", "draw", "spell", "walk"]
 
 Progress = Callable[[int, int], None]
 FEW = 40  # evaluations up to which a plan is looked at for what it would do to the values

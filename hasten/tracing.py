@@ -239,7 +239,7 @@ class _Trace:
         for pivot in self._pivots(numbers(before), numbers(now)):
             ratio = now[pivot] / before[pivot]
             rest = now - ratio * before
-            inside = np.ones(len(rest), dtype=bool)
+            inside: Any = np.ones(len(rest), dtype=bool)
             inside[pivot] = False  # 0, whatever the rounding
             rows.append(drop(keep(rest, inside), scale) + ratio * unit)
         rows += [drop(now, scale), written]

@@ -15,6 +15,7 @@ from .files import contents, refuse_inside, writes
 from .machine import choose, parse, spell
 from .model import Model, load
 from .nets.unet import UNet
+from .noise import kept_random_state
 from .predictions import V
 from .ranks import Ranks
 from .schedules import VPCosine
@@ -25,6 +26,7 @@ from .train.losses import DenoisingLoss
 
 
 @writes("out")
+@kept_random_state()
 def train_model(
     data: str | Path | Data,
     out: str | Path,

@@ -123,6 +123,8 @@ def scheduler_class() -> type:
             self.hasten_schedule = schedule
             self.reading = Reading(schedule, PREDICTIONS[told], num_train_timesteps)
             self.plan = None if plan is None else usable(Plan.from_json(plan))
+            if self.plan is not None:
+                self.plan.check_schedule(schedule)
             self.sampler = pick("samplers", sampler)
             if self.plan is None and not self.sampler.linear:
                 raise BadInput(f"{sampler} cannot run inside a pipeline, which steps at times fixed in advance")

@@ -179,7 +179,8 @@ class Steered(Wrapper):
         middle, finish = self.denoiser.features(x_t, t, **cond)  # type: ignore[operator]
         if not self._active(t):
             return middle, finish
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = torch.as_tensor(t)
+        t = (t.cpu() if t.device.type == "mps" else t).double()
         with torch.autocast(middle.device.type, enabled=False):
             if not t.ndim:
                 return self._moved(middle, t), finish

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,16 @@ class MixtureDensity(nn.Module):
         self.register_buffer("factor", eye.repeat(rows, components, 1, 1))
         self.register_buffer("rest", torch.ones(rows, dtype=torch.float64))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> MixtureDensity:
+        """Move as modules do, but not to a device without float64 (MPS): there it stays where it is and works there."""
+        if fn(torch.empty(0)).device.type == "mps":
+            return self
+        return super()._apply(fn, recurse)
+
     def log_prob(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """log density of `z` (B, *S), nats, float64 (B,)."""
         label = self._rows(z, label)
-        off = z.double().flatten(1) - self.centre[label]
+        off = z.to(self.basis.device).double().flatten(1) - self.centre[label]
         y = off @ self.basis
         rank, D = y.shape[1], off.shape[1]
         u = torch.linalg.solve_triangular(self.factor[label], (y[:, None] - self.mean[label])[..., None], upper=False)
@@ -69,7 +76,7 @@ class MixtureDensity(nn.Module):
         independent of the component, is turned back into a normal number. The law is exact.
         """
         label = self._rows(noise, label)
-        e = noise.double().flatten(1)
+        e = noise.to(self.basis.device).double().flatten(1)
         g = e @ self.basis
         across = e - g @ self.basis.T
         if self.weight.shape[1] > 1:
@@ -84,7 +91,7 @@ class MixtureDensity(nn.Module):
             k = torch.zeros_like(label)
         y = self.mean[label, k] + torch.einsum("brs,bs->br", self.factor[label, k], g)
         z = self.centre[label] + y @ self.basis.T + self.rest[label][:, None] * across
-        return z.reshape(noise.shape).to(noise.dtype)
+        return z.reshape(noise.shape).to(noise.dtype).to(noise.device)
 
     def _shares(self, label: Tensor) -> Tensor:
         weight = self.weight[label]
@@ -92,5 +99,5 @@ class MixtureDensity(nn.Module):
 
     def _rows(self, z: Tensor, label: Tensor | None) -> Tensor:
         if label is None:
-            return torch.full((len(z),), self.classes, dtype=torch.long, device=z.device)
-        return label.to(z.device)
+            return torch.full((len(z),), self.classes, dtype=torch.long, device=self.basis.device)
+        return label.to(self.basis.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import BadInput, HastenError, check_numbers, nearest
+from hasten.predictions import precise
 from hasten.samplers._phi import Known, ddim, node
 from hasten.sampling import Query
 from hasten.schedules import Schedule, VPLinear
@@ -144,7 +145,8 @@ class _Run:
         second = x + _wide(h, x) * slope + _wide(_beta(after).sqrt(), x) * W
         better = 0.5 * (guess + second)
         allowed = (rule.e_rel * torch.maximum(guess.abs(), self.before[rows].abs())).clamp(min=rule.e_abs)
-        E = ((guess - better) / allowed).flatten(1).double().square().mean(1).sqrt().cpu()
+        E = ((guess - better) / allowed).flatten(1)
+        E = precise(E).square().mean(1).sqrt().cpu().double()
         if not bool(torch.isfinite(E).all()):
             raise HastenError("adaptive: the network gave an answer that is not finite")
         good = E <= 1

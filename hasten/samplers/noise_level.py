@@ -100,7 +100,7 @@ class NoiseLevel:
             before, level, ahead = level, ahead[:, 0], ahead[:, 1:]
             z = self._step(z, x0, before, level, noise)
             if self.updates is None or n - left in self.updates:
-                seen = torch.log(self.estimator(z).detach().double().cpu())
+                seen = torch.log(self.estimator(z).detach().cpu().double())
                 sure = (seen > math.log(LEAST_ABAR)) & (seen < math.log(MOST_ABAR))
                 level = torch.where(sure, torch.maximum(seen, before), level)
                 ahead = torch.where(sure[:, None], self.levels(level, grid[n - left :]), ahead)

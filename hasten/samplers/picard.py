@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import BadInput, check_numbers, nearest
+from hasten.predictions import precise
 from hasten.samplers.ddim import DDIM
 from hasten.samplers.ddpm import DDPM
 from hasten.sampling import Query, compiled
@@ -111,7 +112,7 @@ class Picard:
             for w in range(W):
                 state = new[w] = _wide(k[at[w].clamp(max=N - 1)], x) * state + change[w]
             moved = torch.full((W, B), torch.inf, dtype=torch.float64)
-            moved[live] = (new[place] - z[after]).double().flatten(1).square().mean(1).cpu()
+            moved[live] = precise(new[place] - z[after]).flatten(1).square().mean(1).cpu().double()
             z[after] = new[place]
             agreed = moved <= self.tolerance**2 * V[(at + 1).clamp(max=N)]
             stride = 1 + agreed.long().cumprod(0).sum(0)

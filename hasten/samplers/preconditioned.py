@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hasten.basis import Basis
 from hasten.errors import BadInput, check_numbers, nearest
+from hasten.noise import make_generator
 from hasten.samplers._phi import Node, node, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -303,7 +304,7 @@ def local_variance(
     finest detail of the data to 4 times their largest deviation, ascending. label (n,). NFE: n L, without guidance.
     """
     schedule: Schedule = denoiser.schedule  # type: ignore[attr-defined]
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed)
     rows = []
     for t, q in zip(schedule.time(-torch.log(levels.double())), levels.double(), strict=True):
         error, rest = (torch.zeros(basis.mean.shape, dtype=torch.float64) for _ in range(2))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import BadInput, check_numbers, nearest
+from hasten.predictions import precise
 from hasten.samplers._phi import Node, nodes
 from hasten.sampling import Query
 from hasten.schedules import Schedule
@@ -108,7 +109,7 @@ class PredictorCorrector:
 
     def _correct(self, s: Node, after: Node, z: Tensor, x0: Tensor, xi: Tensor) -> Tensor:
         score = (s.alpha * x0 - z) / s.sigma**2
-        mean_square = score.double().flatten(1).square().mean(1)
+        mean_square = precise(score).flatten(1).square().mean(1)
         e = 2 * (self.snr * float(s.alpha / after.alpha)) ** 2 / mean_square
         step, spread = (v.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1)) for v in (e, torch.sqrt(2 * e)))
         return z + step * score + spread * xi

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, check_numbers, nearest
-from hasten.predictions import spread
+from hasten.predictions import precise, spread
 from hasten.samplers._phi import Node, node, nodes
 from hasten.samplers.analytic import FAR, output_bound, weights
 from hasten.sampling import Query
@@ -91,8 +91,8 @@ class SNDPM:
 
     def variance(self, r: Node, z: Tensor, x0: Tensor, m2: Tensor) -> Tensor:
         """C of each coordinate, (B, *S) float64, within its bounds."""
-        eps = (z.double() - r.alpha * x0.double()) / r.sigma
-        return (r.q**2 * (m2.double() - eps**2).clamp(0, 1)).clamp(max=self.half_range**2)
+        eps = (precise(z) - r.alpha * precise(x0)) / r.sigma
+        return (r.q**2 * (precise(m2) - eps**2).clamp(0, 1)).clamp(max=self.half_range**2)
 
 
 class WithMoments(Wrapper):
@@ -105,7 +105,8 @@ class WithMoments(Wrapper):
     def moments(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> tuple[Tensor, Tensor]:
         """(x0 (B, *S), E[eps^2 | x_t] (B, *S) float64), the second as eps^2 + g."""
         x0 = self.denoiser(x_t, t, **cond)
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = torch.as_tensor(t)
+        t = (t.cpu() if t.device.type == "mps" else t).double()
         schedule: Schedule = self.denoiser.schedule  # type: ignore[assignment]
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         scaled = x_t.float() * spread(1 / torch.hypot(alpha, sigma), x_t.float())
@@ -113,6 +114,6 @@ class WithMoments(Wrapper):
         if lam.ndim == 0 and lam.device.type == "cpu":  # filled in where it is needed, not copied there
             lam = torch.full((len(x_t),), float(lam), device=x_t.device)
         g = self.net(scaled, x0.float(), lam.expand(len(x_t)))
-        wide = x_t.double()
-        eps = (wide - spread(alpha, wide) * x0.double()) / spread(sigma, wide)
-        return x0, eps**2 + g.double()
+        wide = precise(x_t)
+        eps = (wide - spread(alpha, wide) * precise(x0)) / spread(sigma, wide)
+        return x0, eps**2 + precise(g)

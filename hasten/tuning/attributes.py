@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_numbers, nearest
 from ..nets.attributes import Attributes, pooled
+from ..noise import make_generator
 from ..predictions import spread
 from ..sampling import draw
 from ._task import Task, Tuned
@@ -249,4 +250,4 @@ def _accuracy(name: str, found: Tensor, label: Tensor, t: Tensor) -> dict[str, f
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 10 + stream)
+    return make_generator(seed * 10 + stream)

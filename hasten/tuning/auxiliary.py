@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.density import MixtureDensity
+from ..noise import make_generator
 from ..predictions import spread
 from ..schedules import Schedule
 from ..times import levels
@@ -76,7 +77,7 @@ class AuxiliaryDensity:
         held = min(len(x) // 10, 500)
         asked = sorted({*self.levels, *(() if self.level is None else (self.level,))})
         times = self._times(task.schedule, asked)
-        D, noise = x[0].numel(), torch.Generator().manual_seed(task.seed)
+        D, noise = x[0].numel(), make_generator(task.seed)
         e = torch.randn(len(x), *task.shape, generator=noise)
         fitted, costs = [], []
         figures: dict[str, Any] = {}
@@ -118,7 +119,7 @@ def fit(
     total, (D, rank), noise = flat.mean(0), nu.basis.shape, sigma**2
     _, vectors = torch.linalg.eigh((flat - total).T @ (flat - total))
     nu.basis.copy_(vectors.flip(1)[:, :rank])
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed)
     for c in (nu.classes, *range(nu.classes)):
         own = flat if c == nu.classes or label is None else flat[label == c]
         if len(own) <= rank:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.first_step import FirstStepNet
-from ..noise import global_seed
+from ..noise import global_seed, make_generator
 from ._task import Task, Tuned
 
 __all__ = ["FirstStep"]
@@ -99,7 +99,7 @@ class FirstStep:
         net, x, label = net.to(device).train(), x.to(device), label.to(device)
         averaged = copy.deepcopy(net)
         optimiser = torch.optim.AdamW(net.parameters(), self.lr, betas=(0.9, 0.99))
-        generator, begun, step, done = torch.Generator().manual_seed(task.seed), time.monotonic(), 0, 0.0
+        generator, begun, step, done = make_generator(task.seed), time.monotonic(), 0, 0.0
         while done < 1:
             rows = torch.randint(len(x), (self.batch_size,), generator=generator).to(device)
             noise = torch.randn(self.batch_size, *task.shape, generator=generator).to(device)
@@ -133,7 +133,7 @@ def class_means(x: Tensor, label: Tensor, classes: int) -> Tensor:
 @torch.no_grad()
 def loss_on(net: FirstStepNet, x: Tensor, label: Tensor, seed: int = 0) -> float:
     """The mean over images and dimensions of (x - x1(e, c))^2, with one fixed noise an image."""
-    generator, total = torch.Generator().manual_seed(seed), 0.0
+    generator, total = make_generator(seed), 0.0
     net = net.eval()
     for first in range(0, len(x), 256):
         part = x[first : first + 256]
@@ -145,7 +145,7 @@ def loss_on(net: FirstStepNet, x: Tensor, label: Tensor, seed: int = 0) -> float
 @torch.no_grad()
 def distance(net: nn.Module, means: Tensor, draws: int = 16, seed: int = 0) -> float:
     """Root mean square of x1(e, c) minus the mean of class c, over `draws` noises and all classes and "no class"."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed)
     label = torch.arange(len(means)).repeat_interleave(draws)
     noise = torch.randn(len(label), *means.shape[1:], generator=generator)
     return float((net(noise, label) - means[label]).square().mean().sqrt())

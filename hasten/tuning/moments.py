@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, check_numbers
+from hasten.noise import make_generator
 from hasten.schedules import Schedule
 from hasten.times import UniformLambda
 from hasten.tuning._task import Task, Tuned
@@ -121,7 +122,7 @@ class Moments:
 
     def _noise(self, task: Task, t: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, noise of the shape of those images), the same each time for the same t."""
-        generator = torch.Generator().manual_seed(task.seed + int(1e6 * float(t)))
+        generator = make_generator(task.seed + int(1e6 * float(t)))
         for part in torch.arange(len(x)).split(self.batch):
             yield part, torch.randn(x[part].shape, generator=generator, dtype=x.dtype)
 

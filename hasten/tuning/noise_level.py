@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hasten.errors import BadInput, check_numbers
 from hasten.nets.noise_level import NoiseLevelNet
-from hasten.noise import global_seed
+from hasten.noise import global_seed, make_generator
 from hasten.tuning._task import Task, Tuned
 
 __all__ = ["NoiseLevel"]
@@ -79,7 +79,7 @@ class NoiseLevel:
         """The averaged network, and the steps that were taken."""
         averaged = copy.deepcopy(net)
         optimiser = torch.optim.AdamW(net.parameters(), self.lr, betas=(0.9, 0.99))
-        generator, begun, step, done = torch.Generator().manual_seed(task.seed), time.monotonic(), 0, 0.0
+        generator, begun, step, done = make_generator(task.seed), time.monotonic(), 0, 0.0
         while done < 1:
             rows = torch.randint(len(x), (self.batch_size,), generator=generator)
             z, lam = noisy(x[rows.to(x.device)], generator)
@@ -118,7 +118,7 @@ def log_sigma2(net: NoiseLevelNet, z: Tensor) -> Tensor:
 @torch.no_grad()
 def errors(net: NoiseLevelNet, x: Tensor, seed: int) -> dict[str, float]:
     """The figures of `NoiseLevel` on images x, four levels an image."""
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = make_generator(seed + 1)
     found, truth = [], []
     for part in x.repeat(4, 1, 1, 1).split(256):
         z, lam = noisy(part, generator)

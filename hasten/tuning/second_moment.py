@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hasten.errors import BadInput, check_numbers
 from hasten.nets.second_moment import SecondMoment as Net
-from hasten.noise import global_seed
+from hasten.noise import global_seed, make_generator
 from hasten.predictions import spread
 from hasten.times import LARGEST_Q
 from hasten.tuning._task import Task, Tuned
@@ -71,7 +71,7 @@ class SecondMoment:
         held = min(512, len(x) // 8)
         with global_seed(task.seed):
             net = Net(task.shape[0], self.width, self.blocks, self.patch, float(x.std())).to(task.device)
-        generator = torch.Generator().manual_seed(task.seed)
+        generator = make_generator(task.seed)
         optimiser = torch.optim.AdamW(net.parameters(), lr=self.rate, weight_decay=0.01)
         begin, k = time.monotonic(), 0
         while k < self.steps:
@@ -120,7 +120,7 @@ class SecondMoment:
     @torch.no_grad()
     def _held_out(self, task: Task, net: nn.Module, x: Tensor, labels: Tensor | None, rows: Tensor) -> dict[str, float]:
         """The loss on images that were not trained on, and that of the best single variance for each of 16 bins."""
-        generator = torch.Generator().manual_seed(task.seed + 1)
+        generator = make_generator(task.seed + 1)
         mine, squares, levels = [], [], []
         for part in rows.repeat(2).split(64):
             g, q2, square = self._look(task, net, x, labels, part, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.exact import m2
 from hasten.nets.unet import UNet
-from hasten.noise import generator, global_seed
+from hasten.noise import global_seed, make_generator
 from hasten.pick import pick
 from hasten.samplers import DDIM, DDPM, PredictorCorrector, UniPC
 from hasten.sampling import Noise, draw
@@ -36,7 +37,7 @@ def test_every_bit_of_a_seed_counts() -> None:
     assert len({tuple(row.tolist()) for row in drawn}) == len(set(seeds))
     many = Noise([2**33 + 5], (20_000,)).initial()
     assert abs(float(many.mean())) < 0.03 and float(many.std()) == pytest.approx(1, abs=0.02)
-    again = generator(2**33 + 5)
+    again = make_generator(2**33 + 5)
     assert torch.equal(many[0], torch.randn(20_000, generator=again))
     other = Noise([5], (20_000,)).initial()
     assert abs(float((many * other).mean())) < 0.03
@@ -115,3 +116,18 @@ def test_tuners_touch_no_global_generator(spec: str) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     pick("tuning", spec).tune(task)
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+def test_training_and_distilling_leave_the_numbers_outside(tmp_path: Path) -> None:
+    data = tmp_path / "images.npy"
+    np.save(data, (np.arange(40 * 64) % 251).astype(np.uint8).reshape(40, 8, 8))
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    setting: dict[str, Any] = {"steps": 1, "widths": (16, 16), "patch": 1, "batch_size": 4, "runtime": "fp32"}
+    hasten.training.train_model(data, tmp_path / "model", **setting)
+    assert torch.equal(before, torch.get_rng_state())
+    hasten.distill_model(
+        hasten.load(tmp_path / "model"), tmp_path / "student", "consistency:steps=1", data=data, batch_size=4, minutes=0.01,
+        runtime="fp32",
+    )  # fmt: skip
+    assert torch.equal(before, torch.get_rng_state())
