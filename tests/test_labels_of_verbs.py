@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from hasten.commands.restyling import of_class
 from hasten.distill import real_images
 from hasten.errors import BadInput
 from hasten.images import given_images, read_text
-from hasten.many import classifier_labels, part_of
+from hasten.many import classifier_labels, judge_many, part_of
+from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
+from hasten.ranks import Ranks
 from hasten.tune import real
 
 FAST = ("--steps", 1, "--runtime", "fp32", "--device", "cpu")
@@ -173,3 +176,40 @@ def test_names_with_brackets_are_shown_as_they_are() -> None:
     with console.capture() as captured:
         console.print(table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
     assert "[red]x[/b] y" in captured.get()
+
+
+def test_accuracy_of_a_model_whose_classes_have_another_order(fashion: Model) -> None:
+    names = tuple(sorted(fashion.classes or ()))
+    x, mine = fashion.sample(20, steps=2), fashion.labels(20)
+    assert mine is not None
+    theirs = torch.tensor([names.index((fashion.classes or ())[k]) for k in mine.tolist()])
+    known, ranks = reference("fashion"), Ranks(torch.device("cpu"))
+    measured = [
+        judge_many(x, labels, "fashion", known, range(20), ranks, classes)["accuracy"].value  # type: ignore[index]
+        for labels, classes in ((mine, fashion.classes), (theirs, names), (theirs, fashion.classes))
+    ]
+    assert measured[0] == measured[1] > 0.5 > measured[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: (x + 1) / 2, r"found 0 to 1: multiply by 2"),
+        (lambda x: (x + 1) * 127.5 - 0.01, "divide by 127.5"),
+        (lambda x: x.to(torch.int8), "int8"),
+        (lambda x: x > 0, "bool"),
+    ],
+)
+def test_metrics_refuse_other_ranges(change: Callable[[torch.Tensor], object], message: str) -> None:
+    x = torch.rand(12, 1, 28, 28) * 2 - 1
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = -1, 1
+    net = feature_net("fashion")
+    extract(net, x)
+    with pytest.raises(BadInput, match=message):
+        extract(net, change(x))  # type: ignore[arg-type]
+
+
+def test_metrics_take_numpy_arrays() -> None:
+    x = torch.randint(0, 256, (12, 1, 28, 28), dtype=torch.uint8)
+    net = feature_net("fashion")
+    assert torch.equal(extract(net, x.numpy())[0], extract(net, x)[0])  # type: ignore[arg-type]
