@@ -59,7 +59,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["task"] = settings
         return real(**settings)
 
+    trial = module.Rehearsal
+
+    def tried(**settings: Any) -> Any:
+        found["trial"] = settings
+        return trial(**settings)
+
     monkeypatch.setattr(module, "Task", watched)
+    monkeypatch.setattr(module, "Rehearsal", tried)
     return found
 
 
@@ -74,7 +81,7 @@ def test_the_number_format_that_was_asked_for_is_trained_in(
     runtime: str, data: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
     run(tiny(), data, tmp_path / "out", runtime=runtime)
-    assert asked["precision"] == runtime and asked["task"]["precision"] == runtime
+    assert asked["precision"] == asked["task"]["precision"] == asked["trial"]["precision"] == runtime
     assert json.loads((tmp_path / "out" / "run.json").read_text())["precision"] == runtime
 
 
