@@ -124,10 +124,8 @@ def test_models_that_draw_their_own_images_have_no_null_label_among_their_classe
 
 
 def test_a_run_says_what_becomes_of_half_precision_and_of_divided_batches(
-    data: Path, tmp_path: Path, asked: dict[str, Any]
+    data: Path, tmp_path: Path, asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines: list[str] = []
-    model = tiny()
-    run(model, data, tmp_path / "out", runtime="fp32", method="mmd:steps=1,features=random", accumulate=2,
-        say=lines.append)  # fmt: skip
-    assert any("mmd compares the images of a batch" in line and "2 of the 4" in line for line in lines)
+    run(tiny(), data, tmp_path / "out", runtime="fp32", method="mmd:steps=1,features=random", accumulate=2)
+    found = capsys.readouterr()
+    assert "hasten: mmd compares the images of a batch" in found.err and "2 of the 4" in found.err and not found.out
