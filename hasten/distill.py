@@ -131,7 +131,7 @@ def distill_model(
         "init": first,
     }  # fmt: skip
     for line in notes(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.first else ():
-        say(line)
+        print(f"hasten: {line}", file=sys.stderr)
 
     def planned() -> dict[str, Any]:
         known = earlier(out / RUN, run, stages_of) if not dry_run else None

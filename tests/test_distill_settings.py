@@ -59,7 +59,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["task"] = settings
         return real(**settings)
 
+    trial = module.Rehearsal
+
+    def tried(**settings: Any) -> Any:
+        found["trial"] = settings
+        return trial(**settings)
+
     monkeypatch.setattr(module, "Task", watched)
+    monkeypatch.setattr(module, "Rehearsal", tried)
     return found
 
 
@@ -74,7 +81,7 @@ def test_the_number_format_that_was_asked_for_is_trained_in(
     runtime: str, data: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
     run(tiny(), data, tmp_path / "out", runtime=runtime)
-    assert asked["precision"] == runtime and asked["task"]["precision"] == runtime
+    assert asked["precision"] == asked["task"]["precision"] == asked["trial"]["precision"] == runtime
     assert json.loads((tmp_path / "out" / "run.json").read_text())["precision"] == runtime
 
 
@@ -117,10 +124,8 @@ def test_models_that_draw_their_own_images_have_no_null_label_among_their_classe
 
 
 def test_a_run_says_what_becomes_of_half_precision_and_of_divided_batches(
-    data: Path, tmp_path: Path, asked: dict[str, Any]
+    data: Path, tmp_path: Path, asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines: list[str] = []
-    model = tiny()
-    run(model, data, tmp_path / "out", runtime="fp32", method="mmd:steps=1,features=random", accumulate=2,
-        say=lines.append)  # fmt: skip
-    assert any("mmd compares the images of a batch" in line and "2 of the 4" in line for line in lines)
+    run(tiny(), data, tmp_path / "out", runtime="fp32", method="mmd:steps=1,features=random", accumulate=2)
+    found = capsys.readouterr()
+    assert "hasten: mmd compares the images of a batch" in found.err and "2 of the 4" in found.err and not found.out

@@ -240,7 +240,14 @@ def widened(module: nn.Module) -> nn.Module:
     """The module with its parameters and buffers of less than 32 bits made float32, in place.
 
     A step of training is smaller than what half precision can tell apart: the weights would not move, or drift.
+    Raises BadInput for weights of 8 bits, which hooks of the network would narrow again at every call.
     """
+    for name, p in module.named_parameters():
+        if p.is_floating_point() and p.itemsize < 2:
+            raise BadInput(
+                f"the weights {name} are {str(p.dtype).removeprefix('torch.')} (layer-wise casting), which cannot be "
+                "trained: load the network in float32, bfloat16 or float16"
+            )
     return module._apply(lambda value: value.float() if value.is_floating_point() and value.itemsize < 4 else value)
 
 

