@@ -161,6 +161,7 @@ def test_what_diffusers_cannot_express_is_a_folder_of_hasten(tmp_path: Path) -> 
             assert student.denoiser.guidance_range == (1.0, 3.0)
             one, two = (student.sample(1, guidance_scale=scale) for scale in (1.0, 3.0))
             assert one.isfinite().all() and one.shape == two.shape == (1, 3, 8, 8)
+            assert not torch.equal(one, two), "the network reads the scale"
 
 
 def test_classes_and_null_label_come_back_with_a_pipelines_student(tmp_path: Path) -> None:
