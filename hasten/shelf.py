@@ -89,6 +89,8 @@ def check_savable(model: Model, network: bool = True) -> bool:
         )
     if why := refusal(net):
         raise BadInput(f"{model.name} cannot be saved: {why}")
+    if model.decoder is not None and not hasattr(getattr(model.decoder, "vae", None), "save_pretrained"):
+        raise BadInput(f"{model.name} cannot be saved: its decoder is no autoencoder of diffusers")
     for name, part in model.parts.items():
         if why := refusal(part):
             raise BadInput(f"{model.name} cannot be saved with its part {name}: {why}")

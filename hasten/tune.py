@@ -98,7 +98,8 @@ def real(model: Model, data: str | Path) -> Images:
 
     if len(model.shape) != 3:
         raise BadInput(f"{model.name} makes samples of shape {model.shape}, which no images are: leave data out")
-    channels, height, width = model.shape
+    latents = model.decoder  # of a model of latents, which the images are encoded for
+    channels, height, width = model.shape if latents is None else latents.pixels(model.shape)
     source = open_data(data, size=(height, width), channels=channels)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
     fitting = source.labels is not None and len(source.classes or ()) == len(model.classes or ())
@@ -108,7 +109,8 @@ def real(model: Model, data: str | Path) -> Images:
             raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
         chosen = order[:n]
         labels = source.labels[chosen] if fitting and source.labels is not None else None
-        return to_float(source.images(chosen)).to(model.device), labels
+        x = to_float(source.images(chosen))
+        return (x if latents is None else latents.encode(x)).to(model.device), labels
 
     return images
 

@@ -145,6 +145,10 @@ def test_a_scheduler_that_would_only_come_near_is_not_taken() -> None:
     assert _saving.stock_scheduler(few("ddim", 4, times="angle")) is None
     assert _saving.stock_scheduler(few("unipc", 4)) is None
     assert _saving.stock_scheduler(few("ddim:eta=0.5", 4)) is None
+    assert type(_saving.stock_scheduler(few("ddim", 4))).__name__ == "DDIMScheduler"
+    learned = few("ddim", 4)  # a learned variance would go to a scheduler that does not know it
+    learned.denoiser.net.net.register_to_config(out_channels=6)
+    assert _saving.stock_scheduler(learned) is None
     assert type(_saving.scheduler_of(few("unipc", 4))).__name__ == "PlanScheduler"
 
 
@@ -297,3 +301,16 @@ def test_a_prediction_that_diffusers_does_not_know_is_a_folder_of_hasten(tmp_pat
         for t in scheduler.timesteps:
             x = scheduler.step(net(x, t).sample, t, x).prev_sample
     assert torch.allclose(x.clamp(-1, 1), student.sample(1, seed=0), atol=1e-4)
+
+
+def test_images_are_encoded_for_a_tuner_too(tmp_path: Path) -> None:
+    from hasten.tune import real
+
+    model = hasten.load(tiny.dit_pipeline())
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    np.save(tmp_path / "i.npy", pixels)
+    x, _ = real(model, tmp_path / "i.npy")(4)
+    assert x.shape == (4, 4, 8, 8)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)[order].float() / 127.5 - 1
+    torch.testing.assert_close(x, model.decoder.encode(images))

@@ -19,6 +19,7 @@ from hasten.denoiser import Denoiser
 from hasten.distill import distill_model
 from hasten.errors import BadInput
 from hasten.model import Model
+from hasten.nets.unet import UNet
 from hasten.schedules import VPLinear
 from hasten.train.data import Data
 from hasten.tune import tune_model
@@ -207,6 +208,19 @@ def test_a_refusal_comes_before_training(tmp_path: Path, images: Path) -> None:
         with pytest.raises(BadInput, match="cannot be saved: its class .* is defined inside a function"):
             call()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_of_ones_own_is_refused_before_work(tmp_path: Path) -> None:
+    model = plain()
+    model.decoder = object()
+    with pytest.raises(BadInput, match="its decoder is no autoencoder of diffusers"):
+        tune_model(model, tmp_path / "o", "optimized_steps", steps=4)
+
+
+def test_what_an_own_config_says_is_not_taken_for_ours() -> None:
+    from hasten.adapters._export import told_of
+
+    assert "channels" in told_of(UNet(1, widths=(8,))) and told_of(Any1(3, 2)) == {"null_label": 2}
 
 
 def test_it_is_quantised(tmp_path: Path) -> None:

@@ -164,6 +164,9 @@ def stock_scheduler(model: Model) -> Any:
     table = denoiser.schedule
     if plan is None or not isinstance(table, Discrete) or theirs not in ("epsilon", "v_prediction", "sample"):
         return None
+    config = denoiser.net.config
+    if config.out_channels not in (None, config.in_channels) and hasattr(model.pipeline, "unet"):
+        return None  # a learned variance, which only the pipeline of a DiT takes off before the scheduler
     size, n = len(table.alphas_cumprod), plan.nfe
     trailing = torch.arange(size, 0, -size / n, dtype=torch.float64)[:n] - 1
     if size % n or n == size or plan.basis is not None or float(plan.times[-1]) != 0 or len(plan.times) != n + 1:
