@@ -247,11 +247,11 @@ def test_only_networks_with_an_adapter_are_built(tmp_path: Path) -> None:
     model = replace(hasten.load(tiny.ddpm_pipeline()), pipeline=None)
     model.save(tmp_path / "m")
     file = tmp_path / "m" / "model.json"
-    told = json.loads(file.read_text())
-    assert told["net"]["library"] == "diffusers" and told["net"]["class"] == "UNet2DModel"
+    description = json.loads(file.read_text())
+    assert description["net"]["library"] == "diffusers" and description["net"]["class"] == "UNet2DModel"
     assert torch.equal(hasten.load(tmp_path / "m").sample(1, steps=2), model.sample(1, steps=2))
-    told["net"]["class"] = "DiffusionPipeline"
-    file.write_text(json.dumps(told))
+    description["net"]["class"] = "DiffusionPipeline"
+    file.write_text(json.dumps(description))
     with pytest.raises(BadInput, match="unknown network 'DiffusionPipeline' of diffusers: known are UNet2DModel"):
         hasten.load(tmp_path / "m")
 

@@ -98,8 +98,8 @@ def images(tmp_path: Path) -> Path:
 def test_it_is_saved_as_weights_and_the_import_path_of_its_class(tmp_path: Path) -> None:
     model = plain()
     model.save(tmp_path / "m")
-    told = json.loads((tmp_path / "m" / "model.json").read_text())["net"]
-    assert told == {"class": "Plain", "module": __name__, "config": {}}
+    description = json.loads((tmp_path / "m" / "model.json").read_text())["net"]
+    assert description == {"class": "Plain", "module": __name__, "config": {}}
     again = hasten.load(tmp_path / "m")
     assert torch.equal(again.sample(2, seed=1), model.sample(2, seed=1))
 
@@ -146,9 +146,9 @@ def test_importing_a_class_is_the_users_decision(tmp_path: Path, monkeypatch: py
 def test_only_networks_are_built(tmp_path: Path) -> None:
     plain().save(tmp_path / "m")
     file = tmp_path / "m" / "model.json"
-    told = json.loads(file.read_text())
-    told["net"] = {"class": "Path", "module": "pathlib", "config": {}}
-    file.write_text(json.dumps(told))
+    description = json.loads(file.read_text())
+    description["net"] = {"class": "Path", "module": "pathlib", "config": {}}
+    file.write_text(json.dumps(description))
     with pytest.raises(BadInput, match="pathlib.Path is not a class of networks"):
         hasten.load(tmp_path / "m")
 
