@@ -250,9 +250,7 @@ def samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
     if model.decoder is None:
         return real_images(model, data)
     latents = model.decoder
-    size = 2 ** (len(latents.vae.config.block_out_channels) - 1)
-    pixels = (int(latents.vae.config.in_channels), *(size * side for side in model.shape[1:]))
-    images = real_images(replace(model, shape=pixels), data)
+    images = real_images(replace(model, shape=latents.pixels(model.shape)), data)
     return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))  # type: ignore
 
 

@@ -94,6 +94,8 @@ def check_savable(model: Model, network: bool = True) -> bool:
         )
     if why := refusal(net):
         raise BadInput(f"{model.name} cannot be saved: {why}")
+    if model.decoder is not None and not hasattr(getattr(model.decoder, "vae", None), "save_pretrained"):
+        raise BadInput(f"{model.name} cannot be saved: its decoder is no autoencoder of diffusers")
     for name, part in model.parts.items():
         if why := refusal(part):
             raise BadInput(f"{model.name} cannot be saved with its part {name}: {why}")
@@ -106,9 +108,9 @@ def write_network(model: Model, part: Path, half: bool, as_pipeline: bool) -> di
     if as_pipeline:
         from .adapters._saving import save_pipeline
 
-        told = save_pipeline(model, part)
-        model.sha256 = sha256(part / told["file"])
-        return {"net": told["net"], "weights": {"file": told["file"], "sha256": model.sha256}}
+        description = save_pipeline(model, part)
+        model.sha256 = sha256(part / description["file"])
+        return {"net": description["net"], "weights": {"file": description["file"], "sha256": model.sha256}}
     store(net, part / WEIGHTS, half)
     if hasattr(net, "write_files"):  # one that another library runs, with a graph of its own
         net.write_files(part)
@@ -268,38 +270,38 @@ def fields_of(folder: Path, text: str, networks: Sequence[type], trust_code: boo
     return fields
 
 
-def denoiser_of(net: torch.nn.Module, told: dict[str, Any]) -> Denoiser:
+def denoiser_of(net: torch.nn.Module, description: dict[str, Any]) -> Denoiser:
     """The network with its schedule and prediction, of the kind that model.json names."""
     kind = Denoiser
-    if told.get("flow_clock"):
+    if description.get("flow_clock"):
         from .adapters._schedules import FlowDenoiser
 
         kind = FlowDenoiser
     return kind(
         net,
-        schedule_from_dict(told["schedule"]),
-        prediction_from(told["prediction"]),
-        clock=told["clock"],
-        null_label=told["null_label"],
-        guidance_range=told.get("guidance_range"),
+        schedule_from_dict(description["schedule"]),
+        prediction_from(description["prediction"]),
+        clock=description["clock"],
+        null_label=description["null_label"],
+        guidance_range=description.get("guidance_range"),
     )
 
 
-def opened(folder: Path, told: dict[str, Any]) -> Model:
+def opened(folder: Path, description: dict[str, Any]) -> Model:
     """The pipeline in a folder that also has a model.json, after the hash of its network's weights is checked."""
     from .adapters._saving import open_saved
 
-    file = folder / told["weights"]["file"]
+    file = folder / description["weights"]["file"]
     if not file.is_file():
         raise BadInput(f"{file} is missing: model.json names it")
-    if (found := sha256(file)) != (expected := str(told["weights"]["sha256"])):
+    if (found := sha256(file)) != (expected := str(description["weights"]["sha256"])):
         raise BadInput(f"{file} is not the file that model.json names: sha256 {found[:12]}, expected {expected[:12]}")
     return open_saved(folder)
 
 
-def decoder_in(folder: Path, told: dict[str, Any]) -> Any:
+def decoder_in(folder: Path, description: dict[str, Any]) -> Any:
     """The image decoder of a model of latents, where model.json names one."""
-    if not told.get("decoder"):
+    if not description.get("decoder"):
         return None
     from .adapters._saving import open_decoder
 

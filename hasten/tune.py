@@ -125,7 +125,8 @@ def real(model: Model, data: str | Path) -> Images:
 
     if len(model.shape) != 3:
         raise BadInput(f"{model.name} makes samples of shape {model.shape}, which no images are: leave data out")
-    channels, height, width = model.shape
+    latents = model.decoder  # of a model of latents, which the images are encoded for
+    channels, height, width = model.shape if latents is None else latents.pixels(model.shape)
     source = open_data(data, size=(height, width), channels=channels)
     source = match_labels(source, model.classes, model.name, required=False)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
@@ -135,7 +136,8 @@ def real(model: Model, data: str | Path) -> Images:
             raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
         chosen = order[:n]
         labels = None if source.labels is None else source.labels[chosen]
-        return to_float(source.images(chosen)).to(model.device), labels
+        x = to_float(source.images(chosen))
+        return (x if latents is None else latents.encode(x)).to(model.device), labels
 
     return images
 

@@ -121,9 +121,9 @@ MODELS: dict[str, tuple[Callable[[], hasten.Model], int]] = {  # and the side of
 def cell(model: hasten.Model, side: int, method: str, folder: Path) -> dict[str, Any]:
     """What happens to one model under one method."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, side, side, 3), dtype=np.uint8)
-    labels = {} if model.classes is None else {"labels": np.arange(16) % len(model.classes)}
+    labels: dict[str, Any] = {} if model.classes is None else {"labels": np.arange(16) % len(model.classes)}
     folder.mkdir()
-    np.savez(folder / "data.npz", images=pixels, **labels)  # type: ignore[arg-type]
+    np.savez(folder / "data.npz", images=pixels, **labels)
     out = folder / "out"
     try:
         distill_model(model, out, method, folder / "data.npz", steps=24, batch_size=4, runtime="fp32", show=False)

@@ -145,6 +145,10 @@ def test_a_scheduler_that_would_only_come_near_is_not_taken() -> None:
     assert _saving.stock_scheduler(few("ddim", 4, times="angle")) is None
     assert _saving.stock_scheduler(few("unipc", 4)) is None
     assert _saving.stock_scheduler(few("ddim:eta=0.5", 4)) is None
+    assert type(_saving.stock_scheduler(few("ddim", 4))).__name__ == "DDIMScheduler"
+    learned = few("ddim", 4)  # a learned variance would go to a scheduler that does not know it
+    learned.denoiser.net.net.register_to_config(out_channels=6)
+    assert _saving.stock_scheduler(learned) is None
     assert type(_saving.scheduler_of(few("unipc", 4))).__name__ == "PlanScheduler"
 
 
@@ -161,6 +165,7 @@ def test_what_diffusers_cannot_express_is_a_folder_of_hasten(tmp_path: Path) -> 
             assert student.denoiser.guidance_range == (1.0, 3.0)
             one, two = (student.sample(1, guidance_scale=scale) for scale in (1.0, 3.0))
             assert one.isfinite().all() and one.shape == two.shape == (1, 3, 8, 8)
+            assert not torch.equal(one, two), "the network reads the scale"
 
 
 def test_classes_and_null_label_come_back_with_a_pipelines_student(tmp_path: Path) -> None:
@@ -242,11 +247,11 @@ def test_only_networks_with_an_adapter_are_built(tmp_path: Path) -> None:
     model = replace(hasten.load(tiny.ddpm_pipeline()), pipeline=None)
     model.save(tmp_path / "m")
     file = tmp_path / "m" / "model.json"
-    told = json.loads(file.read_text())
-    assert told["net"]["library"] == "diffusers" and told["net"]["class"] == "UNet2DModel"
+    description = json.loads(file.read_text())
+    assert description["net"]["library"] == "diffusers" and description["net"]["class"] == "UNet2DModel"
     assert torch.equal(hasten.load(tmp_path / "m").sample(1, steps=2), model.sample(1, steps=2))
-    told["net"]["class"] = "DiffusionPipeline"
-    file.write_text(json.dumps(told))
+    description["net"]["class"] = "DiffusionPipeline"
+    file.write_text(json.dumps(description))
     with pytest.raises(BadInput, match="unknown network 'DiffusionPipeline' of diffusers: known are UNet2DModel"):
         hasten.load(tmp_path / "m")
 
@@ -296,3 +301,16 @@ def test_a_prediction_that_diffusers_does_not_know_is_a_folder_of_hasten(tmp_pat
         for t in scheduler.timesteps:
             x = scheduler.step(net(x, t).sample, t, x).prev_sample
     assert torch.allclose(x.clamp(-1, 1), student.sample(1, seed=0), atol=1e-4)
+
+
+def test_images_are_encoded_for_a_tuner_too(tmp_path: Path) -> None:
+    from hasten.tune import real
+
+    model = hasten.load(tiny.dit_pipeline())
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    np.save(tmp_path / "i.npy", pixels)
+    x, _ = real(model, tmp_path / "i.npy")(4)
+    assert x.shape == (4, 4, 8, 8)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)[order].float() / 127.5 - 1
+    torch.testing.assert_close(x, model.decoder.encode(images))

@@ -19,6 +19,7 @@ from hasten.denoiser import Denoiser
 from hasten.distill import distill_model
 from hasten.errors import BadInput
 from hasten.model import Model
+from hasten.nets.unet import UNet
 from hasten.schedules import VPLinear
 from hasten.train.data import Data
 from hasten.tune import tune_model
@@ -97,8 +98,8 @@ def images(tmp_path: Path) -> Path:
 def test_it_is_saved_as_weights_and_the_import_path_of_its_class(tmp_path: Path) -> None:
     model = plain()
     model.save(tmp_path / "m")
-    told = json.loads((tmp_path / "m" / "model.json").read_text())["net"]
-    assert told == {"class": "Plain", "module": __name__, "config": {}}
+    description = json.loads((tmp_path / "m" / "model.json").read_text())["net"]
+    assert description == {"class": "Plain", "module": __name__, "config": {}}
     again = hasten.load(tmp_path / "m")
     assert torch.equal(again.sample(2, seed=1), model.sample(2, seed=1))
 
@@ -145,9 +146,9 @@ def test_importing_a_class_is_the_users_decision(tmp_path: Path, monkeypatch: py
 def test_only_networks_are_built(tmp_path: Path) -> None:
     plain().save(tmp_path / "m")
     file = tmp_path / "m" / "model.json"
-    told = json.loads(file.read_text())
-    told["net"] = {"class": "Path", "module": "pathlib", "config": {}}
-    file.write_text(json.dumps(told))
+    description = json.loads(file.read_text())
+    description["net"] = {"class": "Path", "module": "pathlib", "config": {}}
+    file.write_text(json.dumps(description))
     with pytest.raises(BadInput, match="pathlib.Path is not a class of networks"):
         hasten.load(tmp_path / "m")
 
@@ -207,6 +208,19 @@ def test_a_refusal_comes_before_training(tmp_path: Path, images: Path) -> None:
         with pytest.raises(BadInput, match="cannot be saved: its class .* is defined inside a function"):
             call()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_of_ones_own_is_refused_before_work(tmp_path: Path) -> None:
+    model = plain()
+    model.decoder = object()
+    with pytest.raises(BadInput, match="its decoder is no autoencoder of diffusers"):
+        tune_model(model, tmp_path / "o", "optimized_steps", steps=4)
+
+
+def test_what_an_own_config_says_is_not_taken_for_ours() -> None:
+    from hasten.adapters._export import told_of
+
+    assert "channels" in told_of(UNet(1, widths=(8,))) and told_of(Any1(3, 2)) == {"null_label": 2}
 
 
 def test_it_is_quantised(tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ class Latents:
             if widen:
                 self.vae.to(dtype)
 
+    def pixels(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """The shape (C, H, W) of the images of latents of this shape."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return int(self.vae.config.in_channels), factor * shape[1], factor * shape[2]
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents (n, C, h, w), float32, of images (n, 3, H, W): the mode, without noise."""

@@ -174,7 +174,8 @@ def heard(model: Model, n: int, seed: int, calls: int | None = None) -> list[Ask
 
 def told_of(net: nn.Module) -> dict[str, Any]:
     """What an exported network goes on saying of itself."""
-    config = getattr(net, "config", {})
+    own = not type(net).__module__.startswith("hasten.")  # what "channels" means there is not known
+    config = {} if own else getattr(net, "config", {})
     told = {key: config[key] for key in ("channels", "classes") if key in config}
     for key in ("null_label", "guidance_range", "step_counts"):
         value = getattr(net, key, None)

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..denoiser import Denoiser
 from ..discrete import Discrete
 from ..errors import BadInput
 from ..nets.quantized import layers
@@ -61,15 +60,15 @@ def network_config(net: Any) -> dict[str, Any]:
     return found | ({"whole": True} if net.whole else {})
 
 
-def network_from(told: dict[str, Any]) -> Seams:
+def network_from(description: dict[str, Any]) -> Seams:
     """The network that `network_config` described, with random weights. Only kinds that hasten has an adapter for."""
     from . import _transformers, _unets
 
-    name, known = told["class"], {**_unets.KINDS, **_transformers.KINDS}
+    name, known = description["class"], {**_unets.KINDS, **_transformers.KINDS}
     kind = getattr(diffusers(), str(name), None)
     if name not in known or kind is None:
         raise BadInput(f"unknown network {name!r} of diffusers: known are {', '.join(known)}")
-    return with_seams(kind.from_config(told["config"]), bool(told.get("whole", False)))
+    return with_seams(kind.from_config(description["config"]), bool(description.get("whole", False)))
 
 
 def fits_pipeline(model: Model, network: bool = True) -> bool:
@@ -164,6 +163,9 @@ def stock_scheduler(model: Model) -> Any:
     table = denoiser.schedule
     if plan is None or not isinstance(table, Discrete) or theirs not in ("epsilon", "v_prediction", "sample"):
         return None
+    config = denoiser.net.config
+    if config.out_channels not in (None, config.in_channels) and hasattr(model.pipeline, "unet"):
+        return None  # a learned variance, which only the pipeline of a DiT takes off before the scheduler
     size, n = len(table.alphas_cumprod), plan.nfe
     trailing = torch.arange(size, 0, -size / n, dtype=torch.float64)[:n] - 1
     if size % n or n == size or plan.basis is not None or float(plan.times[-1]) != 0 or len(plan.times) != n + 1:
@@ -232,10 +234,3 @@ def readme(model: Model, pipe: Any) -> str:
     lines += [f"images = pipe(..., num_inference_steps={steps}{more}).images", "```", ""]
     lines += ["With hasten: `hasten sample FOLDER`, or `hasten.load(FOLDER).sample(4)`.", ""]
     return "\n".join(lines)
-
-
-def like(model: Any, schedule: Any, prediction: Any, told: dict[str, Any], net: nn.Module) -> Denoiser:
-    """A denoiser of the kind that model.json names: `flow_clock`, where its network is told sigma and not t."""
-    kind = FlowDenoiser if told.get("flow_clock") else Denoiser
-    span = told.get("guidance_range")
-    return kind(net, schedule, prediction, clock=told["clock"], null_label=told["null_label"], guidance_range=span)

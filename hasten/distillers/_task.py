@@ -293,7 +293,7 @@ def with_inputs(net: nn.Module, shape: Sequence[int], **inputs: Any) -> nn.Modul
     """A copy of the network that takes `guidance` and `steps` as inputs, with its weights; zero where they are new."""
     config, wanted = getattr(net, "config", None), inspect.signature(type(net).__init__).parameters
     if isinstance(net, ScalarInputs):
-        made: nn.Module = with_scalars(copy.deepcopy(net.net), shape, **{**known(net), **inputs})
+        made: nn.Module = with_scalars(copy.deepcopy(net.net), shape, **{**scalars_of(net), **inputs})
     elif isinstance(config, Mapping) and all(name in wanted for name in inputs):
         made = type(net)(**{**config, **inputs})
     else:
@@ -303,7 +303,7 @@ def with_inputs(net: nn.Module, shape: Sequence[int], **inputs: Any) -> nn.Modul
     return made
 
 
-def known(net: ScalarInputs) -> dict[str, Any]:
+def scalars_of(net: ScalarInputs) -> dict[str, Any]:
     """The inputs that such a network takes already."""
     found = {"guidance": net.guidance_range, "steps": net.step_counts}
     return {name: value for name, value in found.items() if value is not None}

@@ -39,8 +39,8 @@ def test_at_first_it_is_the_plain_network(shape: tuple[int, ...]) -> None:
     made = with_scalars(net, shape, guidance=(1, 5), steps=(4, 2))
     assert type(made) is ScalarInputs
     for steps in (4, 2):
-        told = made(x, time, guidance=torch.tensor([1.0, 2.0, 5.0]), steps=torch.full((3,), steps))
-        assert torch.equal(told, net(x, time))
+        description = made(x, time, guidance=torch.tensor([1.0, 2.0, 5.0]), steps=torch.full((3,), steps))
+        assert torch.equal(description, net(x, time))
 
 
 def test_of_a_network_with_an_embedding_too() -> None:
