@@ -66,6 +66,12 @@ def test_the_work_of_a_quantised_network_is_found_without_memory() -> None:
     plan, plain = compiled(DDIM(), 12), denoiser_of(unet())
     made = accelerate(plain, [Quantize(images=1, steps=2, groups=2)], ahead(plan, plain))
     label = torch.zeros(2, dtype=torch.long)
+    x = torch.randn(2, *SHAPE)
+    for value in (0.9, 0.1):  # the group of a time is the same, read from the device or not
+        time = torch.full((2,), value * 20)
+        read = made.net(x, time, label=label)
+        time.host_times = (value * 20,)  # type: ignore[attr-defined]
+        assert torch.equal(made.net(x, time, label=label), read)
     found, expected = (work_of(one.net, (2, *SHAPE), label=label) for one in (made, plain))
     assert found.macs == expected.macs
 
@@ -96,5 +102,5 @@ def test_patches_know_a_lora_of_linear_layers() -> None:
         __module__ = "somewhere.else"
 
     assert any(isinstance(module, Linear) for module in patched(Linear).modules())
-    with pytest.raises(BadInput, match="an Other: it may mix rows"):
+    with pytest.raises(BadInput, match="a Other: it may mix rows"):
         patched(Other)
