@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators import accelerate
+from hasten.accelerators._compile import CompiledNet
 from hasten.accelerators._patch_attention import Text
 from hasten.accelerators._patch_exchange import Exchange
 from hasten.accelerators._patch_groups import Team
@@ -104,3 +105,15 @@ def test_patches_know_a_lora_of_linear_layers() -> None:
     assert any(isinstance(module, Linear) for module in patched(Linear).modules())
     with pytest.raises(BadInput, match="a Other: it may mix rows"):
         patched(Other)
+
+
+@torch.no_grad()
+def test_the_first_call_of_a_graph_leaves_its_inputs_alone() -> None:
+    """It is run twice, to time the second: a network that writes into what it is given would answer differently."""
+
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return x.mul_(2) + time[:, None]
+
+    net = CompiledNet(InPlace(), lambda plain: plain, graphs=2)
+    assert torch.equal(net(torch.ones(2, 3), torch.zeros(2)), torch.full((2, 3), 2.0))
