@@ -77,7 +77,7 @@ class Runner:
             network.beside = self.seams.beside
             found: Any = accelerate(self.known.denoiser(network).eval(), self.swapping, ahead)
             self._take(found, network)
-        self._denoiser(times, times)
+        self._denoiser(times, times, self.moving)
 
     def _take(self, found: Any, network: nn.Module) -> None:
         """Take over the layers of an exchanged network, and what lies around it."""
@@ -130,15 +130,15 @@ class Runner:
         self.layers.find()
         line, read = self.timeline, self._read()
         whole = tuple(read.time(torch.tensor(line.values, dtype=torch.float64)).tolist())
-        self.run = self._denoiser(whole[line.begin :] if line.begin >= 0 else None, whole)
+        times = whole[line.begin :] if line.begin >= 0 else None
+        self.run = self._denoiser(times, whole, self._usable(times))
         reset(self.run)
 
-    def _denoiser(self, times: tuple[float, ...] | None, whole: tuple[float, ...]) -> Any:
+    def _denoiser(self, times: tuple[float, ...] | None, whole: tuple[float, ...], moving: list[Any]) -> Any:
         """The accelerated denoiser for these times, the last few of which are kept.
 
         times: None where they are not known. whole: of the scheduler, of which `times` may be the last ones.
         """
-        moving = self._usable(times)
         self._renew()
         key = times, len(moving)
         if key in self.kept:

@@ -319,9 +319,18 @@ def accelerate_pipeline(
 ) -> Any:
     """A copy of the pipeline, with the same parts, whose network runs under these accelerators.
 
-    The pipeline that is given stays as it is. In the copy `unet` or `transformer` behaves as it did (config, dtype,
-    arguments, answers); guidance, ControlNet and T2I-Adapter inputs go through it. Every image begins afresh: where the
-    scheduler was set anew or the time goes up, what the accelerators remember is forgotten.
+    The pipeline that is given stays as it is. In the copy `unet` or `transformer` is a network of the same class, in
+    modules of its own on the same memory: guidance, ControlNet, T2I-Adapter and IP-Adapter inputs go through it, and
+    LoRA, FreeU, attention processors, hooks, offloading and `to` work on it, before and after, without touching the
+    original (nor the other way round: load a LoRA into the pipeline that you draw with). Every image begins afresh:
+    where the scheduler was set anew or the time goes up, what the accelerators remember is forgotten.
+
+    What cannot be followed is refused when the network is called: weights that change after `quantize` (fuse a LoRA
+    before). A pipeline that asks the network twice a step, that has another scheduler than the one it shares its parts
+    with, or that leaves too few queries runs without feature reuse, with a warning; so does a network whose `forward`
+    was replaced.
+
+    Raises BadInput for a network whose parts are not known, and where an accelerator cannot do its work.
 
     Args:
         accelerators: one or several, as objects or texts such as "encoder_propagation:keys=uniform".

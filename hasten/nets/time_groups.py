@@ -38,6 +38,8 @@ class TimeGroups(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, *args: Any, **cond: Any) -> Any:
         """The network's raw output."""
+        if time.is_meta:  # shapes and counts of operations only
+            return self.net(x, time, *args, **cond)
         known = {bisect_left(self.bounds, t) for t in host_times(time)}
         groups = list(known) if len(known) == 1 else [bisect_left(self.bounds, t) for t in time.tolist()]
         if len(set(groups)) == 1:
@@ -59,9 +61,10 @@ class TimeGroups(nn.Module):
     def embed(self, *args: Any, **cond: Any) -> Any:
         """The network's `embed`; the time is the last argument without a name."""
         time = cond["time"] if "time" in cond else args[-1]
-        known = host_times(time)
-        mean = sum(known) / len(known) if known else float(time.float().mean())
-        set_group(self.net, bisect_left(self.bounds, mean))
+        if not time.is_meta:
+            known = host_times(time)
+            mean = sum(known) / len(known) if known else float(time.float().mean())
+            set_group(self.net, bisect_left(self.bounds, mean))
         return self.net.embed(*args, **cond)  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:

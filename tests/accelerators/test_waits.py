@@ -1,0 +1,119 @@
+"""Accelerated denoisers do not wait for the device, and know what stands around layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hasten.accelerators import accelerate
+from hasten.accelerators._compile import CompiledNet
+from hasten.accelerators._patch_attention import Text
+from hasten.accelerators._patch_exchange import Exchange
+from hasten.accelerators._patch_groups import Team
+from hasten.accelerators._patch_swap import Patched
+from hasten.accelerators.deep_cache import DeepCache
+from hasten.accelerators.encoder_propagation import EncoderPropagation
+from hasten.accelerators.quantize import Quantize
+from hasten.errors import BadInput
+from hasten.guides.cfg import CFG
+from hasten.parallel_work import work_of
+from hasten.samplers import DDIM
+
+from ..pretend import Pretended, put
+from ._tiny import LABEL, SHAPE, ahead, compiled, denoiser_of, unet
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        DeepCache(every=3, forecast=1),
+        EncoderPropagation(keys="uniform", every=3, parallel=3),
+        Quantize(images=1, steps=2),
+    ],
+    ids=lambda way: type(way).__name__,
+)
+@torch.no_grad()
+def test_guided_queries_do_not_wait(way: object) -> None:
+    plan, plain = compiled(DDIM(), 12), denoiser_of(unet())
+    guided = CFG(scale=2.0).wrap(accelerate(plain, [way], ahead(plan, plain)))
+    with Pretended() as device:
+        put(guided)
+        x, label = torch.zeros(len(LABEL), *SHAPE).to("cuda"), LABEL.to("cuda")
+        for module in guided.modules():  # integer layers make their kernels where they are now
+            if hasattr(module, "prepare"):
+                module.prepare()
+        guided(x, plan.times[0], label=label)
+        device.clear()
+        for t in plan.times[1:-1]:
+            x = guided(x, t, label=label)
+        assert device.count("wait") == device.count("upload") == 0, device.lines()
+
+
+@torch.no_grad()
+def test_doubled_conditions_are_made_anew_where_they_change() -> None:
+    guided, x, label = CFG(scale=2.0).wrap(denoiser_of(unet())), torch.zeros(3, *SHAPE), LABEL.clone()
+    first = guided(x, 0.5, label=label)
+    assert torch.equal(guided(x, 0.5, label=label), first)
+    label += 1  # the same tensor, with other numbers
+    label %= 3
+    assert torch.equal(guided(x, 0.5, label=label), guided(x, 0.5, label=label.clone()))
+    assert not torch.equal(guided(x, 0.5, label=label), first)
+    assert guided(x[:2], 0.5, label=label[:2]).shape[0] == 2
+
+
+@torch.no_grad()
+def test_the_work_of_a_quantised_network_is_found_without_memory() -> None:
+    plan, plain = compiled(DDIM(), 12), denoiser_of(unet())
+    made = accelerate(plain, [Quantize(images=1, steps=2, groups=2)], ahead(plan, plain))
+    label = torch.zeros(2, dtype=torch.long)
+    x = torch.randn(2, *SHAPE)
+    for value in (0.9, 0.1):  # the group of a time is the same, read from the device or not
+        time = torch.full((2,), value * 20)
+        read = made.net(x, time, label=label)
+        time.host_times = (value * 20,)  # type: ignore[attr-defined]
+        assert torch.equal(made.net(x, time, label=label), read)
+    found, expected = (work_of(one.net, (2, *SHAPE), label=label) for one in (made, plain))
+    assert found.macs == expected.macs
+
+
+class Linear(nn.Module):
+    """As peft's LoRA around a linear layer."""
+
+    __module__ = "peft.tuners.lora.layer"
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base_layer.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_patches_know_a_lora_of_linear_layers() -> None:
+    def patched(wrap: type) -> nn.Module:
+        net = unet()
+        block = next(module for module in net.modules() if isinstance(getattr(module, "modulation", None), nn.Linear))
+        block.modulation = wrap(block.modulation)
+        return Patched(net, Exchange(Team((0, 1), 0), "sync", "full", 0, "same", 60), Text()).net
+
+    class Other(Linear):
+        __module__ = "somewhere.else"
+
+    assert any(isinstance(module, Linear) for module in patched(Linear).modules())
+    with pytest.raises(BadInput, match="a Other: it may mix rows"):
+        patched(Other)
+
+
+@torch.no_grad()
+def test_the_first_call_of_a_graph_leaves_its_inputs_alone() -> None:
+    """It is run twice, to time the second: a network that writes into what it is given would answer differently."""
+
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return x.mul_(2) + time[:, None]
+
+    net = CompiledNet(InPlace(), lambda plain: plain, graphs=2)
+    assert torch.equal(net(torch.ones(2, 3), torch.zeros(2)), torch.full((2, 3), 2.0))
