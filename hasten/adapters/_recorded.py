@@ -9,23 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..accelerators import Call, Recorder
+from ..accelerators._calls import merged, rows_at_once
 from ..errors import BadInput
 from ._schedules import reading
 
 __all__ = ["drawn_calls", "recorded"]
-
-PLACES = 2**16  # of latents or pixels in a batch that is only looked at: 4 images of SDXL at 1024 x 1024
-
-
-def rows_at_once(shape: Any, n: int) -> int:
-    """How many of n samples (C, H, W) are drawn in one batch."""
-    places = 1
-    for side in tuple(shape)[1:]:
-        places *= int(side)
-    return max(1, min(n, PLACES // max(places, 1)))
 
 
 def recorded(pipe: Any, call: Callable[[Any], Any], net: nn.Module, place: Any, seed: int) -> Callable[..., list[Call]]:
@@ -87,20 +78,4 @@ def drawn_calls(
         some = texts if model.conditioning is None else texts[first : first + count]
         drawn.sample(count, some, seed=seed + first, batch_size=count, **setting)
         parts.append([call for call in recorder.calls if any(abs(call[1] - t) < 1e-9 for t in times)])
-    return parts[0] if len(parts) == 1 else [together(same) for same in zip(*parts)]
-
-
-def together(calls: Sequence[Call]) -> Call:
-    """Calls at one time as one. Under guidance the rows of its two halves stay together."""
-    rows = [len(x) for x, _, _ in calls]
-
-    def joined(values: Sequence[Any]) -> Any:
-        if not all(isinstance(v, Tensor) and v.ndim and len(v) == n for v, n in zip(values, rows)):
-            return values[0]
-        if any(n % 2 for n in rows):
-            return torch.cat(list(values))
-        halves = [v.chunk(2) for v in values]
-        return torch.cat([*(first for first, _ in halves), *(second for _, second in halves)])
-
-    cond = {key: joined([other[key] for _, _, other in calls]) for key in calls[0][2]}
-    return joined([x for x, _, _ in calls]), calls[0][1], cond
+    return merged(parts)
