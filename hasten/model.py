@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import shelf
-from .accelerators import Ahead, Call, Recorder, accelerate
-from .accelerators._calls import merged, rows_at_once
+from .accelerators import Ahead, Call, accelerate
+from .accelerators._calls import model_calls
 from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest, whole
 from .guides.cfg import CFG, told_steps
@@ -247,22 +246,7 @@ class Model:
 
     def calls(self, n: int, seed: int, **setting: Any) -> list[Call]:
         """What the plain network is asked, call by call, when n images are sampled at once with this `setting`."""
-        if self.conditioning is not None and "label" not in setting:
-            warnings.warn(
-                f"{self.name} is looked at with the empty prompt alone: to give prompts, accelerate its pipeline, "
-                "hasten.accelerate(pipe, ..., prompts=[...])",
-                stacklevel=2,
-            )
-        rows, parts = rows_at_once(self.shape, n), []
-        for first in range(0, n, rows):
-            recorder, count = Recorder(self.denoiser), min(rows, n - first)
-            own = replace(self, denoiser=recorder, decoder=None)  # type: ignore[arg-type]
-            classes = (
-                {} if self.classes is None else {"label": [k % len(self.classes) for k in range(first, n)][:count]}
-            )
-            own.sample(count, seed=seed + first, batch_size=count, **{**classes, **setting})
-            parts.append(recorder.calls)
-        return merged(parts)
+        return model_calls(self, n, seed, setting)
 
     def guided(self, guidance_scale: float | None = None, guides: Sequence[Any] = ()) -> nn.Module:
         """The denoiser under classifier-free guidance (None: the recommended scale) and then other guides."""

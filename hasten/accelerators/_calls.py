@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["merged", "rows_at_once"]
+from . import Call, Recorder
+
+__all__ = ["empty_prompt", "in_batches", "merged", "model_calls", "rows_at_once"]
 
 PLACES = 2**16  # latents or pixels of a batch that is only looked at: 4 images of SDXL at 1024 x 1024
 
@@ -19,6 +23,37 @@ def rows_at_once(shape: Any, n: int) -> int:
     for side in tuple(shape)[1:]:
         places *= int(side)
     return max(1, min(n, PLACES // max(places, 1)))
+
+
+def in_batches(n: int, shape: Any, some: Callable[[int, int], list[Any]]) -> list[Any]:
+    """The calls when n samples (C, H, W) are drawn: `some(first, rows)` draws the samples from number `first` on."""
+    rows = rows_at_once(shape, n)
+    return merged([some(first, min(rows, n - first)) for first in range(0, n, rows)])
+
+
+def model_calls(model: Any, n: int, seed: int, setting: dict[str, Any]) -> list[Call]:
+    """What a model's network is asked, call by call, when n images are drawn with this setting of `sample`."""
+    classes = len(model.classes or ())
+
+    def some(first: int, rows: int) -> list[Call]:
+        recorder = Recorder(model.denoiser)
+        told = {"label": [(first + k) % classes for k in range(rows)]} if classes else {}
+        drawn: Any = replace(model, denoiser=recorder, decoder=None)
+        drawn.sample(rows, seed=seed + first, batch_size=rows, **{**told, **setting})
+        return recorder.calls
+
+    if model.conditioning is not None:
+        empty_prompt(model.name)
+    return in_batches(n, model.shape, some)
+
+
+def empty_prompt(name: str) -> None:
+    """Say that a network of prompts is looked at without one."""
+    warnings.warn(
+        f"{name} is looked at with the empty prompt alone: give prompts as those to come, "
+        "hasten.accelerate(pipe, ..., prompts=[...]), or calls=",
+        stacklevel=3,
+    )
 
 
 def merged(parts: Sequence[list[Any]]) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from ..accelerators import Call, Recorder
-from ..accelerators._calls import merged, rows_at_once
+from ..accelerators._calls import empty_prompt, in_batches
 from ..errors import BadInput
 from ._schedules import reading
 
@@ -63,19 +62,15 @@ def drawn_calls(
     model: Any, n: int, prompts: Any, seed: int, times: Sequence[float], setting: dict[str, Any]
 ) -> list[Call]:
     """What a model's network is asked at these times when n images are drawn; large images not all in one batch."""
-    texts = prompts
-    if model.conditioning is not None:
-        texts = model.conditioning.texts(n, prompts)
-        if not any(texts):
-            warnings.warn(
-                "the network is looked at with the empty prompt alone: give prompts=[...] as those to come, or calls=",
-                stacklevel=2,
-            )
-    rows, parts = rows_at_once(model.shape, n), []
-    for first in range(0, n, rows):
-        recorder, count = Recorder(model.denoiser), min(rows, n - first)
+    texts = None if model.conditioning is None else model.conditioning.texts(n, prompts)
+    if texts is not None and not any(texts):
+        empty_prompt(model.name)
+
+    def some(first: int, rows: int) -> list[Call]:
+        recorder = Recorder(model.denoiser)
         drawn: Any = replace(model, denoiser=recorder, decoder=None)
-        some = texts if model.conditioning is None else texts[first : first + count]
-        drawn.sample(count, some, seed=seed + first, batch_size=count, **setting)
-        parts.append([call for call in recorder.calls if any(abs(call[1] - t) < 1e-9 for t in times)])
-    return merged(parts)
+        told = prompts if texts is None else texts[first : first + rows]
+        drawn.sample(rows, told, seed=seed + first, batch_size=rows, **setting)
+        return [call for call in recorder.calls if any(abs(call[1] - t) < 1e-9 for t in times)]
+
+    return in_batches(n, model.shape, some)
