@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import shelf
-from .accelerators import Ahead, Call, Recorder, accelerate
+from .accelerators import Ahead, Call, accelerate
+from .accelerators._calls import model_calls
 from .denoiser import Denoiser
 from .errors import BadInput, HastenError, nearest, whole
 from .finite import check_sample
@@ -247,9 +248,7 @@ class Model:
 
     def calls(self, n: int, seed: int, **setting: Any) -> list[Call]:
         """What the plain network is asked, call by call, when n images are sampled at once with this `setting`."""
-        recorder = Recorder(self.denoiser)
-        replace(self, denoiser=recorder).sample(n, seed=seed, batch_size=n, **setting)  # type: ignore[arg-type]
-        return recorder.calls
+        return model_calls(self, n, seed, setting)
 
     def guided(self, guidance_scale: float | None = None, guides: Sequence[Any] = ()) -> nn.Module:
         """The denoiser under classifier-free guidance (None: the recommended scale) and then other guides."""

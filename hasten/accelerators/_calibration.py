@@ -94,14 +94,16 @@ class Seen:
 
     def __init__(self, expected: int, seed: int, room: int = ROOM) -> None:
         self.share = max(1, room // max(expected, 1))  # of each of the expected tensors
-        self.low, self.high = float("inf"), float("-inf")
+        self.low: Tensor | None = None  # on the device: to read them at every call would wait for it
+        self.high: Tensor | None = None
         self.kept: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(seed)
 
     def see(self, x: Tensor) -> None:
         """Look at one tensor."""
         low, high = torch.aminmax(x)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
         flat = x.reshape(-1)
         index = torch.randint(len(flat), (min(self.share, len(flat)),), generator=self.generator)
         self.kept.append(flat[index.to(x.device)].float())
@@ -109,7 +111,8 @@ class Seen:
     def fitted(self, how: str) -> tuple[Tensor, Tensor]:
         """Scale and zero of the range, (1,)."""
         values = torch.cat(self.kept)[None]
-        low, high = values.new_tensor([self.low]), values.new_tensor([self.high])
+        assert self.low is not None and self.high is not None
+        low, high = (end.to(values.dtype).reshape(1) for end in (self.low, self.high))
         return fit(low, high, ACTS[8]) if how == "minmax" else search(values, ACTS[8], low, high)
 
 

@@ -220,6 +220,7 @@ def relative_error(denoiser: Any, other: Any, samples: Samples, size: int = 32, 
     above = below = 0.0
     for _, (x, t, cond) in samples.batches(size, limit):
         a, b = denoiser(x, t, **cond), other(x, t, **cond)
-        above += float((b - a).cpu().double().square().sum())  # copied first: not every device has float64
-        below += float(a.cpu().double().square().sum())
+        a, b = a.cpu().double(), b.cpu().double()  # copied, then widened: not every device has float64
+        above += float((b - a).square().sum())
+        below += float(a.square().sum())
     return (above / below) ** 0.5

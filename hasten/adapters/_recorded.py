@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..accelerators import Call, Recorder
+from ..accelerators._calls import empty_prompt, in_batches
 from ..errors import BadInput
 from ._schedules import reading
 
 __all__ = ["drawn_calls", "recorded"]
-
-PLACES = 2**16  # of latents or pixels in a batch that is only looked at: 4 images of SDXL at 1024 x 1024
-
-
-def rows_at_once(shape: Any, n: int) -> int:
-    """How many of n samples (C, H, W) are drawn in one batch."""
-    places = 1
-    for side in tuple(shape)[1:]:
-        places *= int(side)
-    return max(1, min(n, PLACES // max(places, 1)))
 
 
 def recorded(pipe: Any, call: Callable[[Any], Any], net: nn.Module, place: Any, seed: int) -> Callable[..., list[Call]]:
@@ -72,35 +62,15 @@ def drawn_calls(
     model: Any, n: int, prompts: Any, seed: int, times: Sequence[float], setting: dict[str, Any]
 ) -> list[Call]:
     """What a model's network is asked at these times when n images are drawn; large images not all in one batch."""
-    texts = prompts
-    if model.conditioning is not None:
-        texts = model.conditioning.texts(n, prompts)
-        if not any(texts):
-            warnings.warn(
-                "the network is looked at with the empty prompt alone: give prompts=[...] as those to come, or calls=",
-                stacklevel=2,
-            )
-    rows, parts = rows_at_once(model.shape, n), []
-    for first in range(0, n, rows):
-        recorder, count = Recorder(model.denoiser), min(rows, n - first)
+    texts = None if model.conditioning is None else model.conditioning.texts(n, prompts)
+    if texts is not None and not any(texts):
+        empty_prompt(model.name)
+
+    def some(first: int, rows: int) -> list[Call]:
+        recorder = Recorder(model.denoiser)
         drawn: Any = replace(model, denoiser=recorder, decoder=None)
-        some = texts if model.conditioning is None else texts[first : first + count]
-        drawn.sample(count, some, seed=seed + first, batch_size=count, **setting)
-        parts.append([call for call in recorder.calls if any(abs(call[1] - t) < 1e-9 for t in times)])
-    return parts[0] if len(parts) == 1 else [together(same) for same in zip(*parts)]
+        told = prompts if texts is None else texts[first : first + rows]
+        drawn.sample(rows, told, seed=seed + first, batch_size=rows, **setting)
+        return [call for call in recorder.calls if any(abs(call[1] - t) < 1e-9 for t in times)]
 
-
-def together(calls: Sequence[Call]) -> Call:
-    """Calls at one time as one. Under guidance the rows of its two halves stay together."""
-    rows = [len(x) for x, _, _ in calls]
-
-    def joined(values: Sequence[Any]) -> Any:
-        if not all(isinstance(v, Tensor) and v.ndim and len(v) == n for v, n in zip(values, rows)):
-            return values[0]
-        if any(n % 2 for n in rows):
-            return torch.cat(list(values))
-        halves = [v.chunk(2) for v in values]
-        return torch.cat([*(first for first, _ in halves), *(second for _, second in halves)])
-
-    cond = {key: joined([other[key] for _, _, other in calls]) for key in calls[0][2]}
-    return joined([x for x, _, _ in calls]), calls[0][1], cond
+    return in_batches(n, model.shape, some)

@@ -75,10 +75,10 @@ def test_every_sampler_begins_anywhere_as_the_plan_by_hand(sampler: str) -> None
         left = scheduler.timesteps[first:]
         if sampler.startswith("plms") and "ramp" not in sampler and first == 1:
             continue  # the repeated query, below
-        for told in (True, False):  # with set_begin_index, and without
+        for told in ("index", "view", "value"):  # with set_begin_index, and without: by place or by value
             scheduler.set_timesteps(STEPS)
-            left = scheduler.timesteps[first:]
-            if told:
+            left = scheduler.timesteps[first:].clone() if told == "value" else scheduler.timesteps[first:]
+            if told == "index":
                 scheduler.set_begin_index(first)
             ours = driven(scheduler, x, left, network)
             hand = by_hand(scheduler, sampler, x, first, network)

@@ -261,8 +261,56 @@ def test_what_pipelines_read_of_a_scheduler() -> None:
     assert all(len(pair) == 2 for pair in made) and torch.equal(*made[-1])  # (latents, denoised)
 
 
-def test_text_to_video_zero_and_latent_consistency_run() -> None:
-    """Pipelines that restart, or that take the clean image: under a multistep sampler."""
+def flux() -> Any:
+    """Whose noise levels and shift are given to the scheduler by the pipeline."""
+    import diffusers
+
+    transformer = tiny.seeded(
+        lambda: diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=False,
+        )
+    )  # fmt: skip
+    table = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return tiny.quiet(diffusers.FluxPipeline(scheduler=table, vae=tiny.vae(), transformer=transformer, **nothing))
+
+
+def test_flux_is_the_pipeline() -> None:
+    """The shift of the size of the image, and the times that as_scheduler was given, not those of the pipeline."""
+
+    def drawn(pipe: Any) -> Tensor:
+        seeds = [torch.Generator().manual_seed(k) for k in range(3)]
+        return pipe(
+            prompt_embeds=torch.randn(1, 5, 32, generator=seeds[0]), num_inference_steps=4, height=16, width=16,
+            pooled_prompt_embeds=torch.randn(1, 16, generator=seeds[1]), generator=seeds[2], output_type="latent",
+        ).images  # fmt: skip
+
+    pipe = flux()
+    theirs, visited = drawn(pipe), pipe.scheduler.timesteps
+    pipe.scheduler = as_scheduler("ddim", "trailing", like=flux())
+    assert torch.allclose(drawn(pipe), theirs, atol=1e-4) and torch.allclose(
+        pipe.scheduler.timesteps, visited, atol=1e-2
+    )
+    pipe.scheduler = as_scheduler("unipc:order=3", "angle", like=flux())
+    assert torch.isfinite(drawn(pipe)).all() and not torch.allclose(pipe.scheduler.timesteps, visited, atol=1.0)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "unipc:order=3"])
+def test_text_to_video_zero_runs(sampler: str) -> None:
+    """It restarts in the middle, with more frames, at times that it has left already."""
+    name = "diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero"
+    kind: Any = pytest.importorskip(name).TextToVideoZeroPipeline
+    parts = {key: value for key, value in tiny.sd_pipeline().components.items() if key != "image_encoder"}
+    pipe = tiny.quiet(kind(**parts, requires_safety_checker=False))
+    pipe.scheduler = as_scheduler(sampler, like=pipe)
+    told = {"video_length": 2, "num_inference_steps": 10, "t0": 4, "t1": 6, "height": 16, "width": 16}
+    made = pipe("a cat", generator=torch.Generator().manual_seed(0), output_type="latent", **told).images
+    assert made.shape == (2, 4, 8, 8) and torch.isfinite(torch.as_tensor(made)).all()
+
+
+def test_latent_consistency_pipelines_run() -> None:
+    """They decode what `step` calls denoised: at the last query the result, also of a multistep sampler."""
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
     pipe = tiny.sd_pipeline(
