@@ -101,7 +101,7 @@ def progress_bar(show: bool, title: str) -> Iterator[Callable[[float, int, float
 
     fields = ("step {task.fields[step]}", "{task.fields[rate]:.2f}/s", "loss {task.fields[loss]:.4f}")
     columns = (BarColumn(), *(TextColumn(field) for field in fields), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as bar:
+    with Progress(TextColumn("{task.description}", markup=False), *columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=1.0, step=0, rate=0.0, loss=math.nan)
         seen: deque[tuple[float, int]] = deque(maxlen=100)
 

@@ -253,7 +253,7 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
     for values in itertools.product(*choices.values()):
         asked = {**dict(zip(LISTED, values, strict=True)), **{key: tuple(value) for key, value in texts.items()}}
         _check(asked, where)
-        name = table["name"].strip()
+        name = " ".join(table["name"].split())
         if len(choices["model"]) > 1:
             name += f" {asked['model']}"
         if len(choices["sampler"]) > 1:
