@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput
+from ..errors import BadInput, NonFinite
 from ._quantizer import ACTS, fit, search
 from ._simulated import Simulated, simulated
 from ._units import Batch, ask
@@ -100,11 +101,16 @@ class Seen:
 
     def see(self, x: Tensor) -> None:
         """Look at one tensor."""
-        low, high = torch.aminmax(x)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        low, high = map(float, torch.aminmax(x))
+        self.low, self.high = (math.nan, math.nan) if math.isnan(low) else (min(self.low, low), max(self.high, high))
         flat = x.reshape(-1)
         index = torch.randint(len(flat), (min(self.share, len(flat)),), generator=self.generator)
         self.kept.append(flat[index.to(x.device)].float())
+
+    @property
+    def finite(self) -> bool:
+        """Whether nothing that was seen is NaN or infinity."""
+        return all(map(math.isfinite, (self.low, self.high))) and not any(bool(x.isnan().any()) for x in self.kept)
 
     def fitted(self, how: str) -> tuple[Tensor, Tensor]:
         """Scale and zero of the range, (1,)."""
@@ -148,6 +154,9 @@ def fit_activations(
     finally:
         for handle in handles:
             handle.remove()
+    for (name, _, _), each in seen.items():
+        if each.kept and not each.finite:
+            raise NonFinite(f"quantize: layer {name} is given NaN or infinity on the calibration samples")
     for name, layer in layers.items():
         for k, piece in enumerate(layer.pieces):
             fitted = [_of(seen, name, k, g, groups).fitted(how) for g in range(groups)]
