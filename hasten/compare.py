@@ -293,7 +293,7 @@ class Run:
         note = note if len(rows) < len(self.jobs) else ""
         images = {row["key"]: kept for row in rows if (kept := self.store.images(row["key"])) is not None}
         names = self.label if isinstance(self.label, list) else self.model.classes
-        heads = [names[k % len(names)] for k in range(SHOWN)] if names else []
+        heads = [" ".join(names[k % len(names)].split()) for k in range(SHOWN)] if names else []
         page = report.write(self.store.out, rows, images, heads, note)
         if show:
             from rich.console import Console

@@ -42,8 +42,10 @@ def floor(rows: Sequence[Row]) -> float | None:
 
 
 def method(row: Row) -> str:
-    """What rows of one colour share: the sampler's name, or that of another model than the comparison's own."""
-    return str(row["sampler"].split(":")[0] if row.get("model") is None else row["model"])
+    """What rows of one colour share: the sampler's name, or that of another model than the comparison's own. As a label
+    of matplotlib, to which $ begins a formula and _ hides an entry."""
+    name = str(row["sampler"].split(":")[0] if row.get("model") is None else row["model"]).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def measured(rows: Sequence[Row]) -> str | None:

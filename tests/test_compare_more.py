@@ -1,5 +1,4 @@
-"""Comparisons of models of prompts, of samples that are no images, against one's own images, in blocks of seeds, and
-with rows that fail."""
+"""Comparisons of models of prompts, of samples that are no images, in blocks of seeds, and with rows that fail."""
 
 from __future__ import annotations
 
@@ -17,21 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from hasten import compare as engine
-from hasten import jobs, meter, variants
+from hasten import jobs, meter
 from hasten.cli import main
 from hasten.compare import compare
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
-from hasten.metrics import evaluate_images
 from hasten.model import Model
-from hasten.reference_images import baseline, judge, of_images
 from hasten.schedules import VPCosine
 
-from .test_compare import Corner, tiny
+from .test_compare import tiny
 
 SMALL = """
 n = 10
@@ -221,83 +217,6 @@ def test_samples_that_are_no_images_have_rows_and_no_pictures(tmp_path: Path, sh
         run(model, tmp_path, SMALL.format(1.0), reference="fashion")
 
 
-# One's own images
-
-
-def pictures(folder: Path, count: int, size: int = 12, mode: str = "L") -> Path:
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    for k in range(count):
-        shape = (size, size) if mode == "L" else (size, size, 3)
-        Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8), mode).save(folder / f"{k:03d}.png")
-    return folder
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_own_images_are_a_reference_with_a_baseline_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, said = pictures(tmp_path / "real", 60), []
-    made = of_images(folder, Corner(), (1, 8, 8), said.append)
-    assert made.count == 60 and made.features == "corner" and len(said) == 1 and "60 images" in said[0]
-    assert made.floor_at("frechet", 30) is not None and made.floor_at("frechet", 10) is not None
-    again = of_images(folder, Corner(), (1, 8, 8), said.append)
-    assert len(said) == 1 and torch.allclose(again.mean, made.mean) and again.floor == made.floor
-    Image.new("L", (12, 12), 7).save(folder / "new.png")
-    assert of_images(folder, Corner(), (1, 8, 8), said.append).count == 61 and len(said) == 2
-    rows = run(tiny(), tmp_path, SMALL.format(1.0), reference=folder, features=Corner())
-    p = rows["less"]["protocol"]
-    assert rows["less"]["frechet"] > 0 and p["reference"] == "real, all split, 61 images" and p["features"] == "corner"
-    assert p["floors"]["frechet"] == pytest.approx(
-        of_images(folder, Corner(), (1, 8, 8), print).floor_at("frechet", 10)
-    )
-
-
-def test_the_baseline_is_one_half_against_the_other() -> None:
-    torch.manual_seed(0)
-    table = baseline(torch.randn(400, 4))["frechet"]
-    assert list(table) == [12, 25, 50, 100, 200]
-    assert table[12] > 3 * table[200] > 0  # falls with n
-    spread = baseline(torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 5]))["frechet"]
-    assert 0 < spread[200] < 2  # the halves are random ones
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_cannot_judge_is_one_line(tmp_path: Path) -> None:
-    folder, here = pictures(tmp_path / "real", 12), torch.device("cpu")
-    from hasten.ranks import Ranks
-
-    ranks = Ranks(here)
-    for reference, features, shape, message in [
-        (folder, None, (1, 8, 8), "give --features"),
-        (folder, "fashion", (3, 8, 8), "grey garments"),
-        ("fashion", "fashion", (3, 28, 28), "grey garments"),
-        (folder, Corner(), (1, 8, 8), "at least 20"),
-        ("fashion", Corner(), (1, 8, 8), "cannot judge against it"),
-        (None, "fashion", (1, 8, 8), "give --reference"),
-        (folder, "fasion", (1, 8, 8), "did you mean 'fashion'"),
-    ]:
-        with pytest.raises(BadInput, match=message):
-            judge(reference, features, shape, here, ranks)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compare_and_evaluate_agree_on_own_images(tmp_path: Path) -> None:
-    tiny().save(tmp_path / "m")
-    pictures(tmp_path / "real", 40)
-    told = ["--reference", tmp_path / "real", "--features", "fashion", "--runtime", "fp32", "--n", 10, "--json"]
-    (tmp_path / "set.toml").write_text(SMALL.format(1.0))
-    code, out, err = cli("compare", tmp_path / "m", "--variants", tmp_path / "set.toml", "--timing-batch", 1,
-                         "--out", tmp_path / "out", *told)  # fmt: skip
-    assert code == 0, err
-    assert "reference: 40 images of" in err and "too few for precision" in err
-    row = json.loads(out)[1]
-    code, out, err = cli("evaluate", tmp_path / "m", "--sampler", "ddim", "--steps", 2, "--times", row["times"], *told)
-    assert code == 0 and "reference: 40 images" not in err, err
-    found = json.loads(out)["measures"]
-    assert found["frechet"]["value"] == pytest.approx(row["frechet"], rel=1e-4)
-    assert found["frechet"]["floor"] == pytest.approx(row["protocol"]["floors"]["frechet"])
-    assert "precision" not in found and row["precision"] is None
-
-
 # Blocks of seeds
 
 
@@ -337,56 +256,6 @@ def test_runs_that_share_some_seeds_are_warned_of(tmp_path: Path, capsys: Any) -
     run(tiny(), tmp_path, SMALL.format(1.0), seed=5)
     said = capsys.readouterr().err
     assert "rows of seeds 0 to 9, this run has 5 to 14: they share some" in said and "10 to 19, this run" in said
-
-
-# The set of variants
-
-
-def test_what_a_variant_leaves_out_is_the_references() -> None:
-    data = {
-        "prompts": ["a"],
-        "reference": {"sampler": "unipc:order=3", "times": "karras", "steps": 8, "guidance_scale": 3.0},
-        "variant": [
-            {"name": "steps", "steps": [2, 4]}, {"name": "other", "sampler": "ddim"}, {"name": "scale", "guidance_scale": 1.0},
-            {"name": "student", "model": "fashion_student", "steps": 4}, {"name": "its own", "model": "fashion_student"},
-            {"name": "its times", "model": "fashion_student", "times": "uniform", "steps": 2},
-        ],
-    }  # fmt: skip
-    found = {v.name: (v.sampler, v.times, v.steps, v.guidance_scale) for v in variants.parse(data).variants}
-    assert found == {
-        "steps, 2 steps": ("unipc:order=3", "karras", 2, 3.0), "steps, 4 steps": ("unipc:order=3", "karras", 4, 3.0),
-        "other": ("ddim", "karras", 8, 3.0), "scale": ("unipc:order=3", "karras", 8, 1.0),
-        "student": ("", "", 4, 3.0), "its own": ("", "", 0, 3.0), "its times": ("", "uniform", 2, 3.0),
-    }  # fmt: skip
-    assert len({v.method for v in variants.parse(data).variants}) == 7
-    assert variants.parse(data).prompts == ("a",)
-
-
-@pytest.mark.parametrize(
-    ("table", "said"),
-    [
-        ({"name": "x", "sampelr": "ddim"}, "unknown key 'sampelr': did you mean 'sampler'"),
-        ({"name": "x", "model": "m", "steps": 2.5}, "steps must be a whole number"),
-        ({"name": "x", "model": "m", "times": "unifrom"}, "did you mean 'uniform'"),
-        ({"name": "x"}, "it is the reference again"),
-        ({"name": "x", "guidance_scale": float("nan")}, "guidance_scale must be a number"),
-        ({"name": "x", "steps": True}, "steps must be a whole number"),
-    ],
-)
-def test_what_a_table_cannot_say_is_one_line(table: dict[str, Any], said: str) -> None:
-    with pytest.raises(BadInput, match=said):
-        variants.parse({"reference": {"sampler": "ddim", "steps": 4}, "variant": [table]})
-
-
-def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "variants.md").read_text()
-    blocks = [part.partition("```")[0] for part in page.split("```toml\n")[1:]]
-    assert len(blocks) >= 2
-    for block in blocks:
-        (tmp_path / "set.toml").write_text(block)
-        assert variants.read(tmp_path / "set.toml").variants
-    for key in (*variants.KEYS, "n", "rounds", "prompts"):
-        assert f"`{key}`" in page, key
 
 
 # Progress and stops
@@ -435,8 +304,3 @@ def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130 and "1 of 2 rows are kept in" in errors.splitlines()[-1], errors
     assert "1 of 2 rows have finished" in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_evaluate_images_on_the_device_of_the_network() -> None:
-    images = torch.zeros(12, 1, 28, 28)
-    assert set(evaluate_images(images, bootstrap=0)) >= {"frechet", "kid"}

@@ -182,6 +182,27 @@ def test_large_finite_numbers_pass() -> None:
     assert finite.is_finite(torch.empty(0)) and finite.is_finite(torch.arange(3))
 
 
+def test_quantize_names_the_layer_that_is_given_nan_in_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hasten.accelerators import Ahead
+    from hasten.accelerators.quantize import Quantize
+
+    model = tiny()
+    x, t, cond = model.calls(2, 0, steps=2)[0]
+    with pytest.raises(NonFinite, match="quantize: layer conv_in is given NaN"):
+        calls = [(torch.full_like(x, math.nan), t, cond)]
+        Quantize(images=1, steps=1, keep=()).apply(model.denoiser, Ahead(None, lambda n, seed: calls))
+    with pytest.raises(NonFinite, match="quantize: the tensor conv_in.weight"):
+        Quantize(images=1, steps=1).apply(broken().denoiser, Ahead(None, lambda n, seed: [(x, t, cond)]))
+
+
+def test_a_damaged_reference_is_refused(tmp_path: Path) -> None:
+    known = make_reference(torch.randn(300, 3), "n", "all", "x")
+    known.mean[1] = math.nan
+    save_reference(known, tmp_path)
+    with pytest.raises(NonFinite, match="statistics mean"):
+        reference(tmp_path)
+
+
 # Pictures
 
 

@@ -293,3 +293,16 @@ def test_the_table_has_a_line_a_row_and_marks_the_front(rows: list[dict[str, Any
             assert line[1:].lstrip().startswith(r["name"])
             assert f"{r['frechet']:.2f}" in line
         assert [line[0] for line in lines[1:]].count("*") == 4
+
+
+def test_names_are_text_to_every_library(
+    rows: list[dict[str, Any]], images: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    names = ["a$b", "runs/$x^$", "_hidden", "[/red]", "<b>", "{{ 1 }}", "名前", "%s"]
+    made = [{**r, "name": name, "model": name} for r, name in zip(rows, names, strict=True)]
+    made[0] |= {"model": None}
+    text = report.write(tmp_path, made, images, ["$", "[b]", *"cdefghij"]).read_text()
+    assert Page(text).open == [] and "{{ 1 }}" in text and "&lt;b&gt;" in text
+    figure = plots.plot(made)
+    assert figure is not None
+    assert {t.get_text().strip() for t in figure.legends[0].get_texts()} >= {r"runs/\$x^\$", "_hidden", "[/red]"}

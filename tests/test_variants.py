@@ -82,3 +82,50 @@ def test_guidance_without_classes_is_refused_before_anything_runs(run: Any, tmp_
 def test_bad_numbers(run: Any, wrong: dict[str, int]) -> None:
     with pytest.raises(BadInput, match=next(iter(wrong))):
         run(**wrong)
+
+
+def test_what_a_variant_leaves_out_is_the_references() -> None:
+    data = {
+        "prompts": ["a"],
+        "reference": {"sampler": "unipc:order=3", "times": "karras", "steps": 8, "guidance_scale": 3.0},
+        "variant": [
+            {"name": "steps", "steps": [2, 4]}, {"name": "other", "sampler": "ddim"}, {"name": "scale", "guidance_scale": 1.0},
+            {"name": "student", "model": "fashion_student", "steps": 4}, {"name": "its own", "model": "fashion_student"},
+            {"name": "its times", "model": "fashion_student", "times": "uniform", "steps": 2},
+        ],
+    }  # fmt: skip
+    found = {v.name: (v.sampler, v.times, v.steps, v.guidance_scale) for v in variants.parse(data).variants}
+    assert found == {
+        "steps, 2 steps": ("unipc:order=3", "karras", 2, 3.0), "steps, 4 steps": ("unipc:order=3", "karras", 4, 3.0),
+        "other": ("ddim", "karras", 8, 3.0), "scale": ("unipc:order=3", "karras", 8, 1.0),
+        "student": ("", "", 4, 3.0), "its own": ("", "", 0, 3.0), "its times": ("", "uniform", 2, 3.0),
+    }  # fmt: skip
+    assert len({v.method for v in variants.parse(data).variants}) == 7
+    assert variants.parse(data).prompts == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"name": "x", "sampelr": "ddim"}, "unknown key 'sampelr': did you mean 'sampler'"),
+        ({"name": "x", "model": "m", "steps": 2.5}, "steps must be a whole number"),
+        ({"name": "x", "model": "m", "times": "unifrom"}, "did you mean 'uniform'"),
+        ({"name": "x"}, "it is the reference again"),
+        ({"name": "x", "guidance_scale": float("nan")}, "guidance_scale must be a number"),
+        ({"name": "x", "steps": True}, "steps must be a whole number"),
+    ],
+)
+def test_what_a_table_cannot_say_is_one_line(table: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        variants.parse({"reference": {"sampler": "ddim", "steps": 4}, "variant": [table]})
+
+
+def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "variants.md").read_text()
+    blocks = [part.partition("```")[0] for part in page.split("```toml\n")[1:]]
+    assert len(blocks) >= 2
+    for block in blocks:
+        (tmp_path / "set.toml").write_text(block)
+        assert variants.read(tmp_path / "set.toml").variants
+    for key in (*variants.KEYS, "n", "rounds", "prompts"):
+        assert f"`{key}`" in page, key

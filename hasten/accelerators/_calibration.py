@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput
+from ..errors import BadInput, NonFinite
 from ._quantizer import ACTS, fit, search
 from ._simulated import Simulated, simulated
 from ._units import Batch, ask
@@ -108,6 +108,12 @@ class Seen:
         index = torch.randint(len(flat), (min(self.share, len(flat)),), generator=self.generator)
         self.kept.append(flat[index.to(x.device)].float())
 
+    @property
+    def finite(self) -> bool:
+        """Whether nothing that was seen is NaN or infinity."""
+        assert self.low is not None and self.high is not None
+        return bool(torch.isfinite(torch.stack([self.low, self.high])).all())  # which are NaN where any value is
+
     def fitted(self, how: str) -> tuple[Tensor, Tensor]:
         """Scale and zero of the range, (1,)."""
         values = torch.cat(self.kept)[None]
@@ -151,6 +157,9 @@ def fit_activations(
     finally:
         for handle in handles:
             handle.remove()
+    for (name, _, _), each in seen.items():
+        if each.kept and not each.finite:
+            raise NonFinite(f"quantize: layer {name} is given NaN or infinity on the calibration samples")
     for name, layer in layers.items():
         for k, piece in enumerate(layer.pieces):
             fitted = [_of(seen, name, k, g, groups).fitted(how) for g in range(groups)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, nearest
+from ..finite import check_weights
 from ..nets.quantized import exchange
 from ._bias import correct_biases
 from ._calibration import Samples, fit_activations
@@ -72,6 +73,7 @@ class Work:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_weights(self.denoiser.net, "quantize")
         self.float = self.denoiser.replace(net=shadow(self.denoiser.net))
         self.traced: Traced = trace(self.float, self.float.net, self.samples.rows(torch.arange(1)))
         chosen = kept_out(self.denoiser.net, self.traced.layers, self.keep)

@@ -21,7 +21,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "encode_guidance_scale": (-1e6, 1e6), "encode_steps": (1, COUNT), "decode_steps": (1, COUNT),
     "iterations": (0, LARGE), "size": (1, 2**16), "channels": (1, 4), "blocks": (1, 1000), "patch": (1, 2**12),
     "accumulate": (1, COUNT), "lr": (1e-12, 1e3), "label_drop": (0, 1), "minutes": (1e-9, 1e7),
-    "evaluations": (1, 1e30), "weights": (4, 8), "acts": (0, 8), "rank": (0, 2**16), "groups": (1, 1000),
+    "evaluations": (1, 1e30), "weights": (1, 64), "acts": (0, 64), "rank": (0, 2**16), "groups": (1, 1000),
     "eight": (0, 1), "images": (1, COUNT), "spread": (1, COUNT), "opset": (1, 1000),
     "train.steps": (1, LARGE), "distill.steps": (1, LARGE), "quantize.iterations": (1, LARGE),
 }  # fmt: skip
@@ -76,6 +76,8 @@ def read(text: str, kind: type, low: float = -math.inf, high: float = math.inf, 
     value = kind(text)
     if kind is float and not math.isfinite(value):
         raise OutOfRange(f"{name} must be a finite number of {number(low)} to {number(high)}, got {given}")
+    if value < low and 0 < low < 1e-6:
+        raise OutOfRange(f"{name} must be positive, {what} of at most {number(high)}, got {given}")
     if value < low:
         raise OutOfRange(f"{name} must be {what} of at least {number(low)}, got {given}")
     if value > high:

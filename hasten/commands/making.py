@@ -94,6 +94,8 @@ def sample(
         )
     chosen = label_list(loaded, label)
     labels = loaded.labels(n, chosen)
+    if loaded.conditioning is not None and label is None and ranks.first:
+        warn(f"{loaded.name} takes a prompt and is given none: --label TEXT is what to draw; the empty prompt is used")
     asked: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
     asked["accelerators"] = tuple(accelerate or ())
     size = min(n, batch_size)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
+from hasten.errors import BadInput, NonFinite, nearest
 from hasten.files import write_whole
 
 from .frechet import moments
@@ -125,6 +125,8 @@ def reference(which: str | Path) -> Reference:
         raise BadInput(f"no reference statistics {str(which)!r}: not a folder; {nearest(str(which), BUNDLED)}")
     card = _read_card(folder)
     tensors = load_tensors(folder, "reference")
+    if bad := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
+        raise NonFinite(f"{folder / 'reference.safetensors'}: the statistics {bad[0]} hold NaN or infinity")
     try:
         r = card["reference"]
         floor = {m: {int(n): float(v) for n, v in t.items()} for m, t in r["floor"].items()}

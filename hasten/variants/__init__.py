@@ -184,9 +184,11 @@ def parse(
     """A set from the mapping that its TOML holds; `source` begins each error."""
     top = ("reference", "variant", "n", "rounds", "prompts")
     _known(data, top, source)
-    for key, least in (("n", 10), ("rounds", 1)):
+    for key, least, most in (("n", 10, 10**8), ("rounds", 1, 10**4)):
         if key in data and (type(data[key]) is not int or data[key] < least):
             raise BadInput(f"{source}: {key} must be a whole number from {least}, got {data[key]!r}")
+        if data.get(key, 0) > most:
+            raise BadInput(f"{source}: {key} must be a whole number of at most {most}, got {data[key]!r}")
     prompts = data.get("prompts", [])
     if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
         raise BadInput(f"{source}: prompts must be a list of texts, got {prompts!r}")
@@ -253,7 +255,7 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
     for values in itertools.product(*choices.values()):
         asked = {**dict(zip(LISTED, values, strict=True)), **{key: tuple(value) for key, value in texts.items()}}
         _check(asked, where)
-        name = table["name"].strip()
+        name = " ".join(table["name"].split())
         if len(choices["model"]) > 1:
             name += f" {asked['model']}"
         if len(choices["sampler"]) > 1:
@@ -295,6 +297,8 @@ def _check(asked: Mapping[str, Any], where: str) -> None:
     free = asked["plan"] is not None or (own and asked["steps"] is None)
     if not free and (type(asked["steps"]) is not int or asked["steps"] < 1):
         raise BadInput(f"{where}: steps must be a whole number from 1, got {asked['steps']!r}")
+    if (asked["steps"] or 0) > 10**6:
+        raise BadInput(f"{where}: steps must be a whole number of at most 1000000, got {asked['steps']}")
     scale = asked["guidance_scale"]
     if type(scale) not in (int, float) or not 0 <= scale < float("inf"):
         raise BadInput(f"{where}: guidance_scale must be a number from 0 (1: no guidance), got {scale!r}")
