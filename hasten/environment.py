@@ -94,10 +94,10 @@ def cache_folder() -> Path:
         base = os.path.join(home, ".cache") if os.path.isabs(home) and home != os.sep else ""
     if base:
         return Path(base) / "hasten"
-    own = os.getuid() if hasattr(os, "getuid") else 0
-    place = Path(tempfile.gettempdir()) / f"hasten-{own}"
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    place = Path(tempfile.gettempdir()) / f"hasten-{user}"
     with contextlib.suppress(OSError):
-        if hasattr(os, "getuid") and place.lstat().st_uid != own:  # somebody else's
+        if hasattr(os, "getuid") and place.lstat().st_uid != user:  # somebody else's
             return place.with_name(f"{place.name}-{os.getpid()}")
     return place
 

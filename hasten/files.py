@@ -213,7 +213,7 @@ def locked(folder: str | Path, wait: float = 0.0) -> Iterator[None]:
 def _acquire(folder: Path) -> int | None:
     """The open lock file of a folder, locked; None where another process has it."""
     file = folder / LOCK
-    while True:
+    for _ in range(100):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -224,17 +224,26 @@ def _acquire(folder: Path) -> int | None:
         got = try_lock(descriptor)
         if got is None:
             got = not _alive(_read_owner(file))
-        with contextlib.suppress(OSError):
-            if got and os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                from .company import home
-
-                os.ftruncate(descriptor, 0)
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                os.write(descriptor, json.dumps({"pid": os.getpid(), "home": home()}).encode())
-                return descriptor
+        same = False
+        with contextlib.suppress(OSError):  # it too was removed meanwhile
+            same = os.path.samestat(os.fstat(descriptor), os.stat(file))
+        if got and same:
+            _write_owner(descriptor)
+            return descriptor
         os.close(descriptor)
         if not got:
             return None
+    raise BadInput(f"cannot lock {file}")
+
+
+def _write_owner(descriptor: int) -> None:
+    """Write into the lock file who holds it; on a full disk it stays empty."""
+    from .company import home
+
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "home": home()}).encode())
 
 
 def _read_owner(file: Path) -> dict[str, Any]:

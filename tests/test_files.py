@@ -144,6 +144,15 @@ def test_where_files_cannot_be_locked_the_lock_file_says_who_lives(
         pass
 
 
+def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.write", full)
+    with files.locked(tmp_path):
+        assert (tmp_path / files.LOCK).read_bytes() == b""
+
+
 def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), files.locked(tmp_path / "a" / "b" / "c"):
         raise ZeroDivisionError

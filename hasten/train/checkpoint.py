@@ -151,6 +151,8 @@ def trim_log(path: Path, step: int) -> None:
     """Drop what was logged after `step`, so that a resumed run repeats no line, and lines that were cut short."""
     if not path.is_file():
         return
+    if any("step" not in line for line in read_json_lines(path)):
+        raise BadInput(f"{path} is no log of a training: write to another folder, or remove it")
     text = "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step)
     if text.encode() != path.read_bytes():
         with writing(path):

@@ -315,3 +315,48 @@ def test_no_two_processes_and_steps_draw_the_same() -> None:
     torch.manual_seed(0)
     first = [torch.randn(2, generator=torch.Generator().manual_seed(s)).tolist() for s in seeds]
     assert len({tuple(pair) for pair in first}) == len(seeds)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_the_learning_rate_follows_the_schedule(tmp_path: Path, optimiser: str) -> None:
+    """With a constant gradient each step of Adam is its learning rate: the way is the sum of the rates."""
+    module = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    module = nn.Sequential(module, nn.LayerNorm(1))
+    norm = module[1]
+    nn.init.zeros_(norm.weight)
+    fit = Fit(steps=20, warmup=5, clip=None, tensorboard=False)
+    p = Player("net", module, lambda b: norm.weight.sum() + 0 * module[0].weight.sum(), lr=0.01, weight_decay=0.0,
+               optimiser=optimiser)  # fmt: skip
+    fit([p], Batches(data(), 4), tmp_path)
+    rates = [fit.rate(k, k / 20) for k in range(20)]
+    assert float(norm.weight.detach()) == pytest.approx(-0.01 * sum(rates), rel=1e-4)
+    assert min(rates[-3:]) < 0.1 < max(rates) and rates[0] == pytest.approx(0.2)
+    assert [line["lr_factor"] for line in read_log(tmp_path / "log.jsonl")][-1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_matmul_precision_and_layout_are_used_in_training_and_put_back(tmp_path: Path) -> None:
+    module, seen = nn.Conv2d(1, 4, 3, padding=1), []
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        last = batch["x"].is_contiguous(memory_format=torch.channels_last)
+        weights = module.weight.stride() == module.weight.contiguous(memory_format=torch.channels_last).stride()
+        seen.append((torch.get_float32_matmul_precision(), last and weights, module(batch["x"]).dtype))
+        return module(batch["x"]).square().mean()
+
+    pixels = Data.of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
+    module = nn.Conv2d(3, 4, 3, padding=1)
+    before = torch.get_float32_matmul_precision()
+    for precision, expected in (
+        ("fp32", ("highest", False, torch.float32)),
+        ("fp32+high+channels_last", ("high", True, torch.float32)),
+        ("bf16+medium", ("medium", False, torch.bfloat16)),
+    ):
+        module.to(memory_format=torch.contiguous_format)
+        seen.clear()
+        fit = Fit(steps=1, precision=precision, tensorboard=False)
+        fit([Player("net", module, loss)], Batches(pixels, 4), tmp_path / precision)
+        assert seen == [expected]
+        assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(BadInput, match="unknown part 'hihg'"):
+        Fit(steps=1, precision="fp32+hihg")

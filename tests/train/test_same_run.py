@@ -1,4 +1,4 @@
-"""A training goes on with the same data and settings only, and applies the ones that it was given."""
+"""A training goes on with the same data and settings only, and does not end with one damaged image."""
 
 from __future__ import annotations
 
@@ -16,83 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 import hasten
-from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
-from hasten.train.checkpoint import read_log, saved_run
-from hasten.train.data import Batches, Data, open_data
+from hasten.train.checkpoint import saved_run
+from hasten.train.data import Batches, open_data
 from hasten.train.ema import Ema
 from hasten.train.fingerprint import describe_data
 from hasten.train.fit import Fit, Player
-from hasten.train.losses import DenoisingLoss, narrowed, stratified
+from hasten.train.losses import narrowed, stratified
 from hasten.train.transfer import moved, prefetch
-from hasten.training import train_model
-
-
-def images(n: int = 12, seed: int = 0, side: int = 8) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 1, side, side), dtype=torch.uint8, generator=g)
-
-
-def data(n: int = 12, classes: tuple[str, ...] | None = ("a", "b", "c"), **changes: Any) -> Data:
-    labels = torch.arange(n) % len(classes) if classes else None
-    return Data.of(changes.get("pixels", images(n)), labels, classes)
-
-
-def trained(out: Path, source: Data | Path | None = None, **options: Any) -> hasten.Model:
-    asked = {"steps": 2, "widths": (8,), "patch": 1, "batch_size": 4, "runtime": "fp32", "device": "cpu", "show": False}
-    return train_model(data() if source is None else source, out, **{**asked, **options})
-
-
-def vector(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
-
-
-# ---- the schedule, the precision and the layout are applied ----
-
-
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_the_learning_rate_follows_the_schedule(tmp_path: Path, optimiser: str) -> None:
-    """With a constant gradient each step of Adam is its learning rate: the way is the sum of the rates."""
-    module = nn.Linear(4, 1, bias=False)
-    nn.init.zeros_(module.weight)
-    module = nn.Sequential(module, nn.LayerNorm(1))
-    norm = module[1]
-    nn.init.zeros_(norm.weight)
-    fit = Fit(steps=20, warmup=5, clip=None, tensorboard=False)
-    p = Player("net", module, lambda b: norm.weight.sum() + 0 * module[0].weight.sum(), lr=0.01, weight_decay=0.0,
-               optimiser=optimiser)  # fmt: skip
-    fit([p], Batches(data(classes=None), 4), tmp_path)
-    rates = [fit.rate(k, k / 20) for k in range(20)]
-    assert float(norm.weight.detach()) == pytest.approx(-0.01 * sum(rates), rel=1e-4)
-    assert min(rates[-3:]) < 0.1 < max(rates) and rates[0] == pytest.approx(0.2)
-    assert [line["lr_factor"] for line in read_log(tmp_path / "log.jsonl")][-1] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_matmul_precision_and_layout_are_used_in_training_and_put_back(tmp_path: Path) -> None:
-    module, seen = nn.Conv2d(1, 4, 3, padding=1), []
-
-    def loss(batch: dict[str, Tensor]) -> Tensor:
-        last = batch["x"].is_contiguous(memory_format=torch.channels_last)
-        weights = module.weight.stride() == module.weight.contiguous(memory_format=torch.channels_last).stride()
-        seen.append((torch.get_float32_matmul_precision(), last and weights, module(batch["x"]).dtype))
-        return module(batch["x"]).square().mean()
-
-    pixels = Data.of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
-    module = nn.Conv2d(3, 4, 3, padding=1)
-    before = torch.get_float32_matmul_precision()
-    for precision, expected in (
-        ("fp32", ("highest", False, torch.float32)),
-        ("fp32+high+channels_last", ("high", True, torch.float32)),
-        ("bf16+medium", ("medium", False, torch.bfloat16)),
-    ):
-        module.to(memory_format=torch.contiguous_format)
-        seen.clear()
-        fit = Fit(steps=1, precision=precision, tensorboard=False)
-        fit([Player("net", module, loss)], Batches(pixels, 4), tmp_path / precision)
-        assert seen == [expected]
-        assert torch.get_float32_matmul_precision() == before
-    with pytest.raises(BadInput, match="unknown part 'hihg'"):
-        Fit(steps=1, precision="fp32+hihg")
+from tests.test_training import data, images, trained
 
 
 def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,93 +42,6 @@ def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: py
     assert moved == [torch.float32] and float(u.max()) < 1
     assert float(narrowed(torch.tensor(1 - 1e-12, dtype=torch.float64), torch.device("mps"), below=1.0)) < 1
     assert stratified(4).dtype == torch.float64
-
-
-# ---- train_model does what it was asked ----
-
-
-def test_the_averaged_weights_are_saved(tmp_path: Path) -> None:
-    model = trained(tmp_path, steps=12, lr=0.05)
-    saved = torch.load(tmp_path / "checkpoint.pt")["players"]["model"]
-    own = hasten.load(tmp_path).denoiser.state_dict()
-    assert all(torch.equal(own[key], saved["ema"][key]) for key in own)
-    assert any(not torch.equal(own[key], saved["module"][key]) for key in own)
-    assert torch.equal(vector(model.denoiser), vector(hasten.load(tmp_path).denoiser))
-
-
-def test_the_first_step_is_as_long_as_the_learning_rate_says(tmp_path: Path) -> None:
-    """Adam's first step is `rate lr sign(g)`, the decay is `rate lr weight_decay w`: both proportional to lr."""
-    start, once, twice = (
-        vector(trained(tmp_path / str(lr), steps=1, lr=lr).denoiser) for lr in (1e-12, 0.02, 0.04)
-    )  # fmt: skip
-    assert (once - start).abs().max() == pytest.approx(0.02 / 200, rel=0.1)
-    assert torch.allclose(twice - start, 2 * (once - start), atol=1e-6)
-
-
-def test_the_seed_is_that_of_the_weights_and_of_the_order(tmp_path: Path) -> None:
-    order: list[list[int]] = []
-    pixels = images()
-
-    def fetch(indices: list[int]) -> Tensor:
-        order.append(indices)
-        return pixels[indices]
-
-    made = []
-    for seed in (0, 3):
-        source = Data(12, (1, 8, 8), fetch)
-        made.append(vector(trained(tmp_path / str(seed), source, seed=seed, lr=1e-12).denoiser))
-        expected = [Batches(source, 4, seed=seed).indices(k).tolist() for k in range(2)]
-        assert order[-2:] == expected
-    assert order[-2:] != order[1:3]
-    assert not torch.allclose(made[0], made[1])
-
-
-def test_images_are_mirrored_where_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tensor] = []
-
-    class Seen(DenoisingLoss):
-        def __call__(self, denoiser: Denoiser, batch: dict[str, Tensor]) -> Tensor:
-            seen.append(batch["x"][:, 0, 0, 0] > 0)
-            return super().__call__(denoiser, batch)
-
-    monkeypatch.setattr("hasten.training.DenoisingLoss", Seen)
-    pixels = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
-    pixels[..., :4] = 255
-    for flip in (False, True):
-        seen.clear()
-        trained(tmp_path / str(flip), data(32, pixels=pixels), steps=1, batch_size=32, flip=flip)
-        assert 0 < int((~seen[0]).sum()) < 32 if flip else bool(seen[0].all())
-
-
-@pytest.mark.parametrize(("drop", "low", "high"), [(0.0, 0, 0), (0.5, 8, 56), (1.0, 64, 64)])
-def test_labels_are_dropped_at_the_rate_that_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop: float, low: int, high: int
-) -> None:
-    seen: list[Tensor] = []
-    raw = Denoiser.raw
-
-    def spy(self: Denoiser, x_t: Tensor, t: Any, **cond: Any) -> Tensor:
-        seen.append(cond["label"].clone())
-        return raw(self, x_t, t, **cond)
-
-    monkeypatch.setattr(Denoiser, "raw", spy)
-    model = trained(tmp_path, data(64), steps=1, batch_size=64, label_drop=drop)
-    assert len(seen) == 1
-    assert low <= int((seen[0] == 3).sum()) <= high
-    # a null label that was never trained must not be what guidance starts from
-    assert model.denoiser.null_label == (3 if drop else None)
-    assert model.guidance_scale == (1.5 if drop else 1.0)
-    again = hasten.load(tmp_path)
-    assert (again.denoiser.null_label, again.guidance_scale) == (model.denoiser.null_label, model.guidance_scale)
-    assert again.sample(2, steps=1).shape == (2, 1, 8, 8)
-    if not drop:
-        with pytest.raises(BadInput):
-            again.sample(2, steps=1, guidance_scale=2.0)
-
-
-def test_a_model_without_classes_has_no_null_label(tmp_path: Path) -> None:
-    model = trained(tmp_path, data(classes=None))
-    assert model.denoiser.null_label is None and model.guidance_scale == 1.0 and model.card["label_drop"] == 0.0
 
 
 # ---- other data and settings are refused ----
