@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -260,6 +262,19 @@ def data_uri(picture: Image) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
+def quiet(make: Callable[..., Path]) -> Callable[..., Path]:
+    """Without matplotlib's warning of every letter that its font lacks: the table has the names."""
+
+    @functools.wraps(make)
+    def run(*arguments: Any, **options: Any) -> Path:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            return make(*arguments, **options)
+
+    return run
+
+
+@quiet
 def write(
     out: Path, rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[str] = (), note: str = ""
 ) -> Path:

@@ -295,6 +295,7 @@ def test_the_table_has_a_line_a_row_and_marks_the_front(rows: list[dict[str, Any
         assert [line[0] for line in lines[1:]].count("*") == 4
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_are_text_to_every_library(
     rows: list[dict[str, Any]], images: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
