@@ -166,7 +166,7 @@ def evaluate(
     loaded = open_shared(model, ranks)
     if loaded.conditioning is not None and texts is None and isinstance(label, str):
         texts = [label]  # as for sample, whose label is the prompt
-    chosen: Any = given_prompts(loaded, texts, "the command") or label
+    chosen: Any = given_prompts(loaded, texts, "the command") or label_list(loaded, label)
     asked = reference or loaded.card.get("reference")
     if asked is None:
         raise BadInput(f"{loaded.name} names no reference: give --reference, such as a folder of real images")

@@ -284,7 +284,7 @@ def notes(distiller: Any, denoiser: nn.Module, batch_size: int, parts: int) -> l
         lines.append(
             f"{type(distiller).__name__.lower()} compares samples, in which the error of a network that predicts eps "
             f"is {grown:.3g} times as large at the noisy end: its students may be much worse than those of "
-            "progressive, tract, guided or reflow"
+            "progressive, tract or guided"
         )
     return lines
 

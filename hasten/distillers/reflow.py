@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class ReFlow:
     steps: int = 1
     loss: str = "l2"
     lr: float = 3e-4
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value, known in (("coupling", self.coupling, COUPLINGS), ("loss", self.loss, LOSSES)):
