@@ -255,8 +255,8 @@ class Model:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
             raise BadInput(f"guidance_scale must be a finite number, got {scale!r}")
-        if hasattr(self.conditioning, "guidance"):
-            scale = self.conditioning.guidance(scale)
+        if self.conditioning is not None and self.denoiser.guidance_range is None:
+            scale = max(scale, 1)  # as in pipelines, where 1 or less is none and turbo models are published with 0
         unguided = self.classes is None and self.conditioning is None
         if scale != 1 and unguided and self.denoiser.guidance_range is None:
             raise BadInput(f"{self.name} has no classes to guide towards: guidance_scale must be 1, got {scale:g}")

@@ -113,7 +113,9 @@ def test_a_comparison_of_accelerators_on_a_pipelines_folder(tmp_path: Path) -> N
 
     pipelines.sd_pipeline().save_pretrained(tmp_path / "pipe")
     (tmp_path / "set.toml").write_text(SET.replace('times = "', 'times = "uniform:start=0.999" # "'))
-    rows = compare(tmp_path / "pipe", tmp_path / "set.toml", out=tmp_path / "out", runtime="fp32", show=False)
+    rows = compare(
+        tmp_path / "pipe", tmp_path / "set.toml", out=tmp_path / "out", runtime="fp32", show=False, prompts=["a cat"]
+    )
     by = {row["name"]: row for row in rows}
     assert by["plain"]["nfe"] == by["cached"]["nfe"] == by["both"]["nfe"] and by["plain"]["frechet"] is None
     assert 10 < by["cached"]["psnr"] < 100 and 10 < by["both"]["psnr"] < 100

@@ -68,13 +68,14 @@ def test_numbers_of_data_are_indices_of_named_classes(fashion: Model, tmp_path: 
 
 
 def test_the_command_takes_names_that_are_numbers_or_hold_commas(tmp_path: Path) -> None:
-    rows = []
+    rows, source = [], tmp_path / "data"
+    source.mkdir()
     for name, value in (("1", 0), ("2", 40), ("3", 80)):
-        Image.new("L", (8, 8), value).save(tmp_path / f"{value}.png")
+        Image.new("L", (8, 8), value).save(source / f"{value}.png")
         rows.append(f'{value}.png,"{name}, x"' if name == "3" else f"{value}.png,{name}")
-    (tmp_path / "labels.csv").write_text("file,label\n" + "\n".join(rows))
+    (source / "labels.csv").write_text("file,label\n" + "\n".join(rows))
     small = ("--widths", "16,16", "--patch", 1, "--batch-size", 2)
-    assert main([str(w) for w in ("train", tmp_path, "--out", tmp_path / "m", *FAST, *small)]) == 0
+    assert main([str(w) for w in ("train", source, "--out", tmp_path / "m", *FAST, *small)]) == 0
     for label, index in (("1", "0,0"), ("2,1", "1,0"), ("3, x", "2,2"), ("3, x,2", "2,1")):
         words = ("sample", tmp_path / "m", "--n", 2, "--label", label, "--out", tmp_path / "x.png", *FAST)
         assert main([str(w) for w in words]) == 0

@@ -96,12 +96,6 @@ class Prompts:
             "the pipeline itself, with hasten.as_scheduler(...) or hasten.accelerate(pipe, ...)"
         )
 
-    @staticmethod
-    def guidance(scale: float) -> float:
-        """What a guidance scale means: as in the pipelines, 1 or less is none, and the prompt alone (turbo models say
-        0)."""
-        return max(float(scale), 1.0)
-
 
 class Latents:
     """An image autoencoder of `diffusers`: image in [-1, 1] = decode(z / scaling + shift).

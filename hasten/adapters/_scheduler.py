@@ -123,7 +123,7 @@ def scheduler_class() -> type:
             self.hasten_schedule = schedule
             self.reading = Reading(schedule, PREDICTIONS[told], num_train_timesteps)
             self.plan = None if plan is None else usable(Plan.from_json(plan))
-            if self.plan is not None:
+            if self.plan is not None and not self.config.use_dynamic_shifting:  # else `_shift` knows, with the size
                 self.plan.check_schedule(schedule)
             self.sampler = pick("samplers", sampler)
             if self.plan is None and not self.sampler.linear:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,6 @@ class Batches:
         self.data, self.batch_size, self.seed, self.start_step = data, batch_size, seed, start_step
         self.rank, self.world, self.flip = rank, world, flip
         self._order: tuple[int, Tensor] | None = None
-        self.unreadable: set[int] = set()
 
     def _generator(self, k: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + k) % 2**63)
@@ -183,36 +181,12 @@ class Batches:
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         share = self.batch_size // self.world
         part = slice(self.rank * share, (self.rank + 1) * share)
-        indices, images = self._readable(self.indices(step)[part])
-        x = to_float(images)
+        indices = self.indices(step)[part]
+        x = to_float(self.data.images(indices))
         if self.flip:
             mirrored = torch.rand(self.batch_size, generator=self._generator(FLIPS + step))[part] < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         return {"x": x} if self.data.labels is None else {"x": x, "label": self.data.labels[indices]}
-
-    def _readable(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images of the asked indices. Of data that is decoded on demand, a damaged file does not end a long run: the
-        next image that can be read takes its place, with a warning, while those are fewer than 1 in 100 (or 10)."""
-        try:
-            return indices, self.data.images(indices)
-        except BadInput:
-            if not self.data.lazy:
-                raise
-        n, rows, found = len(self.data), [], []
-        for index in indices.tolist():
-            for k in (number % n for number in range(index, index + n)):
-                if k in self.unreadable:
-                    continue
-                try:
-                    found.append(self.data.images([k]))
-                    rows.append(k)
-                    break
-                except BadInput as e:
-                    self.unreadable.add(k)
-                    if len(self.unreadable) > min(max(10, n // 100), n - 1):
-                        raise BadInput(f"{len(self.unreadable)} images of {n} cannot be read, the last: {e}") from e
-                    warnings.warn(f"{e}; the next image takes its place in training", stacklevel=2)
-        return torch.tensor(rows), torch.cat(found)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         step = self.start_step

@@ -250,7 +250,7 @@ class Fit:
                 done = self.progress(state.step, state.seconds)
                 if state.step // self.log_steps > meter.logged // self.log_steps or done >= 1 or stop:
                     line = meter.line(state.step, state.seconds, self.rate(state.step, done))
-                    if unreadable := set().union(*(getattr(part, "unreadable", ()) for part in parts)):
+                    if unreadable := getattr(getattr(batches, "data", None), "unreadable", None):
                         line["unreadable"] = len(unreadable)
                     if ranks.first:
                         append_log(log, line)

@@ -72,6 +72,8 @@ def open_tree(
         "notes": tuple(notes), "alpha": lambda k: alpha(tree, names[k]),
     }  # fmt: skip
 
+    broken: set[int] = set()
+
     def attempt(k: int) -> Tensor | Unreadable:
         try:
             return decode(tree, names[k], shape, size is not None)
@@ -83,6 +85,9 @@ def open_tree(
         made = attempt(k)
         if isinstance(made, Tensor):
             return made
+        broken.add(k)
+        if len(broken) > min(max(10, len(names) // 100), len(names) - 1):
+            raise Unreadable(f"{len(broken)} images of {len(names)} cannot be read, the last: {made}")
         same = range(len(names)) if targets is None else (targets == targets[k]).nonzero().flatten().tolist()
         start = list(same).index(k) if targets is not None else k
         for step in range(1, min(len(same), TRIES)):
@@ -101,7 +106,7 @@ def open_tree(
         return out
 
     if len(names) * c * h * w > MEMORY:
-        return Data(len(names), shape, fetch, targets, classes, tree.root, lazy=True, **details)
+        return Data(len(names), shape, fetch, targets, classes, tree.root, lazy=True, unreadable=broken, **details)
     out = torch.empty(len(names), c, h, w, dtype=torch.uint8)
     bad: list[tuple[str, Unreadable]] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -35,6 +35,7 @@ class Data:
     origin: where the labels came from. skipped: which files were passed over. notes: what else is there and not used,
     or was taken in one of several senses. `found` puts them in words.
     alpha: index -> the opacity of an image, uint8 (H, W), or None where it has none; for image files alone.
+    unreadable: images that were asked for, could not be read and were replaced by others.
     """
 
     size: int
@@ -48,6 +49,7 @@ class Data:
     skipped: str = ""
     notes: tuple[str, ...] = ()
     alpha: Callable[[int], Tensor | None] | None = field(default=None, repr=False)
+    unreadable: set[int] = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.size < 1:

@@ -179,8 +179,8 @@ def test_in_one_process_nothing_changes() -> None:
 
 
 def test_processes_that_were_not_joined_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     for accelerator in (CfgParallel(), PatchParallel()):
         with pytest.raises(BadInput, match=r"joined first: hasten.Ranks.start\(\)"):
             accelerate(denoiser_of(unet()), [accelerator])

@@ -184,7 +184,7 @@ def test_cold_and_warm_seconds_are_told() -> None:
     assert fast.net.warm_seconds == warm  # of the size that came first
 
 
-def test_what_cannot_be_compiled_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_compiled_is_said_in_a_line() -> None:
     from torch._inductor import config
 
     with pytest.raises(BadInput, match="no backend 'inducto': did you mean 'inductor'"):
@@ -195,10 +195,10 @@ def test_what_cannot_be_compiled_is_said_in_a_line(monkeypatch: pytest.MonkeyPat
         pick("accelerators", "compile:mode=fast")
     with pytest.raises(BadInput, match="works on a Denoiser and its network, found Identity"):
         Compile().apply(nn.Identity(), Ahead())
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(BadInput, match=r"needs a C\+\+ compiler and found none: install g\+\+"):
-        accelerate(denoiser(), [Compile()])
-    assert accelerate(denoiser(), [TRACED]) is not None  # which needs none
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.raises(BadInput, match=r"needs a C\+\+ compiler and found none: install g\+\+"):
+            accelerate(denoiser(), [Compile()])
+        assert accelerate(denoiser(), [TRACED]) is not None  # which needs none
 
     net = denoiser().net
     net.runs_elsewhere = True  # type: ignore[assignment]

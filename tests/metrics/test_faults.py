@@ -54,7 +54,7 @@ def test_a_network_whose_features_are_not_finite_is_refused() -> None:
             return x.flatten(1) / 0.0
 
     with pytest.raises(BadInput, match="broken gave features that are not finite"):
-        extract(Broken(), torch.rand(12, 1, 4, 4))
+        extract(Broken(), 2 * torch.rand(12, 1, 4, 4) - 1)
 
 
 def test_fashion_features_refuse_pictures_in_colour() -> None:
@@ -129,7 +129,7 @@ class Seen(nn.Module):
 def test_a_named_network_looks_at_images_on_the_device_that_is_given(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, images = Seen(), torch.rand(600, 1, 4, 4)
+    net, images = Seen(), 2 * torch.rand(600, 1, 4, 4) - 1
     monkeypatch.setattr(evaluation, "feature_net", lambda which: net)
     known = make_reference(images.flatten(1)[:, :3], "x", "all", "seen")
     evaluate_images(images, features="seen", reference=known, bootstrap=0, device=device)
