@@ -104,15 +104,18 @@ def check(mutants: Iterable[Mutant], jobs: int) -> list[Mutant]:
                 free.put(folder)
 
         suites = sorted({mutant.tests for mutant in chosen})
-        for tests, good in zip(suites, pool.map(lambda tests: in_copy(passes, tests), suites)):
-            if not good:
-                raise RuntimeError(f"pytest {tests} fails without any mutation")
-        survivors = []
+        good = dict(zip(suites, pool.map(lambda tests: in_copy(passes, tests), suites)))
+        for tests in suites:
+            if not good[tests]:
+                print(f"FAILS     without any mutation: pytest {tests}", flush=True)
+        survivors, chosen = [], [mutant for mutant in chosen if good[mutant.tests]]
         results = pool.map(lambda mutant: in_copy(lambda folder, one: survives(one, folder), mutant), chosen)
         for mutant, alive in zip(chosen, results):
             print(f"{'SURVIVED' if alive else 'killed  '}  {mutant.name}", flush=True)
             survivors += [mutant] if alive else []
     print(f"{len(survivors)} of {len(chosen)} mutants survived")
+    if not all(good.values()):
+        raise RuntimeError("some tests fail without any mutation, see above")
     return survivors
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import hasten
 from hasten.accelerators.encoder_propagation import EncoderPropagation
-from hasten.adapters._conditions import Prompts
 from hasten.adapters.diffusers import times_like
 from hasten.errors import BadInput
 from hasten.sampling import spell
@@ -213,7 +212,6 @@ def test_an_encoder_that_answers_otherwise_is_refused_in_a_line() -> None:
     pipe.encode_prompt = lambda prompt, device: None  # type: ignore[method-assign]
     with pytest.raises(BadInput, match="encode_prompt cannot be asked as hasten does .TypeError"):
         hasten.load(pipe).sample(1, "a cat", steps=2)
-    assert Prompts.guidance(0) == 1.0 and Prompts.guidance(7.5) == 7.5
 
 
 def test_saving_an_accelerated_pipeline_says_what_is_not_saved(tmp_path: Path) -> None:
