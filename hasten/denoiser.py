@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -163,7 +164,14 @@ class Denoiser(nn.Module):
         return new.train(self.training)
 
     def _net(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float, cond: dict[str, Any]) -> Tensor:
-        return self.net(*self._inputs(x_t, c_in, clock), **cond).to(x_t.dtype)
+        raw = self.net(*self._inputs(x_t, c_in, clock), **cond)
+        if not isinstance(raw, Tensor) or raw.shape != x_t.shape:  # which would be broadcast
+            found = f"a tensor of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
+            raise BadInput(
+                f"{type(self.net).__name__} must return one tensor of the shape of its samples, {tuple(x_t.shape)}, "
+                f"it returned {found}"
+            )
+        return raw.to(x_t.dtype)
 
     def _inputs(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float) -> tuple[Tensor, Tensor]:
         """What the network is given: c_in x_t in its own dtype, and its time (B,) float32."""
@@ -226,6 +234,26 @@ class Denoiser(nn.Module):
             f"an eps-prediction network says nothing about the image at t = {t:g}, where alpha = 0: "
             "start below it (a time grid's start=), or use a network that predicts v, x0 or flow"
         )
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Where the weights of a network are, or else its buffers; the CPU where it has neither."""
+    first = next(net.parameters(), None)
+    first = next(net.buffers(), None) if first is None else first
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode (no dropout, norms that stay as they are); afterwards as it was, part by part."""
+    parts = [part for part in net.modules() if part.training]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part in parts:
+            part.training = True
 
 
 def _clean(x_t: Tensor, raw: Tensor, c_skip: Tensor | float, c_out: Tensor | float) -> Tensor:

@@ -29,6 +29,7 @@ from .noise import kept_random_state
 from .pick import pick
 from .plan import plan as compile_plan
 from .ranks import Lost, Ranks
+from .reopening import check_runs
 from .results import earlier, fingerprint, now
 from .sampling import spell as spelled
 from .shelf import check_savable
@@ -196,6 +197,8 @@ def check_models(model: Model, init: Model | None, distiller: Any, method: str) 
         if one.denoiser.step_counts is not None:
             raise BadInput(f"{one.name} is one network for several numbers of steps, which no method goes on from")
     check_savable(model if init is None else init, network=not option(distiller, "adds_inputs"))
+    for one in (model,) if init is None else (model, init):
+        check_runs(one.name, one.denoiser, one.shape, one.cond(2))
     before = model.card.get("distilled", {})
     if before and not (before.get("any_time") or before.get("stage") == "guidance"):
         asks, k = option(distiller, "teacher_steps"), before["steps"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import shelf
 from .accelerators import Ahead, Call, accelerate
 from .accelerators._calls import model_calls
-from .denoiser import Denoiser
+from .denoiser import Denoiser, device_of, evaluating
 from .errors import BadInput, HastenError, nearest, whole
 from .finite import check_sample
 from .guides.cfg import CFG, told_steps
@@ -76,7 +76,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.denoiser.parameters()).device
+        return device_of(self.denoiser)
 
     def to(self, device: str | torch.device) -> Model:
         """The same model with its weights moved."""
@@ -186,7 +186,7 @@ class Model:
         made: list[Tensor] = []
         machine = parse(self.runtime_for(runtime, min(n, batch_size)), device.type)
         machine.prepare(self.denoiser)
-        with machine.apply():
+        with machine.apply(), evaluating(self.denoiser):
             for first in range(0, n, batch_size):
                 count = min(batch_size, n - first)
                 noise = Noise(range(seed + first, seed + first + count), self.shape, torch.float32, device)

@@ -85,6 +85,9 @@ def fingerprint(model: Model) -> str:
     for part, net in sorted(model.parts.items()):
         tensors |= {f"{part}.{name}": value for name, value in net.state_dict().items()}
     for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):  # a module's extra state
+            digest.update(f"{name} {value!r}".encode())
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     for part in ("schedule", "prediction", "clock", "null_label", "guidance_range"):

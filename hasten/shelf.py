@@ -22,6 +22,7 @@ from .finite import check_finite
 from .model_files import replace_files
 from .plan import Plan
 from .predictions import prediction_from
+from .reopening import check_reopens
 from .schedules import schedule_from_dict
 from .weights import fill, is_diffusers, is_ours, refusal, restored, sha256, store
 from .weights import told as network
@@ -92,8 +93,8 @@ def check_savable(model: Model, network: bool = True) -> bool:
             "place there for integer layers, exported graphs or further inputs: use them within a program, as in "
             "hasten.accelerate(pipe, 'quantize:weights=8')"
         )
-    if why := refusal(net):
-        raise BadInput(f"{model.name} cannot be saved: {why}")
+    kept = model.denoiser if isinstance(model.denoiser, Denoiser) else None
+    check_reopens(model.name, net, kept, tuple(model.shape), model.classes is not None)
     if model.decoder is not None and not hasattr(getattr(model.decoder, "vae", None), "save_pretrained"):
         raise BadInput(f"{model.name} cannot be saved: its decoder is no autoencoder of diffusers")
     for name, part in model.parts.items():

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from . import nets
 from .errors import BadInput, Notice, nearest
@@ -109,6 +110,11 @@ def own_refusal(net: nn.Module) -> str | None:
     config = getattr(net, "config", None)
     if config is not None and not isinstance(config, Mapping):
         return f"{name}.config is a {type(config).__name__}: it must be a dict of the constructor's keyword arguments"
+    for key, value in net.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            return f"its state_dict holds {key}, a {type(value).__name__}: only tensors can be saved"
+        if isinstance(value, UninitializedTensorMixin):
+            return f"its layer of {key} is lazy and has seen no sample yet: run the network once before it is used"
     try:
         config = json.loads(json.dumps(dict(config or {})))
     except (TypeError, ValueError) as e:
@@ -123,7 +129,8 @@ def own_refusal(net: nn.Module) -> str | None:
             "a dict of its constructor's keyword arguments"
         )
     before, after = ({key: shape_of(w) for key, w in one.state_dict().items()} for one in (net, again))
-    different = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    common = {key for key in before.keys() & after.keys() if after[key] in (before[key], "lazy")}
+    different = sorted((before.keys() | after.keys()) - common)
     if different and not described(net):  # integer layers have other tensors, which `quantized` describes
         return f"{call} builds a network with other tensors, first {different[0]}: its config does not describe it"
     return None
@@ -241,7 +248,7 @@ def fill(net: nn.Module, file: Path, expected: str) -> None:
     if extra := sorted(weights.keys() - own.keys()):
         raise BadInput(f"{file} has {len(extra)} tensors that the network does not, first {extra[0]}")
     for key, w in weights.items():
-        if w.shape != own[key].shape:
+        if shape_of(own[key]) not in (tuple(w.shape), "lazy"):
             raise BadInput(f"{file}: {key} has shape {tuple(w.shape)}, the network wants {tuple(own[key].shape)}")
     net.load_state_dict(weights)
     if bad := not_finite(net):

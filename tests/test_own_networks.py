@@ -172,7 +172,7 @@ class Local:
         (Odd, "config is a object: it must be a dict"),
         (lambda: nn.DataParallel(Plain()), "wrapped in DataParallel: give the network itself, net.module"),
         (lambda: nn.Sequential(nn.Linear(1, 1)), "builds a network with other tensors"),
-        (lambda: nn.Sequential(nn.LazyLinear(1)), "builds a network with other tensors"),
+        (lambda: nn.Sequential(nn.LazyLinear(1)), "is lazy and has seen no sample yet"),
     ],
 )
 def test_what_cannot_be_opened_again_is_refused(make: Any, message: str | None) -> None:

@@ -76,7 +76,8 @@ class Player:
                 matrices, others, self.muon_lr, adam_lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
             )
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, self.lr, self.betas, weight_decay=self.weight_decay, fused=True)
+        fused = all(p.is_floating_point() for p in parameters)  # it knows no complex numbers
+        return torch.optim.AdamW(parameters, self.lr, self.betas, weight_decay=self.weight_decay, fused=fused)
 
 
 @dataclass(frozen=True)

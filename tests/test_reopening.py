@@ -1,0 +1,221 @@
+"""One's own networks: what would open again as something else, or could not be trained, is refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hasten
+from hasten.denoiser import Denoiser
+from hasten.distill import distill_model
+from hasten.errors import BadInput
+from hasten.model import Model
+from hasten.schedules import VPCosine
+from hasten.tune import tune_model
+
+
+class Own(nn.Module):
+    """A linear map of the channels."""
+
+    def __init__(self, hidden: int = 4) -> None:
+        super().__init__()
+        self.mix: nn.Module = nn.Sequential(nn.Linear(3, hidden), nn.SiLU(), nn.Linear(hidden, 3))
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        return self.mix(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Scaled(Own):
+    """An argument with a default that no tensor shows."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        return self.scale * super().forward(x, time)
+
+
+class Unkept(Own):
+    """A random buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("drawn", torch.randn(1), persistent=False)
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        return self.drawn * super().forward(x, time)  # type: ignore[operator]
+
+
+class Lazy(Own):
+    """Layers that take their width from the first sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Sequential(nn.LazyLinear(4), nn.SiLU(), nn.LazyLinear(3))
+
+
+class Random(Own):
+    """Dropout and a batch norm, in training mode as every new network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        return self.drop(super().forward(self.norm(x), time))
+
+
+class Extra(Own):
+    """State that is no tensor."""
+
+    def get_extra_state(self) -> Any:
+        return {"k": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class OldNorm(Own):
+    """A weight that is computed before every call, which cannot be copied once it was in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.utils.weight_norm(nn.Linear(3, 3))
+
+
+class Weightless(nn.Module):
+    """No parameters."""
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        return x / 2
+
+
+class Complex(Own):
+    """Complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(3, 3, dtype=torch.complex64))
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        return torch.einsum("bc...,dc->bd...", x.to(torch.complex64), self.matrix).real
+
+
+class Pair(Own):
+    """Returns a tuple, as many networks do."""
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Any:
+        return (super().forward(x, time),)
+
+
+class Narrow(Own):
+    """Returns one channel, which would be broadcast."""
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        return super().forward(x, time)[:, :1]
+
+
+class Timeless(Own):
+    """Takes no time."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x)
+
+
+def model(net: nn.Module) -> Model:
+    return Model(Denoiser(net, VPCosine(), "v"), "mine", (3, 8, 8))
+
+
+def distil(net: nn.Module, folder: Path) -> Path:
+    np.save(folder / "i.npy", np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8))
+    method, out = "progressive:steps=(1,)", folder / "out"
+    distill_model(model(net), out, method, folder / "i.npy", steps=2, batch_size=4, runtime="fp32", show=False)
+    return out
+
+
+def other_layer() -> nn.Module:
+    net = Own()
+    net.mix[1] = nn.ReLU()  # type: ignore[operator]
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Scaled(5.0), "Scaled, built again.*answers otherwise.*net.config"),
+        (Unkept, "Unkept, built again.*answers otherwise.*persistent=True"),
+        (other_layer, "Own, built again.*answers otherwise"),
+        (Lazy, "is lazy and has seen no sample yet: run the network once"),
+        (Extra, "state_dict holds _extra_state, a dict: only tensors"),
+    ],
+)
+def test_what_would_open_as_something_else_is_refused(make: Any, why: str, tmp_path: Path) -> None:
+    """By every verb that saves, before it works."""
+    with pytest.raises(BadInput, match=why):
+        model(make()).save(tmp_path / "saved")
+    with pytest.raises(BadInput, match=why):
+        distil(make(), tmp_path)
+    with pytest.raises(BadInput, match=why):
+        tune_model(model(make()), tmp_path / "tuned", n=4)
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (OldNorm, "mine cannot be copied.*parametrizations.weight_norm"),
+        (Weightless, "mine has no weights that could be trained"),
+        (Pair, "Pair must return one tensor of the shape of its samples.*returned a tuple"),
+        (Narrow, r"Narrow must return one tensor.*\(2, 3, 8, 8\), it returned a tensor of shape \(2, 1, 8, 8\)"),
+        (Timeless, "the network of mine, Timeless, fails on samples of shape .* with the time .*TypeError"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(make: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=why):
+        distil(make(), tmp_path)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_networks_without_weights_sample_and_open_again(tmp_path: Path) -> None:
+    made = model(Weightless())
+    made.save(tmp_path / "m")
+    assert torch.equal(hasten.load(tmp_path / "m").sample(2), made.sample(2))
+
+
+def test_lazy_layers_that_have_seen_a_sample_open_again(tmp_path: Path) -> None:
+    made = model(Lazy())
+    before = made.sample(2)
+    made.save(tmp_path / "m")
+    assert torch.allclose(hasten.load(tmp_path / "m").sample(2), before, atol=1e-5)
+    assert hasten.load(distil(made.denoiser.net, tmp_path)).sample(2).isfinite().all()
+
+
+def test_samples_are_drawn_in_evaluation_mode_and_the_network_is_left_in_its_own(tmp_path: Path) -> None:
+    """Image k depends on seed + k alone: without dropout and batch statistics; the mode of every part returns."""
+    torch.manual_seed(0)
+    made = model(Random())
+    made.denoiser.net.norm.eval()  # type: ignore[union-attr,operator]
+    one, four = made.sample(1, seed=2), made.sample(4, seed=1)
+    assert torch.allclose(one[0], four[1], atol=1e-5)
+    assert made.denoiser.net.training and not made.denoiser.net.norm.training  # type: ignore[union-attr]
+    made.save(tmp_path / "m")
+    assert torch.equal(made.sample(4, seed=1), four), "to save it asks the network, which must not show"
+    assert torch.allclose(hasten.load(tmp_path / "m").sample(4, seed=1), four, atol=1e-4)
+
+
+def test_complex_weights_train(tmp_path: Path) -> None:
+    assert hasten.load(distil(Complex(), tmp_path)).sample(2).isfinite().all()
+
+
+def test_one_label_and_several_are_read_by_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to the refusal that follows the labels."""
+    from hasten.cli import main
+
+    assert main(["evaluate", "fashion", "--label", "bag,nothing", "--n", "12", "--device", "cpu"]) == 1
+    assert "nothing" in capsys.readouterr().err
