@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, HastenError
 from ..terminal import progress, spell, tell
-from ._common import cached, ends_as_stopped, hint, open_shared, processes, warn
+from ._common import cached, ends_as_stopped, hint, label_list, open_shared, processes, warn
 from ._together import together
 
 if TYPE_CHECKING:
