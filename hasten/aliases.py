@@ -7,6 +7,7 @@ error says which.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 __all__ = ["alias_of", "hint_for"]
 
@@ -33,6 +34,11 @@ ALIASES = {
         "lms": "deis:order=4,variable=rho,lower_order_final=false",  # polynomials in sigma, integrated exactly
         "lms_discrete": "deis:order=4,variable=rho,lower_order_final=false",
         "lcm": "consistency",
+        "dpm_solver_sde": "dpm:sde=true",
+        "deis_multistep": "deis",
+        "unipc_multistep": "unipc",
+        "uni_pc_multistep": "unipc",
+        "flow_match_heun": "heun",
         "uni_pc": "unipc",
         "sa_solver": "sa",
     },
@@ -54,6 +60,11 @@ RELATIVES = {
         "dpm_fast": "dpm:order=3,multistep=false,predict=eps",
         "dpm_adaptive": "probability_flow",
         "tcd": "consistency",
+        "kdpm_2": "dpm:multistep=false,predict=eps",
+        "kdpm_2_ancestral": "dpm:sde=true,predict=eps",
+        "kdpm2_ancestral": "dpm:sde=true,predict=eps",
+        "res_multistep": "unipc",
+        "euler_cfg_pp": "ddim",
     },
     "times": {
         "leading": "trailing (leading ends short of the noisiest time; arXiv:2305.08891)",
@@ -65,15 +76,34 @@ RELATIVES = {
 
 
 def plain(name: str) -> str:
-    """A name in lower case, its words joined by underscores: `"DPM++ 2M"` is `"dpmpp_2m"`."""
-    return re.sub(r"[\s\-_]+", "_", name.strip().lower().replace("++", "pp"))
+    """A name in lower case, its words joined by underscores: `"DPM++ 2M"` is `"dpmpp_2m"`. A class of diffusers is its
+    words without the last, `"EulerDiscreteScheduler"` is `"euler_discrete"`, and a function of k-diffusion is without
+    its `sample_` or `k_`."""
+    name = name.strip().replace("++", "pp")
+    if name.endswith("Scheduler"):
+        name = re.sub(
+            r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=2)(?=[A-Z])", "_", name.removesuffix("Scheduler")
+        )
+    return re.sub(r"^(sample|k)_", "", re.sub(r"[\s\-_]+", "_", name.lower()))
+
+
+def own_name(name: str, names: Collection[str]) -> str | None:
+    """The one of hasten's `names` that is meant by this in other case or with other joints, as `"DDIM"`."""
+    bare = plain(name).removesuffix("_discrete").replace("_", "")
+    return next((one for one in names if one.replace("_", "") == bare), None)
 
 
 def alias_of(folder: str, name: str) -> str | None:
     """The method that this name means, as `pick` reads it; None where the name is no alias."""
-    return ALIASES.get(folder, {}).get(plain(name))
+    known = ALIASES.get(folder, {})
+    return known.get(plain(name)) or known.get(plain(name).removesuffix("_discrete"))
 
 
 def hint_for(folder: str, name: str) -> str | None:
     """A relative of a method that there is not, for the error; None where none is known."""
-    return RELATIVES.get(folder, {}).get(plain(name))
+    asked = plain(name)
+    for end, grid in (("_karras", "karras"), ("_exponential", "lambda"), ("_simple", "trailing")):
+        meant = alias_of(folder, asked.removesuffix(end)) or asked.removesuffix(end)
+        if folder == "samplers" and asked.endswith(end):
+            return f"sampler {meant} with times {grid}"
+    return RELATIVES.get(folder, {}).get(asked) or RELATIVES.get(folder, {}).get(asked.removesuffix("_discrete"))

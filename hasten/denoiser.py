@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import BadInput, HastenError, nearest
+from .errors import BadInput, HastenError, nearest, number, whole
 from .predictions import Prediction, prediction_from, spread
 from .schedules import Schedule
 
@@ -51,17 +52,23 @@ class Denoiser(nn.Module):
         guidance_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(net, nn.Module):
+            found = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
+            raise BadInput(f"Denoiser needs a network, an nn.Module, found {found}")
         if not isinstance(schedule, Schedule):
-            raise BadInput(f"Denoiser needs a Schedule, found {type(schedule).__name__}")
+            found = f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
+            raise BadInput(f"Denoiser needs a Schedule, such as VPLinear(), found {found}")
+        if not isinstance(clock, str):
+            raise BadInput(f"clock must be a text, such as 't1000', found {clock!r}")
         if not (clock in CLOCKS or re.fullmatch(r"t\d+(\.\d+)?", clock)):
             raise BadInput(f"unknown clock {clock!r}: {nearest(clock, CLOCKS)}")
         if clock == "index" and not hasattr(schedule, "index"):
             raise BadInput(f'clock "index" needs a Discrete schedule, found {type(schedule).__name__}')
         self.net = net
         self._fixed = (schedule, prediction_from(prediction), clock)
-        self.null_label = getattr(net, "null_label", None) if null_label is None else null_label
+        self.null_label = getattr(net, "null_label", None) if null_label is None else whole("null_label", null_label, 0)
         own = getattr(net, "guidance_range", None)
-        self.guidance_range = own if guidance_range is None else (float(guidance_range[0]), float(guidance_range[1]))
+        self.guidance_range = own if guidance_range is None else _range(guidance_range)
         self._at: dict[float, tuple[float, float, float, float]] = {}
 
     @property
@@ -194,6 +201,11 @@ class Denoiser(nn.Module):
 
     def _coefficients(self, t: Tensor | float, x_t: Tensor, need_x0: bool = True) -> tuple[Any, Any, Any, Any]:
         """c_in, c_skip, c_out and clock: floats for one time without a gradient, else float64 tensors."""
+        if not isinstance(t, (Tensor, float, int)):
+            t = self._time(t)
+        if not isinstance(x_t, Tensor) or not x_t.ndim:
+            found = type(x_t).__name__ if not isinstance(x_t, Tensor) else "a tensor of no dimensions"
+            raise BadInput(f"x_t must be a tensor (B, *S), found {found}")
         if isinstance(t, Tensor) and (t.ndim or t.requires_grad):
             if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x_t))):
                 raise BadInput(f"t must be one time or one a sample ({len(x_t)}), found shape {tuple(t.shape)}")
@@ -220,6 +232,15 @@ class Denoiser(nn.Module):
         if need_x0 and self.prediction.name == "eps" and abs(found[2]) == float("inf"):
             self._refuse(key)
         return found
+
+    @staticmethod
+    def _time(t: Any) -> Tensor:
+        """A time that is an array, a list or a number of NumPy."""
+        try:
+            listed = isinstance(t, (list, tuple)) or hasattr(t, "__array__")
+            return torch.as_tensor(np.asarray(t, dtype=np.float64) if listed else None)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(f"t must be a number, a tensor or an array of times in [0, 1], found {t!r}") from None
 
     def _refuse_time(self, t: float) -> None:
         table = getattr(self.schedule, "alphas_cumprod", None)
@@ -254,6 +275,16 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.training = True
+
+
+def _range(given: Any) -> tuple[float, float]:
+    """A range of guidance scales, (low, high)."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise BadInput(f"guidance_range must be two numbers, (low, high), found {given!r}")
+    low, high = (number("guidance_range", value) for value in given)
+    if low > high:
+        raise BadInput(f"guidance_range must be (low, high), found {given!r}")
+    return low, high
 
 
 def _clean(x_t: Tensor, raw: Tensor, c_skip: Tensor | float, c_out: Tensor | float) -> Tensor:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .errors import BadInput
+from .errors import BadInput, whole
 from .schedules import Schedule, _vp_log_alpha
 
 CONVENTIONS = ("log_alpha", "log_q")
@@ -34,7 +34,10 @@ class Discrete(Schedule):
     convention: str = "log_alpha"
 
     def __post_init__(self) -> None:
-        table = tuple(float(a) for a in self.alphas_cumprod)
+        try:
+            table = tuple(float(a) for a in self.alphas_cumprod)
+        except (TypeError, ValueError):
+            raise BadInput(f"alphas_cumprod must be a list of numbers, found {_shown(self.alphas_cumprod)}") from None
         object.__setattr__(self, "alphas_cumprod", table)
         if self.convention not in CONVENTIONS:
             raise BadInput(f"Discrete has no convention {self.convention!r} (choices: {', '.join(CONVENTIONS)})")
@@ -49,7 +52,14 @@ class Discrete(Schedule):
     @classmethod
     def from_betas(cls, betas: Iterable[float] | Tensor, convention: str = "log_alpha") -> Discrete:
         """The table `cumprod(1 - beta)`, in float64."""
-        betas = torch.as_tensor(betas if isinstance(betas, Tensor) else list(betas), dtype=torch.float64)
+        try:
+            betas = torch.as_tensor(betas if isinstance(betas, Tensor) else list(betas), dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(f"betas must be a list of numbers, found {_shown(betas)}") from None
+        wrong = (~((betas > 0) & (betas <= 1))).nonzero().flatten().tolist()
+        if betas.ndim != 1 or wrong:
+            at = f"entry {wrong[0]} is {float(betas.flatten()[wrong[0]]):g}" if wrong else f"shape {tuple(betas.shape)}"
+            raise BadInput(f"betas must be numbers in (0, 1], one a step, found {at}")
         return cls(tuple(torch.cumprod(1 - betas, 0).tolist()), convention)
 
     @classmethod
@@ -57,20 +67,23 @@ class Discrete(Schedule):
         cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02, convention: str = "log_alpha"
     ) -> Discrete:
         """DDPM's betas, equally spaced. Ho, Jain, Abbeel 2020, arXiv:2006.11239."""
-        return cls.from_betas(torch.linspace(first, last, steps, dtype=torch.float64), convention)
+        return cls.from_betas(torch.linspace(first, last, whole("steps", steps, 2), dtype=torch.float64), convention)
 
     @classmethod
     def scaled_linear(
         cls, steps: int = 1000, first: float = 0.00085, last: float = 0.012, convention: str = "log_alpha"
     ) -> Discrete:
         """Stable Diffusion's betas: the square roots are equally spaced. Rombach et al. 2022, arXiv:2112.10752."""
-        return cls.from_betas(torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2, convention)
+        return cls.from_betas(
+            torch.linspace(first**0.5, last**0.5, whole("steps", steps, 2), dtype=torch.float64) ** 2, convention
+        )
 
     @classmethod
     def cosine(
         cls, steps: int = 1000, offset: float = 0.008, largest: float = 0.999, convention: str = "log_alpha"
     ) -> Discrete:
         """Improved DDPM's cosine, with betas no larger than `largest`. Nichol, Dhariwal 2021, arXiv:2102.09672."""
+        steps = whole("steps", steps, 2)
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((t + offset) / (1 + offset) * (math.pi / 2)) ** 2
         return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=largest), convention)
@@ -162,6 +175,8 @@ def rescale_zero_snr(schedule: Discrete) -> Discrete:
     `A'_i = (A_i - A_{N-1}) A_0 / (A_0 - A_{N-1})`, `A = sqrt(alphas_cumprod)`. A network that predicts eps says
     nothing about the image at the last entry; v-, x0- and flow-prediction do. Lin et al. 2023, arXiv:2305.08891.
     """
+    if not isinstance(schedule, Discrete):
+        raise BadInput(f"rescale_zero_snr needs a Discrete table, found {type(schedule).__name__}")
     table = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64)
     alpha = table.sqrt()
     scaled = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
@@ -171,3 +186,9 @@ def rescale_zero_snr(schedule: Discrete) -> Discrete:
 
 def _vp_lam(log_alpha: Tensor) -> Tensor:
     return log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))
+
+
+def _shown(value: object) -> str:
+    """A value in a message, not too long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

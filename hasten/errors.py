@@ -56,6 +56,26 @@ def whole(name: str, value: object, least: int, most: int | None = None) -> int:
     return number
 
 
+def number(name: str, value: object) -> float:
+    """The value as a float. Refuses what is not one finite number, also of NumPy or in a tensor."""
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    try:
+        found = math.nan if "bool" in kind or isinstance(value, (str, bytes)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise BadInput(f"{name} must be a finite number, got {value!r}")
+    return found
+
+
+def plain_numbers(method: Any) -> None:
+    """Make the fields whose defaults are floats plain floats, in place. Raises BadInput where one is not finite."""
+    for field in dataclasses.fields(method):
+        if isinstance(field.default, float):
+            value = number(f"{type(method).__name__}: {field.name}", getattr(method, field.name))
+            object.__setattr__(method, field.name, value)
+
+
 def check_numbers(method: Any) -> None:
     """Refuse numbers in the fields of a dataclass that are not numbers, not finite or negative.
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .denoiser import Wrapper
 from .errors import NonFinite
-from .sampling import Noise, Way, draw
+from .sampling import Noise, Way
+from .sampling import draw_unchecked as draw
 
 
 def is_finite(x: Tensor) -> bool:
@@ -61,7 +62,9 @@ def check_weights(net: nn.Module, where: str) -> None:
         raise NonFinite(f"{where}: the tensor {name} holds NaN or infinity: the file is damaged or training diverged")
 
 
-def check_images(x: Tensor, seeds: Iterable[int] | None = None, where: Callable[[], str] | None = None) -> None:
+def check_images(
+    x: Tensor, seeds: Iterable[int] | None = None, where: Callable[[], str] | None = None, what: str = "images"
+) -> None:
     """Refuse images (n, ...) that hold NaN or infinity: which, by number or by seed, and where they began."""
     if is_finite(x):
         return
@@ -71,7 +74,7 @@ def check_images(x: Tensor, seeds: Iterable[int] | None = None, where: Callable[
     kind = "number" if seeds is None else "seed"
     which = f"{kind}{'' if len(names) == 1 else 's'} {listed}"
     began = f": {where()}" if where is not None else ""
-    raise NonFinite(f"{len(bad)} of {len(x)} images hold NaN or infinity ({which}){began}")
+    raise NonFinite(f"{len(bad)} of {len(x)} {what} hold NaN or infinity ({which}){began}")
 
 
 def check_sample(

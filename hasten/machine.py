@@ -29,7 +29,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 def parse(text: str, device: str = "cpu") -> Runtime:
     """`fp32` or `bf16` (autocast), with `+medium` or `+high` (matrix products) and `+channels_last` as wanted."""
-    first, *rest = text.split("+")
+    first, *rest = text.split("+") if isinstance(text, str) else [str(text)]
     if first not in FORMATS:
         raise BadInput(f"unknown runtime {text!r}: {nearest(first, ['auto', *FORMATS])}")
     settings: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from . import shelf
 from .accelerators import Ahead, Call, accelerate
 from .accelerators._calls import model_calls
 from .denoiser import Denoiser, device_of, evaluating
-from .errors import BadInput, HastenError, nearest, whole
+from .errors import BadInput, HastenError, nearest, number, whole
 from .finite import check_sample
 from .guides.cfg import CFG, told_steps
 from .images import given_images
@@ -22,8 +22,10 @@ from .machine import choose, parse, spell
 from .noise import LARGEST_SEED, kept_random_state
 from .pick import pick
 from .plan import Plan
-from .resolve import checked, grid_of, spelled
-from .sampling import Callback, Noise, Progress, Way, compiled, draw, part
+from .resolve import checked, grid_of, several, spelled
+from .sampling import Callback, Noise, Progress, Way, compiled, part
+from .sampling import draw_unchecked as draw
+from .times import check_steps
 
 Label: TypeAlias = int | str | Sequence[int | str] | Tensor | None
 RECOMMENDED = "recommended"
@@ -37,7 +39,7 @@ class Model:
     denoiser: `forward(x_t (B, C, H, W), t, label=) -> x0 (B, C, H, W)`.
     shape: `(C, H, W)` of one sample. classes: class names in label order, or None for an unconditional model.
     codec: what a sample is: `image`, pixels in [-1, 1]; `latent`, of an autoencoder; `raw`, anything else, which is
-        left as it is (points, audio, video): what a shape of other than three dimensions is taken for.
+        left as it is (points, audio, video): what a shape other than (C, H, W), C of 1, 3 or 4, is taken for.
     sampler, times, steps, guidance_scale: what `sample` uses where it is not told, spelled as `pick` reads them.
     plan: what `sample` uses instead where it is told none of sampler, times and other steps. plans: more, by name.
     statistics, parts: tensors measured on the model and small networks beside it, by name: what tuning leaves for the
@@ -70,7 +72,7 @@ class Model:
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.codec == "image" and len(self.shape) != 3:
+        if self.codec == "image" and (len(self.shape) != 3 or self.shape[0] not in (1, 3, 4)):
             self.codec = "raw"
 
     @property
@@ -89,10 +91,9 @@ class Model:
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.
 
-        label: one class for all images: its name in any case, or its index, but a number that is the name of a class is
-            that name; a sequence, of which image k gets entry `k % len`; `"none"`: no class, the label that guidance
-            calls unconditional; a tensor of integers: indices, as the network takes them; None: image k gets class
-            `k % C`.
+        label: one class for all images: its name in any case, or its index (a number that is the name of a class is
+            that name); a sequence, of which image k gets entry `k % len`; `"none"`: no class, the label that guidance
+            calls unconditional; a tensor of integers: indices, as the network takes them; None: class `k % C`.
         Raises BadInput for a label that the model does not have.
         """
         if self.conditioning is not None:
@@ -170,7 +171,7 @@ class Model:
         callback: called after each evaluation as `callback(step, t, x, x0)`, for one batch after the other; see `walk`.
         Raises BadInput for a value that cannot be, with the nearest that can.
         """
-        n, batch_size = whole("n", n, 1), whole("batch_size", batch_size, 1)
+        n, batch_size = whole("n", n, 1, 10**8), whole("batch_size", batch_size, 1)
         seed = whole("seed", seed, 0, LARGEST_SEED + 1 - n)
         if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
@@ -217,6 +218,7 @@ class Model:
         accelerators: Sequence[Any] = (),
     ) -> Way:
         """What these arguments of `sample` amount to, checked and bound to the model (None: what it recommends)."""
+        guides, accelerators = several("guides", guides), several("accelerators", accelerators)
         begin = self.bound("starts", start) if start is not None else None
         table, method, grid = self.method(sampler, times, steps, plan, None if begin is None else begin.time)
         base, chosen = self, [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
@@ -253,8 +255,7 @@ class Model:
     def guided(self, guidance_scale: float | None = None, guides: Sequence[Any] = ()) -> nn.Module:
         """The denoiser under classifier-free guidance (None: the recommended scale) and then other guides."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        if not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
-            raise BadInput(f"guidance_scale must be a finite number, got {scale!r}")
+        scale = number("guidance_scale", scale)
         if self.conditioning is not None and self.denoiser.guidance_range is None:
             scale = max(scale, 1)  # as in pipelines, where 1 or less is none and turbo models are published with 0
         unguided = self.classes is None and self.conditioning is None
@@ -274,7 +275,7 @@ class Model:
         begin: float | None = None,
     ) -> tuple[Plan | None, Any, Tensor]:
         """What to run for these choices (None: the recommended one): plan or None, sampler, times. begin: the first."""
-        steps = None if steps is None else whole("steps", steps, 1)
+        steps = None if steps is None else check_steps(steps)
         free = sampler is None and times is None
         if plan is None and self.plan is not None and free and begin is None:
             plan = RECOMMENDED if steps in (None, self.plan.nfe) else None
@@ -304,7 +305,7 @@ class Model:
         if isinstance(plan, Plan):
             return plan
         known = {**self.plans, **({} if self.plan is None else {RECOMMENDED: self.plan})}
-        if plan in known:
+        if isinstance(plan, str) and plan in known:
             return known[plan]
         if str(plan).endswith(".json"):
             try:

@@ -41,8 +41,12 @@ class Noise:
         if isinstance(seeds, str) or not isinstance(seeds, Iterable):
             raise BadInput(f"Noise needs a list of seeds, one a sample, found {seeds!r}")
         self.seeds = tuple(whole("a seed", seed, 0, LARGEST_SEED) for seed in seeds)
-        self.shape = tuple(int(size) for size in shape)
+        if isinstance(shape, str) or not isinstance(shape, Iterable):
+            raise BadInput(f"Noise needs the shape of one sample, such as (3, 32, 32), found {shape!r}")
+        self.shape = tuple(whole("a size of the noise's shape", size, 0) for size in shape)
         self.dtype = dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise BadInput(f"the dtype of noise must be a floating one, such as torch.float32, found {dtype!r}")
         self.device = torch.device(device)
         self._generators: list[torch.Generator] | None = None
         if not self.seeds:

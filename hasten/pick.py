@@ -17,7 +17,7 @@ import types
 import typing
 from typing import Any
 
-from .aliases import alias_of, hint_for
+from .aliases import alias_of, hint_for, own_name
 from .errors import BadInput, HastenError, check_numbers, nearest
 from .sampling import spell
 
@@ -42,7 +42,10 @@ def pick(folder: str, text: str) -> Any:
     name, colon, rest = text.strip().partition(":")
     name = name.strip()
     preset: dict[str, str] = {}
-    if name not in names(folder) and (meant := alias_of(folder, name)):
+    known = names(folder)
+    if name not in known and (same := own_name(name, known)):
+        name = same
+    elif name not in known and (meant := alias_of(folder, name)):
         name, _, said = meant.partition(":")
         preset = dict(part.split("=") for part in _split(said) if part)
     cls = _class(folder, name)

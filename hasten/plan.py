@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_result, check_state, given_sampler
 from .basis import Basis
 from .conditions import conditions_of
 from .errors import BadInput, HastenError
 from .program import Draws, Program, combine, filled, program, sparse, used
 from .sampling import Callback, Progress, Sampler, no_noise, reset, spell
 from .schedules import Schedule, schedule_from_dict
-from .times import check_times
+from .times import as_times, check_times
 from .tracing import trace
 
 __all__ = ["Plan", "plan"]
@@ -128,8 +129,19 @@ class Plan:
             cond: the conditions, passed on to the denoiser as keywords. Keywords that the network knows may stand here
                 too.
 
-        Raises BadInput for a denoiser of another schedule than the plan's, and for a keyword that is no condition.
+        Raises BadInput for a denoiser of another schedule than the plan's, and for a keyword that is no condition;
+        NonFinite for a result that holds NaN or infinity, unless gradients are recorded.
         """
+        result = self.run(denoiser, x, noise, progress, grad, callback=callback, cond=cond, **keywords)
+        return check_result(result, denoiser, noise, lambda d, xi: self.run(d, x, xi, cond=cond, **keywords))
+
+    def run(
+        self, denoiser: Callable[..., Tensor], x: Tensor, noise: Callable[[], Tensor] | None = None,
+        progress: Progress | None = None, grad: bool | None = None, *, callback: Callback | None = None,
+        cond: Mapping[str, Any] | None = None, **keywords: Any,
+    ) -> Tensor:  # fmt: skip
+        """As a call of the plan, with a result that may hold NaN or infinity."""
+        check_state(x, progress=progress, callback=callback)
         given = conditions_of("plan", OPTIONS, cond, keywords, denoiser)
         if isinstance(schedule := getattr(denoiser, "schedule", None), Schedule):
             self.check_schedule(schedule)
@@ -336,12 +348,16 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
         HastenError: for a sampler with `linear = False`, or one that turns out not to be linear.
         BadInput: for times that do not decrease, or on which the sampler has no finite coefficients.
     """
+    sampler = given_sampler(sampler)
+    if not isinstance(schedule, Schedule):
+        raise BadInput(f"plan needs a schedule, such as VPLinear(), found {type(schedule).__name__}")
+    times = as_times(times)
     if not sampler.linear:
         why = getattr(sampler, "why", "its steps depend on the values it sees")
         raise HastenError(f"{spell(sampler)} cannot be compiled to a plan: {why}; run it with walk()")
     with torch.inference_mode(False):  # a plan may be used under autograd later
         times = times.clone() if times.is_inference() else times
-        times = check_times(times.to(torch.float64))
+        times = check_times(times)
         tables, basis = trace(sampler, schedule, times), getattr(sampler, "basis", None)
         begin = float(times[0].detach())
         moved = basis is not None and begin != float(tables.times[0].detach())

@@ -10,20 +10,22 @@ and the training target `raw` that they imply. All hold for any (alpha, sigma), 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .errors import BadInput, nearest
+from .errors import BadInput, nearest, plain_numbers
 from .families import family, is_own, path_of
 
 __all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "precise", "prediction_from", "spread"]
 
 ALIASES = {
     "epsilon": "eps", "noise": "eps", "sample": "x0", "x_start": "x0", "start_x": "x0", "v_prediction": "v",
-    "flow_prediction": "flow",
+    "flow_prediction": "flow", "rectified_flow": "flow", "vprediction": "v", "v_pred": "v", "eps_prediction": "eps",
+    "x_0": "x0", "pred_x0": "x0", **{name: name for name in ("eps", "x0", "v", "flow", "edm", "anchored")},
 }  # fmt: skip
 
 
@@ -125,6 +127,7 @@ class EDM(Prediction):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not self.sigma_data > 0:
             raise BadInput(f"edm prediction needs sigma_data > 0, found {self.sigma_data}")
 
@@ -150,6 +153,7 @@ class Anchored(Prediction):
     width: float = 0.01
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not self.width > 0:
             raise BadInput(f"anchored prediction needs width > 0, found {self.width}")
 
@@ -171,7 +175,8 @@ def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
         return spec
     fields = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = fields.pop("name", None)
-    found = family("prediction", Prediction, ALIASES.get(str(name), name), lambda kind: kind.name)
+    plain = re.sub(r"[\s_-]+", "_", str(name).strip().lower())
+    found = family("prediction", Prediction, ALIASES.get(plain, name), lambda kind: kind.name)
     known = [f.name for f in dataclasses.fields(found)]  # type: ignore[arg-type]
     for key in fields:
         if key not in known:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from .errors import BadInput
 from .pick import pick
 from .sampling import spell
 from .schedules import Schedule
-from .times import Explicit, check_times
+from .times import Explicit, as_times, check_times
 
 __all__ = ["checked", "grid_of", "spelled"]
 
-METHODS = {"samplers": ("steps", "solve"), "guides": ("wrap",), "starts": ("begin",)}
+METHODS = {"samplers": ("steps", "solve"), "guides": ("wrap",), "starts": ("begin",), "accelerators": ("apply",)}
+
+
+def several(folder: str, methods: Any) -> list[Any]:
+    """Guides or accelerators as a list: none, one, or several, by name or as objects. Raises BadInput for others."""
+    if methods is None:
+        return []
+    one = isinstance(methods, (str, type)) or not isinstance(methods, Iterable)
+    return [each if isinstance(each, str) else checked(folder, each) for each in ([methods] if one else methods)]
 
 
 def checked(folder: str, method: Any) -> Any:
@@ -37,8 +47,8 @@ def grid_of(schedule: Schedule, times: Any, steps: int | None, default: int, beg
         steps: of the grid; None: `default`, or as many as times that are given one by one have.
         begin: the first time, where something else decides it.
     """
-    if isinstance(times, Tensor):
-        found = check_times(times.detach().double().cpu())
+    if isinstance(times, (Tensor, list, tuple)) or hasattr(times, "__array__"):
+        found = check_times(as_times(times).detach().cpu())
         if steps not in (None, len(found) - 1):
             raise BadInput(f"the times are {len(found) - 1} steps, asked for {steps}")
         if begin is not None and abs(float(found[0]) - begin) > 1e-9:
@@ -62,4 +72,6 @@ def spelled(method: Any) -> Any:
     """A sampler or grid as text; a tensor of times as a tuple."""
     if isinstance(method, str):
         return method
-    return tuple(method.tolist()) if isinstance(method, Tensor) else spell(method)
+    if isinstance(method, (Tensor, np.ndarray, list, tuple)):
+        return tuple(as_times(method).tolist())
+    return spell(method)

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_noise, check_result, check_state, given_grid, given_sampler
 from .conditions import conditions_of
 from .denoiser import Wrapper
 from .errors import BadInput, HastenError
 from .families import is_own, path_of
 from .noise import Noise, no_noise
 from .schedules import Schedule
+from .times import as_times
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -107,6 +109,9 @@ def walk(
 
     Returns (B, *S) in the dtype of `x`.
     """
+    sampler = given_sampler(sampler)
+    check_state(x, progress=progress, callback=callback)
+    times = as_times(times) if not isinstance(times, Tensor) else times
     schedule = _schedule_of(denoiser) if schedule is None else schedule
     given = conditions_of("walk", OPTIONS["walk"], cond, keywords, denoiser)
     fresh = no_noise if noise is None else noise
@@ -194,17 +199,34 @@ def draw(
             network names in its `forward`, and `label`, may also stand beside the options.
 
     Raises BadInput for a keyword that is neither an option nor a condition, for `steps` that are not those of the times
-    or of the plan, and for a plan that was made for another schedule.
+    or of the plan, and for a plan that was made for another schedule; NonFinite for samples that hold NaN or infinity,
+    unless gradients are recorded.
     """
+    same: dict[str, Any] = {"steps": steps, "x": x, "plan": plan, "cond": cond, **keywords}
+    result = draw_unchecked(denoiser, sampler, times, noise, **same, progress=progress, callback=callback)
+    return check_result(result, denoiser, noise, lambda d, xi: draw_unchecked(d, sampler, times, xi, **same))
+
+
+def draw_unchecked(
+    denoiser: Callable[..., Tensor], sampler: Any, times: Any, noise: Noise, *, steps: int | None = None,
+    x: Tensor | None = None, plan: Plan | None = None, progress: Progress | None = None,
+    callback: Callback | None = None, cond: Mapping[str, Any] | None = None, **keywords: Any,
+) -> Tensor:  # fmt: skip
+    """`draw`, with samples that may hold NaN or infinity."""
     schedule = _schedule_of(denoiser)
     given = conditions_of("draw", OPTIONS["draw"], cond, keywords, denoiser)
     if plan is None and sampler is None:
         raise BadInput("draw needs a sampler or a plan")
+    sampler = None if sampler is None else given_sampler(sampler)
+    check_noise(noise, x)
     if plan is not None:
+        if not callable(getattr(plan, "check_schedule", None)):
+            raise BadInput(f"plan must be a Plan, found {type(plan).__name__}: see hasten.plan and Plan.from_json")
         plan.check_schedule(schedule)
         times = plan.times
     elif not isinstance(times, Tensor):
-        times = times(schedule, steps)
+        times = given_grid(times)
+        times = times(schedule, steps) if callable(times) else as_times(times)
     count = len(times) - 1 if plan is None else plan.nfe
     if steps is not None and isinstance(times, Tensor) and steps != count:
         what = f"the times are {count} steps" if plan is None else f"the plan has {count} network evaluations"
@@ -212,13 +234,16 @@ def draw(
     if x is None:
         first = times[0].detach() if plan is None or plan.begin is None else plan.begin
         x = noise.initial() * float(schedule.prior_std(first))
+    check_state(x, progress=progress, callback=callback)
+    if isinstance(noise, Noise) and (len(x), *x.shape[1:]) != (len(noise), *noise.shape):
+        raise BadInput(f"x has shape {tuple(x.shape)}, the noise {(len(noise), *noise.shape)}: they must be equal")
     fresh = noise.rows(slice(None)) if isinstance(noise, Noise) else noise
     options: dict[str, Any] = {"progress": progress, "callback": callback, "cond": given}
     if plan is None and sampler is not None:
         if not sampler.linear:
             return walk(sampler, denoiser, x, times, fresh, **options)
         plan = compiled(sampler, schedule, times)
-    return plan(denoiser, x, fresh, **options)  # type: ignore[misc]
+    return plan.run(denoiser, x, fresh, **options)  # type: ignore[union-attr]
 
 
 def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
@@ -270,6 +295,8 @@ def part(progress: Progress | None, start: int, n: int, batch_size: int) -> Prog
     """`progress` of the batch that begins at image `start`, as a share of all `n` images."""
     if progress is None:
         return None
+    if not callable(progress):
+        raise BadInput(f"progress must be a function or None, found {progress!r}")
     before, batches = start // batch_size, -(-n // batch_size)
     return lambda done, total: progress(before * total + done, batches * total)
 

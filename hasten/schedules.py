@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import BadInput, nearest
+from .errors import BadInput, nearest, plain_numbers
 from .families import family, is_own, path_of
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class VPLinear(Schedule):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _require(0 <= self.beta_min <= self.beta_max and self.beta_max > 0, "0 <= beta_min <= beta_max", self)
 
     def _alpha(self, t: Tensor) -> Tensor:
@@ -152,6 +153,7 @@ class SubVP(Schedule):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _require(0 <= self.beta_min <= self.beta_max and self.beta_max > 0, "0 <= beta_min <= beta_max", self)
 
     @property
@@ -181,6 +183,7 @@ class VPCosine(Schedule):
     offset: float = 0.008
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _require(0 <= self.offset < 1, "0 <= offset < 1", self)
 
     @property
@@ -226,6 +229,7 @@ class VE(Schedule):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _require(0 < self.sigma_min < self.sigma_max, "0 < sigma_min < sigma_max", self)
 
     def _alpha(self, t: Tensor) -> Tensor:
@@ -256,6 +260,7 @@ class EDM(Schedule):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _require(0 < self.sigma_min < self.sigma_max and self.rho > 0, "0 < sigma_min < sigma_max, rho > 0", self)
 
     def _alpha(self, t: Tensor) -> Tensor:
@@ -283,6 +288,7 @@ class Flow(Schedule):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _require(self.shift > 0, "shift > 0", self)
 
     @property

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from .schedules import Schedule
 __all__ = ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"]
 
 LARGEST_Q = 150.0
+MOST_STEPS = 10_000  # the table of a plan has the square of them
 FAR_Q = 2 * LARGEST_Q  # noise beyond this says nothing of the image: it counts as `LARGEST_Q`
 
 
@@ -190,7 +192,7 @@ class Explicit:
 
 def check_steps(steps: int) -> int:
     """The number of steps. Raises `BadInput` unless it is a whole number of at least 1."""
-    return whole("steps", steps, 1)
+    return whole("steps", steps, 1, MOST_STEPS)
 
 
 def check_times(times: Tensor) -> Tensor:
@@ -204,6 +206,18 @@ def check_times(times: Tensor) -> Tensor:
         k = int((values[1:] >= values[:-1]).nonzero()[0])
         raise BadInput(f"times must strictly decrease, found {float(values[k]):.6g} before {float(values[k + 1]):.6g}")
     return times
+
+
+def as_times(values: Any) -> Tensor:
+    """Times that are given one by one, a list, tuple or array of numbers, as a float64 tensor."""
+    if isinstance(values, Tensor):
+        return values.to(torch.float64)
+    try:
+        listed = isinstance(values, (list, tuple)) or hasattr(values, "__array__")
+        return torch.as_tensor(np.asarray(values, dtype=np.float64) if listed else None)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        shown = values.__name__ if isinstance(values, type) else repr(values)
+        raise BadInput(f"times must be a tensor or a list of numbers, found {shown}") from None
 
 
 def levels(schedule: Schedule, start: float, last: float, clip: float | None = None) -> tuple[float, float]:

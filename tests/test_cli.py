@@ -361,3 +361,8 @@ def test_a_reader_that_went_away_is_no_error() -> None:
     assert process.wait(60) == 141
     assert process.stderr is not None
     assert process.stderr.read() == ""
+
+
+def test_evaluate_reads_its_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "fashion", "--label", "nosuch", "--n", "10"]) == 1
+    assert "nosuch" in capsys.readouterr().err

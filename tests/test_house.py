@@ -21,9 +21,9 @@ FLOORS = {
     -1: "errors environment families",
     0: "nets metrics zoo runtime company ranks files",
     1: "schedules discrete predictions times sampling tracing plan denoiser exact machine basis program noise conditions "
-    "finite",
+    "finite arguments pick aliases",
     2: "samplers tuning guides starts train processes accelerators distillers",
-    3: "pick aliases resolve model shelf model_files weights reopening training images tasks adapters parallel_cost parallel_work",
+    3: "resolve model shelf model_files weights reopening training images tasks adapters parallel_cost parallel_work",
     4: "commands distill quantize tune terminal compare results report plots variants many meter jobs reference_images",
     5: "cli ui __main__",
 }

@@ -129,3 +129,11 @@ def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
         assert variants.read(tmp_path / "set.toml").variants
     for key in (*variants.KEYS, "n", "rounds", "prompts"):
         assert f"`{key}`" in page, key
+
+
+def test_a_name_of_the_users_own_is_not_given_to_an_equal_cost_row(tmp_path: Path) -> None:
+    file = tmp_path / "v.toml"
+    text = '[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "Reference, 2 steps"\nsampler = "unipc"\nsteps = 2'
+    file.write_text(text, encoding="utf-8-sig")  # as editors of Windows write it
+    names = [row.name for row, _ in variants.read(file).rows()]
+    assert len(set(names)) == len(names) == 3

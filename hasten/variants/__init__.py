@@ -130,7 +130,9 @@ class VariantSet:
             fitting = next((row for row in known if (row.nfe or 0) <= cost), None)
             if fitting is not None:
                 count = f"{fitting.steps} step" + ("" if fitting.steps == 1 else "s")
-                fitting = rows.setdefault(fitting.method, replace(fitting, name=f"Reference, {count}"))
+                name = f"Reference, {count}"
+                name += ", equal cost" if name in {row.name for row in rows.values()} else ""
+                fitting = rows.setdefault(fitting.method, replace(fitting, name=name))
             equal[cost] = fitting
         order = {"reference": 0, "variant": 1, "equal-cost": 1}
         ordered = sorted(rows.values(), key=lambda row: (order[row.role], row.role == "equal-cost"))
@@ -171,7 +173,7 @@ def _load(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise BadInput(f"{path}: not valid TOML: {e}") from e
     except OSError as e:
