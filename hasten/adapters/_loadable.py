@@ -39,8 +39,9 @@ def check_loadable(pipe: Any, slot: str, net: nn.Module) -> None:
         part for part, value in pipe.components.items()
         if value is not None and part not in PARTS and isinstance(value, nn.Module)
     )  # fmt: skip
+    beside = [f"{'an' if part[0] in 'aeiou' else 'a'} {part}" for part in beside]
     if beside:
-        raise BadInput(f"{name} has a {' and a '.join(beside)}, which load would leave out: {INSTEAD}")
+        raise BadInput(f"{name} has {' and '.join(beside)}, which load would leave out: {INSTEAD}")
     if type(pipe).__module__.startswith("diffusers.") and not KINDS & set(bases):
         raise BadInput(
             f"{name} does more than ask its {slot} from prompts or classes, which load would drop: {INSTEAD}"

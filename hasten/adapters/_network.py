@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,18 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..nets.copies import copy_modules, own_parameters
 
-__all__ = ["Layers", "attach", "fingerprint", "hooks_of", "loadable", "patch_of", "separate", "structure", "uncompiled"]
+__all__ = [
+    "Given",
+    "Layers",
+    "attach",
+    "fingerprint",
+    "hooks_of",
+    "loadable",
+    "patch_of",
+    "separate",
+    "structure",
+    "uncompiled",
+]
 
 AROUND = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")  # of the network itself
 PROBES = 8  # entries of each tensor that are looked at
@@ -153,6 +165,25 @@ def fingerprint(modules: Iterator[nn.Module] | list[nn.Module]) -> tuple[tuple[A
 def changed(before: tuple[tuple[Any, ...], Tensor], now: tuple[tuple[Any, ...], Tensor]) -> bool:
     """Whether two fingerprints differ."""
     return before[0] != now[0] or not torch.equal(before[1], now[1])
+
+
+class Given:
+    """The network that was given to be accelerated: whether its layers or its parameters are others than then."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = weakref.ref(net)
+        self.state = _layout(net)
+
+    def left(self, net: nn.Module) -> bool:
+        """Whether it has changed since, and `net`, made from it, does not have the same layers and numbers."""
+        given = self.net()
+        if given is None or _layout(given) == self.state:
+            return False
+        return changed(fingerprint(list(given.modules())), fingerprint(list(net.modules())))
+
+
+def _layout(net: nn.Module) -> list[Any]:
+    return [(id(module), *(id(p) for p in vars(module)["_parameters"].values())) for module in net.modules()]
 
 
 class Layers:

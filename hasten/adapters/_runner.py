@@ -49,6 +49,7 @@ class Runner:
         self.scheduler, self.known = scheduler, reading(scheduler)
         self.owner: Any = None  # a weak reference to the pipeline
         self.original: Any = None  # whose hooks and patch these are
+        self.given: Any = None  # the network that it was made from, where that has other layers
         self.patch: Any = None
         self.hooks: list[Any] = []
         self.seams = with_seams(core, whole=True)
@@ -126,6 +127,14 @@ class Runner:
             raise BadInput(
                 f"the weights of this {type(self.core).__name__} were changed after {names} (a fused LoRA, other "
                 "weights): change the original pipeline first, and accelerate that"
+            )
+        if self.given is not None and "given" not in self.warned and self.given.left(self.core):
+            self.warned.add("given")
+            warnings.warn(
+                f"the {type(self.core).__name__} of the pipeline that accelerate was given has other layers or weights "
+                "than then (a LoRA?), which the accelerated pipeline does not have: load them into the accelerated "
+                "pipeline, or accelerate the pipeline again",
+                stacklevel=2,
             )
         self.layers.find()
         line, read = self.timeline, self._read()

@@ -17,7 +17,7 @@ from ..errors import BadInput
 from ..sampling import spell
 from ..times import Explicit
 from ._calls import PLACES
-from ._network import attach, hooks_of, patch_of, separate, uncompiled
+from ._network import Given, attach, hooks_of, patch_of, separate, uncompiled
 from ._recorded import drawn_calls, recorded
 from ._runner import Runner
 from ._seams import with_seams
@@ -72,6 +72,17 @@ class Accelerated:
         runner.moved(fn, outdated)
         return self
 
+    def __copy__(self) -> Any:
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise BadInput(
+            f"a {type(self).__name__} under accelerators cannot be pickled: pickle or save the pipeline that "
+            "accelerate was given, and call hasten.accelerate(pipe, ...) again after loading"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         runner: Runner = vars(self)["runner"]
         inner = copy.deepcopy(runner.plain_copy(), memo)
@@ -88,6 +99,7 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     would not run it.
     """
     with_seams(net)  # before anything: refuses what is not known
+    check_text(net)
     accelerators, patch = ordered(accelerators), patch_of(net)
     for one in accelerators:
         if getattr(one, "inject", 0):
@@ -107,8 +119,20 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     module: Any = _of_kind(own)
     runner = Runner(module, accelerators, scheduler)
     runner.patch, runner.hooks, runner.original = patch, hooks_of(net), net if patch or hooks_of(net) else None
+    if not runner.hooks and patch is None:  # else both have the same layers
+        runner.given = Given(net)
     attach(module, net)
     return module
+
+
+def check_text(net: nn.Module) -> None:
+    """Raises BadInput for a network that attends to an image in place of a text, which the split points do not know."""
+    config: Any = getattr(net, "config", {})
+    if config.get("encoder_hid_dim_type") == "image_proj" or str(config.get("addition_embed_type")).startswith("image"):
+        raise BadInput(
+            f"this {type(net).__name__} is given an image embedding in place of a text (Kandinsky 2.2), which "
+            "accelerators do not support: use hasten.as_scheduler in its pipeline"
+        )
 
 
 def _of_kind(net: nn.Module) -> nn.Module:
@@ -126,9 +150,20 @@ def _name(forward: Any) -> str:
 def kind_for(kind: Any) -> type[Accelerated]:
     """The class of accelerated networks of this class: a subclass of its name, its `forward` of the same signature."""
 
+    @torch.compiler.disable
+    def outside_graphs(runner: Runner, args: Any, kwargs: Any, compiling: bool) -> Any:
+        if compiling and "torch.compile" not in runner.warned:
+            runner.warned.add("torch.compile")
+            warnings.warn(
+                f"a {kind.__name__} under accelerators is not compiled by torch.compile and runs as it is: give "
+                'hasten.accelerate the accelerator "compile" too',
+                stacklevel=2,
+            )
+        return runner.answer(args, kwargs)
+
     @wraps(kind.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.runner.answer(args, kwargs)
+        return outside_graphs(self.runner, args, kwargs, torch.compiler.is_compiling())
 
     held = {
         "forward": forward,

@@ -25,6 +25,7 @@ from ._schedules import PREDICTIONS, Reading, alike, shift_of
 if TYPE_CHECKING:
     PlanScheduler: Any
 
+MOST_STEPS = 10_000
 COMPATIBLE = [
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
@@ -228,6 +229,8 @@ def scheduler_class() -> type:
                 raise BadInput("set_timesteps needs num_inference_steps, timesteps or sigmas, one of them")
             if num_inference_steps is not None:
                 num_inference_steps = arguments.count_of("num_inference_steps", num_inference_steps)
+                if num_inference_steps > MOST_STEPS:
+                    raise BadInput(f"num_inference_steps is at most {MOST_STEPS}, got {num_inference_steps}")
                 if given and len(given[0]) != num_inference_steps:
                     name = "timesteps" if sigmas is None else "sigmas"
                     raise BadInput(f"set_timesteps: {num_inference_steps} steps and {len(given[0])} {name}: give one")
@@ -362,6 +365,10 @@ def scheduler_class() -> type:
                 for f in (self.hasten_schedule.alpha, self.hasten_schedule.sigma)
             )
             return alpha * original_samples + sigma * noise
+
+        def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+            """v = alpha noise - sigma x at the timesteps, (B,) or ()."""
+            return self.add_noise(noise, -sample, timesteps)
 
         def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
             """The same under the name and the order that pipelines of flows use."""

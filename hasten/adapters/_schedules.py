@@ -106,10 +106,17 @@ def mu_of(scheduler: Any, tokens: int) -> float | None:
 
 def set_steps(scheduler: Any, steps: int, mu: float | None = None) -> None:
     """`scheduler.set_timesteps(steps)`, with the smallest `mu` where it needs one and none is given."""
+    more = {}
     if scheduler.config.get("use_dynamic_shifting"):
-        scheduler.set_timesteps(steps, mu=float(scheduler.config.get("base_shift") or 0.0) if mu is None else mu)
-    else:
-        scheduler.set_timesteps(steps)
+        more["mu"] = float(scheduler.config.get("base_shift") or 0.0) if mu is None else mu
+    try:
+        scheduler.set_timesteps(steps, **more)
+    except BadInput:
+        raise
+    except Exception as error:  # of many kinds: too many steps (LCM), other arguments (Helios)
+        said = " ".join(str(error).split())[:200]
+        name = type(scheduler).__name__
+        raise BadInput(f"{name}.set_timesteps({steps}) fails: {type(error).__name__}: {said}") from error
 
 
 def alike(one: Schedule, two: Schedule, times: Tensor) -> bool:
