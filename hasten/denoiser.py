@@ -204,8 +204,8 @@ class Denoiser(nn.Module):
         if not isinstance(t, (Tensor, float, int)):
             t = self._time(t)
         if not isinstance(x_t, Tensor) or not x_t.ndim:
-            found = type(x_t).__name__ if not isinstance(x_t, Tensor) else "a tensor of no dimensions"
-            raise BadInput(f"x_t must be a tensor (B, *S), found {found}")
+            kind = "a tensor of no dimensions" if isinstance(x_t, Tensor) else type(x_t).__name__
+            raise BadInput(f"x_t must be a tensor (B, *S), found {kind}")
         if isinstance(t, Tensor) and (t.ndim or t.requires_grad):
             if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x_t))):
                 raise BadInput(f"t must be one time or one a sample ({len(x_t)}), found shape {tuple(t.shape)}")
