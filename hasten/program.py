@@ -39,8 +39,8 @@ class Program(NamedTuple):
         moved = dict(zip(map(id, found), torch.stack(found).to(x.dtype).to(x.device).unbind()))
 
         def there(row: Row) -> Row:
-            terms = [[(j, moved.get(id(c), c)) for j, c in part] for part in row[:3]]
-            return Row(*terms, row.last_states, row.last_answers)
+            states, answers, draws = ([(j, moved.get(id(c), c)) for j, c in part] for part in row[:3])
+            return Row(states, answers, draws, row.last_states, row.last_answers)
 
         return Program(self.times, there(self.start), [there(row) for row in self.rows])
 

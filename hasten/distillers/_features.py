@@ -19,7 +19,10 @@ def classifier(task: Task, share: float, width: int = 32, lr: float = 1e-3) -> C
     share: of the budget, relative to the other stages. Raises BadInput for a task without labels.
     """
     if "label" not in task.batches[0]:
-        raise BadInput("a classifier needs images with labels: this data has none")
+        raise BadInput(
+            "a classifier needs images with labels of the model's classes: this model has no classes, or the data no "
+            "labels (mmd:features=random works without them)"
+        )
     net = untrained(task, width)
 
     def lesson(batch: dict[str, Tensor]) -> Tensor:

@@ -58,9 +58,7 @@ def test_stages_decide_the_order_and_the_denoiser_is_kept() -> None:
 
 
 def test_a_conflict_names_both() -> None:
-    with pytest.raises(
-        Conflict, match=r"test_accelerate\.Cache and \S*test_accelerate\.Cache:every=3 both claim 'features'"
-    ):
+    with pytest.raises(Conflict, match="Cache and .*Cache:every=3 both claim 'features'"):
         accelerate(nn.Identity(), [Cache(), Swap(), Cache(3)], Ahead(times=(1.0,)))
 
 
