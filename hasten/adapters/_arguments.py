@@ -14,7 +14,8 @@ from ..errors import BadInput
 from ..schedules import Flow, Schedule
 
 __all__ = [
-    "StepAlphas", "check_neutral", "count_of", "held", "lcm_timesteps", "numbers", "place_of", "times_of_sigmas",
+    "StepAlphas", "check_neutral", "count_of", "held", "lcm_timesteps", "numbers", "place", "place_of",
+    "times_of_sigmas",
 ]  # fmt: skip
 
 # values with which an argument asks for nothing: pipelines pass these by default
@@ -59,6 +60,17 @@ def count_of(name: str, value: Any) -> int:
     if isinstance(value, bool) or count < 1:
         raise BadInput(f"{name} must be a whole number of at least 1, got {value!r}")
     return count
+
+
+def place(name: str, value: Any, count: int) -> int:
+    """A place among `count`, from 0."""
+    try:
+        k = operator.index(value)
+    except TypeError:
+        k = -1
+    if isinstance(value, bool) or not 0 <= k < count:
+        raise BadInput(f"{name} takes a place among {count} timesteps, 0 to {count - 1}, got {value!r}")
+    return k
 
 
 def numbers(name: str, values: Any) -> Tensor:

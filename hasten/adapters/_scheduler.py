@@ -124,7 +124,7 @@ def scheduler_class() -> type:
             self.hasten_schedule = schedule
             self.reading = Reading(schedule, PREDICTIONS[told], num_train_timesteps)
             self.plan = None if plan is None else usable(Plan.from_json(plan))
-            if self.plan is not None and not self.config.use_dynamic_shifting:  # else `_shift` knows, with the size
+            if self.plan is not None and not (flow and use_dynamic_shifting):  # whose shift is checked when it is known
                 self.plan.check_schedule(schedule)
             self.sampler = pick("samplers", sampler)
             if self.plan is None and not self.sampler.linear:
@@ -201,6 +201,8 @@ def scheduler_class() -> type:
 
         def set_begin_index(self, begin_index: int = 0) -> None:
             """Begin at a later timestep, as image to image does."""
+            if begin_index is not None:
+                begin_index = arguments.place("set_begin_index", begin_index, len(self.timesteps))
             self._begin_index = begin_index
             self._run = None
 
@@ -241,7 +243,11 @@ def scheduler_class() -> type:
                 timesteps = arguments.lcm_timesteps(num_inference_steps, total, original, part)
             own = None
             if timesteps is not None:
-                own = self.reading.time(arguments.numbers("timesteps", timesteps))
+                values = arguments.numbers("timesteps", timesteps)
+                if float(values[0]) > self.config.num_train_timesteps or float(values[-1]) < 0:
+                    most = self.config.num_train_timesteps
+                    raise BadInput(f"timesteps lie in 0 to {most}, got {arguments.short(timesteps)}")
+                own = self.reading.time(values)
                 own = torch.cat([own, own.new_zeros(1)])
             elif sigmas is not None:
                 own = arguments.times_of_sigmas(self.hasten_schedule, sigmas)

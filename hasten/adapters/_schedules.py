@@ -14,6 +14,7 @@ from ..denoiser import Denoiser
 from ..discrete import Discrete
 from ..errors import BadInput, nearest
 from ..schedules import Flow, Schedule
+from ._arguments import count_of
 
 __all__ = [
     "FlowDenoiser", "Reading", "alike", "begin_of", "mu_of", "reading", "set_steps", "shift_of", "times_like", "wide",
@@ -106,7 +107,7 @@ def mu_of(scheduler: Any, tokens: int) -> float | None:
 
 def set_steps(scheduler: Any, steps: int, mu: float | None = None) -> None:
     """`scheduler.set_timesteps(steps)`, with the smallest `mu` where it needs one and none is given."""
-    more = {}
+    steps, more = count_of("steps", steps), {}
     if scheduler.config.get("use_dynamic_shifting"):
         more["mu"] = float(scheduler.config.get("base_shift") or 0.0) if mu is None else mu
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from ..plan import Plan
 from ..sampling import spell
 from ..schedules import Flow, Schedule, schedule_from_dict
 from ..times import Explicit
+from ._arguments import count_of
 from ._conditions import Latents, Prompts
 from ._loadable import check_loadable, wants_image
 from ._network import loadable, uncompiled
@@ -181,6 +184,8 @@ def as_scheduler(
     from ._scheduler import scheduler_class
 
     kind, config = scheduler_class(), described(like)
+    if not isinstance(method, (str, Path, Plan)) and (isinstance(method, type) or not is_dataclass(method)):
+        raise BadInput(f"as_scheduler takes a sampler, as an object or a text, or a Plan, found {method!r}")
     if isinstance(method, (str, Path)) and str(method).endswith(".json"):
         try:
             method = Plan.from_json(Path(method).read_text())
@@ -205,6 +210,8 @@ def as_scheduler(
         config["sampler"] = method if isinstance(method, str) else spell(method)
         if times is not None and not isinstance(times, str):
             values = times.tolist() if isinstance(times, Tensor) else times
+            if isinstance(values, type) or not (isinstance(values, Iterable) or is_dataclass(values)):
+                raise BadInput(f"times= takes a time grid, a text, or the times themselves, found {times!r}")
             times = spell(Explicit(tuple(map(float, values))) if isinstance(values, Iterable) else times)
         config["times"] = times or "angle"
     if prediction is not None:
@@ -215,6 +222,8 @@ def as_scheduler(
     elif like is None:
         raise BadInput("as_scheduler needs like=, a pipeline or scheduler, or with a plan prediction=")
     if clip is not None:
+        if not isinstance(clip, (bool, int, float)) or clip is not False and not 0 < clip < math.inf:
+            raise BadInput(f"clip= takes a number above 0, True (1.0) or False, found {clip!r}")
         config = {key: value for key, value in config.items() if key not in ("clip", *THRESHOLDING)}
         config["clip"] = None if clip is False else 1.0 if clip is True else float(clip)
     return kind(**config)
@@ -236,8 +245,10 @@ def described(like: Any) -> dict[str, Any]:
     scheduler = like.scheduler if is_pipeline(like) else like
     if hasattr(scheduler, "config"):
         read, config = reading(scheduler), dict(scheduler.config)
-    else:
+    elif isinstance(scheduler, Mapping):
         read, config = None, dict(scheduler)
+    else:
+        raise BadInput(f"like= takes a pipeline, a scheduler, its config, a Model or a Denoiser, found {like!r}")
     kept = {key: config[key] for key in TABLE if key in config} | clipping(scheduler, config)
     if kept.get("trained_betas") is not None:
         kept["trained_betas"] = [float(beta) for beta in kept["trained_betas"]]
@@ -350,9 +361,15 @@ def accelerate_pipeline(
     chosen = [
         pick("accelerators", a) if isinstance(a, str) else a for a in (accelerators if several else [accelerators])
     ]
+    for one in chosen:
+        if not hasattr(one, "stage"):
+            raise BadInput(
+                f"accelerators are objects of hasten.accelerators or texts such as 'deep_cache', found {one!r}"
+            )
+    steps = 50 if steps is None else count_of("steps", steps)
     seen_in = prompts if calls is None else calls
     slot, net = network_of(pipe)
-    made = Accelerated.put_into(pipe, slot, net, chosen, steps or 50, seed, seen_in)
+    made = Accelerated.put_into(pipe, slot, net, chosen, steps, seed, seen_in)
     other_weights = any(one.stage == EXCHANGE for one in chosen)
     for thing in (made, vars(made)[slot]) if other_weights else (made,):  # past their own __setattr__
         vars(thing)["save_pretrained"] = partial(save_accelerated, thing, chosen, other_weights)

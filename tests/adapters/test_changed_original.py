@@ -98,3 +98,41 @@ def test_the_velocity_is_that_of_diffusers() -> None:
     assert torch.allclose(ours.get_velocity(x, noise, t), theirs.get_velocity(x, noise, t), atol=1e-5)
     with pytest.raises(BadInput, match="at most 10000"):
         ours.set_timesteps(10**7)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "a", True])
+def test_numbers_of_steps_are_checked(steps: Any) -> None:
+    pipe = sd()
+    for ask in (lambda: times_like(pipe.scheduler, steps), lambda: accelerate_pipeline(pipe, CACHE, steps=steps)):
+        with pytest.raises(BadInput, match="steps must be a whole number of at least 1"):
+            ask()
+
+
+def test_what_is_no_accelerator_sampler_grid_clip_or_scheduler_is_refused() -> None:
+    pipe = sd()
+    for wrong in (5, [5], None):
+        with pytest.raises(BadInput, match="accelerators are objects"):
+            accelerate_pipeline(pipe, wrong)
+    for method, more, said in (
+        (5, {}, "takes a sampler"),
+        (None, {}, "takes a sampler"),
+        ("ddim", {"times": 5}, "takes a time grid"),
+        ("ddim", {"clip": -1}, "clip="),
+        ("ddim", {"clip": float("nan")}, "clip="),
+        ("ddim", {"clip": "x"}, "clip="),
+        ("ddim", {"like": 5}, "like="),
+        ("ddim", {"like": "fashion"}, "like="),
+    ):
+        with pytest.raises(BadInput, match=said):
+            hasten.as_scheduler(method, **{"like": pipe, **more})
+
+
+def test_places_and_timesteps_outside_are_refused() -> None:
+    ours = hasten.as_scheduler("ddim", like=sd())
+    ours.set_timesteps(5)
+    for place in (5, 99, -1, 2.5, "a"):
+        with pytest.raises(BadInput, match="set_begin_index takes a place among 5"):
+            ours.set_begin_index(place)
+    for timesteps in ([5000, 500], [500, -20]):
+        with pytest.raises(BadInput, match="timesteps lie in 0 to 1000"):
+            ours.set_timesteps(timesteps=timesteps)
