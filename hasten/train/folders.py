@@ -116,7 +116,7 @@ def open_tree(
                 out[k] = image
             else:
                 bad.append((names[k], image))
-    if not bad and int(out.max()) == 1:
+    if not bad and names != [""] and int(out.max()) == 1:
         raise BadInput(
             f"{tree.root}: the images hold 0 and 1 alone, which is black: are they masks? Scale them to 0..255"
         )
