@@ -29,7 +29,9 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The verb as the command line calls it: its numbers are read by `read`, and no path is empty. Its help and its types stay the same."""
+    """The verb as the command line calls it: its numbers are read by `read`, and no path is empty.
+
+    Its help and its types stay the same."""
     from cyclopts import Parameter
 
     hints = typing.get_type_hints(verb, include_extras=True)
