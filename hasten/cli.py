@@ -44,7 +44,8 @@ def app() -> App:
 def say(message: object) -> None:
     """One line on stderr, whatever line breaks the message had; nothing where nobody can read it."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"hasten: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        words = (word if len(word) <= 500 else f"{word[:200]}...{word[-50:]}" for word in str(message).split())
+        print(f"hasten: {' '.join(words)}", file=sys.stderr, flush=True)
 
 
 def notices() -> None:

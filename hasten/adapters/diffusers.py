@@ -176,7 +176,8 @@ def as_scheduler(
             May be left out with a plan, given `prediction`.
         prediction: "eps", "v", "x0" or "flow", in place of what `like` says.
         clip: hold x0 to [-clip, clip], for networks of pixels; None: as `like` does, which may also have dynamic
-            thresholding; False: not.
+            thresholding; False: not. The whole step is made from the held x0, as DDIMScheduler does with
+            `use_clipped_model_output=True` (and not without it): where x0 is never beyond, the two agree.
 
     A flow whose shift depends on the size of the image (`use_dynamic_shifting`) takes it from the pipeline. What
     pipelines give to `set_timesteps` and `step` beside is taken, or refused by name.

@@ -8,6 +8,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from ..errors import HastenError
@@ -28,7 +29,9 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The verb as the command line calls it: its numbers are read by `read`. Its help and its types stay the same."""
+    """The verb as the command line calls it: its numbers are read by `read`, and no path is empty.
+
+    Its help and its types stay the same."""
     from cyclopts import Parameter
 
     hints = typing.get_type_hints(verb, include_extras=True)
@@ -43,6 +46,16 @@ def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
                 return read(tokens[0].value, *args)
 
             hint = Annotated[hint, Parameter(converter=convert)]
+        elif Path in (typing.get_args(hint) or (hint,)) or name in ("model", "reference"):
+
+            def convert_path(type_: Any, tokens: Sequence[Any], kind: Any = hint) -> Any:
+                if not tokens[0].value.strip():
+                    raise ValueError("is empty: give a path (. is the current folder)")
+                path = Path in (typing.get_args(kind) or (kind,))
+                return Path(tokens[0].value) if path else tokens[0].value
+
+            if list not in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint))):
+                hint = Annotated[hint, Parameter(converter=convert_path)]
         parameters.append(parameter.replace(annotation=hint))
 
     @functools.wraps(verb)

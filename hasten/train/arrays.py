@@ -37,10 +37,13 @@ def open_npz(
 
     label = label.lower() if label and label.lower() == "none" else label
     try:
+        if not zipfile.is_zipfile(path) and path.read_bytes()[:6] == b"\x93NUMPY":
+            raise BadInput(f"{path} is one array, not an .npz: name it .npy")
         with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise BadInput(f"{path} is one array, not an .npz: name it .npy")
             keys = {key.lower(): key for key in archive.files}
+            if len(keys) < len(archive.files):
+                lost = next(key for key in archive.files if key not in keys.values())
+                raise BadInput(f"{path}: the arrays {lost!r} and {keys[lost.lower()]!r} differ in capitals alone")
             x, y = image_key(keys, split, path)
             images = archive[keys[x]]
             if label not in (None, "none", "folders"):
@@ -51,12 +54,19 @@ def open_npz(
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as e:
         if isinstance(e, BadInput):
             raise
-        raise BadInput(f"cannot read {path}: {e} (the file may be cut short)") from e
+        reason = (
+            "it holds Python objects, not numbers" if "llow_pickle" in str(e) else f"{e} (the file may be cut short)"
+        )
+        raise BadInput(f"cannot read {path}: {reason}") from e
+    others = {key: np.char.decode(a, "utf-8") if a.dtype.kind == "S" else a for key, a in others.items()}
     labels = None if label == "none" else others.get(y or "")
     if labels is not None and y == "arr_1" and not looks_like_labels(labels, len(images), "labels"):
         labels = None
-    names = next((others[key] for key in NAMES if key in others and key != y and others[key].dtype.kind == "U"), None)
-    used = {x, *([y] if labels is not None else []), *(n for n in NAMES if names is not None and n in others)}
+    named = next((key for key in NAMES if key in others and key != y and others[key].dtype.kind == "U"), None)
+    names = None if named is None or labels is None else others[named].reshape(-1)
+    if names is not None and len(names) == len(images) != 1 + max_label(labels) and named == "names":
+        names = None  # of the images
+    used = {x, *([y] if labels is not None else []), *([named] if names is not None else [])}
     notes = []
     if label is None and labels is None:
         doubt = [k for k, a in others.items() if k not in used and looks_like_labels(a, len(images), k)]
@@ -132,6 +142,8 @@ def label_array(labels: Any, n: int, source: str, names: Sequence[str] | None) -
     import numpy as np
 
     notes: list[str] = []
+    if not labels.ndim:
+        raise BadInput(f"{source}: labels must be integers (n,), got a single {labels.dtype}")
     if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "iufb" and len(labels) == n:
         if not (np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()):
             raise BadInput(f"{source}: labels must be integers (n,) or one-hot, got {labels.dtype} {labels.shape}")
@@ -144,7 +156,11 @@ def label_array(labels: Any, n: int, source: str, names: Sequence[str] | None) -
     whole = labels.dtype.kind in "iub" or labels.dtype.kind == "f" and np.isfinite(labels).all()
     if not whole or labels.ndim > 2 or labels.size != len(labels) or not (labels == np.floor(labels)).all():
         raise BadInput(f"{source}: labels must be integers (n,), got {labels.dtype} {labels.shape}")
+    if labels.size and float(labels.max()) >= 2**63:
+        raise BadInput(f"{source}: labels run to {labels.max()}; they must be 0..K-1 for K classes")
     out = torch.from_numpy(np.array(labels, np.int64).reshape(-1))
+    if names is not None and len({normal(str(name)) for name in names}) < len(names):
+        raise BadInput(f"{source}: two classes have one name: {listed(names)}")
     if names is not None:
         return out, tuple(map(str, names)), notes
     if len(out) == n and n and int(out.min()) == 1 and int(out.max()) <= 10_000:
@@ -179,15 +195,16 @@ def value_range(images: Any, source: str) -> tuple[str, list[str]]:
         low, high = min(low, float(part.min())), max(high, float(part.max()))
     span = f"{low:.4g} to {high:.4g}"
     if kind.kind in "iu":
-        if low == 0 and high == 1:
+        if low >= 0 and high == 1:
             raise BadInput(f"{source}: {kind} images hold 0 and 1 alone: give booleans, or 0 and 255")
         if low >= 0 and high <= 255:
             return "bytes", [] if kind == np.uint8 else [f"{kind} images are read as 0..255"]
-        if kind == np.uint16 and high >= 4096:
+        if kind.newbyteorder("=") == np.uint16 and high >= 4096:
             return "deep", ["16-bit images are reduced to 8 bits"]
         raise BadInput(f"{source}: images must be uint8, or floats in [-1, 1], got {kind} from {span}")
     if low < 0 and low >= -1.001 and high <= 1.001:
-        return "signed", []
+        pale = low > -0.75 and high < 0.75
+        return "signed", [f"{kind} images from {span} are read as [-1, 1]"] if pale else []
     if low >= 0 and high <= 1.001:
         return "unit", [f"{kind} images from {span} are read as [0, 1]"]
     if low >= -0.5 and 16 < high <= 255.5:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from ..errors import BadInput
 from .arrays import open_array, open_npz
 from .decode import SUFFIXES
 from .folders import SPLITS, file_tree, folder_tree, open_tree, zip_tree
-from .notes import counted, note
+from .labels import MAYBE
+from .notes import counted, listed, note
 from .sources import Data, find_idx, open_idx, open_npy
 
 __all__ = ["Batches", "Data", "open_data", "to_float"]
@@ -63,29 +65,44 @@ def open_data(
         BadInput: in one line, naming the file, where something is missing, empty, damaged or does not fit; where there
             are labels that cannot be used; where two sources of labels differ.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise BadInput(
+            f"data is the path of a folder, zip or array, got {type(path).__name__}: images in memory are given as "
+            "hasten.train.Data.of(images), uint8 (n, C, H, W)"
+        )
+    if not str(path):
+        raise BadInput("the path of the data is empty (. is the current folder)")
     path = Path(path)
     if split is not None and split not in SPLITS:
         raise BadInput(f"unknown split {split!r} (choices: {', '.join(SPLITS)})")
-    if channels not in (None, 1, 3):
+    if channels not in (None, 1, 3) or isinstance(channels, bool):
         raise BadInput(f"channels must be 1 or 3, got {channels}")
-    pair = (size, size) if isinstance(size, int) else size
-    if pair is not None and (len(pair) != 2 or min(pair) < 1):
-        raise BadInput(f"size must be a positive side or (height, width), got {size}")
-    if not path.exists():
+    pair: tuple[int, int] | None = None
+    if size is not None:
+        sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        if len(sides) != 2 or not all(isinstance(s, int) and s > 0 and not isinstance(s, bool) for s in sides):
+            raise BadInput(f"size must be a positive side or (height, width), got {size!r}")
+        pair = sides
+    if not os.path.exists(path):
         raise BadInput(f"there is no file or folder {path}")
     data = _open(path, split, pair, channels, label)
     if report:
-        for line in (data.found, *data.notes, *_beside(path)):
+        for line in (data.found, *data.notes, *_beside(path, data.labels is not None)):
             note(f"{path}: {line}")
     return data
 
 
-def _beside(path: Path) -> list[str]:
-    """A note on image files beside the array of a folder."""
+def _beside(path: Path, labelled: bool) -> list[str]:
+    """Notes on image files and on what may be labels beside the array of a folder."""
     if not path.is_dir() or not (find_idx(path) or (path / "images.npy").is_file()):
         return []
-    names = [p.name for p in sorted(path.iterdir()) if p.name.lower().endswith(SUFFIXES)]
-    return [f"the arrays are read, not {counted(len(names), 'image')} beside them, such as {names[0]}"] if names else []
+    files = [p.name for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    names = [name for name in files if name.lower().endswith(SUFFIXES)]
+    tables = [n for n in files if MAYBE.search(n) and not n.endswith(".npy") or "idx1" in n and not labelled]
+    notes = [f"not used as labels, the arrays are read: {listed(tables)}"] if tables else []
+    if names:
+        notes.append(f"the arrays are read, not {counted(len(names), 'image')} beside them, such as {names[0]}")
+    return notes
 
 
 def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels: int | None, label: str | None) -> Data:

@@ -120,8 +120,9 @@ def decode(tree: Tree, name: str, shape: tuple[int, int, int], resize: bool) -> 
     with opened(tree, name) as image:
         deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
         picture = eight_bits(tree, name, upright(image))
-        if deep and picture.mode == "RGB":
-            high = max(high for _, high in picture.getextrema())  # type: ignore[union-attr,misc]
+        if deep and picture.mode in ("RGB", "RGBA", "LA"):
+            colours = [band for band in picture.getbands() if band != "A"]
+            high = max(picture.getchannel(band).getextrema()[1] for band in colours)
             if 0 < high < 16:  # type: ignore[operator]
                 raise Unreadable(f"{tree.where(name)} holds few of its 16 bits: scale its values to 0..65535")
         if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:

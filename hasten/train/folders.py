@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,15 @@ from .tree import Tree, file_tree, folder_tree, zip_tree
 __all__ = ["SPLITS", "SUFFIXES", "Tree", "file_tree", "folder_tree", "open_tree", "zip_tree"]
 
 SPLITS = {
-    "train": ("train", "training"),
+    "train": ("train", "training", "trainval"),
     "test": ("test", "testing", "t10k"),
-    "val": ("val", "valid", "validation", "dev"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
 }
+# A split within a longer name: train2017, training_set, seg_test, trainA; not testarossa.
+SPLIT_WORD = re.compile(
+    r"(?:^|(?<=[^A-Za-z]))((?i:trainval|training|train|testing|test|validation|valid|val|evaluation|eval))(?=$|[^a-z])"
+)
+IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # a folder of them beside those of BESIDE
 # Folders beside splits that are no classes.
 BESIDE = (
     "unlabeled", "unlabelled", "unsup", "extra", "mask", "masks", "annotations", "annotation", "labels", "meta",
@@ -115,6 +121,10 @@ def open_tree(
                 out[k] = image
             else:
                 bad.append((names[k], image))
+    if not bad and names != [""] and int(out.max()) == 1:
+        raise BadInput(
+            f"{tree.root}: the images hold 0 and 1 alone, which is black: are they masks? Scale them to 0..255"
+        )
     if bad:
         rest = f"; also refused: {listed(name for name, _ in bad[1:])}" if len(bad) > 1 else ""
         raise Unreadable(f"{bad[0][1]}{rest}")
@@ -144,31 +154,63 @@ def split_of(folder: str) -> str | None:
     return next((split for split, aliases in SPLITS.items() if folder.lower() in aliases), None)
 
 
+def worded_splits(tree: Tree, tops: Sequence[str]) -> dict[str, str | None]:
+    """The splits of folders such as train2017 and val2017; {} where their names hold no splits.
+
+    Raises BadInput where every folder's name holds one, but beside different words (trainA, trainB, testA, testB).
+    """
+    found: dict[str, str | None] = {}
+    rests = set()
+    for top in tops:
+        match = SPLIT_WORD.search(top)
+        found[top] = split_of(match[1]) if match else None
+        if match:
+            rests.add((top[: match.start()] + top[match.end() :]).lower())
+    if "train" not in found.values() or len(set(found.values()) - {None}) < 2:
+        return {}
+    if len(rests) == 1:
+        return found
+    if all(found[top] or top.lower() in BESIDE for top in tops):
+        raise BadInput(f"{tree.root}: the folders {listed(tops)} look like splits of several sets: name one of them")
+    return {}
+
+
 def choose_split(tree: Tree, names: list[str], split: str | None) -> tuple[list[tuple[str, list[str]]], list[str]]:
     """The images of the asked split as (the folder they share, names), and notes; a lone top folder is looked through.
 
-    Folders are splits where all are, or where `train` stands beside another split or a folder of `BESIDE`.
+    Folders are splits where all are, or where `train` stands beside another split or a folder of `BESIDE`; also by a
+    word within their names (`worded_splits`). A folder `images` beside folders of `BESIDE` alone holds all the images.
     None: all splits, each with its folder.
     """
-    prefix = ""
+    prefix, notes = "", []
     while True:
         tops = sorted({name[len(prefix) :].split("/", 1)[0] for name in names if "/" in name[len(prefix) :]})
         loose = [name for name in names if "/" not in name[len(prefix) :]]
         found = {top: split_of(top) for top in tops}
+        found = (
+            found
+            if "train" in found.values() and len({*found.values(), None}) > 2
+            else (worded_splits(tree, tops) or found)
+        )
         splits = {kind for kind in found.values() if kind}
         others = [top for top in tops if not found[top]]
         whole = bool(splits) and not others and not loose
         if whole or "train" in splits and (len(splits) > 1 or others and all(t.lower() in BESIDE for t in others)):
             break
+        shown = [top for top in tops if top.lower() in IMAGES]
+        if len(shown) == 1 < len(tops) and not loose and all(t.lower() in (*BESIDE, *IMAGES) for t in tops):
+            notes.append(f"the images of {shown[0]} are used; not those of {listed(t for t in tops if t != shown[0])}")
+            tops = shown
+            names = [name for name in names if name.startswith(f"{prefix}{shown[0]}/")]
         if len(tops) != 1 or loose:
-            return nested_splits(tree, names, prefix, split)
+            chosen_parts, more = nested_splits(tree, names, prefix, split)
+            return chosen_parts, [*notes, *more]
         prefix += f"{tops[0]}/"
     chosen = [top for top in tops if found[top] and split in (None, found[top])]
     if split is not None and not chosen:
         raise BadInput(f"{tree.root} has no split {split!r}: it has {', '.join(sorted(splits))}")
     if split is not None and len(chosen) > 1:
         raise BadInput(f"{tree.root} has several folders of the split {split!r}, {', '.join(chosen)}: name one of them")
-    notes = []
     if unused := [top for top in tops if top not in chosen]:
         notes.append(f"the images of {', '.join(chosen)} are used; not those of {listed(unused)}")
     if loose:

@@ -68,6 +68,10 @@ def read(tree: Tree, place: str, column: str | None) -> Found:
         if found is None:
             return Found(place, None, [f"{place} gives no classes: {unused_columns(unused)}"])
         value = found
+        if place.lower().endswith(".jsonl"):
+            odd = next((row for row in rows if row[value][:1] in ("[", "{")), None)
+            if odd:
+                raise BadInput(f"{where}: a label is a name or a number, found {odd[value][:80]} (one class an image)")
     short = next((row for row in rows if len(row) <= max(file, value) or not row[value].strip()), None)
     if short:
         raise BadInput(f"{where}: the row {','.join(short)!r} has no label")
@@ -75,7 +79,7 @@ def read(tree: Tree, place: str, column: str | None) -> Found:
     if long:
         raise BadInput(f"{where}: the row {','.join(long)!r} has more columns than the header ({len(header or ())})")
     labels = by_image(tree, place, [(row[file], row[value]) for row in rows])
-    return Found(place, labels, [f"{place}: {unused_columns(unused)}"] if unused else [])
+    return Found(place, labels, [f"{place}: {unused_columns(unused)}"] if any(map(str.strip, unused)) else [])
 
 
 def unused_columns(names: list[str]) -> str:
@@ -83,6 +87,7 @@ def unused_columns(names: list[str]) -> str:
     text = [name for name in names if name.strip().lower() in TEXT]
     rest = [name for name in names if name not in text]
     said = [f"captions ({', '.join(text)}) are not supported yet and not used"] if text else []
+    rest = [name for name in rest if name.strip()]  # pandas writes its index under no name
     said += [f"columns not used: {listed(rest)} (choose one with label)"] if rest else []
     return "; ".join(said) or "it has no other column than the file names"
 
@@ -141,7 +146,7 @@ def json_lines(where: str, text: str) -> tuple[list[str], list[list[str]]]:
         if line.strip():
             try:
                 record = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise BadInput(f"cannot read {where}: line {number}: {e}") from e
             if not isinstance(record, dict):
                 raise BadInput(f"cannot read {where}: line {number} is no JSON object")
@@ -161,11 +166,13 @@ def read_json(tree: Tree, place: str, column: str | None) -> Found:
     where = tree.where(place)
     try:
         content = json.loads(text_of(tree, place))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BadInput(f"cannot read {where}: {e}") from e
     if not isinstance(content, dict) or "labels" not in content:
         return Found(place, None, [f"{place} is not used: it has no entry 'labels'"])
     labels = content["labels"]
+    if labels and not isinstance(labels, (list, dict)):
+        raise BadInput(f"{where}: labels are pairs [file, integer or name], found {str(labels)[:80]}")
     if not labels or column is not None and column.lower() not in CLASS:
         return Found(place, None, [f"{place} gives no classes"] if not labels else [])
     pairs = list(labels.items()) if isinstance(labels, dict) else labels
@@ -224,6 +231,10 @@ def by_image(tree: Tree, place: str, pairs: list[tuple[str, str]]) -> dict[str, 
     labels: dict[str, str] = {}
     for file, label in pairs:
         name, label = find(file), normal(label)
+        if not label.isprintable():
+            raise BadInput(
+                f"{tree.where(place)}: the label {label!r} of {file} holds characters that cannot be printed"
+            )
         if labels.setdefault(name, label) != label:
             raise BadInput(f"{tree.where(place)} names {file} twice, as {labels[name]!r} and as {label!r}")
     known = set(tree.names)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # Files that may hold labels, but under other names than those that are read.
 MAYBE = re.compile(
-    r"\.(csv|tsv|jsonl|parquet)$|(label|class|annotation|meta).*\.(txt|json|xml|mat|xlsx?)$", re.IGNORECASE
+    r"\.(csv|tsv|jsonl|parquet)$|(label|class|annotation|meta|synset|target|train|val|test|list).*\.(txt|json|xml|mat|xlsx?|npy)$",
+    re.IGNORECASE,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -184,6 +185,12 @@ def read_npy(path: Path) -> Any:
     import numpy as np
 
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as e:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            return array
+        array.close()
+    except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as e:
+        if "Python objects" in str(e) or "allow_pickle" in str(e):
+            raise BadInput(f"cannot read {path}: it holds Python objects, not numbers") from e
         raise BadInput(f"cannot read {path}: {e} (the file may be cut short)") from e
+    raise BadInput(f"{path} holds several arrays: name it .npz")

@@ -70,7 +70,8 @@ def folder_tree(path: Path) -> Tree:
             if os.path.isfile(file):
                 names.append(relative)
             elif name.lower().endswith(SUFFIXES):
-                notes.append(f"{relative} links to a file that is not there: skipped")
+                link = os.path.islink(file) and not os.path.exists(file)
+                notes.append(f"{relative} {'links to a file that is not there' if link else 'is no file'}: skipped")
     return Tree(str(path), tuple(sorted(names)), lambda name: (path / name).read_bytes(),
                 lambda name: (path / name).open("rb"), tuple(notes), tuple(sorted(inside)))  # fmt: skip
 

@@ -1,0 +1,164 @@
+"""Data of unusual form: what is used is said, what cannot be used is refused in one line."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hasten.errors import BadInput
+from hasten.train import notes
+from hasten.train.data import open_data
+
+IMAGES = np.arange(6 * 64, dtype=np.uint8).reshape(6, 8, 8)
+
+
+def pics(folder: Path, *names: str, value: int = 100) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), value).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("train, other", [
+    ("train2017", "val2017"), ("training_set", "test_set"), ("seg_train", "seg_test"), ("train_images", "test_images"),
+    ("train", "eval"), ("trainval", "test"), ("Train", "Evaluation"),
+])  # fmt: skip
+def test_splits_within_longer_names_are_no_classes(tmp_path: Path, train: str, other: str) -> None:
+    pics(tmp_path, f"{train}/cat/a.png", f"{train}/dog/a.png", f"{other}/cat/b.png")
+    data = open_data(tmp_path)
+    assert (len(data), data.classes) == (2, ("cat", "dog"))
+    assert any(other in note for note in data.notes)
+
+
+def test_splits_of_several_sets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="name one of them"):
+        open_data(pics(tmp_path, "trainA/a.png", "trainB/a.png", "testA/a.png", "testB/a.png"))
+
+
+def test_classes_with_words_of_splits_stay_classes(tmp_path: Path) -> None:
+    names = ("bullet_train", "test_tube", "testarossa", "cat")
+    assert open_data(pics(tmp_path, *(f"{name}/a.png" for name in names))).classes == tuple(sorted(names))
+
+
+def test_a_folder_of_images_beside_masks_is_the_set(tmp_path: Path) -> None:
+    data = open_data(pics(tmp_path, "images/cat/a.png", "images/dog/a.png", "masks/a.png"))
+    assert (len(data), data.classes) == (2, ("cat", "dog")) and "masks" in data.notes[0]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("dataset.json", '{"labels": 5}'), ("dataset.json", "[" * 100_000), ("metadata.jsonl", "[" * 100_000),
+    ("labels.csv", "file,label\na.png,x\0\nb.png,y\n"),
+    ("metadata.jsonl", '{"file_name": "a.png", "label": [1]}\n{"file_name": "b.png", "label": [0]}\n'),
+    ("metadata.jsonl", '{"file_name": "a.png", "label": {"k": 1}}\n{"file_name": "b.png", "label": {"k": 0}}\n'),
+])  # fmt: skip
+def test_labels_that_cannot_be_used_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (pics(tmp_path, "a.png", "b.png") / name).write_text(text)
+    with pytest.raises(BadInput, match=name):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("arrays", [
+    {"labels": np.array(3)}, {"labels": np.array(list("ab") * 3, object)},
+    {"labels": np.array([0, 1, 2**63, 0, 1, 1], np.uint64)}, {"Images": IMAGES},
+    {"labels": np.arange(6) % 2, "class_names": np.array(["a", "a"])},
+])  # fmt: skip
+def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    np.savez(tmp_path / "a.npz", images=IMAGES, **arrays)
+    with pytest.raises(BadInput) as error:
+        open_data(tmp_path / "a.npz")
+    assert "cut short" not in str(error.value) and "-9223" not in str(error.value)
+
+
+def test_names_in_bytes_are_read_and_names_of_images_are_no_classes(tmp_path: Path) -> None:
+    labels = np.arange(6) % 2
+    np.savez(tmp_path / "a.npz", images=IMAGES, labels=labels, class_names=np.array([b"a", b"b"]))
+    assert open_data(tmp_path / "a.npz").classes == ("a", "b")
+    np.savez(tmp_path / "b.npz", images=IMAGES, labels=labels, names=np.array(list("uvwxyz")))
+    data = open_data(tmp_path / "b.npz")
+    assert data.classes == ("0", "1") and any("names" in note for note in data.notes)
+
+
+def test_an_array_under_the_suffix_of_another_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", IMAGES)
+    np.savez(tmp_path / "b.npz", images=IMAGES)
+    (tmp_path / "a.npy").rename(tmp_path / "c.npz")
+    (tmp_path / "b.npz").rename(tmp_path / "d.npy")
+    for name, suffix in (("c.npz", ".npy"), ("d.npy", ".npz")):
+        with pytest.raises(BadInput, match=f"name it {suffix}"):
+            open_data(tmp_path / name)
+
+
+def test_sixteen_bits_of_either_byte_order(tmp_path: Path) -> None:
+    deep = IMAGES.astype(np.uint16) * 257
+    for name, kind in (("a", "<u2"), ("b", ">u2")):
+        np.save(tmp_path / f"{name}.npy", deep.astype(kind))
+    assert torch.equal(*(open_data(tmp_path / f"{name}.npy").images(range(6)) for name in "ab"))
+
+
+def test_few_of_sixteen_bits_beside_opaque_pixels_are_refused(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = np.full((4, 4, 4), 1000, ">u2")
+    rows[:, :, 3] = 65535
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    head = struct.pack(">IIBBBBB", 4, 4, 16, 6, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    with pytest.raises(BadInput, match="16 bits"):
+        open_data(tmp_path)
+
+
+def test_masks_of_0_and_1_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="masks"):
+        open_data(pics(tmp_path, "a.png", value=1))
+
+
+def test_labels_beside_an_array_that_are_not_used_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notes, "_printed", set())
+    np.save(tmp_path / "images.npy", IMAGES)
+    (tmp_path / "labels.csv").write_text("file,label\n")
+    open_data(tmp_path)
+    assert "not used as labels, the arrays are read: labels.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [None, 5, ["a"], IMAGES, torch.zeros(2, 1, 4, 4), ""])
+def test_what_is_no_path_is_refused(data: Any) -> None:
+    with pytest.raises(BadInput):
+        open_data(data)
+
+
+@pytest.mark.parametrize("option", [{"size": 8.0}, {"size": "8"}, {"size": True}, {"channels": True}])
+def test_sizes_that_are_none_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="must be"):
+        open_data(pics(tmp_path, "a.png"), **option)
+
+
+def test_a_path_too_long_is_refused() -> None:
+    with pytest.raises(BadInput, match="no file or folder"):
+        open_data("a" * 5000)
+
+
+@pytest.mark.parametrize("words", [["sample", "", "--out", "x.png"], ["train", "", "--out", "x"],
+                                   ["train", "x", "--out", ""], ["evaluate", "fashion", "--reference", ""]])  # fmt: skip
+def test_an_empty_path_on_the_command_line_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from hasten.cli import main
+
+    assert main(words) == 2
+    assert "empty" in capsys.readouterr().err
+
+
+def test_an_error_with_a_very_long_name_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    from hasten.cli import main
+
+    assert main(["sample", "a" * 5000, "--out", "x.png"]) == 1
+    assert len(capsys.readouterr().err) < 1500
