@@ -172,7 +172,8 @@ class Denoiser(nn.Module):
 
     def _net(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float, cond: dict[str, Any]) -> Tensor:
         raw = self.net(*self._inputs(x_t, c_in, clock), **cond)
-        if not isinstance(raw, Tensor) or raw.shape != x_t.shape:  # which would be broadcast
+        # another shape would be broadcast; inside pipelines some networks take, or give, further channels (`whole`)
+        if not isinstance(raw, Tensor) or (raw.shape != x_t.shape and not getattr(self.net, "whole", False)):
             found = f"a tensor of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
             raise BadInput(
                 f"{type(self.net).__name__} must return one tensor of the shape of its samples, {tuple(x_t.shape)}, "

@@ -31,7 +31,7 @@ from .schedules import Schedule
 __all__ = ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"]
 
 LARGEST_Q = 150.0
-MOST_STEPS = 10_000  # the table of a plan has the square of them
+MOST_STEPS = 20_000  # the table of a plan has the square of them; distillers begin at up to 8,192 steps, halved
 FAR_Q = 2 * LARGEST_Q  # noise beyond this says nothing of the image: it counts as `LARGEST_Q`
 
 

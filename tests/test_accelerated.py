@@ -79,8 +79,8 @@ def test_what_cannot_be_is_one_line(model: Model) -> None:
         model.sample(1, accelerators=["encoder_propagation", "deep_cache"])
     with pytest.raises(BadInput, match="8"):
         model.sample(1, steps=8, accelerators=["encoder_propagation"])
-    with pytest.raises(BadInput, match="unknown accelerator 'deepcache': did you mean 'deep_cache'"):
-        model.sample(1, accelerators=["deepcache"])
+    with pytest.raises(BadInput, match="unknown accelerator 'deep_cach': did you mean 'deep_cache'"):
+        model.sample(1, accelerators=["deep_cach"])
     with pytest.raises(BadInput, match="must know the times"):
         model.sample(1, sampler="adaptive", accelerators=["deep_cache"])
 
