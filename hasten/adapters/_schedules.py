@@ -17,7 +17,7 @@ from ..schedules import Flow, Schedule
 from ._arguments import count_of
 
 __all__ = [
-    "FlowDenoiser", "Reading", "alike", "begin_of", "mu_of", "reading", "set_steps", "shift_of", "times_like", "wide",
+    "FlowDenoiser", "Reading", "alike", "mu_of", "reading", "set_steps", "shift_of", "times_like", "wide",
 ]  # fmt: skip
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
@@ -180,13 +180,3 @@ def times_like(scheduler: Any, steps: int, mu: float | None = None) -> Tensor:
     clean = float(sigmas[-1]) == 0 if sigmas is not None else float(getattr(other, "final_alpha_cumprod", 1.0)) == 1
     times = torch.unique(torch.cat([visited, torch.tensor([0.0 if clean or read.flow else end]).double()]))
     return times.flip(0)
-
-
-def begin_of(scheduler: Any, timestep: float) -> int:
-    """The place in the scheduler's timesteps where a sampling begins that asks first at `timestep`."""
-    begin = getattr(scheduler, "begin_index", None)
-    own = wide(scheduler.timesteps)
-    if begin is not None and begin < len(own) and abs(float(own[begin]) - timestep) < 1e-6 * max(1.0, timestep):
-        return int(begin)
-    near = (own - timestep).abs() <= 1e-6 * max(1.0, abs(timestep))
-    return int(near.nonzero()[0]) if bool(near.any()) else -1
