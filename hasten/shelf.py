@@ -215,13 +215,18 @@ def read(folder: Path, networks: Sequence[type] = (), trust_code: bool = False) 
             text = (folder / DESCRIPTION).read_text(encoding="utf-8")
         except (OSError, ValueError) as e:
             raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
+        error = fields = None
         try:
-            return fields_of(folder, text, networks, trust_code)
-        except (BadInput, OSError):
-            with contextlib.suppress(OSError, ValueError):
-                if (folder / DESCRIPTION).read_text(encoding="utf-8") != text:
-                    continue
-            raise
+            fields = fields_of(folder, text, networks, trust_code)
+        except (BadInput, OSError, RuntimeError) as e:  # RuntimeError: torch, where a file is gone
+            error = e
+        with contextlib.suppress(OSError, ValueError):
+            if (folder / DESCRIPTION).read_text(encoding="utf-8") != text:
+                continue  # what was read may be of both models
+        if error is not None:
+            raise error
+        assert fields is not None
+        return fields
     raise BadInput(f"cannot read {folder / DESCRIPTION}: it changes all the time")
 
 
