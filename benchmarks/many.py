@@ -23,7 +23,7 @@ from typing import Any
 import cyclopts
 import torch
 
-from hasten.machine import processor
+from hasten.performance.autotune import processor
 
 
 def main(

@@ -8,7 +8,7 @@ Diffusion 1.5 on latents of `--side` 64, a text of 77 tokens), one thread a proc
 each, between two barriers; each gets its median, and the CPU time of the first process, which tells of the work when
 the machine is not idle. `one` is one process while the others wait; patches are one image, `cfg` two rows against the
 same two rows in one process. Bytes are what one rank sends in a query. Beside each ratio stands the one that
-`hasten.parallel_cost` predicts from this machine's arithmetic, memory and link, measured in the same run.
+`hasten.performance.parallel` predicts from this machine's arithmetic, memory and link, measured in the same run.
 
 `quality`: the bundled model `fashion`, images of the same seeds in each way; PSNR against one process and the Frechet
 distance to the data. Ways are by the moments of group norms, and "held" where nothing is drawn on (`forecast=0`). Its 7
@@ -42,7 +42,7 @@ from hasten.denoiser import Denoiser
 from hasten.metrics import evaluate_images, feature_net, reference
 from hasten.metrics.difference import difference
 from hasten.nets.unet import UNet
-from hasten.parallel_cost import Way, forecast, measured_device, measured_link, work_of
+from hasten.performance.parallel import Way, forecast, measured_device, measured_link, work_of
 from hasten.schedules import VPCosine
 
 app = cyclopts.App(help=__doc__)
@@ -81,7 +81,7 @@ def built(unet: str, side: int) -> tuple[Denoiser, int, dict[str, Tensor]]:
         return Denoiser(net, VPCosine(), "v").eval(), 3, {"label": torch.zeros(1, dtype=torch.long)}
     from diffusers import UNet2DConditionModel
 
-    from hasten.adapters._seams import with_seams
+    from hasten.adapters.diffusers.seams import with_seams
 
     net = with_seams(UNet2DConditionModel(sample_size=side, cross_attention_dim=768))
     return Denoiser(net, VPCosine(), "v", clock="t1000").eval(), 4, {"text": torch.randn(1, 77, 768)}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hasten.nets.quantized import Part, QConv2d, QLinear, exchange, execution
 from hasten.nets.unet import UNet
-from hasten.weights import store
+from hasten.storage.weights import store
 
 
 def built(name: str) -> nn.Module:

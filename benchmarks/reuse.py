@@ -26,10 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hasten.accelerators import Ahead, accelerate
-from hasten.adapters._seams import Seams, with_seams
+from hasten.adapters.diffusers.seams import Seams, with_seams
 from hasten.denoiser import Denoiser
 from hasten.guides.cfg import CFG
-from hasten.machine import processor
+from hasten.performance.autotune import processor
 from hasten.pick import pick
 from hasten.sampling import Noise, draw
 from hasten.schedules import Discrete

@@ -25,7 +25,7 @@ _HOMES = {
         "times",
     ),
     **dict.fromkeys(["EDM", "VE", "Flow", "SubVP", "VPCosine", "VPLinear"], "schedules"),
-    **dict.fromkeys(["Discrete", "rescale_zero_snr"], "discrete"),
+    **dict.fromkeys(["Discrete", "rescale_zero_snr"], "schedules"),
     **dict.fromkeys(
         [
             "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver",
@@ -38,13 +38,13 @@ _HOMES = {
     **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
     **dict.fromkeys(["accelerate", "as_scheduler", "times_like"], "adapters.diffusers"),
     # diffusers looks both up where a pipeline was saved with such a scheduler
-    **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters._scheduler"),
-    **dict.fromkeys(["distill_model"], "distill"),
-    **dict.fromkeys(["quantize_model"], "quantize"),
-    **dict.fromkeys(["tune_model"], "tune"),
+    **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),
+    **dict.fromkeys(["distill_model"], "workflows.distill"),
+    **dict.fromkeys(["quantize_model"], "workflows.quantize"),
+    **dict.fromkeys(["tune_model"], "workflows.tune"),
     **dict.fromkeys(["Plan"], "plan"),
-    **dict.fromkeys(["Ranks"], "ranks"),
-    **dict.fromkeys(["sample_many"], "many"),
+    **dict.fromkeys(["Ranks"], "distributed.ranks"),
+    **dict.fromkeys(["sample_many"], "workflows.sample"),
 }  # fmt: skip
 __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM", "Auxiliary",
@@ -58,18 +58,18 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from .adapters.diffusers import accelerate, as_scheduler, times_like
+    from .adapters.diffusers.pipelines import accelerate, as_scheduler, times_like
     from .denoiser import Denoiser, Wrapper
-    from .discrete import Discrete, rescale_zero_snr
-    from .distill import distill_model
+    from .schedules.discrete import Discrete, rescale_zero_snr
+    from .workflows.distill import distill_model
     from .errors import BadInput, HastenError
     from .guides import CFG, Distribution, DynamicThreshold, Interval, Rescale
-    from .many import sample_many
-    from .model import Model, load
+    from .workflows.sample import sample_many
+    from .model.model import Model, load
     from .pick import pick
-    from .plan import Plan, plan
-    from .quantize import quantize_model
-    from .ranks import Ranks
+    from .plan.table import Plan, plan
+    from .workflows.quantize import quantize_model
+    from .distributed.ranks import Ranks
     from .samplers import (
         DDIM,
         DDPM,
@@ -91,9 +91,9 @@ if TYPE_CHECKING:
         StochasticDistilled,
         UniPC,
         invert,
-    )  # fmt: skip
+    )
     from .sampling import Noise, Query, Sampler, draw, walk
-    from .schedules import EDM, VE, Flow, SubVP, VPCosine, VPLinear
+    from .schedules.continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
     from .starts import CCDF, Auxiliary, SingDiffusion
     from .times import (
         CosineAngle,
@@ -104,8 +104,8 @@ if TYPE_CHECKING:
         Trailing,
         UniformLambda,
         UniformTime,
-    )  # fmt: skip
-    from .tune import tune_model
+    )
+    from .workflows.tune import tune_model
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import BadInput, HastenError, nearest, number, whole
 from .predictions import Prediction, prediction_from, spread
-from .schedules import Schedule
+from .schedules.continuous import Schedule
 
 __all__ = ["Denoiser", "Wrapper"]
 

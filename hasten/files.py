@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from .environment import launched, number
+from .utils.environment import launched, number
 from .errors import BadInput
 
 try:
@@ -238,7 +238,7 @@ def _acquire(folder: Path) -> int | None:
 
 def _write_owner(descriptor: int) -> None:
     """Write into the lock file who holds it; on a full disk it stays empty."""
-    from .company import home
+    from .distributed.heartbeat import home
 
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
@@ -257,7 +257,7 @@ def _read_owner(file: Path) -> dict[str, Any]:
 
 def _alive(owner: dict[str, Any]) -> bool:
     """Whether the process that wrote a lock file lives, where files cannot be locked. Of another machine: it may."""
-    from .company import alive, home
+    from .distributed.heartbeat import alive, home
 
     if not owner:
         return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 from .files import remove_leftovers, temporary, write_whole
-from .finite import check_images
+from .utils.finite import check_images
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ import types
 import typing
 from typing import Any
 
-from .aliases import alias_of, hint_for, own_name
+from .utils.aliases import alias_of, hint_for, own_name
 from .errors import BadInput, HastenError, check_numbers, nearest
 from .sampling import spell
 
@@ -34,7 +34,7 @@ def pick(folder: str, text: str) -> Any:
         folder: `"samplers"`, `"times"`, `"guides"`, ...
         text: values are numbers, true, false, none, inf, words, or tuples of them in parentheses:
             `"cfg:scale=2,interval=(0.2,inf)"`. Names of diffusers and k-diffusion are understood, such as `"euler"`,
-            `"dpmpp_2m_sde"`, `"pndm"` and `"exponential"` (`hasten.aliases` lists them).
+            `"dpmpp_2m_sde"`, `"pndm"` and `"exponential"` (`hasten.utils.aliases` lists them).
 
     Raises:
         HastenError: for an unknown name, option or value, naming the nearest valid choice.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, nearest, plain_numbers
-from .families import family, is_own, path_of
+from .utils.registry import family, is_own, path_of
 
 __all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "precise", "prediction_from", "spread"]
 

@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_noise, check_result, check_state, given_grid, given_sampler
-from .conditions import conditions_of
+from .utils.arguments import check_noise, check_result, check_state, given_grid, given_sampler
+from .utils.conditions import conditions_of
 from .denoiser import Wrapper
 from .errors import BadInput, HastenError
-from .families import is_own, path_of
-from .noise import Noise, no_noise
-from .schedules import Schedule
+from .utils.registry import is_own, path_of
+from .utils.noise import Noise, no_noise
+from .schedules.continuous import Schedule
 from .times import as_times
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan.table import Plan
 
 __all__ = ["Count", "Noise", "Query", "Sampler", "draw", "spell", "walk"]
 
@@ -248,7 +248,7 @@ def draw_unchecked(
 
 def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
     """The plan of a linear sampler; the last few are kept."""
-    from .plan import plan
+    from .plan.table import plan
 
     if times.requires_grad:
         return plan(sampler, schedule, times)
@@ -262,7 +262,7 @@ def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
 
 @functools.lru_cache(maxsize=16)
 def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
-    from .plan import plan
+    from .plan.table import plan
 
     with torch.inference_mode(False):
         at = torch.tensor(times, dtype=torch.float64)

@@ -51,7 +51,8 @@ from torch import Tensor
 
 from hasten import images as pictures
 from hasten.metrics import evaluate_images, extract, feature_net, frechet_distance, moments
-from hasten.model import Model, load
+from hasten.model import Model
+from hasten.model.model import load
 from hasten.samplers import UniPC
 from hasten.sampling import Noise, draw
 from hasten.starts.ccdf import CCDF, Consistent, down, smallest_time, up

@@ -21,7 +21,7 @@ from typing import Any
 import cyclopts
 
 import hasten
-from hasten.distill import distill_model
+from hasten.workflows.distill import distill_model
 from hasten.errors import HastenError
 from hasten.files import append_json_line, read_json_lines
 from hasten.metrics import evaluate_images, feature_net, reference

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import hasten
-from hasten.distill import distill_model
+from hasten.workflows.distill import distill_model
 from hasten.errors import BadInput
 
 METHODS = (

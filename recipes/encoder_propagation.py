@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.accelerators._keyed import Keyed
+from hasten.accelerators._caching.wrapper import Keyed
 from hasten.metrics import evaluate_images, feature_net, reference
-from hasten.metrics.cost import interleave, macs, ratio
+from hasten.performance.cost import interleave, macs, ratio
 
 SEARCHED = "keys=found"
 SEARCH = SEARCHED + ",samples={samples},seed=100000"  # what follows ";" is of the sampling

@@ -58,10 +58,10 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.discrete import Discrete, rescale_zero_snr
+from hasten.schedules import Discrete, rescale_zero_snr
 from hasten.guides import CFG
 from hasten.metrics import evaluate_images, feature_net, reference_from_images
-from hasten.model import load
+from hasten.model.model import load
 from hasten.nets.unet import UNet
 from hasten.samplers import UniPC
 from hasten.sampling import Noise, draw

@@ -18,7 +18,7 @@ import torch
 
 import hasten
 from hasten.metrics import evaluate_images
-from hasten.tune import tune_model
+from hasten.workflows.tune import tune_model
 
 DATA = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
 GRID = "lambda:low=0.03"

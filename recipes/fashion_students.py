@@ -25,7 +25,7 @@ from pathlib import Path
 import cyclopts
 
 import hasten
-from hasten.distill import distill_model
+from hasten.workflows.distill import distill_model
 from hasten.plan import plan
 
 DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import hasten
 from hasten.distillers import Task
-from hasten.distillers._rehearsal import Rehearsal, allocate
+from hasten.distillers._dry_run import Rehearsal, allocate
 from hasten.distillers.progressive import Progressive
 from hasten.metrics import evaluate_images
 from hasten.model import Model

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.basis import Basis
+from hasten.plan.basis import Basis
 from hasten.errors import BadInput
 from hasten.exact import GaussianMixture, m2, m64
 from hasten.plan import plan

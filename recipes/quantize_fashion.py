@@ -26,7 +26,7 @@ import hasten
 from hasten.metrics import evaluate_images, feature_net, reference
 from hasten.model import Model
 from hasten.nets.quantized import execution
-from hasten.quantize import quantize_model
+from hasten.workflows.quantize import quantize_model
 
 ROWS: dict[str, dict[str, Any]] = {
     "w8a8": {"weights": 8},

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hasten import commands
+from hasten.cli import verbs as commands
 from hasten.cli import main
 from hasten.denoiser import Denoiser
 from hasten.images import read_text
@@ -240,7 +240,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def broken(name: str) -> None:
         raise ZeroDivisionError("a\nbug")
 
-    monkeypatch.setattr("hasten.shelf.find", broken)
+    monkeypatch.setattr("hasten.storage.model_folder.find", broken)
     assert "unexpected ZeroDivisionError: a bug" in refused(1, "show", "x")
     monkeypatch.setenv("HASTEN_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
@@ -342,7 +342,7 @@ def test_evaluate_against_a_folder_of_images(
     for k in range(8, 24):
         pixels = np.random.default_rng(k).integers(0, 255, (8, 8), dtype=np.uint8)
         Image.fromarray(pixels).save(pictures / "dark" / f"{k}.png")
-    monkeypatch.setattr("hasten.reference_images.feature_net", lambda *_: Pixels())
+    monkeypatch.setattr("hasten.workflows.reference_images.feature_net", lambda *_: Pixels())
     monkeypatch.setattr("hasten.metrics.evaluate.feature_net", lambda *_: Pixels())
     asked = ("evaluate", folder, "--n", 12, "--seed", 5, "--reference", pictures, "--features", "pixels")
     told = json.loads(cli(*asked, "--runtime", "fp32", "--json"))

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from hasten import compare as engine
-from hasten import variants
-from hasten.compare import as_fast, compare, counting
+from hasten.compare import runner as engine
+from hasten.compare import variants
+from hasten.compare.runner import as_fast, counting
+from hasten.compare import compare
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference

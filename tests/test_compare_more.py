@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten import compare as engine
-from hasten import jobs, meter
+from hasten.compare import runner as engine
+from hasten.compare import jobs, counting as meter
 from hasten.cli import main
 from hasten.compare import compare
 from hasten.denoiser import Denoiser

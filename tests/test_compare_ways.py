@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hasten import variants
+from hasten.compare import variants
 from hasten.errors import BadInput
 from hasten.plan import plan
 from hasten.samplers import DDIM, UniPC

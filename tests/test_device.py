@@ -237,7 +237,7 @@ DISTILLERS = {
 @pytest.mark.parametrize("name", names("distillers"))
 def test_a_distiller(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of every stage."""
-    monkeypatch.setattr("hasten.ranks.own_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr("hasten.distributed.ranks.own_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # which wants a real device
     torch.manual_seed(0)
     task = image_task(tmp_path)

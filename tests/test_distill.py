@@ -17,7 +17,7 @@ from torch import nn
 import hasten
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.distillers._rehearsal import Stage, allocate
+from hasten.distillers._dry_run import Stage, allocate
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import hasten
-from hasten.adapters import _saving
+from hasten.adapters.diffusers import saving as _saving
 from hasten.cli import main
-from hasten.distill import distill_model
+from hasten.workflows.distill import distill_model
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.pick import pick
@@ -304,7 +304,7 @@ def test_a_prediction_that_diffusers_does_not_know_is_a_folder_of_hasten(tmp_pat
 
 
 def test_images_are_encoded_for_a_tuner_too(tmp_path: Path) -> None:
-    from hasten.tune import real
+    from hasten.workflows.tune import real
 
     model = hasten.load(tiny.dit_pipeline())
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)

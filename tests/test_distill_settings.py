@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-import hasten.distill as module
+import hasten.workflows.distill as module
 from hasten.denoiser import Denoiser
-from hasten.distill import distill_model, without_images
+from hasten.workflows.distill import distill_model, without_images
 from hasten.distillers import _task as tasks
 from hasten.model import Model
 from hasten.nets.unet import UNet

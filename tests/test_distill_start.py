@@ -13,7 +13,7 @@ from torch import nn
 import hasten
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.distill import distill_model
+from hasten.workflows.distill import distill_model
 from hasten.distillers._task import DEFAULTS, option
 from hasten.errors import BadInput
 from hasten.model import Model
@@ -171,7 +171,7 @@ def test_many_classes_have_a_picture(tmp_path: Path, classes: int) -> None:
 def test_a_picture_that_fails_loses_no_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import hasten.distill as module
+    import hasten.workflows.distill as module
 
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory\nand more")

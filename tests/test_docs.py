@@ -52,7 +52,7 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_the_commands_of_the_readme_are_commands() -> None:
     """Every `hasten ...` line of the README names a verb and options that exist."""
-    from hasten import commands
+    from hasten.cli import verbs as commands
 
     pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
     text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten import environment
-from hasten.cli import describe, main
-from hasten.company import Lost, heard
+from hasten.utils import environment
+from hasten.cli.app import describe
+from hasten.cli import main
+from hasten.distributed.heartbeat import Lost, heard
 from hasten.errors import BadInput, HastenError
 
 LAUNCHER = environment.LAUNCHER
@@ -54,7 +55,7 @@ def test_closed_streams_are_no_error(tmp_path: Path, command: str, code: int, ou
 def test_a_file_does_not_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """A library that prints to descriptor 2 must not print into the picture."""
     code = (
-        "import os, sys\nfrom hasten.environment import open_standard_streams\nopen_standard_streams()\n"
+        "import os, sys\nfrom hasten.utils.environment import open_standard_streams\nopen_standard_streams()\n"
         f"file = open({str(tmp_path / 'x')!r}, 'wb')\nassert file.fileno() > 2, file.fileno()\n"
         "os.write(2, b'noise'); os.write(1, b'noise'); print('fine'); print('fine', file=sys.stderr)\n"
     )

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import hasten
-from hasten import finite
+from hasten.utils import finite
 from hasten.cli import main
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput, NonFinite, Notice
@@ -27,10 +27,10 @@ from hasten.metrics.references import narrow, reference, save_reference
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import prediction_from
-from hasten.quantize import quantize_model
+from hasten.workflows.quantize import quantize_model
 from hasten.schedules import VPCosine
-from hasten.terminal import tell
-from hasten.tune import tune_model
+from hasten.cli.terminal import tell
+from hasten.workflows.tune import tune_model
 
 
 def tiny(classes: tuple[str, ...] | None = ("a", "b")) -> Model:

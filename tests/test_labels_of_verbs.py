@@ -12,16 +12,16 @@ from PIL import Image
 
 import hasten
 from hasten.cli import main
-from hasten.commands.restyling import of_class
-from hasten.distill import real_images
+from hasten.cli.restyle import of_class
+from hasten.workflows.distill import real_images
 from hasten.errors import BadInput
 from hasten.images import given_images, read_text
-from hasten.many import classifier_labels, judge_many, part_of
+from hasten.workflows.sample import classifier_labels, judge_many, part_of
 from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
-from hasten.ranks import Ranks
-from hasten.tune import real
+from hasten.distributed.ranks import Ranks
+from hasten.workflows.tune import real
 
 FAST = ("--steps", 1, "--runtime", "fp32", "--device", "cpu")
 
@@ -170,7 +170,7 @@ def test_images_that_cannot_be_are_refused(fashion: Model, images: object, messa
 def test_names_with_brackets_are_shown_as_they_are() -> None:
     from rich.console import Console
 
-    from hasten.report import table
+    from hasten.compare.report import table
     from tests.test_report import row
 
     console = Console(width=200)

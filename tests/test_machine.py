@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten import machine
+from hasten.performance import autotune as machine
 from hasten.errors import BadInput
-from hasten.runtime import Runtime
+from hasten.performance.runtime import Runtime
 
 
 @pytest.fixture(autouse=True)

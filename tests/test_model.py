@@ -19,7 +19,7 @@ from hasten.predictions import prediction_from
 from hasten.samplers.ddim import DDIM
 from hasten.schedules import VPCosine
 from hasten.times import UniformTime
-from hasten.weights import sha256
+from hasten.storage.weights import sha256
 
 CLASSES = ("coat", "bag", "boot")
 
@@ -168,7 +168,7 @@ def test_a_save_that_fails_leaves_nothing(model: Model, tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hasten.shelf.store", full)
+    monkeypatch.setattr("hasten.storage.model_folder.store", full)
     with pytest.raises(BadInput, match="No space left"):
         model.save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

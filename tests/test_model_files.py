@@ -16,7 +16,7 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.files import LEFTOVER
 from hasten.model import Model
-from hasten.model_files import refuse_other_model
+from hasten.storage.atomic import refuse_other_model
 from hasten.nets.unet import UNet
 from hasten.plan import plan
 from hasten.predictions import V

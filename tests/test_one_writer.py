@@ -31,9 +31,9 @@ from hasten.metrics.references import make_reference, reference, save_reference
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
-from hasten.results import Store, fingerprint, hash_of
+from hasten.compare.results import Store, fingerprint, hash_of
 from hasten.schedules import VPCosine
-from hasten.tune import tune_model
+from hasten.workflows.tune import tune_model
 
 DISTILL = ("--method", "progressive:steps=(4,2)", "--steps", "4", "--batch-size", "4", "--runtime", "fp32")
 VARIANTS = 'n = 10\nrounds = 1\n[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "few"\nsampler = "ddim"\nsteps = 2\n'

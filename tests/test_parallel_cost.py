@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import BadInput
-from hasten.metrics.cost import macs
+from hasten.performance.cost import macs
 from hasten.nets.unet import UNet
-from hasten.parallel_cost import (
+from hasten.performance.parallel import (
     A100,
     NVLINK,
     Device,
@@ -43,7 +43,7 @@ def problem(name: str) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
         patch = 1 if name == "hasten" else 2
         net = unet(widths=(8, 16, 16), attention=(1,), patch=patch)
         return net, (2, 2, 20 * patch, 8 * patch), {"label": torch.tensor([0, 2])}
-    from hasten.adapters._seams import with_seams
+    from hasten.adapters.diffusers.seams import with_seams
 
     from .adapters import tiny
 
@@ -327,7 +327,7 @@ def test_errors(large: Work) -> None:
 def test_a_device_is_measured_by_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of seconds that are known: the multiply-accumulates of the convolution twice, 64 MiB read and written, a launch
     of 200. And against the clock: the convolution again takes what the device was found to do."""
-    import hasten.parallel_cost as module
+    import hasten.performance.parallel as module
 
     seconds = iter([0.5, 0.25, 2e-3])
     with monkeypatch.context() as patch:

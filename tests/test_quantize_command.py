@@ -17,7 +17,7 @@ import torch
 import hasten
 from hasten.cli import main
 from hasten.errors import BadInput
-from hasten.quantize import BLOCKS, RUN, quantize_model
+from hasten.workflows.quantize import BLOCKS, RUN, quantize_model
 from tests.test_model import tiny
 
 LEARNED = ("--weights", "4", "--iterations", "6", "--images", "4", "--learn-steps", "--json")
@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(folder: str, tmp_path: Path) -> 
 def test_a_block_that_is_kept_is_not_learned_again(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hasten.accelerators import _work
+    from hasten.accelerators._quantization import session as _work
 
     seen: list[int] = []
     real = _work.learn_rounding

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import hasten
-from hasten.company import Line, alive
+from hasten.distributed.heartbeat import Line, alive
 from hasten.errors import BadInput
-from hasten.many import Kept, Sharing, kept, part_of, sample_many, sharing, told
-from hasten.ranks import Lost, Ranks, launched, own_device
+from hasten.workflows.sample import Kept, Sharing, kept, part_of, sample_many, sharing, told
+from hasten.distributed.ranks import Lost, Ranks, launched, own_device
 
 from .processes import spawn
 
@@ -265,7 +265,7 @@ def test_the_pulse_ends_before_the_interpreter_does(monkeypatch: pytest.MonkeyPa
             time.sleep(0.3)  # outside of Python, in truth, where being ended aborts the process
             return amount
 
-    monkeypatch.setattr("hasten.company.PULSE", 0.01)
+    monkeypatch.setattr("hasten.distributed.heartbeat.PULSE", 0.01)
     line = Line()
     line.store, line.pulse = Slow(), threading.Thread(target=line.beat, daemon=True)
     line.pulse.start()

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from hasten.errors import BadInput
-from hasten.ranks import Ranks
-from hasten.reference_images import baseline, judge, of_images
+from hasten.distributed.ranks import Ranks
+from hasten.workflows.reference_images import baseline, judge, of_images
 
 from .test_compare import Corner, tiny
 from .test_compare_more import SMALL, cli, no_page, run

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hasten import plots, report
+from hasten.compare import plots, report
 
 PROTOCOL = {
     "model": "fashion", "model_hash": "ab12" * 16, "set": "demo", "n": 500, "seeds": [0, 499], "batch_size": 64,
@@ -186,7 +186,7 @@ def test_a_page_without_quality_plots_the_nearness_to_the_reference(rows: list[d
 def test_a_failed_row_is_marked_with_its_reason_and_in_no_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     from rich.console import Console
 
-    from hasten.results import QUALITY
+    from hasten.compare.results import QUALITY
 
     gone = dict.fromkeys((*QUALITY, "nfe", "seconds_per_image", "speedup", "macs_per_image", "peak_memory"))
     lost = {**rows[1], **gone, "name": "[red]boom[/nothing]", "failed": "3 of 8 images hold <NaN>"}

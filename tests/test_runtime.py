@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import BadInput
-from hasten.runtime import Runtime, probe
+from hasten.performance.runtime import Runtime, probe
 
 
 class Pretend(nn.Module):

@@ -194,5 +194,5 @@ def test_bad_input(make: object, says: str) -> None:
 
 def test_the_table_may_be_imported_first() -> None:
     """`discrete` and `schedules` need one another; `schedules` first is what every other test does."""
-    code = "import hasten.discrete; from hasten.schedules import Discrete; Discrete.linear()"
+    code = "import hasten.schedules.discrete; from hasten.schedules import Discrete; Discrete.linear()"
     subprocess.run([sys.executable, "-c", code], check=True)

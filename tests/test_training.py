@@ -14,7 +14,7 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.train.data import Batches, Data
 from hasten.train.losses import DenoisingLoss
-from hasten.training import train_model
+from hasten.workflows.train import train_model
 
 
 def images(n: int = 12, seed: int = 0, side: int = 8) -> Tensor:
@@ -80,7 +80,7 @@ def test_images_are_mirrored_where_that_was_asked_for(tmp_path: Path, monkeypatc
             seen.append(batch["x"][:, 0, 0, 0] > 0)
             return super().__call__(denoiser, batch)
 
-    monkeypatch.setattr("hasten.training.DenoisingLoss", Seen)
+    monkeypatch.setattr("hasten.workflows.train.DenoisingLoss", Seen)
     pixels = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
     pixels[..., :4] = 255
     for flip in (False, True):

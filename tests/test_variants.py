@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hasten import compare as engine
-from hasten import variants
+from hasten.compare import runner as engine
+from hasten.compare import variants
 from hasten.errors import BadInput
 
 from .test_compare import SET, Corner, chosen, run, tiny

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..denoiser import Wrapper
 from ..errors import BadInput
 from . import HALVE, Ahead
-from ._patch_groups import Team, check_same, gather, place, team
+from ..distributed.groups import Team, check_same, gather, place, team
 
 __all__ = ["CfgParallel", "Halved"]
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..errors import BadInput
 from . import FIRST_SEED, WRAP, Ahead
-from ._injection import injected
-from ._keyed import Keyed, inner
-from ._keys import FEWEST, checked, named
-from ._seams import TransformerSeam, UNetSeam, seam, tiled
-from ._search import search
+from ._caching.injection import injected
+from ._caching.wrapper import Keyed, inner
+from ._caching.keys import FEWEST, checked, named
+from ._caching.seams import TransformerSeam, UNetSeam, seam, tiled
+from ._caching.search import search
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..plan.table import Plan
 
 __all__ = ["EncoderPropagation", "Propagated"]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from . import PART, Ahead
-from ._patch_attention import Text
-from ._patch_exchange import Exchange
-from ._patch_groups import Team, place, team
-from ._patch_swap import Patched
-from ._seams import same
+from ._patches.attention import Text
+from ._patches.exchange import Exchange
+from ..distributed.groups import Team, place, team
+from ._patches.swap import Patched
+from ._caching.seams import same
 
 __all__ = ["PatchNet", "PatchParallel"]
 

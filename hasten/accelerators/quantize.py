@@ -14,9 +14,9 @@ from ..errors import BadInput
 from ..nets.quantized import layers
 from ..nets.time_groups import TimeGroups
 from . import EXCHANGE, FIRST_SEED, Ahead, Call
-from ._calibration import Samples, bounds, chosen
-from ._quantizer import check_bits
-from ._work import Book, Work
+from ._quantization.calibration import Samples, bounds, chosen
+from ._quantization.quantizer import check_bits
+from ._quantization.session import Book, Work
 
 __all__ = ["Quantize"]
 

@@ -24,7 +24,7 @@ from ..metrics.references import sha256
 from ..nets.quantized import layers
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..model.model import Model
 
 __all__ = ["Asked", "Exported", "Flat", "exported", "needed"]
 
@@ -223,8 +223,8 @@ def exported(
     write(flat, asked, file): puts the graph of `flat` into `file`, and other files beside it; `asked` are the calls of
     n samplings for int8, else one call to trace with.
     """
-    from ..model import load
-    from ..shelf import check_savable
+    from ..model.model import load
+    from ..storage.model_folder import check_savable
 
     check_savable(model, network=False)
     path, denoiser, net = Path(path), model.denoiser, model.denoiser.net

@@ -18,7 +18,7 @@ from ..errors import BadInput
 from ._export import Asked, Exported, Flat, exported, needed
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..model.model import Model
 
 __all__ = ["OnnxNet", "export"]
 

@@ -20,7 +20,7 @@ from ..errors import BadInput, HastenError
 from ._export import Asked, Exported, Flat, exported, needed
 
 if TYPE_CHECKING:
-    from ..model import Model
+    from ..model.model import Model
 
 __all__ = ["OpenVinoNet", "export"]
 

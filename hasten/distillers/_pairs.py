@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..environment import is_terminal
+from ..utils.environment import is_terminal
 from ..errors import BadInput, HastenError, nearest
 from ..sampling import Noise, draw, spell
 from ..times import TimeGrid
-from ._store import DESCRIPTION, check, fingerprint, record, stored, write
+from ._pair_store import DESCRIPTION, check, fingerprint, record, stored, write
 
 if TYPE_CHECKING:
     from ._task import Task

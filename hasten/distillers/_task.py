@@ -16,7 +16,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..nets.critic import label_count
 from ..nets.scalar_inputs import ScalarInputs, with_scalars
-from ..ranks import Ranks
+from ..distributed.ranks import Ranks
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..nets.critic import Critic
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 from ..times import Trailing
 from ..train.augment import Augment
 from ..train.losses import LogitNormal
-from ._adversary import critic_of, entry, hinge, slope, still
+from ._gan import critic_of, entry, hinge, slope, still
 from ._targets import clock, grid, noised
 from ._task import Student, Task
 from .progressive import Progressive

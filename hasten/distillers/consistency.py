@@ -26,7 +26,7 @@ from ._consistency import (
     root_count,
     root_momentum,
 )
-from ._shadow import Counted, Shadow
+from ._ema_target import Counted, Shadow
 from ._targets import clock, noised
 from ._task import Student, Task
 

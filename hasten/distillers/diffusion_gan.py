@@ -14,9 +14,9 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..nets.critic import zeroed
 from ..predictions import spread
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 from ..times import Trailing
-from ._adversary import critic_of, entry, margin, predict, slope, still
+from ._gan import critic_of, entry, margin, predict, slope, still
 from ._targets import TINY, clock, grid, noised, raw_target
 from ._task import Student, Task
 

@@ -13,9 +13,9 @@ from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..nets.critic import FeatureHeads, label_count, plain_critic
 from ..predictions import spread
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 from ..times import Trailing
-from ._adversary import still
+from ._gan import still
 from ._targets import clock, grid, loss, noised
 from ._task import Student, Task
 

@@ -12,7 +12,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput
 from ._targets import Nodes, noised
 from ._task import Student, Task
-from ._upward import Voice, climbed, own_voice, rising, upward_loss, voice
+from ._encoding import Voice, climbed, own_voice, rising, upward_loss, voice
 from .progressive import check
 
 __all__ = ["Encoder"]

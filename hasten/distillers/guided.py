@@ -13,7 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..times import Trailing
 from ..train.losses import stratified
-from ._shadow import Shadow
+from ._ema_target import Shadow
 from ._targets import Nodes, clock, factor, finer_path, grid, loss, noised, path
 from ._task import Student, Task
 from .progressive import check, check_order, halving

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..discrete import Discrete
+from ..schedules.discrete import Discrete
 from ..errors import BadInput, nearest
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 from ..times import UniformTime
 from ._targets import Nodes, noised, path
 from ._task import Student, Task

@@ -13,9 +13,9 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..nets.critic import plain_critic
 from ..predictions import spread
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 from ..times import Trailing
-from ._adversary import entry
+from ._gan import entry
 from ._targets import TINY, clock, grid
 from ._task import Student, Task
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..predictions import spread
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 from ..times import Trailing
-from ._shadow import Shadow
+from ._ema_target import Shadow
 from ._targets import Nodes, grid, loss, noised, signal, step, weight_for
 from ._task import Student, Task
 from .progressive import check

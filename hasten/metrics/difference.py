@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.errors import BadInput
+from ..errors import BadInput
 
 from .measure import check_finite
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, NonFinite
+from ..errors import BadInput, NonFinite
 
 from .features import extract, feature_net, net_name
 from .frechet import frechet_distance, frechet_interval, moments

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hasten.errors import BadInput
+from ..errors import BadInput
 
 from .references import load_tensors
 

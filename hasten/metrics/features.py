@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, nearest
+from ..errors import BadInput, nearest
 
 from .references import sha256
 

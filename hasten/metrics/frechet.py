@@ -7,7 +7,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput
+from ..errors import BadInput
 
 from .measure import check_finite
 

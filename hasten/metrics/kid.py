@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput
+from ..errors import BadInput
 
 from .measure import check_finite
 

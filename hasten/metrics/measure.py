@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput
+from ..errors import BadInput
 
 
 @dataclass(frozen=True)

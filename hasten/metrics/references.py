@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, NonFinite, nearest
-from hasten.files import write_whole
+from ..errors import BadInput, NonFinite, nearest
+from ..files import write_whole
 
 from .frechet import moments
 from .inception_score import class_accuracy, inception_score

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from hasten.samplers.adaptive import AdaptiveSDE
-from hasten.samplers.analytic import AnalyticDPM
-from hasten.samplers.consistency import Consistency
-from hasten.samplers.ddim import DDIM, invert
-from hasten.samplers.ddpm import DDPM
-from hasten.samplers.deis import DEIS
-from hasten.samplers.dpm import DPMSolver
-from hasten.samplers.fast import FastDPM
-from hasten.samplers.heun import Heun
-from hasten.samplers.noise_level import NoiseLevel
-from hasten.samplers.picard import Picard
-from hasten.samplers.plms import PLMS
-from hasten.samplers.preconditioned import Preconditioned
-from hasten.samplers.predictor_corrector import PredictorCorrector
-from hasten.samplers.probability_flow import ProbabilityFlow
-from hasten.samplers.sa import SASolver
-from hasten.samplers.sn import SNDPM
-from hasten.samplers.stochastic_distilled import StochasticDistilled
-from hasten.samplers.unipc import UniPC
+from .adaptive import AdaptiveSDE
+from .analytic import AnalyticDPM
+from .consistency import Consistency
+from .ddim import DDIM, invert
+from .ddpm import DDPM
+from .deis import DEIS
+from .dpm import DPMSolver
+from .fast import FastDPM
+from .heun import Heun
+from .noise_level import NoiseLevel
+from .picard import Picard
+from .plms import PLMS
+from .preconditioned import Preconditioned
+from .predictor_corrector import PredictorCorrector
+from .probability_flow import ProbabilityFlow
+from .sa import SASolver
+from .sn import SNDPM
+from .stochastic_distilled import StochasticDistilled
+from .unipc import UniPC
 
 __all__ = [
     "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver", "FastDPM",

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, HastenError, check_numbers, nearest
-from hasten.predictions import precise
-from hasten.samplers._phi import Known, ddim, node
-from hasten.sampling import Query
-from hasten.schedules import Schedule, VPLinear
-from hasten.times import check_times
+from ..errors import BadInput, HastenError, check_numbers, nearest
+from ..predictions import precise
+from ._exponential import Known, ddim, node
+from ..sampling import Query
+from ..schedules.continuous import Schedule, VPLinear
+from ..times import check_times
 
 CLOCK = VPLinear()
 NOISIEST = 200.0  # sigma / alpha; CLOCK starts at 152

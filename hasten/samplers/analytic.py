@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.samplers._phi import Node, node, nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers, nearest
+from ._exponential import Node, node, nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 LEAST = 1e-12  # of a posterior variance: what is interpolated is its logarithm
 FAR = 1e3  # the q that stands for pure noise, where Gam = 1 says nothing any more

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.samplers._phi import nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ._exponential import nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers
-from hasten.samplers._phi import Known, ddim, nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers
+from ._exponential import Known, ddim, nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

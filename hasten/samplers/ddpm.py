@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.samplers._phi import nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers, nearest
+from ._exponential import nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.samplers._phi import Known, Node, advance, nodes, usable
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers, nearest
+from ._exponential import Known, Node, advance, nodes, usable
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 _CHOICES = {"predict": ("x0", "eps"), "third": ("true", "compat"), "variant": ("midpoint", "taylor")}
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.samplers._phi import Known, ddim, nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
-from hasten.times import check_times, levels
+from ..errors import BadInput, check_numbers, nearest
+from ._exponential import Known, ddim, nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
+from ..times import check_times, levels
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers
-from hasten.samplers._phi import Known, Node, ddim, from_pure, node, nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers
+from ._exponential import Known, Node, ddim, from_pure, node, nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

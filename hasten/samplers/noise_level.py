@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.predictions import spread
-from hasten.sampling import Query
-from hasten.schedules import Schedule
-from hasten.times import check_times
+from ..errors import BadInput, check_numbers, nearest
+from ..predictions import spread
+from ..sampling import Query
+from ..schedules.continuous import Schedule
+from ..times import check_times
 
 FAMILIES = ("linear", "fibonacci", "times")
 MOST = 0.999  # of a beta

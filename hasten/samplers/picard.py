@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.predictions import precise
-from hasten.samplers.ddim import DDIM
-from hasten.samplers.ddpm import DDPM
-from hasten.sampling import Query, compiled
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers, nearest
+from ..predictions import precise
+from .ddim import DDIM
+from .ddpm import DDPM
+from ..sampling import Query, compiled
+from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

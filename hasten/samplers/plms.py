@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.samplers._phi import Known, ddim, from_pure, nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers, nearest
+from ._exponential import Known, ddim, from_pure, nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 _ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hasten.basis import Basis
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.noise import make_generator
-from hasten.samplers._phi import Node, node, nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
-from hasten.times import LARGEST_Q, check_times
+from ..plan.basis import Basis
+from ..errors import BadInput, check_numbers, nearest
+from ..utils.noise import make_generator
+from ._exponential import Node, node, nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
+from ..times import LARGEST_Q, check_times
 
 QUADRATURE = 40
 LEAST_SCALE = 0.15  # of the RMS deviation of the data: the scale within a mode where it is less, or was not measured

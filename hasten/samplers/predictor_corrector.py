@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.predictions import precise
-from hasten.samplers._phi import Node, nodes
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers, nearest
+from ..predictions import precise
+from ._exponential import Node, nodes
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama")
 

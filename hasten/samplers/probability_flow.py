@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, HastenError, check_numbers, nearest
-from hasten.samplers.adaptive import span
-from hasten.schedules import Schedule
+from ..errors import BadInput, HastenError, check_numbers, nearest
+from .adaptive import span
+from ..schedules.continuous import Schedule
 
 METHODS = ("RK45", "RK23", "DOP853")
 ORDERS = {"RK45": 5, "RK23": 3, "DOP853": 8}

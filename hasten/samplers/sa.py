@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers
-from hasten.samplers._phi import Known, Node, g, node, nodes, solve, usable
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers
+from ._exponential import Known, Node, g, node, nodes, solve, usable
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.denoiser import Wrapper
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.predictions import precise, spread
-from hasten.samplers._phi import Node, node, nodes
-from hasten.samplers.analytic import FAR, output_bound, weights
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..denoiser import Wrapper
+from ..errors import BadInput, check_numbers, nearest
+from ..predictions import precise, spread
+from ._exponential import Node, node, nodes
+from .analytic import FAR, output_bound, weights
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

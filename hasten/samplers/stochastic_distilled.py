@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..sampling import Query
-from ..schedules import Schedule
-from ._phi import Known, Node, ddim, nodes
+from ..schedules.continuous import Schedule
+from ._exponential import Known, Node, ddim, nodes
 
 
 @dataclass(frozen=True)

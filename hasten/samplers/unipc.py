@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.samplers._phi import Known, advance, from_pure, nodes, usable
-from hasten.sampling import Query
-from hasten.schedules import Schedule
+from ..errors import BadInput, check_numbers, nearest
+from ._exponential import Known, advance, from_pure, nodes, usable
+from ..sampling import Query
+from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..distillers._upward import encode
+from ..distillers._encoding import encode
 from ..errors import BadInput, whole
 from ..images import given_images
-from ..model import Label, Model
+from ..model.model import Label, Model
 from ..samplers.ddim import invert
 from ..sampling import Noise, draw, part
 from ..times import Trailing

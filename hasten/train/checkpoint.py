@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..environment import is_out_of_memory
+from ..utils.environment import is_out_of_memory
 from ..errors import BadInput, HastenError
 from ..files import append_json_line, difference, read_json_lines, replacing, write_whole
 from . import shards
 
 if TYPE_CHECKING:
-    from ..ranks import Ranks
+    from ..distributed.ranks import Ranks
     from .fit import Player
 
 

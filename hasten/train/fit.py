@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError, nearest, whole
 from ..files import locked
-from ..machine import FORMATS, parse
-from ..ranks import Lost, Ranks
+from ..performance.autotune import FORMATS, parse
+from ..distributed.ranks import Lost, Ranks
 from .checkpoint import State, append_log, trim_log
 from .data import Batches, share_of
 from .draws import Draws, drawn

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 
 __all__ = [
     "DenoisingLoss",

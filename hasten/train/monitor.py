@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..environment import is_terminal
+from ..utils.environment import is_terminal
 from ..errors import HastenError
 
 

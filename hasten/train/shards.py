@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..ranks import Ranks
+from ..distributed.ranks import Ranks
 
 
 def divide(module: nn.Module, ranks: Ranks) -> None:

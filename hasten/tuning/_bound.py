@@ -9,11 +9,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, nearest
-from hasten.schedules import Schedule
-from hasten.times import check_times
-from hasten.tuning._task import Task, Tuned
-from hasten.tuning.moments import Moments
+from ..errors import BadInput, nearest
+from ..schedules.continuous import Schedule
+from ..times import check_times
+from ._task import Task, Tuned
+from .moments import Moments
 
 __all__ = ["BITS", "Bits", "Bound", "edge_costs", "variational_bound"]
 

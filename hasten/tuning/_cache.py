@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..files import write_whole
-from ..machine import notebook
+from ..performance.autotune import notebook
 
 
 def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 
 __all__ = ["Family", "draw_family"]
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput
-from hasten.plan import Plan
-from hasten.schedules import Schedule, schedule_from_dict
-from hasten.times import LARGEST_Q
+from ..errors import BadInput
+from ..plan.table import Plan
+from ..schedules.continuous import Schedule, schedule_from_dict
+from ..times import LARGEST_Q
 
 __all__ = ["Rows", "coordinate", "time_at"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._fine import Fine
+from ._reference import Fine
 from ._rows import Numbers, Rows, coordinate, time_at
 
 __all__ = ["search", "sweep"]

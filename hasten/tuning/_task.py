@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan
+from ..plan.table import Plan
 from ..sampling import Noise
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 
 Tick = Callable[[str, int, int, float], None]
 Images = Callable[[int], tuple[Tensor, Tensor | None]]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_numbers, nearest
 from ..nets.attributes import Attributes, pooled
-from ..noise import make_generator
+from ..utils.noise import make_generator
 from ..predictions import spread
 from ..sampling import draw
 from ._task import Task, Tuned

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.density import MixtureDensity
-from ..noise import make_generator
+from ..utils.noise import make_generator
 from ..predictions import spread
-from ..schedules import Schedule
+from ..schedules.continuous import Schedule
 from ..times import levels
 from ._task import Task, Tuned
 

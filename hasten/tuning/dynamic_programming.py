@@ -9,14 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.plan import plan
-from hasten.samplers.analytic import curve, pairs
-from hasten.schedules import Schedule
-from hasten.times import Karras, Quadratic, UniformLambda, UniformTime
-from hasten.tuning._bound import VARIANCES, edge_costs, variational_bound
-from hasten.tuning._task import Task, Tuned
-from hasten.tuning.moments import Moments
+from ..errors import BadInput, check_numbers, nearest
+from ..plan.table import plan
+from ..samplers.analytic import curve, pairs
+from ..schedules.continuous import Schedule
+from ..times import Karras, Quadratic, UniformLambda, UniformTime
+from ._bound import VARIANCES, edge_costs, variational_bound
+from ._task import Task, Tuned
+from .moments import Moments
 
 __all__ = ["DynamicProgramming", "Paths", "candidate_times", "shortest_paths"]
 

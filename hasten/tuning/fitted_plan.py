@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput, check_numbers, nearest
-from hasten.plan import Plan, plan
-from hasten.times import TimeGrid, UniformLambda
+from ..errors import BadInput, check_numbers, nearest
+from ..plan.table import Plan, plan
+from ..times import TimeGrid, UniformLambda
 
-from ._fine import fine_trajectories
+from ._reference import fine_trajectories
 from ._finish import finish
 from ._rows import Numbers, Rows, coordinate, follow, grams
 from ._sweep import search, sweep

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.denoiser import Wrapper
-from hasten.errors import BadInput, check_numbers
-from hasten.noise import make_generator
-from hasten.schedules import Schedule
-from hasten.times import UniformLambda
-from hasten.tuning._task import Task, Tuned
+from ..denoiser import Wrapper
+from ..errors import BadInput, check_numbers
+from ..utils.noise import make_generator
+from ..schedules.continuous import Schedule
+from ..times import UniformLambda
+from ._task import Task, Tuned
 
 COARSE = 0.04  # from this q on half precision changes no moment by more than its sampling error
 
@@ -169,6 +169,6 @@ def dct(size: int) -> Tensor:
 
 def measured(statistics: dict[str, Tensor], name: str, schedule: Schedule, times: Tensor) -> Tensor:
     """The measured `mse` or, from `gamma`, the variance C = q^2 (1 - gamma), at any times, of their shape."""
-    from hasten.samplers.analytic import curve, pairs
+    from ..samplers.analytic import curve, pairs
 
     return curve(pairs(statistics, name), schedule, name)(schedule.lam(times))

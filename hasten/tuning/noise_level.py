@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hasten.errors import BadInput, check_numbers
-from hasten.nets.noise_level import NoiseLevelNet
-from hasten.noise import global_seed, make_generator
-from hasten.tuning._task import Task, Tuned
+from ..errors import BadInput, check_numbers
+from ..nets.noise_level import NoiseLevelNet
+from ..utils.noise import global_seed, make_generator
+from ._task import Task, Tuned
 
 __all__ = ["NoiseLevel"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers
-from ..plan import Plan, plan
+from ..plan.table import Plan, plan
 from ..samplers import DPMSolver, UniPC
 from ..sampling import spell, walk
 from ..times import CosineAngle, Karras, Quadratic, TimeGrid, UniformLambda, UniformTime

@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import BadInput, check_numbers
-from hasten.nets.second_moment import SecondMoment as Net
-from hasten.noise import global_seed, make_generator
-from hasten.predictions import spread
-from hasten.times import LARGEST_Q
-from hasten.tuning._task import Task, Tuned
-from hasten.tuning.moments import plain
+from ..errors import BadInput, check_numbers
+from ..nets.second_moment import SecondMoment as Net
+from ..utils.noise import global_seed, make_generator
+from ..predictions import spread
+from ..times import LARGEST_Q
+from ._task import Task, Tuned
+from .moments import plain
 
 FLOOR = (2 / 255) ** 2 / 12  # the variance of a value within its grey level: no error is known better
 

@@ -11,7 +11,7 @@ from torch import nn
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
-from hasten.metrics.cost import macs
+from hasten.performance.cost import macs
 from hasten.nets.unet import UNet
 from hasten.pick import pick
 from hasten.samplers import DDIM

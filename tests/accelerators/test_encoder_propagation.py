@@ -14,7 +14,7 @@ from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput, HastenError
-from hasten.metrics.cost import macs
+from hasten.performance.cost import macs
 from hasten.pick import pick
 from hasten.predictions import prediction_from
 from hasten.samplers import DDIM

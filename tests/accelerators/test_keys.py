@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.accelerators._keys import PAPER, amount, around, checked, named, paper, shortest, uniform
-from hasten.accelerators._search import costs, shares, spectrum
+from hasten.accelerators._caching.keys import PAPER, amount, around, checked, named, paper, shortest, uniform
+from hasten.accelerators._caching.search import costs, shares, spectrum
 from hasten.errors import BadInput
 from hasten.plan import plan
 from hasten.samplers import DDIM

@@ -46,7 +46,7 @@ def problem(name: str, dtype: torch.dtype) -> tuple[Any, int, int, dict[str, Ten
         patch = 1 if name == "hasten" else 2
         net = unet(widths=(8, 16, 16), attention=(1,), patch=patch)
         return net.to(dtype), 2, 4 * patch, {"label": torch.tensor([0, 2])}
-    from hasten.adapters._seams import with_seams
+    from hasten.adapters.diffusers.seams import with_seams
 
     from ..adapters import tiny
 

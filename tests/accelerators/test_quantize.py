@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 import hasten
 from hasten.accelerators import Ahead, Call, Recorder, accelerate
-from hasten.accelerators._calibration import Samples, bounds, chosen, fit_activations
-from hasten.accelerators._mixed import most_sensitive
-from hasten.accelerators._quantizer import ACTS, WEIGHTS, codes, error, fake, fit, search
-from hasten.accelerators._rounding import Block, begin, h, learn_rounding, learn_steps, mean_error
-from hasten.accelerators._simulated import Simulated, simulated
-from hasten.accelerators._units import Rows, trace
-from hasten.accelerators._work import relative_error
+from hasten.accelerators._quantization.calibration import Samples, bounds, chosen, fit_activations
+from hasten.accelerators._quantization.mixed_precision import most_sensitive
+from hasten.accelerators._quantization.quantizer import ACTS, WEIGHTS, codes, error, fake, fit, search
+from hasten.accelerators._quantization.rounding import Block, begin, h, learn_rounding, learn_steps, mean_error
+from hasten.accelerators._quantization.simulated import Simulated, simulated
+from hasten.accelerators._quantization.units import Rows, trace
+from hasten.accelerators._quantization.session import relative_error
 from hasten.accelerators.quantize import Quantize
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from hasten.accelerators import accelerate
 from hasten.accelerators._compile import CompiledNet
-from hasten.accelerators._patch_attention import Text
-from hasten.accelerators._patch_exchange import Exchange
-from hasten.accelerators._patch_groups import Team
-from hasten.accelerators._patch_swap import Patched
+from hasten.accelerators._patches.attention import Text
+from hasten.accelerators._patches.exchange import Exchange
+from hasten.distributed.groups import Team
+from hasten.accelerators._patches.swap import Patched
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.accelerators.quantize import Quantize
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
-from hasten.parallel_work import work_of
+from hasten.performance.profile import work_of
 from hasten.samplers import DDIM
 
 from ..pretend import Pretended, put

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.adapters._seams import with_seams
+from hasten.adapters.diffusers.seams import with_seams
 from hasten.adapters.diffusers import accelerate_pipeline, times_like
 from hasten.errors import BadInput
 

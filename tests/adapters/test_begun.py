@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.adapters._plans import compiled, grid
+from hasten.adapters.diffusers.plans import compiled, grid
 from hasten.adapters.diffusers import as_scheduler
 from hasten.errors import BadInput
 from hasten.exact import Gaussian

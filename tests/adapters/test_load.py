@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hasten
 from hasten.adapters.diffusers import times_like
-from hasten.discrete import Discrete
+from hasten.schedules import Discrete
 from hasten.errors import BadInput
 from hasten.sampling import spell
 from hasten.schedules import Flow
@@ -194,7 +194,7 @@ def test_guides_and_cost() -> None:
 
 
 def test_vae_shift_and_channel_scales() -> None:
-    from hasten.adapters._conditions import Latents
+    from hasten.adapters.diffusers.conditions import Latents
 
     for changes in (
         {"shift_factor": 0.3},

@@ -12,7 +12,8 @@ import torch
 
 from hasten.adapters import onnx
 from hasten.errors import BadInput
-from hasten.model import Model, load
+from hasten.model import Model
+from hasten.model.model import load
 
 from ._tiny import off, tiny
 

@@ -13,7 +13,7 @@ import hasten
 from hasten.accelerators import Ahead, _calls
 from hasten.accelerators._calls import merged, rows_at_once, together
 from hasten.accelerators.quantize import Quantize, batch_of
-from hasten.adapters._recorded import drawn_calls
+from hasten.adapters.diffusers.recorded import drawn_calls
 from hasten.errors import BadInput
 
 from . import tiny
@@ -62,7 +62,7 @@ def test_the_users_own_call_is_recorded() -> None:
     assert len(look.calls) == STEPS
     x, _, cond = look.calls[0]
     assert x.shape == (2, 4, 8, 8) and cond["mid_residual"].abs().max() > 0 and "down_residual_1" in cond
-    read = hasten.adapters._schedules.reading(pipe.scheduler)
+    read = hasten.adapters.diffusers.schedules.reading(pipe.scheduler)
     assert [t for _, t, _ in look.calls] == pytest.approx(read.time(pipe.scheduler.timesteps).tolist())
     assert all(torch.equal(a[0], b[0]) for a, b in zip(look.calls, again.calls))
 

@@ -183,7 +183,7 @@ def test_controlnet_and_classes() -> None:
 def test_saved_and_made_from_configs(tmp_path: Path) -> None:
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    from hasten.adapters._scheduler import PlanScheduler
+    from hasten.adapters.diffusers.scheduler_class import PlanScheduler
 
     pipe = tiny.sd_pipeline()
     made = as_scheduler("unipc:order=3", Karras(rho=5.0), like=pipe)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.adapters._schedules import mu_of, reading
+from hasten.adapters.diffusers.schedules import mu_of, reading
 from hasten.adapters.diffusers import as_scheduler, times_like
 from hasten.errors import BadInput
 from hasten.plan import plan

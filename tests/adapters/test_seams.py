@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hasten.adapters._seams import Seams, guidance_features, with_seams
+from hasten.adapters.diffusers.seams import Seams, guidance_features, with_seams
 from hasten.errors import BadInput
 
 from . import tiny

@@ -14,7 +14,7 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.exact import m2
 from hasten.nets.unet import UNet
-from hasten.noise import global_seed, make_generator
+from hasten.utils.noise import global_seed, make_generator
 from hasten.pick import pick
 from hasten.samplers import DDIM, DDPM, PredictorCorrector, UniPC
 from hasten.sampling import Noise, draw
@@ -124,7 +124,7 @@ def test_training_and_distilling_leave_the_numbers_outside(tmp_path: Path) -> No
     torch.manual_seed(123)
     before = torch.get_rng_state()
     setting: dict[str, Any] = {"steps": 1, "widths": (16, 16), "patch": 1, "batch_size": 4, "runtime": "fp32"}
-    hasten.training.train_model(data, tmp_path / "model", **setting)
+    hasten.workflows.train.train_model(data, tmp_path / "model", **setting)
     assert torch.equal(before, torch.get_rng_state())
     hasten.distill_model(
         hasten.load(tmp_path / "model"), tmp_path / "student", "consistency:steps=1", data=data, batch_size=4, minutes=0.01,

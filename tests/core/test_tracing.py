@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.basis import Basis
+from hasten.plan.basis import Basis
 from hasten.errors import BadInput
 from hasten.exact import m2, m64
 from hasten.plan import Plan, plan
@@ -40,7 +40,7 @@ def test_a_thousand_steps_are_traced_in_a_second() -> None:
 
 def test_the_work_of_tracing_grows_no_faster_than_what_it_writes() -> None:
     """Rows of a method without memory are read off as they were written, not searched for."""
-    import hasten.tracing as tracing
+    import hasten.plan.tracing as tracing
 
     calls = 0
     original = tracing.drop

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import hasten
-from hasten import Denoiser, Discrete, Flow, Karras, Noise, UniPC, VPLinear, draw, pick, plan, walk
+from hasten import Denoiser, Discrete, Flow, Karras, Noise, UniPC, VPLinear, draw, pick, walk
+from hasten.plan import table as plan
 from hasten.errors import BadInput, NonFinite
 from hasten.model import Model
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hasten.denoiser import Denoiser
-from hasten.discrete import Discrete
+from hasten.schedules import Discrete
 from hasten.distillers import Task
 from hasten.predictions import spread
 

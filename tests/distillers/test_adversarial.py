@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distillers._adversary import entry, hinge, slope, still
+from hasten.distillers._gan import entry, hinge, slope, still
 from hasten.distillers.adversarial import Adversarial
 from hasten.errors import BadInput
 from hasten.nets.critic import Critic, PointCritic

@@ -23,7 +23,7 @@ from hasten.distillers._consistency import (
     root_count,
     root_momentum,
 )
-from hasten.distillers._shadow import Counted, Shadow
+from hasten.distillers._ema_target import Counted, Shadow
 from hasten.distillers._targets import noised
 from hasten.distillers.consistency import Consistency, anchored, same_dropout
 from hasten.errors import BadInput

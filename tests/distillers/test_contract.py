@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hasten.distillers import Student
-from hasten.distillers._rehearsal import Rehearsal, allocate
+from hasten.distillers._dry_run import Rehearsal, allocate
 from hasten.pick import names, pick
 from hasten.sampling import spell
 from tests.distillers._images import image_task

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.discrete import Discrete
+from hasten.schedules import Discrete
 from hasten.distillers import Task
 from hasten.nets.unet import UNet
 from hasten.pick import names, pick

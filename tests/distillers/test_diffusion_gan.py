@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers._adversary import margin, predict
+from hasten.distillers._gan import margin, predict
 from hasten.distillers.diffusion_gan import DiffusionGAN, posterior
 from hasten.errors import BadInput, HastenError
 from hasten.predictions import Eps, V

@@ -14,7 +14,8 @@ from hasten.distillers import Student, Task
 from hasten.distillers.dsno import DSNO
 from hasten.errors import BadInput
 from hasten.exact import Gaussian, GaussianMixture
-from hasten.model import Model, load
+from hasten.model import Model
+from hasten.model.model import load
 from hasten.nets.temporal import TemporalConv, TemporalUNet
 from hasten.nets.unet import UNet
 from hasten.sampling import Noise, draw

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.denoiser import Denoiser
-from hasten.distill import distill_model
-from hasten.distillers._upward import climb, climbed, encode, noise_in, own_voice, raw_noise, rising, voice
+from hasten.workflows.distill import distill_model
+from hasten.distillers._encoding import climb, climbed, encode, noise_in, own_voice, raw_noise, rising, voice
 from hasten.distillers.encoder import Encoder
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hasten.denoiser import Denoiser
 from hasten.distillers import Task
 from hasten.distillers import adversarial as adversarial_module
-from hasten.distillers._adversary import critic_of
+from hasten.distillers._gan import critic_of
 from hasten.distillers._targets import noised
 from hasten.distillers.adversarial import Adversarial
 from hasten.distillers.consistency import Consistency

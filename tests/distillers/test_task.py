@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
 from hasten.distillers import Student, Task
-from hasten.distillers import _rehearsal as rehearsals
+from hasten.distillers import _dry_run as rehearsals
 from hasten.distillers._features import untrained
 from hasten.distillers._pairs import labels_of
-from hasten.distillers._rehearsal import Rehearsal, Stage, time_limits
+from hasten.distillers._dry_run import Rehearsal, Stage, time_limits
 from hasten.distillers._task import RESERVED, notes
 from hasten.distillers.dmd import Fake
 from hasten.errors import BadInput

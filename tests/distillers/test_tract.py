@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distillers._shadow import Shadow
+from hasten.distillers._ema_target import Shadow
 from hasten.distillers._targets import grid, landing, path, step
 from hasten.distillers.tract import Tract, jump
 from hasten.errors import BadInput

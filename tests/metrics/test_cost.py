@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hasten.errors import BadInput
-from hasten.metrics.cost import (
+from hasten.performance.cost import (
     Cost,
     interleave,
     macs,
@@ -19,7 +19,7 @@ from hasten.metrics.cost import (
     resident_bytes,
     size_in_bytes,
     wall_time,
-)  # fmt: skip
+)
 
 
 def test_macs_are_those_of_the_textbook() -> None:

@@ -20,7 +20,7 @@ from hasten.metrics import (
     reference_from_images,
     save_reference,
     spell_seeds,
-)  # fmt: skip
+)
 from hasten.metrics.references import Reference, load_tensors
 
 

@@ -14,16 +14,7 @@ from torch.nn import functional as F
 from hasten.nets import _int8
 from hasten.nets._packed import pack4, unpack4
 from hasten.nets.layers import ResBlock
-from hasten.nets.quantized import (
-    Part,
-    QConv2d,
-    QLinear,
-    described,
-    exchange,
-    refusal,
-    set_group,
-    vacant,
-)
+from hasten.nets.quantized import Part, QConv2d, QLinear, described, exchange, refusal, set_group, vacant
 from tests.nets.test_unet import lively
 
 

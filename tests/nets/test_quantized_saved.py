@@ -18,7 +18,7 @@ from hasten.nets.time_groups import TimeGroups
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.weights import restored, store, told
+from hasten.storage.weights import restored, store, told
 from tests.nets.test_quantized import ACTS, images, integers, rounded
 from tests.nets.test_unet import lively
 

@@ -107,7 +107,7 @@ def test_the_moments_of_the_sheet() -> None:
 
 
 def node_at(schedule: Schedule, t: Tensor) -> Any:
-    from hasten.samplers._phi import node
+    from hasten.samplers._exponential import node
 
     return node(schedule, t)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hasten.denoiser import Denoiser
 from hasten.plan import plan
 from hasten.samplers import DDIM, DDPM, DEIS, DPMSolver, Heun, UniPC
-from hasten.samplers._phi import Known, advance, node
+from hasten.samplers._exponential import Known, advance, node
 from hasten.schedules import Discrete
 from tests.samplers.problems import F64, mixture, mixture_ode, normals, rms
 

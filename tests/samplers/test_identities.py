@@ -13,7 +13,7 @@ from hasten.errors import BadInput
 from hasten.exact import Gaussian, g8
 from hasten.plan import Plan, plan
 from hasten.samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC, invert
-from hasten.samplers._phi import Known, advance, g, node
+from hasten.samplers._exponential import Known, advance, g, node
 from hasten.schedules import Discrete, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import UniformLambda
 from tests.samplers.problems import ALL, F64, Basis, between, drive, ends, mixture, normals, rms

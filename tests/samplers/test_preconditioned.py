@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.basis import Basis
+from hasten.plan.basis import Basis
 from hasten.errors import BadInput
 from hasten.exact import GaussianMixture, g8, m2, m64
 from hasten.plan import Plan, plan

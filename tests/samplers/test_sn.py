@@ -13,7 +13,7 @@ from hasten.errors import BadInput, HastenError
 from hasten.exact import Gaussian, GaussianMixture, g8, m2, m64
 from hasten.nets.second_moment import SecondMoment as Net
 from hasten.plan import plan
-from hasten.samplers._phi import nodes
+from hasten.samplers._exponential import nodes
 from hasten.samplers.analytic import AnalyticDPM, weights
 from hasten.samplers.sn import SNDPM, WithMoments
 from hasten.sampling import Noise, draw, spell, walk

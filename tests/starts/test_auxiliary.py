@@ -18,7 +18,7 @@ from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
 from hasten.starts import Auxiliary
 from hasten.starts.ccdf import contraction
 from hasten.times import UniformLambda
-from hasten.weights import build
+from hasten.storage.weights import build
 
 SCHEDULES: list[Schedule] = [VPCosine(offset=0.0), VPLinear(), Flow(), EDM()]
 
@@ -132,7 +132,7 @@ def test_an_image_depends_on_its_seed_alone() -> None:
 
 def test_it_survives_half_precision(tmp_path: Path) -> None:
     """A model that is kept in fp16 keeps its parts so: the samples move by about that much, none jumps."""
-    from hasten.weights import fill, sha256, store
+    from hasten.storage.weights import fill, sha256, store
 
     net = random_density(D=6, rank=4, components=5)
     store(net, tmp_path / "net.safetensors", half=True)

@@ -9,10 +9,11 @@ import torch
 
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
-from hasten.model import Model, load
+from hasten.model import Model
+from hasten.model.model import load
 from hasten.nets.unet import UNet
 from hasten.schedules import Discrete
-from hasten.tune import tune_model
+from hasten.workflows.tune import tune_model
 
 
 def small() -> Model:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import hasten
-from hasten.commands.restyling import restyle as command
+from hasten.cli.restyle import restyle as command
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.images import read_text, to_uint8

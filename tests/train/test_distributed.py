@@ -15,13 +15,13 @@ from torch import nn
 
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.distill import distill_model
-from hasten.distillers._shadow import Shadow
+from hasten.workflows.distill import distill_model
+from hasten.distillers._ema_target import Shadow
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
-from hasten.ranks import Ranks
+from hasten.distributed.ranks import Ranks
 from hasten.schedules import VPCosine
 from hasten.train import Batches, Data, DenoisingLoss
 from hasten.train.checkpoint import read_log

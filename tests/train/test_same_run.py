@@ -78,7 +78,7 @@ def test_a_run_of_anything_else_is_refused_finished_or_not(tmp_path: Path, steps
 
 
 def test_auto_takes_the_number_format_of_the_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.training.choose", lambda *_: hasten.machine.parse("bf16"))
+    monkeypatch.setattr("hasten.workflows.train.choose", lambda *_: hasten.performance.autotune.parse("bf16"))
     trained(tmp_path, runtime="fp32")
     assert trained(tmp_path, runtime="auto", steps=3).card["precision"] == "fp32"
     assert trained(tmp_path / "other", runtime="auto").card["precision"] == "bf16"

@@ -14,7 +14,7 @@ from hasten.schedules import Discrete
 from hasten.starts import SingDiffusion
 from hasten.tuning import Task
 from hasten.tuning.first_step import FirstStep, class_means, distance
-from hasten.weights import build
+from hasten.storage.weights import build
 
 TABLE = Discrete.scaled_linear()
 

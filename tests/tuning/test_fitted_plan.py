@@ -21,7 +21,7 @@ from hasten.sampling import Noise, draw
 from hasten.schedules import EDM, Discrete, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import UniformLambda, UniformTime
 from hasten.tuning import Task
-from hasten.tuning._fine import fine_trajectories
+from hasten.tuning._reference import fine_trajectories
 from hasten.tuning._finish import finish, statistics
 from hasten.tuning._rows import Rows, follow, grams
 from hasten.tuning._sweep import sweep

@@ -19,7 +19,7 @@ from hasten.sampling import Noise, walk
 from hasten.schedules import Flow
 from hasten.tuning import Task, Tuned
 from hasten.tuning.noise_level import HIGHEST, LOWEST, NoiseLevel, errors, log_sigma2, noisy
-from hasten.weights import build
+from hasten.storage.weights import build
 
 F64 = torch.float64
 SHAPE, V = (1, 12, 12), 0.25

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hasten
-from hasten import tune
+from hasten.workflows import tune
 from hasten.cli import main
 from hasten.errors import BadInput
 from hasten.nets.unet import UNet

@@ -1,0 +1,1 @@
+"""Post-training quantisation: quantisers, calibration, rounding, bias correction and the session that applies them."""

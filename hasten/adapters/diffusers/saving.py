@@ -1,0 +1,236 @@
+"""Models around a network of `diffusers` on disk: as a folder of a pipeline, or as a hasten folder.
+
+A *pipeline folder* is what `pipe.save_pretrained` writes, with the model's network and a scheduler that samples as the
+model does, and hasten's model.json beside it: diffusers opens it, and so does hasten. The scheduler is a class of
+diffusers where one makes exactly the model's steps (`stock_scheduler`), else hasten's `PlanScheduler`, for which the
+process must have imported hasten before diffusers opens the folder.
+
+What no class of diffusers can express is saved as a *hasten folder*: a network with added inputs (guidance, steps),
+integer layers, an encoder of images, a prediction that diffusers does not know. hasten alone opens it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...schedules.discrete import Discrete
+from ...errors import BadInput
+from ...nets.quantized import layers
+from .optional import diffusers
+from .schedules import PREDICTIONS, FlowDenoiser
+from .seams import Seams, with_seams
+
+if TYPE_CHECKING:
+    from ...model.model import Model
+
+DECODER = "decoder"
+
+
+def network_refusal(net: Any) -> str | None:
+    """Why the network inside an adapter cannot be built again from its config; None where it can."""
+    name = type(net.net).__name__
+    if getattr(diffusers(), name, None) is not type(net.net):
+        return f"its network is a {name} that diffusers {diffusers().__version__} does not have under that name"
+    try:
+        config = network_config(net)["config"]
+    except (TypeError, ValueError) as e:
+        return f"the config of its {name} cannot be written as JSON ({e})"
+    with torch.device("meta"):
+        before, after = net.net.state_dict(), type(net.net).from_config(config).state_dict()
+    different = sorted(set(before) ^ set(after)) or [k for k, w in before.items() if w.shape != after[k].shape]
+    if different and next(layers(net), None) is None:
+        return (
+            f"its {name} has other tensors than its config describes, first {different[0]}: merge or unload adapters "
+            "(pipe.fuse_lora(), pipe.unload_lora_weights()) and undo fused projections first"
+        )
+    return None
+
+
+def network_config(net: Any) -> dict[str, Any]:
+    """What model.json holds of a network of diffusers."""
+    config = {key: value for key, value in json.loads(net.net.to_json_string()).items() if not key.startswith("_")}
+    found = {"class": type(net.net).__name__, "library": "diffusers", "config": config}
+    return found | ({"whole": True} if net.whole else {})
+
+
+def network_from(description: dict[str, Any]) -> Seams:
+    """The network that `network_config` described, with random weights. Only kinds that hasten has an adapter for."""
+    from . import transformers as _transformers, unets as _unets
+
+    name, known = description["class"], {**_unets.KINDS, **_transformers.KINDS}
+    kind = getattr(diffusers(), str(name), None)
+    if name not in known or kind is None:
+        raise BadInput(f"unknown network {name!r} of diffusers: known are {', '.join(known)}")
+    return with_seams(kind.from_config(description["config"]), bool(description.get("whole", False)))
+
+
+def fits_pipeline(model: Model, network: bool = True) -> bool:
+    """Whether the model can be saved as a folder of its pipeline. network: the network stays one of diffusers."""
+    denoiser = model.denoiser
+    read = isinstance(denoiser, FlowDenoiser) or (denoiser.clock == "index" and isinstance(denoiser.schedule, Discrete))
+    return (
+        network
+        and model.pipeline is not None
+        and isinstance(denoiser.net, Seams)
+        and next(layers(denoiser.net), None) is None
+        and read
+        and denoiser.prediction.name in PREDICTIONS.values()
+        and model.card.get("distilled", {}).get("figures", {}).get("direction") != "encode"
+    )
+
+
+def save_pipeline(model: Model, folder: Path) -> dict[str, Any]:
+    """Write the pipeline with the model's network and scheduler; what model.json says of `net` and of `weights`."""
+    from .pipelines import network_of
+
+    slot, _ = network_of(model.pipeline)
+    net = model.denoiser.net
+    pipe = copy.copy(model.pipeline)  # which shares its parts; what is set on the copy stays there
+    setattr(pipe, slot, net.net)
+    pipe.scheduler = scheduler_of(model)
+    pipe.save_pretrained(str(folder), max_shard_size="1000GB")
+    (folder / "README.md").write_text(readme(model, pipe))
+    files = sorted((folder / slot).glob("*.safetensors"))
+    if len(files) != 1:
+        raise BadInput(f"{type(pipe).__name__}.save_pretrained wrote {len(files)} files of weights in {slot}, not one")
+    kind = {"class": type(net.net).__name__, "library": "diffusers", "slot": slot}
+    return {"net": kind, "file": f"{slot}/{files[0].name}"}
+
+
+def open_saved(folder: Path) -> Model:
+    """The model of a pipeline folder, without what model.json adds to it."""
+    from .pipelines import load_pipeline, open_pipeline
+
+    return load_pipeline(open_pipeline(folder), name=folder.name)
+
+
+def save_decoder(model: Model, folder: Path) -> None:
+    """Write the image decoder of a model of latents beside its network."""
+    if model.decoder is not None:
+        model.decoder.vae.save_pretrained(str(folder / DECODER))
+
+
+def open_decoder(folder: Path) -> Any:
+    """The image decoder that `save_decoder` wrote, None where there is none."""
+    from .conditions import Latents
+
+    if not (folder / DECODER / "config.json").is_file():
+        return None
+    name = json.loads((folder / DECODER / "config.json").read_text()).get("_class_name")
+    kind: Any = getattr(diffusers(), str(name), None)
+    if not issubclass(kind if inspect.isclass(kind) else object, diffusers().ModelMixin):
+        raise BadInput(f"{folder / DECODER} holds a {name}, which diffusers does not have")
+    return Latents(kind.from_pretrained(str(folder / DECODER)).eval().requires_grad_(False))
+
+
+def scheduler_of(model: Model) -> Any:
+    """A scheduler that samples as the model does: of diffusers, of hasten, or, where neither can, the pipeline's.
+
+    A model that recommends what it did when it was loaded keeps the pipeline's.
+    """
+    from .pipelines import as_scheduler
+
+    changed = model.plan is not None or "distilled" in model.card
+    if not changed:
+        return model.pipeline.scheduler
+    if (found := stock_scheduler(model)) is not None:
+        return found
+    try:
+        if model.plan is not None:
+            return as_scheduler(model.plan, like=model)
+        return as_scheduler(model.sampler, model.times, like=model)
+    except BadInput:
+        if "distilled" in model.card:
+            raise
+        return model.pipeline.scheduler  # the network is the same: its scheduler samples it as well as before
+
+
+def stock_scheduler(model: Model) -> Any:
+    """A scheduler of diffusers whose steps are exactly those of the model's plan, None where there is none.
+
+    On the trailing grid of n steps, where n divides the table: DDIMScheduler for DDIM, DDPMScheduler for DDPM with the
+    small variance, LCMScheduler for the multistep consistency sampler. A plan of one step is DDIM's whatever it is.
+    """
+    plan, denoiser, library = model.plan, model.denoiser, diffusers()
+    theirs = {ours: name for name, ours in PREDICTIONS.items()}.get(denoiser.prediction.name)
+    table = denoiser.schedule
+    if plan is None or not isinstance(table, Discrete) or theirs not in ("epsilon", "v_prediction", "sample"):
+        return None
+    config = denoiser.net.config
+    if config.out_channels not in (None, config.in_channels) and hasattr(model.pipeline, "unet"):
+        return None  # a learned variance, which only the pipeline of a DiT takes off before the scheduler
+    size, n = len(table.alphas_cumprod), plan.nfe
+    trailing = torch.arange(size, 0, -size / n, dtype=torch.float64)[:n] - 1
+    if size % n or n == size or plan.basis is not None or float(plan.times[-1]) != 0 or len(plan.times) != n + 1:
+        return None
+    if not torch.allclose(table.index(plan.times[:-1]), trailing, atol=1e-6):
+        return None
+    name = sampler_name(model)
+    if name is None:
+        return None
+    common: dict[str, Any] = {
+        **table_config(model), "prediction_type": theirs, "timestep_spacing": "trailing", "clip_sample": False,
+        "thresholding": False, "steps_offset": 1,  # which this spacing does not use, and some pipelines complain of 0
+    }  # fmt: skip
+    if name == "DDIMScheduler":
+        made = library.DDIMScheduler(**common, set_alpha_to_one=True)
+    elif name == "LCMScheduler":
+        common.pop("timestep_spacing")  # its own grid is the trailing one
+        made = library.LCMScheduler(**common, set_alpha_to_one=True, original_inference_steps=n, timestep_scaling=1e8)
+    else:
+        made = library.DDPMScheduler(**common, variance_type="fixed_small")
+    same = torch.allclose(made.alphas_cumprod.double(), torch.tensor(table.alphas_cumprod).double(), atol=1e-6)
+    return made if same else None
+
+
+def sampler_name(model: Model) -> str | None:
+    """The class of diffusers that makes the steps of the model's plan on its times, found by comparing plans."""
+    from ...pick import pick
+    from ...plan.table import plan as compile_plan
+
+    plan = model.plan
+    assert plan is not None
+    for spelled, name in (("ddim", "DDIMScheduler"), ("consistency", "LCMScheduler"), ("ddpm", "DDPMScheduler")):
+        other = compile_plan(pick("samplers", spelled), model.denoiser.schedule, plan.times)
+        pairs = [(getattr(plan, key), getattr(other, key)) for key in ("start", "a", "A", "B", "C")]
+        if all(one.shape == two.shape and torch.allclose(one, two, atol=1e-7) for one, two in pairs):
+            return name
+    return None
+
+
+def table_config(model: Model) -> dict[str, Any]:
+    """The table of the model's schedule, as a scheduler of diffusers takes it: by its own settings or by its betas."""
+    table, theirs = model.denoiser.schedule, dict(model.pipeline.scheduler.config)
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    known: Any = {key: theirs[key] for key in keys if theirs.get(key) is not None}
+    known |= {"rescale_betas_zero_snr": True} if theirs.get("rescale_betas_zero_snr") else {}
+    wanted: Tensor = torch.tensor(table.alphas_cumprod, dtype=torch.float64)  # type: ignore[attr-defined]
+    try:
+        same = torch.allclose(diffusers().DDPMScheduler(**known).alphas_cumprod.double(), wanted, atol=1e-7)
+    except (TypeError, ValueError, NotImplementedError):
+        same = False
+    if same:
+        return known
+    before = torch.cat([torch.ones(1, dtype=torch.float64), wanted[:-1]])
+    return {"num_train_timesteps": len(wanted), "trained_betas": (1 - wanted / before).tolist()}
+
+
+def readme(model: Model, pipe: Any) -> str:
+    """What the folder is and how it is opened."""
+    lines = [f"# {model.name}", "", str(model.card.get("summary", f"A {type(pipe).__name__}, saved by hasten.")), ""]
+    steps = model.plan.nfe if model.plan is not None else model.steps
+    ours = type(pipe.scheduler).__name__ == "PlanScheduler"
+    lines += ["With diffusers:", "", "```python", *(["import hasten  # its scheduler"] if ours else [])]
+    lines += ["from diffusers import DiffusionPipeline", "", "pipe = DiffusionPipeline.from_pretrained(FOLDER)"]
+    alone = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters and "distilled" in model.card
+    more = ", guidance_scale=1" if alone else ""  # the student has its guidance inside
+    lines += [f"images = pipe(..., num_inference_steps={steps}{more}).images", "```", ""]
+    lines += ["With hasten: `hasten sample FOLDER`, or `hasten.load(FOLDER).sample(4)`.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,99 @@
+"""Verbs on several processes: what each does of it, and that one of them speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from ..utils.environment import launched
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+FAILED, STOPPED = 1, 130  # the exit codes of `cli`
+
+
+def several() -> bool:
+    """Whether torchrun started this process and others."""
+    return launched() > 1
+
+
+def together(verb: Verb) -> Verb:
+    """A verb that shares its work among the processes."""
+
+    @functools.wraps(verb)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if not several():
+            return verb(*arguments, **options)
+        with one_voice():
+            return verb(*arguments, **options)
+
+    return run  # type: ignore[return-value]
+
+
+def alone(verb: Verb) -> Verb:
+    """A verb that gains nothing from more processes: the first does it, the others end at once."""
+
+    @functools.wraps(verb)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if not several():
+            return verb(*arguments, **options)
+        if os.environ.pop("RANK") != "0":  # without it, nothing below looks for others
+            return None
+        return verb(*arguments, **options)
+
+    return run  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """All processes but the first are silent; why a run ended early, one of them says, and all exit with its code."""
+    from ..distributed.ranks import Lost, Ranks
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(told_to_end())
+        if os.environ["RANK"] != "0":
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        ranks = None
+        try:
+            ranks = Ranks.meet()
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            deaf()
+            stopped = isinstance(error, KeyboardInterrupt)
+            own = not stopped and not isinstance(error, Lost)
+            if ranks is None or ranks.speaks(own):  # a process that found no others speaks for itself
+                raise
+            raise SystemExit(STOPPED if stopped else FAILED) from None
+
+
+@contextlib.contextmanager
+def told_to_end() -> Iterator[None]:
+    """SIGTERM, which torchrun sends to those that are left when one has died, ends a process as Ctrl-C does."""
+    from ..distributed.ranks import Ranks
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        deaf()
+        Ranks.meet().mourn()
+        raise KeyboardInterrupt("stopped" if number == signal.SIGINT else "told to stop (SIGTERM)")
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for each, handler in before.items():  # not after a failure, whose message nothing may interrupt
+        signal.signal(each, handler)
+
+
+def deaf() -> None:
+    """Hear no more signals: the process is about to end."""
+    if threading.current_thread() is threading.main_thread():
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)

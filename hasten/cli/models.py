@@ -1,0 +1,79 @@
+"""`models` and `show`."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+from .terminal import plain, tell
+from ._processes import alone
+
+
+@alone
+def models(*, json: bool = False) -> list[dict[str, Any]]:
+    """List the models that travel with hasten.
+
+    Args:
+        json: Print the list as JSON.
+
+    Returns:
+        Name, size in bytes, summary, recipe, licence and folder of each.
+    """
+    from .. import zoo
+
+    found: list[dict[str, Any]] = [
+        {
+            "name": card.name,
+            "bytes": card.size,
+            "summary": card.summary,
+            "recipe": card.recipe,
+            "licence": card.licence,
+            "folder": str(card.folder),
+        }
+        for card in zoo.cards().values()
+    ]
+    lines = [f"{m['name']:<12} {m['bytes'] / 1e6:6.1f} MB  {m['summary']}" for m in found]
+    tell(found, "\n".join(lines) or "no models are bundled with this copy", json)
+    return found
+
+
+@alone
+def show(
+    what: str, *, sampler: str | None = None, times: str | None = None, steps: int | None = None, json: bool = False
+) -> dict[str, Any]:
+    """Show what a model is and the table of numbers that its sampler amounts to, or the table in a plan file.
+
+    Args:
+        what: A bundled name, a model's folder, or a plan's .json file.
+        sampler: Of a model: show the table of this sampler; so with the next two.
+        times: Time grid.
+        steps: Steps of the time grid.
+        json: Print it as JSON.
+
+    Returns:
+        The plan, and for a model its description.
+    """
+    from ..model.model import load
+    from ..plan.table import Plan
+
+    if what.endswith(".json") and Path(what).name != "model.json":
+        try:
+            plan = Plan.from_json(Path(what).read_text())
+        except OSError as e:
+            raise BadInput(f"cannot read {what}: {e.strerror}") from e
+        result: dict[str, Any] = {"plan": jsonlib.loads(plan.to_json())}
+        tell(result, plan.table(), json)
+        return result
+    loaded = load(Path(what).parent if Path(what).name == "model.json" else what)
+    description = loaded.describe()
+    compiled, _, _ = loaded.method(sampler, times, steps)
+    result = {"model": description, "plan": None if compiled is None else jsonlib.loads(compiled.to_json())}
+    parameters = sum(p.numel() for p in loaded.denoiser.parameters())
+    lines = [f"{loaded.name}: {parameters / 1e6:.2f} M parameters, images {' x '.join(map(str, loaded.shape))}"]
+    lines += [f"  {key}: {plain(value)}" for key, value in description.items() if key not in ("name", "shape", "card")]
+    lines += [f"  {key}: {plain(value)}" for key, value in loaded.card.items()]
+    lines += ["", compiled.table() if compiled else "a sampler that looks at the images has no table"]
+    tell(result, "\n".join(lines), json)
+    return result

@@ -1,0 +1,1 @@
+"""What sampling costs: measured, counted and predicted."""

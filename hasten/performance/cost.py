@@ -1,0 +1,200 @@
+"""What a call costs: multiply-accumulates, parameters, bytes, seconds, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadInput
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of producing `images` images once.
+
+    nfe: network evaluations per image (a guided evaluation of two branches counts 2). macs: multiply-accumulates
+    per image. parameters, bytes: of the network. seconds: wall time of each repeat, in the order taken.
+    memory: peak bytes above what was held before (see `peak_memory`), None when it was not measured.
+    """
+
+    nfe: float
+    macs: float
+    parameters: int
+    bytes: int
+    seconds: tuple[float, ...]
+    images: int
+    memory: int | None = None
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Median over the repeats."""
+        return statistics.median(self.seconds) / self.images
+
+    @property
+    def images_per_second(self) -> float:
+        return 1 / self.seconds_per_image
+
+
+def macs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Multiply-accumulates of `call(*args, **kwargs)`: half of what torch's flop counter finds in matrix products,
+    convolutions and attention. Element-wise work and normalisation are not counted, as is usual.
+
+    Attention is run as plain matrix products for the count, because fused kernels of some devices are unknown to
+    the counter. Quantised and compiled kernels are not counted: count before they are applied.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        call(*args, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of weights; a weight that two layers share counts once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def size_in_bytes(module: nn.Module) -> int:
+    """Bytes of weights and stored buffers, in the types they are held in."""
+    stored = module.state_dict(keep_vars=True).values()
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in stored if isinstance(t, torch.Tensor)}.values())
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def wall_time(call: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> list[float]:
+    """Wall seconds of each of `repeats` calls, after `warmup` calls that are not counted; the device is awaited."""
+    return interleave({"": call}, repeats, warmup)[""]
+
+
+def interleave(calls: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, list[float]]:
+    """Wall seconds of every call, taken in turns: A B C A B C ..., so that a busy spell of the machine hits all.
+
+    Entry i of each list comes from the same turn; every other turn runs backwards. Report `ratio(times[A], times[B])`.
+    """
+    if not calls or repeats < 1 or warmup < 0:
+        raise BadInput(f"cannot time {len(calls)} calls, {repeats} repeats, {warmup} warm-ups: need at least 1, 1, 0")
+    for call in itertools.chain.from_iterable(itertools.repeat(tuple(calls.values()), warmup)):
+        call()
+    out: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats):
+        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            _synchronize()
+            start = time.perf_counter()
+            calls[name]()
+            _synchronize()
+            out[name].append(time.perf_counter() - start)
+    return out
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Speed-up with its spread: median, least and most over the turns."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio(slow: list[float], fast: list[float]) -> Ratio:
+    """Turn by turn `slow[i] / fast[i]` of two lists of one `interleave`; above 1 means `fast` is faster."""
+    if len(slow) != len(fast) or not slow:
+        raise BadInput(f"{len(slow)} and {len(fast)} times are not of the same interleaved run")
+    ratios = [a / b for a, b in zip(slow, fast)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process now, from /proc/self/statm; None where there is none (not Linux)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError, AttributeError):
+        return None
+
+
+@dataclass
+class Peak:
+    """Filled in when `peak_memory` ends: bytes before, at the peak, and `above` = the difference."""
+
+    before: int = 0
+    peak: int = 0
+    method: str = ""
+
+    @property
+    def above(self) -> int:
+        return max(self.peak - self.before, 0)
+
+
+@contextlib.contextmanager
+def peak_memory(device: str | torch.device = "cpu", every: float = 0.002) -> Iterator[Peak]:
+    """Peak memory inside the block: `with peak_memory() as m: work()`, then `m.above` bytes.
+
+    On CUDA the allocator's own peak. On a CPU a light thread reads the resident size every `every` seconds, since
+    the kernel's peak cannot be reset between variants: bursts shorter than that are missed, and memory that
+    the allocator kept from earlier work is not seen again, so run the largest variant in a fresh process when the
+    exact figure matters. Without /proc the peak of the whole process (`ru_maxrss`) stands in; `method` says which.
+    """
+    result = Peak()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result.before, result.method = torch.cuda.memory_allocated(device), "cuda allocator"
+        try:
+            yield result
+        finally:
+            torch.cuda.synchronize(device)
+            result.peak = torch.cuda.max_memory_allocated(device)
+        return
+    before = resident_bytes()
+    if before is None:
+        result.method, result.before = "ru_maxrss", process_peak()
+        try:
+            yield result
+        finally:
+            result.peak = process_peak()
+        return
+    result.method, result.before, result.peak = "sampled resident size", before, before
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every):
+            result.peak = max(result.peak, resident_bytes() or 0)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield result
+    finally:
+        done.set()
+        thread.join()
+        result.peak = max(result.peak, resident_bytes() or 0)
+
+
+def process_peak() -> int:
+    """Most bytes that this process ever held (`ru_maxrss`); 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

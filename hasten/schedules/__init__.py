@@ -1,0 +1,19 @@
+"""Noise schedules: continuous ones by formula, and tables of a network's own steps."""
+
+from __future__ import annotations
+
+from .continuous import EDM, VE, Flow, Schedule, SubVP, VPCosine, VPLinear, schedule_from_dict
+from .discrete import Discrete, rescale_zero_snr
+
+__all__ = [
+    "EDM",
+    "VE",
+    "Discrete",
+    "Flow",
+    "Schedule",
+    "SubVP",
+    "VPCosine",
+    "VPLinear",
+    "rescale_zero_snr",
+    "schedule_from_dict",
+]

@@ -1,0 +1,1 @@
+"""Models, weights and finished batches on disk."""

@@ -1,0 +1,111 @@
+"""The conditions of a network, kept apart from the options of the function that passes them on."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..denoiser import Denoiser
+from ..errors import BadInput, nearest
+
+__all__ = ["conditions_of"]
+
+RESERVED = ("x_t", "t")  # the arguments of a denoiser
+COMMON = ("label", "guidance")  # what hasten's own networks are given
+ELSEWHERE = (
+    "batch_size", "callback", "cfg", "cond", "eta", "generator", "guidance_scale", "guides", "images", "n", "noise",
+    "num_inference_steps", "num_steps", "order", "plan", "progress", "sampler", "schedule", "scheduler", "seed",
+    "start", "steps", "timesteps", "times",
+)  # fmt: skip
+
+
+def conditions_of(
+    what: str,
+    options: Collection[str],
+    cond: Mapping[str, Any] | None,
+    keywords: dict[str, Any],
+    denoiser: Any = None,
+) -> dict[str, Any]:
+    """What a denoiser is given as keywords: `cond`, and the keywords that are not options.
+
+    A keyword passes as a condition where it is "label" or "guidance", or the network names it in its `forward`. Other
+    keywords are refused where they resemble an option or are plain numbers (`step=8`); others still pass, with
+    a DeprecationWarning: conditions of any name go in `cond`.
+
+    Args:
+        what: the function that was called, for the message. options: the names of its own arguments.
+        cond: name -> value. keywords: the rest of the call.
+
+    Raises:
+        BadInput: for a keyword that is no condition, or one that `cond` names as well.
+    """
+    found = {} if cond is None else dict(cond) if isinstance(cond, Mapping) else None
+    if found is None:
+        raise BadInput(f"{what}: cond must be a dict of the network's conditions, found {type(cond).__name__}")
+    for name, value in keywords.items():
+        if name in found:
+            raise BadInput(f"{what}: the condition {name!r} is given twice, in cond and as a keyword")
+        if name not in COMMON and name not in named(denoiser):
+            _refuse_options(what, options, name, value)
+            warnings.warn(
+                f"{what}({name}=...): pass the network's own conditions as cond={{{name!r}: ...}}",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+        found[name] = value
+    takes = accepted(denoiser)
+    for name in found:
+        if not isinstance(name, str):
+            raise BadInput(f"{what}: the names of conditions must be texts, found {name!r}")
+        if takes is not None and name not in takes and name not in RESERVED:
+            raise BadInput(f"{what}: the network takes no condition {name!r}: {nearest(name, sorted(takes))}")
+    for name in RESERVED:
+        if name in found:
+            raise BadInput(
+                f"{what}: a condition cannot be called {name!r}, which is an argument of the denoiser itself"
+            )
+    return found
+
+
+def _refuse_options(what: str, options: Collection[str], name: str, value: Any) -> None:
+    known = [option for option in (*options, *ELSEWHERE) if option != "self"]
+    instead = f"(a condition of the network goes in cond={{{name!r}: ...}})"
+    if name in known or difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        raise BadInput(f"{what} has no option {name!r}: {nearest(name, options)} {instead}")
+    if value is None or isinstance(value, (int, float, complex)):
+        raise BadInput(f"{what} has no option {name}={value!r}: {nearest(name, options)} {instead}")
+
+
+def accepted(denoiser: Any) -> frozenset[str] | None:
+    """The conditions that a plain `Denoiser` of a network, alone, can be given; None where that is not known: a network
+    with `**keywords`, a wrapper that may use them up, and what is no module."""
+    net = getattr(denoiser, "net", None)
+    if type(denoiser) is not Denoiser or not isinstance(net, nn.Module) or hasattr(net, "_orig_mod"):
+        return None
+    try:
+        parameters = list(inspect.signature(net.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters) or len(parameters) < 2:
+        return None
+    return frozenset(p.name for p in parameters[2:])
+
+
+def named(denoiser: Any) -> frozenset[str]:
+    """The conditions that the network inside a denoiser names in its `forward`, or a function in its signature."""
+    while isinstance(denoiser, nn.Module) and isinstance(inner := getattr(denoiser, "denoiser", None), nn.Module):
+        denoiser = inner
+    net = getattr(denoiser, "net", denoiser)
+    call = type(net).forward if isinstance(net, nn.Module) else net
+    try:
+        parameters = inspect.signature(call).parameters.values() if callable(call) else ()
+    except (TypeError, ValueError):
+        return frozenset()
+    return frozenset(
+        p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in RESERVED
+    )

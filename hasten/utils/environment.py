@@ -1,0 +1,110 @@
+"""What surrounds the process: its launcher, its standard streams, its cache folder, and the end of its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and torch.distributed needs
+# What torch, its libraries and Python say where memory ends, in lower case.
+MEMORY = (
+    "out of memory", "defaultcpuallocator", "can't allocate memory", "cannot allocate memory", "bad_alloc",
+    "alloc_failed", "unable to allocate",
+)  # fmt: skip
+
+
+def launched() -> int:
+    """How many processes the launcher (torchrun) started; 1 without one.
+
+    A cluster may leave RANK and WORLD_SIZE in the environment of a shell that no launcher started: without MASTER_ADDR
+    and MASTER_PORT there is nobody to join, and the process works alone.
+    """
+    if not all(os.environ.get(name) for name in LAUNCHER):
+        return 1
+    return number("WORLD_SIZE", 1)
+
+
+def number(name: str, default: int) -> int:
+    """A whole number from the environment."""
+    text = os.environ.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError as e:
+        raise BadInput(f"${name} must be a whole number, found {text!r}: start the processes with torchrun") from e
+
+
+def without_launcher() -> str | None:
+    """A line for where the environment speaks of several processes and names no launcher; else None."""
+    missing = [name for name in LAUNCHER if not os.environ.get(name)]
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not missing or "WORLD_SIZE" in missing or world in ("1", "0"):
+        return None
+    return (
+        f"WORLD_SIZE is {world}, but {' and '.join(missing)} not set: running as one process (torchrun starts several)"
+    )
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a standard stream is there and is a terminal."""
+    try:
+        return stream is not None and stream.isatty()
+    except (ValueError, OSError):  # closed
+        return False
+
+
+def open_standard_streams() -> None:
+    """Give a process whose standard streams are closed (cron, services) empty ones.
+
+    Without this the next file that is opened takes the number of a closed stream, and receives what libraries print.
+    Characters that the encoding of stdout lacks are written as escapes in place of an error.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                found = os.open(os.devnull, os.O_RDWR)
+                if found != descriptor:
+                    os.dup2(found, descriptor)
+                    os.close(found)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def cache_folder() -> Path:
+    """Hasten's folder in the user's cache: $HASTEN_CACHE, or `hasten` in $XDG_CACHE_HOME or in ~/.cache.
+
+    Without a home it is a folder of the user's own in the system's temporary folder.
+    """
+    own = os.environ.get("HASTEN_CACHE", "").strip()
+    if own:
+        return Path(os.path.expanduser(own))
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # as the standard wants it
+        home = os.path.expanduser("~")
+        base = os.path.join(home, ".cache") if os.path.isabs(home) and home != os.sep else ""
+    if base:
+        return Path(base) / "hasten"
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    place = Path(tempfile.gettempdir()) / f"hasten-{user}"
+    with contextlib.suppress(OSError):
+        if hasattr(os, "getuid") and place.lstat().st_uid != user:  # somebody else's
+            return place.with_name(f"{place.name}-{os.getpid()}")
+    return place
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and any(sign in text for sign in MEMORY)

@@ -1,0 +1,375 @@
+"""Distil a model with one method of `hasten.distillers` and save the students."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distillers import Student, Task
+from ..distillers._dry_run import Rehearsal, Stage, allocate, time_limits
+from ..distillers._task import notes, option
+from ..errors import BadInput, HastenError, whole
+from ..files import refuse_inside, writes
+from ..images import grid, png, reserve, write
+from ..performance.autotune import parse, spell
+from ..performance.cost import process_peak
+from ..model.model import Model
+from ..nets.quantized import layers
+from ..nets.scalar_inputs import FixedGuidance
+from ..utils.noise import kept_random_state
+from ..pick import pick
+from ..plan.table import plan as compile_plan
+from ..distributed.ranks import Lost, Ranks
+from ..storage.checks import check_runs
+from ..compare.results import earlier, fingerprint, now
+from ..sampling import spell as spelled
+from ..storage.model_folder import check_savable
+from ..train import open_data
+from ..train.data import Batches, Data, to_float
+from ..train.fingerprint import describe_data
+from ..train.names import match_labels
+
+RUN = "run.json"
+LABELS = 1024  # drawn from where there are no real images
+SHOWN = 64  # images in the picture of a stage
+AT_ONCE = 16  # of them in the network
+
+
+@writes("out", unless="dry_run")
+@kept_random_state()
+def distill_model(
+    model: Model,
+    out: str | Path,
+    method: str = "guided",
+    data: str | Path | Data | torch.Tensor | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    evaluations: float | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    runtime: str = "auto",
+    dry_run: bool = False,
+    show: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    command: str = "",
+    accumulate: int = 1,
+    shard: bool = False,
+    init: Model | None = None,
+) -> dict[str, Any]:
+    """Train students of a model and save them: each stage's in `out/<stage>`, the last one also in `out` itself.
+
+    method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`. data: what `open_data` reads; may be left out
+        for methods that train on the teacher's own samples (`needs_data` is false): the classes then take equal parts.
+        For samples that are no images: a tensor (n, *shape), or a `Data` with labels. Images for a model of latents
+        are encoded.
+    steps, minutes, evaluations: the budget of the whole run, the smallest counts (30 minutes if none is given): steps
+        of training; time; evaluations of the network for one image, in floating-point operations.
+    guidance_scale: that the students give (None: the model's recommended one); `guided` learns a range by itself.
+    runtime: `fp32`, `bf16` (autocast), or `auto`: what is faster here. dry_run: only say what it would cost.
+    show: progress bars on a terminal. say: told a line at every stage.
+    accumulate: parts of a batch that are computed one after another, to need less memory. Under torchrun, the processes
+    share every batch, and the pairs that some methods make; the first one writes, and all must see `out`.
+    init: what the first student begins as, in place of the teacher: another model of the same shape, classes and
+        schedule, such as an earlier student (adversarial and distribution matching polish one so).
+    shard: divide the student among them (and not the teacher), for methods whose student is asked as a whole.
+
+    First every stage is tried for a moment, which gives its cost and divides the budget; the result is kept in
+    `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students. (But with
+    `minutes` a stage that turns out slower than in the trial by more than a tenth ends early, by the clock.)
+
+    Returns a dict: folder, method, stages, evaluations, seconds, memory_bytes (of the largest moment of the trial),
+    students (their names and folders).
+    Raises BadInput before anything has run where something cannot be, KeyboardInterrupt at Ctrl-C, with what is kept.
+    """
+    distiller = pick("distillers", method)
+    check_models(model, init, distiller, method)
+    ranks = Ranks.start(str(model.device))
+    whole("batch_size", batch_size, 1)
+    whole("accumulate", accumulate, 1)
+    whole("seed", seed, 0)
+    if data is None and distiller.needs_data:
+        raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
+    if (steps, minutes, evaluations) == (None, None, None):
+        minutes = 30.0
+    for name, value in (("steps", steps), ("minutes", minutes), ("evaluations", evaluations)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise BadInput(f"{name} must be positive, got {value}")
+    out = Path(out)
+    scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
+    teacher, denoiser = model.guided(scale), model.denoiser
+    first = None if init is None else init.denoiser
+    if not option(distiller, "ranged"):
+        if denoiser.net_takes_guidance:  # the method knows no scales: it is given the network for this one
+            denoiser = teacher = at_scale(denoiser, scale)
+        if first is not None and first.net_takes_guidance:
+            first = at_scale(first, scale)
+    refuse_inside(out, data)
+    source = without_images(model) if data is None else samples(model, data)
+    run = {
+        "schema": 1, "method": spelled(distiller), "teacher": fingerprint(model), "guidance_scale": scale,
+        "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
+        "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
+    } | ({} if init is None else {"init": fingerprint(init)})  # fmt: skip
+    precision = ranks.once(lambda: number_format(model, runtime, batch_size))
+    denoiser.requires_grad_(False).eval()
+    if first is not None:
+        first.requires_grad_(False).eval().to(model.device)
+    common: dict[str, Any] = {
+        "teacher": teacher, "denoiser": denoiser, "batches": Batches(source, batch_size, seed=seed),
+        "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
+        "device": str(model.device), "show": show and ranks.first, "accumulate": accumulate, "shard": shard,
+        "classes": None if model.classes is None else len(model.classes), "codec": model.codec,
+        "init": first,
+    }  # fmt: skip
+    for line in notes(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.first else ():
+        print(f"hasten: {line}", file=sys.stderr)
+
+    def planned() -> dict[str, Any]:
+        known = earlier(out / RUN, run, stages_of) if not dry_run else None
+        if known is not None and runtime != "auto" and known["precision"] != precision:
+            raise BadInput(
+                f"{out} is a run with runtime {known['precision']}, asked for {precision}: ask for the same, write to "
+                "another folder, or remove it"
+            )
+        if known is None:
+            rehearsal = Rehearsal(**common, processes=ranks.world)
+            distiller.distill(rehearsal)
+            allocate(rehearsal.stages, steps, minutes, evaluations)
+            # a stage that is much slower than it was in the trial ends early, so that the minutes are kept
+            limits = {} if minutes is None else time_limits(rehearsal.stages, minutes)
+            known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
+                     "minutes": limits, "memory_bytes": memory(model.device)}  # fmt: skip
+            if not dry_run:
+                write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
+        return known
+
+    known = ranks.once(planned)
+    stages = stages_of(known)
+    result = {
+        "folder": str(out), "method": run["method"], "guidance_scale": scale, "stages": known["stages"],
+        "evaluations": sum(s.evaluations * s.steps for s in stages), "precision": known["precision"],
+        "seconds": sum(s.seconds * s.steps for s in stages), "memory_bytes": known["memory_bytes"], "students": {},
+    }  # fmt: skip
+    for stage in stages if ranks.first else ():
+        say(told(stage))
+    if dry_run:
+        return result
+    common["precision"] = known["precision"]
+    saver = Saver(model, out, result, scale, command, say)
+    keep = saver if ranks.first else (lambda name, student: None)
+    task = Task(
+        **common, steps={s.name: s.steps for s in stages}, minutes=known.get("minutes", {}), keep=keep, ranks=ranks
+    )
+    began = time.perf_counter()
+    try:
+        last = distiller.distill(task)
+    except Lost as e:
+        raise Lost(f"{str(e).partition(';')[0]}; what {out} holds is kept: the same command goes on") from e
+    if ranks.first:
+        saver(None, last)
+    ranks.wait()
+    return {**result, "seconds": time.perf_counter() - began}
+
+
+def check_models(model: Model, init: Model | None, distiller: Any, method: str) -> None:
+    """Refuse, before anything runs, what cannot be distilled so or could not be saved afterwards."""
+    name = method.partition(":")[0]
+    for one in (model,) if init is None else (model, init):
+        if one.conditioning is not None:
+            raise BadInput(
+                f"{one.name} takes prompts: distilling networks that read text is not supported yet; "
+                "what works is a model without conditions or with classes"
+            )
+        if next(layers(one.denoiser.net), None) is not None or getattr(one.denoiser.net, "runs_elsewhere", False):
+            raise BadInput(
+                f"{one.name} is quantised or exported, which cannot be trained: give the model it was made from"
+            )
+        if one.denoiser.step_counts is not None:
+            raise BadInput(f"{one.name} is one network for several numbers of steps, which no method goes on from")
+    check_savable(model if init is None else init, network=not option(distiller, "adds_inputs"))
+    for one in (model,) if init is None else (model, init):
+        check_runs(one.name, one.denoiser, one.shape, one.cond(2))
+    before = model.card.get("distilled", {})
+    if before and not (before.get("any_time") or before.get("stage") == "guidance"):
+        asks, k = option(distiller, "teacher_steps"), before["steps"]
+        direction = before.get("figures", {}).get("direction", "decode")
+        if direction != option(distiller, "direction"):
+            made = "encodes images into noise" if direction == "encode" else "makes images from noise"
+            raise BadInput(f"{model.name} {made}, which {name} cannot learn from: give it another teacher")
+        if asks not in (0, k):
+            how = f", or use {name} with start={k}" if isinstance(getattr(distiller, "start", None), int) else ""
+            what = "at any time" if asks is None else f"at the times of {asks} steps"
+            raise BadInput(
+                f"{model.name} is a student of {k} steps and knows no other times, {name} asks its teacher {what}: "
+                f"give the model that it was distilled from as the teacher, and this one as --init (init=){how}"
+            )
+    if init is None:
+        return
+    for what, mine, theirs in (
+        ("shape", tuple(init.shape), tuple(model.shape)),
+        ("classes", len(init.classes or ()), len(model.classes or ())),
+    ):
+        if mine != theirs:
+            raise BadInput(f"--init (init=) {init.name} has {what} {mine}, {model.name} has {theirs}")
+    if init.classes != model.classes:
+        raise BadInput(
+            f"--init (init=) {init.name} has the classes of {model.name} under other names or in another order"
+        )
+    if init.denoiser.schedule.to_dict() != model.denoiser.schedule.to_dict():
+        raise BadInput(f"--init (init=) {init.name} was trained on another schedule than {model.name}")
+
+
+def at_scale(denoiser: Any, scale: float) -> Any:
+    """A denoiser whose network takes a guidance scale, for one scale."""
+    net = denoiser.net
+    net = net.fixed(scale) if hasattr(net, "fixed") else FixedGuidance(copy.deepcopy(net), scale)
+    return denoiser.replace(net=net, guidance_range=(scale, scale))
+
+
+def samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
+    """Real samples of the model's shape, with the labels that it knows: `real_images`, where they are images."""
+    if isinstance(data, torch.Tensor):
+        values = data
+        data = Data(len(values), tuple(values.shape[1:]), lambda rows: values[rows], source="the tensor")  # type: ignore
+    if isinstance(data, Data):
+        if tuple(data.shape) != tuple(model.shape):
+            raise BadInput(f"{model.name} makes samples of shape {tuple(model.shape)}, data has {tuple(data.shape)}")
+        return match_labels(data, model.classes, model.name)
+    if len(model.shape) != 3 or model.codec == "raw":
+        raise BadInput(
+            f"{model.name} makes samples of shape {tuple(model.shape)}, which no images are: give data as a tensor "
+            "(n, *shape) or a Data, in Python"
+        )
+    if model.decoder is None:
+        return real_images(model, data)
+    latents = model.decoder
+    images = real_images(replace(model, shape=latents.pixels(model.shape)), data)
+    return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))  # type: ignore
+
+
+def real_images(model: Model, data: str | Path) -> Data:
+    """The images of `data`, and their labels as the model's classes, matched by name."""
+    channels, height, width = model.shape
+    source = open_data(data, size=(height, width), channels=channels)
+    return match_labels(source, model.classes, model.name)
+
+
+def without_images(model: Model) -> Data:
+    """What a method gets that trains on the model's own samples alone: its classes in equal parts, and blank images."""
+    known = [k for k in range(len(model.classes or ())) if k != model.denoiser.null_label]
+    size = len(known) * -(-LABELS // len(known)) if known else LABELS
+    labels = torch.tensor(known).repeat(size // len(known)) if known else None
+    blank = torch.zeros(1, *model.shape, dtype=torch.uint8)
+    shape: Any = model.shape
+    return Data(size, shape, lambda indices: blank.expand(len(indices), *model.shape), labels, model.classes)
+
+
+class Saver:
+    """Writes a student's folder, and a picture of what it draws, where they are not there already."""
+
+    def __init__(
+        self, teacher: Model, out: Path, result: dict[str, Any], scale: float, command: str, say: Callable[[str], None]
+    ) -> None:
+        self.teacher, self.out, self.result, self.scale = teacher, out, result, scale
+        self.command, self.say = command, say
+
+    def __call__(self, name: str | None, student: Student) -> None:
+        """Save the student of the stage `name`; None: the last one, into the run's own folder."""
+        folder = self.out if name is None else self.out / name
+        model = self.model(name, student)
+        self.result["students"][name or "."] = str(folder)
+        if not (folder / "model.json").is_file():
+            model.save(folder)
+            if name is not None:
+                self.say(f"{name}: {folder} is saved")
+        picture = self.out / f"{name}.png"
+        if name is None or picture.is_file() or student.figures.get("direction") == "encode" or not drawable(model):
+            return
+        try:
+            images, columns = drawn(model)
+            write(reserve(picture), png(grid(images, columns)))
+        except (HastenError, RuntimeError) as e:  # the student is saved, and worth more than its picture
+            first = (str(e).splitlines() or [type(e).__name__])[0]
+            print(f"hasten: {picture} is not drawn, {folder} is saved: {first}", file=sys.stderr)
+
+    def model(self, name: str | None, student: Student) -> Model:
+        """The student as a model with its plan, and where it comes from on its card."""
+        span = student.guidance or (self.scale, self.scale)
+        denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage needs its own
+        if not denoiser.net_takes_guidance:
+            denoiser = denoiser.replace(guidance_range=span)
+        sampler = pick("samplers", student.sampler)
+        times = pick("times", student.times)(denoiser.schedule, student.steps)
+        plan = compile_plan(sampler, denoiser.schedule, times) if sampler.linear else None
+        card: dict[str, Any] = {
+            **{key: self.teacher.card[key] for key in ("data", "licence", "reference") if key in self.teacher.card},
+            "summary": f"student of {self.teacher.name} for {student.steps} evaluations",
+            "distilled": {
+                "teacher": self.teacher.name, "teacher_sha256": self.teacher.sha256, "stage": name,
+                **{key: self.result[key] for key in ("method", "stages", "evaluations", "precision")},
+                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": now(),
+                "command": self.command, **({"any_time": True} if student.any_time else {}),
+            },
+        }  # fmt: skip
+        return Model(
+            denoiser, self.out.resolve().name + ("" if name is None else f"-{name}"), self.teacher.shape,
+            self.teacher.classes, self.teacher.codec, student.sampler, student.times, student.steps,
+            min(max(self.scale, span[0]), span[1]), plan=plan, parts=student.parts, card=card,
+            decoder=self.teacher.decoder, pipeline=self.teacher.pipeline,
+        )  # fmt: skip
+
+
+def drawable(model: Model) -> bool:
+    """Whether what the model makes are images."""
+    return model.decoder is not None or (model.codec == "image" and model.shape[0] in (1, 3, 4))
+
+
+def drawn(model: Model) -> tuple[torch.Tensor, int | None]:
+    """At most 64 images of a model and how many go in a row: a column for each class, or, of many classes, one each."""
+    if model.classes is None:
+        return model.sample(SHOWN, batch_size=AT_ONCE), None
+    columns = len(model.classes)
+    if columns <= SHOWN:
+        n = columns * (SHOWN // columns)
+        return model.sample(n, batch_size=AT_ONCE), columns
+    return model.sample(SHOWN, label=list(range(SHOWN)), batch_size=AT_ONCE), None
+
+
+def stages_of(known: dict[str, Any]) -> list[Stage]:
+    """The stages that the rehearsal found."""
+    return [Stage(**stage) for stage in known["stages"]]
+
+
+def told(stage: Stage) -> str:
+    """A line about a stage before it begins."""
+    what = f"{stage.pairs} pairs" if stage.pairs else f"{stage.steps} steps"
+    seconds = stage.seconds * stage.steps
+    last = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return f"{stage.name}: {what} of {stage.evaluations:.3g} evaluations, about {last}"
+
+
+def number_format(model: Model, runtime: str, batch_size: int) -> str:
+    """`fp32` or `bf16`, as asked or as a timing of the network finds."""
+    if runtime != "auto":
+        precision, *rest = spell(parse(runtime)).split("+")
+        if rest:
+            raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
+        return precision
+    return model.runtime_for("auto", min(batch_size, 64)).split("+")[0]
+
+
+def memory(device: torch.device) -> int:
+    """The most bytes that were in use: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return process_peak()

@@ -1,0 +1,183 @@
+"""Train a model on one's own images: data, network, loss and loop put together, and a Model saved at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..denoiser import Denoiser
+from ..errors import BadInput
+from ..files import contents, refuse_inside, writes
+from ..performance.autotune import choose, parse, spell
+from ..model.model import Model, load
+from ..nets.unet import UNet
+from ..utils.noise import kept_random_state
+from ..predictions import V
+from ..distributed.ranks import Ranks
+from ..schedules.continuous import VPCosine
+from ..train.checkpoint import read_log, saved_run
+from ..train.data import Batches, Data, open_data
+from ..train.fit import Fit, Player
+from ..train.losses import DenoisingLoss
+
+
+@writes("out")
+@kept_random_state()
+def train_model(
+    data: str | Path | Data,
+    out: str | Path,
+    steps: int | None = None,
+    minutes: float | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    label: str | None = None,
+    widths: Sequence[int] | None = None,
+    blocks: int = 1,
+    patch: int | None = None,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    label_drop: float = 0.1,
+    flip: bool = False,
+    runtime: str = "auto",
+    seed: int = 0,
+    device: str | None = None,
+    name: str | None = None,
+    show: bool = True,
+    accumulate: int = 1,
+    shard: bool = False,
+) -> Model:
+    """Train a U-Net with v-prediction on the cosine path `x_t = cos(pi t/2) x + sin(pi t/2) eps`; save it in `out`.
+
+    The network's averaged weights become the model. Labels are dropped at the rate `label_drop`, so that a model of
+    classes can be guided. The same call goes on from the checkpoint in `out` where an earlier one was stopped.
+
+    data, size, channels, label: as `open_data` takes them. steps, minutes: the budget, 30 minutes if neither is given.
+    widths: channels of each resolution, finest first (default: by the side of the images). blocks: residual blocks a
+    level. patch: side of the squares that the network takes as one pixel. lr: peak rate of AdamW.
+    runtime: `fp32`, `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last` as wanted; `auto`:
+    the number format that is faster here, or that of the run that goes on. show: a progress bar on a terminal.
+    accumulate: parts of a batch that are computed one after another, to need less memory. Under torchrun, each process
+    takes its share of every batch, and the first one writes (see `Fit`). shard: divide the network among them too.
+
+    Raises BadInput for data or settings that cannot be used, where `out` lies inside the data, holds another model or
+    the run of other data or settings, or is written by another process; HastenError where the loss stops being finite,
+    and KeyboardInterrupt, with a line that says what was kept, at Ctrl-C.
+
+    Reference: Salimans, Ho 2022, 2202.00512 (v-prediction); Ho, Salimans 2022, 2207.12598 (label dropout).
+    """
+    refuse_inside(out, data)
+    source = data if isinstance(data, Data) else open_data(data, size=size, channels=channels, label=label)
+    out = Path(out)
+    if steps is None and minutes is None:
+        minutes = 30.0
+    ranks = Ranks.start(device)
+    before = ranks.once(lambda: saved_run(out / "checkpoint.pt"))
+    torch.manual_seed(seed)
+    net = network(source, widths, blocks, patch)
+    dropped = label_drop if source.labels is not None else 0.0  # without it the network never sees the null label
+    denoiser = Denoiser(net, VPCosine(offset=0.0), V())
+    denoiser.null_label = net.classes if net.classes and dropped else None
+    loss = DenoisingLoss(label_drop=dropped)
+    precision = before.get("precision") if runtime == "auto" else None
+    precision = precision or ranks.once(lambda: number_format(denoiser, source, runtime, batch_size, ranks.device))
+    fit = Fit(
+        steps=steps, minutes=minutes, precision=precision, seed=seed, device=device, accumulate=accumulate, shard=shard
+    )
+    finished = bool(before) and fit.progress(before["step"], before["seconds"]) >= 1
+    ranks.once(lambda: check_folder(out, finished))
+    player = Player("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
+    settings = {"network": net.config, "label_drop": dropped}
+    averaged = fit([player], Batches(source, batch_size, seed=seed, flip=flip), out, show, settings)["model"]
+    if finished and (kept := ranks.once(lambda: is_saved(out, before["step"]))):
+        return load(kept)  # with what was found for it since, such as plans
+    assert isinstance(averaged, Denoiser)
+    card: dict[str, Any] = {
+        "data": source.source,
+        "images": len(source),
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "precision": precision,
+        "label_drop": dropped,
+        "flip": flip,
+        "last": last_line(out / "log.jsonl"),
+    }
+    model = Model(
+        denoiser=averaged.eval().requires_grad_(False).cpu(),
+        name=name or out.resolve().name,
+        shape=source.shape,
+        classes=source.classes,
+        guidance_scale=1.5 if source.classes and dropped else 1.0,
+        card=card,
+    )
+    if ranks.first:
+        model.save(out)
+    ranks.wait()
+    return model
+
+
+def network(data: Data, widths: Sequence[int] | None, blocks: int, patch: int | None) -> UNet:
+    """A U-Net for these images, with a level more for every doubling of the side beyond 32."""
+    channels, height, width = data.shape
+    side = max(height, width)
+    if widths is None:
+        widths = (64, 128) if side <= 32 else (64, 128, 192) if side <= 64 else (64, 128, 192, 256)
+    if patch is None:
+        patch = 2 if side >= 24 else 1
+    try:
+        net = UNet(channels, widths=widths, blocks=blocks, patch=patch, classes=len(data.classes or ()))
+    except ValueError as e:
+        raise BadInput(str(e)) from e
+    if height % net.multiple or width % net.multiple:
+        near = max(round(side / net.multiple), 1) * net.multiple
+        raise BadInput(
+            f"images of {height}x{width} do not fit a network of patch {patch} and {len(widths)} levels, "
+            f"which needs sides that {net.multiple} divides: give --size {near}, or other widths and patch"
+        )
+    return net
+
+
+def number_format(denoiser: Denoiser, data: Data, runtime: str, batch_size: int, device: torch.device) -> str:
+    """What was asked for, or `fp32` or `bf16`, as a timing of the forward pass finds."""
+    if runtime != "auto":
+        return spell(parse(runtime))
+    x = torch.randn(min(batch_size, 64), *data.shape, device=device)
+    return spell(choose(denoiser.to(device), x, f"train {denoiser.net}")).split("+")[0]
+
+
+def last_line(log: Path) -> dict[str, Any]:
+    """The last line of a training log: step, seconds, loss."""
+    lines = read_log(log)
+    return lines[-1] if lines else {}
+
+
+def check_folder(out: Path, finished: bool) -> None:
+    """BadInput where `out` holds something that the training would write over. finished: it will not take a step."""
+    found = contents(out)
+    if found is not None and not (out / "checkpoint.pt").is_file():
+        raise BadInput(f"{out} holds {found} already: choose another folder, or remove it")
+    told = saved_card(out)
+    changed = [key for key in ("tuned", "quantized", "distilled", "exported") if key in told]
+    if changed and not finished:
+        raise BadInput(f"{out} holds a model that was {changed[0]} since: train in another folder, or remove it")
+    if found == "a pipeline of diffusers":
+        raise BadInput(f"{out} holds {found} already: choose another folder, or remove it")
+
+
+def saved_card(out: Path) -> dict[str, Any]:
+    """The card of the model in a folder; {} without one."""
+    try:
+        card = json.loads((out / "model.json").read_text(encoding="utf-8"))["card"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def is_saved(out: Path, step: int) -> str | None:
+    """The folder, if its model is the one after `step` steps."""
+    last = saved_card(out).get("last")
+    return str(out) if isinstance(last, dict) and last.get("step") == step else None

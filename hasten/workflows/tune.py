@@ -1,0 +1,172 @@
+"""Run a tuner on a model and save the model with what it found."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..utils.environment import is_terminal
+from ..errors import BadInput, whole
+from ..files import refuse_inside, writes
+from ..utils.finite import check_finite, check_weights
+from ..images import reserve
+from ..performance.autotune import parse
+from ..model.model import Model
+from ..storage.atomic import digest, refuse_other_model
+from ..utils.noise import LARGEST_SEED
+from ..pick import pick
+from ..compare.results import fingerprint, now
+from ..sampling import spell
+from ..storage.model_folder import check_savable
+from ..train.fingerprint import listing
+from ..tuning import Task, Tuned
+from ..tuning._task import Images, Tick, ignore
+
+
+@writes("out")
+def tune_model(
+    model: Model,
+    out: str | Path,
+    method: str = "optimized_steps",
+    sampler: Any = None,
+    times: Any = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    data: str | Path | None = None,
+    n: int | None = None,
+    seed: int = 1_000_000,
+    runtime: str = "fp32",
+    command: str = "",
+) -> dict[str, Any]:
+    """Tune a model with one method of `hasten.tuning` and save it in `out`; a plan becomes the recommended one.
+
+    `model` itself stays as it is: what is saved is a copy of its description, with the same network.
+
+    method: as `pick` spells it. data: what `open_data` reads. n: samples to calibrate on (None: the method's own
+    number). seed: of calibration sample 0. The other arguments are those of `Model.sample`: what is to be improved.
+
+    Returns a dict: folder, method, plan (its name), statistics and parts (their names), figures, seconds.
+    Raises BadInput before anything has run where something cannot be, and keeps what `out` holds until all is done.
+    """
+    tuner = pick("tuning", method)
+    if getattr(tuner, "needs_data", False) and data is None:
+        raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
+    n = None if n is None else whole("n", n, 1)
+    seed = whole("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
+    check_savable(model)
+    check_weights(model.denoiser, model.name)
+    model = replace(model)
+    out = Path(out)
+    refuse_inside(out, data)
+    reserve(out / "model.json")
+    scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
+    if hasattr(tuner, "bind"):
+        tuner = tuner.bind(model.statistics, model.parts)
+    sampler, times = (
+        own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
+    )
+    way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
+    identity = digest(
+        fingerprint(model), spell(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+        None if data is None else listing(Path(data)),
+    )  # fmt: skip
+    refuse_other_model(out, model, identity)
+    task = Task(
+        denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
+        images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
+    )  # fmt: skip
+    machine = parse(model.runtime_for(runtime, 64), model.device.type)
+    began = time.perf_counter()
+    with watched() as task.tick, machine.apply():
+        machine.prepare(model.denoiser)
+        found = tuner.tune(task)
+    seconds = time.perf_counter() - began
+    for what in ("figures", "statistics"):
+        check_finite(f"{method} found {what} that are not finite", getattr(found, what))
+    for part, net in found.parts.items():
+        check_weights(net, f"{method}: the network {part} that it trained")
+    name = keep(model, found, method, scale)
+    record = {
+        "method": spell(tuner), "plan": name, "statistics": sorted(found.statistics), "parts": sorted(found.parts),
+        "guidance_scale": scale, "figures": found.figures, "date": now(), "command": command,
+        "identity": identity,
+    }  # fmt: skip
+    model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
+    model.save(out, half=is_half(model))
+    return {"folder": str(out), **record, "seconds": seconds}
+
+
+def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
+    """Give the model what was found; the name of the plan, if there is one."""
+    model.statistics = {**model.statistics, **found.statistics}
+    model.parts = {**model.parts, **found.parts}
+    if found.plan is None:
+        return None
+    name = f"{method.partition(':')[0]}-{found.plan.nfe}" + (f"-g{scale:g}" if scale != 1 else "")
+    model.plans = {**model.plans, name: found.plan}
+    model.plan, model.steps, model.guidance_scale = found.plan, found.plan.nfe, scale
+    return name
+
+
+def real(model: Model, data: str | Path) -> Images:
+    """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
+    model's classes, matched by name."""
+    from ..train import open_data
+    from ..train.data import to_float
+    from ..train.names import match_labels
+
+    if len(model.shape) != 3:
+        raise BadInput(f"{model.name} makes samples of shape {model.shape}, which no images are: leave data out")
+    latents = model.decoder  # of a model of latents, which the images are encoded for
+    channels, height, width = model.shape if latents is None else latents.pixels(model.shape)
+    source = open_data(data, size=(height, width), channels=channels)
+    source = match_labels(source, model.classes, model.name, required=False)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+
+    def images(n: int) -> tuple[Tensor, Tensor | None]:
+        if n > len(source):
+            raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
+        chosen = order[:n]
+        labels = None if source.labels is None else source.labels[chosen]
+        x = to_float(source.images(chosen))
+        return (x if latents is None else latents.encode(x)).to(model.device), labels
+
+    return images
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Tick]:
+    """Progress with the time left on stderr, while that is a terminal."""
+    if not is_terminal(sys.stderr):
+        yield ignore
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TextColumn("left"), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[value]}"),
+    )  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tick(what: str, done: int, total: int, value: float) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, value="")
+            bar.update(tasks[what], completed=done, total=total, value=f"{value:.5g}")
+
+        yield tick
+
+
+def is_half(model: Model) -> bool:
+    """Whether float16 holds the weights without loss: they came from such a file."""
+    weights = [w for w in model.denoiser.net.state_dict().values() if w.is_floating_point()]
+    return all(torch.equal(w, w.half().to(w.dtype)) for w in weights)
