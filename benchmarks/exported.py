@@ -29,9 +29,9 @@ from hasten.adapters import onnx, openvino
 from hasten.adapters._export import Flat, heard
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
-from hasten.performance.autotune import processor
+from hasten.loading import load
 from hasten.model import Model
-from hasten.model.model import load
+from hasten.performance.device import processor
 from hasten.schedules import VPLinear
 
 WAYS = ("openvino fp32", "openvino bf16", "openvino int8", "openvino int8+bf16", "onnx fp32", "onnx int8", "eager bf16",

@@ -23,7 +23,7 @@ from typing import Any
 import cyclopts
 import torch
 
-from hasten.performance.autotune import processor
+from hasten.performance.device import processor
 
 
 def main(

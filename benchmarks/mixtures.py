@@ -39,10 +39,11 @@ from torch import Tensor
 from benchmarks.peers import TABLES, theirs
 from hasten.exact import GaussianMixture, m2, m64
 from hasten.files import append_json_line, read_json_lines
+from hasten.pick import spell
 from hasten.plan import Plan, plan
 from hasten.samplers import DDIM, DEIS, PLMS, DPMSolver, Heun, UniPC
 from hasten.samplers.sa import SASolver
-from hasten.sampling import Noise, spell
+from hasten.sampling import Noise
 from hasten.schedules import Discrete, Schedule
 from hasten.times import CosineAngle, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
 from hasten.tuning import Task

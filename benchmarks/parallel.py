@@ -42,7 +42,8 @@ from hasten.denoiser import Denoiser
 from hasten.metrics import evaluate_images, feature_net, reference
 from hasten.metrics.difference import difference
 from hasten.nets.unet import UNet
-from hasten.performance.parallel import Way, forecast, measured_device, measured_link, work_of
+from hasten.performance.hardware import Way
+from hasten.performance.parallel import forecast, measured_device, measured_link, work_of
 from hasten.schedules import VPCosine
 
 app = cyclopts.App(help=__doc__)
@@ -81,7 +82,7 @@ def built(unet: str, side: int) -> tuple[Denoiser, int, dict[str, Tensor]]:
         return Denoiser(net, VPCosine(), "v").eval(), 3, {"label": torch.zeros(1, dtype=torch.long)}
     from diffusers import UNet2DConditionModel
 
-    from hasten.adapters.diffusers.seams import with_seams
+    from hasten.adapters.diffusers.wrap import with_seams
 
     net = with_seams(UNet2DConditionModel(sample_size=side, cross_attention_dim=768))
     return Denoiser(net, VPCosine(), "v", clock="t1000").eval(), 4, {"text": torch.randn(1, 77, 768)}

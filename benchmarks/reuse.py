@@ -26,12 +26,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hasten.accelerators import Ahead, accelerate
-from hasten.adapters.diffusers.seams import Seams, with_seams
+from hasten.adapters.diffusers.seams import Seams
+from hasten.adapters.diffusers.wrap import with_seams
 from hasten.denoiser import Denoiser
 from hasten.guides.cfg import CFG
-from hasten.performance.autotune import processor
+from hasten.performance.device import processor
 from hasten.pick import pick
-from hasten.sampling import Noise, draw
+from hasten.plan.draw import draw
+from hasten.sampling import Noise
 from hasten.schedules import Discrete
 
 

@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 
 # public name: the module that defines it (`pick` and `plan` are modules that can be called)
 _HOMES = {
-    **dict.fromkeys(["Model", "load"], "model"),
+    **dict.fromkeys(["Model"], "model"),
+    **dict.fromkeys(["load"], "loading"),
     **dict.fromkeys(["BadInput", "HastenError"], "errors"),
     **dict.fromkeys(["Denoiser", "Wrapper"], "denoiser"),
     **dict.fromkeys(["Noise", "Query", "Sampler", "draw", "walk"], "sampling"),
@@ -60,16 +61,13 @@ __all__ = [
 if TYPE_CHECKING:
     from .adapters.diffusers.pipelines import accelerate, as_scheduler, times_like
     from .denoiser import Denoiser, Wrapper
-    from .schedules.discrete import Discrete, rescale_zero_snr
-    from .workflows.distill import distill_model
+    from .distributed.ranks import Ranks
     from .errors import BadInput, HastenError
     from .guides import CFG, Distribution, DynamicThreshold, Interval, Rescale
-    from .workflows.sample import sample_many
-    from .model.model import Model, load
+    from .loading import load
+    from .model.model import Model
     from .pick import pick
     from .plan.table import Plan, plan
-    from .workflows.quantize import quantize_model
-    from .distributed.ranks import Ranks
     from .samplers import (
         DDIM,
         DDPM,
@@ -92,19 +90,15 @@ if TYPE_CHECKING:
         UniPC,
         invert,
     )
-    from .sampling import Noise, Query, Sampler, draw, walk
+    from .sampling import Noise, Query, Sampler, walk
+    from .plan.draw import draw
     from .schedules.continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
+    from .schedules.discrete import Discrete, rescale_zero_snr
     from .starts import CCDF, Auxiliary, SingDiffusion
-    from .times import (
-        CosineAngle,
-        Explicit,
-        Karras,
-        Quadratic,
-        TimeGrid,
-        Trailing,
-        UniformLambda,
-        UniformTime,
-    )
+    from .times import CosineAngle, Explicit, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
+    from .workflows.distill import distill_model
+    from .workflows.quantize import quantize_model
+    from .workflows.sample import sample_many
     from .workflows.tune import tune_model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import BadInput, HastenError, nearest, number, whole
 from .predictions import Prediction, prediction_from, spread
-from .schedules.continuous import Schedule
+from .schedules.base import Schedule
 
 __all__ = ["Denoiser", "Wrapper"]
 
@@ -340,3 +340,11 @@ class Wrapper(nn.Module):
                     f"{type(self).__name__} changes what its denoiser answers, and does not define {name!r}"
                 ) from None
             return getattr(super().__getattr__("denoiser"), name)
+
+
+def reset(denoiser: Any) -> None:
+    """Tell every module inside that a new trajectory begins: each class that defines `reset` has it called once."""
+    if isinstance(denoiser, nn.Module):
+        for module in denoiser.modules():
+            if callable(getattr(type(module), "reset", None)):
+                module.reset()  # type: ignore[operator]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadInput
-from .schedules.continuous import Schedule
+from .schedules.base import Schedule
 
 __all__ = ["Gaussian", "GaussianMixture", "PointSet", "g8", "m2", "m64"]
 

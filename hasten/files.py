@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import inspect
 import json
 import os
@@ -17,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from .utils.environment import launched, number
 from .errors import BadInput
+from .utils.environment import launched, number
 
 try:
     import fcntl
@@ -353,3 +354,41 @@ def _short(value: Any) -> str:
     """A value in few letters."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def reserve(path: str | Path) -> Path:
+    """Make the folder of `path` and check that a file can be written there, before the time is spent to fill it.
+
+    What a killed process left of the same file is removed. Raises BadInput in one line where it cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"cannot write {path}: it is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
+        probe = temporary(path)
+        probe.touch(exist_ok=False)
+        probe.unlink(missing_ok=True)
+    except OSError as e:
+        raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
+    return path
+
+
+def write(path: str | Path, data: bytes) -> Path:
+    """Write a whole file or none of it: into a temporary sibling that then takes the name."""
+    path = Path(path)
+    try:
+        write_whole(path, data)
+    except OSError as e:
+        raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
+    return path

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
-from .files import remove_leftovers, temporary, write_whole
 from .utils.finite import check_images
 
 if TYPE_CHECKING:
@@ -145,32 +144,3 @@ def read_text(path: str | Path) -> dict[str, str]:
     with Image.open(path) as image:
         image.load()
         return dict(getattr(image, "text", {}))
-
-
-def reserve(path: str | Path) -> Path:
-    """Make the folder of `path` and check that a file can be written there, before the time is spent to fill it.
-
-    What a killed process left of the same file is removed. Raises BadInput in one line where it cannot be written.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise BadInput(f"cannot write {path}: it is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, path.name)
-        probe = temporary(path)
-        probe.touch(exist_ok=False)
-        probe.unlink(missing_ok=True)
-    except OSError as e:
-        raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
-    return path
-
-
-def write(path: str | Path, data: bytes) -> Path:
-    """Write a whole file or none of it: into a temporary sibling that then takes the name."""
-    path = Path(path)
-    try:
-        write_whole(path, data)
-    except OSError as e:
-        raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
-    return path

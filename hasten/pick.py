@@ -17,9 +17,10 @@ import types
 import typing
 from typing import Any
 
-from .utils.aliases import alias_of, hint_for, own_name
 from .errors import BadInput, HastenError, check_numbers, nearest
-from .sampling import spell
+from .pick import spell
+from .utils.aliases import alias_of, hint_for, own_name
+from .utils.registry import is_own, path_of
 
 __all__ = ["names", "pick", "spell"]
 
@@ -221,3 +222,28 @@ class _Callable(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
+
+
+def spell(method: Any) -> str:
+    """How a method is written on the command line: `"heun:churn=0.1"`, the fields that are not at their default.
+
+    The name is the class attribute `name` where there is one, else the file that defines the class; of a class that
+    hasten does not define, where it is defined, `"my_package.Mine"`.
+    """
+    name = getattr(type(method), "name", None) or type(method).__module__.rpartition(".")[2]
+    if not is_own(type(method)):
+        name = path_of(type(method))
+    options = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if not field.metadata.get("bound") and value != field.default:
+            options.append(f"{field.name}={_text(value)}")
+    return name + (":" + ",".join(options) if options else "")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "(" + ",".join(_text(item) for item in value) + ")"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

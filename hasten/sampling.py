@@ -12,10 +12,7 @@ yields the noisy sample and its time, and is sent the network's estimate of the 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
-import warnings
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,23 +20,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .utils.arguments import check_noise, check_result, check_state, given_grid, given_sampler
-from .utils.conditions import conditions_of
-from .denoiser import Wrapper
+from .denoiser import Wrapper, reset
 from .errors import BadInput, HastenError
-from .utils.registry import is_own, path_of
-from .utils.noise import Noise, no_noise
-from .schedules.continuous import Schedule
+from .pick import spell
+from .plan.draw import draw
+from .schedules.base import Schedule
 from .times import as_times
+from .utils.arguments import check_state, given_sampler
+from .utils.conditions import conditions_of
+from .utils.noise import Noise, no_noise
 
 if TYPE_CHECKING:
-    from .plan.table import Plan
+    pass
 
 __all__ = ["Count", "Noise", "Query", "Sampler", "draw", "spell", "walk"]
 
 Progress = Callable[[int, int], None]
-FEW = 40  # evaluations up to which a plan is looked at for what it would do to the values
-WILD = 4.0  # standard deviations of the result that are worth a warning
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -171,126 +167,6 @@ def _each(value: Any, B: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == B
 
 
-def draw(
-    denoiser: Callable[..., Tensor],
-    sampler: Sampler | None,
-    times: Tensor | Callable[[Schedule, Any], Tensor],
-    noise: Noise,
-    *,
-    steps: int | None = None,
-    x: Tensor | None = None,
-    plan: Plan | None = None,
-    progress: Progress | None = None,
-    callback: Callback | None = None,
-    cond: Mapping[str, Any] | None = None,
-    **keywords: Any,
-) -> Tensor:
-    """Samples (B, *S): start from noise and run the sampler, compiled to a `Plan` where it can be.
-
-    The same call gives the same samples: `noise` is taken from its beginning, whatever was drawn from it before.
-
-    Args:
-        times: the float64 times, or a grid that makes them from the denoiser's schedule and `steps`.
-        noise: the starting noise and all draws.
-        x: the state to start from; by default `noise.initial()` times `schedule.prior_std(times[0])`.
-        plan: run this plan, made for the denoiser's schedule; `sampler` and `times` are then not used.
-        callback: called after each evaluation as `callback(step, t, x, x0)`; see `walk`.
-        cond: the conditions, passed on to the denoiser as keywords: `cond={"label": labels}`. A keyword that the
-            network names in its `forward`, and `label`, may also stand beside the options.
-
-    Raises BadInput for a keyword that is neither an option nor a condition, for `steps` that are not those of the times
-    or of the plan, and for a plan that was made for another schedule; NonFinite for samples that hold NaN or infinity,
-    unless gradients are recorded.
-    """
-    same: dict[str, Any] = {"steps": steps, "x": x, "plan": plan, "cond": cond, **keywords}
-    result = draw_unchecked(denoiser, sampler, times, noise, **same, progress=progress, callback=callback)
-    return check_result(result, denoiser, noise, lambda d, xi: draw_unchecked(d, sampler, times, xi, **same))
-
-
-def draw_unchecked(
-    denoiser: Callable[..., Tensor], sampler: Any, times: Any, noise: Noise, *, steps: int | None = None,
-    x: Tensor | None = None, plan: Plan | None = None, progress: Progress | None = None,
-    callback: Callback | None = None, cond: Mapping[str, Any] | None = None, **keywords: Any,
-) -> Tensor:  # fmt: skip
-    """`draw`, with samples that may hold NaN or infinity."""
-    schedule = _schedule_of(denoiser)
-    given = conditions_of("draw", OPTIONS["draw"], cond, keywords, denoiser)
-    if plan is None and sampler is None:
-        raise BadInput("draw needs a sampler or a plan")
-    sampler = None if sampler is None else given_sampler(sampler)
-    check_noise(noise, x)
-    if plan is not None:
-        if not callable(getattr(plan, "check_schedule", None)):
-            raise BadInput(f"plan must be a Plan, found {type(plan).__name__}: see hasten.plan and Plan.from_json")
-        plan.check_schedule(schedule)
-        times = plan.times
-    elif not isinstance(times, Tensor):
-        times = given_grid(times)
-        times = times(schedule, steps) if callable(times) else as_times(times)
-    count = len(times) - 1 if plan is None else plan.nfe
-    if steps is not None and isinstance(times, Tensor) and steps != count:
-        what = f"the times are {count} steps" if plan is None else f"the plan has {count} network evaluations"
-        raise BadInput(f"{what}, asked for {steps} steps")
-    if x is None:
-        first = times[0].detach() if plan is None or plan.begin is None else plan.begin
-        x = noise.initial() * float(schedule.prior_std(first))
-    check_state(x, progress=progress, callback=callback)
-    if isinstance(noise, Noise) and (len(x), *x.shape[1:]) != (len(noise), *noise.shape):
-        raise BadInput(f"x has shape {tuple(x.shape)}, the noise {(len(noise), *noise.shape)}: they must be equal")
-    fresh = noise.rows(slice(None)) if isinstance(noise, Noise) else noise
-    options: dict[str, Any] = {"progress": progress, "callback": callback, "cond": given}
-    if plan is None and sampler is not None:
-        if not sampler.linear:
-            return walk(sampler, denoiser, x, times, fresh, **options)
-        plan = compiled(sampler, schedule, times)
-    return plan.run(denoiser, x, fresh, **options)  # type: ignore[union-attr]
-
-
-def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
-    """The plan of a linear sampler; the last few are kept."""
-    from .plan.table import plan
-
-    if times.requires_grad:
-        return plan(sampler, schedule, times)
-    try:
-        hash(sampler)
-    except TypeError:  # a dataclass that is not frozen
-        return plan(sampler, schedule, times)
-    found = _cached(sampler, schedule, tuple(times.tolist()))
-    return plan(sampler, schedule, times) if found.fitted else found
-
-
-@functools.lru_cache(maxsize=16)
-def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
-    from .plan.table import plan
-
-    with torch.inference_mode(False):
-        at = torch.tensor(times, dtype=torch.float64)
-        made = plan(sampler, schedule, at)
-        if made.basis is None and made.nfe <= FEW and not made.fitted and times[-1] == 0 and made.gain > WILD:
-            instead = "more steps, or unipc or dpm"
-            if getattr(sampler, "lower_order_final", None) is False:
-                lowered = dataclasses.replace(sampler, lower_order_final=True)
-                if plan(lowered, schedule, at).gain <= WILD:
-                    instead = f"{spell(lowered)}, {instead}"
-            warnings.warn(
-                f"{spell(sampler)} with {len(times) - 1} steps gives values of about {made.gain:.0f} standard "
-                "deviations on these times (data of unit variance): its order is too high for so few steps; use "
-                f"{instead}",
-                UserWarning,
-                stacklevel=3,
-            )
-    return made
-
-
-def reset(denoiser: Any) -> None:
-    """Tell every module inside that a new trajectory begins: each class that defines `reset` has it called once."""
-    if isinstance(denoiser, nn.Module):
-        for module in denoiser.modules():
-            if callable(getattr(type(module), "reset", None)):
-                module.reset()  # type: ignore[operator]
-
-
 def part(progress: Progress | None, start: int, n: int, batch_size: int) -> Progress | None:
     """`progress` of the batch that begins at image `start`, as a share of all `n` images."""
     if progress is None:
@@ -299,51 +175,6 @@ def part(progress: Progress | None, start: int, n: int, batch_size: int) -> Prog
         raise BadInput(f"progress must be a function or None, found {progress!r}")
     before, batches = start // batch_size, -(-n // batch_size)
     return lambda done, total: progress(before * total + done, batches * total)
-
-
-@dataclass
-class Way:
-    """How images are made, all found and bound to a model: see `Model.way`.
-
-    denoiser: accelerated and guided. inner: accelerated alone.
-    """
-
-    denoiser: nn.Module
-    inner: nn.Module
-    plan: Plan | None
-    sampler: Any
-    times: Tensor
-    start: Any = None
-
-    @property
-    def nfe(self) -> float | None:
-        """Queries of the denoiser an image, without those of the start; None where only the run tells."""
-        return self.sampler.nfe(len(self.times) - 1) if self.plan is None else self.plan.nfe
-
-
-def spell(method: Any) -> str:
-    """How a method is written on the command line: `"heun:churn=0.1"`, the fields that are not at their default.
-
-    The name is the class attribute `name` where there is one, else the file that defines the class; of a class that
-    hasten does not define, where it is defined, `"my_package.Mine"`.
-    """
-    name = getattr(type(method), "name", None) or type(method).__module__.rpartition(".")[2]
-    if not is_own(type(method)):
-        name = path_of(type(method))
-    options = []
-    for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
-        if not field.metadata.get("bound") and value != field.default:
-            options.append(f"{field.name}={_text(value)}")
-    return name + (":" + ",".join(options) if options else "")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "(" + ",".join(_text(item) for item in value) + ")"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 class Count(Wrapper):

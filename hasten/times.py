@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, check_numbers, whole
-from .schedules.continuous import Schedule
+from .schedules.base import Schedule
 
 __all__ = ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"]
 

@@ -50,11 +50,12 @@ import torch
 from torch import Tensor
 
 from hasten import images as pictures
+from hasten.loading import load
 from hasten.metrics import evaluate_images, extract, feature_net, frechet_distance, moments
 from hasten.model import Model
-from hasten.model.model import load
+from hasten.plan.draw import draw
 from hasten.samplers import UniPC
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.starts.ccdf import CCDF, Consistent, down, smallest_time, up
 from hasten.times import UniformLambda
 from hasten.train import open_data, to_float

@@ -21,10 +21,10 @@ from typing import Any
 import cyclopts
 
 import hasten
-from hasten.workflows.distill import distill_model
 from hasten.errors import HastenError
 from hasten.files import append_json_line, read_json_lines
 from hasten.metrics import evaluate_images, feature_net, reference
+from hasten.workflows.distill import distill_model
 
 DATA = "/usr/share/datasets/fashion-mnist"
 STEPS = (1, 2, 4, 8)

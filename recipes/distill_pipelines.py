@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 import hasten
-from hasten.workflows.distill import distill_model
 from hasten.errors import BadInput
+from hasten.workflows.distill import distill_model
 
 METHODS = (
     "progressive:steps=(4,2)", "guided:steps=(4,2),guidance=(1,3)", "tract:phases=(8,4,2)", "consistency",

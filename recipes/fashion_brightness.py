@@ -58,13 +58,14 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.schedules import Discrete, rescale_zero_snr
 from hasten.guides import CFG
+from hasten.loading import load
 from hasten.metrics import evaluate_images, feature_net, reference_from_images
-from hasten.model.model import load
 from hasten.nets.unet import UNet
+from hasten.plan.draw import draw
 from hasten.samplers import UniPC
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
+from hasten.schedules import Discrete, rescale_zero_snr
 from hasten.starts import SingDiffusion
 from hasten.times import UniformLambda
 from hasten.train import Batches, Data, DenoisingLoss, Fit, Player, open_data, to_float

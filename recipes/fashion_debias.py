@@ -62,10 +62,12 @@ from hasten.metrics.precision_recall import radii
 from hasten.metrics.references import make_reference
 from hasten.nets.attributes import Attributes
 from hasten.pick import pick
-from hasten.sampling import Noise, draw
+from hasten.plan.draw import draw
+from hasten.sampling import Noise
 from hasten.train.data import Batches, Data, open_data
-from hasten.train.fit import Ema, Fit, Player
+from hasten.train.fit import Ema, Fit
 from hasten.train.losses import DenoisingLoss
+from hasten.train.player import Player
 from hasten.tuning import Task
 from hasten.tuning.attributes import AttributePredictor
 

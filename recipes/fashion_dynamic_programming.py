@@ -21,7 +21,8 @@ from torch import Tensor
 import hasten
 from hasten.metrics import evaluate_images
 from hasten.pick import pick
-from hasten.sampling import Noise, draw
+from hasten.plan.draw import draw
+from hasten.sampling import Noise
 from hasten.times import Karras, Quadratic, UniformLambda, UniformTime
 from hasten.tuning import Task
 from hasten.tuning.dynamic_programming import DynamicProgramming, candidate_times, shortest_paths

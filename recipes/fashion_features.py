@@ -32,10 +32,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hasten.errors import BadInput
+from hasten.files import sha256
 from hasten.metrics import extract, frechet_distance, make_reference, moments, save_reference
 from hasten.metrics.evaluate import floor_table
 from hasten.metrics.fashion import CLASSES, FashionClassifier, classifier
-from hasten.metrics.references import sha256, write_card
+from hasten.metrics.references import write_card
 from hasten.train.data import open_data, to_float
 
 DATA = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist

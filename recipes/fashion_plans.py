@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hasten.model.model import load
+from hasten.loading import load
 from hasten.plan import Plan
 from hasten.samplers import UniPC
 from hasten.times import UniformLambda

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hasten
-from hasten.images import grid, png, write
+from hasten.files import write
+from hasten.images import grid, png
 from hasten.metrics import feature_net
 from hasten.tasks.style_transfer import restyle
 from hasten.train import open_data

@@ -25,8 +25,8 @@ from pathlib import Path
 import cyclopts
 
 import hasten
-from hasten.workflows.distill import distill_model
 from hasten.plan import plan
+from hasten.workflows.distill import distill_model
 
 DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 METHODS = {

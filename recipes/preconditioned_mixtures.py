@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.plan.basis import Basis
 from hasten.errors import BadInput
 from hasten.exact import GaussianMixture, m2, m64
 from hasten.plan import plan
+from hasten.plan.basis import Basis
 from hasten.samplers.preconditioned import Preconditioned, local_variance
 from hasten.samplers.unipc import UniPC
 from hasten.schedules import VE, Discrete, Schedule

@@ -12,9 +12,10 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.exact import m2
 from hasten.guides import CFG
+from hasten.plan.draw import draw
 from hasten.predictions import prediction_from, spread
 from hasten.samplers import UniPC
-from hasten.sampling import Count, Noise, draw
+from hasten.sampling import Count, Noise
 from hasten.schedules import Flow, VPCosine, VPLinear
 from hasten.times import UniformLambda
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hasten.cli import verbs as commands
 from hasten.cli import main
+from hasten.cli import verbs as commands
 from hasten.denoiser import Denoiser
 from hasten.images import read_text
 from hasten.model import Model

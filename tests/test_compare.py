@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from hasten.compare import compare, variants
 from hasten.compare import runner as engine
-from hasten.compare import variants
 from hasten.compare.runner import as_fast, counting
-from hasten.compare import compare
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.compare import runner as engine
-from hasten.compare import jobs, counting as meter
 from hasten.cli import main
-from hasten.compare import compare
+from hasten.compare import compare, jobs
+from hasten.compare import counting as meter
+from hasten.compare import runner as engine
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.model import Model

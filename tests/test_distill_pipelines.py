@@ -17,11 +17,11 @@ import torch
 import hasten
 from hasten.adapters.diffusers import saving as _saving
 from hasten.cli import main
-from hasten.workflows.distill import distill_model
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.pick import pick
 from hasten.plan import plan as compile_plan
+from hasten.workflows.distill import distill_model
 from tests.adapters import tiny
 
 COMMON: Any = {"steps": 6, "batch_size": 4, "runtime": "fp32", "show": False}

@@ -13,12 +13,12 @@ from torch import nn
 
 import hasten.workflows.distill as module
 from hasten.denoiser import Denoiser
-from hasten.workflows.distill import distill_model, without_images
 from hasten.distillers import _task as tasks
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
+from hasten.workflows.distill import distill_model, without_images
 
 
 class Stop(Exception):

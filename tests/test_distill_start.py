@@ -13,7 +13,6 @@ from torch import nn
 import hasten
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.workflows.distill import distill_model
 from hasten.distillers._task import DEFAULTS, option
 from hasten.errors import BadInput
 from hasten.model import Model
@@ -21,6 +20,7 @@ from hasten.nets.unet import UNet
 from hasten.pick import names, pick
 from hasten.predictions import V
 from hasten.schedules import VPCosine
+from hasten.workflows.distill import distill_model
 
 COMMON: Any = {"steps": 12, "batch_size": 8, "runtime": "fp32", "show": False}
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.utils import environment
-from hasten.cli.app import describe
 from hasten.cli import main
+from hasten.cli.app import describe
 from hasten.distributed.heartbeat import Lost, heard
 from hasten.errors import BadInput, HastenError
+from hasten.utils import environment
 
 LAUNCHER = environment.LAUNCHER
 

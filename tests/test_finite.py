@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import hasten
-from hasten.utils import finite
 from hasten.cli import main
+from hasten.cli.terminal import tell
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput, NonFinite, Notice
 from hasten.images import crossed, grid, picture, to_uint8
@@ -27,9 +27,9 @@ from hasten.metrics.references import narrow, reference, save_reference
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import prediction_from
-from hasten.workflows.quantize import quantize_model
 from hasten.schedules import VPCosine
-from hasten.cli.terminal import tell
+from hasten.utils import finite
+from hasten.workflows.quantize import quantize_model
 from hasten.workflows.tune import tune_model
 
 

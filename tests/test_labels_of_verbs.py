@@ -13,14 +13,14 @@ from PIL import Image
 import hasten
 from hasten.cli import main
 from hasten.cli.restyle import of_class
-from hasten.workflows.distill import real_images
+from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
 from hasten.images import given_images, read_text
-from hasten.workflows.sample import classifier_labels, judge_many, part_of
 from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
-from hasten.distributed.ranks import Ranks
+from hasten.workflows.distill import real_images
+from hasten.workflows.sample import classifier_labels, judge_many, part_of
 from hasten.workflows.tune import real
 
 FAST = ("--steps", 1, "--runtime", "fp32", "--device", "cpu")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.performance import autotune as machine
 from hasten.errors import BadInput
+from hasten.performance import autotune as machine
 from hasten.performance.runtime import Runtime
 
 

@@ -18,8 +18,8 @@ from hasten.plan import plan
 from hasten.predictions import prediction_from
 from hasten.samplers.ddim import DDIM
 from hasten.schedules import VPCosine
-from hasten.times import UniformTime
 from hasten.storage.weights import sha256
+from hasten.times import UniformTime
 
 CLASSES = ("coat", "bag", "boot")
 

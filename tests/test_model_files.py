@@ -16,12 +16,12 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.files import LEFTOVER
 from hasten.model import Model
-from hasten.storage.atomic import refuse_other_model
 from hasten.nets.unet import UNet
 from hasten.plan import plan
 from hasten.predictions import V
 from hasten.samplers.ddim import DDIM
 from hasten.schedules import VPCosine
+from hasten.storage.atomic import refuse_other_model
 from hasten.times import UniformTime
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from hasten.cli import main
-from hasten.cli.verbs import VERBS
 from hasten.cli._numbers import RANGES, number_type, read
+from hasten.cli.verbs import VERBS
 from hasten.errors import HastenError
 from hasten.pick import pick
 

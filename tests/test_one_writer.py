@@ -23,6 +23,7 @@ from torch import nn
 import hasten
 from hasten.adapters._export import exported
 from hasten.cli import main
+from hasten.compare.results import Store
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.files import locked
@@ -31,8 +32,8 @@ from hasten.metrics.references import make_reference, reference, save_reference
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
-from hasten.compare.results import Store, fingerprint, hash_of
 from hasten.schedules import VPCosine
+from hasten.storage.provenance import fingerprint, hash_of
 from hasten.workflows.tune import tune_model
 
 DISTILL = ("--method", "progressive:steps=(4,2)", "--steps", "4", "--batch-size", "4", "--runtime", "fp32")

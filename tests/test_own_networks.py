@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import hasten
-from hasten.storage import weights
 from hasten.denoiser import Denoiser
-from hasten.workflows.distill import distill_model
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.schedules import VPLinear
+from hasten.storage import weights
 from hasten.train.data import Data
+from hasten.workflows.distill import distill_model
 from hasten.workflows.tune import tune_model
 
 

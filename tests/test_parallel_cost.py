@@ -13,20 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import BadInput
-from hasten.performance.cost import macs
 from hasten.nets.unet import UNet
-from hasten.performance.parallel import (
-    A100,
-    NVLINK,
-    Device,
-    Link,
-    Way,
-    Work,
-    forecast,
-    measured_device,
-    measured_link,
-    work_of,
-)
+from hasten.performance.cost import macs
+from hasten.performance.hardware import A100, NVLINK, Device, Link, Way
+from hasten.performance.parallel import Work, forecast, measured_device, measured_link, work_of
 
 from .accelerators._ranks import together
 from .accelerators._tiny import unet
@@ -43,7 +33,7 @@ def problem(name: str) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
         patch = 1 if name == "hasten" else 2
         net = unet(widths=(8, 16, 16), attention=(1,), patch=patch)
         return net, (2, 2, 20 * patch, 8 * patch), {"label": torch.tensor([0, 2])}
-    from hasten.adapters.diffusers.seams import with_seams
+    from hasten.adapters.diffusers.wrap import with_seams
 
     from .adapters import tiny
 

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import hasten
-from hasten.plan.basis import Basis, Coordinates, dct_matrix
 from hasten.errors import BadInput, HastenError
 from hasten.exact import Gaussian
 from hasten.plan import Plan, plan
+from hasten.plan.basis import Basis, Coordinates, dct_matrix
+from hasten.plan.draw import draw
+from hasten.plan.tracing import Traced
 from hasten.samplers import DDIM, Heun
-from hasten.sampling import Noise, Query, draw, walk
+from hasten.sampling import Noise, Query, walk
 from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import Trailing, UniformLambda, UniformTime
-from hasten.plan.tracing import Traced
 
 F64 = torch.float64
 SHAPE = (2, 3, 4)

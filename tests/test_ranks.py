@@ -16,9 +16,10 @@ import torch
 
 import hasten
 from hasten.distributed.heartbeat import Line, alive
-from hasten.errors import BadInput
-from hasten.workflows.sample import Kept, Sharing, kept, part_of, sample_many, sharing, told
 from hasten.distributed.ranks import Lost, Ranks, launched, own_device
+from hasten.errors import BadInput
+from hasten.storage.batches import Kept
+from hasten.workflows.sample import Sharing, kept, part_of, sample_many, sharing, told
 
 from .processes import spawn
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hasten.errors import BadInput
 from hasten.distributed.ranks import Ranks
+from hasten.errors import BadInput
 from hasten.workflows.reference_images import baseline, judge, of_images
 
 from .test_compare import Corner, tiny

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.denoiser import Denoiser
-from hasten.workflows.distill import distill_model
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.schedules import VPCosine
+from hasten.workflows.distill import distill_model
 from hasten.workflows.tune import tune_model
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.exact import g8, m2
+from hasten.pick import spell
 from hasten.plan import plan
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DDPM, Heun, UniPC
-from hasten.sampling import Count, Noise, Query, draw, spell, walk
+from hasten.sampling import Count, Noise, Query, walk
 from hasten.schedules import Flow, VPLinear
 from hasten.times import Explicit, Karras, UniformLambda, UniformTime
 

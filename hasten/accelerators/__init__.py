@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput
-from ..sampling import spell
+from ..pick import spell
 
 __all__ = [
     "COMPILE", "EXCHANGE", "FIRST_SEED", "HALVE", "PART", "WRAP", "Accelerator", "Ahead", "Call", "Conflict",

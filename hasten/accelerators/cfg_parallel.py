@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
+from ..distributed.groups import Team, check_same, gather, place, team
 from ..errors import BadInput
 from . import HALVE, Ahead
-from ..distributed.groups import Team, check_same, gather, place, team
 
 __all__ = ["CfgParallel", "Halved"]
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..errors import BadInput
 from . import FIRST_SEED, WRAP, Ahead
-from ._caching.wrapper import Keyed, inner
 from ._caching.keys import FEWEST, checked, named
 from ._caching.seams import has
 from ._caching.search import search
+from ._caching.wrapper import Keyed, inner
 
 __all__ = ["Cached", "DeepCache"]
 

@@ -12,10 +12,10 @@ from ..denoiser import Denoiser
 from ..errors import BadInput
 from . import FIRST_SEED, WRAP, Ahead
 from ._caching.injection import injected
-from ._caching.wrapper import Keyed, inner
 from ._caching.keys import FEWEST, checked, named
 from ._caching.seams import TransformerSeam, UNetSeam, seam, tiled
 from ._caching.search import search
+from ._caching.wrapper import Keyed, inner
 
 if TYPE_CHECKING:
     from ..plan.table import Plan

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..distributed.groups import Team, place, team
 from ..errors import BadInput
 from . import PART, Ahead
+from ._caching.seams import same
 from ._patches.attention import Text
 from ._patches.exchange import Exchange
-from ..distributed.groups import Team, place, team
 from ._patches.swap import Patched
-from ._caching.seams import same
 
 __all__ = ["PatchNet", "PatchParallel"]
 

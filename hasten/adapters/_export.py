@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError, nearest
-from ..files import contents, writes
-from ..metrics.references import sha256
+from ..files import contents, sha256, writes
 from ..nets.quantized import layers
 
 if TYPE_CHECKING:
@@ -223,7 +222,7 @@ def exported(
     write(flat, asked, file): puts the graph of `flat` into `file`, and other files beside it; `asked` are the calls of
     n samplings for int8, else one call to trace with.
     """
-    from ..model.model import load
+    from ..loading import load
     from ..storage.model_folder import check_savable
 
     check_savable(model, network=False)

@@ -15,15 +15,15 @@ from ..errors import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..model.model import Model
     from ..distributed.ranks import Ranks
+    from ..model.model import Model
 
 
 def open_model(name: str, device: str) -> Model:
     """`load`, on the device that was asked for."""
+    from ..loading import load
+    from ..performance.device import device_for
     from ..utils.finite import check_weights
-    from ..performance.autotune import device_for
-    from ..model.model import load
 
     loaded = load(name, device_for(device))
     check_weights(loaded.denoiser, name)
@@ -32,8 +32,8 @@ def open_model(name: str, device: str) -> Model:
 
 def processes(device: str) -> Ranks:
     """This process alone on the device that was asked for, or among those that torchrun started."""
-    from ..performance.autotune import device_for
     from ..distributed.ranks import Ranks, launched
+    from ..performance.device import device_for
 
     if launched() > 1:
         return Ranks.start(None if device == "auto" else device)
@@ -45,8 +45,8 @@ def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
 
     sound: refuse weights that are not finite (else a warning has named one).
     """
+    from ..loading import load
     from ..utils.finite import check_weights
-    from ..model.model import load
 
     with ranks.leading():
         loaded = load(name, ranks.device)

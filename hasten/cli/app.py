@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..utils.environment import is_out_of_memory, launched, open_standard_streams, without_launcher
 from ..errors import HastenError, Notice
+from ..utils.environment import is_out_of_memory, launched, open_standard_streams, without_launcher
 
 if TYPE_CHECKING:
     from cyclopts import App

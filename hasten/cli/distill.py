@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .terminal import spell, tell
+from ..storage.provenance import spell
 from ._common import open_shared, processes
 from ._processes import together
+from .terminal import tell
 
 
 @together

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from .terminal import tell
 from ._common import open_model
 from ._processes import alone
+from .terminal import tell
 
 
 @alone

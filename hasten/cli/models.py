@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .terminal import plain, tell
 from ._processes import alone
+from .terminal import plain, tell
 
 
 @alone
@@ -55,7 +55,7 @@ def show(
     Returns:
         The plan, and for a model its description.
     """
-    from ..model.model import load
+    from ..loading import load
     from ..plan.table import Plan
 
     if what.endswith(".json") and Path(what).name != "model.json":

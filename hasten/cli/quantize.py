@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .terminal import spell, tell
+from ..storage.provenance import spell
 from ._common import open_model
 from ._processes import alone
+from .terminal import tell
 
 
 @alone

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
-from .terminal import progress, spell, tell, versions
+from ..progress import progress
+from ..storage.provenance import spell, versions
 from ._common import given_images, open_model
 from ._processes import alone
+from .terminal import tell
 
 if TYPE_CHECKING:
     from torch import Tensor

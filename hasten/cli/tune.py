@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .terminal import spell, tell
+from ..storage.provenance import spell
 from ._common import open_model
 from ._processes import alone
+from .terminal import tell
 
 
 @alone

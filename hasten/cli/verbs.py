@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from .compare import compare
 from .distill import distill
+from .evaluate import evaluate
 from .export import export
-from .compare import compare, evaluate
 from .models import models, show
-from .sample import sample, train
 from .quantize import quantize
 from .restyle import restyle
+from .sample import sample
+from .train import train
 from .tune import tune
 
 VERBS = (sample, compare, distill, quantize, tune, restyle, export, train, evaluate, models, show)

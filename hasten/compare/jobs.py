@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, NonFinite
+from ..loading import load
+from ..model.model import RECOMMENDED, Label, Model
+from ..storage.provenance import fingerprint
 from ..workflows.sample import sharing
 from .counting import counting, extra
-from ..model.model import RECOMMENDED, Label, Model, load
-from ..distributed.ranks import Ranks
-from .results import QUALITY, Store, fingerprint
+from .results import QUALITY, Store
 from .variants import Variant, VariantSet
 
 TIMED = ("nfe", "seconds_per_image", "speedup", "speedup_low", "speedup_high", "macs_per_image", "peak_memory")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..storage.provenance import spell
 from .plots import (
     CAPTIONS,
     FRONT,
@@ -32,7 +33,6 @@ from .plots import (
     plot,
     sweep,
 )
-from ..cli.terminal import spell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,24 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from . import report
-from . import jobs as tools
+from ..distributed.ranks import Lost, Ranks
 from ..errors import BadInput, whole
 from ..files import writes
 from ..images import to_uint8
-from .jobs import Job, as_fast, asked_of, images, other, prepare
-from ..performance.autotune import processor
-from ..workflows.sample import Kept, judge_many, sample_many, sharing
-from .counting import Progress, counting, extra
+from ..loading import load
 from ..metrics import Reference, net_name, without_neighbours
-from ..performance import cost
 from ..metrics.difference import difference
-from ..model.model import Label, Model, load
+from ..model.model import Label, Model
+from ..performance import cost
+from ..performance.device import processor
 from ..pick import pick
-from ..distributed.ranks import Lost, Ranks
+from ..progress import Progress
+from ..storage.batches import Kept
+from ..storage.provenance import fingerprint, hash_of, now, spell
 from ..workflows.reference_images import judge as judged_by
-from .results import QUALITY, SCHEMA, Store, fingerprint, hash_of, now
-from ..cli.terminal import spell
+from ..workflows.sample import judge_many, sample_many, sharing
+from . import jobs as tools
+from . import report
+from .counting import counting, extra
+from .jobs import Job, as_fast, asked_of, images, other, prepare
+from .results import QUALITY, SCHEMA, Store
 from .variants import read
 
 __all__ = ["Job", "Run", "as_fast", "compare", "counting", "other", "prepare"]
@@ -327,7 +330,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Run every variant from the same seeds; write `results.jsonl`, `report.html`, `front.png`, `grid.png` into `out`.
 
-    model: a Model, or what `load` takes. variants: a bundled set ("demo", "full") or a TOML file (`hasten.compare.variants`).
+    model: a Model, or what `load` takes. variants: a bundled set ("demo", "full") or a TOML file, see
+    `hasten.compare.variants`.
     n: images a row, in batches of `batch_size` (default: the set's own). seed: of image 0; image k has `seed + k`.
     rounds, timing_batch: a timing round samples one batch with each variant in turn.
     runtime: as `Model.sample` takes it. reference: statistics of real images, or a folder, zip or array of images, of

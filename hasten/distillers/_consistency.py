@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import LARGEST_Q, CosineAngle, Karras, TimeGrid
 from ._targets import grid, step
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..train.data import share_of
-from ..train.fit import Ema, Player
+from ..train.fit import Ema
+from ..train.player import Player
 from ._task import Task, refuse_keys
 
 TIMED = 2  # steps of training that are timed, after one that is counted

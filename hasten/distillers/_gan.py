@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..denoiser import Denoiser
 from ..nets.critic import Critic
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ._targets import noised
 
 if TYPE_CHECKING:

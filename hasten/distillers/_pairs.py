@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..utils.environment import is_terminal
 from ..errors import BadInput, HastenError, nearest
-from ..sampling import Noise, draw, spell
+from ..pick import spell
+from ..plan.draw import draw
+from ..sampling import Noise
 from ..times import TimeGrid
+from ..utils.environment import is_terminal
 from ._pair_store import DESCRIPTION, check, fingerprint, record, stored, write
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import TimeGrid
 
 TINY = 1e-6  # the smallest alpha or sigma that is divided by

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
+from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..nets.critic import label_count
 from ..nets.scalar_inputs import ScalarInputs, with_scalars
-from ..distributed.ranks import Ranks
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
-from ..train.fit import Fit, Player
+from ..train.fit import Fit
+from ..train.player import Player
 
 if TYPE_CHECKING:
     from ._pairs import Pairs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..nets.critic import Critic
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import Trailing
 from ..train.augment import Augment
 from ..train.losses import LogitNormal

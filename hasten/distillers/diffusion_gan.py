@@ -14,7 +14,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..nets.critic import zeroed
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import Trailing
 from ._gan import critic_of, entry, margin, predict, slope, still
 from ._targets import TINY, clock, grid, noised, raw_target

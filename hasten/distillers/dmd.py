@@ -13,7 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..nets.critic import FeatureHeads, label_count, plain_critic
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import Trailing
 from ._gan import still
 from ._targets import clock, grid, loss, noised

@@ -13,7 +13,7 @@ from ..errors import BadInput, nearest
 from ..nets.temporal import TemporalUNet
 from ..nets.unet import UNet
 from ..predictions import X0, spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ._task import Student, Task
 
 __all__ = ["DSNO"]

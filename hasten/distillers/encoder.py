@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
+from ..inversion import Voice, climbed, own_voice, rising, voice
+from ._encoding import upward_loss
 from ._targets import Nodes, noised
 from ._task import Student, Task
-from ._encoding import Voice, climbed, own_voice, rising, upward_loss, voice
 from .progressive import check
 
 __all__ = ["Encoder"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import BadInput, nearest
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import Trailing
 from ._features import classifier, untrained
 from ._targets import clock, step

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..schedules.discrete import Discrete
 from ..errors import BadInput, nearest
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ..schedules.discrete import Discrete
 from ..times import UniformTime
 from ._targets import Nodes, noised, path
 from ._task import Student, Task

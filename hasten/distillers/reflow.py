@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import Trailing
 from ..train.coupling import COUPLINGS, couple
 from ..train.losses import stratified

@@ -13,7 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..nets.critic import plain_critic
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import Trailing
 from ._gan import entry
 from ._targets import TINY, clock, grid

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import Trailing
 from ._ema_target import Shadow
 from ._targets import Nodes, grid, loss, noised, signal, step, weight_for

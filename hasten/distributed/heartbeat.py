@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import distributed
 
-from ..utils.environment import is_out_of_memory, number
 from ..errors import HastenError
+from ..utils.environment import is_out_of_memory, number
 
 SILENCE = 60.0  # seconds without a sign of life
 PULSE = 1.0  # seconds between two of them

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from .heartbeat import SILENCE, Lost, heard, line, variable
-from ..utils.environment import launched
 from ..errors import BadInput
+from ..utils.environment import launched
+from .heartbeat import SILENCE, Lost, heard, line, variable
 
 __all__ = ["Lost", "Ranks", "launched", "own_device"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import BadInput
-
 from .measure import check_finite
 
 PEAK_DB = 100.0  # the PSNR of images that do not differ

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, NonFinite
-
 from .features import extract, feature_net, net_name
 from .frechet import frechet_distance, frechet_interval, moments
 from .inception_score import class_accuracy, inception_score

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import BadInput
-
 from .references import load_tensors
 
 CLASSES = (

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, nearest
-
-from .references import sha256
+from ..files import sha256
 
 NAMES = ("fashion", "efficientnet_lite0", "inception")
 ALIASES = {

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-
 from .measure import check_finite
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, NonFinite, nearest
-from ..files import write_whole
-
+from ..files import sha256, write_whole
 from .frechet import moments
 from .inception_score import class_accuracy, inception_score
 
@@ -152,15 +151,6 @@ def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:

@@ -10,22 +10,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..storage import model_folder as shelf
 from ..accelerators import Ahead, Call, accelerate
 from ..accelerators._calls import model_calls
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, HastenError, nearest, number, whole
-from ..utils.finite import check_sample
 from ..guides.cfg import CFG, told_steps
 from ..images import given_images
 from ..performance.autotune import choose, parse, spell
-from ..utils.noise import LARGEST_SEED, kept_random_state
 from ..pick import pick
+from ..plan.diagnose import check_sample
+from ..plan.draw import compiled
+from ..plan.draw import draw_unchecked as draw
 from ..plan.table import Plan
-from .resolve import checked, grid_of, several, spelled
-from ..sampling import Callback, Noise, Progress, Way, compiled, part
-from ..sampling import draw_unchecked as draw
+from ..sampling import Callback, Noise, Progress, part
+from ..storage import model_folder as shelf
 from ..times import check_steps
+from ..utils.noise import LARGEST_SEED
+from .resolve import Way, checked, grid_of, several, spelled
 
 Label: TypeAlias = int | str | Sequence[int | str] | Tensor | None
 RECOMMENDED = "recommended"
@@ -380,21 +381,3 @@ class Model:
     def describe(self) -> dict[str, Any]:
         """What `model.json` holds, but for the hashes of the files, which are known once they are written."""
         return shelf.describe(self)
-
-
-@kept_random_state()  # an empty network draws its first weights
-def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_code: bool = False) -> Model:
-    """A model by bundled name or by folder; or a pipeline of `diffusers`, itself, by its folder or by its hub id.
-
-    device: by default the CPU; a pipeline itself stays where it is.
-    networks: classes of one's own networks; one whose module this process has imported need not be given.
-    trust_code: allow the import of the module of a network's class, which runs its code.
-
-    Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the
-    one in model.json) or of another shape than the network.
-    """
-    if shelf.is_pipeline(name):
-        from ..adapters.diffusers.pipelines import load_pipeline
-
-        return load_pipeline(name, device=device)
-    return Model(**shelf.read(shelf.find(name), networks, trust_code)).to(device or "cpu")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..pick import pick
-from ..sampling import spell
-from ..schedules.continuous import Schedule
+from ..pick import pick, spell
+from ..plan.table import Plan
+from ..schedules.base import Schedule
 from ..times import Explicit, as_times, check_times
 
 __all__ = ["checked", "grid_of", "spelled"]
@@ -75,3 +75,23 @@ def spelled(method: Any) -> Any:
     if isinstance(method, (Tensor, np.ndarray, list, tuple)):
         return tuple(as_times(method).tolist())
     return spell(method)
+
+
+@dataclass
+class Way:
+    """How images are made, all found and bound to a model: see `Model.way`.
+
+    denoiser: accelerated and guided. inner: accelerated alone.
+    """
+
+    denoiser: nn.Module
+    inner: nn.Module
+    plan: Plan | None
+    sampler: Any
+    times: Tensor
+    start: Any = None
+
+    @property
+    def nfe(self) -> float | None:
+        """Queries of the denoiser an image, without those of the start; None where only the run tells."""
+        return self.sampler.nfe(len(self.times) - 1) if self.plan is None else self.plan.nfe

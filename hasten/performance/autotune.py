@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..utils.environment import cache_folder
 from ..errors import BadInput, nearest
 from ..files import write_whole
+from ..utils.environment import cache_folder
+from .device import processor
 from .runtime import Runtime, probe
 
 FORMATS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -69,29 +69,6 @@ def choose(denoiser: nn.Module, x: Tensor, identity: str, budget: float = 2.0, *
         found = dataclasses.replace(probe(denoiser, x, budget=budget, **cond), threads=0)
     note(notes, {**(known if isinstance(known, dict) else {}), key: spell(found)})
     return found
-
-
-def device_for(text: str) -> torch.device:
-    """`cpu`, `cuda`, `cuda:1`; `auto` is the GPU where there is one. Raises BadInput for a device that is not here."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise BadInput(f"no device {text!r} here: {str(e).splitlines()[0]} (cpu always works)") from e
-    return device
-
-
-def processor(device: torch.device) -> str:
-    """The device that does the work, as a person would name it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def notebook() -> Path:

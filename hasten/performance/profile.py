@@ -19,7 +19,7 @@ from ..accelerators._patches.swap import ASIDE, core_of
 from ..errors import BadInput
 
 if TYPE_CHECKING:
-    from .parallel import Device, Way
+    from .hardware import Device, Way
 
 __all__ = ["Op", "Talk", "Work", "work_of"]
 

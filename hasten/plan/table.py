@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.arguments import check_result, check_state, given_sampler
-from .basis import Basis
-from ..utils.conditions import conditions_of
+from ..denoiser import reset
 from ..errors import BadInput, HastenError
-from .program import Draws, Program, combine, filled, program, sparse, used
-from ..sampling import Callback, Progress, Sampler, no_noise, reset, spell
-from ..schedules.continuous import Schedule, schedule_from_dict
+from ..pick import spell
+from ..sampling import Callback, Progress, Sampler, no_noise
+from ..schedules.base import Schedule
+from ..schedules.serialize import schedule_from_dict
 from ..times import as_times, check_times
+from ..utils.arguments import check_result, check_state, given_sampler
+from ..utils.conditions import conditions_of
+from .basis import Basis
+from .program import Draws, Program, combine, filled, program, sparse, used
 from .tracing import trace
 
 __all__ = ["Plan", "plan"]

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import BadInput, HastenError
-from ..sampling import Query, Sampler, spell
-from ..schedules.continuous import Schedule
+from ..pick import spell
+from ..sampling import Query, Sampler
+from ..schedules.base import Schedule
 
 __all__ = ["TOLERANCE", "Tables", "trace"]
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import check_times
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..errors import BadInput, HastenError, check_numbers, nearest
 from ..predictions import precise
-from ._exponential import Known, ddim, node
 from ..sampling import Query
-from ..schedules.continuous import Schedule, VPLinear
+from ..schedules.base import Schedule
+from ..schedules.continuous import VPLinear
 from ..times import check_times
+from ._exponential import Known, ddim, node
 
 CLOCK = VPLinear()
 NOISIEST = 200.0  # sigma / alpha; CLOCK starts at 152

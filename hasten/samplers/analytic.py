@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers, nearest
-from ._exponential import Node, node, nodes
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Node, node, nodes
 
 LEAST = 1e-12  # of a posterior variance: what is interpolated is its logarithm
 FAR = 1e3  # the q that stands for pure noise, where Gam = 1 says nothing any more

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers
-from ._exponential import Known, ddim, nodes
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Known, ddim, nodes
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers, nearest
-from ._exponential import Known, Node, advance, ddim, nodes, usable
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Known, Node, advance, ddim, nodes, usable
 
 
 @dataclass(frozen=True)

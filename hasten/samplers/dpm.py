@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers, nearest
-from ._exponential import Known, Node, advance, nodes, usable
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Known, Node, advance, nodes, usable
 
 _CHOICES = {"predict": ("x0", "eps"), "third": ("true", "compat"), "variant": ("midpoint", "taylor")}
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers, nearest
-from ._exponential import Known, ddim, nodes
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import check_times, levels
+from ._exponential import Known, ddim, nodes
 
 
 @dataclass(frozen=True)

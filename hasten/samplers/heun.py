@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers
-from ._exponential import Known, Node, ddim, from_pure, node, nodes
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Known, Node, ddim, from_pure, node, nodes
 
 
 @dataclass(frozen=True)

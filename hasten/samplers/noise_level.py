@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, check_numbers, nearest
 from ..predictions import spread
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import check_times
 
 FAMILIES = ("linear", "fibonacci", "times")

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers, nearest
+from ..plan.draw import compiled
 from ..predictions import precise
+from ..sampling import Query
+from ..schedules.base import Schedule
 from .ddim import DDIM
 from .ddpm import DDPM
-from ..sampling import Query, compiled
-from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers, nearest
-from ._exponential import Known, ddim, from_pure, nodes
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Known, ddim, from_pure, nodes
 
 _ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 

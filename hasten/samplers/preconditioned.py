@@ -12,13 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan.basis import Basis
 from ..errors import BadInput, check_numbers, nearest
+from ..plan.basis import Basis
+from ..sampling import Query
+from ..schedules.base import Schedule
+from ..times import LARGEST_Q, check_times
 from ..utils.noise import make_generator
 from ._exponential import Node, node, nodes
-from ..sampling import Query
-from ..schedules.continuous import Schedule
-from ..times import LARGEST_Q, check_times
 
 QUADRATURE = 40
 LEAST_SCALE = 0.15  # of the RMS deviation of the data: the scale within a mode where it is less, or was not measured

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import BadInput, check_numbers, nearest
 from ..predictions import precise
-from ._exponential import Node, nodes
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Node, nodes
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama")
 

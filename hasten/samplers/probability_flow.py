@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, HastenError, check_numbers, nearest
+from ..schedules.base import Schedule
 from .adaptive import span
-from ..schedules.continuous import Schedule
 
 METHODS = ("RK45", "RK23", "DOP853")
 ORDERS = {"RK45": 5, "RK23": 3, "DOP853": 8}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers
-from ._exponential import Known, Node, g, node, nodes, solve, usable
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Known, Node, g, node, nodes, solve, usable
 
 
 @dataclass(frozen=True)

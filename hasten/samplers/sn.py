@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers, nearest
 from ..predictions import precise, spread
+from ..sampling import Query
+from ..schedules.base import Schedule
 from ._exponential import Node, node, nodes
 from .analytic import FAR, output_bound, weights
-from ..sampling import Query
-from ..schedules.continuous import Schedule
 
 
 @dataclass(frozen=True)

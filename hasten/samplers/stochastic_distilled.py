@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ._exponential import Known, Node, ddim, nodes
 
 

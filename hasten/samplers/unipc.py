@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers, nearest
-from ._exponential import Known, advance, from_pure, nodes, usable
 from ..sampling import Query
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
+from ._exponential import Known, advance, from_pure, nodes, usable
 
 
 @dataclass(frozen=True)

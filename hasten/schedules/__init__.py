@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .continuous import EDM, VE, Flow, Schedule, SubVP, VPCosine, VPLinear, schedule_from_dict
+from .continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
+from .serialize import schedule_from_dict
+from .base import Schedule
 from .discrete import Discrete, rescale_zero_snr
 
 __all__ = [

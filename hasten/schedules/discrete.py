@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, whole
-from .continuous import Schedule, _vp_log_alpha
+from .base import Schedule, _vp_log_alpha
 
 CONVENTIONS = ("log_alpha", "log_q")
 

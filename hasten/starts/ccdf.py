@@ -13,7 +13,7 @@ from ..denoiser import Wrapper
 from ..errors import BadInput, HastenError, check_numbers
 from ..predictions import spread
 from ..sampling import Noise
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 
 __all__ = ["CCDF", "Consistent", "contraction", "down", "remaining", "smallest_time", "up"]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import zoo
 from ..denoiser import Denoiser
-from ..errors import BadInput, nearest
+from ..errors import BadInput
 from ..files import locked, remove_leftovers, temporary
-from ..utils.finite import check_finite
-from .atomic import replace_files
 from ..plan.table import Plan
 from ..predictions import prediction_from
+from ..schedules.serialize import schedule_from_dict
+from ..utils.finite import check_finite
+from .atomic import replace_files
 from .checks import check_reopens
-from ..schedules.continuous import schedule_from_dict
 from .weights import fill, is_diffusers, is_ours, refusal, restored, sha256, store
 from .weights import told as network
 
@@ -174,35 +171,6 @@ def keep(tensors: dict[str, Tensor], file: Path) -> None:
     from safetensors.torch import save as written
 
     file.write_bytes(written({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
-
-
-def is_pipeline(name: Any) -> bool:
-    """Whether it is a pipeline of `diffusers`: itself, its folder, or what can only be a hub id, `owner/name` where no
-    folder `owner` is."""
-    if not isinstance(name, (str, Path)):
-        return True
-    folder, parts = Path(name), str(name).split("/")
-    if folder.exists():
-        return (folder / "model_index.json").is_file() and not (folder / DESCRIPTION).is_file()
-    plain = len(parts) == 2 and all(re.fullmatch(r"\w[\w.-]*", part) for part in parts)
-    return plain and not folder.parent.exists()
-
-
-def find(name: str | Path) -> Path:
-    """The folder of a model: a bundled name first, then a folder with a model.json."""
-    cards = zoo.cards()
-    if str(name) in cards:
-        return cards[str(name)].folder
-    folder = Path(name)
-    if (folder / DESCRIPTION).is_file():
-        return folder
-    if folder.is_dir():
-        raise BadInput(f"no {DESCRIPTION} in {name}: not a model that hasten saved")
-    if folder.exists():
-        raise BadInput(f"{name} is a file: a model is a folder with a {DESCRIPTION}, or a bundled name")
-    if "/" in str(name) or os.sep in str(name):
-        raise BadInput(f"no folder {name} (bundled models: {', '.join(cards) or 'none'})")
-    raise BadInput(f"unknown model {str(name)!r}: {nearest(str(name), cards)}, or a folder with a {DESCRIPTION}")
 
 
 def read(folder: Path, networks: Sequence[type] = (), trust_code: bool = False) -> dict[str, Any]:

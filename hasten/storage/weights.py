@@ -28,9 +28,10 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from .. import nets
 from ..errors import BadInput, Notice, nearest
-from ..utils.finite import not_finite
-from ..metrics.references import sha256
+from ..files import sha256
+from ..model.model import Model
 from ..nets.quantized import described, scales, vacant
+from ..utils.finite import not_finite
 
 __all__ = ["build", "fill", "refusal", "restored", "sha256", "store", "told"]
 
@@ -254,3 +255,9 @@ def fill(net: nn.Module, file: Path, expected: str) -> None:
     net.load_state_dict(weights)
     if bad := not_finite(net):
         warnings.warn(f"{file}: the tensor {bad} holds NaN or infinity", Notice, stacklevel=2)
+
+
+def is_half(model: Model) -> bool:
+    """Whether float16 holds the weights without loss: they came from such a file."""
+    weights = [w for w in model.denoiser.net.state_dict().values() if w.is_floating_point()]
+    return all(torch.equal(w, w.half().to(w.dtype)) for w in weights)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..distillers._encoding import encode
 from ..errors import BadInput, whole
 from ..images import given_images
+from ..inversion import encode
 from ..model.model import Label, Model
+from ..plan.draw import draw
 from ..samplers.ddim import invert
-from ..sampling import Noise, draw, part
+from ..sampling import Noise, part
 from ..times import Trailing
 
 __all__ = ["Restyled", "restyle"]

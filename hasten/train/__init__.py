@@ -2,7 +2,8 @@
 
 from .data import Batches, Data, open_data, to_float
 from .ema import Ema
-from .fit import Fit, Player
+from .fit import Fit
+from .player import Player
 from .losses import DenoisingLoss
 
 __all__ = ["Batches", "Data", "DenoisingLoss", "Ema", "Fit", "Player", "open_data", "to_float"]

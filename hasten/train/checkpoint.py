@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..utils.environment import is_out_of_memory
 from ..errors import BadInput, HastenError
 from ..files import append_json_line, difference, read_json_lines, replacing, write_whole
+from ..utils.environment import is_out_of_memory
 from . import shards
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks
-    from .fit import Player
+    from .player import Player
 
 
 class State:

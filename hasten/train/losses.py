@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 
 __all__ = [
     "DenoisingLoss",

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.environment import is_terminal
 from ..errors import HastenError
+from ..utils.environment import is_terminal
 
 
 class Meter:

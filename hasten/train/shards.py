@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput
 from ..distributed.ranks import Ranks
+from ..errors import BadInput
 
 
 def divide(module: nn.Module, ranks: Ranks) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, nearest
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import check_times
 from ._task import Task, Tuned
 from .moments import Moments

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 
 __all__ = ["Family", "draw_family"]
 

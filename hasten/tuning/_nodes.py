@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import FAR_Q, LARGEST_Q, TimeGrid
 
 __all__ = ["Enough", "Nodes"]

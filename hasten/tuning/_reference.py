@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..plan.table import plan
 from ..samplers.unipc import UniPC
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import UniformLambda
 
 __all__ = ["Fine", "fine_trajectories"]

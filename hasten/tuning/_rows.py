@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..plan.table import Plan
-from ..schedules.continuous import Schedule, schedule_from_dict
+from ..schedules.base import Schedule
+from ..schedules.serialize import schedule_from_dict
 from ..times import LARGEST_Q
 
 __all__ = ["Rows", "coordinate", "time_at"]

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.table import Plan
+from ..progress import Tick, ignore
 from ..sampling import Noise
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 
-Tick = Callable[[str, int, int, float], None]
 Images = Callable[[int], tuple[Tensor, Tensor | None]]
-
-
-def ignore(what: str, done: int, total: int, value: float) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass

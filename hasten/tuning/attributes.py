@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_numbers, nearest
 from ..nets.attributes import Attributes, pooled
-from ..utils.noise import make_generator
+from ..plan.draw import draw
 from ..predictions import spread
-from ..sampling import draw
+from ..utils.noise import make_generator
 from ._task import Task, Tuned
 
 __all__ = ["AttributePredictor"]

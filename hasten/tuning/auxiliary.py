@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.density import MixtureDensity
-from ..utils.noise import make_generator
 from ..predictions import spread
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import levels
+from ..utils.noise import make_generator
 from ._task import Task, Tuned
 
 __all__ = ["AuxiliaryDensity", "divergence", "fit", "fit_mixture", "score_cost"]

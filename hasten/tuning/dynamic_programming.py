@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, check_numbers, nearest
 from ..plan.table import plan
 from ..samplers.analytic import curve, pairs
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import Karras, Quadratic, UniformLambda, UniformTime
 from ._bound import VARIANCES, edge_costs, variational_bound
 from ._task import Task, Tuned

@@ -13,9 +13,8 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers, nearest
 from ..plan.table import Plan, plan
 from ..times import TimeGrid, UniformLambda
-
-from ._reference import fine_trajectories
 from ._finish import finish
+from ._reference import fine_trajectories
 from ._rows import Numbers, Rows, coordinate, follow, grams
 from ._sweep import search, sweep
 from ._task import Task, Tuned

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers
-from ..utils.noise import make_generator
-from ..schedules.continuous import Schedule
+from ..schedules.base import Schedule
 from ..times import UniformLambda
+from ..utils.noise import make_generator
 from ._task import Task, Tuned
 
 COARSE = 0.04  # from this q on half precision changes no moment by more than its sampling error

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers
+from ..pick import spell
 from ..plan.table import Plan, plan
 from ..samplers import DPMSolver, UniPC
-from ..sampling import spell, walk
+from ..sampling import walk
 from ..times import CosineAngle, Karras, Quadratic, TimeGrid, UniformLambda, UniformTime
 from ._cache import remembered
 from ._mixtures import draw_family

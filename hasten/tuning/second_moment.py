@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.second_moment import SecondMoment as Net
-from ..utils.noise import global_seed, make_generator
 from ..predictions import spread
 from ..times import LARGEST_Q
+from ..utils.noise import global_seed, make_generator
 from ._task import Task, Tuned
 from .moments import plain
 

@@ -41,7 +41,8 @@ def check_result(x: Tensor, denoiser: Any, noise: Any, again: Callable[[Any, Any
 
     again: draws the same samples once more with the denoiser and the noise that it is given.
     """
-    from .finite import check_images, origin
+    from ..plan.diagnose import origin
+    from .finite import check_images
 
     def where() -> str:
         if not isinstance(denoiser, nn.Module):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Wrapper
 from ..errors import NonFinite
-from ..sampling import Noise, Way
-from ..sampling import draw_unchecked as draw
 
 
 def is_finite(x: Tensor) -> bool:
@@ -75,111 +71,3 @@ def check_images(
     which = f"{kind}{'' if len(names) == 1 else 's'} {listed}"
     began = f": {where()}" if where is not None else ""
     raise NonFinite(f"{len(bad)} of {len(x)} {what} hold NaN or infinity ({which}){began}")
-
-
-def check_sample(
-    x: Tensor, made: list[Tensor], way: Way, denoiser: nn.Module, noise: Noise, given: Tensor | None,
-    cond: dict[str, Any], decoder: Any = None, runtime: str = "fp32",
-) -> None:  # fmt: skip
-    """Refuse a batch of samples (n, ...) that `way` drew and that is not finite. It is then sampled once more to find
-    out where that began. `made`: the batches before it; they and this one are in the error's `images`.
-
-    denoiser: as it was sampled, with the guides and the start around it. given: what the start began from.
-    """
-
-    def again(watched: nn.Module) -> Tensor:
-        fresh = Noise(noise.seeds, noise.shape, noise.dtype, noise.device)
-        begin = None if way.start is None else way.start.begin(watched, fresh, way.times[0], given, **cond)
-        return draw(watched, way.sampler, way.times, fresh, x=begin, plan=way.plan, cond=cond)
-
-    try:
-        check_images(x, noise.seeds, lambda: origin(denoiser, again, decoder, runtime))
-    except NonFinite as error:
-        error.images = torch.cat([*made, x.float().cpu()])
-        raise
-
-
-class _Found(Exception):
-    """A non-finite value was met while sampling again."""
-
-
-class _Probe(Wrapper):
-    """A denoiser that stops at the first evaluation that is given, or gives, what is not finite."""
-
-    def __init__(self, denoiser: nn.Module, layers: list[str]) -> None:
-        super().__init__(denoiser)
-        self.layers, self.count = layers, 0
-
-    def forward(self, x_t: Tensor, t: Any, **cond: Any) -> Tensor:
-        self.count += 1
-        at = f"t = {float(torch.as_tensor(t).flatten()[0]):.4g}"
-        if not is_finite(x_t):
-            if self.count == 1:
-                raise _Found(f"the state that sampling begins from, at {at}, is not finite")
-            raise _Found(f"the sampler's step after network evaluation {self.count - 1}, before {at}, overflowed")
-        if bad := first_non_finite((key, value) for key, value in cond.items()):
-            raise _Found(f"the condition {bad!r} that the network is given is not finite")
-        self.layers.clear()
-        x0 = self.denoiser(x_t, t, **cond)
-        if not is_finite(x0):
-            inside = f"in its layer {self.layers[0]}" if self.layers else "in the guidance around the network"
-            raise _Found(f"it began in network evaluation {self.count}, at {at}, {inside}")
-        return x0
-
-
-def origin(
-    denoiser: nn.Module, sample: Callable[[nn.Module], Tensor], decoder: Any = None, runtime: str = "fp32"
-) -> str:
-    """Where the NaN or infinity of a sampling began, found by sampling once more with all layers watched.
-
-    denoiser: as it is sampled, guides around it. sample: draws the same batch with the denoiser it is given, to the
-        samples that `decoder` would decode. runtime: the number format, for the hint.
-    """
-    net = getattr(denoiser, "net", denoiser)
-    layers: list[str] = []
-    weights = not_finite(net) if isinstance(net, nn.Module) else None
-    if weights is not None:
-        return f"the weight {weights} of the network is not finite"
-    narrow = runtime.startswith("bf16") or any(p.dtype == torch.float16 for p in denoiser.parameters())
-    hint = "; float16 overflows beyond 65,504: try float32" if narrow and not runtime.startswith("bf16") else ""
-    with _watched(net, layers):
-        try:
-            made = sample(_Probe(denoiser, layers))
-        except _Found as found:
-            return f"{found}{hint}"
-        except Exception as error:  # the sampler's own complaint about the same numbers
-            return str(error).splitlines()[0] if str(error) else type(error).__name__
-    if decoder is not None and is_finite(made):
-        inner = next((part for part in vars(decoder).values() if isinstance(part, nn.Module)), None)
-        bad = None if inner is None else not_finite(inner)
-        name = type(decoder if inner is None else inner).__name__
-        weight = "" if bad is None else f": its weight {bad} is not finite"
-        half = inner is not None and any(p.dtype == torch.float16 for p in inner.parameters())
-        return f"the samples are finite, the decoder {name} is not{weight}" + (
-            "; it runs in float16: try float32" if half and bad is None else ""
-        )
-    return "the last step of the sampler overflowed"
-
-
-@contextlib.contextmanager
-def _watched(net: Any, layers: list[str]) -> Iterator[None]:
-    """The names of the layers that make what is not finite of what is, in the order of the run."""
-    handles = []
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
-            answers = [v for v in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(v, Tensor)]
-            if not all(map(is_finite, answers)):
-                layers.append(name)
-
-        return hook
-
-    if isinstance(net, nn.Module):
-        for name, module in net.named_modules():
-            if not any(True for _ in module.children()):
-                handles.append(module.register_forward_hook(look(name or type(net).__name__)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

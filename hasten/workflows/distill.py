@@ -17,26 +17,27 @@ import torch
 from ..distillers import Student, Task
 from ..distillers._dry_run import Rehearsal, Stage, allocate, time_limits
 from ..distillers._task import notes, option
+from ..distributed.ranks import Lost, Ranks
 from ..errors import BadInput, HastenError, whole
-from ..files import refuse_inside, writes
-from ..images import grid, png, reserve, write
-from ..performance.autotune import parse, spell
-from ..performance.cost import process_peak
+from ..files import refuse_inside, reserve, write, writes
+from ..images import grid, png
 from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
-from ..utils.noise import kept_random_state
+from ..performance.autotune import parse, spell
+from ..performance.cost import process_peak
 from ..pick import pick
+from ..pick import spell as spelled
 from ..plan.table import plan as compile_plan
-from ..distributed.ranks import Lost, Ranks
 from ..storage.checks import check_runs
-from ..compare.results import earlier, fingerprint, now
-from ..sampling import spell as spelled
 from ..storage.model_folder import check_savable
+from ..storage.provenance import fingerprint, now
+from ..storage.runs import earlier
 from ..train import open_data
 from ..train.data import Batches, Data, to_float
 from ..train.fingerprint import describe_data
 from ..train.names import match_labels
+from ..utils.noise import kept_random_state
 
 RUN = "run.json"
 LABELS = 1024  # drawn from where there are no real images

@@ -17,14 +17,15 @@ from torch import Tensor
 from ..accelerators._quantization.session import ROUNDING, STEPS, Book, Learned, Work, relative_error
 from ..accelerators.quantize import Quantize
 from ..errors import BadInput
-from ..files import writes
-from ..utils.finite import check_finite, check_weights
-from ..images import reserve, write
+from ..files import reserve, write, writes
 from ..model.model import Model
-from ..compare.results import earlier, fingerprint, now
-from ..sampling import spell
+from ..pick import spell
 from ..storage.model_folder import check_savable
-from .tune import is_half, watched
+from ..storage.provenance import fingerprint, now
+from ..storage.runs import earlier
+from ..storage.weights import is_half
+from ..utils.finite import check_finite, check_weights
+from .tune import watched
 
 RUN, BLOCKS = "run.json", "blocks"
 HELD_OUT = 8  # images, of other seeds than the calibration's, on which the error is measured

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError
-from ..performance.autotune import notebook
 from ..metrics import Reference, extract, feature_net, floor_table, make_reference, net_name, save_reference
 from ..metrics import reference as load_reference
 from ..metrics.references import BUNDLED
-from ..distributed.ranks import Ranks
+from ..performance.autotune import notebook
 
 VERSION = 1
 LEAST = 20  # images: two halves of ten

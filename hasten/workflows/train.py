@@ -10,19 +10,21 @@ from typing import Any
 import torch
 
 from ..denoiser import Denoiser
+from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..files import contents, refuse_inside, writes
-from ..performance.autotune import choose, parse, spell
-from ..model.model import Model, load
+from ..loading import load
+from ..model.model import Model
 from ..nets.unet import UNet
-from ..utils.noise import kept_random_state
+from ..performance.autotune import choose, parse, spell
 from ..predictions import V
-from ..distributed.ranks import Ranks
 from ..schedules.continuous import VPCosine
 from ..train.checkpoint import read_log, saved_run
 from ..train.data import Batches, Data, open_data
-from ..train.fit import Fit, Player
+from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
+from ..train.player import Player
+from ..utils.noise import kept_random_state
 
 
 @writes("out")

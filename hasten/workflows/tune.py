@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.environment import is_terminal
 from ..errors import BadInput, whole
-from ..files import refuse_inside, writes
-from ..utils.finite import check_finite, check_weights
-from ..images import reserve
-from ..performance.autotune import parse
+from ..files import refuse_inside, reserve, writes
 from ..model.model import Model
+from ..performance.autotune import parse
+from ..pick import pick, spell
+from ..progress import Tick, ignore
 from ..storage.atomic import digest, refuse_other_model
-from ..utils.noise import LARGEST_SEED
-from ..pick import pick
-from ..compare.results import fingerprint, now
-from ..sampling import spell
 from ..storage.model_folder import check_savable
+from ..storage.provenance import fingerprint, now
+from ..storage.weights import is_half
 from ..train.fingerprint import listing
 from ..tuning import Task, Tuned
-from ..tuning._task import Images, Tick, ignore
+from ..tuning._task import Images
+from ..utils.environment import is_terminal
+from ..utils.finite import check_finite, check_weights
+from ..utils.noise import LARGEST_SEED
 
 
 @writes("out")
@@ -164,9 +164,3 @@ def watched() -> Iterator[Tick]:
             bar.update(tasks[what], completed=done, total=total, value=f"{value:.5g}")
 
         yield tick
-
-
-def is_half(model: Model) -> bool:
-    """Whether float16 holds the weights without loss: they came from such a file."""
-    weights = [w for w in model.denoiser.net.state_dict().values() if w.is_floating_point()]
-    return all(torch.equal(w, w.half().to(w.dtype)) for w in weights)

@@ -12,8 +12,9 @@ from hasten.denoiser import Denoiser
 from hasten.guides.cfg import CFG
 from hasten.nets.unet import UNet
 from hasten.plan import Plan, plan
+from hasten.plan.draw import draw
 from hasten.predictions import Prediction
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import Schedule, VPCosine
 from hasten.times import UniformTime
 

@@ -17,11 +17,11 @@ from hasten.accelerators import Ahead, accelerate
 from hasten.accelerators.cfg_parallel import CfgParallel
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.patch_parallel import PatchParallel
+from hasten.denoiser import reset
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
 from hasten.pick import pick
 from hasten.samplers import DDIM
-from hasten.sampling import reset
 
 from ._ranks import together
 from ._tiny import ahead, compiled, denoiser_of, relative, sampled, unet

@@ -11,8 +11,8 @@ from torch import nn
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
-from hasten.performance.cost import macs
 from hasten.nets.unet import UNet
+from hasten.performance.cost import macs
 from hasten.pick import pick
 from hasten.samplers import DDIM
 

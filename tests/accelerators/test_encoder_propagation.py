@@ -16,9 +16,10 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput, HastenError
 from hasten.performance.cost import macs
 from hasten.pick import pick
+from hasten.plan.draw import draw
 from hasten.predictions import prediction_from
 from hasten.samplers import DDIM
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import VPCosine
 
 from ._tiny import LABEL, SHAPE, Transformer, ahead, compiled, denoiser_of, random_, relative, sampled, unet

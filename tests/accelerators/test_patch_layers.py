@@ -13,10 +13,10 @@ from hasten.accelerators._compile import CompiledNet
 from hasten.accelerators._patches.attention import Text
 from hasten.accelerators._patches.buffers import Track
 from hasten.accelerators._patches.exchange import Exchange, Shares
-from hasten.distributed.groups import Team
 from hasten.accelerators._patches.layers import PatchNorm, corrected, pooled
 from hasten.accelerators._patches.swap import Patched, twin
 from hasten.accelerators.patch_parallel import PatchParallel
+from hasten.distributed.groups import Team
 from hasten.errors import BadInput
 from hasten.nets.quantized import Part, QConv2d, exchange
 
@@ -166,7 +166,7 @@ def test_layers_that_are_not_known_are_refused() -> None:
 def test_the_networks_that_people_use_are_known() -> None:
     from diffusers import UNet2DConditionModel, UNet2DModel
 
-    from hasten.adapters.diffusers.seams import with_seams
+    from hasten.adapters.diffusers.wrap import with_seams
 
     with torch.device("meta"):  # their shapes without their weights
         sd = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)

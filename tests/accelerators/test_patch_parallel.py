@@ -13,12 +13,11 @@ import hasten
 from hasten.accelerators import Ahead, Conflict, accelerate
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.patch_parallel import PatchParallel
-from hasten.denoiser import Denoiser
+from hasten.denoiser import Denoiser, reset
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
 from hasten.pick import pick
 from hasten.samplers import DDIM
-from hasten.sampling import reset
 from hasten.schedules import VPCosine
 
 from ._ranks import together
@@ -46,7 +45,7 @@ def problem(name: str, dtype: torch.dtype) -> tuple[Any, int, int, dict[str, Ten
         patch = 1 if name == "hasten" else 2
         net = unet(widths=(8, 16, 16), attention=(1,), patch=patch)
         return net.to(dtype), 2, 4 * patch, {"label": torch.tensor([0, 2])}
-    from hasten.adapters.diffusers.seams import with_seams
+    from hasten.adapters.diffusers.wrap import with_seams
 
     from ..adapters import tiny
 

@@ -15,9 +15,9 @@ from hasten.accelerators._quantization.calibration import Samples, bounds, chose
 from hasten.accelerators._quantization.mixed_precision import most_sensitive
 from hasten.accelerators._quantization.quantizer import ACTS, WEIGHTS, codes, error, fake, fit, search
 from hasten.accelerators._quantization.rounding import Block, begin, h, learn_rounding, learn_steps, mean_error
+from hasten.accelerators._quantization.session import relative_error
 from hasten.accelerators._quantization.simulated import Simulated, simulated
 from hasten.accelerators._quantization.units import Rows, trace
-from hasten.accelerators._quantization.session import relative_error
 from hasten.accelerators.quantize import Quantize
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput

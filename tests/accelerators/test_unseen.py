@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators import Ahead
-from hasten.accelerators._compile import CompiledNet, Part
 from hasten.accelerators._caching.search import costs, spectrum
+from hasten.accelerators._compile import CompiledNet, Part
 from hasten.accelerators.compile import Compile
 from hasten.denoiser import Denoiser
 from hasten.nets import _int8, time_groups

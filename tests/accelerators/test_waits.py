@@ -10,11 +10,11 @@ from hasten.accelerators import accelerate
 from hasten.accelerators._compile import CompiledNet
 from hasten.accelerators._patches.attention import Text
 from hasten.accelerators._patches.exchange import Exchange
-from hasten.distributed.groups import Team
 from hasten.accelerators._patches.swap import Patched
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.accelerators.quantize import Quantize
+from hasten.distributed.groups import Team
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
 from hasten.performance.profile import work_of

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.adapters.diffusers.seams import with_seams
 from hasten.adapters.diffusers import accelerate_pipeline, times_like
+from hasten.adapters.diffusers.wrap import with_seams
 from hasten.errors import BadInput
 
 from ..accelerators._ranks import together

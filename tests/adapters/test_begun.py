@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.adapters.diffusers.plans import compiled, grid
 from hasten.adapters.diffusers import as_scheduler
+from hasten.adapters.diffusers.plans import compiled, grid
 from hasten.errors import BadInput
 from hasten.exact import Gaussian
 from hasten.pick import pick

@@ -11,10 +11,9 @@ from torch import Tensor
 
 import hasten
 from hasten.adapters.diffusers import times_like
-from hasten.schedules import Discrete
 from hasten.errors import BadInput
-from hasten.sampling import spell
-from hasten.schedules import Flow
+from hasten.pick import spell
+from hasten.schedules import Discrete, Flow
 from hasten.times import Explicit
 
 from . import tiny

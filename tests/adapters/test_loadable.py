@@ -13,7 +13,7 @@ import hasten
 from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.adapters.diffusers import times_like
 from hasten.errors import BadInput
-from hasten.sampling import spell
+from hasten.pick import spell
 from hasten.schedules import Flow
 from hasten.times import Explicit
 

@@ -12,8 +12,8 @@ import torch
 
 from hasten.adapters import onnx
 from hasten.errors import BadInput
+from hasten.loading import load
 from hasten.model import Model
-from hasten.model.model import load
 
 from ._tiny import off, tiny
 

@@ -14,8 +14,8 @@ import hasten
 from hasten.accelerators.compile import Compile
 from hasten.adapters import openvino
 from hasten.errors import BadInput
+from hasten.loading import load
 from hasten.model import Model
-from hasten.model.model import load
 
 from ._tiny import off, tiny
 

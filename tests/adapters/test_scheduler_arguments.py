@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.adapters.diffusers.schedules import mu_of, reading
 from hasten.adapters.diffusers import as_scheduler, times_like
+from hasten.adapters.diffusers.schedules import mu_of, reading
 from hasten.errors import BadInput
 from hasten.plan import plan
 from hasten.samplers import DDIM

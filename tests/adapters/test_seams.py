@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hasten.adapters.diffusers.seams import Seams, guidance_features, with_seams
+from hasten.adapters.diffusers.seams import Seams, guidance_features
+from hasten.adapters.diffusers.wrap import with_seams
 from hasten.errors import BadInput
 
 from . import tiny

@@ -19,8 +19,9 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.exact import m2
 from hasten.plan import Plan, plan
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, AdaptiveSDE, Heun, Picard, PredictorCorrector, ProbabilityFlow, UniPC
-from hasten.sampling import Noise, Query, draw, walk
+from hasten.sampling import Noise, Query, walk
 from hasten.schedules import Discrete, Flow, VPCosine, VPLinear
 from hasten.times import Explicit, Karras, UniformLambda, UniformTime
 

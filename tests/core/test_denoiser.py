@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from hasten.denoiser import CACHED_TIMES, Denoiser, Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.guides import CFG, DynamicThreshold, Rescale
+from hasten.plan.draw import draw
 from hasten.samplers import UniPC
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import Discrete, Flow, VPCosine, VPLinear
 from hasten.times import UniformLambda
 

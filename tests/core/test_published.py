@@ -170,7 +170,8 @@ def test_a_plan_that_blows_values_up_is_warned_of() -> None:
     import warnings
 
     from hasten.exact import m2
-    from hasten.sampling import Noise, _cached, draw
+    from hasten.plan.draw import _cached, draw
+    from hasten.sampling import Noise
 
     _cached.cache_clear()
     noise = Noise([0], (2,))

@@ -14,13 +14,14 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.exact import m2
 from hasten.nets.unet import UNet
-from hasten.utils.noise import global_seed, make_generator
 from hasten.pick import pick
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DDPM, PredictorCorrector, UniPC
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import VPCosine, VPLinear
 from hasten.times import UniformLambda
 from hasten.tuning import Task
+from hasten.utils.noise import global_seed, make_generator
 
 
 def test_seeds_of_32_bits_are_those_of_torch() -> None:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.plan.basis import Basis
 from hasten.errors import BadInput
 from hasten.exact import m2, m64
 from hasten.plan import Plan, plan
+from hasten.plan.basis import Basis
+from hasten.plan.draw import compiled, draw
 from hasten.samplers import DDIM, DDPM, DEIS, FastDPM, Heun, Preconditioned, PredictorCorrector, UniPC
-from hasten.sampling import Noise, compiled, draw, walk
+from hasten.sampling import Noise, walk
 from hasten.schedules import EDM, Discrete, Flow, VPCosine, VPLinear
 from hasten.times import UniformLambda, UniformTime
 from tests.samplers.problems import CASES, LINEAR, label

@@ -11,9 +11,9 @@ import torch
 
 import hasten
 from hasten import Denoiser, Discrete, Flow, Karras, Noise, UniPC, VPLinear, draw, pick, walk
-from hasten.plan import table as plan
 from hasten.errors import BadInput, NonFinite
 from hasten.model import Model
+from hasten.plan import table as plan
 
 
 class Net(torch.nn.Module):

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from hasten.denoiser import Denoiser
-from hasten.schedules import Discrete
 from hasten.distillers import Task
 from hasten.predictions import spread
+from hasten.schedules import Discrete
 
 from ._toy import MEANS, STDS, Draws, Small, Steady
 

@@ -14,8 +14,9 @@ from hasten.denoiser import Denoiser
 from hasten.distillers import Student, Task
 from hasten.exact import GaussianMixture
 from hasten.pick import pick
+from hasten.plan.draw import draw
 from hasten.predictions import V, spread
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import VPCosine
 from hasten.train.data import Batches
 from hasten.train.fit import Ema

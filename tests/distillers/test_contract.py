@@ -10,8 +10,7 @@ import pytest
 
 from hasten.distillers import Student
 from hasten.distillers._dry_run import Rehearsal, allocate
-from hasten.pick import names, pick
-from hasten.sampling import spell
+from hasten.pick import names, pick, spell
 from tests.distillers._images import image_task
 from tests.distillers._toy import task
 

@@ -15,8 +15,9 @@ from hasten.distillers.denoising_student import DenoisingStudent, distance, gene
 from hasten.errors import BadInput
 from hasten.exact import Gaussian
 from hasten.pick import pick
+from hasten.plan.draw import draw
 from hasten.samplers.ddim import DDIM
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import VE, VPCosine
 from hasten.times import Trailing
 from tests.distillers import _toy

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.schedules import Discrete
 from hasten.distillers import Task
 from hasten.nets.unet import UNet
 from hasten.pick import names, pick
-from hasten.schedules import VPCosine
+from hasten.schedules import Discrete, VPCosine
 from hasten.train.losses import DenoisingLoss, LogNormal
 
 from ._device import DEVICE, Pretend, Remote, counted, moved

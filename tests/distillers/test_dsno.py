@@ -14,11 +14,12 @@ from hasten.distillers import Student, Task
 from hasten.distillers.dsno import DSNO
 from hasten.errors import BadInput
 from hasten.exact import Gaussian, GaussianMixture
+from hasten.loading import load
 from hasten.model import Model
-from hasten.model.model import load
 from hasten.nets.temporal import TemporalConv, TemporalUNet
 from hasten.nets.unet import UNet
-from hasten.sampling import Noise, draw
+from hasten.plan.draw import draw
+from hasten.sampling import Noise
 from hasten.schedules import VPCosine
 from hasten.times import Trailing
 from tests.distillers import _toy

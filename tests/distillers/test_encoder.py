@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.denoiser import Denoiser
-from hasten.workflows.distill import distill_model
-from hasten.distillers._encoding import climb, climbed, encode, noise_in, own_voice, raw_noise, rising, voice
 from hasten.distillers.encoder import Encoder
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
+from hasten.inversion import climb, climbed, encode, noise_in, own_voice, raw_noise, rising, voice
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import EDM as EDMPrediction
 from hasten.predictions import X0, Eps, Flow, Prediction, V
 from hasten.schedules import EDM, Schedule, VPCosine
 from hasten.schedules import Flow as FlowSchedule
+from hasten.workflows.distill import distill_model
 
 from ._toy import Exact, mixture, task, toy
 

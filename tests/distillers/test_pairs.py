@@ -14,9 +14,10 @@ from hasten.distillers import Task
 from hasten.distillers._pairs import FIRST, Pairs, make
 from hasten.errors import BadInput
 from hasten.exact import GaussianMixture
+from hasten.plan.draw import draw
 from hasten.samplers.ddim import DDIM
 from hasten.samplers.unipc import UniPC
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import VPCosine
 from hasten.times import CosineAngle, Trailing
 from tests.distillers import _toy

@@ -16,7 +16,8 @@ from hasten.distillers.prodiff import ProDiff, nodes, prodiff_schedule
 from hasten.errors import BadInput
 from hasten.exact import Gaussian, GaussianMixture
 from hasten.pick import pick
-from hasten.sampling import Count, Noise, draw
+from hasten.plan.draw import draw
+from hasten.sampling import Count, Noise
 from hasten.schedules import Schedule, VPCosine
 from tests.distillers import _toy
 

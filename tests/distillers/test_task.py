@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from hasten.denoiser import Denoiser
 from hasten.distillers import Student, Task
 from hasten.distillers import _dry_run as rehearsals
+from hasten.distillers._dry_run import Rehearsal, Stage, time_limits
 from hasten.distillers._features import untrained
 from hasten.distillers._pairs import labels_of
-from hasten.distillers._dry_run import Rehearsal, Stage, time_limits
 from hasten.distillers._task import RESERVED, notes
 from hasten.distillers.dmd import Fake
 from hasten.errors import BadInput
@@ -26,7 +26,7 @@ from hasten.nets.unet import UNet
 from hasten.pick import pick
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.train.fit import Player
+from hasten.train.player import Player
 
 from ._images import Squares, image_task
 from ._toy import Draws, Steady, task, toy

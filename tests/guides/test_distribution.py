@@ -15,8 +15,9 @@ from hasten.exact import GaussianMixture
 from hasten.guides import CFG, Distribution, DynamicThreshold
 from hasten.nets.attributes import Attributes
 from hasten.pick import pick, spell
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, UniPC
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import VPCosine
 from hasten.times import UniformLambda
 from tests.guides.test_features import setting

@@ -12,8 +12,9 @@ from hasten.exact import Gaussian, m2, m64
 from hasten.guides import CFG, DynamicThreshold, Interval, Rescale
 from hasten.guides.cfg import Guided
 from hasten.pick import names, pick, spell
+from hasten.plan.draw import draw
 from hasten.samplers import UniPC
-from hasten.sampling import Count, Noise, draw
+from hasten.sampling import Count, Noise
 from hasten.schedules import VPCosine, VPLinear
 from hasten.times import UniformLambda
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.cli.compare import evaluate as evaluate_command
+from hasten.cli.evaluate import evaluate as evaluate_command
+from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
-from hasten.workflows.sample import judge_many
 from hasten.metrics import evaluate as evaluation
 from hasten.metrics import (
     evaluate_features,
@@ -29,7 +29,7 @@ from hasten.metrics.frechet import frechet_distance
 from hasten.metrics.inception_score import class_accuracy, inception_score
 from hasten.metrics.kid import kid, polynomial_mmd2
 from hasten.metrics.precision_recall import manifold
-from hasten.distributed.ranks import Ranks
+from hasten.workflows.sample import judge_many
 
 
 def test_features_beyond_half_precision_are_kept(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.exact import g8
+from hasten.pick import spell
 from hasten.plan import plan
+from hasten.plan.draw import draw
 from hasten.samplers.adaptive import AdaptiveSDE, _Path, span
-from hasten.sampling import Count, Noise, draw, spell, walk
+from hasten.sampling import Count, Noise, walk
 from hasten.schedules import VPLinear
 from tests.samplers.problems import ALL, F64, ends, mixture
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from hasten.errors import BadInput
+from hasten.pick import spell
 from hasten.plan import plan
 from hasten.samplers import DDIM, DDPM
 from hasten.samplers.analytic import PIXEL, AnalyticDPM, Curve, curve
-from hasten.sampling import Query, spell
+from hasten.sampling import Query
 from hasten.schedules import EDM, VE, Discrete, Flow, Schedule, SubVP, VPCosine, VPLinear
 from tests.samplers.problems import F64, Basis, drive
 

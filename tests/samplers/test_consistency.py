@@ -10,9 +10,10 @@ import torch
 from hasten.exact import Gaussian
 from hasten.pick import pick
 from hasten.plan import plan
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM
 from hasten.samplers.consistency import Consistency
-from hasten.sampling import Noise, draw, walk
+from hasten.sampling import Noise, walk
 from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import CosineAngle
 from tests.samplers.problems import F64, ends

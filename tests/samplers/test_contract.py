@@ -14,8 +14,9 @@ from torch import Tensor
 from hasten.errors import BadInput, HastenError
 from hasten.exact import g8
 from hasten.plan import plan
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC
-from hasten.sampling import Noise, draw, walk
+from hasten.sampling import Noise, walk
 from tests.samplers.problems import (
     ALL,
     CASES,

@@ -12,9 +12,10 @@ from torch import Tensor
 from hasten.errors import BadInput
 from hasten.exact import g8, m2
 from hasten.plan import plan
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DDPM
 from hasten.samplers.fast import FastDPM, log_bijection, short_chain, var_times
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import EDM, Discrete, Flow, VPCosine, VPLinear
 from hasten.times import UniformTime
 from tests.samplers.problems import F64

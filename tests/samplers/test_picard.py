@@ -14,10 +14,12 @@ from torch import Tensor
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.exact import m2
+from hasten.pick import spell
 from hasten.plan import plan
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DDPM
 from hasten.samplers.picard import Picard, _variances
-from hasten.sampling import Count, Noise, draw, spell, walk
+from hasten.sampling import Count, Noise, walk
 from hasten.schedules import Discrete, VPLinear
 from tests.samplers.problems import ALL, F64, ends, mixture
 

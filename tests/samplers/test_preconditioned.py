@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.plan.basis import Basis
 from hasten.errors import BadInput
 from hasten.exact import GaussianMixture, g8, m2, m64
+from hasten.pick import spell
 from hasten.plan import Plan, plan
+from hasten.plan.basis import Basis
+from hasten.plan.draw import draw
 from hasten.samplers import UniPC
 from hasten.samplers.preconditioned import LocalVariance, Preconditioned, local_variance
-from hasten.sampling import Noise, draw, spell, walk
+from hasten.sampling import Noise, walk
 from hasten.schedules import Schedule, VPCosine, VPLinear
 from hasten.times import UniformLambda, UniformTime
 from tests.samplers.problems import ALL, FOUR, VE_WIDE, between, drive, ends, mixture, mixture_ode, normals, rms

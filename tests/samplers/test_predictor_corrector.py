@@ -11,10 +11,12 @@ from torch import Tensor
 
 from hasten.errors import BadInput, HastenError
 from hasten.exact import Gaussian, g8
+from hasten.pick import spell
 from hasten.plan import plan
+from hasten.plan.draw import draw
 from hasten.samplers import DDPM
 from hasten.samplers.predictor_corrector import PREDICTORS, PredictorCorrector, _rates
-from hasten.sampling import Count, Noise, draw, spell, walk
+from hasten.sampling import Count, Noise, walk
 from hasten.schedules import VE, Discrete, SubVP, VPLinear
 from hasten.times import UniformLambda, UniformTime
 from tests.samplers.problems import ALL, F64, ends

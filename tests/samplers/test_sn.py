@@ -12,11 +12,13 @@ from torch import Tensor
 from hasten.errors import BadInput, HastenError
 from hasten.exact import Gaussian, GaussianMixture, g8, m2, m64
 from hasten.nets.second_moment import SecondMoment as Net
+from hasten.pick import spell
 from hasten.plan import plan
+from hasten.plan.draw import draw
 from hasten.samplers._exponential import nodes
 from hasten.samplers.analytic import AnalyticDPM, weights
 from hasten.samplers.sn import SNDPM, WithMoments
-from hasten.sampling import Noise, draw, spell, walk
+from hasten.sampling import Noise, walk
 from hasten.schedules import Flow, Schedule, VPCosine, VPLinear
 from hasten.times import UniformTime
 from tests.samplers.problems import F64

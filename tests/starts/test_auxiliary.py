@@ -12,13 +12,14 @@ from torch import Tensor
 from hasten.errors import BadInput
 from hasten.exact import g8, m2
 from hasten.nets.density import MixtureDensity
+from hasten.plan.draw import draw
 from hasten.samplers import UniPC
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
 from hasten.starts import Auxiliary
 from hasten.starts.ccdf import contraction
-from hasten.times import UniformLambda
 from hasten.storage.weights import build
+from hasten.times import UniformLambda
 
 SCHEDULES: list[Schedule] = [VPCosine(offset=0.0), VPLinear(), Flow(), EDM()]
 

@@ -12,8 +12,9 @@ from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.exact import Gaussian, g8
 from hasten.pick import pick
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DDPM, UniPC
-from hasten.sampling import Noise, draw, walk
+from hasten.sampling import Noise, walk
 from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
 from hasten.starts import CCDF
 from hasten.starts.ccdf import Consistent, contraction, down, remaining, smallest_time, up

@@ -9,8 +9,8 @@ import torch
 
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
+from hasten.loading import load
 from hasten.model import Model
-from hasten.model.model import load
 from hasten.nets.unet import UNet
 from hasten.schedules import Discrete
 from hasten.workflows.tune import tune_model

@@ -13,9 +13,10 @@ from hasten.errors import BadInput
 from hasten.exact import Gaussian, GaussianMixture, m2
 from hasten.guides import CFG
 from hasten.nets.first_step import FirstStepNet
-from hasten.pick import pick
+from hasten.pick import pick, spell
+from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DPMSolver, UniPC
-from hasten.sampling import Noise, draw, spell
+from hasten.sampling import Noise
 from hasten.schedules import Discrete, VPCosine, VPLinear
 from hasten.starts import SingDiffusion
 from hasten.times import Explicit, UniformLambda

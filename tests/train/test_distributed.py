@@ -15,19 +15,20 @@ from torch import nn
 
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.workflows.distill import distill_model
 from hasten.distillers._ema_target import Shadow
+from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
-from hasten.distributed.ranks import Ranks
 from hasten.schedules import VPCosine
 from hasten.train import Batches, Data, DenoisingLoss
 from hasten.train.checkpoint import read_log
 from hasten.train.data import Slices, share_of
 from hasten.train.draws import Draws
-from hasten.train.fit import Fit, Player
+from hasten.train.fit import Fit
+from hasten.train.player import Player
+from hasten.workflows.distill import distill_model
 
 from ..processes import children, spawn, torchrun, until
 

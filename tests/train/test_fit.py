@@ -17,7 +17,8 @@ from hasten.errors import BadInput, HastenError
 from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, Data
 from hasten.train.ema import Ema
-from hasten.train.fit import Fit, Player, drawn
+from hasten.train.fit import Fit, drawn
+from hasten.train.player import Player
 
 
 def data(n: int = 40) -> Data:

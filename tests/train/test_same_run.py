@@ -21,8 +21,9 @@ from hasten.train.checkpoint import saved_run
 from hasten.train.data import Batches, open_data
 from hasten.train.ema import Ema
 from hasten.train.fingerprint import describe_data
-from hasten.train.fit import Fit, Player
+from hasten.train.fit import Fit
 from hasten.train.losses import narrowed, stratified
+from hasten.train.player import Player
 from hasten.train.transfer import moved, prefetch
 from tests.test_training import data, images, trained
 

@@ -12,9 +12,9 @@ from hasten.nets.first_step import FirstStepNet
 from hasten.samplers import DDIM
 from hasten.schedules import Discrete
 from hasten.starts import SingDiffusion
+from hasten.storage.weights import build
 from hasten.tuning import Task
 from hasten.tuning.first_step import FirstStep, class_means, distance
-from hasten.storage.weights import build
 
 TABLE = Discrete.scaled_linear()
 

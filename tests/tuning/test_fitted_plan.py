@@ -15,14 +15,15 @@ from hasten.errors import BadInput
 from hasten.exact import g8, m2
 from hasten.nets.unet import UNet
 from hasten.plan import Plan, plan
+from hasten.plan.draw import draw
 from hasten.predictions import V
 from hasten.samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC
-from hasten.sampling import Noise, draw
+from hasten.sampling import Noise
 from hasten.schedules import EDM, Discrete, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import UniformLambda, UniformTime
 from hasten.tuning import Task
-from hasten.tuning._reference import fine_trajectories
 from hasten.tuning._finish import finish, statistics
+from hasten.tuning._reference import fine_trajectories
 from hasten.tuning._rows import Rows, follow, grams
 from hasten.tuning._sweep import sweep
 from hasten.tuning.fitted_plan import FittedPlan, _Fit

@@ -17,9 +17,9 @@ from hasten.pick import pick
 from hasten.samplers.noise_level import NoiseLevel as Sampler
 from hasten.sampling import Noise, walk
 from hasten.schedules import Flow
+from hasten.storage.weights import build
 from hasten.tuning import Task, Tuned
 from hasten.tuning.noise_level import HIGHEST, LOWEST, NoiseLevel, errors, log_sigma2, noisy
-from hasten.storage.weights import build
 
 F64 = torch.float64
 SHAPE, V = (1, 12, 12), 0.25

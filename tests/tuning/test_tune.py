@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import hasten
-from hasten.workflows import tune
 from hasten.cli import main
 from hasten.errors import BadInput
 from hasten.nets.unet import UNet
@@ -20,6 +19,7 @@ from hasten.plan import plan
 from hasten.samplers import DDIM
 from hasten.times import UniformTime
 from hasten.tuning import Task, Tuned, remembered
+from hasten.workflows import tune
 from tests.test_model import tiny
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import BadInput
 from ...predictions import Prediction
-from ...schedules.continuous import Schedule
+from ...schedules.base import Schedule
 
 if TYPE_CHECKING:
     from ...plan.table import Plan

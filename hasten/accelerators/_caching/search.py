@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...denoiser import Denoiser, _clean
 from ...errors import BadInput
-from ...schedules.continuous import Schedule
+from ...schedules.base import Schedule
 from .keys import amount, checked, shortest
 
 if TYPE_CHECKING:

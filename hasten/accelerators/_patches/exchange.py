@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from ...distributed.groups import Team, check_same, gather
 from ...errors import BadInput
 from .buffers import Heard, Relay, Track
-from ...distributed.groups import Team, check_same, gather
 
 __all__ = ["Exchange", "Shares"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput, nearest
-from ...utils.finite import check_weights
 from ...nets.quantized import exchange
+from ...utils.finite import check_weights
 from .bias import correct_biases
 from .calibration import Samples, fit_activations
 from .mixed_precision import most_sensitive

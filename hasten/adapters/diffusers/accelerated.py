@@ -14,13 +14,13 @@ from torch import nn
 
 from ...accelerators import WRAP, Call, ordered
 from ...errors import BadInput
-from ...sampling import spell
+from ...pick import spell
 from ...times import Explicit
 from .calls import PLACES
 from .network import Given, attach, hooks_of, patch_of, separate, uncompiled
 from .recorded import drawn_calls, recorded
 from .runner import Runner
-from .seams import with_seams
+from .wrap import with_seams
 
 __all__ = ["Accelerated"]
 

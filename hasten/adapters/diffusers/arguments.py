@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...schedules.continuous import Flow, Schedule
+from ...schedules.base import Schedule
+from ...schedules.continuous import Flow
 
 __all__ = [
     "StepAlphas", "check_neutral", "count_of", "held", "lcm_timesteps", "numbers", "place", "place_of",

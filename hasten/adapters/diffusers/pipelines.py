@@ -16,20 +16,23 @@ from torch import Tensor, nn
 
 from ...accelerators import EXCHANGE
 from ...denoiser import Denoiser
-from ...schedules.discrete import Discrete
 from ...errors import BadInput
+from ...pick import spell
 from ...plan.table import Plan
-from ...sampling import spell
-from ...schedules.continuous import Flow, Schedule, schedule_from_dict
+from ...schedules.base import Schedule
+from ...schedules.continuous import Flow
+from ...schedules.discrete import Discrete
+from ...schedules.serialize import schedule_from_dict
 from ...times import Explicit
+from .accelerated import Accelerated
 from .arguments import count_of
 from .conditions import Latents, Prompts
 from .loadable import check_loadable, wants_image
 from .network import loadable, uncompiled
 from .optional import diffusers, without_loading_bars
-from .accelerated import Accelerated
 from .schedules import PREDICTIONS, FlowDenoiser, alike, mu_of, reading, times_like
-from .seams import Seams, with_seams
+from .seams import Seams
+from .wrap import with_seams
 
 if TYPE_CHECKING:
     from ...model.model import Model
@@ -82,9 +85,9 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     Image-to-image and inpainting pipelines are loaded as what they draw from noise alone. A flow whose shift depends on
     the size of the image has that of the network's own size.
 
-    Raises BadInput for a network that has no seams (`hasten.adapters.diffusers.seams`), a pipeline that is more than a network
-    with prompts or classes and a decoder (a ControlNet, an adapter, an image as a condition), one without its text
-    encoders, or a scheduler whose times mean nothing to hasten.
+    Raises BadInput for a network that has no seams (`hasten.adapters.diffusers.seams`), a pipeline that is more than a
+    network with prompts or classes and a decoder (a ControlNet, an adapter, an image as a condition), one without its
+    text encoders, or a scheduler whose times mean nothing to hasten.
     """
     from ...model.model import Model
 

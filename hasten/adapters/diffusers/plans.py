@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import BadInput, HastenError
-from ...pick import pick
+from ...pick import pick, spell
+from ...plan.program import Draws, combine
 from ...plan.table import Plan
 from ...plan.table import plan as compile_plan
 from ...predictions import prediction_from
-from ...plan.program import Draws, combine
-from ...sampling import spell
-from ...schedules.continuous import Schedule
+from ...schedules.base import Schedule
 
 __all__ = ["Run", "begun", "coefficients", "compiled", "grid", "later", "usable"]
 

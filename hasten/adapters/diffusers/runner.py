@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ...accelerators import COMPILE, WRAP, Ahead, Call, accelerate
+from ...denoiser import reset
 from ...errors import BadInput
 from ...nets.copies import copy_modules
-from ...sampling import reset, spell
+from ...pick import spell
 from .calls import PASSING, PLACES, answer, raw_of
 from .network import Layers, bare, changed, fingerprint, structure
 from .schedules import Reading, reading, set_steps
-from .seams import Seams, with_seams
+from .seams import Seams
 from .timeline import Timeline, one_number
+from .wrap import with_seams
 
 __all__ = ["Runner"]
 

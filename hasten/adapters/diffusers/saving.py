@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...schedules.discrete import Discrete
 from ...errors import BadInput
 from ...nets.quantized import layers
+from ...schedules.discrete import Discrete
 from .optional import diffusers
 from .schedules import PREDICTIONS, FlowDenoiser
-from .seams import Seams, with_seams
+from .seams import Seams
+from .wrap import with_seams
 
 if TYPE_CHECKING:
     from ...model.model import Model
@@ -62,7 +63,8 @@ def network_config(net: Any) -> dict[str, Any]:
 
 def network_from(description: dict[str, Any]) -> Seams:
     """The network that `network_config` described, with random weights. Only kinds that hasten has an adapter for."""
-    from . import transformers as _transformers, unets as _unets
+    from . import transformers as _transformers
+    from . import unets as _unets
 
     name, known = description["class"], {**_unets.KINDS, **_transformers.KINDS}
     kind = getattr(diffusers(), str(name), None)

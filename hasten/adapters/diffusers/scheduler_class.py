@@ -17,7 +17,8 @@ from torch import Tensor
 from ...errors import BadInput
 from ...pick import pick
 from ...plan.table import Plan
-from ...schedules.continuous import Flow, schedule_from_dict
+from ...schedules.continuous import Flow
+from ...schedules.serialize import schedule_from_dict
 from . import arguments
 from .plans import Run, begun, coefficients, compiled, grid, later, usable
 from .schedules import PREDICTIONS, Reading, alike, shift_of

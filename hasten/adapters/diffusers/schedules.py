@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...denoiser import Denoiser
-from ...schedules.discrete import Discrete
 from ...errors import BadInput, nearest
-from ...schedules.continuous import Flow, Schedule
+from ...schedules.base import Schedule
+from ...schedules.continuous import Flow
+from ...schedules.discrete import Discrete
 from .arguments import count_of
 
 __all__ = [

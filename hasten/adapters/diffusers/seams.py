@@ -126,17 +126,6 @@ class Seams(nn.Module):
                 raise BadInput(f"{type(self.net).__name__} takes no condition {key!r}: {nearest(key, names)}")
 
 
-def with_seams(net: nn.Module, whole: bool = False) -> Seams:
-    """The seams for a network of `diffusers`. Raises BadInput for a kind that has none here."""
-    from . import transformers as _transformers, unets as _unets
-
-    kinds: dict[str, Any] = {**_unets.KINDS, **_transformers.KINDS}
-    for base in type(net).__mro__:
-        if base.__name__ in kinds:
-            return kinds[base.__name__](net, whole)
-    raise BadInput(f"no seams are known for {type(net).__name__}; those of {', '.join(kinds)} are")
-
-
 def dtype_of(net: nn.Module) -> torch.dtype:
     """The dtype in which a network computes: what it says itself (weights may be stored in fewer bits), or theirs."""
     said = getattr(net, "dtype", None)

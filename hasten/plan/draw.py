@@ -1,0 +1,138 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from ..pick import spell
+from ..sampling import OPTIONS, Callback, Progress, Sampler, _schedule_of, walk
+from ..schedules.continuous import Schedule
+from ..times import as_times
+from ..utils.arguments import check_noise, check_result, check_state, given_grid, given_sampler
+from ..utils.conditions import conditions_of
+from ..utils.noise import Noise
+from .table import Plan
+
+FEW = 40  # evaluations up to which a plan is looked at for what it would do to the values
+
+WILD = 4.0  # standard deviations of the result that are worth a warning
+
+
+def draw(
+    denoiser: Callable[..., Tensor],
+    sampler: Sampler | None,
+    times: Tensor | Callable[[Schedule, Any], Tensor],
+    noise: Noise,
+    *,
+    steps: int | None = None,
+    x: Tensor | None = None,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+    callback: Callback | None = None,
+    cond: Mapping[str, Any] | None = None,
+    **keywords: Any,
+) -> Tensor:
+    """Samples (B, *S): start from noise and run the sampler, compiled to a `Plan` where it can be.
+
+    The same call gives the same samples: `noise` is taken from its beginning, whatever was drawn from it before.
+
+    Args:
+        times: the float64 times, or a grid that makes them from the denoiser's schedule and `steps`.
+        noise: the starting noise and all draws.
+        x: the state to start from; by default `noise.initial()` times `schedule.prior_std(times[0])`.
+        plan: run this plan, made for the denoiser's schedule; `sampler` and `times` are then not used.
+        callback: called after each evaluation as `callback(step, t, x, x0)`; see `walk`.
+        cond: the conditions, passed on to the denoiser as keywords: `cond={"label": labels}`. A keyword that the
+            network names in its `forward`, and `label`, may also stand beside the options.
+
+    Raises BadInput for a keyword that is neither an option nor a condition, for `steps` that are not those of the times
+    or of the plan, and for a plan that was made for another schedule; NonFinite for samples that hold NaN or infinity,
+    unless gradients are recorded.
+    """
+    same: dict[str, Any] = {"steps": steps, "x": x, "plan": plan, "cond": cond, **keywords}
+    result = draw_unchecked(denoiser, sampler, times, noise, **same, progress=progress, callback=callback)
+    return check_result(result, denoiser, noise, lambda d, xi: draw_unchecked(d, sampler, times, xi, **same))
+
+
+def draw_unchecked(
+    denoiser: Callable[..., Tensor], sampler: Any, times: Any, noise: Noise, *, steps: int | None = None,
+    x: Tensor | None = None, plan: Plan | None = None, progress: Progress | None = None,
+    callback: Callback | None = None, cond: Mapping[str, Any] | None = None, **keywords: Any,
+) -> Tensor:  # fmt: skip
+    """`draw`, with samples that may hold NaN or infinity."""
+    schedule = _schedule_of(denoiser)
+    given = conditions_of("draw", OPTIONS["draw"], cond, keywords, denoiser)
+    if plan is None and sampler is None:
+        raise BadInput("draw needs a sampler or a plan")
+    sampler = None if sampler is None else given_sampler(sampler)
+    check_noise(noise, x)
+    if plan is not None:
+        if not callable(getattr(plan, "check_schedule", None)):
+            raise BadInput(f"plan must be a Plan, found {type(plan).__name__}: see hasten.plan and Plan.from_json")
+        plan.check_schedule(schedule)
+        times = plan.times
+    elif not isinstance(times, Tensor):
+        times = given_grid(times)
+        times = times(schedule, steps) if callable(times) else as_times(times)
+    count = len(times) - 1 if plan is None else plan.nfe
+    if steps is not None and isinstance(times, Tensor) and steps != count:
+        what = f"the times are {count} steps" if plan is None else f"the plan has {count} network evaluations"
+        raise BadInput(f"{what}, asked for {steps} steps")
+    if x is None:
+        first = times[0].detach() if plan is None or plan.begin is None else plan.begin
+        x = noise.initial() * float(schedule.prior_std(first))
+    check_state(x, progress=progress, callback=callback)
+    if isinstance(noise, Noise) and (len(x), *x.shape[1:]) != (len(noise), *noise.shape):
+        raise BadInput(f"x has shape {tuple(x.shape)}, the noise {(len(noise), *noise.shape)}: they must be equal")
+    fresh = noise.rows(slice(None)) if isinstance(noise, Noise) else noise
+    options: dict[str, Any] = {"progress": progress, "callback": callback, "cond": given}
+    if plan is None and sampler is not None:
+        if not sampler.linear:
+            return walk(sampler, denoiser, x, times, fresh, **options)
+        plan = compiled(sampler, schedule, times)
+    return plan.run(denoiser, x, fresh, **options)  # type: ignore[union-attr]
+
+
+def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
+    """The plan of a linear sampler; the last few are kept."""
+    from .plan.table import plan
+
+    if times.requires_grad:
+        return plan(sampler, schedule, times)
+    try:
+        hash(sampler)
+    except TypeError:  # a dataclass that is not frozen
+        return plan(sampler, schedule, times)
+    found = _cached(sampler, schedule, tuple(times.tolist()))
+    return plan(sampler, schedule, times) if found.fitted else found
+
+
+@functools.lru_cache(maxsize=16)
+def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
+    from .plan.table import plan
+
+    with torch.inference_mode(False):
+        at = torch.tensor(times, dtype=torch.float64)
+        made = plan(sampler, schedule, at)
+        if made.basis is None and made.nfe <= FEW and not made.fitted and times[-1] == 0 and made.gain > WILD:
+            instead = "more steps, or unipc or dpm"
+            if getattr(sampler, "lower_order_final", None) is False:
+                lowered = dataclasses.replace(sampler, lower_order_final=True)
+                if plan(lowered, schedule, at).gain <= WILD:
+                    instead = f"{spell(lowered)}, {instead}"
+            warnings.warn(
+                f"{spell(sampler)} with {len(times) - 1} steps gives values of about {made.gain:.0f} standard "
+                "deviations on these times (data of unit variance): its order is too high for so few steps; use "
+                f"{instead}",
+                UserWarning,
+                stacklevel=3,
+            )
+    return made

@@ -1,0 +1,75 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .utils.environment import is_terminal
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr while that is a terminal; yields what to call with (done, of how many), or None."""
+    if not is_terminal(sys.stderr):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+EVERY = 30.0  # seconds between lines of progress
+
+
+class Progress:
+    """A bar with the time left on stderr, counted in images through the network; where stderr is no terminal, a line
+    every `EVERY` seconds."""
+
+    def __init__(self, total: float, show: bool = True) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False, quiet=not show)
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
+            progress.TaskProgressColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
+            console=self.console, transient=True, disable=not (show and self.console.is_terminal),
+            speed_estimate_period=60,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total)
+        self.lines = show and not self.console.is_terminal
+        self.total, self.done, self.what = total, 0.0, ""
+        self.began = self.last = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def describe(self, what: str) -> None:
+        """What is being done from here on."""
+        self.what = what
+        self.bar.update(self.task, description=what)
+
+    def advance(self, count: float) -> None:
+        """So many more images have been through the network."""
+        self.done += count
+        self.bar.advance(self.task, count)
+        now = time.monotonic()
+        if self.lines and now - self.last >= EVERY and self.total:
+            self.last = now
+            share = min(self.done / self.total, 1.0)
+            left = (now - self.began) * (1 - share) / max(share, 1e-9)
+            self.say(f"{self.what}: {share:.0%} of the network evaluations, about {left:.0f} s left")
+
+
+Tick = Callable[[str, int, int, float], None]
+
+
+def ignore(what: str, done: int, total: int, value: float) -> None:
+    """Progress that nobody watches."""

@@ -1,0 +1,70 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+
+import torch
+
+from ..model.model import Model
+
+
+def fingerprint(model: Model) -> str:
+    """sha256 of weights, parts and statistics as they are now, and of what gives the weights their meaning."""
+    digest = hashlib.sha256()
+    tensors = {**model.denoiser.state_dict(), **model.statistics}
+    for part, net in sorted(model.parts.items()):
+        tensors |= {f"{part}.{name}": value for name, value in net.state_dict().items()}
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):  # a module's extra state
+            digest.update(f"{name} {value!r}".encode())
+            continue
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for part in ("schedule", "prediction", "clock", "null_label", "guidance_range"):
+        digest.update(repr(getattr(model.denoiser, part, None)).encode())
+    net = getattr(model.denoiser, "net", None)
+    digest.update(f"{type(net).__name__} {model.classes} {model.codec}".encode())
+    config = getattr(net, "config", None)  # of a network of ours; those of diffusers hold paths and versions
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode() if type(config) is dict else b"")
+    return digest.hexdigest()
+
+
+def hash_of(*tensors: torch.Tensor) -> str:
+    """16 hexadecimal digits of tensors."""
+    digest = hashlib.sha256()
+    for value in tensors:
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def now() -> str:
+    """The date and time, UTC, to the minute."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def spell(verb: str, argument: str, options: Mapping[str, object]) -> str:
+    """The command line that does this again; options that are None or False are left out, lists repeated."""
+    words = ["hasten", verb, argument]
+    for key, value in options.items():
+        if value is None or value is False:
+            continue
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            words.append(f"--{key.replace('_', '-')}")
+            if each is not True:
+                words.append(str(int(each) if isinstance(each, float) and each.is_integer() else each))
+    return shlex.join(words)
+
+
+def versions() -> str:
+    """The versions that a result depends on."""
+    import torch
+
+    from .. import __version__
+
+    return f"hasten {__version__}, torch {torch.__version__}"
