@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 # public name: the module that defines it (`pick` and `plan` are modules that can be called)
 _HOMES = {
@@ -20,7 +20,8 @@ _HOMES = {
     **dict.fromkeys(["load"], "loading"),
     **dict.fromkeys(["BadInput", "HastenError"], "errors"),
     **dict.fromkeys(["Denoiser", "Wrapper"], "denoiser"),
-    **dict.fromkeys(["Noise", "Query", "Sampler", "draw", "walk"], "sampling"),
+    **dict.fromkeys(["Noise", "Query", "Sampler", "walk"], "sampling"),
+    **dict.fromkeys(["draw"], "plan.draw"),
     **dict.fromkeys(
         ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"],
         "times",
@@ -59,7 +60,9 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from .adapters.diffusers.pipelines import accelerate, as_scheduler, times_like
+    from .adapters.diffusers import times_like
+    from .adapters.diffusers.accelerate import accelerate
+    from .adapters.diffusers.scheduler import as_scheduler
     from .denoiser import Denoiser, Wrapper
     from .distributed.ranks import Ranks
     from .errors import BadInput, HastenError
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
     from .loading import load
     from .model.model import Model
     from .pick import pick
+    from .plan.draw import draw
     from .plan.table import Plan, plan
     from .samplers import (
         DDIM,
@@ -91,7 +95,6 @@ if TYPE_CHECKING:
         invert,
     )
     from .sampling import Noise, Query, Sampler, walk
-    from .plan.draw import draw
     from .schedules.continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
     from .schedules.discrete import Discrete, rescale_zero_snr
     from .starts import CCDF, Auxiliary, SingDiffusion

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Inversion: from an image up to its noise, by the probability flow at increasing times."""
 
 from __future__ import annotations
 

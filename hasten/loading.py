@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import zoo
+from .adapters.diffusers.pipelines import open_saved
 from .errors import BadInput, nearest
 from .model.model import Model
 from .storage.model_folder import DESCRIPTION, read
@@ -30,7 +31,7 @@ def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_cod
         from ..adapters.diffusers.pipelines import load_pipeline
 
         return load_pipeline(name, device=device)
-    return Model(**read(find(name), networks, trust_code)).to(device or "cpu")
+    return Model(**read(find(name), networks, trust_code, open_saved)).to(device or "cpu")
 
 
 def is_pipeline(name: Any) -> bool:

@@ -18,7 +18,6 @@ import typing
 from typing import Any
 
 from .errors import BadInput, HastenError, check_numbers, nearest
-from .pick import spell
 from .utils.aliases import alias_of, hint_for, own_name
 from .utils.registry import is_own, path_of
 

@@ -1,7 +1,8 @@
-"""TODO."""
+"""Progress of long work on stderr."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,3 +74,21 @@ Tick = Callable[[str, int, int, float], None]
 
 def ignore(what: str, done: int, total: int, value: float) -> None:
     """Progress that nobody watches."""
+
+
+@contextlib.contextmanager
+def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress with the time left on stderr, while that is a terminal."""
+    if not show or not is_terminal(sys.stderr):
+        yield lambda done: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TextColumn("left"), progress.TimeRemainingColumn(),
+    )  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        shown = bar.add_task(what, total=total)
+        yield lambda done: bar.update(shown, completed=done)

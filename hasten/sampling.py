@@ -1,4 +1,4 @@
-"""Running a sampler: what it asks (`Query`), the randomness it gets (`Noise`), and the loop (`walk`, `draw`).
+"""Running a sampler: the model evaluations it asks for (`Query`), and the loop that makes them (`walk`).
 
 A sampler is a frozen dataclass whose `steps` is the paper's algorithm as a coroutine. It never sees the network: it
 yields the noisy sample and its time, and is sent the network's estimate of the clean one.
@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from .denoiser import Wrapper, reset
 from .errors import BadInput, HastenError
 from .pick import spell
-from .plan.draw import draw
 from .schedules.base import Schedule
 from .times import as_times
 from .utils.arguments import check_state, given_sampler
 from .utils.conditions import conditions_of
+from .utils.deprecation import forward
 from .utils.noise import Noise, no_noise
 
 if TYPE_CHECKING:
     pass
 
-__all__ = ["Count", "Noise", "Query", "Sampler", "draw", "spell", "walk"]
+__all__ = ["Count", "Noise", "Query", "Sampler", "walk"]
 
 Progress = Callable[[int, int], None]
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -109,7 +109,7 @@ def walk(
     check_state(x, progress=progress, callback=callback)
     times = as_times(times) if not isinstance(times, Tensor) else times
     schedule = _schedule_of(denoiser) if schedule is None else schedule
-    given = conditions_of("walk", OPTIONS["walk"], cond, keywords, denoiser)
+    given = conditions_of("walk", OPTIONS, cond, keywords, denoiser)
     fresh = no_noise if noise is None else noise
     expected, done, B = sampler.nfe(len(times) - 1), 0, len(x)
 
@@ -224,4 +224,6 @@ def _records(grad: bool | None, *tensors: Tensor) -> bool:
     return grad
 
 
-OPTIONS = {call.__name__: tuple(inspect.signature(call).parameters)[:-1] for call in (walk, draw)}
+OPTIONS = tuple(inspect.signature(walk).parameters)[:-1]
+
+__getattr__ = forward(__name__, {"draw": "hasten.plan.draw", "spell": "hasten.pick"})

@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 from hasten import images as pictures
+from hasten.files import write
 from hasten.loading import load
 from hasten.metrics import evaluate_images, extract, feature_net, frechet_distance, moments
 from hasten.model import Model
@@ -168,7 +169,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
         sheet = pictures.grid(torch.cat(shown), columns=10)
-        pictures.write(args.out / f"restored-{factor}.png", pictures.png(sheet, {"rows": "true, small, bicubic, ..."}))
+        write(args.out / f"restored-{factor}.png", pictures.png(sheet, {"rows": "true, small, bicubic, ..."}))
 
 
 if __name__ == "__main__":

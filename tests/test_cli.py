@@ -240,7 +240,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def broken(name: str) -> None:
         raise ZeroDivisionError("a\nbug")
 
-    monkeypatch.setattr("hasten.storage.model_folder.find", broken)
+    monkeypatch.setattr("hasten.loading.find", broken)
     assert "unexpected ZeroDivisionError: a bug" in refused(1, "show", "x")
     monkeypatch.setenv("HASTEN_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
@@ -262,7 +262,7 @@ def test_ctrl_c_is_one_line(refused: Cli, folder: Path, tmp_path: Path, monkeypa
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hasten.model.draw", stopped)
+    monkeypatch.setattr("hasten.model.model.draw", stopped)
     asked = ("sample", folder, "--runtime", "fp32", "--out", tmp_path / "a.png")
     assert "stopped; nothing was written" in refused(130, *asked)
     assert not list(tmp_path.glob("*.png"))

@@ -314,7 +314,7 @@ def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
     code = (
         # a test run in the background is deaf to Ctrl-C, and so would be its children
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from hasten import cli, compare\njudge = compare.Run.judge\n"
+        "from hasten import cli\nfrom hasten.compare import runner as compare\njudge = compare.Run.judge\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'UniPC': time.sleep(120)\n"
         "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )

@@ -279,7 +279,7 @@ def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
     tiny().save(tmp_path / "m")
     (tmp_path / "set.toml").write_text(SMALL.format(1.0))
     code = (
-        "import sys, time\nfrom hasten import cli, compare\njudge = compare.Run.judge\n"
+        "import sys, time\nfrom hasten import cli\nfrom hasten.compare import runner as compare\njudge = compare.Run.judge\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'less': print('now', flush=True); time.sleep(100)\n"
         "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )

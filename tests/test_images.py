@@ -12,6 +12,7 @@ from PIL import Image
 
 from hasten import images
 from hasten.errors import BadInput
+from hasten.files import reserve, write
 
 
 def test_pixels_are_exact_at_both_ends() -> None:
@@ -43,7 +44,7 @@ def test_text_travels_with_a_png_and_pixels_stay() -> None:
 
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     data = images.png(images.picture(torch.zeros(1, 2, 2)), {"seeds": "3"})
-    images.write(images.reserve(tmp_path / "new" / "a.png"), data)
+    write(reserve(tmp_path / "new" / "a.png"), data)
     assert images.read_text(tmp_path / "new" / "a.png") == {"seeds": "3"}
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["a.png"]
 
@@ -56,7 +57,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(BadInput, match="cannot write .*a.png: No space left on device"):
-        images.write(tmp_path / "a.png", b"new")
+        write(tmp_path / "a.png", b"new")
     assert (tmp_path / "a.png").read_text() == "old"
     assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
 
@@ -64,9 +65,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 def test_what_cannot_be_written_or_shown(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="cannot write"):
-        images.reserve(tmp_path / "file" / "a.png")
+        reserve(tmp_path / "file" / "a.png")
     with pytest.raises(BadInput, match="it is a folder"):
-        images.reserve(tmp_path)
+        reserve(tmp_path)
     with pytest.raises(BadInput, match="C of 1, 3 or 4"):
         images.to_uint8(torch.zeros(1, 2, 4, 4))
     with pytest.raises(BadInput, match="columns"):

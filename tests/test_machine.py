@@ -46,7 +46,7 @@ def test_a_probe_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     machine.choose(net, torch.zeros(4, 3), "weights B")
     machine.choose(net, torch.zeros(8, 3), "weights A")
     assert probed == [(4, 3), (4, 3), (8, 3)]
-    machine.notebook().write_text('{"broken')
+    machine.autotune_cache().write_text('{"broken')
     assert machine.spell(machine.choose(net, torch.zeros(4, 3), "weights A")) == "bf16+medium"
     assert len(probed) == 4
 

@@ -126,7 +126,7 @@ def test_minutes_are_divided_over_the_blocks(folder: str, tmp_path: Path) -> Non
 
 def test_a_damaged_block_is_one_line(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"weights": 4, "acts": None, "iterations": 1, "images": 1}
-    monkeypatch.setattr("hasten.quantize.shutil.rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hasten.workflows.quantize.shutil.rmtree", lambda *args, **kwargs: None)
     quantize_model(hasten.load(folder), tmp_path / "q", **options)
     (tmp_path / "q" / "model.json").unlink()
     file = next((tmp_path / "q" / BLOCKS).iterdir())

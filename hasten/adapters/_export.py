@@ -222,7 +222,6 @@ def exported(
     write(flat, asked, file): puts the graph of `flat` into `file`, and other files beside it; `asked` are the calls of
     n samplings for int8, else one call to trace with.
     """
-    from ..loading import load
     from ..storage.model_folder import check_savable
 
     check_savable(model, network=False)
@@ -269,10 +268,12 @@ def exported(
         size = sum((Path(scratch) / name).stat().st_size for name in files)
         note = {"to": kind.kind, "precision": precision, "error": error, "bytes": size, "of": model.sha256}
         note |= {"calibration": {"n": n, "seed": seed}} if int8 else {}
-        replace(
+        result = replace(
             model,
-            denoiser=denoiser.replace(net=made),
+            denoiser=denoiser.replace(net=made).eval().requires_grad_(False),
             name=f"{model.name}-{kind.kind}-{precision}",
             card={**model.card, "exported": note},
-        ).save(path)
-    return load(path)
+        )
+        result.save(path)
+    made.open_files(path)
+    return result

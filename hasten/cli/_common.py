@@ -92,9 +92,9 @@ def warn(line: str) -> None:
 
 def cached(folder: str) -> Path:
     """A folder of hasten's own, in the user's cache."""
-    from ..performance.autotune import notebook
+    from ..utils.environment import cache_folder
 
-    return notebook().parent / folder
+    return cache_folder() / folder
 
 
 def given_images(path: Path, n: int, channels: int, start: str | None = None, mask: Path | None = None) -> Tensor:

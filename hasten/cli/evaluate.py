@@ -1,4 +1,4 @@
-"""TODO."""
+"""`hasten evaluate`."""
 
 from __future__ import annotations
 

@@ -79,6 +79,7 @@ def sample(
     """
     from .. import images as pictures
     from ..errors import whole
+    from ..files import reserve, write
     from ..workflows.sample import kept, sample_many, sharing
 
     whole("n", n, 1)
@@ -86,7 +87,7 @@ def sample(
     if out.suffix.lower() != ".png" and not single:
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
     refuse_inside(out, images, "--out")
-    pictures.reserve(out / "0.png" if single else out)
+    reserve(out / "0.png" if single else out)
     ranks = processes(device)
     loaded = open_shared(model, ranks, sound=False)
     if loaded.codec == "raw":
@@ -122,7 +123,7 @@ def sample(
         except NonFinite as e:
             if single or e.images is None or e.images.ndim != 4 or not ranks.first:
                 raise
-            pictures.write(out, pictures.png(pictures.grid(pictures.crossed(e.images), columns), {"failed": str(e)}))
+            write(out, pictures.png(pictures.grid(pictures.crossed(e.images), columns), {"failed": str(e)}))
             raise NonFinite(f"{e} ({out} has a cross in their place)") from e
     seconds = time.perf_counter() - began
     if x is None:  # the first process has them all
@@ -147,9 +148,9 @@ def sample(
 
     if single:
         whole_files = ((seed + k, pictures.png(pictures.picture(x[k]), made(k, k))) for k in range(n))
-        files = [pictures.write(out / f"{number:06d}.png", data) for number, data in whole_files]
+        files = [write(out / f"{number:06d}.png", data) for number, data in whole_files]
     else:
-        files = [pictures.write(out, pictures.png(pictures.grid(x, columns), made(0, n - 1)))]
+        files = [write(out, pictures.png(pictures.grid(x, columns), made(0, n - 1)))]
     ranks.wait()
     if keep is not None:
         keep.clear()

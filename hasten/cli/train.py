@@ -1,4 +1,4 @@
-"""TODO."""
+"""`hasten train`."""
 
 from __future__ import annotations
 

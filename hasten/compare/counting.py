@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..model.model import Model
+from ..progress import Progress
 from .variants import Variant
 
 

@@ -12,30 +12,24 @@ is a sample of it.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import math
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Wrapper
+from ..denoiser import Denoiser, Wrapper
+from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, nearest
-from ..pick import spell
+from ..pick import pick, spell
 from ..plan.draw import draw
+from ..progress import watched
 from ..sampling import Noise
-from ..times import TimeGrid
-from ..utils.environment import is_terminal
 from ._pair_store import DESCRIPTION, check, fingerprint, record, stored, write
-
-if TYPE_CHECKING:
-    from ._task import Task
 
 # Seeds from here on are not those that people sample with. A generator of the CPU has 2^32 of them in all.
 FIRST, SPAN, RUNS = 10_000_000, 10_000_000, 400
@@ -45,6 +39,23 @@ DTYPES = ("uint8", "float16", "float32")
 SAMPLERS = ("ddim", "unipc", "dpm", "deis", "heun")  # deterministic ones: the end is a function of the noise
 EXACT = ("ddim", "dpm", "deis")  # of these, the ones that ask the teacher about the very states they pass
 LABELS = ("turns", "random")
+
+
+class PairSource(Protocol):
+    """What the making of pairs needs to know of a task; see `_task.Task`."""
+
+    teacher: nn.Module
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    guidance_scale: float
+    codec: str | None
+    seed: int
+    precision: str
+    show: bool
+    ranks: Ranks
+
+    @property
+    def label_count(self) -> int: ...
 
 
 class Pairs:
@@ -193,7 +204,7 @@ def labels_of(told: dict[str, Any], chosen: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make(
-    task: Task,
+    task: PairSource,
     folder: str | Path,
     count: int,
     *,
@@ -268,7 +279,7 @@ def make(
 
 
 def drawn(
-    task: Task, teacher: nn.Module, method: Any, grid: Tensor, told: dict[str, Any], number: int, rows: int,
+    task: PairSource, teacher: nn.Module, method: Any, grid: Tensor, told: dict[str, Any], number: int, rows: int,
     tick: Callable[[int], None],
 ) -> dict[str, np.ndarray] | None:  # fmt: skip
     """The arrays of block `number`, whose batches begin where it does: they do not depend on what was made before.
@@ -338,34 +349,9 @@ def named_sampler(sampler: Any) -> Any:
         return sampler
     if sampler not in SAMPLERS:
         raise BadInput(f"pairs: unknown sampler {sampler!r}: {nearest(sampler, SAMPLERS)}")
-    module = importlib.import_module(f"..samplers.{sampler}", __package__)
-    names = {"ddim": "DDIM", "unipc": "UniPC", "dpm": "DPMSolver", "deis": "DEIS", "heun": "Heun"}
-    return getattr(module, names[sampler])()
+    return pick("samplers", sampler)
 
 
 def named_times(times: Any) -> Any:
     """A time grid by its name, or one as it is."""
-    if not isinstance(times, str):
-        return times
-    known = {law.name: law for law in TimeGrid.__subclasses__()}
-    if times not in known:
-        raise BadInput(f"pairs: unknown time grid {times!r}: {nearest(times, known)}")
-    return known[times]()
-
-
-@contextlib.contextmanager
-def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress with the time left on stderr, while that is a terminal."""
-    if not show or not is_terminal(sys.stderr):
-        yield lambda done: None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TextColumn("left"), progress.TimeRemainingColumn(),
-    )  # fmt: skip
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        shown = bar.add_task(what, total=total)
-        yield lambda done: bar.update(shown, completed=done)
+    return pick("times", times) if isinstance(times, str) else times

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,7 @@ from ..train.data import Batches
 from ..train.ema import Ema
 from ..train.fit import Fit
 from ..train.player import Player
-
-if TYPE_CHECKING:
-    from ._pairs import Pairs
+from ._pairs import Pairs, make
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 STUDENT = "student.safetensors"
@@ -232,8 +230,6 @@ class Task:
 
         count: pairs. how: as `distillers._pairs.make` takes it.
         """
-        from ._pairs import make
-
         return make(self, self.out / "pairs" / name, count, **how)
 
 

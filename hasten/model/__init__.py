@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ..utils.deprecation import forward
 from .model import Label, Model
 
 __all__ = ["Label", "Model"]
+
+__getattr__ = forward(__name__, {"load": "hasten.loading"})

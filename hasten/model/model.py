@@ -18,7 +18,6 @@ from ..guides.cfg import CFG, told_steps
 from ..images import given_images
 from ..performance.autotune import choose, parse, spell
 from ..pick import pick
-from ..plan.diagnose import check_sample
 from ..plan.draw import compiled
 from ..plan.draw import draw_unchecked as draw
 from ..plan.table import Plan
@@ -26,6 +25,7 @@ from ..sampling import Callback, Noise, Progress, part
 from ..storage import model_folder as shelf
 from ..times import check_steps
 from ..utils.noise import LARGEST_SEED
+from .finite import check_sample
 from .resolve import Way, checked, grid_of, several, spelled
 
 Label: TypeAlias = int | str | Sequence[int | str] | Tensor | None

@@ -58,7 +58,7 @@ def choose(denoiser: nn.Module, x: Tensor, identity: str, budget: float = 2.0, *
     chip = [platform.machine(), processor(x.device), torch.backends.cpu.get_cpu_capability()]
     told = [identity, list(x.shape), device, *chip, torch.__version__]
     key = hashlib.sha256(json.dumps([*told, torch.get_num_threads()]).encode()).hexdigest()[:16]
-    notes = notebook()
+    notes = autotune_cache()
     try:
         known = json.loads(notes.read_text())
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def choose(denoiser: nn.Module, x: Tensor, identity: str, budget: float = 2.0, *
     return found
 
 
-def notebook() -> Path:
+def autotune_cache() -> Path:
     """The file of notes: in $HASTEN_CACHE, or in hasten's folder of the user's cache (`environment.cache_folder`)."""
     return cache_folder() / "runtime.json"
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The device to work on, and what it is."""
 
 from __future__ import annotations
 

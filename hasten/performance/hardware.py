@@ -1,4 +1,4 @@
-"""TODO."""
+"""Devices and the links between them, as numbers for predicting what patch parallelism costs."""
 
 from __future__ import annotations
 

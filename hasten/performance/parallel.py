@@ -27,7 +27,7 @@ import torch
 from torch import distributed, nn
 
 from ..errors import BadInput, whole
-from .hardware import NVLINK, Device, Link, Way
+from .hardware import A100, NVLINK, Device, Link, Way
 from .profile import Op, Talk, Work, work_of
 
 __all__ = [
@@ -60,12 +60,13 @@ class Forecast:
         return self.alone / self.sync
 
 
-def forecast(work: Work, device: Device, link: Link, way: Way = Way(), steps: int = 50) -> Forecast:
+def forecast(work: Work, device: Device, link: Link, way: Way | None = None, steps: int = 50) -> Forecast:
     """How much faster `steps` evaluations are on several devices than on one of them.
 
     Raises:
         BadInput: for fewer than 1 step, more ranks than rows, branches of a batch of one row.
     """
+    way = Way() if way is None else way
     whole("steps", steps, 1)
     alone = work.seconds(device)
     part = work._of(way)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where a value that is not finite began."""
 
 from __future__ import annotations
 
@@ -10,33 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..errors import NonFinite
-from ..model.resolve import Way
-from ..sampling import Noise
 from ..utils.finite import check_images, first_non_finite, is_finite, not_finite
-from .draw import draw_unchecked as draw
-
-
-def check_sample(
-    x: Tensor, made: list[Tensor], way: Way, denoiser: nn.Module, noise: Noise, given: Tensor | None,
-    cond: dict[str, Any], decoder: Any = None, runtime: str = "fp32",
-) -> None:  # fmt: skip
-    """Refuse a batch of samples (n, ...) that `way` drew and that is not finite. It is then sampled once more to find
-    out where that began. `made`: the batches before it; they and this one are in the error's `images`.
-
-    denoiser: as it was sampled, with the guides and the start around it. given: what the start began from.
-    """
-
-    def again(watched: nn.Module) -> Tensor:
-        fresh = Noise(noise.seeds, noise.shape, noise.dtype, noise.device)
-        begin = None if way.start is None else way.start.begin(watched, fresh, way.times[0], given, **cond)
-        return draw(watched, way.sampler, way.times, fresh, x=begin, plan=way.plan, cond=cond)
-
-    try:
-        check_images(x, noise.seeds, lambda: origin(denoiser, again, decoder, runtime))
-    except NonFinite as error:
-        error.images = torch.cat([*made, x.float().cpu()])
-        raise
+from ..utils.noise import Noise
 
 
 class _Found(Exception):
@@ -123,3 +98,22 @@ def _watched(net: Any, layers: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_result(x: Tensor, denoiser: Any, noise: Any, again: Callable[[Any, Any], Tensor]) -> Tensor:
+    """The samples (B, *S) themselves. Raises NonFinite, with where it began, for NaN or infinity, unless gradients are
+    recorded.
+
+    again: draws the same samples once more with the denoiser and the noise that it is given.
+    """
+
+    def where() -> str:
+        if not isinstance(denoiser, nn.Module):
+            return "look at what the denoiser answers"
+        fresh = noise.rows(slice(None)) if isinstance(noise, Noise) else noise
+        with torch.no_grad():
+            return origin(denoiser, lambda watched: again(watched, fresh))
+
+    if not x.requires_grad:
+        check_images(x, where=where, what="samples")
+    return x

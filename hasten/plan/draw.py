@@ -1,9 +1,10 @@
-"""TODO."""
+"""`draw`: samples from noise, by a sampler, compiled to a `Plan` where that can be, or by a plan."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..pick import spell
-from ..sampling import OPTIONS, Callback, Progress, Sampler, _schedule_of, walk
+from ..sampling import Callback, Progress, Sampler, _schedule_of, walk
 from ..schedules.continuous import Schedule
 from ..times import as_times
-from ..utils.arguments import check_noise, check_result, check_state, given_grid, given_sampler
+from ..utils.arguments import check_noise, check_state, given_grid, given_sampler
 from ..utils.conditions import conditions_of
 from ..utils.noise import Noise
+from .diagnose import check_result
 from .table import Plan
+
+__all__ = ["compiled", "draw"]
 
 FEW = 40  # evaluations up to which a plan is looked at for what it would do to the values
 
@@ -69,7 +73,7 @@ def draw_unchecked(
 ) -> Tensor:  # fmt: skip
     """`draw`, with samples that may hold NaN or infinity."""
     schedule = _schedule_of(denoiser)
-    given = conditions_of("draw", OPTIONS["draw"], cond, keywords, denoiser)
+    given = conditions_of("draw", OPTIONS, cond, keywords, denoiser)
     if plan is None and sampler is None:
         raise BadInput("draw needs a sampler or a plan")
     sampler = None if sampler is None else given_sampler(sampler)
@@ -103,7 +107,7 @@ def draw_unchecked(
 
 def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
     """The plan of a linear sampler; the last few are kept."""
-    from .plan.table import plan
+    from .table import plan
 
     if times.requires_grad:
         return plan(sampler, schedule, times)
@@ -117,7 +121,7 @@ def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
 
 @functools.lru_cache(maxsize=16)
 def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
-    from .plan.table import plan
+    from .table import plan
 
     with torch.inference_mode(False):
         at = torch.tensor(times, dtype=torch.float64)
@@ -136,3 +140,6 @@ def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
                 stacklevel=3,
             )
     return made
+
+
+OPTIONS = tuple(inspect.signature(draw).parameters)[:-1]

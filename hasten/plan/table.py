@@ -23,9 +23,10 @@ from ..sampling import Callback, Progress, Sampler, no_noise
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
 from ..times import as_times, check_times
-from ..utils.arguments import check_result, check_state, given_sampler
+from ..utils.arguments import check_state, given_sampler
 from ..utils.conditions import conditions_of
 from .basis import Basis
+from .diagnose import check_result
 from .program import Draws, Program, combine, filled, program, sparse, used
 from .tracing import trace
 

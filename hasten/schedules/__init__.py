@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
-from .serialize import schedule_from_dict
 from .base import Schedule
+from .continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
 from .discrete import Discrete, rescale_zero_snr
+from .serialize import schedule_from_dict
 
 __all__ = [
     "EDM",

@@ -1,4 +1,4 @@
-"""TODO."""
+"""`Schedule`: how much of the data and how much noise there is at a time."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EDM", "VE", "Discrete", "Flow", "Schedule", "SubVP", "VPCosine", "VPLinear", "rescale_zero_snr",
-    "schedule_from_dict",
 ]  # fmt: skip
 
 
@@ -241,12 +240,3 @@ def _linear_log_alpha(b0: float, b1: float, t: Tensor) -> Tensor:
 def _linear_time(b0: float, b1: float, log_alpha: Tensor) -> Tensor:
     """The positive root of the quadratic above, in the form that does not cancel."""
     return -4 * log_alpha / (b0 + torch.sqrt(b0**2 - 4 * (b1 - b0) * log_alpha))
-
-
-def __getattr__(name: str) -> Any:
-    # Discrete is a Schedule in a file of its own, for length: it imports this one, so this one finds it late
-    if name in ("Discrete", "rescale_zero_snr"):
-        from . import discrete
-
-        return getattr(discrete, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Schedules from the dicts that files hold of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 from ..errors import BadInput, nearest
 from ..utils.registry import family
+from . import continuous, discrete  # noqa: F401  define the schedules that files name
 from .base import Schedule
+
+__all__ = ["schedule_from_dict"]
 
 
 def schedule_from_dict(spec: dict[str, Any]) -> Schedule:
@@ -15,8 +18,6 @@ def schedule_from_dict(spec: dict[str, Any]) -> Schedule:
 
     A class of one's own is found where it is defined in this process; nothing is imported for it.
     """
-    from . import discrete  # noqa: F401  (makes Discrete known)
-
     spec = dict(spec)
     name = spec.pop("name", None)
     found = family("schedule", Schedule, name, lambda cls: cls.__name__)

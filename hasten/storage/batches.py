@@ -1,4 +1,4 @@
-"""TODO."""
+"""Finished batches of images on disk, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..images import reserve, write
+from ..files import reserve, write
 
 
 class Kept:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +21,16 @@ from ..schedules.serialize import schedule_from_dict
 from ..utils.finite import check_finite
 from .atomic import replace_files
 from .checks import check_reopens
+from .model_like import ModelLike
 from .weights import fill, is_diffusers, is_ours, refusal, restored, sha256, store
 from .weights import told as network
-
-if TYPE_CHECKING:
-    from ..model.model import Model
 
 SCHEMA = 1
 WAIT = 30.0  # seconds that a save waits for another one into the same folder
 DESCRIPTION, WEIGHTS, PLAN, STATISTICS = "model.json", "weights.safetensors", "plan.json", "statistics.safetensors"
 
 
-def save(model: Model, folder: Path, half: bool = False) -> Path:
+def save(model: ModelLike, folder: Path, half: bool = False) -> Path:
     """Write a model's folder; see `Model.save`."""
     as_pipeline = check_savable(model)
     try:
@@ -43,7 +41,7 @@ def save(model: Model, folder: Path, half: bool = False) -> Path:
         raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
 
 
-def commit(model: Model, folder: Path, half: bool, as_pipeline: bool) -> Path:
+def commit(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> Path:
     """Write all files of a model into a temporary folder, and exchange those of `folder` for them at once."""
     part = temporary(folder / "model")
     try:
@@ -68,7 +66,7 @@ def commit(model: Model, folder: Path, half: bool, as_pipeline: bool) -> Path:
     return folder
 
 
-def check_savable(model: Model, network: bool = True) -> bool:
+def check_savable(model: ModelLike, network: bool = True) -> bool:
     """Refuse a model that could not be saved, before any work is done on it; whether it becomes a pipeline's folder.
 
     network: it keeps a network of its kind; False: it will be saved with one that diffusers cannot express (integer
@@ -100,7 +98,7 @@ def check_savable(model: Model, network: bool = True) -> bool:
     return False
 
 
-def write_network(model: Model, part: Path, half: bool, as_pipeline: bool) -> dict[str, Any]:
+def write_network(model: ModelLike, part: Path, half: bool, as_pipeline: bool) -> dict[str, Any]:
     """Write the network's files into the folder `part`; what model.json says otherwise than `describe` does."""
     net = model.denoiser.net
     if as_pipeline:
@@ -121,7 +119,7 @@ def write_network(model: Model, part: Path, half: bool, as_pipeline: bool) -> di
     return {"decoder": True, "weights": {"file": WEIGHTS, "sha256": model.sha256}}
 
 
-def describe(model: Model) -> dict[str, Any]:
+def describe(model: ModelLike) -> dict[str, Any]:
     """What model.json holds, but for the hashes of the files of statistics and parts."""
     net, denoiser = model.denoiser.net, model.denoiser
     told = {
@@ -173,8 +171,15 @@ def keep(tensors: dict[str, Tensor], file: Path) -> None:
     file.write_bytes(written({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
 
 
-def read(folder: Path, networks: Sequence[type] = (), trust_code: bool = False) -> dict[str, Any]:
+def read(
+    folder: Path,
+    networks: Sequence[type] = (),
+    trust_code: bool = False,
+    open_base: Callable[[Path], ModelLike] | None = None,
+) -> dict[str, Any]:
     """The arguments of `Model` for the model in a folder, checked part by part. networks, trust_code: see `load`.
+
+    open_base: opens a pipeline's folder as a model; needed where model.json lies beside a pipeline.
 
     Where another process saves a new model there meanwhile, that one is read.
     """
@@ -185,7 +190,7 @@ def read(folder: Path, networks: Sequence[type] = (), trust_code: bool = False) 
             raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
         error = fields = None
         try:
-            fields = fields_of(folder, text, networks, trust_code)
+            fields = fields_of(folder, text, networks, trust_code, open_base)
         except (BadInput, OSError, RuntimeError) as e:  # RuntimeError: torch, where a file is gone
             error = e
         with contextlib.suppress(OSError, ValueError):
@@ -198,7 +203,13 @@ def read(folder: Path, networks: Sequence[type] = (), trust_code: bool = False) 
     raise BadInput(f"cannot read {folder / DESCRIPTION}: it changes all the time")
 
 
-def fields_of(folder: Path, text: str, networks: Sequence[type], trust_code: bool) -> dict[str, Any]:
+def fields_of(
+    folder: Path,
+    text: str,
+    networks: Sequence[type],
+    trust_code: bool,
+    open_base: Callable[[Path], ModelLike] | None = None,
+) -> dict[str, Any]:
     """The arguments of `Model` that the text of a model.json amounts to."""
     try:
         told = json.loads(text)
@@ -208,7 +219,12 @@ def fields_of(folder: Path, text: str, networks: Sequence[type], trust_code: boo
         found = told.get("schema") if isinstance(told, dict) else type(told).__name__
         raise BadInput(f"{folder / DESCRIPTION} has schema {found!r}, this version of hasten reads {SCHEMA}")
     try:
-        base = opened(folder, told) if "slot" in told["net"] else None
+        base = None
+        if "slot" in told["net"]:
+            if open_base is None:
+                raise BadInput(f"{folder} is the folder of a pipeline: open it with hasten.load")
+            check_pipeline_weights(folder, told)
+            base = open_base(folder)
         net = restored(told["net"], networks, trust_code) if base is None else base.denoiser.net
         denoiser = denoiser_of(net, told)
         denoiser.null_label = told["null_label"]  # None where the network has a row for it that was never trained
@@ -261,16 +277,13 @@ def denoiser_of(net: torch.nn.Module, description: dict[str, Any]) -> Denoiser:
     )
 
 
-def opened(folder: Path, description: dict[str, Any]) -> Model:
-    """The pipeline in a folder that also has a model.json, after the hash of its network's weights is checked."""
-    from ..adapters.diffusers.saving import open_saved
-
+def check_pipeline_weights(folder: Path, description: dict[str, Any]) -> None:
+    """Refuse a pipeline's folder whose network's weights are not those that its model.json names."""
     file = folder / description["weights"]["file"]
     if not file.is_file():
         raise BadInput(f"{file} is missing: model.json names it")
     if (found := sha256(file)) != (expected := str(description["weights"]["sha256"])):
         raise BadInput(f"{file} is not the file that model.json names: sha256 {found[:12]}, expected {expected[:12]}")
-    return open_saved(folder)
 
 
 def decoder_in(folder: Path, description: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a file or record says of where it came from: hashes of models, versions, the command."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import torch
 
-from ..model.model import Model
+from .model_like import ModelLike
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(model: ModelLike) -> str:
     """sha256 of weights, parts and statistics as they are now, and of what gives the weights their meaning."""
     digest = hashlib.sha256()
     tensors = {**model.denoiser.state_dict(), **model.statistics}

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Runs that were recorded in a folder before."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from .. import nets
 from ..errors import BadInput, Notice, nearest
 from ..files import sha256
-from ..model.model import Model
 from ..nets.quantized import described, scales, vacant
 from ..utils.finite import not_finite
+from .model_like import ModelLike
 
 __all__ = ["build", "fill", "refusal", "restored", "sha256", "store", "told"]
 
@@ -87,7 +87,7 @@ def refusal(net: nn.Module) -> str | None:
     if is_ours(net):
         return None if kinds().get(type(net).__name__) is type(net) else f"{type(net).__name__} only wraps a network"
     if is_diffusers(net):
-        from ..adapters.diffusers.saving import network_refusal
+        from ..adapters.diffusers.saved_networks import network_refusal
 
         return network_refusal(net)
     return own_refusal(net)
@@ -181,7 +181,7 @@ def told(net: nn.Module) -> dict[str, Any]:
 def identity(net: nn.Module) -> dict[str, Any]:
     """What a network is built from."""
     if is_diffusers(net):
-        from ..adapters.diffusers.saving import network_config
+        from ..adapters.diffusers.saved_networks import network_config
 
         return network_config(net)
     config = getattr(net, "config", None)
@@ -200,7 +200,7 @@ def restored(told: dict[str, Any], networks: Sequence[type] = (), trust_code: bo
         config, inside = dict(told["config"]), restored(told["net"], networks, trust_code)
         net = build(told["class"], {"net": inside, **config})
     elif told.get("library") == "diffusers":
-        from ..adapters.diffusers.saving import network_from
+        from ..adapters.diffusers.saved_networks import network_from
 
         net = network_from(told)
     elif "module" in told:
@@ -257,7 +257,7 @@ def fill(net: nn.Module, file: Path, expected: str) -> None:
         warnings.warn(f"{file}: the tensor {bad} holds NaN or infinity", Notice, stacklevel=2)
 
 
-def is_half(model: Model) -> bool:
+def is_half(model: ModelLike) -> bool:
     """Whether float16 holds the weights without loss: they came from such a file."""
     weights = [w for w in model.denoiser.net.state_dict().values() if w.is_floating_point()]
     return all(torch.equal(w, w.half().to(w.dtype)) for w in weights)

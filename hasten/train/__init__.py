@@ -3,7 +3,7 @@
 from .data import Batches, Data, open_data, to_float
 from .ema import Ema
 from .fit import Fit
-from .player import Player
 from .losses import DenoisingLoss
+from .player import Player
 
 __all__ = ["Batches", "Data", "DenoisingLoss", "Ema", "Fit", "Player", "open_data", "to_float"]

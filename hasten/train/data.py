@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .arrays import open_array, open_npz
-from .decode import SUFFIXES
 from .folders import SPLITS, file_tree, folder_tree, open_tree, zip_tree
 from .labels import MAYBE
 from .notes import counted, listed, note
 from .sources import Data, find_idx, open_idx, open_npy
+from .tree import SUFFIXES
 
 __all__ = ["Batches", "Data", "open_data", "to_float"]
 

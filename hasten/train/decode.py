@@ -17,16 +17,11 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .sources import crop
+from .tree import SUFFIXES, Tree
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .tree import Tree
-
-SUFFIXES = (
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".heic", ".heif", ".tga", ".qoi",
-)  # fmt: skip
 # What Pillow and zipfile raise for a file that is damaged, or of a kind that they cannot read.
 BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, IndexError, KeyError,

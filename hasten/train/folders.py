@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .decode import SUFFIXES, Header, Unreadable, alpha, decode, header, readable
+from .decode import Header, Unreadable, alpha, decode, header, readable
 from .labels import find_labels
 from .names import natural
 from .notes import counted, listed, note
 from .sources import MEMORY, Data
-from .tree import Tree, file_tree, folder_tree, zip_tree
+from .tree import SUFFIXES, Tree, file_tree, folder_tree, zip_tree
 
 __all__ = ["SPLITS", "SUFFIXES", "Tree", "file_tree", "folder_tree", "open_tree", "zip_tree"]
 

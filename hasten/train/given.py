@@ -11,9 +11,9 @@ from torch import Tensor
 from ..errors import BadInput
 from .arrays import open_array
 from .data import open_data, to_float
-from .decode import SUFFIXES
 from .notes import note
 from .sources import Data, open_npy
+from .tree import SUFFIXES
 
 __all__ = ["read_images"]
 

@@ -11,9 +11,10 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
-from .decode import BROKEN, SUFFIXES
+from .decode import BROKEN
 from .names import normal
 from .notes import listed
+from .tree import SUFFIXES
 
 if TYPE_CHECKING:
     from .tree import Tree

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A network that is trained, with its optimiser."""
 
 from __future__ import annotations
 

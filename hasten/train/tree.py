@@ -13,9 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from ..errors import BadInput
-from .decode import SUFFIXES
 from .notes import counted
 
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".heic", ".heif", ".tga", ".qoi",
+)  # fmt: skip
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$)|@eaDir(/|$))")
 
 

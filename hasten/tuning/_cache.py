@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..files import write_whole
-from ..performance.autotune import notebook
+from ..utils.environment import cache_folder
 
 
 def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[
     A cache that cannot be read or written costs time, never the result.
     """
     text = json.dumps(key, sort_keys=True)
-    place = notebook().parent / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    place = cache_folder() / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         told = json.loads(place.read_text())
         if told["key"] == json.loads(text):

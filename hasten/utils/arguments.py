@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import BadInput
-from .noise import Noise
 
 
 def given_sampler(sampler: Any) -> Any:
@@ -33,27 +30,6 @@ def check_state(x: Any, **functions: Any) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise BadInput(f"{name} must be a function or None, found {function!r}")
-
-
-def check_result(x: Tensor, denoiser: Any, noise: Any, again: Callable[[Any, Any], Tensor]) -> Tensor:
-    """The samples (B, *S) themselves. Raises NonFinite, with where it began, for NaN or infinity, unless gradients are
-    recorded.
-
-    again: draws the same samples once more with the denoiser and the noise that it is given.
-    """
-    from ..plan.diagnose import origin
-    from .finite import check_images
-
-    def where() -> str:
-        if not isinstance(denoiser, nn.Module):
-            return "look at what the denoiser answers"
-        fresh = noise.rows(slice(None)) if isinstance(noise, Noise) else noise
-        with torch.no_grad():
-            return origin(denoiser, lambda watched: again(watched, fresh))
-
-    if not x.requires_grad:
-        check_images(x, where=where, what="samples")
-    return x
 
 
 def given_grid(times: Any) -> Any:

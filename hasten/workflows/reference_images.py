@@ -18,7 +18,7 @@ from ..errors import BadInput, HastenError
 from ..metrics import Reference, extract, feature_net, floor_table, make_reference, net_name, save_reference
 from ..metrics import reference as load_reference
 from ..metrics.references import BUNDLED
-from ..performance.autotune import notebook
+from ..utils.environment import cache_folder
 
 VERSION = 1
 LEAST = 20  # images: two halves of ten
@@ -84,7 +84,7 @@ def of_images(place: Path, net: nn.Module, shape: Sequence[int], say: Callable[[
 
     key = {"files": listed(place), "features": net_name(net), "shape": list(shape), "version": VERSION}
     text = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    kept = notebook().parent / "references" / text
+    kept = cache_folder() / "references" / text
     if (kept / "features.json").is_file():
         try:
             return replace(load_reference(kept), name=place.name)

@@ -64,7 +64,7 @@ def test_a_model_traces_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, traces = hasten.load("fashion"), []
     import sys
 
-    module = sys.modules["hasten.plan"]
+    module = sys.modules["hasten.plan.table"]
     original = module.trace
     monkeypatch.setattr(module, "trace", lambda *a: traces.append(1) or original(*a))
     model.setting("ddim", "trailing", 3, 1.0)

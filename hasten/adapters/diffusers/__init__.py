@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .pipelines import accelerate, accelerate_pipeline, as_scheduler, load_pipeline
+from .accelerate import accelerate, accelerate_pipeline
+from .pipelines import load_pipeline
+from .scheduler import as_scheduler
 from .schedules import times_like
 
 __all__ = ["accelerate", "accelerate_pipeline", "as_scheduler", "load_pipeline", "times_like"]

@@ -181,7 +181,8 @@ def sampled(
 
     None where the network wants more than hasten can give it by itself (an image to inpaint).
     """
-    from .pipelines import load_pipeline, network_of
+    from .library import network_of
+    from .pipelines import load_pipeline
 
     if callable(prompts):
         net = network_of(pipe)[1]

@@ -15,7 +15,7 @@ import copy
 import inspect
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,57 +23,15 @@ from torch import Tensor
 from ...errors import BadInput
 from ...nets.quantized import layers
 from ...schedules.discrete import Discrete
-from .optional import diffusers
+from ...storage.model_like import ModelLike
+from .library import diffusers
 from .schedules import PREDICTIONS, FlowDenoiser
 from .seams import Seams
-from .wrap import with_seams
-
-if TYPE_CHECKING:
-    from ...model.model import Model
 
 DECODER = "decoder"
 
 
-def network_refusal(net: Any) -> str | None:
-    """Why the network inside an adapter cannot be built again from its config; None where it can."""
-    name = type(net.net).__name__
-    if getattr(diffusers(), name, None) is not type(net.net):
-        return f"its network is a {name} that diffusers {diffusers().__version__} does not have under that name"
-    try:
-        config = network_config(net)["config"]
-    except (TypeError, ValueError) as e:
-        return f"the config of its {name} cannot be written as JSON ({e})"
-    with torch.device("meta"):
-        before, after = net.net.state_dict(), type(net.net).from_config(config).state_dict()
-    different = sorted(set(before) ^ set(after)) or [k for k, w in before.items() if w.shape != after[k].shape]
-    if different and next(layers(net), None) is None:
-        return (
-            f"its {name} has other tensors than its config describes, first {different[0]}: merge or unload adapters "
-            "(pipe.fuse_lora(), pipe.unload_lora_weights()) and undo fused projections first"
-        )
-    return None
-
-
-def network_config(net: Any) -> dict[str, Any]:
-    """What model.json holds of a network of diffusers."""
-    config = {key: value for key, value in json.loads(net.net.to_json_string()).items() if not key.startswith("_")}
-    found = {"class": type(net.net).__name__, "library": "diffusers", "config": config}
-    return found | ({"whole": True} if net.whole else {})
-
-
-def network_from(description: dict[str, Any]) -> Seams:
-    """The network that `network_config` described, with random weights. Only kinds that hasten has an adapter for."""
-    from . import transformers as _transformers
-    from . import unets as _unets
-
-    name, known = description["class"], {**_unets.KINDS, **_transformers.KINDS}
-    kind = getattr(diffusers(), str(name), None)
-    if name not in known or kind is None:
-        raise BadInput(f"unknown network {name!r} of diffusers: known are {', '.join(known)}")
-    return with_seams(kind.from_config(description["config"]), bool(description.get("whole", False)))
-
-
-def fits_pipeline(model: Model, network: bool = True) -> bool:
+def fits_pipeline(model: ModelLike, network: bool = True) -> bool:
     """Whether the model can be saved as a folder of its pipeline. network: the network stays one of diffusers."""
     denoiser = model.denoiser
     read = isinstance(denoiser, FlowDenoiser) or (denoiser.clock == "index" and isinstance(denoiser.schedule, Discrete))
@@ -88,9 +46,9 @@ def fits_pipeline(model: Model, network: bool = True) -> bool:
     )
 
 
-def save_pipeline(model: Model, folder: Path) -> dict[str, Any]:
+def save_pipeline(model: ModelLike, folder: Path) -> dict[str, Any]:
     """Write the pipeline with the model's network and scheduler; what model.json says of `net` and of `weights`."""
-    from .pipelines import network_of
+    from .library import network_of
 
     slot, _ = network_of(model.pipeline)
     net = model.denoiser.net
@@ -106,14 +64,7 @@ def save_pipeline(model: Model, folder: Path) -> dict[str, Any]:
     return {"net": kind, "file": f"{slot}/{files[0].name}"}
 
 
-def open_saved(folder: Path) -> Model:
-    """The model of a pipeline folder, without what model.json adds to it."""
-    from .pipelines import load_pipeline, open_pipeline
-
-    return load_pipeline(open_pipeline(folder), name=folder.name)
-
-
-def save_decoder(model: Model, folder: Path) -> None:
+def save_decoder(model: ModelLike, folder: Path) -> None:
     """Write the image decoder of a model of latents beside its network."""
     if model.decoder is not None:
         model.decoder.vae.save_pretrained(str(folder / DECODER))
@@ -132,12 +83,12 @@ def open_decoder(folder: Path) -> Any:
     return Latents(kind.from_pretrained(str(folder / DECODER)).eval().requires_grad_(False))
 
 
-def scheduler_of(model: Model) -> Any:
+def scheduler_of(model: ModelLike) -> Any:
     """A scheduler that samples as the model does: of diffusers, of hasten, or, where neither can, the pipeline's.
 
     A model that recommends what it did when it was loaded keeps the pipeline's.
     """
-    from .pipelines import as_scheduler
+    from .scheduler import as_scheduler
 
     changed = model.plan is not None or "distilled" in model.card
     if not changed:
@@ -154,7 +105,7 @@ def scheduler_of(model: Model) -> Any:
         return model.pipeline.scheduler  # the network is the same: its scheduler samples it as well as before
 
 
-def stock_scheduler(model: Model) -> Any:
+def stock_scheduler(model: ModelLike) -> Any:
     """A scheduler of diffusers whose steps are exactly those of the model's plan, None where there is none.
 
     On the trailing grid of n steps, where n divides the table: DDIMScheduler for DDIM, DDPMScheduler for DDPM with the
@@ -192,7 +143,7 @@ def stock_scheduler(model: Model) -> Any:
     return made if same else None
 
 
-def sampler_name(model: Model) -> str | None:
+def sampler_name(model: ModelLike) -> str | None:
     """The class of diffusers that makes the steps of the model's plan on its times, found by comparing plans."""
     from ...pick import pick
     from ...plan.table import plan as compile_plan
@@ -207,7 +158,7 @@ def sampler_name(model: Model) -> str | None:
     return None
 
 
-def table_config(model: Model) -> dict[str, Any]:
+def table_config(model: ModelLike) -> dict[str, Any]:
     """The table of the model's schedule, as a scheduler of diffusers takes it: by its own settings or by its betas."""
     table, theirs = model.denoiser.schedule, dict(model.pipeline.scheduler.config)
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
@@ -224,7 +175,7 @@ def table_config(model: Model) -> dict[str, Any]:
     return {"num_train_timesteps": len(wanted), "trained_betas": (1 - wanted / before).tolist()}
 
 
-def readme(model: Model, pipe: Any) -> str:
+def readme(model: ModelLike, pipe: Any) -> str:
     """What the folder is and how it is opened."""
     lines = [f"# {model.name}", "", str(model.card.get("summary", f"A {type(pipe).__name__}, saved by hasten.")), ""]
     steps = model.plan.nfe if model.plan is not None else model.steps

@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
 @cache
 def scheduler_class() -> type:
     """The class itself. Raises BadInput where `diffusers` is not there."""
-    from .optional import diffusers
+    from .library import diffusers
 
     library = diffusers()
     from diffusers.configuration_utils import register_to_config

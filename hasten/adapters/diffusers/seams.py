@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import BadInput, HastenError, nearest
 
-__all__ = ["Emb", "Seams", "dtype_of", "guidance_features", "with_seams"]
+__all__ = ["Emb", "Seams", "dtype_of", "guidance_features"]
 
 
 class Emb:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A network of `diffusers` with split points."""
 
 from __future__ import annotations
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from ...errors import BadInput
+from .network import uncompiled
 
 OLDEST = (0, 30)
 
@@ -51,3 +54,19 @@ def without_loading_bars() -> Iterator[None]:
             log.enable_progress_bar()
         if not downloads:
             hub.disable_progress_bars()
+
+
+INDEX = "model_index.json"
+
+
+def is_pipeline(thing: Any) -> bool:
+    """Whether a thing is a pipeline of `diffusers` (which is not imported to find out)."""
+    return any(kind.__name__ == "DiffusionPipeline" for kind in type(thing).__mro__)
+
+
+def network_of(pipe: Any) -> tuple[str, nn.Module]:
+    """The slot of a pipeline that holds its network, and the network, the one inside of `torch.compile`'s."""
+    for slot in ("unet", "transformer"):
+        if isinstance(net := getattr(pipe, slot, None), nn.Module):
+            return slot, uncompiled(net)
+    raise BadInput(f"{type(pipe).__name__} has neither a unet nor a transformer")

@@ -1,0 +1,53 @@
+"""Networks of `diffusers` as model.json describes them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from ...errors import BadInput
+from ...nets.quantized import layers
+from .library import diffusers
+from .seams import Seams
+from .wrap import with_seams
+
+
+def network_refusal(net: Any) -> str | None:
+    """Why the network inside an adapter cannot be built again from its config; None where it can."""
+    name = type(net.net).__name__
+    if getattr(diffusers(), name, None) is not type(net.net):
+        return f"its network is a {name} that diffusers {diffusers().__version__} does not have under that name"
+    try:
+        config = network_config(net)["config"]
+    except (TypeError, ValueError) as e:
+        return f"the config of its {name} cannot be written as JSON ({e})"
+    with torch.device("meta"):
+        before, after = net.net.state_dict(), type(net.net).from_config(config).state_dict()
+    different = sorted(set(before) ^ set(after)) or [k for k, w in before.items() if w.shape != after[k].shape]
+    if different and next(layers(net), None) is None:
+        return (
+            f"its {name} has other tensors than its config describes, first {different[0]}: merge or unload adapters "
+            "(pipe.fuse_lora(), pipe.unload_lora_weights()) and undo fused projections first"
+        )
+    return None
+
+
+def network_config(net: Any) -> dict[str, Any]:
+    """What model.json holds of a network of diffusers."""
+    config = {key: value for key, value in json.loads(net.net.to_json_string()).items() if not key.startswith("_")}
+    found = {"class": type(net.net).__name__, "library": "diffusers", "config": config}
+    return found | ({"whole": True} if net.whole else {})
+
+
+def network_from(description: dict[str, Any]) -> Seams:
+    """The network that `network_config` described, with random weights. Only kinds that hasten has an adapter for."""
+    from . import transformers as _transformers
+    from . import unets as _unets
+
+    name, known = description["class"], {**_unets.KINDS, **_transformers.KINDS}
+    kind = getattr(diffusers(), str(name), None)
+    if name not in known or kind is None:
+        raise BadInput(f"unknown network {name!r} of diffusers: known are {', '.join(known)}")
+    return with_seams(kind.from_config(description["config"]), bool(description.get("whole", False)))

@@ -1,0 +1,174 @@
+"""`as_scheduler`: samplers and plans of hasten as schedulers of `diffusers`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...denoiser import Denoiser
+from ...errors import BadInput
+from ...pick import spell
+from ...plan.table import Plan
+from ...schedules.base import Schedule
+from ...schedules.continuous import Flow
+from ...schedules.discrete import Discrete
+from ...schedules.serialize import schedule_from_dict
+from ...times import Explicit
+from .library import diffusers, is_pipeline
+from .schedules import PREDICTIONS, FlowDenoiser, alike, reading
+
+TABLE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type", "shift", "use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type",
+    "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "original_inference_steps",
+)  # fmt: skip
+
+THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+def as_scheduler(
+    method: Plan | Any,
+    times: Any = None,
+    like: Any = None,
+    prediction: str | None = None,
+    clip: float | bool | None = None,
+) -> Any:
+    """A scheduler of `diffusers` that runs a sampler or a plan of hasten inside an unmodified pipeline.
+
+        pipe.scheduler = hasten.as_scheduler("unipc:order=3", times="angle", like=pipe)
+        pipe("a photo of a cat", num_inference_steps=8)
+
+    It takes exactly the steps it is asked for, at fractional network times, with a generator for each sample if the
+    pipeline is given a list; `save_pretrained`, `from_pretrained` and `from_config` work. A process that opens such a
+    pipeline's folder must have imported hasten (`import hasten`) before it calls `from_pretrained`.
+
+    Args:
+        method: a linear sampler, as an object or a text; or a `Plan`, as an object or a .json file.
+        times: a time grid, as an object, a text, or the times themselves (steps + 1, from noise to the end); by
+            default "angle". A plan has its own.
+        like: what the network was made for: a pipeline, a scheduler, a scheduler's config, or a `Model` or `Denoiser`.
+            May be left out with a plan, given `prediction`.
+        prediction: "eps", "v", "x0" or "flow", in place of what `like` says.
+        clip: hold x0 to [-clip, clip], for networks of pixels; None: as `like` does, which may also have dynamic
+            thresholding; False: not. The whole step is made from the held x0, as DDIMScheduler does with
+            `use_clipped_model_output=True` (and not without it): where x0 is never beyond, the two agree.
+
+    A flow whose shift depends on the size of the image (`use_dynamic_shifting`) takes it from the pipeline. What
+    pipelines give to `set_timesteps` and `step` beside is taken, or refused by name.
+    """
+    from .scheduler_class import scheduler_class
+
+    kind, config = scheduler_class(), described(like)
+    if not isinstance(method, (str, Path, Plan)) and (isinstance(method, type) or not is_dataclass(method)):
+        raise BadInput(f"as_scheduler takes a sampler, as an object or a text, or a Plan, found {method!r}")
+    if isinstance(method, (str, Path)) and str(method).endswith(".json"):
+        try:
+            method = Plan.from_json(Path(method).read_text())
+        except OSError as error:
+            raise BadInput(f"cannot read {method}: {error.strerror or error}") from error
+    if isinstance(method, Plan):
+        if times is not None:
+            raise BadInput("a plan holds its times: leave times out")
+        known = schedule_from_dict(method.schedule)
+        if not isinstance(known, (Discrete, Flow)):
+            raise BadInput(f"a plan on {type(known).__name__}: the networks of diffusers know tables and flows")
+        if like is None:
+            config = scheduled(known)
+        elif not (
+            config.get("use_dynamic_shifting")  # whose shift is known later
+            and isinstance(known, Flow)
+            or alike(known, kind(**config).hasten_schedule, method.times)
+        ):
+            raise BadInput("the plan was made for another schedule than that of this pipeline")
+        config["plan"] = method.to_json()
+    else:
+        config["sampler"] = method if isinstance(method, str) else spell(method)
+        if times is not None and not isinstance(times, str):
+            values = times.tolist() if isinstance(times, Tensor) else times
+            if isinstance(values, type) or not (isinstance(values, Iterable) or is_dataclass(values)):
+                raise BadInput(f"times= takes a time grid, a text, or the times themselves, found {times!r}")
+            times = spell(Explicit(tuple(map(float, values))) if isinstance(values, Iterable) else times)
+        config["times"] = times or "angle"
+    if prediction is not None:
+        names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+        if prediction not in names:
+            raise BadInput(f"unknown prediction {prediction!r} (choices: {', '.join(names)})")
+        config["prediction_type"] = names[prediction]
+    elif like is None:
+        raise BadInput("as_scheduler needs like=, a pipeline or scheduler, or with a plan prediction=")
+    if clip is not None:
+        if not isinstance(clip, (bool, int, float)) or clip is not False and not 0 < clip < math.inf:
+            raise BadInput(f"clip= takes a number above 0, True (1.0) or False, found {clip!r}")
+        config = {key: value for key, value in config.items() if key not in ("clip", *THRESHOLDING)}
+        config["clip"] = None if clip is False else 1.0 if clip is True else float(clip)
+    return kind(**config)
+
+
+def described(like: Any) -> dict[str, Any]:
+    """The part of a scheduler's configuration that says what the network was made for."""
+    from .scheduler_class import scheduler_class
+
+    if like is None:
+        return {}
+    if isinstance(getattr(like, "denoiser", None), nn.Module):
+        like = like.denoiser  # a Model
+    if isinstance(like, Denoiser) or hasattr(like, "prediction") and hasattr(like, "clock"):
+        theirs = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+        if like.clock != "index" and not isinstance(like, FlowDenoiser):
+            raise BadInput(f"a scheduler of diffusers tells the network an index or sigma, this one wants {like.clock}")
+        return {**scheduled(like.schedule), "prediction_type": theirs[like.prediction.name]}
+    scheduler = like.scheduler if is_pipeline(like) else like
+    if hasattr(scheduler, "config"):
+        read, config = reading(scheduler), dict(scheduler.config)
+    elif isinstance(scheduler, Mapping):
+        read, config = None, dict(scheduler)
+    else:
+        raise BadInput(f"like= takes a pipeline, a scheduler, its config, a Model or a Denoiser, found {like!r}")
+    kept = {key: config[key] for key in TABLE if key in config} | clipping(scheduler, config)
+    if kept.get("trained_betas") is not None:
+        kept["trained_betas"] = [float(beta) for beta in kept["trained_betas"]]
+    if "FlowMatch" in str(config.get("_class_name") or type(scheduler).__name__) and not kept.get("use_flow_sigmas"):
+        # which tells pipelines (Flux) that the scheduler has noise levels of its own
+        kept |= {"use_flow_sigmas": True, "flow_shift": kept.get("shift") or 1.0}
+    if read is None:
+        return kept
+    kept["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[read.prediction]
+    try:
+        same = scheduler_class()(**kept).hasten_schedule == read.schedule
+    except NotImplementedError:  # betas of a kind that only that scheduler knows
+        same = False
+    if same:
+        return kept
+    more = {key: kept[key] for key in ("prediction_type", "clip", *THRESHOLDING) if key in kept}
+    return {**scheduled(read.schedule), **more}
+
+
+def clipping(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """How a scheduler holds x0 within bounds: `clip`, or the arguments of dynamic thresholding; {} where it does not.
+
+    Configurations carry what other schedulers wanted, so only what this scheduler itself takes counts.
+    """
+    if "clip" in config:
+        return {key: config[key] for key in ("clip", *THRESHOLDING) if key in config}  # one of ours
+    kind = (
+        type(scheduler) if hasattr(scheduler, "config") else getattr(diffusers(), str(config.get("_class_name")), None)
+    )
+    takes = config if kind is None else inspect.signature(kind.__init__).parameters
+    if config.get("thresholding") and "thresholding" in takes:
+        return {key: config[key] for key in THRESHOLDING if key in config}
+    if config.get("clip_sample") and "clip_sample" in takes:
+        return {"clip": float(config.get("clip_sample_range") or 1.0)}
+    return {}
+
+
+def scheduled(schedule: Schedule) -> dict[str, Any]:
+    """The configuration that only a schedule gives."""
+    if isinstance(schedule, Discrete):
+        return {"num_train_timesteps": len(schedule.alphas_cumprod), "plan_schedule": schedule.to_dict()}
+    return {"num_train_timesteps": 1000, "plan_schedule": schedule.to_dict()}

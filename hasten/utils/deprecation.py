@@ -1,0 +1,28 @@
+"""Old names that still work, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["forward"]
+
+
+def forward(old: str, new: str | Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` that looks names up where they are now.
+
+    Args:
+        old: the module's name. new: the module that has all its names now, or, by name, the modules that have some.
+    """
+
+    def find(name: str) -> Any:
+        home = new if isinstance(new, str) else new.get(name)
+        if home is None or name.startswith("__"):
+            raise AttributeError(f"module {old!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(home), name)
+        warnings.warn(f"{old}.{name} has moved to {home}", DeprecationWarning, stacklevel=2)
+        return value
+
+    return find
