@@ -24,11 +24,11 @@ slow: $(VENV)/.stamp-dev ## the slow tests too
 mutants: $(VENV)/.stamp-dev ## apply the faults of tests/mutants.toml one by one and report those that no test sees
 	$(BIN)/python -m tests.mutants
 
-check: $(VENV)/.stamp-dev ## style, types, and the rules of the house
+check: $(VENV)/.stamp-dev ## style, types, and the architecture
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_house.py
+	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 format: $(VENV)/.stamp-dev ## apply the style
 	$(BIN)/ruff check --fix .

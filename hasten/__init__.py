@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__ as __version__
+from ._version import __version__  # noqa: F401  read as hasten.__version__
 
 # public name: the module that defines it (`pick` and `plan` are modules that can be called)
 _HOMES = {
@@ -61,7 +61,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adapters.diffusers import times_like
-    from .adapters.diffusers.accelerate import accelerate
+    from .adapters.diffusers.acceleration import accelerate
     from .adapters.diffusers.scheduler import as_scheduler
     from .denoiser import Denoiser, Wrapper
     from .distributed.ranks import Ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -157,6 +158,18 @@ class Denoiser(nn.Module):
     def step_counts(self) -> tuple[int, ...] | None:
         """The counts of steps of which the network must be told one, as `steps` (B,); None where it takes none."""
         return getattr(self.net, "step_counts", None)
+
+    def condition_names(self) -> frozenset[str] | None:
+        """The conditions that the network can be given; None where its signature does not say (`**keywords`)."""
+        if type(self) is not Denoiser or hasattr(self.net, "_orig_mod"):
+            return None
+        try:
+            parameters = list(inspect.signature(self.net.forward).parameters.values())
+        except (TypeError, ValueError):
+            return None
+        if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters) or len(parameters) < 2:
+            return None
+        return frozenset(p.name for p in parameters[2:])
 
     def replace(self, **changes: Any) -> Denoiser:
         """The same denoiser with some of its constructor's arguments changed; what is not named is shared."""

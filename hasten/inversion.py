@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
-from .distillers._targets import grid
 from .errors import BadInput
 from .predictions import Prediction, spread
 from .schedules.base import Schedule
@@ -99,7 +98,7 @@ def rising(denoiser: Any, steps: int) -> Tensor:
         raise BadInput(
             "a network that predicts x0 says nothing of the noise at the image: encoding needs v, flow, edm or eps"
         )
-    times = grid(Trailing(), denoiser.schedule, steps)
+    times = Trailing()(denoiser.schedule, steps).flip(0)
     clock = getattr(denoiser, "time_input", None)  # which exact denoisers lack
     if clock is not None and not math.isfinite(float(clock(times[0]))):
         times[0] = denoiser.schedule.t_min

@@ -210,19 +210,6 @@ def _said(hint: Any) -> str:
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-class _Callable(types.ModuleType):
-    """`hasten.pick` is this module and, called, the function of that name in it."""
-
-    __call__ = staticmethod(pick)
-    __signature__ = inspect.signature(pick)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return importlib.import_module, (self.__name__,)
-
-
-sys.modules[__name__].__class__ = _Callable
-
-
 def spell(method: Any) -> str:
     """How a method is written on the command line: `"heun:churn=0.1"`, the fields that are not at their default.
 
@@ -246,3 +233,36 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def given_sampler(sampler: Any) -> Any:
+    """A sampler by name or as an object. Raises BadInput for what is neither."""
+    if isinstance(sampler, str):
+        return pick("samplers", sampler)
+    if isinstance(sampler, type):
+        raise BadInput(f"sampler must be an object, such as {sampler.__name__}(), found the class {sampler.__name__}")
+    if not any(callable(getattr(sampler, name, None)) for name in ("steps", "solve")):
+        raise BadInput(f"sampler must be a name or a sampler such as UniPC(), found {type(sampler).__name__}")
+    return sampler
+
+
+def given_grid(times: Any) -> Any:
+    """A time grid by name or as an object; what is given time by time as it is. Raises BadInput for a class."""
+    if isinstance(times, str):
+        return pick("times", times)
+    if isinstance(times, type):
+        raise BadInput(f"times must be an object, such as {times.__name__}(), found the class {times.__name__}")
+    return times
+
+
+class _Callable(types.ModuleType):
+    """`hasten.pick` is this module and, called, the function of that name in it."""
+
+    __call__ = staticmethod(pick)
+    __signature__ = inspect.signature(pick)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from .denoiser import Wrapper, reset
 from .errors import BadInput, HastenError
-from .pick import spell
+from .pick import given_sampler, spell
 from .schedules.base import Schedule
 from .times import as_times
-from .utils.arguments import check_state, given_sampler
 from .utils.conditions import conditions_of
 from .utils.deprecation import forward
 from .utils.noise import Noise, no_noise
@@ -227,3 +226,19 @@ def _records(grad: bool | None, *tensors: Tensor) -> bool:
 OPTIONS = tuple(inspect.signature(walk).parameters)[:-1]
 
 __getattr__ = forward(__name__, {"draw": "hasten.plan.draw", "spell": "hasten.pick"})
+
+
+def check_state(x: Any, **functions: Any) -> None:
+    """Refuse a state to start from that is not a floating tensor (B, *S), and functions that cannot be called."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise BadInput(f"x must be a floating tensor (B, *S), one row a sample, found {found}")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise BadInput(f"{name} must be a function or None, found {function!r}")
+
+
+def check_noise(noise: Any, x: Any) -> None:
+    """Refuse noise that is no `Noise`, nor a function where the state to start from is given as well."""
+    if not (callable(noise) and (x is not None or hasattr(noise, "initial"))):
+        raise BadInput(f"noise must be a Noise, such as Noise(range(4), (3, 32, 32)), found {type(noise).__name__}")

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..pick import spell
-from ..sampling import Callback, Progress, Sampler, _schedule_of, walk
+from ..pick import given_grid, given_sampler, spell
+from ..sampling import Callback, Progress, Sampler, _schedule_of, check_noise, check_state, walk
 from ..schedules.continuous import Schedule
 from ..times import as_times
-from ..utils.arguments import check_noise, check_state, given_grid, given_sampler
 from ..utils.conditions import conditions_of
 from ..utils.noise import Noise
 from .diagnose import check_result

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ..denoiser import reset
 from ..errors import BadInput, HastenError
-from ..pick import spell
-from ..sampling import Callback, Progress, Sampler, no_noise
+from ..pick import given_sampler, spell
+from ..sampling import Callback, Progress, Sampler, check_state, no_noise
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
 from ..times import as_times, check_times
-from ..utils.arguments import check_state, given_sampler
 from ..utils.conditions import conditions_of
 from .basis import Basis
 from .diagnose import check_result

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.model_like import ModelLike
 from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..files import locked, remove_leftovers, temporary
@@ -21,7 +22,6 @@ from ..schedules.serialize import schedule_from_dict
 from ..utils.finite import check_finite
 from .atomic import replace_files
 from .checks import check_reopens
-from .model_like import ModelLike
 from .weights import fill, is_diffusers, is_ours, refusal, restored, sha256, store
 from .weights import told as network
 

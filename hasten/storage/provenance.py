@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .model_like import ModelLike
+from ..adapters.model_like import ModelLike
 
 
 def fingerprint(model: ModelLike) -> str:

@@ -27,11 +27,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from .. import nets
+from ..adapters.model_like import ModelLike
 from ..errors import BadInput, Notice, nearest
 from ..files import sha256
 from ..nets.quantized import described, scales, vacant
 from ..utils.finite import not_finite
-from .model_like import ModelLike
 
 __all__ = ["build", "fill", "refusal", "restored", "sha256", "store", "told"]
 

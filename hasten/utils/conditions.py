@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 
 __all__ = ["conditions_of"]
@@ -58,7 +57,7 @@ def conditions_of(
                 stacklevel=3,
             )
         found[name] = value
-    takes = accepted(denoiser)
+    takes = denoiser.condition_names() if hasattr(type(denoiser), "condition_names") else None
     for name in found:
         if not isinstance(name, str):
             raise BadInput(f"{what}: the names of conditions must be texts, found {name!r}")
@@ -79,21 +78,6 @@ def _refuse_options(what: str, options: Collection[str], name: str, value: Any) 
         raise BadInput(f"{what} has no option {name!r}: {nearest(name, options)} {instead}")
     if value is None or isinstance(value, (int, float, complex)):
         raise BadInput(f"{what} has no option {name}={value!r}: {nearest(name, options)} {instead}")
-
-
-def accepted(denoiser: Any) -> frozenset[str] | None:
-    """The conditions that a plain `Denoiser` of a network, alone, can be given; None where that is not known: a network
-    with `**keywords`, a wrapper that may use them up, and what is no module."""
-    net = getattr(denoiser, "net", None)
-    if type(denoiser) is not Denoiser or not isinstance(net, nn.Module) or hasattr(net, "_orig_mod"):
-        return None
-    try:
-        parameters = list(inspect.signature(net.forward).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters) or len(parameters) < 2:
-        return None
-    return frozenset(p.name for p in parameters[2:])
 
 
 def named(denoiser: Any) -> frozenset[str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...errors import BadInput
 from ...nets.quantized import layers
 from ...schedules.discrete import Discrete
-from ...storage.model_like import ModelLike
+from ..model_like import ModelLike
 from .library import diffusers
 from .schedules import PREDICTIONS, FlowDenoiser
 from .seams import Seams
