@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import zoo
-from .adapters.diffusers.pipelines import open_saved
+from .adapters.diffusers.pipelines import load_pipeline, open_saved
 from .errors import BadInput, nearest
 from .model.model import Model
 from .storage.model_folder import DESCRIPTION, read
@@ -28,8 +28,6 @@ def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_cod
     one in model.json) or of another shape than the network.
     """
     if is_pipeline(name):
-        from ..adapters.diffusers.pipelines import load_pipeline
-
         return load_pipeline(name, device=device)
     return Model(**read(find(name), networks, trust_code, open_saved)).to(device or "cpu")
 

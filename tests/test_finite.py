@@ -26,6 +26,7 @@ from hasten.metrics import evaluate_features, make_reference
 from hasten.metrics.references import narrow, reference, save_reference
 from hasten.model import Model
 from hasten.nets.unet import UNet
+from hasten.plan import diagnose
 from hasten.predictions import prediction_from
 from hasten.schedules import VPCosine
 from hasten.utils import finite
@@ -76,13 +77,13 @@ def test_the_first_layer_and_evaluation_are_found(value: float, sampler: str, mo
     layer = next(n for n, m in model.denoiser.net.named_modules() if isinstance(m, nn.Conv2d) and n != "conv_in")
     module = model.denoiser.net.get_submodule(layer)
     module.register_forward_hook(spoil)
-    origin = finite.origin
+    origin = diagnose.origin
 
     def again(*arguments: Any, **options: Any) -> str:
         count[0] = 0
         return origin(*arguments, **options)
 
-    monkeypatch.setattr(finite, "origin", again)
+    monkeypatch.setattr("hasten.model.finite.origin", again)
     with pytest.raises(NonFinite) as caught:
         model.sample(2, sampler=sampler, steps=4)
     assert "began in network evaluation 3" in str(caught.value) and layer in str(caught.value)

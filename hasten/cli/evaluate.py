@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
-from ..metrics import Measure
 from ..progress import progress
 from ._common import cached, hint, label_list, open_shared, processes, warn
 from ._processes import together
 from .compare import prompts_of
 from .terminal import tell
+
+if TYPE_CHECKING:
+    from ..metrics import Measure
 
 
 @together

@@ -7,14 +7,18 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from ..adapters.model_like import ModelLike
+    from ..adapters.model_like import ModelLike
 
 
 def fingerprint(model: ModelLike) -> str:
     """sha256 of weights, parts and statistics as they are now, and of what gives the weights their meaning."""
+    import torch
+
     digest = hashlib.sha256()
     tensors = {**model.denoiser.state_dict(), **model.statistics}
     for part, net in sorted(model.parts.items()):
@@ -36,6 +40,8 @@ def fingerprint(model: ModelLike) -> str:
 
 def hash_of(*tensors: torch.Tensor) -> str:
     """16 hexadecimal digits of tensors."""
+    import torch
+
     digest = hashlib.sha256()
     for value in tensors:
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -195,7 +196,7 @@ def test_blocks_come_in_network_order_and_shortcuts_are_split_where_h_ends() -> 
 def asked(n: int, seed: int, model: Any = None) -> list[Call]:
     model = tiny() if model is None else model
     recorder = Recorder(model.denoiser)
-    hasten.model.replace(model, denoiser=recorder).sample(n, seed=seed, batch_size=n)
+    dataclasses.replace(model, denoiser=recorder).sample(n, seed=seed, batch_size=n)
     return recorder.calls
 
 

@@ -22,6 +22,7 @@ from hasten.schedules import VPCosine, VPLinear
 from hasten.times import UniformLambda
 from hasten.tuning import Task
 from hasten.utils.noise import global_seed, make_generator
+from hasten.workflows.train import train_model
 
 
 def test_seeds_of_32_bits_are_those_of_torch() -> None:
@@ -125,7 +126,7 @@ def test_training_and_distilling_leave_the_numbers_outside(tmp_path: Path) -> No
     torch.manual_seed(123)
     before = torch.get_rng_state()
     setting: dict[str, Any] = {"steps": 1, "widths": (16, 16), "patch": 1, "batch_size": 4, "runtime": "fp32"}
-    hasten.workflows.train.train_model(data, tmp_path / "model", **setting)
+    train_model(data, tmp_path / "model", **setting)
     assert torch.equal(before, torch.get_rng_state())
     hasten.distill_model(
         hasten.load(tmp_path / "model"), tmp_path / "student", "consistency:steps=1", data=data, batch_size=4, minutes=0.01,

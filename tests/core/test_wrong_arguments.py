@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import hasten
-from hasten import Denoiser, Discrete, Flow, Karras, Noise, UniPC, VPLinear, draw, pick, walk
+from hasten import Denoiser, Discrete, Flow, Karras, Noise, UniPC, VPLinear, draw, pick, plan, walk
 from hasten.errors import BadInput, NonFinite
 from hasten.model import Model
-from hasten.plan import table as plan
 
 
 class Net(torch.nn.Module):
