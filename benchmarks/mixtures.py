@@ -39,7 +39,7 @@ from torch import Tensor
 from benchmarks.peers import TABLES, theirs
 from hasten.exact import GaussianMixture, m2, m64
 from hasten.files import append_json_line, read_json_lines
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import Plan, plan
 from hasten.samplers import DDIM, DEIS, PLMS, DPMSolver, Heun, UniPC
 from hasten.samplers.sa import SASolver
@@ -204,7 +204,7 @@ def fixed(problem: Problem, count: int) -> Iterator[Cell]:
         for name, grid in grids(problem.schedule).items():
             table = plan(sampler, problem.schedule, grid(problem.schedule, steps))
             if table.nfe <= count:
-                yield problem.run("fixed", spell(sampler), name, count, table)
+                yield problem.run("fixed", format_spec(sampler), name, count, table)
 
 
 def preconditioned(problem: Problem, count: int) -> Iterator[Cell]:
@@ -228,7 +228,7 @@ def optimised(objective: Any) -> Callable[[Problem, int], Iterator[Cell]]:
         for sampler in FAMILY[1:] if objective == "bound" else FAMILY:
             tuned = tuner.tune(task(problem, sampler, count, noises))
             assert tuned.plan is not None
-            found.append((tuned.figures[figure], spell(sampler), tuned.plan))
+            found.append((tuned.figures[figure], format_spec(sampler), tuned.plan))
         _, name, table = min(found, key=lambda entry: entry[0])
         yield problem.run(objective, f"steps: {objective}", name, count, table)
 
@@ -276,7 +276,7 @@ def summary(cells: list[Cell]) -> str:
     """Markdown: diffusers' best and UniPC's best fixed grid, and how many times smaller our errors are."""
     counts = sorted({cell.budget for cell in cells})
     lines = ["| problem | | " + " | ".join(f"NFE {n}" for n in counts) + " |", "|---" * (2 + len(counts)) + "|"]
-    family = {spell(sampler) for sampler in FAMILY}
+    family = {format_spec(sampler) for sampler in FAMILY}
     # of the fixed grids, those of the family that is optimised
     mine = [cell for cell in cells if cell.part != "fixed" or cell.method in family]
     for problem in dict.fromkeys(cell.problem for cell in cells):

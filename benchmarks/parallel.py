@@ -82,9 +82,9 @@ def built(unet: str, side: int) -> tuple[Denoiser, int, dict[str, Tensor]]:
         return Denoiser(net, VPCosine(), "v").eval(), 3, {"label": torch.zeros(1, dtype=torch.long)}
     from diffusers import UNet2DConditionModel
 
-    from hasten.adapters.diffusers.wrap import with_seams
+    from hasten.adapters.diffusers.wrap import split_network
 
-    net = with_seams(UNet2DConditionModel(sample_size=side, cross_attention_dim=768))
+    net = split_network(UNet2DConditionModel(sample_size=side, cross_attention_dim=768))
     return Denoiser(net, VPCosine(), "v", clock="t1000").eval(), 4, {"text": torch.randn(1, 77, 768)}
 
 

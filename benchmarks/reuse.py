@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hasten.accelerators import Ahead, accelerate
-from hasten.adapters.diffusers.seams import Seams
-from hasten.adapters.diffusers.wrap import with_seams
+from hasten.accelerators import SamplingContext, accelerate
+from hasten.adapters.diffusers.seams import SplitNetwork
+from hasten.adapters.diffusers.wrap import split_network
 from hasten.denoiser import Denoiser
 from hasten.guides.cfg import CFG
 from hasten.performance.device import processor
@@ -37,16 +37,16 @@ from hasten.sampling import Noise
 from hasten.schedules import Discrete
 
 
-def network(small: bool) -> Seams:
+def network(small: bool) -> SplitNetwork:
     """The U-Net: Stable Diffusion's own, or one with a tenth of the channels."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     changes = {"block_out_channels": (32, 64, 128, 128)} if small else {}
-    return with_seams(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, **changes).eval())
+    return split_network(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, **changes).eval())
 
 
-def macs(net: Seams, x: Tensor, cond: dict[str, Tensor]) -> dict[str, int]:
+def macs(net: SplitNetwork, x: Tensor, cond: dict[str, Tensor]) -> dict[str, int]:
     """Multiply-accumulates of one evaluation and of its decoder, convolutions, products and attention."""
     net, x = copy.deepcopy(net).to("meta"), x.to("meta")
     told = {key: value.to("meta") for key, value in cond.items()}
@@ -83,7 +83,7 @@ def main(
     runs: dict[str, Any] = {"plain": denoiser}
     for way in ways:
         one = pick("accelerators", f"{way}{',' if ':' in way else ':'}keys={spelled}")
-        runs[way] = accelerate(denoiser, [one], Ahead(asked))
+        runs[way] = accelerate(denoiser, [one], SamplingContext(asked))
     now = time.process_time if clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {way: [] for way in runs}
     with torch.no_grad():

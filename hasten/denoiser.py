@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import BadInput, HastenError, nearest, number, whole
+from .errors import BadInput, HastenError, check_int, check_number, nearest
 from .predictions import Prediction, prediction_from, spread
 from .schedules.base import Schedule
 
@@ -67,7 +67,9 @@ class Denoiser(nn.Module):
             raise BadInput(f'clock "index" needs a Discrete schedule, found {type(schedule).__name__}')
         self.net = net
         self._fixed = (schedule, prediction_from(prediction), clock)
-        self.null_label = getattr(net, "null_label", None) if null_label is None else whole("null_label", null_label, 0)
+        self.null_label = (
+            getattr(net, "null_label", None) if null_label is None else check_int("null_label", null_label, 0)
+        )
         own = getattr(net, "guidance_range", None)
         self.guidance_range = own if guidance_range is None else _range(guidance_range)
         self._at: dict[float, tuple[float, float, float, float]] = {}
@@ -295,7 +297,7 @@ def _range(given: Any) -> tuple[float, float]:
     """A range of guidance scales, (low, high)."""
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise BadInput(f"guidance_range must be two numbers, (low, high), found {given!r}")
-    low, high = (number("guidance_range", value) for value in given)
+    low, high = (check_number("guidance_range", value) for value in given)
     if low > high:
         raise BadInput(f"guidance_range must be (low, high), found {given!r}")
     return low, high

@@ -39,7 +39,7 @@ def nearest(asked: str, choices: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? ({listed})" if close else listed
 
 
-def whole(name: str, value: object, least: int, most: int | None = None) -> int:
+def check_int(name: str, value: object, least: int, most: int | None = None) -> int:
     """The value as an int. Refuses what is not a whole number of at least `least`, at most `most`.
 
     NumPy integers and tensors of one whole number are whole numbers too.
@@ -56,7 +56,7 @@ def whole(name: str, value: object, least: int, most: int | None = None) -> int:
     return number
 
 
-def number(name: str, value: object) -> float:
+def check_number(name: str, value: object) -> float:
     """The value as a float. Refuses what is not one finite number, also of NumPy or in a tensor."""
     kind = str(getattr(value, "dtype", type(value).__name__))
     try:
@@ -72,7 +72,7 @@ def plain_numbers(method: Any) -> None:
     """Make the fields whose defaults are floats plain floats, in place. Raises BadInput where one is not finite."""
     for field in dataclasses.fields(method):
         if isinstance(field.default, float):
-            value = number(f"{type(method).__name__}: {field.name}", getattr(method, field.name))
+            value = check_number(f"{type(method).__name__}: {field.name}", getattr(method, field.name))
             object.__setattr__(method, field.name, value)
 
 

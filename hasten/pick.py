@@ -21,7 +21,7 @@ from .errors import BadInput, HastenError, check_numbers, nearest
 from .utils.aliases import alias_of, hint_for, own_name
 from .utils.registry import is_own, path_of
 
-__all__ = ["names", "pick", "spell"]
+__all__ = ["names", "pick", "format_spec"]
 
 LARGEST = 1e15  # magnitude of a finite option
 WORDS = {"true": True, "false": False, "none": None, "inf": math.inf, "nan": math.nan}
@@ -210,7 +210,7 @@ def _said(hint: Any) -> str:
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def spell(method: Any) -> str:
+def format_spec(method: Any) -> str:
     """How a method is written on the command line: `"heun:churn=0.1"`, the fields that are not at their default.
 
     The name is the class attribute `name` where there is one, else the file that defines the class; of a class that

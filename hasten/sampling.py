@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .denoiser import Wrapper, reset
 from .errors import BadInput, HastenError
-from .pick import given_sampler, spell
+from .pick import format_spec, given_sampler
 from .schedules.base import Schedule
 from .times import as_times
 from .utils.conditions import conditions_of
@@ -129,7 +129,7 @@ def walk(
     records = _records(grad, x, times)
     if records and not getattr(sampler, "differentiable", True):
         raise BadInput(
-            f"{spell(sampler)} keeps no gradients (its steps follow the values that it sees): detach x, or use a "
+            f"{format_spec(sampler)} keeps no gradients (its steps follow the values that it sees): detach x, or use a "
             "sampler with fixed steps, such as unipc or heun"
         )
     reset(denoiser)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import BadInput, check_numbers, whole
+from .errors import BadInput, check_int, check_numbers
 from .schedules.base import Schedule
 
 __all__ = ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"]
@@ -192,7 +192,7 @@ class Explicit:
 
 def check_steps(steps: int) -> int:
     """The number of steps. Raises `BadInput` unless it is a whole number of at least 1."""
-    return whole("steps", steps, 1, MOST_STEPS)
+    return check_int("steps", steps, 1, MOST_STEPS)
 
 
 def check_times(times: Tensor) -> Tensor:

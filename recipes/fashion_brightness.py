@@ -68,7 +68,7 @@ from hasten.sampling import Noise
 from hasten.schedules import Discrete, rescale_zero_snr
 from hasten.starts import SingDiffusion
 from hasten.times import UniformLambda
-from hasten.train import Batches, Data, DenoisingLoss, Fit, Player, open_data, to_float
+from hasten.train import Batches, Data, DenoisingLoss, Fit, TrainedModule, open_data, to_float
 from hasten.tuning import Task
 from hasten.tuning.first_step import FirstStep
 
@@ -133,7 +133,7 @@ def train(out: Path, folder: str, says: str, steps: int = STEPS) -> Denoiser:
     mix = torch.stack([c / c.sum() for c in counts])
     denoiser = build(says, mix)
     loss = DenoisingLoss(label_drop=0.1)
-    player = Player(says, denoiser, lambda batch: loss(denoiser, batch), lr=2e-4)
+    player = TrainedModule(says, denoiser, lambda batch: loss(denoiser, batch), lr=2e-4)
     fit = Fit(steps=steps, warmup=20, precision="bf16", seed=SEED, tensorboard=False)
     averaged = fit([player], Batches(data, BATCH, seed=SEED), out / says)[says]
     assert isinstance(averaged, Denoiser)

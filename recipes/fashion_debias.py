@@ -67,7 +67,7 @@ from hasten.sampling import Noise
 from hasten.train.data import Batches, Data, open_data
 from hasten.train.fit import Ema, Fit
 from hasten.train.losses import DenoisingLoss
-from hasten.train.player import Player
+from hasten.train.player import TrainedModule
 from hasten.tuning import Task
 from hasten.tuning.attributes import AttributePredictor
 
@@ -113,7 +113,9 @@ def teacher(out: Path, data: str = DATA, steps: int = STEPS) -> Denoiser:
     """The bundled teacher, trained on as an unconditional model (null label only) of the imbalanced images."""
     denoiser = hasten.load("fashion").denoiser.requires_grad_(True)
     loss = DenoisingLoss(label_drop=0.0)
-    player = Player("teacher", denoiser, lambda batch: loss(denoiser, batch), lr=1e-3, optimiser="muon", muon_lr=0.01)
+    player = TrainedModule(
+        "teacher", denoiser, lambda batch: loss(denoiser, batch), lr=1e-3, optimiser="muon", muon_lr=0.01
+    )
     fit = Fit(steps=steps, precision="bf16", ema=Ema("power", gamma=12.0), seed=SEED, warmup=20)
     averaged = fit([player], Batches(imbalanced(data), TRAIN_BATCH, seed=SEED), out)["teacher"]
     assert isinstance(averaged, Denoiser)

@@ -41,7 +41,7 @@ from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, open_data
 from hasten.train.fit import Ema, Fit
 from hasten.train.losses import DenoisingLoss
-from hasten.train.player import Player
+from hasten.train.player import TrainedModule
 
 DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 SEED, BATCH, MINUTES = 0, 128, 74.0
@@ -58,7 +58,9 @@ def train(out: Path, data: str = DATA, minutes: float = MINUTES) -> Denoiser:
     """Train on the 60,000 training images, and return the denoiser with averaged weights."""
     denoiser = build()
     loss = DenoisingLoss(label_drop=0.1)
-    player = Player("teacher", denoiser, lambda batch: loss(denoiser, batch), lr=2e-3, optimiser="muon", muon_lr=0.02)
+    player = TrainedModule(
+        "teacher", denoiser, lambda batch: loss(denoiser, batch), lr=2e-3, optimiser="muon", muon_lr=0.02
+    )
     fit = Fit(minutes=minutes, precision="bf16", ema=Ema("power", gamma=12.0), seed=SEED)
     averaged = fit([player], Batches(open_data(data, split="train"), BATCH, seed=SEED), out)["teacher"]
     assert isinstance(averaged, Denoiser)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import hasten
 from hasten.distillers import Task
-from hasten.distillers._dry_run import Rehearsal, allocate
+from hasten.distillers._dry_run import DryRun, allocate
 from hasten.distillers.progressive import Progressive
 from hasten.metrics import evaluate_images
 from hasten.model import Model
@@ -50,7 +50,7 @@ class Branches(Task):
         return {"label": torch.where(torch.rand(len(label), device=label.device) < 0.5, none, label)}
 
 
-class Trial(Branches, Rehearsal):
+class Trial(Branches, DryRun):
     """The same, to find out what the stages cost."""
 
 

@@ -263,7 +263,7 @@ def test_runs_that_share_some_seeds_are_warned_of(tmp_path: Path, capsys: Any) -
 
 def test_lines_of_progress_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     now = [0.0]
-    monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("hasten.progress.time.monotonic", lambda: now[0])
     progress = meter.Progress(100)
     progress.describe("[row] 1")
     for _ in range(7):

@@ -59,14 +59,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["task"] = settings
         return real(**settings)
 
-    trial = module.Rehearsal
+    trial = module.DryRun
 
     def tried(**settings: Any) -> Any:
         found["trial"] = settings
         return trial(**settings)
 
     monkeypatch.setattr(module, "Task", watched)
-    monkeypatch.setattr(module, "Rehearsal", tried)
+    monkeypatch.setattr(module, "DryRun", tried)
     return found
 
 

@@ -184,16 +184,16 @@ def test_large_finite_numbers_pass() -> None:
 
 
 def test_quantize_names_the_layer_that_is_given_nan_in_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.accelerators import Ahead
+    from hasten.accelerators import SamplingContext
     from hasten.accelerators.quantize import Quantize
 
     model = tiny()
     x, t, cond = model.calls(2, 0, steps=2)[0]
     with pytest.raises(NonFinite, match="quantize: layer conv_in is given NaN"):
         calls = [(torch.full_like(x, math.nan), t, cond)]
-        Quantize(images=1, steps=1, keep=()).apply(model.denoiser, Ahead(None, lambda n, seed: calls))
+        Quantize(images=1, steps=1, keep=()).apply(model.denoiser, SamplingContext(None, lambda n, seed: calls))
     with pytest.raises(NonFinite, match="quantize: the tensor conv_in.weight"):
-        Quantize(images=1, steps=1).apply(broken().denoiser, Ahead(None, lambda n, seed: [(x, t, cond)]))
+        Quantize(images=1, steps=1).apply(broken().denoiser, SamplingContext(None, lambda n, seed: [(x, t, cond)]))
 
 
 def test_a_damaged_reference_is_refused(tmp_path: Path) -> None:

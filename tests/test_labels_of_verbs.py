@@ -20,7 +20,7 @@ from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
 from hasten.workflows.distill import real_images
-from hasten.workflows.sample import classifier_labels, judge_many, part_of
+from hasten.workflows.sample import classifier_labels, evaluate_distributed, part_of
 from hasten.workflows.tune import real
 
 FAST = ("--steps", 1, "--runtime", "fp32", "--device", "cpu")
@@ -186,7 +186,7 @@ def test_accuracy_of_a_model_whose_classes_have_another_order(fashion: Model) ->
     theirs = torch.tensor([names.index((fashion.classes or ())[k]) for k in mine.tolist()])
     known, ranks = reference("fashion"), Ranks(torch.device("cpu"))
     measured = [
-        judge_many(x, labels, "fashion", known, range(20), ranks, classes)["accuracy"].value  # type: ignore[index]
+        evaluate_distributed(x, labels, "fashion", known, range(20), ranks, classes)["accuracy"].value  # type: ignore[index]
         for labels, classes in ((mine, fashion.classes), (theirs, names), (theirs, fashion.classes))
     ]
     assert measured[0] == measured[1] > 0.5 > measured[2]

@@ -9,6 +9,7 @@ import torch
 
 from hasten.errors import BadInput
 from hasten.performance import autotune as machine
+from hasten.performance.device import device_for
 from hasten.performance.runtime import Runtime
 
 
@@ -19,7 +20,7 @@ def own_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["fp32", "bf16", "fp32+medium", "bf16+high+channels_last"])
 def test_spelling(text: str) -> None:
-    assert machine.spell(machine.parse(text)) == text
+    assert machine.format_runtime(machine.parse_runtime(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_spelling(text: str) -> None:
 )
 def test_what_cannot_be_spelled(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        machine.parse(text)
+        machine.parse_runtime(text)
 
 
 def test_a_probe_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,14 +41,14 @@ def test_a_probe_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "probe", probe)
     net = torch.nn.Identity()
     for _ in range(2):
-        found = machine.choose(net, torch.zeros(4, 3), "weights A")
-        assert machine.spell(found) == "bf16+medium"
+        found = machine.autotune(net, torch.zeros(4, 3), "weights A")
+        assert machine.format_runtime(found) == "bf16+medium"
     assert probed == [(4, 3)]
-    machine.choose(net, torch.zeros(4, 3), "weights B")
-    machine.choose(net, torch.zeros(8, 3), "weights A")
+    machine.autotune(net, torch.zeros(4, 3), "weights B")
+    machine.autotune(net, torch.zeros(8, 3), "weights A")
     assert probed == [(4, 3), (4, 3), (8, 3)]
     machine.autotune_cache().write_text('{"broken')
-    assert machine.spell(machine.choose(net, torch.zeros(4, 3), "weights A")) == "bf16+medium"
+    assert machine.format_runtime(machine.autotune(net, torch.zeros(4, 3), "weights A")) == "bf16+medium"
     assert len(probed) == 4
 
 
@@ -55,10 +56,10 @@ def test_notes_that_cannot_be_written_do_no_harm(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").touch()
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(machine, "probe", lambda *_, **__: Runtime())
-    assert machine.spell(machine.choose(torch.nn.Identity(), torch.zeros(1, 2), "a")) == "fp32"
+    assert machine.format_runtime(machine.autotune(torch.nn.Identity(), torch.zeros(1, 2), "a")) == "fp32"
 
 
 def test_a_device_that_is_not_here() -> None:
-    assert machine.device_for("cpu").type == "cpu"
+    assert device_for("cpu").type == "cpu"
     with pytest.raises(BadInput, match="no device 'gpu' here"):
-        machine.device_for("gpu")
+        device_for("gpu")

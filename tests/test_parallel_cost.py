@@ -33,17 +33,17 @@ def problem(name: str) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
         patch = 1 if name == "hasten" else 2
         net = unet(widths=(8, 16, 16), attention=(1,), patch=patch)
         return net, (2, 2, 20 * patch, 8 * patch), {"label": torch.tensor([0, 2])}
-    from hasten.adapters.diffusers.wrap import with_seams
+    from hasten.adapters.diffusers.wrap import split_network
 
     from .adapters import tiny
 
     if name == "model":  # its downsampler adds its zeros itself, on one side
-        return with_seams(tiny.unet2d(downsample_padding=0)), (2, 3, 10, 8), {}
+        return split_network(tiny.unet2d(downsample_padding=0)), (2, 3, 10, 8), {}
     net = tiny.unet2d_condition() if name == "sd" else tiny.sdxl_unet()
     cond = {"text": torch.randn(2, 5, 16 if name == "sd" else 32)}
     if name == "sdxl":
         cond |= {"added_text_embeds": torch.randn(2, 16), "added_time_ids": torch.ones(2, 6)}
-    return with_seams(net), (2, 4, 10, 8), cond
+    return split_network(net), (2, 4, 10, 8), cond
 
 
 NETS = ("hasten", "patch2", *(("model", "sd", "sdxl") if THERE else ()))

@@ -12,7 +12,7 @@ import hasten
 from hasten import samplers
 from hasten.errors import BadInput, HastenError
 from hasten.guides import CFG
-from hasten.pick import names, pick, spell
+from hasten.pick import format_spec, names, pick
 from hasten.times import CosineAngle, Explicit, Karras, UniformLambda, UniformTime
 
 
@@ -45,7 +45,7 @@ def test_names_are_the_files() -> None:
 def test_pick_and_spell_are_inverse(folder: str, text: str, expected: object) -> None:
     found = pick(folder, text)
     assert found == expected and type(found) is type(expected)
-    assert pick(folder, spell(found)) == found
+    assert pick(folder, format_spec(found)) == found
 
 
 def test_every_method_can_be_picked_and_spelled() -> None:
@@ -53,7 +53,7 @@ def test_every_method_can_be_picked_and_spelled() -> None:
         for name in names(folder):
             if name != "explicit":
                 method = pick(folder, name)
-                assert spell(method) == name and pick(folder, spell(method)) == method
+                assert format_spec(method) == name and pick(folder, format_spec(method)) == method
 
 
 def test_whole_numbers_become_floats_where_floats_are_meant() -> None:

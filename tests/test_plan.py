@@ -29,7 +29,7 @@ SCHEDULES = [
     VPLinear(), VPCosine(offset=0.0), EDM(), VE(), Flow(), Discrete.linear(),
     rescale_zero_snr(Discrete.scaled_linear()),
 ]  # fmt: skip
-samplers = pytest.mark.parametrize("sampler", SAMPLERS, ids=hasten.pick.spell)
+samplers = pytest.mark.parametrize("sampler", SAMPLERS, ids=hasten.pick.format_spec)
 schedules = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{type(s).__name__}{'_pure' * s.zero_snr}")
 
 
@@ -202,7 +202,7 @@ def test_json_keeps_every_bit(sampler: Any) -> None:
     again = Plan.from_json(compiled.to_json())
     for name in ("times", "start", "a", "A", "B", "C"):
         assert torch.equal(getattr(again, name), getattr(compiled, name)), name
-    assert again.sampler == hasten.pick.spell(sampler) and again.schedule == {"name": "VPCosine", "offset": 0.008}
+    assert again.sampler == hasten.pick.format_spec(sampler) and again.schedule == {"name": "VPCosine", "offset": 0.008}
     assert hasten.pick("samplers", again.sampler) == sampler
     assert again.to_json() == compiled.to_json()
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import hasten
-from hasten.distributed.heartbeat import Line, alive
-from hasten.distributed.ranks import Lost, Ranks, launched, own_device
+from hasten.distributed.heartbeat import Peers, alive
+from hasten.distributed.ranks import ProcessLost, Ranks, launched, own_device
 from hasten.errors import BadInput
-from hasten.storage.batches import Kept
-from hasten.workflows.sample import Sharing, kept, part_of, sample_many, sharing, told
+from hasten.storage.batches import SavedBatches
+from hasten.workflows.sample import Sharing, kept, part_of, sample_many, sampling_metadata, sharing
 
 from .processes import spawn
 
@@ -38,14 +38,14 @@ class Shared:
 def together(rank: int, folder: str) -> None:
     """Three processes: everything that `Ranks` does, and at last one dies."""
     ranks = Ranks.start("cpu")
-    assert (ranks.rank, ranks.world, ranks.local, ranks.first) == (rank, 3, rank, rank == 0)
-    assert Ranks.start("cpu") == ranks and Ranks.meet().world == 3
-    assert ranks.tell(f"from {rank}") == "from 0"
+    assert (ranks.rank, ranks.world, ranks.local, ranks.is_main_process) == (rank, 3, rank, rank == 0)
+    assert Ranks.start("cpu") == ranks and Ranks.connect().world == 3
+    assert ranks.broadcast_object(f"from {rank}") == "from 0"
     asked: list[int] = []
-    assert ranks.once(lambda: asked.append(rank) or [1, 2]) == [1, 2] and asked == ([0] if rank == 0 else [])
+    assert ranks.on_main_process(lambda: asked.append(rank) or [1, 2]) == [1, 2] and asked == ([0] if rank == 0 else [])
     assert ranks.gather({rank: "x" * rank}) == [{0: ""}, {1: "x"}, {2: "xx"}]
     assert ranks.agree(10.0 + rank, rank == 2, rank == 1) == (10.0, True, False)
-    with ranks.leading():
+    with ranks.main_process_first():
         order = time.monotonic()
     orders = ranks.gather(order)
     assert min(orders) == orders[0]
@@ -58,7 +58,7 @@ def together(rank: int, folder: str) -> None:
         time.sleep(0.02)
         return torch.full((number + 1, 2), number, dtype=torch.float16), torch.tensor([number], dtype=torch.int64)
 
-    pieces = ranks.deal(7, work, done=[5] if rank == 2 else [])
+    pieces = ranks.distribute(7, work, done=[5] if rank == 2 else [])
     every = ranks.gather(done)
     assert sorted(number for mine in every for number in mine) == list(range(7)) and 5 in every[2]
     assert all(len(mine) >= 1 for mine in every)
@@ -67,22 +67,22 @@ def together(rank: int, folder: str) -> None:
         assert all(torch.equal(p[0], torch.full((k + 1, 2), k, dtype=torch.float16)) for k, p in enumerate(pieces))  # type: ignore[index]
     else:
         assert [k for k, piece in enumerate(pieces) if piece is not None] == sorted(done)
-    whole = ranks.deal(4, lambda k: (torch.tensor([float(k)]),), everywhere=True)
+    whole = ranks.distribute(4, lambda k: (torch.tensor([float(k)]),), everywhere=True)
     assert [float(piece[0]) for piece in whole] == [0, 1, 2, 3]  # type: ignore[index]
 
     module = torch.nn.Linear(2, 1)
-    ranks.share(module)
+    ranks.broadcast_parameters(module)
     assert len({json.dumps(weights) for weights in ranks.gather(module.weight.tolist())}) == 1
     unused = torch.nn.Parameter(torch.ones(2))
     module.weight.grad = torch.full((1, 2), float(rank))
     module.bias.grad = torch.tensor([3.0]) if rank == 1 else None
-    loss = ranks.mean([*module.parameters(), unused], torch.tensor(3.0 * rank))
+    loss = ranks.all_reduce_gradients([*module.parameters(), unused], torch.tensor(3.0 * rank))
     assert loss == 3.0 and module.weight.grad.tolist() == [[1.0, 1.0]] and module.bias.grad.tolist() == [1.0]  # type: ignore[union-attr]
     assert unused.grad is None  # AdamW would decay what it is given a zero for
 
     # 10 images of the bundled model in batches of 4, which is no multiple of anything: those of one process
     model = hasten.load("fashion")
-    store = Kept(folder, {"a": 1})
+    store = SavedBatches(folder, {"a": 1})
     made = sample_many(model, 10, ["bag", 3], seed=5, batch_size=4, ranks=ranks, keep=store, **SETTING)
     assert (made is None) == (rank > 0) and store.count() == 10
     if made is not None:
@@ -90,10 +90,10 @@ def together(rank: int, folder: str) -> None:
     # what is kept is not sampled again, by however many; all sampling together gives the same images
     marked = store.get(4, 4)
     assert marked is not None
-    ranks.wait()
+    ranks.barrier()
     if rank == 0:
         store.put(4, marked + 1)
-    ranks.wait()
+    ranks.barrier()
     asked = (model, 10, ["bag", 3], 5, 4)
     first = torch.load(f"{folder}/three.pt")
     for how in ([Shared()], [Shared(size=1)], []):
@@ -101,7 +101,7 @@ def together(rank: int, folder: str) -> None:
         assert again is not None
         assert torch.equal(again[4:8], first[4:8] + 1) and torch.equal(again[8:], first[8:])
     # folders that are not the same: only who leads a group looks and keeps, so that a group does the same
-    own, seen = Kept(Path(folder, f"own{rank}"), {}), []
+    own, seen = SavedBatches(Path(folder, f"own{rank}"), {}), []
     if rank == 2:
         own.put(4, marked)
     for how, keep, batches in (
@@ -115,30 +115,30 @@ def together(rank: int, folder: str) -> None:
         assert seen == batches and own.count() == (10, 0, 4)[rank]
 
     # number 2 is killed; the others say so, the first of them aloud
-    ranks.wait()
+    ranks.barrier()
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(Lost, match="of the 3 processes of this run number 2 has died"):
-        ranks.wait()
+    with pytest.raises(ProcessLost, match="of the 3 processes of this run number 2 has died"):
+        ranks.barrier()
     assert time.monotonic() - began < 15
     if rank == 1:
-        Path(folder, "quiet").write_text(str(ranks.speaks(own=False)))
+        Path(folder, "quiet").write_text(str(ranks.should_report(own=False)))
     else:
         time.sleep(0.5)  # being the first to see it is not what counts
-        assert ranks.speaks(own=False) and not ranks.speaks(own=True)
+        assert ranks.should_report(own=False) and not ranks.should_report(own=True)
     Path(folder, f"fine{rank}").touch()
 
 
 def silent(rank: int, folder: str) -> None:
     os.environ["HASTEN_TIMEOUT"] = "2"
     ranks = Ranks.start("cpu")
-    ranks.wait()
+    ranks.barrier()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     try:
-        ranks.tell(None) if rank else ranks.wait()
-    except Lost as e:
+        ranks.broadcast_object(None) if rank else ranks.barrier()
+    except ProcessLost as e:
         Path(folder, "silent").write_text(str(e))
 
 
@@ -167,13 +167,17 @@ def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(name, raising=False)
     assert launched() == 1
     ranks = Ranks.start("cpu")
-    assert (ranks.rank, ranks.world, ranks.first) == (0, 1, True) and not torch.distributed.is_initialized()
-    assert ranks.deal(3, lambda k: (torch.tensor(k),))[2] == (torch.tensor(2),)
-    assert ranks.once(lambda: 5) == ranks.tell(5) == 5 and ranks.gather(1) == [1] and ranks.speaks(False)
+    assert (ranks.rank, ranks.world, ranks.is_main_process) == (0, 1, True) and not torch.distributed.is_initialized()
+    assert ranks.distribute(3, lambda k: (torch.tensor(k),))[2] == (torch.tensor(2),)
+    assert (
+        ranks.on_main_process(lambda: 5) == ranks.broadcast_object(5) == 5
+        and ranks.gather(1) == [1]
+        and ranks.should_report(False)
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")  # somebody else's, without a rank
     assert launched() == 1
     monkeypatch.setenv("RANK", "1")  # of a cluster's shell, in which no launcher has run
-    assert launched() == 1 and Ranks.start("cpu").first
+    assert launched() == 1 and Ranks.start("cpu").is_main_process
     for name, value in (("WORLD_SIZE", "two"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=r"\$WORLD_SIZE must be a whole number, found 'two'"):
@@ -195,13 +199,13 @@ def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kept_batches(tmp_path: Path) -> None:
-    store = Kept(tmp_path / "kept", {"seed": 1})
+    store = SavedBatches(tmp_path / "kept", {"seed": 1})
     x = torch.randn(3, 1, 2, 2)
     store.put(4, x)
     found = store.get(4, 3)
     assert found is not None and torch.equal(found, x) and store.count() == 3
     assert store.get(4, 2) is None and store.get(0, 3) is None
-    assert Kept(tmp_path / "kept", {"seed": 2}).get(4, 3) is None
+    assert SavedBatches(tmp_path / "kept", {"seed": 2}).get(4, 3) is None
     whole = next(store.folder.glob("*.npy"))
     whole.write_bytes(whole.read_bytes()[:-5])
     assert store.get(4, 3) is None
@@ -213,16 +217,16 @@ def test_kept_batches(tmp_path: Path) -> None:
 def test_the_key_of_kept_images_holds_all_that_they_depend_on() -> None:
     model = hasten.load("fashion")
     common: dict[str, Any] = {"n": 8, "label": None, "seed": 0, "batch_size": 4, "setting": SETTING}
-    base = told(model, **common)
-    assert base == told(model, **common)
+    base = sampling_metadata(model, **common)
+    assert base == sampling_metadata(model, **common)
     others = [{"n": 9}, {"label": "bag"}, {"seed": 1}, {"batch_size": 8}, {"images": torch.zeros(8, 1, 28, 28)}]
     others += [{"setting": {**SETTING, key: value}} for key, value in
                {"steps": 2, "sampler": "heun", "runtime": "bf16", "guidance_scale": 2.0, "times": "lambda"}.items()]  # fmt: skip
     for other in others:
-        assert told(model, **{**common, **other}) != base, other
+        assert sampling_metadata(model, **{**common, **other}) != base, other
     with torch.no_grad():
         next(model.denoiser.parameters()).flatten()[0] += 1
-    assert told(model, **common) != base
+    assert sampling_metadata(model, **common) != base
     assert kept("/nowhere", CPU, model, 8, None, 0, 4, SETTING) is None  # one process keeps nothing
 
 
@@ -267,7 +271,7 @@ def test_the_pulse_ends_before_the_interpreter_does(monkeypatch: pytest.MonkeyPa
             return amount
 
     monkeypatch.setattr("hasten.distributed.heartbeat.PULSE", 0.01)
-    line = Line()
+    line = Peers()
     line.store, line.pulse = Slow(), threading.Thread(target=line.beat, daemon=True)
     line.pulse.start()
     time.sleep(0.1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.exact import g8, m2
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DDPM, Heun, UniPC
@@ -180,11 +180,12 @@ def test_count_counts_calls_and_rows() -> None:
 
 
 def test_spell() -> None:
-    assert spell(Heun()) == "heun" and spell(Heun(churn=0.1)) == "heun:churn=0.1"
-    assert spell(DDPM(variance="large")) == "ddpm:variance=large"
-    assert spell(UniPC(order=3, corrector=False)) == "unipc:order=3,corrector=false"
+    assert format_spec(Heun()) == "heun" and format_spec(Heun(churn=0.1)) == "heun:churn=0.1"
+    assert format_spec(DDPM(variance="large")) == "ddpm:variance=large"
+    assert format_spec(UniPC(order=3, corrector=False)) == "unipc:order=3,corrector=false"
     assert (
-        spell(Karras(rho=5.0)) == "karras:rho=5" and spell(Explicit((1.0, 0.25, 0.0))) == "explicit:values=(1,0.25,0)"
+        format_spec(Karras(rho=5.0)) == "karras:rho=5"
+        and format_spec(Explicit((1.0, 0.25, 0.0))) == "explicit:values=(1,0.25,0)"
     )
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput
-from ..pick import spell
+from ..pick import format_spec
 
 __all__ = [
-    "COMPILE", "EXCHANGE", "FIRST_SEED", "HALVE", "PART", "WRAP", "Accelerator", "Ahead", "Call", "Conflict",
+    "COMPILE", "EXCHANGE", "FIRST_SEED", "HALVE", "PART", "WRAP", "Accelerator", "SamplingContext", "Call", "Conflict",
     "Recorder", "accelerate", "ordered",
 ]  # fmt: skip
 
@@ -40,7 +40,7 @@ class Conflict(BadInput):
 
 
 @dataclass(frozen=True)
-class Ahead:
+class SamplingContext:
     """What is known of the sampling to come.
 
     times: of its queries, in order; None where only the run tells (an adaptive sampler).
@@ -89,19 +89,19 @@ class Accelerator(Protocol):
     stage: ClassVar[int]
     claims: ClassVar[frozenset[str]]
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         """The accelerated denoiser, a new one."""
         ...
 
 
-def accelerate(denoiser: nn.Module, accelerators: Iterable[Any], ahead: Ahead | None = None) -> nn.Module:
+def accelerate(denoiser: nn.Module, accelerators: Iterable[Any], ahead: SamplingContext | None = None) -> nn.Module:
     """The denoiser with all these accelerators, applied by their stage, whatever their order here.
 
     Raises:
         Conflict: where two claim the same.
         BadInput: where one cannot do its work on this network or sampling.
     """
-    ahead, chosen = ahead or Ahead(), ordered(accelerators)
+    ahead, chosen = ahead or SamplingContext(), ordered(accelerators)
     ahead = replace(ahead, claimed=ahead.claimed.union(*(one.claims for one in chosen)))
     for one in chosen:
         denoiser = one.apply(denoiser, ahead)
@@ -115,7 +115,7 @@ def ordered(accelerators: Iterable[Any]) -> list[Any]:
     for one in chosen:
         for claim in sorted(one.claims):
             if claim in owners:
-                both = f"{spell(owners[claim])} and {spell(one)}"
+                both = f"{format_spec(owners[claim])} and {format_spec(one)}"
                 raise Conflict(f"{both} both claim {claim!r}: keep one of them")
             owners[claim] = one
     return chosen

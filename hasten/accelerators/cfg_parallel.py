@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..distributed.groups import Team, check_same, gather, place, team
+from ..distributed.groups import ProcessGroup, check_same, gather, process_rank, team
 from ..errors import BadInput
-from . import HALVE, Ahead
+from . import HALVE, SamplingContext
 
 __all__ = ["CfgParallel", "Halved"]
 
@@ -36,15 +36,15 @@ class CfgParallel:
     stage: ClassVar[int] = HALVE
     claims: ClassVar[frozenset[str]] = frozenset({"branches"})
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         """The denoiser on half of each batch. Every process must call it, in the same order as the others.
 
         Raises:
             BadInput: for a number of processes that is not two, or beside an accelerator of space not even.
         """
-        world = place()[1]
+        world = process_rank()[1]
         if world == 1:
-            return Halved(denoiser, Team())
+            return Halved(denoiser, ProcessGroup())
         parted = "space" in ahead.claimed
         if world % 2 or (world > 2 and not parted):
             fits = "an even number of processes" if parted else "2 processes, or 2 n beside patch_parallel"
@@ -60,7 +60,7 @@ class Halved(Wrapper):
         traffic: bytes that this process sent in the last query, as {"rows": ...}; collectives: how often it spoke.
     """
 
-    def __init__(self, denoiser: nn.Module, pair: Team) -> None:
+    def __init__(self, denoiser: nn.Module, pair: ProcessGroup) -> None:
         super().__init__(denoiser)
         self.pair = pair
         self.traffic, self.collectives = {"rows": 0}, {"rows": 0}

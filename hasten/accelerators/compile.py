@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput, nearest
-from . import COMPILE, Ahead
+from . import COMPILE, SamplingContext
 from ._compile import CompiledNet, frozen
 
 __all__ = ["Compile"]
@@ -61,7 +61,7 @@ class Compile:
         if self.mode != "default" and self.backend != "inductor":
             raise BadInput(f"compile: mode is inductor's, found mode {self.mode!r} with backend {self.backend!r}")
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         """The denoiser with a `CompiledNet` of its network; nothing is compiled before it is first asked."""
         net, replace = getattr(denoiser, "net", None), getattr(denoiser, "replace", None)
         if not isinstance(net, nn.Module) or not callable(replace):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from . import FIRST_SEED, WRAP, Ahead
+from . import FIRST_SEED, WRAP, SamplingContext
 from ._caching.keys import FEWEST, checked, named
 from ._caching.seams import has
 from ._caching.search import search
@@ -65,7 +65,7 @@ class DeepCache:
         if self.every < 1 or self.samples < 1:
             raise BadInput(f"deep_cache: every and samples are 1 or more, found {self.every} and {self.samples}")
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         """The denoiser that keeps the deep part, for the sampling ahead.
 
         Raises:
@@ -81,7 +81,7 @@ class DeepCache:
             keys = self._found(plain, cut, ahead)
         return Cached(plain, times, checked(keys, N, who), cut, self.forecast)
 
-    def _found(self, denoiser: Denoiser, cut: Cut, ahead: Ahead) -> tuple[int, ...]:
+    def _found(self, denoiser: Denoiser, cut: Cut, ahead: SamplingContext) -> tuple[int, ...]:
         def run(x: Tensor, time: Tensor, cond: dict[str, Any], kept: Any) -> tuple[Any, Tensor]:
             first, emb = cut.enter(x, time, cond)
             kept = cut.net.deep(first, emb) if kept is None else kept

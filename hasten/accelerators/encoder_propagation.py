@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from . import FIRST_SEED, WRAP, Ahead
+from . import FIRST_SEED, WRAP, SamplingContext
 from ._caching.injection import injected
 from ._caching.keys import FEWEST, checked, named
 from ._caching.seams import TransformerSeam, UNetSeam, seam, tiled
@@ -77,7 +77,7 @@ class EncoderPropagation:
                 f"encoder_propagation: parallel and samples are 1 or more, found {self.parallel} and {self.samples}"
             )
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         """The denoiser that reuses features, for the sampling ahead.
 
         Raises:
@@ -98,7 +98,7 @@ class EncoderPropagation:
             return plan
         return injected(plan, denoiser.schedule, denoiser.prediction, self.inject, self.until)
 
-    def _found(self, denoiser: Denoiser, cut: UNetSeam | TransformerSeam, ahead: Ahead) -> tuple[int, ...]:
+    def _found(self, denoiser: Denoiser, cut: UNetSeam | TransformerSeam, ahead: SamplingContext) -> tuple[int, ...]:
         def run(x: Tensor, time: Tensor, cond: dict[str, Any], kept: Any) -> tuple[Any, Tensor]:
             entry, emb = cut.enter(x, time, cond)
             kept = cut.encode(entry, emb) if kept is None else kept

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..distributed.groups import Team, place, team
+from ..distributed.groups import ProcessGroup, process_rank, team
 from ..errors import BadInput
-from . import PART, Ahead
+from . import PART, SamplingContext
 from ._caching.seams import same
 from ._patches.attention import Text
 from ._patches.exchange import Exchange
@@ -91,7 +91,7 @@ class PatchParallel:
         """The space of an image; and, where they are reused, its features."""
         return frozenset({"space", "features"} if self.mode == "async" else {"space"})
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         """The denoiser with a `PatchNet` of its network. Every process must call it, in the same order as the others.
 
         Raises:
@@ -102,8 +102,8 @@ class PatchParallel:
             raise BadInput(f"patch_parallel works on a Denoiser and its network, found {type(denoiser).__name__}")
         return replace(net=PatchNet(net, self._team("branches" in ahead.claimed), self))
 
-    def _team(self, halved: bool) -> Team:
-        world = place()[1]
+    def _team(self, halved: bool) -> ProcessGroup:
+        world = process_rank()[1]
         if halved and world > 1 and world % 2:
             raise BadInput(f"patch_parallel beside cfg_parallel takes an even number of processes, found {world}")
         most = world // 2 if halved and world > 1 else world
@@ -121,7 +121,7 @@ class PatchNet(nn.Module):
     exchange: what is known of the talk: its `traffic` and `collectives` are those of the last query.
     """
 
-    def __init__(self, net: nn.Module, group: Team, method: PatchParallel) -> None:
+    def __init__(self, net: nn.Module, group: ProcessGroup, method: PatchParallel) -> None:
         super().__init__()
         self.exchange = Exchange(
             group, method.mode, method.norm, method.warmup, method.keys, method.chunk, method.forecast

@@ -13,10 +13,10 @@ from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..nets.quantized import layers
 from ..nets.time_groups import TimeGroups
-from . import EXCHANGE, FIRST_SEED, Ahead, Call
+from . import EXCHANGE, FIRST_SEED, Call, SamplingContext
 from ._quantization.calibration import Samples, bounds, chosen
 from ._quantization.quantizer import check_bits
-from ._quantization.session import Book, Work
+from ._quantization.session import QuantizationSession, SessionProgress
 
 __all__ = ["Quantize"]
 
@@ -103,12 +103,12 @@ class Quantize:
         if (self.groups or 1) > 1 and self.acts is None:
             raise BadInput(f"quantize: groups={self.groups} is about activations, and acts is none")
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         """The denoiser with a network in integers; it keeps the weights of what is not exchanged."""
         calls = ahead.calibration("quantize", self.images, self.seed)
         return self.finished(self.work(denoiser, calls))
 
-    def work(self, denoiser: Any, calls: Sequence[Call]) -> Work:
+    def work(self, denoiser: Any, calls: Sequence[Call]) -> QuantizationSession:
         """The network with its weights rounded to the nearest, ready for what is to be learned."""
         if not isinstance(denoiser, Denoiser):
             raise BadInput(f"quantize needs a Denoiser with its network, found {type(denoiser).__name__}")
@@ -118,7 +118,7 @@ class Quantize:
         ends = {end: [name for name in names if name.split(".")[-1] == end] for end in ENDS}  # there may be none
         keep = tuple(name for word in self.keep for name in ends.get(word, [word]))
         samples = self.samples(denoiser, calls)
-        return Work(
+        return QuantizationSession(
             denoiser, samples, self.weights, self.acts, self.ranges, self.split, self.rank,
             len(samples.bounds) + 1, keep, self.eight, batch_of(samples.x.shape), rate=self.rate, seed=self.seed,
         )  # fmt: skip
@@ -129,9 +129,13 @@ class Quantize:
         most = 1 if self.acts is None else min(GROUPS, len(set(clock)))
         return chosen(calls, clock, self.steps, self.seed, bounds(clock, most if self.groups is None else self.groups))
 
-    def finished(self, work: Work, book: Book | None = None) -> Denoiser:
+    def finished(self, work: QuantizationSession, book: SessionProgress | None = None) -> Denoiser:
         """What is learned, learned; the denoiser whose network is in integers."""
-        book = Book(iterations={"rounding": self.iterations, "steps": self.iterations}) if book is None else book
+        book = (
+            SessionProgress(iterations={"rounding": self.iterations, "steps": self.iterations})
+            if book is None
+            else book
+        )
         if self.rounding == "adaround":
             work.round(book)
         work.fit()

@@ -48,7 +48,7 @@ def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
     from ..loading import load
     from ..utils.finite import check_weights
 
-    with ranks.leading():
+    with ranks.main_process_first():
         loaded = load(name, ranks.device)
     if sound:
         check_weights(loaded.denoiser, name)
@@ -58,7 +58,7 @@ def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
 def hint(ranks: Ranks, n: int, batch_size: int) -> None:
     """Say so where some processes will have nothing to do."""
     batches = -(-n // batch_size)
-    if ranks.first and batches < ranks.world:
+    if ranks.is_main_process and batches < ranks.world:
         each = max(n // ranks.world, 1)
         warn(
             f"{n} images are {batches} batch{'es' if batches > 1 else ''} of {batch_size}, for {ranks.world} "

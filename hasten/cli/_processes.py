@@ -51,7 +51,7 @@ def alone(verb: Verb) -> Verb:
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """All processes but the first are silent; why a run ended early, one of them says, and all exit with its code."""
-    from ..distributed.ranks import Lost, Ranks
+    from ..distributed.ranks import ProcessLost, Ranks
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(told_to_end())
@@ -61,13 +61,13 @@ def one_voice() -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         ranks = None
         try:
-            ranks = Ranks.meet()
+            ranks = Ranks.connect()
             yield
         except (Exception, KeyboardInterrupt) as error:
             deaf()
             stopped = isinstance(error, KeyboardInterrupt)
-            own = not stopped and not isinstance(error, Lost)
-            if ranks is None or ranks.speaks(own):  # a process that found no others speaks for itself
+            own = not stopped and not isinstance(error, ProcessLost)
+            if ranks is None or ranks.should_report(own):  # a process that found no others speaks for itself
                 raise
             raise SystemExit(STOPPED if stopped else FAILED) from None
 
@@ -83,7 +83,7 @@ def told_to_end() -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         deaf()
-        Ranks.meet().mourn()
+        Ranks.connect().check_peers()
         raise KeyboardInterrupt("stopped" if number == signal.SIGINT else "told to stop (SIGTERM)")
 
     before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}

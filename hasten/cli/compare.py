@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, HastenError
-from ..storage.provenance import spell
+from ..storage.provenance import command_line
 from ._common import ends_as_stopped, open_shared, processes
 from ._processes import together
 from .terminal import tell
@@ -75,7 +75,7 @@ def compare(
     ranks = processes(device)
     loaded = open_shared(model, ranks)
     with ends_as_stopped():
-        command = spell("compare", model, told)
+        command = command_line("compare", model, told)
         rows = run(loaded, out=out, **asked, show=not json, command=command, ranks=ranks, prompts=texts)
     if json:
         tell(rows, "", json)

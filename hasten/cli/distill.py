@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..storage.provenance import spell
+from ..storage.provenance import command_line
 from ._common import open_shared, processes
 from ._processes import together
 from .terminal import tell
@@ -73,7 +73,7 @@ def distill(
         loaded, out, method=method, data=data, steps=steps, minutes=minutes, evaluations=evaluations,
         guidance_scale=guidance_scale, batch_size=batch_size, seed=seed, runtime=runtime, dry_run=dry_run,
         say=(lambda line: None) if json else lambda line: print(line, flush=True),
-        command=spell("distill", model, said), accumulate=accumulate, shard=shard,
+        command=command_line("distill", model, said), accumulate=accumulate, shard=shard,
         init=None if init is None else open_shared(init, ranks),
     )  # fmt: skip
     cost = f"{result['evaluations']:.3g} network evaluations"

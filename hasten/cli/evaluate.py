@@ -73,14 +73,14 @@ def evaluate(
         The settings, and under `measures` each figure with its features, reference, count, floor and interval.
     """
     from ..compare.jobs import given_prompts, image_shape
-    from ..errors import whole
+    from ..errors import check_int
     from ..metrics import without_neighbours
     from ..workflows.reference_images import judge
-    from ..workflows.sample import judge_many, kept, sample_many
+    from ..workflows.sample import evaluate_distributed, kept, sample_many
 
-    whole("n", n, 10)
-    whole("batch_size", batch_size, 1)
-    whole("repeats", repeats, 1)
+    check_int("n", n, 10)
+    check_int("batch_size", batch_size, 1)
+    check_int("repeats", repeats, 1)
     texts = prompts_of(prompt, prompts)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
@@ -90,7 +90,7 @@ def evaluate(
     asked = reference or loaded.card.get("reference")
     if asked is None:
         raise BadInput(f"{loaded.name} names no reference: give --reference, such as a folder of real images")
-    say = warn if ranks.first else lambda line: None
+    say = warn if ranks.is_main_process else lambda line: None
     known, net = judge(asked, features, image_shape(loaded), loaded.device, ranks, say)
     assert known is not None and net is not None
     if line := without_neighbours(n, known):
@@ -98,7 +98,7 @@ def evaluate(
     way: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
     size = min(n, batch_size)
     setting = loaded.setting(sampler, times, steps, guidance_scale, "fp32", size, **way)
-    setting["runtime"] = ranks.once(lambda: loaded.runtime_for(runtime, size))
+    setting["runtime"] = ranks.on_main_process(lambda: loaded.runtime_for(runtime, size))
     hint(ranks, n, batch_size)
     wanted = None if loaded.conditioning is not None else loaded.labels(n, chosen)
     blocks = []
@@ -111,8 +111,8 @@ def evaluate(
                 loaded, n, chosen, first, batch_size, **setting, ranks=ranks, keep=keep, everywhere=True, progress=tick
             )
         assert x is not None
-        blocks.append(judge_many(x, wanted, net, known, range(first, first + n), ranks, loaded.classes))
-        ranks.wait()
+        blocks.append(evaluate_distributed(x, wanted, net, known, range(first, first + n), ranks, loaded.classes))
+        ranks.barrier()
         if keep is not None:
             keep.clear()
     found = [measures for measures in blocks if measures is not None]

@@ -41,10 +41,10 @@ def export(
     Returns:
         The folder, its files, their bytes, and the error of the answers against those of the model.
     """
-    from ..errors import BadInput, whole
+    from ..errors import BadInput, check_int
 
-    whole("n", n, 1)
-    whole("seed", seed, 0)
+    check_int("n", n, 1)
+    check_int("seed", seed, 0)
     if opset is not None and to != "onnx":
         raise BadInput(f"--opset is ONNX's: leave it out with --to {to}")
     loaded = open_model(model, "cpu")

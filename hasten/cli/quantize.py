@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..storage.provenance import spell
+from ..storage.provenance import command_line
 from ._common import open_model
 from ._processes import alone
 from .terminal import tell
@@ -84,7 +84,7 @@ def quantize(
         loaded, out, weights, acts or None, rounding, learn_steps, minutes, iterations, rank, groups, not no_split,
         ranges, kept, eight, images, spread, seed, sampler, times, steps, guidance_scale,
         say=(lambda line: None) if json else lambda line: print(line, flush=True),
-        command=spell("quantize", model, said),
+        command=command_line("quantize", model, said),
     )  # fmt: skip
     lines = [
         f"{out}: weights of {weights} bits, activations of {acts or 'all their'} bits, "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
 from ..progress import progress
-from ..storage.provenance import spell, versions
+from ..storage.provenance import command_line, versions
 from ._common import given_images, open_model
 from ._processes import alone
 from .terminal import tell
@@ -70,13 +70,13 @@ def restyle(
         The file, what was done, and the network evaluations that an image took.
     """
     from .. import images as pictures
-    from ..errors import whole
+    from ..errors import check_int
     from ..files import refuse_inside, reserve, write
     from ..tasks.style_transfer import classes, is_encoder
     from ..tasks.style_transfer import restyle as run
 
-    whole("n", n, 1)
-    whole("seed", seed, 0)
+    check_int("n", n, 1)
+    check_int("seed", seed, 0)
     if out.suffix.lower() != ".png":
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r}")
     refuse_inside(out, images, "--out")
@@ -106,7 +106,7 @@ def restyle(
         "guidance_scale": guidance_scale, "encode_guidance_scale": encode_guidance_scale, "iterations": iterations,
     }  # fmt: skip
     text = {
-        "command": spell("restyle", encoder, said),
+        "command": command_line("restyle", encoder, said),
         "models": f"{up.name} {up.sha256}, {down.name} {down.sha256}", "versions": versions(),
     }  # fmt: skip
     write(out, pictures.png(pictures.grid(paired(source, made.images), min(n, 16)), text))

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import BadInput, NonFinite
 from ..files import refuse_inside, writes
 from ..progress import progress
-from ..storage.provenance import spell, versions
+from ..storage.provenance import command_line, versions
 from ._common import given_images, hint, label_list, open_shared, processes, warn
 from ._processes import together
 from .terminal import tell
@@ -78,12 +78,12 @@ def sample(
         What was done: files, settings, seeds, labels, seconds.
     """
     from .. import images as pictures
-    from ..errors import whole
+    from ..errors import check_int
     from ..files import reserve, write
     from ..workflows.sample import kept, sample_many, sharing
 
-    whole("n", n, 1)
-    whole("batch_size", batch_size, 1)
+    check_int("n", n, 1)
+    check_int("batch_size", batch_size, 1)
     if out.suffix.lower() != ".png" and not single:
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
     refuse_inside(out, images, "--out")
@@ -97,13 +97,13 @@ def sample(
         )
     chosen = label_list(loaded, label)
     labels = loaded.labels(n, chosen)
-    if loaded.conditioning is not None and label is None and ranks.first:
+    if loaded.conditioning is not None and label is None and ranks.is_main_process:
         warn(f"{loaded.name} takes a prompt and is given none: --label TEXT is what to draw; the empty prompt is used")
     asked: dict[str, Any] = {"guides": tuple(guide or ()), "start": start, "plan": plan}
     asked["accelerators"] = tuple(accelerate or ())
     size = min(n, batch_size)
     setting = loaded.setting(sampler, times, steps, guidance_scale, "fp32", size, **asked)
-    setting["runtime"] = ranks.once(lambda: loaded.runtime_for(runtime, size))
+    setting["runtime"] = ranks.on_main_process(lambda: loaded.runtime_for(runtime, size))
     if mask is not None and images is None:
         raise BadInput("a mask belongs to --images, of which it says what to fill in")
     given = None if images is None else given_images(images, n, loaded.shape[0], start, mask)
@@ -121,13 +121,13 @@ def sample(
                 loaded, n, chosen, seed, batch_size, **setting, ranks=ranks, keep=keep, progress=tick, images=given
             )
         except NonFinite as e:
-            if single or e.images is None or e.images.ndim != 4 or not ranks.first:
+            if single or e.images is None or e.images.ndim != 4 or not ranks.is_main_process:
                 raise
             write(out, pictures.png(pictures.grid(pictures.crossed(e.images), columns), {"failed": str(e)}))
             raise NonFinite(f"{e} ({out} has a cross in their place)") from e
     seconds = time.perf_counter() - began
     if x is None:  # the first process has them all
-        ranks.wait()
+        ranks.barrier()
         if keep is not None:
             keep.clear()
         return {}
@@ -137,7 +137,11 @@ def sample(
     said["columns"] = columns
     if columns is None and chosen is None and loaded.classes is not None and n > len(loaded.classes):
         columns = len(loaded.classes)
-    text = {"command": spell("sample", model, said), "model": f"{loaded.name} {loaded.sha256}", "versions": versions()}
+    text = {
+        "command": command_line("sample", model, said),
+        "model": f"{loaded.name} {loaded.sha256}",
+        "versions": versions(),
+    }
     text |= {"processes": str(ranks.world)} if shared else {}  # which may differ in the last digits, or by more
 
     def made(first: int, last: int) -> dict[str, str]:
@@ -151,7 +155,7 @@ def sample(
         files = [write(out / f"{number:06d}.png", data) for number, data in whole_files]
     else:
         files = [write(out, pictures.png(pictures.grid(x, columns), made(0, n - 1)))]
-    ranks.wait()
+    ranks.barrier()
     if keep is not None:
         keep.clear()
     result = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..storage.provenance import spell
+from ..storage.provenance import command_line
 from ._common import open_model
 from ._processes import alone
 from .terminal import tell
@@ -61,7 +61,7 @@ def tune(
             "data": data, "n": n, "seed": seed, "runtime": runtime, "out": out}  # fmt: skip
     result = tune_model(
         loaded, folder, method=method, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale,
-        data=data, n=n, seed=seed, runtime=runtime, command=spell("tune", model, said),
+        data=data, n=n, seed=seed, runtime=runtime, command=command_line("tune", model, said),
     )  # fmt: skip
     found = [*([f"plan {result['plan']}"] if result["plan"] else []), *result["statistics"], *result["parts"]]
     lines = [f"{folder}: {', '.join(found)} in {result['seconds']:.1f} s; try hasten sample {folder}"]

@@ -56,7 +56,7 @@ def prepare(
     def ready(v: Variant) -> Model:
         if v.method not in found:
             if v.model not in others:
-                with ranks.leading() if ranks is not None else contextlib.nullcontext():
+                with ranks.main_process_first() if ranks is not None else contextlib.nullcontext():
                     others[v.model] = other(str(v.model), model, f"{chosen.source}: {v.name!r}")
             base = others[v.model]
             choice = v.sampler or None, v.times or None, v.steps or None

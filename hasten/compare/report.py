@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..storage.provenance import spell
+from ..storage.provenance import command_line
 from .plots import (
     CAPTIONS,
     FRONT,
@@ -98,7 +98,7 @@ def command_of(row: Row) -> str:
     told["accelerate"] = list(row.get("accelerators") or ())
     if prompts := row["protocol"].get("prompts"):
         told["label"] = prompts[0]
-    return spell("sample", model, told)
+    return command_line("sample", model, told)
 
 
 def number(value: float | int | None) -> str:

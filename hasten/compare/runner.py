@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..distributed.ranks import Lost, Ranks
-from ..errors import BadInput, whole
+from ..distributed.ranks import ProcessLost, Ranks
+from ..errors import BadInput, check_int
 from ..files import writes
 from ..images import to_uint8
 from ..loading import load
@@ -27,10 +27,10 @@ from ..performance import cost
 from ..performance.device import processor
 from ..pick import pick
 from ..progress import Progress
-from ..storage.batches import Kept
-from ..storage.provenance import fingerprint, hash_of, now, spell
+from ..storage.batches import SavedBatches
+from ..storage.provenance import command_line, fingerprint, hash_of, now
 from ..workflows.reference_images import judge as judged_by
-from ..workflows.sample import judge_many, sample_many, sharing
+from ..workflows.sample import evaluate_distributed, sample_many, sharing
 from . import jobs as tools
 from . import report
 from .counting import counting, extra
@@ -92,19 +92,19 @@ class Run:
     def all(self) -> None:
         """Time every row unless that is done, then sample and judge the rows that are missing."""
         p = self.protocol
-        numbers, timed = self.ranks.once(self.unfinished)
+        numbers, timed = self.ranks.on_main_process(self.unfinished)
         missing = [self.jobs[k] for k in numbers]
         count = p["n"] * p["repeats"]
         work = sum(count * job.nfe for job in missing)
         work += 0 if timed else sum((p["rounds"] + 1) * p["timing_batch"] * job.nfe for job in self.jobs)
-        progress = Progress(work, self.ranks.first)
+        progress = Progress(work, self.ranks.is_main_process)
         with progress.bar:
             blocks = f" in each of {p['repeats']} blocks of seeds" if p["repeats"] > 1 else ""
             what = f"{len(self.jobs)} rows of {p['n']} images{blocks}"
             progress.say(f"{p['model']}: {what}, {p['dtype']}, {p['hardware']}")
             if done := len(self.jobs) - len(missing):
                 progress.say(f"{done} of {len(self.jobs)} rows are finished in {self.store.out} and are kept")
-            timed = timed or self.ranks.tell(self.time(progress))
+            timed = timed or self.ranks.broadcast_object(self.time(progress))
             well = [job for job in missing if job.key in timed]
             left = sum(self.costs(job.key, timed)["seconds_per_image"] for job in well) * count / self.ranks.world
             if missing:
@@ -118,7 +118,7 @@ class Run:
                 for block in range(p["repeats"]):
                     self.kept(job, block).clear(last=False)
                 progress.say(f"[{number}/{len(missing)}] {row['name']}: {self.said(row)}")
-        self.ranks.wait()
+        self.ranks.barrier()
         self.kept(self.jobs[0]).clear()
 
     def said(self, row: Mapping[str, Any]) -> str:
@@ -162,10 +162,10 @@ class Run:
         assert made is not None
         return made
 
-    def kept(self, job: Job, block: int = 0) -> Kept:
+    def kept(self, job: Job, block: int = 0) -> SavedBatches:
         """Where the images of an unfinished row are."""
         versions = {key: self.protocol[key] for key in ("hasten", "torch", "batch_size")}
-        return Kept(self.out / "samples" / "kept", {"key": job.key, "block": block, **versions})
+        return SavedBatches(self.out / "samples" / "kept", {"key": job.key, "block": block, **versions})
 
     @functools.cached_property
     def machine(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Run:
         batch = self.protocol["timing_batch"]
         progress.describe("timing")
         found: dict[str, Any] = {}
-        jobs = [job for job in self.jobs if self.ranks.first or sharing(job.variant.accelerators, self.ranks)]
+        jobs = [job for job in self.jobs if self.ranks.is_main_process or sharing(job.variant.accelerators, self.ranks)]
         if not jobs:
             return found
         for job in jobs:
@@ -197,7 +197,7 @@ class Run:
                 stack.enter_context(counting(ready, progress))
             for key, seconds in cost.interleave(work, self.protocol["rounds"], warmup=0).items():
                 found[key]["seconds"] = seconds
-        if not self.ranks.first:
+        if not self.ranks.is_main_process:
             return found
         self.store.put_timing(self.machine, found)
         old = [self.store.rows[job.key] for job in jobs if self.finished(job)]
@@ -239,7 +239,7 @@ class Run:
             figures = self.measured(job, drawn, block)
             if figures is not None:
                 blocks.append(figures)
-        if not self.ranks.first:
+        if not self.ranks.is_main_process:
             return None
         floors = blocks[0].pop("floors", None)
         for figures in blocks[1:]:
@@ -258,8 +258,8 @@ class Run:
         n, first, seen = len(drawn), self.seed(block), None
         if self.net is not None:
             labels, names = self.model.labels(n), self.model.classes
-            seen = judge_many(drawn, labels, self.net, self.known, range(first, first + n), self.ranks, names)
-        if not self.ranks.first:
+            seen = evaluate_distributed(drawn, labels, self.net, self.known, range(first, first + n), self.ranks, names)
+        if not self.ranks.is_main_process:
             return None
         figures: dict[str, Any] = dict.fromkeys(QUALITY)
         if seen is not None:
@@ -356,27 +356,43 @@ def compare(
     n, rounds = chosen.n if n is None else n, chosen.rounds if rounds is None else rounds
     least = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
     for name, value in zip(least, (n, rounds, timing_batch, batch_size, seed, repeats), strict=True):
-        whole(name, value, least[name])
+        check_int(name, value, least[name])
     label = tools.given_prompts(model, chosen.prompts if prompts is None else prompts, chosen.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
         chosen = chosen.without_guidance_below_one()
     rows = prepare(model, chosen, ranks, label)
-    progress = Progress(0, ranks.first)
+    progress = Progress(0, ranks.is_main_process)
     shape = tools.image_shape(model)
     asked = reference or (model.card.get("reference") if tools.is_image(shape) else None)
     known, net = judged_by(asked, features, shape, model.device, ranks, progress.say)
-    runtime = ranks.once(functools.partial(model.runtime_for, runtime, min(n, batch_size)))
-    store, weights = Store(Path(out)) if ranks.first else None, fingerprint(model)
+    runtime = ranks.on_main_process(functools.partial(model.runtime_for, runtime, min(n, batch_size)))
+    store, weights = Store(Path(out)) if ranks.is_main_process else None, fingerprint(model)
     protocol = {
-        "schema": SCHEMA, "model": model.name, "model_hash": weights, "set": chosen.source, "n": n,
-        "seeds": [seed, seed + n * repeats - 1], "batch_size": batch_size, "timing_batch": timing_batch,
-        "rounds": rounds, "repeats": repeats, "classes": len(model.classes or ()),
+        "schema": SCHEMA,
+        "model": model.name,
+        "model_hash": weights,
+        "set": chosen.source,
+        "n": n,
+        "seeds": [seed, seed + n * repeats - 1],
+        "batch_size": batch_size,
+        "timing_batch": timing_batch,
+        "rounds": rounds,
+        "repeats": repeats,
+        "classes": len(model.classes or ()),
         "features": net and known and net_name(net),
-        "reference": known and f"{known.name}, {known.split} split, {known.count} images", "floors": {},
-        "hardware": processor(model.device), "threads": torch.get_num_threads(), "device": model.device.type,
-        "processes": ranks.world, "dtype": runtime, "torch": torch.__version__, "hasten": __version__, "date": now(),
-        "command": command or spell("compare", model.name, {"variants": variants, "n": n, "seed": seed, "out": out}),
-    }  # fmt: skip
+        "reference": known and f"{known.name}, {known.split} split, {known.count} images",
+        "floors": {},
+        "hardware": processor(model.device),
+        "threads": torch.get_num_threads(),
+        "device": model.device.type,
+        "processes": ranks.world,
+        "dtype": runtime,
+        "torch": torch.__version__,
+        "hasten": __version__,
+        "date": now(),
+        "command": command
+        or command_line("compare", model.name, {"variants": variants, "n": n, "seed": seed, "out": out}),
+    }
     told = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
     settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
     settings |= {"statistics": None if known is None else hash_of(known.mean, known.covariance, known.sample)}
@@ -388,10 +404,10 @@ def compare(
         progress.say(str(line))
     try:
         run.all()
-    except (KeyboardInterrupt, Lost) as e:
-        if not ranks.first:
+    except (KeyboardInterrupt, ProcessLost) as e:
+        if not ranks.is_main_process:
             raise
         what = "stopped" if isinstance(e, KeyboardInterrupt) else str(e).partition(";")[0]
         kept = f"{len(run.finish(show))} of {len(run.jobs)} rows are kept in {out}"
         raise type(e)(f"{what}: {kept}; the same command goes on from there") from None
-    return ranks.once(lambda: run.finish(show))
+    return ranks.on_main_process(lambda: run.finish(show))

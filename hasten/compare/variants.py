@@ -68,14 +68,14 @@ class Variant:
     @property
     def method(self) -> tuple[Any, ...]:
         """What is run, without what it is called: equal methods are the same row."""
-        from ..pick import spell
+        from ..pick import format_spec
 
         more = (self.guides, self.start, self.accelerators, *([] if self.model is None else [self.model]))
         if not self.sampler and self.plan is None:
             return "model", self.guidance_scale, *more, *([self.times, self.steps] if self.times or self.steps else [])
         if self.plan is not None:
             return "plan", self.plan, self.guidance_scale, *more
-        sampler, times = spell(_picked("samplers", self.sampler)), spell(_picked("times", self.times))
+        sampler, times = format_spec(_picked("samplers", self.sampler)), format_spec(_picked("times", self.times))
         return sampler, times, self.steps, self.guidance_scale, *more
 
     @property

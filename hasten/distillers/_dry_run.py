@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..train.data import share_of
 from ..train.fit import Ema
-from ..train.player import Player
+from ..train.player import TrainedModule
 from ._task import Task, refuse_keys
 
 TIMED = 2  # steps of training that are timed, after one that is counted
@@ -40,7 +40,7 @@ class Stage:
 
 
 @dataclass
-class Rehearsal(Task):
+class DryRun(Task):
     """A task whose stages are only tried: `stages` holds what each would cost. Nothing is written.
 
     Of several processes one rehearses, with its own part of a batch; the steps of all are then of the whole.
@@ -57,7 +57,7 @@ class Rehearsal(Task):
     def fit(
         self,
         name: str,
-        players: list[Player],
+        players: list[TrainedModule],
         share: float = 1.0,
         batches: Any = None,
         ema: Ema | None = None,
@@ -105,7 +105,7 @@ class Rehearsal(Task):
         self.stages.append(Stage(f"pairs {name}", evaluations, seconds, pairs=count))
         return pairs
 
-    def _learn(self, player: Player, batch: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
+    def _learn(self, player: TrainedModule, batch: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
         """A step of training too short to change anything."""
         device = next(self.denoiser.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):

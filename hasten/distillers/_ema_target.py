@@ -40,7 +40,7 @@ class Counted(nn.Module):
         return done
 
 
-class Shadow(Counted):
+class EMATarget(Counted):
     """A student in training and a copy that is an average of what the student was, frozen and in eval mode.
 
     `update` moves it, `copy <- (1 - a) copy + a student`, a = 1 - momentum or, corrected for the short past,
@@ -59,7 +59,7 @@ class Shadow(Counted):
             follow(self.copy, self.student, (1 - momentum) / (1 - momentum**n) if corrected else 1 - momentum)
         return n
 
-    def train(self, mode: bool = True) -> Shadow:
+    def train(self, mode: bool = True) -> EMATarget:
         """The copy stays in eval mode."""
         super().train(mode)
         self.copy.eval()

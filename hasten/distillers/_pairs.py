@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser, Wrapper
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, nearest
-from ..pick import pick, spell
+from ..pick import format_spec, pick
 from ..plan.draw import draw
 from ..progress import watched
 from ..sampling import Noise
@@ -242,15 +242,26 @@ def make(
             raise BadInput(f"pairs: unknown {name} {value!r}: {nearest(value, known)}")
     method, law = named_sampler(sampler), named_times(times)
     grid = law(teacher.schedule, steps)
-    if states and spell(method).partition(":")[0] not in EXACT:
-        raise BadInput(f"pairs: {spell(method)} does not ask at the states it passes: with states, use one of "
+    if states and format_spec(method).partition(":")[0] not in EXACT:
+        raise BadInput(f"pairs: {format_spec(method)} does not ask at the states it passes: with states, use one of "
                        f"{', '.join(EXACT)}")  # fmt: skip
     told = {
-        "schema": 1, "teacher": fingerprint(teacher), "guidance_scale": task.guidance_scale, "sampler": spell(method),
-        "times": spell(law), "grid": grid.tolist(), "states": on_grid(grid, states), "shape": list(task.shape),
-        "dtype": dtype, "labels": labels, "classes": task.label_count, "seed": FIRST + SPAN * (task.seed % RUNS),
-        "precision": task.precision, "batch_size": batch_size, "block": block,
-    }  # fmt: skip
+        "schema": 1,
+        "teacher": fingerprint(teacher),
+        "guidance_scale": task.guidance_scale,
+        "sampler": format_spec(method),
+        "times": format_spec(law),
+        "grid": grid.tolist(),
+        "states": on_grid(grid, states),
+        "shape": list(task.shape),
+        "dtype": dtype,
+        "labels": labels,
+        "classes": task.label_count,
+        "seed": FIRST + SPAN * (task.seed % RUNS),
+        "precision": task.precision,
+        "batch_size": batch_size,
+        "block": block,
+    }
     null = getattr(task.denoiser, "null_label", None)
     if null is not None and null < told["classes"]:
         told["null_label"] = null
@@ -259,7 +270,7 @@ def make(
     except OSError as e:
         raise BadInput(f"cannot write in {folder}: {e.strerror or e}") from e
     ranks = task.ranks
-    blocks = ranks.once(lambda: check(folder, told))
+    blocks = ranks.on_main_process(lambda: check(folder, told))
     needed = [min(block, count - first) for first in range(0, count, block)]
     with watched(task.show, f"pairs {folder.name}", count) as tick:
         for number, rows in enumerate(needed):
@@ -272,7 +283,7 @@ def make(
             entry = {"rows": rows, **{kind: write(folder, f"{kind}-{number:05d}", a) for kind, a in files.items()}}
             blocks[number : number + 1] = [entry]
             record(folder, told, blocks)
-    ranks.wait()
+    ranks.barrier()
     if not (folder / DESCRIPTION).is_file():
         raise BadInput(f"process {ranks.rank} does not see {folder}: all processes need the same folder")
     return Pairs(folder, told, 0, count)
@@ -305,8 +316,8 @@ def drawn(
     def progress(done: int, total: int) -> None:
         tick(number * told["block"] + min(done * size, rows))
 
-    made = task.ranks.deal(-(-rows // size), batch, tick=progress)
-    if not task.ranks.first:
+    made = task.ranks.distribute(-(-rows // size), batch, tick=progress)
+    if not task.ranks.is_main_process:
         return None
     columns = [torch.cat(column).numpy() for column in zip(*[piece for piece in made if piece is not None])]
     return dict(zip(("ends", "states"), columns))

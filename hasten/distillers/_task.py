@@ -21,7 +21,7 @@ from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
 from ..train.fit import Fit
-from ..train.player import Player
+from ..train.player import TrainedModule
 from ._pairs import Pairs, make
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -180,16 +180,19 @@ class Task:
         """What of a batch the networks are told: its labels, where it has any."""
         return {"label": batch["label"]} if "label" in batch else {}
 
-    def player(self, name: str, module: nn.Module, loss: Loss, lr: float, every: int = 1, **options: Any) -> Player:
-        """A `Player` with the settings that distillation wants: AdamW without decay, float32 weights. options: of
-        `Player`."""
+    def player(
+        self, name: str, module: nn.Module, loss: Loss, lr: float, every: int = 1, **options: Any
+    ) -> TrainedModule:
+        """A `TrainedModule` with the settings that distillation wants: AdamW without decay, float32 weights.
+
+        options: of `TrainedModule`."""
         widened(module)
-        return Player(name, module, loss, **{"lr": lr, "every": every, "weight_decay": 0.0, **options})
+        return TrainedModule(name, module, loss, **{"lr": lr, "every": every, "weight_decay": 0.0, **options})
 
     def fit(
         self,
         name: str,
-        players: list[Player],
+        players: list[TrainedModule],
         share: float = 1.0,
         batches: Any = None,
         ema: Ema | None = None,
@@ -207,7 +210,7 @@ class Task:
         folder = self.out / "stages" / f"{number}-{name}"
         steps = self.steps[name]
         finished = folder / STUDENT
-        if self.ranks.once(finished.is_file):
+        if self.ranks.on_main_process(finished.is_file):
             modules = {p.name: p.module for p in players}
             load_modules(modules, finished)
         else:
@@ -217,10 +220,10 @@ class Task:
                 accumulate=self.accumulate, shard=self.shard, minutes=self.minutes.get(name),
             )  # fmt: skip
             modules = fit(players, self.batches if batches is None else batches, folder, self.show)
-            if self.ranks.first:
+            if self.ranks.is_main_process:
                 save_modules(modules, finished)
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
-            self.ranks.wait()
+            self.ranks.barrier()
         # what is drawn between the stages must not depend on whether this one was trained, resumed or read
         torch.manual_seed(self.seed * 1009 + number)
         return {key: module.eval().requires_grad_(False) for key, module in modules.items()}

@@ -26,7 +26,7 @@ from ._consistency import (
     root_count,
     root_momentum,
 )
-from ._ema_target import Counted, Shadow
+from ._ema_target import Counted, EMATarget
 from ._targets import clock, noised
 from ._task import Student, Task
 
@@ -117,7 +117,7 @@ class Consistency:
     def distill(self, task: Task) -> Student:
         """Train the one stage `consistency`; its student."""
         student = anchored(task.student())
-        player: Counted = Shadow(student) if self.momentum else Counted(student)
+        player: Counted = EMATarget(student) if self.momentum else Counted(student)
         # weights by the gap span orders of magnitude, and a limit for all would undo them
         clip = 1.0 if self.weight == "one" else None
         players = [task.player("student", player, self.lesson(task, player), self.lr)]
@@ -135,7 +135,7 @@ class Consistency:
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             k = player.begun()
             total = max(budget(task, name), k + 1)
-            if isinstance(player, Shadow):
+            if isinstance(player, EMATarget):
                 player.update(self.following(k, total), corrected=False)
             else:
                 player.tick()
@@ -151,7 +151,7 @@ class Consistency:
                     below = noised(schedule, x, s, eps)
                 else:
                     below = SOLVERS[self.solver](task.teacher, schedule, z, t, s, **cond)
-                itself = player.copy if isinstance(player, Shadow) else student
+                itself = player.copy if isinstance(player, EMATarget) else student
                 # by definition the clean end is its own answer, whatever is rounded on the way
                 target = torch.where(spread((s == 0).double(), z) > 0, below, itself(below, s, **cond))
             apart = distance(answer, target, self.metric, self.c)

@@ -13,7 +13,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, nearest
 from ..times import Trailing
 from ..train.losses import stratified
-from ._ema_target import Shadow
+from ._ema_target import EMATarget
 from ._targets import Nodes, clock, factor, finer_path, grid, loss, noised, path
 from ._task import Student, Task
 from .progressive import check, check_order, halving
@@ -170,7 +170,7 @@ class Guided:
 
     def for_all(self, task: Task, merged: Denoiser, many: int) -> Student:
         """The stage `shared`: one network for all counts of steps."""
-        both = Shadow(self.beginning(task, merged, steps=self.steps))
+        both = EMATarget(self.beginning(task, merged, steps=self.steps))
         counts, each = self.steps, [a // b for a, b in zip((many, *self.steps), self.steps, strict=False)]
         times_of = [Nodes(grid(Trailing(), task.schedule, n * m)) for n, m in zip(counts, each, strict=True)]
 

@@ -13,7 +13,7 @@ from ..errors import BadInput
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
-from ._ema_target import Shadow
+from ._ema_target import EMATarget
 from ._targets import Nodes, grid, loss, noised, signal, step, weight_for
 from ._task import Student, Task
 from .progressive import check
@@ -69,7 +69,7 @@ class Tract:
         teacher: Any = task.teacher
         source = task.initial
         for many, n in zip(self.phases, self.phases[1:], strict=False):
-            shadow = Shadow(task.student(source))
+            shadow = EMATarget(task.student(source))
             players = [task.player("student", shadow, self.lesson(task, teacher, shadow, n, many // n), self.lr)]
             trained: Any = task.fit(f"steps{n}", players, share=self.last if n <= 2 else 1.0)["student"]
             teacher = source = trained.student
@@ -78,7 +78,7 @@ class Tract:
         return made
 
     def lesson(
-        self, task: Task, teacher: Callable[..., Tensor], shadow: Shadow, n: int, S: int
+        self, task: Task, teacher: Callable[..., Tensor], shadow: EMATarget, n: int, S: int
     ) -> Callable[[dict[str, Tensor]], Tensor]:
         """The loss of a phase whose student has n segments of S nodes."""
         schedule, times_of = task.schedule, Nodes(grid(Trailing(), task.schedule, n * S))

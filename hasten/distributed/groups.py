@@ -13,14 +13,14 @@ from torch import Tensor, distributed
 from ..errors import BadInput
 from .ranks import launched
 
-__all__ = ["Team", "check_same", "gather", "place", "team"]
+__all__ = ["ProcessGroup", "check_same", "gather", "process_rank", "team"]
 
 PROBES = 32  # entries of x_t that processes compare
 CLOSE = 0.1  # of its mean size: far less than between two noises, far more than rounding
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes of one group, by their ranks in the world, in order; `me` is this one's place among them."""
 
     ranks: tuple[int, ...] = (0,)
@@ -33,11 +33,11 @@ class Team:
         return len(self.ranks)
 
 
-_made: dict[tuple[tuple[int, ...], ...], Team] = {}
+_made: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
 _world: Any = None  # that they were made in
 
 
-def place() -> tuple[int, int]:
+def process_rank() -> tuple[int, int]:
     """This process's rank, and how many there are; (0, 1) where there is but one.
 
     Raises BadInput where torchrun started several that were not joined: each would do all the work.
@@ -49,12 +49,12 @@ def place() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def team(parts: list[tuple[int, ...]]) -> Team:
+def team(parts: list[tuple[int, ...]]) -> ProcessGroup:
     """This process's group among `parts`, which every process must name alike and at the same point."""
     global _world
-    rank, world = place()
+    rank, world = process_rank()
     if world == 1:
-        return Team()
+        return ProcessGroup()
     if distributed.group.WORLD is not _world:
         _made.clear()
         _world = distributed.group.WORLD
@@ -64,7 +64,7 @@ def team(parts: list[tuple[int, ...]]) -> Team:
             whole = len(part) == world
             group = distributed.group.WORLD if whole else distributed.new_group(list(part), timeout=_patience())
             if rank in part:
-                _made[key] = Team(part, part.index(rank), group)
+                _made[key] = ProcessGroup(part, part.index(rank), group)
     return _made[key]
 
 
@@ -76,7 +76,7 @@ def _patience() -> timedelta | None:
     return None
 
 
-def check_same(members: Team, x_t: Tensor, who: str) -> None:
+def check_same(members: ProcessGroup, x_t: Tensor, who: str) -> None:
     """Refuse, on every process, a sampling that the members of a group began with different x_t (B, *S): each would be
     given an image made of several noises. It waits for the device once.
 

@@ -24,28 +24,30 @@ PULSE = 1.0  # seconds between two of them
 TOGETHER = 1800.0  # seconds that a collective of a training step may take
 
 
-class Lost(HastenError):
+class ProcessLost(HastenError):
     """Another process of the run is gone, so that it cannot end as it should."""
 
 
 @contextlib.contextmanager
-def heard(sure: bool = True) -> Iterator[None]:
-    """What torch says where another process is gone, as Lost. sure: nothing else can have gone wrong inside."""
+def peer_errors(sure: bool = True) -> Iterator[None]:
+    """What torch says where another process is gone, as ProcessLost. sure: nothing else can have gone wrong inside."""
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as e:
         if is_out_of_memory(e) or isinstance(e, NotImplementedError):
             raise
         end = time.monotonic() + 1
-        while not (dead := line.gone(range(line.world))) and time.monotonic() < end:
+        while not (dead := peers.gone(range(peers.world))) and time.monotonic() < end:
             time.sleep(0.05)  # its connections close a little before it is gone
         if not (dead or sure):
             raise
         said = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise Lost(line.lost(dead) if dead else f"the other processes cannot be reached any more ({said})") from e
+        raise ProcessLost(
+            peers.lost(dead) if dead else f"the other processes cannot be reached any more ({said})"
+        ) from e
 
 
-class Line:
+class Peers:
     """The store between the processes, and who of them is alive. One a process."""
 
     def __init__(self) -> None:
@@ -89,7 +91,7 @@ class Line:
         limit = timedelta(seconds=max(self.seconds, TOGETHER))
         if variable("LOCAL_WORLD_SIZE", 0) == self.world and Path("/sys/class/net/lo").exists():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the name of this machine resolves to
-        with heard():
+        with peer_errors():
             if not distributed.is_initialized():
                 distributed.init_process_group(
                     "cpu:gloo,cuda:nccl" if cuda else "gloo", store=self.torch, rank=self.rank, world_size=self.world,
@@ -122,10 +124,11 @@ class Line:
         return f"{kind}/{self.counts[kind]}"
 
     def watch(self, ready: Callable[[], bool], missing: Callable[[int], bool]) -> None:
-        """Until it is ready. missing: whether a rank has still to do its part; if it dies before, Lost is raised."""
+        """Until it is ready. missing: whether a rank has still to do its part. Raises
+        ProcessLost where it dies before."""
         pause, looked = 0.001, time.monotonic()
         seen: dict[int, tuple[int, float]] = {}
-        with heard():
+        with peer_errors():
             while not ready():
                 time.sleep(pause)  # and not a blocking call, in which no signal would be heard
                 pause = min(1.2 * pause, 0.05)
@@ -140,9 +143,9 @@ class Line:
                     elif looked - seen[r][1] > self.seconds:
                         silent.append(r)
                 if (dead := self.gone(others)) and not ready():
-                    raise Lost(self.lost(dead))
+                    raise ProcessLost(self.lost(dead))
                 if silent and not ready():
-                    raise Lost(f"{self.lost(silent, 'has')} given no sign of life for {self.seconds:g} s")
+                    raise ProcessLost(f"{self.lost(silent, 'has')} given no sign of life for {self.seconds:g} s")
 
     def gone(self, ranks: Iterable[int]) -> list[int]:
         """Those of the ranks on this machine that are dead."""
@@ -191,4 +194,4 @@ def variable(name: str, default: int) -> int:
     return number(name, default)
 
 
-line = Line()
+peers = Peers()

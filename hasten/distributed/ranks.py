@@ -19,9 +19,9 @@ from torch import Tensor, distributed, nn
 
 from ..errors import BadInput
 from ..utils.environment import launched
-from .heartbeat import SILENCE, Lost, heard, line, variable
+from .heartbeat import SILENCE, ProcessLost, peer_errors, peers, variable
 
-__all__ = ["Lost", "Ranks", "launched", "own_device"]
+__all__ = ["ProcessLost", "Ranks", "launched", "own_device"]
 
 Piece = tuple[Tensor, ...]
 
@@ -56,36 +56,36 @@ class Ranks:
             world = distributed.get_world_size()
         if world == 1:
             return cls(own_device(device, None))
-        here = cls.meet(timeout)
+        here = cls.connect(timeout)
         found = own_device(device, here.local)
         if found.type == "cuda":
             torch.cuda.set_device(found)
-        line.join(found.type == "cuda")
+        peers.join(found.type == "cuda")
         return replace(here, device=found)
 
     @classmethod
-    def meet(cls, timeout: float | None = None) -> Ranks:
+    def connect(cls, timeout: float | None = None) -> Ranks:
         """The others, found but not joined: enough to know who is alive and to say why a run ends."""
         world = launched()
         if distributed.is_available() and distributed.is_initialized():
             world = distributed.get_world_size()
         if world > 1:
-            line.meet(variable("RANK", 0), world, _seconds(timeout))
-        return cls(torch.device("cpu"), line.rank, line.world, variable("LOCAL_RANK", line.rank))
+            peers.meet(variable("RANK", 0), world, _seconds(timeout))
+        return cls(torch.device("cpu"), peers.rank, peers.world, variable("LOCAL_RANK", peers.rank))
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes the files and shows the progress."""
         return self.rank == 0
 
-    def share(self, module: nn.Module) -> None:
+    def broadcast_parameters(self, module: nn.Module) -> None:
         """Give every process the weights and buffers of the first."""
         if self.world > 1:
-            with heard():
+            with peer_errors():
                 for tensor in (*module.parameters(), *module.buffers()):
                     distributed.broadcast(tensor.data, 0)
 
-    def mean(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         """Replace each gradient by its mean over the processes, of whom some may have none; the mean of `loss` is
         returned. Where no process has one, there is none afterwards: to an optimiser that is not the same as zero."""
         if self.world == 1:
@@ -95,7 +95,7 @@ class Ranks:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in owners]
         has = torch.tensor(mine, dtype=torch.float32, device=loss.device)
         flat = torch.cat([loss.detach().float().view(1), has, *(grad.float().flatten() for grad in grads)])
-        with heard():
+        with peer_errors():
             distributed.all_reduce(flat)
         flat /= self.world
         loss, has, means = flat.split([1, len(owners), len(flat) - 1 - len(owners)])
@@ -110,58 +110,61 @@ class Ranks:
             return seconds, stop, due
         told = torch.zeros(self.world, 3, dtype=torch.float64)
         told[self.rank] = torch.tensor([seconds, float(stop), float(due)], dtype=torch.float64)
-        with heard():
-            distributed.all_reduce(told, group=line.group)
+        with peer_errors():
+            distributed.all_reduce(told, group=peers.group)
         return float(told[0, 0]), bool(told[:, 1].any()), bool(told[0, 2])
 
-    def wait(self) -> None:
-        """Until every process is here. Raises Lost where one has died, or has given no sign of life for too long."""
+    def barrier(self) -> None:
+        """Until every process is here.
+
+        Raises ProcessLost where one has died, or has given no sign of life for too long.
+        """
         if self.world > 1:
-            key = line.next("wait")
-            with heard():
-                line.store.add(f"{key}/{self.rank}", 1)
-                line.store.add(key, 1)
-            line.watch(lambda: line.store.add(key, 0) >= self.world, lambda r: line.store.add(f"{key}/{r}", 0) == 0)
+            key = peers.next("wait")
+            with peer_errors():
+                peers.store.add(f"{key}/{self.rank}", 1)
+                peers.store.add(key, 1)
+            peers.watch(lambda: peers.store.add(key, 0) >= self.world, lambda r: peers.store.add(f"{key}/{r}", 0) == 0)
 
-    def tell(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The first process's value, at all of them."""
-        return self.once(lambda: value)
+        return self.on_main_process(lambda: value)
 
-    def once(self, decide: Callable[[], Any]) -> Any:
+    def on_main_process(self, decide: Callable[[], Any]) -> Any:
         """What `decide` gives in the first process, at all of them; only there it is called."""
         if self.world == 1:
             return decide()
-        key = line.next("tell")
-        if self.first:
+        key = peers.next("tell")
+        if self.is_main_process:
             value = decide()
-            with heard():
-                line.store.set(key, pickle.dumps(value))
+            with peer_errors():
+                peers.store.set(key, pickle.dumps(value))
             return value
-        line.watch(lambda: line.store.check([key]), lambda r: r == 0)
-        with heard():
-            return pickle.loads(line.store.get(key))
+        peers.watch(lambda: peers.store.check([key]), lambda r: r == 0)
+        with peer_errors():
+            return pickle.loads(peers.store.get(key))
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, at all of them, by rank."""
         if self.world == 1:
             return [value]
-        key = line.next("gather")
-        with heard():
-            line.store.set(f"{key}/{self.rank}", pickle.dumps(value))
-        self.wait()
-        with heard():
-            return [pickle.loads(line.store.get(f"{key}/{r}")) for r in range(self.world)]
+        key = peers.next("gather")
+        with peer_errors():
+            peers.store.set(f"{key}/{self.rank}", pickle.dumps(value))
+        self.barrier()
+        with peer_errors():
+            return [pickle.loads(peers.store.get(f"{key}/{r}")) for r in range(self.world)]
 
     @contextlib.contextmanager
-    def leading(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """One process of each machine does what is inside before the others: what it fetches, they find."""
         if self.local:
-            self.wait()
+            self.barrier()
         yield
         if not self.local:
-            self.wait()
+            self.barrier()
 
-    def deal(
+    def distribute(
         self,
         count: int,
         work: Callable[[int], Piece],
@@ -182,12 +185,12 @@ class Ranks:
                 if tick is not None:
                     tick(number + 1, count)
             return found  # type: ignore[return-value]
-        key, owners = line.next("deal"), self.owners(done)
+        key, owners = peers.next("deal"), self.owners(done)
         mine = {number: work(number) for number, rank in owners.items() if rank == self.rank}
         missing = [number for number in range(count) if number not in owners]
         while True:
-            with heard():
-                turn = line.store.add(key, 1) - 1
+            with peer_errors():
+                turn = peers.store.add(key, 1) - 1
             if tick is not None:
                 tick(min(len(owners) + turn, count), count)
             if turn >= len(missing):
@@ -207,7 +210,7 @@ class Ranks:
         shapes = self.gather({number: [(t.shape, t.dtype) for t in piece] for number, piece in mine.items()})
         owner = {number: rank for rank, known in enumerate(shapes) for number in known}
         found: list[Piece | None] = []
-        with heard():
+        with peer_errors():
             for number in range(count):
                 rank = owner[number]
                 piece = mine.get(number)
@@ -225,35 +228,35 @@ class Ranks:
         tensor = torch.empty(shape, dtype=dtype) if tensor is None else tensor.cpu().contiguous()
         raw = tensor.flatten().view(torch.uint8)
         if everywhere:
-            distributed.broadcast(raw, owner, group=line.group)
+            distributed.broadcast(raw, owner, group=peers.group)
         elif self.rank == owner:
-            distributed.send(raw, 0, group=line.group)
+            distributed.send(raw, 0, group=peers.group)
         else:
-            distributed.recv(raw, owner, group=line.group)
+            distributed.recv(raw, owner, group=peers.group)
         return tensor
 
-    def mourn(self) -> None:
-        """Raise Lost where another process of this machine has died."""
-        if dead := line.gone(range(self.world)):
-            raise Lost(line.lost(dead))
+    def check_peers(self) -> None:
+        """Raise ProcessLost where another process of this machine has died."""
+        if dead := peers.gone(range(self.world)):
+            raise ProcessLost(peers.lost(dead))
 
-    def speaks(self, own: bool) -> bool:
+    def should_report(self, own: bool) -> bool:
         """Whether this process is the one that says why the run ends. own: the cause lies here, not in another.
 
         The first to fail speaks. Of a loss or a stop that all notice, the first process that is alive does.
         """
         if self.world == 1:
             return True
-        line.failed = True
+        peers.failed = True
         with contextlib.suppress(Exception):
             if not own:
                 end = time.monotonic() + 20
-                dead = set(line.gone(range(self.world)))
+                dead = set(peers.gone(range(self.world)))
                 before = [r for r in range(self.rank) if r not in dead]
-                while before and time.monotonic() < end and not line.store.add("spoken", 0):
+                while before and time.monotonic() < end and not peers.store.add("spoken", 0):
                     time.sleep(0.05)
-            return line.store.add("spoken", 1) == 1
-        return own or self.first  # the store is gone too
+            return peers.store.add("spoken", 1) == 1
+        return own or self.is_main_process  # the store is gone too
 
 
 def own_device(device: str | None, local: int | None) -> torch.device:

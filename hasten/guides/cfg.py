@@ -74,20 +74,20 @@ def distilled(denoiser: nn.Module, guide: CFG) -> nn.Module:
     if not low - 1e-6 <= guide.scale <= high + 1e-6:
         span = f"{low:g} to {high:g}" if low < high else f"{low:g} only"
         raise BadInput(f"this student was distilled for guidance_scale {span}, asked for {guide.scale:g}")
-    return Told(denoiser, guidance=guide.scale) if low < high else denoiser
+    return WithInputs(denoiser, guidance=guide.scale) if low < high else denoiser
 
 
-def told_steps(denoiser: nn.Module, steps: int) -> nn.Module:
+def with_step_count(denoiser: nn.Module, steps: int) -> nn.Module:
     """The denoiser, told how many steps there are, where it is a student that wants to know."""
     counts = getattr(denoiser, "step_counts", None)
     if counts is None:
         return denoiser
     if steps not in counts:
         raise BadInput(f"this student was distilled for {', '.join(map(str, counts))} steps, asked for {steps}")
-    return Told(denoiser, steps=steps)
+    return WithInputs(denoiser, steps=steps)
 
 
-class Told(Wrapper):
+class WithInputs(Wrapper):
     """A student whose network is told the same numbers in every query: its guidance scale, its count of steps."""
 
     def __init__(self, denoiser: nn.Module, **told: float) -> None:

@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..accelerators import Ahead, Call, accelerate
+from ..accelerators import Call, SamplingContext, accelerate
 from ..accelerators._calls import model_calls
 from ..denoiser import Denoiser, device_of, evaluating
-from ..errors import BadInput, HastenError, nearest, number, whole
-from ..guides.cfg import CFG, told_steps
+from ..errors import BadInput, HastenError, check_int, check_number, nearest
+from ..guides.cfg import CFG, with_step_count
 from ..images import given_images
-from ..performance.autotune import choose, parse, spell
+from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..pick import pick
 from ..plan.draw import compiled
 from ..plan.draw import draw_unchecked as draw
@@ -172,8 +172,8 @@ class Model:
         callback: called after each evaluation as `callback(step, t, x, x0)`, for one batch after the other; see `walk`.
         Raises BadInput for a value that cannot be, with the nearest that can.
         """
-        n, batch_size = whole("n", n, 1, 10**8), whole("batch_size", batch_size, 1)
-        seed = whole("seed", seed, 0, LARGEST_SEED + 1 - n)
+        n, batch_size = check_int("n", n, 1, 10**8), check_int("batch_size", batch_size, 1)
+        seed = check_int("seed", seed, 0, LARGEST_SEED + 1 - n)
         if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         way = self.way(sampler, times, steps, guidance_scale, guides, start, plan, accelerators)
@@ -186,7 +186,7 @@ class Model:
         conditions = self.conditions(n, label, seed)
         device = self.device
         made: list[Tensor] = []
-        machine = parse(self.runtime_for(runtime, min(n, batch_size)), device.type)
+        machine = parse_runtime(self.runtime_for(runtime, min(n, batch_size)), device.type)
         machine.prepare(self.denoiser)
         with machine.apply(), evaluating(self.denoiser):
             for first in range(0, n, batch_size):
@@ -229,7 +229,7 @@ class Model:
         for one in chosen:
             if hasattr(one, "plan") and table is not None:
                 table = one.plan(table, self.denoiser)
-        denoiser = told_steps(base.guided(guidance_scale, guides), len(grid) - 1)
+        denoiser = with_step_count(base.guided(guidance_scale, guides), len(grid) - 1)
         if hasattr(method, "wrap"):
             denoiser = method.wrap(denoiser)
         return Way(denoiser, base.denoiser, table, method, grid, begin)
@@ -245,7 +245,9 @@ class Model:
         if made is None:
             if len(self._accelerated) >= KEPT:
                 self._accelerated.pop(next(iter(self._accelerated)))
-            made = accelerate(self.denoiser, chosen, Ahead(ahead_times, lambda n, seed: self.calls(n, seed, **setting)))
+            made = accelerate(
+                self.denoiser, chosen, SamplingContext(ahead_times, lambda n, seed: self.calls(n, seed, **setting))
+            )
         self._accelerated[key] = made  # the last is the one that was used last
         return made
 
@@ -256,7 +258,7 @@ class Model:
     def guided(self, guidance_scale: float | None = None, guides: Sequence[Any] = ()) -> nn.Module:
         """The denoiser under classifier-free guidance (None: the recommended scale) and then other guides."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        scale = number("guidance_scale", scale)
+        scale = check_number("guidance_scale", scale)
         if self.conditioning is not None and self.denoiser.guidance_range is None:
             scale = max(scale, 1)  # as in pipelines, where 1 or less is none and turbo models are published with 0
         unguided = self.classes is None and self.conditioning is None
@@ -363,12 +365,12 @@ class Model:
         done once for a network, machine and power of two that `batch_size` reaches, and remembered.
         """
         if runtime != "auto":
-            return spell(parse(runtime))
+            return format_runtime(parse_runtime(runtime))
         size = 2 ** (batch_size.bit_length() - 1)
         x = torch.randn((size, *self.shape), generator=torch.Generator().manual_seed(0)).to(self.device)
         cond = self.cond(size)
         identity = self.sha256 or str(self.denoiser.net)
-        return spell(choose(self.denoiser, x, identity, **cond))
+        return format_runtime(autotune(self.denoiser, x, identity, **cond))
 
     def save(self, folder: str | Path, half: bool = False) -> Path:
         """Write the model's folder: model.json, weights.safetensors, and what it has of plans, statistics and parts.

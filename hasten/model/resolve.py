@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..pick import pick, spell
+from ..pick import format_spec, pick
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..times import Explicit, as_times, check_times
@@ -74,7 +74,7 @@ def spelled(method: Any) -> Any:
         return method
     if isinstance(method, (Tensor, np.ndarray, list, tuple)):
         return tuple(as_times(method).tolist())
-    return spell(method)
+    return format_spec(method)
 
 
 @dataclass

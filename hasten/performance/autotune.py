@@ -27,7 +27,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse(text: str, device: str = "cpu") -> Runtime:
+def parse_runtime(text: str, device: str = "cpu") -> Runtime:
     """`fp32` or `bf16` (autocast), with `+medium` or `+high` (matrix products) and `+channels_last` as wanted."""
     first, *rest = text.split("+") if isinstance(text, str) else [str(text)]
     if first not in FORMATS:
@@ -40,14 +40,14 @@ def parse(text: str, device: str = "cpu") -> Runtime:
     return Runtime(dtype=FORMATS[first], device=device, **settings)
 
 
-def spell(runtime: Runtime) -> str:
+def format_runtime(runtime: Runtime) -> str:
     """What `parse` reads back: number format, matrix products and layout, not what was measured."""
     first = next(name for name, dtype in FORMATS.items() if dtype == runtime.dtype)
     matmul = [] if runtime.matmul == "highest" else [runtime.matmul]
     return "+".join([first, *matmul, *(["channels_last"] if runtime.channels_last else [])])
 
 
-def choose(denoiser: nn.Module, x: Tensor, identity: str, budget: float = 2.0, **cond: Any) -> Runtime:
+def autotune(denoiser: nn.Module, x: Tensor, identity: str, budget: float = 2.0, **cond: Any) -> Runtime:
     """The runtime that `probe` finds for batches like `x (B, *S)`, from the notes of this machine if it is there.
 
     identity: of the network, such as the hash of its weights. The notes make a repeated command take the same
@@ -64,10 +64,10 @@ def choose(denoiser: nn.Module, x: Tensor, identity: str, budget: float = 2.0, *
     except (OSError, ValueError):
         known = {}
     try:
-        return parse(known[key], device)
+        return parse_runtime(known[key], device)
     except (KeyError, TypeError, AttributeError, BadInput):
         found = dataclasses.replace(probe(denoiser, x, budget=budget, **cond), threads=0)
-    note(notes, {**(known if isinstance(known, dict) else {}), key: spell(found)})
+    note(notes, {**(known if isinstance(known, dict) else {}), key: format_runtime(found)})
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import BadInput, whole
+from ..errors import BadInput, check_int
 
 
 def _positive(what: str, *values: float) -> None:
@@ -85,7 +85,7 @@ class Way:
 
     def __post_init__(self) -> None:
         for name, value, least in (("ranks", self.ranks, 1), ("warmup", self.warmup, 0), ("chunk", self.chunk, 1)):
-            whole(name, value, least)
+            check_int(name, value, least)
         for name, found, choices in (
             ("norm", self.norm, ("corrected", "stale", "full", "separate")),
             ("mode", self.mode, ("async", "sync")), ("keys", self.keys, ("same", "bf16")),

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from ..errors import BadInput, whole
+from ..errors import BadInput, check_int
 from .hardware import A100, NVLINK, Device, Link, Way
 from .profile import Op, Talk, Work, work_of
 
@@ -67,7 +67,7 @@ def forecast(work: Work, device: Device, link: Link, way: Way | None = None, ste
         BadInput: for fewer than 1 step, more ranks than rows, branches of a batch of one row.
     """
     way = Way() if way is None else way
-    whole("steps", steps, 1)
+    check_int("steps", steps, 1)
     alone = work.seconds(device)
     part = work._of(way)
     shares = part.shares(way.group)

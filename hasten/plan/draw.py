@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..pick import given_grid, given_sampler, spell
+from ..pick import format_spec, given_grid, given_sampler
 from ..sampling import Callback, Progress, Sampler, _schedule_of, check_noise, check_state, walk
 from ..schedules.continuous import Schedule
 from ..times import as_times
@@ -130,9 +130,9 @@ def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
             if getattr(sampler, "lower_order_final", None) is False:
                 lowered = dataclasses.replace(sampler, lower_order_final=True)
                 if plan(lowered, schedule, at).gain <= WILD:
-                    instead = f"{spell(lowered)}, {instead}"
+                    instead = f"{format_spec(lowered)}, {instead}"
             warnings.warn(
-                f"{spell(sampler)} with {len(times) - 1} steps gives values of about {made.gain:.0f} standard "
+                f"{format_spec(sampler)} with {len(times) - 1} steps gives values of about {made.gain:.0f} standard "
                 "deviations on these times (data of unit variance): its order is too high for so few steps; use "
                 f"{instead}",
                 UserWarning,

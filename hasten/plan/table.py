@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..denoiser import reset
 from ..errors import BadInput, HastenError
-from ..pick import given_sampler, spell
+from ..pick import format_spec, given_sampler
 from ..sampling import Callback, Progress, Sampler, check_state, no_noise
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
@@ -354,14 +354,14 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
     times = as_times(times)
     if not sampler.linear:
         why = getattr(sampler, "why", "its steps depend on the values it sees")
-        raise HastenError(f"{spell(sampler)} cannot be compiled to a plan: {why}; run it with walk()")
+        raise HastenError(f"{format_spec(sampler)} cannot be compiled to a plan: {why}; run it with walk()")
     with torch.inference_mode(False):  # a plan may be used under autograd later
         times = times.clone() if times.is_inference() else times
         times = check_times(times)
         tables, basis = trace(sampler, schedule, times), getattr(sampler, "basis", None)
         begin = float(times[0].detach())
         moved = basis is not None and begin != float(tables.times[0].detach())
-        made = Plan(*tables, spell(sampler), schedule.to_dict(), basis, begin if moved else None)
+        made = Plan(*tables, format_spec(sampler), schedule.to_dict(), basis, begin if moved else None)
     made.__dict__["_schedule"] = made.__dict__["_checked"] = schedule
     return made
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import BadInput, HastenError
-from ..pick import spell
+from ..pick import format_spec
 from ..sampling import Query, Sampler
 from ..schedules.base import Schedule
 
@@ -155,7 +155,9 @@ class _Trace:
                 return
             t = torch.as_tensor(query.t, dtype=torch.float64)
             if t.ndim:
-                raise NotLinear(f"{spell(self.sampler)} asks at times of shape {tuple(t.shape)}: a plan needs one each")
+                raise NotLinear(
+                    f"{format_spec(self.sampler)} asks at times of shape {tuple(t.shape)}: a plan needs one each"
+                )
             if not self.tensors and t.requires_grad and torch.is_grad_enabled():
                 raise NeedsGradient
             state = self._checked(query.x)
@@ -174,9 +176,11 @@ class _Trace:
 
     def _checked(self, value: Any) -> Any:
         if not isinstance(value, Traced):
-            raise NotLinear(f"{spell(self.sampler)} turned its state into a {type(value).__name__}: it is not linear")
+            raise NotLinear(
+                f"{format_spec(self.sampler)} turned its state into a {type(value).__name__}: it is not linear"
+            )
         if not np.isfinite(numbers(value.value)).all():
-            raise BadInput(f"{spell(self.sampler)} has an infinite or undefined coefficient on these times")
+            raise BadInput(f"{format_spec(self.sampler)} has an infinite or undefined coefficient on these times")
         return value.value
 
     def tables(self) -> Tables:
@@ -254,7 +258,9 @@ class _Trace:
         if not straight:
             rows = [row for row in rows if not bool((numbers(row)[0] != 0).any())]
         if not rows:
-            raise NotLinear(f"{spell(self.sampler)} uses its start again after adding noise to it: keep the sum only")
+            raise NotLinear(
+                f"{format_spec(self.sampler)} uses its start again after adding noise to it: keep the sum only"
+            )
         return min(rows, key=cost)
 
     def _pivots(self, before: np.ndarray, now: np.ndarray) -> list[int]:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, whole
+from ..errors import BadInput, check_int
 from .base import Schedule, _vp_log_alpha
 
 CONVENTIONS = ("log_alpha", "log_q")
@@ -67,7 +67,9 @@ class Discrete(Schedule):
         cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02, convention: str = "log_alpha"
     ) -> Discrete:
         """DDPM's betas, equally spaced. Ho, Jain, Abbeel 2020, arXiv:2006.11239."""
-        return cls.from_betas(torch.linspace(first, last, whole("steps", steps, 2), dtype=torch.float64), convention)
+        return cls.from_betas(
+            torch.linspace(first, last, check_int("steps", steps, 2), dtype=torch.float64), convention
+        )
 
     @classmethod
     def scaled_linear(
@@ -75,7 +77,7 @@ class Discrete(Schedule):
     ) -> Discrete:
         """Stable Diffusion's betas: the square roots are equally spaced. Rombach et al. 2022, arXiv:2112.10752."""
         return cls.from_betas(
-            torch.linspace(first**0.5, last**0.5, whole("steps", steps, 2), dtype=torch.float64) ** 2, convention
+            torch.linspace(first**0.5, last**0.5, check_int("steps", steps, 2), dtype=torch.float64) ** 2, convention
         )
 
     @classmethod
@@ -83,7 +85,7 @@ class Discrete(Schedule):
         cls, steps: int = 1000, offset: float = 0.008, largest: float = 0.999, convention: str = "log_alpha"
     ) -> Discrete:
         """Improved DDPM's cosine, with betas no larger than `largest`. Nichol, Dhariwal 2021, arXiv:2102.09672."""
-        steps = whole("steps", steps, 2)
+        steps = check_int("steps", steps, 2)
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((t + offset) / (1 + offset) * (math.pi / 2)) ** 2
         return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=largest), convention)

@@ -17,7 +17,7 @@ from ..errors import BadInput
 from ..files import reserve, write
 
 
-class Kept:
+class SavedBatches:
     """Finished batches of images on disk, under the hash of all that they depend on, until the whole is written.
 
     folder: holds a folder of that name; nothing else in it is looked at.

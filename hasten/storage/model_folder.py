@@ -22,8 +22,8 @@ from ..schedules.serialize import schedule_from_dict
 from ..utils.finite import check_finite
 from .atomic import replace_files
 from .checks import check_reopens
+from .weights import describe_network as network
 from .weights import fill, is_diffusers, is_ours, refusal, restored, sha256, store
-from .weights import told as network
 
 SCHEMA = 1
 WAIT = 30.0  # seconds that a save waits for another one into the same folder
@@ -183,23 +183,27 @@ def read(
 
     Where another process saves a new model there meanwhile, that one is read.
     """
-    for _ in range(10):
-        try:
-            text = (folder / DESCRIPTION).read_text(encoding="utf-8")
-        except (OSError, ValueError) as e:
-            raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
-        error = fields = None
-        try:
-            fields = fields_of(folder, text, networks, trust_code, open_base)
-        except (BadInput, OSError, RuntimeError) as e:  # RuntimeError: torch, where a file is gone
-            error = e
-        with contextlib.suppress(OSError, ValueError):
-            if (folder / DESCRIPTION).read_text(encoding="utf-8") != text:
-                continue  # what was read may be of both models
-        if error is not None:
-            raise error
-        assert fields is not None
-        return fields
+    for attempt in range(10):
+        with contextlib.ExitStack() as stack:
+            if attempt > 2:  # it is saved again and again: between two saves
+                with contextlib.suppress(BadInput, OSError):  # a folder that only others may write
+                    stack.enter_context(locked(folder, wait=WAIT / 10))
+            try:
+                text = (folder / DESCRIPTION).read_text(encoding="utf-8")
+            except (OSError, ValueError) as e:
+                raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
+            error = fields = None
+            try:
+                fields = fields_of(folder, text, networks, trust_code, open_base)
+            except (BadInput, OSError, RuntimeError) as e:  # RuntimeError: torch, where a file is gone
+                error = e
+            with contextlib.suppress(OSError, ValueError):
+                if (folder / DESCRIPTION).read_text(encoding="utf-8") != text:
+                    continue  # what was read may be of both models
+            if error is not None:
+                raise error
+            assert fields is not None
+            return fields
     raise BadInput(f"cannot read {folder / DESCRIPTION}: it changes all the time")
 
 

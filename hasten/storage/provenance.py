@@ -54,7 +54,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def spell(verb: str, argument: str, options: Mapping[str, object]) -> str:
+def command_line(verb: str, argument: str, options: Mapping[str, object]) -> str:
     """The command line that does this again; options that are None or False are left out, lists repeated."""
     words = ["hasten", verb, argument]
     for key, value in options.items():

@@ -33,7 +33,7 @@ from ..files import sha256
 from ..nets.quantized import described, scales, vacant
 from ..utils.finite import not_finite
 
-__all__ = ["build", "fill", "refusal", "restored", "sha256", "store", "told"]
+__all__ = ["build", "fill", "refusal", "restored", "sha256", "store", "describe_network"]
 
 ELSEWHERE = ("adapters.onnx", "adapters.openvino")
 WRAPPERS = ("ScalarInputs", "EmbeddedInputs", "FixedGuidance", "TimeGroups")  # of hasten.nets: networks around one
@@ -72,7 +72,7 @@ def build(name: str, config: dict[str, Any]) -> nn.Module:
 
 def is_diffusers(net: nn.Module) -> bool:
     """Whether it is hasten's adapter around a network of diffusers."""
-    return any(kind.__name__ == "Seams" and kind.__module__.startswith("hasten.") for kind in type(net).__mro__)
+    return any(kind.__name__ == "SplitNetwork" and kind.__module__.startswith("hasten.") for kind in type(net).__mro__)
 
 
 def is_ours(net: nn.Module) -> bool:
@@ -163,7 +163,7 @@ def named(module: Any, name: str) -> Any:
     return module
 
 
-def told(net: nn.Module) -> dict[str, Any]:
+def describe_network(net: nn.Module) -> dict[str, Any]:
     """What model.json holds of a network: its class, its config, and which of its layers are made of integers.
 
     `quantized` is a list of {bits, act_bits, parts, groups, rank, layers}: layers of the same kind, by name.

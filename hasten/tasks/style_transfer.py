@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..errors import BadInput, whole
+from ..errors import BadInput, check_int
 from ..images import given_images
 from ..inversion import encode
 from ..model.model import Label, Model
@@ -83,9 +83,9 @@ def restyle(
     Reference: Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142, for distilled encoders; Su, Song,
     Meng, Ermon 2022, arXiv:2203.08382, for DDIM there and back.
     """
-    whole("batch_size", batch_size, 1)
-    whole("seed", seed, 0)
-    whole("iterations", iterations, 0)
+    check_int("batch_size", batch_size, 1)
+    check_int("seed", seed, 0)
+    check_int("iterations", iterations, 0)
     images = given_images(images, encoder.shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(encoder.shape) or encoder.shape != decoder.shape:
         raise BadInput(
@@ -135,7 +135,7 @@ class Upwards:
     def __init__(self, model: Model, steps: int | None, guidance_scale: float | None, iterations: int) -> None:
         self.model, self.iterations, self.distilled = model, iterations, is_encoder(model)
         self.steps = model.steps if steps is None else steps
-        whole("encode_steps", self.steps, 1)
+        check_int("encode_steps", self.steps, 1)
         if self.distilled and self.steps != model.steps:
             raise BadInput(f"{model.name} encodes in {model.steps} steps, asked for {self.steps}")
         low, high = model.denoiser.guidance_range or (1.0, 1.0)

@@ -19,7 +19,7 @@ from . import shards
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks
-    from .player import Player
+    from .player import TrainedModule
 
 
 class State:
@@ -30,7 +30,7 @@ class State:
     All processes begin with the weights of the first. shard: divide the players among them; what is written is whole.
     """
 
-    def __init__(self, players: list[Player], device: torch.device, ranks: Ranks, shard: bool = False) -> None:
+    def __init__(self, players: list[TrainedModule], device: torch.device, ranks: Ranks, shard: bool = False) -> None:
         names = [p.name for p in players]
         if not players or len(set(names)) < len(names):
             raise BadInput(f"a run needs players with different names, got {names}")
@@ -41,7 +41,7 @@ class State:
         self.emas = {p.name: copy.deepcopy(p.module).requires_grad_(False).eval() for p in players}
         self.undivided: dict[str, nn.Module] = {}
         for module in (*self.modules.values(), *self.emas.values()):
-            ranks.share(module)
+            ranks.broadcast_parameters(module)
         for p in players if shard else ():
             shards.check(p.name, p.module, p.optimiser, ranks)
             self.undivided[p.name] = copy.deepcopy(self.emas[p.name]).cpu()
@@ -65,7 +65,7 @@ class State:
         }
         if self.undivided:
             players = shards.whole(players)
-        if not ranks.first:
+        if not ranks.is_main_process:
             return
         try:
             with replacing(path) as file:

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.ranks import Lost, Ranks
-from ..errors import BadInput, HastenError, nearest, whole
+from ..distributed.ranks import ProcessLost, Ranks
+from ..errors import BadInput, HastenError, check_int, nearest
 from ..files import locked
-from ..performance.autotune import FORMATS, parse
+from ..performance.autotune import FORMATS, parse_runtime
 from .checkpoint import State, append_log, trim_log
 from .data import Batches, share_of
 from .draws import Draws, drawn
 from .ema import Ema, average
 from .fingerprint import describe_data
 from .monitor import Meter, event_files, progress_bar, stop_signals
-from .player import Player
+from .player import TrainedModule
 from .transfer import matmul_precision, moved, prefetch
 
-__all__ = ["Ema", "Fit", "Player", "average"]
+__all__ = ["Ema", "Fit", "TrainedModule", "average"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Fit:
         for name, value, choices in (("decay", self.decay, ("cosine", "constant")), ("precision", formats, FORMATS)):
             if value not in choices:
                 raise BadInput(f"unknown {name} {getattr(self, name)!r}: {nearest(value, choices)}")
-        parse(self.precision)
-        whole("accumulate", self.accumulate, 1)
+        parse_runtime(self.precision)
+        check_int("accumulate", self.accumulate, 1)
         for name in ("steps", "minutes", "clip", "log_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -97,7 +97,7 @@ class Fit:
         warm = min(1.0, (step + 1) / max(self.warmup, 1))
         return warm * (0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0)
 
-    def run(self, players: list[Player], batches: Any) -> dict[str, Any]:
+    def run(self, players: list[TrainedModule], batches: Any) -> dict[str, Any]:
         """All that a resumed run must have in common with the one that wrote the checkpoint, ready for JSON.
 
         The budget is not part of it, nor how the work is divided: a run may be lengthened, and go on elsewhere.
@@ -123,7 +123,7 @@ class Fit:
 
     def __call__(
         self,
-        players: list[Player],
+        players: list[TrainedModule],
         batches: Batches,
         out: str | Path,
         show: bool = True,
@@ -139,12 +139,12 @@ class Fit:
         kept. At SIGINT or SIGTERM a checkpoint is written and KeyboardInterrupt raised with a line to print.
         """
         ranks = Ranks.start(self.device)
-        with locked(out) if ranks.first else contextlib.nullcontext():
+        with locked(out) if ranks.is_main_process else contextlib.nullcontext():
             return self._train(players, batches, Path(out), show, settings or {}, ranks)
 
     def _train(
         self,
-        players: list[Player],
+        players: list[TrainedModule],
         batches: Batches,
         out: Path,
         show: bool,
@@ -152,13 +152,13 @@ class Fit:
         ranks: Ranks,
     ) -> dict[str, nn.Module]:
         """`__call__`, with the folder locked."""
-        run = ranks.once(lambda: {**self.run(players, batches), **json.loads(json.dumps(dict(settings)))})
-        runtime = parse(self.precision, ranks.device.type)
+        run = ranks.on_main_process(lambda: {**self.run(players, batches), **json.loads(json.dumps(dict(settings)))})
+        runtime = parse_runtime(self.precision, ranks.device.type)
         numbers = range(ranks.rank * self.accumulate, (ranks.rank + 1) * self.accumulate)
         parts = [share_of(batches, number, ranks.world * self.accumulate) for number in numbers]
         state = State(players, ranks.device, ranks, self.shard)
         checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
-        if ranks.once(checkpoint.exists):
+        if ranks.on_main_process(checkpoint.exists):
             if not checkpoint.exists():
                 raise BadInput(f"process {ranks.rank} does not see {checkpoint}: all need the same folder")
             state.load(checkpoint, run)
@@ -175,10 +175,10 @@ class Fit:
             told = stack.enter_context(stop_signals())
             ahead = [stack.enter_context(prefetch(part, ranks.device)) for part in parts]
             stack.enter_context(matmul_precision(runtime.matmul))
-            bar = stack.enter_context(progress_bar(show and ranks.first, str(out)))
-            if ranks.first:
+            bar = stack.enter_context(progress_bar(show and ranks.is_main_process, str(out)))
+            if ranks.is_main_process:
                 trim_log(log, state.step)
-            board = stack.enter_context(event_files(out, state.step, self.tensorboard and ranks.first))
+            board = stack.enter_context(event_files(out, state.step, self.tensorboard and ranks.is_main_process))
             last_save = mark = time.monotonic()
             while done < 1 and not stop:
                 # Every draw of a step is a function of (seed, step), so a resumed run repeats an undisturbed one.
@@ -203,7 +203,7 @@ class Fit:
                     line = meter.line(state.step, state.seconds, self.rate(state.step, done))
                     if unreadable := getattr(getattr(batches, "data", None), "unreadable", None):
                         line["unreadable"] = len(unreadable)
-                    if ranks.first:
+                    if ranks.is_main_process:
                         append_log(log, line)
                         for key in line if board is not None else ():
                             board.add_scalar(key, line[key], state.step)
@@ -213,7 +213,7 @@ class Fit:
                 if due:
                     last_save = time.monotonic()
                 mark = time.monotonic()
-        ranks.wait()
+        ranks.barrier()
         if stop and done < 1:
             raise KeyboardInterrupt(
                 f"stopped after {state.step} steps; {checkpoint} is written: the same command goes on"
@@ -221,7 +221,7 @@ class Fit:
         return state.averages()
 
     def _learn(
-        self, p: Player, state: State, batches: list[dict[str, Tensor]], draws: Draws, done: float, ranks: Ranks
+        self, p: TrainedModule, state: State, batches: list[dict[str, Tensor]], draws: Draws, done: float, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
         """One step of one player on the parts of a batch; its loss and gradient norm, still on the device."""
         optimiser = state.optimisers[p.name]
@@ -241,7 +241,9 @@ class Fit:
             (loss if len(batches) == 1 else loss / len(batches)).backward()
             total = total + loss.detach() / len(batches)
         parameters = list(p.module.parameters())
-        loss = ranks.mean(() if self.shard else parameters, total)  # sharded gradients are means already
+        loss = ranks.all_reduce_gradients(
+            () if self.shard else parameters, total
+        )  # sharded gradients are means already
         norm = nn.utils.clip_grad_norm_(parameters, math.inf if self.clip is None else self.clip)
         norm = norm.full_tensor() if self.shard else norm  # type: ignore[operator]
         optimiser.step()
@@ -254,6 +256,6 @@ def keeping(checkpoint: Path) -> Iterator[None]:
     """Where another process is lost, the message says what is left."""
     try:
         yield
-    except Lost as e:
+    except ProcessLost as e:
         kept = f"{checkpoint} is kept: the same command goes on" if checkpoint.exists() else "no checkpoint was written"
-        raise Lost(f"{e}; {kept}") from e
+        raise ProcessLost(f"{e}; {kept}") from e

@@ -15,7 +15,7 @@ OPTIMISERS = ("adamw", "muon")
 
 
 @dataclass
-class Player:
+class TrainedModule:
     """A module, its loss, and its optimiser's settings. A loop trains one player or several.
 
     name: of its part in the checkpoint and of its loss in the log.

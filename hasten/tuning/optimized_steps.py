@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers
-from ..pick import spell
+from ..pick import format_spec
 from ..plan.table import Plan, plan
 from ..samplers import DPMSolver, UniPC
 from ..sampling import walk
@@ -127,7 +127,7 @@ class OptimizedSteps:
         """All that the result depends on; None where the model cannot be told from another."""
         key: dict[str, Any] = {
             "method": "optimized_steps", "version": VERSION, "schedule": task.schedule.to_dict(),
-            "sampler": spell(task.sampler), "ends": [float(times[0]), float(times[-1])], "steps": len(times) - 1,
+            "sampler": format_spec(task.sampler), "ends": [float(times[0]), float(times[-1])], "steps": len(times) - 1,
             "options": {**dataclasses.asdict(self), "starts": list(self.starts)},
         }  # fmt: skip
         if self.objective != "bound":
@@ -155,8 +155,8 @@ class OptimizedSteps:
         sampler, N = task.sampler, len(times) - 1
         if not _bounded(sampler):
             raise BadInput(
-                f"objective=bound is for UniPC and multistep DPM-Solver++ that predict x0, not for {spell(sampler)}: "
-                "use objective=local"
+                f"objective=bound is for UniPC and multistep DPM-Solver++ that predict x0, not for "
+                f"{format_spec(sampler)}: use objective=local"
             )
         trunc = self.trunc if self.trunc is not None else 3 if N <= 7 else 0
         growth = self.growth if self.growth is not None else 4.0 if trunc else 1.6
@@ -310,4 +310,6 @@ def _bounded(sampler: Any) -> bool:
 
 def _check(sampler: Any, table: Plan) -> None:
     if table.stochastic:
-        raise BadInput(f"optimized_steps is for samplers that draw no noise, found {spell(sampler)}: try unipc or dpm")
+        raise BadInput(
+            f"optimized_steps is for samplers that draw no noise, found {format_spec(sampler)}: try unipc or dpm"
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, HastenError, whole
+from ..errors import BadInput, HastenError, check_int
 
 __all__ = ["LARGEST_SEED", "Noise", "global_seed", "kept_random_state", "make_generator", "no_noise"]
 
@@ -40,10 +40,10 @@ class Noise:
     ) -> None:
         if isinstance(seeds, str) or not isinstance(seeds, Iterable):
             raise BadInput(f"Noise needs a list of seeds, one a sample, found {seeds!r}")
-        self.seeds = tuple(whole("a seed", seed, 0, LARGEST_SEED) for seed in seeds)
+        self.seeds = tuple(check_int("a seed", seed, 0, LARGEST_SEED) for seed in seeds)
         if isinstance(shape, str) or not isinstance(shape, Iterable):
             raise BadInput(f"Noise needs the shape of one sample, such as (3, 32, 32), found {shape!r}")
-        self.shape = tuple(whole("a size of the noise's shape", size, 0) for size in shape)
+        self.shape = tuple(check_int("a size of the noise's shape", size, 0) for size in shape)
         self.dtype = dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise BadInput(f"the dtype of noise must be a floating one, such as torch.float32, found {dtype!r}")
@@ -86,7 +86,7 @@ def make_generator(seed: int) -> torch.Generator:
     Up to 2^32 - 1 it is `torch.Generator().manual_seed(seed)`, which heeds the last 32 bits only. Above that its state
     is the Mersenne Twister's for the two halves of the seed (`init_by_array`, Matsumoto, Nishimura 2002).
     """
-    seed = whole("a seed", seed, 0, LARGEST_SEED)
+    seed = check_int("a seed", seed, 0, LARGEST_SEED)
     made = torch.Generator().manual_seed(seed % 2**32)
     if seed >= 2**32:
         words = np.random.RandomState([seed % 2**32, seed // 2**32]).get_state()[1]  # type: ignore[index]

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 from ..distillers import Student, Task
-from ..distillers._dry_run import Rehearsal, Stage, allocate, time_limits
+from ..distillers._dry_run import DryRun, Stage, allocate, time_limits
 from ..distillers._task import notes, option
-from ..distributed.ranks import Lost, Ranks
-from ..errors import BadInput, HastenError, whole
+from ..distributed.ranks import ProcessLost, Ranks
+from ..errors import BadInput, HastenError, check_int
 from ..files import refuse_inside, reserve, write, writes
 from ..images import grid, png
 from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
-from ..performance.autotune import parse, spell
+from ..performance.autotune import format_runtime, parse_runtime
 from ..performance.cost import process_peak
+from ..pick import format_spec as spelled
 from ..pick import pick
-from ..pick import spell as spelled
 from ..plan.table import plan as compile_plan
 from ..storage.checks import check_runs
 from ..storage.model_folder import check_savable
@@ -95,9 +95,9 @@ def distill_model(
     distiller = pick("distillers", method)
     check_models(model, init, distiller, method)
     ranks = Ranks.start(str(model.device))
-    whole("batch_size", batch_size, 1)
-    whole("accumulate", accumulate, 1)
-    whole("seed", seed, 0)
+    check_int("batch_size", batch_size, 1)
+    check_int("accumulate", accumulate, 1)
+    check_int("seed", seed, 0)
     if data is None and distiller.needs_data:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     if (steps, minutes, evaluations) == (None, None, None):
@@ -121,18 +121,18 @@ def distill_model(
         "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     } | ({} if init is None else {"init": fingerprint(init)})  # fmt: skip
-    precision = ranks.once(lambda: number_format(model, runtime, batch_size))
+    precision = ranks.on_main_process(lambda: number_format(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
         first.requires_grad_(False).eval().to(model.device)
     common: dict[str, Any] = {
         "teacher": teacher, "denoiser": denoiser, "batches": Batches(source, batch_size, seed=seed),
         "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
-        "device": str(model.device), "show": show and ranks.first, "accumulate": accumulate, "shard": shard,
+        "device": str(model.device), "show": show and ranks.is_main_process, "accumulate": accumulate, "shard": shard,
         "classes": None if model.classes is None else len(model.classes), "codec": model.codec,
         "init": first,
     }  # fmt: skip
-    for line in notes(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.first else ():
+    for line in notes(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.is_main_process else ():
         print(f"hasten: {line}", file=sys.stderr)
 
     def planned() -> dict[str, Any]:
@@ -143,7 +143,7 @@ def distill_model(
                 "another folder, or remove it"
             )
         if known is None:
-            rehearsal = Rehearsal(**common, processes=ranks.world)
+            rehearsal = DryRun(**common, processes=ranks.world)
             distiller.distill(rehearsal)
             allocate(rehearsal.stages, steps, minutes, evaluations)
             # a stage that is much slower than it was in the trial ends early, so that the minutes are kept
@@ -154,31 +154,31 @@ def distill_model(
                 write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
         return known
 
-    known = ranks.once(planned)
+    known = ranks.on_main_process(planned)
     stages = stages_of(known)
     result = {
         "folder": str(out), "method": run["method"], "guidance_scale": scale, "stages": known["stages"],
         "evaluations": sum(s.evaluations * s.steps for s in stages), "precision": known["precision"],
         "seconds": sum(s.seconds * s.steps for s in stages), "memory_bytes": known["memory_bytes"], "students": {},
     }  # fmt: skip
-    for stage in stages if ranks.first else ():
-        say(told(stage))
+    for stage in stages if ranks.is_main_process else ():
+        say(describe_stage(stage))
     if dry_run:
         return result
     common["precision"] = known["precision"]
     saver = Saver(model, out, result, scale, command, say)
-    keep = saver if ranks.first else (lambda name, student: None)
+    keep = saver if ranks.is_main_process else (lambda name, student: None)
     task = Task(
         **common, steps={s.name: s.steps for s in stages}, minutes=known.get("minutes", {}), keep=keep, ranks=ranks
     )
     began = time.perf_counter()
     try:
         last = distiller.distill(task)
-    except Lost as e:
-        raise Lost(f"{str(e).partition(';')[0]}; what {out} holds is kept: the same command goes on") from e
-    if ranks.first:
+    except ProcessLost as e:
+        raise ProcessLost(f"{str(e).partition(';')[0]}; what {out} holds is kept: the same command goes on") from e
+    if ranks.is_main_process:
         saver(None, last)
-    ranks.wait()
+    ranks.barrier()
     return {**result, "seconds": time.perf_counter() - began}
 
 
@@ -351,7 +351,7 @@ def stages_of(known: dict[str, Any]) -> list[Stage]:
     return [Stage(**stage) for stage in known["stages"]]
 
 
-def told(stage: Stage) -> str:
+def describe_stage(stage: Stage) -> str:
     """A line about a stage before it begins."""
     what = f"{stage.pairs} pairs" if stage.pairs else f"{stage.steps} steps"
     seconds = stage.seconds * stage.steps
@@ -362,7 +362,7 @@ def told(stage: Stage) -> str:
 def number_format(model: Model, runtime: str, batch_size: int) -> str:
     """`fp32` or `bf16`, as asked or as a timing of the network finds."""
     if runtime != "auto":
-        precision, *rest = spell(parse(runtime)).split("+")
+        precision, *rest = format_runtime(parse_runtime(runtime)).split("+")
         if rest:
             raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
         return precision

@@ -14,12 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ..accelerators._quantization.session import ROUNDING, STEPS, Book, Learned, Work, relative_error
+from ..accelerators._quantization.session import (
+    ROUNDING,
+    STEPS,
+    Learned,
+    QuantizationSession,
+    SessionProgress,
+    relative_error,
+)
 from ..accelerators.quantize import Quantize
 from ..errors import BadInput
 from ..files import reserve, write, writes
 from ..model.model import Model
-from ..pick import spell
+from ..pick import format_spec
 from ..storage.model_folder import check_savable
 from ..storage.provenance import fingerprint, now
 from ..storage.runs import earlier
@@ -92,7 +99,13 @@ def quantize_model(
     out, began = Path(out), time.perf_counter()
     asked = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}
     setting = model.setting(**asked)  # type: ignore[arg-type]
-    run = {"schema": 1, "method": spell(method), "model": fingerprint(model), "sampling": setting, "minutes": minutes}
+    run = {
+        "schema": 1,
+        "method": format_spec(method),
+        "model": fingerprint(model),
+        "sampling": setting,
+        "minutes": minutes,
+    }
     known = earlier(out / RUN, run, iterations_of)
     if known is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}
@@ -103,21 +116,27 @@ def quantize_model(
         known = {**run, "iterations": allocated(method, work, minutes, began)}
         write(out / RUN, (json.dumps(known, indent=2) + "\n").encode())
     with watched() as tick:
-        book = Kept(iterations_of(known), out / BLOCKS, say, tick)
+        book = SavedBlocks(iterations_of(known), out / BLOCKS, say, tick)
         try:
             denoiser = method.finished(work, book)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"stopped with {book.done} blocks done; the same command goes on") from stop
     held = model.calls(HELD_OUT, method.seed + images, **asked)
     record = {
-        "method": spell(method), "model": model.name, "model_sha256": model.sha256, "weights": weights, "acts": acts,
+        "method": format_spec(method),
+        "model": model.name,
+        "model_sha256": model.sha256,
+        "weights": weights,
+        "acts": acts,
         "calibration": {"images": images, "calls": len(work.samples), "seed": method.seed, **setting},
-        "iterations": known["iterations"] if book.figures else None, "blocks": book.figures,
+        "iterations": known["iterations"] if book.figures else None,
+        "blocks": book.figures,
         "eight": work.wide,
         "error": relative_error(model.denoiser, denoiser, method.samples(model.denoiser, held)),
         "bytes_fp32": sum(4 * p.numel() for p in model.denoiser.net.parameters()),
-        "date": now(), "command": command,
-    }  # fmt: skip
+        "date": now(),
+        "command": command,
+    }
     check_finite("quantize: the record of what was found", record)
     made = replace(model, denoiser=denoiser, name=out.resolve().name, card={**model.card, "quantized": record})
     made.save(out, half=is_half(model))
@@ -126,7 +145,7 @@ def quantize_model(
     return {"folder": str(out), **record, "bytes": size, "seconds": time.perf_counter() - began}
 
 
-class Kept(Book):
+class SavedBlocks(SessionProgress):
     """A book on disk: one file a block, named after the hash of the unit's name, written whole or not at all."""
 
     def __init__(self, iterations: dict[str, int], folder: Path, say: Callable[[str], None], tick: Any) -> None:
@@ -177,7 +196,7 @@ def iterations_of(known: dict[str, Any]) -> dict[str, int]:
     return {stage: int(known["iterations"][stage]) for stage in (ROUNDING, STEPS)}
 
 
-def allocated(method: Quantize, work: Work, minutes: float | None, began: float) -> dict[str, int]:
+def allocated(method: Quantize, work: QuantizationSession, minutes: float | None, began: float) -> dict[str, int]:
     """Iterations of every block in each pass: as asked, or what fits into the time, tried for a moment."""
     if minutes is None:
         return {ROUNDING: method.iterations, STEPS: method.iterations}

@@ -55,7 +55,7 @@ def judge(
         if features is None:
             raise BadInput(f"{reference} holds images: give --features, the network to look at them with")
         net = looking(features, shape).to(device)
-        with ranks.leading():
+        with ranks.main_process_first():
             return of_images(Path(reference), net, shape, say), net
     known = reference if isinstance(reference, Reference) else load_reference(reference)
     net = looking(features or known.features, shape).to(device)

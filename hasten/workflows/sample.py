@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..distributed.heartbeat import heard
-from ..distributed.ranks import Lost, Piece, Ranks
-from ..errors import BadInput, whole
+from ..distributed.heartbeat import peer_errors
+from ..distributed.ranks import Piece, ProcessLost, Ranks
+from ..errors import BadInput, check_int
 from ..images import given_images
 from ..metrics import Measure, Reference, evaluate_features, evaluate_images, extract, feature_net, net_name
 from ..metrics.fashion import CLASSES as FASHION
 from ..model.model import Label, Model
-from ..pick import pick, spell
+from ..pick import format_spec, pick
 from ..sampling import Progress
-from ..storage.batches import Kept
+from ..storage.batches import SavedBatches
 from ..storage.provenance import fingerprint
 
 JOINT = frozenset({"space", "branches"})  # claims of accelerators that share one sampling among the processes
@@ -31,12 +31,14 @@ JOINT = frozenset({"space", "branches"})  # claims of accelerators that share on
 def kept(
     folder: str | Path, ranks: Ranks, model: Model, n: int, label: Label, seed: int, batch_size: int,
     setting: dict[str, Any], images: Tensor | None = None,
-) -> Kept | None:  # fmt: skip
+) -> SavedBatches | None:  # fmt: skip
     """Where this run keeps its batches. None for one process, unless `folder` has some of a run of several."""
     if ranks.world == 1 and not Path(folder).exists():
         return None
     shared = sharing(setting.get("accelerators", ()), ranks) is not None
-    return Kept(folder, told(model, n, label, seed, batch_size, setting, images, ranks.world if shared else 1))
+    return SavedBatches(
+        folder, sampling_metadata(model, n, label, seed, batch_size, setting, images, ranks.world if shared else 1)
+    )
 
 
 def sample_many(
@@ -47,7 +49,7 @@ def sample_many(
     batch_size: int = 64,
     *,
     ranks: Ranks,
-    keep: Kept | None = None,
+    keep: SavedBatches | None = None,
     everywhere: bool = False,
     accelerated: Sequence[Any] = (),
     progress: Progress | None = None,
@@ -65,11 +67,11 @@ def sample_many(
     finished, and looked for. everywhere: all processes get the images, not the first alone (the others get None).
     accelerated: accelerators that are in the model already.
     The other arguments are those of `Model.sample`; `runtime` must not be `auto`, which processes could take
-    differently: `ranks.once(lambda: model.runtime_for(...))`.
+    differently: `ranks.on_main_process(lambda: model.runtime_for(...))`.
 
-    Raises Lost where another process ends early, KeyboardInterrupt when stopped: both say what is kept.
+    Raises ProcessLost where another process ends early, KeyboardInterrupt when stopped: both say what is kept.
     """
-    whole("batch_size", batch_size, 1)
+    check_int("batch_size", batch_size, 1)
     images = None if images is None else given_images(images, model.shape if model.decoder is None else None)
     if ranks.world == 1 and (keep is None or not keep.folder.exists()):
         return model.sample(n, label, seed, batch_size=batch_size, progress=progress, images=images, **setting)
@@ -92,11 +94,11 @@ def sample_many(
 
     with saying(keep, n):
         if team is None:
-            pieces = ranks.deal(len(starts), drawn, found, everywhere, progress)
+            pieces = ranks.distribute(len(starts), drawn, found, everywhere, progress)
         else:
             pieces = together(ranks, team, len(starts), drawn, found, everywhere, progress)
     made = [piece[0] for piece in pieces if piece is not None]
-    return torch.cat(made) if everywhere or ranks.first else None
+    return torch.cat(made) if everywhere or ranks.is_main_process else None
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,18 @@ def together(
     ranks: Ranks, team: Sharing, count: int, drawn: Callable[[int], Piece], found: Iterable[int], everywhere: bool,
     progress: Progress | None,
 ) -> list[Piece | None]:  # fmt: skip
-    """As `Ranks.deal`, but a number is taken by a whole group, whose leaders alone have found some already."""
+    """As `Ranks.distribute`, but a number is taken by a whole group, whose leaders alone have found some already."""
     owners = ranks.owners(found)
     mine = {number: drawn(number) for number, rank in owners.items() if rank == ranks.rank}
     missing = [number for number in range(count) if number not in owners]
     for turn, number in enumerate(missing[team.number :: team.count], 1):
-        with heard(sure=False):
+        with peer_errors(sure=False):
             made = drawn(number)
         if team.leads:
             mine[number] = made
         if progress is not None:
             progress(min(len(owners) + turn * team.count, count), count)
-    ranks.wait()
+    ranks.barrier()
     return ranks.collect(count, mine, everywhere)
 
 
@@ -148,7 +150,7 @@ def part_of(model: Model, n: int, label: Label, part: slice) -> Label:
     return None if labels is None else labels[part]
 
 
-def told(
+def sampling_metadata(
     model: Model,
     n: int,
     label: Label,
@@ -176,7 +178,7 @@ def names(methods: Any) -> Any:
     """Methods as they are spelled."""
     if isinstance(methods, (list, tuple)):
         return [names(one) for one in methods]
-    return methods if isinstance(methods, str) else spell(methods)
+    return methods if isinstance(methods, str) else format_spec(methods)
 
 
 def beside(part: Any) -> str | None:
@@ -196,7 +198,7 @@ def beside(part: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def saying(keep: Kept | None, n: int) -> Iterator[None]:
+def saying(keep: SavedBatches | None, n: int) -> Iterator[None]:
     """An early end tells how many images are kept."""
 
     def line(what: str) -> str:
@@ -206,13 +208,13 @@ def saying(keep: Kept | None, n: int) -> Iterator[None]:
 
     try:
         yield
-    except Lost as e:
-        raise Lost(line(str(e))) from e
+    except ProcessLost as e:
+        raise ProcessLost(line(str(e))) from e
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(line(str(e) or "stopped")) from e
 
 
-def judge_many(
+def evaluate_distributed(
     images: Tensor,
     labels: Tensor | None,
     features: str | nn.Module,
@@ -239,8 +241,8 @@ def judge_many(
         seen, logits = extract(net, images[number * size : (number + 1) * size], size)
         return (seen,) if logits is None else (seen, logits)
 
-    found = ranks.deal(-(-len(images) // size), look)
-    if not ranks.first or known is None:
+    found = ranks.distribute(-(-len(images) // size), look)
+    if not ranks.is_main_process or known is None:
         return None
     columns = [torch.cat(column) for column in zip(*[piece for piece in found if piece is not None])]
     return evaluate_features(columns[0], known, columns[1] if len(columns) > 1 else None, labels, seeds)

@@ -16,14 +16,14 @@ from ..files import contents, refuse_inside, writes
 from ..loading import load
 from ..model.model import Model
 from ..nets.unet import UNet
-from ..performance.autotune import choose, parse, spell
+from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..predictions import V
 from ..schedules.continuous import VPCosine
 from ..train.checkpoint import read_log, saved_run
 from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
-from ..train.player import Player
+from ..train.player import TrainedModule
 from ..utils.noise import kept_random_state
 
 
@@ -77,7 +77,7 @@ def train_model(
     if steps is None and minutes is None:
         minutes = 30.0
     ranks = Ranks.start(device)
-    before = ranks.once(lambda: saved_run(out / "checkpoint.pt"))
+    before = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
     torch.manual_seed(seed)
     net = network(source, widths, blocks, patch)
     dropped = label_drop if source.labels is not None else 0.0  # without it the network never sees the null label
@@ -85,16 +85,18 @@ def train_model(
     denoiser.null_label = net.classes if net.classes and dropped else None
     loss = DenoisingLoss(label_drop=dropped)
     precision = before.get("precision") if runtime == "auto" else None
-    precision = precision or ranks.once(lambda: number_format(denoiser, source, runtime, batch_size, ranks.device))
+    precision = precision or ranks.on_main_process(
+        lambda: number_format(denoiser, source, runtime, batch_size, ranks.device)
+    )
     fit = Fit(
         steps=steps, minutes=minutes, precision=precision, seed=seed, device=device, accumulate=accumulate, shard=shard
     )
     finished = bool(before) and fit.progress(before["step"], before["seconds"]) >= 1
-    ranks.once(lambda: check_folder(out, finished))
-    player = Player("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
+    ranks.on_main_process(lambda: check_folder(out, finished))
+    player = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
     settings = {"network": net.config, "label_drop": dropped}
     averaged = fit([player], Batches(source, batch_size, seed=seed, flip=flip), out, show, settings)["model"]
-    if finished and (kept := ranks.once(lambda: is_saved(out, before["step"]))):
+    if finished and (kept := ranks.on_main_process(lambda: is_saved(out, before["step"]))):
         return load(kept)  # with what was found for it since, such as plans
     assert isinstance(averaged, Denoiser)
     card: dict[str, Any] = {
@@ -116,9 +118,9 @@ def train_model(
         guidance_scale=1.5 if source.classes and dropped else 1.0,
         card=card,
     )
-    if ranks.first:
+    if ranks.is_main_process:
         model.save(out)
-    ranks.wait()
+    ranks.barrier()
     return model
 
 
@@ -146,9 +148,9 @@ def network(data: Data, widths: Sequence[int] | None, blocks: int, patch: int | 
 def number_format(denoiser: Denoiser, data: Data, runtime: str, batch_size: int, device: torch.device) -> str:
     """What was asked for, or `fp32` or `bf16`, as a timing of the forward pass finds."""
     if runtime != "auto":
-        return spell(parse(runtime))
+        return format_runtime(parse_runtime(runtime))
     x = torch.randn(min(batch_size, 64), *data.shape, device=device)
-    return spell(choose(denoiser.to(device), x, f"train {denoiser.net}")).split("+")[0]
+    return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}")).split("+")[0]
 
 
 def last_line(log: Path) -> dict[str, Any]:

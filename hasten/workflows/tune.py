@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, whole
+from ..errors import BadInput, check_int
 from ..files import refuse_inside, reserve, writes
 from ..model.model import Model
-from ..performance.autotune import parse
-from ..pick import pick, spell
+from ..performance.autotune import parse_runtime
+from ..pick import format_spec, pick
 from ..progress import Tick, ignore
 from ..storage.atomic import digest, refuse_other_model
 from ..storage.model_folder import check_savable
@@ -59,8 +59,8 @@ def tune_model(
     tuner = pick("tuning", method)
     if getattr(tuner, "needs_data", False) and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
-    n = None if n is None else whole("n", n, 1)
-    seed = whole("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
+    n = None if n is None else check_int("n", n, 1)
+    seed = check_int("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
     check_savable(model)
     check_weights(model.denoiser, model.name)
     model = replace(model)
@@ -75,7 +75,7 @@ def tune_model(
     )
     way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
     identity = digest(
-        fingerprint(model), spell(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+        fingerprint(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
         None if data is None else listing(Path(data)),
     )  # fmt: skip
     refuse_other_model(out, model, identity)
@@ -83,7 +83,7 @@ def tune_model(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
         images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
     )  # fmt: skip
-    machine = parse(model.runtime_for(runtime, 64), model.device.type)
+    machine = parse_runtime(model.runtime_for(runtime, 64), model.device.type)
     began = time.perf_counter()
     with watched() as task.tick, machine.apply():
         machine.prepare(model.denoiser)
@@ -95,10 +95,16 @@ def tune_model(
         check_weights(net, f"{method}: the network {part} that it trained")
     name = keep(model, found, method, scale)
     record = {
-        "method": spell(tuner), "plan": name, "statistics": sorted(found.statistics), "parts": sorted(found.parts),
-        "guidance_scale": scale, "figures": found.figures, "date": now(), "command": command,
+        "method": format_spec(tuner),
+        "plan": name,
+        "statistics": sorted(found.statistics),
+        "parts": sorted(found.parts),
+        "guidance_scale": scale,
+        "figures": found.figures,
+        "date": now(),
+        "command": command,
         "identity": identity,
-    }  # fmt: skip
+    }
     model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
     model.save(out, half=is_half(model))
     return {"folder": str(out), **record, "seconds": seconds}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.accelerators import Ahead, Recorder
+from hasten.accelerators import Recorder, SamplingContext
 from hasten.denoiser import Denoiser
 from hasten.guides.cfg import CFG
 from hasten.nets.unet import UNet
@@ -74,7 +74,7 @@ def compiled(sampler: Any, steps: int, schedule: Schedule | None = None) -> Plan
     return plan(sampler, schedule, UniformTime(start=0.98)(schedule, steps))
 
 
-def ahead(plan: Plan, denoiser: Denoiser | None = None, scale: float = 1.0) -> Ahead:
+def ahead(plan: Plan, denoiser: Denoiser | None = None, scale: float = 1.0) -> SamplingContext:
     """What a model would tell of a sampling by this plan."""
 
     def calls(n: int, seed: int) -> Any:
@@ -82,7 +82,7 @@ def ahead(plan: Plan, denoiser: Denoiser | None = None, scale: float = 1.0) -> A
         sampled(recorder, plan, scale, torch.arange(n) % 3, seed)
         return recorder.calls
 
-    return Ahead(tuple(plan.times[:-1].tolist()), None if denoiser is None else calls)
+    return SamplingContext(tuple(plan.times[:-1].tolist()), None if denoiser is None else calls)
 
 
 def sampled(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 from torch import nn
 
-from hasten.accelerators import COMPILE, EXCHANGE, WRAP, Ahead, Conflict, accelerate
+from hasten.accelerators import COMPILE, EXCHANGE, WRAP, Conflict, SamplingContext, accelerate
 from hasten.errors import BadInput
 
 
@@ -23,7 +23,7 @@ class Swap:
     stage: ClassVar[int] = EXCHANGE
     claims: ClassVar[frozenset[str]] = frozenset({"arithmetic"})
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         return Layer(denoiser, "swap")
 
 
@@ -32,7 +32,7 @@ class Compile:
     stage: ClassVar[int] = COMPILE
     claims: ClassVar[frozenset[str]] = frozenset({"graph"})
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         return Layer(denoiser, "compile")
 
 
@@ -42,7 +42,7 @@ class Cache:
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
 
-    def apply(self, denoiser: nn.Module, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
         return Layer(denoiser, f"cache of {len(ahead.required('cache'))}")
 
 
@@ -52,18 +52,18 @@ def names(module: Any) -> list[str]:
 
 def test_stages_decide_the_order_and_the_denoiser_is_kept() -> None:
     net = nn.Identity()
-    made = accelerate(net, [Cache(), Swap(), Compile()], Ahead(times=(1.0, 0.5)))
+    made = accelerate(net, [Cache(), Swap(), Compile()], SamplingContext(times=(1.0, 0.5)))
     assert names(made) == ["swap", "compile", "cache of 2"]
     assert accelerate(net, []) is net
 
 
 def test_a_conflict_names_both() -> None:
     with pytest.raises(Conflict, match="Cache and .*Cache:every=3 both claim 'features'"):
-        accelerate(nn.Identity(), [Cache(), Swap(), Cache(3)], Ahead(times=(1.0,)))
+        accelerate(nn.Identity(), [Cache(), Swap(), Cache(3)], SamplingContext(times=(1.0,)))
 
 
 def test_what_is_not_known_is_said_in_the_name_of_who_needs_it() -> None:
     with pytest.raises(BadInput, match="cache must know the times"):
         accelerate(nn.Identity(), [Cache()])
     with pytest.raises(BadInput, match="quantize must see some samplings first"):
-        Ahead().calibration("quantize", 4, 0)
+        SamplingContext().calibration("quantize", 4, 0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
-from hasten.accelerators import Ahead, accelerate
+from hasten.accelerators import SamplingContext, accelerate
 from hasten.accelerators.cfg_parallel import CfgParallel
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.patch_parallel import PatchParallel
@@ -88,7 +88,7 @@ def both(rank: int, ranks: int) -> dict[str, Any]:
         found[f"answer {k}"] = answers
     found["errors"], found["traffic"] = errors, (exact.traffic, exact.net.traffic)
     try:
-        CfgParallel().apply(plain, Ahead())
+        CfgParallel().apply(plain, SamplingContext())
     except BadInput as error:
         found["alone"] = str(error)
     return found
@@ -190,7 +190,7 @@ def test_accelerators_are_told_what_the_others_claim() -> None:
     class Asks:
         stage, claims = 15, frozenset({"mine"})
 
-        def apply(self, denoiser: Any, ahead: Ahead) -> Any:
+        def apply(self, denoiser: Any, ahead: SamplingContext) -> Any:
             self.told = ahead.claimed
             return denoiser
 

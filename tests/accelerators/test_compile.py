@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.accelerators import Ahead, accelerate
+from hasten.accelerators import SamplingContext, accelerate
 from hasten.accelerators.compile import Compile
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
@@ -194,7 +194,7 @@ def test_what_cannot_be_compiled_is_said_in_a_line() -> None:
     with pytest.raises(BadInput, match="mode"):
         pick("accelerators", "compile:mode=fast")
     with pytest.raises(BadInput, match="works on a Denoiser and its network, found Identity"):
-        Compile().apply(nn.Identity(), Ahead())
+        Compile().apply(nn.Identity(), SamplingContext())
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         with pytest.raises(BadInput, match=r"needs a C\+\+ compiler and found none: install g\+\+"):
             accelerate(denoiser(), [Compile()])

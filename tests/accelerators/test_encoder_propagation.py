@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import hasten
-from hasten.accelerators import Ahead, Conflict, accelerate
+from hasten.accelerators import Conflict, SamplingContext, accelerate
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.denoiser import Denoiser
@@ -206,9 +206,9 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(BadInput, match="11 of 20 queries would hang on key 0"):
         propagated(plain, keys=(0, 11))
     with pytest.raises(BadInput, match="times of all queries"):
-        EncoderPropagation().apply(plain, Ahead())
+        EncoderPropagation().apply(plain, SamplingContext())
     with pytest.raises(BadInput, match="must see some samplings"):
-        EncoderPropagation(keys="found").apply(plain, Ahead(times=ahead(DDIM20).times))
+        EncoderPropagation(keys="found").apply(plain, SamplingContext(times=ahead(DDIM20).times))
     with pytest.raises(BadInput, match="Still has no seam: what works"):
         propagated(denoiser_of(Still()))
     with pytest.raises(BadInput, match="found Still"):

@@ -16,7 +16,7 @@ from hasten.accelerators._patches.exchange import Exchange, Shares
 from hasten.accelerators._patches.layers import PatchNorm, corrected, pooled
 from hasten.accelerators._patches.swap import Patched, twin
 from hasten.accelerators.patch_parallel import PatchParallel
-from hasten.distributed.groups import Team
+from hasten.distributed.groups import ProcessGroup
 from hasten.errors import BadInput
 from hasten.nets.quantized import Part, QConv2d, exchange
 
@@ -65,7 +65,7 @@ class Echo(Exchange):
 def test_the_norm_of_the_whole_is_group_norm_whatever_the_layout() -> None:
     norm = nn.GroupNorm(4, 8).requires_grad_(False)
     norm.weight.copy_(noise(8)), norm.bias.copy_(noise(8, seed=1))
-    ours = PatchNorm(norm, Echo(Team(), "sync", "full", 0, "same", 60))
+    ours = PatchNorm(norm, Echo(ProcessGroup(), "sync", "full", 0, "same", 60))
     wide = 3 + noise(2, 8, 6, 5, seed=2)
     tokens = wide.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
     for x in (wide, wide.to(memory_format=torch.channels_last), wide[:1, :, ::2], tokens, tokens[:1].unflatten(2, (6, 5)),
@@ -102,7 +102,7 @@ def test_buffers_hold_every_format() -> None:
 def test_what_is_heard_is_drawn_on_along_a_line() -> None:
     values = [noise(2, 5, seed=k) for k in range(4)]
     track, held = Track(2, [values[0], values[0]], 1, [1]), Track(2, [values[0]], 1)
-    talk = Exchange(Team((0, 1), 0), "async", "corrected", 4, "same", 60, 1)
+    talk = Exchange(ProcessGroup((0, 1), 0), "async", "corrected", 4, "same", 60, 1)
     for time in (0.9, 0.7, 0.6):
         talk.at(torch.tensor([time, 0.1]))
     assert torch.equal(talk.line(track.heard(1), track.before(1)), values[0])  # nothing is known from before
@@ -122,7 +122,7 @@ def test_what_is_heard_is_drawn_on_along_a_line() -> None:
 
 
 def parts(net: nn.Module) -> Any:
-    return Patched(net, Exchange(Team((0, 1), 0), "async", "corrected", 4, "same", 60), Text())
+    return Patched(net, Exchange(ProcessGroup((0, 1), 0), "async", "corrected", 4, "same", 60), Text())
 
 
 def test_a_copy_shares_the_weights() -> None:
@@ -166,7 +166,7 @@ def test_layers_that_are_not_known_are_refused() -> None:
 def test_the_networks_that_people_use_are_known() -> None:
     from diffusers import UNet2DConditionModel, UNet2DModel
 
-    from hasten.adapters.diffusers.wrap import with_seams
+    from hasten.adapters.diffusers.wrap import split_network
 
     with torch.device("meta"):  # their shapes without their weights
         sd = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -182,13 +182,13 @@ def test_the_networks_that_people_use_are_known() -> None:
             up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
         )  # fmt: skip
     for net, multiple in ((sd, 8), (xl, 4)):
-        made = parts(with_seams(net))
+        made = parts(split_network(net))
         assert made.exchange.multiple == multiple
         layers = [module for module in made.net.modules() if type(module) is nn.GroupNorm]
         inside = [module.norm for module in made.net.modules() if isinstance(module, PatchNorm)]
         assert layers and {id(layer) for layer in layers} == {id(layer) for layer in inside}
     with pytest.raises(BadInput, match=r"does not know down_blocks\.0, a SkipDownBlock2D"):
-        parts(with_seams(scores))
+        parts(split_network(scores))
     sd.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     with pytest.raises(BadInput, match="UpBlock2D: it may mix rows"):
-        parts(with_seams(sd))
+        parts(split_network(sd))

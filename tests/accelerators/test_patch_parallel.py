@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hasten
-from hasten.accelerators import Ahead, Conflict, accelerate
+from hasten.accelerators import Conflict, SamplingContext, accelerate
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.patch_parallel import PatchParallel
 from hasten.denoiser import Denoiser, reset
@@ -45,12 +45,12 @@ def problem(name: str, dtype: torch.dtype) -> tuple[Any, int, int, dict[str, Ten
         patch = 1 if name == "hasten" else 2
         net = unet(widths=(8, 16, 16), attention=(1,), patch=patch)
         return net.to(dtype), 2, 4 * patch, {"label": torch.tensor([0, 2])}
-    from hasten.adapters.diffusers.wrap import with_seams
+    from hasten.adapters.diffusers.wrap import split_network
 
     from ..adapters import tiny
 
     if name == "model":  # its downsampler adds its zeros itself, on one side
-        return with_seams(tiny.unet2d(downsample_padding=0).to(dtype)), 3, 2, {}
+        return split_network(tiny.unet2d(downsample_padding=0).to(dtype)), 3, 2, {}
     net = tiny.unet2d_condition() if name == "sd" else tiny.sdxl_unet()
     width = 16 if name == "sd" else 32
     cond = {"text": noise(2, 5, width, seed=3, dtype=dtype), "null_text": noise(2, 5, width, seed=4, dtype=dtype)}
@@ -59,7 +59,7 @@ def problem(name: str, dtype: torch.dtype) -> tuple[Any, int, int, dict[str, Ten
             "added_text_embeds": noise(2, 16, seed=5, dtype=dtype),
             "added_time_ids": torch.ones(2, 6, dtype=dtype),
         }
-    return with_seams(net.to(dtype)), 4, 2, cond
+    return split_network(net.to(dtype)), 4, 2, cond
 
 
 def asked(net: nn.Module, cond: dict[str, Tensor], options: dict[str, Any] | None) -> nn.Module:
@@ -161,7 +161,7 @@ def along(ranks: int) -> dict[str, Any]:
         except BadInput as error:
             found[name] = str(error)
     try:
-        PatchParallel(size=3).apply(plain, Ahead())
+        PatchParallel(size=3).apply(plain, SamplingContext())
     except BadInput as error:
         found["size"] = str(error)
     with torch.enable_grad():
@@ -185,7 +185,7 @@ def along(ranks: int) -> dict[str, Any]:
     found["text"] = count
     plain, times = Denoiser(net, VPCosine(), "v", clock="t1000").eval(), [0.9 - 0.1 * k for k in range(9)]
     cached, sync, both = (
-        accelerate(plain, ways, Ahead(tuple(times)))
+        accelerate(plain, ways, SamplingContext(tuple(times)))
         for ways in (
             [DeepCache(every=2)], [PatchParallel(mode="sync")], [DeepCache(every=2), PatchParallel(mode="sync")],
         )
@@ -311,7 +311,7 @@ def test_trajectories_conditions_and_what_cannot_be(seen: list[dict[str, Any]]) 
 
 def test_in_one_process_nothing_changes() -> None:
     plain = denoiser_of(unet(attention=(1,)))
-    fast: Any = PatchParallel().apply(plain, Ahead())
+    fast: Any = PatchParallel().apply(plain, SamplingContext())
     plan = compiled(DDIM(), 10)
     assert torch.equal(sampled(fast, plan), sampled(plain, plan))
     assert fast.net.net is plain.net and not any(fast.net.traffic.values())
@@ -321,4 +321,4 @@ def test_in_one_process_nothing_changes() -> None:
 def test_claims_and_names() -> None:
     assert pick("accelerators", "patch_parallel:warmup=2,mode=sync").claims == {"space"}
     with pytest.raises(Conflict, match="'features'"):
-        accelerate(denoiser_of(unet()), [PatchParallel(), DeepCache()], Ahead(tuple(range(10))))
+        accelerate(denoiser_of(unet()), [PatchParallel(), DeepCache()], SamplingContext(tuple(range(10))))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hasten
-from hasten.accelerators import Ahead, Call, Recorder, accelerate
+from hasten.accelerators import Call, Recorder, SamplingContext, accelerate
 from hasten.accelerators._quantization.calibration import Samples, bounds, chosen, fit_activations
 from hasten.accelerators._quantization.mixed_precision import most_sensitive
 from hasten.accelerators._quantization.quantizer import ACTS, WEIGHTS, codes, error, fake, fit, search
@@ -229,7 +229,7 @@ def test_the_teacher_in_eight_bits_keeps_its_x0(teacher: Any) -> None:
     model, calls, held = teacher
     before = {key: value.clone() for key, value in model.denoiser.state_dict().items()}
     method = Quantize(images=6)
-    made = accelerate(model.denoiser, [method], Ahead(None, lambda n, seed: calls))
+    made = accelerate(model.denoiser, [method], SamplingContext(None, lambda n, seed: calls))
     assert relative_error(model.denoiser, made, method.samples(model.denoiser, held)) < 0.02  # measured: .012
     after = model.denoiser.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
@@ -270,7 +270,7 @@ def test_both_cures_of_four_bits_beat_nearest(options: dict[str, Any]) -> None:
     wrong = []
     for given in ({}, options):
         method = Quantize(weights=4, acts=None, images=8, **given)
-        made = method.apply(model.denoiser, Ahead(None, lambda n, seed: calls))
+        made = method.apply(model.denoiser, SamplingContext(None, lambda n, seed: calls))
         wrong.append(relative_error(model.denoiser, made, method.samples(model.denoiser, held)))
     assert wrong[1] < 0.9 * wrong[0], wrong  # measured: .51, .43 and .83, biases as they were
 
@@ -333,7 +333,7 @@ def test_groups_of_times_have_their_own_ranges() -> None:
     denoiser = Denoiser(Growing(), VPCosine(), "x0").eval()
     made = torch.Generator().manual_seed(0)
     calls = [(torch.randn(4, 1, 8, 8, generator=made), 1 - k / 20, {}) for k in range(20)]
-    ahead, wrong = Ahead(None, lambda n, seed: calls), []
+    ahead, wrong = SamplingContext(None, lambda n, seed: calls), []
     for groups in (1, 4):
         quantised = Quantize(groups=groups).apply(denoiser, ahead)
         wrong.append(relative_error(denoiser, quantised, chosen(calls, [t for _, t, _ in calls], 20, 1)))
@@ -360,7 +360,7 @@ def test_groups_of_times_have_their_own_ranges() -> None:
 )
 def test_what_cannot_be_is_said(options: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
-        Quantize(**options).apply(tiny().denoiser, Ahead(None, lambda n, seed: asked(1, 0)))
+        Quantize(**options).apply(tiny().denoiser, SamplingContext(None, lambda n, seed: asked(1, 0)))
 
 
 def test_it_must_be_able_to_sample() -> None:
@@ -372,5 +372,5 @@ def test_a_student_that_is_told_its_guidance_and_steps_is_quantised() -> None:
     student = hasten.load("fashion_student")
     quick = Quantize(images=2, steps=4, ranges="minmax")
     calls = student.calls(2, 0, steps=4)
-    made = quick.apply(student.denoiser, Ahead(None, lambda n, seed: calls))
+    made = quick.apply(student.denoiser, SamplingContext(None, lambda n, seed: calls))
     assert 1e-4 < relative_error(student.denoiser, made, quick.samples(student.denoiser, calls)) < 0.1

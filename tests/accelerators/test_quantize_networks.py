@@ -77,9 +77,9 @@ def test_such_a_network_is_quantised(net: nn.Module, exchanged: int, options: di
 
 
 def ahead_of(model: Model) -> Any:
-    from hasten.accelerators import Ahead
+    from hasten.accelerators import SamplingContext
 
-    return Ahead(None, lambda n, seed: model.calls(n, seed))
+    return SamplingContext(None, lambda n, seed: model.calls(n, seed))
 
 
 def test_a_network_of_computed_weights_alone_is_refused_in_a_line() -> None:

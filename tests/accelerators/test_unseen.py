@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.accelerators import Ahead
+from hasten.accelerators import SamplingContext
 from hasten.accelerators._caching.search import costs, spectrum
 from hasten.accelerators._compile import CompiledNet, Part
 from hasten.accelerators.compile import Compile
@@ -41,7 +41,7 @@ def test_what_a_graph_answered_stays() -> None:
     third = part(torch.full((2,), 5.0))
     assert [float(x[0]) for x in (first, second, third)] == [2.0, 6.0, 10.0]
     for mode, copied in (("default", False), ("reduce-overhead", True), ("max-autotune", True)):
-        made: Any = Compile(mode=mode).apply(Denoiser(Plain(), VPCosine(), "v").eval(), Ahead())
+        made: Any = Compile(mode=mode).apply(Denoiser(Plain(), VPCosine(), "v").eval(), SamplingContext())
         assert isinstance(made.net, CompiledNet) and made.net.parts["forward"].copies is copied, mode
 
 
@@ -153,5 +153,5 @@ def test_what_is_looked_at_is_no_image_that_users_see(name: str) -> None:
 
     denoiser = Denoiser(unet(), VPCosine(), "v").eval()
     with pytest.raises(Stop):
-        pick("accelerators", name).apply(denoiser, Ahead(tuple(k / 20 for k in range(20, 0, -1)), calls))
+        pick("accelerators", name).apply(denoiser, SamplingContext(tuple(k / 20 for k in range(20, 0, -1)), calls))
     assert asked and not set(asked) & {first + k for first in (0, 1, 42, 1234, 1_000_000) for k in range(100_000)}

@@ -14,7 +14,7 @@ from hasten.accelerators._patches.swap import Patched
 from hasten.accelerators.deep_cache import DeepCache
 from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.accelerators.quantize import Quantize
-from hasten.distributed.groups import Team
+from hasten.distributed.groups import ProcessGroup
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
 from hasten.performance.profile import work_of
@@ -97,7 +97,7 @@ def test_patches_know_a_lora_of_linear_layers() -> None:
         net = unet()
         block = next(module for module in net.modules() if isinstance(getattr(module, "modulation", None), nn.Linear))
         block.modulation = wrap(block.modulation)
-        return Patched(net, Exchange(Team((0, 1), 0), "sync", "full", 0, "same", 60), Text()).net
+        return Patched(net, Exchange(ProcessGroup((0, 1), 0), "sync", "full", 0, "same", 60), Text()).net
 
     class Other(Linear):
         __module__ = "somewhere.else"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hasten
-from hasten.accelerators import EXCHANGE, WRAP, Ahead, Conflict
+from hasten.accelerators import EXCHANGE, WRAP, Conflict, SamplingContext
 from hasten.adapters.diffusers import accelerate, accelerate_pipeline, as_scheduler, times_like
 from hasten.denoiser import Denoiser, Wrapper
 from hasten.errors import BadInput
@@ -55,7 +55,7 @@ class Watch:
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
 
-    def apply(self, denoiser: Any, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
         return Watched(denoiser, ahead.required("watch"))
 
 
@@ -68,7 +68,7 @@ class Twin:
     claims: ClassVar[frozenset[str]] = frozenset({"arithmetic"})
     made: ClassVar[list[int]] = []
 
-    def apply(self, denoiser: Any, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
         self.made.append(1)
         net = copy.deepcopy(denoiser.net)
         with torch.no_grad():
@@ -84,7 +84,7 @@ class OnlyX0:
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset()
 
-    def apply(self, denoiser: Any, ahead: Ahead) -> nn.Module:
+    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
         class Through(Wrapper):
             def forward(self, x_t: Tensor, t: Any, **cond: Any) -> Tensor:
                 return self.denoiser(x_t, t, **cond)
@@ -212,7 +212,7 @@ def test_weights_that_were_exchanged_are_used() -> None:
 
 
 def test_calibration_sees_the_pipeline() -> None:
-    """`Ahead.calls` of a pipeline: guidance's two branches, prompts and times of its own scheduler."""
+    """`SamplingContext.calls` of a pipeline: guidance's two branches, prompts and times of its own scheduler."""
     found: list[Any] = []
 
     @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def test_calibration_sees_the_pipeline() -> None:
         stage: ClassVar[int] = WRAP
         claims: ClassVar[frozenset[str]] = frozenset()
 
-        def apply(self, denoiser: Any, ahead: Ahead) -> nn.Module:
+        def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
             found.append((ahead.required("look"), ahead.calibration("look", 3, 0), ahead.claimed))
             return denoiser
 
@@ -239,7 +239,7 @@ def test_one_name_for_denoisers_and_pipelines() -> None:
     pipe = tiny.sd_pipeline()
     assert type(accelerate(pipe, Watch(), steps=STEPS)) is type(pipe)
     denoiser = hasten.load(pipe).denoiser
-    assert isinstance(accelerate(denoiser, [Watch()], Ahead((1.0, 0.5))), Watched)
+    assert isinstance(accelerate(denoiser, [Watch()], SamplingContext((1.0, 0.5))), Watched)
     with pytest.raises(BadInput, match="found Denoiser with steps="):
         accelerate(denoiser, Watch(), steps=3)
     with pytest.raises(BadInput, match="found dict"):

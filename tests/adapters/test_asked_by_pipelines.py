@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hasten
 from hasten.adapters.diffusers import accelerate_pipeline, times_like
-from hasten.adapters.diffusers.wrap import with_seams
+from hasten.adapters.diffusers.wrap import split_network
 from hasten.errors import BadInput
 
 from ..accelerators._ranks import together
@@ -61,7 +61,7 @@ def answer(net: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
 def test_reuse_is_the_formula(name: str, way: str) -> None:
     """A query that is no key: own x_t (DeepCache) or none (propagation), own time, the features of the key before."""
     pipe, net, cond, xs = asked(name)
-    seams: Any = with_seams(net, whole=True)
+    seams: Any = split_network(net, whole=True)
     if way == CACHE and not hasattr(seams, "deep"):
         with pytest.raises(BadInput, match="has no shallow part"):
             accelerate_pipeline(pipe, way, steps=STEPS)

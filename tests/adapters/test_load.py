@@ -12,7 +12,7 @@ from torch import Tensor
 import hasten
 from hasten.adapters.diffusers import times_like
 from hasten.errors import BadInput
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.schedules import Discrete, Flow
 from hasten.times import Explicit
 
@@ -30,7 +30,7 @@ def start(shape: tuple[int, ...], n: int = 2, seed: int = 7) -> Tensor:
 def ours(pipe: Any, sampler: str, steps: int = STEPS, **told: Any) -> Tensor:
     model = hasten.load(pipe)
     times = times_like(pipe.scheduler, steps)
-    law = spell(Explicit(tuple(times.tolist())))
+    law = format_spec(Explicit(tuple(times.tolist())))
     return model.sample(2, seed=7, sampler=sampler, times=law, steps=len(times) - 1, **told)
 
 
@@ -110,7 +110,7 @@ def test_negative_prompts_reach_the_unconditional_branch() -> None:
     model = hasten.load(pipe)
     model.conditioning.negative = "a big dog"
     times = times_like(pipe.scheduler, STEPS)
-    law = spell(Explicit(tuple(times.tolist())))
+    law = format_spec(Explicit(tuple(times.tolist())))
     mine = model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=4.0)
     close(mine, pixels(theirs))
     model.conditioning.negative = None
@@ -155,7 +155,7 @@ def test_ancestral_sampling_has_the_moments_of_the_pipeline() -> None:
     pipe = tiny.quiet(DDPMPipeline(tiny.unet2d(), DDPMScheduler(clip_sample=False, timestep_spacing="trailing")))
     theirs = pipe(64, generator=torch.Generator().manual_seed(0), num_inference_steps=8, output_type="np").images
     model = hasten.load(pipe)
-    law = spell(Explicit(tuple(times_like(pipe.scheduler, 8).tolist())))
+    law = format_spec(Explicit(tuple(times_like(pipe.scheduler, 8).tolist())))
     mine = model.sample(64, seed=100, sampler="ddpm", times=law, steps=8).numpy() / 2 + 0.5
     assert abs(mine.mean() - theirs.mean()) < 0.02 and abs(mine.std() - theirs.std()) < 0.02
 

@@ -13,7 +13,7 @@ import hasten
 from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.adapters.diffusers import times_like
 from hasten.errors import BadInput
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.schedules import Flow
 from hasten.times import Explicit
 
@@ -74,7 +74,7 @@ def test_sd3_with_dynamic_shifting_is_loaded_with_the_shift_of_its_size() -> Non
     model = hasten.load(pipe)
     assert isinstance(model.denoiser.schedule, Flow) and 1 < model.denoiser.schedule.shift < 1.65
     mu = float(torch.log(torch.tensor(model.denoiser.schedule.shift)))
-    law = spell(Explicit(tuple(times_like(pipe.scheduler, STEPS, mu=mu).tolist())))
+    law = format_spec(Explicit(tuple(times_like(pipe.scheduler, STEPS, mu=mu).tolist())))
     ours = model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=3.0)
     assert torch.allclose(ours, theirs * 2 - 1, atol=1e-5)
     keys = tuple(range(9))  # every query
@@ -87,7 +87,7 @@ def test_sd3_with_dynamic_shifting_is_loaded_with_the_shift_of_its_size() -> Non
 def test_no_guidance_keeps_the_prompt() -> None:
     """A scale of 0 is what turbo models are published with: the prompt, once a step."""
     pipe = tiny.sd_pipeline(scheduler=tiny.scheduler(timestep_spacing="trailing"))
-    law = spell(Explicit(tuple(times_like(pipe.scheduler, STEPS).tolist())))
+    law = format_spec(Explicit(tuple(times_like(pipe.scheduler, STEPS).tolist())))
     theirs = pipe("a cat", latents=start(), num_inference_steps=STEPS, guidance_scale=0.0, output_type="pt").images
     model = hasten.load(pipe)
     ours = model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=0.0)

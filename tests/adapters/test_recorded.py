@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.accelerators import Ahead, _calls
+from hasten.accelerators import SamplingContext, _calls
 from hasten.accelerators._calls import merged, rows_at_once, together
 from hasten.accelerators.quantize import Quantize, batch_of
 from hasten.adapters.diffusers.recorded import drawn_calls
@@ -42,7 +42,7 @@ class Look:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def apply(self, denoiser: Any, ahead: Ahead) -> Any:
+    def apply(self, denoiser: Any, ahead: SamplingContext) -> Any:
         self.calls = ahead.calibration("look", 2, 5)
         return denoiser
 
@@ -171,7 +171,7 @@ def test_the_network_is_asked_few_large_samples_at_once() -> None:
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hasten.accelerators.quantize.Work", build)
+        patch.setattr("hasten.accelerators.quantize.QuantizationSession", build)
         with pytest.raises(InterruptedError):
             Quantize(groups=1).work(model.denoiser, calls)
     assert seen["batch"] == 1

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hasten.adapters.diffusers.seams import Seams, guidance_features
-from hasten.adapters.diffusers.wrap import with_seams
+from hasten.adapters.diffusers.seams import SplitNetwork, guidance_features
+from hasten.adapters.diffusers.wrap import split_network
 from hasten.errors import BadInput
 
 from . import tiny
@@ -28,7 +28,7 @@ def text(width: int = 16) -> Tensor:
     return torch.randn(B, 5, width)
 
 
-def check(seams: Seams, x: Tensor, time: Tensor, theirs: Tensor, **cond: Any) -> None:
+def check(seams: SplitNetwork, x: Tensor, time: Tensor, theirs: Tensor, **cond: Any) -> None:
     """forward and every seam give what the module itself gives, to the bit."""
     assert torch.equal(seams(x, time, **cond), theirs)
     if hasattr(seams, "blocks"):
@@ -75,7 +75,7 @@ def test_unet2d(changes: dict[str, Any]) -> None:
         changes = {**changes, "block_out_channels": (128, 128), "norm_num_groups": 32}
     net = tiny.unet2d(**changes)
     x, time = inputs(net)
-    seams = with_seams(net)
+    seams = split_network(net)
     cond = {"label": torch.tensor([0, 4, 2])} if {"num_class_embeds", "class_embed_type"} & set(changes) else {}
     theirs = net(x, time, class_labels=cond.get("label")).sample
     check(seams, x, time, theirs, **cond)
@@ -108,7 +108,7 @@ def test_unet2d_condition(changes: dict[str, Any], side: int) -> None:
     if "projection_class_embeddings_input_dim" in changes:
         cond["label"] = torch.randn(B, 6)
     theirs = net(x, time, encoder_hidden_states=cond["text"], class_labels=cond.get("label")).sample
-    seams = with_seams(net)
+    seams = split_network(net)
     assert hasattr(seams, "deep")
     check(seams, x, time, theirs, **cond)
 
@@ -121,7 +121,7 @@ def test_masks_and_guidance_input() -> None:
     told = {"encoder_hidden_states": text(), "encoder_attention_mask": mask}
     embedded = guidance_features(guidance, 10)
     theirs = net(x, time, timestep_cond=embedded, **told).sample
-    seams = with_seams(net)
+    seams = split_network(net)
     check(seams, x, time, theirs, text=text(), text_mask=mask, guidance=guidance)
     check(seams, x, time, theirs, text=text(), text_mask=mask, timestep_cond=embedded)
     assert seams.guidance_range == (1.0, 15.0)
@@ -140,14 +140,14 @@ def test_sdxl_conditions() -> None:
     x, time = inputs(net)
     added = {"text_embeds": torch.randn(B, 16), "time_ids": torch.rand(B, 6) * 100}
     theirs = net(x, time, encoder_hidden_states=text(32), added_cond_kwargs=added).sample
-    check(with_seams(net), x, time, theirs, text=text(32), **{f"added_{key}": value for key, value in added.items()})
+    check(split_network(net), x, time, theirs, text=text(32), **{f"added_{key}": value for key, value in added.items()})
 
 
 @torch.no_grad()
 def test_controlnet_and_adapter_residuals() -> None:
     net = tiny.unet2d_condition()
     x, time = inputs(net)
-    seams, emb = with_seams(net), None
+    seams, emb = split_network(net), None
     emb = seams.embed(time, text=text())
     skips, middle = seams.encode(x, emb)
     residuals = [torch.randn_like(skip) for skip in skips]
@@ -171,9 +171,9 @@ def test_dit() -> None:
     x, time = inputs(net)
     label = torch.tensor([0, 4, 1000])
     theirs = net(x, time, label).sample
-    check(with_seams(net, whole=True), x, time, theirs, label=label)
-    assert torch.equal(with_seams(net)(x, time, label=label), theirs[:, :4])
-    assert with_seams(net).null_label == 1000
+    check(split_network(net, whole=True), x, time, theirs, label=label)
+    assert torch.equal(split_network(net)(x, time, label=label), theirs[:, :4])
+    assert split_network(net).null_label == 1000
 
 
 @torch.no_grad()
@@ -182,13 +182,13 @@ def test_sd3() -> None:
     torch.manual_seed(6)
     x, time, pooled = torch.randn(B, 4, 8, 12), torch.tensor([7.0, 500.25, 999.0]), torch.randn(B, 32)
     theirs = net(x, text(32), pooled, time).sample
-    check(with_seams(net), x, time, theirs, text=text(32), added_text_embeds=pooled)
+    check(split_network(net), x, time, theirs, text=text(32), added_text_embeds=pooled)
 
 
 def test_refusals_are_one_line() -> None:
     net = tiny.unet2d_condition()
     x, time = inputs(net)
-    seams = with_seams(net)
+    seams = split_network(net)
     for wrong, said in [
         ({}, "needs text="),
         ({"text": text(), "txet": text()}, "takes no condition 'txet'"),
@@ -197,6 +197,6 @@ def test_refusals_are_one_line() -> None:
         with pytest.raises(BadInput, match=said):
             seams(x, time, **wrong)
     with pytest.raises(BadInput, match="needs label="):
-        with_seams(tiny.dit())(*inputs(tiny.dit()))
+        split_network(tiny.dit())(*inputs(tiny.dit()))
     with pytest.raises(BadInput, match="no seams are known for Linear; those of UNet2DModel"):
-        with_seams(torch.nn.Linear(2, 2))
+        split_network(torch.nn.Linear(2, 2))

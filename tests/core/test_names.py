@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hasten
 from hasten.errors import BadInput
-from hasten.pick import _class, names, pick, spell
+from hasten.pick import _class, format_spec, names, pick
 from hasten.plan import Plan, plan
 from hasten.predictions import V, prediction_from
 from hasten.samplers import DDIM, DDPM, DEIS, PLMS, Consistency, DPMSolver, Preconditioned
@@ -124,8 +124,8 @@ def test_samplers_of_ones_own_are_spelled_by_where_they_are() -> None:
     class DDPM2(DDPM):
         pass
 
-    assert spell(Mine(eta=0.5)).endswith("Mine:eta=0.5") and "." in spell(Mine())
-    assert spell(Mine()) != spell(DDPM2()) and spell(DDPM()) == "ddpm"
+    assert format_spec(Mine(eta=0.5)).endswith("Mine:eta=0.5") and "." in format_spec(Mine())
+    assert format_spec(Mine()) != format_spec(DDPM2()) and format_spec(DDPM()) == "ddpm"
 
 
 def numeric(cls: type) -> list[str]:

@@ -23,7 +23,7 @@ from hasten.distillers._consistency import (
     root_count,
     root_momentum,
 )
-from hasten.distillers._ema_target import Counted, Shadow
+from hasten.distillers._ema_target import Counted, EMATarget
 from hasten.distillers._targets import noised
 from hasten.distillers.consistency import Consistency, anchored, same_dropout
 from hasten.errors import BadInput
@@ -296,7 +296,7 @@ def test_other_curricula_run(curriculum: str, tmp_path: Path) -> None:
     student = method.distill(toy.task(tmp_path, 5)).denoiser.net.out.weight
     assert bool(torch.isfinite(student).all()) and not torch.equal(student, toy.toy().net.out.weight)
     task = toy.task(tmp_path, {})
-    assert torch.isfinite(method.lesson(task, Shadow(task.student()))(task.batches[0]))
+    assert torch.isfinite(method.lesson(task, EMATarget(task.student()))(task.batches[0]))
 
 
 @pytest.mark.parametrize(

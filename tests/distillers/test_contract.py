@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hasten.distillers import Student
-from hasten.distillers._dry_run import Rehearsal, allocate
-from hasten.pick import names, pick, spell
+from hasten.distillers._dry_run import DryRun, allocate
+from hasten.pick import format_spec, names, pick
 from tests.distillers._images import image_task
 from tests.distillers._toy import task
 
@@ -27,14 +27,14 @@ def test_it_is_a_frozen_dataclass_with_a_reference_and_a_test(name: str) -> None
     assert isinstance(method.needs_data, bool)
     assert re.search(r"\d{4}\.\d{4,5}", type(method).__doc__ or ""), "no arXiv id"
     assert (HERE / f"test_{name}.py").is_file()
-    assert pick("distillers", spell(method)) == method
+    assert pick("distillers", format_spec(method)) == method
 
 
 @pytest.mark.parametrize("name", names("distillers"))
 def test_a_rehearsal_tells_what_each_stage_costs(name: str, tmp_path: Path) -> None:
     told = image_task(tmp_path) if name in IMAGES else task(tmp_path, batch_size=32)
     keys = ("teacher", "denoiser", "batches", "shape", "out")
-    rehearsal = Rehearsal(**{key: getattr(told, key) for key in keys}, show=False)
+    rehearsal = DryRun(**{key: getattr(told, key) for key in keys}, show=False)
     options = OPTIONS.get(name)
     last = pick("distillers", name + (f":{options}" if options else "")).distill(rehearsal)
     assert isinstance(last, Student) and last.steps >= 1

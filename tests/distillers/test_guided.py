@@ -15,7 +15,7 @@ from hasten.distillers import Student
 from hasten.distillers._targets import noised
 from hasten.distillers.guided import Guided
 from hasten.errors import BadInput
-from hasten.guides.cfg import CFG, told_steps
+from hasten.guides.cfg import CFG, with_step_count
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
@@ -100,10 +100,10 @@ def test_one_network_serves_several_counts_of_steps(tmp_path: Path) -> None:
     reference = sample(Student(guided, "ddim", "trailing", 64), 3000, seed=50_000)  # type: ignore[arg-type]
     for n in (4, 2, 1):
         plain = energy(sample(Student(guided, "ddim", "trailing", n)), reference)  # type: ignore[arg-type]
-        student = replace(last, denoiser=told_steps(CFG(1.5).wrap(last.denoiser), n), steps=n)  # type: ignore[arg-type]
+        student = replace(last, denoiser=with_step_count(CFG(1.5).wrap(last.denoiser), n), steps=n)  # type: ignore[arg-type]
         assert 2.5 * energy(sample(student), reference) < plain, n
     with pytest.raises(BadInput, match="4, 2, 1 steps, asked for 8"):
-        told_steps(last.denoiser, 8)
+        with_step_count(last.denoiser, 8)
 
 
 def test_one_and_two_steps_get_their_shares_of_the_images() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hasten.denoiser import Denoiser
 from hasten.distillers import Student, Task
 from hasten.distillers import _dry_run as rehearsals
-from hasten.distillers._dry_run import Rehearsal, Stage, time_limits
+from hasten.distillers._dry_run import DryRun, Stage, time_limits
 from hasten.distillers._features import untrained
 from hasten.distillers._pairs import labels_of
 from hasten.distillers._task import RESERVED, notes
@@ -26,7 +26,7 @@ from hasten.nets.unet import UNet
 from hasten.pick import pick
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.train.player import Player
+from hasten.train.player import TrainedModule
 
 from ._images import Squares, image_task
 from ._toy import Draws, Steady, task, toy
@@ -78,7 +78,7 @@ def test_weights_of_eight_bits_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_loop_of_ones_own_refuses_half_precision_weights() -> None:
-    player = Player("model", nn.Linear(2, 2).half(), lambda batch: torch.zeros(()))
+    player = TrainedModule("model", nn.Linear(2, 2).half(), lambda batch: torch.zeros(()))
     with pytest.raises(BadInput, match="model: the weights weight are float16, .*float32"):
         player.optimizer()
 
@@ -218,7 +218,7 @@ def test_an_ordinary_limit_holds_as_many_files_as_are_open() -> None:
 
 
 @pytest.mark.parametrize("key", RESERVED)
-@pytest.mark.parametrize("kind", [Task, Rehearsal])
+@pytest.mark.parametrize("kind", [Task, DryRun])
 def test_keys_in_which_distillers_keep_their_values_are_refused(kind: type[Task], key: str, tmp_path: Path) -> None:
     class More(Draws):
         def __getitem__(self, step: int) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ def test_every_time_of_a_trial_is_read_that_way(monkeypatch: pytest.MonkeyPatch,
     ticks = iter(range(10_000))
     monkeypatch.setattr(rehearsals, "clock", lambda device: float(next(ticks)))
     job = task(tmp_path, batch_size=32)
-    trial = Rehearsal(job.teacher, job.denoiser, job.batches, job.shape, tmp_path, show=False)
+    trial = DryRun(job.teacher, job.denoiser, job.batches, job.shape, tmp_path, show=False)
     pick("distillers", "denoising_student:pairs=32,pair_steps=2").distill(trial)
     assert [stage.seconds for stage in trial.stages] == [pytest.approx(1 / 32), 1.0]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distillers._ema_target import Shadow
+from hasten.distillers._ema_target import EMATarget
 from hasten.distillers._targets import grid, landing, path, step
 from hasten.distillers.tract import Tract, jump
 from hasten.errors import BadInput
@@ -98,7 +98,7 @@ def test_only_places_inside_a_segment_are_asked_for(tmp_path: Path) -> None:
         asked.append(t)
         return torch.zeros_like(z)
 
-    shadow = Shadow(task.student())
+    shadow = EMATarget(task.student())
     ends: list[Tensor] = []
     shadow.copy.forward = lambda z, t, **cond: (ends.append(t), torch.zeros_like(z))[1]  # type: ignore[assignment,func-returns-value]
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def test_only_places_inside_a_segment_are_asked_for(tmp_path: Path) -> None:
 
 def test_the_shadow_is_the_corrected_average() -> None:
     """After n steps it is the mean of the weights after step 1 .. n with weights m^(n - k), the first ones forgotten."""
-    shadow = Shadow(toy.toy())
+    shadow = EMATarget(toy.toy())
     weight = shadow.student.net.out.weight
     weight.requires_grad_(True)
     shadow.train()

@@ -14,7 +14,7 @@ from hasten.errors import BadInput
 from hasten.exact import GaussianMixture
 from hasten.guides import CFG, Distribution, DynamicThreshold
 from hasten.nets.attributes import Attributes
-from hasten.pick import pick, spell
+from hasten.pick import format_spec, pick
 from hasten.plan.draw import draw
 from hasten.samplers import DDIM, UniPC
 from hasten.sampling import Noise
@@ -288,7 +288,10 @@ def test_spelled() -> None:
     guide = pick("guides", "distribution:attribute=group,classes=(0.5,0.5),scale=20,loss=kl")
     assert guide == Distribution(classes=(0.5, 0.5), attribute="group", scale=20.0, loss="kl")
     assert pick("guides", "distribution:classes=uniform") == Distribution()
-    assert spell(replace(bound()[1], classes=(0.3, 0.7))) == "distribution:classes=(0.3,0.7),attribute=group,scale=20"
+    assert (
+        format_spec(replace(bound()[1], classes=(0.3, 0.7)))
+        == "distribution:classes=(0.3,0.7),attribute=group,scale=20"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hasten.errors import BadInput
 from hasten.exact import Gaussian, m2, m64
 from hasten.guides import CFG, DynamicThreshold, Interval, Rescale
 from hasten.guides.cfg import Guided
-from hasten.pick import names, pick, spell
+from hasten.pick import format_spec, names, pick
 from hasten.plan.draw import draw
 from hasten.samplers import UniPC
 from hasten.sampling import Count, Noise
@@ -117,7 +117,7 @@ def test_threshold_keeps_strong_guidance_in_range() -> None:
 def test_spelled() -> None:
     assert {"cfg", "interval", "rescale", "dynamic_threshold", "distribution"} <= set(names("guides"))
     assert pick("guides", "interval:low=0.2,high=1.5") == Interval(0.2, 1.5)
-    assert spell(Interval(0.2, 1.5)) == "interval:low=0.2,high=1.5"
+    assert format_spec(Interval(0.2, 1.5)) == "interval:low=0.2,high=1.5"
     assert pick("guides", "rescale:amount=0.5") == Rescale(0.5)
     assert pick("guides", "dynamic_threshold:quantile=0.99") == DynamicThreshold(0.99)
 

@@ -29,7 +29,7 @@ from hasten.metrics.frechet import frechet_distance
 from hasten.metrics.inception_score import class_accuracy, inception_score
 from hasten.metrics.kid import kid, polynomial_mmd2
 from hasten.metrics.precision_recall import manifold
-from hasten.workflows.sample import judge_many
+from hasten.workflows.sample import evaluate_distributed
 
 
 def test_features_beyond_half_precision_are_kept(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_named_network_looks_at_images_on_the_device_that_is_given(
     monkeypatch.setattr(evaluation, "feature_net", lambda which: net)
     known = make_reference(images.flatten(1)[:, :3], "x", "all", "seen")
     evaluate_images(images, features="seen", reference=known, bootstrap=0, device=device)
-    judge_many(images, None, "seen", known, range(600), Ranks(torch.device(device)))
+    evaluate_distributed(images, None, "seen", known, range(600), Ranks(torch.device(device)))
     assert net.sent == 2 * [torch.device(device)] and net.sizes == 2 * [256, 256, 88]
     evaluate_images(images, features=net, reference=known, bootstrap=0, device=device)
     assert len(net.sent) == 2, "a network of one's own stays where it is"

@@ -13,7 +13,7 @@ from torch import Tensor
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.exact import g8
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
 from hasten.samplers.adaptive import AdaptiveSDE, _Path, span
@@ -193,7 +193,7 @@ def test_it_stops_when_the_network_breaks() -> None:
 def test_it_says_why_it_is_not_a_table() -> None:
     with pytest.raises(HastenError, match="adaptive cannot be compiled to a plan: the length of its next step follows"):
         plan(AdaptiveSDE(), VPLinear(), ends(VPLinear(), 4))
-    assert AdaptiveSDE().nfe(10) is None and spell(AdaptiveSDE(0.1)) == "adaptive:e_rel=0.1"
+    assert AdaptiveSDE().nfe(10) is None and format_spec(AdaptiveSDE(0.1)) == "adaptive:e_rel=0.1"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import BadInput
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.samplers import DDIM, DDPM
 from hasten.samplers.analytic import PIXEL, AnalyticDPM, Curve, curve
@@ -263,7 +263,7 @@ def test_it_says_what_it_needs_and_binds_to_it() -> None:
             drive(sampler, VPLinear(), lambda z, t: z, torch.ones(1), torch.tensor([1.0, 0.5, 0.0]), lambda: 0.0)
         bound = sampler.bind(statistics, {})
         assert bound.bind({}, {}) is bound and hash(bound) == hash(sampler.bind(statistics, {}))
-        assert spell(bound) == spell(sampler) and bound == sampler.bind(statistics, {})
+        assert format_spec(bound) == format_spec(sampler) and bound == sampler.bind(statistics, {})
         compiled = plan(bound, VPCosine(offset=0.0), torch.linspace(1, 0, 6, dtype=F64))
         assert compiled.nfe == bound.nfe(5) == 5 and compiled.C.count_nonzero() == 4
     with pytest.raises(BadInput, match="ddim"):

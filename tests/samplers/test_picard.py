@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.exact import m2
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DDPM
@@ -170,7 +170,7 @@ def test_it_says_why_it_is_not_a_table() -> None:
     with pytest.raises(HastenError, match="picard cannot be compiled to a plan: how often it asks about a step"):
         plan(Picard(), VPLinear(), ends(VPLinear(), 4))
     assert Picard().nfe(10) is None
-    assert spell(Picard("ddpm", window=20, form="recursion")) == "picard:base=ddpm,window=20,form=recursion"
+    assert format_spec(Picard("ddpm", window=20, form="recursion")) == "picard:base=ddpm,window=20,form=recursion"
 
 
 @pytest.mark.parametrize(

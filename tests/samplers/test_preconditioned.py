@@ -14,7 +14,7 @@ from torch import Tensor
 import hasten
 from hasten.errors import BadInput
 from hasten.exact import GaussianMixture, g8, m2, m64
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import Plan, plan
 from hasten.plan.basis import Basis
 from hasten.plan.draw import draw
@@ -228,7 +228,7 @@ def test_sampling_with_it() -> None:
         found.dtype == torch.float32
         and (found - walk(sampler, model, noise.initial().double(), times)).abs().max() < 1e-4
     )
-    assert told.begin == 1.0 and spell(sampler) == told.sampler == "preconditioned:moments=full"
+    assert told.begin == 1.0 and format_spec(sampler) == told.sampler == "preconditioned:moments=full"
     assert hasten.pick("samplers", told.sampler) == Preconditioned(moments="full")
 
 

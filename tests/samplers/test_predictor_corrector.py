@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten.errors import BadInput, HastenError
 from hasten.exact import Gaussian, g8
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
 from hasten.samplers import DDPM
@@ -205,4 +205,4 @@ def test_it_runs_where_nothing_is_recorded(guard: Any) -> None:
 
 
 def test_it_is_spelled() -> None:
-    assert spell(PredictorCorrector("ancestral", 2)) == "predictor_corrector:predictor=ancestral,corrections=2"
+    assert format_spec(PredictorCorrector("ancestral", 2)) == "predictor_corrector:predictor=ancestral,corrections=2"

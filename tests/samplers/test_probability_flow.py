@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.denoiser import Wrapper
 from hasten.errors import BadInput, HastenError
 from hasten.exact import g8, m2
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
 from hasten.samplers.probability_flow import ProbabilityFlow, together
@@ -187,7 +187,7 @@ def test_it_says_why_it_is_not_a_table() -> None:
     with pytest.raises(HastenError, match="probability_flow cannot be compiled to a plan: the length of its next step"):
         plan(ProbabilityFlow(), VPLinear(), ends(VPLinear(), 4))
     assert ProbabilityFlow().nfe(10) is None
-    assert spell(ProbabilityFlow(1e-3, 1e-3, "DOP853")) == "probability_flow:rtol=0.001,atol=0.001,method=DOP853"
+    assert format_spec(ProbabilityFlow(1e-3, 1e-3, "DOP853")) == "probability_flow:rtol=0.001,atol=0.001,method=DOP853"
     assert [ProbabilityFlow(method=m).order for m in ("RK23", "RK45", "DOP853")] == [3, 5, 8]
 
 

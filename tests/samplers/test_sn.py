@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.errors import BadInput, HastenError
 from hasten.exact import Gaussian, GaussianMixture, g8, m2, m64
 from hasten.nets.second_moment import SecondMoment as Net
-from hasten.pick import spell
+from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
 from hasten.samplers._exponential import nodes
@@ -182,7 +182,9 @@ def test_it_cannot_be_compiled_and_says_what_it_needs() -> None:
         SNDPM("ddmi")
     net = Net(width=8, blocks=1)
     bound = SNDPM("ddim").bind({}, {"second_moment": net})
-    assert bound.net is net and bound.bind({}, {}) is bound and spell(bound) == "sn:form=ddim" and bound.nfe(7) == 7
+    assert (
+        bound.net is net and bound.bind({}, {}) is bound and format_spec(bound) == "sn:form=ddim" and bound.nfe(7) == 7
+    )
 
 
 def images(schedule: Schedule) -> Gaussian:

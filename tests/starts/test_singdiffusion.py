@@ -13,7 +13,7 @@ from hasten.errors import BadInput
 from hasten.exact import Gaussian, GaussianMixture, m2
 from hasten.guides import CFG
 from hasten.nets.first_step import FirstStepNet
-from hasten.pick import pick, spell
+from hasten.pick import format_spec, pick
 from hasten.plan.draw import draw
 from hasten.samplers import DDIM, DPMSolver, UniPC
 from hasten.sampling import Noise
@@ -144,7 +144,7 @@ def test_what_it_refuses() -> None:
     with pytest.raises(BadInput, match="starts at pure noise by itself"):
         model = Gaussian(torch.zeros(1), torch.ones(1), VPCosine(offset=0.0))
         SingDiffusion(net=bright()).begin(model, Noise([0], (1,)), ONE)
-    assert spell(SingDiffusion(net=bright())) == "singdiffusion"
+    assert format_spec(SingDiffusion(net=bright())) == "singdiffusion"
     assert pick("starts", "singdiffusion:divide=false") == SingDiffusion(divide=False)
     with pytest.raises(BadInput, match="no option 'net'"):
         pick("starts", "singdiffusion:net=3")

@@ -15,7 +15,7 @@ from torch import nn
 
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.distillers._ema_target import Shadow
+from hasten.distillers._ema_target import EMATarget
 from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
 from hasten.model import Model
@@ -27,7 +27,7 @@ from hasten.train.checkpoint import read_log
 from hasten.train.data import Slices, share_of
 from hasten.train.draws import Draws
 from hasten.train.fit import Fit
-from hasten.train.player import Player
+from hasten.train.player import TrainedModule
 from hasten.workflows.distill import distill_model
 
 from ..processes import children, spawn, torchrun, until
@@ -70,7 +70,7 @@ def trained(out: Path, accumulate: int, ends: int = STEPS, shard: bool = False) 
         nn.init.zeros_(critic.bias)
     fit = Fit(steps=STEPS, warmup=2, log_steps=1, tensorboard=False, device="cpu", save_seconds=0, seed=3,
               accumulate=accumulate, shard=shard)  # fmt: skip
-    players = [Player("net", denoiser, first), Player("critic", critic, second)]
+    players = [TrainedModule("net", denoiser, first), TrainedModule("critic", critic, second)]
     try:
         made = fit(players, Batches(data(), 8, seed=1, flip=True), out, show=False)
     except InterruptedError:
@@ -100,7 +100,7 @@ def two(rank: int, folder: str) -> None:
     out = Path(folder)
     torch.save(trained(out / "two", 1), out / f"two{rank}.pt")
     assert trained(out / "two-one", 1, ends=3) == {}  # which one process will finish
-    Ranks.start("cpu").wait()
+    Ranks.start("cpu").barrier()
     torch.save(trained(out / "one-two", 1), out / f"one-two{rank}.pt")  # which one process began
     # divided: the same run, the same files, whoever began it and whoever goes on
     torch.save(trained(out / "shard", 1, shard=True), out / f"shard{rank}.pt")
@@ -205,7 +205,7 @@ def test_draws_of_a_part_do_not_know_the_others() -> None:
 
 
 def test_a_shadow_moves_once_a_step() -> None:
-    shadow = Shadow(teacher().denoiser)
+    shadow = EMATarget(teacher().denoiser)
     shadow.tick()
     with torch.no_grad():
         for p in shadow.student.parameters():

@@ -18,7 +18,7 @@ from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, Data
 from hasten.train.ema import Ema
 from hasten.train.fit import Fit, drawn
-from hasten.train.player import Player
+from hasten.train.player import TrainedModule
 
 
 def data(n: int = 40) -> Data:
@@ -31,14 +31,14 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.2), nn.SiLU(), nn.Linear(8, 16))
 
 
-def player(module: nn.Module, name: str = "net", **options: object) -> Player:
+def player(module: nn.Module, name: str = "net", **options: object) -> TrainedModule:
     """Denoises with fresh noise at every step, so that a resumed run must find the same random numbers."""
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         noisy = batch["x"] + torch.randn_like(batch["x"])
         return (module(noisy) - batch["x"].flatten(1)).square().mean()
 
-    return Player(name, module, loss, **options)  # type: ignore[arg-type]
+    return TrainedModule(name, module, loss, **options)  # type: ignore[arg-type]
 
 
 def fit(**options: object) -> Fit:
@@ -66,9 +66,11 @@ class Killed(Batches):
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_resume_is_exact_bit_for_bit(tmp_path: Path, optimiser: str) -> None:
-    def players() -> list[Player]:
+    def players() -> list[TrainedModule]:
         module, critic = net(), nn.Linear(16, 1)
-        score = Player("critic", critic, lambda b: critic(b["x"].flatten(1) + torch.randn(16)).square().mean(), every=3)
+        score = TrainedModule(
+            "critic", critic, lambda b: critic(b["x"].flatten(1) + torch.randn(16)).square().mean(), every=3
+        )
         return [player(module, optimiser=optimiser), score]
 
     def batches(kind: type[Batches] = Batches) -> Batches:
@@ -176,13 +178,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with pytest.raises(
         HastenError, match=r"net: the loss or its gradient is not finite at step 5; .*checkpoint.pt.*kept"
     ):
-        fit(steps=20, save_seconds=0)([Player("net", module, loss)], Batches(data(), 8), tmp_path)
+        fit(steps=20, save_seconds=0)([TrainedModule("net", module, loss)], Batches(data(), 8), tmp_path)
     assert seen == 6
     saved = torch.load(tmp_path / "checkpoint.pt")
     assert saved["step"] == 5
     assert all(w.isfinite().all() for part in ("module", "ema") for w in saved["players"]["net"][part].values())
     with pytest.raises(HastenError, match="no checkpoint was written yet"):
-        fit(steps=2)([Player("net", module, lambda b: sound(b) * bad)], Batches(data(), 8), tmp_path / "other")
+        fit(steps=2)([TrainedModule("net", module, lambda b: sound(b) * bad)], Batches(data(), 8), tmp_path / "other")
     assert not (tmp_path / "other/checkpoint.pt").exists()
 
 
@@ -212,7 +214,7 @@ def test_a_signal_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path,
 
 def test_the_loop_averages_with_the_player_s_own_steps(tmp_path: Path) -> None:
     module = nn.Linear(16, 1)
-    p = Player("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), every=2)
+    p = TrainedModule("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), every=2)
     seen: list[Tensor] = []
     inner = p.loss
     p.loss = lambda b: (seen.append(weights(module).clone()), inner(b))[1]
@@ -247,7 +249,7 @@ def test_the_first_step_is_adamw_s_with_clipping(tmp_path: Path) -> None:
     """Adam's first step is lr sign(g) whatever the clip; with a huge eps-to-gradient ratio the clip shows."""
     module = nn.Linear(4, 1, bias=False)
     nn.init.ones_(module.weight)
-    p = Player("net", module, lambda b: 1e3 * module.weight.sum(), lr=0.01, weight_decay=0.1)
+    p = TrainedModule("net", module, lambda b: 1e3 * module.weight.sum(), lr=0.01, weight_decay=0.1)
     fit(steps=1, warmup=0, decay="constant")([p], Batches(data(), 8), tmp_path)
     assert torch.allclose(module.weight, torch.full((1, 4), 1 - 0.01 * 0.1 - 0.01), atol=1e-6)
     log = read_log(tmp_path / "log.jsonl")
@@ -260,7 +262,7 @@ def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
     module = net()
     kinds = []
     inner = player(module).loss
-    p = Player("net", module, lambda b: (kinds.append(module(b["x"]).dtype), inner(b))[1])
+    p = TrainedModule("net", module, lambda b: (kinds.append(module(b["x"]).dtype), inner(b))[1])
     fit(steps=30, precision="bf16", warmup=0)([p], Batches(data(), 8), tmp_path)
     assert set(kinds) == {torch.bfloat16}
     assert weights(module).dtype == torch.float32
@@ -294,7 +296,7 @@ def test_bad_settings(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="different names"):
         fit(steps=1)([player(net()), player(net())], Batches(data(), 8), tmp_path)
     with pytest.raises(HastenError, match="loss must be a scalar"):
-        fit(steps=1)([Player("net", net(), lambda b: b["x"])], Batches(data(), 8), tmp_path)
+        fit(steps=1)([TrainedModule("net", net(), lambda b: b["x"])], Batches(data(), 8), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"cannot write in .*file"):
         fit(steps=1)([player(net())], Batches(data(), 8), tmp_path / "file")
@@ -327,7 +329,7 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path, optimiser: str) 
     norm = module[1]
     nn.init.zeros_(norm.weight)
     fit = Fit(steps=20, warmup=5, clip=None, tensorboard=False)
-    p = Player("net", module, lambda b: norm.weight.sum() + 0 * module[0].weight.sum(), lr=0.01, weight_decay=0.0,
+    p = TrainedModule("net", module, lambda b: norm.weight.sum() + 0 * module[0].weight.sum(), lr=0.01, weight_decay=0.0,
                optimiser=optimiser)  # fmt: skip
     fit([p], Batches(data(), 4), tmp_path)
     rates = [fit.rate(k, k / 20) for k in range(20)]
@@ -356,7 +358,7 @@ def test_matmul_precision_and_layout_are_used_in_training_and_put_back(tmp_path:
         module.to(memory_format=torch.contiguous_format)
         seen.clear()
         fit = Fit(steps=1, precision=precision, tensorboard=False)
-        fit([Player("net", module, loss)], Batches(pixels, 4), tmp_path / precision)
+        fit([TrainedModule("net", module, loss)], Batches(pixels, 4), tmp_path / precision)
         assert seen == [expected]
         assert torch.get_float32_matmul_precision() == before
     with pytest.raises(BadInput, match="unknown part 'hihg'"):

@@ -18,20 +18,20 @@ SCRIPT = """
 import sys, torch
 from torch import nn
 from hasten.train.data import Batches, Data
-from hasten.train.fit import Fit, Player
+from hasten.train.fit import Fit, TrainedModule
 out, mode = sys.argv[1], sys.argv[2]
 torch.manual_seed(1)
 module = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.SiLU(), nn.Linear(8, 16))
 g = torch.Generator().manual_seed(0)
 data = Data.of(torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8, generator=g))
-player = Player("net", module, lambda b: (module(b["x"]) - b["x"].flatten(1)).square().mean())
+player = TrainedModule("net", module, lambda b: (module(b["x"]) - b["x"].flatten(1)).square().mean())
 other = nn.Linear(16, 1)
 if mode == "ranks":
     # Each process starts elsewhere, which must be mended.
     import os
     torch.manual_seed(int(os.environ.get("RANK", 0)))
     nn.init.normal_(other.weight)
-players = [player, Player("other", other, lambda b: other(b["x"].flatten(1)).square().mean())]
+players = [player, TrainedModule("other", other, lambda b: other(b["x"].flatten(1)).square().mean())]
 fit = Fit(steps=10**9 if mode == "endless" else 12, warmup=4, log_steps=5, tensorboard=False)
 try:
     emas = fit(players, Batches(data, 8), out)

@@ -23,7 +23,7 @@ from hasten.train.ema import Ema
 from hasten.train.fingerprint import describe_data
 from hasten.train.fit import Fit
 from hasten.train.losses import narrowed, stratified
-from hasten.train.player import Player
+from hasten.train.player import TrainedModule
 from hasten.train.transfer import moved, prefetch
 from tests.test_training import data, images, trained
 
@@ -79,7 +79,7 @@ def test_a_run_of_anything_else_is_refused_finished_or_not(tmp_path: Path, steps
 
 
 def test_auto_takes_the_number_format_of_the_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.workflows.train.choose", lambda *_: hasten.performance.autotune.parse("bf16"))
+    monkeypatch.setattr("hasten.workflows.train.autotune", lambda *_: hasten.performance.autotune.parse_runtime("bf16"))
     trained(tmp_path, runtime="fp32")
     assert trained(tmp_path, runtime="auto", steps=3).card["precision"] == "fp32"
     assert trained(tmp_path / "other", runtime="auto").card["precision"] == "bf16"
@@ -89,7 +89,7 @@ def test_auto_takes_the_number_format_of_the_run_that_goes_on(tmp_path: Path, mo
 def test_the_settings_of_every_player_count(tmp_path: Path) -> None:
     def fit(out: Path, steps: int = 2, ema: Ema | None = None, clip: float | None = 1.0, **options: Any) -> None:
         module = nn.Linear(64, 1)
-        p = Player("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), **options)
+        p = TrainedModule("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), **options)
         Fit(steps=steps, ema=ema or Ema(), clip=clip, tensorboard=False)([p], Batches(data(classes=None), 4), out)
 
     fit(tmp_path)

@@ -16,7 +16,7 @@ from ...schedules.base import Schedule
 from .keys import amount, checked, shortest
 
 if TYPE_CHECKING:
-    from .. import Ahead
+    from .. import SamplingContext
 
 
 Run = Callable[[Tensor, Tensor, dict[str, Any], Any], tuple[Any, Tensor]]
@@ -24,7 +24,7 @@ Run = Callable[[Tensor, Tensor, dict[str, Any], Any], tuple[Any, Tensor]]
 
 @torch.no_grad()
 def search(
-    who: str, denoiser: Denoiser, ahead: Ahead, budget: float, samples: int, seed: int, run: Run
+    who: str, denoiser: Denoiser, ahead: SamplingContext, budget: float, samples: int, seed: int, run: Run
 ) -> tuple[int, ...]:
     """The keys that change the final samples least, as many as `budget` says (see `amount`), by `costs`.
 

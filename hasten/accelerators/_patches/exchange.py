@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from ...distributed.groups import Team, check_same, gather
+from ...distributed.groups import ProcessGroup, check_same, gather
 from ...errors import BadInput
 from .buffers import Heard, Relay, Track
 
@@ -65,7 +65,9 @@ class Exchange:
         ratio: how far what is heard is drawn on, in steps as long as the one before.
     """
 
-    def __init__(self, team: Team, mode: str, norm: str, warmup: int, keys: str, chunk: int, forecast: int = 0) -> None:
+    def __init__(
+        self, team: ProcessGroup, mode: str, norm: str, warmup: int, keys: str, chunk: int, forecast: int = 0
+    ) -> None:
         self.team, self.mode, self.norm, self.warmup, self.chunk = team, mode, norm, warmup, chunk
         self.forecast = forecast == 1
         self.keys_dtype = torch.bfloat16 if keys == "bf16" else None

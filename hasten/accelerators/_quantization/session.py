@@ -29,7 +29,7 @@ Learned = tuple[dict[str, Tensor], dict[str, float]]  # what a pass has learned 
 
 
 @dataclass
-class Book:
+class SessionProgress:
     """What is known of a quantisation that may be stopped and gone on with; this one keeps nothing.
 
     iterations: of every block, by pass.
@@ -52,7 +52,7 @@ class Book:
 
 
 @dataclass
-class Work:
+class QuantizationSession:
     """A network on its way to integers.
 
     denoiser: whose network it is; it stays as it is. samples: what it is asked. The rest are the options of `Quantize`.
@@ -109,11 +109,11 @@ class Work:
         if self.acts is not None:
             fit_activations(self.half, self.net, self.samples, self.groups, self.ranges, self.batch, self.seed)
 
-    def round(self, book: Book) -> None:
+    def round(self, book: SessionProgress) -> None:
         """Learn the rounding of the weights, block after block."""
         self._pass(ROUNDING, "q", partial(learn_rounding, rate=self.rate), book)
 
-    def learn(self, book: Book) -> None:
+    def learn(self, book: SessionProgress) -> None:
         """Learn the steps of the activations, block after block."""
         if self.acts is not None:
             self._pass(STEPS, "act_scale", learn_steps, book)
@@ -155,7 +155,7 @@ class Work:
             found[name] = min(b - a for a, b in zip(times, times[1:]))
         return found
 
-    def _pass(self, stage: str, what: str, learn: Callable[..., dict[str, float]], book: Book) -> None:
+    def _pass(self, stage: str, what: str, learn: Callable[..., dict[str, float]], book: SessionProgress) -> None:
         count = book.iterations[stage]
         for k, name in enumerate(self.units):
             found = book.known(stage, name)

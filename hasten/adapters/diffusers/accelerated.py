@@ -14,13 +14,13 @@ from torch import nn
 
 from ...accelerators import WRAP, Call, ordered
 from ...errors import BadInput
-from ...pick import spell
+from ...pick import format_spec
 from ...times import Explicit
 from .calls import PLACES
 from .network import Given, attach, hooks_of, patch_of, separate, uncompiled
 from .recorded import drawn_calls, recorded
 from .runner import Runner
-from .wrap import with_seams
+from .wrap import split_network
 
 __all__ = ["Accelerated"]
 
@@ -98,21 +98,23 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     Raises BadInput for a network without split points, and for a `forward` that was replaced where an accelerator
     would not run it.
     """
-    with_seams(net)  # before anything: refuses what is not known
+    split_network(net)  # before anything: refuses what is not known
     check_text(net)
     accelerators, patch = ordered(accelerators), patch_of(net)
     for one in accelerators:
         if getattr(one, "inject", 0):
-            raise BadInput(f"{spell(one)}: a pipeline's scheduler injects nothing: leave inject out, or load a Model")
+            raise BadInput(
+                f"{format_spec(one)}: a pipeline's scheduler injects nothing: leave inject out, or load a Model"
+            )
         if patch is not None and one.stage < WRAP:
             raise BadInput(
-                f"the forward of this {type(net).__name__} was replaced ({_name(patch)}), and {spell(one)} would not "
-                "run it: take the patch off first"
+                f"the forward of this {type(net).__name__} was replaced ({_name(patch)}), and {format_spec(one)} "
+                "would not run it: take the patch off first"
             )
     if patch is not None:
         warnings.warn(
             f"the forward of this {type(net).__name__} was replaced ({_name(patch)}): it is run as it is, without "
-            f"{', '.join(map(spell, accelerators))}; take the patch off to accelerate the network",
+            f"{', '.join(map(format_spec, accelerators))}; take the patch off to accelerate the network",
             stacklevel=5,
         )
     own = separate(net)
@@ -177,7 +179,8 @@ def kind_for(kind: Any) -> type[Accelerated]:
 def sampled(
     pipe: Any, times: tuple[float, ...], whole: tuple[float, ...], prompts: Any, seed: int
 ) -> Callable[[int, int], list[Call]] | None:
-    """`Ahead.calls` for a pipeline: what its network is asked at `times` when DDIM draws images on the `whole` times.
+    """`SamplingContext.calls` for a pipeline: what its network is given at `times`
+    when DDIM samples on the `whole` times.
 
     None where the network wants more than hasten can give it by itself (an image to inpaint).
     """
@@ -195,7 +198,7 @@ def sampled(
 
     def calls(n: int, first: int) -> list[Call]:
         grid = torch.unique(torch.tensor([*whole, 0.0], dtype=torch.float64)).flip(0)
-        told: Any = {"sampler": "ddim", "times": spell(Explicit(tuple(grid.tolist()))), "steps": len(grid) - 1}
+        told: Any = {"sampler": "ddim", "times": format_spec(Explicit(tuple(grid.tolist()))), "steps": len(grid) - 1}
         return drawn_calls(model, n, prompts, seed + first, times, told)
 
     return calls

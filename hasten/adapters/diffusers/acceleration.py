@@ -11,7 +11,7 @@ from torch import nn
 
 from ...accelerators import EXCHANGE
 from ...errors import BadInput
-from ...pick import spell
+from ...pick import format_spec
 from .accelerated import Accelerated
 from .arguments import count_of
 from .library import is_pipeline, network_of
@@ -23,7 +23,7 @@ def accelerate(what: Any, accelerators: Any, ahead: Any = None, **told: Any) -> 
     Args:
         what: a `Denoiser`, see `hasten.accelerators.accelerate`, or a pipeline, see `accelerate_pipeline`.
         accelerators: one or several, as objects or texts.
-        ahead: with a denoiser: the `Ahead` of its sampling.
+        ahead: with a denoiser: the `SamplingContext` of its sampling.
         told: with a pipeline: `steps`, `prompts`, `seed`, `calls`.
     """
     from ...accelerators import accelerate as accelerate_denoiser
@@ -107,7 +107,7 @@ def save_accelerated(
 
     Raises BadInput where they have changed the weights: a folder of `diffusers` does not hold integers.
     """
-    names = [spell(one) for one in accelerators]
+    names = [format_spec(one) for one in accelerators]
     again = f"hasten.accelerate(pipe, {names!r}) after loading"
     if other_weights:
         raise BadInput(

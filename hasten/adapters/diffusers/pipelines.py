@@ -14,8 +14,8 @@ from .library import INDEX, diffusers, is_pipeline, network_of, without_loading_
 from .loadable import check_loadable, wants_image
 from .network import loadable
 from .schedules import mu_of, reading
-from .seams import Seams
-from .wrap import with_seams
+from .seams import SplitNetwork
+from .wrap import split_network
 
 if TYPE_CHECKING:
     from ...model.model import Model
@@ -44,7 +44,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     if not is_pipeline(pipe):
         raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
     slot, net = network_of(pipe)
-    seams, config = with_seams(loadable(net)), net.config
+    seams, config = split_network(loadable(net)), net.config
     made = int(config.out_channels or config.in_channels)
     if made not in (config.in_channels, 2 * config.in_channels):
         raise wants_image(slot, config.in_channels, made)
@@ -82,7 +82,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     return model if device is None else model.to(device)
 
 
-def classes_of(pipe: Any, seams: Seams) -> tuple[str, ...] | None:
+def classes_of(pipe: Any, seams: SplitNetwork) -> tuple[str, ...] | None:
     """Names of the classes that the network is told, the first name of each, where the pipeline has names."""
     config = seams.config
     count = config.get("num_class_embeds") or getattr(seams, "null_label", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import BadInput, HastenError
-from ...pick import pick, spell
+from ...pick import format_spec, pick
 from ...plan.program import Draws, combine
 from ...plan.table import Plan
 from ...plan.table import plan as compile_plan
@@ -138,7 +138,7 @@ def begun(sampler: str, schedule: Schedule, times: tuple[float, ...], first: int
 def without_repeat(sampler: str) -> str | None:
     """The text of a sampler that begins with a repeated step, without that; None where it has none."""
     method: Any = pick("samplers", sampler)
-    return spell(replace(method, start="ramp")) if getattr(method, "start", None) == "heun" else None
+    return format_spec(replace(method, start="ramp")) if getattr(method, "start", None) == "heun" else None
 
 
 def after_one_that_waits(plan: Plan) -> Plan:

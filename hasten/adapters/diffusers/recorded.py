@@ -19,7 +19,7 @@ __all__ = ["drawn_calls", "recorded"]
 
 
 def recorded(pipe: Any, call: Callable[[Any], Any], net: nn.Module, place: Any, seed: int) -> Callable[..., list[Call]]:
-    """`Ahead.calls` made of a call of the pipeline itself, with all that its network is given there.
+    """`SamplingContext.calls` made of a call of the pipeline itself, with all that its network is given there.
 
     Args:
         call: `call(pipe)` runs the pipeline as it will be used: its prompts, images, ControlNets, size and batch.

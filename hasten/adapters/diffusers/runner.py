@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...accelerators import COMPILE, WRAP, Ahead, Call, accelerate
+from ...accelerators import COMPILE, WRAP, Call, SamplingContext, accelerate
 from ...denoiser import reset
 from ...errors import BadInput
 from ...nets.copies import copy_modules
-from ...pick import spell
+from ...pick import format_spec
 from .calls import PASSING, PLACES, answer, raw_of
 from .network import Layers, bare, changed, fingerprint, structure
 from .schedules import Reading, reading, set_steps
-from .seams import Seams
+from .seams import SplitNetwork
 from .timeline import Timeline, one_number
-from .wrap import with_seams
+from .wrap import split_network
 
 __all__ = ["Runner"]
 
@@ -54,7 +54,7 @@ class Runner:
         self.given: Any = None  # the network that it was made from, where that has other layers
         self.patch: Any = None
         self.hooks: list[Any] = []
-        self.seams = with_seams(core, whole=True)
+        self.seams = split_network(core, whole=True)
         self.source: Any = self.known.denoiser(self.seams)
         self.source.training = False
         self.layers = Layers(core)
@@ -74,9 +74,9 @@ class Runner:
         scheduler = copy.deepcopy(self.scheduler)
         set_steps(scheduler, steps)
         times = tuple(self._read().time(scheduler.timesteps).tolist())
-        ahead = Ahead(times, self.calls(times, times), self.claimed)
+        ahead = SamplingContext(times, self.calls(times, times), self.claimed)
         if self.swapping:
-            network = with_seams(bare(self.core), whole=True)
+            network = split_network(bare(self.core), whole=True)
             network.beside = self.seams.beside
             found: Any = accelerate(self.known.denoiser(network).eval(), self.swapping, ahead)
             self._take(found, network)
@@ -85,7 +85,7 @@ class Runner:
     def _take(self, found: Any, network: nn.Module) -> None:
         """Take over the layers of an exchanged network, and what lies around it."""
         holder = found
-        while not isinstance(holder.net, Seams):
+        while not isinstance(holder.net, SplitNetwork):
             holder = holder.net
         self.layers = Layers(self.core, holder.net.net)
         holder.net = self.seams
@@ -125,7 +125,7 @@ class Runner:
     def _begin(self) -> None:
         """A sampling begins: check that the network is what was prepared, and forget what was kept."""
         if self.layers.outdated():
-            names = ", ".join(spell(one) for one in self.swapping)
+            names = ", ".join(format_spec(one) for one in self.swapping)
             raise BadInput(
                 f"the weights of this {type(self.core).__name__} were changed after {names} (a fused LoRA, other "
                 "weights): change the original pipeline first, and accelerate that"
@@ -155,7 +155,7 @@ class Runner:
         if key in self.kept:
             self.kept[key] = made = self.kept.pop(key)  # the last is the one that was used last
             return made
-        ahead = Ahead(times, None if times is None else self.calls(times, whole), self.claimed)
+        ahead = SamplingContext(times, None if times is None else self.calls(times, whole), self.claimed)
         with self.layers.exchanged():
             if self.base is None:
                 self.base = accelerate(self._source(), self.still, ahead)
@@ -170,7 +170,7 @@ class Runner:
         parted = [one for one in self.still if one.stage > COMPILE]
         if not parted:
             return self.source
-        network = with_seams(bare(self.core), whole=True)
+        network = split_network(bare(self.core), whole=True)
         network.beside = self.seams.beside
         return self.known.denoiser(network).eval() if self.source.net is self.seams else self.source
 
@@ -199,7 +199,7 @@ class Runner:
             left = [one for one in wraps if len(times) < getattr(one, "least_queries", 0)]
             why = f"this sampling has {len(times)} queries of the network, too few to reuse anything"
         if left:
-            names = ", ".join(map(spell, left))
+            names = ", ".join(map(format_spec, left))
             if why not in self.warned:
                 warnings.warn(f"{names}: left out, {why}", stacklevel=2)
             self.warned.add(why)
@@ -256,4 +256,4 @@ class Runner:
 
 def _copied(denoiser: Any) -> Any:
     """A denoiser and the networks around its own (`TimeGroups`), copied without what is inside."""
-    return copy_modules(denoiser, modules={id(m): m for m in denoiser.modules() if isinstance(m, Seams)})
+    return copy_modules(denoiser, modules={id(m): m for m in denoiser.modules() if isinstance(m, SplitNetwork)})

@@ -10,8 +10,8 @@ import torch
 from ...errors import BadInput
 from ...nets.quantized import layers
 from .library import diffusers
-from .seams import Seams
-from .wrap import with_seams
+from .seams import SplitNetwork
+from .wrap import split_network
 
 
 def network_refusal(net: Any) -> str | None:
@@ -41,7 +41,7 @@ def network_config(net: Any) -> dict[str, Any]:
     return found | ({"whole": True} if net.whole else {})
 
 
-def network_from(description: dict[str, Any]) -> Seams:
+def network_from(description: dict[str, Any]) -> SplitNetwork:
     """The network that `network_config` described, with random weights. Only kinds that hasten has an adapter for."""
     from . import transformers as _transformers
     from . import unets as _unets
@@ -50,4 +50,4 @@ def network_from(description: dict[str, Any]) -> Seams:
     kind = getattr(diffusers(), str(name), None)
     if name not in known or kind is None:
         raise BadInput(f"unknown network {name!r} of diffusers: known are {', '.join(known)}")
-    return with_seams(kind.from_config(description["config"]), bool(description.get("whole", False)))
+    return split_network(kind.from_config(description["config"]), bool(description.get("whole", False)))

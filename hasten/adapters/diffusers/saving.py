@@ -26,7 +26,7 @@ from ...schedules.discrete import Discrete
 from ..model_like import ModelLike
 from .library import diffusers
 from .schedules import PREDICTIONS, FlowDenoiser
-from .seams import Seams
+from .seams import SplitNetwork
 
 DECODER = "decoder"
 
@@ -38,7 +38,7 @@ def fits_pipeline(model: ModelLike, network: bool = True) -> bool:
     return (
         network
         and model.pipeline is not None
-        and isinstance(denoiser.net, Seams)
+        and isinstance(denoiser.net, SplitNetwork)
         and next(layers(denoiser.net), None) is None
         and read
         and denoiser.prediction.name in PREDICTIONS.values()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...denoiser import Denoiser
 from ...errors import BadInput
-from ...pick import spell
+from ...pick import format_spec
 from ...plan.table import Plan
 from ...schedules.base import Schedule
 from ...schedules.continuous import Flow
@@ -88,12 +88,12 @@ def as_scheduler(
             raise BadInput("the plan was made for another schedule than that of this pipeline")
         config["plan"] = method.to_json()
     else:
-        config["sampler"] = method if isinstance(method, str) else spell(method)
+        config["sampler"] = method if isinstance(method, str) else format_spec(method)
         if times is not None and not isinstance(times, str):
             values = times.tolist() if isinstance(times, Tensor) else times
             if isinstance(values, type) or not (isinstance(values, Iterable) or is_dataclass(values)):
                 raise BadInput(f"times= takes a time grid, a text, or the times themselves, found {times!r}")
-            times = spell(Explicit(tuple(map(float, values))) if isinstance(values, Iterable) else times)
+            times = format_spec(Explicit(tuple(map(float, values))) if isinstance(values, Iterable) else times)
         config["times"] = times or "angle"
     if prediction is not None:
         names = {ours: theirs for theirs, ours in PREDICTIONS.items()}

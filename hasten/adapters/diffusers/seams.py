@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import BadInput, HastenError, nearest
 
-__all__ = ["Emb", "Seams", "dtype_of", "guidance_features"]
+__all__ = ["Emb", "SplitNetwork", "dtype_of", "guidance_features"]
 
 
 class Emb:
@@ -81,7 +81,7 @@ class Beside:
         return self
 
 
-class Seams(nn.Module):
+class SplitNetwork(nn.Module):
     """A network of `diffusers` under hasten's calling convention.
 
     Args:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadInput
-from .seams import Emb, Seams
+from .seams import Emb, SplitNetwork
 
 __all__ = ["KINDS", "DiT", "JointDiT"]
 
 
-class _Transformer(Seams):
+class _Transformer(SplitNetwork):
     """Blocks one after the other: forward == finish(run(0, len(blocks), *embed(x, time)), emb)."""
 
     @property

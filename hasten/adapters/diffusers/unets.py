@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import BadInput
-from .seams import Emb, Seams, dtype_of, guidance_features
+from .seams import Emb, SplitNetwork, dtype_of, guidance_features
 
 __all__ = ["KINDS", "ConditionalUNet", "UNet"]
 
@@ -20,7 +20,7 @@ PREFIXES = ("added_", "down_residual_", "adapter_")
 Aside = dict[str, Any]  # what the contracting half carries beside its features: adapters still to come, an image
 
 
-class _UNet(Seams):
+class _UNet(SplitNetwork):
     """What both kinds share: the order of the parts. Subclasses say how each part is called."""
 
     def embed(self, time: Tensor, **cond: Any) -> Emb:
@@ -286,12 +286,12 @@ class ShallowConditionalUNet(ConditionalUNet, _Shallow):
     """`ConditionalUNet` whose first down block can be cut."""
 
 
-def unet(net: Any, whole: bool = False) -> Seams:
+def unet(net: Any, whole: bool = False) -> SplitNetwork:
     """The seams of a `UNet2DModel`."""
     return (ShallowUNet if _can_be_cut(net) else UNet)(net, whole)
 
 
-def conditional_unet(net: Any, whole: bool = False) -> Seams:
+def conditional_unet(net: Any, whole: bool = False) -> SplitNetwork:
     """The seams of a `UNet2DConditionModel`."""
     return (ShallowConditionalUNet if _can_be_cut(net) else ConditionalUNet)(net, whole)
 

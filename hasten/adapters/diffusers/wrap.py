@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from ...errors import BadInput
-from .seams import Seams
+from .seams import SplitNetwork
 
 
-def with_seams(net: nn.Module, whole: bool = False) -> Seams:
+def split_network(net: nn.Module, whole: bool = False) -> SplitNetwork:
     """The seams for a network of `diffusers`. Raises BadInput for a kind that has none here."""
     from . import transformers as _transformers
     from . import unets as _unets
