@@ -39,6 +39,21 @@ def nearest(asked: str, choices: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? ({listed})" if close else listed
 
 
+def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """The value, which must be one of the choices.
+
+    Args:
+        name: of the argument, for the message. choices: what it may be.
+
+    Raises:
+        BadInput: naming the nearest choice.
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise BadInput(f"unknown {name} {value!r}: {nearest(str(value), choices)}")
+    return str(value)
+
+
 def check_int(name: str, value: object, least: int, most: int | None = None) -> int:
     """The value as an int. Refuses what is not a whole number of at least `least`, at most `most`.
 
