@@ -36,7 +36,7 @@ class CfgParallel:
     stage: ClassVar[int] = HALVE
     claims: ClassVar[frozenset[str]] = frozenset({"branches"})
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
         """The denoiser on half of each batch. Every process must call it, in the same order as the others.
 
         Raises:
@@ -45,7 +45,7 @@ class CfgParallel:
         world = process_rank()[1]
         if world == 1:
             return Halved(denoiser, ProcessGroup())
-        parted = "space" in ahead.claimed
+        parted = "space" in context.claimed
         if world % 2 or (world > 2 and not parted):
             fits = "an even number of processes" if parted else "2 processes, or 2 n beside patch_parallel"
             raise BadInput(f"cfg_parallel takes {fits}, found {world}")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..distributed.groups import ProcessGroup, process_rank, team
 from ..errors import BadInput
 from . import PART, SamplingContext
-from ._caching.seams import same
-from ._patches.attention import Text
+from ._caching.split import same_conditions
+from ._patches.attention import TextVersion
 from ._patches.exchange import Exchange
 from ._patches.swap import Patched
 
@@ -91,7 +91,7 @@ class PatchParallel:
         """The space of an image; and, where they are reused, its features."""
         return frozenset({"space", "features"} if self.mode == "async" else {"space"})
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
         """The denoiser with a `PatchNet` of its network. Every process must call it, in the same order as the others.
 
         Raises:
@@ -100,7 +100,7 @@ class PatchParallel:
         net, replace = getattr(denoiser, "net", None), getattr(denoiser, "replace", None)
         if not isinstance(net, nn.Module) or not callable(replace):
             raise BadInput(f"patch_parallel works on a Denoiser and its network, found {type(denoiser).__name__}")
-        return replace(net=PatchNet(net, self._team("branches" in ahead.claimed), self))
+        return replace(net=PatchNet(net, self._team("branches" in context.claimed), self))
 
     def _team(self, halved: bool) -> ProcessGroup:
         world = process_rank()[1]
@@ -127,7 +127,7 @@ class PatchNet(nn.Module):
             group, method.mode, method.norm, method.warmup, method.keys, method.chunk, method.forecast
         )
         self.alone = group.size == 1
-        self._text = Text()
+        self._text = TextVersion()
         self._told: dict[str, Any] | None = None
         self.net = net if self.alone else Patched(net, self.exchange, self._text).net
         self.train(net.training)
@@ -164,7 +164,7 @@ class PatchNet(nn.Module):
         self._told_again(cond)
 
     def _told_again(self, cond: dict[str, Any]) -> None:
-        if self._told is None or not same(self._told, cond):
+        if self._told is None or not same_conditions(self._told, cond):
             self._text.version += 1
             self._told = cond
 

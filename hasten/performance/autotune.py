@@ -67,7 +67,7 @@ def autotune(denoiser: nn.Module, x: Tensor, identity: str, budget: float = 2.0,
         return parse_runtime(known[key], device)
     except (KeyError, TypeError, AttributeError, BadInput):
         found = dataclasses.replace(probe(denoiser, x, budget=budget, **cond), threads=0)
-    note(notes, {**(known if isinstance(known, dict) else {}), key: format_runtime(found)})
+    write_cache(notes, {**(known if isinstance(known, dict) else {}), key: format_runtime(found)})
     return found
 
 
@@ -76,7 +76,7 @@ def autotune_cache() -> Path:
     return cache_folder() / "runtime.json"
 
 
-def note(file: Path, known: dict[str, str]) -> None:
+def write_cache(file: Path, known: dict[str, str]) -> None:
     """Write the notes down; a machine where that cannot be done probes again next time."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

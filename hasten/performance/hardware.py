@@ -8,12 +8,12 @@ from typing import Literal
 from ..errors import BadInput, check_int
 
 
-def _positive(what: str, *values: float) -> None:
+def _check_positive(what: str, *values: float) -> None:
     if any(not value > 0 for value in values):
         raise BadInput(f"{what} must be above 0, found {', '.join(f'{value:g}' for value in values)}")
 
 
-def _share(what: str, value: float) -> None:
+def _check_fraction(what: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise BadInput(f"{what} must be between 0 and 1, found {value:g}")
 
@@ -27,8 +27,8 @@ class Device:
     launch: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive("a device's flops and memory_bandwidth", self.flops, self.memory_bandwidth)
-        _share("a device's launch, in seconds,", self.launch)
+        _check_positive("a device's flops and memory_bandwidth", self.flops, self.memory_bandwidth)
+        _check_fraction("a device's launch, in seconds,", self.launch)
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Link:
     skew: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive("a link's bandwidth", self.bandwidth)
-        _share("a link's latency, in seconds,", self.latency)
-        _share("a link's contention", self.contention)
-        _share("a link's skew", self.skew)
+        _check_positive("a link's bandwidth", self.bandwidth)
+        _check_fraction("a link's latency, in seconds,", self.latency)
+        _check_fraction("a link's contention", self.contention)
+        _check_fraction("a link's skew", self.skew)
 
 
 # Data sheets: 312 TFLOP/s (fp16, fp32 sums), 1.555 TB/s, NVLink 300 GB/s each way; of which large work sustains about
@@ -60,7 +60,7 @@ NVLINK = Link(0.75 * 300e9, 20e-6, 24 / 108)
 
 
 @dataclass(frozen=True)
-class Way:
+class ParallelLayout:
     """How the work is parted; ranks = 2 n with `branches`, else n, of which each has a part of the rows.
 
     branches: the two halves of the batch on half of the ranks each (`cfg_parallel`).

@@ -27,11 +27,11 @@ import torch
 from torch import distributed, nn
 
 from ..errors import BadInput, check_int
-from .hardware import A100, NVLINK, Device, Link, Way
-from .profile import Op, Talk, Work, work_of
+from .hardware import A100, NVLINK, Device, Link, ParallelLayout
+from .profile import Op, Workload, work_of
 
 __all__ = [
-    "A100", "NVLINK", "Device", "Forecast", "Link", "Op", "Talk", "Way", "Work", "forecast", "measured_device",
+    "A100", "NVLINK", "Device", "Forecast", "Link", "Message", "Op", "ParallelLayout", "Workload", "forecast", "measured_device",
     "measured_link", "work_of",
 ]  # fmt: skip
 
@@ -60,13 +60,15 @@ class Forecast:
         return self.alone / self.sync
 
 
-def forecast(work: Work, device: Device, link: Link, way: Way | None = None, steps: int = 50) -> Forecast:
+def forecast(
+    work: Workload, device: Device, link: Link, way: ParallelLayout | None = None, steps: int = 50
+) -> Forecast:
     """How much faster `steps` evaluations are on several devices than on one of them.
 
     Raises:
         BadInput: for fewer than 1 step, more ranks than rows, branches of a batch of one row.
     """
-    way = Way() if way is None else way
+    way = ParallelLayout() if way is None else way
     check_int("steps", steps, 1)
     alone = work.seconds(device)
     part = work._of(way)
@@ -125,14 +127,14 @@ def measured_link(group: Any = None, device: str = "cpu", most: int = 2**25, rep
         into = [torch.empty_like(own) for _ in range(ranks)]
         return lambda: distributed.all_gather(into, own, group=group)
 
-    small, large = (_least(gathers(size), device, repeats) for size in (4, most))
+    small, large = (_fastest(gathers(size), device, repeats) for size in (4, most))
     work, meet = _convolution(device)[0], gathers(4)
     apart, met = [], []
     for _ in range(2 * repeats):
         meet()
-        apart.append(_seconds(lambda: [work() for _ in range(10)], device) / 10)
+        apart.append(_timed(lambda: [work() for _ in range(10)], device) / 10)
         meet()
-        met.append(_seconds(lambda: [(work(), meet()) for _ in range(10)], device) / 10)
+        met.append(_timed(lambda: [(work(), meet()) for _ in range(10)], device) / 10)
     told = torch.tensor([small, large, statistics.median(apart), statistics.median(met)], dtype=torch.float64)
     told = told.to(device)
     distributed.all_reduce(told, group=group)  # all the same
@@ -149,8 +151,8 @@ def measured_device(device: str = "cpu", repeats: int = 5) -> Device:
     work, flops = _convolution(device)
     source = torch.ones(2**24, device=device)
     into, one = torch.empty_like(source), torch.ones(1, device=device)
-    spent, copied = (_least(call, device, repeats) for call in (work, lambda: into.copy_(source)))
-    launch = _least(lambda: [one.add(1) for _ in range(200)], device, repeats) / 200
+    spent, copied = (_fastest(call, device, repeats) for call in (work, lambda: into.copy_(source)))
+    launch = _fastest(lambda: [one.add(1) for _ in range(200)], device, repeats) / 200
     return Device(flops / spent, 2 * 2**26 / copied, launch)
 
 
@@ -160,7 +162,7 @@ def _convolution(device: str) -> tuple[Callable[[], Any], int]:
     return lambda: conv(x), 2 * 128 * 128 * 9 * 64 * 64
 
 
-def _seconds(call: Callable[[], Any], device: str) -> float:
+def _timed(call: Callable[[], Any], device: str) -> float:
     begin = time.perf_counter()
     call()
     if torch.device(device).type == "cuda":
@@ -168,6 +170,6 @@ def _seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def _least(call: Callable[[], Any], device: str, repeats: int) -> float:
+def _fastest(call: Callable[[], Any], device: str, repeats: int) -> float:
     """Seconds of the fastest of some calls, after one that is not counted."""
-    return min([_seconds(call, device) for _ in range(repeats + 1)][1:])
+    return min([_timed(call, device) for _ in range(repeats + 1)][1:])

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..accelerators._patches.exchange import Shares
+from ..accelerators._patches.exchange import RowPartition
 from ..accelerators._patches.swap import ASIDE, core_of
 from ..errors import BadInput
 
 if TYPE_CHECKING:
-    from .hardware import Device, Way
+    from .hardware import Device, ParallelLayout
 
-__all__ = ["Op", "Talk", "Work", "work_of"]
+__all__ = ["Op", "Message", "Workload", "work_of"]
 
 KINDS = ("halo", "keys", "moments", "rows", "branches")
 
@@ -39,7 +39,7 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Talk:
+class Message:
     """A tensor that ranks exchange. kind: "halo": `count` numbers a row, `rows` rows, of which `above` and `below` are
     needed; "keys", "rows": `count` numbers of the whole image; "moments": `count` numbers of each rank, of a map of
     `rows` numbers of `width` bytes. size: bytes a number."""
@@ -52,7 +52,7 @@ class Talk:
     below: int = 0
     width: int = 0
 
-    def sent(self, way: Way, units: Sequence[int], me: int) -> int:
+    def sent(self, way: ParallelLayout, units: Sequence[int], me: int) -> int:
         """Bytes that rank `me` sends, where the ranks have `units` of the coarsest rows."""
         others, most, all_ = len(units) - 1, max(units), sum(units)
         if self.kind == "halo":
@@ -63,7 +63,7 @@ class Talk:
         size = 2 if self.kind == "keys" and way.keys == "bf16" else self.size
         return self.count * most // all_ * size * others
 
-    def moved(self, way: Way, share: float) -> float:
+    def moved(self, way: ParallelLayout, share: float) -> float:
         """Bytes more in memory than on one device."""
         if self.kind == "halo":  # rows and halo are joined: read and written
             return 2 * self.count * self.rows * self.size * share
@@ -78,23 +78,23 @@ class Talk:
             return self.count * (2 * share * size + (1 - share) * size + size + self.size)
         return 0.0
 
-    def drawn_on(self, way: Way, share: float) -> float:
+    def drawn_on(self, way: ParallelLayout, share: float) -> float:
         """Bytes more in memory where others' keys are drawn on: those of one evaluation more are read."""
         size = 2 if way.keys == "bf16" else self.size
         return (1 - share) * self.count * size if self.kind == "keys" and way.forecast else 0.0
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """An evaluation of a batch: its operations, what patches exchange (None: not a network that they know), how many
     rows the coarsest level has, bytes of the answer; `half`: the same for the larger half of the batch."""
 
     batch: int
     ops: tuple[Op, ...]
-    talks: tuple[Talk, ...] | None
+    talks: tuple[Message, ...] | None
     units: int
     answer: int
-    half: Work | None = None
+    half: Workload | None = None
 
     @property
     def macs(self) -> int:
@@ -116,9 +116,9 @@ class Work:
             raise BadInput(
                 f"{self.units} rows of the coarsest level cannot be parted in {group} (choices: 1 to {self.units})"
             )
-        return Shares.of(self.units, group, 0).units
+        return RowPartition.of(self.units, group, 0).units
 
-    def sent(self, way: Way, rank: int = 0, later: bool = False) -> dict[str, int]:
+    def sent(self, way: ParallelLayout, rank: int = 0, later: bool = False) -> dict[str, int]:
         """Bytes that a rank sends in an evaluation, by kind. later: not one of the first, synchronous ones."""
         work, found = self._of(way), dict.fromkeys(KINDS, 0)
         shares = work.shares(way.group)
@@ -127,7 +127,7 @@ class Work:
         found["branches"] = work.answer if way.ranks > way.group else 0
         return found
 
-    def messages(self, way: Way, later: bool = False) -> dict[str, int]:
+    def messages(self, way: ParallelLayout, later: bool = False) -> dict[str, int]:
         """How often a rank speaks: "gather" (keys, moments), "neighbours" (halos), "rows", "branches"."""
         late = later and way.mode == "async"
         kinds = [talk.kind for talk in self._of(way)._talks(way, later)]
@@ -150,21 +150,21 @@ class Work:
             spent += max(2 * op.macs * part / device.flops, read / device.memory_bandwidth)
         return max(spent, len(done) * device.launch)
 
-    def _of(self, way: Way) -> Work:
+    def _of(self, way: ParallelLayout) -> Workload:
         if way.ranks == way.group:
             return self
         if self.half is None:
             raise BadInput("a batch of one row has no two branches: profile the batch that guidance asks for")
         return self.half
 
-    def _talks(self, way: Way, later: bool) -> list[Talk]:
+    def _talks(self, way: ParallelLayout, later: bool) -> list[Message]:
         if way.group == 1 or self.talks is None:
             return []
         silent = later and way.mode == "async" and way.norm == "separate"
         return [talk for talk in self.talks if not (silent and talk.kind == "moments")]
 
 
-def work_of(net: nn.Module, shape: Sequence[int], dtype: torch.dtype | None = None, **cond: Any) -> Work:
+def work_of(net: nn.Module, shape: Sequence[int], dtype: torch.dtype | None = None, **cond: Any) -> Workload:
     """What `net(x, time, **cond)` does for x of `shape` (B, C, H, W), found on a copy without memory or arithmetic.
 
     It is run there at H and 2 H rows, and for half of the batch again: what grows with H can be parted. Macs are those
@@ -203,14 +203,14 @@ def work_of(net: nn.Module, shape: Sequence[int], dtype: torch.dtype | None = No
                 ) from error
         return recorder
 
-    def work(count: int) -> Work:
+    def work(count: int) -> Workload:
         one, two = at(rows, count), at(2 * rows, count)
         if len(one.ops) != len(two.ops):
             raise BadInput(f"{type(net).__name__} does other operations at {2 * rows} rows than at {rows}")
         ops = tuple(_op(a, b) for a, b in zip(one.ops, two.ops))
         answer = count * shape[1] * rows * shape[3] * made.itemsize
         known = bool(one.talks) and one.talks[-1].kind == "rows"
-        return Work(count, ops, tuple(one.talks) if known else None, one.coarsest or rows, answer)
+        return Workload(count, ops, tuple(one.talks) if known else None, one.coarsest or rows, answer)
 
     found = work(batch)
     return found if batch == 1 else replace(found, half=work(-(-batch // 2)))
@@ -235,7 +235,7 @@ class _Recorder(TorchDispatchMode):
 
         self.count = flop_registry
         self.ops: list[_Seen] = []
-        self.talks: list[Talk] = []
+        self.talks: list[Message] = []
         self.coarsest = 0
         self.keys = 0  # how many projections of keys and values are open
 
@@ -342,15 +342,15 @@ def _hooks(name: str, module: Any, recorder: _Recorder) -> list[Any]:
         above = {"valid": 0, "same": d * (k - 1) // 2}[pad] if isinstance(pad, str) else pad
         below = max(0, d * (k - 1) - above - s + 1)
         if name != "conv_in" and (above or below):
-            talks.append(Talk("halo", B * C * w, x.element_size(), h, above, below))
+            talks.append(Message("halo", B * C * w, x.element_size(), h, above, below))
 
     def answer(_: Any, args: Any, out: Tensor) -> None:
-        talks.append(Talk("rows", out.numel(), out.element_size()))
+        talks.append(Message("rows", out.numel(), out.element_size()))
 
     def norm(_: Any, args: Any) -> None:
         x = args[0]
         size = 8 if x.dtype == torch.float64 else 4
-        talks.append(Talk("moments", 2 * len(x) * module.num_groups, size, x.numel(), width=x.element_size()))
+        talks.append(Message("moments", 2 * len(x) * module.num_groups, size, x.numel(), width=x.element_size()))
 
     def keys(_: Any, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
@@ -359,7 +359,7 @@ def _hooks(name: str, module: Any, recorder: _Recorder) -> list[Any]:
             return
         tokens = x[:, 0].numel() if x.ndim == 4 else x[..., 0].numel()
         both = 2 * module.qkv.in_features if hasattr(module, "qkv") else 2 * module.to_k.out_features
-        talks.append(Talk("keys", tokens * both, x.element_size()))
+        talks.append(Message("keys", tokens * both, x.element_size()))
 
     def open_(_: Any, args: Any) -> None:
         recorder.keys += 1

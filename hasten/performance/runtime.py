@@ -141,8 +141,8 @@ def probe(
             for runtime, values in times.items():
                 values.append(timed(runtime)[0])
         old, new = min(times[best]), min(times[rival])
-        measured.setdefault(_short(best), old)
-        measured[_short(rival)] = new
+        measured.setdefault(_setting_label(best), old)
+        measured[_setting_label(rival)] = new
         gain = min(old / new, statistics.median(times[best]) / statistics.median(times[rival]))
         if not (error <= tolerance and gain >= worth):  # NaN fails as well
             return best
@@ -156,11 +156,11 @@ def probe(
         best = contest(best, dataclasses.replace(best, channels_last=True), 0.2, WORTH_LAYOUT)
     best.prepare(denoiser)
     if best.speedup is None:
-        best = dataclasses.replace(best, error=0.0, speedup=1.0, seconds=measured[_short(plain)])
+        best = dataclasses.replace(best, error=0.0, speedup=1.0, seconds=measured[_setting_label(plain)])
     return dataclasses.replace(best, measured=measured)
 
 
-def _short(runtime: Runtime) -> str:
+def _setting_label(runtime: Runtime) -> str:
     return f"{runtime.dtype}, {runtime.matmul}{', channels_last' if runtime.channels_last else ''}"
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators._compile import CompiledNet
-from hasten.accelerators._patches.attention import Text
+from hasten.accelerators._patches.attention import TextVersion
 from hasten.accelerators._patches.buffers import Track
-from hasten.accelerators._patches.exchange import Exchange, Shares
-from hasten.accelerators._patches.layers import PatchNorm, corrected, pooled
-from hasten.accelerators._patches.swap import Patched, twin
+from hasten.accelerators._patches.exchange import Exchange, RowPartition
+from hasten.accelerators._patches.layers import PatchNorm, correct_moments, pool_moments
+from hasten.accelerators._patches.swap import Patched, shared_copy
 from hasten.accelerators.patch_parallel import PatchParallel
 from hasten.distributed.groups import ProcessGroup
 from hasten.errors import BadInput
@@ -35,11 +35,11 @@ def test_corrected_moments_of_now_are_those_of_all() -> None:
         torch.stack([parts.mean(-1), parts.var(-1, correction=0)], 1),
         torch.full((3,), 1 / 3, dtype=torch.float64),
     )
-    M, V = pooled(moments, weights)
+    M, V = pool_moments(moments, weights)
     whole = parts.movedim(0, -1).flatten(2)
     torch.testing.assert_close(M, whole.mean(-1)), torch.testing.assert_close(V, whole.var(-1, correction=0))
     for me in range(3):
-        torch.testing.assert_close(corrected(moments[me], moments, weights, me), (M, V))
+        torch.testing.assert_close(correct_moments(moments[me], moments, weights, me), (M, V))
     # of another evaluation: E[x] and E[x^2] of then, plus this rank's change of each
     own = moments[1] * 1.1
     second = (moments[:, 1] + moments[:, 0].square()).mean(0)
@@ -47,12 +47,12 @@ def test_corrected_moments_of_now_are_those_of_all() -> None:
     mean = M + own[0] - moments[1, 0]
     expected = second + drift - mean.square()
     assert bool((expected > 0).all())
-    torch.testing.assert_close(corrected(own, moments, weights, 1), (mean, expected))
+    torch.testing.assert_close(correct_moments(own, moments, weights, 1), (mean, expected))
     gone = torch.stack([moments[1, 0], torch.zeros_like(V)])  # a part that lost its variance: its own, in place of < 0
     before = moments.clone()
     before[0, 1], before[2, 1] = 0.0, 0.0
     before[:, 0] = 1.0
-    assert bool((corrected(gone, before, weights, 1)[1] == 0).all())
+    assert bool((correct_moments(gone, before, weights, 1)[1] == 0).all())
 
 
 class Echo(Exchange):
@@ -81,7 +81,7 @@ def test_the_norm_of_the_whole_is_group_norm_whatever_the_layout() -> None:
 
 
 def test_rows_are_shared_as_evenly_as_can_be() -> None:
-    shares = [Shares.of(7, 3, me) for me in range(3)]
+    shares = [RowPartition.of(7, 3, me) for me in range(3)]
     assert shares[0].units == (3, 2, 2) and not shares[0].even
     assert [one.span(28) for one in shares] == [(0, 12), (12, 20), (20, 28)]
     assert shares[1].others(8) == (12, 8, 8)
@@ -122,7 +122,7 @@ def test_what_is_heard_is_drawn_on_along_a_line() -> None:
 
 
 def parts(net: nn.Module) -> Any:
-    return Patched(net, Exchange(ProcessGroup((0, 1), 0), "async", "corrected", 4, "same", 60), Text())
+    return Patched(net, Exchange(ProcessGroup((0, 1), 0), "async", "corrected", 4, "same", 60), TextVersion())
 
 
 def test_a_copy_shares_the_weights() -> None:
@@ -132,7 +132,7 @@ def test_a_copy_shares_the_weights() -> None:
     assert [type(module) for module in net.modules()] == before and made is not net
     ours = {p.data_ptr() for p in net.parameters()}
     assert {p.data_ptr() for p in made.parameters()} == ours
-    assert all(a is b for a, b in zip(twin(net).parameters(), net.parameters()))
+    assert all(a is b for a, b in zip(shared_copy(net).parameters(), net.parameters()))
 
 
 def test_layers_that_are_not_known_are_refused() -> None:

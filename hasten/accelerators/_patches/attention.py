@@ -16,7 +16,7 @@ __all__ = ["PatchAttention", "PatchProcessor"]
 PLAIN = ("AttnProcessor", "AttnProcessor2_0")  # of diffusers: what `PatchProcessor` does on one rank
 
 
-def everybodys(exchange: Exchange, own: Tensor) -> Tensor:
+def gather_keys(exchange: Exchange, own: Tensor) -> Tensor:
     """Keys and values of all rows in their order (B, L, D): this rank's `own` (B, l, D), the others' as exchanged."""
     if exchange.mode == "naive":
         return own
@@ -46,14 +46,14 @@ class PatchAttention(nn.Module):
         """This rank's rows of the answer."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))
-        keys = everybodys(self.exchange, qkv[:, :, c:])
+        keys = gather_keys(self.exchange, qkv[:, :, c:])
         q = qkv[:, :, :c].view(b, h * w, self.heads, -1).transpose(1, 2)
         k, v = keys.view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         return x + self.out(mixed).transpose(1, 2).view(b, c, h, w)
 
 
-class Text:
+class TextVersion:
     """Counts the changes of what the network is told, by which cross-attention knows its keys and values still fit."""
 
     version = 0
@@ -69,7 +69,7 @@ class PatchProcessor:
         BadInput: for an attention that does more than to project, to attend and to project.
     """
 
-    def __init__(self, attention: Any, exchange: Exchange, text: Text, where: str) -> None:
+    def __init__(self, attention: Any, exchange: Exchange, text: TextVersion, where: str) -> None:
         found = type(attention.processor).__name__
         if found not in PLAIN:
             raise BadInput(
@@ -103,7 +103,7 @@ class PatchProcessor:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         q = attn.to_q(x)
         if encoder_hidden_states is None:
-            keys = everybodys(self.exchange, torch.cat([attn.to_k(x), attn.to_v(x)], dim=-1))
+            keys = gather_keys(self.exchange, torch.cat([attn.to_k(x), attn.to_v(x)], dim=-1))
         else:
             keys = self._of_text(attn, encoder_hidden_states)
         B, L = keys.shape[:2]

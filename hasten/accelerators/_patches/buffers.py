@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...errors import HastenError
 
-__all__ = ["Heard", "Relay", "Track"]
+__all__ = ["Received", "Relay", "Track"]
 
-Heard = tuple[Tensor, Tensor | None]
+Received = tuple[Tensor, Tensor | None]
 ALIGN = 8  # bytes: every number format fits there
 
 
@@ -88,7 +88,7 @@ class Relay:
         self.works: dict[int, list[Any]] = {}
         self._next, self._due = 0, -1
 
-    def trade(self, own: Sequence[Tensor]) -> list[Heard]:
+    def trade(self, own: Sequence[Tensor]) -> list[Received]:
         """Say the tensors of the next slot, and give what was heard of it, and before: views that last until the next
         call."""
         self._flush()

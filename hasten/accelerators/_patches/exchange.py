@@ -15,23 +15,23 @@ from torch.nn import functional as F
 
 from ...distributed.groups import ProcessGroup, check_same, gather
 from ...errors import BadInput
-from .buffers import Heard, Relay, Track
+from .buffers import Received, Relay, Track
 
-__all__ = ["Exchange", "Shares"]
+__all__ = ["Exchange", "RowPartition"]
 
 KINDS = ("halo", "keys", "moments", "rows")
 ENOUGH = 3  # rows of the coarsest level: parts with fewer hang on one another so much that a line overshoots
 
 
 @dataclass(frozen=True)
-class Shares:
+class RowPartition:
     """Who has which rows: `units`, rows of the coarsest level, one count a rank, from the top of the image down."""
 
     units: tuple[int, ...]
     me: int
 
     @classmethod
-    def of(cls, rows: int, ranks: int, me: int) -> Shares:
+    def of(cls, rows: int, ranks: int, me: int) -> RowPartition:
         """As even as can be: the first ranks have one more where it does not divide."""
         least, more = divmod(rows, ranks)
         return cls(tuple(least + (k < more) for k in range(ranks)), me)
@@ -73,7 +73,7 @@ class Exchange:
         self.keys_dtype = torch.bfloat16 if keys == "bf16" else None
         self.gathers: Relay | None = None
         self.halos: Relay | None = None
-        self.shares = Shares((1,) * team.size, team.me)
+        self.shares = RowPartition((1,) * team.size, team.me)
         self._seen: Any = None
         self._weights: tuple[Any, Tensor] | None = None
         self.multiple = 1
@@ -146,7 +146,7 @@ class Exchange:
                 f"patch_parallel: {whole} rows are {rows} at the coarsest level of this network, found {ranks} "
                 f"processes for them (choices: 1 to {rows})"
             )
-        self.shares = Shares.of(rows, ranks, self.team.me)
+        self.shares = RowPartition.of(rows, ranks, self.team.me)
 
     def finish(self) -> None:
         """It is over: what the last synchronous one exchanged is kept, and of an asynchronous one the rest goes off."""
@@ -167,7 +167,7 @@ class Exchange:
         self.step += 1
         self.open = False
 
-    def gathered(self, kind: str, own: Tensor, now: bool = False) -> Heard:
+    def gathered(self, kind: str, own: Tensor, now: bool = False) -> Received:
         """`own` of every rank, (ranks, *shape): fresh in a synchronous evaluation, else as it was one before; and,
         where it is drawn on, as it was two before.
 

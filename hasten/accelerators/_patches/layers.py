@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from ...errors import BadInput
 from .exchange import Exchange
 
-__all__ = ["FirstConv", "HaloConv", "LastConv", "PatchNorm", "local"]
+__all__ = ["FirstConv", "HaloConv", "LastConv", "PatchNorm", "is_local"]
 
 Pads = tuple[int, int, int, int]  # zeros above, below, left and right
 
 
-def local(conv: nn.Conv2d) -> bool:
+def is_local(conv: nn.Conv2d) -> bool:
     """Whether a convolution needs no rows but those that it answers."""
     return conv.kernel_size[0] == 1 and conv.stride[0] == 1 and conv.padding in ("valid", "same", (0, 0))
 
@@ -159,22 +159,22 @@ class PatchNorm(nn.Module):
         heard, _ = exchange.gathered("moments", own, now=full)
         weights, me = exchange.weights(heard), exchange.shares.me
         if exchange.sync or full:
-            return pooled(heard, weights)
+            return pool_moments(heard, weights)
         if exchange.norm == "stale":
-            return pooled(torch.cat([heard[:me], own[None], heard[me + 1 :]]), weights)
-        return corrected(own, heard, weights, me)
+            return pool_moments(torch.cat([heard[:me], own[None], heard[me + 1 :]]), weights)
+        return correct_moments(own, heard, weights, me)
 
 
-def pooled(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def pool_moments(moments: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (B, G) of parts with these moments (n, 2, B, G) and shares (n,) that sum to 1."""
     w = weights[:, None, None]
     M = (w * moments[:, 0]).sum(0)
     return M, (w * (moments[:, 1] + (moments[:, 0] - M).square())).sum(0)
 
 
-def corrected(own: Tensor, before: Tensor, weights: Tensor, me: int) -> tuple[Tensor, Tensor]:
+def correct_moments(own: Tensor, before: Tensor, weights: Tensor, me: int) -> tuple[Tensor, Tensor]:
     """`pooled` of the moments before (n, 2, B, G), plus this rank's drift from its own there to `own` (2, B, G)."""
-    c, S = pooled(before, weights)
+    c, S = pool_moments(before, weights)
     drift = own[0] - before[me, 0]
     V = S + (own[1] - before[me, 1]) + 2 * drift * (before[me, 0] - c)
     return c + drift, torch.where(V < 0, own[1], V)

@@ -11,11 +11,11 @@ from torch import nn
 
 from ...errors import BadInput
 from ...nets.copies import copy_modules
-from .attention import PatchAttention, PatchProcessor, Text
+from .attention import PatchAttention, PatchProcessor, TextVersion
 from .exchange import Exchange
-from .layers import FirstConv, HaloConv, LastConv, PatchNorm, local
+from .layers import FirstConv, HaloConv, LastConv, PatchNorm, is_local
 
-__all__ = ["Patched", "core_of", "twin"]
+__all__ = ["Patched", "core_of", "shared_copy"]
 
 # Modules that only call their children and what works on every row by itself, by the library that they are of.
 CONTAINERS = {
@@ -45,7 +45,7 @@ def core_of(net: nn.Module) -> nn.Module:
     return inside if isinstance(inside, nn.Module) and hasattr(net, "beside") else net
 
 
-def twin(net: nn.Module) -> Any:
+def shared_copy(net: nn.Module) -> Any:
     """A copy of the network with the very same parameters and buffers."""
     return copy_modules(net)
 
@@ -57,19 +57,19 @@ class Patched:
         BadInput: for a network with a layer that is not known, which might mix rows.
     """
 
-    def __init__(self, net: nn.Module, exchange: Exchange, text: Text) -> None:
+    def __init__(self, net: nn.Module, exchange: Exchange, text: TextVersion) -> None:
         self.exchange, self.text = exchange, text
         self._done: dict[int, nn.Module] = {}
         self._kept: list[nn.Module] = []  # what `_done` goes by: freed, its id might be another's
         self._strides: list[int] = [int(getattr(net, "patch", 1))]
         core = core_of(net)
         ends = ("conv_in", "conv_out")
-        if not _known(core) or not all(isinstance(getattr(core, end, None), nn.Conv2d) for end in ends):
+        if not _is_container(core) or not all(isinstance(getattr(core, end, None), nn.Conv2d) for end in ends):
             raise BadInput(
                 f"patch_parallel does not know {type(core).__name__}: what works is hasten's UNet and UNet2DModel and "
                 "UNet2DConditionModel of diffusers, neither quantized nor compiled"
             )
-        self.net = twin(net)
+        self.net = shared_copy(net)
         self._exchanged(core_of(self.net), "", ASIDE)
         exchange.multiple = prod(self._strides)
         core_of(self.net).conv_in.patch = self._strides[0]  # type: ignore[union-attr]
@@ -98,13 +98,13 @@ class Patched:
             ends = {"conv_in": FirstConv, "conv_out": LastConv}
             if where in ends:
                 return ends[where](child, exchange, where)
-            return child if local(child) else HaloConv(child, exchange, where)
+            return child if is_local(child) else HaloConv(child, exchange, where)
         if kind is nn.GroupNorm:
             return PatchNorm(child, exchange)
         if kind is nn.LayerNorm and len(child.normalized_shape) == 1:
             return child
         if kind in (nn.AvgPool2d, nn.MaxPool2d) and _tiles(child):
-            self._strides.append(_rows(child.stride))
+            self._strides.append(_row_size(child.stride))
             return child
         if kind is nn.Upsample and child.mode == "nearest":
             return child
@@ -117,7 +117,7 @@ class Patched:
         if _pads_itself(child) and type(child.conv) is nn.Conv2d:
             self._strides.append(child.conv.stride[0])
             return HaloConv(child.conv, exchange, where, (0, 1, 0, 1))
-        if kind in ROW_BY_ROW or _known(child) or _low_rank(child):
+        if kind in ROW_BY_ROW or _is_container(child) or _is_lora(child):
             self._exchanged(child, where)
             return child
         raise BadInput(
@@ -130,7 +130,7 @@ def _library(module: nn.Module) -> str:
     return type(module).__module__.partition(".")[0]
 
 
-def _known(module: Any) -> bool:
+def _is_container(module: Any) -> bool:
     """Whether it does nothing by itself that mixes rows."""
     if type(module).__name__ not in CONTAINERS.get(_library(module), ()):
         return False
@@ -142,7 +142,7 @@ def _known(module: Any) -> bool:
     )
 
 
-def _low_rank(module: Any) -> bool:
+def _is_lora(module: Any) -> bool:
     """Whether it is peft's LoRA around a linear layer: products by rows, of which one may be missing."""
     inside = getattr(module, "base_layer", None)
     return _library(module) == "peft" and type(inside) is nn.Linear and not getattr(module, "use_dora", {})
@@ -154,10 +154,10 @@ def _pads_itself(module: Any) -> bool:
     return named and module.use_conv and module.padding == 0 and module.norm is None
 
 
-def _rows(size: Any) -> int:
+def _row_size(size: Any) -> int:
     return int(size[0] if isinstance(size, tuple) else size)
 
 
 def _tiles(pool: Any) -> bool:
     """Whether the windows of a pooling neither overlap nor leave anything out."""
-    return _rows(pool.kernel_size) == _rows(pool.stride) and _rows(pool.padding) == 0
+    return _row_size(pool.kernel_size) == _row_size(pool.stride) and _row_size(pool.padding) == 0
