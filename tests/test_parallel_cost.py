@@ -16,7 +16,7 @@ from hasten.errors import BadInput
 from hasten.nets.unet import UNet
 from hasten.performance.cost import macs
 from hasten.performance.hardware import A100, NVLINK, Device, Link, ParallelLayout
-from hasten.performance.parallel import Work, forecast, measured_device, measured_link, work_of
+from hasten.performance.parallel import Workload, forecast, measured_device, measured_link, work_of
 
 from .accelerators._ranks import together
 from .accelerators._tiny import unet
@@ -87,7 +87,7 @@ def test_bytes_and_messages_are_those_that_travel(tmp_path: Path) -> None:
         for name in TALKING:
             net, shape, cond = problem(name)
             work = work_of(net, shape, **cond)
-            assert work.shares(2) == (3, 2)
+            assert work.rows_of(2) == (3, 2)
             for k, options in enumerate(WAYS if name == "hasten" else WAYS[:1]):
                 way = ParallelLayout(2, warmup=0, **options)
                 for late, (traffic, collectives) in zip((False, True), found[name, k]):
@@ -119,7 +119,7 @@ def test_macs_are_those_of_the_network_and_none_is_lost(name: str) -> None:
 def test_a_real_network_is_left_as_it_is() -> None:
     net, shape, cond = problem("hasten")
     before = {key: (value.data_ptr(), value.device) for key, value in net.state_dict().items()}
-    assert work_of(net, shape, torch.float64, **cond).talks[0].size == 8  # type: ignore[index]
+    assert work_of(net, shape, torch.float64, **cond).exchanges[0].size == 8  # type: ignore[index]
     assert {key: (value.data_ptr(), value.device) for key, value in net.state_dict().items()} == before
     assert not any(module._forward_pre_hooks for module in net.modules())
 
@@ -127,19 +127,19 @@ def test_a_real_network_is_left_as_it_is() -> None:
 def test_one_device_gains_and_says_nothing() -> None:
     net, shape, cond = problem("hasten")
     work = work_of(net, shape, **cond)
-    for way in (ParallelLayout(1), ParallelLayout(1, branches=True), ParallelLayout(1, efficiency=0.5)):
-        found = forecast(work, CORE, SLOW, way)
+    for layout in (ParallelLayout(1), ParallelLayout(1, branches=True), ParallelLayout(1, efficiency=0.5)):
+        found = forecast(work, CORE, SLOW, layout)
         assert found.gain == 1 and found.speedup == pytest.approx(1, rel=1e-12)
         assert not any(found.sent.values()) and not any(found.sent_later.values())
         assert found.talk_sync == found.talk_later == 0
 
 
 @pytest.fixture(scope="module")
-def large() -> Work:
+def large() -> Workload:
     return work_of(unet(widths=(32, 64), attention=(0,)), (2, 2, 64, 64), label=torch.tensor([0, 1]))
 
 
-def test_by_hand(large: Work) -> None:
+def test_by_hand(large: Workload) -> None:
     """Two ranks, everything but arithmetic free: the slower share sets the pace, and the rest is done twice."""
     only = Device(1e9, 1e30)
     expected = 2 * large.macs_of(0.5) / 1e9
@@ -175,7 +175,7 @@ def test_by_hand(large: Work) -> None:
     assert launched.alone == pytest.approx(1e-5 * len(large.ops)) and launched.gain <= 1  # too small to gain
 
 
-def test_more_of_anything_helps(large: Work) -> None:
+def test_more_of_anything_helps(large: Workload) -> None:
     link = Link(1e9, 1e-5)
 
     def gain(device: Device = CORE, link: Link = link, steps: int = 50, **options: Any) -> float:
@@ -194,7 +194,7 @@ def test_more_of_anything_helps(large: Work) -> None:
     assert gain(forecast=1) < gain(forecast=0) and gain(forecast=1, mode="sync") == gain(forecast=0, mode="sync")
 
 
-def sdxl(side: int) -> Work:
+def sdxl(side: int) -> Workload:
     """The published configuration of Stable Diffusion XL (Podell et al. 2023, 2307.01952), without weights."""
     from diffusers import UNet2DConditionModel
 
@@ -244,7 +244,7 @@ MEASURED = {"sync": (1.56, 1.62), "async": (1.82, 1.90)}
 
 
 @cache
-def measured_work() -> Work:
+def measured_work() -> Workload:
     with torch.device("meta"):
         net = UNet(channels=3, widths=(64, 128, 192, 256), attention=(3,), classes=10)
     half = work_of(net, (2, 3, 256, 256), label=torch.tensor([0, 10])).half
@@ -291,7 +291,7 @@ class Plain(nn.Module):
         return self.layer(x)
 
 
-def test_errors(large: Work) -> None:
+def test_errors(large: Workload) -> None:
     with pytest.raises(BadInput, match=r"\(B, C, H, W\), found \(2, 3\)"):
         work_of(Plain(), (2, 3))
     with pytest.raises(BadInput, match="Looks does not run on shapes alone, at \\(1, 2, 4, 4\\)"):
@@ -302,7 +302,7 @@ def test_errors(large: Work) -> None:
     assert forecast(plain, CORE, FAST, ParallelLayout(2, branches=True)).speedup == pytest.approx(2, rel=0.1)
     with pytest.raises(BadInput, match="2 ranks can have a branch each"):
         forecast(plain, CORE, FAST, ParallelLayout(2))
-    with pytest.raises(BadInput, match="32 rows of the coarsest level cannot be parted in 33 .choices: 1 to 32"):
+    with pytest.raises(BadInput, match="32 rows of the coarsest level cannot be divided among 33 .choices: 1 to 32"):
         forecast(large, CORE, FAST, ParallelLayout(33))
     with pytest.raises(BadInput, match="a batch of one row has no two branches"):
         forecast(replace(large, half=None), CORE, FAST, ParallelLayout(2, branches=True))
@@ -310,7 +310,7 @@ def test_errors(large: Work) -> None:
         forecast(large, CORE, FAST, steps=0)
     for wrong, said in (
         ({"ranks": 3, "branches": True}, "an even number of ranks, found 3"), ({"ranks": 0}, "at least 1, got 0"),
-        ({"norm": "fresh"}, "norm is one of corrected, stale, full, separate"), ({"efficiency": 1.5}, "at most 1"),
+        ({"norm": "fresh"}, "unknown norm 'fresh'.*choices: corrected, stale, full, separate"), ({"efficiency": 1.5}, "at most 1"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=said):
             ParallelLayout(**wrong)

@@ -72,7 +72,7 @@ def both(rank: int, ranks: int) -> dict[str, Any]:
     plain = denoiser_of(net)
     exact: Any = accelerate(plain, [CfgParallel(), PatchParallel(mode="sync")])
     ready = accelerate(plain, [PatchParallel(mode="sync", size=2)])
-    found["ranks"] = exact.pair.ranks, exact.net.exchange.team.ranks
+    found["ranks"] = exact.pair.ranks, exact.net.exchange.group.ranks
     label, guide, late = (
         torch.tensor([0, 2, 1]),
         CFG(scale=3.0),
@@ -152,7 +152,7 @@ def test_patches_and_branches_together(tmp_path: Path) -> None:
             assert all(torch.equal(mine, first) for mine, first in zip(found[f"answer {k}"], ranks[0][f"answer {k}"]))
         assert found["traffic"][0] == {"rows": 4 * 3 * 2 * 16 * 8}  # half of the doubled batch, all its rows
         assert found["traffic"][1]["rows"] == 4 * 3 * 2 * 8 * 8
-        assert "cfg_parallel takes 2 processes, or 2 n beside patch_parallel, found 4" in found["alone"]
+        assert "cfg_parallel takes 2 processes, or 2 n with patch_parallel, found 4" in found["alone"]
 
 
 def test_a_process_that_is_gone_ends_the_others(tmp_path: Path) -> None:
