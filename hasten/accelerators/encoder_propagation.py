@@ -14,7 +14,7 @@ from . import FIRST_SEED, WRAP, Accelerator, SamplingContext
 from ._caching.injection import inject_noise
 from ._caching.keys import MIN_QUERIES, check_key_steps, resolve_key_steps
 from ._caching.search import search_key_steps
-from ._caching.split import TransformerSplit, UNetSplit, repeat_batch, split_of
+from ._caching.split import TransformerSplit, UNetSplit, repeat_batch, split_point_of
 from ._caching.wrapper import FeatureReuse, check_forecast, require_denoiser
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class EncoderPropagation(Accelerator):
         """
         who = "encoder_propagation"
         plain, times = require_denoiser(denoiser, who), context.required(who)
-        split = split_of(plain.net, who, self.first)
+        split = split_point_of(plain.net, who, self.first)
         keys = resolve_key_steps(self.keys, len(times), CHOICES, self.every)
         if keys is None:
             keys = self._search(plain, split, context)

@@ -7,10 +7,10 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -27,12 +27,18 @@ from ..errors import BadInput
 from ..files import reserve, write, writes
 from ..model.model import Model
 from ..pick import format_spec
+from ..plan.config import SamplingConfig, SamplingOptions
+from ..progress import ignore_messages
 from ..storage.model_folder import check_savable
 from ..storage.provenance import fingerprint, now
 from ..storage.runs import earlier
 from ..storage.weights import is_half
+from ..utils.config import Config
 from ..utils.finite import check_finite, check_weights
 from .tune import watched
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RUN, BLOCKS = "run.json", "blocks"
 HELD_OUT = 8  # images, of other seeds than the calibration's, on which the error is measured
@@ -40,31 +46,115 @@ MAX_ITERATIONS = 20_000  # of a block, the paper's number
 STEPS_FRACTION = 0.25  # of the time for learning that step sizes get where rounding is learned too
 
 
+@dataclass(frozen=True)
+class QuantizeConfig(Config):
+    """How to quantise a model; see `hasten.accelerators.quantize.Quantize` for the method.
+
+    Args:
+        weight_bits: 8 or 4.
+        act_bits: 8, or None for activations in floating point.
+        rounding: "nearest" or "adaround" (learned, block by block); None: "adaround" for 4 bits, "nearest" for 8.
+        learn_step_sizes: learn the step sizes of the activations too.
+        minutes: of learning, divided over the blocks.
+        iterations: of every block, instead of minutes; 300 if neither is given.
+        rank: of a low-rank branch in floating point in parallel to each layer; 0: none.
+        time_groups: groups of times, each with activation ranges of its own; None: 6, or as many as there are.
+        split: separate ranges for the two halves of the input of a U-Net's skip connections.
+        calibration: of the ranges, "search" or "minmax".
+        exclude: names or patterns of modules that stay in floating point; None: `conv_in` and `conv_out`.
+        int8_fraction: of the weights, 0 to 1, that get 8 bits where `weight_bits` is 4: of the most sensitive layers.
+        images: for calibration; None: 16, with learned rounding 32.
+        calibration_steps: the number of evenly spaced time steps of a sampling that are used for calibration.
+        seed: of the first calibration image; None: 2,000,000, far from the seeds that images are sampled with.
+    """
+
+    weight_bits: int = 8
+    act_bits: int | None = 8
+    rounding: str | None = None
+    learn_step_sizes: bool = False
+    minutes: float | None = None
+    iterations: int | None = None
+    rank: int = 0
+    time_groups: int | None = None
+    split: bool = True
+    calibration: str = "search"
+    exclude: tuple[str, ...] | None = None
+    int8_fraction: float = 0.0
+    images: int | None = None
+    calibration_steps: int = 20
+    seed: int | None = None
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "weights": "weight_bits",
+        "acts": "act_bits",
+        "learn_steps": "learn_step_sizes",
+        "groups": "time_groups",
+        "ranges": "calibration",
+        "keep": "exclude",
+        "eight": "int8_fraction",
+        "spread": "calibration_steps",
+    }
+
+    def method(self) -> Quantize:
+        """The accelerator with these options."""
+        rounding = ("adaround" if self.weight_bits == 4 else "nearest") if self.rounding is None else self.rounding
+        learned = rounding == "adaround" or self.learn_step_sizes
+        images = (32 if learned else 16) if self.images is None else self.images
+        options: dict[str, Any] = {
+            "weights": self.weight_bits,
+            "acts": self.act_bits,
+            "rounding": rounding,
+            "learn_steps": self.learn_step_sizes,
+            "rank": self.rank,
+            "split": self.split,
+            "ranges": self.calibration,
+            "images": images,
+            "steps": self.calibration_steps,
+            "eight": self.int8_fraction,
+        }
+        defaults: dict[str, Any] = {
+            "groups": self.time_groups,
+            "keep": None if self.exclude is None else tuple(self.exclude),
+            "seed": self.seed,
+            "iterations": self.iterations,
+        }
+        return Quantize(**options, **{key: value for key, value in defaults.items() if value is not None})
+
+
+QUANTIZE_FIELDS = {*QuantizeConfig.names(), *QuantizeConfig.renamed} - {"steps"}
+
+
+class QuantizeOptions(SamplingOptions, total=False):
+    """The fields of `QuantizeConfig` and of `SamplingConfig` as keyword arguments."""
+
+    say: Callable[[str], None]  # the old name of `log`
+    weight_bits: int
+    act_bits: int | None
+    rounding: str | None
+    learn_step_sizes: bool
+    minutes: float | None
+    iterations: int | None
+    rank: int
+    time_groups: int | None
+    split: bool
+    calibration: str
+    exclude: tuple[str, ...] | None
+    int8_fraction: float
+    images: int | None
+    calibration_steps: int
+    seed: int | None
+
+
 @writes("out")
 def quantize_model(
     model: Model,
     out: str | Path,
-    weights: int = 8,
-    acts: int | None = 8,
-    rounding: str | None = None,
-    learn_steps: bool = False,
-    minutes: float | None = None,
-    iterations: int | None = None,
-    rank: int = 0,
-    groups: int | None = None,
-    split: bool = True,
-    ranges: str = "search",
-    keep: tuple[str, ...] | None = None,
-    eight: float = 0.0,
-    images: int | None = None,
-    spread: int = 20,
-    seed: int | None = None,
-    sampler: str | None = None,
-    times: str | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    config: QuantizeConfig | None = None,
+    sampling: SamplingConfig | None = None,
+    *,
+    log: Callable[[str], None] = ignore_messages,
     command: str = "",
+    **options: Unpack[QuantizeOptions],
 ) -> dict[str, Any]:
     """Quantise a model and save it in a model folder, which is sampled and compared like any other.
 
@@ -74,43 +164,26 @@ def quantize_model(
     Args:
         model: the model in floating point.
         out: the folder to write.
-        weights: see `Quantize`, and so acts, learn_steps, rank, groups, split, ranges, keep, eight and seed.
-        acts: see `Quantize`.
-        rounding: "nearest" or "adaround"; None: "adaround" for weights of 4 bits, "nearest" for 8.
-        learn_steps: see `Quantize`.
-        minutes: of learning, divided over the blocks.
-        iterations: of every block, instead of minutes (300 if neither is given).
-        rank: see `Quantize`.
-        groups: see `Quantize`.
-        split: see `Quantize`.
-        ranges: see `Quantize`.
-        keep: see `Quantize`.
-        eight: see `Quantize`.
-        images: how many are sampled for calibration (None: 16, with learned rounding 32).
-        spread: the `steps` of `Quantize`: the number of time steps of a sampling that are used for calibration.
-        seed: see `Quantize`.
-        sampler: of the calibration samples, and so times, steps and guidance_scale (None: the model's default).
-        times: of the calibration samples.
-        steps: of the calibration samples.
-        guidance_scale: of the calibration samples.
-        say: called with one line after every block.
+        config: bits, rounding and calibration; None: 8 bits.
+        sampling: of the calibration samples; None: the model's defaults.
+        log: called with one line after every block.
         command: the command line, for the model card.
+        options: fields of `config` and of `sampling`.
 
     Returns:
         "folder", and the entry "quantized" of the model card: method, bits, calibration, blocks, error (of x0,
         relative, on model evaluations of other images), bytes.
 
     Raises:
-        BadInput: before anything has run, for arguments that are not supported.
+        BadInput: before anything is computed, for options that are not supported.
         KeyboardInterrupt: at Ctrl-C; finished blocks are saved.
     """
-    rounding = ("adaround" if weights == 4 else "nearest") if rounding is None else rounding
-    images = (32 if rounding == "adaround" or learn_steps else 16) if images is None else images
-    options: dict[str, Any] = {"keep": keep, "eight": eight, "seed": seed, "iterations": iterations}
-    method = Quantize(
-        weights=weights, acts=acts, rounding=rounding, learn_steps=learn_steps, rank=rank, groups=groups, split=split,  # type: ignore[arg-type]
-        ranges=ranges, images=images, steps=spread, **{k: v for k, v in options.items() if v is not None},  # type: ignore[arg-type]
-    )  # fmt: skip
+    log = options.pop("say", log)
+    own = {key: value for key, value in options.items() if key in QUANTIZE_FIELDS}
+    config = QuantizeConfig.of(config, own)
+    sampling = SamplingConfig.of(sampling, {key: value for key, value in options.items() if key not in own})
+    method, minutes, iterations = config.method(), config.minutes, config.iterations
+    weights, acts, images = config.weight_bits, config.act_bits, method.images
     if minutes is not None and iterations is not None:
         raise BadInput("give minutes or iterations, not both")
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
@@ -118,8 +191,9 @@ def quantize_model(
     check_savable(model, network=False)
     check_weights(model.denoiser, model.name)
     out, start = Path(out), time.perf_counter()
-    sampling = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}
-    setting = model.setting(**sampling)  # type: ignore[arg-type]
+    settings = model.resolve(sampling).settings()
+    precision = settings.pop("precision")
+    setting = {**settings, "runtime": precision}  # the name of the field in run.json and in cards
     run = {
         "schema": 1,
         "method": format_spec(method),
@@ -131,18 +205,18 @@ def quantize_model(
     if record is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}
     reserve(out / RUN)
-    calls = model.calls(images, method.seed, **sampling)
+    calls = model.calls(images, method.seed, sampling)
     session = method.start(model.denoiser, calls)
     if record is None:
         record = {**run, "iterations": allocated(method, session, minutes, start)}
         write(out / RUN, (json.dumps(record, indent=2) + "\n").encode())
     with watched() as on_progress:
-        progress = SavedBlocks(iterations_of(record), out / BLOCKS, say, on_progress)
+        progress = SavedBlocks(iterations_of(record), out / BLOCKS, log, on_progress)
         try:
             denoiser = method.finish(session, progress)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"stopped with {progress.done} blocks done; the same command resumes") from stop
-    held_out = model.calls(HELD_OUT, method.seed + images, **sampling)
+    held_out = model.calls(HELD_OUT, method.seed + images, sampling)
     card = {
         "method": format_spec(method),
         "model": model.name,
@@ -172,13 +246,13 @@ class SavedBlocks(SessionProgress):
     Args:
         iterations: for every block, by pass.
         folder: of the files.
-        say: called with one line after every block.
+        log: called with one line after every block.
         on_progress: called after every iteration with what runs, iterations done, iterations in all and the loss.
     """
 
-    def __init__(self, iterations: dict[str, int], folder: Path, say: Callable[[str], None], on_progress: Any) -> None:
+    def __init__(self, iterations: dict[str, int], folder: Path, log: Callable[[str], None], on_progress: Any) -> None:
         super().__init__(iterations)
-        self.folder, self.say, self.on_progress = folder, say, on_progress
+        self.folder, self.log, self.on_progress = folder, log, on_progress
         self.figures: dict[str, dict[str, dict[str, float]]] = {}
         self.done, self.learned, self.start = 0, 0, time.perf_counter()
 
@@ -220,7 +294,7 @@ class SavedBlocks(SessionProgress):
         first = figures.get("nearest", figures.get("before", 0.0))
         gain = f"error {figures['error'] / first:.2f} of what it was" if first else "no error"
         last = "" if done == of else f", about {left / 60:.1f} min left" if left > 90 else f", about {left:.0f} s left"
-        self.say(f"{stage}: block {done} of {of}, {unit}: {gain}{last if self.learned else ''}")
+        self.log(f"{stage}: block {done} of {of}, {unit}: {gain}{last if self.learned else ''}")
 
     def file(self, stage: str, unit: str) -> Path:
         """The file of a block."""

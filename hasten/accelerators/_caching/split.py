@@ -19,7 +19,7 @@ __all__ = [
     "map_tensors",
     "repeat_batch",
     "same_conditions",
-    "split_of",
+    "split_point_of",
 ]
 
 Condition = dict[str, Any]
@@ -92,7 +92,7 @@ def has_attributes(net: nn.Module, *names: str) -> bool:
     return all(hasattr(net, name) for name in names)
 
 
-def split_of(net: nn.Module, who: str, first: int | None) -> UNetSplit | TransformerSplit:
+def split_point_of(net: nn.Module, who: str, first: int | None) -> UNetSplit | TransformerSplit:
     """The network's split point.
 
     Args:

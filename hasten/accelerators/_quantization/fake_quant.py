@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...nets.copies import copy_modules
 from ...nets.quantized import Part, QConv2d, QLinear, refusal
-from .quantizer import ACTS, WEIGHTS, codes, fake_quantize, per_channel, weight_range
+from .quantizer import ACTS, WEIGHTS, as_channels, codes, fake_quantize, weight_range
 
 __all__ = [
     "FakeQuantLayer",
@@ -69,7 +69,7 @@ class FakeQuantSlice(nn.Module):
         scale, zero = weight_range(target, bits, how)
         for name, value in {"target": target, "scale": scale, "zero": zero, "up": up, "down": down}.items():
             self.register_buffer(name, value)
-        self.register_buffer("q", codes(target, per_channel(scale, target), per_channel(zero, target), self.grid))
+        self.register_buffer("q", codes(target, as_channels(scale, target), as_channels(zero, target), self.grid))
         self.register_buffer("act_scale", None)
         self.register_buffer("act_zero", None)
         self.v: Tensor | None = None
@@ -79,12 +79,12 @@ class FakeQuantSlice(nn.Module):
         """The weights' codes; while rounding is learned, floor + rounding(v)."""
         if self.v is None:
             return self.q
-        floor = torch.floor(self.target / per_channel(self.scale, self.target)) + rounding(self.v)
-        return (floor + per_channel(self.zero, self.target)).clamp(self.grid.low, self.grid.high)
+        floor = torch.floor(self.target / as_channels(self.scale, self.target)) + rounding(self.v)
+        return (floor + as_channels(self.zero, self.target)).clamp(self.grid.low, self.grid.high)
 
     def weight(self, rounding: Rounding) -> Tensor:
         """The dequantised weights."""
-        zero, scale = per_channel(self.zero, self.target), per_channel(self.scale, self.target)
+        zero, scale = as_channels(self.zero, self.target), as_channels(self.scale, self.target)
         return (self.codes(rounding) - zero) * scale
 
     def low_rank_weight(self) -> Tensor | None:

@@ -23,7 +23,7 @@ __all__ = [
     "codes",
     "fake_quantize",
     "fit_range",
-    "per_channel",
+    "as_channels",
     "quantization_error",
     "search_range",
     "weight_range",
@@ -147,7 +147,7 @@ def weight_range(weight: Tensor, bits: int, how: str) -> tuple[Tensor, Tensor]:
     return search_range(rows, WEIGHTS[bits])
 
 
-def per_channel(values: Tensor, like: Tensor) -> Tensor:
+def as_channels(values: Tensor, like: Tensor) -> Tensor:
     """(C_out,) as (C_out, 1, ...), which broadcasts to a weight."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .fake_quant import FakeQuantLayer, FakeQuantSlice, Rounding, fake_quant_layers
-from .quantizer import P, per_channel
+from .quantizer import P, as_channels
 from .units import UnitInputs
 
 __all__ = [
@@ -87,7 +87,7 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 
 def initial_v(piece: FakeQuantSlice) -> Tensor:
     """The v at which h is the fractional part of w / s."""
-    ratio = piece.target / per_channel(piece.scale, piece.target)
+    ratio = piece.target / as_channels(piece.scale, piece.target)
     fraction = ratio - torch.floor(ratio)
     return -torch.log((HIGH - LOW) / (fraction - LOW) - 1)
 
