@@ -47,40 +47,32 @@ TWICE = set(
     Bound Consistency Draws
     EDM Flow Guided
     Kept Moments Nodes
-    NoiseLevel Part Rows
-    Run SecondMoment Simulated
-    Stage Task Traced
-    UNet Way Work
+    NoiseLevel Run SecondMoment
+    Stage Task UNet
     _Callable _Conv _check
-    _known _load _low_rank
-    _positive _rows _seconds
-    _short _text _watched
+    _load _short _text
     _wide accelerate answer
-    begin beside check
-    check_finite checked classifier
-    clock compiled counted
-    describe described detached
-    difference digest distance
-    divergence drawn export
-    find fingerprint fit
-    follow fresh given_images
-    grid heard hint
-    is_pipeline keep kinds
-    listed local measured
-    moments named names
-    nodes note now
-    number number_format numbers
-    pairs parse place
-    plain plan pooled
+    beside check check_finite
+    checked classifier clock
+    compiled counted describe
+    described difference digest
+    distance divergence drawn
+    export find fingerprint
+    follow given_images grid
+    heard hint is_pipeline
+    keep kinds listed
+    measured moments named
+    names nodes number
+    number_format numbers pairs
+    place plain plan
     quantized quiet read
     refusal restored run
-    sampled search several
-    short slope span
-    spectrum spell spread
+    sampled several short
+    slope span spell
     sweep table to_bytes
-    together told trace
-    usable watched whole
-    wide without_images write
+    together told usable
+    watched whole wide
+    without_images write
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.
