@@ -194,10 +194,10 @@ class PatchNet(nn.Module):
         rows = [value.shape[2] for key, value in {**more, **cond}.items() if key.startswith(OF_ROWS)]
         if rows and not self.exchange.open:
             self.exchange.divide(max(rows))  # the finest of them has the rows of x_t, which is yet to come
-        given: AbstractContextManager[Any] = nullcontext()
+        side_context: AbstractContextManager[Any] = nullcontext()
         if side_inputs is not None and more:
-            given = side_inputs.given(self._own_rows(more))
-        with given:
+            side_context = side_inputs.given(self._own_rows(more))
+        with side_context:
             yield self._own_rows(cond)
 
     def _own_rows(self, cond: dict[str, Any]) -> dict[str, Any]:

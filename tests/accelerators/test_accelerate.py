@@ -50,10 +50,10 @@ def names(module: Any) -> list[str]:
     return [*names(module.inner), module.name] if isinstance(module, Layer) else []
 
 
-def test_stages_decide_the_order_and_the_denoiser_is_kept() -> None:
+def test_accelerators_apply_in_the_order_of_their_stages() -> None:
     net = nn.Identity()
-    made = accelerate(net, [Cache(), Swap(), Compile()], SamplingContext(times=(1.0, 0.5)))
-    assert names(made) == ["swap", "compile", "cache of 2"]
+    built = accelerate(net, [Cache(), Swap(), Compile()], SamplingContext(times=(1.0, 0.5)))
+    assert names(built) == ["swap", "compile", "cache of 2"]
     assert accelerate(net, []) is net
 
 
@@ -62,7 +62,7 @@ def test_a_conflict_names_both() -> None:
         accelerate(nn.Identity(), [Cache(), Swap(), Cache(3)], SamplingContext(times=(1.0,)))
 
 
-def test_what_is_not_known_is_said_in_the_name_of_who_needs_it() -> None:
+def test_missing_context_is_an_error_in_the_accelerators_name() -> None:
     with pytest.raises(BadInput, match="cache must know the times"):
         accelerate(nn.Identity(), [Cache()])
     with pytest.raises(BadInput, match="quantize needs calibration samples"):

@@ -130,14 +130,14 @@ def parts(net: nn.Module) -> Any:
 def test_a_copy_shares_the_weights() -> None:
     net = unet(attention=(1,))
     before = [type(module) for module in net.modules()]
-    made = parts(net).net
-    assert [type(module) for module in net.modules()] == before and made is not net
+    built = parts(net).net
+    assert [type(module) for module in net.modules()] == before and built is not net
     ours = {p.data_ptr() for p in net.parameters()}
-    assert {p.data_ptr() for p in made.parameters()} == ours
+    assert {p.data_ptr() for p in built.parameters()} == ours
     assert all(a is b for a, b in zip(shared_copy(net).parameters(), net.parameters()))
 
 
-def test_layers_that_are_not_known_are_refused() -> None:
+def test_unknown_layers_raise() -> None:
     with pytest.raises(BadInput, match="does not know Linear: supported are hasten's UNet"):
         parts(nn.Linear(2, 2))
     net = unet()
@@ -165,7 +165,7 @@ def test_layers_that_are_not_known_are_refused() -> None:
 
 
 @pytest.mark.skipif(not THERE, reason="diffusers is not installed")
-def test_the_networks_that_people_use_are_known() -> None:
+def test_networks_of_diffusers_are_supported() -> None:
     from diffusers import UNet2DConditionModel, UNet2DModel
 
     from hasten.adapters.diffusers.wrap import split_network
@@ -184,10 +184,10 @@ def test_the_networks_that_people_use_are_known() -> None:
             up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
         )  # fmt: skip
     for net, multiple in ((sd, 8), (xl, 4)):
-        made = parts(split_network(net))
-        assert made.exchange.multiple == multiple
-        layers = [module for module in made.net.modules() if type(module) is nn.GroupNorm]
-        inside = [module.norm for module in made.net.modules() if isinstance(module, PatchNorm)]
+        built = parts(split_network(net))
+        assert built.exchange.multiple == multiple
+        layers = [module for module in built.net.modules() if type(module) is nn.GroupNorm]
+        inside = [module.norm for module in built.net.modules() if isinstance(module, PatchNorm)]
         assert layers and {id(layer) for layer in layers} == {id(layer) for layer in inside}
     with pytest.raises(BadInput, match=r"does not know down_blocks\.0, a SkipDownBlock2D"):
         parts(split_network(scores))

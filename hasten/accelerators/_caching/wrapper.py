@@ -79,13 +79,13 @@ class FeatureReuse(Wrapper):
         """The network's own output (B, *S); a model evaluation like any other."""
         return self._evaluate(x_t, t, cond, need_x0=False)[0]
 
-    def expected_speedup(self, share: float) -> float:
-        """`1 / (1 - share (1 - keys / evaluations))`, the speedup where time is proportional to multiply-accumulates.
+    def expected_speedup(self, fraction: float) -> float:
+        """The speedup `1 / (1 - fraction (1 - keys / evaluations))`, if time is proportional to their number.
 
         Args:
-            share: the fraction of the network's multiply-accumulates that only key steps spend, 0 to 1.
+            fraction: of the network's multiply-accumulates that only key steps spend, 0 to 1.
         """
-        return 1 / (1 - share * (1 - len(self.keys) / len(self.times)))
+        return 1 / (1 - fraction * (1 - len(self.keys) / len(self.times)))
 
     def store(self, k: int, features: Any) -> None:
         """Cache the features of key step k, beside those of the key step before where they are extrapolated."""
