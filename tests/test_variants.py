@@ -67,7 +67,7 @@ def test_features_of_another_network_are_refused_before_anything_runs(run: Any, 
     class Other(Corner):
         name = "other"
 
-    with pytest.raises(BadInput, match="corner features: other cannot judge"):
+    with pytest.raises(BadInput, match="corner features, not those of other"):
         run(features=Other())
     assert not (tmp_path / "out").exists()
 

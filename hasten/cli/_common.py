@@ -103,7 +103,7 @@ def given_images(path: Path, n: int, channels: int, start: str | None = None, ma
     start: for inpainting, what is unknown becomes NaN: where the images are transparent, or `mask` is white.
     """
     from ..pick import pick
-    from ..train.given import read_images
+    from ..train.start_images import read_images
 
     unknown = start is not None and getattr(pick("starts", start), "task", None) == "inpainting"
     if mask is not None and not unknown:

@@ -75,7 +75,7 @@ def evaluate(
     from ..compare.jobs import given_prompts, image_shape
     from ..errors import check_int
     from ..metrics import without_neighbours
-    from ..workflows.reference_images import judge
+    from ..workflows.reference_images import resolve_reference
     from ..workflows.sample import evaluate_distributed, kept, sample_many
 
     check_int("n", n, 10)
@@ -91,7 +91,7 @@ def evaluate(
     if asked is None:
         raise BadInput(f"{loaded.name} names no reference: give --reference, such as a folder of real images")
     say = warn if ranks.is_main_process else lambda line: None
-    known, net = judge(asked, features, image_shape(loaded), loaded.device, ranks, say)
+    known, net = resolve_reference(asked, features, image_shape(loaded), loaded.device, ranks, say)
     assert known is not None and net is not None
     if line := without_neighbours(n, known):
         say(line)

@@ -29,7 +29,7 @@ from ..pick import pick
 from ..progress import Progress
 from ..storage.batches import SavedBatches
 from ..storage.provenance import command_line, fingerprint, hash_of, now
-from ..workflows.reference_images import judge as judged_by
+from ..workflows.reference_images import resolve_reference as judged_by
 from ..workflows.sample import evaluate_distributed, sample_many, sharing
 from . import jobs as tools
 from . import report

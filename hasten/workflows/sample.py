@@ -253,15 +253,15 @@ def classifier_labels(labels: Tensor | None, classes: Sequence[str], features: s
 
     None, which is printed, where class accuracy cannot be measured: it does not know them all, or an image has none.
     """
+    from ..train.messages import join_names, print_once
     from ..train.names import class_of, is_number
-    from ..train.notes import listed, note
 
     names = FASHION if features == "fashion" else getattr(features, "classes", None)
     if labels is None:
         return None
     used = sorted(set(labels.tolist()))
     if used and used[-1] >= len(classes):
-        note("class accuracy is not measured: some images were drawn without a class")
+        print_once("class accuracy is not measured: some images were drawn without a class")
         return None
     if names is None or isinstance(names, int):
         return labels
@@ -270,6 +270,6 @@ def classifier_labels(labels: Tensor | None, classes: Sequence[str], features: s
         index = {k: class_of(int(classes[k]), names, names) if int(classes[k]) < len(names) else None for k in used}
     lost = [classes[k] for k, found in index.items() if found is None]
     if lost:
-        note(f"class accuracy is not measured: the feature network does not know the classes {listed(lost)}")
+        print_once(f"class accuracy is not measured: the feature network does not know the classes {join_names(lost)}")
         return None
     return torch.tensor([index[k] for k in labels.tolist()])

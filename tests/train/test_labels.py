@@ -163,7 +163,7 @@ def test_shards_of_the_dataset_tools_are_no_classes(tmp_path: Path, capsys: pyte
     assert open_data(tmp_path / "out").labels.tolist() == wanted  # type: ignore[union-attr]
     (tmp_path / "out/dataset.json").write_text('{"labels": null}')
     open_data(tmp_path / "out")
-    assert "if they are shards, give label 'none'" in capsys.readouterr().err
+    assert "if they are shards, set label to 'none'" in capsys.readouterr().err
 
 
 def test_labels_of_a_split_lie_in_it_or_above(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_arrays_that_are_not_used_are_said_and_labels_never_are(
     np.save(tmp_path / "pictures.npy", X)
     np.save(tmp_path / "labels.npy", Y)
     open_data(tmp_path / "pictures.npy")
-    assert "labels.npy beside it not used" in capsys.readouterr().err
+    assert "labels.npy next to it not used" in capsys.readouterr().err
 
 
 def test_images_beside_an_array_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

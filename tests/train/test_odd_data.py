@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hasten.errors import BadInput
-from hasten.train import notes
+from hasten.train import messages
 from hasten.train.data import open_data
 
 IMAGES = np.arange(6 * 64, dtype=np.uint8).reshape(6, 8, 8)
@@ -34,7 +34,7 @@ def test_splits_within_longer_names_are_no_classes(tmp_path: Path, train: str, o
     pics(tmp_path, f"{train}/cat/a.png", f"{train}/dog/a.png", f"{other}/cat/b.png")
     data = open_data(tmp_path)
     assert (len(data), data.classes) == (2, ("cat", "dog"))
-    assert any(other in note for note in data.notes)
+    assert any(other in message for message in data.messages)
 
 
 def test_splits_of_several_sets_are_refused(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_classes_with_words_of_splits_stay_classes(tmp_path: Path) -> None:
 
 def test_a_folder_of_images_beside_masks_is_the_set(tmp_path: Path) -> None:
     data = open_data(pics(tmp_path, "images/cat/a.png", "images/dog/a.png", "masks/a.png"))
-    assert (len(data), data.classes) == (2, ("cat", "dog")) and "masks" in data.notes[0]
+    assert (len(data), data.classes) == (2, ("cat", "dog")) and "masks" in data.messages[0]
 
 
 @pytest.mark.parametrize("name, text", [
@@ -73,7 +73,7 @@ def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, arrays: dict[str
     np.savez(tmp_path / "a.npz", images=IMAGES, **arrays)
     with pytest.raises(BadInput) as error:
         open_data(tmp_path / "a.npz")
-    assert "cut short" not in str(error.value) and "-9223" not in str(error.value)
+    assert "truncated" not in str(error.value) and "-9223" not in str(error.value)
 
 
 def test_names_in_bytes_are_read_and_names_of_images_are_no_classes(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_names_in_bytes_are_read_and_names_of_images_are_no_classes(tmp_path: Pa
     assert open_data(tmp_path / "a.npz").classes == ("a", "b")
     np.savez(tmp_path / "b.npz", images=IMAGES, labels=labels, names=np.array(list("uvwxyz")))
     data = open_data(tmp_path / "b.npz")
-    assert data.classes == ("0", "1") and any("names" in note for note in data.notes)
+    assert data.classes == ("0", "1") and any("names" in message for message in data.messages)
 
 
 def test_an_array_under_the_suffix_of_another_is_refused(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_masks_of_0_and_1_are_refused(tmp_path: Path) -> None:
 def test_labels_beside_an_array_that_are_not_used_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notes, "_printed", set())
+    monkeypatch.setattr(messages, "_printed", set())
     np.save(tmp_path / "images.npy", IMAGES)
     (tmp_path / "labels.csv").write_text("file,label\n")
     open_data(tmp_path)

@@ -22,9 +22,9 @@ from hasten.train.data import Batches, open_data
 from hasten.train.ema import Ema
 from hasten.train.fingerprint import describe_data
 from hasten.train.fit import Fit
-from hasten.train.losses import narrowed, stratified
+from hasten.train.losses import cast_to_device, stratified
 from hasten.train.player import TrainedModule
-from hasten.train.transfer import moved, prefetch
+from hasten.train.transfer import prefetch, to_device
 from tests.test_training import data, images, trained
 
 
@@ -41,7 +41,7 @@ def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: py
     monkeypatch.setattr(Tensor, "to", to)
     u = stratified(1000, "mps")  # stays on the CPU, in float64
     assert moved == [] and u.dtype == torch.float64 and u.device.type == "cpu"
-    narrowed(torch.ones(2, dtype=torch.float64), torch.device("mps"))
+    cast_to_device(torch.ones(2, dtype=torch.float64), torch.device("mps"))
     assert moved == [torch.float32]
     assert stratified(4).dtype == torch.float64
 
@@ -199,7 +199,7 @@ def test_batches_for_a_gpu_are_pinned_ahead_and_copied_without_waiting(monkeypat
     batches, gpu = Batches(data(), 4), torch.device("cuda")
     with prefetch(batches, gpu) as take:
         for step in range(3):
-            batch = {key: moved(value, gpu, False) for key, value in take(step).items()}
+            batch = {key: to_device(value, gpu, False) for key, value in take(step).items()}
             assert torch.equal(batch["x"], batches[step]["x"])
     assert len(pinned) >= 6 and all(pinned) and copies == [True] * 6
     pinned.clear()

@@ -48,7 +48,7 @@ def test_linked_class_folders_are_followed_and_loops_are_not(
     found = open_data(data)
     assert found.classes == ("cat", "dog", "eel") and len(found) == 3
     said = capsys.readouterr().err
-    assert "cat/up links to a folder that holds it" in said and "gone.png links to a file that is not there" in said
+    assert "cat/up links to a folder that holds it" in said and "gone.png links to a missing file" in said
     (tmp_path / "all").symlink_to(data)
     assert len(open_data(tmp_path / "all")) == 3
 
@@ -102,7 +102,7 @@ def test_more_ways_to_lay_out_splits(tmp_path: Path, capsys: pytest.CaptureFixtu
         pic(tmp_path / name)
     data = open_data(tmp_path / "a")
     assert len(data) == 2 and data.classes == ("cat", "dog")
-    assert "1 image beside the folders, such as preview.png" in capsys.readouterr().err
+    assert "1 image next to the folders, such as preview.png" in capsys.readouterr().err
     for name in ("b/cat/train/0.png", "b/cat/test/1.png", "b/dog/train/2.png", "b/dog/test/3.png"):
         pic(tmp_path / name)
     assert len(open_data(tmp_path / "b")) == len(open_data(tmp_path / "b", split="test")) == 2
@@ -131,7 +131,7 @@ def test_zip_names_of_other_systems(tmp_path: Path, capsys: pytest.CaptureFixtur
             member(archive, name, 10 * k)
     data = open_data(tmp_path / "s.zip")
     assert len(data) == 3 and data.classes == ("abs", "ok", "up")
-    assert "in the zip twice, of which the last is used: 1 name" in capsys.readouterr().err
+    assert "in the zip twice, the last is used: 1 name" in capsys.readouterr().err
     with zipfile.ZipFile(tmp_path / "u.zip", "w") as archive:
         for name in ("日本/a.png", "кот/b.png"):
             member(archive, name)
@@ -233,7 +233,7 @@ def test_an_unreadable_image_of_a_large_set_never_stops_a_run(lazy: Path, capsys
     assert torch.equal(images[bad], kept[bad + 1])  # the next of its class
     assert all(torch.equal(images[k], kept[k]) for k in range(8) if k != bad)
     said = capsys.readouterr().err
-    assert "cannot read" in said and "b/3.png" in said and "b/5.png is used in its place" in said
+    assert "cannot read" in said and "b/3.png" in said and "b/5.png is used instead" in said
     first, again = Batches(data, 4, seed=1), Batches(open_data(lazy), 4, seed=1)
     assert all(torch.equal(first[k]["x"], again[k]["x"]) for k in range(6))
     for k in (1, 5, 7):
@@ -264,5 +264,5 @@ def test_all_unreadable_images_of_a_small_set_are_named(tmp_path: Path) -> None:
         file = pic(tmp_path / f"{k}.png")
         if k % 2:
             file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(BadInput, match=r"cannot read .*1.png.*; also refused: 3.png"):
+    with pytest.raises(BadInput, match=r"cannot read .*1.png.*; also unreadable: 3.png"):
         open_data(tmp_path)
