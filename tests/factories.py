@@ -26,6 +26,7 @@ from hasten.schedules import Schedule, VPCosine
 from hasten.train.data import Data
 
 SHAPE = (1, 8, 8)
+CLASSES = ("coat", "bag", "boot")
 
 # ---- networks and models ----
 
@@ -62,16 +63,18 @@ def tiny_denoiser(
 
 
 def tiny_model(
-    classes: Sequence[str] | None = ("a", "b"),
+    classes: Sequence[str] | None = CLASSES,
     name: str = "tiny",
     shape: tuple[int, int, int] = SHAPE,
-    network: dict[str, Any] | None = None,
+    seed: int = 0,
     schedule: Schedule | None = None,
     prediction: Prediction | str = "v",
+    network: dict[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """A model of `tiny_denoiser` on images of `shape`. network: options of `tiny_unet`. options: more of `Model`."""
-    denoiser = tiny_denoiser(len(classes or ()), schedule, prediction, channels=shape[0], **(network or {}))
+    network = {"channels": shape[0], "seed": seed, **(network or {})}
+    denoiser = tiny_denoiser(len(classes or ()), schedule, prediction, **network)
     return Model(denoiser, name, shape, None if classes is None else tuple(classes), **options)
 
 
@@ -129,6 +132,13 @@ def write_image(path: Path, value: int = 100, side: int = 4) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (side, side), value).save(path)
     return path
+
+
+def write_images(folder: Path, *names: str, value: int = 100) -> Path:
+    """Write uniform grey images of these names below `folder`, which is returned."""
+    for name in names:
+        write_image(folder / name, value)
+    return folder
 
 
 def class_folders(path: Path, n: int = 6, value: int = 0, side: int = 8) -> Path:

@@ -14,13 +14,10 @@ import torch
 from torch import nn
 
 from hasten.cli import main
-from hasten.denoiser import Denoiser
 from hasten.distillers._ema_target import EMATarget
 from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
 from hasten.model import Model
-from hasten.nets.unet import UNet
-from hasten.predictions import V
 from hasten.schedules import VPCosine
 from hasten.train import Batches, Data, DenoisingLoss
 from hasten.train.checkpoint import read_log
@@ -30,23 +27,20 @@ from hasten.train.player import TrainedModule
 from hasten.train.rng import MicroBatchRng
 from hasten.workflows.distill import distill_model
 
+from ..factories import noise_data, tiny_model
 from ..processes import children, spawn, torchrun, until
 
 STEPS = 6
 
 
-def teacher(seed: int = 0) -> Model:
-    torch.manual_seed(seed)
-    net = UNet(1, widths=(8,), classes=2, embedding=8)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.1)
-    return Model(Denoiser(net, VPCosine(offset=0.0), V()), "tiny", (1, 8, 8), ("a", "b"), guidance_scale=1.0)
+def teacher() -> Model:
+    return tiny_model(
+        ("a", "b"), schedule=VPCosine(offset=0.0), network={"std": 0.1, "trainable": True}, guidance_scale=1.0
+    )
 
 
 def data() -> Data:
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=g)
-    return Data.of(images, torch.arange(20) % 2, ("a", "b"))
+    return noise_data(20, classes=("a", "b"))
 
 
 def trained(out: Path, accumulate: int, ends: int = STEPS, shard: bool = False) -> dict[str, torch.Tensor]:
