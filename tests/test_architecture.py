@@ -44,9 +44,9 @@ ROOT_MODULES = 18
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Bound Consistency Draws
+    Bound Consistency
     EDM Flow Guided
-    Kept Moments Nodes
+    Moments Nodes
     NoiseLevel Part Rows
     Run SecondMoment Simulated
     Stage Task Traced
@@ -58,29 +58,29 @@ TWICE = set(
     _wide accelerate answer
     begin beside check
     check_finite checked classifier
-    clock compiled counted
+    clock compiled
     describe described detached
     difference digest distance
     divergence drawn export
-    find fingerprint fit
+    fingerprint fit
     follow fresh given_images
     grid heard hint
-    is_pipeline keep kinds
-    listed local measured
+    is_pipeline keep
+    measured
     moments named names
-    nodes note now
-    number number_format numbers
+    nodes now
+    number numbers
     pairs parse place
-    plain plan pooled
+    plain pooled
     quantized quiet read
-    refusal restored run
+    refusal run
     sampled search several
     short slope span
     spectrum spell spread
-    sweep table to_bytes
+    sweep
     together told trace
-    usable watched whole
-    wide without_images write
+    usable watched
+    wide write
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

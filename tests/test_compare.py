@@ -18,16 +18,13 @@ import torch
 from hasten.compare import compare, variants
 from hasten.compare import runner as engine
 from hasten.compare.runner import as_fast, counting
-from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference
 from hasten.metrics.difference import difference
 from hasten.model import Model
-from hasten.nets.unet import UNet
-from hasten.predictions import prediction_from
-from hasten.schedules import VPCosine
 
-CLASSES = ("coat", "bag", "boot")
+from .factories import tiny_model
+
 SET = """
 n = 12
 rounds = 2
@@ -51,17 +48,6 @@ sampler = "heun"
 steps = 2
 guidance_scale = 1
 """
-
-
-def tiny(classes: tuple[str, ...] | None = CLASSES, seed: int = 0) -> Model:
-    """A U-Net of random weights on 1x8x8 images."""
-    torch.manual_seed(seed)
-    net = UNet(channels=1, widths=(8,), classes=len(classes or ()), embedding=8)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.15)
-    null = len(classes) if classes else None
-    denoiser = Denoiser(net, VPCosine(), prediction_from("v"), null_label=null).eval().requires_grad_(False)
-    return Model(denoiser, "tiny", (1, 8, 8), classes)
 
 
 class Corner(torch.nn.Module):
@@ -97,7 +83,7 @@ def run(chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(engine.report, "write", write if page else lambda out, *_: out / "report.html")
         told: dict[str, Any] = {"reference": real(), "features": Corner(), "runtime": "fp32", "timing_batch": 3}
         told |= {"out": tmp_path / "out", "show": False, "variants": chosen, **others}
-        return compare(tiny() if model is None else model, **told)
+        return compare(tiny_model() if model is None else model, **told)
 
     return start
 
@@ -156,9 +142,9 @@ def test_lists_are_a_product_and_the_rest_is_the_references() -> None:
 def test_the_bundled_sets_can_be_run(name: str) -> None:
     assert name in variants.names()
     chosen = variants.read(name, "angle", 1.5)
-    engine.prepare(tiny(), chosen)
+    engine.prepare(tiny_model(), chosen)
     assert (chosen.reference.times, chosen.reference.guidance_scale) == ("angle", 1.5)
-    engine.prepare(tiny(classes=None), variants.read(name))
+    engine.prepare(tiny_model(classes=None), variants.read(name))
 
 
 # What a row holds
@@ -189,7 +175,7 @@ def test_rows_hold_cost_quality_and_protocol(run: Any, tmp_path: Path) -> None:
 
 
 def test_the_difference_is_to_the_references_images_of_the_same_seeds(run: Any) -> None:
-    model = tiny()
+    model = tiny_model()
     rows = run(model, seed=5, batch_size=5)
     best = model.sample(12, seed=5, sampler="unipc:order=3", times="lambda", steps=12, guidance_scale=2.0)
     for name, sampler, steps, scale in (("DDIM, 2 steps", "ddim", 2, 2.0), ("plain Heun", "heun", 2, 1.0)):
@@ -225,7 +211,7 @@ def test_difference_of_known_images() -> None:
 
 
 def test_guided_evaluations_are_counted_twice() -> None:
-    model = tiny()
+    model = tiny_model()
     for scale, expected in ((1.0, 3 * 4), (2.0, 3 * 4 * 2)):
         with counting(model) as count:
             model.sample(3, sampler="ddim", times="lambda", steps=4, guidance_scale=scale, batch_size=2)
@@ -243,7 +229,7 @@ def test_a_model_without_statistics_gets_costs_alone(run: Any) -> None:
 def test_an_unconditional_model(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "plain.toml"
     path.write_text(SET.replace("guidance_scale = 2.0", ""))
-    rows = run(tiny(classes=None), variants=path)
+    rows = run(tiny_model(classes=None), variants=path)
     assert [row["nfe"] for row in rows] == [12, 2, 4, 4, 3, 2, 3]
     assert all("accuracy" not in row or row["accuracy"] is None for row in rows)
 
@@ -263,7 +249,7 @@ def test_a_second_run_keeps_what_is_finished(run: Any, monkeypatch: pytest.Monke
 
 def test_other_settings_are_other_rows(run: Any, chosen: Path, tmp_path: Path) -> None:
     first = run()
-    for other in ({"seed": 1}, {"n": 13}, {"model": tiny(seed=1)}, {"reference": None, "features": None}):
+    for other in ({"seed": 1}, {"n": 13}, {"model": tiny_model(seed=1)}, {"reference": None, "features": None}):
         assert not {row["key"] for row in run(**other)} & {row["key"] for row in first}
     chosen.write_text(SET.replace("steps = 12", "steps = 11"))  # the others are measured against it
     assert not {row["key"] for row in run()} & {row["key"] for row in first}
@@ -310,7 +296,7 @@ def test_ctrl_c_keeps_the_finished_rows(run: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
     """The command, interrupted in its fourth row: the rows and their report are on disk, one line is said, 130."""
     out = tmp_path / "out"
-    tiny().save(tmp_path / "model")
+    tiny_model().save(tmp_path / "model")
     code = (
         # a test run in the background is deaf to Ctrl-C, and so would be its children
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -129,12 +129,12 @@ def of_class(path: Path, n: int, model: Model, label: str | None) -> Tensor:
     """The first `n` images of a path, (n, C, h, w) in [-1, 1]; of one class, where both have any."""
     from ..train import open_data
     from ..train.data import to_float
-    from ..train.given import is_file, read_images
     from ..train.names import class_of
+    from ..train.start_images import is_image_file, read_images
 
     known = model.classes or ()
     index = None if label is None or not known else model.class_index(label)
-    if index is None or index == model.denoiser.null_label or is_file(path):
+    if index is None or index == model.denoiser.null_label or is_image_file(path):
         return read_images(path, n, model.shape[0])
     data = open_data(path, split=None, channels=model.shape[0])
     if data.labels is None:

@@ -21,7 +21,7 @@ from ..plan.config import SamplingConfig
 from ..progress import ignore_messages
 from ..sampling import Progress
 from ..storage.provenance import versions
-from ..train.given import read_images
+from ..train.start_images import read_images
 from ..utils.config import Config
 from .distribute import idle_processes, sample_many, saved_batches, sharing
 
