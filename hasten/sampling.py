@@ -166,16 +166,6 @@ def _each(value: Any, B: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == B
 
 
-def part(progress: Progress | None, start: int, n: int, batch_size: int) -> Progress | None:
-    """`progress` of the batch that begins at image `start`, as a share of all `n` images."""
-    if progress is None:
-        return None
-    if not callable(progress):
-        raise BadInput(f"progress must be a function or None, found {progress!r}")
-    before, batches = start // batch_size, -(-n // batch_size)
-    return lambda done, total: progress(before * total + done, batches * total)
-
-
 class Count(Wrapper):
     """A denoiser that counts what passes through: `calls` of the network and `rows` (samples, summed over calls).
 

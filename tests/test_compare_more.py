@@ -26,6 +26,7 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.schedules import VPCosine
+from hasten.workflows.prompts import read_prompts
 
 from .test_compare import tiny
 
@@ -137,7 +138,7 @@ def test_guidance_of_0_keeps_the_prompt_and_counts_one_evaluation(tmp_path: Path
 
 def test_prompts_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\ufeffa fox\n\n  a cat, red \n", encoding="utf-8")
-    assert jobs.read_prompts(tmp_path / "p.txt") == ["a fox", "a cat, red"]
+    assert read_prompts(tmp_path / "p.txt") == ["a fox", "a cat, red"]
     (tmp_path / "empty.txt").write_text("\n \n")
     for name, said in {"empty.txt": "holds no prompts", "none.txt": "cannot read"}.items():
         code, _, err = cli("compare", "fashion", "--prompts", tmp_path / name, "--out", tmp_path / "o")

@@ -19,7 +19,7 @@ from hasten.distributed.heartbeat import Peers, alive
 from hasten.distributed.ranks import ProcessLost, Ranks, launched, own_device
 from hasten.errors import BadInput
 from hasten.storage.batches import SavedBatches
-from hasten.workflows.sample import Sharing, kept, part_of, sample_many, sampling_metadata, sharing
+from hasten.workflows.distribute import Sharing, kept, part_of, sample_many, sampling_metadata, sharing
 
 from .processes import spawn
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput, HastenError
+from ..errors import HastenError
 from ..storage.provenance import command_line
-from ._common import ends_as_stopped, open_shared, processes
+from ._common import ends_as_stopped, open_shared, processes, prompts_of
 from ._processes import together
 from .terminal import tell
 
@@ -86,12 +86,3 @@ def compare(
             f"{len(lost)} of {len(rows)} rows failed, {first}{also}; {out / 'report.html'} has the others"
         )
     return rows
-
-
-def prompts_of(prompt: list[str] | None, prompts: Path | None) -> list[str] | None:
-    """The prompts of the command line, None where there are none."""
-    from ..compare.jobs import read_prompts
-
-    if prompt and prompts is not None:
-        raise BadInput("give --prompt or --prompts, not both")
-    return read_prompts(prompts) if prompts is not None else prompt or None
