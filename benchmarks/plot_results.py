@@ -1,6 +1,6 @@
 """Draw docs/images/speed.svg from the recorded table "Together" of RESULTS.md: speed-up against Fréchet distance.
 
-    python -m benchmarks.plot_results
+python -m benchmarks.plot_results
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -20,8 +21,13 @@ PAGES = {
     "benchmarks/MIXTURES.md": "benchmarks/mixtures.md",
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
+    "SECURITY.md": "project/security.md",
 }
+# page of the site in place of a file that is none of its pages
+INSTEAD = {"README.md": "index.md"}
 COMMANDS = "<!-- reference of the commands -->"
+NAMES = "<!-- public names -->"
+SUPPORT = "<!-- support matrix of the README -->"
 LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)\s#]+)(#[^)\s]*)?(\))")
 
 
@@ -34,22 +40,56 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Fill in the commands, and rewrite relative links that leave `docs/`."""
-    if COMMANDS in markdown:
-        markdown = markdown.replace(COMMANDS, command_line())
     uri = page.file.src_uri
     source = next((file for file, at in PAGES.items() if at == uri), f"docs/{uri}")
-    return LINK.sub(lambda match: _rewritten(match, source, uri), markdown)
+    markdown = LINK.sub(lambda match: _rewritten(match, source, uri), markdown)
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, command_line())
+    if NAMES in markdown:
+        markdown = markdown.replace(NAMES, public_names())
+    if SUPPORT in markdown:
+        table = LINK.sub(lambda match: _rewritten(match, "README.md", uri), support_matrix())
+        markdown = markdown.replace(SUPPORT, table)
+    return markdown
 
 
 def _rewritten(match: re.Match[str], source: str, uri: str) -> str:
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
     if target.startswith("docs/"):
         at = target.removeprefix("docs/")
-    elif target in PAGES:
-        at = PAGES[target]
-    else:  # of a file that is no page, its name
-        return f"{match[1]}{match[2]}{match[3] or ''}{match[4]}"
+    else:
+        at = {**PAGES, **INSTEAD}[target]
     return f"{match[1]}{posixpath.relpath(at, posixpath.dirname(uri) or '.')}{match[3] or ''}{match[4]}"
+
+
+def public_names() -> str:
+    """`hasten.__all__` as a list of the pages of the API reference, with links to the entries."""
+    import hasten
+
+    modules = {
+        entry: page
+        for page in sorted((ROOT / "docs" / "api").glob("*.md"))
+        for entry in re.findall(r"^::: (\S+)", page.read_text(), re.M)
+    }
+    names: dict[Path, list[str]] = {page: [] for page in modules.values()}
+    for name in sorted(hasten.__all__, key=str.lower):
+        public = getattr(hasten, name)
+        if isinstance(public, ModuleType):  # hasten.plan and hasten.pick are modules that can be called
+            public = getattr(public, name)
+        dotted = f"{public.__module__}.{public.__name__}"
+        entry = max((entry for entry in modules if dotted.startswith(f"{entry}.")), key=len)
+        names[modules[entry]].append(f"[`{name}`]({modules[entry].name}#{dotted})")
+    lines = []
+    for page, links in names.items():
+        title = page.read_text().partition("\n")[0].removeprefix("# ")
+        lines.append(f"- [{title}]({page.name})" + (f": {', '.join(links)}" if links else ""))
+    return "\n".join(lines)
+
+
+def support_matrix() -> str:
+    """What stands between the marks of the README."""
+    text = (ROOT / "README.md").read_text()
+    return text[text.index("[start:support] -->") : text.index("<!-- [end:support]")].partition("-->")[2]
 
 
 def command_line() -> str:
