@@ -129,7 +129,7 @@ def test_the_commands_of_the_documents_are_commands() -> None:
         for option in re.findall(r"--([\w-]+)", rest.split("#")[0]):
             assert option.replace("-", "_") in known, (verb, option)
         out = re.findall(r"--out (\S+)", rest)
-        assert verb != "sample" or "--single" in rest or all(file.endswith(".png") for file in out), rest
+        assert verb != "sample" or "--separate-files" in rest or all(file.endswith(".png") for file in out), rest
 
 
 def slug(heading: str) -> str:

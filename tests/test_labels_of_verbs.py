@@ -24,7 +24,7 @@ from hasten.workflows.distribute import part_of
 from hasten.workflows.evaluate import classifier_labels, evaluate_distributed
 from hasten.workflows.tune import real
 
-FAST = ("--steps", 1, "--runtime", "fp32", "--device", "cpu")
+FAST = ("--steps", 1, "--precision", "fp32", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -106,9 +106,9 @@ class DistillOptions(TypedDict, total=False):
 def distill_model(
     model: Model,
     out: str | Path,
-    config: DistillConfig | None = None,
-    *,
+    config: DistillConfig | str | None = None,
     data: str | Path | Data | torch.Tensor | None = None,
+    *,
     init: Model | None = None,
     dry_run: bool = False,
     show: bool = True,
@@ -125,7 +125,7 @@ def distill_model(
     see `out`.
 
     Args:
-        config: method, budget and optimiser; None: the defaults. options: fields of it.
+        config: method, budget and optimiser, or the method alone as text; None: the defaults. options: fields of it.
         data: what `open_data` reads; may be omitted for methods that train on the teacher's own samples (`needs_data`
             is false): the classes then have equal parts. For samples that are no images: a tensor (n, *shape), or a
             `Data` with labels. Images for a model of latents are encoded.
@@ -143,7 +143,7 @@ def distill_model(
         KeyboardInterrupt: at Ctrl-C, with what is saved.
     """
     if isinstance(config, str):  # the method
-        config, options = None, {"method": config, **options}
+        config = DistillConfig(method=config)
     log = options.pop("say", log)
     config = DistillConfig.of(config, options)
     method, steps, minutes, evaluations = config.method, config.steps, config.minutes, config.nfe_budget

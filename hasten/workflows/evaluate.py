@@ -121,16 +121,16 @@ def evaluate_model(
     reference = evaluation.reference or model.card.get("reference")
     if reference is None:
         raise BadInput(f"{model.name} names no reference: give --reference, such as a folder of real images")
+    config = SamplingConfig.of(config, options)
+    precision = ranks.on_main_process(lambda: model.precision_for(config.precision or "fp32", min(n, batch_size)))
+    resolved = model.resolve(config, precision=precision)
+    labels = None if model.conditioning is not None else model.labels(n, label)
     tell = warn if ranks.is_main_process else ignore_messages
     known, net = judge(reference, evaluation.features, image_shape(model), model.device, ranks, tell)
     assert known is not None and net is not None
     for line in (without_neighbours(n, known), idle_processes(ranks, n, batch_size)):
         if line:
             tell(line)
-    config = SamplingConfig.of(config, options)
-    precision = ranks.on_main_process(lambda: model.precision_for(config.precision or "fp32", min(n, batch_size)))
-    resolved = model.resolve(config, precision=precision)
-    labels = None if model.conditioning is not None else model.labels(n, label)
     blocks = []
     for block in range(repeats):
         first = seed + block * n

@@ -221,7 +221,7 @@ def test_folder_and_command_line(tmp_path: Path) -> None:
     assert torch.allclose(model.sample(1, "a cat", **told), hasten.load(pipe).sample(1, "a cat", **told), atol=1e-6)
     png = tmp_path / "cat.png"
     command = ["sample", str(tmp_path / "pipe"), "--label", "a photo of the cat, red", "--out", str(png), "--n", "2"]
-    assert main([*command, "--steps", "2", "--runtime", "fp32"]) == 0
+    assert main([*command, "--steps", "2", "--precision", "fp32"]) == 0
     assert "a photo of the cat, red" in read_text(png)["command"]
 
 
