@@ -173,7 +173,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_api_reference_names_modules_that_exist() -> None:
     entries = [entry for page in DOCS for entry in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
-    assert len(entries) > 30 and all(resolves(entry) for entry in entries)
+    assert len(entries) > 20 and all(resolves(entry) for entry in entries)
 
 
 def test_every_page_is_in_the_navigation() -> None:
