@@ -15,9 +15,9 @@ TARGET = ROOT / "docs" / "images" / "speed.svg"
 LABELS = {
     "DDIM, 50 steps": ("DDIM, 50 steps", (-8, -15)),
     "DDIM, 8 steps": ("DDIM, 8 steps", (6, -3)),
-    "DeepCache, every 3, forecast": ("DeepCache", (-22, 8)),
+    "DeepCache, every 3, extrapolated": ("DeepCache", (-22, 8)),
     "W8A8": ("int8", (-8, -15)),
-    "**W8A8 and encoder propagation (14 keys)**": ("int8 + encoder propagation", (-20, 8)),
+    "**W8A8 and encoder propagation (14 key steps)**": ("int8 + encoder propagation", (-20, 8)),
     "UniPC-3, 8 steps": ("UniPC-3, 8 steps", (-50, -15)),
     "**UniPC-3, 8 steps, W8A8**": ("UniPC-3, 8 steps, int8", (-30, -15)),
     "student, 8 steps, W8A8": ("student, 8 steps, int8", (-88, 8)),

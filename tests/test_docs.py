@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
+import subprocess
 import sys
 import types
 import warnings
@@ -196,3 +198,26 @@ def test_the_glossary_has_two_lines_a_word() -> None:
     for entry in entries:
         lines = entry.strip().splitlines()[2:]
         assert len(lines) == 2 and lines[1].startswith("*"), entry
+
+
+def test_the_documents_speak_the_words_of_the_field() -> None:
+    """Words that a reader who knows diffusers, torch and accelerate would have to look up."""
+    private = (
+        r"drawn on|heard|lessons?|chase|shelf|parted|teleport|told|asked|goes on|whole\(|judge|floors? \(|seams?|rehearsal|"
+        r"query|queries|the law|climb|company|mourn"
+    )
+    for page in PAGES:
+        if page.name not in ("glossary.md", "extending.md"):  # which explain the class Query
+            found = re.findall(rf"(?i)\b({private})\b", page.read_text())
+            assert not found, (name(page), found)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """`make docs`: pages, links and anchors of the site, and the docstrings of the reference."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
