@@ -178,6 +178,15 @@ def test_the_api_reference_names_modules_that_exist() -> None:
     assert len(entries) > 20 and all(resolves(entry) for entry in entries)
 
 
+def test_there_is_one_version() -> None:
+    """That of the package is read by pyproject.toml; the citation names it."""
+    import hasten
+
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert cited is not None and cited[1] == hasten.__version__
+    assert 'version = { attr = "hasten._version.__version__" }' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert {page.relative_to(ROOT / "docs").as_posix() for page in DOCS} <= listed
