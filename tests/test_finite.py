@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.cli import main
-from hasten.cli.terminal import tell
+from hasten.cli.terminal import print_result
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput, NonFinite, Notice
 from hasten.images import crossed, grid, picture, to_uint8
@@ -273,7 +273,7 @@ def test_tuning_refuses_figures_that_are_not_finite(tmp_path: Path, monkeypatch:
 
 
 def test_what_is_printed_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    tell({"a": [math.nan, 1.0], "b": {"c": math.inf}}, "", True)
+    print_result({"a": [math.nan, 1.0], "b": {"c": math.inf}}, "", True)
 
     def no(word: str) -> None:
         raise AssertionError(word)

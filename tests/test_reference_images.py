@@ -16,7 +16,7 @@ from PIL import Image
 
 from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
-from hasten.workflows.reference_images import baseline, judge, of_images
+from hasten.workflows.reference_images import baseline, of_images, reference_for
 
 from .test_compare import Corner, tiny
 from .test_compare_more import SMALL, cli, no_page, run
@@ -72,7 +72,7 @@ def test_what_cannot_judge_is_one_line(tmp_path: Path) -> None:
         (folder, "fasion", (1, 8, 8), "did you mean 'fashion'"),
     ]:
         with pytest.raises(BadInput, match=message):
-            judge(reference, features, shape, here, ranks)
+            reference_for(reference, features, shape, here, ranks)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -147,7 +147,7 @@ def test_hasten_sample_resolves_compiles_and_chooses_the_precision_once(
 
 
 def test_a_file_of_options_for_each_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    SamplingConfig("ddim", "uniform", 2, 1.0, precision="fp32").save(tmp_path / "s.toml")
+    SamplingConfig("unipc", "lambda", 3, 1.0, precision="fp32").save(tmp_path / "s.toml")
     out = ["--out", str(tmp_path / "t")]
     assert main(["tune", "fashion", *out, "--method", "optimized_steps", "--config", str(tmp_path / "s.toml")]) == 0
     found = SamplingConfig.load(tmp_path / "t" / "sampling.toml")

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import HastenError
 from ..storage.provenance import command_line
-from ._common import ends_as_stopped, open_shared, processes, prompts_of
-from ._processes import together
-from .terminal import tell
+from ._common import open_shared, processes, prompts_of, sigterm_as_interrupt
+from ._processes import on_all_processes
+from .terminal import print_result
 
 if TYPE_CHECKING:
     pass
 
 
-@together
+@on_all_processes
 def compare(
     model: str,
     *,
@@ -74,11 +74,11 @@ def compare(
     texts = prompts_of(prompt, prompts)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
-    with ends_as_stopped():
+    with sigterm_as_interrupt():
         command = command_line("compare", model, told)
         rows = run(loaded, out=out, **asked, show=not json, command=command, ranks=ranks, prompts=texts)
     if json:
-        tell(rows, "", json)
+        print_result(rows, "", json)
     if lost := [row for row in rows if row.get("failed")]:
         also = "" if len(lost) == 1 else f" (and {len(lost) - 1} more)"
         first = f"{lost[0]['name']!r}: {lost[0]['failed']}"

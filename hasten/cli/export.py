@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ._common import open_model
-from ._processes import alone
-from .terminal import tell
+from ._processes import on_main_process
+from .terminal import print_result
 
 
-@alone
+@on_main_process
 def export(
     model: str,
     *,
@@ -59,5 +59,5 @@ def export(
     note = made.card["exported"]
     result = {"folder": str(out), "files": made.denoiser.net.config["files"], **note}
     said = f"{out}: {to} {precision}, {note['bytes'] / 1e6:.1f} MB, error {note['error']:.1e}"
-    tell(result, f"{said}; try hasten sample {out}", json)
+    print_result(result, f"{said}; try hasten sample {out}", json)
     return result

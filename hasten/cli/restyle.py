@@ -10,8 +10,8 @@ from ..errors import BadInput
 from ..progress import progress
 from ..storage.provenance import command_line, versions
 from ._common import open_model
-from ._processes import alone
-from .terminal import tell
+from ._processes import on_main_process
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..model.model import Model
 
 
-@alone
+@on_main_process
 def restyle(
     encoder: str,
     decoder: str | None = None,
@@ -121,7 +121,7 @@ def restyle(
         "seconds": seconds,
     }
     line = f"{out}: {n} images in {made.evaluations:g} network evaluations each, {seconds:.2f} s"
-    tell(result, line, json)
+    print_result(result, line, json)
     return result
 
 

@@ -32,7 +32,7 @@ from ..storage.provenance import command_line, fingerprint, hash_of, now
 from ..workflows.distribute import sample_many, sharing
 from ..workflows.evaluate import evaluate_distributed
 from ..workflows.prompts import image_shape, is_image, prompts_for
-from ..workflows.reference_images import judge as judged_by
+from ..workflows.reference_images import reference_for as judged_by
 from . import jobs as tools
 from . import report
 from .counting import counting, extra

@@ -67,11 +67,11 @@ class Resolved:
         if config.plan is not None:
             values: dict[str, Any] = {"plan": config.plan if isinstance(config.plan, (str, Path)) else RECOMMENDED}
         else:
-            values = {name: record(getattr(config, name)) for name in ("sampler", "times")}
+            values = {name: method_text(getattr(config, name)) for name in ("sampler", "times")}
         values |= {"steps": config.steps, "guidance_scale": config.guidance_scale}
-        values |= {"guides": tuple(map(record, config.guides))} if config.guides else {}
-        values |= {"start": record(config.start)} if config.start is not None else {}
-        values |= {"accelerators": tuple(map(record, config.accelerators))} if config.accelerators else {}
+        values |= {"guides": tuple(map(method_text, config.guides))} if config.guides else {}
+        values |= {"start": method_text(config.start)} if config.start is not None else {}
+        values |= {"accelerators": tuple(map(method_text, config.accelerators))} if config.accelerators else {}
         return {**values, "precision": config.precision}
 
 
@@ -245,7 +245,7 @@ def grid_of(schedule: Schedule, times: Any, steps: int | None, default: int, beg
     return grid(schedule, steps)
 
 
-def record(method: Any) -> Any:
+def method_text(method: Any) -> Any:
     """A method as text, or times as a tuple."""
     value = spec(method)
     return tuple(value) if isinstance(value, list) else value

@@ -34,7 +34,7 @@ from ..utils.config import Config
 from ..utils.environment import cache_folder
 from .distribute import idle_processes, sample_many, saved_batches
 from .prompts import image_shape, prompts_for
-from .reference_images import judge
+from .reference_images import reference_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,7 +126,7 @@ def evaluate_model(
     resolved = model.resolve(config, precision=precision)
     labels = None if model.conditioning is not None else model.labels(n, label)
     tell = warn if ranks.is_main_process else ignore_messages
-    known, net = judge(reference, evaluation.features, image_shape(model), model.device, ranks, tell)
+    known, net = reference_for(reference, evaluation.features, image_shape(model), model.device, ranks, tell)
     assert known is not None and net is not None
     for line in (without_neighbours(n, known), idle_processes(ranks, n, batch_size)):
         if line:

@@ -35,7 +35,7 @@ from ..storage.runs import earlier
 from ..storage.weights import is_half
 from ..utils.config import Config
 from ..utils.finite import check_finite, check_weights
-from .tune import watched
+from .tune import tuning_progress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -205,7 +205,7 @@ def quantize_model(
     if known is None:
         known = {**run, "iterations": allocated(method, work, minutes, began)}
         write(out / RUN, (json.dumps(known, indent=2) + "\n").encode())
-    with watched() as tick:
+    with tuning_progress() as tick:
         book = SavedBlocks(iterations_of(known), out / BLOCKS, log, tick)
         try:
             denoiser = method.finished(work, book)

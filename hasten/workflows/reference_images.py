@@ -31,7 +31,7 @@ def is_images(place: str | Path) -> bool:
     return str(place) not in BUNDLED and folder.exists() and not (folder / "features.json").is_file()
 
 
-def judge(
+def reference_for(
     reference: str | Path | Reference | None,
     features: str | nn.Module | None,
     shape: Sequence[int],
@@ -54,17 +54,17 @@ def judge(
     if not isinstance(reference, Reference) and is_images(reference):
         if features is None:
             raise BadInput(f"{reference} holds images: give --features, the network to look at them with")
-        net = looking(features, shape).to(device)
+        net = usable_feature_net(features, shape).to(device)
         with ranks.main_process_first():
             return of_images(Path(reference), net, shape, say), net
     known = reference if isinstance(reference, Reference) else load_reference(reference)
-    net = looking(features or known.features, shape).to(device)
+    net = usable_feature_net(features or known.features, shape).to(device)
     if net_name(net) != known.features:
         raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
     return known, net
 
 
-def looking(features: str | nn.Module, shape: Sequence[int]) -> nn.Module:
+def usable_feature_net(features: str | nn.Module, shape: Sequence[int]) -> nn.Module:
     """The feature network, where it can look at such images."""
     net = feature_net(features)
     if net_name(net) == "fashion" and shape[0] != 1:
@@ -82,7 +82,7 @@ def of_images(place: Path, net: nn.Module, shape: Sequence[int], say: Callable[[
     """
     from ..train.data import open_data
 
-    key = {"files": listed(place), "features": net_name(net), "shape": list(shape), "version": VERSION}
+    key = {"files": file_list(place), "features": net_name(net), "shape": list(shape), "version": VERSION}
     text = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     kept = cache_folder() / "references" / text
     if (kept / "features.json").is_file():
@@ -121,7 +121,7 @@ def baseline(features: Tensor, seed: int = 0) -> dict[str, dict[int, float]]:
     return table
 
 
-def listed(place: Path) -> list[list[object]]:
+def file_list(place: Path) -> list[list[object]]:
     """Name, size and time of change of every file, which stand for what is in them."""
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     return [

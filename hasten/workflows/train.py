@@ -155,7 +155,7 @@ def train_model(
     loss = DenoisingLoss(label_drop=dropped)
     precision = before.get("precision") if config.precision == "auto" else None
     precision = precision or ranks.on_main_process(
-        lambda: number_format(denoiser, source, config.precision, batch_size, ranks.device)
+        lambda: train_precision(denoiser, source, config.precision, batch_size, ranks.device)
     )
     fit = Fit(
         steps=steps,
@@ -220,7 +220,7 @@ def network(data: Data, widths: Sequence[int] | None, blocks: int, patch: int | 
     return net
 
 
-def number_format(denoiser: Denoiser, data: Data, runtime: str, batch_size: int, device: torch.device) -> str:
+def train_precision(denoiser: Denoiser, data: Data, runtime: str, batch_size: int, device: torch.device) -> str:
     """What was asked for, or `fp32` or `bf16`, as a timing of the forward pass finds."""
     if runtime != "auto":
         return format_runtime(parse_runtime(runtime))

@@ -106,7 +106,7 @@ def tune_model(
         identity=fingerprint(model),
     )
     began = time.perf_counter()
-    with watched() as task.tick, resolved.runtime.apply():
+    with tuning_progress() as task.tick, resolved.runtime.apply():
         resolved.runtime.prepare(model.denoiser)
         found = tuner.tune(task)
     seconds = time.perf_counter() - began
@@ -114,7 +114,7 @@ def tune_model(
         check_finite(f"{method} found {what} that are not finite", getattr(found, what))
     for part, net in found.parts.items():
         check_weights(net, f"{method}: the network {part} that it trained")
-    name = keep(model, found, method, scale)
+    name = store_result(model, found, method, scale)
     record = {
         "method": format_spec(tuner),
         "plan": name,
@@ -133,7 +133,7 @@ def tune_model(
     return {"folder": str(out), **record, "seconds": seconds}
 
 
-def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
+def store_result(model: Model, found: Tuned, method: str, scale: float) -> str | None:
     """Give the model what was found; the name of the plan, if there is one."""
     model.statistics = {**model.statistics, **found.statistics}
     model.parts = {**model.parts, **found.parts}
@@ -172,7 +172,7 @@ def real(model: Model, data: str | Path) -> Images:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Tick]:
+def tuning_progress() -> Iterator[Tick]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not is_terminal(sys.stderr):
         yield ignore
