@@ -44,42 +44,18 @@ ROOT_MODULES = 18
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Bound Consistency Draws
-    EDM Flow Guided
-    Kept Moments Nodes
-    NoiseLevel Part Rows
-    Run SecondMoment Simulated
-    Stage Task Traced
-    UNet Way Work
-    _Callable _Conv _check
-    _known _load _low_rank
-    _positive _rows _seconds
-    _short _text _watched
-    _wide accelerate answer
-    begin beside check
-    check_finite checked classifier
-    clock compiled counted
-    describe described detached
-    difference digest distance
-    divergence drawn export
-    find fingerprint fit
-    follow fresh given_images
-    grid heard hint
-    is_pipeline keep kinds
-    listed local measured
-    moments named names
-    nodes note now
-    number number_format numbers
-    pairs parse place
-    plain plan pooled
-    quantized quiet read
-    refusal restored run
-    sampled search several
-    short slope span
-    spectrum spell spread
-    sweep table to_bytes
-    together told trace
-    usable watched whole
+    Consistency Draws EDM Flow Guided NoiseLevel
+    Run Traced UNet Way _Callable _known
+    _low_rank _positive _seconds _short _text _watched
+    _wide accelerate answer begin beside check
+    checked clock compiled counted describe described
+    digest distance drawn export find fingerprint
+    fresh given_images grid hint is_pipeline keep
+    kinds listed local named names nodes
+    note now number number_format numbers pairs
+    place plain plan quantized quiet read
+    restored sampled search several short slope
+    span spread table together trace usable
     wide without_images write
     """.split()  # noqa: SIM905
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import BadInput
-from .measure import check_finite
+from .measure import check_finite_rows
 
 PEAK_DB = 100.0  # the PSNR of images that do not differ
 
 
-def difference(images: Tensor, others: Tensor) -> dict[str, float]:
+def image_difference(images: Tensor, others: Tensor) -> dict[str, float]:
     """`psnr`, the mean over images of `-10 log10 MSE` in dB (each at most 100), and `rms`, the root of the mean MSE.
 
     images, others: `(N, ...)` in [-1, 1], image by image of the same seeds; the errors are taken on the scale 0 to 1.
@@ -19,7 +19,7 @@ def difference(images: Tensor, others: Tensor) -> dict[str, float]:
     """
     if images.shape != others.shape:
         raise BadInput(f"images of shape {tuple(images.shape)} and {tuple(others.shape)} cannot be compared one by one")
-    check_finite("images", images, others)
+    check_finite_rows("images", images, others)
     mse = ((images - others).double() / 2).square().flatten(1).mean(dim=1)
     psnr = -10 * mse.clamp(min=10 ** (-PEAK_DB / 10)).log10()
     return {"psnr": float(psnr.mean()), "rms": float(mse.mean().sqrt())}

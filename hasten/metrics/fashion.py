@@ -17,7 +17,7 @@ CLASSES = (
 ZOO = Path(__file__).resolve().parent.parent / "zoo" / "fashion_features"
 
 
-class _Conv(nn.Module):
+class _ResidualConv(nn.Module):
     """3x3 convolution, batch normalisation, ReLU; with `residual` the input is added before the ReLU."""
 
     def __init__(self, channels: int, out_channels: int, residual: bool = False) -> None:
@@ -46,11 +46,11 @@ class FashionClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _Conv(1, 32)
-        self.second = _Conv(32, 64)
-        self.third = _Conv(64, 128)
-        self.fourth = _Conv(128, 128, residual=True)
-        self.fifth = _Conv(128, 128, residual=True)
+        self.stem = _ResidualConv(1, 32)
+        self.second = _ResidualConv(32, 64)
+        self.third = _ResidualConv(64, 128)
+        self.fourth = _ResidualConv(128, 128, residual=True)
+        self.fifth = _ResidualConv(128, 128, residual=True)
         self.head = nn.Linear(128, 10)
 
     def check(self, images: Tensor) -> None:
@@ -74,7 +74,7 @@ class FashionClassifier(nn.Module):
         return features, self.head(features)
 
 
-def classifier(folder: str | Path = ZOO) -> FashionClassifier:
+def fashion_classifier(folder: str | Path = ZOO) -> FashionClassifier:
     """The classifier whose fp16 weights lie in `folder` (default: the bundled one), float32, in evaluation mode.
 
     Raises BadInput for missing, damaged or foreign weights.

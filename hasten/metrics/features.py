@@ -52,17 +52,19 @@ def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn
     name, at, size = str(which).partition("@")
     which = ALIASES.get(name, name) + at + size
     if which == "fashion":
-        from .fashion import classifier
+        from .fashion import fashion_classifier
 
-        return classifier()
+        return fashion_classifier()
     if match := re.fullmatch(r"efficientnet_lite0(?:@(\d+))?", which):
         from .efficientnet import EfficientNetLite0
 
-        return _load(EfficientNetLite0(int(match[1] or 128)), Path(weights) if weights else _efficientnet_file())
+        return _load_weights(
+            EfficientNetLite0(int(match[1] or 128)), Path(weights) if weights else _efficientnet_file()
+        )
     if which == "inception":
         from .inception import Inception
 
-        return _load(Inception(), Path(weights) if weights else _inception_file())
+        return _load_weights(Inception(), Path(weights) if weights else _inception_file())
     raise BadInput(f"no feature network {which!r}: {nearest(str(which), NAMES)}")
 
 
@@ -150,7 +152,7 @@ def _pixels(images: Tensor, quantize: bool) -> Tensor:
     return ((x + 1) * 127.5).round() / 127.5 - 1 if quantize else x
 
 
-def _load(net: nn.Module, path: Path) -> nn.Module:
+def _load_weights(net: nn.Module, path: Path) -> nn.Module:
     """Load a state dict; where the file name ends in part of its sha256 (the torch hub habit), check it."""
     if not path.is_file():
         raise BadInput(f"no weights at {path}")

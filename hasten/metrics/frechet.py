@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .measure import check_finite
+from .measure import check_finite_rows
 
 
-class Moments:
+class RunningMoments:
     """Mean and covariance of features that arrive in batches, float64, by the pairwise update of Chan et al. (1979).
 
     `add(features (B, D))` any number of times, `merge` another accumulator (of another process, say),
@@ -23,7 +23,7 @@ class Moments:
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)
 
-    def add(self, features: Tensor) -> Moments:
+    def add(self, features: Tensor) -> RunningMoments:
         if features.ndim != 2:
             raise BadInput(f"features must have shape (N, D), found {tuple(features.shape)}")
         if len(features):
@@ -32,7 +32,7 @@ class Moments:
             self._combine(len(x), mean, (x - mean).T @ (x - mean))
         return self
 
-    def merge(self, other: Moments) -> Moments:
+    def merge(self, other: RunningMoments) -> RunningMoments:
         if other.count:
             self._combine(other.count, other._mean, other._scatter)
         return self
@@ -60,7 +60,7 @@ class Moments:
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean `(D,)` and unbiased covariance `(D, D)` of features `(N, D)`, float64."""
-    return Moments().add(features).result()
+    return RunningMoments().add(features).result()
 
 
 def root(covariance: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     if mean1.shape != mean2.shape or covariance1.shape != covariance2.shape:
         raise BadInput(f"moments of width {len(mean1)} and {len(mean2)} are not of the same feature network")
     m1, c1, m2, c2 = (v.to("cpu", torch.float64) for v in (mean1, covariance1, mean2, covariance2))
-    check_finite("moments", m1, c1, m2, c2)
+    check_finite_rows("moments", m1, c1, m2, c2)
     return _distance(m1, c1, m2, torch.trace(c2), root(c2))
 
 

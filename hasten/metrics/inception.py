@@ -12,7 +12,7 @@ from torch.nn import functional as F
 Size = int | tuple[int, int]
 
 
-class _Conv(nn.Module):
+class _ConvNormReLU(nn.Module):
     """Convolution, batch normalisation (eps 1e-3), ReLU; names as in the published state dict."""
 
     def __init__(self, channels: int, out: int, kernel: Size, stride: int = 1, padding: Size = 0) -> None:
@@ -29,7 +29,7 @@ class _Mixed(nn.Module):
     split whose outputs are concatenated. `pool` is what the last branch sees: "avg" (padding not counted, as in
     TensorFlow), "max", or "reduce" (stride 2, no convolution after it)."""
 
-    def __init__(self, chains: Sequence[Sequence[str | tuple[str, str]]], pool: str, **layers: _Conv) -> None:
+    def __init__(self, chains: Sequence[Sequence[str | tuple[str, str]]], pool: str, **layers: _ConvNormReLU) -> None:
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -68,20 +68,20 @@ def _along(length: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def _block_a(channels: int, pooled: int) -> _Mixed:
     return _Mixed(
         [["branch1x1"], _chain("branch5x5", 2), _chain("branch3x3dbl", 3)], "avg",
-        branch1x1=_Conv(channels, 64, 1),
-        branch5x5_1=_Conv(channels, 48, 1), branch5x5_2=_Conv(48, 64, 5, padding=2),
-        branch3x3dbl_1=_Conv(channels, 64, 1), branch3x3dbl_2=_Conv(64, 96, 3, padding=1),
-        branch3x3dbl_3=_Conv(96, 96, 3, padding=1),
-        branch_pool=_Conv(channels, pooled, 1),
+        branch1x1=_ConvNormReLU(channels, 64, 1),
+        branch5x5_1=_ConvNormReLU(channels, 48, 1), branch5x5_2=_ConvNormReLU(48, 64, 5, padding=2),
+        branch3x3dbl_1=_ConvNormReLU(channels, 64, 1), branch3x3dbl_2=_ConvNormReLU(64, 96, 3, padding=1),
+        branch3x3dbl_3=_ConvNormReLU(96, 96, 3, padding=1),
+        branch_pool=_ConvNormReLU(channels, pooled, 1),
     )  # fmt: skip
 
 
 def _block_b(channels: int) -> _Mixed:
     return _Mixed(
         [["branch3x3"], _chain("branch3x3dbl", 3)], "reduce",
-        branch3x3=_Conv(channels, 384, 3, 2),
-        branch3x3dbl_1=_Conv(channels, 64, 1), branch3x3dbl_2=_Conv(64, 96, 3, padding=1),
-        branch3x3dbl_3=_Conv(96, 96, 3, 2),
+        branch3x3=_ConvNormReLU(channels, 384, 3, 2),
+        branch3x3dbl_1=_ConvNormReLU(channels, 64, 1), branch3x3dbl_2=_ConvNormReLU(64, 96, 3, padding=1),
+        branch3x3dbl_3=_ConvNormReLU(96, 96, 3, 2),
     )  # fmt: skip
 
 
@@ -89,22 +89,22 @@ def _block_c(channels: int, inner: int) -> _Mixed:
     row, column = _along(7)
     return _Mixed(
         [["branch1x1"], _chain("branch7x7", 3), _chain("branch7x7dbl", 5)], "avg",
-        branch1x1=_Conv(channels, 192, 1),
-        branch7x7_1=_Conv(channels, inner, 1), branch7x7_2=_Conv(inner, inner, **row),
-        branch7x7_3=_Conv(inner, 192, **column),
-        branch7x7dbl_1=_Conv(channels, inner, 1), branch7x7dbl_2=_Conv(inner, inner, **column),
-        branch7x7dbl_3=_Conv(inner, inner, **row), branch7x7dbl_4=_Conv(inner, inner, **column),
-        branch7x7dbl_5=_Conv(inner, 192, **row),
-        branch_pool=_Conv(channels, 192, 1),
+        branch1x1=_ConvNormReLU(channels, 192, 1),
+        branch7x7_1=_ConvNormReLU(channels, inner, 1), branch7x7_2=_ConvNormReLU(inner, inner, **row),
+        branch7x7_3=_ConvNormReLU(inner, 192, **column),
+        branch7x7dbl_1=_ConvNormReLU(channels, inner, 1), branch7x7dbl_2=_ConvNormReLU(inner, inner, **column),
+        branch7x7dbl_3=_ConvNormReLU(inner, inner, **row), branch7x7dbl_4=_ConvNormReLU(inner, inner, **column),
+        branch7x7dbl_5=_ConvNormReLU(inner, 192, **row),
+        branch_pool=_ConvNormReLU(channels, 192, 1),
     )  # fmt: skip
 
 
 def _block_d(channels: int) -> _Mixed:
     return _Mixed(
         [_chain("branch3x3", 2), _chain("branch7x7x3", 4)], "reduce",
-        branch3x3_1=_Conv(channels, 192, 1), branch3x3_2=_Conv(192, 320, 3, 2),
-        branch7x7x3_1=_Conv(channels, 192, 1), branch7x7x3_2=_Conv(192, 192, (1, 7), padding=(0, 3)),
-        branch7x7x3_3=_Conv(192, 192, (7, 1), padding=(3, 0)), branch7x7x3_4=_Conv(192, 192, 3, 2),
+        branch3x3_1=_ConvNormReLU(channels, 192, 1), branch3x3_2=_ConvNormReLU(192, 320, 3, 2),
+        branch7x7x3_1=_ConvNormReLU(channels, 192, 1), branch7x7x3_2=_ConvNormReLU(192, 192, (1, 7), padding=(0, 3)),
+        branch7x7x3_3=_ConvNormReLU(192, 192, (7, 1), padding=(3, 0)), branch7x7x3_4=_ConvNormReLU(192, 192, 3, 2),
     )  # fmt: skip
 
 
@@ -117,12 +117,12 @@ def _block_e(channels: int, pool: str) -> _Mixed:
             ["branch3x3dbl_1", "branch3x3dbl_2", ("branch3x3dbl_3a", "branch3x3dbl_3b")],
         ],
         pool,
-        branch1x1=_Conv(channels, 320, 1),
-        branch3x3_1=_Conv(channels, 384, 1),
-        branch3x3_2a=_Conv(384, 384, **row), branch3x3_2b=_Conv(384, 384, **column),
-        branch3x3dbl_1=_Conv(channels, 448, 1), branch3x3dbl_2=_Conv(448, 384, 3, padding=1),
-        branch3x3dbl_3a=_Conv(384, 384, **row), branch3x3dbl_3b=_Conv(384, 384, **column),
-        branch_pool=_Conv(channels, 192, 1),
+        branch1x1=_ConvNormReLU(channels, 320, 1),
+        branch3x3_1=_ConvNormReLU(channels, 384, 1),
+        branch3x3_2a=_ConvNormReLU(384, 384, **row), branch3x3_2b=_ConvNormReLU(384, 384, **column),
+        branch3x3dbl_1=_ConvNormReLU(channels, 448, 1), branch3x3dbl_2=_ConvNormReLU(448, 384, 3, padding=1),
+        branch3x3dbl_3a=_ConvNormReLU(384, 384, **row), branch3x3dbl_3b=_ConvNormReLU(384, 384, **column),
+        branch_pool=_ConvNormReLU(channels, 192, 1),
     )  # fmt: skip
 
 
@@ -153,11 +153,11 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = _Conv(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = _Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = _Conv(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = _Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = _Conv(80, 192, 3)
+        self.Conv2d_1a_3x3 = _ConvNormReLU(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = _ConvNormReLU(32, 32, 3)
+        self.Conv2d_2b_3x3 = _ConvNormReLU(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = _ConvNormReLU(64, 80, 1)
+        self.Conv2d_4a_3x3 = _ConvNormReLU(80, 192, 3)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _block_a(192, 32), _block_a(256, 64), _block_a(288, 64)
         self.Mixed_6a = _block_b(288)
         self.Mixed_6b, self.Mixed_6c = _block_c(768, 128), _block_c(768, 160)

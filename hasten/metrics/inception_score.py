@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .measure import check_finite
+from .measure import check_finite_rows
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
@@ -21,7 +21,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
     """
     if logits.ndim != 2 or not 1 <= splits <= len(logits):
         raise BadInput(f"logits {tuple(logits.shape)} cannot be split into {splits} parts")
-    check_finite("logits", logits)
+    check_finite_rows("logits", logits)
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     log_p = logits.to("cpu", torch.float64)[order].log_softmax(dim=1)
     scores = []
@@ -40,7 +40,7 @@ def class_accuracy(logits: Tensor, labels: Tensor, level: float = 0.95) -> tuple
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise BadInput(f"{tuple(labels.shape)} labels do not belong to logits {tuple(logits.shape)}")
-    check_finite("logits", logits)
+    check_finite_rows("logits", logits)
     n = len(labels)
     p = float((logits.argmax(dim=1).cpu() == labels.cpu()).double().mean())
     z = NormalDist().inv_cdf((1 + level) / 2)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .measure import check_finite
+from .measure import check_finite_rows
 
 
 def polynomial_mmd2(x: Tensor, y: Tensor) -> float:
@@ -20,7 +20,7 @@ def polynomial_mmd2(x: Tensor, y: Tensor) -> float:
         raise BadInput(f"features {tuple(x.shape)} and {tuple(y.shape)} are not of the same feature network")
     if min(len(x), len(y)) < 2:
         raise BadInput(f"an unbiased kernel distance needs 2 samples on each side, found {len(x)} and {len(y)}")
-    check_finite("features", x, y)
+    check_finite_rows("features", x, y)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to("cpu", dtype), y.to("cpu", dtype)
 

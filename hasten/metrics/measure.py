@@ -68,7 +68,7 @@ class Measure:
         )
 
 
-def check_finite(what: str, *values: Tensor) -> None:
+def check_finite_rows(what: str, *values: Tensor) -> None:
     """Raises BadInput where a row of `values`, each (N, ...), holds NaN or infinity: a figure of it would be none."""
     for value in values:
         bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .measure import check_finite
+from .measure import check_finite_rows
 
 BLOCK = 2048
 
@@ -48,7 +48,7 @@ def manifold(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> Mani
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise BadInput(f"features {tuple(real.shape)} and {tuple(fake.shape)} are not of the same feature network")
-    check_finite("features", real, fake)
+    check_finite_rows("features", real, fake)
     centre = real.double().mean(dim=0)  # the distances come from products: centring keeps their digits
     real, fake = ((v.double() - centre).float().cpu() for v in (real, fake))
     real_radius, fake_radius = radii(real, k), radii(fake, k)

@@ -24,7 +24,7 @@ EMITTED = (torch.float32, torch.bfloat16)  # what integer kernels write; other t
 
 
 @dataclass(frozen=True)
-class Moves:
+class ConvGeometry:
     """How a convolution goes over its image, two numbers each; a linear layer has None in its place."""
 
     stride: tuple[int, int] = (1, 1)
@@ -37,7 +37,7 @@ class Moves:
         return [(n + 2 * pad - d * (k - 1) - 1) // step + 1 for n, k, step, pad, d in known]
 
 
-def to_bytes(x: Tensor, scale: float | Tensor, zero: int | Tensor) -> Tensor:
+def quantize_uint8(x: Tensor, scale: float | Tensor, zero: int | Tensor) -> Tensor:
     """u = clamp(round(x * (1 / scale) + zero), 0, 255) as uint8 in x's memory format; half goes to even.
 
     Eager on a CPU this is one pass over x. (Its multiply-add rounds once, so that about one value in 30,000 that lies
@@ -70,14 +70,14 @@ def one_pass() -> bool:
         return False
 
 
-def product(x: Tensor, w: Tensor, moves: Moves | None, bias: Tensor | None = None) -> Tensor:
+def float_product(x: Tensor, w: Tensor, moves: ConvGeometry | None, bias: Tensor | None = None) -> Tensor:
     """The floating-point layer."""
     if moves is None:
         return F.linear(x, w, bias)
     return F.conv2d(x, w, bias, moves.stride, moves.padding, moves.dilation)
 
 
-def per_channel(values: Tensor, moves: Moves | None) -> Tensor:
+def per_channel(values: Tensor, moves: ConvGeometry | None) -> Tensor:
     """(C_out,) in a shape that goes with the layer's output."""
     return values if moves is None else values.view(-1, 1, 1)
 
@@ -88,7 +88,7 @@ class Kernel:
     execution = "simulated"
 
     def __init__(
-        self, v: Tensor, scale: Tensor, bias: Tensor | None, moves: Moves | None,
+        self, v: Tensor, scale: Tensor, bias: Tensor | None, moves: ConvGeometry | None,
         scales: Sequence[float] = (), zeros: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.moves, self.scales, self.zeros = moves, tuple(scales), tuple(zeros)
@@ -108,7 +108,7 @@ class Kernel:
         raise NotImplementedError
 
 
-class Plain(Kernel):
+class FloatKernel(Kernel):
     """Only the weights are integers, and only on disk."""
 
     def __init__(self, v: Tensor, *rest: Any) -> None:
@@ -116,10 +116,12 @@ class Plain(Kernel):
         self.w = v.float() * self.scale.view(-1, *[1] * (v.ndim - 1))
 
     def __call__(self, x: Tensor, group: int, index: Tensor, dtype: torch.dtype) -> Tensor:
-        return product(x.to(dtype), self.w.to(dtype), self.moves, None if self.bias is None else self.bias.to(dtype))
+        return float_product(
+            x.to(dtype), self.w.to(dtype), self.moves, None if self.bias is None else self.bias.to(dtype)
+        )
 
 
-class Simulated(Kernel):
+class SimulatedKernel(Kernel):
     """The integers as floating-point numbers: no faster than the float layer."""
 
     def __init__(self, v: Tensor, *rest: Any) -> None:
@@ -128,11 +130,13 @@ class Simulated(Kernel):
 
     def __call__(self, x: Tensor, group: int, index: Tensor, dtype: torch.dtype) -> Tensor:
         s, z = self.step(group, index)
-        y = product(to_bytes(x, s, z).float() - z, self.v, self.moves) * per_channel(s * self.scale, self.moves)
+        y = float_product(quantize_uint8(x, s, z).float() - z, self.v, self.moves) * per_channel(
+            s * self.scale, self.moves
+        )
         return (y if self.bias is None else y + per_channel(self.bias, self.moves)).to(dtype)
 
 
-class IntMm(Kernel):
+class IntMmKernel(Kernel):
     """Integer matrix products for linear layers and 1x1 convolutions, with u - 128 in place of u."""
 
     execution = "int8"
@@ -144,14 +148,16 @@ class IntMm(Kernel):
         self.sums = self.v.sum(1, dtype=torch.int32)
 
     @staticmethod
-    def fits(v: Tensor, moves: Moves | None) -> bool:
+    def fits(v: Tensor, moves: ConvGeometry | None) -> bool:
         """Whether the product can be done: whole columns and rows of eight, and a kernel that sees one pixel."""
-        return moves in (None, Moves()) and v[0].numel() == v.shape[1] and not v.shape[0] % 8 and not v.shape[1] % 8
+        return (
+            moves in (None, ConvGeometry()) and v[0].numel() == v.shape[1] and not v.shape[0] % 8 and not v.shape[1] % 8
+        )
 
     def __call__(self, x: Tensor, group: int, index: Tensor, dtype: torch.dtype) -> Tensor:
         s, z = self.step(group, index)
         x = x if self.moves is None else x.permute(0, 2, 3, 1)
-        u = (to_bytes(x, s, z).reshape(-1, x.shape[-1]).to(torch.int16) - 128).to(torch.int8)
+        u = (quantize_uint8(x, s, z).reshape(-1, x.shape[-1]).to(torch.int16) - 128).to(torch.int8)
         rows = u.shape[0]
         u = F.pad(u, (0, 0, 0, max(self.least - rows, 0)))
         total = torch._int_mm(u, self.v.t())[:rows] - (z - 128) * self.sums
@@ -160,7 +166,7 @@ class IntMm(Kernel):
         return y if self.moves is None else y.permute(0, 3, 1, 2)
 
 
-class OneDnn(Kernel):
+class OneDnnKernel(Kernel):
     """oneDNN's kernels, their weights packed once: other batches, image sizes and scales need no new packing."""
 
     execution = "int8"
@@ -180,7 +186,7 @@ class OneDnn(Kernel):
         self.numbers = [] if self.moves is None else [*self.moves.stride, *self.moves.padding, *self.moves.dilation]
 
     def __call__(self, x: Tensor, group: int, index: Tensor, dtype: torch.dtype) -> Tensor:
-        u = to_bytes(x, *self.step(group, index))
+        u = quantize_uint8(x, *self.step(group, index))
         if self.moves is None:
             u = u.reshape(-1, u.shape[-1])
         out = dtype if dtype in EMITTED else torch.float32
@@ -188,12 +194,12 @@ class OneDnn(Kernel):
         if torch.compiler.is_compiling():
             y = torch.ops.hasten.multiply(u, index, list(self.scales), list(self.zeros), *fixed)
         else:
-            y = run(u, self.scales[group], self.zeros[group], *fixed)
+            y = run_onednn(u, self.scales[group], self.zeros[group], *fixed)
         y = y.view(*x.shape[:-1], -1) if self.moves is None else y
         return y if out == dtype else y.to(dtype)
 
 
-def run(
+def run_onednn(
     u: Tensor, s: float, z: int, packed: Tensor, scale: Tensor, none: Tensor, bias: Tensor | None,
     moves: Sequence[int], sides: Sequence[int], out: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -212,10 +218,10 @@ def multiply(
 ) -> Tensor:
     """`run` with the group's numbers, as one operator that compilers see and leave as it is."""
     at = int(index) if len(scales) > 1 else 0
-    return run(u, scales[at], zeros[at], packed, *fixed)
+    return run_onednn(u, scales[at], zeros[at], packed, *fixed)
 
 
-def shaped(
+def multiply_meta(
     u: Tensor, index: Tensor, scales: Sequence[float], zeros: Sequence[int], packed: Tensor, scale: Tensor,
     none: Tensor, bias: Tensor | None, moves: Sequence[int], sides: Sequence[int], out: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -223,7 +229,7 @@ def shaped(
     if not moves:
         return u.new_empty(u.shape[0], scale.shape[0], dtype=out)
     a, b, c, d, e, f = moves
-    size = Moves((a, b), (c, d), (e, f)).size(u.shape[2:], sides)
+    size = ConvGeometry((a, b), (c, d), (e, f)).size(u.shape[2:], sides)
     return u.new_empty(u.shape[0], *size, scale.shape[0], dtype=out).permute(0, 3, 1, 2)
 
 
@@ -233,7 +239,7 @@ torch.library.define(
     "int[] moves, int[] sides, ScalarType out) -> Tensor",
 )
 torch.library.impl("hasten::multiply", "default", multiply)
-torch.library.register_fake("hasten::multiply", shaped)
+torch.library.register_fake("hasten::multiply", multiply_meta)
 
 
 @functools.cache
@@ -245,21 +251,23 @@ def onednn_works() -> bool:
         v = torch.arange(-36, 36, dtype=torch.int8).view(4, 2, 3, 3)
         x, scale = torch.linspace(-1, 1, 50).view(1, 2, 5, 5), torch.tensor([0.1, 0.2, 0.3, 0.4])
         index = torch.zeros(1, dtype=torch.int64)
-        for moves, w, at in ((Moves(padding=(1, 1)), v, x), (None, v.flatten(1), x.flatten()[:36].view(2, 18))):
+        for moves, w, at in ((ConvGeometry(padding=(1, 1)), v, x), (None, v.flatten(1), x.flatten()[:36].view(2, 18))):
             given = (w, scale, scale, moves, [0.01], [100])
-            if not torch.allclose(*(kind(*given)(at, 0, index, torch.float32) for kind in (OneDnn, Simulated))):
+            if not torch.allclose(
+                *(kind(*given)(at, 0, index, torch.float32) for kind in (OneDnnKernel, SimulatedKernel))
+            ):
                 return False
         return True
     except (RuntimeError, AttributeError, TypeError):
         return False
 
 
-def best(v: Tensor, scale: Tensor, bias: Tensor | None, moves: Moves | None,
+def best_kernel(v: Tensor, scale: Tensor, bias: Tensor | None, moves: ConvGeometry | None,
          scales: Sequence[float], zeros: Sequence[int]) -> Kernel:  # fmt: skip
     """The fastest kernel where these tensors are."""
-    kind: type[Kernel] = Simulated
+    kind: type[Kernel] = SimulatedKernel
     if v.device.type == "cpu" and onednn_works():
-        kind = OneDnn
-    elif v.device.type == "cuda" and IntMm.fits(v, moves):
-        kind = IntMm
+        kind = OneDnnKernel
+    elif v.device.type == "cuda" and IntMmKernel.fits(v, moves):
+        kind = IntMmKernel
     return kind(v, scale, bias, moves, scales, zeros)

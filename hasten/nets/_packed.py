@@ -13,7 +13,7 @@ from . import _int8
 
 
 @dataclass(frozen=True)
-class Part:
+class ChannelSlice:
     """One slice of a layer's input channels, as a quantiser made it.
 
     channels: [first, last) of the input channels.
@@ -52,10 +52,10 @@ def unpack4(packed: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=1).reshape(-1)[:count].reshape(tuple(shape))
 
 
-class Slice(nn.Module):
+class PackedSlice(nn.Module):
     """The tensors of one part, as they are on disk, and what a kernel needs of them, made when it is first asked."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: ChannelSlice) -> None:
         super().__init__()
         self.channels, self.bits, self.shape = part.channels, part.bits, tuple(part.q.shape)
         self.register_buffer("q", pack4(part.q) if part.bits == 4 else part.q.to(torch.int8).contiguous())
@@ -79,19 +79,21 @@ class Slice(nn.Module):
         w = self.integers().float() * self.scale.reshape(-1, *[1] * (len(self.shape) - 1))
         return w if self.up is None else w + (self.up.float() @ self.down.float()).reshape(self.shape)
 
-    def kernel(self, bias: Tensor | None, moves: _int8.Moves | None) -> _int8.Kernel:
+    def kernel(self, bias: Tensor | None, moves: _int8.ConvGeometry | None) -> _int8.Kernel:
         """The best kernel for where the tensors are."""
         if self.act_scale is None:
-            return _int8.Plain(self.integers(), self.scale, bias, moves)
-        return _int8.best(self.integers(), self.scale, bias, moves, self.act_scale.tolist(), self.act_zero.tolist())
+            return _int8.FloatKernel(self.integers(), self.scale, bias, moves)
+        return _int8.best_kernel(
+            self.integers(), self.scale, bias, moves, self.act_scale.tolist(), self.act_zero.tolist()
+        )
 
-    def side(self, x: Tensor, moves: _int8.Moves | None, dtype: torch.dtype) -> Tensor:
+    def side(self, x: Tensor, moves: _int8.ConvGeometry | None, dtype: torch.dtype) -> Tensor:
         """up down x, in floating point."""
         down, up = self.down.to(dtype), self.up.to(dtype)
         if moves is None:
-            return _int8.product(_int8.product(x.to(dtype), down, None), up, None)
-        inner = _int8.product(x.to(dtype), down.reshape(-1, *self.shape[1:]), moves)
-        return _int8.product(inner, up.reshape(*up.shape, 1, 1), _int8.Moves())
+            return _int8.float_product(_int8.float_product(x.to(dtype), down, None), up, None)
+        inner = _int8.float_product(x.to(dtype), down.reshape(-1, *self.shape[1:]), moves)
+        return _int8.float_product(inner, up.reshape(*up.shape, 1, 1), _int8.ConvGeometry())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {name: value for name, value in self._buffers.items() if value is not None and value.is_floating_point()}
@@ -103,7 +105,7 @@ class Slice(nn.Module):
         return self
 
 
-def check(weight: Tensor, parts: Sequence[Part]) -> None:
+def check_slices(weight: Tensor, parts: Sequence[ChannelSlice]) -> None:
     """Refuse parts that do not make up a layer of this weight."""
     at = 0
     for part in parts:

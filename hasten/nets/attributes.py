@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def pooled(middle: Tensor, pool: int) -> Tensor:
+def pool_features(middle: Tensor, pool: int) -> Tensor:
     """Middle features (B, C, h, w) averaged over pool x pool parts (0: as they are), (B, D) float32."""
     middle = middle.float()
     return (F.adaptive_avg_pool2d(middle, pool) if pool else middle).flatten(1)
@@ -98,7 +98,7 @@ class Attributes(nn.Module):
             t = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
             share = self.blend(t).to(middle.device).expand(len(middle), -1)
             each = (
-                torch.einsum("bd,tkd->btk", pooled(middle, self.pool), self.weight[name].float())
+                torch.einsum("bd,tkd->btk", pool_features(middle, self.pool), self.weight[name].float())
                 + self.bias[name].float()
             )
             return torch.einsum("bt,btk->bk", share, each)

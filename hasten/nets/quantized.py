@@ -17,24 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from . import _int8
-from ._packed import Part, Slice, check
+from ._packed import ChannelSlice, PackedSlice, check_slices
 from .copies import copy_modules
 
 __all__ = [
-    "Part",
+    "ChannelSlice",
     "QConv2d",
     "QLinear",
-    "described",
-    "exchange",
+    "quantization_config",
+    "replace_layers",
     "execution",
-    "refusal",
-    "scales",
+    "why_not_quantizable",
+    "scale_names",
     "set_group",
-    "vacant",
+    "empty_quantized",
 ]
 
 
-def refusal(layer: nn.Module) -> str | None:
+def why_not_quantizable(layer: nn.Module) -> str | None:
     """Why a layer cannot be made of integers here, None where it can."""
     if isinstance(layer, nn.Linear):
         return None
@@ -59,26 +59,26 @@ class Quantized(nn.Module):
     compiled agree about as well as either agrees with the float network.
     """
 
-    moves: _int8.Moves | None = None
+    moves: _int8.ConvGeometry | None = None
 
-    def __init__(self, parts: Sequence[Part], bias: Tensor | None) -> None:
+    def __init__(self, parts: Sequence[ChannelSlice], bias: Tensor | None) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(Slice(part) for part in parts)
+        self.parts = nn.ModuleList(PackedSlice(part) for part in parts)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.group = 0
         self.index = torch.zeros(1, dtype=torch.int64)  # the group, for compiled graphs; no buffer: those are frozen
         self.kernels: tuple[_int8.Kernel, ...] = ()
-        self.register_load_state_dict_post_hook(renew)
+        self.register_load_state_dict_post_hook(rebuild_kernels)
 
     @classmethod
-    def made(cls, layer: nn.Module, parts: Sequence[Part]) -> Any:
+    def made(cls, layer: nn.Module, parts: Sequence[ChannelSlice]) -> Any:
         """The layer with these parts in place of its weight; its bias is copied.
 
         Raises ValueError where the layer is not of this kind or the parts do not make it up.
         """
-        if why := refusal(layer):
+        if why := why_not_quantizable(layer):
             raise ValueError(f"no {cls.__name__} can be made of this layer: {why}")
-        check(layer.weight, parts)
+        check_slices(layer.weight, parts)
         return cls(layer, parts).prepare()  # type: ignore[arg-type, call-arg]
 
     def prepare(self) -> Quantized:
@@ -127,7 +127,7 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         if kind == "meta":  # shapes and counts of operations only
-            return _int8.product(x, self.weight.to(x), self.moves, None)
+            return _int8.float_product(x, self.weight.to(x), self.moves, None)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if not self.kernels:
             self.prepare()
@@ -135,7 +135,7 @@ class Quantized(nn.Module):
             if not (torch.is_grad_enabled() and x.requires_grad):
                 return self.run(x, dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
-            plain = _int8.product(x.to(dtype), self.weight.to(dtype), self.moves, bias)
+            plain = _int8.float_product(x.to(dtype), self.weight.to(dtype), self.moves, bias)
             return plain + (self.run(x.detach(), dtype) - plain).detach()
 
     def run(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,7 +164,7 @@ class Quantized(nn.Module):
         self.prepare()
 
 
-def renew(layer: Quantized, _: Any) -> None:
+def rebuild_kernels(layer: Quantized, _: Any) -> None:
     """New kernels after a load."""
     layer.prepare()
 
@@ -172,18 +172,18 @@ def renew(layer: Quantized, _: Any) -> None:
 class QConv2d(Quantized):
     """A 2-D convolution of one group, zero-padded: `(B, C_in, H, W) -> (B, C_out, H', W')`, channels last inside."""
 
-    def __init__(self, layer: nn.Conv2d, parts: Sequence[Part]) -> None:
+    def __init__(self, layer: nn.Conv2d, parts: Sequence[ChannelSlice]) -> None:
         super().__init__(parts, layer.bias)
         self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
         self.padding, self.dilation = layer.padding, layer.dilation
-        self.moves = _int8.Moves(pair(layer.stride), pair(layer.padding), pair(layer.dilation))
+        self.moves = _int8.ConvGeometry(pair(layer.stride), pair(layer.padding), pair(layer.dilation))
 
 
 class QLinear(Quantized):
     """A linear layer: `(..., C_in) -> (..., C_out)`."""
 
-    def __init__(self, layer: nn.Linear, parts: Sequence[Part]) -> None:
+    def __init__(self, layer: nn.Linear, parts: Sequence[ChannelSlice]) -> None:
         super().__init__(parts, layer.bias)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
@@ -200,7 +200,7 @@ def layers(net: nn.Module) -> Iterator[tuple[str, Quantized]]:
             yield name, module
 
 
-def exchange(net: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
+def replace_layers(net: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of a network with the named layers replaced; the network itself stays as it was.
 
     All other parameters and buffers are shared with it, but for the weights of convolutions that stay in floating
@@ -234,18 +234,18 @@ def execution(net: nn.Module) -> str:
     return "int8" if all(layer.execution == "int8" for _, layer in layers(net)) else "simulated"
 
 
-def described(net: nn.Module) -> dict[str, dict[str, Any]]:
+def quantization_config(net: nn.Module) -> dict[str, dict[str, Any]]:
     """What `vacant` needs to know: {layer name: {bits, act_bits, parts (first channels), groups, rank}}."""
     return {name: layer.told() for name, layer in layers(net)}
 
 
-def scales(net: nn.Module) -> set[str]:
+def scale_names(net: nn.Module) -> set[str]:
     """The names of the quantised layers' scales in the network's state, which are not to be rounded."""
     names = ("scale", "act_scale")
     return {f"{at}.parts.{i}.{name}" for at, layer in layers(net) for i in range(len(layer.parts)) for name in names}
 
 
-def vacant(net: nn.Module, told: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+def empty_quantized(net: nn.Module, told: Mapping[str, Mapping[str, Any]]) -> nn.Module:
     """`exchange` with empty quantised layers as `described` told them, for a weights file to fill."""
     modules, made = dict(net.named_modules()), {}
     for name, one in told.items():
@@ -253,13 +253,13 @@ def vacant(net: nn.Module, told: Mapping[str, Mapping[str, Any]]) -> nn.Module:
             raise ValueError(f"the network has no layer {name!r}")
         layer = modules[name]
         kind = QLinear if isinstance(layer, nn.Linear) else QConv2d
-        made[name] = kind.made(layer, blank(layer, one))
-    return exchange(net, made)
+        made[name] = kind.made(layer, empty_slices(layer, one))
+    return replace_layers(net, made)
 
 
-def blank(layer: nn.Module, told: Mapping[str, Any]) -> list[Part]:
+def empty_slices(layer: nn.Module, told: Mapping[str, Any]) -> list[ChannelSlice]:
     """Parts of zeros in the shapes that `Quantized.told` told."""
-    if why := refusal(layer):
+    if why := why_not_quantizable(layer):
         raise ValueError(why)
     weight: Any = layer.weight
     bits, acts, groups, rank = (int(told[key] or 0) for key in ("bits", "act_bits", "groups", "rank"))
@@ -269,6 +269,6 @@ def blank(layer: nn.Module, told: Mapping[str, Any]) -> list[Part]:
         low = (torch.zeros(rows, rank), torch.zeros(rank, q[0].numel())) if rank else None
         scale, zero = torch.ones(groups), torch.zeros(groups, dtype=torch.uint8)
         none = torch.zeros(rows, dtype=torch.uint8) if bits == 4 else None
-        parts.append(Part((first, last), q, torch.ones(rows), none, bits, scale if acts else None,
+        parts.append(ChannelSlice((first, last), q, torch.ones(rows), none, bits, scale if acts else None,
                           zero if acts else None, low))  # fmt: skip
     return parts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .unet import Stage, UNet
+from .unet import UNet, UNetStage
 
 
 class TemporalConv(nn.Module):
@@ -45,7 +45,7 @@ class TemporalConv(nn.Module):
 class TemporalStage(nn.Module):
     """A stage of a U-Net and the temporal convolution that follows it; what the stage had keeps its names."""
 
-    def __init__(self, stage: Stage, channels: int, states: int, modes: int) -> None:
+    def __init__(self, stage: UNetStage, channels: int, states: int, modes: int) -> None:
         super().__init__()
         self.block, self.attention = stage.block, stage.attention
         self.temporal = TemporalConv(channels, states, modes)

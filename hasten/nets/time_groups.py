@@ -27,7 +27,7 @@ class TimeGroups(nn.Module):
 
     def __init__(self, net: nn.Module | Mapping[str, Any], bounds: Sequence[float]) -> None:
         super().__init__()
-        self.net = net if isinstance(net, nn.Module) else _built(net["class"], net["config"])
+        self.net = net if isinstance(net, nn.Module) else _build(net["class"], net["config"])
         self.bounds = tuple(float(bound) for bound in bounds)
 
     @property
@@ -50,8 +50,8 @@ class TimeGroups(nn.Module):
             rows = (number == group).nonzero().flatten()
             set_group(self.net, group)
             some, told = (
-                [_rows(arg, rows, len(x)) for arg in args],
-                {k: _rows(v, rows, len(x)) for k, v in cond.items()},
+                [_select_rows(arg, rows, len(x)) for arg in args],
+                {k: _select_rows(v, rows, len(x)) for k, v in cond.items()},
             )
             part = self.net(x[rows], time[rows], *some, **told)
             made = part.new_empty((len(x), *part.shape[1:])) if made is None else made
@@ -82,11 +82,11 @@ def host_times(time: Tensor) -> tuple[float, ...]:
     return () if torch.compiler.is_compiling() else getattr(time, "host_times", ())
 
 
-def _rows(value: Any, rows: Tensor, count: int) -> Any:
+def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
     return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
 
-def _built(name: str, config: Mapping[str, Any]) -> nn.Module:
+def _build(name: str, config: Mapping[str, Any]) -> nn.Module:
     """A network of this folder by class name. Raises ValueError where there is none."""
     package = importlib.import_module(__package__)
     for info in pkgutil.iter_modules(package.__path__):

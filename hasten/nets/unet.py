@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .layers import Attention, GuidanceFeatures, ResBlock, TimeFeatures, group_norm, zero
 
 
-class Stage(nn.Module):
+class UNetStage(nn.Module):
     """A residual block and, where asked, the attention that follows it."""
 
     def __init__(self, channels: int, out_channels: int, embedding: int, attention: bool, dropout: float) -> None:
@@ -117,7 +117,7 @@ class UNet(nn.Module):
         for level, width in enumerate(widths):
             row = nn.ModuleList()
             for _ in range(blocks):
-                row.append(Stage(c, width, embedding, level in attention, dropout))
+                row.append(UNetStage(c, width, embedding, level in attention, dropout))
                 c = width
                 skips.append(c)
             self.down.append(row)
@@ -126,7 +126,7 @@ class UNet(nn.Module):
                 skips.append(c)
 
         self.middle = nn.ModuleList([
-            Stage(c, c, embedding, True, dropout), Stage(c, c, embedding, False, dropout),
+            UNetStage(c, c, embedding, True, dropout), UNetStage(c, c, embedding, False, dropout),
         ])  # fmt: skip
 
         self.up = nn.ModuleList()
@@ -134,7 +134,7 @@ class UNet(nn.Module):
         for level, width in reversed(list(enumerate(widths))):
             row = nn.ModuleList()
             for _ in range(blocks + 1):
-                row.append(Stage(c + skips.pop(), width, embedding, level in attention, dropout))
+                row.append(UNetStage(c + skips.pop(), width, embedding, level in attention, dropout))
                 c = width
             self.up.append(row)
             if level:

@@ -32,7 +32,7 @@ from ..storage.provenance import fingerprint, now
 from ..storage.runs import earlier
 from ..storage.weights import is_half
 from ..utils.finite import check_finite, check_weights
-from .tune import watched
+from .tune import tuning_progress
 
 RUN, BLOCKS = "run.json", "blocks"
 HELD_OUT = 8  # images, of other seeds than the calibration's, on which the error is measured
@@ -115,7 +115,7 @@ def quantize_model(
     if known is None:
         known = {**run, "iterations": allocated(method, work, minutes, began)}
         write(out / RUN, (json.dumps(known, indent=2) + "\n").encode())
-    with watched() as tick:
+    with tuning_progress() as tick:
         book = SavedBlocks(iterations_of(known), out / BLOCKS, say, tick)
         try:
             denoiser = method.finished(work, book)

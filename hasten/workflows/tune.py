@@ -18,13 +18,13 @@ from ..files import refuse_inside, reserve, writes
 from ..model.model import Model
 from ..performance.autotune import parse_runtime
 from ..pick import format_spec, pick
-from ..progress import Tick, ignore
+from ..progress import ProgressFn, no_progress
 from ..storage.atomic import digest, refuse_other_model
 from ..storage.model_folder import check_savable
 from ..storage.provenance import fingerprint, now
 from ..storage.weights import is_half
 from ..train.fingerprint import listing
-from ..tuning import Task, Tuned
+from ..tuning import Tuned, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
@@ -79,13 +79,13 @@ def tune_model(
         None if data is None else listing(Path(data)),
     )  # fmt: skip
     refuse_other_model(out, model, identity)
-    task = Task(
+    task = TuningTask(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
-        images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
+        images=None if data is None else calibration_images(model, data), seed=seed, n=n, identity=fingerprint(model),
     )  # fmt: skip
     machine = parse_runtime(model.runtime_for(runtime, 64), model.device.type)
     began = time.perf_counter()
-    with watched() as task.tick, machine.apply():
+    with tuning_progress() as task.tick, machine.apply():
         machine.prepare(model.denoiser)
         found = tuner.tune(task)
     seconds = time.perf_counter() - began
@@ -93,7 +93,7 @@ def tune_model(
         check_finite(f"{method} found {what} that are not finite", getattr(found, what))
     for part, net in found.parts.items():
         check_weights(net, f"{method}: the network {part} that it trained")
-    name = keep(model, found, method, scale)
+    name = attach_result(model, found, method, scale)
     record = {
         "method": format_spec(tuner),
         "plan": name,
@@ -110,7 +110,7 @@ def tune_model(
     return {"folder": str(out), **record, "seconds": seconds}
 
 
-def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
+def attach_result(model: Model, found: Tuned, method: str, scale: float) -> str | None:
     """Give the model what was found; the name of the plan, if there is one."""
     model.statistics = {**model.statistics, **found.statistics}
     model.parts = {**model.parts, **found.parts}
@@ -122,7 +122,7 @@ def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
     return name
 
 
-def real(model: Model, data: str | Path) -> Images:
+def calibration_images(model: Model, data: str | Path) -> Images:
     """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
     model's classes, matched by name."""
     from ..train import open_data
@@ -149,10 +149,10 @@ def real(model: Model, data: str | Path) -> Images:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Tick]:
+def tuning_progress() -> Iterator[ProgressFn]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not is_terminal(sys.stderr):
-        yield ignore
+        yield no_progress
         return
     from rich import progress
     from rich.console import Console

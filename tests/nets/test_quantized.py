@@ -14,7 +14,16 @@ from torch.nn import functional as F
 from hasten.nets import _int8
 from hasten.nets._packed import pack4, unpack4
 from hasten.nets.layers import ResBlock
-from hasten.nets.quantized import Part, QConv2d, QLinear, described, exchange, refusal, set_group, vacant
+from hasten.nets.quantized import (
+    ChannelSlice,
+    QConv2d,
+    QLinear,
+    empty_quantized,
+    quantization_config,
+    replace_layers,
+    set_group,
+    why_not_quantizable,
+)
 from tests.nets.test_unet import lively
 
 
@@ -42,7 +51,7 @@ def rounded(layer, bits=8, borders=(), acts=((0.03, 120),), rank=0, seed=0):
             )
         x_scale = torch.tensor([scale_ * (1 + 0.3 * i) for scale_, _ in acts]) if acts else None
         x_zero = torch.tensor([zero_ for _, zero_ in acts]) if acts else None
-        parts.append(Part((first, last), q, scale, zero, bits, x_scale, x_zero, low_rank))
+        parts.append(ChannelSlice((first, last), q, scale, zero, bits, x_scale, x_zero, low_rank))
     return parts
 
 
@@ -112,7 +121,7 @@ def test_layers_do_what_the_formula_says(name, bits, borders):
     linear = isinstance(layer, nn.Linear)
     parts = rounded(layer, bits, borders, ACTS)
     made = (QLinear if linear else QConv2d).made(layer, parts)
-    again = vacant(nn.Sequential(LAYERS[name]()), described(nn.Sequential(made)))
+    again = empty_quantized(nn.Sequential(LAYERS[name]()), quantization_config(nn.Sequential(made)))
     again.load_state_dict(nn.Sequential(made).state_dict())
     for batch in (1, 3):
         x = images(batch, layer.weight.shape[1])
@@ -133,14 +142,14 @@ def test_layers_do_what_the_formula_says(name, bits, borders):
         assert 1e-3 < off(made(x), layer(x)) < (0.02 if bits == 8 else 0.2)
 
 
-@pytest.mark.parametrize("kind", [_int8.OneDnn, _int8.Simulated, _int8.IntMm])
+@pytest.mark.parametrize("kind", [_int8.OneDnnKernel, _int8.SimulatedKernel, _int8.IntMmKernel])
 @pytest.mark.parametrize("layer", [nn.Linear(16, 24), nn.Conv2d(16, 24, 1), nn.Conv2d(16, 24, 3, padding=1)])
 def test_every_kernel_gives_the_same_sums(kind, layer):
-    if kind is _int8.OneDnn and not _int8.onednn_works():
+    if kind is _int8.OneDnnKernel and not _int8.onednn_works():
         pytest.skip("this CPU has no VNNI")
-    moves = None if isinstance(layer, nn.Linear) else _int8.Moves(padding=layer.padding)
+    moves = None if isinstance(layer, nn.Linear) else _int8.ConvGeometry(padding=layer.padding)
     (part,) = rounded(layer, 8)
-    if kind is _int8.IntMm and not _int8.IntMm.fits(part.q, moves):
+    if kind is _int8.IntMmKernel and not _int8.IntMmKernel.fits(part.q, moves):
         assert layer.weight.shape[-1] == 3
         return
     kernel = kind(part.q, part.scale, layer.bias, moves, part.act_scale.tolist(), part.act_zero.tolist())
@@ -154,10 +163,10 @@ def test_bytes_are_the_formulas_in_every_layout():
     x = images(2, 6).mul(3)
     x[0, 0] = (torch.arange(81).view(9, 9) - 40) * 0.125 / 2  # half steps
     for given in (x, x.contiguous(memory_format=torch.channels_last), x[:, 2:5], x.bfloat16()):
-        u = _int8.to_bytes(given, 0.125, 121)
+        u = _int8.quantize_uint8(given, 0.125, 121)
         assert u.dtype == torch.uint8 and u.shape == given.shape
         assert torch.equal(u.double(), (given.double() * 8 + 121).round().clamp(0, 255))
-        tensors = _int8.to_bytes(given, torch.tensor(0.125), torch.tensor(121))
+        tensors = _int8.quantize_uint8(given, torch.tensor(0.125), torch.tensor(121))
         assert torch.equal(tensors, u)
 
 
@@ -220,21 +229,24 @@ def test_parts_that_do_not_fit_are_refused():
         (good[:1], "cover 3 of the layer's 10"),
         (good[1:], "expected"),
         (rounded(layer, 8, (3,))[:1] + good[1:], "same bits"),
-        ([Part((0, 10), torch.full((12, 10, 3, 3), 16), torch.ones(12), torch.zeros(12), 4, None, None)], "0..15"),
-        ([Part((0, 10), torch.zeros(12, 10, 3, 3), torch.ones(12), None, 3, None, None)], "3 bits"),
+        (
+            [ChannelSlice((0, 10), torch.full((12, 10, 3, 3), 16), torch.ones(12), torch.zeros(12), 4, None, None)],
+            "0..15",
+        ),
+        ([ChannelSlice((0, 10), torch.zeros(12, 10, 3, 3), torch.ones(12), None, 3, None, None)], "3 bits"),
     ):
         with pytest.raises(ValueError, match=said):
             QConv2d.made(layer, parts)
     for other, said in ((nn.Conv2d(4, 4, 3, groups=2), "groups"), (nn.Conv1d(4, 4, 3), "Conv1d"),
                         (nn.Conv2d(4, 4, 3, padding="same"), "padding")):  # fmt: skip
-        assert said in refusal(other)
+        assert said in why_not_quantizable(other)
     with pytest.raises(ValueError, match="groups"):
         QConv2d.made(nn.Conv2d(4, 4, 3, groups=2), good)
     made = QConv2d.made(layer, rounded(layer, acts=ACTS))
     with pytest.raises(ValueError, match="0..2"):
         set_group(made, 3)
     with pytest.raises(ValueError, match="no layer 'absent'"):
-        exchange(nn.Sequential(layer), {"absent": made})
+        replace_layers(nn.Sequential(layer), {"absent": made})
 
 
 def test_block_with_a_split_shortcut_and_its_copies():
@@ -246,12 +258,14 @@ def test_block_with_a_split_shortcut_and_its_copies():
         "shortcut": QConv2d.made(block.shortcut, rounded(block.shortcut, 8, (7,), ((0.2, 128),))),
         "modulation": QLinear.made(block.modulation, rounded(block.modulation)),
     }
-    fast = exchange(block, made)
+    fast = replace_layers(block, made)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
     assert isinstance(block.shortcut, nn.Conv2d) and fast.shortcut is made["shortcut"]
     assert fast.norm1.weight is block.norm1.weight and fast.conv1.bias is block.conv1.bias
     assert fast.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert list(described(fast)) == ["modulation", "shortcut"] and described(fast)["shortcut"]["parts"] == [0, 7]
+    assert list(quantization_config(fast)) == ["modulation", "shortcut"] and quantization_config(fast)["shortcut"][
+        "parts"
+    ] == [0, 7]
     with torch.no_grad():
         expected = fast(x, emb)
         assert off(expected, block(x, emb)) < 0.05
@@ -266,7 +280,7 @@ def integers(net, bits=8, **options):
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             kind = QLinear if isinstance(layer, nn.Linear) else QConv2d
             made[name] = kind.made(layer, rounded(layer, bits, **options))
-    return exchange(net, made)
+    return replace_layers(net, made)
 
 
 def test_what_is_compiled_is_one_graph_for_all_groups():
