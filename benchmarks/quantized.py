@@ -75,7 +75,7 @@ def of_integers(net: nn.Module, ask: Callable[[nn.Module], Any], bits: int) -> n
     for hook in hooks:
         hook.remove()
     made = {
-        name: (QLinear if isinstance(layer, nn.Linear) else QConv2d).made(
+        name: (QLinear if isinstance(layer, nn.Linear) else QConv2d).from_layer(
             layer, [part(layer.weight.detach(), bits, *ranges[name])]
         )
         for name, layer in chosen.items()

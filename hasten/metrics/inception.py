@@ -1,4 +1,4 @@
-"""The Inception-v3 of the published Fréchet inception distance."""
+"""The Inception-v3 network of the published Fréchet inception distance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Size = int | tuple[int, int]
 
 
 class _ConvNormReLU(nn.Module):
-    """Convolution, batch normalisation (eps 1e-3), ReLU; names as in the published state dict."""
+    """Convolution, batch normalisation (eps 1e-3), ReLU; attribute names as in the published state dict."""
 
     def __init__(self, channels: int, out: int, kernel: Size, stride: int = 1, padding: Size = 0) -> None:
         super().__init__()
@@ -21,13 +21,20 @@ class _ConvNormReLU(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W) -> (B, out, H', W')`."""
         return F.relu(self.bn(self.conv(x)))
 
 
 class _Mixed(nn.Module):
-    """Branches that are concatenated. Each branch is a chain of layers by name; a tuple of names in a chain is a
-    split whose outputs are concatenated. `pool` is what the last branch sees: "avg" (padding not counted, as in
-    TensorFlow), "max", or "reduce" (stride 2, no convolution after it)."""
+    """Parallel branches, concatenated.
+
+    Args:
+        chains: each branch is a chain of layers by name; a tuple of names in a chain is a fork with concatenated
+            outputs.
+        pool: of the last branch: "avg" (padding not counted, as in TensorFlow), "max", or "reduce" (stride 2, no
+            convolution after it).
+        layers: the layers by name.
+    """
 
     def __init__(self, chains: Sequence[Sequence[str | tuple[str, str]]], pool: str, **layers: _ConvNormReLU) -> None:
         super().__init__()
@@ -56,16 +63,18 @@ class _Mixed(nn.Module):
 
 
 def _chain(stem: str, length: int) -> list[str | tuple[str, str]]:
+    """`stem_1` to `stem_length`."""
     return [f"{stem}_{i}" for i in range(1, length + 1)]
 
 
 def _along(length: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of a convolution along a row, and of one along a column."""
+    """Options of a convolution along rows, and of one along columns."""
     half = length // 2
     return {"kernel": (1, length), "padding": (0, half)}, {"kernel": (length, 1), "padding": (half, 0)}
 
 
 def _block_a(channels: int, pooled: int) -> _Mixed:
+    """A block at 35x35 pixels."""
     return _Mixed(
         [["branch1x1"], _chain("branch5x5", 2), _chain("branch3x3dbl", 3)], "avg",
         branch1x1=_ConvNormReLU(channels, 64, 1),
@@ -77,6 +86,7 @@ def _block_a(channels: int, pooled: int) -> _Mixed:
 
 
 def _block_b(channels: int) -> _Mixed:
+    """A block at 35x35 to 17x17 pixels."""
     return _Mixed(
         [["branch3x3"], _chain("branch3x3dbl", 3)], "reduce",
         branch3x3=_ConvNormReLU(channels, 384, 3, 2),
@@ -86,6 +96,7 @@ def _block_b(channels: int) -> _Mixed:
 
 
 def _block_c(channels: int, inner: int) -> _Mixed:
+    """A block at 17x17 pixels."""
     row, column = _along(7)
     return _Mixed(
         [["branch1x1"], _chain("branch7x7", 3), _chain("branch7x7dbl", 5)], "avg",
@@ -100,6 +111,7 @@ def _block_c(channels: int, inner: int) -> _Mixed:
 
 
 def _block_d(channels: int) -> _Mixed:
+    """A block at 17x17 to 8x8 pixels."""
     return _Mixed(
         [_chain("branch3x3", 2), _chain("branch7x7x3", 4)], "reduce",
         branch3x3_1=_ConvNormReLU(channels, 192, 1), branch3x3_2=_ConvNormReLU(192, 320, 3, 2),
@@ -109,6 +121,7 @@ def _block_d(channels: int) -> _Mixed:
 
 
 def _block_e(channels: int, pool: str) -> _Mixed:
+    """A block at 8x8 pixels."""
     row, column = _along(3)
     return _Mixed(
         [
@@ -127,25 +140,30 @@ def _block_e(channels: int, pool: str) -> _Mixed:
 
 
 def resize_matrix(source: int, target: int) -> Tensor:
-    """`(target, source)` matrix of TensorFlow 1's `resize_bilinear`: target pixel i reads source coordinate
-    `i * source / target` (no half-pixel centre, no antialiasing), clamped at the last pixel."""
+    """`(target, source)` matrix of TensorFlow 1's `resize_bilinear`.
+
+    Target pixel i reads source coordinate `i * source / target` (no half-pixel centre, no antialiasing), clamped at the
+    last pixel.
+    """
     position = torch.arange(target, dtype=torch.float64) * (source / target)
     low = position.floor().long().clamp(max=source - 1)
     matrix = torch.zeros(target, source, dtype=torch.float64)
-    rows, part = torch.arange(target), position - low
-    matrix.index_put_((rows, low), 1 - part, accumulate=True)
-    matrix.index_put_((rows, (low + 1).clamp(max=source - 1)), part, accumulate=True)
+    rows, fraction = torch.arange(target), position - low
+    matrix.index_put_((rows, low), 1 - fraction, accumulate=True)
+    matrix.index_put_((rows, (low + 1).clamp(max=source - 1)), fraction, accumulate=True)
     return matrix
 
 
 class Inception(nn.Module):
     """Images `(B, 1 or 3, H, W)` in [-1, 1] -> pooled features `(B, 2048)`, logits `(B, 1008)` without their bias.
 
-    Built to take `pt_inception-2015-12-05-6726825d.pth`, the original TensorFlow weights as converted for
-    PyTorch by M. Seitzer, and to follow the original graph: TensorFlow 1's bilinear resize to 299x299, pixels as
-    `(u - 128) / 128`, average pools that do not count padding, a max pool in the last block, and (for the
-    inception score) logits without bias.
-    Reference: Szegedy et al. 2015, 1512.00567; Heusel et al. 2017, 1706.08500.
+    For the weights `pt_inception-2015-12-05-6726825d.pth`, the original TensorFlow weights as converted for PyTorch by
+    M. Seitzer. It follows the original graph: TensorFlow 1's bilinear resize to 299x299, pixels as `(u - 128) / 128`,
+    average pools that do not count padding, a max pool in the last block, and (for the inception score) logits without
+    bias.
+
+    References:
+        Szegedy et al. 2015, arXiv:1512.00567; Heusel et al. 2017, arXiv:1706.08500.
     """
 
     name = "inception"
@@ -167,6 +185,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features `(B, 2048)` and logits `(B, 1008)`."""
         x = ((images.expand(-1, 3, -1, -1) + 1) * 127.5 - 128) / 128
         if x.shape[-2:] != (299, 299):
             rows, columns = (resize_matrix(n, 299).to(x) for n in x.shape[-2:])

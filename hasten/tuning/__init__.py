@@ -1,4 +1,4 @@
-"""Tuning methods, one a file: each is a frozen dataclass that fits times, coefficients or small networks to one model."""
+"""Tuning methods, one a file: frozen dataclasses that fit times, coefficients or small networks to one model."""
 
 from __future__ import annotations
 

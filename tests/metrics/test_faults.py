@@ -53,7 +53,7 @@ def test_a_network_whose_features_are_not_finite_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1) / 0.0
 
-    with pytest.raises(BadInput, match="broken gave features that are not finite"):
+    with pytest.raises(BadInput, match="broken returned features that are not finite"):
         extract(Broken(), 2 * torch.rand(12, 1, 4, 4) - 1)
 
 

@@ -75,5 +75,5 @@ def test_bad_input_is_told() -> None:
         moments(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
     with pytest.raises(BadInput, match="width 3 and 4"):
         frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
-    with pytest.raises(BadInput, match="width 4 cannot join"):
+    with pytest.raises(BadInput, match="width 4 cannot be added"):
         RunningMoments().add(torch.zeros(2, 3)).add(torch.zeros(2, 4))

@@ -120,7 +120,7 @@ def test_layers_do_what_the_formula_says(name, bits, borders):
     layer = LAYERS[name]()
     linear = isinstance(layer, nn.Linear)
     parts = rounded(layer, bits, borders, ACTS)
-    made = (QLinear if linear else QConv2d).made(layer, parts)
+    made = (QLinear if linear else QConv2d).from_layer(layer, parts)
     again = empty_quantized(nn.Sequential(LAYERS[name]()), quantization_config(nn.Sequential(made)))
     again.load_state_dict(nn.Sequential(made).state_dict())
     for batch in (1, 3):
@@ -147,15 +147,15 @@ def test_layers_do_what_the_formula_says(name, bits, borders):
 def test_every_kernel_gives_the_same_sums(kind, layer):
     if kind is _int8.OneDnnKernel and not _int8.onednn_works():
         pytest.skip("this CPU has no VNNI")
-    moves = None if isinstance(layer, nn.Linear) else _int8.ConvGeometry(padding=layer.padding)
+    geometry = None if isinstance(layer, nn.Linear) else _int8.ConvGeometry(padding=layer.padding)
     (part,) = rounded(layer, 8)
-    if kind is _int8.IntMmKernel and not _int8.IntMmKernel.fits(part.q, moves):
+    if kind is _int8.IntMmKernel and not _int8.IntMmKernel.fits(part.q, geometry):
         assert layer.weight.shape[-1] == 3
         return
-    kernel = kind(part.q, part.scale, layer.bias, moves, part.act_scale.tolist(), part.act_zero.tolist())
+    kernel = kind(part.q, part.scale, layer.bias, geometry, part.act_scale.tolist(), part.act_zero.tolist())
     index = torch.zeros(1, dtype=torch.int64)
     for batch in (1, 3):
-        x = images(batch, 16) if moves else images(batch, 16)[:, :, 0].transpose(1, 2)
+        x = images(batch, 16) if geometry else images(batch, 16)[:, :, 0].transpose(1, 2)
         assert off(kernel(x, 0, index, torch.float32), reference(layer, [part], x)) <= 1e-5
 
 
@@ -183,18 +183,18 @@ def test_codes_of_four_bits_come_back(shape):
 @pytest.mark.parametrize("layer", [conv(padding=1, stride=2), nn.Linear(10, 12)])
 def test_low_rank_branch_and_weights_only(layer, acts, rank):
     parts = rounded(layer, 4, (4,), acts, rank)
-    made = (QLinear if isinstance(layer, nn.Linear) else QConv2d).made(layer, parts)
-    x = images(2) if made.moves else images(2)[:, :, 0].transpose(1, 2)
+    made = (QLinear if isinstance(layer, nn.Linear) else QConv2d).from_layer(layer, parts)
+    x = images(2) if made.geometry else images(2)[:, :, 0].transpose(1, 2)
     with torch.no_grad():
         assert off(made(x), reference(layer, parts, x)) <= 1e-5
         assert off(plain(layer, x, made.weight), plain(layer, x, layer.weight)) < (0.5 if not rank else 9)
-    assert made.execution == "simulated" if acts is None else made.told()["rank"] == rank
+    assert made.execution == "simulated" if acts is None else made.quantization_config()["rank"] == rank
 
 
 def test_output_type_follows_autocast_and_input():
     layer = conv(padding=1)
     for bits, borders in ((8, ()), (4, (3,))):
-        made = QConv2d.made(layer, rounded(layer, bits, borders))
+        made = QConv2d.from_layer(layer, rounded(layer, bits, borders))
         x = images(2)
         with torch.no_grad():
             full = made(x)
@@ -211,7 +211,7 @@ def test_output_type_follows_autocast_and_input():
 
 def test_gradient_by_the_input_goes_straight_through():
     layer = conv(padding=1)
-    made = QConv2d.made(layer, rounded(layer))
+    made = QConv2d.from_layer(layer, rounded(layer))
     x = images(2).requires_grad_()
     y = made(x)
     (found,) = torch.autograd.grad(y.square().sum(), x)
@@ -236,13 +236,13 @@ def test_parts_that_do_not_fit_are_refused():
         ([ChannelSlice((0, 10), torch.zeros(12, 10, 3, 3), torch.ones(12), None, 3, None, None)], "3 bits"),
     ):
         with pytest.raises(ValueError, match=said):
-            QConv2d.made(layer, parts)
+            QConv2d.from_layer(layer, parts)
     for other, said in ((nn.Conv2d(4, 4, 3, groups=2), "groups"), (nn.Conv1d(4, 4, 3), "Conv1d"),
                         (nn.Conv2d(4, 4, 3, padding="same"), "padding")):  # fmt: skip
         assert said in why_not_quantizable(other)
     with pytest.raises(ValueError, match="groups"):
-        QConv2d.made(nn.Conv2d(4, 4, 3, groups=2), good)
-    made = QConv2d.made(layer, rounded(layer, acts=ACTS))
+        QConv2d.from_layer(nn.Conv2d(4, 4, 3, groups=2), good)
+    made = QConv2d.from_layer(layer, rounded(layer, acts=ACTS))
     with pytest.raises(ValueError, match="0..2"):
         set_group(made, 3)
     with pytest.raises(ValueError, match="no layer 'absent'"):
@@ -255,8 +255,8 @@ def test_block_with_a_split_shortcut_and_its_copies():
     x[:, 7:] *= 9  # what a split is for
     before = {name: value.clone() for name, value in block.state_dict().items()}
     made = {
-        "shortcut": QConv2d.made(block.shortcut, rounded(block.shortcut, 8, (7,), ((0.2, 128),))),
-        "modulation": QLinear.made(block.modulation, rounded(block.modulation)),
+        "shortcut": QConv2d.from_layer(block.shortcut, rounded(block.shortcut, 8, (7,), ((0.2, 128),))),
+        "modulation": QLinear.from_layer(block.modulation, rounded(block.modulation)),
     }
     fast = replace_layers(block, made)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
@@ -279,7 +279,7 @@ def integers(net, bits=8, **options):
     for name, layer in net.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             kind = QLinear if isinstance(layer, nn.Linear) else QConv2d
-            made[name] = kind.made(layer, rounded(layer, bits, **options))
+            made[name] = kind.from_layer(layer, rounded(layer, bits, **options))
     return replace_layers(net, made)
 
 
@@ -309,7 +309,10 @@ def test_integer_convolution_is_faster():
     if not _int8.onednn_works():
         pytest.skip("this CPU has no VNNI")
     layer = conv(256, 256, padding=1)
-    made, x = QConv2d.made(layer, rounded(layer)), images(16, 256, 16).contiguous(memory_format=torch.channels_last)
+    made, x = (
+        QConv2d.from_layer(layer, rounded(layer)),
+        images(16, 256, 16).contiguous(memory_format=torch.channels_last),
+    )
     threads, least = torch.get_num_threads(), {}
     torch.set_num_threads(1)
     try:

@@ -152,7 +152,7 @@ class Simulated(nn.Module):
         layer._parameters = {**layer._parameters}
         if (bias := self.bias) is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
-        return kind.made(layer, [piece.part() for piece in self.pieces])  # type: ignore[arg-type,operator,misc]
+        return kind.from_layer(layer, [piece.part() for piece in self.pieces])  # type: ignore[arg-type,operator,misc]
 
 
 def takes(module: nn.Module) -> bool:
