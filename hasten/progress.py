@@ -74,10 +74,10 @@ class ProgressReporter:
             self.say(f"{self.what}: {share:.0%} of the network evaluations, about {left:.0f} s left")
 
 
-Tick = Callable[[str, int, int, float], None]
+ProgressFn = Callable[[str, int, int, float], None]
 
 
-def ignore(what: str, done: int, total: int, value: float) -> None:
+def no_progress(what: str, done: int, total: int, value: float) -> None:
     """Progress that nobody watches."""
 
 

@@ -44,43 +44,16 @@ ROOT_MODULES = 18
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Bound Consistency
-    EDM Flow Guided
-    Moments Nodes
-    NoiseLevel Part Rows
-    Run SecondMoment Simulated
-    Stage Task Traced
-    UNet Way Work
-    _Callable _Conv _check
-    _known _load _low_rank
-    _positive _rows _seconds
-    _short _text _watched
-    _wide accelerate answer
-    begin beside check
-    check_finite checked classifier
-    clock compiled
-    describe described detached
-    difference digest distance
-    divergence drawn export
-    fingerprint fit
-    follow fresh given_images
-    grid heard hint
-    is_pipeline keep
-    measured
-    moments named names
-    nodes now
-    number numbers
-    pairs parse place
-    plain pooled
-    quantized quiet read
-    refusal run
-    sampled search several
-    short slope span
-    spectrum spell spread
-    sweep
-    together told trace
-    usable watched
-    wide write
+    Consistency EDM Flow Guided NoiseLevel Run
+    Traced UNet _Callable _known _low_rank _positive
+    _seconds _short _text _watched _wide accelerate
+    answer begin check checked clock compiled
+    described digest distance drawn export fingerprint
+    fresh grid is_pipeline keep named names
+    nodes now number numbers pairs peak_memory
+    place plain quantized quiet read resolve
+    sampled search short slope span spread
+    together trace usable wide write
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

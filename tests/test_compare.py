@@ -20,7 +20,7 @@ from hasten.compare import runner as engine
 from hasten.compare.runner import as_fast, counting
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference
-from hasten.metrics.difference import difference
+from hasten.metrics.difference import image_difference
 from hasten.model import Model
 
 from .factories import tiny_model
@@ -203,9 +203,9 @@ def test_an_accelerated_row_is_held_against_the_best_that_is_as_fast() -> None:
 
 def test_difference_of_known_images() -> None:
     a = torch.zeros(2, 1, 4, 4)
-    assert difference(a, a) == {"psnr": 100.0, "rms": 0.0}
+    assert image_difference(a, a) == {"psnr": 100.0, "rms": 0.0}
     b = a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)  # 0.1 and 0.01 of the range: 20 dB and 40 dB
-    found = difference(b, a)
+    found = image_difference(b, a)
     assert found["psnr"] == pytest.approx(30, abs=1e-4)
     assert found["rms"] == pytest.approx(((0.01 + 0.0001) / 2) ** 0.5, rel=1e-5)
 

@@ -23,7 +23,7 @@ from hasten.model import Model
 from hasten.pick import names, pick
 from hasten.schedules import VPLinear
 from hasten.times import UniformLambda
-from hasten.tuning import Task, Tuned
+from hasten.tuning import Tuned, TuningTask
 from tests.distillers._images import image_task, unet
 from tests.pretend import Pretended, put, taken
 
@@ -82,7 +82,7 @@ def tuned(name: str, denoiser: nn.Module, device: str) -> Tuned:
         chosen = torch.arange(n) % len(images)
         return images[chosen].to(device), labels[chosen]
 
-    task = Task(
+    task = TuningTask(
         denoiser=denoiser, sampler=hasten.UniPC(order=2), times=UniformLambda()(denoiser.schedule, STEPS), shape=SHAPE,
         labels=lambda n: torch.arange(n) % 2, images=real, seed=5, n=SAMPLES.get(name, 8),
     )  # fmt: skip

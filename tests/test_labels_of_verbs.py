@@ -22,7 +22,7 @@ from hasten.model import Model
 from hasten.workflows.distill import real_images
 from hasten.workflows.distribute import part_of
 from hasten.workflows.evaluate import classifier_labels, evaluate_distributed
-from hasten.workflows.tune import real
+from hasten.workflows.tune import calibration_images
 
 FAST = ("--steps", 1, "--precision", "fp32", "--device", "cpu")
 
@@ -45,7 +45,7 @@ def test_every_verb_gives_an_image_the_class_of_its_folder(fashion: Model, folde
     data = real_images(fashion, folders)
     assert data.labels is not None
     assert (data.images(range(10))[:, 0, 0, 0] // 20).tolist() == data.labels.tolist()
-    x, labels = real(fashion, folders)(10)
+    x, labels = calibration_images(fashion, folders)(10)
     assert labels is not None and ((x[:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist() == labels.tolist()
     for k, name in enumerate(fashion.classes or ()):
         assert float(of_class(folders, 1, fashion, name)[0, 0, 0, 0] + 1) * 127.5 == pytest.approx(20 * k, abs=0.01)
@@ -55,7 +55,7 @@ def test_other_classes_are_refused_with_both_lists(fashion: Model, tmp_path: Pat
     for k in range(10):
         (tmp_path / f"animal{k}").mkdir()
         Image.new("L", (28, 28), 20 * k).save(tmp_path / f"animal{k}" / "0.png")
-    for read in (lambda: real_images(fashion, tmp_path), lambda: real(fashion, tmp_path)):
+    for read in (lambda: real_images(fashion, tmp_path), lambda: calibration_images(fashion, tmp_path)):
         with pytest.raises(BadInput, match=r"animal0.*t-shirt"):
             read()
     with pytest.raises(BadInput, match="no class 'bag': its classes are animal0"):

@@ -21,7 +21,7 @@ from ..files import writes
 from ..images import to_uint8
 from ..loading import load
 from ..metrics import Reference, net_name, without_neighbours
-from ..metrics.difference import difference
+from ..metrics.difference import image_difference
 from ..model.model import Label, Model
 from ..performance import cost
 from ..performance.device import processor
@@ -271,7 +271,9 @@ class Run:
         if job.variant.role == "reference":
             self.store.keep(self.whole(block), drawn.half().numpy())
         else:
-            figures |= difference(drawn.half().float(), torch.from_numpy(self.store.images(self.whole(block))).float())
+            figures |= image_difference(
+                drawn.half().float(), torch.from_numpy(self.store.images(self.whole(block))).float()
+            )
         if block == 0 and is_image(drawn.shape[1:]):
             self.store.keep(job.key, to_uint8(drawn[:SHOWN]).transpose(0, 3, 1, 2))
         return figures

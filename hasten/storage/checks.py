@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput
-from ..nets.quantized import described
+from ..nets.quantized import quantization_config
 from .weights import WRAPPERS, identity, is_diffusers, is_ours, own_class, refusal
 
 FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, NotImplementedError, AssertionError)
@@ -32,7 +32,7 @@ def check_reopens(name: str, net: nn.Module, denoiser: Denoiser | None, shape: t
     inside = net
     while is_ours(inside) and type(inside).__name__ in WRAPPERS:
         inside = inside.net  # type: ignore[assignment]
-    if denoiser is None or is_ours(inside) or is_diffusers(inside) or described(inside):
+    if denoiser is None or is_ours(inside) or is_diffusers(inside) or quantization_config(inside):
         return  # integer layers are made by hasten, of a network that was compared
     again = built_again(inside)
     try:

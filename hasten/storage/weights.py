@@ -30,7 +30,7 @@ from .. import nets
 from ..adapters.model_like import ModelLike
 from ..errors import BadInput, Notice, nearest
 from ..files import sha256
-from ..nets.quantized import described, scales, vacant
+from ..nets.quantized import empty_quantized, quantization_config, scale_names
 from ..utils.finite import not_finite
 
 __all__ = ["build", "fill", "refusal", "restored", "sha256", "store", "describe_network"]
@@ -49,7 +49,7 @@ def store(net: nn.Module, file: Path, half: bool = False) -> None:
         warnings.warn(f"{file.name}: the tensor {bad}, which is saved, holds NaN or infinity", Notice, stacklevel=2)
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
     if half:
-        exact = scales(net)
+        exact = scale_names(net)
         weights = {key: w.half() if w.is_floating_point() and key not in exact else w for key, w in weights.items()}
     file.write_bytes(save(weights))  # save_file would make it readable by its owner only
 
@@ -133,7 +133,7 @@ def own_refusal(net: nn.Module) -> str | None:
     before, after = ({key: shape_of(w) for key, w in one.state_dict().items()} for one in (net, again))
     common = {key for key in before.keys() & after.keys() if after[key] in (before[key], "lazy")}
     different = sorted((before.keys() | after.keys()) - common)
-    if different and not described(net):  # integer layers have other tensors, which `quantized` describes
+    if different and not quantization_config(net):  # integer layers have other tensors, which `quantized` describes
         return f"{call} builds a network with other tensors, first {different[0]}: its config does not describe it"
     return None
 
@@ -170,7 +170,7 @@ def describe_network(net: nn.Module) -> dict[str, Any]:
     Of a network of diffusers there is also `library`, of one's own `module`; `net` is the network inside a wrapper.
     """
     rows: list[dict[str, Any]] = []
-    for name, kind in described(net).items():
+    for name, kind in quantization_config(net).items():
         row = next((row for row in rows if all(row[key] == value for key, value in kind.items())), None)
         if row is None:
             rows.append(row := {**kind, "layers": []})
@@ -208,7 +208,7 @@ def restored(told: dict[str, Any], networks: Sequence[type] = (), trust_code: bo
     else:
         net = build(told["class"], told["config"])
     rows = told.get("quantized") or []
-    return vacant(net, {name: row for row in rows for name in row["layers"]}) if rows else net
+    return empty_quantized(net, {name: row for row in rows for name in row["layers"]}) if rows else net
 
 
 def own_class(module: str, name: str, networks: Sequence[type] = (), trust_code: bool = False) -> type[nn.Module]:

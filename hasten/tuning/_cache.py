@@ -12,7 +12,7 @@ from ..files import write_whole
 from ..utils.environment import cache_folder
 
 
-def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached_result(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make()` gave for this key, from hasten's folder of the user's cache where it is there, bit for bit.
 
     Args:

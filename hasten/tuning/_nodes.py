@@ -15,14 +15,14 @@ from ..errors import BadInput
 from ..schedules.base import Schedule
 from ..times import FAR_Q, LARGEST_Q, TimeGrid
 
-__all__ = ["Enough", "Nodes"]
+__all__ = ["EarlyStop", "GridNodes"]
 
 
-class Enough(Exception):
+class EarlyStop(Exception):
     """The held-out noises say that the search has gone far enough."""
 
 
-class Nodes:
+class GridNodes:
     """The N + 1 nodes of a grid in lam, as a function of N numbers u: the gaps are their softmax."""
 
     def __init__(self, schedule: Schedule, times: Tensor, low: float | None) -> None:
@@ -90,7 +90,7 @@ class Nodes:
             done += 1
             watch(torch.from_numpy(u.copy()), done)
 
-        with contextlib.suppress(Enough):
+        with contextlib.suppress(EarlyStop):
             minimize(objective, u0.numpy(), jac=True, method="L-BFGS-B", bounds=[(-5.0, 5.0)] * len(u0), callback=after,
                      options={"maxiter": iterations, "maxcor": 15})  # fmt: skip
         value, u = min(seen, key=lambda pair: pair[0])

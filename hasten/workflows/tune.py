@@ -18,13 +18,13 @@ from ..files import refuse_inside, reserve, writes
 from ..model.model import Model
 from ..pick import format_spec, pick
 from ..plan.config import SamplingConfig, SamplingOptions
-from ..progress import Tick, ignore
+from ..progress import ProgressFn, no_progress
 from ..storage.atomic import digest, refuse_other_model
 from ..storage.model_folder import check_savable
 from ..storage.provenance import fingerprint, now
 from ..storage.weights import is_half
 from ..train.fingerprint import listing
-from ..tuning import Task, Tuned
+from ..tuning import Tuned, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
@@ -94,13 +94,13 @@ def tune_model(
         None if data is None else listing(Path(data)),
     )  # fmt: skip
     refuse_other_model(out, model, identity)
-    task = Task(
+    task = TuningTask(
         denoiser=resolved.denoiser,
         sampler=resolved.sampler,
         times=resolved.times,
         shape=model.shape,
         labels=model.labels,
-        images=None if data is None else real(model, data),
+        images=None if data is None else calibration_images(model, data),
         seed=seed,
         n=n,
         identity=fingerprint(model),
@@ -114,7 +114,7 @@ def tune_model(
         check_finite(f"{method} found {what} that are not finite", getattr(found, what))
     for part, net in found.parts.items():
         check_weights(net, f"{method}: the network {part} that it trained")
-    name = store_result(model, found, method, scale)
+    name = attach_result(model, found, method, scale)
     record = {
         "method": format_spec(tuner),
         "plan": name,
@@ -133,7 +133,7 @@ def tune_model(
     return {"folder": str(out), **record, "seconds": seconds}
 
 
-def store_result(model: Model, found: Tuned, method: str, scale: float) -> str | None:
+def attach_result(model: Model, found: Tuned, method: str, scale: float) -> str | None:
     """Give the model what was found; the name of the plan, if there is one."""
     model.statistics = {**model.statistics, **found.statistics}
     model.parts = {**model.parts, **found.parts}
@@ -145,7 +145,7 @@ def store_result(model: Model, found: Tuned, method: str, scale: float) -> str |
     return name
 
 
-def real(model: Model, data: str | Path) -> Images:
+def calibration_images(model: Model, data: str | Path) -> Images:
     """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
     model's classes, matched by name."""
     from ..train import open_data
@@ -172,10 +172,10 @@ def real(model: Model, data: str | Path) -> Images:
 
 
 @contextlib.contextmanager
-def tuning_progress() -> Iterator[Tick]:
+def tuning_progress() -> Iterator[ProgressFn]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not is_terminal(sys.stderr):
-        yield ignore
+        yield no_progress
         return
     from rich import progress
     from rich.console import Console

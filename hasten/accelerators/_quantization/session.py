@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput, nearest
-from ...nets.quantized import exchange
+from ...nets.quantized import replace_layers
 from ...utils.finite import check_weights
 from .bias import correct_biases
 from .calibration import Samples, fit_activations
@@ -176,7 +176,9 @@ class QuantizationSession:
 
     def made(self) -> nn.Module:
         """The network with layers that compute with integers; what was not exchanged is shared with the original."""
-        return exchange(self.denoiser.net, {name: layer.made() for name, layer in simulated(self.net).items()}).eval()
+        return replace_layers(
+            self.denoiser.net, {name: layer.made() for name, layer in simulated(self.net).items()}
+        ).eval()
 
 
 def kept_out(net: nn.Module, layers: Sequence[str], keep: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...nets.copies import copy_modules
-from ...nets.quantized import Part, QConv2d, QLinear, refusal
+from ...nets.quantized import ChannelSlice, QConv2d, QLinear, why_not_quantizable
 from .quantizer import ACTS, WEIGHTS, codes, fake, of_weights, spread
 
 ALTERNATIONS = 4  # of the low-rank branch and what is rounded
@@ -60,10 +60,10 @@ class Piece(nn.Module):
         scale = self.act_scale if self.log_step is None else self.log_step.exp()
         return fake(x, scale[group].to(x.dtype), self.act_zero[group].to(x.dtype), ACTS[8])
 
-    def part(self) -> Part:
+    def part(self) -> ChannelSlice:
         """The same for the layers that compute with integers."""
         four = self.bits == 4
-        return Part(
+        return ChannelSlice(
             self.channels, self.q.to(torch.uint8 if four else torch.int8), self.scale,
             self.zero.to(torch.uint8) if four else None, self.bits, self.act_scale,
             None if self.act_zero is None else self.act_zero.to(torch.uint8),
@@ -152,14 +152,14 @@ class Simulated(nn.Module):
         layer._parameters = {**layer._parameters}
         if (bias := self.bias) is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
-        return kind.made(layer, [piece.part() for piece in self.pieces])  # type: ignore[arg-type,operator,misc]
+        return kind.from_layer(layer, [piece.part() for piece in self.pieces])  # type: ignore[arg-type,operator,misc]
 
 
 def takes(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer that can be exchanged."""
     kinds = (nn.Conv2d, nn.Linear)
     plain = any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
-    return plain and not is_reparametrised(module) and refusal(module) is None
+    return plain and not is_reparametrised(module) and why_not_quantizable(module) is None
 
 
 def is_reparametrised(module: nn.Module) -> bool:
