@@ -12,7 +12,7 @@ from . import zoo
 from .adapters.diffusers.pipelines import load_pipeline, open_saved
 from .errors import BadInput, nearest
 from .model.model import Model
-from .storage.model_folder import DESCRIPTION, read
+from .storage.model_folder import DESCRIPTION, read_model
 from .utils.noise import kept_random_state
 
 
@@ -27,12 +27,12 @@ def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_cod
     Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the
     one in model.json) or of another shape than the network.
     """
-    if is_pipeline(name):
+    if names_pipeline(name):
         return load_pipeline(name, device=device)
-    return Model(**read(find(name), networks, trust_code, open_saved)).to(device or "cpu")
+    return Model(**read_model(find_model_folder(name), networks, trust_code, open_saved)).to(device or "cpu")
 
 
-def is_pipeline(name: Any) -> bool:
+def names_pipeline(name: Any) -> bool:
     """Whether it is a pipeline of `diffusers`: itself, its folder, or what can only be a hub id, `owner/name` where no
     folder `owner` is."""
     if not isinstance(name, (str, Path)):
@@ -44,7 +44,7 @@ def is_pipeline(name: Any) -> bool:
     return plain and not folder.parent.exists()
 
 
-def find(name: str | Path) -> Path:
+def find_model_folder(name: str | Path) -> Path:
     """The folder of a model: a bundled name first, then a folder with a model.json."""
     cards = zoo.cards()
     if str(name) in cards:

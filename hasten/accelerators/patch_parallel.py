@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..distributed.groups import ProcessGroup, process_rank, team
+from ..distributed.groups import ProcessGroup, process_group, process_rank
 from ..errors import BadInput
 from . import PART, SamplingContext
 from ._caching.seams import same
@@ -111,7 +111,7 @@ class PatchParallel:
         if most % size:
             sizes = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
             raise BadInput(f"patch_parallel: {most} processes make no groups of {size} (choices: {sizes})")
-        return team([tuple(range(first, first + size)) for first in range(0, world, size)])
+        return process_group([tuple(range(first, first + size)) for first in range(0, world, size)])
 
 
 class PatchNet(nn.Module):

@@ -25,14 +25,14 @@ from ..nets.quantized import layers
 if TYPE_CHECKING:
     from ..model.model import Model
 
-__all__ = ["Asked", "Exported", "Flat", "exported", "needed"]
+__all__ = ["NetworkInputs", "ExportedNetwork", "FlatNetwork", "export_network", "require_package"]
 
-Asked = dict[str, Tensor]  # the inputs of a network: x (B, *S), time (B,), and its conditions, each (B, ...)
+NetworkInputs = dict[str, Tensor]  # the inputs of a network: x (B, *S), time (B,), and its conditions, each (B, ...)
 PRECISIONS = ("fp32", "fp16", "int8")
-HELD_OUT = 2  # images on which an exported network is compared with the one it was made from
+CHECK_IMAGES = 2  # images on which an exported network is compared with the one it was made from
 
 
-def needed(package: str, extra: str) -> Any:
+def require_package(package: str, extra: str) -> Any:
     """A package by name. Raises BadInput where it is not installed."""
     try:
         return importlib.import_module(package)
@@ -40,7 +40,7 @@ def needed(package: str, extra: str) -> Any:
         raise BadInput(f"{extra} networks need {e.name or package}: pip install 'hasten[{extra}]'") from e
 
 
-class Flat(nn.Module):
+class FlatNetwork(nn.Module):
     """A network as a function of tensors alone: `(x, time, *conditions)`, the conditions in the order of `names`."""
 
     def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:
@@ -51,7 +51,7 @@ class Flat(nn.Module):
         return self.net(x, time, **dict(zip(self.names, told)))
 
 
-class Exported(nn.Module):
+class ExportedNetwork(nn.Module):
     """A network whose graph lies in files and is run by another library, `(B, *S), (B,), ... -> (B, *S)` float32.
 
     It has no layers of its own: two tensors only, `place`, which says on which device answers are wanted, and
@@ -85,7 +85,7 @@ class Exported(nn.Module):
         self.folder: Path | None = None
         self.running: dict[Any, Any] = {}
 
-    def adopt(self, folder: Path) -> Exported:
+    def adopt(self, folder: Path) -> ExportedNetwork:
         """Take the files that lie in a folder, whatever they are."""
         self.folder, self.running = folder, {}
         found = [list(bytes.fromhex(sha256(folder / name))) for name in self.config["files"]]
@@ -149,9 +149,9 @@ class _Enough(Exception):
     """Ends a sampling of which enough was heard."""
 
 
-def heard(model: Model, n: int, seed: int, calls: int | None = None) -> list[Asked]:
+def record_inputs(model: Model, n: int, seed: int, calls: int | None = None) -> list[NetworkInputs]:
     """What the network is asked while n images are sampled in the way that the model recommends, or the first calls."""
-    found: list[Asked] = []
+    found: list[NetworkInputs] = []
 
     def hook(_net: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         x, time = positional
@@ -171,7 +171,7 @@ def heard(model: Model, n: int, seed: int, calls: int | None = None) -> list[Ask
     return [{key: value.detach().cpu() for key, value in asked.items()} for asked in found]
 
 
-def told_of(net: nn.Module) -> dict[str, Any]:
+def exported_config(net: nn.Module) -> dict[str, Any]:
     """What an exported network goes on saying of itself."""
     own = not type(net).__module__.startswith("hasten.")  # what "channels" means there is not known
     config = {} if own else getattr(net, "config", {})
@@ -182,7 +182,7 @@ def told_of(net: nn.Module) -> dict[str, Any]:
     return told
 
 
-def error_of(net: nn.Module, other: nn.Module, asked: list[Asked]) -> float:
+def export_error(net: nn.Module, other: nn.Module, asked: list[NetworkInputs]) -> float:
     """`||other - net|| / ||net||` over all these calls."""
     wrong = whole = 0.0
     for inputs in asked:
@@ -195,7 +195,7 @@ def error_of(net: nn.Module, other: nn.Module, asked: list[Asked]) -> float:
 
 
 @contextlib.contextmanager
-def tracing(net: nn.Module) -> Iterator[None]:
+def one_line_errors(net: nn.Module) -> Iterator[None]:
     """Within the block what goes wrong is told in one line: exporters answer with pages."""
     try:
         yield
@@ -207,14 +207,14 @@ def tracing(net: nn.Module) -> Iterator[None]:
 
 
 @writes("path")
-def exported(
-    kind: type[Exported],
+def export_network(
+    kind: type[ExportedNetwork],
     model: Model,
     path: str | Path,
     precision: str,
     n: int,
     seed: int,
-    write: Callable[[Flat, list[Asked], Path], None],
+    write: Callable[[FlatNetwork, list[NetworkInputs], Path], None],
     **told: Any,
 ) -> Model:
     """The model with its network as `kind`, saved in the folder `path` and loaded from it.
@@ -251,18 +251,18 @@ def exported(
         net = copy.deepcopy(net).cpu().eval()
     model = replace(model, denoiser=denoiser.replace(net=net))
     int8 = precision == "int8"
-    asked = heard(model, n, seed) if int8 else heard(model, HELD_OUT, seed, calls=1)
+    asked = record_inputs(model, n, seed) if int8 else record_inputs(model, CHECK_IMAGES, seed, calls=1)
     names = tuple(key for key in asked[0] if key not in ("x", "time"))
     inputs = {key: str(asked[0][key].dtype).removeprefix("torch.") for key in names}
     with tempfile.TemporaryDirectory(prefix="hasten-") as scratch:
         own = f"-{uuid.uuid4().hex[:8]}" if before else ""  # beside the files of the export that it replaces
         first = Path(scratch) / f"network{own}{'.xml' if kind.kind == 'openvino' else '.onnx'}"
-        with tracing(net), torch.no_grad():
-            write(Flat(net, names), asked, first)
+        with one_line_errors(net), torch.no_grad():
+            write(FlatNetwork(net, names), asked, first)
         files = [first.name, *sorted(file.name for file in Path(scratch).iterdir() if file != first)]
-        made = kind(files, inputs, list(model.shape), precision, **told_of(net), **told).adopt(Path(scratch))
+        made = kind(files, inputs, list(model.shape), precision, **exported_config(net), **told).adopt(Path(scratch))
         with torch.no_grad():
-            error = error_of(net, made, heard(model, HELD_OUT, seed + n) if int8 else asked)
+            error = export_error(net, made, record_inputs(model, CHECK_IMAGES, seed + n) if int8 else asked)
             if not error < 1:  # NaN too
                 raise HastenError(f"the exported network answers otherwise: relative error {error:.3g}, not written")
         size = sum((Path(scratch) / name).stat().st_size for name in files)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..accelerators import FIRST_SEED
 from ..errors import BadInput
-from ._export import Asked, Exported, Flat, exported, needed
+from ._export import ExportedNetwork, FlatNetwork, NetworkInputs, export_network, require_package
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["OnnxNet", "export"]
 
 OPSETS = range(18, 24)
-MOST_BYTES = 1_800_000_000  # of a single file of ONNX, whose format ends at 2 GiB
+MAX_BYTES = 1_800_000_000  # of a single file of ONNX, whose format ends at 2 GiB
 INT8 = ("Conv", "Gemm", "MatMul")
 
 
-class OnnxNet(Exported):
+class OnnxNet(ExportedNetwork):
     """A network in the file network.onnx, run by ONNX Runtime: on the CPU with torch's number of threads, on a GPU
     through its CUDA provider where the model was moved there."""
 
@@ -42,7 +42,7 @@ class OnnxNet(Exported):
         return session.run(None, dict(zip((one.name for one in session.get_inputs()), arrays)))[0]
 
     def _session(self, device: torch.device, threads: int) -> Any:
-        onnxruntime = needed("onnxruntime", "onnx")
+        onnxruntime = require_package("onnxruntime", "onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -85,26 +85,26 @@ def export(
     if opset not in OPSETS:
         raise BadInput(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, found {opset}")
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        needed(package, "onnx")
+        require_package(package, "onnx")
 
-    def write(flat: Flat, asked: list[Asked], file: Path) -> None:
-        with quiet():
+    def write(flat: FlatNetwork, asked: list[NetworkInputs], file: Path) -> None:
+        with silence_exporters():
             if precision == "fp32":
-                graph(flat, asked[0], file, opset)
+                export_graph(flat, asked[0], file, opset)
                 return
             whole = file.with_name("whole.onnx")
-            graph(flat, asked[0], whole, opset)
+            export_graph(flat, asked[0], whole, opset)
             if precision == "fp16":
-                halved(whole, file)
+                convert_to_half(whole, file)
             else:
-                quantized(whole, file, flat, asked)
+                quantize_onnx(whole, file, flat, asked)
             for left in file.parent.glob("whole.onnx*"):
                 left.unlink()
 
-    return exported(OnnxNet, model, path, precision, n, seed, write, opset=opset)
+    return export_network(OnnxNet, model, path, precision, n, seed, write, opset=opset)
 
 
-def graph(flat: Flat, asked: Asked, file: Path, opset: int) -> None:
+def export_graph(flat: FlatNetwork, asked: NetworkInputs, file: Path, opset: int) -> None:
     """Export with the batch left open; weights that are too large for one file go into another beside it."""
     batch = {0: torch.export.Dim.DYNAMIC}
     told = tuple(asked[name] for name in flat.names)
@@ -114,14 +114,14 @@ def graph(flat: Flat, asked: Asked, file: Path, opset: int) -> None:
         dynamic_shapes={"x": batch, "time": batch} | ({"told": tuple(batch for _ in told)} if told else {}),
         strict=False,
     )
-    large = sum(p.numel() * p.element_size() for p in flat.parameters()) > MOST_BYTES
+    large = sum(p.numel() * p.element_size() for p in flat.parameters()) > MAX_BYTES
     made = torch.onnx.export(
         program, dynamo=True, opset_version=opset, input_names=list(asked), output_names=["raw"],
         external_data=large, verbose=False,
     )  # fmt: skip
     assert made is not None
     made.save(str(file), external_data=large)
-    onnx = needed("onnx", "onnx")
+    onnx = require_package("onnx", "onnx")
     bare = onnx.load(str(file), load_external_data=False)
     for node in [*bare.graph.node, *(node for function in bare.functions for node in function.node)]:
         del node.metadata_props[:]  # from which line of source it came
@@ -129,15 +129,15 @@ def graph(flat: Flat, asked: Asked, file: Path, opset: int) -> None:
     onnx.save(bare, str(file))
 
 
-def halved(whole: Path, file: Path) -> None:
+def convert_to_half(whole: Path, file: Path) -> None:
     """The same graph in half precision between inputs and outputs that stay float32."""
-    onnx, float16 = needed("onnx", "onnx"), needed("onnxruntime.transformers.float16", "onnx")
+    onnx, float16 = require_package("onnx", "onnx"), require_package("onnxruntime.transformers.float16", "onnx")
     onnx.save(float16.convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True), str(file))
 
 
-def quantized(whole: Path, file: Path, flat: Flat, asked: list[Asked]) -> None:
+def quantize_onnx(whole: Path, file: Path, flat: FlatNetwork, asked: list[NetworkInputs]) -> None:
     """The same graph on 8-bit integers, with the ranges of activations over these calls."""
-    quantization = needed("onnxruntime.quantization", "onnx")
+    quantization = require_package("onnxruntime.quantization", "onnx")
 
     class Calls(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -155,7 +155,7 @@ def quantized(whole: Path, file: Path, flat: Flat, asked: list[Asked]) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_exporters() -> Iterator[None]:
     """The exporters' warnings are about their own insides, and stdout is for results."""
     import logging
 

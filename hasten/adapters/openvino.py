@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..accelerators import FIRST_SEED
 from ..errors import BadInput, HastenError
-from ._export import Asked, Exported, Flat, exported, needed
+from ._export import ExportedNetwork, FlatNetwork, NetworkInputs, export_network, require_package
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -41,7 +41,7 @@ openvino.Core().compile_model(graph, "CPU", settings).create_infer_request().inf
 PATIENCE = 300  # seconds that a trial may take
 
 
-class OpenVinoNet(Exported):
+class OpenVinoNet(ExportedNetwork):
     """A network in the files network.xml and network.bin, run by OpenVINO on the CPU with torch's number of threads.
 
     Under bfloat16 autocast (runtime bf16) what is not int8 is computed in bfloat16, else in float32, whatever the
@@ -64,7 +64,7 @@ class OpenVinoNet(Exported):
         return self.running[key].infer(arrays, share_inputs=True)[0]
 
     def _compiled(self, format: str, threads: int, batch: int) -> Any:
-        openvino = needed("openvino", "openvino")
+        openvino = require_package("openvino", "openvino")
         try:
             core = openvino.Core()
             graph = core.read_model(str(self.graph()))
@@ -72,14 +72,16 @@ class OpenVinoNet(Exported):
                 graph.reshape({k: [batch, *list(one.partial_shape)[1:]] for k, one in enumerate(graph.inputs)})
             hints = {"INFERENCE_PRECISION_HINT": format, "INFERENCE_NUM_THREADS": threads}
             settings = {**SETTINGS, **hints, SNIPPETS: "ENABLE"}
-            if not (batch and self.config["precision"] == "int8" and runs(str(self.graph()), batch, settings)):
+            if not (
+                batch and self.config["precision"] == "int8" and runs_in_subprocess(str(self.graph()), batch, settings)
+            ):
                 settings[SNIPPETS] = "DISABLE"
             return core.compile_model(graph, "CPU", settings)
         except RuntimeError as e:
             raise BadInput(f"openvino cannot run {self.graph()}: {str(e).strip().splitlines()[-1]}") from e
 
 
-def runs(path: str, batch: int, settings: dict[str, Any]) -> bool:
+def runs_in_subprocess(path: str, batch: int, settings: dict[str, Any]) -> bool:
     """Whether a graph of this batch is compiled and answers, in a process of its own."""
     asked = [sys.executable, "-c", TRIAL, json.dumps([path, batch, settings])]
     try:
@@ -112,12 +114,12 @@ def export(
 
     https://docs.openvino.ai, https://github.com/openvinotoolkit/nncf.
     """
-    needed("openvino", "openvino")
+    require_package("openvino", "openvino")
     if precision == "int8":
-        needed("nncf", "openvino")
+        require_package("nncf", "openvino")
 
-    def write(flat: Flat, asked: list[Asked], file: Path) -> None:
-        openvino = needed("openvino", "openvino")
+    def write(flat: FlatNetwork, asked: list[NetworkInputs], file: Path) -> None:
+        openvino = require_package("openvino", "openvino")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer, about checks of shapes
             graph = openvino.convert_model(flat, example_input=tuple(asked[0].values()))
@@ -130,18 +132,20 @@ def export(
         graph.outputs[0].get_tensor().set_names({"raw"})
         graph.validate_nodes_and_infer_types()
         if precision == "int8":
-            graph = quantized(graph, asked, keep)
+            graph = quantize_openvino(graph, asked, keep)
         openvino.save_model(graph, str(file), compress_to_fp16=precision == "fp16")
 
-    return exported(OpenVinoNet, model, path, precision, n, seed, write)
+    return export_network(OpenVinoNet, model, path, precision, n, seed, write)
 
 
-def quantized(graph: Any, asked: list[Asked], keep: tuple[str, ...] = ()) -> Any:
+def quantize_openvino(graph: Any, asked: list[NetworkInputs], keep: tuple[str, ...] = ()) -> Any:
     """The graph on 8-bit integers, with the ranges of activations over these calls."""
-    nncf = needed("nncf", "openvino")
+    nncf = require_package("nncf", "openvino")
     chosen = asked[:: -(-len(asked) // CALLS)]
     data = nncf.Dataset([[value.numpy() for value in inputs.values()] for inputs in chosen])
-    left = nncf.IgnoredScope(names=exact(graph), types=["Add", "Multiply"], patterns=list(keep), validate=False)
+    left = nncf.IgnoredScope(
+        names=float_operations(graph), types=["Add", "Multiply"], patterns=list(keep), validate=False
+    )
     log = logging.getLogger("nncf")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -154,7 +158,7 @@ def quantized(graph: Any, asked: list[Asked], keep: tuple[str, ...] = ()) -> Any
         log.setLevel(before)
 
 
-def exact(graph: Any) -> list[str]:
+def float_operations(graph: Any) -> list[str]:
     """The names of the operations that stay in floating point, for little of the time is spent there.
 
     The first and the last convolution; and what does not depend on the image, up to the matrix products that tell it to

@@ -382,4 +382,4 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """What `model.json` holds, but for the hashes of the files, which are known once they are written."""
-        return shelf.describe(self)
+        return shelf.model_description(self)

@@ -19,7 +19,7 @@ RENAMED = re.compile(r".+-[0-9a-f]{8}\.(safetensors|json)")
 STEMS = ("weights-", "statistics-", "plan-")
 
 
-def digest(*values: Any) -> str:
+def short_hash(*values: Any) -> str:
     """Values as 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
@@ -56,12 +56,12 @@ def replace_files(part: Path, folder: Path, told: dict[str, Any]) -> None:
     """
     old, new = named_files(folder), set()
     for file in sorted(file for file in part.rglob("*") if file.is_file()):
-        new.add(place(told, file.relative_to(part).as_posix(), file, folder, old))
+        new.add(move_file(told, file.relative_to(part).as_posix(), file, folder, old))
     write_whole(folder / DESCRIPTION, json.dumps(told, indent=2) + "\n")
     remove_unnamed(folder, old, new)
 
 
-def place(told: dict[str, Any], name: str, file: Path, folder: Path, old: set[str]) -> str:
+def move_file(told: dict[str, Any], name: str, file: Path, folder: Path, old: set[str]) -> str:
     """Move a new file into the folder, under another name if the old model has one of this name and other contents.
 
     told: what model.json is going to hold; it gets the other name. Returns the name.

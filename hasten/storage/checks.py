@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput
 from ..nets.quantized import described
-from .weights import WRAPPERS, identity, is_diffusers, is_ours, own_class, refusal
+from .weights import WRAPPERS, identity, is_diffusers, is_hasten_network, save_refusal, user_class
 
 FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, NotImplementedError, AssertionError)
 SEED = 20240229  # of the sample that is shown to both
@@ -27,21 +27,21 @@ def check_reopens(name: str, net: nn.Module, denoiser: Denoiser | None, shape: t
 
     Raises BadInput with what to do.
     """
-    if why := refusal(net):
+    if why := save_refusal(net):
         raise BadInput(f"{name} cannot be saved: {why}")
     inside = net
-    while is_ours(inside) and type(inside).__name__ in WRAPPERS:
+    while is_hasten_network(inside) and type(inside).__name__ in WRAPPERS:
         inside = inside.net  # type: ignore[assignment]
-    if denoiser is None or is_ours(inside) or is_diffusers(inside) or described(inside):
+    if denoiser is None or is_hasten_network(inside) or is_diffusers(inside) or described(inside):
         return  # integer layers are made by hasten, of a network that was compared
-    again = built_again(inside)
+    again = rebuild(inside)
     try:
-        first = answer(denoiser, inside, shape, labels)
+        first = probe_output(denoiser, inside, shape, labels)
     except FAILURES:
         return
     kind = type(inside).__name__
     try:
-        second = answer(denoiser, again, shape, labels)
+        second = probe_output(denoiser, again, shape, labels)
     except FAILURES as e:
         raise BadInput(
             f"{name} cannot be saved: {kind}, built again from its config, fails ({first_line(e)}): its config does "
@@ -57,17 +57,17 @@ def check_reopens(name: str, net: nn.Module, denoiser: Denoiser | None, shape: t
         )
 
 
-def built_again(net: nn.Module) -> nn.Module:
+def rebuild(net: nn.Module) -> nn.Module:
     """The network as `load` would make it, on the device of this one."""
     told = identity(net)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED + 1)  # buffers that are drawn must not agree by luck
-        again = own_class(told["module"], told["class"], [type(net)])(**told["config"])
+        again = user_class(told["module"], told["class"], [type(net)])(**told["config"])
     again.load_state_dict(net.state_dict())
     return again.to(device_of(net))
 
 
-def answer(denoiser: Denoiser, net: nn.Module, shape: tuple[int, ...], labels: bool) -> Tensor:
+def probe_output(denoiser: Denoiser, net: nn.Module, shape: tuple[int, ...], labels: bool) -> Tensor:
     """What a network says about two samples of noise, in the middle of the schedule, float32. It is left as it is."""
     device = device_of(net)
     around = copy.copy(denoiser)  # `replace` would set the network's mode
@@ -79,7 +79,7 @@ def answer(denoiser: Denoiser, net: nn.Module, shape: tuple[int, ...], labels: b
         return around.raw(x, 0.5, **cond).float()
 
 
-def check_runs(name: str, denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Tensor]) -> None:
+def check_trainable(name: str, denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Tensor]) -> None:
     """Refuse a network that cannot be trained: without weights, that cannot be copied, or that fails on a sample.
 
     cond: what it is told with two samples.

@@ -23,7 +23,15 @@ from ..utils.finite import check_finite
 from .atomic import replace_files
 from .checks import check_reopens
 from .weights import describe_network as network
-from .weights import fill, is_diffusers, is_ours, refusal, restored, sha256, store
+from .weights import (
+    is_diffusers,
+    is_hasten_network,
+    load_weights,
+    network_from_description,
+    save_refusal,
+    sha256,
+    write_weights,
+)
 
 SCHEMA = 1
 WAIT = 30.0  # seconds that a save waits for another one into the same folder
@@ -36,29 +44,29 @@ def save(model: ModelLike, folder: Path, half: bool = False) -> Path:
     try:
         with locked(folder, wait=WAIT):
             remove_leftovers(folder.parent, folder.name)  # of versions that wrote there
-            return commit(model, folder, half, as_pipeline)
+            return write_model(model, folder, half, as_pipeline)
     except OSError as e:
         raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
 
 
-def commit(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> Path:
+def write_model(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> Path:
     """Write all files of a model into a temporary folder, and exchange those of `folder` for them at once."""
     part = temporary(folder / "model")
     try:
         part.mkdir()
         replaced = write_network(model, part, half, as_pipeline)
-        told = describe(model) | replaced
+        told = model_description(model) | replaced
         if model.plan is not None:
             (part / PLAN).write_text(model.plan.to_json())
         for name, plan in model.plans.items():
             (part / "plans").mkdir(exist_ok=True)
             (part / told["plans"][name]).write_text(plan.to_json())
         if model.statistics:
-            keep(model.statistics, part / STATISTICS)
+            write_tensors(model.statistics, part / STATISTICS)
             told["statistics"]["sha256"] = sha256(part / STATISTICS)
         for name, net in model.parts.items():
             (part / "parts").mkdir(exist_ok=True)
-            store(net, part / told["parts"][name]["file"], half)
+            write_weights(net, part / told["parts"][name]["file"], half)
             told["parts"][name]["sha256"] = sha256(part / told["parts"][name]["file"])
         replace_files(part, folder, told)
     finally:
@@ -79,7 +87,7 @@ def check_savable(model: ModelLike, network: bool = True) -> bool:
         from ..adapters.diffusers.saving import fits_pipeline
 
         if fits_pipeline(model, network):
-            if why := refusal(net):
+            if why := save_refusal(net):
                 raise BadInput(f"{model.name} cannot be saved: {why}")
             return True
     if model.conditioning is not None:
@@ -93,7 +101,7 @@ def check_savable(model: ModelLike, network: bool = True) -> bool:
     if model.decoder is not None and not hasattr(getattr(model.decoder, "vae", None), "save_pretrained"):
         raise BadInput(f"{model.name} cannot be saved: its decoder is no autoencoder of diffusers")
     for name, part in model.parts.items():
-        if why := refusal(part):
+        if why := save_refusal(part):
             raise BadInput(f"{model.name} cannot be saved with its part {name}: {why}")
     return False
 
@@ -107,7 +115,7 @@ def write_network(model: ModelLike, part: Path, half: bool, as_pipeline: bool) -
         description = save_pipeline(model, part)
         model.sha256 = sha256(part / description["file"])
         return {"net": description["net"], "weights": {"file": description["file"], "sha256": model.sha256}}
-    store(net, part / WEIGHTS, half)
+    write_weights(net, part / WEIGHTS, half)
     if hasattr(net, "write_files"):  # one that another library runs, with a graph of its own
         net.write_files(part)
     model.sha256 = sha256(part / WEIGHTS)
@@ -119,7 +127,7 @@ def write_network(model: ModelLike, part: Path, half: bool, as_pipeline: bool) -
     return {"decoder": True, "weights": {"file": WEIGHTS, "sha256": model.sha256}}
 
 
-def describe(model: ModelLike) -> dict[str, Any]:
+def model_description(model: ModelLike) -> dict[str, Any]:
     """What model.json holds, but for the hashes of the files of statistics and parts."""
     net, denoiser = model.denoiser.net, model.denoiser
     told = {
@@ -146,32 +154,32 @@ def describe(model: ModelLike) -> dict[str, Any]:
     if denoiser.guidance_range is not None:
         told["guidance_range"] = list(denoiser.guidance_range)
     if model.plans:
-        told["plans"] = {name: f"plans/{checked(name)}.json" for name in sorted(model.plans)}
+        told["plans"] = {name: f"plans/{check_file_name(name)}.json" for name in sorted(model.plans)}
     if model.statistics:
         told["statistics"] = {"file": STATISTICS, "names": sorted(model.statistics)}
     if model.parts:
         told["parts"] = {
-            name: {**network(part), "file": f"parts/{checked(name)}.safetensors"}
+            name: {**network(part), "file": f"parts/{check_file_name(name)}.safetensors"}
             for name, part in sorted(model.parts.items())
         }
     return told
 
 
-def checked(name: str) -> str:
+def check_file_name(name: str) -> str:
     """A name that can be a file's."""
     if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
         raise BadInput(f"{name!r} cannot name a file: use letters, digits, '-', '_' and '.'")
     return name
 
 
-def keep(tensors: dict[str, Tensor], file: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write tensors as safetensors in their own precision."""
     from safetensors.torch import save as written
 
     file.write_bytes(written({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
 
 
-def read(
+def read_model(
     folder: Path,
     networks: Sequence[type] = (),
     trust_code: bool = False,
@@ -194,7 +202,7 @@ def read(
                 raise BadInput(f"cannot read {folder / DESCRIPTION}: {e}") from e
             error = fields = None
             try:
-                fields = fields_of(folder, text, networks, trust_code, open_base)
+                fields = read_fields(folder, text, networks, trust_code, open_base)
             except (BadInput, OSError, RuntimeError) as e:  # RuntimeError: torch, where a file is gone
                 error = e
             with contextlib.suppress(OSError, ValueError):
@@ -207,7 +215,7 @@ def read(
     raise BadInput(f"cannot read {folder / DESCRIPTION}: it changes all the time")
 
 
-def fields_of(
+def read_fields(
     folder: Path,
     text: str,
     networks: Sequence[type],
@@ -229,7 +237,7 @@ def fields_of(
                 raise BadInput(f"{folder} is the folder of a pipeline: open it with hasten.load")
             check_pipeline_weights(folder, told)
             base = open_base(folder)
-        net = restored(told["net"], networks, trust_code) if base is None else base.denoiser.net
+        net = network_from_description(told["net"], networks, trust_code) if base is None else base.denoiser.net
         denoiser = denoiser_of(net, told)
         denoiser.null_label = told["null_label"]  # None where the network has a row for it that was never trained
         fields = dict(
@@ -249,7 +257,7 @@ def fields_of(
             **{key: told[key] for key in ("name", "codec", "sampler", "times", "steps", "guidance_scale", "card")},
         )
         weights = folder / told["weights"]["file"]
-        fits(fields)
+        check_shapes(fields)
     except KeyError as e:
         raise BadInput(f"{folder / DESCRIPTION} lacks {e}") from e
     except BadInput:
@@ -257,7 +265,7 @@ def fields_of(
     except (TypeError, ValueError, AttributeError) as e:
         raise BadInput(f"{folder / DESCRIPTION} does not describe a model: {e}") from e
     if base is None:
-        fill(net, weights, str(told["weights"]["sha256"]))
+        load_weights(net, weights, str(told["weights"]["sha256"]))
     if hasattr(net, "open_files"):
         net.open_files(folder)
     denoiser.eval().requires_grad_(False)
@@ -329,16 +337,16 @@ def part_in(
     folder: Path, told: dict[str, Any], networks: Sequence[type] = (), trust_code: bool = False
 ) -> torch.nn.Module:
     """A small network beside the model's own."""
-    net = restored(told, networks, trust_code)
-    fill(net, folder / told["file"], str(told["sha256"]))
+    net = network_from_description(told, networks, trust_code)
+    load_weights(net, folder / told["file"], str(told["sha256"]))
     return net.eval().requires_grad_(False)
 
 
-def fits(told: dict[str, Any]) -> None:
+def check_shapes(told: dict[str, Any]) -> None:
     """Refuse a shape or classes that the network was not built for, where the network tells."""
     name, net, classes = told["name"], told["denoiser"].net, told["classes"] or ()
     config, side = getattr(net, "config", {}), getattr(net, "multiple", 1)
-    if not is_ours(net):
+    if not is_hasten_network(net):
         return  # what another network's config means is not known
     if len(told["shape"]) != 3:
         if hasattr(net, "multiple"):

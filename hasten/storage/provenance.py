@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..adapters.model_like import ModelLike
 
 
-def fingerprint(model: ModelLike) -> str:
+def model_hash(model: ModelLike) -> str:
     """sha256 of weights, parts and statistics as they are now, and of what gives the weights their meaning."""
     import torch
 
@@ -38,7 +38,7 @@ def fingerprint(model: ModelLike) -> str:
     return digest.hexdigest()
 
 
-def hash_of(*tensors: torch.Tensor) -> str:
+def tensor_hash(*tensors: torch.Tensor) -> str:
     """16 hexadecimal digits of tensors."""
     import torch
 
@@ -49,7 +49,7 @@ def hash_of(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def now() -> str:
+def utc_now() -> str:
     """The date and time, UTC, to the minute."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 

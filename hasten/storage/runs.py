@@ -11,7 +11,7 @@ from ..errors import BadInput
 from ..files import contents, difference
 
 
-def earlier(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
+def unfinished_run(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
     """What an unfinished run wrote down in `file`, if it was asked the same as `run`; None if there is none.
 
     Raises BadInput where it was asked for something else, where the file is damaged, and where its folder holds a

@@ -33,7 +33,15 @@ from ..files import sha256
 from ..nets.quantized import described, scales, vacant
 from ..utils.finite import not_finite
 
-__all__ = ["build", "fill", "refusal", "restored", "sha256", "store", "describe_network"]
+__all__ = [
+    "build_network",
+    "load_weights",
+    "save_refusal",
+    "network_from_description",
+    "sha256",
+    "write_weights",
+    "describe_network",
+]
 
 ELSEWHERE = ("adapters.onnx", "adapters.openvino")
 WRAPPERS = ("ScalarInputs", "EmbeddedInputs", "FixedGuidance", "TimeGroups")  # of hasten.nets: networks around one
@@ -41,7 +49,7 @@ TRUST = "HASTEN_TRUST_CODE"
 ROOT = __package__.partition(".")[0]
 
 
-def store(net: nn.Module, file: Path, half: bool = False) -> None:
+def write_weights(net: nn.Module, file: Path, half: bool = False) -> None:
     """Write a network's tensors as safetensors; half: floating-point ones as float16, but for integers' scales."""
     from safetensors.torch import save
 
@@ -54,7 +62,7 @@ def store(net: nn.Module, file: Path, half: bool = False) -> None:
     file.write_bytes(save(weights))  # save_file would make it readable by its owner only
 
 
-def kinds() -> dict[str, type[nn.Module]]:
+def network_classes() -> dict[str, type[nn.Module]]:
     """The networks of `hasten.nets`, and those that another library runs, by class name."""
     found: dict[str, Any] = {}
     for part in [*(f"nets.{info.name}" for info in pkgutil.iter_modules(nets.__path__)), *ELSEWHERE]:
@@ -63,9 +71,9 @@ def kinds() -> dict[str, type[nn.Module]]:
     return {name: kind for name, kind in found.items() if issubclass(kind, nn.Module)}
 
 
-def build(name: str, config: dict[str, Any]) -> nn.Module:
+def build_network(name: str, config: dict[str, Any]) -> nn.Module:
     """A network of `hasten.nets` by class name, or one of those that another library runs."""
-    if name not in (found := kinds()):
+    if name not in (found := network_classes()):
         raise BadInput(f"unknown network {name!r}: {nearest(name, sorted(found))}")
     return found[name](**config)
 
@@ -75,25 +83,29 @@ def is_diffusers(net: nn.Module) -> bool:
     return any(kind.__name__ == "SplitNetwork" and kind.__module__.startswith("hasten.") for kind in type(net).__mro__)
 
 
-def is_ours(net: nn.Module) -> bool:
+def is_hasten_network(net: nn.Module) -> bool:
     """Whether it is a network of `hasten.nets`, or one that another library runs."""
     return type(net).__module__.startswith(f"{ROOT}.") and not is_diffusers(net)
 
 
-def refusal(net: nn.Module) -> str | None:
+def save_refusal(net: nn.Module) -> str | None:
     """Why a network cannot be saved so that it opens again, and what would work; None where it can."""
-    if type(net).__name__ in WRAPPERS and is_ours(net):
-        return refusal(net.net)  # type: ignore[arg-type]
-    if is_ours(net):
-        return None if kinds().get(type(net).__name__) is type(net) else f"{type(net).__name__} only wraps a network"
+    if type(net).__name__ in WRAPPERS and is_hasten_network(net):
+        return save_refusal(net.net)  # type: ignore[arg-type]
+    if is_hasten_network(net):
+        return (
+            None
+            if network_classes().get(type(net).__name__) is type(net)
+            else f"{type(net).__name__} only wraps a network"
+        )
     if is_diffusers(net):
         from ..adapters.diffusers.saved_networks import network_refusal
 
         return network_refusal(net)
-    return own_refusal(net)
+    return user_refusal(net)
 
 
-def own_refusal(net: nn.Module) -> str | None:
+def user_refusal(net: nn.Module) -> str | None:
     """`refusal` of a network whose class is the user's."""
     kind, module = type(net), type(net).__module__
     name = kind.__qualname__
@@ -107,7 +119,7 @@ def own_refusal(net: nn.Module) -> str | None:
         )
     if "<locals>" in name:
         return f"its class {name} is defined inside a function: move it to the top level of {module}"
-    if named(sys.modules.get(module), name) is not kind:
+    if attribute_at(sys.modules.get(module), name) is not kind:
         return f"its class is not found under its own name, {module}.{name}: give it that name at the top level"
     config = getattr(net, "config", None)
     if config is not None and not isinstance(config, Mapping):
@@ -123,7 +135,7 @@ def own_refusal(net: nn.Module) -> str | None:
         return f"{name}.config cannot be written as JSON ({e}): keep numbers, texts, lists and dicts in it"
     call = f"{name}(**net.config)" if config else f"{name}()"
     try:
-        again = rebuilt(kind, config)
+        again = build_without_memory(kind, config)
     except Exception as e:  # whatever its constructor raises
         said = " ".join(str(e).split())[:200]
         return (
@@ -146,7 +158,7 @@ def shape_of(value: Any) -> Any:
         return "lazy"
 
 
-def rebuilt(kind: type[nn.Module], config: dict[str, Any]) -> nn.Module:
+def build_without_memory(kind: type[nn.Module], config: dict[str, Any]) -> nn.Module:
     """A network of this kind, where its constructor lets it, without memory for its weights; no draw leaves a trace."""
     with torch.random.fork_rng(devices=[]):
         try:
@@ -156,7 +168,7 @@ def rebuilt(kind: type[nn.Module], config: dict[str, Any]) -> nn.Module:
             return kind(**config)
 
 
-def named(module: Any, name: str) -> Any:
+def attribute_at(module: Any, name: str) -> Any:
     """The attribute `name`, which may have dots, of a module; None where there is none."""
     for part in name.split("."):
         module = getattr(module, part, None)
@@ -186,40 +198,42 @@ def identity(net: nn.Module) -> dict[str, Any]:
         return network_config(net)
     config = getattr(net, "config", None)
     config = dict(config) if isinstance(config, Mapping) else {}
-    if is_ours(net) and type(net).__name__ in WRAPPERS:
+    if is_hasten_network(net) and type(net).__name__ in WRAPPERS:
         config.pop("net", None)
         return {"class": type(net).__name__, "config": config, "net": identity(net.net)}  # type: ignore[arg-type]
-    if is_ours(net):
+    if is_hasten_network(net):
         return {"class": type(net).__name__, "config": config}
     return {"class": type(net).__qualname__, "module": type(net).__module__, "config": config}
 
 
-def restored(told: dict[str, Any], networks: Sequence[type] = (), trust_code: bool = False) -> nn.Module:
+def network_from_description(
+    told: dict[str, Any], networks: Sequence[type] = (), trust_code: bool = False
+) -> nn.Module:
     """The network that `told` describes, for `fill` to fill. networks, trust_code: see `load`."""
     if "net" in told:
-        config, inside = dict(told["config"]), restored(told["net"], networks, trust_code)
-        net = build(told["class"], {"net": inside, **config})
+        config, inside = dict(told["config"]), network_from_description(told["net"], networks, trust_code)
+        net = build_network(told["class"], {"net": inside, **config})
     elif told.get("library") == "diffusers":
         from ..adapters.diffusers.saved_networks import network_from
 
         net = network_from(told)
     elif "module" in told:
-        net = own_class(told["module"], told["class"], networks, trust_code)(**told["config"])
+        net = user_class(told["module"], told["class"], networks, trust_code)(**told["config"])
     else:
-        net = build(told["class"], told["config"])
+        net = build_network(told["class"], told["config"])
     rows = told.get("quantized") or []
     return vacant(net, {name: row for row in rows for name in row["layers"]}) if rows else net
 
 
-def own_class(module: str, name: str, networks: Sequence[type] = (), trust_code: bool = False) -> type[nn.Module]:
+def user_class(module: str, name: str, networks: Sequence[type] = (), trust_code: bool = False) -> type[nn.Module]:
     """The class of one's own network: given, imported already, or imported now, where the user allows that."""
     found = next((kind for kind in networks if (kind.__module__, kind.__qualname__) == (module, name)), None)
     found = found or next((kind for kind in networks if kind.__qualname__ == name), None)
     if found is None:
-        found = named(sys.modules.get(module), name)
+        found = attribute_at(sys.modules.get(module), name)
     if found is None and (trust_code or os.environ.get(TRUST, "") not in ("", "0")):
         try:
-            found = named(importlib.import_module(module), name)
+            found = attribute_at(importlib.import_module(module), name)
         except Exception as e:  # whatever the module raises
             said = " ".join(str(e).split())[:200]
             raise BadInput(f"cannot import {module}, which defines the network: {type(e).__name__}: {said}") from e
@@ -236,7 +250,7 @@ def own_class(module: str, name: str, networks: Sequence[type] = (), trust_code:
     return found
 
 
-def fill(net: nn.Module, file: Path, expected: str) -> None:
+def load_weights(net: nn.Module, file: Path, expected: str) -> None:
     """Load a safetensors file into a network, in the network's own precision, after its hash and shapes are checked."""
     from safetensors.torch import load_file
 

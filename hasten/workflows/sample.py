@@ -23,7 +23,7 @@ from ..model.model import Label, Model
 from ..pick import format_spec, pick
 from ..sampling import Progress
 from ..storage.batches import SavedBatches
-from ..storage.provenance import fingerprint
+from ..storage.provenance import model_hash
 
 JOINT = frozenset({"space", "branches"})  # claims of accelerators that share one sampling among the processes
 
@@ -127,7 +127,7 @@ def together(
     progress: Progress | None,
 ) -> list[Piece | None]:  # fmt: skip
     """As `Ranks.distribute`, but a number is taken by a whole group, whose leaders alone have found some already."""
-    owners = ranks.owners(found)
+    owners = ranks.cached_owners(found)
     mine = {number: drawn(number) for number, rank in owners.items() if rank == ranks.rank}
     missing = [number for number in range(count) if number not in owners]
     for turn, number in enumerate(missing[team.number :: team.count], 1):
@@ -138,7 +138,7 @@ def together(
         if progress is not None:
             progress(min(len(owners) + turn * team.count, count), count)
     ranks.barrier()
-    return ranks.collect(count, mine, everywhere)
+    return ranks.gather_pieces(count, mine, everywhere)
 
 
 def part_of(model: Model, n: int, label: Label, part: slice) -> Label:
@@ -166,7 +166,7 @@ def sampling_metadata(
                for key, value in setting.items() if key != "plan"}  # fmt: skip
     return {
         "hasten": __version__, "torch": torch.__version__, "device": model.device.type, "model": model.name,
-        "weights": fingerprint(model), "beside": [beside(model.conditioning), beside(model.decoder)],
+        "weights": model_hash(model), "beside": [beside(model.conditioning), beside(model.decoder)],
         "plan": None if way.plan is None else way.plan.to_json(), "setting": spelled,
         "label": label.tolist() if isinstance(label, Tensor) else label,
         "n": n, "seed": seed, "batch_size": batch_size, "processes": processes,

@@ -19,9 +19,9 @@ from ..model.model import Model
 from ..performance.autotune import parse_runtime
 from ..pick import format_spec, pick
 from ..progress import Tick, ignore
-from ..storage.atomic import digest, refuse_other_model
+from ..storage.atomic import refuse_other_model, short_hash
 from ..storage.model_folder import check_savable
-from ..storage.provenance import fingerprint, now
+from ..storage.provenance import model_hash, utc_now
 from ..storage.weights import is_half
 from ..train.fingerprint import listing
 from ..tuning import Task, Tuned
@@ -74,14 +74,14 @@ def tune_model(
         own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
     )
     way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
-    identity = digest(
-        fingerprint(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+    identity = short_hash(
+        model_hash(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
         None if data is None else listing(Path(data)),
     )  # fmt: skip
     refuse_other_model(out, model, identity)
     task = Task(
         denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
-        images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
+        images=None if data is None else real(model, data), seed=seed, n=n, identity=model_hash(model),
     )  # fmt: skip
     machine = parse_runtime(model.runtime_for(runtime, 64), model.device.type)
     began = time.perf_counter()
@@ -101,7 +101,7 @@ def tune_model(
         "parts": sorted(found.parts),
         "guidance_scale": scale,
         "figures": found.figures,
-        "date": now(),
+        "date": utc_now(),
         "command": command,
         "identity": identity,
     }

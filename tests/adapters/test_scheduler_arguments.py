@@ -18,7 +18,7 @@ from torch import Tensor
 
 import hasten
 from hasten.adapters.diffusers import as_scheduler, times_like
-from hasten.adapters.diffusers.schedules import mu_of, reading
+from hasten.adapters.diffusers.schedules import mu_of, read_scheduler
 from hasten.errors import BadInput
 from hasten.plan import plan
 from hasten.samplers import DDIM
@@ -124,7 +124,7 @@ def test_the_shift_of_a_size(time_shift_type: str) -> None:
         assert torch.allclose(ours.timesteps, theirs.timesteps, atol=1e-3)
         assert torch.allclose(ours.sigmas, theirs.sigmas, atol=1e-6)
         theirs.set_timesteps(5, mu=mu)
-        own = reading(theirs, mu=mu).timestep(times_like(theirs, 5, mu=mu)[:-1])
+        own = read_scheduler(theirs, mu=mu).timestep(times_like(theirs, 5, mu=mu)[:-1])
         assert torch.allclose(own, theirs.timesteps.double(), atol=1e-2)
         theirs.set_timesteps(sigmas=sigmas, mu=mu)
         assert torch.allclose(times_like(ours, 5, mu=mu), ours.grid)

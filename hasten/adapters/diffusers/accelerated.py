@@ -16,10 +16,10 @@ from ...accelerators import WRAP, Call, ordered
 from ...errors import BadInput
 from ...pick import format_spec
 from ...times import Explicit
-from .calls import PLACES
-from .network import Given, attach, hooks_of, patch_of, separate, uncompiled
-from .recorded import drawn_calls, recorded
-from .runner import Runner
+from .accelerated_forward import AcceleratedForward
+from .calibration import record_model_calls, record_pipeline_calls
+from .calls import ARGUMENT_READERS
+from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
 from .wrap import split_network
 
 __all__ = ["Accelerated"]
@@ -32,7 +32,7 @@ class Accelerated:
     FreeU, IP-Adapters, hooks, `state_dict`, `to` work on it as ever, and are seen at the next query.
     """
 
-    runner: Runner
+    runner: AcceleratedForward
 
     @property
     def _run(self) -> Any:
@@ -55,9 +55,9 @@ class Accelerated:
             )
         module, new = accelerated(net, accelerators, pipe.scheduler), copy.copy(pipe)
         vars(new)[slot] = module  # past the pipeline's own __setattr__: its description stays, it is saved as it was
-        runner: Runner = vars(module)["runner"]
+        runner: AcceleratedForward = vars(module)["runner"]
         runner.owner = weakref.ref(new)
-        runner.calls = lambda times, whole: sampled(pipe, times, whole, prompts, seed)
+        runner.calls = lambda times, whole: pipeline_calls(pipe, times, whole, prompts, seed)
         runner.prepare(steps)
         if getattr(new, "_all_hooks", None):
             new.maybe_free_model_hooks()  # the offloading hooks of the original, for these parts
@@ -84,7 +84,7 @@ class Accelerated:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        runner: Runner = vars(self)["runner"]
+        runner: AcceleratedForward = vars(self)["runner"]
         inner = copy.deepcopy(runner.plain_copy(), memo)
         return runner.copied(inner, memo)
 
@@ -99,8 +99,8 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     would not run it.
     """
     split_network(net)  # before anything: refuses what is not known
-    check_text(net)
-    accelerators, patch = ordered(accelerators), patch_of(net)
+    check_text_conditioning(net)
+    accelerators, patch = ordered(accelerators), replaced_forward(net)
     for one in accelerators:
         if getattr(one, "inject", 0):
             raise BadInput(
@@ -119,15 +119,19 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
         )
     own = separate(net)
     module: Any = _of_kind(own)
-    runner = Runner(module, accelerators, scheduler)
-    runner.patch, runner.hooks, runner.original = patch, hooks_of(net), net if patch or hooks_of(net) else None
+    runner = AcceleratedForward(module, accelerators, scheduler)
+    runner.patch, runner.hooks, runner.original = (
+        patch,
+        diffusers_hooks(net),
+        net if patch or diffusers_hooks(net) else None,
+    )
     if not runner.hooks and patch is None:  # else both have the same layers
-        runner.given = Given(net)
-    attach(module, net)
+        runner.given = OriginalNetwork(net)
+    copy_offload_hook(module, net)
     return module
 
 
-def check_text(net: nn.Module) -> None:
+def check_text_conditioning(net: nn.Module) -> None:
     """Raises BadInput for a network that attends to an image in place of a text, which the split points do not know."""
     config: Any = getattr(net, "config", {})
     if config.get("encoder_hid_dim_type") == "image_proj" or str(config.get("addition_embed_type")).startswith("image"):
@@ -139,7 +143,7 @@ def check_text(net: nn.Module) -> None:
 
 def _of_kind(net: nn.Module) -> nn.Module:
     """The same object as an instance of the accelerated class: both share all that they hold."""
-    module = object.__new__(kind_for(type(net)))  # type: ignore[arg-type]
+    module = object.__new__(accelerated_class(type(net)))  # type: ignore[arg-type]
     module.__dict__ = vars(net)
     return module
 
@@ -149,11 +153,11 @@ def _name(forward: Any) -> str:
 
 
 @cache
-def kind_for(kind: Any) -> type[Accelerated]:
+def accelerated_class(kind: Any) -> type[Accelerated]:
     """The class of accelerated networks of this class: a subclass of its name, its `forward` of the same signature."""
 
     @torch.compiler.disable
-    def outside_graphs(runner: Runner, args: Any, kwargs: Any, compiling: bool) -> Any:
+    def outside_graphs(runner: AcceleratedForward, args: Any, kwargs: Any, compiling: bool) -> Any:
         if compiling and "torch.compile" not in runner.warned:
             runner.warned.add("torch.compile")
             warnings.warn(
@@ -176,7 +180,7 @@ def kind_for(kind: Any) -> type[Accelerated]:
     return type(kind.__name__, (Accelerated, kind), held)
 
 
-def sampled(
+def pipeline_calls(
     pipe: Any, times: tuple[float, ...], whole: tuple[float, ...], prompts: Any, seed: int
 ) -> Callable[[int, int], list[Call]] | None:
     """`SamplingContext.calls` for a pipeline: what its network is given at `times`
@@ -189,8 +193,8 @@ def sampled(
 
     if callable(prompts):
         net = network_of(pipe)[1]
-        place = PLACES[next(kind.__name__ for kind in type(net).__mro__ if kind.__name__ in PLACES)]
-        return recorded(pipe, prompts, net, place, seed)
+        place = ARGUMENT_READERS[next(kind.__name__ for kind in type(net).__mro__ if kind.__name__ in ARGUMENT_READERS)]
+        return record_pipeline_calls(pipe, prompts, net, place, seed)
     try:
         model = load_pipeline(pipe)
     except BadInput:
@@ -199,6 +203,6 @@ def sampled(
     def calls(n: int, first: int) -> list[Call]:
         grid = torch.unique(torch.tensor([*whole, 0.0], dtype=torch.float64)).flip(0)
         told: Any = {"sampler": "ddim", "times": format_spec(Explicit(tuple(grid.tolist()))), "steps": len(grid) - 1}
-        return drawn_calls(model, n, prompts, seed + first, times, told)
+        return record_model_calls(model, n, prompts, seed + first, times, told)
 
     return calls

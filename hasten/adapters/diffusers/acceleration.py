@@ -13,7 +13,7 @@ from ...accelerators import EXCHANGE
 from ...errors import BadInput
 from ...pick import format_spec
 from .accelerated import Accelerated
-from .arguments import count_of
+from .arguments import check_count
 from .library import is_pipeline, network_of
 
 
@@ -37,10 +37,10 @@ def accelerate(what: Any, accelerators: Any, ahead: Any = None, **told: Any) -> 
         raise BadInput(
             f"accelerate takes a Denoiser, or a pipeline of diffusers with steps= and prompts=, found {found}"
         )
-    return accelerate_denoiser(what, methods(accelerators), ahead)
+    return accelerate_denoiser(what, parse_accelerators(accelerators), ahead)
 
 
-def methods(accelerators: Any) -> list[Any]:
+def parse_accelerators(accelerators: Any) -> list[Any]:
     """Accelerators from one or several, as objects or texts."""
     from ...pick import pick
 
@@ -90,7 +90,7 @@ def accelerate_pipeline(
             raise BadInput(
                 f"accelerators are objects of hasten.accelerators or texts such as 'deep_cache', found {one!r}"
             )
-    steps = 50 if steps is None else count_of("steps", steps)
+    steps = 50 if steps is None else check_count("steps", steps)
     seen_in = prompts if calls is None else calls
     slot, net = network_of(pipe)
     made = Accelerated.put_into(pipe, slot, net, chosen, steps, seed, seen_in)

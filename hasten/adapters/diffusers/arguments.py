@@ -15,7 +15,7 @@ from ...schedules.base import Schedule
 from ...schedules.continuous import Flow
 
 __all__ = [
-    "StepAlphas", "check_neutral", "count_of", "held", "lcm_timesteps", "numbers", "place", "place_of",
+    "StepAlphas", "check_neutral", "check_count", "clip_x0", "lcm_timesteps", "float_tensor", "check_index", "index_of_timestep",
     "times_of_sigmas",
 ]  # fmt: skip
 
@@ -44,15 +44,15 @@ def check_neutral(method: str, sampler: Any, given: dict[str, Any]) -> None:
         if name == "eta" and number and value == getattr(sampler, "eta", None):
             continue
         instead = INSTEAD.get(name, "use the pipeline with its own scheduler, or leave it out")
-        raise BadInput(f"{method}({name}={short(value)}) is not known to hasten's scheduler: {instead}")
+        raise BadInput(f"{method}({name}={short_repr(value)}) is not known to hasten's scheduler: {instead}")
 
 
-def short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     text = repr(value) if not isinstance(value, Tensor) else f"a tensor {tuple(value.shape)}"
     return text if len(text) < 40 else f"{text[:36]} ..."
 
 
-def count_of(name: str, value: Any) -> int:
+def check_count(name: str, value: Any) -> int:
     """A whole number of at least 1; numpy's are taken."""
     try:
         count = operator.index(value)
@@ -63,7 +63,7 @@ def count_of(name: str, value: Any) -> int:
     return count
 
 
-def place(name: str, value: Any, count: int) -> int:
+def check_index(name: str, value: Any, count: int) -> int:
     """A place among `count`, from 0."""
     try:
         k = operator.index(value)
@@ -74,7 +74,7 @@ def place(name: str, value: Any, count: int) -> int:
     return k
 
 
-def numbers(name: str, values: Any) -> Tensor:
+def float_tensor(name: str, values: Any) -> Tensor:
     """Several numbers, (n,) float64."""
     if not isinstance(values, (Tensor, Iterable)):
         raise BadInput(f"{name} must be several numbers, got {values!r}")
@@ -82,9 +82,9 @@ def numbers(name: str, values: Any) -> Tensor:
         found = values.detach().cpu() if isinstance(values, Tensor) else torch.tensor([float(v) for v in values])
         found = found.double().flatten()
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{name} must be several numbers, got {short(values)}") from error
+        raise BadInput(f"{name} must be several numbers, got {short_repr(values)}") from error
     if not len(found) or not bool(torch.isfinite(found).all()) or bool((found[1:] >= found[:-1]).any()):
-        raise BadInput(f"{name} must be one or more finite numbers that fall, got {short(values)}")
+        raise BadInput(f"{name} must be one or more finite numbers that fall, got {short_repr(values)}")
     return found
 
 
@@ -94,15 +94,15 @@ def times_of_sigmas(schedule: Schedule, sigmas: Any) -> Tensor:
     Of a flow: sigma in [0, 1] before the shift, with or without the last 0. Of a table: sigma / alpha, with the level
     where the sampling ends.
     """
-    levels = numbers("sigmas", sigmas)
+    levels = float_tensor("sigmas", sigmas)
     if bool((levels < 0).any()):
-        raise BadInput(f"sigmas must not be negative, got {short(sigmas)}")
+        raise BadInput(f"sigmas must not be negative, got {short_repr(sigmas)}")
     if isinstance(schedule, Flow):
         if float(levels[0]) > 1:
-            raise BadInput(f"sigmas of a flow lie in [0, 1], got {short(sigmas)}")
+            raise BadInput(f"sigmas of a flow lie in [0, 1], got {short_repr(sigmas)}")
         return levels if float(levels[-1]) == 0 else torch.cat([levels, levels.new_zeros(1)])
     if len(levels) < 2:
-        raise BadInput(f"sigmas must name the level where the sampling ends too, got {short(sigmas)}")
+        raise BadInput(f"sigmas must name the level where the sampling ends too, got {short_repr(sigmas)}")
     return torch.where(levels > 0, schedule.time(-torch.log(levels.clamp(min=1e-300))), 0.0)
 
 
@@ -111,7 +111,7 @@ def lcm_timesteps(steps: int, total: int, original: int, strength: float) -> lis
 
     Luo et al. 2023, arXiv:2310.04378. Raises BadInput where there are not as many.
     """
-    original = count_of("original_inference_steps", original)
+    original = check_count("original_inference_steps", original)
     if original > total:
         raise BadInput(f"original_inference_steps is at most {total}, the steps of training, got {original}")
     if not 0 < strength <= 1:
@@ -122,7 +122,7 @@ def lcm_timesteps(steps: int, total: int, original: int, strength: float) -> lis
     return [known[k * len(known) // steps] for k in range(steps)]
 
 
-def held(x0: Tensor, clip: float | None, ratio: float | None, most: float) -> Tensor:
+def clip_x0(x0: Tensor, clip: float | None, ratio: float | None, most: float) -> Tensor:
     """x0 (B, *S) in [-clip, clip], or by dynamic thresholding: in [-s, s] divided by s, where s is a quantile of |x0|
     of each sample, at least 1 and at most `most`. Saharia et al. 2022, arXiv:2205.11487."""
     if ratio is not None:
@@ -157,7 +157,7 @@ class StepAlphas:
         return torch.cat([self.table[:1], self.table[1:] / self.table[:-1]])
 
 
-def place_of(timestep: Any, timesteps: Tensor, values: Tensor, expected: int | None = None) -> int:
+def index_of_timestep(timestep: Any, timesteps: Tensor, values: Tensor, expected: int | None = None) -> int:
     """Which of `timesteps` this is: by where it lies in memory, for some are there twice; else by its value.
 
     Among several that are equal: `expected`, else the first of all, else the last (as in diffusers).

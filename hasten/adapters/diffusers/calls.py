@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ...errors import BadInput
 
-__all__ = ["PASSING", "PLACES", "answer", "raw_of"]
+__all__ = ["RESIDUAL_PREFIXES", "ARGUMENT_READERS", "network_output", "raw_output"]
 
-PASSING = ("down_residual_", "mid_residual", "adapter_")
-Place = Callable[[dict[str, Any]], tuple[Tensor, Any, dict[str, Any]]]
+RESIDUAL_PREFIXES = ("down_residual_", "mid_residual", "adapter_")
+ArgumentReader = Callable[[dict[str, Any]], tuple[Tensor, Any, dict[str, Any]]]
 
 
-def answer(net: nn.Module, raw: Tensor) -> Any:
+def network_output(net: nn.Module, raw: Tensor) -> Any:
     """The output object of the network's own forward."""
     module = importlib.import_module(type(net).__module__)
     for name in ("UNet2DOutput", "UNet2DConditionOutput", "Transformer2DModelOutput"):
@@ -28,11 +28,11 @@ def answer(net: nn.Module, raw: Tensor) -> Any:
 # From the arguments of each network's forward: x, the time, and hasten's names for the conditions (see `_seams`).
 
 
-def of_unet(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+def unet_arguments(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
     return given["sample"], given["timestep"], present({"label": given["class_labels"]})
 
 
-def of_conditional_unet(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+def conditional_unet_arguments(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
     cond: dict[str, Any] = {
         "text": given["encoder_hidden_states"], "label": given["class_labels"],
         "timestep_cond": given["timestep_cond"], "mask": given["attention_mask"],
@@ -51,13 +51,13 @@ def of_conditional_unet(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, A
     return given["sample"], given["timestep"], present({**cond, "attention_options": options or None})
 
 
-def of_dit(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+def dit_arguments(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
     if given["cross_attention_kwargs"]:
         raise BadInput("cross_attention_kwargs are not known to an accelerated DiT")
     return given["hidden_states"], given["timestep"], present({"label": given["class_labels"]})
 
 
-def of_joint_dit(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+def joint_dit_arguments(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
     for name in ("block_controlnet_hidden_states", "joint_attention_kwargs", "skip_layers"):
         if given.get(name):
             raise BadInput(f"{name} is not known to an accelerated SD3 transformer")
@@ -65,13 +65,13 @@ def of_joint_dit(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
     return given["hidden_states"], given["timestep"], present(cond)
 
 
-PLACES: dict[str, Place] = {
-    "UNet2DModel": of_unet, "UNet2DConditionModel": of_conditional_unet, "DiTTransformer2DModel": of_dit,
-    "SD3Transformer2DModel": of_joint_dit,
+ARGUMENT_READERS: dict[str, ArgumentReader] = {
+    "UNet2DModel": unet_arguments, "UNet2DConditionModel": conditional_unet_arguments, "DiTTransformer2DModel": dit_arguments,
+    "SD3Transformer2DModel": joint_dit_arguments,
 }  # fmt: skip
 
 
-def raw_of(denoiser: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+def raw_output(denoiser: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
     """The raw output of an accelerated denoiser; of one that only says x0, what it amounts to (up to rounding)."""
     if hasattr(type(denoiser), "raw"):
         return denoiser.raw(x, t, **cond)

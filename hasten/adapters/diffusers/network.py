@@ -15,13 +15,13 @@ from ...errors import BadInput
 from ...nets.copies import copy_modules, own_parameters
 
 __all__ = [
-    "Given",
-    "Layers",
-    "attach",
-    "fingerprint",
-    "hooks_of",
-    "loadable",
-    "patch_of",
+    "OriginalNetwork",
+    "ExchangedLayers",
+    "copy_offload_hook",
+    "sample_parameters",
+    "diffusers_hooks",
+    "separate_unhooked",
+    "replaced_forward",
     "separate",
     "structure",
     "uncompiled",
@@ -37,7 +37,7 @@ def uncompiled(net: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) and type(net).__name__ == "OptimizedModule" else net
 
 
-def bare(net: nn.Module) -> Any:
+def without_hooks(net: nn.Module) -> Any:
     """The same network, with the same children, without what was put around its `forward`."""
     new = object.__new__(type(net))
     vars(new).update({key: value for key, value in vars(net).items() if key not in AROUND})
@@ -63,17 +63,21 @@ def separate(net: nn.Module) -> Any:
             f"the weights of {type(net).__name__} are not in memory (sequential CPU offload): give hasten the pipeline "
             "before pipe.enable_sequential_cpu_offload(), or use pipe.enable_model_cpu_offload()"
         )
-    return bare(net) if hooks_of(net) or patch_of(net) else copy_modules(bare(net), own_parameters(net))
+    return (
+        without_hooks(net)
+        if diffusers_hooks(net) or replaced_forward(net)
+        else copy_modules(without_hooks(net), own_parameters(net))
+    )
 
 
-def loadable(net: nn.Module) -> nn.Module:
+def separate_unhooked(net: nn.Module) -> nn.Module:
     """`separate`, for a model of hasten, which calls the parts of a network and not the network.
 
     Raises BadInput for hooks and patches on the network itself, which would not be run.
     """
     with_hooks = [name for name in ("_forward_pre_hooks", "_forward_hooks") if vars(net)[name]]
-    patch = patch_of(net)
-    if with_hooks or patch is not None or hooks_of(net):
+    patch = replaced_forward(net)
+    if with_hooks or patch is not None or diffusers_hooks(net):
         what = "its forward was replaced" if patch is not None else "it has forward hooks"
         raise BadInput(
             f"hasten.load calls the parts of this {type(net).__name__}, and {what} (tomesd, DeepCache, group offload, "
@@ -82,13 +86,13 @@ def loadable(net: nn.Module) -> nn.Module:
     return separate(net)
 
 
-def patch_of(net: nn.Module) -> Callable[..., Any] | None:
+def replaced_forward(net: nn.Module) -> Callable[..., Any] | None:
     """A `forward` that was put on the network object in place of that of its class; None where there is none, or where
     only hooks are around it (see `hooks_of` and `attach`)."""
     return None if _innermost(net) is None else vars(net)["forward"]
 
 
-def hooks_of(net: nn.Module) -> list[Any]:
+def diffusers_hooks(net: nn.Module) -> list[Any]:
     """The hooks of diffusers around the `forward` of the network itself, the outermost first (group offloading)."""
     registry = vars(net).get("_diffusers_hook")
     if "forward" not in vars(net) or registry is None or "_hf_hook" in vars(net):
@@ -122,10 +126,10 @@ def _wraps(forward: Any, old: Any) -> bool:
     return old is not None and getattr(forward, "__wrapped__", None) in (old, getattr(old, "__wrapped__", old))
 
 
-def attach(net: nn.Module, original: nn.Module) -> None:
+def copy_offload_hook(net: nn.Module, original: nn.Module) -> None:
     """Put the hook that accelerate has on the original (offloading) on the copy."""
     hook = vars(original).get("_hf_hook")
-    if hook is not None and patch_of(original) is None:
+    if hook is not None and replaced_forward(original) is None:
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(net, hook)
@@ -145,7 +149,7 @@ def _settings(module: nn.Module) -> Iterator[Any]:
             yield key, value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
-def fingerprint(modules: Iterator[nn.Module] | list[nn.Module]) -> tuple[tuple[Any, ...], Tensor]:
+def sample_parameters(modules: Iterator[nn.Module] | list[nn.Module]) -> tuple[tuple[Any, ...], Tensor]:
     """A few numbers of every parameter that the modules hold themselves, by which a change of them is seen: what cannot
     be seen otherwise, since `weight.data += ...` leaves no trace."""
     kinds: list[Any] = []
@@ -167,7 +171,7 @@ def changed(before: tuple[tuple[Any, ...], Tensor], now: tuple[tuple[Any, ...], 
     return before[0] != now[0] or not torch.equal(before[1], now[1])
 
 
-class Given:
+class OriginalNetwork:
     """The network that was given to be accelerated: whether its layers or its parameters are others than then."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -179,14 +183,14 @@ class Given:
         given = self.net()
         if given is None or _layout(given) == self.state:
             return False
-        return changed(fingerprint(list(given.modules())), fingerprint(list(net.modules())))
+        return changed(sample_parameters(list(given.modules())), sample_parameters(list(net.modules())))
 
 
 def _layout(net: nn.Module) -> list[Any]:
     return [(id(module), *(id(p) for p in vars(module)["_parameters"].values())) for module in net.modules()]
 
 
-class Layers:
+class ExchangedLayers:
     """Layers that stand in for others of a network while it runs, whatever is put around these later (LoRA).
 
     net: the network, which keeps its own layers. other: a copy of it in which some layers were exchanged.
@@ -221,13 +225,13 @@ class Layers:
 
     def renew(self) -> None:
         """Take the network's present numbers for those that the layers were made from."""
-        self.print = fingerprint([layer for own, _ in self.pairs.values() for layer in own.modules()])
+        self.print = sample_parameters([layer for own, _ in self.pairs.values() for layer in own.modules()])
         self.slots: list[tuple[dict[str, Any], str, nn.Module, nn.Module]] = []
 
     def outdated(self) -> bool:
         """Whether the network's own layers have changed since."""
         return bool(self) and changed(
-            self.print, fingerprint([layer for own, _ in self.pairs.values() for layer in own.modules()])
+            self.print, sample_parameters([layer for own, _ in self.pairs.values() for layer in own.modules()])
         )
 
     def find(self) -> None:
@@ -252,9 +256,9 @@ class Layers:
             for held, name, own, _ in self.slots:
                 held[name] = own
 
-    def copied(self, net: nn.Module, copy: Callable[[Any], Any]) -> Layers:
+    def copied(self, net: nn.Module, copy: Callable[[Any], Any]) -> ExchangedLayers:
         """The same for a copy of the network, whose modules have the same names."""
-        made = Layers(net)
+        made = ExchangedLayers(net)
         for name, module in self.net.named_modules():
             if id(module) in self.pairs:
                 own = net.get_submodule(name)

@@ -12,9 +12,9 @@ from ...errors import BadInput
 from .conditions import Latents, Prompts
 from .library import INDEX, diffusers, is_pipeline, network_of, without_loading_bars
 from .loadable import check_loadable, wants_image
-from .network import loadable
-from .schedules import mu_of, reading
-from .seams import SplitNetwork
+from .network import separate_unhooked
+from .schedules import mu_of, read_scheduler
+from .split_network import SplitNetwork
 from .wrap import split_network
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     Image-to-image and inpainting pipelines are loaded as what they draw from noise alone. A flow whose shift depends on
     the size of the image has that of the network's own size.
 
-    Raises BadInput for a network that has no seams (`hasten.adapters.diffusers.seams`), a pipeline that is more than a
+    Raises BadInput for a network that has no seams (`hasten.adapters.diffusers.split_network`), a pipeline that is more than a
     network with prompts or classes and a decoder (a ControlNet, an adapter, an image as a condition), one without its
     text encoders, or a scheduler whose times mean nothing to hasten.
     """
@@ -44,7 +44,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     if not is_pipeline(pipe):
         raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
     slot, net = network_of(pipe)
-    seams, config = split_network(loadable(net)), net.config
+    seams, config = split_network(separate_unhooked(net)), net.config
     made = int(config.out_channels or config.in_channels)
     if made not in (config.in_channels, 2 * config.in_channels):
         raise wants_image(slot, config.in_channels, made)
@@ -54,7 +54,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         raise BadInput(f"the {slot} does not say its sample_size: hasten cannot tell the shape of its samples")
     height, width = (side, side) if isinstance(side, int) else side
     patch = int(config.get("patch_size") or 1)
-    read = reading(pipe.scheduler, mu=mu_of(pipe.scheduler, (height // patch) * (width // patch)))
+    read = read_scheduler(pipe.scheduler, mu=mu_of(pipe.scheduler, (height // patch) * (width // patch)))
     vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
     factor = 1 if vae is None else getattr(pipe, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1))
     prompts = Prompts(pipe, (height * factor, width * factor)) if hasattr(pipe, "encode_prompt") else None

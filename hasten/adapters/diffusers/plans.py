@@ -22,13 +22,21 @@ from ...plan.table import plan as compile_plan
 from ...predictions import prediction_from
 from ...schedules.base import Schedule
 
-__all__ = ["Run", "begun", "coefficients", "compiled", "grid", "later", "usable"]
+__all__ = [
+    "Trajectory",
+    "plan_from_evaluation",
+    "coefficients",
+    "compiled_plan",
+    "time_grid",
+    "plan_rows_from",
+    "check_plan",
+]
 
-KEPT = 16  # plans; of a thousand steps each has 16 MB
+CACHE_SIZE = 16  # plans; of a thousand steps each has 16 MB
 CLOSE = 1e-9  # in t: the same time
 
 
-def usable(plan: Plan) -> Plan:
+def check_plan(plan: Plan) -> Plan:
     """A plan that a pipeline can run: no noise before its first query, no basis."""
     if plan.basis is not None:
         raise BadInput(f"{plan.sampler or 'this plan'} works in a basis of its own: a pipeline cannot run it")
@@ -37,7 +45,7 @@ def usable(plan: Plan) -> Plan:
     return plan
 
 
-def later(plan: Plan, first: int) -> Plan:
+def plan_rows_from(plan: Plan, first: int) -> Plan:
     """The rows of a plan from `first` on. Raises BadInput where they need what was answered before."""
     if first >= plan.nfe or bool(plan.A[first:, :first].any()) or bool(plan.B[first:, :first].any()):
         raise BadInput(
@@ -54,7 +62,7 @@ def later(plan: Plan, first: int) -> Plan:
     )  # fmt: skip
 
 
-class Run:
+class Trajectory:
     """One trajectory: the plan, which query comes next, and the history that later rows need."""
 
     def __init__(self, plan: Plan, numbers: list[tuple[float, float]]) -> None:
@@ -82,23 +90,23 @@ class Run:
         return made
 
 
-@lru_cache(maxsize=KEPT)
-def grid(times: str, schedule: Schedule, steps: int) -> Tensor:
+@lru_cache(maxsize=CACHE_SIZE)
+def time_grid(times: str, schedule: Schedule, steps: int) -> Tensor:
     """The times (steps + 1,), float64, of a time grid given as text."""
     with torch.inference_mode(False), torch.no_grad():
         return pick("times", times)(schedule, steps)
 
 
-@lru_cache(maxsize=KEPT)
-def compiled(sampler: str, schedule: Schedule, times: tuple[float, ...]) -> Plan:
+@lru_cache(maxsize=CACHE_SIZE)
+def compiled_plan(sampler: str, schedule: Schedule, times: tuple[float, ...]) -> Plan:
     """The plan of a sampler given as text. Raises BadInput where a pipeline cannot run it."""
     with torch.inference_mode(False), torch.no_grad():
         own = torch.tensor(times, dtype=torch.float64)
-        return usable(compile_plan(pick("samplers", sampler), schedule, own))
+        return check_plan(compile_plan(pick("samplers", sampler), schedule, own))
 
 
-@lru_cache(maxsize=KEPT)
-def begun(sampler: str, schedule: Schedule, times: tuple[float, ...], first: int) -> Plan:
+@lru_cache(maxsize=CACHE_SIZE)
+def plan_from_evaluation(sampler: str, schedule: Schedule, times: tuple[float, ...], first: int) -> Plan:
     """The rest of `compiled(sampler, schedule, times)` from its query `first` on, for a state at that query's time.
 
     It asks at exactly the times that are left of the whole plan, which are those that the pipeline asks its network at:
@@ -111,7 +119,7 @@ def begun(sampler: str, schedule: Schedule, times: tuple[float, ...], first: int
 
     Raises BadInput for a query that lies inside a step.
     """
-    whole = compiled(sampler, schedule, times)
+    whole = compiled_plan(sampler, schedule, times)
     if not 0 <= first < whole.nfe:
         raise BadInput(f"this sampling has {whole.nfe} queries and cannot begin at number {first}")
     left = whole.times[first:]
@@ -120,16 +128,16 @@ def begun(sampler: str, schedule: Schedule, times: tuple[float, ...], first: int
         if place is None or spec is None:
             continue
         try:
-            found = compiled(spec, schedule, times[place:])
+            found = compiled_plan(spec, schedule, times[place:])
         except HastenError:  # such as a chain of noise levels that do not fit between two
             continue
         if found.times.shape == left.shape and bool((found.times - left).abs().max() < CLOSE):
             return found
     try:
-        return later(whole, first)
+        return plan_rows_from(whole, first)
     except BadInput:
         if first + 1 < whole.nfe and abs(float(left[1] - left[0])) < CLOSE:
-            return after_one_that_waits(begun(sampler, schedule, times, first + 1))
+            return with_unused_evaluation(plan_from_evaluation(sampler, schedule, times, first + 1))
         raise BadInput(
             f"{sampler} cannot begin at timestep {first} of {whole.nfe}: it lies inside one of its steps"
         ) from None
@@ -141,7 +149,7 @@ def without_repeat(sampler: str) -> str | None:
     return format_spec(replace(method, start="ramp")) if getattr(method, "start", None) == "heun" else None
 
 
-def after_one_that_waits(plan: Plan) -> Plan:
+def with_unused_evaluation(plan: Plan) -> Plan:
     """The plan after one more query, at its own first time, whose answer is not used."""
     one = torch.ones(1, dtype=torch.float64)
     return Plan(

@@ -10,7 +10,7 @@ import torch
 from ...errors import BadInput
 from ...nets.quantized import layers
 from .library import diffusers
-from .seams import SplitNetwork
+from .split_network import SplitNetwork
 from .wrap import split_network
 
 

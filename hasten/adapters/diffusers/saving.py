@@ -26,7 +26,7 @@ from ...schedules.discrete import Discrete
 from ..model_like import ModelLike
 from .library import diffusers
 from .schedules import PREDICTIONS, FlowDenoiser
-from .seams import SplitNetwork
+from .split_network import SplitNetwork
 
 DECODER = "decoder"
 

@@ -21,7 +21,7 @@ from ...schedules.discrete import Discrete
 from ...schedules.serialize import schedule_from_dict
 from ...times import Explicit
 from .library import diffusers, is_pipeline
-from .schedules import PREDICTIONS, FlowDenoiser, alike, reading
+from .schedules import PREDICTIONS, FlowDenoiser, read_scheduler, schedules_agree
 
 TABLE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
@@ -64,7 +64,7 @@ def as_scheduler(
     """
     from .scheduler_class import scheduler_class
 
-    kind, config = scheduler_class(), described(like)
+    kind, config = scheduler_class(), network_settings(like)
     if not isinstance(method, (str, Path, Plan)) and (isinstance(method, type) or not is_dataclass(method)):
         raise BadInput(f"as_scheduler takes a sampler, as an object or a text, or a Plan, found {method!r}")
     if isinstance(method, (str, Path)) and str(method).endswith(".json"):
@@ -79,11 +79,11 @@ def as_scheduler(
         if not isinstance(known, (Discrete, Flow)):
             raise BadInput(f"a plan on {type(known).__name__}: the networks of diffusers know tables and flows")
         if like is None:
-            config = scheduled(known)
+            config = schedule_settings(known)
         elif not (
             config.get("use_dynamic_shifting")  # whose shift is known later
             and isinstance(known, Flow)
-            or alike(known, kind(**config).hasten_schedule, method.times)
+            or schedules_agree(known, kind(**config).hasten_schedule, method.times)
         ):
             raise BadInput("the plan was made for another schedule than that of this pipeline")
         config["plan"] = method.to_json()
@@ -110,7 +110,7 @@ def as_scheduler(
     return kind(**config)
 
 
-def described(like: Any) -> dict[str, Any]:
+def network_settings(like: Any) -> dict[str, Any]:
     """The part of a scheduler's configuration that says what the network was made for."""
     from .scheduler_class import scheduler_class
 
@@ -122,15 +122,15 @@ def described(like: Any) -> dict[str, Any]:
         theirs = {ours: theirs for theirs, ours in PREDICTIONS.items()}
         if like.clock != "index" and not isinstance(like, FlowDenoiser):
             raise BadInput(f"a scheduler of diffusers tells the network an index or sigma, this one wants {like.clock}")
-        return {**scheduled(like.schedule), "prediction_type": theirs[like.prediction.name]}
+        return {**schedule_settings(like.schedule), "prediction_type": theirs[like.prediction.name]}
     scheduler = like.scheduler if is_pipeline(like) else like
     if hasattr(scheduler, "config"):
-        read, config = reading(scheduler), dict(scheduler.config)
+        read, config = read_scheduler(scheduler), dict(scheduler.config)
     elif isinstance(scheduler, Mapping):
         read, config = None, dict(scheduler)
     else:
         raise BadInput(f"like= takes a pipeline, a scheduler, its config, a Model or a Denoiser, found {like!r}")
-    kept = {key: config[key] for key in TABLE if key in config} | clipping(scheduler, config)
+    kept = {key: config[key] for key in TABLE if key in config} | clipping_settings(scheduler, config)
     if kept.get("trained_betas") is not None:
         kept["trained_betas"] = [float(beta) for beta in kept["trained_betas"]]
     if "FlowMatch" in str(config.get("_class_name") or type(scheduler).__name__) and not kept.get("use_flow_sigmas"):
@@ -146,10 +146,10 @@ def described(like: Any) -> dict[str, Any]:
     if same:
         return kept
     more = {key: kept[key] for key in ("prediction_type", "clip", *THRESHOLDING) if key in kept}
-    return {**scheduled(read.schedule), **more}
+    return {**schedule_settings(read.schedule), **more}
 
 
-def clipping(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
+def clipping_settings(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
     """How a scheduler holds x0 within bounds: `clip`, or the arguments of dynamic thresholding; {} where it does not.
 
     Configurations carry what other schedulers wanted, so only what this scheduler itself takes counts.
@@ -167,7 +167,7 @@ def clipping(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def scheduled(schedule: Schedule) -> dict[str, Any]:
+def schedule_settings(schedule: Schedule) -> dict[str, Any]:
     """The configuration that only a schedule gives."""
     if isinstance(schedule, Discrete):
         return {"num_train_timesteps": len(schedule.alphas_cumprod), "plan_schedule": schedule.to_dict()}

@@ -20,13 +20,13 @@ from ...plan.table import Plan
 from ...schedules.continuous import Flow
 from ...schedules.serialize import schedule_from_dict
 from . import arguments
-from .plans import Run, begun, coefficients, compiled, grid, later, usable
-from .schedules import PREDICTIONS, Reading, alike, shift_of
+from .plans import Trajectory, check_plan, coefficients, compiled_plan, plan_from_evaluation, plan_rows_from, time_grid
+from .schedules import PREDICTIONS, SchedulerSpec, schedules_agree, shift_of
 
 if TYPE_CHECKING:
     PlanScheduler: Any
 
-MOST_STEPS = 10_000
+MAX_STEPS = 10_000
 COMPATIBLE = [
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
@@ -123,8 +123,8 @@ def scheduler_class() -> type:
             if told not in PREDICTIONS:
                 raise BadInput(f"unknown prediction_type {told!r} (choices: {', '.join(PREDICTIONS)})")
             self.hasten_schedule = schedule
-            self.reading = Reading(schedule, PREDICTIONS[told], num_train_timesteps)
-            self.plan = None if plan is None else usable(Plan.from_json(plan))
+            self.reading = SchedulerSpec(schedule, PREDICTIONS[told], num_train_timesteps)
+            self.plan = None if plan is None else check_plan(Plan.from_json(plan))
             if self.plan is not None and not (flow and use_dynamic_shifting):  # whose shift is checked when it is known
                 self.plan.check_schedule(schedule)
             self.sampler = pick("samplers", sampler)
@@ -135,7 +135,7 @@ def scheduler_class() -> type:
             self.grid = self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
             self._asked_at: Tensor = self.timesteps.double()  # the same on the CPU
             self._begin_index: int | None = None
-            self._run: Run | None = None
+            self._run: Trajectory | None = None
             self._first = 1.0
 
         def _table(self, library: Any) -> Any:
@@ -203,7 +203,7 @@ def scheduler_class() -> type:
         def set_begin_index(self, begin_index: int = 0) -> None:
             """Begin at a later timestep, as image to image does."""
             if begin_index is not None:
-                begin_index = arguments.place("set_begin_index", begin_index, len(self.timesteps))
+                begin_index = arguments.check_index("set_begin_index", begin_index, len(self.timesteps))
             self._begin_index = begin_index
             self._run = None
 
@@ -231,9 +231,9 @@ def scheduler_class() -> type:
             if len(given) > 1 or (num_inference_steps is None and not given):
                 raise BadInput("set_timesteps needs num_inference_steps, timesteps or sigmas, one of them")
             if num_inference_steps is not None:
-                num_inference_steps = arguments.count_of("num_inference_steps", num_inference_steps)
-                if num_inference_steps > MOST_STEPS:
-                    raise BadInput(f"num_inference_steps is at most {MOST_STEPS}, got {num_inference_steps}")
+                num_inference_steps = arguments.check_count("num_inference_steps", num_inference_steps)
+                if num_inference_steps > MAX_STEPS:
+                    raise BadInput(f"num_inference_steps is at most {MAX_STEPS}, got {num_inference_steps}")
                 if given and len(given[0]) != num_inference_steps:
                     name = "timesteps" if sigmas is None else "sigmas"
                     raise BadInput(f"set_timesteps: {num_inference_steps} steps and {len(given[0])} {name}: give one")
@@ -244,10 +244,10 @@ def scheduler_class() -> type:
                 timesteps = arguments.lcm_timesteps(num_inference_steps, total, original, part)
             own = None
             if timesteps is not None:
-                values = arguments.numbers("timesteps", timesteps)
+                values = arguments.float_tensor("timesteps", timesteps)
                 if float(values[0]) > self.config.num_train_timesteps or float(values[-1]) < 0:
                     most = self.config.num_train_timesteps
-                    raise BadInput(f"timesteps lie in 0 to {most}, got {arguments.short(timesteps)}")
+                    raise BadInput(f"timesteps lie in 0 to {most}, got {arguments.short_repr(timesteps)}")
                 own = self.reading.time(values)
                 own = torch.cat([own, own.new_zeros(1)])
             elif sigmas is not None:
@@ -263,9 +263,9 @@ def scheduler_class() -> type:
                 self._whole, steps = self.plan, self.plan.nfe
             else:
                 if own is None:
-                    own = grid(self.config.times, self.hasten_schedule, num_inference_steps)
+                    own = time_grid(self.config.times, self.hasten_schedule, num_inference_steps)
                 self.grid, steps = own, len(own) - 1
-                self._whole = compiled(self.config.sampler, self.hasten_schedule, tuple(own.tolist()))
+                self._whole = compiled_plan(self.config.sampler, self.hasten_schedule, tuple(own.tolist()))
             self.num_inference_steps = num_inference_steps or steps
             asked_at = self.reading.timestep(self._whole.times[:-1]).to(torch.float32)
             self.timesteps, self._asked_at = asked_at.to(device), asked_at.double()
@@ -289,20 +289,20 @@ def scheduler_class() -> type:
             self.hasten_schedule = Flow(shift_of(self.config, mu))
             self.reading = replace(self.reading, schedule=self.hasten_schedule)
             plan = self.plan if self.plan is not None and self.plan.schedule else None
-            if plan and not alike(schedule_from_dict(plan.schedule), self.hasten_schedule, plan.times):
+            if plan and not schedules_agree(schedule_from_dict(plan.schedule), self.hasten_schedule, plan.times):
                 raise BadInput(
                     f"the plan was made for another shift than {shift_of(self.config, mu):.4g} of this size of image"
                 )
 
-        def _begin(self, first: int) -> Run:
+        def _begin(self, first: int) -> Trajectory:
             """A new trajectory from query number `first`: a multistep sampler has no history there."""
             if first == 0:
                 plan = self._whole
             elif self.plan is not None:
-                plan = later(self.plan, first)
+                plan = plan_rows_from(self.plan, first)
             else:
-                plan = begun(self.config.sampler, self.hasten_schedule, tuple(self.grid.tolist()), first)
-            return Run(plan, coefficients(plan, self.hasten_schedule, self.reading.prediction))
+                plan = plan_from_evaluation(self.config.sampler, self.hasten_schedule, tuple(self.grid.tolist()), first)
+            return Trajectory(plan, coefficients(plan, self.hasten_schedule, self.reading.prediction))
 
         def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
             """The sample itself: the state has the scale that the network wants."""
@@ -340,7 +340,7 @@ def scheduler_class() -> type:
                         f"this sampling has {run.plan.nfe} queries and all are done: call set_timesteps again"
                     )
                 expected = (self._begin_index or 0) + run.next
-            place = arguments.place_of(timestep, self.timesteps, self._asked_at, expected)
+            place = arguments.index_of_timestep(timestep, self.timesteps, self._asked_at, expected)
             if run is None or place != expected:
                 run = self._run = self._begin(place)
                 self._begin_index = place
@@ -352,7 +352,7 @@ def scheduler_class() -> type:
             skip, scale = run.numbers[run.next]
             x0 = torch.add(x * skip, raw, alpha=scale)
             ratio = self.config.dynamic_thresholding_ratio if self.config.thresholding else None
-            x0 = arguments.held(x0, self.config.clip, ratio, self.config.sample_max_value)
+            x0 = arguments.clip_x0(x0, self.config.clip, ratio, self.config.sample_max_value)
 
             def noise() -> Tensor:
                 return randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)

@@ -15,17 +15,17 @@ from ...errors import BadInput, nearest
 from ...schedules.base import Schedule
 from ...schedules.continuous import Flow
 from ...schedules.discrete import Discrete
-from .arguments import count_of
+from .arguments import check_count
 
 __all__ = [
-    "FlowDenoiser", "Reading", "alike", "mu_of", "reading", "set_steps", "shift_of", "times_like", "wide",
+    "FlowDenoiser", "SchedulerSpec", "schedules_agree", "mu_of", "read_scheduler", "set_steps", "shift_of", "times_like", "to_float64",
 ]  # fmt: skip
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
 
 @dataclass(frozen=True)
-class Reading:
+class SchedulerSpec:
     """What `t` means, what the network predicts, and how many training steps its clock counts.
 
     A table's network is told the fractional index N t - 1 of its entry; that of a flow N sigma(t).
@@ -41,7 +41,7 @@ class Reading:
 
     def time(self, timesteps: Tensor | float) -> Tensor:
         """t in [0, 1], float64, of the network's own times."""
-        own = wide(timesteps)
+        own = to_float64(timesteps)
         if not self.flow:
             return ((own + 1) / self.steps).clamp(0, 1)
         sigma = (own / self.steps).clamp(0, 1)
@@ -74,7 +74,7 @@ class FlowDenoiser(Denoiser):
         return new
 
 
-def wide(values: Any) -> Tensor:
+def to_float64(values: Any) -> Tensor:
     """Numbers of any device on the CPU in float64: copied first, widened then, for not every device has float64."""
     return torch.as_tensor(values).detach().cpu().double()
 
@@ -108,7 +108,7 @@ def mu_of(scheduler: Any, tokens: int) -> float | None:
 
 def set_steps(scheduler: Any, steps: int, mu: float | None = None) -> None:
     """`scheduler.set_timesteps(steps)`, with the smallest `mu` where it needs one and none is given."""
-    steps, more = count_of("steps", steps), {}
+    steps, more = check_count("steps", steps), {}
     if scheduler.config.get("use_dynamic_shifting"):
         more["mu"] = float(scheduler.config.get("base_shift") or 0.0) if mu is None else mu
     try:
@@ -121,19 +121,19 @@ def set_steps(scheduler: Any, steps: int, mu: float | None = None) -> None:
         raise BadInput(f"{name}.set_timesteps({steps}) fails: {type(error).__name__}: {said}") from error
 
 
-def alike(one: Schedule, two: Schedule, times: Tensor) -> bool:
+def schedules_agree(one: Schedule, two: Schedule, times: Tensor) -> bool:
     """Whether two schedules agree at these times."""
     return all(
         bool(torch.allclose(getattr(one, f)(times), getattr(two, f)(times), atol=1e-4)) for f in ("alpha", "sigma")
     )
 
 
-def reading(scheduler: Any, prediction: str | None = None, mu: float | None = None) -> Reading:
+def read_scheduler(scheduler: Any, prediction: str | None = None, mu: float | None = None) -> SchedulerSpec:
     """What a scheduler says. prediction: in place of what it says, one of "eps", "v", "x0", "flow". mu: see `shift_of`.
 
     Raises BadInput where its network is none of those that hasten can ask.
     """
-    if isinstance(own := getattr(scheduler, "reading", None), Reading):
+    if isinstance(own := getattr(scheduler, "reading", None), SchedulerSpec):
         return replace(own, prediction=prediction or own.prediction)  # it is one of ours
     config, kind = dict(scheduler.config), type(scheduler).__name__
     steps = int(config.get("num_train_timesteps", 1000))
@@ -142,15 +142,15 @@ def reading(scheduler: Any, prediction: str | None = None, mu: float | None = No
     if kind.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         if config.get("invert_sigmas"):
             raise BadInput(f"{kind} with invert_sigmas tells its network 1 - sigma: not supported")
-        return Reading(Flow(shift_of(config, mu)), prediction or "flow", steps)
+        return SchedulerSpec(Flow(shift_of(config, mu)), prediction or "flow", steps)
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise BadInput(f"{kind} has neither alphas_cumprod nor a flow: hasten cannot tell what its times mean")
-    schedule = Discrete(tuple(wide(table).tolist()), convention="log_q")
+    schedule = Discrete(tuple(to_float64(table).tolist()), convention="log_q")
     told = config.get("prediction_type", "epsilon")
     if prediction is None and told not in PREDICTIONS:
         raise BadInput(f"unknown prediction_type {told!r} of {kind}: {nearest(str(told), PREDICTIONS)}")
-    return Reading(schedule, prediction or PREDICTIONS[told], steps)
+    return SchedulerSpec(schedule, prediction or PREDICTIONS[told], steps)
 
 
 def times_like(scheduler: Any, steps: int, mu: float | None = None) -> Tensor:
@@ -168,13 +168,13 @@ def times_like(scheduler: Any, steps: int, mu: float | None = None) -> Tensor:
             f"times_like(scheduler, steps, mu=...), {float(scheduler.config.get('base_shift') or 0.0):g} for the "
             "smallest"
         )
-    other, read = copy.deepcopy(scheduler), reading(scheduler, mu=mu)
+    other, read = copy.deepcopy(scheduler), read_scheduler(scheduler, mu=mu)
     set_steps(other, steps, mu)
     if hasattr(other, "grid"):
         return other.grid  # one of ours
     sigmas = getattr(other, "sigmas", None)
     if read.flow and sigmas is not None:
-        visited = read.time(wide(sigmas[:-1]) * read.steps)  # unrounded: timesteps may be whole numbers
+        visited = read.time(to_float64(sigmas[:-1]) * read.steps)  # unrounded: timesteps may be whole numbers
     else:
         visited = read.time(other.timesteps)
     end = read.time(0).item()  # the table's first entry

@@ -31,11 +31,11 @@ class Timeline:
         """Count one query at this timestep (a number, () or (B,)). Returns whether a sampling begins with it."""
         table, fresh = scheduler.timesteps, scheduler.timesteps is not self.table
         if fresh:
-            self.table, self.values = table, numbers(table)
+            self.table, self.values = table, as_floats(table)
             self.begin, self.done = -1, 0
             self.regular = getattr(scheduler, "num_inference_steps", 0) is not None  # its set_timesteps was called
-        place = place_in(timestep, table)
-        value = None if place is not None else one_number(timestep)
+        place = index_in_table(timestep, table)
+        value = None if place is not None else single_timestep(timestep)
         if self.done and self._open():
             expected = self.begin + self.done
             if self.begin >= 0 and (place == expected if value is None else near(self.values[expected], value)):
@@ -61,20 +61,20 @@ def near(known: float, value: float) -> bool:
     return abs(known - value) <= 1e-6 * max(1.0, abs(value))
 
 
-def numbers(timesteps: Any) -> list[float]:
+def as_floats(timesteps: Any) -> list[float]:
     """The numbers of a tensor; copied first and widened then, since not every device has float64."""
     return torch.as_tensor(timesteps).detach().cpu().double().flatten().tolist()
 
 
-def one_number(timestep: Any) -> float:
+def single_timestep(timestep: Any) -> float:
     """The time that all the batch is asked at."""
-    found = numbers(timestep)
+    found = as_floats(timestep)
     if any(value != found[0] for value in found):
         raise BadInput("an accelerated network must be asked at one time for all its batch")
     return found[0]
 
 
-def place_in(timestep: Any, table: Any) -> int | None:
+def index_in_table(timestep: Any, table: Any) -> int | None:
     """Which entry of a table (N,) a timestep is, where it is a view of one; None where that cannot be told."""
     if not isinstance(timestep, Tensor) or not isinstance(table, Tensor) or table.ndim != 1:
         return None

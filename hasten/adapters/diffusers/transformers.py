@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadInput
-from .seams import Emb, SplitNetwork
+from .split_network import Embeddings, SplitNetwork
 
-__all__ = ["KINDS", "DiT", "JointDiT"]
+__all__ = ["KINDS", "SplitDiT", "SplitJointDiT"]
 
 
 class _Transformer(SplitNetwork):
@@ -22,15 +22,15 @@ class _Transformer(SplitNetwork):
         """The blocks themselves."""
         return self.net.transformer_blocks  # type: ignore[return-value]
 
-    def embed(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Emb]:
+    def embed(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Embeddings]:
         """Tokens (B, L, D) of x (B, *S), and what the blocks read beside them."""
         raise NotImplementedError
 
-    def run(self, first: int, last: int, tokens: Tensor, emb: Emb) -> Tensor:
+    def run(self, first: int, last: int, tokens: Tensor, emb: Embeddings) -> Tensor:
         """Blocks first..last-1: tokens to tokens."""
         raise NotImplementedError
 
-    def finish(self, tokens: Tensor, emb: Emb) -> Tensor:
+    def finish(self, tokens: Tensor, emb: Embeddings) -> Tensor:
         """The tokens after the last block -> raw (B, *S)."""
         raise NotImplementedError
 
@@ -47,7 +47,7 @@ class _Transformer(SplitNetwork):
         return self._kept(image.reshape(-1, channels, height * p, width * p))
 
 
-class DiT(_Transformer):
+class SplitDiT(_Transformer):
     """Seams of `DiTTransformer2DModel`. Conditions: `label`, of which the last is "no class".
 
     Peebles, Xie 2023, arXiv:2212.09748.
@@ -58,15 +58,15 @@ class DiT(_Transformer):
         """The label without a class, which guidance needs."""
         return int(self.config.num_embeds_ada_norm)
 
-    def embed(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Emb]:
+    def embed(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Embeddings]:
         """Tokens with their positions; time and class, which every block embeds by itself."""
         self._known(cond, ("label",))
         label = cond.get("label")
         if label is None:
             raise BadInput(f"{type(self.net).__name__} is conditional: it needs label=, the classes")
-        return self.net.pos_embed(x), Emb({"time": time, "label": label})
+        return self.net.pos_embed(x), Embeddings({"time": time, "label": label})
 
-    def run(self, first: int, last: int, tokens: Tensor, emb: Emb) -> Tensor:
+    def run(self, first: int, last: int, tokens: Tensor, emb: Embeddings) -> Tensor:
         for block in list(self.blocks)[first:last]:
             tokens = block(
                 tokens, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
@@ -74,7 +74,7 @@ class DiT(_Transformer):
             )  # fmt: skip
         return tokens
 
-    def finish(self, tokens: Tensor, emb: Emb) -> Tensor:
+    def finish(self, tokens: Tensor, emb: Embeddings) -> Tensor:
         net = self.net
         told = self.blocks[0].norm1.emb(emb["time"], emb["label"], hidden_dtype=tokens.dtype)  # type: ignore
         shift, scale = net.proj_out_1(F.silu(told)).chunk(2, dim=1)
@@ -83,13 +83,13 @@ class DiT(_Transformer):
         return self._image(tokens, side, side)
 
 
-class JointDiT(_Transformer):
+class SplitJointDiT(_Transformer):
     """Seams of `SD3Transformer2DModel`. Conditions: `text`, `added_text_embeds` (pooled).
 
     Tokens are those of the text and, after them, those of the image. Esser et al. 2024, arXiv:2403.03206.
     """
 
-    def embed(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Emb]:
+    def embed(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Embeddings]:
         """Tokens of text and image; the embedding of time and pooled text."""
         self._known(cond, ("text", "added_text_embeds"))
         text, pooled, p = cond.get("text"), cond.get("added_text_embeds"), int(self.config.patch_size)
@@ -98,9 +98,9 @@ class JointDiT(_Transformer):
         tokens = torch.cat([self.net.context_embedder(text), self.net.pos_embed(x)], dim=1)
         # the sides of the image in patches, and where it begins, as shapes: they have no batch
         where = {"length": text.shape[1], "sides": (x.shape[-2] // p, x.shape[-1] // p)}
-        return tokens, Emb({"time": self.net.time_text_embed(time, pooled)}, where)
+        return tokens, Embeddings({"time": self.net.time_text_embed(time, pooled)}, where)
 
-    def run(self, first: int, last: int, tokens: Tensor, emb: Emb) -> Tensor:
+    def run(self, first: int, last: int, tokens: Tensor, emb: Embeddings) -> Tensor:
         length = emb.options["length"]
         text, image = tokens[:, :length], tokens[:, length:]
         for block in list(self.blocks)[first:last]:
@@ -108,9 +108,9 @@ class JointDiT(_Transformer):
             text = text if made is None else made  # the last block makes none
         return torch.cat([text, image], dim=1)
 
-    def finish(self, tokens: Tensor, emb: Emb) -> Tensor:
+    def finish(self, tokens: Tensor, emb: Embeddings) -> Tensor:
         image = self.net.norm_out(tokens[:, emb.options["length"] :], emb["time"])
         return self._image(self.net.proj_out(image), *emb.options["sides"])
 
 
-KINDS = {"DiTTransformer2DModel": DiT, "SD3Transformer2DModel": JointDiT}
+KINDS = {"DiTTransformer2DModel": SplitDiT, "SD3Transformer2DModel": SplitJointDiT}

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import BadInput
-from .seams import Emb, SplitNetwork, dtype_of, guidance_features
+from .split_network import Embeddings, SplitNetwork, dtype_of, guidance_features
 
-__all__ = ["KINDS", "ConditionalUNet", "UNet"]
+__all__ = ["KINDS", "SplitConditionalUNet", "SplitUNet"]
 
 # Down blocks that are residual blocks, with or without attention, and then a downsampler: they can be cut before it.
-CUTTABLE = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"}
+SHALLOW_BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"}
 CONDITIONS = ("text", "label", "guidance", "timestep_cond", "mask", "text_mask", "mid_residual", "attention_options")
 PREFIXES = ("added_", "down_residual_", "adapter_")
 Aside = dict[str, Any]  # what the contracting half carries beside its features: adapters still to come, an image
@@ -23,11 +23,11 @@ Aside = dict[str, Any]  # what the contracting half carries beside its features:
 class _UNet(SplitNetwork):
     """What both kinds share: the order of the parts. Subclasses say how each part is called."""
 
-    def embed(self, time: Tensor, **cond: Any) -> Emb:
+    def embed(self, time: Tensor, **cond: Any) -> Embeddings:
         """Time (B,) and conditions as the blocks read them."""
         raise NotImplementedError
 
-    def encode(self, x: Tensor, emb: Emb) -> tuple[list[Tensor], Tensor]:
+    def encode(self, x: Tensor, emb: Embeddings) -> tuple[list[Tensor], Tensor]:
         """The contracting half and the middle: (skips, middle), with what a ControlNet adds to them."""
         aside: Aside = {"adapters": emb.several("adapter")}
         x = self._stem(x, emb, aside)
@@ -37,7 +37,7 @@ class _UNet(SplitNetwork):
             skips += more
         return self._controlled(skips, emb), self._middle(x, emb, aside)
 
-    def decode(self, skips: list[Tensor], middle: Tensor, emb: Emb) -> Tensor:
+    def decode(self, skips: list[Tensor], middle: Tensor, emb: Embeddings) -> Tensor:
         """The expanding half: what `encode` returned, under an embedding that may be of another time -> raw."""
         return self._head(*self._ups(list(skips), middle, emb, 0, len(self.net.up_blocks)), emb)
 
@@ -46,7 +46,9 @@ class _UNet(SplitNetwork):
         emb = self.embed(time, **cond)
         return self.decode(*self.encode(x, emb), emb)
 
-    def _ups(self, skips: list[Tensor], x: Tensor, emb: Emb, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+    def _ups(
+        self, skips: list[Tensor], x: Tensor, emb: Embeddings, first: int, last: int
+    ) -> tuple[Tensor, Tensor | None]:
         """The up blocks first..last-1, which take from the end of `skips`; and NCSN++'s image that grows beside x."""
         beside: Tensor | None = None
         doublings = 2 ** getattr(self.net, "num_upsamplers", 0)
@@ -61,7 +63,7 @@ class _UNet(SplitNetwork):
             x, beside = self._up(block, x, mine, emb, skips[-1].shape[2:] if uneven and skips else None, beside)
         return x, beside
 
-    def _controlled(self, skips: list[Tensor], emb: Emb, first: int = 0) -> list[Tensor]:
+    def _controlled(self, skips: list[Tensor], emb: Embeddings, first: int = 0) -> list[Tensor]:
         """Skips, of which the first is number `first`, with the residuals of a ControlNet."""
         if emb["mid_residual"] is None:
             return skips
@@ -69,7 +71,7 @@ class _UNet(SplitNetwork):
 
     # the shallow part, which only some have: see `_Shallow`
 
-    def _shallow_encode(self, x: Tensor, emb: Emb) -> list[Tensor]:
+    def _shallow_encode(self, x: Tensor, emb: Embeddings) -> list[Tensor]:
         if emb.several("adapter"):
             raise BadInput("the shallow part of this U-Net is not known under a T2I-Adapter: leave DeepCache or it out")
         x = self._stem(x, emb, {"adapters": []})
@@ -81,7 +83,7 @@ class _UNet(SplitNetwork):
             first.append(x)
         return first
 
-    def _deep(self, first: list[Tensor], emb: Emb) -> Tensor:
+    def _deep(self, first: list[Tensor], emb: Embeddings) -> Tensor:
         x, block, aside = first[-1], self.net.down_blocks[0], Aside(adapters=[])
         resnet = getattr(block, "downsample_type", "") == "resnet"
         for downsampler in block.downsamplers:
@@ -94,37 +96,37 @@ class _UNet(SplitNetwork):
         skips = self._controlled(skips, emb, len(first))
         return self._ups([*first, *skips], middle, emb, 0, len(self.net.up_blocks) - 1)[0]
 
-    def _shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Emb) -> Tensor:
+    def _shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Embeddings) -> Tensor:
         last = len(self.net.up_blocks)
         return self._head(*self._ups(self._controlled(list(first), emb), up_input, emb, last - 1, last), emb)
 
     # how each part is called
 
-    def _attention(self, attention: nn.Module, x: Tensor, emb: Emb) -> Tensor:
+    def _attention(self, attention: nn.Module, x: Tensor, emb: Embeddings) -> Tensor:
         return attention(x)
 
-    def _stem(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _stem(self, x: Tensor, emb: Embeddings, aside: Aside) -> Tensor:
         raise NotImplementedError
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Emb, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
         raise NotImplementedError
 
-    def _middle(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _middle(self, x: Tensor, emb: Embeddings, aside: Aside) -> Tensor:
         raise NotImplementedError
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Emb, size: Any, beside: Tensor | None
+        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, beside: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def _head(self, x: Tensor, beside: Tensor | None, emb: Emb) -> Tensor:
+    def _head(self, x: Tensor, beside: Tensor | None, emb: Embeddings) -> Tensor:
         raise NotImplementedError
 
 
-class UNet(_UNet):
+class SplitUNet(_UNet):
     """Seams of `UNet2DModel`. Conditions: `label`."""
 
-    def embed(self, time: Tensor, **cond: Any) -> Emb:
+    def embed(self, time: Tensor, **cond: Any) -> Embeddings:
         """The embedding of time and class, and the time itself (by which NCSN++ divides)."""
         self._known(cond, ("label",))
         net, label, dtype = self.net, cond.get("label"), dtype_of(self.net)
@@ -137,30 +139,30 @@ class UNet(_UNet):
             emb = emb + net.class_embedding(label).to(dtype)
         elif label is not None:
             raise BadInput(f"this {type(net).__name__} has no classes, so label= means nothing to it")
-        return Emb({"time": emb, "clock": time})
+        return Embeddings({"time": emb, "clock": time})
 
-    def _stem(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _stem(self, x: Tensor, emb: Embeddings, aside: Aside) -> Tensor:
         x = 2 * x - 1.0 if self.config.center_input_sample else x
         aside["image"] = x  # which NCSN++ halves beside its features
         return self.net.conv_in(x)
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Emb, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not hasattr(block, "skip_conv"):
             return block(hidden_states=x, temb=emb["time"])
         x, more, aside["image"] = block(hidden_states=x, temb=emb["time"], skip_sample=aside["image"])
         return x, more
 
-    def _middle(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _middle(self, x: Tensor, emb: Embeddings, aside: Aside) -> Tensor:
         return x if self.net.mid_block is None else self.net.mid_block(x, emb["time"])
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Emb, size: Any, beside: Tensor | None
+        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, beside: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if hasattr(block, "skip_conv"):
             return block(x, skips, emb["time"], beside)
         return block(x, skips, emb["time"]), beside
 
-    def _head(self, x: Tensor, beside: Tensor | None, emb: Emb) -> Tensor:
+    def _head(self, x: Tensor, beside: Tensor | None, emb: Embeddings) -> Tensor:
         x = self.net.conv_out(self.net.conv_act(self.net.conv_norm_out(x)))
         x = x if beside is None else x + beside
         if self.config.time_embedding_type == "fourier":
@@ -168,7 +170,7 @@ class UNet(_UNet):
         return self._kept(x)
 
 
-class ConditionalUNet(_UNet):
+class SplitConditionalUNet(_UNet):
     """Seams of `UNet2DConditionModel` (Stable Diffusion 1, 2, XL and their kin).
 
     Conditions: see `_seams`; `attention_options` is its `cross_attention_kwargs`, without tensors.
@@ -179,7 +181,7 @@ class ConditionalUNet(_UNet):
         """Of a network that reads its guidance scale (a latent consistency model); 1 is no guidance."""
         return None if self.config.time_cond_proj_dim is None else (1.0, 15.0)
 
-    def embed(self, time: Tensor, **cond: Any) -> Emb:
+    def embed(self, time: Tensor, **cond: Any) -> Embeddings:
         """All that the blocks read but x."""
         cond = {**cond, **self.beside.conditions}
         self._known(cond, CONDITIONS, PREFIXES)
@@ -209,9 +211,9 @@ class ConditionalUNet(_UNet):
         images = {f"image_{k}": image for k, image in enumerate(beside)}
         masks = {key: _bias(cond.get(key), dtype) for key in ("mask", "text_mask")}
         told_all = {"time": emb, "text": text, "hint": hint, "mid_residual": cond.get("mid_residual")}
-        return Emb({**told_all, **masks, **images, **kept}, dict(options))
+        return Embeddings({**told_all, **masks, **images, **kept}, dict(options))
 
-    def _reading(self, emb: Emb) -> dict[str, Any]:
+    def _reading(self, emb: Embeddings) -> dict[str, Any]:
         """What blocks with cross-attention are given."""
         text, images = emb["text"], emb.several("image")
         return {
@@ -221,16 +223,16 @@ class ConditionalUNet(_UNet):
             "cross_attention_kwargs": dict(emb.options) or None,
         }
 
-    def _attention(self, attention: nn.Module, x: Tensor, emb: Emb) -> Tensor:
+    def _attention(self, attention: nn.Module, x: Tensor, emb: Embeddings) -> Tensor:
         if not getattr(self.net.down_blocks[0], "has_cross_attention", False):
             return attention(x, **emb.options)
         return attention(x, **self._reading(emb), return_dict=False)[0]
 
-    def _stem(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _stem(self, x: Tensor, emb: Embeddings, aside: Aside) -> Tensor:
         x = 2 * x - 1.0 if self.config.center_input_sample else x
         return self.net.conv_in(x if emb["hint"] is None else torch.cat([x, emb["hint"]], dim=1))
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Emb, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
         adapter = aside["adapters"].pop(0) if aside["adapters"] else None
         if getattr(block, "has_cross_attention", False):
             more = {} if adapter is None else {"additional_residuals": adapter}
@@ -240,7 +242,7 @@ class ConditionalUNet(_UNet):
             x += adapter  # in place, as diffusers does: the last skip is this very tensor
         return x, skips
 
-    def _middle(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _middle(self, x: Tensor, emb: Embeddings, aside: Aside) -> Tensor:
         block = self.net.mid_block
         if block is not None:
             crossed = getattr(block, "has_cross_attention", False)
@@ -250,13 +252,13 @@ class ConditionalUNet(_UNet):
         return x if emb["mid_residual"] is None else x + emb["mid_residual"]
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Emb, size: Any, beside: Tensor | None
+        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, beside: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         told = {"hidden_states": x, "temb": emb["time"], "res_hidden_states_tuple": skips, "upsample_size": size}
         crossed = getattr(block, "has_cross_attention", False)
         return (block(**told, **self._reading(emb)) if crossed else block(**told)), beside
 
-    def _head(self, x: Tensor, beside: Tensor | None, emb: Emb) -> Tensor:
+    def _head(self, x: Tensor, beside: Tensor | None, emb: Embeddings) -> Tensor:
         if self.net.conv_norm_out is not None:
             x = self.net.conv_act(self.net.conv_norm_out(x))
         return self._kept(self.net.conv_out(x))
@@ -265,45 +267,45 @@ class ConditionalUNet(_UNet):
 class _Shallow(_UNet):
     """DeepCache's seam: forward == shallow_decode(s, deep(s, emb), emb) with s = shallow_encode(x, emb)."""
 
-    def shallow_encode(self, x: Tensor, emb: Emb) -> list[Tensor]:
+    def shallow_encode(self, x: Tensor, emb: Embeddings) -> list[Tensor]:
         """All of the first down block but its end: the skips of the last up block, without a ControlNet's part."""
         return self._shallow_encode(x, emb)
 
-    def deep(self, first: list[Tensor], emb: Emb) -> Tensor:
+    def deep(self, first: list[Tensor], emb: Embeddings) -> Tensor:
         """Everything between: what enters the last up block."""
         return self._deep(first, emb)
 
-    def shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Emb) -> Tensor:
+    def shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Embeddings) -> Tensor:
         """The last up block and the head -> raw."""
         return self._shallow_decode(first, up_input, emb)
 
 
-class ShallowUNet(UNet, _Shallow):
+class ShallowUNet(SplitUNet, _Shallow):
     """`UNet` whose first down block can be cut."""
 
 
-class ShallowConditionalUNet(ConditionalUNet, _Shallow):
+class ShallowConditionalUNet(SplitConditionalUNet, _Shallow):
     """`ConditionalUNet` whose first down block can be cut."""
 
 
 def unet(net: Any, whole: bool = False) -> SplitNetwork:
     """The seams of a `UNet2DModel`."""
-    return (ShallowUNet if _can_be_cut(net) else UNet)(net, whole)
+    return (ShallowUNet if _has_shallow_split(net) else SplitUNet)(net, whole)
 
 
 def conditional_unet(net: Any, whole: bool = False) -> SplitNetwork:
     """The seams of a `UNet2DConditionModel`."""
-    return (ShallowConditionalUNet if _can_be_cut(net) else ConditionalUNet)(net, whole)
+    return (ShallowConditionalUNet if _has_shallow_split(net) else SplitConditionalUNet)(net, whole)
 
 
 KINDS = {"UNet2DModel": unet, "UNet2DConditionModel": conditional_unet}
 
 
-def _can_be_cut(net: Any) -> bool:
+def _has_shallow_split(net: Any) -> bool:
     """Whether the last up block needs what the first down block makes before its downsampler, and nothing else."""
     block = net.down_blocks[0]
     fits = len(net.up_blocks[-1].resnets) == len(block.resnets) + 1
-    return type(block).__name__ in CUTTABLE and bool(getattr(block, "downsamplers", None)) and fits
+    return type(block).__name__ in SHALLOW_BLOCKS and bool(getattr(block, "downsamplers", None)) and fits
 
 
 def _added(cond: dict[str, Any]) -> dict[str, Any] | None:

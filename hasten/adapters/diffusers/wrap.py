@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import BadInput
-from .seams import SplitNetwork
+from .split_network import SplitNetwork
 
 
 def split_network(net: nn.Module, whole: bool = False) -> SplitNetwork:

@@ -27,10 +27,10 @@ from torch.utils import _pytree as pytree
 
 from ...errors import BadInput, HastenError, nearest
 
-__all__ = ["Emb", "SplitNetwork", "dtype_of", "guidance_features"]
+__all__ = ["Embeddings", "SplitNetwork", "dtype_of", "guidance_features"]
 
 
-class Emb:
+class Embeddings:
     """What a network makes of its time and conditions: tensors by name, the batch first, and options without one.
 
     `tree_map` of torch's pytree goes over the tensors, so that they can be repeated or parted along the batch.
@@ -51,18 +51,18 @@ class Emb:
         return found
 
 
-def _flat(emb: Emb) -> tuple[list[Any], Any]:
+def _flat(emb: Embeddings) -> tuple[list[Any], Any]:
     return list(emb.tensors.values()), (tuple(emb.tensors), emb.options)
 
 
-def _whole(values: Any, context: Any) -> Emb:
-    return Emb(dict(zip(context[0], values)), context[1])
+def _whole(values: Any, context: Any) -> Embeddings:
+    return Embeddings(dict(zip(context[0], values)), context[1])
 
 
-pytree.register_pytree_node(Emb, _flat, _whole)
+pytree.register_pytree_node(Embeddings, _flat, _whole)
 
 
-class Beside:
+class SideInputs:
     """Conditions that reach a network past its callers; a copy of the network shares them."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Beside:
         finally:
             self.conditions = before
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Beside:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SideInputs:
         return self
 
 
@@ -93,7 +93,7 @@ class SplitNetwork(nn.Module):
         super().__init__()
         self.net = net
         self.whole = whole
-        self.beside = Beside()
+        self.beside = SideInputs()
 
     @property
     def null_conditions(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.adapters.diffusers import as_scheduler
-from hasten.adapters.diffusers.plans import compiled, grid
+from hasten.adapters.diffusers.plans import compiled_plan, time_grid
 from hasten.errors import BadInput
 from hasten.exact import Gaussian
 from hasten.pick import pick
@@ -169,13 +169,16 @@ def test_timesteps_by_value_and_those_that_are_none() -> None:
 def test_plans_are_compiled_once() -> None:
     """Also in another scheduler for the same network, and for a later begin."""
     scheduler, x = made("unipc:order=3"), torch.zeros(1, 2)
-    before = compiled.cache_info().misses, grid.cache_info().misses
+    before = compiled_plan.cache_info().misses, time_grid.cache_info().misses
     for other in (scheduler, made("unipc:order=3")):
         other.set_timesteps(STEPS)
         other.set_begin_index(3)
         other.step(x, other.timesteps[3], x)
     assert other._whole is scheduler._whole
-    assert (compiled.cache_info().misses - before[0], grid.cache_info().misses - before[1]) == (1, 0)  # the rest
+    assert (compiled_plan.cache_info().misses - before[0], time_grid.cache_info().misses - before[1]) == (
+        1,
+        0,
+    )  # the rest
     assert made("unipc:order=3", tiny.scheduler(beta_end=0.02))._whole is not scheduler._whole
     scheduler.set_timesteps(STEPS + 1)
     assert scheduler._whole.nfe == STEPS + 1

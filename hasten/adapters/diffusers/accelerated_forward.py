@@ -16,19 +16,19 @@ from ...denoiser import reset
 from ...errors import BadInput
 from ...nets.copies import copy_modules
 from ...pick import format_spec
-from .calls import PASSING, PLACES, answer, raw_of
-from .network import Layers, bare, changed, fingerprint, structure
-from .schedules import Reading, reading, set_steps
-from .seams import SplitNetwork
-from .timeline import Timeline, one_number
+from .calls import ARGUMENT_READERS, RESIDUAL_PREFIXES, network_output, raw_output
+from .network import ExchangedLayers, changed, sample_parameters, structure, without_hooks
+from .schedules import SchedulerSpec, read_scheduler, set_steps
+from .split_network import SplitNetwork
+from .timeline import Timeline, single_timestep
 from .wrap import split_network
 
-__all__ = ["Runner"]
+__all__ = ["AcceleratedForward"]
 
-KEPT = 4  # accelerated denoisers, one for each list of times
+CACHE_SIZE = 4  # accelerated denoisers, one for each list of times
 
 
-class Runner:
+class AcceleratedForward:
     """How an accelerated network answers: which accelerators, in which sampling, with which layers.
 
     Attributes:
@@ -46,9 +46,9 @@ class Runner:
         self.swapping = [one for one in accelerators if one.stage < COMPILE]
         self.still = [one for one in accelerators if COMPILE <= one.stage < WRAP]
         self.moving = [one for one in accelerators if one.stage >= WRAP]
-        self.place = PLACES[next(base.__name__ for base in kind.__mro__ if base.__name__ in PLACES)]
+        self.place = ARGUMENT_READERS[next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)]
         self.signature = inspect.signature(kind.forward)
-        self.scheduler, self.known = scheduler, reading(scheduler)
+        self.scheduler, self.known = scheduler, read_scheduler(scheduler)
         self.owner: Any = None  # a weak reference to the pipeline
         self.original: Any = None  # whose hooks and patch these are
         self.given: Any = None  # the network that it was made from, where that has other layers
@@ -57,7 +57,7 @@ class Runner:
         self.seams = split_network(core, whole=True)
         self.source: Any = self.known.denoiser(self.seams)
         self.source.training = False
-        self.layers = Layers(core)
+        self.layers = ExchangedLayers(core)
         self.calls: Callable[..., Callable[[int, int], list[Call]] | None] = lambda times, whole: None
         self.timeline = Timeline()
         self.base: Any = None
@@ -65,7 +65,7 @@ class Runner:
         self.kept: dict[Any, Any] = {}
         self.warned: set[str] = set()
         self.run: Any = None
-        self._reading: Reading | None = None
+        self._reading: SchedulerSpec | None = None
 
     def prepare(self, steps: int) -> None:
         """Exchange layers, search and refuse now, for a sampling of so many steps."""
@@ -76,7 +76,7 @@ class Runner:
         times = tuple(self._read().time(scheduler.timesteps).tolist())
         ahead = SamplingContext(times, self.calls(times, times), self.claimed)
         if self.swapping:
-            network = split_network(bare(self.core), whole=True)
+            network = split_network(without_hooks(self.core), whole=True)
             network.beside = self.seams.beside
             found: Any = accelerate(self.known.denoiser(network).eval(), self.swapping, ahead)
             self._take(found, network)
@@ -87,7 +87,7 @@ class Runner:
         holder = found
         while not isinstance(holder.net, SplitNetwork):
             holder = holder.net
-        self.layers = Layers(self.core, holder.net.net)
+        self.layers = ExchangedLayers(self.core, holder.net.net)
         holder.net = self.seams
         self.source = found
 
@@ -107,19 +107,19 @@ class Runner:
         dictionary = given.pop("return_dict", True)
         x, timestep, cond = self.place(given)
         # what is added to the encoder's features changes at every query: accelerators must not take it for conditions
-        passing = {name: cond.pop(name) for name in list(cond) if name.startswith(PASSING)}
+        passing = {name: cond.pop(name) for name in list(cond) if name.startswith(RESIDUAL_PREFIXES)}
         scheduler = self._scheduler()
         if self.timeline.ask(scheduler, timestep):
             self._begin()
         t = self._time(timestep)
         with self.seams.beside.given(passing), self.layers.exchanged():
-            raw = raw_of(self.run, x, t, cond)
-        return answer(self.core, raw) if dictionary else (raw,)
+            raw = raw_output(self.run, x, t, cond)
+        return network_output(self.core, raw) if dictionary else (raw,)
 
     def _time(self, timestep: Any) -> Tensor:
         """t in [0, 1] of this query."""
         line = self.timeline
-        value = line.values[line.begin + line.done - 1] if line.begin >= 0 else one_number(timestep)
+        value = line.values[line.begin + line.done - 1] if line.begin >= 0 else single_timestep(timestep)
         return self._read().time(value)
 
     def _begin(self) -> None:
@@ -160,7 +160,7 @@ class Runner:
             if self.base is None:
                 self.base = accelerate(self._source(), self.still, ahead)
             made = accelerate(self.base, moving, ahead)
-        if len(self.kept) >= KEPT:
+        if len(self.kept) >= CACHE_SIZE:
             del self.kept[next(iter(self.kept))]
         self.kept[key] = made
         return made
@@ -170,7 +170,7 @@ class Runner:
         parted = [one for one in self.still if one.stage > COMPILE]
         if not parted:
             return self.source
-        network = split_network(bare(self.core), whole=True)
+        network = split_network(without_hooks(self.core), whole=True)
         network.beside = self.seams.beside
         return self.known.denoiser(network).eval() if self.source.net is self.seams else self.source
 
@@ -179,7 +179,7 @@ class Runner:
         if not self.still:
             return
         parted = any(one.stage > COMPILE for one in self.still)
-        now = structure(self.core) if parted else (), fingerprint(list(self.core.modules()))
+        now = structure(self.core) if parted else (), sample_parameters(list(self.core.modules()))
         if self.made_from is not None and (now[0] != self.made_from[0] or changed(now[1], self.made_from[1])):
             self.base = None
             self.kept.clear()
@@ -217,7 +217,7 @@ class Runner:
 
     def plain_copy(self) -> nn.Module:
         """The network without its accelerators, on the same children."""
-        net = bare(self.core)
+        net = without_hooks(self.core)
         vars(net).pop("runner")
         return net
 
@@ -226,7 +226,7 @@ class Runner:
         module: Any = object.__new__(type(self.module))
         module.__dict__ = vars(net)
         memo[id(self.module)] = module
-        made = Runner(module, self.accelerators, copy.deepcopy(self.scheduler, memo))
+        made = AcceleratedForward(module, self.accelerators, copy.deepcopy(self.scheduler, memo))
         made.known, made.calls, made.patch, made.original = self.known, self.calls, self.patch, self.original
         made.hooks = list(self.hooks)
         if self.layers:
@@ -245,10 +245,10 @@ class Runner:
             self._reading = None
         return self.scheduler
 
-    def _read(self) -> Reading:
+    def _read(self) -> SchedulerSpec:
         """What times mean: as the network was accelerated, whatever scheduler drives it now."""
         if self._reading is None:
-            if reading(self._scheduler()).flow != self.known.flow:
+            if read_scheduler(self._scheduler()).flow != self.known.flow:
                 raise BadInput("the scheduler is of another kind than the one that the network was accelerated with")
             self._reading = self.known
         return self._reading

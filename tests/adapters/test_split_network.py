@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hasten.adapters.diffusers.seams import SplitNetwork, guidance_features
+from hasten.adapters.diffusers.split_network import SplitNetwork, guidance_features
 from hasten.adapters.diffusers.wrap import split_network
 from hasten.errors import BadInput
 

@@ -13,12 +13,14 @@ from torch import nn
 from ...accelerators import Call, Recorder
 from ...accelerators._calls import empty_prompt, in_batches
 from ...errors import BadInput
-from .schedules import reading
+from .schedules import read_scheduler
 
-__all__ = ["drawn_calls", "recorded"]
+__all__ = ["record_model_calls", "record_pipeline_calls"]
 
 
-def recorded(pipe: Any, call: Callable[[Any], Any], net: nn.Module, place: Any, seed: int) -> Callable[..., list[Call]]:
+def record_pipeline_calls(
+    pipe: Any, call: Callable[[Any], Any], net: nn.Module, place: Any, seed: int
+) -> Callable[..., list[Call]]:
     """`SamplingContext.calls` made of a call of the pipeline itself, with all that its network is given there.
 
     Args:
@@ -37,7 +39,7 @@ def recorded(pipe: Any, call: Callable[[Any], Any], net: nn.Module, place: Any, 
             bound.apply_defaults()
             given = {name: value for name, value in bound.arguments.items() if name not in ("self", "return_dict")}
             x, timestep, cond = place(given)
-            time = reading(pipe.scheduler).time(timestep).flatten()
+            time = read_scheduler(pipe.scheduler).time(timestep).flatten()
             if bool((time != time[0]).any()):
                 raise BadInput("the network was asked at several times in one batch: calls= must ask at one")
             found.append((x.detach().clone(), float(time[0]), cond))
@@ -58,7 +60,7 @@ def recorded(pipe: Any, call: Callable[[Any], Any], net: nn.Module, place: Any, 
     return calls
 
 
-def drawn_calls(
+def record_model_calls(
     model: Any, n: int, prompts: Any, seed: int, times: Sequence[float], setting: dict[str, Any]
 ) -> list[Call]:
     """What a model's network is asked at these times when n images are drawn; large images not all in one batch."""
