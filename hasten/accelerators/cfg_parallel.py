@@ -93,9 +93,9 @@ class Halved(Wrapper):
         def own(value: Any) -> Any:
             return value[mine] if isinstance(value, Tensor) and value.ndim and len(value) == B else value
 
-        beside = getattr(getattr(self.denoiser, "net", None), "beside", None)
-        more = {} if beside is None else {key: own(value) for key, value in beside.conditions.items()}
-        with torch.no_grad(), beside.given(more) if more else nullcontext():  # type: ignore[union-attr]
+        side_inputs = getattr(getattr(self.denoiser, "net", None), "side_inputs", None)
+        more = {} if side_inputs is None else {key: own(value) for key, value in side_inputs.conditions.items()}
+        with torch.no_grad(), side_inputs.using(more) if more else nullcontext():  # type: ignore[union-attr]
             answer = ask(own(x_t), own(t), **{key: own(value) for key, value in cond.items()}).contiguous()
         both = answer.new_empty((2 * half, *answer.shape[1:]))
         all_gather(both.view(-1), answer.view(-1), self.pair.group)

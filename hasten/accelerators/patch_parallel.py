@@ -171,12 +171,12 @@ class PatchNet(nn.Module):
     @contextmanager
     def _parted(self, cond: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The conditions, of feature maps this rank's rows; also of those that reach the network past its callers."""
-        beside = getattr(self.net, "beside", None)
-        more = {} if beside is None else beside.conditions
+        side_inputs = getattr(self.net, "side_inputs", None)
+        more = {} if side_inputs is None else side_inputs.conditions
         known = [value.shape[2] for key, value in {**more, **cond}.items() if key.startswith(OF_ROWS)]
         if known and not self.exchange.open:
             self.exchange.part(max(known))  # the finest of them has the rows of x_t, which is yet to come
-        with beside.given(self._own(more)) if more else nullcontext():  # type: ignore[union-attr]
+        with side_inputs.using(self._own(more)) if more else nullcontext():  # type: ignore[union-attr]
             yield self._own(cond)
 
     def _own(self, cond: dict[str, Any]) -> dict[str, Any]:

@@ -98,12 +98,12 @@ def test_keys_are_searched_in_a_call() -> None:
 def test_calls_that_say_nothing_are_refused() -> None:
     pipe = tiny.sd_pipeline()
     for calls, said in [
-        (lambda pipe: None, "must call the pipeline"), ("a cat", "give prompts=, or calls="),
+        (lambda pipe: None, "must call the pipeline"), ("a cat", "use prompts=, or calls="),
         (lambda pipe: [pipe("a cat", height=side, width=side, **TOLD) for side in (16, 32)], "several shapes"),
     ]:  # fmt: skip
         with pytest.raises(BadInput, match=said):
             hasten.accelerate(pipe, [Look()], steps=STEPS, calls=calls)
-    with pytest.raises(BadInput, match="give prompts=, or calls="):
+    with pytest.raises(BadInput, match="use prompts=, or calls="):
         hasten.accelerate(pipe, [Look()], steps=STEPS, prompts="a cat", calls=lambda pipe: pipe("a cat"))
 
 

@@ -64,9 +64,9 @@ def test_every_keyword_of_every_pipeline_is_taken_or_refused_by_name() -> None:
             told = (x, scheduler.timesteps[0], x) if method == "step" else (4,)
             getattr(scheduler, method)(*told, **{name: None})
             scheduler.set_timesteps(4)
-            with pytest.raises(BadInput, match=rf"{method}\({name}=.* is not known to hasten's scheduler"):
+            with pytest.raises(BadInput, match=rf"{method}\({name}=.* is not supported by hasten's scheduler"):
                 getattr(scheduler, method)(*told, **{name: 17.25})
-            assert method == "set_timesteps" or scheduler._run is None  # before anything was done
+            assert method == "set_timesteps" or scheduler._trajectory is None  # before anything was done
 
 
 def test_step_refuses_noise_that_is_the_samplers() -> None:
@@ -133,7 +133,7 @@ def test_the_shift_of_a_size(time_shift_type: str) -> None:
         for t, other in zip(ours.timesteps, theirs.timesteps):
             a, b = ours.step(a.sin(), t, a).prev_sample, theirs.step(b.sin(), other, b).prev_sample
         assert torch.allclose(a, b, atol=1e-5)
-    with pytest.warns(UserWarning, match="not given mu: mu=0.5 is used"):
+    with pytest.warns(UserWarning, match="called without mu: mu=0.5 is used"):
         ours.set_timesteps(5)
     with pytest.raises(BadInput, match="depend on the size of the image"):
         times_like(theirs, 5)

@@ -1,4 +1,4 @@
-"""`Runner`: how an accelerated network answers, query by query."""
+"""`AcceleratedForward`: the forward pass of a pipeline's network under accelerators."""
 
 from __future__ import annotations
 
@@ -25,235 +25,254 @@ from .wrap import split_network
 
 __all__ = ["AcceleratedForward"]
 
-CACHE_SIZE = 4  # accelerated denoisers, one for each list of times
+CACHE_SIZE = 4  # accelerated denoisers, one per list of times
 
 
 class AcceleratedForward:
-    """How an accelerated network answers: which accelerators, in which sampling, with which layers.
+    """The forward pass of one network of a pipeline under accelerators.
+
+    Args:
+        module: the accelerated network, of a class of `accelerated_class`.
+        accelerators: in the order of their stages.
+        scheduler: of the pipeline.
 
     Attributes:
-        layers: those that an accelerator exchanged (`quantize`); the network keeps its own, and has these as it runs.
-        run: the denoiser that answered last.
+        layers: replaced by an accelerator (`quantize`); the network has them only while it is evaluated.
+        denoiser: the accelerated denoiser that was evaluated last.
     """
 
     def __init__(self, module: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> None:
         kind: Any = type(module).__mro__[2]
-        core = object.__new__(kind)  # the same network, as an instance of its own class
+        core = object.__new__(kind)  # the same network as an instance of its original class
         core.__dict__ = vars(module)
-        vars(module)["runner"] = self
+        vars(module)["accelerated_forward"] = self
         self.module, self.core, self.accelerators = module, core, accelerators
         self.claimed = frozenset[str]().union(*(one.claims for one in accelerators))
         self.swapping = [one for one in accelerators if one.stage < COMPILE]
-        self.still = [one for one in accelerators if COMPILE <= one.stage < WRAP]
-        self.moving = [one for one in accelerators if one.stage >= WRAP]
-        self.place = ARGUMENT_READERS[next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)]
+        self.compiling = [one for one in accelerators if COMPILE <= one.stage < WRAP]
+        self.wrapping = [one for one in accelerators if one.stage >= WRAP]
+        self.reader = ARGUMENT_READERS[
+            next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)
+        ]
         self.signature = inspect.signature(kind.forward)
-        self.scheduler, self.known = scheduler, read_scheduler(scheduler)
+        self.scheduler, self.spec = scheduler, read_scheduler(scheduler)
         self.owner: Any = None  # a weak reference to the pipeline
-        self.original: Any = None  # whose hooks and patch these are
-        self.given: Any = None  # the network that it was made from, where that has other layers
+        self.original: Any = None  # the network whose hooks and patch these are
+        self.original_network: Any = None  # an `OriginalNetwork`, to detect changes
         self.patch: Any = None
         self.hooks: list[Any] = []
-        self.seams = split_network(core, whole=True)
-        self.source: Any = self.known.denoiser(self.seams)
+        self.network = split_network(core, with_variance=True)
+        self.side_inputs = self.network.side_inputs
+        self.source: Any = self.spec.denoiser(self.network)
         self.source.training = False
         self.layers = ExchangedLayers(core)
-        self.calls: Callable[..., Callable[[int, int], list[Call]] | None] = lambda times, whole: None
+        self.calls: Callable[..., Callable[[int, int], list[Call]] | None] = lambda times, all_times: None
         self.timeline = Timeline()
         self.base: Any = None
-        self.made_from: Any = None
-        self.kept: dict[Any, Any] = {}
+        self.base_state: Any = None
+        self.cache: dict[Any, Any] = {}
         self.warned: set[str] = set()
-        self.run: Any = None
-        self._reading: SchedulerSpec | None = None
+        self.denoiser: Any = None
+        self._spec: SchedulerSpec | None = None
 
     def prepare(self, steps: int) -> None:
-        """Exchange layers, search and refuse now, for a sampling of so many steps."""
+        """Replace layers, search and check now, for a sampling of so many steps."""
         if self.patch is not None:
             return
         scheduler = copy.deepcopy(self.scheduler)
         set_steps(scheduler, steps)
-        times = tuple(self._read().time(scheduler.timesteps).tolist())
+        times = tuple(self._current_spec().time(scheduler.timesteps).tolist())
         ahead = SamplingContext(times, self.calls(times, times), self.claimed)
         if self.swapping:
-            network = split_network(without_hooks(self.core), whole=True)
-            network.beside = self.seams.beside
-            found: Any = accelerate(self.known.denoiser(network).eval(), self.swapping, ahead)
-            self._take(found, network)
-        self._denoiser(times, times, self.moving)
+            network = split_network(without_hooks(self.core), with_variance=True)
+            network.side_inputs = self.side_inputs
+            self._take_layers(accelerate(self.spec.denoiser(network).eval(), self.swapping, ahead))
+        self._cached_denoiser(times, times, self.wrapping)
 
-    def _take(self, found: Any, network: nn.Module) -> None:
-        """Take over the layers of an exchanged network, and what lies around it."""
-        holder = found
+    def _take_layers(self, denoiser: Any) -> None:
+        """Take over the replaced layers of an accelerated denoiser, and the wrappers around its network."""
+        holder = denoiser
         while not isinstance(holder.net, SplitNetwork):
             holder = holder.net
         self.layers = ExchangedLayers(self.core, holder.net.net)
-        holder.net = self.seams
-        self.source = found
+        holder.net = self.network
+        self.source = denoiser
 
-    def answer(self, args: Any, kwargs: Any) -> Any:
-        """As the network's own `forward`, whose arguments and answer these are."""
+    def forward(self, args: Any, kwargs: Any) -> Any:
+        """The network's own `forward` under accelerators: the same arguments, the same output."""
         for hook in self.hooks:
             args, kwargs = hook.pre_forward(self.original, *args, **kwargs)
-        made = self.patch(*args, **kwargs) if self.patch is not None else self._answer(args, kwargs)
+        output = self.patch(*args, **kwargs) if self.patch is not None else self._forward(args, kwargs)
         for hook in reversed(self.hooks):
-            made = hook.post_forward(self.original, made)
-        return made
+            output = hook.post_forward(self.original, output)
+        return output
 
-    def _answer(self, args: Any, kwargs: Any) -> Any:
+    def _forward(self, args: Any, kwargs: Any) -> Any:
+        """`forward` without hooks."""
         bound = self.signature.bind(self.module, *args, **kwargs)
         bound.apply_defaults()
-        given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        dictionary = given.pop("return_dict", True)
-        x, timestep, cond = self.place(given)
-        # what is added to the encoder's features changes at every query: accelerators must not take it for conditions
-        passing = {name: cond.pop(name) for name in list(cond) if name.startswith(RESIDUAL_PREFIXES)}
+        arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        return_dict = arguments.pop("return_dict", True)
+        x, timestep, cond = self.reader(arguments)
+        # residuals of the encoder's features change at every evaluation: accelerators must not see them as conditions
+        residuals = {name: cond.pop(name) for name in list(cond) if name.startswith(RESIDUAL_PREFIXES)}
         scheduler = self._scheduler()
-        if self.timeline.ask(scheduler, timestep):
+        if self.timeline.advance(scheduler, timestep):
             self._begin()
         t = self._time(timestep)
-        with self.seams.beside.given(passing), self.layers.exchanged():
-            raw = raw_output(self.run, x, t, cond)
-        return network_output(self.core, raw) if dictionary else (raw,)
+        with self.side_inputs.using(residuals), self.layers.exchanged():
+            raw = raw_output(self.denoiser, x, t, cond)
+        return network_output(self.core, raw) if return_dict else (raw,)
 
     def _time(self, timestep: Any) -> Tensor:
-        """t in [0, 1] of this query."""
-        line = self.timeline
-        value = line.values[line.begin + line.done - 1] if line.begin >= 0 else single_timestep(timestep)
-        return self._read().time(value)
+        """t in [0, 1] of this evaluation."""
+        at = self.timeline
+        value = at.values[at.begin + at.done - 1] if at.begin >= 0 else single_timestep(timestep)
+        return self._current_spec().time(value)
 
     def _begin(self) -> None:
-        """A sampling begins: check that the network is what was prepared, and forget what was kept."""
+        """Begin a sampling: check that the network is unchanged, and reset the accelerators' state."""
         if self.layers.outdated():
             names = ", ".join(format_spec(one) for one in self.swapping)
             raise BadInput(
                 f"the weights of this {type(self.core).__name__} were changed after {names} (a fused LoRA, other "
                 "weights): change the original pipeline first, and accelerate that"
             )
-        if self.given is not None and "given" not in self.warned and self.given.left(self.core):
-            self.warned.add("given")
+        if (
+            self.original_network is not None
+            and "original" not in self.warned
+            and self.original_network.diverged(self.core)
+        ):
+            self.warned.add("original")
             warnings.warn(
-                f"the {type(self.core).__name__} of the pipeline that accelerate was given has other layers or weights "
+                f"the {type(self.core).__name__} of the original pipeline has other layers or weights "
                 "than then (a LoRA?), which the accelerated pipeline does not have: load them into the accelerated "
                 "pipeline, or accelerate the pipeline again",
                 stacklevel=2,
             )
-        self.layers.find()
-        line, read = self.timeline, self._read()
-        whole = tuple(read.time(torch.tensor(line.values, dtype=torch.float64)).tolist())
-        times = whole[line.begin :] if line.begin >= 0 else None
-        self.run = self._denoiser(times, whole, self._usable(times))
-        reset(self.run)
+        self.layers.locate()
+        at, spec = self.timeline, self._current_spec()
+        all_times = tuple(spec.time(torch.tensor(at.values, dtype=torch.float64)).tolist())
+        times = all_times[at.begin :] if at.begin >= 0 else None
+        self.denoiser = self._cached_denoiser(times, all_times, self._applicable(times))
+        reset(self.denoiser)
 
-    def _denoiser(self, times: tuple[float, ...] | None, whole: tuple[float, ...], moving: list[Any]) -> Any:
-        """The accelerated denoiser for these times, the last few of which are kept.
+    def _cached_denoiser(
+        self, times: tuple[float, ...] | None, all_times: tuple[float, ...], wrapping: list[Any]
+    ) -> Any:
+        """The accelerated denoiser for a sampling, from a small cache.
 
-        times: None where they are not known. whole: of the scheduler, of which `times` may be the last ones.
+        Args:
+            times: of the sampling; None where they are not known.
+            all_times: of the scheduler, of which `times` may be the last ones.
+            wrapping: accelerators of the last stage.
         """
         self._renew()
-        key = times, len(moving)
-        if key in self.kept:
-            self.kept[key] = made = self.kept.pop(key)  # the last is the one that was used last
-            return made
-        ahead = SamplingContext(times, None if times is None else self.calls(times, whole), self.claimed)
+        key = times, len(wrapping)
+        if key in self.cache:
+            self.cache[key] = denoiser = self.cache.pop(key)  # ordered by last use
+            return denoiser
+        ahead = SamplingContext(times, None if times is None else self.calls(times, all_times), self.claimed)
         with self.layers.exchanged():
             if self.base is None:
-                self.base = accelerate(self._source(), self.still, ahead)
-            made = accelerate(self.base, moving, ahead)
-        if len(self.kept) >= CACHE_SIZE:
-            del self.kept[next(iter(self.kept))]
-        self.kept[key] = made
-        return made
+                self.base = accelerate(self._source(), self.compiling, ahead)
+            denoiser = accelerate(self.base, wrapping, ahead)
+        if len(self.cache) >= CACHE_SIZE:
+            del self.cache[next(iter(self.cache))]
+        self.cache[key] = denoiser
+        return denoiser
 
     def _source(self) -> Any:
-        """The denoiser for what copies or compiles the network: one without hooks around it."""
-        parted = [one for one in self.still if one.stage > COMPILE]
-        if not parted:
+        """The denoiser that is compiled or copied: without hooks around its network where it is copied."""
+        copying = [one for one in self.compiling if one.stage > COMPILE]
+        if not copying:
             return self.source
-        network = split_network(without_hooks(self.core), whole=True)
-        network.beside = self.seams.beside
-        return self.known.denoiser(network).eval() if self.source.net is self.seams else self.source
+        network = split_network(without_hooks(self.core), with_variance=True)
+        network.side_inputs = self.side_inputs
+        return self.spec.denoiser(network).eval() if self.source.net is self.network else self.source
 
     def _renew(self) -> None:
-        """Compile or part the network anew where it has changed."""
-        if not self.still:
+        """Drop what was compiled or copied from the network where that has changed."""
+        if not self.compiling:
             return
-        parted = any(one.stage > COMPILE for one in self.still)
-        now = structure(self.core) if parted else (), sample_parameters(list(self.core.modules()))
-        if self.made_from is not None and (now[0] != self.made_from[0] or changed(now[1], self.made_from[1])):
+        copying = any(one.stage > COMPILE for one in self.compiling)
+        now = structure(self.core) if copying else (), sample_parameters(list(self.core.modules()))
+        if self.base_state is not None and (now[0] != self.base_state[0] or changed(now[1], self.base_state[1])):
             self.base = None
-            self.kept.clear()
-        self.made_from = now
+            self.cache.clear()
+        self.base_state = now
 
-    def _usable(self, times: tuple[float, ...] | None) -> list[Any]:
-        """The accelerators that can work in this sampling; those that cannot are left out, with one warning."""
-        wraps = [one for one in self.moving if one.stage == WRAP]
-        left: list[Any] = []
+    def _applicable(self, times: tuple[float, ...] | None) -> list[Any]:
+        """The accelerators of the last stage that apply to this sampling; a warning names the others."""
+        reusing = [one for one in self.wrapping if one.stage == WRAP]
+        skipped: list[Any] = []
         if not self.timeline.regular:
-            left = wraps
+            skipped = reusing
             why = (
-                "the network is asked more than once a step, or at other times than those of its own pipeline's "
+                "the network is evaluated more than once per step, or at other times than those of its own pipeline's "
                 "scheduler (a pipeline made from the same parts must be accelerated itself)"
             )
         elif times is not None:
-            left = [one for one in wraps if len(times) < getattr(one, "least_queries", 0)]
-            why = f"this sampling has {len(times)} queries of the network, too few to reuse anything"
-        if left:
-            names = ", ".join(map(format_spec, left))
+            skipped = [one for one in reusing if len(times) < getattr(one, "least_queries", 0)]
+            why = f"this sampling has {len(times)} model evaluations, too few to reuse anything"
+        if skipped:
+            names = ", ".join(map(format_spec, skipped))
             if why not in self.warned:
-                warnings.warn(f"{names}: left out, {why}", stacklevel=2)
+                warnings.warn(f"{names}: not applied, {why}", stacklevel=2)
             self.warned.add(why)
-        return [one for one in self.moving if one not in left]
+        return [one for one in self.wrapping if one not in skipped]
 
     def moved(self, fn: Any, outdated: bool) -> None:
-        """The network was moved or cast, by this function: so are the layers that stand in."""
-        for layer in self.layers.others:
+        """After the network was moved or cast by `fn`: do the same with the replaced layers."""
+        for layer in self.layers.replacements:
             layer._apply(fn)
         if not outdated:
             self.layers.renew()
-        if any(one.stage > COMPILE for one in self.still):
+        if any(one.stage > COMPILE for one in self.compiling):
             self.base = None
-            self.kept.clear()
+            self.cache.clear()
 
     def plain_copy(self) -> nn.Module:
-        """The network without its accelerators, on the same children."""
+        """The network without accelerators, with the same children."""
         net = without_hooks(self.core)
-        vars(net).pop("runner")
+        vars(net).pop("accelerated_forward")
         return net
 
     def copied(self, net: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        """A network with the same accelerators around `net`, a copy of this one."""
+        """The accelerated network around `net`, a deep copy of this one's."""
         module: Any = object.__new__(type(self.module))
         module.__dict__ = vars(net)
         memo[id(self.module)] = module
-        made = AcceleratedForward(module, self.accelerators, copy.deepcopy(self.scheduler, memo))
-        made.known, made.calls, made.patch, made.original = self.known, self.calls, self.patch, self.original
-        made.hooks = list(self.hooks)
+        forward = AcceleratedForward(module, self.accelerators, copy.deepcopy(self.scheduler, memo))
+        forward.spec, forward.calls, forward.patch, forward.original = self.spec, self.calls, self.patch, self.original
+        forward.hooks = list(self.hooks)
         if self.layers:
-            made.layers = self.layers.copied(made.core, lambda layer: copy.deepcopy(layer, memo))
-            holder = made.source = copy.copy(self.source) if self.source.net is self.seams else _copied(self.source)
-            while holder.net is not self.seams:
+            forward.layers = self.layers.copied(forward.core, lambda layer: copy.deepcopy(layer, memo))
+            holder = forward.source = (
+                copy.copy(self.source) if self.source.net is self.network else _copied(self.source)
+            )
+            while holder.net is not self.network:
                 holder = holder.net
-            holder.net = made.seams
+            holder.net = forward.network
         return module
 
     def _scheduler(self) -> Any:
-        """The scheduler of the pipeline that it was made for, as long as that is there; else the last one."""
+        """The scheduler of the pipeline, as long as that exists; else its last one."""
         pipe = None if self.owner is None else self.owner()
         if pipe is not None and pipe.scheduler is not self.scheduler:
             self.scheduler = pipe.scheduler
-            self._reading = None
+            self._spec = None
         return self.scheduler
 
-    def _read(self) -> SchedulerSpec:
-        """What times mean: as the network was accelerated, whatever scheduler drives it now."""
-        if self._reading is None:
-            if read_scheduler(self._scheduler()).flow != self.known.flow:
+    def _current_spec(self) -> SchedulerSpec:
+        """The spec with which the network was accelerated, after a check of the present scheduler against it."""
+        if self._spec is None:
+            if read_scheduler(self._scheduler()).flow != self.spec.flow:
                 raise BadInput("the scheduler is of another kind than the one that the network was accelerated with")
-            self._reading = self.known
-        return self._reading
+            self._spec = self.spec
+        return self._spec
 
 
 def _copied(denoiser: Any) -> Any:
-    """A denoiser and the networks around its own (`TimeGroups`), copied without what is inside."""
+    """A denoiser and the wrappers of its network (`TimeGroups`), copied without the split network inside."""
     return copy_modules(denoiser, modules={id(m): m for m in denoiser.modules() if isinstance(m, SplitNetwork)})

@@ -1,18 +1,18 @@
-"""What the networks of `diffusers` have in common once they have hasten's seams; `_unets` and `_transformers` are them.
+"""Networks of `diffusers` with split points: the common base class; `unets` and `transformers` have the subclasses.
 
-A network with seams holds the module of `diffusers` as its `net`, unchanged and not copied, and calls its parts. It is
-called as every network of hasten is: `net(x (B, *S), time (B,), **conditions) -> raw (B, *S)`.
+A split network has the module of `diffusers` as its `net`, unchanged and not copied, and calls its parts. Its calling
+convention is that of every network of hasten: `net(x (B, *S), time (B,), **conditions) -> raw (B, *S)`.
 
-Conditions, all with the batch first, are named alike in all of them:
+Conditions, all with the batch first, have the same names in all subclasses:
     label (B,)                  classes
-    text (B, L, D)              what the text encoder says; text_mask (B, L) of 0 and 1
+    text (B, L, D)              output of the text encoder; text_mask (B, L) of 0 and 1
     mask (B, L)                 of the image tokens, 0 and 1
-    added_NAME                  more of the kind: pooled text, sizes and crops (SDXL), image embeddings
-    guidance (B,)               the guidance scale, of a distilled network that reads one
-    timestep_cond (B, D)        the same, embedded already
-    down_residual_K, mid_residual    what a ControlNet adds to skip K and to the middle
-    adapter_K                   what a T2I-Adapter adds inside down block K
-    null_NAME                   what stands for NAME in guidance's unconditional branch; no network reads it
+    added_NAME                  further conditions: pooled text, sizes and crops (SDXL), image embeddings
+    guidance (B,)               the guidance scale, an input of some distilled networks
+    timestep_cond (B, D)        the same, embedded
+    down_residual_K, mid_residual    a ControlNet's residuals for skip K and for the middle
+    adapter_K                   a T2I-Adapter's residual inside down block K
+    null_NAME                   replaces NAME in guidance's unconditional branch; no network reads it
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ __all__ = ["Embeddings", "SplitNetwork", "dtype_of", "guidance_features"]
 
 
 class Embeddings:
-    """What a network makes of its time and conditions: tensors by name, the batch first, and options without one.
+    """Embedded time and conditions of a network.
 
-    `tree_map` of torch's pytree goes over the tensors, so that they can be repeated or parted along the batch.
+    `tree_map` of torch's pytree maps over the tensors, so that they can be repeated or split along the batch.
+
+    Args:
+        tensors: by name, the batch first; those that are None are dropped.
+        options: values without a batch.
     """
 
     def __init__(self, tensors: dict[str, Any], options: dict[str, Any] | None = None) -> None:
@@ -44,33 +48,35 @@ class Embeddings:
         return self.tensors.get(name)
 
     def several(self, name: str) -> list[Any]:
-        """name_0, name_1, ... as far as they go."""
-        found: list[Any] = []
-        while (value := self.tensors.get(f"{name}_{len(found)}")) is not None:
-            found.append(value)
-        return found
+        """The list of tensors name_0, name_1, ..."""
+        values: list[Any] = []
+        while (value := self.tensors.get(f"{name}_{len(values)}")) is not None:
+            values.append(value)
+        return values
 
 
-def _flat(emb: Embeddings) -> tuple[list[Any], Any]:
+def _flatten(emb: Embeddings) -> tuple[list[Any], Any]:
+    """Flatten for torch's pytree."""
     return list(emb.tensors.values()), (tuple(emb.tensors), emb.options)
 
 
-def _whole(values: Any, context: Any) -> Embeddings:
+def _unflatten(values: Any, context: Any) -> Embeddings:
+    """Unflatten for torch's pytree."""
     return Embeddings(dict(zip(context[0], values)), context[1])
 
 
-pytree.register_pytree_node(Embeddings, _flat, _whole)
+pytree.register_pytree_node(Embeddings, _flatten, _unflatten)
 
 
 class SideInputs:
-    """Conditions that reach a network past its callers; a copy of the network shares them."""
+    """Conditions that reach a network without its callers (ControlNet residuals); copies of the network share them."""
 
     def __init__(self) -> None:
         self.conditions: dict[str, Any] = {}
 
     @contextmanager
-    def given(self, conditions: dict[str, Any]) -> Iterator[None]:
-        """Within it the network reads these conditions too, also in copies of it and where accelerators ask it."""
+    def using(self, conditions: dict[str, Any]) -> Iterator[None]:
+        """Within the block the network, and its copies, read these conditions too, whoever evaluates them."""
         before, self.conditions = self.conditions, conditions
         try:
             yield
@@ -82,22 +88,22 @@ class SideInputs:
 
 
 class SplitNetwork(nn.Module):
-    """A network of `diffusers` under hasten's calling convention.
+    """A network of `diffusers` with hasten's calling convention.
 
     Args:
-        net: the module of `diffusers`; kept as it is.
-        whole: answer all channels, also those of a learned variance, which a denoiser does not want.
+        net: the module of `diffusers`, left unchanged.
+        with_variance: return all channels, including those of a learned variance, which a denoiser drops.
     """
 
-    def __init__(self, net: nn.Module, whole: bool = False) -> None:
+    def __init__(self, net: nn.Module, with_variance: bool = False) -> None:
         super().__init__()
         self.net = net
-        self.whole = whole
-        self.beside = SideInputs()
+        self.with_variance = with_variance
+        self.side_inputs = SideInputs()
 
     @property
     def null_conditions(self) -> bool:
-        """Whether guidance's unconditional branch is given as `null_NAME`: of a network that reads text."""
+        """Whether guidance's unconditional branch has conditions `null_NAME`: for networks conditioned on text."""
         return hasattr(self.config, "cross_attention_dim") or hasattr(self.config, "joint_attention_dim")
 
     @property
@@ -107,19 +113,24 @@ class SplitNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the network computes; its weights may be stored in fewer bits (layer-wise casting)."""
+        """The dtype in which the network computes; its weights may be stored in another (layer-wise casting)."""
         return dtype_of(self.net)
 
     @property
     def channels(self) -> int:
-        """Of the sample."""
+        """Channels of the sample."""
         return int(self.config.in_channels)
 
-    def _kept(self, raw: Tensor) -> Tensor:
-        """The answer without a learned variance."""
-        return raw if self.whole or raw.shape[1] != 2 * self.channels else raw[:, : self.channels]
+    @property
+    def _parts(self) -> Any:
+        """The module of `diffusers`, untyped: its parts are attributes of its class."""
+        return self.net
 
-    def _known(self, cond: dict[str, Any], names: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> None:
+    def _without_variance(self, raw: Tensor) -> Tensor:
+        """The output without the channels of a learned variance."""
+        return raw if self.with_variance or raw.shape[1] != 2 * self.channels else raw[:, : self.channels]
+
+    def _check_conditions(self, cond: dict[str, Any], names: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> None:
         """Refuse conditions that the network would silently ignore."""
         for key in cond:
             if key not in names and not key.startswith(("null_", *prefixes)):
@@ -127,17 +138,30 @@ class SplitNetwork(nn.Module):
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:
-    """The dtype in which a network computes: what it says itself (weights may be stored in fewer bits), or theirs."""
-    said = getattr(net, "dtype", None)
-    if isinstance(said, torch.dtype) and said.is_floating_point:
-        return said
+    """The dtype in which a network computes: its `dtype` where it has one, else that of its weights."""
+    dtype = getattr(net, "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
 def guidance_features(scale: Tensor, width: int) -> Tensor:
-    """How a latent consistency model is told its guidance scale (B,): (B, width) sines, then cosines, of 1000 (s - 1).
+    """The embedding of the guidance scale of a latent consistency model.
 
-    Luo et al. 2023, arXiv:2310.04378, with the frequencies of the transformer: 10000^(-k / (width/2 - 1)).
+    Sines, then cosines, of 1000 (s - 1) 10000^(-k / (width/2 - 1)).
+
+    Args:
+        scale: (B,), s.
+        width: of the embedding, at least 4.
+
+    Returns:
+        (B, width), float32.
+
+    Raises:
+        HastenError: for a smaller width.
+
+    References:
+        Luo et al. 2023, arXiv:2310.04378.
     """
     half = width // 2
     if half < 2:
