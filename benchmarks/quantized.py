@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hasten.nets.quantized import ChannelSlice, QConv2d, QLinear, execution, replace_layers
 from hasten.nets.unet import UNet
-from hasten.storage.weights import store
+from hasten.storage.weights import write_weights
 
 
 def built(name: str) -> nn.Module:
@@ -135,7 +135,7 @@ def main(
         way()
     took = timed(ways, runs)
     file = Path(f"quantized-{bits}.tmp.safetensors")
-    store(fast, file)
+    write_weights(fast, file)
     share = file.stat().st_size / (4 * sum(p.numel() for p in net.parameters()))
     file.unlink()
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, batch {batch}")

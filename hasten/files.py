@@ -239,12 +239,12 @@ def _acquire(folder: Path) -> int | None:
 
 def _write_owner(descriptor: int) -> None:
     """Write into the lock file who holds it; on a full disk it stays empty."""
-    from .distributed.heartbeat import home
+    from .distributed.heartbeat import host_id
 
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, json.dumps({"pid": os.getpid(), "home": home()}).encode())
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "home": host_id()}).encode())
 
 
 def _read_owner(file: Path) -> dict[str, Any]:
@@ -258,13 +258,13 @@ def _read_owner(file: Path) -> dict[str, Any]:
 
 def _alive(owner: dict[str, Any]) -> bool:
     """Whether the process that wrote a lock file lives, where files cannot be locked. Of another machine: it may."""
-    from .distributed.heartbeat import alive, home
+    from .distributed.heartbeat import host_id, is_alive
 
     if not owner:
         return False
-    if owner.get("home") != list(home()):
+    if owner.get("home") != list(host_id()):
         return True
-    return owner.get("pid") != os.getpid() and alive(int(owner.get("pid", 0)))
+    return owner.get("pid") != os.getpid() and is_alive(int(owner.get("pid", 0)))
 
 
 def _owner(folder: Path) -> str:

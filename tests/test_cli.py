@@ -240,7 +240,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def broken(name: str) -> None:
         raise ZeroDivisionError("a\nbug")
 
-    monkeypatch.setattr("hasten.loading.find", broken)
+    monkeypatch.setattr("hasten.loading.find_model_folder", broken)
     assert "unexpected ZeroDivisionError: a bug" in refused(1, "show", "x")
     monkeypatch.setenv("HASTEN_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):

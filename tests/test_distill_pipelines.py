@@ -210,10 +210,12 @@ def test_prompts_are_refused_before_anything_runs(
 
 
 def test_an_export_of_prompts_is_refused_before_it_is_made(tmp_path: Path) -> None:
-    from hasten.adapters._export import Exported, exported
+    from hasten.adapters._export import ExportedNetwork, export_network
 
     with pytest.raises(BadInput, match="takes prompts"):
-        exported(Exported, hasten.load(tiny.sd_pipeline()), tmp_path / "out", "fp32", 1, 0, lambda *_: None)
+        export_network(
+            ExportedNetwork, hasten.load(tiny.sd_pipeline()), tmp_path / "out", "fp32", 1, 0, lambda *_: None
+        )
 
 
 def test_tune_and_quantize_of_a_pipelines_folder_end_in_a_model(tmp_path: Path) -> None:

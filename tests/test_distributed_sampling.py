@@ -85,7 +85,7 @@ def stopped(tmp_path: Path, number: int, victim: int | None, *more: str) -> tupl
 
 def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) -> None:
     line, folder = stopped(tmp_path, signal.SIGKILL, 1)
-    assert "of the 2 processes of this run number 1 has died" in line
+    assert "rank 1 of the 2 processes of this run has died" in line
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npy")}
     # what other settings left there is not taken
     stale = folder / "0123456789abcdef" / next(iter(times)).name
@@ -119,7 +119,7 @@ def test_other_ends(tmp_path: Path, number: int, victim: int | None) -> None:
 def test_a_process_killed_while_an_image_is_shared(tmp_path: Path, accelerator: str) -> None:
     more = ["--accelerate", accelerator]
     line, folder = stopped(tmp_path, signal.SIGKILL, 1, *more)
-    assert "of the 2 processes of this run number 1 has died" in line
+    assert "rank 1 of the 2 processes of this run has died" in line
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npy")}
     asked = ["sample", "fashion", "--n", "24", *LONG, *more, "--out"]
     with torchrun(2, *asked, str(tmp_path / "a.png")) as process:

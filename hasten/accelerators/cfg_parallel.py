@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..distributed.groups import ProcessGroup, check_same, gather, process_rank, team
+from ..distributed.groups import ProcessGroup, all_gather, check_same_noise, process_group, process_rank
 from ..errors import BadInput
 from . import HALVE, SamplingContext
 
@@ -50,7 +50,7 @@ class CfgParallel:
             fits = "an even number of processes" if parted else "2 processes, or 2 n beside patch_parallel"
             raise BadInput(f"cfg_parallel takes {fits}, found {world}")
         n = world // 2
-        return Halved(denoiser, team([(k, k + n) for k in range(n)]))
+        return Halved(denoiser, process_group([(k, k + n) for k in range(n)]))
 
 
 class Halved(Wrapper):
@@ -84,7 +84,7 @@ class Halved(Wrapper):
         if x_t.requires_grad and torch.is_grad_enabled():
             raise BadInput("cfg_parallel has no gradient: leave out the guides that need one")
         if not self._checked:
-            check_same(self.pair, x_t, "cfg_parallel")
+            check_same_noise(self.pair, x_t, "cfg_parallel")
             self._checked = True
         B = len(x_t)
         half = -(-B // 2)
@@ -93,11 +93,11 @@ class Halved(Wrapper):
         def own(value: Any) -> Any:
             return value[mine] if isinstance(value, Tensor) and value.ndim and len(value) == B else value
 
-        beside = getattr(getattr(self.denoiser, "net", None), "beside", None)
-        more = {} if beside is None else {key: own(value) for key, value in beside.conditions.items()}
-        with torch.no_grad(), beside.given(more) if more else nullcontext():  # type: ignore[union-attr]
+        side_inputs = getattr(getattr(self.denoiser, "net", None), "side_inputs", None)
+        more = {} if side_inputs is None else {key: own(value) for key, value in side_inputs.conditions.items()}
+        with torch.no_grad(), side_inputs.using(more) if more else nullcontext():  # type: ignore[union-attr]
             answer = ask(own(x_t), own(t), **{key: own(value) for key, value in cond.items()}).contiguous()
         both = answer.new_empty((2 * half, *answer.shape[1:]))
-        gather(both.view(-1), answer.view(-1), self.pair.group)
+        all_gather(both.view(-1), answer.view(-1), self.pair.group)
         self.traffic, self.collectives = {"rows": answer.numel() * answer.element_size()}, {"rows": 1}
         return torch.cat([both[:half], both[3 * half - B :]])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..distributed.groups import ProcessGroup, process_rank, team
+from ..distributed.groups import ProcessGroup, process_group, process_rank
 from ..errors import BadInput
 from . import PART, SamplingContext
 from ._caching.seams import same
@@ -111,7 +111,7 @@ class PatchParallel:
         if most % size:
             sizes = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
             raise BadInput(f"patch_parallel: {most} processes make no groups of {size} (choices: {sizes})")
-        return team([tuple(range(first, first + size)) for first in range(0, world, size)])
+        return process_group([tuple(range(first, first + size)) for first in range(0, world, size)])
 
 
 class PatchNet(nn.Module):
@@ -171,12 +171,12 @@ class PatchNet(nn.Module):
     @contextmanager
     def _parted(self, cond: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The conditions, of feature maps this rank's rows; also of those that reach the network past its callers."""
-        beside = getattr(self.net, "beside", None)
-        more = {} if beside is None else beside.conditions
+        side_inputs = getattr(self.net, "side_inputs", None)
+        more = {} if side_inputs is None else side_inputs.conditions
         known = [value.shape[2] for key, value in {**more, **cond}.items() if key.startswith(OF_ROWS)]
         if known and not self.exchange.open:
             self.exchange.part(max(known))  # the finest of them has the rows of x_t, which is yet to come
-        with beside.given(self._own(more)) if more else nullcontext():  # type: ignore[union-attr]
+        with side_inputs.using(self._own(more)) if more else nullcontext():  # type: ignore[union-attr]
             yield self._own(cond)
 
     def _own(self, cond: dict[str, Any]) -> dict[str, Any]:

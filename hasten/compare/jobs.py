@@ -18,7 +18,7 @@ from ..loading import load
 from ..model.model import Label, Model
 from ..model.resolve import RECOMMENDED
 from ..plan.config import SamplingConfig
-from ..storage.provenance import fingerprint
+from ..storage.provenance import model_hash
 from ..workflows.distribute import sharing
 from .counting import counting, extra
 from .results import QUALITY, Store
@@ -121,7 +121,7 @@ def keyed(
     jobs = []
     for variant, equal, ready in rows:
         own: dict[str, Any] = {} if variant.sampler or ready.plan is None else {"plan": ready.plan.to_json()}
-        own |= {} if variant.model is None else {"weights": fingerprint(ready)}
+        own |= {} if variant.model is None else {"weights": model_hash(ready)}
         own |= {} if sharing(variant.accelerators, ranks) is None else {"processes": ranks.world}
         text = json.dumps({**settings, "method": variant.method, **own}, sort_keys=True)
         jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], ready))

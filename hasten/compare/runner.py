@@ -28,7 +28,7 @@ from ..performance.device import processor
 from ..pick import pick
 from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
-from ..storage.provenance import command_line, fingerprint, hash_of, now
+from ..storage.provenance import command_line, model_hash, tensor_hash, utc_now
 from ..workflows.distribute import sample_many, sharing
 from ..workflows.evaluate import evaluate_distributed
 from ..workflows.prompts import image_shape, is_image, prompts_for
@@ -138,7 +138,7 @@ class Run:
                 return self.judge(job, timed, progress)
             except Exception as error:
                 self.fails(job, error)
-        return tools.failed(job, self.lost[job.key], {**self.protocol, "date": now()})
+        return tools.failed(job, self.lost[job.key], {**self.protocol, "date": utc_now()})
 
     def fails(self, job: Job, error: Exception) -> None:
         """Note why a row cannot be measured."""
@@ -204,7 +204,7 @@ class Run:
         self.store.put_timing(self.machine, found)
         old = [self.store.rows[job.key] for job in jobs if self.finished(job)]
         for row in old:
-            protocol = {**row["protocol"], **self.machine, "date": now()}
+            protocol = {**row["protocol"], **self.machine, "date": utc_now()}
             self.store.put({**row, **self.costs(row["key"], found), "protocol": protocol})
         return found
 
@@ -252,7 +252,7 @@ class Run:
             **tools.described(job), **self.costs(job.key, timed),
             "macs_per_image": self.macs(job, timed[job.key]["nfe"]),
             "peak_memory": peak, **compiled, **tools.averaged(blocks),
-            "protocol": {**p, **({} if floors is None else {"floors": floors}), "date": now()},
+            "protocol": {**p, **({} if floors is None else {"floors": floors}), "date": utc_now()},
         }  # fmt: skip
 
     def measured(self, job: Job, drawn: Tensor, block: int) -> dict[str, Any] | None:
@@ -370,7 +370,7 @@ def compare(
     asked = reference or (model.card.get("reference") if is_image(shape) else None)
     known, net = judged_by(asked, features, shape, model.device, ranks, progress.say)
     runtime = ranks.on_main_process(functools.partial(model.runtime_for, runtime, min(n, batch_size)))
-    store, weights = Store(Path(out)) if ranks.is_main_process else None, fingerprint(model)
+    store, weights = Store(Path(out)) if ranks.is_main_process else None, model_hash(model)
     protocol = {
         "schema": SCHEMA,
         "model": model.name,
@@ -393,13 +393,13 @@ def compare(
         "dtype": runtime,
         "torch": torch.__version__,
         "hasten": __version__,
-        "date": now(),
+        "date": utc_now(),
         "command": command
         or command_line("compare", model.name, {"variants": variants, "n": n, "seed": seed, "out": out}),
     }
     told = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
     settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
-    settings |= {"statistics": None if known is None else hash_of(known.mean, known.covariance, known.sample)}
+    settings |= {"statistics": None if known is None else tensor_hash(known.mean, known.covariance, known.sample)}
     if label is not None:
         protocol["prompts"] = settings["prompts"] = label
     run = Run(model, tools.keyed(rows, settings, ranks), store, protocol, known, net, Path(out), ranks, label)

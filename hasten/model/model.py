@@ -283,4 +283,4 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """What `model.json` holds, but for the hashes of the files, which are known once they are written."""
-        return model_folder.describe(self)
+        return model_folder.model_description(self)

@@ -30,10 +30,10 @@ from ..pick import format_spec as spelled
 from ..pick import pick
 from ..plan.table import plan as compile_plan
 from ..progress import ignore_messages
-from ..storage.checks import check_runs
+from ..storage.checks import check_trainable
 from ..storage.model_folder import check_savable
-from ..storage.provenance import fingerprint, now
-from ..storage.runs import earlier
+from ..storage.provenance import model_hash, utc_now
+from ..storage.runs import unfinished_run
 from ..train import open_data
 from ..train.data import Batches, Data, to_float
 from ..train.fingerprint import describe_data
@@ -174,10 +174,10 @@ def distill_model(
     refuse_inside(out, data)
     source = labels_only(model) if data is None else training_data(model, data)
     run = {
-        "schema": 1, "method": spelled(distiller), "teacher": fingerprint(model), "guidance_scale": scale,
+        "schema": 1, "method": spelled(distiller), "teacher": model_hash(model), "guidance_scale": scale,
         "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
-    } | ({} if init is None else {"init": fingerprint(init)})  # fmt: skip
+    } | ({} if init is None else {"init": model_hash(init)})  # fmt: skip
     precision = ranks.on_main_process(lambda: distill_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
@@ -193,7 +193,7 @@ def distill_model(
         print(f"hasten: {line}", file=sys.stderr)
 
     def planned() -> dict[str, Any]:
-        known = earlier(out / RUN, run, stages_of) if not dry_run else None
+        known = unfinished_run(out / RUN, run, stages_of) if not dry_run else None
         if known is not None and runtime != "auto" and known["precision"] != precision:
             raise BadInput(
                 f"{out} is a run with runtime {known['precision']}, asked for {precision}: ask for the same, write to "
@@ -256,7 +256,7 @@ def check_models(model: Model, init: Model | None, distiller: Any, method: str) 
             raise BadInput(f"{one.name} is one network for several numbers of steps, which no method goes on from")
     check_savable(model if init is None else init, network=not option(distiller, "adds_inputs"))
     for one in (model,) if init is None else (model, init):
-        check_runs(one.name, one.denoiser, one.shape, one.cond(2))
+        check_trainable(one.name, one.denoiser, one.shape, one.cond(2))
     before = model.card.get("distilled", {})
     if before and not (before.get("any_time") or before.get("stage") == "guidance"):
         asks, k = option(distiller, "teacher_steps"), before["steps"]
@@ -375,7 +375,7 @@ class Saver:
             "distilled": {
                 "teacher": self.teacher.name, "teacher_sha256": self.teacher.sha256, "stage": name,
                 **{key: self.result[key] for key in ("method", "stages", "evaluations", "precision")},
-                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": now(),
+                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": utc_now(),
                 "command": self.command, **({"any_time": True} if student.any_time else {}),
             },
         }  # fmt: skip

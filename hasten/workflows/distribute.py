@@ -23,7 +23,7 @@ from ..pick import pick
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..sampling import Progress
 from ..storage.batches import SavedBatches
-from ..storage.provenance import fingerprint
+from ..storage.provenance import model_hash
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -183,7 +183,7 @@ def sampling_metadata(model: Model, resolved: Resolved, request: dict[str, Any],
         "torch": torch.__version__,
         "device": model.device.type,
         "model": model.name,
-        "weights": fingerprint(model),
+        "weights": model_hash(model),
         "beside": [part_digest(model.conditioning), part_digest(model.decoder)],
         "plan": None if resolved.plan is None else resolved.plan.to_json(),
         "sampling": {key: value for key, value in resolved.settings().items() if key != "plan"},

@@ -30,8 +30,8 @@ from ..pick import format_spec
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ignore_messages
 from ..storage.model_folder import check_savable
-from ..storage.provenance import fingerprint, now
-from ..storage.runs import earlier
+from ..storage.provenance import model_hash, utc_now
+from ..storage.runs import unfinished_run
 from ..storage.weights import is_half
 from ..utils.config import Config
 from ..utils.finite import check_finite, check_weights
@@ -192,11 +192,11 @@ def quantize_model(
     run = {
         "schema": 1,
         "method": format_spec(method),
-        "model": fingerprint(model),
+        "model": model_hash(model),
         "sampling": setting,
         "minutes": minutes,
     }
-    known = earlier(out / RUN, run, iterations_of)
+    known = unfinished_run(out / RUN, run, iterations_of)
     if known is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}
     reserve(out / RUN)
@@ -224,7 +224,7 @@ def quantize_model(
         "eight": work.wide,
         "error": relative_error(model.denoiser, denoiser, method.samples(model.denoiser, held)),
         "bytes_fp32": sum(4 * p.numel() for p in model.denoiser.net.parameters()),
-        "date": now(),
+        "date": utc_now(),
         "command": command,
     }
     check_finite("quantize: the record of what was found", record)

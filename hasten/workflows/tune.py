@@ -19,9 +19,9 @@ from ..model.model import Model
 from ..pick import format_spec, pick
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ProgressFn, no_progress
-from ..storage.atomic import digest, refuse_other_model
+from ..storage.atomic import refuse_other_model, short_hash
 from ..storage.model_folder import check_savable
-from ..storage.provenance import fingerprint, now
+from ..storage.provenance import model_hash, utc_now
 from ..storage.weights import is_half
 from ..train.fingerprint import listing
 from ..tuning import Tuned, TuningTask
@@ -89,8 +89,8 @@ def tune_model(
     )
     count = model.steps if steps is None and isinstance(times, str) else steps
     resolved = model.resolve(sampler=sampler, times=times, steps=count, guidance_scale=scale, precision=runtime)
-    identity = digest(
-        fingerprint(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+    identity = short_hash(
+        model_hash(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
         None if data is None else listing(Path(data)),
     )  # fmt: skip
     refuse_other_model(out, model, identity)
@@ -103,7 +103,7 @@ def tune_model(
         images=None if data is None else calibration_images(model, data),
         seed=seed,
         n=n,
-        identity=fingerprint(model),
+        identity=model_hash(model),
     )
     began = time.perf_counter()
     with tuning_progress() as task.tick, resolved.runtime.apply():
@@ -122,7 +122,7 @@ def tune_model(
         "parts": sorted(found.parts),
         "guidance_scale": scale,
         "figures": found.figures,
-        "date": now(),
+        "date": utc_now(),
         "command": command,
         "identity": identity,
     }

@@ -230,7 +230,7 @@ def test_refusals(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match="neither alphas_cumprod nor a flow"):
         hasten.load(DDPMPipeline(tiny.unet2d(), EDMEulerScheduler()))
-    with pytest.raises(BadInput, match="wants an image beside the noisy one"):
+    with pytest.raises(BadInput, match="needs an image beside the noisy one"):
         hasten.load(tiny.sd_pipeline(unet=tiny.unet2d_condition(in_channels=9)))
     with pytest.raises(BadInput, match="found Linear"):
         hasten.load(torch.nn.Linear(1, 1))

@@ -18,7 +18,7 @@ from hasten.nets.time_groups import TimeGroups
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.storage.weights import describe_network, restored, store
+from hasten.storage.weights import describe_network, network_from_description, write_weights
 from tests.nets.test_quantized import ACTS, images, integers, rounded
 from tests.nets.test_unet import lively
 
@@ -29,7 +29,7 @@ def test_bytes_on_disk_of_a_network_of_36_million(tmp_path):
     count = sum(p.numel() for p in net.parameters())
     assert 3e7 < count < 5e7
     for bits, share in ((4, 0.14), (8, 0.27)):
-        store(integers(net, bits), tmp_path / "weights")
+        write_weights(integers(net, bits), tmp_path / "weights")
         assert (tmp_path / "weights").stat().st_size <= share * 4 * count
 
 
@@ -98,12 +98,9 @@ def test_a_damaged_file_is_refused_in_one_line(model, tmp_path):
 def test_a_network_is_told_and_restored():
     net = lively(UNet(channels=1, widths=(16, 32), attention=(1,)))
     assert "quantized" not in describe_network(net)
-    some = {
-        name: QConv2d.from_layer(getattr(net, name), rounded(getattr(net, name), 8, acts=ACTS))
-        for name in ("conv_out",)
-    }
+    some = {name: QConv2d.made(getattr(net, name), rounded(getattr(net, name), 8, acts=ACTS)) for name in ("conv_out",)}
     fast = replace_layers(net, some)
-    again = restored(json.loads(json.dumps(describe_network(fast))))
+    again = network_from_description(json.loads(json.dumps(describe_network(fast))))
     again.load_state_dict(fast.state_dict())
     x, t = images(1, 1, 8), torch.tensor([0.4])
     with torch.no_grad():
@@ -114,7 +111,7 @@ def test_a_network_is_told_and_restored():
 
 def test_a_network_with_groups_of_times_is_told_too():
     net = TimeGroups(integers(lively(UNet(channels=1, widths=(16, 32))), acts=ACTS), (0.3, 0.6))
-    again = restored(json.loads(json.dumps(describe_network(net))))
+    again = network_from_description(json.loads(json.dumps(describe_network(net))))
     again.load_state_dict(net.state_dict())
     x = images(1, 1, 8)
     with torch.no_grad():

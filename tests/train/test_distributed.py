@@ -230,7 +230,7 @@ def test_a_disturbed_training_says_one_line_and_goes_on(tmp_path: Path, number: 
     assert process.returncode != 0 and said == ""
     (line,) = [line for line in err.splitlines() if line.startswith("hasten:")]
     if victim is not None:
-        assert "of the 2 processes of this run number 1 has died; no checkpoint was written" in line
+        assert "rank 1 of the 2 processes of this run has died; no checkpoint was written" in line
         return
     step = torch.load(out / "checkpoint.pt")["step"]
     assert f"stopped after {step} steps" in line

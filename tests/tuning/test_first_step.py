@@ -12,7 +12,7 @@ from hasten.nets.first_step import FirstStepNet
 from hasten.samplers import DDIM
 from hasten.schedules import Discrete
 from hasten.starts import SingDiffusion
-from hasten.storage.weights import build
+from hasten.storage.weights import build_network
 from hasten.tuning import TuningTask
 from hasten.tuning.first_step import FirstStep, class_means, distance_to_means
 
@@ -66,7 +66,7 @@ def test_the_network_learns_the_means_from_noise_alone() -> None:
     short = FirstStep(widths=(8, 16), patch=1, table=False, steps=3, batch_size=8, minutes=600.0)
     one, two = (short.tune(task()).parts["first_step"].state_dict().values() for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two))
-    copy = build("FirstStepNet", net.config)  # type: ignore[arg-type]
+    copy = build_network("FirstStepNet", net.config)  # type: ignore[arg-type]
     copy.load_state_dict(net.state_dict())
     z, label = torch.randn(6, 1, 8, 8), torch.arange(6) % 4
     assert torch.equal(copy.eval()(z, label), net(z, label))

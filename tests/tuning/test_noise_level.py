@@ -17,7 +17,7 @@ from hasten.pick import pick
 from hasten.samplers.noise_level import NoiseLevel as Sampler
 from hasten.sampling import Noise, walk
 from hasten.schedules import Flow
-from hasten.storage.weights import build
+from hasten.storage.weights import build_network
 from hasten.tuning import Tuned, TuningTask
 from hasten.tuning.noise_level import HIGHEST, LOWEST, NoiseLevel, errors, log_sigma2, noisy
 
@@ -69,7 +69,7 @@ def test_the_network_and_its_loss() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(net(z), found, rtol=0, atol=0)  # in full precision all the same
     assert sum(p.numel() for p in NoiseLevelNet().parameters()) <= 100_000
-    again = build("NoiseLevelNet", net.config)
+    again = build_network("NoiseLevelNet", net.config)
     again.load_state_dict(net.state_dict())
     assert torch.equal(again(z), found)
 

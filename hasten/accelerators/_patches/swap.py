@@ -42,7 +42,7 @@ ASIDE = {
 def core_of(net: nn.Module) -> nn.Module:
     """The module whose children are the layers: of a network of diffusers with seams the one inside."""
     inside = getattr(net, "net", None)
-    return inside if isinstance(inside, nn.Module) and hasattr(net, "beside") else net
+    return inside if isinstance(inside, nn.Module) and hasattr(net, "side_inputs") else net
 
 
 def twin(net: nn.Module) -> Any:
