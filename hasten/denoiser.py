@@ -21,7 +21,7 @@ __all__ = ["Denoiser", "Wrapper"]
 CLOCKS = ("t", "t1000", "t999", "index", "log_sigma4", "lam")
 CACHED_TIMES = 4096
 SLACK = 1e-9  # of a time, for rounding
-ANSWERS = ("raw", "moments")  # methods that answer about x_t, beside `forward`
+EVALUATION_METHODS = ("raw", "moments")  # methods that answer about x_t, beside `forward`
 
 
 class Denoiser(nn.Module):
@@ -350,7 +350,7 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ANSWERS and type(self).forward is not Wrapper.forward:
+            if name in EVALUATION_METHODS and type(self).forward is not Wrapper.forward:
                 raise NotForwarded(
                     f"{type(self).__name__} changes what its denoiser answers, and does not define {name!r}"
                 ) from None

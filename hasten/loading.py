@@ -13,10 +13,10 @@ from .adapters.diffusers.pipelines import load_pipeline, open_saved
 from .errors import BadInput, nearest
 from .model.model import Model
 from .storage.model_folder import DESCRIPTION, read
-from .utils.noise import kept_random_state
+from .utils.random import preserve_rng_state
 
 
-@kept_random_state()  # an empty network draws its first weights
+@preserve_rng_state()  # an empty network draws its first weights
 def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_code: bool = False) -> Model:
     """A model by bundled name or by folder; or a pipeline of `diffusers`, itself, by its folder or by its hub id.
 

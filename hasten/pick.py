@@ -21,7 +21,7 @@ from .errors import BadInput, HastenError, check_numbers, nearest
 from .utils.aliases import alias_of, hint_for, own_name
 from .utils.registry import is_own, path_of
 
-__all__ = ["names", "pick", "format_spec"]
+__all__ = ["method_names", "pick", "format_spec"]
 
 LARGEST = 1e15  # magnitude of a finite option
 WORDS = {"true": True, "false": False, "none": None, "inf": math.inf, "nan": math.nan}
@@ -42,7 +42,7 @@ def pick(folder: str, text: str) -> Any:
     name, colon, rest = text.strip().partition(":")
     name = name.strip()
     preset: dict[str, str] = {}
-    known = names(folder)
+    known = method_names(folder)
     if name not in known and (same := own_name(name, known)):
         name = same
     elif name not in known and (meant := alias_of(folder, name)):
@@ -73,7 +73,7 @@ def pick(folder: str, text: str) -> Any:
     return made
 
 
-def names(folder: str) -> list[str]:
+def method_names(folder: str) -> list[str]:
     """The names that `pick` knows in a folder, sorted."""
     module = _folder(folder)
     if hasattr(module, "__path__"):
@@ -91,7 +91,7 @@ def _folder(folder: str) -> types.ModuleType:
 
 def _class(folder: str, name: str) -> type:
     kind = {"times": "time grid", "tuning": "tuning method"}.get(folder, folder.removesuffix("s"))
-    choices = names(folder)
+    choices = method_names(folder)
     if name not in choices and (relative := hint_for(folder, name)):
         raise BadInput(f"unknown {kind} {name!r}: nearest is {relative} (choices: {', '.join(choices)})")
     if name not in choices:
@@ -223,19 +223,19 @@ def format_spec(method: Any) -> str:
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
         if not field.metadata.get("bound") and value != field.default:
-            options.append(f"{field.name}={_text(value)}")
+            options.append(f"{field.name}={_format_value(value)}")
     return name + (":" + ",".join(options) if options else "")
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, tuple):
-        return "(" + ",".join(_text(item) for item in value) + ")"
+        return "(" + ",".join(_format_value(item) for item in value) + ")"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def given_sampler(sampler: Any) -> Any:
+def resolve_sampler(sampler: Any) -> Any:
     """A sampler by name or as an object. Raises BadInput for what is neither."""
     if isinstance(sampler, str):
         return pick("samplers", sampler)
@@ -246,7 +246,7 @@ def given_sampler(sampler: Any) -> Any:
     return sampler
 
 
-def given_grid(times: Any) -> Any:
+def resolve_grid(times: Any) -> Any:
     """A time grid by name or as an object; what is given time by time as it is. Raises BadInput for a class."""
     if isinstance(times, str):
         return pick("times", times)

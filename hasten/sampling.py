@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from .denoiser import Wrapper, reset
 from .errors import BadInput, HastenError
-from .pick import format_spec, given_sampler
+from .pick import format_spec, resolve_sampler
 from .schedules.base import Schedule
 from .times import as_times
 from .utils.conditions import conditions_of
 from .utils.deprecation import forward
-from .utils.noise import Noise, no_noise
+from .utils.random import Noise, no_noise
 
 if TYPE_CHECKING:
     pass
@@ -104,7 +104,7 @@ def walk(
 
     Returns (B, *S) in the dtype of `x`.
     """
-    sampler = given_sampler(sampler)
+    sampler = resolve_sampler(sampler)
     check_state(x, progress=progress, callback=callback)
     times = as_times(times) if not isinstance(times, Tensor) else times
     schedule = _schedule_of(denoiser) if schedule is None else schedule
@@ -117,7 +117,7 @@ def walk(
 
     def answer(query: Query) -> Any:
         nonlocal done
-        result = _ask(denoiser, query, B, given)
+        result = _evaluate(denoiser, query, B, given)
         result = result if query.moments else result.to(x.dtype)
         if callback is not None:
             callback(done, query.t, query.x, result[0] if query.moments else result)
@@ -146,7 +146,7 @@ def walk(
             result = answer(query)
 
 
-def _ask(denoiser: Any, query: Query, B: int, cond: dict[str, Any]) -> Any:
+def _evaluate(denoiser: Any, query: Query, B: int, cond: dict[str, Any]) -> Any:
     """The denoiser's answer to a query, with the conditions of the samples that it is about."""
     if query.rows is not None:
         cond = {key: value[query.rows.to(value.device)] if _each(value, B) else value for key, value in cond.items()}
@@ -166,7 +166,7 @@ def _each(value: Any, B: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == B
 
 
-def part(progress: Progress | None, start: int, n: int, batch_size: int) -> Progress | None:
+def batch_progress(progress: Progress | None, start: int, n: int, batch_size: int) -> Progress | None:
     """`progress` of the batch that begins at image `start`, as a share of all `n` images."""
     if progress is None:
         return None

@@ -30,9 +30,9 @@ from .schedules.base import Schedule
 
 __all__ = ["CosineAngle", "Explicit", "Karras", "Quadratic", "TimeGrid", "Trailing", "UniformLambda", "UniformTime"]
 
-LARGEST_Q = 150.0
-MOST_STEPS = 20_000  # the table of a plan has the square of them; distillers begin at up to 8,192 steps, halved
-FAR_Q = 2 * LARGEST_Q  # noise beyond this says nothing of the image: it counts as `LARGEST_Q`
+MAX_Q = 150.0
+MAX_STEPS = 20_000  # the table of a plan has the square of them; distillers begin at up to 8,192 steps, halved
+FAR_Q = 2 * MAX_Q  # noise beyond this says nothing of the image: it counts as `MAX_Q`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class Explicit:
 
 def check_steps(steps: int) -> int:
     """The number of steps. Raises `BadInput` unless it is a whole number of at least 1."""
-    return check_int("steps", steps, 1, MOST_STEPS)
+    return check_int("steps", steps, 1, MAX_STEPS)
 
 
 def check_times(times: Tensor) -> Tensor:
@@ -221,15 +221,13 @@ def as_times(values: Any) -> Tensor:
 
 
 def levels(schedule: Schedule, start: float, last: float, clip: float | None = None) -> tuple[float, float]:
-    """q at both times. The first is at most `clip`; None: `LARGEST_Q` where it is infinite, or the schedule ends beyond
+    """q at both times. The first is at most `clip`; None: `MAX_Q` where it is infinite, or the schedule ends beyond
     `FAR_Q` because alpha falls to nearly 0, and `start` is that end."""
     high, low = float(schedule.q(start)), float(schedule.q(last))
     if clip is not None:
         high = min(high, clip)
-    elif math.isinf(high) or (
-        high > FAR_Q and start >= schedule.t_max and float(schedule.alpha(start)) * LARGEST_Q < 1
-    ):
-        high = LARGEST_Q
+    elif math.isinf(high) or (high > FAR_Q and start >= schedule.t_max and float(schedule.alpha(start)) * MAX_Q < 1):
+        high = MAX_Q
     if not low < high < math.inf:
         found = f"q from {high:g} to {low:g} for times from {start:g} to {last:g}, clip={clip}"
         raise BadInput(f"levels must fall from a finite one, found {found}")

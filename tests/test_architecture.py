@@ -44,43 +44,43 @@ ROOT_MODULES = 18
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Bound Consistency Draws
-    EDM Flow Guided
-    Kept Moments Nodes
+    Bound Consistency
+    EDM Flow
+    Moments Nodes
     NoiseLevel Part Rows
     Run SecondMoment Simulated
     Stage Task Traced
-    UNet Way Work
+    UNet Way
     _Callable _Conv _check
     _known _load _low_rank
-    _positive _rows _seconds
-    _short _text _watched
+    _rows _seconds
+
     _wide accelerate answer
-    begin beside check
+    begin check
     check_finite checked classifier
-    clock compiled counted
+    clock counted
     describe described detached
-    difference digest distance
+    digest distance
     divergence drawn export
     find fingerprint fit
-    follow fresh given_images
-    grid heard hint
+    follow
+    grid hint
     is_pipeline keep kinds
     listed local measured
     moments named names
-    nodes note now
+    note now
     number number_format numbers
-    pairs parse place
+    place
     plain plan pooled
     quantized quiet read
     refusal restored run
     sampled search several
-    short slope span
-    spectrum spell spread
+    short
+    spectrum spread
     sweep table to_bytes
-    together told trace
-    usable watched whole
-    wide without_images write
+    together trace
+
+    without_images write
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError, nearest
-from ..files import contents, sha256, writes
+from ..files import describe_contents, holds_lock, sha256
 from ..nets.quantized import layers
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def tracing(net: nn.Module) -> Iterator[None]:
         raise HastenError(f"{type(net).__name__} cannot be exported: {type(e).__name__}: {first[:300]}") from e
 
 
-@writes("path")
+@holds_lock("path")
 def exported(
     kind: type[Exported],
     model: Model,
@@ -242,7 +242,7 @@ def exported(
     if path.suffix in (".onnx", ".xml", ".bin") or path.is_file():
         raise BadInput(f"{path} must be a folder, for model.json beside the graph: try {path.with_suffix('')}")
     before: dict[str, Any] = {}
-    if found := contents(path):
+    if found := describe_contents(path):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             before = dict(json.loads((path / "model.json").read_text(encoding="utf-8"))["card"]["exported"])
         if (before.get("to"), before.get("precision"), before.get("of")) != (kind.kind, precision, model.sha256):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, NonFinite
-from ..files import refuse_inside, writes
+from ..files import holds_lock, refuse_inside
 from ..progress import progress
 from ..storage.provenance import command_line, versions
 from ._common import given_images, hint, label_list, open_shared, processes, warn
@@ -17,7 +17,7 @@ from .terminal import tell
 
 
 @together
-@writes("out", only="single")
+@holds_lock("out", only="single")
 def sample(
     model: str,
     *,
@@ -79,7 +79,7 @@ def sample(
     """
     from .. import images as pictures
     from ..errors import check_int
-    from ..files import reserve, write
+    from ..files import check_writable, write_file
     from ..workflows.sample import kept, sample_many, sharing
 
     check_int("n", n, 1)
@@ -87,7 +87,7 @@ def sample(
     if out.suffix.lower() != ".png" and not single:
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --single and a folder)")
     refuse_inside(out, images, "--out")
-    reserve(out / "0.png" if single else out)
+    check_writable(out / "0.png" if single else out)
     ranks = processes(device)
     loaded = open_shared(model, ranks, sound=False)
     if loaded.codec == "raw":
@@ -123,7 +123,12 @@ def sample(
         except NonFinite as e:
             if single or e.images is None or e.images.ndim != 4 or not ranks.is_main_process:
                 raise
-            write(out, pictures.png(pictures.grid(pictures.crossed(e.images), columns), {"failed": str(e)}))
+            write_file(
+                out,
+                pictures.encode_png(
+                    pictures.make_image_grid(pictures.mark_non_finite(e.images), columns), {"failed": str(e)}
+                ),
+            )
             raise NonFinite(f"{e} ({out} has a cross in their place)") from e
     seconds = time.perf_counter() - began
     if x is None:  # the first process has them all
@@ -151,10 +156,10 @@ def sample(
         return {**text, "seeds": span, "labels": ",".join(map(str, told))}
 
     if single:
-        whole_files = ((seed + k, pictures.png(pictures.picture(x[k]), made(k, k))) for k in range(n))
-        files = [write(out / f"{number:06d}.png", data) for number, data in whole_files]
+        whole_files = ((seed + k, pictures.encode_png(pictures.to_pil(x[k]), made(k, k))) for k in range(n))
+        files = [write_file(out / f"{number:06d}.png", data) for number, data in whole_files]
     else:
-        files = [write(out, pictures.png(pictures.grid(x, columns), made(0, n - 1)))]
+        files = [write_file(out, pictures.encode_png(pictures.make_image_grid(x, columns), made(0, n - 1)))]
     ranks.barrier()
     if keep is not None:
         keep.clear()

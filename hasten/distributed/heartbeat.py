@@ -17,7 +17,7 @@ from typing import Any
 from torch import distributed
 
 from ..errors import HastenError
-from ..utils.environment import is_out_of_memory, number
+from ..utils.environment import env_int, is_out_of_memory
 
 SILENCE = 60.0  # seconds without a sign of life
 PULSE = 1.0  # seconds between two of them
@@ -191,7 +191,7 @@ def alive(pid: int) -> bool:
 
 def variable(name: str, default: int) -> int:
     """A whole number from the environment."""
-    return number(name, default)
+    return env_int(name, default)
 
 
 peers = Peers()

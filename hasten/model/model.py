@@ -15,16 +15,16 @@ from ..accelerators._calls import model_calls
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, HastenError, check_int, check_number, nearest
 from ..guides.cfg import CFG, with_step_count
-from ..images import given_images
+from ..images import to_image_tensor
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..pick import pick
-from ..plan.draw import compiled
+from ..plan.draw import compile_plan
 from ..plan.draw import draw_unchecked as draw
 from ..plan.table import Plan
-from ..sampling import Callback, Noise, Progress, part
+from ..sampling import Callback, Noise, Progress, batch_progress
 from ..storage import model_folder as shelf
 from ..times import check_steps
-from ..utils.noise import LARGEST_SEED
+from ..utils.random import LARGEST_SEED
 from .finite import check_sample
 from .resolve import Way, checked, grid_of, several, spelled
 
@@ -178,7 +178,7 @@ class Model:
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         way = self.way(sampler, times, steps, guidance_scale, guides, start, plan, accelerators)
         if images is not None:
-            images = given_images(images, self.shape if self.decoder is None else None)
+            images = to_image_tensor(images, self.shape if self.decoder is None else None)
         if images is not None and len(images) != n:
             raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")
         if images is not None and start is None:
@@ -198,7 +198,7 @@ class Model:
                     given = None if images is None else images[first : first + count].to(device)
                     denoiser = way.start.wrap(denoiser, given) if hasattr(way.start, "wrap") else denoiser
                     x = way.start.begin(denoiser, noise, way.times[0], given, **cond)
-                tick = part(progress, first, n, batch_size)
+                tick = batch_progress(progress, first, n, batch_size)
                 how: dict[str, Any] = {"plan": way.plan, "progress": tick, "callback": callback, "cond": cond}
                 x = draw(denoiser, way.sampler, way.times, noise, x=x, **how)
                 x = x if self.decoder is None else self.decoder.decode(x)
@@ -293,7 +293,7 @@ class Model:
             return found, self.bound("samplers", self.sampler, quiet=True), found.times
         method = self.bound("samplers", self.sampler if sampler is None else sampler)
         grid = grid_of(self.denoiser.schedule, self.times if times is None else times, steps, self.steps, begin)
-        return (compiled(method, self.denoiser.schedule, grid) if method.linear else None), method, grid
+        return (compile_plan(method, self.denoiser.schedule, grid) if method.linear else None), method, grid
 
     def named_plan(self, plan: str | Plan) -> Plan:
         """One of `plans` by name, the recommended one, or the plan in a .json file.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..utils.finite import check_images, first_non_finite, is_finite, not_finite
-from ..utils.noise import Noise
+from ..utils.random import Noise
 
 
 class _Found(Exception):
@@ -57,7 +57,7 @@ def origin(
         return f"the weight {weights} of the network is not finite"
     narrow = runtime.startswith("bf16") or any(p.dtype == torch.float16 for p in denoiser.parameters())
     hint = "; float16 overflows beyond 65,504: try float32" if narrow and not runtime.startswith("bf16") else ""
-    with _watched(net, layers):
+    with _record_layers(net, layers):
         try:
             made = sample(_Probe(denoiser, layers))
         except _Found as found:
@@ -77,7 +77,7 @@ def origin(
 
 
 @contextlib.contextmanager
-def _watched(net: Any, layers: list[str]) -> Iterator[None]:
+def _record_layers(net: Any, layers: list[str]) -> Iterator[None]:
     """The names of the layers that make what is not finite of what is, in the order of the run."""
     handles = []
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..pick import format_spec, given_grid, given_sampler
+from ..pick import format_spec, resolve_grid, resolve_sampler
 from ..sampling import Callback, Progress, Sampler, _schedule_of, check_noise, check_state, walk
 from ..schedules.continuous import Schedule
 from ..times import as_times
 from ..utils.conditions import conditions_of
-from ..utils.noise import Noise
+from ..utils.random import Noise
 from .diagnose import check_result
 from .table import Plan
 
-__all__ = ["compiled", "draw"]
+__all__ = ["compile_plan", "draw"]
 
 FEW = 40  # evaluations up to which a plan is looked at for what it would do to the values
 
@@ -75,7 +75,7 @@ def draw_unchecked(
     given = conditions_of("draw", OPTIONS, cond, keywords, denoiser)
     if plan is None and sampler is None:
         raise BadInput("draw needs a sampler or a plan")
-    sampler = None if sampler is None else given_sampler(sampler)
+    sampler = None if sampler is None else resolve_sampler(sampler)
     check_noise(noise, x)
     if plan is not None:
         if not callable(getattr(plan, "check_schedule", None)):
@@ -83,7 +83,7 @@ def draw_unchecked(
         plan.check_schedule(schedule)
         times = plan.times
     elif not isinstance(times, Tensor):
-        times = given_grid(times)
+        times = resolve_grid(times)
         times = times(schedule, steps) if callable(times) else as_times(times)
     count = len(times) - 1 if plan is None else plan.nfe
     if steps is not None and isinstance(times, Tensor) and steps != count:
@@ -100,11 +100,11 @@ def draw_unchecked(
     if plan is None and sampler is not None:
         if not sampler.linear:
             return walk(sampler, denoiser, x, times, fresh, **options)
-        plan = compiled(sampler, schedule, times)
+        plan = compile_plan(sampler, schedule, times)
     return plan.run(denoiser, x, fresh, **options)  # type: ignore[union-attr]
 
 
-def compiled(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
+def compile_plan(sampler: Any, schedule: Schedule, times: Tensor) -> Plan:
     """The plan of a linear sampler; the last few are kept."""
     from .table import plan
 

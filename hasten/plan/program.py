@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .basis import Basis
 
-__all__ = ["Draws", "Program", "Row", "combine", "filled", "holds", "program", "sparse", "used"]
+__all__ = ["NoiseDraws", "Program", "Row", "combine", "filled", "holds", "program", "sparse", "used"]
 
 
 class Row(NamedTuple):
@@ -45,7 +45,7 @@ class Program(NamedTuple):
         return Program(self.times, there(self.start), [there(row) for row in self.rows])
 
 
-class Draws:
+class NoiseDraws:
     """Noise draws by number: each is made once, in order, and kept until a later one is asked for."""
 
     def __init__(self, noise: Callable[[], Tensor]) -> None:

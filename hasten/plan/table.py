@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..denoiser import reset
 from ..errors import BadInput, HastenError
-from ..pick import format_spec, given_sampler
+from ..pick import format_spec, resolve_sampler
 from ..sampling import Callback, Progress, Sampler, check_state, no_noise
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
@@ -26,7 +26,7 @@ from ..times import as_times, check_times
 from ..utils.conditions import conditions_of
 from .basis import Basis
 from .diagnose import check_result
-from .program import Draws, Program, combine, filled, program, sparse, used
+from .program import NoiseDraws, Program, combine, filled, program, sparse, used
 from .tracing import trace
 
 __all__ = ["Plan", "plan"]
@@ -151,7 +151,7 @@ class Plan:
         reset(denoiser)
         basis, fresh = self.basis, no_noise if noise is None else noise
         into, back = (_same, _same) if basis is None else (basis.coordinates, basis.pixels)
-        draws = Draws(lambda: into(fresh().to(x.dtype), 0.0))
+        draws = NoiseDraws(lambda: into(fresh().to(x.dtype), 0.0))
         with torch.set_grad_enabled(grad):
             alpha = [0.0] * (self.nfe + 1) if basis is None else self._schedule.alpha(self.times).unbind()
             first = alpha[0] if basis is None or self.begin is None else self._schedule.alpha(self.begin)
@@ -195,7 +195,8 @@ class Plan:
                 if not torch.allclose(here, there, rtol=1e-3, atol=1e-4):
                     k = int((here - there).abs().argmax())
                     raise BadInput(
-                        f"the plan was made for {_short(own)}, the model has {_short(schedule)}: "
+                        f"the plan was made for {_describe_schedule(own)}, "
+                        f"the model has {_describe_schedule(schedule)}: "
                         f"at t = {float(at[k]):.4g} {name} is {float(here[k]):.4g} in one and {float(there[k]):.4g} in "
                         "the other; compile the sampler for this model's schedule"
                     )
@@ -322,12 +323,12 @@ class Plan:
             low, high = (float(v) for v in self.basis.values[[0, -1]])
             lines.append(f"{self.basis.kind} basis, {self.basis.groups} variances from {low:.6g} to {high:.6g}")
         if self.begin is not None:
-            start = " ".join(_text(c, f"{x}(t = {self.begin:.6f})") for _, c in self._numbers.start.states)
+            start = " ".join(_format_term(c, f"{x}(t = {self.begin:.6f})") for _, c in self._numbers.start.states)
             lines.append(f"                 {x}_0 = {start.removeprefix('+ ')}")
         for k, row in enumerate(self._numbers.rows):
             terms = [(c, f"{x}_{j}") for j, c in row.states] + [(c, f"{x}0_{j}") for j, c in row.answers]
             terms += [(c, f"xi_{j}") for j, c in row.draws]
-            text = " ".join(_text(c, what) for c, what in terms) or "0"
+            text = " ".join(_format_term(c, what) for c, what in terms) or "0"
             lines.append(f"t_{k} = {float(self.times[k]):.6f}   {x}_{k + 1} = {text.removeprefix('+ ')}")
         return "\n".join([*lines, f"t_{self.nfe} = {float(self.times[-1]):.6f}"])
 
@@ -348,7 +349,7 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
         HastenError: for a sampler with `linear = False`, or one that turns out not to be linear.
         BadInput: for times that do not decrease, or on which the sampler has no finite coefficients.
     """
-    sampler = given_sampler(sampler)
+    sampler = resolve_sampler(sampler)
     if not isinstance(schedule, Schedule):
         raise BadInput(f"plan needs a schedule, such as VPLinear(), found {type(schedule).__name__}")
     times = as_times(times)
@@ -370,14 +371,14 @@ def _same(x: Tensor, alpha: Any) -> Tensor:
     return x
 
 
-def _text(c: Any, what: str) -> str:
+def _format_term(c: Any, what: str) -> str:
     """A term: "+ 0.5 x_0", or with the least and the largest number of all directions, "+ [0.5, 0.7] u_0"."""
     if isinstance(c, Tensor):
         return f"+ [{float(c.min()):.6g}, {float(c.max()):.6g}] {what}"
     return f"{'-' if c < 0 else '+'} {abs(c):.6g} {what}"
 
 
-def _short(schedule: Schedule) -> str:
+def _describe_schedule(schedule: Schedule) -> str:
     """A schedule in a message: a table by its length."""
     text = repr(schedule)
     table = getattr(schedule, "alphas_cumprod", None)

@@ -59,7 +59,7 @@ class Traced:
             raise NotLinear(f"a linear sampler adds states, answers and noise only, not a {type(other).__name__}")
         short, long = sorted((self.value, other.value), key=lambda value: value.shape[1])
         if isinstance(long, Tensor) or isinstance(short, Tensor):
-            return Traced(wide(short, long.shape[1]) + long)
+            return Traced(_pad_symbols(short, long.shape[1]) + long)
         total = long.copy()
         total[:, : short.shape[1]] += short
         return Traced(total)
@@ -75,7 +75,7 @@ class Traced:
                     f"a linear sampler multiplies by 0-d tensors, not by one of shape {tuple(number.shape)}"
                 )
             if not isinstance(self.value, Tensor):
-                number = plain(number)
+                number = _to_number(number)
         return Traced(self.value * number)
 
     __rmul__ = __mul__
@@ -98,7 +98,7 @@ class Traced:
         raise NotLinear(f"a linear sampler may not ask its state for {name!r}: it must declare linear = False")
 
 
-def plain(number: Tensor) -> Any:
+def _to_number(number: Tensor) -> Any:
     """A coefficient as a float, or (G,) as a NumPy array. Raises NeedsGradient where it requires one."""
     if number.requires_grad and torch.is_grad_enabled():
         raise NeedsGradient
@@ -167,7 +167,7 @@ class _Trace:
             self.of_state.append(len(self.symbols) - 1)
             # the sampler's own variable becomes the symbol: all that it computes from it later is written in it
             if self.tensors:
-                query.x.value = torch.stack([wide(state, unit.shape[1])[0], unit[1]])
+                query.x.value = torch.stack([_pad_symbols(state, unit.shape[1])[0], unit[1]])
             else:
                 unit[0, -1] = 0.0
                 unit[0, : state.shape[1]] = state[0]
@@ -179,7 +179,7 @@ class _Trace:
             raise NotLinear(
                 f"{format_spec(self.sampler)} turned its state into a {type(value).__name__}: it is not linear"
             )
-        if not np.isfinite(numbers(value.value)).all():
+        if not np.isfinite(_as_array(value.value)).all():
             raise BadInput(f"{format_spec(self.sampler)} has an infinite or undefined coefficient on these times")
         return value.value
 
@@ -190,8 +190,8 @@ class _Trace:
         self.is_state = np.array([kind in ("init", "x") for kind, _ in self.symbols])
         K, M = len(self.states) - 1, self.counts["xi"]
         begin = self.states[0][0]
-        begin = drop(begin, np.abs(numbers(begin)).max(0))
-        straight = bool((numbers(begin)[0] == 1).all()) and places_of(begin) == [0]
+        begin = _drop_rounding(begin, np.abs(_as_array(begin)).max(0))
+        straight = bool((_as_array(begin)[0] == 1).all()) and _nonzero_columns(begin) == [0]
         shapes = {"init": (1, 1), "begin": (1, M), "x": (K, K), "x0": (K, K), "xi": (K, M)}
         places: dict[str, list[tuple[int, int]]] = {kind: [] for kind in shapes}
         values: dict[str, list[Any]] = {kind: [] for kind in shapes}
@@ -200,12 +200,12 @@ class _Trace:
             places[kind].append(place)
             values[kind].append(value)
 
-        for index in places_of(begin):
+        for index in _nonzero_columns(begin):
             kind, number = self.symbols[index]
             put("begin" if kind == "xi" else "init", (0, number), begin[index])
         for k in range(K):
             row = self._row(k, straight)
-            for index in places_of(row):
+            for index in _nonzero_columns(row):
                 kind, number = self.symbols[index]
                 put("x" if kind == "init" else kind, (k, number), row[index])
         full = {kind: self._table(shape, places[kind], values[kind]) for kind, shape in shapes.items()}
@@ -213,7 +213,7 @@ class _Trace:
             times=torch.stack(self.times),
             start=torch.cat([full["init"], full["begin"]], 1)[0],
             a=full["x"][range(K), range(K)].clone(),
-            A=torch.where(beside(torch.ones(K, K).tril(-1) == 1, full["x"]), full["x"], 0.0),
+            A=torch.where(_expand_mask(torch.ones(K, K).tril(-1) == 1, full["x"]), full["x"], 0.0),
             B=full["x0"],
             C=full["xi"],
         )
@@ -232,31 +232,31 @@ class _Trace:
         straight: the start is state 0, so that a row may name it.
         """
         before, (now, written) = self.states[k][0], self.states[k + 1]
-        scale = np.abs(numbers(now)).max(0)
-        written = drop(written, scale)
-        if min(places_of(written), default=0) >= self.of_state[k]:
+        scale = np.abs(_as_array(now)).max(0)
+        written = _drop_rounding(written, scale)
+        if min(_nonzero_columns(written), default=0) >= self.of_state[k]:
             return written  # in what is new since state k, and that state itself: there is no shorter way
-        before = wide(before[None], now.shape[0])[0]
+        before = _pad_symbols(before[None], now.shape[0])[0]
         unit = np.zeros(now.shape)
         unit[self.of_state[k]] = 1.0
         unit = torch.from_numpy(unit) if self.tensors else unit
         rows = []
-        for pivot in self._pivots(numbers(before), numbers(now)):
+        for pivot in self._pivots(_as_array(before), _as_array(now)):
             ratio = now[pivot] / before[pivot]
             rest = now - ratio * before
             inside: Any = np.ones(len(rest), dtype=bool)
             inside[pivot] = False  # 0, whatever the rounding
-            rows.append(drop(keep(rest, inside), scale) + ratio * unit)
-        rows += [drop(now, scale), written]
+            rows.append(_drop_rounding(_mask_row(rest, inside), scale) + ratio * unit)
+        rows += [_drop_rounding(now, scale), written]
 
         def cost(row: Any) -> tuple[int, int, int]:
-            held = places_of(row)
+            held = _nonzero_columns(row)
             number = self.number[held]
             oldest = min(int(number.min()), k) if held else k
             return k - oldest, int((self.is_state[held] & (number < k)).sum()), len(held)
 
         if not straight:
-            rows = [row for row in rows if not bool((numbers(row)[0] != 0).any())]
+            rows = [row for row in rows if not bool((_as_array(row)[0] != 0).any())]
         if not rows:
             raise NotLinear(
                 f"{format_spec(self.sampler)} uses its start again after adding noise to it: keep the sum only"
@@ -275,12 +275,12 @@ class _Trace:
         return [int(mask.argmax()) for mask in found if mask.any()]
 
 
-def numbers(value: Any) -> np.ndarray:
+def _as_array(value: Any) -> np.ndarray:
     """The numbers of an array or a tensor, without a copy."""
     return value.detach().numpy() if isinstance(value, Tensor) else value
 
 
-def wide(value: Any, size: int) -> Any:
+def _pad_symbols(value: Any, size: int) -> Any:
     """`value` (2, symbols, *groups) with zeros for the symbols made since."""
     more = size - value.shape[1]
     if more <= 0:
@@ -290,23 +290,23 @@ def wide(value: Any, size: int) -> Any:
     return np.pad(value, [(0, 0), (0, more), *[(0, 0)] * (value.ndim - 2)])
 
 
-def keep(row: Any, mask: np.ndarray) -> Any:
+def _mask_row(row: Any, mask: np.ndarray) -> Any:
     """The row with zeros where `mask`, over its first axes, is False."""
     mask = mask.reshape(*mask.shape, *[1] * (row.ndim - mask.ndim))
     return torch.where(torch.from_numpy(mask), row, 0.0) if isinstance(row, Tensor) else np.where(mask, row, 0.0)
 
 
-def drop(row: Any, scale: Any) -> Any:
+def _drop_rounding(row: Any, scale: Any) -> Any:
     """The row without the zeros that float64 rounded: entries of at most `TOLERANCE` of the scale."""
-    return keep(row, np.abs(numbers(row)) > TOLERANCE * scale)
+    return _mask_row(row, np.abs(_as_array(row)) > TOLERANCE * scale)
 
 
-def places_of(row: Any) -> list[int]:
+def _nonzero_columns(row: Any) -> list[int]:
     """Where a row (n,), or (n, G) in a basis, holds anything but zeros."""
-    held = numbers(row) != 0
+    held = _as_array(row) != 0
     return np.flatnonzero(held if held.ndim == 1 else held.any(1)).tolist()
 
 
-def beside(mask: Tensor, table: Tensor) -> Tensor:
+def _expand_mask(mask: Tensor, table: Tensor) -> Tensor:
     """A mask over the first axes of a table, with axes of length 1 for the others."""
     return mask.reshape(*mask.shape, *[1] * (table.ndim - mask.ndim))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..files import contents, write_whole
+from ..files import describe_contents, write_atomic
 from .weights import sha256
 
 DESCRIPTION = "model.json"
@@ -29,7 +29,7 @@ def refuse_other_model(folder: Path, model: Any, identity: str = "") -> None:
 
     Allowed are the model itself, as it was loaded, and what an earlier run of the same `identity` made of it.
     """
-    found = contents(folder)
+    found = describe_contents(folder)
     if found is None:
         return
     if found == "a model":
@@ -57,7 +57,7 @@ def replace_files(part: Path, folder: Path, told: dict[str, Any]) -> None:
     old, new = named_files(folder), set()
     for file in sorted(file for file in part.rglob("*") if file.is_file()):
         new.add(place(told, file.relative_to(part).as_posix(), file, folder, old))
-    write_whole(folder / DESCRIPTION, json.dumps(told, indent=2) + "\n")
+    write_atomic(folder / DESCRIPTION, json.dumps(told, indent=2) + "\n")
     remove_unnamed(folder, old, new)
 
 

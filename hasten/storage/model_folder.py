@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters.model_like import ModelLike
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..files import locked, remove_leftovers, temporary
+from ..files import locked, remove_leftovers, temporary_path
 from ..plan.table import Plan
 from ..predictions import prediction_from
 from ..schedules.serialize import schedule_from_dict
@@ -43,7 +43,7 @@ def save(model: ModelLike, folder: Path, half: bool = False) -> Path:
 
 def commit(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> Path:
     """Write all files of a model into a temporary folder, and exchange those of `folder` for them at once."""
-    part = temporary(folder / "model")
+    part = temporary_path(folder / "model")
     try:
         part.mkdir()
         replaced = write_network(model, part, half, as_pipeline)

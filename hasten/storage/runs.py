@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..files import contents, difference
+from ..files import describe_contents, first_difference
 
 
 def earlier(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
@@ -19,12 +19,12 @@ def earlier(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], ob
     """
     out = file.parent
     if not file.is_file():
-        if found := contents(out):
+        if found := describe_contents(out):
             raise BadInput(f"{out} holds {found} already: choose another folder")
         return None
     try:
         known = json.loads(file.read_text())
-        different = difference(known, run)
+        different = first_difference(known, run)
         if different is None:
             read(known)
             return known

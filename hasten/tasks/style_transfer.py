@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_int
-from ..images import given_images
+from ..images import to_image_tensor
 from ..inversion import encode
 from ..model.model import Label, Model
 from ..plan.draw import draw
 from ..samplers.ddim import invert
-from ..sampling import Noise, part
+from ..sampling import Noise, batch_progress
 from ..times import Trailing
 
 __all__ = ["Restyled", "restyle"]
@@ -86,7 +86,7 @@ def restyle(
     check_int("batch_size", batch_size, 1)
     check_int("seed", seed, 0)
     check_int("iterations", iterations, 0)
-    images = given_images(images, encoder.shape)
+    images = to_image_tensor(images, encoder.shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(encoder.shape) or encoder.shape != decoder.shape:
         raise BadInput(
             f"images, encoder and decoder must have one shape, found {tuple(images.shape)[1:]}, {tuple(encoder.shape)} "
@@ -105,7 +105,7 @@ def restyle(
     noises, results = [], []
     for first in range(0, count, batch_size):
         rows = slice(first, min(first + batch_size, count))
-        tick = part(progress, first, count, batch_size)
+        tick = batch_progress(progress, first, count, batch_size)
         z = up(images[rows].to(encoder.device, torch.float32), None if sources is None else sources[rows], tick)
         noises.append(z.cpu())
         draws = Noise(range(seed + rows.start, seed + rows.stop), decoder.shape, torch.float32, decoder.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.table import Plan
-from ..progress import Tick, ignore
+from ..progress import Tick, no_progress
 from ..sampling import Noise
 from ..schedules.base import Schedule
 
@@ -38,7 +38,7 @@ class Task:
     seed: int = 0
     n: int | None = None
     identity: str = ""
-    tick: Tick = ignore
+    tick: Tick = no_progress
 
     @property
     def schedule(self) -> Schedule:

@@ -19,8 +19,8 @@ from ..distillers._dry_run import DryRun, Stage, allocate, time_limits
 from ..distillers._task import notes, option
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, HastenError, check_int
-from ..files import refuse_inside, reserve, write, writes
-from ..images import grid, png
+from ..files import check_writable, holds_lock, refuse_inside, write_file
+from ..images import encode_png, make_image_grid
 from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
@@ -37,7 +37,7 @@ from ..train import open_data
 from ..train.data import Batches, Data, to_float
 from ..train.fingerprint import describe_data
 from ..train.names import match_labels
-from ..utils.noise import kept_random_state
+from ..utils.random import preserve_rng_state
 
 RUN = "run.json"
 LABELS = 1024  # drawn from where there are no real images
@@ -45,8 +45,8 @@ SHOWN = 64  # images in the picture of a stage
 AT_ONCE = 16  # of them in the network
 
 
-@writes("out", unless="dry_run")
-@kept_random_state()
+@holds_lock("out", unless="dry_run")
+@preserve_rng_state()
 def distill_model(
     model: Model,
     out: str | Path,
@@ -151,7 +151,7 @@ def distill_model(
             known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
                      "minutes": limits, "memory_bytes": memory(model.device)}  # fmt: skip
             if not dry_run:
-                write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
+                write_file(check_writable(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
         return known
 
     known = ranks.on_main_process(planned)
@@ -298,7 +298,7 @@ class Saver:
             return
         try:
             images, columns = drawn(model)
-            write(reserve(picture), png(grid(images, columns)))
+            write_file(check_writable(picture), encode_png(make_image_grid(images, columns)))
         except (HastenError, RuntimeError) as e:  # the student is saved, and worth more than its picture
             first = (str(e).splitlines() or [type(e).__name__])[0]
             print(f"hasten: {picture} is not drawn, {folder} is saved: {first}", file=sys.stderr)

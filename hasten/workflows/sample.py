@@ -16,7 +16,7 @@ from .. import __version__
 from ..distributed.heartbeat import peer_errors
 from ..distributed.ranks import Piece, ProcessLost, Ranks
 from ..errors import BadInput, check_int
-from ..images import given_images
+from ..images import to_image_tensor
 from ..metrics import Measure, Reference, evaluate_features, evaluate_images, extract, feature_net, net_name
 from ..metrics.fashion import CLASSES as FASHION
 from ..model.model import Label, Model
@@ -72,7 +72,7 @@ def sample_many(
     Raises ProcessLost where another process ends early, KeyboardInterrupt when stopped: both say what is kept.
     """
     check_int("batch_size", batch_size, 1)
-    images = None if images is None else given_images(images, model.shape if model.decoder is None else None)
+    images = None if images is None else to_image_tensor(images, model.shape if model.decoder is None else None)
     if ranks.world == 1 and (keep is None or not keep.folder.exists()):
         return model.sample(n, label, seed, batch_size=batch_size, progress=progress, images=images, **setting)
     starts = range(0, n, batch_size)

@@ -12,7 +12,7 @@ import torch
 from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
-from ..files import contents, refuse_inside, writes
+from ..files import describe_contents, holds_lock, refuse_inside
 from ..loading import load
 from ..model.model import Model
 from ..nets.unet import UNet
@@ -24,11 +24,11 @@ from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
 from ..train.player import TrainedModule
-from ..utils.noise import kept_random_state
+from ..utils.random import preserve_rng_state
 
 
-@writes("out")
-@kept_random_state()
+@holds_lock("out")
+@preserve_rng_state()
 def train_model(
     data: str | Path | Data,
     out: str | Path,
@@ -161,7 +161,7 @@ def last_line(log: Path) -> dict[str, Any]:
 
 def check_folder(out: Path, finished: bool) -> None:
     """BadInput where `out` holds something that the training would write over. finished: it will not take a step."""
-    found = contents(out)
+    found = describe_contents(out)
     if found is not None and not (out / "checkpoint.pt").is_file():
         raise BadInput(f"{out} holds {found} already: choose another folder, or remove it")
     told = saved_card(out)

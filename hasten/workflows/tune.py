@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_int
-from ..files import refuse_inside, reserve, writes
+from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
 from ..performance.autotune import parse_runtime
 from ..pick import format_spec, pick
-from ..progress import Tick, ignore
+from ..progress import Tick, no_progress
 from ..storage.atomic import digest, refuse_other_model
 from ..storage.model_folder import check_savable
 from ..storage.provenance import fingerprint, now
@@ -28,10 +28,10 @@ from ..tuning import Task, Tuned
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
-from ..utils.noise import LARGEST_SEED
+from ..utils.random import LARGEST_SEED
 
 
-@writes("out")
+@holds_lock("out")
 def tune_model(
     model: Model,
     out: str | Path,
@@ -66,7 +66,7 @@ def tune_model(
     model = replace(model)
     out = Path(out)
     refuse_inside(out, data)
-    reserve(out / "model.json")
+    check_writable(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
         tuner = tuner.bind(model.statistics, model.parts)
@@ -152,7 +152,7 @@ def real(model: Model, data: str | Path) -> Images:
 def watched() -> Iterator[Tick]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not is_terminal(sys.stderr):
-        yield ignore
+        yield no_progress
         return
     from rich import progress
     from rich.console import Console

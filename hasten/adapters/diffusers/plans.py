@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ...errors import BadInput, HastenError
 from ...pick import format_spec, pick
-from ...plan.program import Draws, combine
+from ...plan.program import NoiseDraws, combine
 from ...plan.table import Plan
 from ...plan.table import plan as compile_plan
 from ...predictions import prediction_from
@@ -71,7 +71,7 @@ class Run:
         """x_{k+1} from x_k and the answer at it."""
         row, k = self.program.rows[self.next], self.next
         self.noise = noise  # of this very call: pipelines hand over their generators at each
-        self.draws = self.draws or Draws(lambda: self.noise())
+        self.draws = self.draws or NoiseDraws(lambda: self.noise())
         self.states[k], self.answers[k] = x, x0
         made = combine(row, self.states, self.answers, self.draws)
         for j in row.last_states:
