@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..pick import format_spec, resolve_grid, resolve_sampler
-from ..sampling import Callback, Progress, Sampler, _schedule_of, check_noise, check_state, walk
+from ..sampling import Callback, Progress, Sampler, check_noise, check_state, schedule_of, walk
 from ..schedules.continuous import Schedule
 from ..times import as_times
 from ..utils.conditions import conditions_of
@@ -71,7 +71,7 @@ def draw_unchecked(
     callback: Callback | None = None, cond: Mapping[str, Any] | None = None, **keywords: Any,
 ) -> Tensor:  # fmt: skip
     """`draw`, with samples that may hold NaN or infinity."""
-    schedule = _schedule_of(denoiser)
+    schedule = schedule_of(denoiser)
     given = conditions_of("draw", OPTIONS, cond, keywords, denoiser)
     if plan is None and sampler is None:
         raise BadInput("draw needs a sampler or a plan")
