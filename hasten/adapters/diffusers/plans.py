@@ -76,7 +76,7 @@ class Run:
         made = combine(row, self.states, self.answers, self.draws)
         for j in row.last_states:
             del self.states[j]
-        for j in row.last_answers:
+        for j in row.last_outputs:
             del self.answers[j]
         self.next += 1
         return made
