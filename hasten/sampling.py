@@ -236,20 +236,6 @@ def _is_batched(value: Any, B: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == B
 
 
-def batch_progress(progress: Progress | None, start: int, n: int, batch_size: int) -> Progress | None:
-    """`progress` for the batch that begins at image `start`, as a fraction of all `n` images.
-
-    Raises:
-        BadInput: for a `progress` that cannot be called.
-    """
-    if progress is None:
-        return None
-    if not callable(progress):
-        raise BadInput(f"progress must be a function or None, found {progress!r}")
-    before, batches = start // batch_size, -(-n // batch_size)
-    return lambda done, total: progress(before * total + done, batches * total)
-
-
 class Count(Wrapper):
     """A denoiser that counts its evaluations: `calls` of the network and `rows` (samples, summed over calls).
 

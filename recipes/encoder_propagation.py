@@ -146,7 +146,7 @@ def main(
         if timing:
             calls = {}
             for name, way in ways.items():
-                call = partial(model.sample, batch, **told, accelerators=way, runtime=runtime)
+                call = partial(model.sample, batch, **told, accelerators=way, precision=runtime)
                 calls[name] = partial(clocked, call, cpu.setdefault(name, []))
             seconds = interleave(calls, repeats)
         plain: Tensor | None = None
@@ -158,7 +158,7 @@ def main(
                 begun = fast.encoder_calls, fast.decoder_calls, fast.queries
                 row |= {"accelerator": way[0], "keys": fast.keys}
             if n:
-                images = model.sample(n, **told, accelerators=way, batch_size=100, runtime=runtime)
+                images = model.sample(n, **told, accelerators=way, batch_size=100, precision=runtime)
                 row["frechet"] = round(judged(images, model), 4)
                 plain = images if plain is None else plain
                 usual = usual or row["frechet"]

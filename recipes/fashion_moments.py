@@ -113,7 +113,7 @@ def compare(args: argparse.Namespace) -> None:
                 row["bound"] = bound(model, sampler, grid, steps)
                 began = time.process_time()
                 images = model.sample(
-                    args.n, sampler=sampler, times=grid, steps=steps, guidance_scale=1.0, runtime="bf16"
+                    args.n, sampler=sampler, times=grid, steps=steps, guidance_scale=1.0, precision="bf16"
                 )
                 found = evaluate_images(images, model.labels(args.n), "fashion", "fashion", range(args.n))
                 row |= {name: round(m.value, 5) for name, m in found.items()}

@@ -28,7 +28,7 @@ def test_a_plan_by_name_by_file_and_as_the_recommended_one(cli: Cli, folder: Pat
     files = []
     for k, words in enumerate((direct, ("--plan", "three"), ("--plan", tmp_path / "p.json"))):
         files.append(tmp_path / f"{k}.png")
-        cli("sample", folder, "--n", 2, "--runtime", "fp32", "--out", files[-1], *words)
+        cli("sample", folder, "--n", 2, "--precision", "fp32", "--out", files[-1], *words)
     pictures = [file.read_bytes().split(b"IDAT")[1] for file in files]
     assert pictures[0] == pictures[1] == pictures[2]
     command = read_png_text(files[1])["command"]

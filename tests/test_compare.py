@@ -318,7 +318,7 @@ def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
         "def slow(self, job, *others):\n    if job.variant.name == 'UniPC': time.sleep(120)\n"
         "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
-    words = ["compare", tmp_path / "model", "--variants", chosen, "--out", out, "--runtime", "fp32"]
+    words = ["compare", tmp_path / "model", "--variants", chosen, "--out", out, "--precision", "fp32"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],

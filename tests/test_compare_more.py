@@ -26,6 +26,7 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.schedules import VPCosine
+from hasten.workflows.prompts import read_prompts
 
 from .test_compare import tiny
 
@@ -137,7 +138,7 @@ def test_guidance_of_0_keeps_the_prompt_and_counts_one_evaluation(tmp_path: Path
 
 def test_prompts_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\ufeffa fox\n\n  a cat, red \n", encoding="utf-8")
-    assert jobs.read_prompts(tmp_path / "p.txt") == ["a fox", "a cat, red"]
+    assert read_prompts(tmp_path / "p.txt") == ["a fox", "a cat, red"]
     (tmp_path / "empty.txt").write_text("\n \n")
     for name, said in {"empty.txt": "holds no prompts", "none.txt": "cannot read"}.items():
         code, _, err = cli("compare", "fashion", "--prompts", tmp_path / name, "--out", tmp_path / "o")
@@ -182,7 +183,7 @@ def test_a_row_that_raises_anything_fails_alone(tmp_path: Path, monkeypatch: pyt
 def test_the_command_ends_with_1_and_names_the_row(tmp_path: Path) -> None:
     tiny().save(tmp_path / "m")
     (tmp_path / "set.toml").write_text(FAILS)
-    words = ["--variants", tmp_path / "set.toml", "--timing-batch", 1, "--runtime", "fp32", "--out", tmp_path / "out"]
+    words = ["--variants", tmp_path / "set.toml", "--timing-batch", 1, "--precision", "fp32", "--out", tmp_path / "out"]
     code, out, err = cli("compare", tmp_path / "m", *words, "--json")
     assert code == 1 and [row["name"] for row in json.loads(out)] == ["reference", "less", "boom", "end"]
     assert err.splitlines()[-1].startswith("hasten: 1 of 4 rows failed, 'boom': ")
@@ -238,7 +239,7 @@ def test_repeats_are_disjoint_blocks_with_mean_and_deviation(tmp_path: Path) -> 
 
 
 def test_evaluate_repeats() -> None:
-    words = ["evaluate", "fashion", "--steps", 1, "--sampler", "ddim", "--n", 10, "--runtime", "fp32", "--json"]
+    words = ["evaluate", "fashion", "--steps", 1, "--sampler", "ddim", "--n", 10, "--precision", "fp32", "--json"]
     found = json.loads(cli(*words, "--repeats", 2, "--seed", 3)[1])
     ones = [json.loads(cli(*words, "--seed", seed)[1])["measures"]["frechet"]["value"] for seed in (3, 13)]
     assert found["measures"]["frechet"]["value"] == pytest.approx(np.mean(ones))
@@ -290,7 +291,7 @@ def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
         tmp_path / "set.toml",
         "--out",
         tmp_path / "out",
-        "--runtime",
+        "--precision",
         "fp32",
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}

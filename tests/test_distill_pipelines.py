@@ -24,7 +24,7 @@ from hasten.plan import plan as compile_plan
 from hasten.workflows.distill import distill_model
 from tests.adapters import tiny
 
-COMMON: Any = {"steps": 6, "batch_size": 4, "runtime": "fp32", "show": False}
+COMMON: Any = {"steps": 6, "batch_size": 4, "precision": "fp32", "show": False}
 OPENS = """
 import json, sys
 from diffusers import DiffusionPipeline

@@ -22,7 +22,7 @@ from hasten.predictions import V
 from hasten.schedules import VPCosine
 from hasten.workflows.distill import distill_model
 
-COMMON: Any = {"steps": 12, "batch_size": 8, "runtime": "fp32", "show": False}
+COMMON: Any = {"steps": 12, "batch_size": 8, "precision": "fp32", "show": False}
 
 
 def tiny(classes: int, seed: int = 0, width: int = 8, schedule: Any = None) -> Model:
@@ -134,7 +134,7 @@ def test_a_student_is_polished_against_its_teacher_from_the_command_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["distill", str(place / "teacher"), "--init", str(place / "few"), "--data", str(data(tmp_path, 3)), "--steps",
-             "6", "--batch-size", "8", "--runtime", "fp32", "--device", "cpu", "--method", "adversarial:steps=4"]  # fmt: skip
+             "6", "--batch-size", "8", "--precision", "fp32", "--device", "cpu", "--method", "adversarial:steps=4"]  # fmt: skip
     assert main([*asked, "--out", str(tmp_path / "o")]) == 0
     card = hasten.load(tmp_path / "o").card["distilled"]
     assert card["teacher"] == hasten.load(place / "teacher").name and "--init" in card["command"]

@@ -18,7 +18,7 @@ from hasten.images import read_png_text
 
 from .processes import children, torchrun, until
 
-WAY = ["--sampler", "ddim", "--times", "uniform", "--steps", "1", "--guidance-scale", "1", "--runtime", "fp32",
+WAY = ["--sampler", "ddim", "--times", "uniform", "--steps", "1", "--guidance-scale", "1", "--precision", "fp32",
        "--device", "cpu", "--batch-size", "4"]  # fmt: skip
 LONG = ["20" if word == "1" and WAY[k - 1] == "--steps" else word for k, word in enumerate(WAY)]
 SET = """
@@ -77,9 +77,9 @@ def stopped(tmp_path: Path, number: int, victim: int | None, *more: str) -> tupl
         out, err = process.communicate(timeout=120)
     assert process.returncode != 0 and out == "" and not (tmp_path / "a.png").exists()
     (line,) = said(err)
-    count = int(re.findall(r"(\d+) of 24 images are kept", line)[0])
+    count = int(re.findall(r"(\d+) of 24 images are saved", line)[0])
     assert 12 <= count < 24 and count == sum(len(np.load(path)) for path in folder.glob("*/*.npy"))
-    assert line.endswith("the same command goes on from there")
+    assert line.endswith("the same command resumes")
     return line, folder
 
 
@@ -150,7 +150,7 @@ def test_evaluations_and_comparisons_are_those_of_one(tmp_path: Path, capsys: py
 
     (tmp_path / "set.toml").write_text(SET)
     asked = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), "--batch-size", "4", "--timing-batch", "2",
-             "--runtime", "fp32", "--device", "cpu", "--out"]  # fmt: skip
+             "--precision", "fp32", "--device", "cpu", "--out"]  # fmt: skip
     assert main([*asked, str(tmp_path / "one")]) == 0
     code, out, err = run(2, *asked, str(tmp_path / "two"))
     assert code == 0 and out.count("Report:") == 1, err
@@ -173,7 +173,7 @@ def test_a_row_in_which_processes_share_images_belongs_to_their_count(
     shared = SET.rpartition("[[variant]]")[2].replace('"one"', '"shared"') + 'accelerators = ["patch_parallel"]\n'
     (tmp_path / "set.toml").write_text(SET + "[[variant]]" + shared)
     asked = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), "--batch-size", "4", "--timing-batch", "2",
-             "--runtime", "fp32", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
+             "--precision", "fp32", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
     code, _, err = run(2, *asked)
     assert code == 0, err
     assert main(asked) == 0
@@ -187,7 +187,7 @@ def test_a_row_in_which_processes_share_images_belongs_to_their_count(
 def test_processes_that_share_every_evaluation_make_the_images_of_one(tmp_path: Path) -> None:
     from PIL import Image
 
-    asked = ["sample", "fashion", "--n", "6", "--single", *WAY, "--guidance-scale=2", "--steps=3", "--out"]
+    asked = ["sample", "fashion", "--n", "6", "--separate-files", *WAY, "--guidance-scale=2", "--steps=3", "--out"]
     asked = [word for k, word in enumerate(asked) if word not in ("--guidance-scale", "--steps")
              and asked[k - 1] not in ("--guidance-scale", "--steps")]  # fmt: skip
     assert main([*asked, str(tmp_path / "one")]) == 0

@@ -63,7 +63,7 @@ def test_the_commands_of_the_readme_are_commands() -> None:
         for option in re.findall(r"--([\w-]+)", rest.split("#")[0]):
             assert option.replace("-", "_") in known, (verb, option)
         out = re.findall(r"--out (\S+)", rest)
-        assert verb != "sample" or "--single" in rest or all(file.endswith(".png") for file in out), rest
+        assert verb != "sample" or "--separate-files" in rest or all(file.endswith(".png") for file in out), rest
 
 
 def test_the_files_that_the_documents_point_at_are_there() -> None:

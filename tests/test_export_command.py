@@ -53,7 +53,7 @@ def test_the_folder_is_a_model(folder: Path, tmp_path: Path, capsys: pytest.Capt
     told = json.loads(capsys.readouterr().out)
     assert told["error"] < 1e-5 and told["bytes"] > 0 and all((out / name).is_file() for name in told["files"])
     assert main(["show", str(out)]) == 0
-    way = ["--n", "3", "--steps", "2", "--sampler", "ddim", "--runtime", "fp32"]
+    way = ["--n", "3", "--steps", "2", "--sampler", "ddim", "--precision", "fp32"]
     assert main(["sample", str(out), *way, "--out", str(tmp_path / "a.png")]) == 0
     assert main(["export", str(out), "--to", to, "--out", str(tmp_path / "twice")]) == 1
     assert "exported already" in capsys.readouterr().err

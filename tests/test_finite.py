@@ -220,7 +220,7 @@ def test_no_picture_is_made_of_what_is_not_finite() -> None:
 @pytest.mark.filterwarnings("ignore::hasten.errors.Notice")
 def test_sample_ends_with_an_error_and_crosses_out_what_failed(tmp_path: Path) -> None:
     broken().save(tmp_path / "m")
-    code, out, said = cli("sample", tmp_path / "m", "--n", 2, "--runtime", "fp32", "--out", tmp_path / "x.png")
+    code, out, said = cli("sample", tmp_path / "m", "--n", 2, "--precision", "fp32", "--out", tmp_path / "x.png")
     assert code == 1 and not out
     assert "2 of 2 images hold NaN or infinity (seeds 0, 1): the weight conv_in.weight" in said.splitlines()[-1]
     assert set(np.unique(np.asarray(Image.open(tmp_path / "x.png")))) == {128, 255}

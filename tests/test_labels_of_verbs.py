@@ -20,10 +20,11 @@ from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
 from hasten.workflows.distill import real_images
-from hasten.workflows.sample import classifier_labels, evaluate_distributed, part_of
+from hasten.workflows.distribute import part_of
+from hasten.workflows.evaluate import classifier_labels, evaluate_distributed
 from hasten.workflows.tune import real
 
-FAST = ("--steps", 1, "--runtime", "fp32", "--device", "cpu")
+FAST = ("--steps", 1, "--precision", "fp32", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

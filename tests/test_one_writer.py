@@ -36,7 +36,7 @@ from hasten.schedules import VPCosine
 from hasten.storage.provenance import fingerprint, hash_of
 from hasten.workflows.tune import tune_model
 
-DISTILL = ("--method", "progressive:steps=(4,2)", "--steps", "4", "--batch-size", "4", "--runtime", "fp32")
+DISTILL = ("--method", "progressive:steps=(4,2)", "--steps", "4", "--batch-size", "4", "--precision", "fp32")
 VARIANTS = 'n = 10\nrounds = 1\n[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "few"\nsampler = "ddim"\nsteps = 2\n'
 
 
@@ -68,12 +68,12 @@ def command(place: Path, verb: str, out: Path, data: str = "data") -> list[str]:
     """A verb that writes into the folder `out`."""
     tiny, images = str(place / "tiny"), str(place / data)
     words = {
-        "train": [images, "--steps", "1", "--widths", "8", "--patch", "1", "--batch-size", "4", "--runtime", "fp32"],
+        "train": [images, "--steps", "1", "--widths", "8", "--patch", "1", "--batch-size", "4", "--precision", "fp32"],
         "distill": [tiny, "--data", images, *DISTILL],
         "tune": [tiny, "--method", "moments:times=3", "--n", "4", "--data", images],
         "quantize": [tiny, "--images", "2"],
-        "compare": [tiny, "--variants", str(place / "v.toml"), "--runtime", "fp32", "--json"],
-        "sample": [tiny, "--single", "--n", "2", "--steps", "1", "--runtime", "fp32"],
+        "compare": [tiny, "--variants", str(place / "v.toml"), "--precision", "fp32", "--json"],
+        "sample": [tiny, "--separate-files", "--n", "2", "--steps", "1", "--precision", "fp32"],
     }
     device = [] if verb == "restyle" else ["--device", "cpu"]
     return [verb, *words[verb], *device, "--out", str(out)]
@@ -192,12 +192,14 @@ def test_a_distillation_goes_on_with_its_own_data_and_format_only(
     capsys.readouterr()
     for asked, message in (
         (command(place, "distill", out, "other"), "data.pixels"),
-        ([*command(place, "distill", out), "--runtime", "bf16"], "a run with runtime fp32, asked for bf16"),
-        ([*command(place, "distill", out), "--runtime", "fp32+high"], "does not use +high"),
+        ([*command(place, "distill", out), "--precision", "bf16"], "a run with runtime fp32, asked for bf16"),
+        ([*command(place, "distill", out), "--precision", "fp32+high"], "does not use +high"),
         ([*command(place, "distill", out), "--seed", "1"], "a run with seed 0, asked for 1"),
     ):
         words = [
-            w for k, w in enumerate(asked) if asked.index("--runtime") not in (k, k - 1) or asked.count("--runtime") < 2
+            w
+            for k, w in enumerate(asked)
+            if asked.index("--precision") not in (k, k - 1) or asked.count("--precision") < 2
         ]
         assert main(words) == 1
         last = capsys.readouterr().err.splitlines()[-1]  # before it, what the data hold

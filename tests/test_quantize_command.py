@@ -20,7 +20,7 @@ from hasten.errors import BadInput
 from hasten.workflows.quantize import BLOCKS, RUN, quantize_model
 from tests.test_model import tiny
 
-LEARNED = ("--weights", "4", "--iterations", "6", "--images", "4", "--learn-steps", "--json")
+LEARNED = ("--weight-bits", "4", "--iterations", "6", "--images", "4", "--learn-step-sizes", "--json")
 
 
 @pytest.fixture
@@ -138,12 +138,12 @@ def test_a_damaged_block_is_one_line(folder: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--weights", "3"], "weights must be 8 or 4 bits, found 3"),
+        (["--weight-bits", "3"], "weights must be 8 or 4 bits, found 3"),
         (["--minutes", "0"], "minutes must be positive"),
         (["--minutes", "1", "--iterations", "5"], "give minutes or iterations, not both"),
         (["--rounding", "floor"], "rounding must be nearest or adaround"),
         (["--sampler", "unipcc"], "did you mean 'unipc'"),
-        (["--keep", "midle"], "did you mean 'middle'"),
+        (["--exclude", "midle"], "did you mean 'middle'"),
     ],
 )
 def test_what_cannot_be_is_one_line(

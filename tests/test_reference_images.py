@@ -79,7 +79,7 @@ def test_what_cannot_judge_is_one_line(tmp_path: Path) -> None:
 def test_compare_and_evaluate_agree_on_own_images(tmp_path: Path) -> None:
     tiny().save(tmp_path / "m")
     pictures(tmp_path / "real", 40)
-    told = ["--reference", tmp_path / "real", "--features", "fashion", "--runtime", "fp32", "--n", 10, "--json"]
+    told = ["--reference", tmp_path / "real", "--features", "fashion", "--precision", "fp32", "--n", 10, "--json"]
     (tmp_path / "set.toml").write_text(SMALL.format(1.0))
     code, out, err = cli("compare", tmp_path / "m", "--variants", tmp_path / "set.toml", "--timing-batch", 1,
                          "--out", tmp_path / "out", *told)  # fmt: skip

@@ -28,7 +28,15 @@ def data(n: int = 12, classes: tuple[str, ...] | None = ("a", "b", "c"), **chang
 
 
 def trained(out: Path, source: Data | Path | None = None, **options: Any) -> hasten.Model:
-    asked = {"steps": 2, "widths": (8,), "patch": 1, "batch_size": 4, "runtime": "fp32", "device": "cpu", "show": False}
+    asked = {
+        "steps": 2,
+        "widths": (8,),
+        "patch": 1,
+        "batch_size": 4,
+        "precision": "fp32",
+        "device": "cpu",
+        "show": False,
+    }
     return train_model(data() if source is None else source, out, **{**asked, **options})
 
 

@@ -21,9 +21,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "rounds": (1, 10**4), "repeats": (1, 10**4), "columns": (1, 10**5), "guidance_scale": (-1e6, 1e6),
     "encode_guidance_scale": (-1e6, 1e6), "encode_steps": (1, COUNT), "decode_steps": (1, COUNT),
     "iterations": (0, LARGE), "size": (1, 2**16), "channels": (1, 4), "blocks": (1, 1000), "patch": (1, 2**12),
-    "accumulate": (1, COUNT), "lr": (1e-12, 1e3), "label_drop": (0, 1), "minutes": (1e-9, 1e7),
-    "evaluations": (1, 1e30), "weights": (1, 64), "acts": (0, 64), "rank": (0, 2**16), "groups": (1, 1000),
-    "eight": (0, 1), "images": (1, COUNT), "spread": (1, COUNT), "opset": (1, 1000),
+    "grad_accumulation": (1, COUNT), "lr": (1e-12, 1e3), "label_drop": (0, 1), "minutes": (1e-9, 1e7),
+    "nfe_budget": (1, 1e30), "weight_bits": (1, 64), "act_bits": (0, 64), "rank": (0, 2**16), "time_groups": (1, 1000),
+    "int8_fraction": (0, 1), "images": (1, COUNT), "calibration_steps": (1, COUNT), "opset": (1, 1000),
     "train.steps": (1, LARGE), "distill.steps": (1, LARGE), "quantize.iterations": (1, LARGE),
 }  # fmt: skip
 

@@ -15,6 +15,23 @@ from ..utils.environment import is_out_of_memory, launched, open_standard_stream
 if TYPE_CHECKING:
     from cyclopts import App
 
+# Flags by verb that had other names: old name, present one. Under "" those of all verbs.
+OLD_FLAGS = {
+    "": {"--runtime": "--precision"},
+    "sample": {"--single": "--separate-files"},
+    "train": {"--accumulate": "--grad-accumulation", "--shard": "--fsdp"},
+    "distill": {"--accumulate": "--grad-accumulation", "--shard": "--fsdp", "--evaluations": "--nfe-budget"},
+    "quantize": {
+        "--weights": "--weight-bits",
+        "--acts": "--act-bits",
+        "--learn-steps": "--learn-step-sizes",
+        "--groups": "--time-groups",
+        "--ranges": "--calibration",
+        "--keep": "--exclude",
+        "--eight": "--int8-fraction",
+        "--spread": "--calibration-steps",
+    },
+}
 # Exit codes: 0 done, 1 it cannot be done, 2 it was asked wrongly, 130 stopped by Ctrl-C, 141 the reader went away.
 FAILED, USAGE, STOPPED, UNREAD = 1, 2, 130, 141
 
@@ -95,6 +112,22 @@ def drop_output() -> None:
         os.close(nowhere)
 
 
+def present_flags(arguments: list[str], quiet: bool = False) -> list[str]:
+    """The arguments with the present names of flags in place of old ones, which a line on stderr tells."""
+    verb = next((word for word in arguments if not word.startswith("-")), "")
+    renamed = {**OLD_FLAGS.get("", {}), **OLD_FLAGS.get(verb, {})}
+    result: list[str] = []
+    for number, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        new = renamed.get(flag)
+        if word == "--":
+            return result + arguments[number:]
+        if new is not None and not quiet:
+            say(f"{flag} is now called {new}")
+        result.append(word if new is None else f"{new}{equals}{value}")
+    return result
+
+
 def run(arguments: list[str]) -> int:
     """Parse and call; usage errors are told here, because only the parser has them."""
     from cyclopts import CycloptsError
@@ -104,6 +137,7 @@ def run(arguments: list[str]) -> int:
         say(line)
     if "--help" in arguments and not first:
         return 0
+    arguments = present_flags(arguments, quiet=not first)
     try:
         app()(arguments)
     except CycloptsError as error:

@@ -32,7 +32,7 @@ def export(
         out: The folder to write, with the graph beside its model.json.
         to: openvino, the fastest on processors, or onnx, the most widely read.
         precision: fp32 is exact; fp16 halves the file; int8 is faster and less exact, by how much is told. To compute
-            in bf16 is a matter of sampling an openvino model (--runtime bf16), not of the file.
+            in bf16 is a matter of sampling an openvino model (--precision bf16), not of the file.
         opset: Version of the ONNX operators, 18 if left out.
         n: Images that calibrate int8.
         seed: Of the first of them; far from the seeds that sample and compare start with.

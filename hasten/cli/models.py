@@ -68,7 +68,7 @@ def show(
         return result
     loaded = load(Path(what).parent if Path(what).name == "model.json" else what)
     description = loaded.describe()
-    compiled, _, _ = loaded.method(sampler, times, steps)
+    compiled = loaded.resolve(sampler=sampler, times=times, steps=steps).plan
     result = {"model": description, "plan": None if compiled is None else jsonlib.loads(compiled.to_json())}
     parameters = sum(p.numel() for p in loaded.denoiser.parameters())
     lines = [f"{loaded.name}: {parameters / 1e6:.2f} M parameters, images {' x '.join(map(str, loaded.shape))}"]

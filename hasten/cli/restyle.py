@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadInput
 from ..progress import progress
 from ..storage.provenance import command_line, versions
-from ._common import given_images, open_model
+from ._common import open_model
 from ._processes import alone
 from .terminal import tell
 
@@ -129,16 +129,16 @@ def of_class(path: Path, n: int, model: Model, label: str | None) -> Tensor:
     """The first `n` images of a path, (n, C, h, w) in [-1, 1]; of one class, where both have any."""
     from ..train import open_data
     from ..train.data import to_float
-    from ..train.given import is_file
+    from ..train.given import is_file, read_images
     from ..train.names import class_of
 
     known = model.classes or ()
     index = None if label is None or not known else model.class_index(label)
     if index is None or index == model.denoiser.null_label or is_file(path):
-        return given_images(path, n, model.shape[0])
+        return read_images(path, n, model.shape[0])
     data = open_data(path, split=None, channels=model.shape[0])
     if data.labels is None:
-        return given_images(path, n, model.shape[0])
+        return read_images(path, n, model.shape[0])
     own = class_of(index, known, data.classes or ())
     if own is None:
         raise BadInput(f"{path} has no class {known[index]!r}: its classes are {', '.join(data.classes or ())}")

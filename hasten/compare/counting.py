@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..model.model import Model
-from ..progress import Progress
+from ..model.resolve import bound
+from ..progress import ProgressReporter
 from .variants import Variant
 
 
 @contextlib.contextmanager
-def counting(model: Model, progress: Progress | None = None) -> Iterator[list[int]]:
+def counting(model: Model, progress: ProgressReporter | None = None) -> Iterator[list[int]]:
     """A list whose one entry counts images through the network: a guided evaluation of an image counts 2."""
     count = [0]
 
@@ -45,4 +46,4 @@ def counting(model: Model, progress: Progress | None = None) -> Iterator[list[in
 
 def extra(model: Model, v: Variant) -> float:
     """Evaluations an image of what is not the model's own network: those of the start."""
-    return 0 if v.start is None else model.bound("starts", v.start).nfe
+    return 0 if v.start is None else bound(model, "starts", v.start).nfe

@@ -8,18 +8,18 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, NonFinite
 from ..loading import load
-from ..model.model import RECOMMENDED, Label, Model
+from ..model.model import Label, Model
+from ..model.resolve import RECOMMENDED
+from ..plan.config import SamplingConfig
 from ..storage.provenance import fingerprint
-from ..workflows.sample import sharing
+from ..workflows.distribute import sharing
 from .counting import counting, extra
 from .results import QUALITY, Store
 from .variants import Variant, VariantSet
@@ -61,13 +61,14 @@ def prepare(
             base = others[v.model]
             choice = v.sampler or None, v.times or None, v.steps or None
             try:
-                way = base.way(*choice, v.guidance_scale, v.guides, v.start, v.plan, v.accelerators)  # type: ignore[arg-type]
+                config = SamplingConfig(*choice, v.guidance_scale, v.guides, v.start, v.plan, v.accelerators)
+                resolved = base.resolve(config)
             except (HastenError, ValueError) as e:
                 raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
             own: dict[str, Any] = {"sampler": v.sampler} if v.sampler else {}
             own |= {"times": v.times} if v.times else {}
-            steps = len(way.times) - 1 if way.plan is None else way.plan.nfe
-            made = replace(base, denoiser=way.inner, plan=way.plan, steps=v.steps or steps, **own)  # type: ignore[arg-type]
+            steps = len(resolved.times) - 1 if resolved.plan is None else resolved.plan.nfe
+            made = replace(base, denoiser=resolved.inner, plan=resolved.plan, steps=v.steps or steps, **own)  # type: ignore[arg-type]
             found[v.method] = replace(made, guidance_scale=v.guidance_scale)
         return found[v.method]
 
@@ -106,7 +107,7 @@ def images(
 def asked_of(ready: Model, v: Variant, runtime: str) -> dict[str, Any]:
     """What the row's model, made ready, must still be told."""
     return {
-        "runtime": runtime,
+        "precision": runtime,
         "guides": v.guides,
         "start": v.start,
         "plan": None if ready.plan is None else RECOMMENDED,
@@ -188,46 +189,3 @@ def overlaps(store: Store, seeds: Sequence[int]) -> list[str]:
         for first, last in sorted(others)
         if partly_shared(seeds, (first, last))
     ]
-
-
-def given_prompts(model: Model, prompts: Sequence[str] | str | None, where: str) -> list[str] | None:
-    """The prompts of a comparison or evaluation, of which image k gets `k mod their number`; None for other models.
-
-    Raises BadInput for a model of prompts that is given none (an empty one, "", must be said), and the other way round.
-    """
-    if model.conditioning is None:
-        if prompts:
-            raise BadInput(f"{model.name} takes no prompts: leave out --prompt, --prompts and the prompts of {where}")
-        return None
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-    if not texts:
-        raise BadInput(
-            f"{model.name} takes prompts: give --prompt TEXT (several times for several), --prompts FILE with one a "
-            "line, or prompts = [...] in the set of variants"
-        )
-    if not all(isinstance(text, str) for text in texts):
-        raise BadInput(f"prompts must be texts, got {texts!r}")
-    return texts
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The prompts in a text file, one a line; empty lines are passed over."""
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"cannot read the prompts in {file}: {getattr(e, 'strerror', None) or e}") from e
-    if not (found := [line for line in lines if line]):
-        raise BadInput(f"{file} holds no prompts: write one a line")
-    return found
-
-
-def image_shape(model: Model) -> tuple[int, ...]:
-    """The shape of what `sample` gives: that of the decoded image for a model of latents."""
-    if model.decoder is None:
-        return tuple(model.shape)
-    return tuple(model.decoder.decode(torch.zeros(1, *model.shape, device=model.device)).shape[1:])
-
-
-def is_image(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape can be looked at: grey or RGB images."""
-    return len(shape) == 3 and shape[0] in (1, 3)

@@ -26,11 +26,13 @@ from ..model.model import Label, Model
 from ..performance import cost
 from ..performance.device import processor
 from ..pick import pick
-from ..progress import Progress
+from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
 from ..storage.provenance import command_line, fingerprint, hash_of, now
+from ..workflows.distribute import sample_many, sharing
+from ..workflows.evaluate import evaluate_distributed
+from ..workflows.prompts import image_shape, is_image, prompts_for
 from ..workflows.reference_images import judge as judged_by
-from ..workflows.sample import evaluate_distributed, sample_many, sharing
 from . import jobs as tools
 from . import report
 from .counting import counting, extra
@@ -97,7 +99,7 @@ class Run:
         count = p["n"] * p["repeats"]
         work = sum(count * job.nfe for job in missing)
         work += 0 if timed else sum((p["rounds"] + 1) * p["timing_batch"] * job.nfe for job in self.jobs)
-        progress = Progress(work, self.ranks.is_main_process)
+        progress = ProgressReporter(work, self.ranks.is_main_process)
         with progress.bar:
             blocks = f" in each of {p['repeats']} blocks of seeds" if p["repeats"] > 1 else ""
             what = f"{len(self.jobs)} rows of {p['n']} images{blocks}"
@@ -128,7 +130,7 @@ class Run:
         quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
         return f"{row['nfe']:g} NFE, {row['seconds_per_image'] * 1e3:.3g} ms an image{quality}"
 
-    def tried(self, job: Job, timed: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
+    def tried(self, job: Job, timed: Mapping[str, Any], progress: ProgressReporter) -> dict[str, Any] | None:
         """`judge`; a row that cannot be measured is marked, and the others go on. The reference cannot be done without,
         and what fails in one of several processes ends them all."""
         if job.key not in self.lost:
@@ -172,7 +174,7 @@ class Run:
         told = ("hardware", "threads", "torch", "device", "processes", "rounds", "timing_batch")
         return {key: self.protocol[key] for key in told}
 
-    def time(self, progress: Progress) -> dict[str, Any]:
+    def time(self, progress: ProgressReporter) -> dict[str, Any]:
         """Time all rows in turns, after a pass that warms up and counts; rows in the store get the new figures.
 
         Of several processes the first does it while the others rest, but for rows that need them all.
@@ -229,7 +231,7 @@ class Run:
             "speedup": ratio.median, "speedup_low": ratio.low, "speedup_high": ratio.high,
         }  # fmt: skip
 
-    def judge(self, job: Job, timed: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
+    def judge(self, job: Job, timed: Mapping[str, Any], progress: ProgressReporter) -> dict[str, Any] | None:
         """Sample a row's images and measure them: the finished row, None where another process has it."""
         p, blocks, peak = self.protocol, [], 0
         for block in range(p["repeats"]):
@@ -270,7 +272,7 @@ class Run:
             self.store.keep(self.whole(block), drawn.half().numpy())
         else:
             figures |= difference(drawn.half().float(), torch.from_numpy(self.store.images(self.whole(block))).float())
-        if block == 0 and tools.is_image(drawn.shape[1:]):
+        if block == 0 and is_image(drawn.shape[1:]):
             self.store.keep(job.key, to_uint8(drawn[:SHOWN]).transpose(0, 3, 1, 2))
         return figures
 
@@ -357,13 +359,13 @@ def compare(
     least = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
     for name, value in zip(least, (n, rounds, timing_batch, batch_size, seed, repeats), strict=True):
         check_int(name, value, least[name])
-    label = tools.given_prompts(model, chosen.prompts if prompts is None else prompts, chosen.source)
+    label = prompts_for(model, chosen.prompts if prompts is None else prompts, chosen.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
         chosen = chosen.without_guidance_below_one()
     rows = prepare(model, chosen, ranks, label)
-    progress = Progress(0, ranks.is_main_process)
-    shape = tools.image_shape(model)
-    asked = reference or (model.card.get("reference") if tools.is_image(shape) else None)
+    progress = ProgressReporter(0, ranks.is_main_process)
+    shape = image_shape(model)
+    asked = reference or (model.card.get("reference") if is_image(shape) else None)
     known, net = judged_by(asked, features, shape, model.device, ranks, progress.say)
     runtime = ranks.on_main_process(functools.partial(model.runtime_for, runtime, min(n, batch_size)))
     store, weights = Store(Path(out)) if ranks.is_main_process else None, fingerprint(model)

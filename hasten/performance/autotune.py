@@ -31,11 +31,11 @@ def parse_runtime(text: str, device: str = "cpu") -> Runtime:
     """`fp32` or `bf16` (autocast), with `+medium` or `+high` (matrix products) and `+channels_last` as wanted."""
     first, *rest = text.split("+") if isinstance(text, str) else [str(text)]
     if first not in FORMATS:
-        raise BadInput(f"unknown runtime {text!r}: {nearest(first, ['auto', *FORMATS])}")
+        raise BadInput(f"unknown precision {text!r}: {nearest(first, ['auto', *FORMATS])}")
     settings: dict[str, Any] = {}
     for word in rest:
         if word not in EXTRAS:
-            raise BadInput(f"unknown part {word!r} of runtime {text!r}: {nearest(word, EXTRAS)}")
+            raise BadInput(f"unknown part {word!r} of precision {text!r}: {nearest(word, EXTRAS)}")
         settings |= EXTRAS[word]
     return Runtime(dtype=FORMATS[first], device=device, **settings)
 

@@ -7,10 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
@@ -29,6 +29,7 @@ from ..performance.cost import process_peak
 from ..pick import format_spec as spelled
 from ..pick import pick
 from ..plan.table import plan as compile_plan
+from ..progress import ignore_messages
 from ..storage.checks import check_runs
 from ..storage.model_folder import check_savable
 from ..storage.provenance import fingerprint, now
@@ -37,6 +38,7 @@ from ..train import open_data
 from ..train.data import Batches, Data, to_float
 from ..train.fingerprint import describe_data
 from ..train.names import match_labels
+from ..utils.config import Config
 from ..utils.random import preserve_rng_state
 
 RUN = "run.json"
@@ -44,54 +46,109 @@ LABELS = 1024  # drawn from where there are no real images
 SHOWN = 64  # images in the picture of a stage
 AT_ONCE = 16  # of them in the network
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@dataclass(frozen=True)
+class DistillConfig(Config):
+    """How to distil a model.
+
+    Args:
+        method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`.
+        steps, minutes, nfe_budget: the budget of the whole run, whichever is reached first; 30 minutes if none is
+            given: steps of training; time; model evaluations of one image, in floating-point operations.
+        guidance_scale: that the students give; None: the model's recommended one. `guided` learns a range.
+        batch_size: images a step. seed: of everything that is random.
+        precision: `fp32`, `bf16` (autocast), or `auto`: what is faster on this device.
+        grad_accumulation: parts of a batch that are computed one after another, to need less memory.
+        fsdp: shard the student (and not the teacher) among the processes of torchrun, for methods whose student is
+            evaluated as a whole.
+    """
+
+    method: str = "guided"
+    steps: int | None = None
+    minutes: float | None = None
+    nfe_budget: float | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 128
+    seed: int = 0
+    precision: str = "auto"
+    grad_accumulation: int = 1
+    fsdp: bool = False
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "evaluations": "nfe_budget",
+        "runtime": "precision",
+        "accumulate": "grad_accumulation",
+        "shard": "fsdp",
+    }
+
+
+class DistillOptions(TypedDict, total=False):
+    """The fields of `DistillConfig` as keyword arguments."""
+
+    say: Callable[[str], None]  # the old name of `log`
+    method: str
+    steps: int | None
+    minutes: float | None
+    nfe_budget: float | None
+    guidance_scale: float | None
+    batch_size: int
+    seed: int
+    precision: str
+    grad_accumulation: int
+    fsdp: bool
+
 
 @holds_lock("out", unless="dry_run")
 @preserve_rng_state()
 def distill_model(
     model: Model,
     out: str | Path,
-    method: str = "guided",
+    config: DistillConfig | str | None = None,
     data: str | Path | Data | torch.Tensor | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    evaluations: float | None = None,
-    guidance_scale: float | None = None,
-    batch_size: int = 128,
-    seed: int = 0,
-    runtime: str = "auto",
+    *,
+    init: Model | None = None,
     dry_run: bool = False,
     show: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = ignore_messages,
     command: str = "",
-    accumulate: int = 1,
-    shard: bool = False,
-    init: Model | None = None,
+    **options: Unpack[DistillOptions],
 ) -> dict[str, Any]:
     """Train students of a model and save them: each stage's in `out/<stage>`, the last one also in `out` itself.
 
-    method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`. data: what `open_data` reads; may be left out
-        for methods that train on the teacher's own samples (`needs_data` is false): the classes then take equal parts.
-        For samples that are no images: a tensor (n, *shape), or a `Data` with labels. Images for a model of latents
-        are encoded.
-    steps, minutes, evaluations: the budget of the whole run, the smallest counts (30 minutes if none is given): steps
-        of training; time; evaluations of the network for one image, in floating-point operations.
-    guidance_scale: that the students give (None: the model's recommended one); `guided` learns a range by itself.
-    runtime: `fp32`, `bf16` (autocast), or `auto`: what is faster here. dry_run: only say what it would cost.
-    show: progress bars on a terminal. say: told a line at every stage.
-    accumulate: parts of a batch that are computed one after another, to need less memory. Under torchrun, the processes
-    share every batch, and the pairs that some methods make; the first one writes, and all must see `out`.
-    init: what the first student begins as, in place of the teacher: another model of the same shape, classes and
-        schedule, such as an earlier student (adversarial and distribution matching polish one so).
-    shard: divide the student among them (and not the teacher), for methods whose student is asked as a whole.
-
-    First every stage is tried for a moment, which gives its cost and divides the budget; the result is kept in
+    First every stage is tried for a moment, which gives its cost and divides the budget; the result is saved in
     `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students. (But with
-    `minutes` a stage that turns out slower than in the trial by more than a tenth ends early, by the clock.)
+    `minutes` a stage that turns out slower than in the trial by more than a tenth ends early, by the clock.) Under
+    torchrun, the processes share every batch, and the pairs that some methods make; the main one writes, and all must
+    see `out`.
 
-    Returns a dict: folder, method, stages, evaluations, seconds, memory_bytes (of the largest moment of the trial),
-    students (their names and folders).
-    Raises BadInput before anything has run where something cannot be, KeyboardInterrupt at Ctrl-C, with what is kept.
+    Args:
+        config: method, budget and optimiser, or the method alone as text; None: the defaults. options: fields of it.
+        data: what `open_data` reads; may be omitted for methods that train on the teacher's own samples (`needs_data`
+            is false): the classes then have equal parts. For samples that are no images: a tensor (n, *shape), or a
+            `Data` with labels. Images for a model of latents are encoded.
+        init: what the first student begins as, in place of the teacher: another model of the same shape, classes and
+            schedule, such as an earlier student (adversarial and distribution matching refine one so).
+        dry_run: only report what it would cost. show: progress bars on a terminal. log: called with a line at every
+            stage. command: for the models' cards.
+
+    Returns:
+        A dict: folder, method, stages, evaluations, seconds, memory_bytes (of the largest moment of the trial),
+        students (their names and folders).
+
+    Raises:
+        BadInput: before anything is computed, for what cannot be.
+        KeyboardInterrupt: at Ctrl-C, with what is saved.
     """
+    if isinstance(config, str):  # the method
+        config = DistillConfig(method=config)
+    log = options.pop("say", log)
+    config = DistillConfig.of(config, options)
+    method, steps, minutes, evaluations = config.method, config.steps, config.minutes, config.nfe_budget
+    batch_size, seed, runtime, accumulate = config.batch_size, config.seed, config.precision, config.grad_accumulation
+    guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
     distiller = pick("distillers", method)
     check_models(model, init, distiller, method)
     ranks = Ranks.start(str(model.device))
@@ -366,7 +423,7 @@ def number_format(model: Model, runtime: str, batch_size: int) -> str:
         if rest:
             raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
         return precision
-    return model.runtime_for("auto", min(batch_size, 64)).split("+")[0]
+    return model.precision_for("auto", min(batch_size, 64)).split("+")[0]
 
 
 def memory(device: torch.device) -> int:

@@ -7,10 +7,10 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -27,12 +27,18 @@ from ..errors import BadInput
 from ..files import check_writable, holds_lock, write_file
 from ..model.model import Model
 from ..pick import format_spec
+from ..plan.config import SamplingConfig, SamplingOptions
+from ..progress import ignore_messages
 from ..storage.model_folder import check_savable
 from ..storage.provenance import fingerprint, now
 from ..storage.runs import earlier
 from ..storage.weights import is_half
+from ..utils.config import Config
 from ..utils.finite import check_finite, check_weights
 from .tune import watched
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RUN, BLOCKS = "run.json", "blocks"
 HELD_OUT = 8  # images, of other seeds than the calibration's, on which the error is measured
@@ -40,56 +46,139 @@ MOST = 20_000  # iterations of a block, the paper's number: more are not made ho
 SHARE = 0.25  # of the time for learning that steps get beside rounding
 
 
+@dataclass(frozen=True)
+class QuantizeConfig(Config):
+    """How to quantise a model; see `hasten.accelerators.quantize.Quantize` for the method.
+
+    Args:
+        weight_bits: 8 or 4. act_bits: 8, or None for activations in floating point.
+        rounding: "nearest" or "adaround" (learned, block by block); None: "adaround" for 4 bits, "nearest" for 8.
+        learn_step_sizes: learn the step sizes of the activations too.
+        minutes: time for all that is learned, divided over the blocks. iterations: of every block, in its place; 300 if
+            neither is given.
+        rank: of a low-rank branch in floating point in parallel to each layer; 0: none.
+        time_groups: groups of times, each with activation ranges of its own; None: 6, or as many as there are.
+        split: separate ranges for the two halves of the input of a U-Net's skip connections.
+        calibration: of the ranges, "search" or "minmax".
+        exclude: names or patterns of modules that stay in floating point; None: `conv_in` and `conv_out`.
+        int8_fraction: of the weights, 0 to 1, that get 8 bits where `weight_bits` is 4: of the most sensitive layers.
+        images: to calibrate on; None: 16, with learned rounding 32.
+        calibration_steps: model evaluations of a sampling that are calibrated on, evenly spaced.
+        seed: of the first calibration image; None: 2,000,000, far from the seeds that images are sampled with.
+    """
+
+    weight_bits: int = 8
+    act_bits: int | None = 8
+    rounding: str | None = None
+    learn_step_sizes: bool = False
+    minutes: float | None = None
+    iterations: int | None = None
+    rank: int = 0
+    time_groups: int | None = None
+    split: bool = True
+    calibration: str = "search"
+    exclude: tuple[str, ...] | None = None
+    int8_fraction: float = 0.0
+    images: int | None = None
+    calibration_steps: int = 20
+    seed: int | None = None
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "weights": "weight_bits",
+        "acts": "act_bits",
+        "learn_steps": "learn_step_sizes",
+        "groups": "time_groups",
+        "ranges": "calibration",
+        "keep": "exclude",
+        "eight": "int8_fraction",
+        "spread": "calibration_steps",
+    }
+
+    def method(self) -> Quantize:
+        """The accelerator with these options."""
+        rounding = ("adaround" if self.weight_bits == 4 else "nearest") if self.rounding is None else self.rounding
+        learned = rounding == "adaround" or self.learn_step_sizes
+        images = (32 if learned else 16) if self.images is None else self.images
+        more: dict[str, Any] = {
+            "keep": None if self.exclude is None else tuple(self.exclude),
+            "eight": self.int8_fraction,
+            "seed": self.seed,
+            "iterations": self.iterations,
+        }
+        return Quantize(
+            weights=self.weight_bits,  # type: ignore[arg-type]
+            acts=self.act_bits,  # type: ignore[arg-type]
+            rounding=rounding,  # type: ignore[arg-type]
+            learn_steps=self.learn_step_sizes,
+            rank=self.rank,
+            groups=self.time_groups,
+            split=self.split,
+            ranges=self.calibration,  # type: ignore[arg-type]
+            images=images,
+            steps=self.calibration_steps,
+            **{key: value for key, value in more.items() if value is not None},
+        )
+
+
+QUANTIZE_FIELDS = {*QuantizeConfig.names(), *QuantizeConfig.renamed} - {"steps"}
+
+
+class QuantizeOptions(SamplingOptions, total=False):
+    """The fields of `QuantizeConfig` and of `SamplingConfig` as keyword arguments."""
+
+    say: Callable[[str], None]  # the old name of `log`
+    weight_bits: int
+    act_bits: int | None
+    rounding: str | None
+    learn_step_sizes: bool
+    minutes: float | None
+    iterations: int | None
+    rank: int
+    time_groups: int | None
+    split: bool
+    calibration: str
+    exclude: tuple[str, ...] | None
+    int8_fraction: float
+    images: int | None
+    calibration_steps: int
+    seed: int | None
+
+
 @holds_lock("out")
 def quantize_model(
     model: Model,
     out: str | Path,
-    weights: int = 8,
-    acts: int | None = 8,
-    rounding: str | None = None,
-    learn_steps: bool = False,
-    minutes: float | None = None,
-    iterations: int | None = None,
-    rank: int = 0,
-    groups: int | None = None,
-    split: bool = True,
-    ranges: str = "search",
-    keep: tuple[str, ...] | None = None,
-    eight: float = 0.0,
-    images: int | None = None,
-    spread: int = 20,
-    seed: int | None = None,
-    sampler: str | None = None,
-    times: str | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    config: QuantizeConfig | None = None,
+    sampling: SamplingConfig | None = None,
+    *,
+    log: Callable[[str], None] = ignore_messages,
     command: str = "",
+    **options: Unpack[QuantizeOptions],
 ) -> dict[str, Any]:
-    """Quantise a model as `Quantize` says and save it in `out`; it is sampled and compared as the other.
+    """Quantise a model and save it in `out`; it is sampled and compared as any other.
 
-    weights, acts, rank, groups, split, ranges, keep: see `Quantize`. spread: its `steps`, the queries of a sampling
-        that are calibrated on, of `images` images (None: 16, with learned rounding 32).
-    rounding: "nearest" or "adaround"; None: "adaround" for weights of 4 bits, "nearest" for 8.
-    minutes: time for the whole of what is learned, divided over the blocks. iterations: of every block, in its place
-        (300 if neither is given).
-    sampler, times, steps, guidance_scale: of the samplings that are calibrated on (None: what the model recommends).
-    say: told a line after every block.
+    Finished blocks are saved in `out/blocks` until all are done, and the number of iterations in `out/run.json`, so
+    that the same call, repeated after a stop or a kill, resumes and ends with the same weights.
 
-    Finished blocks are kept in `out/blocks` until all are done, and the number of iterations in `out/run.json`, so that
-    the same call, repeated after a stop or a kill, goes on and ends with the same weights.
+    Args:
+        config: bits, rounding and calibration; None: 8 bits. options: fields of it and of `sampling`.
+        sampling: of the samplings that are calibrated on; None: as the model recommends.
+        log: called with a line after every block. command: for the model's card.
 
-    Returns a dict: folder, and what the model's card says under "quantized": method, bits, calibration, blocks, error
-    (of x0, relative, on calls of other images), bytes.
-    Raises BadInput before anything has run where something cannot be, KeyboardInterrupt at Ctrl-C, with what is kept.
+    Returns:
+        A dict: folder, and what the model's card says under "quantized": method, bits, calibration, blocks, error (of
+        x0, relative, on calls of other images), bytes.
+
+    Raises:
+        BadInput: before anything is computed, for what cannot be.
+        KeyboardInterrupt: at Ctrl-C, with what is saved.
     """
-    rounding = ("adaround" if weights == 4 else "nearest") if rounding is None else rounding
-    images = (32 if rounding == "adaround" or learn_steps else 16) if images is None else images
-    options: dict[str, Any] = {"keep": keep, "eight": eight, "seed": seed, "iterations": iterations}
-    method = Quantize(
-        weights=weights, acts=acts, rounding=rounding, learn_steps=learn_steps, rank=rank, groups=groups, split=split,  # type: ignore[arg-type]
-        ranges=ranges, images=images, steps=spread, **{k: v for k, v in options.items() if v is not None},  # type: ignore[arg-type]
-    )  # fmt: skip
+    log = options.pop("say", log)
+    own = {key: value for key, value in options.items() if key in QUANTIZE_FIELDS}
+    config = QuantizeConfig.of(config, own)
+    sampling = SamplingConfig.of(sampling, {key: value for key, value in options.items() if key not in own})
+    method, minutes, iterations = config.method(), config.minutes, config.iterations
+    weights, acts, images = config.weight_bits, config.act_bits, method.images
     if minutes is not None and iterations is not None:
         raise BadInput("give minutes or iterations, not both")
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
@@ -97,8 +186,9 @@ def quantize_model(
     check_savable(model, network=False)
     check_weights(model.denoiser, model.name)
     out, began = Path(out), time.perf_counter()
-    asked = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}
-    setting = model.setting(**asked)  # type: ignore[arg-type]
+    settings = model.resolve(sampling).settings()
+    precision = settings.pop("precision")
+    setting = {**settings, "runtime": precision}  # the name of the field in run.json and in cards
     run = {
         "schema": 1,
         "method": format_spec(method),
@@ -110,18 +200,18 @@ def quantize_model(
     if known is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}
     check_writable(out / RUN)
-    calls = model.calls(images, method.seed, **asked)
+    calls = model.calls(images, method.seed, sampling)
     work = method.work(model.denoiser, calls)
     if known is None:
         known = {**run, "iterations": allocated(method, work, minutes, began)}
         write_file(out / RUN, (json.dumps(known, indent=2) + "\n").encode())
     with watched() as tick:
-        book = SavedBlocks(iterations_of(known), out / BLOCKS, say, tick)
+        book = SavedBlocks(iterations_of(known), out / BLOCKS, log, tick)
         try:
             denoiser = method.finished(work, book)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"stopped with {book.done} blocks done; the same command goes on") from stop
-    held = model.calls(HELD_OUT, method.seed + images, **asked)
+    held = model.calls(HELD_OUT, method.seed + images, sampling)
     record = {
         "method": format_spec(method),
         "model": model.name,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch import Tensor
 from ..errors import BadInput, check_int
 from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
-from ..performance.autotune import parse_runtime
 from ..pick import format_spec, pick
+from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import Tick, no_progress
 from ..storage.atomic import digest, refuse_other_model
 from ..storage.model_folder import check_savable
@@ -30,32 +30,46 @@ from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
 from ..utils.random import LARGEST_SEED
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @holds_lock("out")
 def tune_model(
     model: Model,
     out: str | Path,
     method: str = "optimized_steps",
-    sampler: Any = None,
-    times: Any = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
+    sampling: SamplingConfig | None = None,
+    *,
     data: str | Path | None = None,
     n: int | None = None,
     seed: int = 1_000_000,
-    runtime: str = "fp32",
     command: str = "",
+    **options: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
     """Tune a model with one method of `hasten.tuning` and save it in `out`; a plan becomes the recommended one.
 
     `model` itself stays as it is: what is saved is a copy of its description, with the same network.
+    `out/sampling.toml` is the `SamplingConfig` that samples with what was found.
 
-    method: as `pick` spells it. data: what `open_data` reads. n: samples to calibrate on (None: the method's own
-    number). seed: of calibration sample 0. The other arguments are those of `Model.sample`: what is to be improved.
+    Args:
+        method: as `pick` spells it.
+        sampling: what is to be improved; None: what the model recommends. options: fields of it.
+        data: what `open_data` reads. n: samples to calibrate on; None: the method's own number.
+        seed: of calibration sample 0. command: for the model's card.
 
-    Returns a dict: folder, method, plan (its name), statistics and parts (their names), figures, seconds.
-    Raises BadInput before anything has run where something cannot be, and keeps what `out` holds until all is done.
+    Returns:
+        A dict: folder, method, plan (its name), statistics and parts (their names), figures, seconds.
+
+    Raises:
+        BadInput: before anything is computed, for what cannot be. What `out` holds is kept until all is done.
     """
+    config = SamplingConfig.of(sampling, options)
+    sampler, times, steps, guidance_scale = config.sampler, config.times, config.steps, config.guidance_scale
+    runtime = config.precision or "fp32"
+    for field in ("guides", "start", "plan", "accelerators"):
+        if getattr(config, field):
+            raise BadInput(f"tuning improves a sampler with its times under guidance: leave {field} out")
     tuner = pick("tuning", method)
     if getattr(tuner, "needs_data", False) and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
@@ -73,20 +87,27 @@ def tune_model(
     sampler, times = (
         own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
     )
-    way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
+    count = model.steps if steps is None and isinstance(times, str) else steps
+    resolved = model.resolve(sampler=sampler, times=times, steps=count, guidance_scale=scale, precision=runtime)
     identity = digest(
         fingerprint(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
         None if data is None else listing(Path(data)),
     )  # fmt: skip
     refuse_other_model(out, model, identity)
     task = Task(
-        denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
-        images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
-    )  # fmt: skip
-    machine = parse_runtime(model.runtime_for(runtime, 64), model.device.type)
+        denoiser=resolved.denoiser,
+        sampler=resolved.sampler,
+        times=resolved.times,
+        shape=model.shape,
+        labels=model.labels,
+        images=None if data is None else real(model, data),
+        seed=seed,
+        n=n,
+        identity=fingerprint(model),
+    )
     began = time.perf_counter()
-    with watched() as task.tick, machine.apply():
-        machine.prepare(model.denoiser)
+    with watched() as task.tick, resolved.runtime.apply():
+        resolved.runtime.prepare(model.denoiser)
         found = tuner.tune(task)
     seconds = time.perf_counter() - began
     for what in ("figures", "statistics"):
@@ -107,6 +128,8 @@ def tune_model(
     }
     model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
     model.save(out, half=is_half(model))
+    if name is not None:
+        SamplingConfig(plan=name, guidance_scale=scale, precision=config.precision).save(out / "sampling.toml")
     return {"folder": str(out), **record, "seconds": seconds}
 
 

@@ -125,11 +125,11 @@ def test_training_and_distilling_leave_the_numbers_outside(tmp_path: Path) -> No
     np.save(data, (np.arange(40 * 64) % 251).astype(np.uint8).reshape(40, 8, 8))
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    setting: dict[str, Any] = {"steps": 1, "widths": (16, 16), "patch": 1, "batch_size": 4, "runtime": "fp32"}
+    setting: dict[str, Any] = {"steps": 1, "widths": (16, 16), "patch": 1, "batch_size": 4, "precision": "fp32"}
     train_model(data, tmp_path / "model", **setting)
     assert torch.equal(before, torch.get_rng_state())
     hasten.distill_model(
         hasten.load(tmp_path / "model"), tmp_path / "student", "consistency:steps=1", data=data, batch_size=4, minutes=0.01,
-        runtime="fp32",
+        precision="fp32",
     )  # fmt: skip
     assert torch.equal(before, torch.get_rng_state())

@@ -206,7 +206,7 @@ def test_a_saved_encoder_is_a_model(tmp_path: Path) -> None:
     teacher = Model(Denoiser(net, VPCosine(offset=0.0), V()), "tiny", (1, 4, 4), ("a", "b"), guidance_scale=2.0)
     np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(0, 255, (16, 4, 4), dtype=np.uint8), labels=np.arange(16) % 2)  # fmt: skip
     out = tmp_path / "run"
-    told = distill_model(teacher, out, "encoder:steps=(4,2)", tmp_path / "data.npz", steps=4, batch_size=8, show=False, runtime="fp32")  # fmt: skip
+    told = distill_model(teacher, out, "encoder:steps=(4,2)", tmp_path / "data.npz", steps=4, batch_size=8, show=False, precision="fp32")  # fmt: skip
     assert [s["name"] for s in told["stages"]] == ["encode4", "encode2"] and not list(out.glob("*.png"))
     assert told["stages"][0]["evaluations"] == pytest.approx(8 * (2 * 2 + 3), rel=0.1)
     for folder, steps in ((out, 2), (out / "encode4", 4)):

@@ -29,7 +29,7 @@ from hasten.metrics.frechet import frechet_distance
 from hasten.metrics.inception_score import class_accuracy, inception_score
 from hasten.metrics.kid import kid, polynomial_mmd2
 from hasten.metrics.precision_recall import manifold
-from hasten.workflows.sample import evaluate_distributed
+from hasten.workflows.evaluate import evaluate_distributed
 
 
 def test_features_beyond_half_precision_are_kept(tmp_path: Path) -> None:

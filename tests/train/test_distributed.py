@@ -84,7 +84,7 @@ def trained(out: Path, accumulate: int, ends: int = STEPS, shard: bool = False) 
 def distilled(out: Path, accumulate: int, method: str, steps: int, shard: bool = False) -> None:
     np.savez(out.parent / f"{out.name}.npz", images=data().images(range(20)).numpy()[:, 0], labels=np.arange(20) % 2)
     distill_model(
-        teacher(), out, method, data=out.parent / f"{out.name}.npz", steps=steps, batch_size=8, runtime="fp32",
+        teacher(), out, method, data=out.parent / f"{out.name}.npz", steps=steps, batch_size=8, precision="fp32",
         show=False, accumulate=accumulate, shard=shard,
     )  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_a_disturbed_training_says_one_line_and_goes_on(tmp_path: Path, number: 
     np.save(tmp_path / "images.npy", data().images(range(20)).numpy()[:, 0])
     out = tmp_path / "run"
     asked = ["train", str(tmp_path / "images.npy"), "--out", str(out), "--widths", "8", "--batch-size", "8",
-             "--runtime", "fp32", "--device", "cpu", "--steps"]  # fmt: skip
+             "--precision", "fp32", "--device", "cpu", "--steps"]  # fmt: skip
     with torchrun(2, *asked, "1000000") as process:
         until(lambda: (out / "log.jsonl").exists() or process.poll() is not None)
         os.kill(process.pid if victim is None else children(process.pid)[victim], number)

@@ -59,8 +59,8 @@ CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"flip": True}, "flip false, this one has true"),
     ({"seed": 1}, "seed 0, this one has 1"),
     ({"batch_size": 6}, "batch_size 4, this one has 6"),
-    ({"runtime": "bf16"}, "precision fp32, this one has bf16"),
-    ({"runtime": "fp32+high"}, "precision fp32, this one has fp32.high"),
+    ({"precision": "bf16"}, "precision fp32, this one has bf16"),
+    ({"precision": "fp32+high"}, "precision fp32, this one has fp32.high"),
     ({"widths": (16,)}, "network.widths"),
 )
 
@@ -80,9 +80,9 @@ def test_a_run_of_anything_else_is_refused_finished_or_not(tmp_path: Path, steps
 
 def test_auto_takes_the_number_format_of_the_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.workflows.train.autotune", lambda *_: hasten.performance.autotune.parse_runtime("bf16"))
-    trained(tmp_path, runtime="fp32")
-    assert trained(tmp_path, runtime="auto", steps=3).card["precision"] == "fp32"
-    assert trained(tmp_path / "other", runtime="auto").card["precision"] == "bf16"
+    trained(tmp_path, precision="fp32")
+    assert trained(tmp_path, precision="auto", steps=3).card["precision"] == "fp32"
+    assert trained(tmp_path / "other", precision="auto").card["precision"] == "bf16"
     assert saved_run(tmp_path / "checkpoint.pt")["precision"] == "fp32"
 
 
