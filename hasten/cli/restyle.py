@@ -71,7 +71,7 @@ def restyle(
     """
     from .. import images as pictures
     from ..errors import check_int
-    from ..files import refuse_inside, reserve, write
+    from ..files import check_writable, refuse_inside, write_file
     from ..tasks.style_transfer import classes, is_encoder
     from ..tasks.style_transfer import restyle as run
 
@@ -80,7 +80,7 @@ def restyle(
     if out.suffix.lower() != ".png":
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r}")
     refuse_inside(out, images, "--out")
-    reserve(out)
+    check_writable(out)
     up = open_model(encoder, device)
     down = up if decoder is None else open_model(decoder, device)
     if is_encoder(down):
@@ -109,7 +109,7 @@ def restyle(
         "command": command_line("restyle", encoder, said),
         "models": f"{up.name} {up.sha256}, {down.name} {down.sha256}", "versions": versions(),
     }  # fmt: skip
-    write(out, pictures.png(pictures.grid(paired(source, made.images), min(n, 16)), text))
+    write_file(out, pictures.encode_png(pictures.make_image_grid(paired(source, made.images), min(n, 16)), text))
     result = {
         "file": str(out),
         **{key: str(value) if isinstance(value, Path) else value for key, value in said.items()},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BadInput
-from ..files import read_json_lines, reserve, write
+from ..files import check_writable, read_json_lines, write_file
 
 if TYPE_CHECKING:
     pass
@@ -33,7 +33,7 @@ class Store:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out, self.path = out, reserve(out / "results.jsonl")
+        self.out, self.path = out, check_writable(out / "results.jsonl")
         self.rows: dict[str, dict[str, Any]] = {}
         found = read_json_lines(self.path)  # a line that was cut is left out, and its row is made again
         text = self.path.read_bytes().strip(b"\0 \r\n\t") if self.path.is_file() else b""
@@ -47,7 +47,7 @@ class Store:
     def put(self, *rows: dict[str, Any]) -> None:
         """Add or replace rows on disk."""
         self.rows |= {row["key"]: row for row in rows}
-        write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode())
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode())
 
     def timing(self, machine: dict[str, Any], keys: Iterable[str]) -> dict[str, Any] | None:
         """What `put_timing` wrote, if it holds for this machine and has all rows."""
@@ -59,13 +59,13 @@ class Store:
 
     def put_timing(self, machine: dict[str, Any], rows: dict[str, Any]) -> None:
         """Keep the seconds and counts of one interleaved run."""
-        write(self.out / "timing.json", json.dumps({"machine": machine, "rows": rows}).encode())
+        write_file(self.out / "timing.json", json.dumps({"machine": machine, "rows": rows}).encode())
 
     def keep(self, name: str, images: np.ndarray) -> None:
         """Keep an array beside the rows."""
         stream = io.BytesIO()
         np.save(stream, images)
-        write(reserve(self.out / "samples" / f"{name}.npy"), stream.getvalue())
+        write_file(check_writable(self.out / "samples" / f"{name}.npy"), stream.getvalue())
 
     def images(self, name: str) -> np.ndarray | None:
         """What `keep` wrote, or None if it is not there."""

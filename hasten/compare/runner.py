@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, check_int
-from ..files import writes
+from ..files import holds_lock
 from ..images import to_uint8
 from ..loading import load
 from ..metrics import Reference, net_name, without_neighbours
@@ -313,7 +313,7 @@ class Run:
         return rows
 
 
-@writes("out")
+@holds_lock("out")
 def compare(
     model: str | Path | Model,
     variants: str | Path | None = None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, nearest
-from ..files import write_whole
+from ..files import write_atomic
 from ..utils.environment import cache_folder
 from .device import processor
 from .runtime import Runtime, probe
@@ -80,4 +80,4 @@ def note(file: Path, known: dict[str, str]) -> None:
     """Write the notes down; a machine where that cannot be done probes again next time."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(known, indent=1))
+        write_atomic(file, json.dumps(known, indent=1))

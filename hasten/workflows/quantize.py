@@ -24,7 +24,7 @@ from ..accelerators._quantization.session import (
 )
 from ..accelerators.quantize import Quantize
 from ..errors import BadInput
-from ..files import reserve, write, writes
+from ..files import check_writable, holds_lock, write_file
 from ..model.model import Model
 from ..pick import format_spec
 from ..plan.config import SamplingConfig, SamplingOptions
@@ -144,7 +144,7 @@ class QuantizeOptions(SamplingOptions, total=False):
     seed: int | None
 
 
-@writes("out")
+@holds_lock("out")
 def quantize_model(
     model: Model,
     out: str | Path,
@@ -199,12 +199,12 @@ def quantize_model(
     known = unfinished_run(out / RUN, run, iterations_of)
     if known is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}
-    reserve(out / RUN)
+    check_writable(out / RUN)
     calls = model.calls(images, method.seed, sampling)
     work = method.work(model.denoiser, calls)
     if known is None:
         known = {**run, "iterations": allocated(method, work, minutes, began)}
-        write(out / RUN, (json.dumps(known, indent=2) + "\n").encode())
+        write_file(out / RUN, (json.dumps(known, indent=2) + "\n").encode())
     with tuning_progress() as tick:
         book = SavedBlocks(iterations_of(known), out / BLOCKS, log, tick)
         try:
@@ -262,7 +262,7 @@ class SavedBlocks(SessionProgress):
         self.fresh += 1
         tensors = {key: value.detach().cpu().contiguous() for key, value in learned[0].items()}
         file = self.file(stage, unit)
-        write(reserve(file), save(tensors, {"figures": json.dumps(learned[1]), "unit": unit}))
+        write_file(check_writable(file), save(tensors, {"figures": json.dumps(learned[1]), "unit": unit}))
 
     def inside(self, stage: str, unit: str, done: int, of: int, loss: float) -> None:
         self.bar(f"{stage} of {unit}", done, of, loss)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser, _clean
+from ...denoiser import Denoiser, to_x0
 from ...errors import BadInput
 from ...schedules.base import Schedule
 from .keys import amount, checked, shortest
@@ -47,7 +47,7 @@ def search(
         x, t, cond = calls[j]
         c_in, c_skip, c_out, clock = denoiser._coefficients(t, x)
         kept, raw = run(*denoiser._inputs(x, c_in, clock), cond, kept)
-        return kept, _clean(x, raw.to(x.dtype), c_skip, c_out)
+        return kept, to_x0(x, raw.to(x.dtype), c_skip, c_out)
 
     cost = costs(count, times, denoiser.schedule, answer, lambda kept, j: answer(j, kept)[1])
     return shortest(cost, count)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...denoiser import Denoiser, Wrapper, _clean
+from ...denoiser import Denoiser, Wrapper, to_x0
 from ...errors import BadInput
 from .seams import drawn, same, tiled
 
@@ -59,7 +59,7 @@ class Keyed(Wrapper):
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """x0 (B, *S). Raises BadInput for a time that is not the one of this query."""
         raw, (_, c_skip, c_out, _) = self._answer(x_t, t, cond, need_x0=True)
-        return _clean(x_t, raw, c_skip, c_out)
+        return to_x0(x_t, raw, c_skip, c_out)
 
     def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The network's own output (B, *S); a query like any other."""
