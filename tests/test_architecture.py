@@ -44,10 +44,9 @@ ROOT_MODULES = 18
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Consistency EDM Flow NoiseLevel Traced _known
-    _low_rank _wide accelerate begin build_network check
-    clock distance drawn export grid normalize_name
-    peak_memory resolve search spread trace write
+    Consistency EDM Flow NoiseLevel _wide accelerate
+    build_network check clock distance export grid
+    normalize_name peak_memory raw_output resolve write
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

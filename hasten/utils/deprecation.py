@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["forward"]
+__all__ = ["forward", "renamed"]
 
 
 def forward(old: str, new: str | Mapping[str, str]) -> Callable[[str], Any]:
@@ -33,3 +33,20 @@ def forward(old: str, new: str | Mapping[str, str]) -> Callable[[str], Any]:
         return value
 
     return getattr_forwarded
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` that looks renamed attributes up under their new names.
+
+    Args:
+        module: its name.
+        names: the new name of each old one.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {names[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(module), names[name])
+
+    return find
