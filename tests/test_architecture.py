@@ -48,7 +48,7 @@ TWICE = set(
     EDM Flow Guided
     Kept Moments Nodes
     NoiseLevel Part Rows
-    Run SecondMoment Simulated
+    SecondMoment Simulated
     Stage Task Traced
     UNet Way Work
     _Callable _Conv _check

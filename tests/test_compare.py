@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.compare import compare, variants
+from hasten.compare import compare, comparison, jobs, variants
 from hasten.compare import runner as engine
-from hasten.compare.runner import as_fast, counting
+from hasten.compare.counting import counting
+from hasten.compare.jobs import as_fast
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference
@@ -91,10 +92,10 @@ def chosen(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`compare` of the tiny model on the small set, in the folder `out`; pages are written only where `page` asks."""
-    write = engine.report.write
+    write = comparison.report.write
 
     def start(model: Model | None = None, page: bool = False, **others: Any) -> list[dict[str, Any]]:
-        monkeypatch.setattr(engine.report, "write", write if page else lambda out, *_: out / "report.html")
+        monkeypatch.setattr(comparison.report, "write", write if page else lambda out, *_: out / "report.html")
         told: dict[str, Any] = {"reference": real(), "features": Corner(), "runtime": "fp32", "timing_batch": 3}
         told |= {"out": tmp_path / "out", "show": False, "variants": chosen, **others}
         return compare(tiny() if model is None else model, **told)
@@ -156,9 +157,9 @@ def test_lists_are_a_product_and_the_rest_is_the_references() -> None:
 def test_the_bundled_sets_can_be_run(name: str) -> None:
     assert name in variants.names()
     chosen = variants.read(name, "angle", 1.5)
-    engine.prepare(tiny(), chosen)
+    jobs.prepare(tiny(), chosen)
     assert (chosen.reference.times, chosen.reference.guidance_scale) == ("angle", 1.5)
-    engine.prepare(tiny(classes=None), variants.read(name))
+    jobs.prepare(tiny(classes=None), variants.read(name))
 
 
 # What a row holds
@@ -254,8 +255,10 @@ def test_an_unconditional_model(run: Any, tmp_path: Path) -> None:
 def test_a_second_run_keeps_what_is_finished(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     first = run()
     calls: list[str] = []
-    sample = engine.Run.sample
-    monkeypatch.setattr(engine.Run, "sample", lambda self, job, n: calls.append(job.key) or sample(self, job, n))
+    sample = comparison.Comparison.sample
+    monkeypatch.setattr(
+        comparison.Comparison, "sample", lambda self, job, n: calls.append(job.key) or sample(self, job, n)
+    )
     assert run() == first
     assert calls == []
     assert "7 of 7 rows are finished" in capsys.readouterr().err
@@ -286,20 +289,20 @@ def test_a_row_added_later_is_timed_together_with_the_old_ones(run: Any, chosen:
 
 
 def test_ctrl_c_keeps_the_finished_rows(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    judge = engine.Run.judge
+    judge = comparison.Comparison.judge
 
-    def stop(self: engine.Run, job: engine.Job, *others: Any) -> dict[str, Any]:
+    def stop(self: comparison.Comparison, job: jobs.Job, *others: Any) -> dict[str, Any]:
         if job.variant.name == "UniPC":
             raise KeyboardInterrupt
         return judge(self, job, *others)
 
-    monkeypatch.setattr(engine.Run, "judge", stop)
+    monkeypatch.setattr(comparison.Comparison, "judge", stop)
     with pytest.raises(KeyboardInterrupt, match=r"3 of 7 rows are kept in .*out; the same command goes on"):
         run(page=True)
     kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [row["name"] for row in kept] == ["best", "DDIM, 2 steps", "DDIM, 4 steps"]
     assert "3 of 7 rows have finished" in (tmp_path / "out" / "report.html").read_text()
-    monkeypatch.setattr(engine.Run, "judge", judge)
+    monkeypatch.setattr(comparison.Comparison, "judge", judge)
     rows = run(page=True)
     assert len(rows) == 7
     assert [row["frechet"] for row in rows[:3]] == [row["frechet"] for row in kept]
@@ -314,9 +317,9 @@ def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
     code = (
         # a test run in the background is deaf to Ctrl-C, and so would be its children
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from hasten import cli\nfrom hasten.compare import runner as compare\njudge = compare.Run.judge\n"
+        "from hasten import cli\nfrom hasten.compare.comparison import Comparison\njudge = Comparison.judge\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'UniPC': time.sleep(120)\n"
-        "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
+        "    return judge(self, job, *others)\nComparison.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
     words = ["compare", tmp_path / "model", "--variants", chosen, "--out", out, "--runtime", "fp32"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}

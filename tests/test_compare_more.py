@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.cli import main
-from hasten.compare import compare, jobs
+from hasten.compare import compare, comparison, jobs
 from hasten.compare import counting as meter
-from hasten.compare import runner as engine
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.model import Model
@@ -49,7 +48,7 @@ DRAWN = {"test_one_failed_row_is_marked_and_the_others_go_on"}
 def no_page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Pages are drawn only where a test is about them."""
     if request.node.name not in DRAWN:
-        monkeypatch.setattr(engine.report, "write", lambda out, *_: out / "report.html")
+        monkeypatch.setattr(comparison.report, "write", lambda out, *_: out / "report.html")
 
 
 def run(model: Model, folder: Path, text: str, **more: Any) -> dict[str, dict[str, Any]]:
@@ -168,14 +167,14 @@ def test_one_failed_row_is_marked_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_a_row_that_raises_anything_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = engine.Run.sample
+    sample = comparison.Comparison.sample
 
-    def odd(self: engine.Run, job: engine.Job, count: int, block: int = 0) -> Tensor:
+    def odd(self: comparison.Comparison, job: jobs.Job, count: int, block: int = 0) -> Tensor:
         if job.variant.name == "less" and count == 10:
             raise RuntimeError("out of\nmemory")
         return sample(self, job, count, block)
 
-    monkeypatch.setattr(engine.Run, "sample", odd)
+    monkeypatch.setattr(comparison.Comparison, "sample", odd)
     assert run(tiny(), tmp_path, SMALL.format(1.0))["less"]["failed"] == "RuntimeError: out of memory"
 
 
@@ -279,9 +278,9 @@ def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
     tiny().save(tmp_path / "m")
     (tmp_path / "set.toml").write_text(SMALL.format(1.0))
     code = (
-        "import sys, time\nfrom hasten import cli\nfrom hasten.compare import runner as compare\njudge = compare.Run.judge\n"
+        "import sys, time\nfrom hasten import cli\nfrom hasten.compare.comparison import Comparison\njudge = Comparison.judge\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'less': print('now', flush=True); time.sleep(100)\n"
-        "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
+        "    return judge(self, job, *others)\nComparison.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
     words = [
         "compare",

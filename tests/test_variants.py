@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from hasten.compare import runner as engine
-from hasten.compare import variants
+from hasten.compare import comparison, variants
 from hasten.errors import BadInput
 
 from .test_compare import SET, Corner, chosen, run, tiny
@@ -47,7 +46,7 @@ def test_a_bad_set_is_one_line_before_anything_runs(
 ) -> None:
     assert old in SET
     chosen.write_text(SET.replace(old, new, 1))
-    monkeypatch.setattr(engine.Run, "sample", lambda *a: pytest.fail("something was sampled"))
+    monkeypatch.setattr(comparison.Comparison, "sample", lambda *a: pytest.fail("something was sampled"))
     with pytest.raises(BadInput, match=said) as error:
         run()
     assert "\n" not in str(error.value)
