@@ -48,7 +48,7 @@ DRAWN = {"test_one_failed_row_is_marked_and_the_others_go_on"}
 def no_page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Pages are drawn only where a test is about them."""
     if request.node.name not in DRAWN:
-        monkeypatch.setattr(comparison.report, "write", lambda out, *_: out / "report.html")
+        monkeypatch.setattr(comparison.report, "write_report", lambda out, *_: out / "report.html")
 
 
 def run(model: Model, folder: Path, text: str, **more: Any) -> dict[str, dict[str, Any]]:
@@ -247,7 +247,7 @@ def test_evaluate_repeats() -> None:
 
 
 def test_runs_that_share_some_seeds_are_warned_of(tmp_path: Path, capsys: Any) -> None:
-    assert [jobs.partly_shared((0, 9), other) for other in ((0, 9), (10, 19), (9, 18), (0, 4), (-5, 20))] == [
+    assert [jobs.partially_overlap((0, 9), other) for other in ((0, 9), (10, 19), (9, 18), (0, 4), (-5, 20))] == [
         False, False, True, True, True]  # fmt: skip
     run(tiny(), tmp_path, SMALL.format(1.0))
     run(tiny(), tmp_path, SMALL.format(1.0), seed=10)
@@ -278,9 +278,9 @@ def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
     tiny().save(tmp_path / "m")
     (tmp_path / "set.toml").write_text(SMALL.format(1.0))
     code = (
-        "import sys, time\nfrom hasten import cli\nfrom hasten.compare.comparison import Comparison\njudge = Comparison.judge\n"
+        "import sys, time\nfrom hasten import cli\nfrom hasten.compare.comparison import Comparison\nevaluate = Comparison.evaluate_row\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'less': print('now', flush=True); time.sleep(100)\n"
-        "    return judge(self, job, *others)\nComparison.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
+        "    return evaluate(self, job, *others)\nComparison.evaluate_row = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
     words = [
         "compare",
@@ -301,5 +301,5 @@ def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130 and "1 of 2 rows are kept in" in errors.splitlines()[-1], errors
+    assert process.returncode == 130 and "1 of 2 rows are saved in" in errors.splitlines()[-1], errors
     assert "1 of 2 rows have finished" in (tmp_path / "out" / "report.html").read_text()

@@ -72,7 +72,7 @@ def evaluate(
     Returns:
         The settings, and under `measures` each figure with its features, reference, count, floor and interval.
     """
-    from ..compare.jobs import given_prompts, image_shape
+    from ..compare.jobs import check_prompts, image_shape
     from ..errors import check_int
     from ..metrics import without_neighbours
     from ..workflows.reference_images import judge
@@ -86,7 +86,7 @@ def evaluate(
     loaded = open_shared(model, ranks)
     if loaded.conditioning is not None and texts is None and isinstance(label, str):
         texts = [label]  # as for sample, whose label is the prompt
-    chosen: Any = given_prompts(loaded, texts, "the command") or label_list(loaded, label)
+    chosen: Any = check_prompts(loaded, texts, "the command") or label_list(loaded, label)
     asked = reference or loaded.card.get("reference")
     if asked is None:
         raise BadInput(f"{loaded.name} names no reference: give --reference, such as a folder of real images")

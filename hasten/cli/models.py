@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ._processes import alone
-from .terminal import plain, tell
+from .terminal import format_value, tell
 
 
 @alone
@@ -72,8 +72,10 @@ def show(
     result = {"model": description, "plan": None if compiled is None else jsonlib.loads(compiled.to_json())}
     parameters = sum(p.numel() for p in loaded.denoiser.parameters())
     lines = [f"{loaded.name}: {parameters / 1e6:.2f} M parameters, images {' x '.join(map(str, loaded.shape))}"]
-    lines += [f"  {key}: {plain(value)}" for key, value in description.items() if key not in ("name", "shape", "card")]
-    lines += [f"  {key}: {plain(value)}" for key, value in loaded.card.items()]
+    lines += [
+        f"  {key}: {format_value(value)}" for key, value in description.items() if key not in ("name", "shape", "card")
+    ]
+    lines += [f"  {key}: {format_value(value)}" for key, value in loaded.card.items()]
     lines += ["", compiled.table() if compiled else "a sampler that looks at the images has no table"]
     tell(result, "\n".join(lines), json)
     return result

@@ -21,7 +21,7 @@ def finite(value: object) -> object:
     return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def plain(value: object) -> str:
+def format_value(value: object) -> str:
     """A JSON value on one line, strings without their quotes, long ones cut."""
     text = value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,9 +1,9 @@
-"""Compare ways of sampling one model: what each costs and what quality is left, from the same seeds, in one run."""
+"""Compare methods of sampling one model, from the same seeds in one run: what each costs, and its quality."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import __version__
 from ..distributed.ranks import ProcessLost, Ranks
-from ..errors import check_int
+from ..errors import BadInput, check_int
 from ..files import writes
 from ..loading import load
 from ..metrics import Reference, net_name, without_neighbours
@@ -22,13 +22,20 @@ from ..progress import Progress
 from ..storage.provenance import command_line, fingerprint, hash_of, now
 from ..workflows.reference_images import judge as judged_by
 from . import jobs as tools
+from .budget import TimeBudget, preserve_threads, set_faster_threads
+from .budgeted import BudgetedComparison
 from .comparison import Comparison
 from .jobs import prepare
-from .results import SCHEMA, Store
-from .variants import read
+from .results import SCHEMA, ResultStore
+from .variants import load_variants
+
+MINIMUM = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
+# The part of the protocol that is in the key of a row.
+KEY_SETTINGS = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
 
 
 @writes("out")
+@preserve_threads
 def compare(
     model: str | Path | Model,
     variants: str | Path | None = None,
@@ -46,50 +53,70 @@ def compare(
     ranks: Ranks | None = None,
     prompts: Sequence[str] | str | None = None,
     repeats: int = 1,
+    minutes: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Run every variant from the same seeds; write `results.jsonl`, `report.html`, `front.png`, `grid.png` into `out`.
+    """Sample every variant from the same seeds; write `results.jsonl`, `report.html`, `front.png`, `grid.png`.
 
-    model: a Model, or what `load` takes. variants: a bundled set ("demo", "full") or a TOML file, see
-    `hasten.compare.variants`.
-    n: images a row, in batches of `batch_size` (default: the set's own). seed: of image 0; image k has `seed + k`.
-    rounds, timing_batch: a timing round samples one batch with each variant in turn.
-    runtime: as `Model.sample` takes it. reference: statistics of real images, or a folder, zip or array of images, of
-    which they are made once (default: those that the model names; without any, quality is not measured).
-    features: the network behind them, needed for images (default: the reference's own).
-    show: print the table on stdout. command: for the record (default: the one that says the same).
-    ranks: `Ranks.start(device)`, where several processes call this together: they share the images of a row, and the
-    first one times the rows, writes and shows (default: this process alone).
-    prompts: of a model that takes them; image k gets number `k % len` (default: those of the set).
-    repeats: blocks of n seeds, one after the other: figures are then means, with the deviation of one block.
+    A second run with the same folder reuses the rows whose key is the same. Ctrl-C leaves the finished rows and their
+    report, and is raised again.
 
-    Returns the rows, a dict a variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and high),
-    peak_memory (bytes), frechet (with low and high), kid, precision, recall, coverage, accuracy, psnr, rms, protocol;
-    of a row that could not be measured `failed`, the reason, and no figures. With repeats `deviation`, `blocks`.
-    Run again with the same folder, it keeps the rows whose key is the same. Ctrl-C keeps the finished rows and writes
-    their report before it goes on to the caller. Raises BadInput for a set, model or folder that cannot be used,
-    before anything has run.
+    Args:
+        model: A Model, or what `load` takes.
+        variants: A bundled set ("demo", "full", ...) or a TOML file, see docs/variants.md.
+        n: Images per row, at least 10. Default: the set's own. With `minutes`, the maximum.
+        out: The folder to write.
+        seed: The seed of image 0; image k has `seed + k`.
+        rounds: Timing rounds; each samples one batch with every row in turn.
+        batch_size: Images per batch.
+        timing_batch: Images per timed batch.
+        runtime: Number format, as `Model.sample` takes it.
+        reference: Statistics of real images, or a folder, zip or array of images, of which they are computed once.
+            Default: those that the model names; without any, quality is not measured.
+        features: The feature network, needed for a reference of images. Default: the reference's own.
+        show: Print the table on stdout.
+        command: The command line for the record. Default: the one that runs the same comparison.
+        ranks: `Ranks.start(device)`, where several processes call this together: they share the images of a row, and
+            the main one times the rows and writes the results. Default: this process alone.
+        prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: those of the set.
+        repeats: Disjoint blocks of n seeds: figures are then means, with the deviation of one block.
+        minutes: Time budget in minutes of wall time. The number of images per row is then chosen by the measured
+            speed, from 64 to `n`, and is the same in every row; rows are timed while they are sampled, in turns. Where
+            not all rows can have 64 images, the last ones of the set are skipped, for a second run to measure.
+
+    Returns:
+        The rows, a dict for each variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and
+        high), peak_memory (bytes), frechet (with low and high), kid, precision, recall, coverage, accuracy, psnr, rms,
+        protocol. A row that could not be measured has `failed`, the reason. With repeats, `deviation` and `blocks`.
+
+    Raises:
+        BadInput: for a set, model or folder that cannot be used, before any row has run.
     """
+    budget = None if minutes is None else TimeBudget(60 * minutes)
     ranks = Ranks(torch.device("cpu")) if ranks is None else ranks
+    if budget is not None:
+        set_faster_threads()
     model = model if isinstance(model, Model) else load(model)
-    chosen = read(variants, model.times, model.guidance_scale)
+    chosen = load_variants(variants, model.times, model.guidance_scale)
     n, rounds = chosen.n if n is None else n, chosen.rounds if rounds is None else rounds
-    least = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
-    for name, value in zip(least, (n, rounds, timing_batch, batch_size, seed, repeats), strict=True):
-        check_int(name, value, least[name])
-    label = tools.given_prompts(model, chosen.prompts if prompts is None else prompts, chosen.source)
+    for name, value in zip(MINIMUM, (n, rounds, timing_batch, batch_size, seed, repeats), strict=True):
+        check_int(name, value, MINIMUM[name])
+    if budget is not None and (ranks.world > 1 or repeats > 1):
+        raise BadInput("minutes is for one process and one block of seeds: give n in its place")
+    label = tools.check_prompts(model, chosen.prompts if prompts is None else prompts, chosen.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
         chosen = chosen.without_guidance_below_one()
     rows = prepare(model, chosen, ranks, label)
     progress = Progress(0, ranks.is_main_process)
     shape = tools.image_shape(model)
-    asked = reference or (model.card.get("reference") if tools.is_image(shape) else None)
-    known, net = judged_by(asked, features, shape, model.device, ranks, progress.say)
+    real = reference or (model.card.get("reference") if tools.is_image(shape) else None)
+    known, net = judged_by(real, features, shape, model.device, ranks, progress.say)
     runtime = ranks.on_main_process(functools.partial(model.runtime_for, runtime, min(n, batch_size)))
-    store, weights = Store(Path(out)) if ranks.is_main_process else None, fingerprint(model)
-    protocol = {
+    store = ResultStore(Path(out)) if ranks.is_main_process else None
+    options = {"variants": variants, "n": n, "seed": seed, "minutes": minutes, "out": out}
+    protocol: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model.name,
-        "model_hash": weights,
+        "model_hash": fingerprint(model),
         "set": chosen.source,
         "n": n,
         "seeds": [seed, seed + n * repeats - 1],
@@ -109,24 +136,30 @@ def compare(
         "torch": torch.__version__,
         "hasten": __version__,
         "date": now(),
-        "command": command
-        or command_line("compare", model.name, {"variants": variants, "n": n, "seed": seed, "out": out}),
+        "command": command or command_line("compare", model.name, options),
     }
-    told = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
-    settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
-    settings |= {"statistics": None if known is None else hash_of(known.mean, known.covariance, known.sample)}
     if label is not None:
-        protocol["prompts"] = settings["prompts"] = label
-    run = Comparison(model, tools.keyed(rows, settings, ranks), store, protocol, known, net, Path(out), ranks, label)
-    few = None if known is None else without_neighbours(n, known)
-    for line in [few] * (few is not None) + ([] if store is None else tools.overlaps(store, protocol["seeds"])):
-        progress.say(str(line))
+        protocol["prompts"] = label
+
+    def create_jobs(protocol: Mapping[str, Any]) -> list[tools.Job]:
+        """The rows with their keys, which depend on the number of images."""
+        statistics = None if known is None else hash_of(known.mean, known.covariance, known.sample)
+        settings = {"against": chosen.reference.method, **{key: protocol[key] for key in KEY_SETTINGS}}
+        settings |= {"statistics": statistics} | ({} if label is None else {"prompts": label})
+        return tools.create_jobs(rows, settings, ranks)
+
+    state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label)
+    run = Comparison(*state) if budget is None else BudgetedComparison(*state, budget, create_jobs)
+    warnings = [] if known is None or budget is not None else [without_neighbours(n, known)]
+    warnings += [] if store is None else tools.seed_overlap_warnings(store, protocol["seeds"])
+    for line in filter(None, warnings):
+        progress.say(line)
     try:
-        run.all()
+        run.run()
     except (KeyboardInterrupt, ProcessLost) as e:
         if not ranks.is_main_process:
             raise
-        what = "stopped" if isinstance(e, KeyboardInterrupt) else str(e).partition(";")[0]
-        kept = f"{len(run.finish(show))} of {len(run.jobs)} rows are kept in {out}"
-        raise type(e)(f"{what}: {kept}; the same command goes on from there") from None
-    return ranks.on_main_process(lambda: run.finish(show))
+        reason = "stopped" if isinstance(e, KeyboardInterrupt) else str(e).partition(";")[0]
+        saved = f"{len(run.write_report(show))} of {len(run.jobs)} rows are saved in {out}"
+        raise type(e)(f"{reason}: {saved}; the same command resumes from there") from None
+    return ranks.on_main_process(lambda: run.write_report(show))
