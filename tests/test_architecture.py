@@ -45,8 +45,8 @@ ROOT_MODULES = 18
 TWICE = set(
     """
     Consistency EDM Flow NoiseLevel _wide accelerate
-    build_network check clock distance export grid
-    normalize_name peak_memory raw_output resolve write
+    build_network check clock distance export normalize_name
+    peak_memory raw_output resolve
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

@@ -171,12 +171,12 @@ def test_images_that_cannot_be_are_refused(fashion: Model, images: object, messa
 def test_names_with_brackets_are_shown_as_they_are() -> None:
     from rich.console import Console
 
-    from hasten.compare.report import table
+    from hasten.compare.report import results_table
     from tests.test_report import row
 
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
+        console.print(results_table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
     assert "[red]x[/b] y" in captured.get()
 
 
