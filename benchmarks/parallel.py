@@ -40,7 +40,7 @@ from hasten.accelerators.cfg_parallel import CfgParallel
 from hasten.accelerators.patch_parallel import NORMS, PatchParallel
 from hasten.denoiser import Denoiser
 from hasten.metrics import evaluate_images, feature_net, reference
-from hasten.metrics.difference import difference
+from hasten.metrics.difference import image_difference
 from hasten.nets.unet import UNet
 from hasten.performance.hardware import ParallelLayout
 from hasten.performance.parallel import forecast, measured_device, measured_link, work_of
@@ -179,7 +179,7 @@ def judged(
             distributed.barrier()
         if rank == 0 and alone is not None:
             seen = evaluate_images(made, model.labels(images), features, known, range(images))
-            row = {"way": name, "psnr": difference(made, alone)["psnr"], "frechet": seen["frechet"].value,
+            row = {"way": name, "psnr": image_difference(made, alone)["psnr"], "frechet": seen["frechet"].value,
                    "seconds": time.perf_counter() - begin}  # fmt: skip
             found.append(row)
             print(f"{name:16s} {row['psnr']:9.2f} {row['frechet']:9.4f} {row['seconds']:7.1f}", flush=True)

@@ -74,15 +74,15 @@ class ProgressReporter:
             self.say(f"{self.what}: {share:.0%} of the network evaluations, about {left:.0f} s left")
 
 
-Tick = Callable[[str, int, int, float], None]
+ProgressFn = Callable[[str, int, int, float], None]
 
 
-def ignore(what: str, done: int, total: int, value: float) -> None:
+def no_progress(what: str, done: int, total: int, value: float) -> None:
     """Progress that nobody watches."""
 
 
 @contextlib.contextmanager
-def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def steps_progress(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not show or not is_terminal(sys.stderr):
         yield lambda done: None

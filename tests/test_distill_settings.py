@@ -18,7 +18,7 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.workflows.distill import distill_model, without_images
+from hasten.workflows.distill import distill_model, labels_only
 
 
 class Stop(Exception):
@@ -117,10 +117,10 @@ def test_a_task_is_told_classes_and_codec_and_the_minutes_of_its_stages(
 
 def test_models_that_draw_their_own_images_have_no_null_label_among_their_classes() -> None:
     for null, wanted in ((None, {0, 1, 2}), (0, {1, 2}), (1, {0, 2}), (3, {0, 1, 2})):
-        labels = without_images(tiny(null=null)).labels
+        labels = labels_only(tiny(null=null)).labels
         assert labels is not None and set(labels.tolist()) == wanted
         assert len(set(torch.bincount(labels)[sorted(wanted)].tolist())) == 1, "in equal parts"
-    assert len(set(without_images(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
+    assert len(set(labels_only(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
 
 
 def test_a_run_says_what_becomes_of_half_precision_and_of_divided_batches(

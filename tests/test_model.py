@@ -168,7 +168,7 @@ def test_a_save_that_fails_leaves_nothing(model: Model, tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hasten.storage.model_folder.store", full)
+    monkeypatch.setattr("hasten.storage.model_folder.write_weights", full)
     with pytest.raises(BadInput, match="No space left"):
         model.save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
@@ -194,7 +194,7 @@ def test_weights_of_another_shape(model: Model, tmp_path: Path) -> None:
     weights["conv_in.weight"] = torch.zeros(8, 3, 3, 3)
     save_file(weights, file)
     edit(tmp_path / "a", weights={"file": file.name, "sha256": sha256(file)})
-    with pytest.raises(BadInput, match=r"conv_in.weight has shape \(8, 3, 3, 3\), the network wants \(8, 1, 3, 3\)"):
+    with pytest.raises(BadInput, match=r"conv_in.weight has shape \(8, 3, 3, 3\), the network needs \(8, 1, 3, 3\)"):
         hasten.load(tmp_path / "a")
 
 

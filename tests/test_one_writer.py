@@ -21,9 +21,9 @@ from PIL import Image
 from torch import nn
 
 import hasten
-from hasten.adapters._export import exported
+from hasten.adapters._export import export_network
 from hasten.cli import main
-from hasten.compare.results import Store
+from hasten.compare.results import ResultStore
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.files import locked
@@ -33,7 +33,7 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.storage.provenance import fingerprint, hash_of
+from hasten.storage.provenance import model_hash, tensor_hash
 from hasten.workflows.tune import tune_model
 
 DISTILL = ("--method", "progressive:steps=(4,2)", "--steps", "4", "--batch-size", "4", "--precision", "fp32")
@@ -119,7 +119,7 @@ def test_what_only_looks_does_not_need_the_folder(
     with held(out):
         assert main([*command(place, "distill", out), "--dry-run"]) == 0
         with pytest.raises(BadInput, match="is writing to"):
-            exported(SimpleNamespace(kind="onnx"), hasten.load(place / "tiny"), out, "fp32", 1, 0, print)  # type: ignore[arg-type]
+            export_network(SimpleNamespace(kind="onnx"), hasten.load(place / "tiny"), out, "fp32", 1, 0, print)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verb", ["train", "distill", "tune"])
@@ -168,7 +168,7 @@ def test_an_export_is_not_written_over_another_model(place: Path, tmp_path: Path
     shutil.copytree(place / "tiny", tmp_path / "m")
     kind: Any = SimpleNamespace(kind="onnx")
     with pytest.raises(BadInput, match="holds a model already, and not this export"):
-        exported(kind, hasten.load(place / "tiny"), tmp_path / "m", "fp32", 1, 0, lambda *_: None)
+        export_network(kind, hasten.load(place / "tiny"), tmp_path / "m", "fp32", 1, 0, lambda *_: None)
 
 
 @pytest.mark.parametrize("unfinished", ["checkpoint.pt", "run.json"])
@@ -257,31 +257,31 @@ def test_killed_while_tuning_in_place_the_model_is_whole(place: Path, tmp_path: 
 
 def test_cut_rows_are_left_out_and_rows_of_something_else_refused(tmp_path: Path) -> None:
     rows = [{"key": k, "protocol": {}} for k in "abc"]
-    Store(tmp_path).put(*rows)
+    ResultStore(tmp_path).put(*rows)
     path = tmp_path / "results.jsonl"
     whole = path.read_bytes()
     for tail in (whole[: len(whole) // 2], bytes(40), b"\xff"):
         path.write_bytes(whole + tail)
-        assert list(Store(tmp_path).rows) == ["a", "b", "c"]
+        assert list(ResultStore(tmp_path).rows) == ["a", "b", "c"]
     path.write_bytes(whole[:20])
-    assert not Store(tmp_path).rows
-    Store(tmp_path).put({"key": "d", "protocol": {}})
+    assert not ResultStore(tmp_path).rows
+    ResultStore(tmp_path).put({"key": "d", "protocol": {}})
     assert json.loads(path.read_text())["key"] == "d"
     for text in ("some notes\n", '{"a": 1}\n'):
         path.write_text(text)
         with pytest.raises(BadInput, match=r"results\.jsonl.* rows? "):
-            Store(tmp_path)
+            ResultStore(tmp_path)
 
 
 def test_a_reference_is_known_by_its_figures_and_a_model_by_its_meaning(place: Path) -> None:
     features = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double()
     one, two = (make_reference(f, "same", "all", "net") for f in (features, features + 1))
-    assert hash_of(one.mean, one.covariance, one.sample) != hash_of(two.mean, two.covariance, two.sample)
+    assert tensor_hash(one.mean, one.covariance, one.sample) != tensor_hash(two.mean, two.covariance, two.sample)
     model = hasten.load(place / "tiny")
-    same = fingerprint(hasten.load(place / "tiny"))
-    assert fingerprint(model) == same
+    same = model_hash(hasten.load(place / "tiny"))
+    assert model_hash(model) == same
     model.denoiser.null_label = None
-    assert fingerprint(model) != same
+    assert model_hash(model) != same
 
 
 def test_stages_without_the_run_they_belong_to_are_not_taken_up(

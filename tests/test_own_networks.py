@@ -177,7 +177,7 @@ class Local:
 )
 def test_what_cannot_be_opened_again_is_refused(make: Any, message: str | None) -> None:
     before = torch.get_rng_state()
-    why = weights.refusal(make())
+    why = weights.save_refusal(make())
     if message is None:
         assert why is None
     else:
@@ -185,7 +185,7 @@ def test_what_cannot_be_opened_again_is_refused(make: Any, message: str | None) 
             raise BadInput(str(why))
     net = make()
     torch.set_rng_state(before)
-    weights.refusal(net)
+    weights.save_refusal(net)
     assert torch.equal(torch.get_rng_state(), before), "to try its constructor leaves no trace"
 
 
@@ -218,9 +218,9 @@ def test_a_decoder_of_ones_own_is_refused_before_work(tmp_path: Path) -> None:
 
 
 def test_what_an_own_config_says_is_not_taken_for_ours() -> None:
-    from hasten.adapters._export import told_of
+    from hasten.adapters._export import exported_config
 
-    assert "channels" in told_of(UNet(1, widths=(8,))) and told_of(Any1(3, 2)) == {"null_label": 2}
+    assert "channels" in exported_config(UNet(1, widths=(8,))) and exported_config(Any1(3, 2)) == {"null_label": 2}
 
 
 def test_it_is_quantised(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_the_saved_model_is_sampled_like_any_other(
     assert main(["quantize", folder, "--out", folder]) == 1
     assert "holds a model already" in capsys.readouterr().err
     assert main(["quantize", folder, "--out", str(tmp_path / "q"), "--images", "5"]) == 1
-    assert "is a run with method quantize:images=4, asked for quantize:images=5" in capsys.readouterr().err
+    assert "is a run with method quantize:images=4, requested quantize:images=5" in capsys.readouterr().err
     assert main(["quantize", folder, "--out", str(tmp_path / "q"), "--images", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["error"] == card["error"]  # done before: told again
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser, Wrapper
-from ..distributed.groups import ProcessGroup, check_same, gather, process_rank, team
+from ..distributed.groups import ProcessGroup, all_gather, check_same_noise, process_group, process_rank
 from ..errors import BadInput
 from . import HALVE, Accelerator, SamplingContext
 
@@ -52,7 +52,7 @@ class CfgParallel(Accelerator):
             fits = "an even number of processes" if divided else "2 processes, or 2 n with patch_parallel"
             raise BadInput(f"cfg_parallel takes {fits}, found {world}")
         n = world // 2
-        return Halved(denoiser, team([(k, k + n) for k in range(n)]))
+        return Halved(denoiser, process_group([(k, k + n) for k in range(n)]))
 
 
 class Halved(Wrapper):
@@ -96,7 +96,7 @@ class Halved(Wrapper):
         if x_t.requires_grad and torch.is_grad_enabled():
             raise BadInput("cfg_parallel has no gradient: do not use guides that need one")
         if not self._checked:
-            check_same(self.pair, x_t, "cfg_parallel")
+            check_same_noise(self.pair, x_t, "cfg_parallel")
             self._checked = True
         B = len(x_t)
         half = -(-B // 2)
@@ -105,14 +105,14 @@ class Halved(Wrapper):
         def own(value: Any) -> Any:
             return value[mine] if isinstance(value, Tensor) and value.ndim and len(value) == B else value
 
-        side_inputs = getattr(getattr(self.denoiser, "net", None), "beside", None)
+        side_inputs = getattr(getattr(self.denoiser, "net", None), "side_inputs", None)
         more = {} if side_inputs is None else {key: own(value) for key, value in side_inputs.conditions.items()}
         side_context: AbstractContextManager[Any] = nullcontext()
         if side_inputs is not None and more:
-            side_context = side_inputs.given(more)
+            side_context = side_inputs.using(more)
         with torch.no_grad(), side_context:
             output = evaluate(own(x_t), own(t), **{key: own(value) for key, value in cond.items()}).contiguous()
         both = output.new_empty((2 * half, *output.shape[1:]))
-        gather(both.view(-1), output.view(-1), self.pair.group)
+        all_gather(both.view(-1), output.view(-1), self.pair.group)
         self.traffic, self.collectives = {"rows": output.numel() * output.element_size()}, {"rows": 1}
         return torch.cat([both[:half], both[3 * half - B :]])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..distributed.groups import ProcessGroup, process_rank, team
+from ..distributed.groups import ProcessGroup, process_group, process_rank
 from ..errors import BadInput, check_choice
 from . import PART, Accelerator, SamplingContext
 from ._caching.split import same_conditions
@@ -122,7 +122,7 @@ class PatchParallel(Accelerator):
         if maximum % size:
             sizes = ", ".join(str(n) for n in range(1, maximum + 1) if maximum % n == 0)
             raise BadInput(f"patch_parallel: {maximum} processes make no groups of {size} (choices: {sizes})")
-        return team([tuple(range(first, first + size)) for first in range(0, world, size)])
+        return process_group([tuple(range(first, first + size)) for first in range(0, world, size)])
 
 
 class PatchNet(nn.Module):
@@ -189,14 +189,14 @@ class PatchNet(nn.Module):
     @contextmanager
     def _own_conditions(self, cond: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The conditions, of feature maps this rank's rows; within the block also those that are side inputs."""
-        side_inputs = getattr(self.net, "beside", None)
+        side_inputs = getattr(self.net, "side_inputs", None)
         more: dict[str, Any] = {} if side_inputs is None else side_inputs.conditions
         rows = [value.shape[2] for key, value in {**more, **cond}.items() if key.startswith(OF_ROWS)]
         if rows and not self.exchange.open:
             self.exchange.divide(max(rows))  # the finest of them has the rows of x_t, which is yet to come
         side_context: AbstractContextManager[Any] = nullcontext()
         if side_inputs is not None and more:
-            side_context = side_inputs.given(self._own_rows(more))
+            side_context = side_inputs.using(self._own_rows(more))
         with side_context:
             yield self._own_rows(cond)
 

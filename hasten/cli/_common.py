@@ -55,7 +55,7 @@ def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
 
 
 @contextlib.contextmanager
-def ends_as_stopped() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM within the block ends it as Ctrl-C does, so that what is finished is kept and reported."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..storage.provenance import command_line
 from ._common import given_options, open_shared, processes
-from ._processes import together
-from .terminal import tell
+from ._processes import on_all_processes
+from .terminal import print_result
 
 
-@together
+@on_all_processes
 def distill(
     model: str,
     *,
@@ -86,5 +86,5 @@ def distill(
         students = f"{len(result['students']) - 1} students, {cost} in {result['seconds'] / 60:.1f} min"
         verb = "restyle" if request.method.startswith("encoder") else "sample"
         text = f"{out}: {students}; try hasten {verb} {out}"
-    tell(result, text, json)
+    print_result(result, text, json)
     return result

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..progress import progress
 from ._common import label_list, main_process_warning, open_shared, processes, prompts_of, sampling_config
-from ._processes import together
-from .terminal import tell
+from ._processes import on_all_processes
+from .terminal import print_result
 
 
-@together
+@on_all_processes
 def evaluate(
     model: str,
     *,
@@ -91,5 +91,5 @@ def evaluate(
     if not result:
         return {}
     summary = result.pop("summary")
-    tell(result, "\n".join(summary), json)
+    print_result(result, "\n".join(summary), json)
     return result

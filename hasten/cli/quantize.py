@@ -7,11 +7,11 @@ from typing import Any
 
 from ..storage.provenance import command_line
 from ._common import open_model, sampling_config
-from ._processes import alone
-from .terminal import tell
+from ._processes import on_main_process
+from .terminal import print_result
 
 
-@alone
+@on_main_process
 def quantize(
     model: str,
     *,
@@ -104,5 +104,5 @@ def quantize(
         lines.append(
             f"  {result['bytes'] / result['bytes_fp32']:.3f} of the bytes of fp32, in {result['seconds']:.0f} s"
         )
-    tell(result, "\n".join(lines), json)
+    print_result(result, "\n".join(lines), json)
     return result

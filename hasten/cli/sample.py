@@ -9,11 +9,11 @@ from ..errors import check_int
 from ..progress import progress
 from ..storage.provenance import command_line
 from ._common import label_list, main_process_warning, open_shared, processes, sampling_config
-from ._processes import together
-from .terminal import tell
+from ._processes import on_all_processes
+from .terminal import print_result
 
 
-@together
+@on_all_processes
 def sample(
     model: str,
     *,
@@ -113,5 +113,5 @@ def sample(
     by = result.get("sampler") or f"plan {result['plan']}"
     method = f"{by}, {result['steps']} steps, {result['precision']}"
     method += f", {ranks.world} processes" if ranks.world > 1 else ""
-    tell(result, f"{where}: {n} images of {loaded.name} ({method}) in {result['seconds']:.2f} s", json)
+    print_result(result, f"{where}: {n} images of {loaded.name} ({method}) in {result['seconds']:.2f} s", json)
     return result

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..errors import BadInput
 from ._common import given_options, processes
-from ._processes import together
-from .terminal import tell
+from ._processes import on_all_processes
+from .terminal import print_result
 
 
-@together
+@on_all_processes
 def train(
     data: Path,
     *,
@@ -92,5 +92,7 @@ def train(
         **model.card,
     }
     last = model.card["last"]
-    tell(result, f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten sample {out}", json)
+    print_result(
+        result, f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten sample {out}", json
+    )
     return result

@@ -8,11 +8,11 @@ from typing import Any
 from ..errors import BadInput
 from ..storage.provenance import command_line
 from ._common import open_model, sampling_config
-from ._processes import alone
-from .terminal import tell
+from ._processes import on_main_process
+from .terminal import print_result
 
 
-@alone
+@on_main_process
 def tune(
     model: str,
     *,
@@ -72,5 +72,5 @@ def tune(
     lines = [f"{folder}: {', '.join(parts)} in {result['seconds']:.1f} s; try hasten sample {folder}"]
     lines += [f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}"
               for key, value in result["figures"].items()]  # fmt: skip
-    tell(result, "\n".join(lines), json)
+    print_result(result, "\n".join(lines), json)
     return result

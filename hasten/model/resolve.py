@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..accelerators import SamplingContext, accelerate
+from ..accelerators import SamplingContext, accelerate, with_defaults
 from ..adapters.model_like import ModelLike
 from ..errors import BadInput, HastenError, check_number, nearest
 from ..guides.cfg import CFG, with_step_count
@@ -20,7 +20,7 @@ from ..performance.autotune import parse_runtime
 from ..performance.runtime import Runtime
 from ..pick import pick
 from ..plan.config import SamplingConfig, check_method, spec
-from ..plan.draw import compiled
+from ..plan.draw import compile_plan
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..times import Explicit, as_times, check_times
@@ -67,11 +67,11 @@ class Resolved:
         if config.plan is not None:
             values: dict[str, Any] = {"plan": config.plan if isinstance(config.plan, (str, Path)) else RECOMMENDED}
         else:
-            values = {name: record(getattr(config, name)) for name in ("sampler", "times")}
+            values = {name: method_text(getattr(config, name)) for name in ("sampler", "times")}
         values |= {"steps": config.steps, "guidance_scale": config.guidance_scale}
-        values |= {"guides": tuple(map(record, config.guides))} if config.guides else {}
-        values |= {"start": record(config.start)} if config.start is not None else {}
-        values |= {"accelerators": tuple(map(record, config.accelerators))} if config.accelerators else {}
+        values |= {"guides": tuple(map(method_text, config.guides))} if config.guides else {}
+        values |= {"start": method_text(config.start)} if config.start is not None else {}
+        values |= {"accelerators": tuple(map(method_text, config.accelerators))} if config.accelerators else {}
         return {**values, "precision": config.precision}
 
 
@@ -98,8 +98,8 @@ def resolve(
         inner = accelerated(chosen, plan, config)
     complete = completed(model, config, plan, times, precision)
     for one in chosen:
-        if hasattr(one, "plan") and plan is not None:
-            plan = one.plan(plan, model.denoiser)
+        if plan is not None:
+            plan = with_defaults(one).plan(plan, model.denoiser)
     denoiser = with_step_count(guided(model, inner, config.guidance_scale, config.guides), len(times) - 1)
     if hasattr(sampler, "wrap"):
         denoiser = sampler.wrap(denoiser)
@@ -173,7 +173,7 @@ def steps_of(model: ModelLike, config: SamplingConfig, begin: float | None = Non
     sampler = bound(model, "samplers", model.sampler if config.sampler is None else config.sampler)
     schedule = model.denoiser.schedule
     times = grid_of(schedule, model.times if config.times is None else config.times, steps, model.steps, begin)
-    return (compiled(sampler, schedule, times) if sampler.linear else None), sampler, times
+    return (compile_plan(sampler, schedule, times) if sampler.linear else None), sampler, times
 
 
 def named_plan(model: ModelLike, plan: str | Path | Plan) -> Plan:
@@ -245,7 +245,7 @@ def grid_of(schedule: Schedule, times: Any, steps: int | None, default: int, beg
     return grid(schedule, steps)
 
 
-def record(method: Any) -> Any:
+def method_text(method: Any) -> Any:
     """A method as text, or times as a tuple."""
     value = spec(method)
     return tuple(value) if isinstance(value, list) else value

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, nearest
-from ..files import write_whole
+from ..files import write_atomic
 from ..utils.environment import cache_folder
 from .device import processor
 from .runtime import Runtime, probe
@@ -96,4 +96,4 @@ def write_cache(file: Path, cache: dict[str, str]) -> None:
     """Write the cache; where that is not possible every command probes again."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(cache, indent=1))
+        write_atomic(file, json.dumps(cache, indent=1))

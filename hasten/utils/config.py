@@ -80,7 +80,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON and TOML can hold them."""
         return {
-            field.name: plain(getattr(self, field.name))
+            field.name: to_plain(getattr(self, field.name))
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, field.name) != field.default
         }
@@ -126,10 +126,10 @@ class Config:
         return cls.from_dict(inner if isinstance(inner, dict) else values, str(path))
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """A value as JSON holds it: tuples as lists, paths as texts."""
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..accelerators import with_defaults
 from ..distributed.heartbeat import peer_errors
 from ..distributed.ranks import Piece, ProcessLost, Ranks
 from ..errors import check_int
-from ..images import given_images
+from ..images import to_image_tensor
 from ..model.model import Label, Model
 from ..model.resolve import Resolved
 from ..pick import pick
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..sampling import Progress
 from ..storage.batches import SavedBatches
-from ..storage.provenance import fingerprint
+from ..storage.provenance import model_hash
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,7 +79,7 @@ def sample_many(
     images = options.pop("images", None)
     saved, everywhere = options.pop("keep", None), options.pop("everywhere", False)
     accelerated, progress = tuple(options.pop("accelerated", ())), options.pop("progress", None)
-    images = None if images is None else given_images(images, model.shape if model.decoder is None else None)
+    images = None if images is None else to_image_tensor(images, model.shape if model.decoder is None else None)
     resolved = model.resolve(config, batch_size=min(n, batch_size), **options)  # type: ignore[misc]
     if ranks.world == 1 and (saved is None or not saved.folder.exists()):
         return model.sample(n, label, seed, resolved, batch_size=batch_size, progress=progress, images=images)
@@ -121,11 +122,12 @@ class Sharing:
 def sharing(accelerators: Sequence[Any], ranks: Ranks) -> Sharing | None:
     """The processes that this one samples with; None where each samples by itself."""
     methods = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
-    claims = {claim for one in methods for claim in one.claims}
+    claims = {claim for one in methods for claim in with_defaults(one).claims}
     if ranks.world == 1 or not claims & JOINT:
         return None
     row = ranks.world // 2 if claims >= JOINT else ranks.world  # the two halves of the processes have a branch each
-    size = min([row, *(one.size for one in methods if "space" in one.claims and getattr(one, "size", None))])
+    sizes = [with_defaults(one).size for one in methods if "space" in with_defaults(one).claims]
+    size = min([row, *(size for size in sizes if size is not None)])
     return Sharing(ranks.rank % row // size, row // size, ranks.rank < row and ranks.rank % size == 0)
 
 
@@ -183,7 +185,7 @@ def sampling_metadata(model: Model, resolved: Resolved, request: dict[str, Any],
         "torch": torch.__version__,
         "device": model.device.type,
         "model": model.name,
-        "weights": fingerprint(model),
+        "weights": model_hash(model),
         "beside": [part_digest(model.conditioning), part_digest(model.decoder)],
         "plan": None if resolved.plan is None else resolved.plan.to_json(),
         "sampling": {key: value for key, value in resolved.settings().items() if key != "plan"},

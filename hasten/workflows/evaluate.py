@@ -28,13 +28,13 @@ from ..model.model import Label, Model
 from ..plan.config import SamplingConfig
 from ..progress import ignore_messages
 from ..sampling import Progress
+from ..train.messages import join_names, print_once
 from ..train.names import class_of, is_number
-from ..train.notes import listed, note
 from ..utils.config import Config
 from ..utils.environment import cache_folder
 from .distribute import idle_processes, sample_many, saved_batches
 from .prompts import image_shape, prompts_for
-from .reference_images import judge
+from .reference_images import resolve_reference
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,7 +126,7 @@ def evaluate_model(
     resolved = model.resolve(config, precision=precision)
     labels = None if model.conditioning is not None else model.labels(n, label)
     tell = warn if ranks.is_main_process else ignore_messages
-    known, net = judge(reference, evaluation.features, image_shape(model), model.device, ranks, tell)
+    known, net = resolve_reference(reference, evaluation.features, image_shape(model), model.device, ranks, tell)
     assert known is not None and net is not None
     for line in (without_neighbours(n, known), idle_processes(ranks, n, batch_size)):
         if line:
@@ -229,7 +229,7 @@ def classifier_labels(labels: Tensor | None, classes: Sequence[str], features: s
         return None
     used = sorted(set(labels.tolist()))
     if used and used[-1] >= len(classes):
-        note("class accuracy is not measured: some images were drawn without a class")
+        print_once("class accuracy is not measured: some images were drawn without a class")
         return None
     if names is None or isinstance(names, int):
         return labels
@@ -238,6 +238,6 @@ def classifier_labels(labels: Tensor | None, classes: Sequence[str], features: s
         index = {k: class_of(int(classes[k]), names, names) if int(classes[k]) < len(names) else None for k in used}
     lost = [classes[k] for k, found in index.items() if found is None]
     if lost:
-        note(f"class accuracy is not measured: the feature network does not know the classes {listed(lost)}")
+        print_once(f"class accuracy is not measured: the feature network does not know the classes {join_names(lost)}")
         return None
     return torch.tensor([index[k] for k in labels.tolist()])

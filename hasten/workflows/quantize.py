@@ -24,18 +24,18 @@ from ..accelerators._quantization.session import (
 )
 from ..accelerators.quantize import Quantize
 from ..errors import BadInput
-from ..files import reserve, write, writes
+from ..files import check_writable, holds_lock, write_file
 from ..model.model import Model
 from ..pick import format_spec
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ignore_messages
 from ..storage.model_folder import check_savable
-from ..storage.provenance import fingerprint, now
-from ..storage.runs import earlier
+from ..storage.provenance import model_hash, utc_now
+from ..storage.runs import unfinished_run
 from ..storage.weights import is_half
 from ..utils.config import Config
 from ..utils.finite import check_finite, check_weights
-from .tune import watched
+from .tune import tuning_progress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -145,7 +145,7 @@ class QuantizeOptions(SamplingOptions, total=False):
     seed: int | None
 
 
-@writes("out")
+@holds_lock("out")
 def quantize_model(
     model: Model,
     out: str | Path,
@@ -197,20 +197,20 @@ def quantize_model(
     run = {
         "schema": 1,
         "method": format_spec(method),
-        "model": fingerprint(model),
+        "model": model_hash(model),
         "sampling": setting,
         "minutes": minutes,
     }
-    record = earlier(out / RUN, run, iterations_of)
+    record = unfinished_run(out / RUN, run, iterations_of)
     if record is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}
-    reserve(out / RUN)
+    check_writable(out / RUN)
     calls = model.calls(images, method.seed, sampling)
     session = method.start(model.denoiser, calls)
     if record is None:
         record = {**run, "iterations": allocated(method, session, minutes, start)}
-        write(out / RUN, (json.dumps(record, indent=2) + "\n").encode())
-    with watched() as on_progress:
+        write_file(out / RUN, (json.dumps(record, indent=2) + "\n").encode())
+    with tuning_progress() as on_progress:
         progress = SavedBlocks(iterations_of(record), out / BLOCKS, log, on_progress)
         try:
             denoiser = method.finish(session, progress)
@@ -229,7 +229,7 @@ def quantize_model(
         "eight": session.int8_layers,
         "error": relative_error(model.denoiser, denoiser, method.samples(model.denoiser, held_out)),
         "bytes_fp32": sum(4 * p.numel() for p in model.denoiser.net.parameters()),
-        "date": now(),
+        "date": utc_now(),
         "command": command,
     }
     check_finite("quantize: the model card", card)
@@ -280,7 +280,7 @@ class SavedBlocks(SessionProgress):
         self.learned += 1
         tensors = {key: value.detach().cpu().contiguous() for key, value in learned[0].items()}
         file = self.file(stage, unit)
-        write(reserve(file), save(tensors, {"figures": json.dumps(learned[1]), "unit": unit}))
+        write_file(check_writable(file), save(tensors, {"figures": json.dumps(learned[1]), "unit": unit}))
 
     def on_iteration(self, stage: str, unit: str, done: int, of: int, loss: float) -> None:
         """Update the progress bar."""

@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_int
-from ..files import refuse_inside, reserve, writes
+from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
 from ..pick import format_spec, pick
 from ..plan.config import SamplingConfig, SamplingOptions
-from ..progress import Tick, ignore
-from ..storage.atomic import digest, refuse_other_model
+from ..progress import ProgressFn, no_progress
+from ..storage.atomic import refuse_other_model, short_hash
 from ..storage.model_folder import check_savable
-from ..storage.provenance import fingerprint, now
+from ..storage.provenance import model_hash, utc_now
 from ..storage.weights import is_half
 from ..train.fingerprint import listing
-from ..tuning import Task, Tuned
+from ..tuning import Tuned, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
-from ..utils.noise import LARGEST_SEED
+from ..utils.random import LARGEST_SEED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@writes("out")
+@holds_lock("out")
 def tune_model(
     model: Model,
     out: str | Path,
@@ -80,7 +80,7 @@ def tune_model(
     model = replace(model)
     out = Path(out)
     refuse_inside(out, data)
-    reserve(out / "model.json")
+    check_writable(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
         tuner = tuner.bind(model.statistics, model.parts)
@@ -89,24 +89,24 @@ def tune_model(
     )
     count = model.steps if steps is None and isinstance(times, str) else steps
     resolved = model.resolve(sampler=sampler, times=times, steps=count, guidance_scale=scale, precision=runtime)
-    identity = digest(
-        fingerprint(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+    identity = short_hash(
+        model_hash(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
         None if data is None else listing(Path(data)),
     )  # fmt: skip
     refuse_other_model(out, model, identity)
-    task = Task(
+    task = TuningTask(
         denoiser=resolved.denoiser,
         sampler=resolved.sampler,
         times=resolved.times,
         shape=model.shape,
         labels=model.labels,
-        images=None if data is None else real(model, data),
+        images=None if data is None else calibration_images(model, data),
         seed=seed,
         n=n,
-        identity=fingerprint(model),
+        identity=model_hash(model),
     )
     began = time.perf_counter()
-    with watched() as task.tick, resolved.runtime.apply():
+    with tuning_progress() as task.tick, resolved.runtime.apply():
         resolved.runtime.prepare(model.denoiser)
         found = tuner.tune(task)
     seconds = time.perf_counter() - began
@@ -114,7 +114,7 @@ def tune_model(
         check_finite(f"{method} found {what} that are not finite", getattr(found, what))
     for part, net in found.parts.items():
         check_weights(net, f"{method}: the network {part} that it trained")
-    name = keep(model, found, method, scale)
+    name = attach_result(model, found, method, scale)
     record = {
         "method": format_spec(tuner),
         "plan": name,
@@ -122,7 +122,7 @@ def tune_model(
         "parts": sorted(found.parts),
         "guidance_scale": scale,
         "figures": found.figures,
-        "date": now(),
+        "date": utc_now(),
         "command": command,
         "identity": identity,
     }
@@ -133,7 +133,7 @@ def tune_model(
     return {"folder": str(out), **record, "seconds": seconds}
 
 
-def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
+def attach_result(model: Model, found: Tuned, method: str, scale: float) -> str | None:
     """Give the model what was found; the name of the plan, if there is one."""
     model.statistics = {**model.statistics, **found.statistics}
     model.parts = {**model.parts, **found.parts}
@@ -145,7 +145,7 @@ def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
     return name
 
 
-def real(model: Model, data: str | Path) -> Images:
+def calibration_images(model: Model, data: str | Path) -> Images:
     """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
     model's classes, matched by name."""
     from ..train import open_data
@@ -172,10 +172,10 @@ def real(model: Model, data: str | Path) -> Images:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Tick]:
+def tuning_progress() -> Iterator[ProgressFn]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not is_terminal(sys.stderr):
-        yield ignore
+        yield no_progress
         return
     from rich import progress
     from rich.console import Console

@@ -18,7 +18,7 @@ from hasten.accelerators._patches.swap import Patched, shared_copy
 from hasten.accelerators.patch_parallel import PatchParallel
 from hasten.distributed.groups import ProcessGroup
 from hasten.errors import BadInput
-from hasten.nets.quantized import Part, QConv2d, exchange
+from hasten.nets.quantized import ChannelSlice, QConv2d, replace_layers
 
 from ._tiny import unet
 
@@ -154,9 +154,9 @@ def test_unknown_layers_raise() -> None:
         parts(net)
     net, layer = unet(), "down.0.0.block.conv1"
     ones = torch.ones(8, 8, 3, 3, dtype=torch.int8)
-    part = Part((0, 8), ones, torch.ones(8), None, 8, torch.ones(1), torch.zeros(1))
+    part = ChannelSlice((0, 8), ones, torch.ones(8), None, 8, torch.ones(1), torch.zeros(1))
     with pytest.raises(BadInput, match=r"does not know down\.0\.0\.block\.conv1, a QConv2d"):
-        parts(exchange(net, {layer: QConv2d.made(net.get_submodule(layer), [part])}))  # type: ignore[arg-type]
+        parts(replace_layers(net, {layer: QConv2d.from_layer(net.get_submodule(layer), [part])}))  # type: ignore[arg-type]
     with pytest.raises(BadInput, match=r"does not know CompiledNet.*neither quantized nor compiled"):
         parts(CompiledNet(net, lambda f: f, 1))
     for wrong in ({"mode": "late"}, {"norm": "none"}, {"warmup": -1}, {"keys": "int8"}):

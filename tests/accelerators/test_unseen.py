@@ -69,7 +69,7 @@ def test_integer_products_of_few_rows(monkeypatch: pytest.MonkeyPatch, rows: int
     generator = torch.Generator().manual_seed(0)
     v = torch.randint(-127, 128, (8, 16), dtype=torch.int8, generator=generator)
     x = torch.randn(rows, 16, generator=generator)
-    kernel = _int8.IntMm(v, torch.full((8,), 0.01), None, None, (4.0 / 255,), (128,))
+    kernel = _int8.IntMmKernel(v, torch.full((8,), 0.01), None, None, (4.0 / 255,), (128,))
     built = kernel(x, 0, torch.zeros(1, dtype=torch.long), torch.float32)
     s, z = 4.0 / 255, 128
     u = torch.clamp(torch.round(x / s) + z, 0, 255)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser, _clean
+from ...denoiser import Denoiser, to_x0
 from ...errors import BadInput
 from ...schedules.base import Schedule
 from .keys import cheapest_key_steps, check_key_steps, key_step_count
@@ -55,7 +55,7 @@ def search_key_steps(
         x, t, cond = calls[j]
         c_in, c_skip, c_out, clock = denoiser._coefficients(t, x)
         features, raw = run(*denoiser._inputs(x, c_in, clock), cond, features)
-        return features, _clean(x, raw.to(x.dtype), c_skip, c_out)
+        return features, to_x0(x, raw.to(x.dtype), c_skip, c_out)
 
     cost = reuse_costs(count, times, denoiser.schedule, evaluate, lambda features, j: evaluate(j, features)[1])
     return cheapest_key_steps(cost, count)

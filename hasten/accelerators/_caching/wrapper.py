@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...denoiser import Denoiser, Wrapper, _clean
+from ...denoiser import Denoiser, Wrapper, to_x0
 from ...errors import BadInput
 from .split import extrapolate, repeat_batch, same_conditions
 
@@ -73,7 +73,7 @@ class FeatureReuse(Wrapper):
             BadInput: for a time that is not the planned one.
         """
         raw, (_, c_skip, c_out, _) = self._evaluate(x_t, t, cond, need_x0=True)
-        return _clean(x_t, raw, c_skip, c_out)
+        return to_x0(x_t, raw, c_skip, c_out)
 
     def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The network's own output (B, *S); a model evaluation like any other."""
@@ -88,7 +88,7 @@ class FeatureReuse(Wrapper):
         return 1 / (1 - fraction * (1 - len(self.keys) / len(self.times)))
 
     def store(self, k: int, features: Any) -> None:
-        """Cache the features of key step k, beside those of the key step before where they are extrapolated."""
+        """Cache the features of key step k; where they are extrapolated, also those of the key step before."""
         self._cache = [*self._cache[-1:], (k, features)] if self.forecast else [(k, features)]
 
     def features_at(self, steps: Sequence[int]) -> Any:

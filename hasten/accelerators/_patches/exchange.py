@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from ...distributed.groups import ProcessGroup, check_same, gather
+from ...distributed.groups import ProcessGroup, all_gather, check_same_noise
 from ...errors import BadInput
 from .buffers import Received, Relay, Track
 
@@ -134,7 +134,7 @@ class Exchange:
             raise BadInput("patch_parallel has no gradient: do not use guides that need one")
         self.divide(x.shape[2] * patch)
         if not self._checked:
-            check_same(self.group, x, "patch_parallel")
+            check_same_noise(self.group, x, "patch_parallel")
             self._checked = True
         self.open = True
         if self._seen not in (None, (x.shape, x.dtype)):
@@ -305,13 +305,13 @@ class Exchange:
 
     def _all_gather(self, own: Tensor) -> Tensor:
         into = own.new_empty((self.group.size * own.numel(),))
-        gather(into, own.contiguous().view(-1), self.group.group)
+        all_gather(into, own.contiguous().view(-1), self.group.group)
         return into.view(self.group.size, *own.shape)
 
     def _gather_chunk(self, tracks: Sequence[Track], c: int) -> list[Any]:
         out, into = tracks[0].turn(c)
         self.collectives["gather"] += 1
-        return [gather(into, out, self.group.group, later=True)]
+        return [all_gather(into, out, self.group.group, later=True)]
 
     def _neighbour_chunk(self, tracks: Sequence[Track], c: int) -> list[Any]:
         return self._neighbours([track.turn(c) for track in tracks], c)

@@ -41,7 +41,7 @@ ASIDE = {
 def core_of(net: nn.Module) -> nn.Module:
     """The module whose children are the layers: of a `SplitNetwork` the network of diffusers, else the network."""
     inside = getattr(net, "net", None)
-    return inside if isinstance(inside, nn.Module) and hasattr(net, "beside") else net
+    return inside if isinstance(inside, nn.Module) and hasattr(net, "side_inputs") else net
 
 
 def shared_copy(net: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...nets.copies import copy_modules
-from ...nets.quantized import Part, QConv2d, QLinear, refusal
+from ...nets.quantized import ChannelSlice, QConv2d, QLinear, why_not_quantizable
 from .quantizer import ACTS, WEIGHTS, as_channels, codes, fake_quantize, weight_range
 
 __all__ = [
@@ -98,10 +98,10 @@ class FakeQuantSlice(nn.Module):
         scale = self.act_scale if self.log_step is None else self.log_step.exp()
         return fake_quantize(x, scale[group].to(x.dtype), self.act_zero[group].to(x.dtype), ACTS[8])
 
-    def to_part(self) -> Part:
+    def to_part(self) -> ChannelSlice:
         """The slice for a layer that computes with integers."""
         four = self.bits == 4
-        return Part(
+        return ChannelSlice(
             channels=self.channels,
             q=self.q.to(torch.uint8 if four else torch.int8),
             scale=self.scale,
@@ -212,14 +212,14 @@ class FakeQuantLayer(nn.Module):
         layer._parameters = {**layer._parameters}
         if (bias := self.bias) is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
-        return (QConv2d if self.conv else QLinear).made(layer, [piece.to_part() for piece in self.slices])
+        return (QConv2d if self.conv else QLinear).from_layer(layer, [piece.to_part() for piece in self.slices])
 
 
 def is_quantizable(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer that can be quantised."""
     kinds = (nn.Conv2d, nn.Linear)
     plain = any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
-    return plain and not is_reparametrised(module) and refusal(module) is None
+    return plain and not is_reparametrised(module) and why_not_quantizable(module) is None
 
 
 def is_reparametrised(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput, nearest
-from ...nets.quantized import exchange
+from ...nets.quantized import replace_layers
 from ...utils.finite import check_weights
 from .bias import correct_biases
 from .calibration import Samples, fit_activations
@@ -223,7 +223,7 @@ class QuantizationSession:
     def to_integer(self) -> nn.Module:
         """The network with layers that compute with integers; all other modules are shared with the original."""
         layers = {name: layer.to_integer() for name, layer in fake_quant_layers(self.net).items()}
-        return exchange(self.denoiser.net, layers).eval()
+        return replace_layers(self.denoiser.net, layers).eval()
 
 
 def layers_to_quantize(net: nn.Module, layers: Sequence[str], exclude: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import hasten
 from hasten.accelerators import SamplingContext, _calls
 from hasten.accelerators._calls import concat_calls, merge_calls, rows_at_once
 from hasten.accelerators.quantize import Quantize, batch_of
-from hasten.adapters.diffusers.recorded import drawn_calls
+from hasten.adapters.diffusers.calibration import record_model_calls
 from hasten.errors import BadInput
 
 from . import tiny
@@ -42,8 +42,8 @@ class Look:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> Any:
-        self.calls = ahead.calibration("look", 2, 5)
+    def apply(self, denoiser: Any, context: SamplingContext) -> Any:
+        self.calls = context.calibration("look", 2, 5)
         return denoiser
 
 
@@ -62,7 +62,7 @@ def test_the_users_own_call_is_recorded() -> None:
     assert len(look.calls) == STEPS
     x, _, cond = look.calls[0]
     assert x.shape == (2, 4, 8, 8) and cond["mid_residual"].abs().max() > 0 and "down_residual_1" in cond
-    read = hasten.adapters.diffusers.schedules.reading(pipe.scheduler)
+    read = hasten.adapters.diffusers.schedules.read_scheduler(pipe.scheduler)
     assert [t for _, t, _ in look.calls] == pytest.approx(read.time(pipe.scheduler.timesteps).tolist())
     assert all(torch.equal(a[0], b[0]) for a, b in zip(look.calls, again.calls))
 
@@ -98,12 +98,12 @@ def test_keys_are_searched_in_a_call() -> None:
 def test_calls_that_say_nothing_are_refused() -> None:
     pipe = tiny.sd_pipeline()
     for calls, said in [
-        (lambda pipe: None, "must call the pipeline"), ("a cat", "give prompts=, or calls="),
+        (lambda pipe: None, "must call the pipeline"), ("a cat", "use prompts=, or calls="),
         (lambda pipe: [pipe("a cat", height=side, width=side, **TOLD) for side in (16, 32)], "several shapes"),
     ]:  # fmt: skip
         with pytest.raises(BadInput, match=said):
             hasten.accelerate(pipe, [Look()], steps=STEPS, calls=calls)
-    with pytest.raises(BadInput, match="give prompts=, or calls="):
+    with pytest.raises(BadInput, match="use prompts=, or calls="):
         hasten.accelerate(pipe, [Look()], steps=STEPS, prompts="a cat", calls=lambda pipe: pipe("a cat"))
 
 
@@ -124,10 +124,10 @@ def test_large_samples_are_drawn_in_several_batches(monkeypatch: pytest.MonkeyPa
     setting: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": 3, "guidance_scale": guidance}
     grid = [1.0, 2 / 3, 1 / 3]
     prompts = ["a cat", "the dog", "a red photo"]
-    whole = drawn_calls(model, 5, prompts, 3, grid, setting)
-    monkeypatch.setattr(_calls, "PIXELS", 2 * 8 * 8)
+    whole = record_model_calls(model, 5, prompts, 3, grid, setting)
+    monkeypatch.setattr(_calls, "PLACES", 2 * 8 * 8)
     assert rows_at_once(model.shape, 5) == 2 and rows_at_once((4, 128, 128), 5) == 1
-    parts = drawn_calls(model, 5, prompts, 3, grid, setting)
+    parts = record_model_calls(model, 5, prompts, 3, grid, setting)
     assert [t for _, t, _ in parts] == [t for _, t, _ in whole] and len(whole) == 3
     half = 5 if guidance == 4.0 else 0
 

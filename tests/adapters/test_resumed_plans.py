@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.adapters.diffusers import as_scheduler
-from hasten.adapters.diffusers.plans import compiled, grid
+from hasten.adapters.diffusers.plans import compiled_plan, time_grid
 from hasten.errors import BadInput
 from hasten.exact import Gaussian
 from hasten.pick import pick
@@ -39,7 +39,7 @@ def driven(scheduler: Any, x: Tensor, timesteps: Tensor, network: Gaussian) -> T
     """As pipelines do: the network is asked at the pipeline's timesteps, whatever the scheduler thinks."""
     schedule, noise = scheduler.hasten_schedule, torch.Generator().manual_seed(5)
     for t in timesteps:
-        at = scheduler.reading.time(t)
+        at = scheduler.spec.time(t)
         eps = (x - float(schedule.alpha(at)) * network(x, at)) / float(schedule.sigma(at))
         x = scheduler.step(eps, t, x, generator=noise).prev_sample
     return x
@@ -50,12 +50,12 @@ def by_hand(scheduler: Any, sampler: str, x: Tensor, first: int, network: Gaussi
     noise = torch.Generator().manual_seed(5)
     if sampler.startswith("fast"):
         method = pick("samplers", f"{sampler},approximation=step" if ":" in sampler else "ddim")
-        times = scheduler._whole.times[first:]
+        times = scheduler._full_plan.times[first:]
     else:
         method = pick(
             "samplers", {"plms": "plms:start=ramp", "plms:order=2": "plms:order=2,start=ramp"}.get(sampler, sampler)
         )
-        at = scheduler.reading.time(scheduler.timesteps[first])
+        at = scheduler.spec.time(scheduler.timesteps[first])
         times = scheduler.grid[int((scheduler.grid - at).abs().argmin()) :]
     compiled_plan = plan(method, scheduler.hasten_schedule, times)
     return compiled_plan(network, x, lambda: torch.randn(x.shape, generator=noise))
@@ -97,7 +97,7 @@ def test_the_rest_asks_at_the_times_that_the_pipeline_asks_at(sampler: str) -> N
                 scheduler.step(torch.zeros(1, 2), scheduler.timesteps[first], torch.zeros(1, 2))
             continue
         scheduler.step(torch.zeros(1, 2), scheduler.timesteps[first], torch.zeros(1, 2))
-        asked = scheduler.reading.timestep(scheduler._run.plan.times[:-1])
+        asked = scheduler.spec.timestep(scheduler._trajectory.plan.times[:-1])
         assert torch.allclose(asked, scheduler.timesteps[first:].double(), atol=1e-3), first
 
 
@@ -130,7 +130,7 @@ def test_begun_samplings_find_the_exact_end(sampler: str) -> None:
         x = scheduler.add_noise(torch.tensor([[0.9, 0.1]]), torch.full((1, 2), 0.7), t)
         scheduler.set_begin_index(first * scheduler.order)
         end = driven(scheduler, x, scheduler.timesteps[first * scheduler.order :], network)
-        error = (end - network.endpoint(x, scheduler.reading.time(t), 0.0)).abs().max()
+        error = (end - network.endpoint(x, scheduler.spec.time(t), 0.0)).abs().max()
         assert error < (0.03 if sampler in ("ddim", "fast") else 0.01), (first, float(error))
 
 
@@ -145,14 +145,14 @@ def test_timesteps_by_value_and_those_that_are_none() -> None:
     scheduler.set_timesteps(STEPS)
     out = x
     for t in scheduler.timesteps.tolist():  # numbers
-        at = scheduler.reading.time(t)
+        at = scheduler.spec.time(t)
         eps = (out - float(scheduler.hasten_schedule.alpha(at)) * network(out, at)) / float(
             scheduler.hasten_schedule.sigma(at)
         )
         out = scheduler.step(eps, t, out).prev_sample
     assert torch.allclose(out, want, atol=1e-6)
     scheduler.set_timesteps(STEPS)
-    with pytest.raises(BadInput, match="timestep 1234, which is none of this sampling: 999, "):
+    with pytest.raises(BadInput, match="timestep 1234 is none of this sampling: 999, "):
         scheduler.step(x, 1234, x)
     with pytest.raises(BadInput, match="all samples at one timestep"):
         scheduler.step(x, torch.tensor([1.0, 2.0, 3.0]), x)
@@ -169,13 +169,16 @@ def test_timesteps_by_value_and_those_that_are_none() -> None:
 def test_plans_are_compiled_once() -> None:
     """Also in another scheduler for the same network, and for a later begin."""
     scheduler, x = made("unipc:order=3"), torch.zeros(1, 2)
-    before = compiled.cache_info().misses, grid.cache_info().misses
+    before = compiled_plan.cache_info().misses, time_grid.cache_info().misses
     for other in (scheduler, made("unipc:order=3")):
         other.set_timesteps(STEPS)
         other.set_begin_index(3)
         other.step(x, other.timesteps[3], x)
-    assert other._whole is scheduler._whole
-    assert (compiled.cache_info().misses - before[0], grid.cache_info().misses - before[1]) == (1, 0)  # the rest
-    assert made("unipc:order=3", tiny.scheduler(beta_end=0.02))._whole is not scheduler._whole
+    assert other._full_plan is scheduler._full_plan
+    assert (compiled_plan.cache_info().misses - before[0], time_grid.cache_info().misses - before[1]) == (
+        1,
+        0,
+    )  # the rest
+    assert made("unipc:order=3", tiny.scheduler(beta_end=0.02))._full_plan is not scheduler._full_plan
     scheduler.set_timesteps(STEPS + 1)
-    assert scheduler._whole.nfe == STEPS + 1
+    assert scheduler._full_plan.nfe == STEPS + 1

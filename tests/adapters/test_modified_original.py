@@ -131,7 +131,7 @@ def test_places_and_timesteps_outside_are_refused() -> None:
     ours = hasten.as_scheduler("ddim", like=sd())
     ours.set_timesteps(5)
     for place in (5, 99, -1, 2.5, "a"):
-        with pytest.raises(BadInput, match="set_begin_index takes a place among 5"):
+        with pytest.raises(BadInput, match="set_begin_index takes an index among 5"):
             ours.set_begin_index(place)
     for timesteps in ([5000, 500], [500, -20]):
         with pytest.raises(BadInput, match="timesteps lie in 0 to 1000"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hasten.adapters.diffusers.seams import SplitNetwork, guidance_features
+from hasten.adapters.diffusers.split_network import SplitNetwork, guidance_features
 from hasten.adapters.diffusers.wrap import split_network
 from hasten.errors import BadInput
 
@@ -171,7 +171,7 @@ def test_dit() -> None:
     x, time = inputs(net)
     label = torch.tensor([0, 4, 1000])
     theirs = net(x, time, label).sample
-    check(split_network(net, whole=True), x, time, theirs, label=label)
+    check(split_network(net, with_variance=True), x, time, theirs, label=label)
     assert torch.equal(split_network(net)(x, time, label=label), theirs[:, :4])
     assert split_network(net).null_label == 1000
 
@@ -198,5 +198,5 @@ def test_refusals_are_one_line() -> None:
             seams(x, time, **wrong)
     with pytest.raises(BadInput, match="needs label="):
         split_network(tiny.dit())(*inputs(tiny.dit()))
-    with pytest.raises(BadInput, match="no seams are known for Linear; those of UNet2DModel"):
+    with pytest.raises(BadInput, match="no split points are known for Linear; those of UNet2DModel"):
         split_network(torch.nn.Linear(2, 2))
