@@ -97,7 +97,7 @@ def test_the_front_keeps_one_of_two_equal_rows_and_none_without_quality() -> Non
 def test_the_headline_names_the_cheapest_row_near_the_reference(rows: list[dict[str, Any]]) -> None:
     said = report.headline(rows)
     assert said.startswith("Reference, 7 steps (14 NFE) makes an image 4.6× faster than UniPC-3, 32 steps (64 NFE)")
-    assert "4.40 against 4.00 (floor 0.35)" in said
+    assert "4.40 against 4.00 (real images 0.35)" in said
     far = [r for r in rows if r["frechet"] > 4.6 or r["role"] == "reference"]
     assert report.headline(far).startswith("No variant comes within 15%")
     assert "not finished" in report.headline(rows[1:])
