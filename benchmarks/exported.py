@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hasten.accelerators import accelerate
 from hasten.accelerators.compile import Compile
 from hasten.adapters import onnx, openvino
-from hasten.adapters._export import Flat, heard
+from hasten.adapters._export import FlatNetwork, record_inputs
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.loading import load
@@ -106,8 +106,8 @@ def main(
         except BadInput as e:
             print(f"{way}: {e}", flush=True)
     for size in batch:
-        (asked,) = heard(model, size, 1, calls=1)
-        flat = {way: Flat(one.denoiser.net, ()) for way, one in {"eager fp32": model, **models}.items()}
+        (asked,) = record_inputs(model, size, 1, calls=1)
+        flat = {way: FlatNetwork(one.denoiser.net, ()) for way, one in {"eager fp32": model, **models}.items()}
 
         calls = {way: evaluation(net, asked, "bf16" in way) for way, net in flat.items()}
         answers = {way: run() for way, run in calls.items()}

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hasten.accelerators import SamplingContext, accelerate
-from hasten.adapters.diffusers.seams import SplitNetwork
+from hasten.adapters.diffusers.split_network import SplitNetwork
 from hasten.adapters.diffusers.wrap import split_network
 from hasten.denoiser import Denoiser
 from hasten.guides.cfg import CFG

@@ -19,16 +19,13 @@ from hasten.compare import compare, comparison, jobs, variants
 from hasten.compare import runner as engine
 from hasten.compare.counting import count_evaluations
 from hasten.compare.jobs import set_equal_time_row
-from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference
-from hasten.metrics.difference import difference
+from hasten.metrics.difference import image_difference
 from hasten.model import Model
-from hasten.nets.unet import UNet
-from hasten.predictions import prediction_from
-from hasten.schedules import VPCosine
 
-CLASSES = ("coat", "bag", "boot")
+from .factories import tiny_model
+
 SET = """
 n = 12
 rounds = 2
@@ -52,17 +49,6 @@ sampler = "heun"
 steps = 2
 guidance_scale = 1
 """
-
-
-def tiny(classes: tuple[str, ...] | None = CLASSES, seed: int = 0) -> Model:
-    """A U-Net of random weights on 1x8x8 images."""
-    torch.manual_seed(seed)
-    net = UNet(channels=1, widths=(8,), classes=len(classes or ()), embedding=8)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.15)
-    null = len(classes) if classes else None
-    denoiser = Denoiser(net, VPCosine(), prediction_from("v"), null_label=null).eval().requires_grad_(False)
-    return Model(denoiser, "tiny", (1, 8, 8), classes)
 
 
 class Corner(torch.nn.Module):
@@ -98,7 +84,7 @@ def run(chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(comparison.report, "write_report", write if page else lambda out, *_: out / "report.html")
         told: dict[str, Any] = {"reference": real(), "features": Corner(), "runtime": "fp32", "timing_batch": 3}
         told |= {"out": tmp_path / "out", "show": False, "variants": chosen, **others}
-        return compare(tiny() if model is None else model, **told)
+        return compare(tiny_model() if model is None else model, **told)
 
     return start
 
@@ -157,9 +143,9 @@ def test_lists_are_a_product_and_the_rest_is_the_references() -> None:
 def test_the_bundled_sets_can_be_run(name: str) -> None:
     assert name in variants.variant_set_names()
     chosen = variants.load_variants(name, "angle", 1.5)
-    jobs.prepare(tiny(), chosen)
+    jobs.prepare(tiny_model(), chosen)
     assert (chosen.reference.times, chosen.reference.guidance_scale) == ("angle", 1.5)
-    jobs.prepare(tiny(classes=None), variants.load_variants(name))
+    jobs.prepare(tiny_model(classes=None), variants.load_variants(name))
 
 
 # What a row holds
@@ -190,7 +176,7 @@ def test_rows_hold_cost_quality_and_protocol(run: Any, tmp_path: Path) -> None:
 
 
 def test_the_difference_is_to_the_references_images_of_the_same_seeds(run: Any) -> None:
-    model = tiny()
+    model = tiny_model()
     rows = run(model, seed=5, batch_size=5)
     best = model.sample(12, seed=5, sampler="unipc:order=3", times="lambda", steps=12, guidance_scale=2.0)
     for name, sampler, steps, scale in (("DDIM, 2 steps", "ddim", 2, 2.0), ("plain Heun", "heun", 2, 1.0)):
@@ -218,15 +204,15 @@ def test_an_accelerated_row_is_held_against_the_best_that_is_as_fast() -> None:
 
 def test_difference_of_known_images() -> None:
     a = torch.zeros(2, 1, 4, 4)
-    assert difference(a, a) == {"psnr": 100.0, "rms": 0.0}
+    assert image_difference(a, a) == {"psnr": 100.0, "rms": 0.0}
     b = a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)  # 0.1 and 0.01 of the range: 20 dB and 40 dB
-    found = difference(b, a)
+    found = image_difference(b, a)
     assert found["psnr"] == pytest.approx(30, abs=1e-4)
     assert found["rms"] == pytest.approx(((0.01 + 0.0001) / 2) ** 0.5, rel=1e-5)
 
 
 def test_guided_evaluations_are_counted_twice() -> None:
-    model = tiny()
+    model = tiny_model()
     for scale, expected in ((1.0, 3 * 4), (2.0, 3 * 4 * 2)):
         with count_evaluations(model) as count:
             model.sample(3, sampler="ddim", times="lambda", steps=4, guidance_scale=scale, batch_size=2)
@@ -244,7 +230,7 @@ def test_a_model_without_statistics_gets_costs_alone(run: Any) -> None:
 def test_an_unconditional_model(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "plain.toml"
     path.write_text(SET.replace("guidance_scale = 2.0", ""))
-    rows = run(tiny(classes=None), variants=path)
+    rows = run(tiny_model(classes=None), variants=path)
     assert [row["nfe"] for row in rows] == [12, 2, 4, 4, 3, 2, 3]
     assert all("accuracy" not in row or row["accuracy"] is None for row in rows)
 
@@ -266,7 +252,7 @@ def test_a_second_run_keeps_what_is_finished(run: Any, monkeypatch: pytest.Monke
 
 def test_other_settings_are_other_rows(run: Any, chosen: Path, tmp_path: Path) -> None:
     first = run()
-    for other in ({"seed": 1}, {"n": 13}, {"model": tiny(seed=1)}, {"reference": None, "features": None}):
+    for other in ({"seed": 1}, {"n": 13}, {"model": tiny_model(seed=1)}, {"reference": None, "features": None}):
         assert not {row["key"] for row in run(**other)} & {row["key"] for row in first}
     chosen.write_text(SET.replace("steps = 12", "steps = 11"))  # the others are measured against it
     assert not {row["key"] for row in run()} & {row["key"] for row in first}
@@ -313,7 +299,7 @@ def test_ctrl_c_keeps_the_finished_rows(run: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
     """The command, interrupted in its fourth row: the rows and their report are on disk, one line is said, 130."""
     out = tmp_path / "out"
-    tiny().save(tmp_path / "model")
+    tiny_model().save(tmp_path / "model")
     code = (
         # a test run in the background is deaf to Ctrl-C, and so would be its children
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -321,7 +307,7 @@ def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
         "def slow(self, job, *others):\n    if job.variant.name == 'UniPC': time.sleep(120)\n"
         "    return evaluate(self, job, *others)\nComparison.evaluate_row = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
-    words = ["compare", tmp_path / "model", "--variants", chosen, "--out", out, "--runtime", "fp32"]
+    words = ["compare", tmp_path / "model", "--variants", chosen, "--out", out, "--precision", "fp32"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],

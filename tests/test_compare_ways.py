@@ -16,7 +16,8 @@ from hasten.plan import plan
 from hasten.samplers import DDIM, UniPC
 from hasten.times import UniformLambda
 
-from .test_compare import SET, Corner, chosen, of, run, tiny
+from .factories import tiny_model
+from .test_compare import SET, Corner, chosen, of, run
 
 MORE = """
 [[variant]]
@@ -35,7 +36,7 @@ guidance_scale = 1
 
 
 def test_plans_guides_and_adaptive_samplers_are_rows(run: Any, chosen: Path, tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     schedule = model.denoiser.schedule
     model.plans = {"three": plan(DDIM(), schedule, UniformLambda()(schedule, 3))}
     (tmp_path / "five.json").write_text(plan(UniPC(), schedule, UniformLambda()(schedule, 5)).to_json())

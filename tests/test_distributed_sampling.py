@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from hasten.cli import main
-from hasten.images import read_text
+from hasten.images import read_png_text
 
 from .processes import children, torchrun, until
 
-WAY = ["--sampler", "ddim", "--times", "uniform", "--steps", "1", "--guidance-scale", "1", "--runtime", "fp32",
+WAY = ["--sampler", "ddim", "--times", "uniform", "--steps", "1", "--guidance-scale", "1", "--precision", "fp32",
        "--device", "cpu", "--batch-size", "4"]  # fmt: skip
 LONG = ["20" if word == "1" and WAY[k - 1] == "--steps" else word for k, word in enumerate(WAY)]
 SET = """
@@ -77,15 +77,15 @@ def stopped(tmp_path: Path, number: int, victim: int | None, *more: str) -> tupl
         out, err = process.communicate(timeout=120)
     assert process.returncode != 0 and out == "" and not (tmp_path / "a.png").exists()
     (line,) = said(err)
-    count = int(re.findall(r"(\d+) of 24 images are kept", line)[0])
+    count = int(re.findall(r"(\d+) of 24 images are saved", line)[0])
     assert 12 <= count < 24 and count == sum(len(np.load(path)) for path in folder.glob("*/*.npy"))
-    assert line.endswith("the same command goes on from there")
+    assert line.endswith("the same command resumes")
     return line, folder
 
 
 def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) -> None:
     line, folder = stopped(tmp_path, signal.SIGKILL, 1)
-    assert "of the 2 processes of this run number 1 has died" in line
+    assert "rank 1 of the 2 processes of this run has died" in line
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npy")}
     # what other settings left there is not taken
     stale = folder / "0123456789abcdef" / next(iter(times)).name
@@ -99,7 +99,7 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) 
     whole = tmp_path / "whole" / "a.png"
     assert main(["sample", "fashion", "--n", "24", "--out", str(whole), *LONG]) == 0
     assert whole.read_bytes() == (tmp_path / "a.png").read_bytes()
-    assert "--n 24" in read_text(whole)["command"]
+    assert "--n 24" in read_png_text(whole)["command"]
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_other_ends(tmp_path: Path, number: int, victim: int | None) -> None:
 def test_a_process_killed_while_an_image_is_shared(tmp_path: Path, accelerator: str) -> None:
     more = ["--accelerate", accelerator]
     line, folder = stopped(tmp_path, signal.SIGKILL, 1, *more)
-    assert "of the 2 processes of this run number 1 has died" in line
+    assert "rank 1 of the 2 processes of this run has died" in line
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npy")}
     asked = ["sample", "fashion", "--n", "24", *LONG, *more, "--out"]
     with torchrun(2, *asked, str(tmp_path / "a.png")) as process:
@@ -128,7 +128,7 @@ def test_a_process_killed_while_an_image_is_shared(tmp_path: Path, accelerator: 
         assert process.wait(150) == 0
     assert run(2, *asked, str(tmp_path / "whole" / "a.png"))[0] == 0
     assert (tmp_path / "whole" / "a.png").read_bytes() == (tmp_path / "a.png").read_bytes()
-    assert read_text(tmp_path / "a.png")["processes"] == "2"
+    assert read_png_text(tmp_path / "a.png")["processes"] == "2"
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_evaluations_and_comparisons_are_those_of_one(tmp_path: Path, capsys: py
 
     (tmp_path / "set.toml").write_text(SET)
     asked = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), "--batch-size", "4", "--timing-batch", "2",
-             "--runtime", "fp32", "--device", "cpu", "--out"]  # fmt: skip
+             "--precision", "fp32", "--device", "cpu", "--out"]  # fmt: skip
     assert main([*asked, str(tmp_path / "one")]) == 0
     code, out, err = run(2, *asked, str(tmp_path / "two"))
     assert code == 0 and out.count("Report:") == 1, err
@@ -173,7 +173,7 @@ def test_a_row_in_which_processes_share_images_belongs_to_their_count(
     shared = SET.rpartition("[[variant]]")[2].replace('"one"', '"shared"') + 'accelerators = ["patch_parallel"]\n'
     (tmp_path / "set.toml").write_text(SET + "[[variant]]" + shared)
     asked = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), "--batch-size", "4", "--timing-batch", "2",
-             "--runtime", "fp32", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
+             "--precision", "fp32", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
     code, _, err = run(2, *asked)
     assert code == 0, err
     assert main(asked) == 0
@@ -187,7 +187,7 @@ def test_a_row_in_which_processes_share_images_belongs_to_their_count(
 def test_processes_that_share_every_evaluation_make_the_images_of_one(tmp_path: Path) -> None:
     from PIL import Image
 
-    asked = ["sample", "fashion", "--n", "6", "--single", *WAY, "--guidance-scale=2", "--steps=3", "--out"]
+    asked = ["sample", "fashion", "--n", "6", "--separate-files", *WAY, "--guidance-scale=2", "--steps=3", "--out"]
     asked = [word for k, word in enumerate(asked) if word not in ("--guidance-scale", "--steps")
              and asked[k - 1] not in ("--guidance-scale", "--steps")]  # fmt: skip
     assert main([*asked, str(tmp_path / "one")]) == 0

@@ -256,7 +256,7 @@ def test_prompts_are_named(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     made = [{**r, "protocol": {**PROTOCOL, "prompts": texts}} for r in rows]
     text = report.write_report(tmp_path, made, {}).read_text()
     assert "a &lt;cat&gt; number 19" in text and "number 20" not in text and "and 5 more" in text
-    assert "--label 'a <cat> number 0'" in report.sample_command(made[0])
+    assert "--prompt 'a <cat> number 0'" in report.sample_command(made[0])
 
 
 def test_the_grid_puts_each_image_where_it_belongs(rows: list[dict[str, Any]]) -> None:

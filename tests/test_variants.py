@@ -13,7 +13,8 @@ import pytest
 from hasten.compare import comparison, variants
 from hasten.errors import BadInput
 
-from .test_compare import SET, Corner, chosen, run, tiny
+from .factories import tiny_model
+from .test_compare import SET, Corner, chosen, run
 
 
 @pytest.mark.parametrize(
@@ -66,14 +67,14 @@ def test_features_of_another_network_are_refused_before_anything_runs(run: Any, 
     class Other(Corner):
         name = "other"
 
-    with pytest.raises(BadInput, match="corner features: other cannot judge"):
+    with pytest.raises(BadInput, match="corner features, not those of other"):
         run(features=Other())
     assert not (tmp_path / "out").exists()
 
 
 def test_guidance_without_classes_is_refused_before_anything_runs(run: Any, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"'best': .*guidance_scale must be 1"):
-        run(tiny(classes=None))
+        run(tiny_model(classes=None))
     assert not (tmp_path / "out").exists()
 
 

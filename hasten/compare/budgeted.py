@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..files import write
+from ..files import write_file
 from ..metrics import extract
 from ..metrics.frechet import frechet_distance, moments
 from ..performance import cost
-from ..progress import Progress
+from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
-from ..storage.provenance import now
-from ..workflows.sample import part_of
+from ..storage.provenance import utc_now
+from ..workflows.distribute import part_of
 from . import budget as timer
 from . import jobs as tools
 from .budget import RowState, TimeBudget, real_data_baseline
@@ -64,7 +64,7 @@ class BudgetedComparison(Comparison):
         self.baselines: dict[int, dict[str, float]] = {}
         self.evaluation_seconds = 0.0  # of a row, once it was measured
         self.report_seconds = REPORT
-        self.progress = Progress(0, True)
+        self.progress = ProgressReporter(0, True)
 
     def set_images(self, n: int, suffix: str = "") -> None:
         """Set the number of images per row, on which keys of rows depend; `suffix` marks unfinished rows."""
@@ -203,7 +203,7 @@ class BudgetedComparison(Comparison):
         `finish` replaces them. Returns the distance of as many real images."""
         baseline = self.baseline(self.protocol["n"])
         timing = {self.jobs[s.index].key: {"nfe": s.nfe, "seconds": [s.first]} for s in self.rows}
-        protocol = {**self.protocol, "rounds": 1, "floors": dict(baseline), "date": now()}
+        protocol = {**self.protocol, "rounds": 1, "floors": dict(baseline), "date": utc_now()}
         rows = []
         for state in self.rows:
             job = self.jobs[state.index]
@@ -279,7 +279,7 @@ class BudgetedComparison(Comparison):
                 self.record_failure(state.job, error)
         for state in self.states:
             if state.job.key in self.failures:
-                protocol = {**self.protocol, "date": now()}
+                protocol = {**self.protocol, "date": utc_now()}
                 self.results.put(tools.failed_row(self.jobs[state.index], self.failures[state.job.key], protocol))
         self.results.remove(first_keys)
         self.save_record(n)
@@ -350,4 +350,4 @@ class BudgetedComparison(Comparison):
         names = ("batches", "nfe", "first", "peak", "distance")
         rows = {state.job.key: {name: getattr(state, name) for name in names} for state in self.rows}
         record = {"reference": self.states[0].job.key, "minutes": self.budget.minutes, "n": n, "rows": rows}
-        write(self.out / "budget.json", json.dumps(record).encode())
+        write_file(self.out / "budget.json", json.dumps(record).encode())

@@ -18,14 +18,16 @@ from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..images import to_uint8
 from ..metrics import Reference
-from ..metrics.difference import difference
+from ..metrics.difference import image_difference
 from ..model.model import Label, Model
 from ..performance import cost
 from ..pick import pick
-from ..progress import Progress
+from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
-from ..storage.provenance import now
-from ..workflows.sample import evaluate_distributed, sample_many, sharing
+from ..storage.provenance import utc_now
+from ..workflows.distribute import sample_many, sharing
+from ..workflows.evaluate import evaluate_distributed
+from ..workflows.prompts import is_image
 from . import jobs as tools
 from . import report
 from .counting import count_evaluations, start_nfe
@@ -114,7 +116,7 @@ class Comparison:
         count = p["n"] * p["repeats"]
         total = sum(count * job.nfe for job in missing)
         total += 0 if timing else sum((p["rounds"] + 1) * p["timing_batch"] * job.nfe for job in self.jobs)
-        progress = Progress(total, self.ranks.is_main_process)
+        progress = ProgressReporter(total, self.ranks.is_main_process)
         with progress.bar:
             blocks = f" in each of {p['repeats']} blocks of seeds" if p["repeats"] > 1 else ""
             progress.say(
@@ -139,14 +141,14 @@ class Comparison:
         self.ranks.barrier()
         self.saved_batches(self.jobs[0]).clear()
 
-    def try_row(self, job: Job, timing: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
+    def try_row(self, job: Job, timing: Mapping[str, Any], progress: ProgressReporter) -> dict[str, Any] | None:
         """`evaluate_row`; a row that cannot be measured is marked as failed, and the run continues."""
         if job.key not in self.failures:
             try:
                 return self.evaluate_row(job, timing, progress)
             except Exception as error:
                 self.record_failure(job, error)
-        return tools.failed_row(job, self.failures[job.key], {**self.protocol, "date": now()})
+        return tools.failed_row(job, self.failures[job.key], {**self.protocol, "date": utc_now()})
 
     def record_failure(self, job: Job, error: Exception) -> None:
         """Record why a row cannot be measured. An error of the reference, or in one of several processes, is raised."""
@@ -192,7 +194,7 @@ class Comparison:
 
     # ---- cost ----
 
-    def time_rows(self, progress: Progress) -> Timing:
+    def time_rows(self, progress: ProgressReporter) -> Timing:
         """Time all rows in turns, after a pass that warms up and counts evaluations; stored rows get the new figures.
 
         Of several processes the main one does it while the others wait, except for rows that need them all.
@@ -226,7 +228,7 @@ class Comparison:
         self.results.put_timing(self.timing_settings, timing)
         rows = [self.results.rows[job.key] for job in self.jobs if job.key in timing and self.is_finished(job)]
         for row in rows:
-            protocol = {**row["protocol"], **self.timing_settings, "date": now()}
+            protocol = {**row["protocol"], **self.timing_settings, "date": utc_now()}
             self.results.put({**row, **self.costs(row["key"], timing), "protocol": protocol})
 
     def costs(self, key: str, timing: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +259,7 @@ class Comparison:
 
     # ---- quality ----
 
-    def evaluate_row(self, job: Job, timing: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
+    def evaluate_row(self, job: Job, timing: Mapping[str, Any], progress: ProgressReporter) -> dict[str, Any] | None:
         """Sample a row's images and evaluate them: the finished row, None where another process has it."""
         p, blocks, peak = self.protocol, [], 0
         for block in range(p["repeats"]):
@@ -286,7 +288,7 @@ class Comparison:
             "peak_memory": peak,
             **compiled,
             **tools.average_blocks(blocks),
-            "protocol": {**self.protocol, **({} if baselines is None else {"floors": baselines}), "date": now()},
+            "protocol": {**self.protocol, **({} if baselines is None else {"floors": baselines}), "date": utc_now()},
         }
 
     def evaluate_images(self, job: Job, images: Tensor, block: int) -> dict[str, Any] | None:
@@ -311,7 +313,7 @@ class Comparison:
         """Store all images of the reference, for the other rows, and the first images of each row, for the page."""
         if job.variant.role == "reference":
             self.results.save_images(self.reference_name(block), images.half().numpy())
-        if block == 0 and tools.is_image(images.shape[1:]):
+        if block == 0 and is_image(images.shape[1:]):
             self.results.save_images(job.key, to_uint8(images[:GRID_COLUMNS]).transpose(0, 3, 1, 2))
 
     def difference_to_reference(self, images: Tensor, block: int) -> dict[str, float]:
@@ -319,7 +321,7 @@ class Comparison:
         stored = self.results.load_images(self.reference_name(block))
         if stored is None:
             raise BadInput(f"the images of the reference in {self.out / 'samples'} are missing: run the command again")
-        return difference(images.half().float(), torch.from_numpy(stored).float())
+        return image_difference(images.half().float(), torch.from_numpy(stored).float())
 
     # ---- report ----
 

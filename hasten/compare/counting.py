@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..model.model import Model
-from ..progress import Progress
+from ..model.resolve import bound
+from ..progress import ProgressReporter
 from .variants import Variant
 
 
 @contextlib.contextmanager
-def count_evaluations(model: Model, progress: Progress | None = None) -> Iterator[list[int]]:
+def count_evaluations(model: Model, progress: ProgressReporter | None = None) -> Iterator[list[int]]:
     """Count the images that go through the network inside the block.
 
     Args:
@@ -53,4 +54,4 @@ def count_evaluations(model: Model, progress: Progress | None = None) -> Iterato
 
 def start_nfe(model: Model, variant: Variant) -> float:
     """Evaluations per image by other networks than the model's own: those of the initialisation."""
-    return 0 if variant.start is None else model.bound("starts", variant.start).nfe
+    return 0 if variant.start is None else bound(model, "starts", variant.start).nfe

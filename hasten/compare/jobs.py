@@ -8,17 +8,17 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, NonFinite
 from ..loading import load
-from ..model.model import RECOMMENDED, Label, Model
-from ..storage.provenance import fingerprint
+from ..model.model import Label, Model
+from ..model.resolve import RECOMMENDED
+from ..plan.config import SamplingConfig
+from ..storage.provenance import model_hash
 from ..workflows.sample import sharing
 from .counting import count_evaluations, start_nfe
 from .results import QUALITY, ResultStore
@@ -77,13 +77,14 @@ def prepare(model: Model, variants: VariantSet, ranks: Ranks | None = None, labe
             base = others[v.model]
             choice: Any = (v.sampler or None, v.times or None, v.steps or None)
             try:
-                way: Any = base.way(*choice, v.guidance_scale, v.guides, v.start, v.plan, v.accelerators)
+                config = SamplingConfig(*choice, v.guidance_scale, v.guides, v.start, v.plan, v.accelerators)
+                how = base.resolve(config)
             except (HastenError, ValueError) as e:
                 raise BadInput(f"{variants.source}: {v.name!r}: {e}") from e
             own: dict[str, Any] = {"sampler": v.sampler} if v.sampler else {}
             own |= {"times": v.times} if v.times else {}
-            steps = len(way.times) - 1 if way.plan is None else way.plan.nfe
-            resolved = replace(base, denoiser=way.inner, plan=way.plan, steps=v.steps or steps, **own)
+            steps = len(how.times) - 1 if how.plan is None else how.plan.nfe
+            resolved = replace(base, denoiser=how.inner, plan=how.plan, steps=v.steps or steps, **own)
             models[v.method] = replace(resolved, guidance_scale=v.guidance_scale)
         return models[v.method]
 
@@ -126,7 +127,7 @@ def sample_images(
 def sampling_arguments(model: Model, variant: Variant, runtime: str) -> dict[str, Any]:
     """The arguments of `Model.sample` that a prepared model does not carry itself."""
     return {
-        "runtime": runtime,
+        "precision": runtime,
         "guides": variant.guides,
         "start": variant.start,
         "plan": None if model.plan is None else RECOMMENDED,
@@ -138,7 +139,7 @@ def create_jobs(rows: Sequence[PreparedRow], settings: Mapping[str, Any], ranks:
     jobs = []
     for variant, equal, model in rows:
         own: dict[str, Any] = {} if variant.sampler or model.plan is None else {"plan": model.plan.to_json()}
-        own |= {} if variant.model is None else {"weights": fingerprint(model)}
+        own |= {} if variant.model is None else {"weights": model_hash(model)}
         own |= {} if sharing(variant.accelerators, ranks) is None else {"processes": ranks.world}
         text = json.dumps({**settings, "method": variant.method, **own}, sort_keys=True)
         jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], model))
@@ -231,59 +232,3 @@ def seed_overlap_warnings(store: ResultStore, seeds: Sequence[int]) -> list[str]
         for first, last in sorted(others)
         if partially_overlap(seeds, (first, last))
     ]
-
-
-def check_prompts(model: Model, prompts: Sequence[str] | str | None, where: str) -> list[str] | None:
-    """The prompts of a comparison or evaluation, of which image k gets number `k % len(prompts)`.
-
-    Args:
-        model: The model to sample.
-        prompts: The prompts of the caller; an empty one, "", must be explicit.
-        where: What else may name prompts, for the error message.
-
-    Returns:
-        The prompts; None for a model without prompts.
-
-    Raises:
-        BadInput: if a model of prompts gets none, or another model gets some.
-    """
-    if model.conditioning is None:
-        if prompts:
-            raise BadInput(f"{model.name} takes no prompts: remove --prompt, --prompts and the prompts of {where}")
-        return None
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-    if not texts:
-        raise BadInput(
-            f"{model.name} takes prompts: give --prompt TEXT (several times for several), --prompts FILE with one a "
-            "line, or prompts = [...] in the set of variants"
-        )
-    if not all(isinstance(text, str) for text in texts):
-        raise BadInput(f"prompts must be texts, got {texts!r}")
-    return texts
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The prompts in a text file, one a line; empty lines are skipped.
-
-    Raises:
-        BadInput: if the file cannot be read or holds no prompts.
-    """
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"cannot read the prompts in {file}: {getattr(e, 'strerror', None) or e}") from e
-    if not (prompts := [line for line in lines if line]):
-        raise BadInput(f"{file} holds no prompts: write one a line")
-    return prompts
-
-
-def image_shape(model: Model) -> tuple[int, ...]:
-    """The shape of what `Model.sample` returns: for a model of latents, that of the decoded image."""
-    if model.decoder is None:
-        return tuple(model.shape)
-    return tuple(model.decoder.decode(torch.zeros(1, *model.shape, device=model.device)).shape[1:])
-
-
-def is_image(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape are grey or RGB images."""
-    return len(shape) == 3 and shape[0] in (1, 3)

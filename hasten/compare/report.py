@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import write_atomic
 from ..storage.provenance import command_line
 from .plots import (
     CAPTIONS,
@@ -106,7 +106,7 @@ def sample_command(row: Row) -> str:
     }
     options["accelerate"] = list(row.get("accelerators") or ())
     if prompts := row["protocol"].get("prompts"):
-        options["label"] = prompts[0]
+        options["prompt"] = prompts[0]
     return command_line("sample", model, options)
 
 
@@ -345,5 +345,5 @@ def write_report(
         real=format_cells({**dict.fromkeys(rows[0]), **baselines, "guidance_scale": 1.0, "nfe": 0}),
     )  # fmt: skip
     path = out / "report.html"
-    write_whole(path, text)
+    write_atomic(path, text)
     return path

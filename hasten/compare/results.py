@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInput
-from ..files import read_json_lines, reserve, write
+from ..files import check_writable, read_json_lines, write_file
 
 SCHEMA = 1
 # The fields of a row that are None where quality was not measured.
@@ -37,7 +37,7 @@ class ResultStore:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out, self.path = out, reserve(out / "results.jsonl")
+        self.out, self.path = out, check_writable(out / "results.jsonl")
         self.rows: dict[str, dict[str, Any]] = {}
         lines = read_json_lines(self.path)  # a truncated line is ignored, and its row is run again
         text = self.path.read_bytes().strip(b"\0 \r\n\t") if self.path.is_file() else b""
@@ -63,7 +63,7 @@ class ResultStore:
 
     def _write_rows(self) -> None:
         """Write results.jsonl."""
-        write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode())
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode())
 
     def timing(self, settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any] | None:
         """The stored timing by row key; None if it was taken with other settings or lacks a row."""
@@ -75,13 +75,13 @@ class ResultStore:
 
     def put_timing(self, settings: dict[str, Any], rows: dict[str, Any]) -> None:
         """Store the seconds and evaluation counts of one interleaved run."""
-        write(self.out / "timing.json", json.dumps({"machine": settings, "rows": rows}).encode())
+        write_file(self.out / "timing.json", json.dumps({"machine": settings, "rows": rows}).encode())
 
     def save_images(self, name: str, images: np.ndarray) -> None:
         """Store an array of images under a name."""
         stream = io.BytesIO()
         np.save(stream, images)
-        write(reserve(self.out / "samples" / f"{name}.npy"), stream.getvalue())
+        write_file(check_writable(self.out / "samples" / f"{name}.npy"), stream.getvalue())
 
     def load_images(self, name: str) -> np.ndarray | None:
         """The images stored under a name, or None."""

@@ -13,14 +13,15 @@ from torch import nn
 from .. import __version__
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, check_int
-from ..files import writes
+from ..files import holds_lock
 from ..loading import load
 from ..metrics import Reference, net_name, without_neighbours
 from ..model.model import Model
 from ..performance.device import processor
-from ..progress import Progress
-from ..storage.provenance import command_line, fingerprint, hash_of, now
-from ..workflows.reference_images import judge as judged_by
+from ..progress import ProgressReporter
+from ..storage.provenance import command_line, model_hash, tensor_hash, utc_now
+from ..workflows.prompts import image_shape, is_image, prompts_for
+from ..workflows.reference_images import resolve_reference
 from . import jobs as tools
 from .budget import TimeBudget, preserve_threads, set_faster_threads
 from .budgeted import BudgetedComparison
@@ -34,7 +35,7 @@ MINIMUM = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, 
 KEY_SETTINGS = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
 
 
-@writes("out")
+@holds_lock("out")
 @preserve_threads
 def compare(
     model: str | Path | Model,
@@ -102,21 +103,21 @@ def compare(
         check_int(name, value, MINIMUM[name])
     if budget is not None and (ranks.world > 1 or repeats > 1):
         raise BadInput("minutes is for one process and one block of seeds: give n in its place")
-    label = tools.check_prompts(model, chosen.prompts if prompts is None else prompts, chosen.source)
+    label = prompts_for(model, chosen.prompts if prompts is None else prompts, chosen.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
         chosen = chosen.without_guidance_below_one()
     rows = prepare(model, chosen, ranks, label)
-    progress = Progress(0, ranks.is_main_process)
-    shape = tools.image_shape(model)
-    real = reference or (model.card.get("reference") if tools.is_image(shape) else None)
-    known, net = judged_by(real, features, shape, model.device, ranks, progress.say)
-    runtime = ranks.on_main_process(functools.partial(model.runtime_for, runtime, min(n, batch_size)))
+    progress = ProgressReporter(0, ranks.is_main_process)
+    shape = image_shape(model)
+    real = reference or (model.card.get("reference") if is_image(shape) else None)
+    known, net = resolve_reference(real, features, shape, model.device, ranks, progress.say)
+    runtime = ranks.on_main_process(functools.partial(model.precision_for, runtime, min(n, batch_size)))
     store = ResultStore(Path(out)) if ranks.is_main_process else None
     options = {"variants": variants, "n": n, "seed": seed, "minutes": minutes, "out": out}
     protocol: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model.name,
-        "model_hash": fingerprint(model),
+        "model_hash": model_hash(model),
         "set": chosen.source,
         "n": n,
         "seeds": [seed, seed + n * repeats - 1],
@@ -135,7 +136,7 @@ def compare(
         "dtype": runtime,
         "torch": torch.__version__,
         "hasten": __version__,
-        "date": now(),
+        "date": utc_now(),
         "command": command or command_line("compare", model.name, options),
     }
     if label is not None:
@@ -143,7 +144,7 @@ def compare(
 
     def create_jobs(protocol: Mapping[str, Any]) -> list[tools.Job]:
         """The rows with their keys, which depend on the number of images."""
-        statistics = None if known is None else hash_of(known.mean, known.covariance, known.sample)
+        statistics = None if known is None else tensor_hash(known.mean, known.covariance, known.sample)
         settings = {"against": chosen.reference.method, **{key: protocol[key] for key in KEY_SETTINGS}}
         settings |= {"statistics": statistics} | ({} if label is None else {"prompts": label})
         return tools.create_jobs(rows, settings, ranks)

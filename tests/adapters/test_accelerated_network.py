@@ -83,7 +83,7 @@ def bare_of(net: nn.Module) -> None:
 def strict() -> Iterator[None]:
     """No warning of hasten goes unseen."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*left out,")
+        warnings.filterwarnings("error", message=".*(left out|not applied),")
         warnings.filterwarnings("error", message="the forward of this")
         yield
 
@@ -181,12 +181,12 @@ def test_a_lora_that_was_there_is_quantised_around() -> None:
     adapted(pipe.unet)
     theirs = drawn(pipe)
     fast = accelerate_pipeline(pipe, QUANTIZE, steps=STEPS)
-    others = {type(layer).__name__ for layer in fast.unet.runner.layers.others}
+    others = {type(layer).__name__ for layer in fast.unet.accelerated_forward.layers.replacements}
     assert others == {"QConv2d", "QLinear", "Conv2d"}
     assert not any(
         name.endswith(("lora_A", "lora_B"))
         for name, m in fast.unet.named_modules()
-        if id(m) in fast.unet.runner.layers.pairs
+        if id(m) in fast.unet.accelerated_forward.layers.pairs
     )
     assert off(theirs, plain) > 0.1 and 1e-4 < off(drawn(fast), theirs) < 0.1
 
@@ -216,7 +216,7 @@ def test_freeu_and_processors_are_followed(way: str) -> None:
     pipe.enable_freeu(**levels)
     if way != QUANTIZE:
         assert torch.equal(drawn(accelerate_pipeline(pipe, way, steps=STEPS)), later)
-        kept = fast.unet._run._kept[-1][1]
+        kept = fast.unet._run._cache[-1][1]
         tensors = [kept] if isinstance(kept, Tensor) else [kept[1]]
         assert all(t._version == 0 for t in tensors), "what is kept was written into"
     else:
@@ -242,14 +242,14 @@ def test_compiled_networks_see_other_weights(monkeypatch: pytest.MonkeyPatch) ->
     pipe = sd()
     fast = accelerate_pipeline(pipe, "compile:backend=eager", steps=2)
     drawn(fast, num_inference_steps=2)
-    first = fast.unet.runner.base
+    first = fast.unet.accelerated_forward.base
     drawn(fast, num_inference_steps=1)
-    assert fast.unet.runner.base is first
+    assert fast.unet.accelerated_forward.base is first
     for p in fast.unet.up_blocks.parameters():
         p.data *= 0.9
     fast.scheduler.set_timesteps(1)
     fast.unet(start(), fast.scheduler.timesteps[0], torch.zeros(1, 5, 16))
-    assert fast.unet.runner.base is not first  # weights may have been frozen into it
+    assert fast.unet.accelerated_forward.base is not first  # weights may have been frozen into it
 
 
 def ip_adapter(net: Any) -> dict[str, Any]:

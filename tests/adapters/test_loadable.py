@@ -174,7 +174,7 @@ def refused() -> dict[str, Any]:
         "inpaint": (lambda: tiny.sd_pipeline("StableDiffusionInpaintPipeline", unet=tiny.unet2d_condition(in_channels=9)), "beside the noisy one"),
         "eight of eight": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(in_channels=8, out_channels=8)), "takes 8 channels and samples have 4"),
         "variation": (variation, "ImageVariationPipeline does more"),
-        "if second stage": (lambda: deepfloyd(True), "does more than ask its unet"),
+        "if second stage": (lambda: deepfloyd(True), "does more than sample its unet"),
         "class embedding": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(class_embed_type="timestep")), "class embedding .'timestep'."),
         "noise level": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(num_class_embeds=7)), "7 classes beside text"),
         "sizes": (lambda: tiny.sd_pipeline(unet=tiny.sdxl_unet()), "'text_time'"),
@@ -210,7 +210,7 @@ def test_what_is_loaded() -> None:
 def test_an_encoder_that_answers_otherwise_is_refused_in_a_line() -> None:
     pipe = tiny.sd_pipeline()
     pipe.encode_prompt = lambda prompt, device: None  # type: ignore[method-assign]
-    with pytest.raises(BadInput, match="encode_prompt cannot be asked as hasten does .TypeError"):
+    with pytest.raises(BadInput, match="encode_prompt cannot be called as hasten does .TypeError"):
         hasten.load(pipe).sample(1, "a cat", steps=2)
 
 

@@ -70,7 +70,7 @@ def test_flow_matching() -> None:
     theirs = pipe("a cat", latents=start(), **TOLD).images
     ours = as_scheduler("ddim", times_like(pipe.scheduler, STEPS), like=pipe)
     close(with_scheduler(pipe, ours)("a cat", latents=start(), **TOLD).images, theirs)
-    assert ours.reading.prediction == "flow" and ours.init_noise_sigma == 1.0
+    assert ours.spec.prediction == "flow" and ours.init_noise_sigma == 1.0
     noise, x = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     at = torch.tensor([pipe.scheduler.timesteps[1]] * 2)
     close(ours.scale_noise(x, at, noise), pipe.scheduler.scale_noise(x, at, noise))
@@ -147,7 +147,7 @@ def test_image_to_image() -> None:
     close(x, y, 1e-6)
     assert torch.isfinite(mine).all()
     bound = as_scheduler(plan(UniPC(), ours.hasten_schedule, times), like=pipe)
-    with pytest.raises(BadInput, match="cannot begin at its query 2 of 5"):
+    with pytest.raises(BadInput, match="cannot begin at evaluation 2 of 5"):
         with_scheduler(pipe, bound)("a cat", generator=torch.Generator().manual_seed(1), **told)
 
 
@@ -195,7 +195,7 @@ def test_saved_and_made_from_configs(tmp_path: Path) -> None:
         other.set_timesteps(4)
         made.set_timesteps(4)
         assert torch.equal(other.timesteps, made.timesteps)
-        assert other.hasten_schedule == made.hasten_schedule and other.reading == made.reading
+        assert other.hasten_schedule == made.hasten_schedule and other.spec == made.spec
     pipe = with_scheduler(pipe, made)
     pipe.save_pretrained(tmp_path / "pipe")
     again = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path / "pipe"))
@@ -204,7 +204,7 @@ def test_saved_and_made_from_configs(tmp_path: Path) -> None:
     assert torch.allclose(DDIMScheduler.from_config(made.config).alphas_cumprod, made.alphas_cumprod)
     flow = as_scheduler("ddim", like=tiny.sd3_pipeline())
     flow.save_pretrained(tmp_path / "flow")
-    assert PlanScheduler.from_pretrained(tmp_path / "flow").reading == flow.reading
+    assert PlanScheduler.from_pretrained(tmp_path / "flow").spec == flow.spec
 
 
 def test_plans_travel_alone(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_plans_travel_alone(tmp_path: Path) -> None:
     again.set_timesteps(3)
     assert torch.allclose(again.timesteps.double(), times[:3] * 1000 - 1, atol=1e-4)
     assert Plan.from_json(again.config.plan).times.tolist() == times.tolist()
-    with pytest.raises(BadInput, match="has 3 steps, asked for 4 steps"):
+    with pytest.raises(BadInput, match="has 3 steps, requested 4 steps"):
         again.set_timesteps(4)
     with pytest.raises(BadInput, match="another schedule"):
         as_scheduler(compiled, like=tiny.scheduler(beta_end=0.05))
@@ -244,7 +244,7 @@ def test_tables_that_only_a_scheduler_knows() -> None:
         at = torch.tensor([0, 20, 49])
         close(ours.add_noise(x, noise, at), theirs.add_noise(x, noise, at))
     assert ours.hasten_schedule.zero_snr
-    with pytest.raises(BadInput, match="says nothing at pure noise"):
+    with pytest.raises(BadInput, match="at pure noise does not determine x0"):
         eps = as_scheduler("ddim", like=theirs, prediction="eps")
         eps.set_timesteps(2)
         eps.step(start(), eps.timesteps[0], start())

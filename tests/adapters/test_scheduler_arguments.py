@@ -18,7 +18,7 @@ from torch import Tensor
 
 import hasten
 from hasten.adapters.diffusers import as_scheduler, times_like
-from hasten.adapters.diffusers.schedules import mu_of, reading
+from hasten.adapters.diffusers.schedules import mu_of, read_scheduler
 from hasten.errors import BadInput
 from hasten.plan import plan
 from hasten.samplers import DDIM
@@ -64,9 +64,9 @@ def test_every_keyword_of_every_pipeline_is_taken_or_refused_by_name() -> None:
             told = (x, scheduler.timesteps[0], x) if method == "step" else (4,)
             getattr(scheduler, method)(*told, **{name: None})
             scheduler.set_timesteps(4)
-            with pytest.raises(BadInput, match=rf"{method}\({name}=.* is not known to hasten's scheduler"):
+            with pytest.raises(BadInput, match=rf"{method}\({name}=.* is not supported by hasten's scheduler"):
                 getattr(scheduler, method)(*told, **{name: 17.25})
-            assert method == "set_timesteps" or scheduler._run is None  # before anything was done
+            assert method == "set_timesteps" or scheduler._trajectory is None  # before anything was done
 
 
 def test_step_refuses_noise_that_is_the_samplers() -> None:
@@ -124,7 +124,7 @@ def test_the_shift_of_a_size(time_shift_type: str) -> None:
         assert torch.allclose(ours.timesteps, theirs.timesteps, atol=1e-3)
         assert torch.allclose(ours.sigmas, theirs.sigmas, atol=1e-6)
         theirs.set_timesteps(5, mu=mu)
-        own = reading(theirs, mu=mu).timestep(times_like(theirs, 5, mu=mu)[:-1])
+        own = read_scheduler(theirs, mu=mu).timestep(times_like(theirs, 5, mu=mu)[:-1])
         assert torch.allclose(own, theirs.timesteps.double(), atol=1e-2)
         theirs.set_timesteps(sigmas=sigmas, mu=mu)
         assert torch.allclose(times_like(ours, 5, mu=mu), ours.grid)
@@ -133,7 +133,7 @@ def test_the_shift_of_a_size(time_shift_type: str) -> None:
         for t, other in zip(ours.timesteps, theirs.timesteps):
             a, b = ours.step(a.sin(), t, a).prev_sample, theirs.step(b.sin(), other, b).prev_sample
         assert torch.allclose(a, b, atol=1e-5)
-    with pytest.warns(UserWarning, match="not given mu: mu=0.5 is used"):
+    with pytest.warns(UserWarning, match="called without mu: mu=0.5 is used"):
         ours.set_timesteps(5)
     with pytest.raises(BadInput, match="depend on the size of the image"):
         times_like(theirs, 5)
