@@ -75,10 +75,18 @@ def prepare(model: Model, variants: VariantSet, ranks: Ranks | None = None, labe
                 with ranks.main_process_first() if ranks is not None else contextlib.nullcontext():
                     others[v.model] = load_other_model(str(v.model), model, f"{variants.source}: {v.name!r}")
             base = others[v.model]
-            choice: Any = (v.sampler or None, v.times or None, v.steps or None)
             try:
-                config = SamplingConfig(*choice, v.guidance_scale, v.guides, v.start, v.plan, v.accelerators)
-                how = base.resolve(config)
+                config = SamplingConfig(
+                    sampler=v.sampler or None,
+                    times=v.times or None,
+                    steps=v.steps or None,
+                    guidance_scale=v.guidance_scale,
+                    guides=v.guides,
+                    start=v.start,
+                    plan=v.plan,
+                    accelerators=v.accelerators,
+                )
+                how: Any = base.resolve(config)
             except (HastenError, ValueError) as e:
                 raise BadInput(f"{variants.source}: {v.name!r}: {e}") from e
             own: dict[str, Any] = {"sampler": v.sampler} if v.sampler else {}
