@@ -339,3 +339,20 @@ def test_a_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         again = min(module._timed(lambda: conv(x), "cpu") for _ in range(8))
     assert 2 * 128 * 128 * 9 * 64 * 64 / again == pytest.approx(result.flops, rel=0.7)
     assert result.memory_bandwidth > 1e8 and 0 < result.launch < 1e-2
+
+
+def test_old_names_are_forwarded() -> None:
+    import hasten.performance.hardware as hardware
+    import hasten.performance.parallel as parallel
+    import hasten.performance.profile as profile
+
+    for module, old, new in (
+        (hardware, "Way", ParallelLayout),
+        (parallel, "Way", ParallelLayout),
+        (parallel, "Work", Workload),
+        (profile, "Work", Workload),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"{old} is now {new.__name__}"):
+            assert getattr(module, old) is new
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        hardware.Nothing
