@@ -66,9 +66,11 @@ def test_prior_noise_injection_changes_the_plan(model: Model) -> None:
         model.way(accelerators=[f"encoder_propagation:keys=uniform,inject={share}"]).plan for share in (0, 0.003)
     )
     assert held_out is not None and injected is not None
-    assert not torch.equal(held_out.start, injected.start) or not torch.equal(held_out.a, injected.a) or not torch.equal(
-        held_out.A, injected.A
-    )  # fmt: skip
+    assert (
+        not torch.equal(held_out.start, injected.start)
+        or not torch.equal(held_out.a, injected.a)
+        or not torch.equal(held_out.A, injected.A)
+    )
     a = model.sample(2, accelerators=["encoder_propagation:keys=uniform"])
     b = model.sample(2, accelerators=["encoder_propagation:keys=uniform,inject=0.003"])
     assert 0 < (a - b).abs().max() < 0.5

@@ -49,8 +49,12 @@ def problem(name: str) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
 NETS = ("hasten", "patch2", *(("model", "sd", "sdxl") if THERE else ()))
 TALKING = [name for name in NETS if name != "sdxl"]
 WAYS: tuple[dict[str, Any], ...] = (
-    {}, {"norm": "full", "chunk": 7}, {"norm": "separate"}, {"keys": "bf16"}, {"mode": "sync"},
-)  # fmt: skip
+    {},
+    {"norm": "full", "chunk": 7},
+    {"norm": "separate"},
+    {"keys": "bf16"},
+    {"mode": "sync"},
+)
 
 
 @torch.no_grad()
@@ -200,12 +204,17 @@ def sdxl(side: int) -> Workload:
 
     with torch.device("meta"):
         net = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280), cross_attention_dim=2048, transformer_layers_per_block=(1, 2, 10),
+            block_out_channels=(320, 640, 1280),
+            cross_attention_dim=2048,
+            transformer_layers_per_block=(1, 2, 10),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(5, 10, 20), use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
         assert sum(p.numel() for p in net.parameters()) == 2_567_463_684
         info = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
         text = torch.empty(2, 77, 2048)
@@ -309,9 +318,11 @@ def test_errors(large: Workload) -> None:
     with pytest.raises(BadInput, match="steps must be"):
         forecast(large, CORE, FAST, steps=0)
     for wrong, message in (
-        ({"ranks": 3, "branches": True}, "an even number of ranks, found 3"), ({"ranks": 0}, "at least 1, got 0"),
-        ({"norm": "fresh"}, "unknown norm 'fresh'.*choices: corrected, stale, full, separate"), ({"efficiency": 1.5}, "at most 1"),
-    ):  # fmt: skip
+        ({"ranks": 3, "branches": True}, "an even number of ranks, found 3"),
+        ({"ranks": 0}, "at least 1, got 0"),
+        ({"norm": "fresh"}, "unknown norm 'fresh'.*choices: corrected, stale, full, separate"),
+        ({"efficiency": 1.5}, "at most 1"),
+    ):
         with pytest.raises(BadInput, match=message):
             ParallelLayout(**wrong)
     with pytest.raises(BadInput, match="must be above 0, found 0, 1"):
@@ -355,4 +366,4 @@ def test_old_names_are_forwarded() -> None:
         with pytest.warns(DeprecationWarning, match=f"{old} is now {new.__name__}"):
             assert getattr(module, old) is new
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
-        hardware.Nothing
+        _ = hardware.Nothing

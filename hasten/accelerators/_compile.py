@@ -91,8 +91,8 @@ class CompiledNet(nn.Module):
             return parts["decode"](*parts["encode"](x, emb), emb)
         if {"embed", "run", "finish"} <= parts.keys():
             tokens, emb = parts["embed"](x, time, **cond)
-            depth = len(self.net.blocks)  # type: ignore[arg-type]
-            return parts["finish"](parts["run"](0, depth, tokens, emb), emb)
+            net: Any = self.net
+            return parts["finish"](parts["run"](0, len(net.blocks), tokens, emb), emb)
         return parts["forward"](x, time, **cond)
 
     def __getattr__(self, name: str) -> Any:

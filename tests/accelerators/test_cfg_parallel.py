@@ -143,8 +143,11 @@ def test_two_processes_give_the_output_of_one(tmp_path: Path) -> None:
 def test_patches_and_branches_together(tmp_path: Path) -> None:
     ranks = together(both, 4, tmp_path)
     assert [result["ranks"] for result in ranks] == [
-        ((0, 2), (0, 1)), ((1, 3), (0, 1)), ((0, 2), (2, 3)), ((1, 3), (2, 3)),
-    ]  # fmt: skip
+        ((0, 2), (0, 1)),
+        ((1, 3), (0, 1)),
+        ((0, 2), (2, 3)),
+        ((1, 3), (2, 3)),
+    ]
     for result in ranks:
         for k, (exact, ready, late) in enumerate(result["errors"]):
             assert exact < 1e-5 and ready < 1e-5

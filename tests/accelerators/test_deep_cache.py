@@ -152,9 +152,11 @@ class Foreign(nn.Module):
         self.net = unet()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(super().__getattr__("net"), name) if name in ("embed", "deep", "shallow_decode") else (
-            super().__getattr__(name)
-        )  # fmt: skip
+        return (
+            getattr(super().__getattr__("net"), name)
+            if name in ("embed", "deep", "shallow_decode")
+            else (super().__getattr__(name))
+        )
 
     def shallow_encode(self, x: torch.Tensor, emb: torch.Tensor) -> Any:
         return self.net.shallow_encode(x, emb)

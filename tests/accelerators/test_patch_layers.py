@@ -68,8 +68,16 @@ def test_the_norm_over_all_patches_is_group_norm_whatever_the_layout() -> None:
     ours = PatchNorm(norm, Echo(ProcessGroup(), "sync", "full", 0, "same", 60))
     wide = 3 + noise(2, 8, 6, 5, seed=2)
     tokens = wide.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
-    for x in (wide, wide.to(memory_format=torch.channels_last), wide[:1, :, ::2], tokens, tokens[:1].unflatten(2, (6, 5)),
-              wide[:, :, :1], wide[:1, :, :2, :1], wide.transpose(2, 3)):  # fmt: skip
+    for x in (
+        wide,
+        wide.to(memory_format=torch.channels_last),
+        wide[:1, :, ::2],
+        tokens,
+        tokens[:1].unflatten(2, (6, 5)),
+        wide[:, :, :1],
+        wide[:1, :, :2, :1],
+        wide.transpose(2, 3),
+    ):
         torch.testing.assert_close(ours(x), norm(x), rtol=1e-5, atol=1e-5)
     last = ours(wide.to(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
@@ -173,16 +181,23 @@ def test_networks_of_diffusers_are_supported() -> None:
     with torch.device("meta"):  # their shapes without their weights
         sd = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         xl = UNet2DConditionModel(
-            sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280),
+            sample_size=128,
+            cross_attention_dim=2048,
+            block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=[5, 10, 20],
-            transformer_layers_per_block=[1, 2, 10], use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=[5, 10, 20],
+            transformer_layers_per_block=[1, 2, 10],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
         scores = UNet2DModel(
-            block_out_channels=(32, 64), down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+            block_out_channels=(32, 64),
+            down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
             up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-        )  # fmt: skip
+        )
     for net, multiple in ((sd, 8), (xl, 4)):
         built = parts(split_network(net))
         assert built.exchange.multiple == multiple

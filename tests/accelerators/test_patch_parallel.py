@@ -29,9 +29,13 @@ NETS = ("hasten", "patch2", *(("model", "sd", "sdxl") if THERE else ()))
 WAYS = {"hasten": ((2, 4), (4, 4), (4, 6)), "patch2": ((4, 6),), "model": ((4, 4),), "sd": ((2, 4), (4, 4)),
         "sdxl": ((2, 6),)}  # fmt: skip
 MODES: dict[str, Any] = {
-    "sync": {"mode": "sync"}, "corrected": {}, "separate": {"norm": "separate"}, "naive": {"mode": "naive"},
-    "stale": {"norm": "stale"}, "full": {"norm": "full"},
-}  # fmt: skip
+    "sync": {"mode": "sync"},
+    "corrected": {},
+    "separate": {"norm": "separate"},
+    "naive": {"mode": "naive"},
+    "stale": {"norm": "stale"},
+    "full": {"norm": "full"},
+}
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -186,9 +190,11 @@ def along(ranks: int) -> dict[str, Any]:
     cached, sync, both = (
         accelerate(plain, methods, SamplingContext(tuple(times)))
         for methods in (
-            [DeepCache(every=2)], [PatchParallel(mode="sync")], [DeepCache(every=2), PatchParallel(mode="sync")],
+            [DeepCache(every=2)],
+            [PatchParallel(mode="sync")],
+            [DeepCache(every=2), PatchParallel(mode="sync")],
         )
-    )  # fmt: skip
+    )
     for rows in (8, 12):  # the second does not divide, and with a cache it must be known before x_t is seen
         more = {
             f"down_residual_{k}": noise(2, *shape, seed=k)

@@ -60,11 +60,16 @@ def pruned(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("net", "exchanged"),
     [
-        (ReadsDtype(), 2), (ReadsAttributes(), 2), (Functional(), 2), (Two(parametrizations.weight_norm), 1),
-        (Two(parametrizations.spectral_norm), 1), (Two(nn.utils.weight_norm), 1), (Two(pruned), 1),
+        (ReadsDtype(), 2),
+        (ReadsAttributes(), 2),
+        (Functional(), 2),
+        (Two(parametrizations.weight_norm), 1),
+        (Two(parametrizations.spectral_norm), 1),
+        (Two(nn.utils.weight_norm), 1),
+        (Two(pruned), 1),
     ],
     ids=["dtype", "attributes", "functional", "weight_norm", "spectral_norm", "old_weight_norm", "pruned"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("options", [{}, {"rounding": "adaround", "iterations": 2}], ids=["nearest", "adaround"])
 def test_unusual_networks_are_quantised(net: nn.Module, exchanged: int, options: dict[str, Any]) -> None:
     denoiser = Denoiser(net, VPCosine(offset=0.0), V()).eval().requires_grad_(False)

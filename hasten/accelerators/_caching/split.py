@@ -103,7 +103,8 @@ def split_point_of(net: nn.Module, who: str, first: int | None) -> UNetSplit | T
         BadInput: for a network without a split point, and for `first` of one without blocks.
     """
     if has_attributes(net, "embed", "run", "finish", "blocks"):
-        depth = len(net.blocks)  # type: ignore[arg-type]
+        blocks: Any = net.blocks
+        depth = len(blocks)
         first = round(depth * 18 / 28) if first is None else first
         if not 1 <= first < depth:
             raise BadInput(f"{who}: the encoder is 1 to {depth - 1} of this network's {depth} blocks, found {first}")
