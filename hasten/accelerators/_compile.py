@@ -165,6 +165,7 @@ class CompiledPart:
         return output
 
     def _copied(self, output: Any) -> Any:
+        """The output, as clones where the compiler will overwrite it."""
         return clone_tensors(output) if self.copies else output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPart:

@@ -177,6 +177,7 @@ class PatchNet(nn.Module):
         return raw
 
     def _begin(self, x: Tensor, cond: dict[str, Any]) -> None:
+        """Begin a model evaluation."""
         self.exchange.begin(x)
         self._check_conditions(cond)
 

@@ -117,7 +117,12 @@ def _unit(net: nn.Module, name: str) -> str:
 
 
 def raw_of_batch(denoiser: Any, batch: Batch) -> Tensor:
-    """The raw output (B, *S) of a denoiser's network for a batch."""
+    """The raw output (B, *S) of a denoiser's network.
+
+    Args:
+        denoiser: with `raw`.
+        batch: x_t (B, *S), t (B,), conditions.
+    """
     x, t, cond = batch
     return denoiser.raw(x, t, **cond)
 

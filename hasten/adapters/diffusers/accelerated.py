@@ -111,7 +111,7 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
             raise BadInput(
                 f"{format_spec(one)}: a pipeline's scheduler injects no noise: remove inject, or load a Model"
             )
-        if patch is not None and one.stage < WRAP:
+        if patch is not None and with_defaults(one).stage < WRAP:
             raise BadInput(
                 f"the forward of this {type(net).__name__} was replaced ({_name(patch)}), and {format_spec(one)} "
                 "would not run it: remove the patch first"

@@ -47,10 +47,10 @@ class AcceleratedForward:
         core.__dict__ = vars(module)
         vars(module)["accelerated_forward"] = self
         self.module, self.core, self.accelerators = module, core, accelerators
-        self.claimed = frozenset[str]().union(*(one.claims for one in accelerators))
-        self.swapping = [one for one in accelerators if one.stage < COMPILE]
-        self.compiling = [one for one in accelerators if COMPILE <= one.stage < WRAP]
-        self.wrapping = [one for one in accelerators if one.stage >= WRAP]
+        self.claimed = frozenset[str]().union(*(with_defaults(one).claims for one in accelerators))
+        self.swapping = [one for one in accelerators if with_defaults(one).stage < COMPILE]
+        self.compiling = [one for one in accelerators if COMPILE <= with_defaults(one).stage < WRAP]
+        self.wrapping = [one for one in accelerators if with_defaults(one).stage >= WRAP]
         self.reader = ARGUMENT_READERS[
             next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)
         ]
@@ -184,7 +184,7 @@ class AcceleratedForward:
 
     def _source(self) -> Any:
         """The denoiser that is compiled or copied: without hooks around its network where it is copied."""
-        copying = [one for one in self.compiling if one.stage > COMPILE]
+        copying = [one for one in self.compiling if with_defaults(one).stage > COMPILE]
         if not copying:
             return self.source
         network = split_network(without_hooks(self.core), with_variance=True)
@@ -195,7 +195,7 @@ class AcceleratedForward:
         """Drop what was compiled or copied from the network where that has changed."""
         if not self.compiling:
             return
-        copying = any(one.stage > COMPILE for one in self.compiling)
+        copying = any(with_defaults(one).stage > COMPILE for one in self.compiling)
         now = structure(self.core) if copying else (), sample_parameters(list(self.core.modules()))
         if self.base_state is not None and (now[0] != self.base_state[0] or changed(now[1], self.base_state[1])):
             self.base = None
@@ -204,7 +204,7 @@ class AcceleratedForward:
 
     def _applicable(self, times: tuple[float, ...] | None) -> list[Any]:
         """The accelerators of the last stage that apply to this sampling; a warning names the others."""
-        reusing = [one for one in self.wrapping if one.stage == WRAP]
+        reusing = [one for one in self.wrapping if with_defaults(one).stage == WRAP]
         skipped: list[Any] = []
         if not self.timeline.regular:
             skipped = reusing
@@ -228,7 +228,7 @@ class AcceleratedForward:
             layer._apply(fn)
         if not outdated:
             self.layers.renew()
-        if any(one.stage > COMPILE for one in self.compiling):
+        if any(with_defaults(one).stage > COMPILE for one in self.compiling):
             self.base = None
             self.cache.clear()
 

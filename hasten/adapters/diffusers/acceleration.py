@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...accelerators import EXCHANGE
+from ...accelerators import EXCHANGE, with_defaults
 from ...errors import BadInput
 from ...pick import format_spec
 from .accelerated import Accelerated
@@ -61,7 +61,7 @@ def parse_accelerators(accelerators: Any) -> list[Any]:
         accelerators = [accelerators]
     methods = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
     for one in methods:
-        if not hasattr(one, "stage"):
+        if isinstance(one, type) or not callable(getattr(one, "apply", None)):
             raise BadInput(
                 f"accelerators are objects of hasten.accelerators or texts such as 'deep_cache', found {one!r}"
             )
@@ -106,7 +106,7 @@ def accelerate_pipeline(
     steps = 50 if steps is None else check_count("steps", steps)
     slot, net = network_of(pipe)
     fast = Accelerated.wrap_pipeline(pipe, slot, net, methods, steps, seed, prompts if calls is None else calls)
-    other_weights = any(one.stage == EXCHANGE for one in methods)
+    other_weights = any(with_defaults(one).stage == EXCHANGE for one in methods)
     for target in (fast, vars(fast)[slot]) if other_weights else (fast,):  # not by their own __setattr__
         vars(target)["save_pretrained"] = partial(save_accelerated, target, methods, other_weights)
     return fast
