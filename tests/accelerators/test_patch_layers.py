@@ -209,3 +209,10 @@ def test_networks_of_diffusers_are_supported() -> None:
     sd.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     with pytest.raises(BadInput, match="UpBlock2D: it may mix rows"):
         parts(split_network(sd))
+
+
+def test_the_containers_of_hasten_are_its_modules() -> None:
+    from hasten.accelerators._patches.swap import CONTAINERS
+    from hasten.nets import layers, unet
+
+    assert all(hasattr(unet, name) or hasattr(layers, name) for name in CONTAINERS["hasten"])

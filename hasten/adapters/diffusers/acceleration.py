@@ -61,7 +61,7 @@ def parse_accelerators(accelerators: Any) -> list[Any]:
         accelerators = [accelerators]
     methods = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
     for one in methods:
-        if isinstance(one, type) or not callable(getattr(one, "apply", None)):
+        if isinstance(one, (type, nn.Module)) or not callable(getattr(one, "apply", None)):
             raise BadInput(
                 f"accelerators are objects of hasten.accelerators or texts such as 'deep_cache', found {one!r}"
             )
