@@ -26,7 +26,7 @@ def _split(section: re.Match[str]) -> str:
     )
 
     def each(match: re.Match[str]) -> str:
-        text = match[2] if match[2].endswith("\n") else f"{match[2]}\n"
-        return "".join(f"{indent}{name}{text}" for name in match[1].split(", "))
+        described = match[2] if match[2].endswith("\n") else f"{match[2]}\n"
+        return "".join(f"{indent}{name}{described}" for name in match[1].split(", "))
 
     return f"{section[1]}{section[2]}:\n{entry.sub(each, section[3])}"
