@@ -76,7 +76,7 @@ def compare(
     }
     more = {"precision": None if precision == "auto" else precision, "prompt": prompt, "prompts": prompts, "out": out}
     command = command_line("compare", model, {**options, "repeats": None if repeats == 1 else repeats, **more})
-    options |= {"prompts": prompts_of(prompt, prompts), "repeats": repeats, "runtime": precision}
+    options |= {"prompts": prompts_of(prompt, prompts), "repeats": repeats, "precision": precision}
     ranks = processes(device)
     loaded = open_shared(model, ranks)
     with sigterm_as_interrupt():

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, HastenError, nearest
+from ..plan.config import SamplingConfig
 
 FOLDER = Path(__file__).resolve().parent / "variant_sets"
 KEYS = ("name", "model", "sampler", "times", "steps", "guidance_scale", "guides", "start", "plan", "accelerators")
@@ -74,6 +75,14 @@ class Variant:
     model: str | None = None
     accelerators: tuple[str, ...] = ()
     role: str = "variant"
+
+    @property
+    def config(self) -> SamplingConfig:
+        """How the row is sampled; what is "" or 0 is what the model recommends."""
+        return SamplingConfig(
+            self.sampler or None, self.times or None, self.steps or None, self.guidance_scale, self.guides, self.start,
+            self.plan, self.accelerators,
+        )  # fmt: skip
 
     @property
     def method(self) -> tuple[Any, ...]:
