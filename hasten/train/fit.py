@@ -217,7 +217,7 @@ class Fit:
                 meter.raise_if_not_finite(checkpoint)
                 now = time.monotonic()
                 due = now - last_save > self.save_seconds
-                state.seconds, stop, due = ranks.agree(state.seconds + now - mark, bool(signals), due)
+                state.seconds, stop, due = ranks.sync_training_state(state.seconds + now - mark, bool(signals), due)
                 done = self.progress(state.step, state.seconds)
                 if state.step // self.log_steps > meter.logged // self.log_steps or done >= 1 or stop:
                     line = meter.line(state.step, state.seconds, self.rate(state.step, done))
