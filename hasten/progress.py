@@ -82,7 +82,7 @@ def no_progress(what: str, done: int, total: int, value: float) -> None:
 
 
 @contextlib.contextmanager
-def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def steps_progress(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not show or not is_terminal(sys.stderr):
         yield lambda done: None

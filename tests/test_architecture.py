@@ -44,13 +44,9 @@ ROOT_MODULES = 18
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Consistency EDM Flow Guided NoiseLevel Traced
-    _Callable _known _low_rank _positive _short _text
-    _watched _wide accelerate begin build_network check
-    clock distance drawn export fresh grid
-    named names nodes number pairs peak_memory
-    plain resolve search slope span spread
-    together trace write
+    Consistency EDM Flow NoiseLevel _wide accelerate
+    build_network check clock distance export normalize_name
+    peak_memory raw_output resolve
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

@@ -21,7 +21,7 @@ from PIL import Image
 from hasten.cli import main
 from hasten.cli import verbs as commands
 from hasten.denoiser import Denoiser
-from hasten.images import read_text
+from hasten.images import read_png_text
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.plan import plan
@@ -101,7 +101,7 @@ def test_the_same_command_gives_the_same_file(cli: Cli, folder: Path, tmp_path: 
 
 def test_the_command_in_a_file_makes_that_file(cli: Cli, folder: Path, tmp_path: Path) -> None:
     cli("sample", folder, "--n", 4, "--label", "boot,0", "--sampler", "dpm:order=2", "--out", tmp_path / "a.png")
-    text = read_text(tmp_path / "a.png")
+    text = read_png_text(tmp_path / "a.png")
     assert text["seeds"] == "0-3"
     assert text["labels"] == "2,0,2,0"
     assert torch.__version__ in text["versions"]
@@ -128,7 +128,7 @@ def test_single_files_are_the_tiles_of_the_grid(cli: Cli, folder: Path, tmp_path
         row, column = divmod(k, 3)
         tile = sheet[10 * row : 10 * row + 8, 10 * column : 10 * column + 8]
         assert np.array_equal(tile, np.asarray(Image.open(file)))
-        assert read_text(file)["seeds"] == str(10 + k)
+        assert read_png_text(file)["seeds"] == str(10 + k)
 
 
 def test_json_is_what_the_function_returns(cli: Cli, folder: Path, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.compare import compare, variants
+from hasten.compare import compare, comparison, jobs, variants
 from hasten.compare import runner as engine
-from hasten.compare.runner import as_fast, counting
+from hasten.compare.counting import count_evaluations
+from hasten.compare.jobs import set_equal_time_row
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference
 from hasten.metrics.difference import image_difference
@@ -77,10 +78,10 @@ def chosen(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`compare` of the tiny model on the small set, in the folder `out`; pages are written only where `page` asks."""
-    write = engine.report.write
+    write = comparison.report.write_report
 
     def start(model: Model | None = None, page: bool = False, **others: Any) -> list[dict[str, Any]]:
-        monkeypatch.setattr(engine.report, "write", write if page else lambda out, *_: out / "report.html")
+        monkeypatch.setattr(comparison.report, "write_report", write if page else lambda out, *_: out / "report.html")
         told: dict[str, Any] = {"reference": real(), "features": Corner(), "runtime": "fp32", "timing_batch": 3}
         told |= {"out": tmp_path / "out", "show": False, "variants": chosen, **others}
         return compare(tiny_model() if model is None else model, **told)
@@ -96,7 +97,7 @@ def of(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def test_every_cost_has_the_reference_with_fewer_steps() -> None:
-    rows = variants.read("full", "lambda", 2.0).rows()
+    rows = variants.load_variants("full", "lambda", 2.0).rows()
     by_method = {variant.method: variant for variant, _ in rows}
     assert len(by_method) == len(rows), "a row is run twice"
     reference = rows[0][0]
@@ -110,7 +111,7 @@ def test_every_cost_has_the_reference_with_fewer_steps() -> None:
 
 
 def test_a_variant_that_is_the_equal_cost_row_is_not_run_twice(chosen: Path) -> None:
-    rows = variants.read(chosen).rows()
+    rows = variants.load_variants(chosen).rows()
     # Guided DDIM: 4 and 8 evaluations; UniPC in 4 steps is what the reference does with 8; unguided Heun takes 3.
     assert [(v.name, v.role, v.nfe, e and e.name) for v, e in rows] == [
         ("best", "reference", 24, None),
@@ -126,25 +127,25 @@ def test_a_variant_that_is_the_equal_cost_row_is_not_run_twice(chosen: Path) -> 
 def test_a_cost_below_one_step_of_the_reference_has_no_equal() -> None:
     data = {"reference": {"sampler": "unipc", "steps": 8, "guidance_scale": 3.0},
             "variant": [{"name": "one", "sampler": "ddim", "steps": 1, "guidance_scale": 1.0}]}  # fmt: skip
-    rows = variants.parse(data).rows()
+    rows = variants.parse_variants(data).rows()
     assert [(v.name, e) for v, e in rows] == [("reference", None), ("one", None)]
 
 
 def test_lists_are_a_product_and_the_rest_is_the_references() -> None:
     data = {"reference": {"sampler": "unipc", "steps": 8, "times": "karras", "guidance_scale": 3.0},
             "variant": [{"name": "x", "sampler": ["ddim", "heun"], "steps": [2, 4]}]}  # fmt: skip
-    found = variants.parse(data).variants
+    found = variants.parse_variants(data).variants
     assert [v.name for v in found] == [f"x {s}, {n} steps" for s in ("ddim", "heun") for n in (2, 4)]
     assert {(v.times, v.guidance_scale) for v in found} == {("karras", 3.0)}
 
 
 @pytest.mark.parametrize("name", ["demo", "full"])
 def test_the_bundled_sets_can_be_run(name: str) -> None:
-    assert name in variants.names()
-    chosen = variants.read(name, "angle", 1.5)
-    engine.prepare(tiny_model(), chosen)
+    assert name in variants.variant_set_names()
+    chosen = variants.load_variants(name, "angle", 1.5)
+    jobs.prepare(tiny_model(), chosen)
     assert (chosen.reference.times, chosen.reference.guidance_scale) == ("angle", 1.5)
-    engine.prepare(tiny_model(classes=None), variants.read(name))
+    jobs.prepare(tiny_model(classes=None), variants.load_variants(name))
 
 
 # What a row holds
@@ -193,11 +194,11 @@ def test_an_accelerated_row_is_held_against_the_best_that_is_as_fast() -> None:
 
     rows = [row("50", 5, 1.0), row("30", 3, 1.5), row("25", 2.5, 1.2), row("60", 6, 0.5), row("other", 1, 0.1, "deep")]
     kept = row("50 with reuse", 3, 0.9, "deep")
-    as_fast(kept, [*rows, kept])
+    set_equal_time_row(kept, [*rows, kept])
     assert kept["equal_cost"] == "25" and kept["frechet_over_equal_cost"] == pytest.approx(0.75)
     for alone in (row("fastest", 0.1, 0.9, "deep"), row("without statistics", 3, None, "deep")):
         before = dict(alone)
-        as_fast(alone, rows)
+        set_equal_time_row(alone, rows)
         assert alone == before
 
 
@@ -213,7 +214,7 @@ def test_difference_of_known_images() -> None:
 def test_guided_evaluations_are_counted_twice() -> None:
     model = tiny_model()
     for scale, expected in ((1.0, 3 * 4), (2.0, 3 * 4 * 2)):
-        with counting(model) as count:
+        with count_evaluations(model) as count:
             model.sample(3, sampler="ddim", times="lambda", steps=4, guidance_scale=scale, batch_size=2)
         assert count == [expected]
     model.sample(1)
@@ -240,8 +241,10 @@ def test_an_unconditional_model(run: Any, tmp_path: Path) -> None:
 def test_a_second_run_keeps_what_is_finished(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     first = run()
     calls: list[str] = []
-    sample = engine.Run.sample
-    monkeypatch.setattr(engine.Run, "sample", lambda self, job, n: calls.append(job.key) or sample(self, job, n))
+    sample = comparison.Comparison.sample
+    monkeypatch.setattr(
+        comparison.Comparison, "sample", lambda self, job, n: calls.append(job.key) or sample(self, job, n)
+    )
     assert run() == first
     assert calls == []
     assert "7 of 7 rows are finished" in capsys.readouterr().err
@@ -272,20 +275,20 @@ def test_a_row_added_later_is_timed_together_with_the_old_ones(run: Any, chosen:
 
 
 def test_ctrl_c_keeps_the_finished_rows(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    judge = engine.Run.judge
+    evaluate = comparison.Comparison.evaluate_row
 
-    def stop(self: engine.Run, job: engine.Job, *others: Any) -> dict[str, Any]:
+    def stop(self: comparison.Comparison, job: jobs.Job, *others: Any) -> dict[str, Any]:
         if job.variant.name == "UniPC":
             raise KeyboardInterrupt
-        return judge(self, job, *others)
+        return evaluate(self, job, *others)
 
-    monkeypatch.setattr(engine.Run, "judge", stop)
-    with pytest.raises(KeyboardInterrupt, match=r"3 of 7 rows are kept in .*out; the same command goes on"):
+    monkeypatch.setattr(comparison.Comparison, "evaluate_row", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"3 of 7 rows are saved in .*out; the same command resumes"):
         run(page=True)
     kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [row["name"] for row in kept] == ["best", "DDIM, 2 steps", "DDIM, 4 steps"]
     assert "3 of 7 rows have finished" in (tmp_path / "out" / "report.html").read_text()
-    monkeypatch.setattr(engine.Run, "judge", judge)
+    monkeypatch.setattr(comparison.Comparison, "evaluate_row", evaluate)
     rows = run(page=True)
     assert len(rows) == 7
     assert [row["frechet"] for row in rows[:3]] == [row["frechet"] for row in kept]
@@ -300,9 +303,9 @@ def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
     code = (
         # a test run in the background is deaf to Ctrl-C, and so would be its children
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from hasten import cli\nfrom hasten.compare import runner as compare\njudge = compare.Run.judge\n"
+        "from hasten import cli\nfrom hasten.compare.comparison import Comparison\nevaluate = Comparison.evaluate_row\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'UniPC': time.sleep(120)\n"
-        "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
+        "    return evaluate(self, job, *others)\nComparison.evaluate_row = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
     words = ["compare", tmp_path / "model", "--variants", chosen, "--out", out, "--precision", "fp32"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -320,7 +323,7 @@ def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("hasten: stopped: 3 of 7 rows are kept in ")
+    assert errors.splitlines()[-1].startswith("hasten: stopped: 3 of 7 rows are saved in ")
     assert len((out / "results.jsonl").read_text().splitlines()) == 3
     assert "3 of 7 rows have finished" in (out / "report.html").read_text()
     assert "Report: " in said

@@ -16,9 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.compare import compare, jobs
+from hasten.compare import compare, comparison, jobs
 from hasten.compare import counting as meter
-from hasten.compare import runner as engine
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.model import Model
@@ -47,7 +46,7 @@ DRAWN = {"test_one_failed_row_is_marked_and_the_others_go_on"}
 def no_page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Pages are drawn only where a test is about them."""
     if request.node.name not in DRAWN:
-        monkeypatch.setattr(engine.report, "write", lambda out, *_: out / "report.html")
+        monkeypatch.setattr(comparison.report, "write_report", lambda out, *_: out / "report.html")
 
 
 def run(model: Model, folder: Path, text: str, **more: Any) -> dict[str, dict[str, Any]]:
@@ -161,14 +160,14 @@ def test_one_failed_row_is_marked_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_a_row_that_raises_anything_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = engine.Run.sample
+    sample = comparison.Comparison.sample
 
-    def odd(self: engine.Run, job: engine.Job, count: int, block: int = 0) -> Tensor:
+    def odd(self: comparison.Comparison, job: jobs.Job, count: int, block: int = 0) -> Tensor:
         if job.variant.name == "less" and count == 10:
             raise RuntimeError("out of\nmemory")
         return sample(self, job, count, block)
 
-    monkeypatch.setattr(engine.Run, "sample", odd)
+    monkeypatch.setattr(comparison.Comparison, "sample", odd)
     assert run(tiny_model(), tmp_path, SMALL.format(1.0))["less"]["failed"] == "RuntimeError: out of memory"
 
 
@@ -241,7 +240,7 @@ def test_evaluate_repeats() -> None:
 
 
 def test_runs_that_share_some_seeds_are_warned_of(tmp_path: Path, capsys: Any) -> None:
-    assert [jobs.partly_shared((0, 9), other) for other in ((0, 9), (10, 19), (9, 18), (0, 4), (-5, 20))] == [
+    assert [jobs.partially_overlap((0, 9), other) for other in ((0, 9), (10, 19), (9, 18), (0, 4), (-5, 20))] == [
         False, False, True, True, True]  # fmt: skip
     run(tiny_model(), tmp_path, SMALL.format(1.0))
     run(tiny_model(), tmp_path, SMALL.format(1.0), seed=10)
@@ -272,9 +271,9 @@ def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
     tiny_model().save(tmp_path / "m")
     (tmp_path / "set.toml").write_text(SMALL.format(1.0))
     code = (
-        "import sys, time\nfrom hasten import cli\nfrom hasten.compare import runner as compare\njudge = compare.Run.judge\n"
+        "import sys, time\nfrom hasten import cli\nfrom hasten.compare.comparison import Comparison\nevaluate = Comparison.evaluate_row\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'less': print('now', flush=True); time.sleep(100)\n"
-        "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
+        "    return evaluate(self, job, *others)\nComparison.evaluate_row = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
     words = [
         "compare",
@@ -295,5 +294,5 @@ def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130 and "1 of 2 rows are kept in" in errors.splitlines()[-1], errors
+    assert process.returncode == 130 and "1 of 2 rows are saved in" in errors.splitlines()[-1], errors
     assert "1 of 2 rows have finished" in (tmp_path / "out" / "report.html").read_text()

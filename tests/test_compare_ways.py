@@ -86,5 +86,5 @@ def test_what_cannot_be_is_one_line(run: Any, chosen: Path, tmp_path: Path, old:
 
 
 def test_bundled_sets_can_be_read() -> None:
-    for name in variants.names():
-        assert variants.read(name).variants
+    for name in variants.variant_set_names():
+        assert variants.load_variants(name).variants

@@ -17,7 +17,7 @@ from hasten.distillers._task import DEFAULTS, option
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
-from hasten.pick import names, pick
+from hasten.pick import method_names, pick
 from hasten.predictions import V
 from hasten.schedules import VPCosine
 from hasten.workflows.distill import distill_model
@@ -91,7 +91,7 @@ def test_the_stage_guidance_knows_every_time(place: Path, tmp_path: Path) -> Non
 
 
 def test_fields_of_the_protocol_have_their_defaults() -> None:
-    for name in names("distillers"):
+    for name in method_names("distillers"):
         method = pick("distillers", name)
         steps = option(method, "teacher_steps")
         assert steps is None or (isinstance(steps, int) and steps >= 0)

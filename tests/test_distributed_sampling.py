@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hasten.cli import main
-from hasten.images import read_text
+from hasten.images import read_png_text
 
 from .processes import children, torchrun, until
 
@@ -99,7 +99,7 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) 
     whole = tmp_path / "whole" / "a.png"
     assert main(["sample", "fashion", "--n", "24", "--out", str(whole), *LONG]) == 0
     assert whole.read_bytes() == (tmp_path / "a.png").read_bytes()
-    assert "--n 24" in read_text(whole)["command"]
+    assert "--n 24" in read_png_text(whole)["command"]
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_a_process_killed_while_an_image_is_shared(tmp_path: Path, accelerator: 
         assert process.wait(150) == 0
     assert run(2, *asked, str(tmp_path / "whole" / "a.png"))[0] == 0
     assert (tmp_path / "whole" / "a.png").read_bytes() == (tmp_path / "a.png").read_bytes()
-    assert read_text(tmp_path / "a.png")["processes"] == "2"
+    assert read_png_text(tmp_path / "a.png")["processes"] == "2"
 
 
 @pytest.mark.slow

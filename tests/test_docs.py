@@ -195,10 +195,10 @@ def test_every_page_is_in_the_navigation() -> None:
 @pytest.mark.parametrize("folder", ["samplers", "guides", "starts", "accelerators", "tuning", "distillers"])
 def test_every_method_is_documented(folder: str) -> None:
     """The pages of the families name all that `pick` knows."""
-    from hasten.pick import names
+    from hasten.pick import method_names
 
     text = "\n".join(page.read_text() for page in DOCS)
-    assert not [method for method in names(folder) if f"`{method}`" not in text]
+    assert not [method for method in method_names(folder) if f"`{method}`" not in text]
 
 
 def test_the_glossary_has_two_lines_a_word() -> None:

@@ -18,7 +18,7 @@ import hasten
 from hasten.cli.terminal import print_result
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput, NonFinite, Notice
-from hasten.images import crossed, grid, picture, to_uint8
+from hasten.images import make_image_grid, mark_non_finite, to_pil, to_uint8
 from hasten.metrics import evaluate_features, make_reference
 from hasten.metrics.references import narrow, reference, save_reference
 from hasten.model import Model
@@ -189,10 +189,10 @@ def test_a_damaged_reference_is_refused(tmp_path: Path) -> None:
 def test_no_picture_is_made_of_what_is_not_finite() -> None:
     x = torch.zeros(3, 1, 4, 4)
     x[1, 0, 0, 0] = math.nan
-    for make in (to_uint8, grid, lambda x: picture(x[1])):
+    for make in (to_uint8, make_image_grid, lambda x: to_pil(x[1])):
         with pytest.raises(NonFinite, match="1 of"):
             make(x)
-    shown = crossed(x)
+    shown = mark_non_finite(x)
     assert torch.isfinite(shown).all() and shown[1].unique().numel() == 2 and not shown[::2].any()
 
 

@@ -15,7 +15,7 @@ from hasten.cli import main
 from hasten.cli.restyle import of_class
 from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
-from hasten.images import given_images, read_text
+from hasten.images import read_png_text, to_image_tensor
 from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
@@ -80,7 +80,7 @@ def test_the_command_takes_names_that_are_numbers_or_contain_commas(tmp_path: Pa
     for label, index in (("1", "0,0"), ("2,1", "1,0"), ("3, x", "2,2"), ("3, x,2", "2,1")):
         words = ("sample", tmp_path / "m", "--n", 2, "--label", label, "--out", tmp_path / "x.png", *FAST)
         assert main([str(w) for w in words]) == 0
-        assert read_text(tmp_path / "x.png")["labels"] == index
+        assert read_png_text(tmp_path / "x.png")["labels"] == index
     model = hasten.load(str(tmp_path / "m"))
     assert torch.equal(model.sample(1, 1, steps=1), model.sample(1, "1", steps=1))
     assert part_of(model, 3, None, slice(1, 3)).tolist() == [1, 2]  # type: ignore[union-attr]
@@ -146,7 +146,7 @@ START_IMAGES = {
 
 @pytest.mark.parametrize("case", START_IMAGES)
 def test_start_images_of_every_type(fashion: Model, case: str) -> None:
-    x = given_images(START_IMAGES[case], fashion.shape)
+    x = to_image_tensor(START_IMAGES[case], fashion.shape)
     assert x.shape == (2, 1, 28, 28) and (x - (128 / 127.5 - 1)).abs().max() < 1e-6
     outputs = fashion.sample(2, 0, steps=1, start="ccdf:task=restoration,time=0.05", images=START_IMAGES[case])
     assert outputs.mean().abs() < 0.3
@@ -171,12 +171,12 @@ def test_invalid_start_images_raise(fashion: Model, images: object, message: str
 def test_names_with_brackets_are_printed_verbatim() -> None:
     from rich.console import Console
 
-    from hasten.compare.report import table
+    from hasten.compare.report import results_table
     from tests.test_report import row
 
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
+        console.print(results_table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
     assert "[red]x[/b] y" in captured.get()
 
 

@@ -23,7 +23,7 @@ from torch import nn
 import hasten
 from hasten.adapters._export import export_network
 from hasten.cli import main
-from hasten.compare.results import Store
+from hasten.compare.results import ResultStore
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.files import locked
@@ -257,20 +257,20 @@ def test_killed_while_tuning_in_place_the_model_is_whole(place: Path, tmp_path: 
 
 def test_cut_rows_are_left_out_and_rows_of_something_else_refused(tmp_path: Path) -> None:
     rows = [{"key": k, "protocol": {}} for k in "abc"]
-    Store(tmp_path).put(*rows)
+    ResultStore(tmp_path).put(*rows)
     path = tmp_path / "results.jsonl"
     whole = path.read_bytes()
     for tail in (whole[: len(whole) // 2], bytes(40), b"\xff"):
         path.write_bytes(whole + tail)
-        assert list(Store(tmp_path).rows) == ["a", "b", "c"]
+        assert list(ResultStore(tmp_path).rows) == ["a", "b", "c"]
     path.write_bytes(whole[:20])
-    assert not Store(tmp_path).rows
-    Store(tmp_path).put({"key": "d", "protocol": {}})
+    assert not ResultStore(tmp_path).rows
+    ResultStore(tmp_path).put({"key": "d", "protocol": {}})
     assert json.loads(path.read_text())["key"] == "d"
     for text in ("some notes\n", '{"a": 1}\n'):
         path.write_text(text)
         with pytest.raises(BadInput, match=r"results\.jsonl.* rows? "):
-            Store(tmp_path)
+            ResultStore(tmp_path)
 
 
 def test_a_reference_is_known_by_its_figures_and_a_model_by_its_meaning(place: Path) -> None:

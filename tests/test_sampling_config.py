@@ -13,7 +13,7 @@ import hasten
 from hasten import DPMSolver, EvaluateConfig, Karras, QuantizeConfig, SamplingConfig, TrainConfig, UniPC
 from hasten.cli import main
 from hasten.errors import BadInput
-from hasten.images import read_text
+from hasten.images import read_png_text
 from hasten.workflows.distill import DistillConfig
 
 CONFIGS = [
@@ -138,11 +138,11 @@ def test_hasten_sample_resolves_compiles_and_chooses_the_precision_once(
     asked = ["sample", "fashion", "--n", "6", "--batch-size", "2", "--config", str(tmp_path / "how.toml")]
     assert main([*asked, "--out", str(tmp_path / "a.png")]) == 0
     assert counts == {"resolve": 1, "compile": 1, "precision": 1}
-    command = read_text(tmp_path / "a.png")["command"]
+    command = read_png_text(tmp_path / "a.png")["command"]
     assert "--sampler deis:order=2 --times trailing --steps 3" in command
     # an option of the command line takes the place of the file's
     assert main([*asked, "--steps", "4", "--precision", "fp32", "--out", str(tmp_path / "b.png")]) == 0
-    assert "--steps 4" in read_text(tmp_path / "b.png")["command"]
+    assert "--steps 4" in read_png_text(tmp_path / "b.png")["command"]
     assert counts == {"resolve": 2, "compile": 2, "precision": 1}
 
 

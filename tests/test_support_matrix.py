@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hasten
-from hasten.accelerators._patches.attention import Text
+from hasten.accelerators._patches.attention import TextVersion
 from hasten.accelerators._patches.exchange import Exchange
 from hasten.accelerators._patches.swap import Patched
 from hasten.accelerators.compile import Compile
@@ -213,7 +213,7 @@ def split_by_rows(family: Family) -> Any:
 
     thing = family.build()
     net = thing.denoiser.net if family.call is None else split_network(network_of(thing)[1])
-    Patched(net, Exchange(ProcessGroup(), "sync", "full", 1, "same", 60, 0), Text())
+    Patched(net, Exchange(ProcessGroup(), "sync", "full", 1, "same", 60, 0), TextVersion())
     return samples(family, "patch_parallel:mode=sync", 4)
 
 

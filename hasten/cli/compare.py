@@ -31,6 +31,7 @@ def compare(
     prompt: list[str] | None = None,
     prompts: Path | None = None,
     repeats: int = 1,
+    minutes: float | None = None,
     precision: str = "auto",
     device: str = "auto",
     json: bool = False,
@@ -55,6 +56,8 @@ def compare(
         prompt: Of a model that takes prompts; given several times, image k gets number k mod their count.
         prompts: A text file of prompts in their place, one a line.
         repeats: Blocks of n seeds, one after the other: figures are then means with their deviation.
+        minutes: Time budget. Default: none. The number of images is then chosen by the measured speed, n at most, and
+            the last variants are skipped where even 64 images of each take longer.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once.
         device: auto, cpu, cuda or cuda:1.
         json: Print the rows as JSON, not as a table.
@@ -68,7 +71,7 @@ def compare(
         "variants": variants, "n": n, "seed": seed, "rounds": rounds, "batch_size": batch_size,
         "timing_batch": timing_batch, "runtime": precision, "reference": reference, "features": features,
     }  # fmt: skip
-    asked["repeats"] = repeats
+    asked |= {"repeats": repeats, "minutes": minutes}
     given = {"prompt": prompt, "prompts": prompts, "repeats": None if repeats == 1 else repeats}
     told = {**asked, **given, "runtime": None, "precision": None if precision == "auto" else precision, "out": out}
     texts = prompts_of(prompt, prompts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, NonFinite, nearest
-from ..files import sha256, write_whole
+from ..files import sha256, write_atomic
 from .frechet import moments
 from .inception_score import class_accuracy, inception_score
 
@@ -130,7 +130,7 @@ def save_reference(reference: Reference, folder: str | Path, extra: Mapping[str,
     data, old = save(tensors), card.get("files", {}).get("reference", "reference.safetensors")
     digest = hashlib.sha256(data).hexdigest()
     name = old if card["sha256"].get(old) in (None, digest) else f"reference-{digest[:8]}.safetensors"
-    write_whole(folder / name, data)  # the old file is needed until the card names the new one
+    write_atomic(folder / name, data)  # the old file is needed until the card names the new one
     card["sha256"] = {key: value for key, value in card["sha256"].items() if key != old} | {name: digest}
     if name != "reference.safetensors":
         card["files"] = {**card.get("files", {}), "reference": name}
@@ -196,7 +196,7 @@ def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write `features.json` atomically."""
-    write_whole(folder / CARD, json.dumps(card, indent=1) + "\n")
+    write_atomic(folder / CARD, json.dumps(card, indent=1) + "\n")
 
 
 def _read_card(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..accelerators import Call
 from ..accelerators._calls import model_calls
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, check_int
-from ..images import given_images
+from ..images import to_image_tensor
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..plan.config import SamplingConfig
 from ..plan.draw import draw_unchecked as draw
@@ -24,7 +24,7 @@ from ..progress import fraction_of
 from ..sampling import Callback, Noise, Progress
 from ..storage import model_folder
 from ..train.names import class_index, label_indices
-from ..utils.noise import LARGEST_SEED
+from ..utils.random import LARGEST_SEED
 from .finite import check_sample
 from .resolve import Resolved, accelerate_model, guided, resolve
 
@@ -171,7 +171,7 @@ class Model:
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         resolved = self.resolve(config, batch_size=min(n, batch_size), **options)
         if images is not None:
-            images = given_images(images, self.shape if self.decoder is None else None)
+            images = to_image_tensor(images, self.shape if self.decoder is None else None)
         if images is not None and len(images) != n:
             raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")
         if images is not None and resolved.start is None:

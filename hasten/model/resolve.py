@@ -20,7 +20,7 @@ from ..performance.autotune import parse_runtime
 from ..performance.runtime import Runtime
 from ..pick import pick
 from ..plan.config import SamplingConfig, check_method, spec
-from ..plan.draw import compiled
+from ..plan.draw import compile_plan
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..times import Explicit, as_times, check_times
@@ -173,7 +173,7 @@ def steps_of(model: ModelLike, config: SamplingConfig, begin: float | None = Non
     sampler = bound(model, "samplers", model.sampler if config.sampler is None else config.sampler)
     schedule = model.denoiser.schedule
     times = grid_of(schedule, model.times if config.times is None else config.times, steps, model.steps, begin)
-    return (compiled(sampler, schedule, times) if sampler.linear else None), sampler, times
+    return (compile_plan(sampler, schedule, times) if sampler.linear else None), sampler, times
 
 
 def named_plan(model: ModelLike, plan: str | Path | Plan) -> Plan:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_int
-from ..images import given_images
+from ..images import to_image_tensor
 from ..inversion import encode
 from ..model.model import Label, Model
 from ..plan.config import SamplingConfig
@@ -88,7 +88,7 @@ def restyle(
     check_int("batch_size", batch_size, 1)
     check_int("seed", seed, 0)
     check_int("iterations", iterations, 0)
-    images = given_images(images, encoder.shape)
+    images = to_image_tensor(images, encoder.shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(encoder.shape) or encoder.shape != decoder.shape:
         raise BadInput(
             f"images, encoder and decoder must have one shape, found {tuple(images.shape)[1:]}, {tuple(encoder.shape)} "

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput, HastenError
-from ..files import append_json_line, difference, read_json_lines, replacing, write_whole
+from ..files import append_json_line, atomic_open, first_difference, read_json_lines, write_atomic
 from ..utils.environment import is_out_of_memory
 from . import shards
 
@@ -81,7 +81,7 @@ class TrainingState:
         if not ranks.is_main_process:
             return
         try:
-            with replacing(path) as file:
+            with atomic_open(path) as file:
                 torch.save({"step": self.step, "seconds": self.seconds, "run": run, "players": states}, file)
         except (OSError, RuntimeError) as e:
             if is_out_of_memory(e):
@@ -99,7 +99,7 @@ class TrainingState:
             raise BadInput(
                 f"{path} trains {', '.join(states)}, this run {', '.join(self.modules)}: write to another folder"
             )
-        different = difference(saved.get("run", {}), run, missing=False)
+        different = first_difference(saved.get("run", {}), run, missing=False)
         if different is not None:
             key, old, new = different
             raise BadInput(
@@ -136,7 +136,7 @@ def save_modules(modules: Mapping[str, nn.Module], path: Path) -> None:
         for key, value in module.state_dict().items()
     }
     try:
-        write_whole(path, save(tensors))
+        write_atomic(path, save(tensors))
     except OSError as e:
         raise HastenError(f"cannot write {path}: {e.strerror or e}") from e
 
@@ -172,7 +172,7 @@ def trim_log(path: Path, step: int) -> None:
     text = "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step)
     if text.encode() != path.read_bytes():
         with naming_file(path):
-            write_whole(path, text)
+            write_atomic(path, text)
 
 
 def append_log(path: Path, line: dict[str, Any]) -> None:

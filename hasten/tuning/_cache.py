@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ..files import write_whole
+from ..files import write_atomic
 from ..utils.environment import cache_folder
 
 
@@ -30,5 +30,5 @@ def cached_result(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> di
     value = json.loads(json.dumps(make()))
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps({"key": json.loads(text), "value": value}))
+        write_atomic(place, json.dumps({"key": json.loads(text), "value": value}))
     return value

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..schedules.base import Schedule
-from ..times import FAR_Q, LARGEST_Q, TimeGrid
+from ..times import FAR_Q, MAX_Q, TimeGrid
 
 __all__ = ["EarlyStop", "GridNodes"]
 
@@ -30,7 +30,7 @@ class GridNodes:
         low = schedule.t_min if low is None else low
         self.low = self.end if self.end > 0 else min(low, self.start / 2)
         first = float(schedule.lam(self.start))
-        self.first = -math.log(LARGEST_Q) if first < -math.log(FAR_Q) else first
+        self.first = -math.log(MAX_Q) if first < -math.log(FAR_Q) else first
         self.last = float(schedule.lam(self.low))
 
     def grid(self, grid: TimeGrid, steps: int) -> Tensor:

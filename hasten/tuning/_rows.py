@@ -12,7 +12,7 @@ from ..errors import BadInput
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
-from ..times import LARGEST_Q
+from ..times import MAX_Q
 
 __all__ = ["PlanParametrization", "coordinate", "time_at"]
 
@@ -72,7 +72,7 @@ class PlanParametrization:
         self.end = base.times[-1].detach()
         self.lowest = float(coordinate(self.schedule, self.top))
         if self.lowest == 0:
-            self.lowest = math.log1p(KNEE / LARGEST_Q)
+            self.lowest = math.log1p(KNEE / MAX_Q)
         self.highest = math.log1p(KNEE / SMALLEST_Q)
         self.first = base.times[0].detach()
         K = self.K

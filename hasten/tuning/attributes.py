@@ -13,7 +13,7 @@ from ..errors import BadInput, check_numbers, nearest
 from ..nets.attributes import Attributes, pool_features
 from ..plan.draw import draw
 from ..predictions import spread
-from ..utils.noise import make_generator
+from ..utils.random import make_generator
 from ._task import Tuned, TuningTask
 
 __all__ = ["AttributePredictor"]

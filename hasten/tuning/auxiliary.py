@@ -14,7 +14,7 @@ from ..nets.density import MixtureDensity
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import levels
-from ..utils.noise import make_generator
+from ..utils.random import make_generator
 from ._task import Tuned, TuningTask
 
 __all__ = ["AuxiliaryDensity", "kl_divergence", "fit_density", "fit_mixture", "score_cost"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers, nearest
 from ..plan.table import plan
-from ..samplers.analytic import curve, pairs
+from ..samplers.analytic import curve, measured_table
 from ..schedules.base import Schedule
 from ..times import Karras, Quadratic, UniformLambda, UniformTime
 from ._bound import VARIANCES, edge_costs, variational_bound
@@ -112,7 +112,7 @@ class DynamicProgramming:
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> DynamicProgramming:
         """With the model's squared errors, where they were measured; else as it is, to measure them."""
-        return replace(self, mse=pairs(statistics, "mse")) if "mse" in statistics else self
+        return replace(self, mse=measured_table(statistics, "mse")) if "mse" in statistics else self
 
     def tune(self, task: TuningTask) -> Tuned:
         times = task.times.detach().double()

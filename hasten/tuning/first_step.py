@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.first_step import FirstStepNet
-from ..utils.noise import global_seed, make_generator
+from ..utils.random import global_seed, make_generator
 from ._task import Tuned, TuningTask
 
 __all__ = ["FirstStep"]

@@ -15,7 +15,7 @@ from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers
 from ..schedules.base import Schedule
 from ..times import UniformLambda
-from ..utils.noise import make_generator
+from ..utils.random import make_generator
 from ._task import Tuned, TuningTask
 
 COARSE = 0.04  # from this q on half precision changes no moment by more than its sampling error
@@ -171,6 +171,6 @@ def dct(size: int) -> Tensor:
 
 def statistic_at(statistics: dict[str, Tensor], name: str, schedule: Schedule, times: Tensor) -> Tensor:
     """The measured `mse` or, from `gamma`, the variance C = q^2 (1 - gamma), at any times, of their shape."""
-    from ..samplers.analytic import curve, pairs
+    from ..samplers.analytic import curve, measured_table
 
-    return curve(pairs(statistics, name), schedule, name)(schedule.lam(times))
+    return curve(measured_table(statistics, name), schedule, name)(schedule.lam(times))

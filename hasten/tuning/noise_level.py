@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_numbers
 from ..nets.noise_level import NoiseLevelNet
-from ..utils.noise import global_seed, make_generator
+from ..utils.random import global_seed, make_generator
 from ._task import Tuned, TuningTask
 
 __all__ = ["NoiseLevel"]

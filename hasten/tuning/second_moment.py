@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import BadInput, check_numbers
 from ..nets.second_moment import SecondMoment as Net
 from ..predictions import spread
-from ..times import LARGEST_Q
-from ..utils.noise import global_seed, make_generator
+from ..times import MAX_Q
+from ..utils.random import global_seed, make_generator
 from ._task import Tuned, TuningTask
 from .moments import unwrap_denoiser
 
@@ -109,7 +109,7 @@ class SecondMomentTuner:
         """g of the network, q^2 and (x - x0)^2 + FLOOR of these images under fresh noise, evenly spread over angles."""
         schedule, count = task.schedule, len(rows)
         low = math.atan(float(schedule.q(schedule.t_min)))
-        high = math.atan(min(float(schedule.q(schedule.t_max)), LARGEST_Q))
+        high = math.atan(min(float(schedule.q(schedule.t_max)), MAX_Q))
         even = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator).item()) / count
         lam = -torch.log(torch.tan(low + even.double() * (high - low)))
         clean, e = x[rows].cpu(), torch.randn(x[rows].shape, generator=generator)

@@ -19,8 +19,8 @@ from ..distillers._dry_run import DryRun, Stage, allocate, time_limits
 from ..distillers._task import notes, option
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, HastenError, check_int
-from ..files import refuse_inside, reserve, write, writes
-from ..images import grid, png
+from ..files import check_writable, holds_lock, refuse_inside, write_file
+from ..images import encode_png, make_image_grid
 from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
@@ -39,7 +39,7 @@ from ..train.data import Batches, Data, to_float
 from ..train.fingerprint import describe_data
 from ..train.names import match_labels
 from ..utils.config import Config
-from ..utils.noise import kept_random_state
+from ..utils.random import preserve_rng_state
 
 RUN = "run.json"
 LABELS = 1024  # drawn from where there are no real images
@@ -101,8 +101,8 @@ class DistillOptions(TypedDict, total=False):
     fsdp: bool
 
 
-@writes("out", unless="dry_run")
-@kept_random_state()
+@holds_lock("out", unless="dry_run")
+@preserve_rng_state()
 def distill_model(
     model: Model,
     out: str | Path,
@@ -208,7 +208,7 @@ def distill_model(
             known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
                      "minutes": limits, "memory_bytes": peak_memory(model.device)}  # fmt: skip
             if not dry_run:
-                write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
+                write_file(check_writable(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
         return known
 
     known = ranks.on_main_process(planned)
@@ -355,7 +355,7 @@ class Saver:
             return
         try:
             images, columns = sample_grid(model)
-            write(reserve(picture), png(grid(images, columns)))
+            write_file(check_writable(picture), encode_png(make_image_grid(images, columns)))
         except (HastenError, RuntimeError) as e:  # the student is saved, and worth more than its picture
             first = (str(e).splitlines() or [type(e).__name__])[0]
             print(f"hasten: {picture} is not drawn, {folder} is saved: {first}", file=sys.stderr)

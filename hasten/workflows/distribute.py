@@ -16,7 +16,7 @@ from .. import __version__
 from ..distributed.heartbeat import peer_errors
 from ..distributed.ranks import Piece, ProcessLost, Ranks
 from ..errors import check_int
-from ..images import given_images
+from ..images import to_image_tensor
 from ..model.model import Label, Model
 from ..model.resolve import Resolved
 from ..pick import pick
@@ -78,7 +78,7 @@ def sample_many(
     images = options.pop("images", None)
     saved, everywhere = options.pop("keep", None), options.pop("everywhere", False)
     accelerated, progress = tuple(options.pop("accelerated", ())), options.pop("progress", None)
-    images = None if images is None else given_images(images, model.shape if model.decoder is None else None)
+    images = None if images is None else to_image_tensor(images, model.shape if model.decoder is None else None)
     resolved = model.resolve(config, batch_size=min(n, batch_size), **options)  # type: ignore[misc]
     if ranks.world == 1 and (saved is None or not saved.folder.exists()):
         return model.sample(n, label, seed, resolved, batch_size=batch_size, progress=progress, images=images)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import images as pictures
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, NonFinite, check_int
-from ..files import locked, refuse_inside, reserve, write, writing_process
+from ..files import check_writable, is_writing_process, locked, refuse_inside, write_file
 from ..model.model import Label, Model
 from ..pick import pick
 from ..plan.config import SamplingConfig
@@ -96,7 +96,7 @@ def sample_to_files(
     request = SampleRequest() if request is None else request
     ranks = Ranks(model.device) if ranks is None else ranks
     config = SamplingConfig.of(config, options)
-    lock = request.separate_files and writing_process()
+    lock = request.separate_files and is_writing_process()
     with locked(out) if lock else contextlib.nullcontext():
         return _sample_to_files(
             model, Path(out), request, config, ranks, progress, warn, command or (lambda settings: "")
@@ -143,8 +143,8 @@ def _sample_to_files(
     except NonFinite as e:
         if request.separate_files or e.images is None or e.images.ndim != 4 or not ranks.is_main_process:
             raise
-        crossed = pictures.grid(pictures.crossed(e.images), request.columns)
-        write(out, pictures.png(crossed, {"failed": str(e)}))
+        crossed = pictures.make_image_grid(pictures.mark_non_finite(e.images), request.columns)
+        write_file(out, pictures.encode_png(crossed, {"failed": str(e)}))
         raise NonFinite(f"{e} ({out} has a cross in their place)") from e
     seconds = time.perf_counter() - began
     files: list[Path] = []
@@ -183,7 +183,7 @@ def check_output(out: Path, separate_files: bool, images: Any = None) -> None:
         )
     if isinstance(images, (str, Path)):
         refuse_inside(out, images, "--out")
-    reserve(out / "0.png" if separate_files else out)
+    check_writable(out / "0.png" if separate_files else out)
 
 
 def starting_images(model: Model, request: SampleRequest, config: SamplingConfig) -> Tensor | None:
@@ -216,8 +216,8 @@ def write_images(
         return {**text, "seeds": seeds, "labels": ",".join(map(str, own))}
 
     if request.separate_files:
-        contents = ((seed + k, pictures.png(pictures.picture(x[k]), metadata(k, k))) for k in range(n))
-        return [write(out / f"{number:06d}.png", data) for number, data in contents]
+        contents = ((seed + k, pictures.encode_png(pictures.to_pil(x[k]), metadata(k, k))) for k in range(n))
+        return [write_file(out / f"{number:06d}.png", data) for number, data in contents]
     if columns is None and request.label is None and model.classes is not None and n > len(model.classes):
         columns = len(model.classes)
-    return [write(out, pictures.png(pictures.grid(x, columns), metadata(0, n - 1)))]
+    return [write_file(out, pictures.encode_png(pictures.make_image_grid(x, columns), metadata(0, n - 1)))]

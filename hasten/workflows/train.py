@@ -13,7 +13,7 @@ import torch
 from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
-from ..files import contents, refuse_inside, writes
+from ..files import describe_contents, holds_lock, refuse_inside
 from ..loading import load
 from ..model.model import Model
 from ..nets.unet import UNet
@@ -26,7 +26,7 @@ from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
 from ..train.player import TrainedModule
 from ..utils.config import Config
-from ..utils.noise import kept_random_state
+from ..utils.random import preserve_rng_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -101,8 +101,8 @@ class TrainOptions(TypedDict, total=False):
     fsdp: bool
 
 
-@writes("out")
-@kept_random_state()
+@holds_lock("out")
+@preserve_rng_state()
 def train_model(
     data: str | Path | Data,
     out: str | Path,
@@ -242,7 +242,7 @@ def last_log_entry(log: Path) -> dict[str, Any]:
 
 def check_output_folder(out: Path, finished: bool) -> None:
     """Raise BadInput if training would overwrite what `out` holds. finished: the run in it is complete."""
-    content = contents(out)
+    content = describe_contents(out)
     if content is not None and not (out / "checkpoint.pt").is_file():
         raise BadInput(f"{out} holds {content} already: choose another folder, or remove it")
     card = saved_card(out)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_int
-from ..files import refuse_inside, reserve, writes
+from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
 from ..pick import format_spec, pick
 from ..plan.config import SamplingConfig, SamplingOptions
@@ -28,13 +28,13 @@ from ..tuning import Tuned, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
-from ..utils.noise import LARGEST_SEED
+from ..utils.random import LARGEST_SEED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@writes("out")
+@holds_lock("out")
 def tune_model(
     model: Model,
     out: str | Path,
@@ -80,7 +80,7 @@ def tune_model(
     model = replace(model)
     out = Path(out)
     refuse_inside(out, data)
-    reserve(out / "model.json")
+    check_writable(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
         tuner = tuner.bind(model.statistics, model.parts)

@@ -216,7 +216,7 @@ def test_freeu_and_processors_are_followed(way: str) -> None:
     pipe.enable_freeu(**levels)
     if way != QUANTIZE:
         assert torch.equal(drawn(accelerate_pipeline(pipe, way, steps=STEPS)), later)
-        kept = fast.unet._run._kept[-1][1]
+        kept = fast.unet._run._cache[-1][1]
         tensors = [kept] if isinstance(kept, Tensor) else [kept[1]]
         assert all(t._version == 0 for t in tensors), "what is kept was written into"
     else:

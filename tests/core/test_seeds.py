@@ -21,7 +21,7 @@ from hasten.sampling import Noise
 from hasten.schedules import VPCosine, VPLinear
 from hasten.times import UniformLambda
 from hasten.tuning import TuningTask
-from hasten.utils.noise import global_seed, make_generator
+from hasten.utils.random import global_seed, make_generator
 from hasten.workflows.train import train_model
 
 

@@ -15,7 +15,7 @@ from hasten.nets.second_moment import SecondMoment as Net
 from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
-from hasten.samplers._exponential import nodes
+from hasten.samplers._exponential import make_nodes
 from hasten.samplers.analytic import AnalyticDPM, weights
 from hasten.samplers.sn import SNDPM, WithMoments
 from hasten.sampling import Noise, walk
@@ -78,7 +78,7 @@ def test_each_coordinate_of_a_gaussian_is_exact(form: str, K: int, schedule: Sch
     base = g8(schedule)
     model = GaussianMoments(torch.zeros(8, dtype=F64), base.variance, schedule)
     times = torch.linspace(schedule.t_max, 0, K + 1, dtype=F64)
-    path = nodes(schedule, times)
+    path = make_nodes(schedule, times)
     v = path[0].alpha ** 2 * model.variance + path[0].sigma ** 2
     draws: list[Tensor] = []
 
@@ -114,7 +114,7 @@ def divergences(model: MixtureMoments, times: Tensor, n: int = 2000) -> tuple[fl
     """Mean divergence per dimension of the steps of a chain, nats: with the variance of each coordinate, with the best
     single one, and with the small one, on the same data and noise."""
     schedule = model.schedule
-    path = nodes(schedule, times)
+    path = make_nodes(schedule, times)
     g = torch.Generator().manual_seed(0)
     x = model.sample(n, g)
     own = scalar = small = 0.0
