@@ -51,13 +51,13 @@ def export(
     if to == "onnx":
         from ..adapters import onnx
 
-        made = onnx.export(loaded, out, precision, **({} if opset is None else {"opset": opset}), n=n, seed=seed)
+        exported = onnx.export(loaded, out, precision, **({} if opset is None else {"opset": opset}), n=n, seed=seed)
     else:
         from ..adapters import openvino
 
-        made = openvino.export(loaded, out, precision, n=n, seed=seed)
-    note, config = made.card["exported"], dict(made.denoiser.net.config)  # type: ignore[arg-type]
+        exported = openvino.export(loaded, out, precision, n=n, seed=seed)
+    note, config = exported.card["exported"], dict(exported.denoiser.net.config)  # type: ignore[arg-type]
     result = {"folder": str(out), "files": config["files"], **note}
-    said = f"{out}: {to} {precision}, {note['bytes'] / 1e6:.1f} MB, error {note['error']:.1e}"
-    print_result(result, f"{said}; try hasten sample {out}", json)
+    line = f"{out}: {to} {precision}, {note['bytes'] / 1e6:.1f} MB, error {note['error']:.1e}"
+    print_result(result, f"{line}; try hasten sample {out}", json)
     return result

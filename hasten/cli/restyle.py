@@ -96,34 +96,34 @@ def restyle(
         source = (down if is_encoder(up) else up).sample(n, from_label, seed, batch_size=batch_size)
     began = time.perf_counter()
     with progress(f"restyling {n} images") as tick:
-        made = run(
+        result = run(
             up, down, source, from_label, to_label, encode_steps, decode_steps, guidance_scale, encode_guidance_scale,
             sampler, times, iterations, seed, batch_size, tick,
         )  # fmt: skip
     seconds = time.perf_counter() - began
-    said = {
+    options = {
         "decoder": decoder, "from_label": from_label, "to_label": to_label, "images": images, "n": n, "seed": seed,
         "encode_steps": encode_steps, "decode_steps": decode_steps, "sampler": sampler, "times": times,
         "guidance_scale": guidance_scale, "encode_guidance_scale": encode_guidance_scale, "iterations": iterations,
     }  # fmt: skip
     text = {
-        "command": command_line("restyle", encoder, said),
+        "command": command_line("restyle", encoder, options),
         "models": f"{up.name} {up.sha256}, {down.name} {down.sha256}", "versions": versions(),
     }  # fmt: skip
-    write_file(out, pictures.encode_png(pictures.make_image_grid(paired(source, made.images), min(n, 16)), text))
-    result = {
+    write_file(out, pictures.encode_png(pictures.make_image_grid(paired(source, result.images), min(n, 16)), text))
+    summary = {
         "file": str(out),
-        **{key: str(value) if isinstance(value, Path) else value for key, value in said.items()},
+        **{key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
         "encoder": up.name,
         "decoder": down.name,
-        "encode_evaluations": made.encode_evaluations,
-        "decode_evaluations": made.decode_evaluations,
-        "evaluations": made.evaluations,
+        "encode_evaluations": result.encode_evaluations,
+        "decode_evaluations": result.decode_evaluations,
+        "evaluations": result.evaluations,
         "seconds": seconds,
     }
-    line = f"{out}: {n} images in {made.evaluations:g} network evaluations each, {seconds:.2f} s"
-    print_result(result, line, json)
-    return result
+    line = f"{out}: {n} images in {result.evaluations:g} network evaluations each, {seconds:.2f} s"
+    print_result(summary, line, json)
+    return summary
 
 
 def of_class(path: Path, n: int, model: Model, label: str | None) -> Tensor:
