@@ -19,7 +19,7 @@ from . import shards
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks
-    from .player import TrainedModule
+    from .trained_module import TrainedModule
 
 
 class TrainingState:

@@ -23,9 +23,9 @@ from .data import Batches, shard_batches
 from .ema import Ema, update_ema
 from .fingerprint import describe_data
 from .monitor import Meter, event_files, progress_bar, stop_signals
-from .player import OncePerStep, TrainedModule
 from .rng import MicroBatchRng, step_seed
 from .shards import full_tensor
+from .trained_module import OncePerStep, TrainedModule
 from .transfer import matmul_precision, prefetch, to_device
 
 __all__ = ["Ema", "Fit", "TrainedModule"]

@@ -24,7 +24,7 @@ from ..train.checkpoint import read_log, saved_run
 from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
-from ..train.player import TrainedModule
+from ..train.trained_module import TrainedModule
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
 

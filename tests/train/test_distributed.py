@@ -23,8 +23,8 @@ from hasten.train import Batches, Data, DenoisingLoss
 from hasten.train.checkpoint import read_log
 from hasten.train.data import BatchSlices, shard_batches
 from hasten.train.fit import Fit
-from hasten.train.player import TrainedModule
 from hasten.train.rng import MicroBatchRng
+from hasten.train.trained_module import TrainedModule
 from hasten.workflows.distill import distill_model
 
 from ..factories import noise_data, tiny_model

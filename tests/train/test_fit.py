@@ -18,8 +18,8 @@ from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, Data
 from hasten.train.ema import Ema
 from hasten.train.fit import Fit
-from hasten.train.player import TrainedModule
 from hasten.train.rng import step_seed
+from hasten.train.trained_module import TrainedModule
 from tests.factories import noise_data, weights
 
 

@@ -22,7 +22,7 @@ from hasten.train.ema import Ema
 from hasten.train.fingerprint import describe_data
 from hasten.train.fit import Fit
 from hasten.train.losses import cast_to_device, stratified
-from hasten.train.player import TrainedModule
+from hasten.train.trained_module import TrainedModule
 from hasten.train.transfer import prefetch, to_device
 from tests.factories import CLASSES, class_folders, noise_data, noise_images
 from tests.test_training import trained
