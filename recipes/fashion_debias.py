@@ -67,7 +67,7 @@ from hasten.sampling import Noise
 from hasten.train.data import Batches, Data, open_data
 from hasten.train.fit import Ema, Fit
 from hasten.train.losses import DenoisingLoss
-from hasten.train.player import TrainedModule
+from hasten.train.trained_module import TrainedModule
 from hasten.tuning import TuningTask
 from hasten.tuning.attributes import AttributePredictor
 

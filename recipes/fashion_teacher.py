@@ -41,7 +41,7 @@ from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, open_data
 from hasten.train.fit import Ema, Fit
 from hasten.train.losses import DenoisingLoss
-from hasten.train.player import TrainedModule
+from hasten.train.trained_module import TrainedModule
 
 DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 SEED, BATCH, MINUTES = 0, 128, 74.0
