@@ -29,7 +29,7 @@ def start(n: int = 1, seed: int = 7) -> Tensor:
 def sdxl(kind: str, refiner: bool = False) -> Any:
     import diffusers
 
-    told: dict[str, Any] = {
+    config: dict[str, Any] = {
         "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "transformer_layers_per_block": (1, 1),
         "cross_attention_dim": 16 if refiner else 32, "projection_class_embeddings_input_dim": 16 + (5 if refiner else 6) * 4,
     }  # fmt: skip
@@ -37,7 +37,7 @@ def sdxl(kind: str, refiner: bool = False) -> Any:
         getattr(diffusers, kind)(
             vae=tiny.vae(), text_encoder=None if refiner else tiny.text_encoder(), text_encoder_2=tiny.text_encoder(True, 4),
             tokenizer=None if refiner else tiny.tokenizer(), tokenizer_2=tiny.tokenizer(),
-            unet=tiny.unet2d_condition(**told), add_watermarker=False, requires_aesthetics_score=refiner,
+            unet=tiny.unet2d_condition(**config), add_watermarker=False, requires_aesthetics_score=refiner,
             scheduler=tiny.scheduler(timestep_spacing="trailing"),
         )
     )  # fmt: skip
@@ -45,16 +45,16 @@ def sdxl(kind: str, refiner: bool = False) -> Any:
 
 @pytest.mark.parametrize("refiner", [False, True])
 @pytest.mark.parametrize("kind", ["StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"])
-def test_sdxl_image_pipelines_have_the_sizes_that_they_give_themselves(kind: str, refiner: bool) -> None:
+def test_sdxl_image_pipelines_have_their_own_sizes(kind: str, refiner: bool) -> None:
     """What the network is told of sizes, crops and aesthetic scores, in both branches, as the pipeline tells it."""
     pipe, heard = sdxl(kind, refiner), []
     handle = pipe.unet.register_forward_pre_hook(
         lambda net, args, named: heard.append(named["added_cond_kwargs"]), with_kwargs=True
     )
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    told: dict[str, Any] = {"image": image, "strength": 1.0, "num_inference_steps": 2, "output_type": "latent"}
-    told |= {"mask_image": torch.ones(1, 1, 16, 16), "height": 16, "width": 16} if "Inpaint" in kind else {}
-    pipe("a cat", guidance_scale=3.0, **told)
+    call: dict[str, Any] = {"image": image, "strength": 1.0, "num_inference_steps": 2, "output_type": "latent"}
+    call |= {"mask_image": torch.ones(1, 1, 16, 16), "height": 16, "width": 16} if "Inpaint" in kind else {}
+    pipe("a cat", guidance_scale=3.0, **call)
     handle.remove()
     model = hasten.load(pipe)
     cond = model.conditions(1, "a cat")
@@ -69,8 +69,8 @@ def test_sdxl_image_pipelines_have_the_sizes_that_they_give_themselves(kind: str
 
 def test_sd3_with_dynamic_shifting_is_loaded_with_the_shift_of_its_size() -> None:
     pipe = tiny.sd3_pipeline(use_dynamic_shifting=True)
-    told: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "pt"}
-    theirs = pipe("a cat", latents=start(), **told).images
+    call: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "pt"}
+    theirs = pipe("a cat", latents=start(), **call).images
     model = hasten.load(pipe)
     assert isinstance(model.denoiser.schedule, Flow) and 1 < model.denoiser.schedule.shift < 1.65
     mu = float(torch.log(torch.tensor(model.denoiser.schedule.shift)))
@@ -79,9 +79,9 @@ def test_sd3_with_dynamic_shifting_is_loaded_with_the_shift_of_its_size() -> Non
     assert torch.allclose(ours, theirs * 2 - 1, atol=1e-5)
     keys = tuple(range(9))  # every query
     fast = hasten.accelerate(pipe, [EncoderPropagation(keys=keys)], steps=9)
-    told["num_inference_steps"] = 9
-    theirs = pipe("a cat", latents=start(), **told).images
-    assert torch.allclose(fast("a cat", latents=start(), **told).images, theirs, atol=1e-5)
+    call["num_inference_steps"] = 9
+    theirs = pipe("a cat", latents=start(), **call).images
+    assert torch.allclose(fast("a cat", latents=start(), **call).images, theirs, atol=1e-5)
 
 
 def test_no_guidance_keeps_the_prompt() -> None:
@@ -185,10 +185,10 @@ def refused() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", refused())
-def test_what_load_would_leave_out_is_refused_by_name(name: str) -> None:
-    make, said = refused()[name]
+def test_what_load_would_drop_is_refused_by_name(name: str) -> None:
+    make, messages = refused()[name]
     pipe = make()
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(BadInput, match=messages) as caught:
         hasten.load(pipe)
     assert "\n" not in str(caught.value) and ("as_scheduler" in str(caught.value))
 
@@ -207,7 +207,7 @@ def test_what_is_loaded() -> None:
     assert hasten.load(mine).card["pipeline"] == "Mine"
 
 
-def test_an_encoder_that_answers_otherwise_is_refused_in_a_line() -> None:
+def test_an_unsupported_encoder_is_refused_in_a_line() -> None:
     pipe = tiny.sd_pipeline()
     pipe.encode_prompt = lambda prompt, device: None  # type: ignore[method-assign]
     with pytest.raises(BadInput, match="encode_prompt cannot be called as hasten does .TypeError"):
