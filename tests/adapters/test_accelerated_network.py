@@ -1,4 +1,4 @@
-"""An accelerated network is the network: what is changed on it, put around it or wanted of it goes on working."""
+"""An accelerated network behaves as the network: changes, wrappers and requests work as before."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_quantised_layers_run_and_move_with_their_network() -> None:
 
 @pytest.mark.parametrize("accelerator", [CACHE, QUANTIZE, "encoder_propagation:keys=uniform,every=2"])
 def test_freeu_and_processors_take_effect(accelerator: str) -> None:
-    """With FreeU set later the pictures are those of FreeU set before, and kept features are not multiplied again."""
+    """FreeU enabled later gives the images of FreeU enabled before, and cached features are not scaled again."""
     pipe, levels = sd(), {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6}
     fast = accelerate_pipeline(pipe, accelerator, steps=STEPS)
     before = sample_latents(fast)

@@ -1,4 +1,4 @@
-"""What accelerators of a pipeline look at first: the user's own call, or samplings of prompts in bounded batches."""
+"""Calibration inputs of a pipeline: recorded from the user's call, or from samplings of prompts in bounded batches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Look:
 
 
 def test_a_call_of_the_user_is_recorded() -> None:
-    """With ControlNet: every query, at its time, with the residuals; the same seed, the same calls; no trace outside."""
+    """With ControlNet: every evaluation, at its time, with the residuals; the same seed gives the same; the RNG is restored."""
     pipe, look, again = controlled(), Look(), Look()
 
     def call(pipe: Any) -> Any:
@@ -145,7 +145,7 @@ def test_large_samples_run_in_several_batches(monkeypatch: pytest.MonkeyPatch, g
 
 
 def test_a_models_samplings_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each image with the class and the seed that it has in one batch; without prompts that is said."""
+    """Each image has the class and the seed that it has in one batch; without prompts there is a warning."""
     from ._tiny import tiny as small
 
     model = small()

@@ -149,7 +149,7 @@ def test_unconditional_pixels(kind: str) -> None:
 
 
 def test_ancestral_sampling_has_the_moments_of_the_pipeline() -> None:
-    """DDPM draws noise in another order than hasten, so its images differ; one network, same law."""
+    """DDPM draws noise in another order than hasten, so its images differ; the distribution is the same."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
     pipe = tiny.quiet(DDPMPipeline(tiny.unet2d(), DDPMScheduler(clip_sample=False, timestep_spacing="trailing")))

@@ -1,4 +1,4 @@
-"""Pipelines that `load` takes, and those that it refuses by name because it would leave out a part of them."""
+"""Pipelines that `load` supports, and those that it refuses by name because it would drop a part of them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sdxl(kind: str, refiner: bool = False) -> Any:
 @pytest.mark.parametrize("refiner", [False, True])
 @pytest.mark.parametrize("kind", ["StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"])
 def test_sdxl_image_pipelines_have_their_own_sizes(kind: str, refiner: bool) -> None:
-    """What the network is told of sizes, crops and aesthetic scores, in both branches, as the pipeline tells it."""
+    """Sizes, crops and aesthetic scores in both branches are those of the pipeline."""
     pipe, heard = sdxl(kind, refiner), []
     handle = pipe.unet.register_forward_pre_hook(
         lambda net, args, named: heard.append(named["added_cond_kwargs"]), with_kwargs=True
@@ -77,7 +77,7 @@ def test_sd3_with_dynamic_shifting_is_loaded_with_the_shift_of_its_size() -> Non
     law = format_spec(Explicit(tuple(times_like(pipe.scheduler, STEPS, mu=mu).tolist())))
     ours = model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=3.0)
     assert torch.allclose(ours, theirs * 2 - 1, atol=1e-5)
-    keys = tuple(range(9))  # every query
+    keys = tuple(range(9))  # every evaluation
     fast = hasten.accelerate(pipe, [EncoderPropagation(keys=keys)], steps=9)
     call["num_inference_steps"] = 9
     theirs = pipe("a cat", latents=start(), **call).images
@@ -154,7 +154,7 @@ def refused() -> dict[str, Any]:
         )
 
     def own() -> Any:
-        """A pipeline of a user's with one network more."""
+        """A user's pipeline with another network."""
         from diffusers import StableDiffusionPipeline
 
         class Mine(StableDiffusionPipeline):

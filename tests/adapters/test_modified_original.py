@@ -1,4 +1,4 @@
-"""What happens to the pipeline that `accelerate` was given, and what an accelerated network cannot do, is said."""
+"""Changes of the original pipeline, and unsupported uses of an accelerated network, warn or are refused."""
 
 from __future__ import annotations
 

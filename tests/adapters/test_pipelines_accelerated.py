@@ -1,4 +1,4 @@
-"""Whatever a pipeline asks of an accelerated network: twice a step, from elsewhere, few times, on a device, in halves."""
+"""Accelerated networks in pipelines: two evaluations per step, other schedulers, few steps, devices, half precision."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def generator() -> torch.Generator:
 
 
 def evaluations(name: str) -> tuple[Any, Any, dict[str, Any], Tensor]:
-    """A pipeline, its network, hasten's names of what the network is asked with, and noisy samples of every query."""
+    """A pipeline, its network, the conditions by hasten's names, and noisy samples for every evaluation."""
     torch.manual_seed(11)
     if name == "sd":
         pipe: Any = sd()
@@ -59,7 +59,7 @@ def answer(net: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("accelerator", [CACHE, PROPAGATE])
 @torch.no_grad()
 def test_reuse_equals_the_formula(name: str, accelerator: str) -> None:
-    """A query that is no key: own x_t (DeepCache) or none (propagation), own time, the features of the key before."""
+    """Between key steps: own x_t (DeepCache) or none (propagation), own time, the features of the last key step."""
     pipe, net, cond, xs = evaluations(name)
     split: Any = split_network(net, with_variance=True)
     if accelerator == CACHE and not hasattr(split, "deep"):

@@ -36,7 +36,7 @@ def gaussian(scheduler: Any) -> Gaussian:
 
 
 def driven(scheduler: Any, x: Tensor, timesteps: Tensor, network: Gaussian) -> Tensor:
-    """As pipelines do: the network is asked at the pipeline's timesteps, whatever the scheduler thinks."""
+    """As pipelines do: the network is evaluated at the pipeline's timesteps, whatever the scheduler's state."""
     schedule, noise = scheduler.hasten_schedule, torch.Generator().manual_seed(5)
     for t in timesteps:
         at = scheduler.spec.time(t)
@@ -74,7 +74,7 @@ def test_every_sampler_begins_anywhere_as_the_plan_by_hand(sampler: str) -> None
     for first in places(scheduler):
         left = scheduler.timesteps[first:]
         if sampler.startswith("plms") and "ramp" not in sampler and first == 1:
-            continue  # the repeated query, below
+            continue  # the repeated evaluation, below
         for how in ("index", "view", "value"):  # with set_begin_index, and without: by memory location or by value
             scheduler.set_timesteps(STEPS)
             left = scheduler.timesteps[first:].clone() if how == "value" else scheduler.timesteps[first:]
@@ -103,7 +103,7 @@ def test_the_rest_has_the_times_of_the_pipeline(sampler: str) -> None:
 
 @pytest.mark.parametrize("sampler", ["plms", "heun"])
 def test_a_repeated_evaluation_leaves_the_state(sampler: str) -> None:
-    """From the second of two queries at one time: as from that time, one query later."""
+    """From the second of two evaluations at one time: as from that time, one evaluation later."""
     scheduler = new_scheduler(sampler)
     network = gaussian(scheduler)
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
@@ -135,7 +135,7 @@ def test_resumed_samplings_have_the_exact_end(sampler: str) -> None:
 
 
 def test_timesteps_by_value_and_those_that_are_none() -> None:
-    """Timesteps that are copies, numbers or rounded are found; others are refused; an earlier one begins anew."""
+    """Timesteps as copies, numbers or rounded are matched; others are refused; an earlier one begins a new sampling."""
     scheduler = new_scheduler("heun")
     network = gaussian(scheduler)
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""What pipelines give to `set_timesteps` and `step` beside steps and samples: taken, or refused by name."""
+"""Arguments of `set_timesteps` and `step` beside steps and samples: used, or refused by name."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_mu_without_a_shift_that_depends_on_it() -> None:
 
 
 def test_sd3_with_dynamic_shifting_is_the_pipeline() -> None:
-    """The pipeline makes mu of the size of the image, and hasten's scheduler takes it."""
+    """The pipeline computes mu from the image size, and hasten's scheduler uses it."""
     pipe = tiny.sd3_pipeline(use_dynamic_shifting=True)
     options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -209,7 +209,7 @@ def stepped(scheduler: Any, x: Tensor, output: Tensor) -> Tensor:
 
 
 def test_clipping_and_thresholding_are_those_of_like() -> None:
-    """x0 is held as the scheduler that is replaced holds it, unless said otherwise; leftovers of others do not count."""
+    """x0 is clipped as by the replaced scheduler, unless clip= says otherwise; entries of other schedulers do not count."""
     from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
     x, output = 3 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 3, 4, 4)
@@ -277,7 +277,7 @@ def flux() -> Any:
 
 
 def test_flux_is_the_pipeline() -> None:
-    """The shift of the size of the image, and the times that as_scheduler was given, not those of the pipeline."""
+    """The shift of the image size, and the times passed to as_scheduler, not those of the pipeline."""
 
     def drawn(pipe: Any) -> Tensor:
         seeds = [torch.Generator().manual_seed(k) for k in range(3)]
@@ -310,7 +310,7 @@ def test_text_to_video_zero_runs(sampler: str) -> None:
 
 
 def test_latent_consistency_pipelines_run() -> None:
-    """They decode what `step` calls denoised: at the last query the result, also of a multistep sampler."""
+    """They decode `denoised`: after the last evaluation the result, also of a multistep sampler."""
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
     pipe = tiny.sd_pipeline(

@@ -1,4 +1,4 @@
-"""The seams of networks of `diffusers` are the networks: same weights, same answers."""
+"""Split networks equal the networks of `diffusers`: same weights, same outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def text(width: int = 16) -> Tensor:
 
 
 def check(split: SplitNetwork, x: Tensor, time: Tensor, theirs: Tensor, **cond: Any) -> None:
-    """forward and every seam give what the module itself gives, to the bit."""
+    """`forward`, and the parts around every split point, equal the module bit for bit."""
     assert torch.equal(split(x, time, **cond), theirs)
     if hasattr(split, "blocks"):
         tokens, emb = split.embed(x, time, **cond)
@@ -158,7 +158,7 @@ def test_controlnet_and_adapter_residuals() -> None:
     cond = {f"down_residual_{k}": residual for k, residual in enumerate(residuals)}
     check(split, x, time, theirs, text=text(), mid_residual=middle, **cond)
     controlled = split.embed(time, text=text(), mid_residual=middle, **cond)
-    assert torch.equal(split.encode(x, controlled)[0][1], skips[1] + residuals[1])  # kept with the features
+    assert torch.equal(split.encode(x, controlled)[0][1], skips[1] + residuals[1])  # cached with the features
     adapters = [torch.randn(B, 16, 8, 8), torch.randn(B, 32, 4, 4)]
     theirs = net(x, time, encoder_hidden_states=text(), down_intrablock_additional_residuals=[*adapters]).sample
     ours = split(x, time, text=text(), **{f"adapter_{k}": adapter for k, adapter in enumerate(adapters)})
