@@ -51,7 +51,7 @@ def main(
     """
     asked = [
         "sample", model, "--n", str(n), "--batch-size", str(batch_size), "--steps", str(steps), "--sampler", "ddim",
-        "--times", "uniform", "--guidance-scale", str(guidance_scale), "--runtime", "fp32", "--device", "cpu",
+        "--times", "uniform", "--guidance-scale", str(guidance_scale), "--precision", "fp32", "--device", "cpu",
         "--json", "--out",
     ]  # fmt: skip
     took: dict[int, list[tuple[float, float]]] = {count: [] for count in (1, *processes)}

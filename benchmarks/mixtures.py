@@ -46,7 +46,7 @@ from hasten.samplers.sa import SASolver
 from hasten.sampling import Noise
 from hasten.schedules import Discrete, Schedule
 from hasten.times import CosineAngle, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.optimized_steps import OptimizedSteps
 
 COUNTS = (5, 6, 8, 10, 15, 20)
@@ -160,14 +160,14 @@ class Given(Noise):
         return torch.stack([torch.from_numpy(one) for one in drawn])
 
 
-class Calibration(Task):
+class Calibration(TuningTask):
     """A task whose noises are `Given`, float64."""
 
     def noise(self, first: int, count: int, dtype: torch.dtype = torch.float64) -> Noise:
         return Given(range(self.seed + first, self.seed + first + count), self.shape, torch.float64)
 
 
-def task(problem: Problem, sampler: Any, count: int, n: int | None) -> Task:
+def task(problem: Problem, sampler: Any, count: int, n: int | None) -> TuningTask:
     times = UniformLambda()(problem.schedule, count)
     return Calibration(problem.model, sampler, times, problem.shape, images=problem.images, seed=1000, n=n)
 

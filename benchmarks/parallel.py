@@ -40,9 +40,9 @@ from hasten.accelerators.cfg_parallel import CfgParallel
 from hasten.accelerators.patch_parallel import NORMS, PatchParallel
 from hasten.denoiser import Denoiser
 from hasten.metrics import evaluate_images, feature_net, reference
-from hasten.metrics.difference import difference
+from hasten.metrics.difference import image_difference
 from hasten.nets.unet import UNet
-from hasten.performance.hardware import Way
+from hasten.performance.hardware import ParallelLayout
 from hasten.performance.parallel import forecast, measured_device, measured_link, work_of
 from hasten.schedules import VPCosine
 
@@ -93,10 +93,10 @@ def predicted(net: nn.Module, shape: tuple[int, ...], two: dict[str, Tensor], ra
     device, link = measured_device(), measured_link()
     work = work_of(net, (2, *shape[1:]), **two)
     assert work.half is not None
-    found = {"cfg": forecast(work, device, link, Way(2, branches=True)).gain} if ranks == 2 else {}
+    found = {"cfg": forecast(work, device, link, ParallelLayout(2, branches=True)).gain} if ranks == 2 else {}
     for name, how in PATCHES.items():
         if how.mode != "naive":
-            told = forecast(work.half, device, link, Way(ranks, mode=how.mode, keys=how.keys))
+            told = forecast(work.half, device, link, ParallelLayout(ranks, mode=how.mode, keys=how.keys))
             found[f"patches, {name}"] = told.alone / told.later
     if distributed.get_rank() == 0:
         print(f"one process: {device}\n{link}")
@@ -179,7 +179,7 @@ def judged(
             distributed.barrier()
         if rank == 0 and alone is not None:
             seen = evaluate_images(made, model.labels(images), features, known, range(images))
-            row = {"way": name, "psnr": difference(made, alone)["psnr"], "frechet": seen["frechet"].value,
+            row = {"way": name, "psnr": image_difference(made, alone)["psnr"], "frechet": seen["frechet"].value,
                    "seconds": time.perf_counter() - begin}  # fmt: skip
             found.append(row)
             print(f"{name:16s} {row['psnr']:9.2f} {row['frechet']:9.4f} {row['seconds']:7.1f}", flush=True)

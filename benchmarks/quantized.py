@@ -22,7 +22,7 @@ import cyclopts
 import torch
 from torch import Tensor, nn
 
-from hasten.nets.quantized import Part, QConv2d, QLinear, exchange, execution
+from hasten.nets.quantized import ChannelSlice, QConv2d, QLinear, execution, replace_layers
 from hasten.nets.unet import UNet
 from hasten.storage.weights import write_weights
 
@@ -42,7 +42,7 @@ def built(name: str) -> nn.Module:
     ).eval()  # fmt: skip
 
 
-def part(weight: Tensor, bits: int, low: float, high: float) -> Part:
+def part(weight: Tensor, bits: int, low: float, high: float) -> ChannelSlice:
     """A layer's weight rounded to the nearest, for activations between two values."""
     rows, view = weight.flatten(1), [-1] + [1] * (weight.ndim - 1)
     if bits == 8:
@@ -54,7 +54,9 @@ def part(weight: Tensor, bits: int, low: float, high: float) -> Part:
         zero = (-least / scale).round().to(torch.uint8)
         q = ((weight / scale.view(view)).round() + zero.view(view)).clamp(0, 15).to(torch.uint8)
     step = (high - low) / 255 or 1.0
-    return Part((0, weight.shape[1]), q, scale, zero, bits, torch.tensor([step]), torch.tensor([round(-low / step)]))
+    return ChannelSlice(
+        (0, weight.shape[1]), q, scale, zero, bits, torch.tensor([step]), torch.tensor([round(-low / step)])
+    )
 
 
 def of_integers(net: nn.Module, ask: Callable[[nn.Module], Any], bits: int) -> nn.Module:
@@ -73,12 +75,12 @@ def of_integers(net: nn.Module, ask: Callable[[nn.Module], Any], bits: int) -> n
     for hook in hooks:
         hook.remove()
     made = {
-        name: (QLinear if isinstance(layer, nn.Linear) else QConv2d).made(
+        name: (QLinear if isinstance(layer, nn.Linear) else QConv2d).from_layer(
             layer, [part(layer.weight.detach(), bits, *ranges[name])]
         )
         for name, layer in chosen.items()
     }
-    return exchange(net, made)
+    return replace_layers(net, made)
 
 
 def timed(ways: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:

@@ -41,7 +41,7 @@ def measured(model: hasten.Model, row: dict[str, Any], n: int, seed: int, guidan
     began = time.perf_counter()
     way = {key: row[key] for key in ("sampler", "times", "plan") if key in row}
     images = model.sample(
-        n, seed=seed, steps=row["steps"], guidance_scale=guidance_scale, batch_size=100, runtime="bf16", **way
+        n, seed=seed, steps=row["steps"], guidance_scale=guidance_scale, batch_size=100, precision="bf16", **way
     )
     known = reference(model.card["reference"])
     seen = evaluate_images(images, model.labels(n), feature_net(known.features), known, range(seed, seed + n))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from .errors import BadInput
-from .utils.environment import launched, number
+from .utils.environment import env_int, launched
 
 try:
     import fcntl
@@ -41,20 +41,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # ---- whole files ----
 
 
-def temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A hidden sibling of `path` that no other process, living or dead, has taken."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.tmp")
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` when the block ends, and vanishes where the block fails.
 
     Readers see the old file or the new one. It is on the disk (fsync) before it takes the name, and locked meanwhile,
     so that `remove_leftovers` of another process leaves it alone.
     """
     path = Path(path)
-    part = temporary(path)
+    part = temporary_path(path)
     try:
         with open(part, "xb") as file:
             try_lock(file.fileno())
@@ -70,9 +70,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a whole file or none of it, on the disk before it takes its name."""
-    with replacing(path) as file:
+    with atomic_open(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
@@ -84,7 +84,7 @@ def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
     for place, folders, files in os.walk(folder):
         for entry in (*folders, *files):
             found = LEFTOVER.fullmatch(entry)
-            if found and name in (None, found["name"]) and abandoned(path := Path(place, entry)):
+            if found and name in (None, found["name"]) and is_abandoned(path := Path(place, entry)):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
@@ -96,7 +96,7 @@ def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
         ]
 
 
-def abandoned(path: Path) -> bool:
+def is_abandoned(path: Path) -> bool:
     """Whether no process writes the temporary file or folder any more: nobody holds its lock."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -273,7 +273,7 @@ def _owner(folder: Path) -> str:
     return f" (number {pid})" if pid else ""
 
 
-def writes(argument: str, only: str | None = None, unless: str | None = None) -> Callable[[Function], Function]:
+def holds_lock(argument: str, only: str | None = None, unless: str | None = None) -> Callable[[Function], Function]:
     """A decorator: the function holds the lock of the folder that its argument `argument` names (None: no folder).
 
     only, unless: names of boolean arguments: the lock is held only where the one is true, not where the other is.
@@ -290,7 +290,7 @@ def writes(argument: str, only: str | None = None, unless: str | None = None) ->
             given = bound.arguments
             folder = given[argument]
             skip = folder is None or (only is not None and not given[only]) or (unless is not None and given[unless])
-            if skip or not writing_process():
+            if skip or not is_writing_process():
                 return function(*args, **options)
             with locked(folder):
                 return function(*args, **options)
@@ -300,15 +300,15 @@ def writes(argument: str, only: str | None = None, unless: str | None = None) ->
     return decorate
 
 
-def writing_process() -> bool:
+def is_writing_process() -> bool:
     """Whether this process writes the results: all do but those that torchrun started beside the first."""
-    return launched() == 1 or number("RANK", 0) == 0
+    return launched() == 1 or env_int("RANK", 0) == 0
 
 
 # ---- folders that hold something else ----
 
 
-def contents(folder: str | Path) -> str | None:
+def describe_contents(folder: str | Path) -> str | None:
     """What a folder holds that must not be written over, in words; None where there is nothing of the kind."""
     folder = Path(folder)
     kinds = {
@@ -331,7 +331,7 @@ def refuse_inside(out: str | Path, data: Any, what: str = "out") -> None:
         )
 
 
-def difference(known: dict[str, Any], asked: dict[str, Any], missing: bool = True) -> tuple[str, str, str] | None:
+def first_difference(known: dict[str, Any], asked: dict[str, Any], missing: bool = True) -> tuple[str, str, str] | None:
     """The first entry in which two descriptions of a run differ: its name, the value in `known`, the one in `asked`.
 
     None where they agree, compared as JSON. Entries of `known` alone do not count; missing: those of `asked` alone do.
@@ -342,15 +342,15 @@ def difference(known: dict[str, Any], asked: dict[str, Any], missing: bool = Tru
             continue
         old = known.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            inner = difference(old, new, missing)
+            inner = first_difference(old, new, missing)
             if inner is not None:
                 return f"{key}.{inner[0]}", inner[1], inner[2]
         elif old != new:
-            return key, _short(old), _short(new)
+            return key, _shortened(old), _shortened(new)
     return None
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     """A value in few letters."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -365,7 +365,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def reserve(path: str | Path) -> Path:
+def check_writable(path: str | Path) -> Path:
     """Make the folder of `path` and check that a file can be written there, before the time is spent to fill it.
 
     What a killed process left of the same file is removed. Raises BadInput in one line where it cannot be written.
@@ -376,7 +376,7 @@ def reserve(path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
-        probe = temporary(path)
+        probe = temporary_path(path)
         probe.touch(exist_ok=False)
         probe.unlink(missing_ok=True)
     except OSError as e:
@@ -384,11 +384,11 @@ def reserve(path: str | Path) -> Path:
     return path
 
 
-def write(path: str | Path, data: bytes) -> Path:
+def write_file(path: str | Path, data: bytes) -> Path:
     """Write a whole file or none of it: into a temporary sibling that then takes the name."""
     path = Path(path)
     try:
-        write_whole(path, data)
+        write_atomic(path, data)
     except OSError as e:
         raise BadInput(f"cannot write {path}: {e.strerror or e}") from e
     return path

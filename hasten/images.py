@@ -31,7 +31,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return pixels.byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
+def to_image_tensor(images: Any, shape: Sequence[int] | None) -> Tensor:
     """Images that a user gives, as float32 (n, C, H, W) in [-1, 1]; NaN stays where something is unknown.
 
     images: a tensor or NumPy array, floats in [-1, 1] or uint8, (n, C, H, W), of arrays also (n, H, W, C) or (n, H, W);
@@ -85,7 +85,7 @@ def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
     return images if images.dtype == torch.float64 else images.float()
 
 
-def crossed(x: Tensor) -> Tensor:
+def mark_non_finite(x: Tensor) -> Tensor:
     """Images `(n, C, H, W)` with a white cross on grey in the place of those that hold NaN or infinity."""
     import torch
 
@@ -97,7 +97,7 @@ def crossed(x: Tensor) -> Tensor:
     return torch.where(bad[:, None, None, None], cross.float(), x.clamp(-1, 1))
 
 
-def picture(x: Tensor) -> Image:
+def to_pil(x: Tensor) -> Image:
     """One image `(C, H, W)` in [-1, 1] as a Pillow image."""
     from PIL import Image
 
@@ -105,7 +105,7 @@ def picture(x: Tensor) -> Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image:
+def make_image_grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image:
     """Images `(n, C, H, W)` in [-1, 1] as one Pillow image, row by row, `gap` white pixels apart.
 
     columns: images in a row (default: the smallest square that holds them).
@@ -121,11 +121,11 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image:
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     sheet = Image.new(MODES.get(channels, "RGB"), size, 255 if channels == 1 else (255,) * channels)
     for k in range(n):
-        sheet.paste(picture(x[k]), (k % columns * (width + gap), k // columns * (height + gap)))
+        sheet.paste(to_pil(x[k]), (k % columns * (width + gap), k // columns * (height + gap)))
     return sheet
 
 
-def png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
+def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
     """A Pillow image as the bytes of a PNG file with `text` in its text chunks. The same input gives the same bytes."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -137,7 +137,7 @@ def png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def read_text(path: str | Path) -> dict[str, str]:
+def read_png_text(path: str | Path) -> dict[str, str]:
     """The text chunks of a PNG file: how hasten made it."""
     from PIL import Image
 

@@ -13,10 +13,10 @@ from .adapters.diffusers.pipelines import load_pipeline, open_saved
 from .errors import BadInput, nearest
 from .model.model import Model
 from .storage.model_folder import DESCRIPTION, read_model
-from .utils.noise import kept_random_state
+from .utils.random import preserve_rng_state
 
 
-@kept_random_state()  # the initialisation of an empty network draws random numbers
+@preserve_rng_state()  # the initialisation of an empty network draws random numbers
 def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_code: bool = False) -> Model:
     """Load a model.
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .errors import BadInput
 from .utils.environment import is_terminal
 
 
@@ -25,10 +26,14 @@ def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def ignore_messages(line: str) -> None:
+    """For functions that are called with a line of text now and then."""
+
+
 EVERY = 30.0  # seconds between lines of progress
 
 
-class Progress:
+class ProgressReporter:
     """A bar with the time left on stderr, counted in images through the network; where stderr is no terminal, a line
     every `EVERY` seconds."""
 
@@ -69,15 +74,15 @@ class Progress:
             self.say(f"{self.what}: {share:.0%} of the network evaluations, about {left:.0f} s left")
 
 
-Tick = Callable[[str, int, int, float], None]
+ProgressFn = Callable[[str, int, int, float], None]
 
 
-def ignore(what: str, done: int, total: int, value: float) -> None:
+def no_progress(what: str, done: int, total: int, value: float) -> None:
     """Progress that nobody watches."""
 
 
 @contextlib.contextmanager
-def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def steps_progress(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not show or not is_terminal(sys.stderr):
         yield lambda done: None
@@ -92,3 +97,15 @@ def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         shown = bar.add_task(what, total=total)
         yield lambda done: bar.update(shown, completed=done)
+
+
+def fraction_of(
+    progress: Callable[[int, int], None] | None, start: int, n: int, batch_size: int
+) -> Callable[[int, int], None] | None:
+    """`progress` of the batch that begins at image `start`, as a share of all `n` images."""
+    if progress is None:
+        return None
+    if not callable(progress):
+        raise BadInput(f"progress must be a function or None, found {progress!r}")
+    before, batches = start // batch_size, -(-n // batch_size)
+    return lambda done, total: progress(before * total + done, batches * total)

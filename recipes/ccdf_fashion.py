@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from hasten import images as pictures
-from hasten.files import write
+from hasten.files import write_file
 from hasten.loading import load
 from hasten.metrics import evaluate_images, extract, feature_net, frechet_distance, moments
 from hasten.model import Model
@@ -168,8 +168,10 @@ def main() -> None:
             rows.append({"factor": factor, "way": way, "nfe": steps, **judge(made, x, label)})
             print(json.dumps(rows[-1]), flush=True)
             (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-        sheet = pictures.grid(torch.cat(shown), columns=10)
-        write(args.out / f"restored-{factor}.png", pictures.png(sheet, {"rows": "true, small, bicubic, ..."}))
+        sheet = pictures.make_image_grid(torch.cat(shown), columns=10)
+        write_file(
+            args.out / f"restored-{factor}.png", pictures.encode_png(sheet, {"rows": "true, small, bicubic, ..."})
+        )
 
 
 if __name__ == "__main__":

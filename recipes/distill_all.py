@@ -54,7 +54,7 @@ TEACHER = (("unipc:order=2", "lambda:low=0.05"), ("unipc:order=3", "lambda:low=0
 def judged(model: hasten.Model, n: int, guidance_scale: float, **way: Any) -> dict[str, Any]:
     """Figures of `n` images."""
     began = time.perf_counter()
-    images = model.sample(n, batch_size=100, runtime="bf16", guidance_scale=guidance_scale, **way)
+    images = model.sample(n, batch_size=100, precision="bf16", guidance_scale=guidance_scale, **way)
     seconds = time.perf_counter() - began
     known = reference("fashion")
     seen = evaluate_images(images, model.labels(n), feature_net(known.features), known, range(n))
@@ -133,7 +133,7 @@ def main(
             try:
                 run = distill_model(
                     hasten.load(teacher), folder, method, data, evaluations=evaluations, batch_size=batch_size,
-                    guidance_scale=guidance_scale, runtime="bf16", show=False,
+                    guidance_scale=guidance_scale, precision="bf16", show=False,
                 )  # fmt: skip
             except HastenError as e:
                 print(f"{name}: {e}", flush=True)

@@ -126,7 +126,7 @@ def cell(model: hasten.Model, side: int, method: str, folder: Path) -> dict[str,
     np.savez(folder / "data.npz", images=pixels, **labels)
     out = folder / "out"
     try:
-        distill_model(model, out, method, folder / "data.npz", steps=24, batch_size=4, runtime="fp32", show=False)
+        distill_model(model, out, method, folder / "data.npz", steps=24, batch_size=4, precision="fp32", show=False)
     except BadInput as e:
         trained = any(out.rglob("*.safetensors"))
         return {"trains": "**after training**" if trained else "refused", "why": str(e)}

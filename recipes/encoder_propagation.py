@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.accelerators._caching.wrapper import Keyed
+from hasten.accelerators._caching.wrapper import FeatureReuse
 from hasten.metrics import evaluate_images, feature_net, reference
 from hasten.performance.cost import interleave, macs, ratio
 
@@ -68,10 +68,10 @@ def shares(model: hasten.Model) -> dict[str, float]:
     return {"encoder_propagation": macs(net.encode, x, emb) / whole, "deep_cache": macs(net.deep, first, emb) / whole}
 
 
-def wrapper(model: hasten.Model, told: dict[str, Any], accelerators: tuple[str, ...]) -> Keyed:
+def wrapper(model: hasten.Model, told: dict[str, Any], accelerators: tuple[str, ...]) -> FeatureReuse:
     """The accelerated denoiser in the middle of a way of sampling."""
     way = model.way(**told, accelerators=accelerators)
-    return next(module for module in way.denoiser.modules() if isinstance(module, Keyed))
+    return next(module for module in way.denoiser.modules() if isinstance(module, FeatureReuse))
 
 
 def settled(model: hasten.Model, told: dict[str, Any], variants: dict[str, str | None]) -> dict[str, tuple[str, ...]]:
@@ -146,7 +146,7 @@ def main(
         if timing:
             calls = {}
             for name, way in ways.items():
-                call = partial(model.sample, batch, **told, accelerators=way, runtime=runtime)
+                call = partial(model.sample, batch, **told, accelerators=way, precision=runtime)
                 calls[name] = partial(clocked, call, cpu.setdefault(name, []))
             seconds = interleave(calls, repeats)
         plain: Tensor | None = None
@@ -158,7 +158,7 @@ def main(
                 begun = fast.encoder_calls, fast.decoder_calls, fast.queries
                 row |= {"accelerator": way[0], "keys": fast.keys}
             if n:
-                images = model.sample(n, **told, accelerators=way, batch_size=100, runtime=runtime)
+                images = model.sample(n, **told, accelerators=way, batch_size=100, precision=runtime)
                 row["frechet"] = round(judged(images, model), 4)
                 plain = images if plain is None else plain
                 usual = usual or row["frechet"]

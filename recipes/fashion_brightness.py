@@ -69,7 +69,7 @@ from hasten.schedules import Discrete, rescale_zero_snr
 from hasten.starts import SingDiffusion
 from hasten.times import UniformLambda
 from hasten.train import Batches, Data, DenoisingLoss, Fit, TrainedModule, open_data, to_float
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.first_step import FirstStep
 
 DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
@@ -230,7 +230,7 @@ def main() -> None:
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED))[:n]
         return to_float(data.images(chosen)), data.labels[chosen]
 
-    task = Task(table, UniPC(2), torch.tensor([1.0, 0.0]), (1, 28, 28), images=images, n=len(data))
+    task = TuningTask(table, UniPC(2), torch.tensor([1.0, 0.0]), (1, 28, 28), images=images, n=len(data))
     tuned = FirstStep().tune(task)
     start = SingDiffusion().bind({}, tuned.parts)
     rows = torch.stack([(data.labels == c).nonzero()[: args.n, 0] for c in (0, 1)], 1).flatten()

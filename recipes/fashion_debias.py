@@ -68,7 +68,7 @@ from hasten.train.data import Batches, Data, open_data
 from hasten.train.fit import Ema, Fit
 from hasten.train.losses import DenoisingLoss
 from hasten.train.player import TrainedModule
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.attributes import AttributePredictor
 
 DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
@@ -124,7 +124,7 @@ def teacher(out: Path, data: str = DATA, steps: int = STEPS) -> Denoiser:
 
 def learn(denoiser: Denoiser, images: Tensor, labels: Tensor | None, tuner: AttributePredictor) -> Attributes:
     """The classifiers of the denoiser's middle features under the null label."""
-    task = Task(
+    task = TuningTask(
         denoiser, pick("samplers", "unipc"), pick("times", UNIPC[1])(denoiser.schedule, UNIPC[2]), (1, 28, 28),
         images=lambda n: (images, labels), n=len(images), seed=SEED,
     )  # fmt: skip

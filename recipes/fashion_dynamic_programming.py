@@ -24,7 +24,7 @@ from hasten.pick import pick
 from hasten.plan.draw import draw
 from hasten.sampling import Noise
 from hasten.times import Karras, Quadratic, UniformLambda, UniformTime
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.dynamic_programming import DynamicProgramming, candidate_times, shortest_paths
 from hasten.tuning.moments import Moments
 from recipes.fashion_moments import task
@@ -73,7 +73,7 @@ def measure(statistics: dict[str, Tensor], counts: list[int], n: int, known: dic
                 sampler, times = pick("samplers", name), pick("times", GRID)(schedule, steps)
                 if hasattr(sampler, "bind"):
                     sampler = sampler.bind(statistics, {})
-                given = Task(denoiser=model.denoiser, sampler=sampler, times=times, shape=model.shape)
+                given = TuningTask(denoiser=model.denoiser, sampler=sampler, times=times, shape=model.shape)
                 if tuned:
                     found = DynamicProgramming(variance).bind(statistics, {}).tune(given).plan
                     assert found is not None

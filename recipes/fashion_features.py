@@ -35,7 +35,7 @@ from hasten.errors import BadInput
 from hasten.files import sha256
 from hasten.metrics import extract, frechet_distance, make_reference, moments, save_reference
 from hasten.metrics.evaluate import floor_table
-from hasten.metrics.fashion import CLASSES, FashionClassifier, classifier
+from hasten.metrics.fashion import CLASSES, FashionClassifier, fashion_classifier
 from hasten.metrics.references import write_card
 from hasten.train.data import open_data, to_float
 
@@ -104,7 +104,7 @@ def save_classifier(net: FashionClassifier, folder: Path) -> None:
 
 def measure(folder: Path, data: Path) -> None:
     """Reference statistics of the test split with floors, written to `folder`; prints the sanity rows."""
-    net = classifier(folder)
+    net = fashion_classifier(folder)
     images, labels = read(data, "test")
     features, logits = extract(net, images)
     test = make_reference(features, "Fashion-MNIST", "test", net.name, labels, logits)

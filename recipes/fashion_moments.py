@@ -25,10 +25,10 @@ from hasten.pick import pick
 from hasten.samplers import UniPC
 from hasten.train import open_data
 from hasten.train.data import to_float
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning._bound import variational_bound
-from hasten.tuning.moments import Moments, data_moments, measured
-from hasten.tuning.second_moment import SecondMoment
+from hasten.tuning.moments import Moments, data_moments, statistic_at
+from hasten.tuning.second_moment import SecondMomentTuner
 
 DATA = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
 STATISTICS, PART, CARD = "statistics.safetensors", "second_moment.safetensors", "second_moment.json"
@@ -49,10 +49,10 @@ def real(data: Path, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor | No
     return first
 
 
-def task(data: Path, seed: int = 0) -> Task:
+def task(data: Path, seed: int = 0) -> TuningTask:
     """The bundled teacher with its training images."""
     model = hasten.load("fashion")
-    return Task(
+    return TuningTask(
         denoiser=model.denoiser, sampler=UniPC(), times=torch.tensor([1.0, 0.0], dtype=torch.float64),
         shape=model.shape, labels=model.labels, images=real(data, seed), seed=seed,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def train(args: argparse.Namespace) -> None:
         else None
     )
     with torch.autocast("cpu", torch.bfloat16):
-        found = SecondMoment(steps=args.head, batch=32).tune(given)
+        found = SecondMomentTuner(steps=args.head, batch=32).tune(given)
     args.out.mkdir(parents=True, exist_ok=True)
     net = found.parts["second_moment"]
     (args.out / PART).write_bytes(save({k: v.contiguous() for k, v in net.state_dict().items()}))
@@ -113,7 +113,7 @@ def compare(args: argparse.Namespace) -> None:
                 row["bound"] = bound(model, sampler, grid, steps)
                 began = time.process_time()
                 images = model.sample(
-                    args.n, sampler=sampler, times=grid, steps=steps, guidance_scale=1.0, runtime="bf16"
+                    args.n, sampler=sampler, times=grid, steps=steps, guidance_scale=1.0, precision="bf16"
                 )
                 found = evaluate_images(images, model.labels(args.n), "fashion", "fashion", range(args.n))
                 row |= {name: round(m.value, 5) for name, m in found.items()}
@@ -128,7 +128,7 @@ def bound(model: hasten.Model, sampler: str, grid: str, steps: int) -> float | N
     """Bits per dimension of an ancestral chain on the training images that were measured; None for another."""
     schedule = model.denoiser.schedule
     times = pick("times", grid)(schedule, steps)
-    mse = measured(model.statistics, "mse", schedule, times[:-1])
+    mse = statistic_at(model.statistics, "mse", schedule, times[:-1])
     power = float(model.statistics["spectrum"].mean() + model.statistics["mean"].square().mean())
     method = pick("samplers", sampler)
     if sampler.startswith("ddpm"):

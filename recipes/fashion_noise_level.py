@@ -45,7 +45,7 @@ def measure(folder: Path, samplers: list[str], counts: list[int], n: int) -> Non
                 continue
             begin = time.process_time()
             images = model.sample(
-                n, sampler=sampler, times=GRID, steps=steps, guidance_scale=1.0, runtime="bf16", batch_size=100
+                n, sampler=sampler, times=GRID, steps=steps, guidance_scale=1.0, precision="bf16", batch_size=100
             )
             found = evaluate_images(images, model.labels(n), "fashion", "fashion", range(n))
             known[key] = {name: found[name].value for name in ("frechet", "accuracy", "precision", "recall")}

@@ -21,7 +21,7 @@ from hasten.plan import Plan
 from hasten.samplers import UniPC
 from hasten.times import UniformLambda
 from hasten.train.data import open_data
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.fitted_plan import FittedPlan
 
 SEED, LOW = 1_000_000, 0.038
@@ -36,7 +36,7 @@ def fit(steps: int, guidance_scale: float, n: int, options: FittedPlan, data: st
         chosen = torch.randperm(60_000, generator=torch.Generator().manual_seed(SEED))[:count]
         return real.images(chosen).float() / 127.5 - 1, None
 
-    task = Task(
+    task = TuningTask(
         model.guided(guidance_scale), UniPC(3), UniformLambda(low=0.03)(model.denoiser.schedule, steps), model.shape,
         labels=lambda count: torch.arange(count) % 10, images=images, seed=SEED, n=n, identity=model.sha256 or "",
     )  # fmt: skip

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hasten
-from hasten.files import write
-from hasten.images import grid, png
+from hasten.files import write_file
+from hasten.images import encode_png, make_image_grid
 from hasten.metrics import feature_net
 from hasten.tasks.style_transfer import restyle
 from hasten.train import open_data
@@ -97,7 +97,7 @@ def main(
     blocks = [
         torch.cat([source[:SHOWN], *(made[name][k][:SHOWN] for name in ways)]) for k, source in enumerate(sources)
     ]
-    write(out / "restyled.png", png(grid(torch.cat(blocks), SHOWN)))
+    write_file(out / "restyled.png", encode_png(make_image_grid(torch.cat(blocks), SHOWN)))
 
 
 if __name__ == "__main__":

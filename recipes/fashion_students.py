@@ -59,7 +59,7 @@ def main(
         return
     distill_model(
         hasten.load(teacher), out, METHODS[name][0], data, minutes=minutes, guidance_scale=2.0, batch_size=batch_size,
-        runtime="bf16", say=print,
+        precision="bf16", say=print,
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def compare(
     rows = []
     labels = teacher.labels(n)
     for scale in SCALES:
-        asked: dict[str, Any] = {"guidance_scale": scale, "runtime": runtime, "batch_size": 100}
+        asked: dict[str, Any] = {"guidance_scale": scale, "precision": runtime, "batch_size": 100}
         wanted = teacher.sample(n, sampler="ddim", times="trailing", steps=against, **asked)
         for name, model in models.items():
             sampler = model.sampler if name == "right" else "ddim"
@@ -107,10 +107,10 @@ def main() -> None:
     parser.add_argument("--teacher", default="fashion", help="the model that both were distilled from")
     parser.add_argument("--data", default=DATA, help="folder with the four IDX files")
     parser.add_argument("--start", type=int, default=16, help="steps of the first naive student")
-    parser.add_argument("--evaluations", type=float, help="budget; left out: what the right student took")
+    parser.add_argument("--nfe-budget", type=float, help="budget; left out: what the right student took")
     parser.add_argument("--n", type=int, default=2000, help="images a row")
     parser.add_argument("--against", type=int, default=64, help="steps of the teacher whose images are to be made")
-    parser.add_argument("--runtime", default="bf16", help="fp32 or bf16, for training and sampling")
+    parser.add_argument("--precision", default="bf16", help="fp32 or bf16, for training and sampling")
     args = parser.parse_args()
     teacher, right = hasten.load(args.teacher), hasten.load(args.student)
     told = right.card.get("distilled", {})

@@ -87,7 +87,7 @@ def test_what_cannot_be_is_one_line(model: Model) -> None:
 
 def test_the_command_line_and_its_record(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model.save(tmp_path / "tiny")
-    arguments = ["sample", str(tmp_path / "tiny"), "--out", str(tmp_path / "a.png"), "--n", "3", "--runtime", "fp32"]
+    arguments = ["sample", str(tmp_path / "tiny"), "--out", str(tmp_path / "a.png"), "--n", "3", "--precision", "fp32"]
     assert main([*arguments, "--accelerate", "deep_cache:every=4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accelerators"] == ["deep_cache:every=4"]
     from PIL import Image

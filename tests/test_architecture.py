@@ -44,34 +44,9 @@ ROOT_MODULES = 18
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Bound Consistency Draws
-    EDM Flow Guided
-    Moments Nodes NoiseLevel
-    Part Rows SecondMoment
-    Simulated Stage Task
-    Traced Way _Callable
-    _Conv _check _known
-    _load _low_rank _positive
-    _rows _short _text
-    _watched _wide accelerate
-    begin beside check
-    check_finite checked classifier
-    clock counted described
-    detached difference distance
-    divergence drawn export
-    fit follow fresh
-    given_images grid hint
-    keep listed local
-    measured moments named
-    names nodes note
-    number number_format pairs
-    plain plan pooled
-    read run search
-    several slope span
-    spectrum spread sweep
-    table to_bytes together
-    trace watched without_images
-    write
+    Consistency EDM Flow NoiseLevel _wide accelerate
+    build_network check clock distance export normalize_name
+    peak_memory raw_output resolve
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

@@ -16,7 +16,8 @@ from hasten.plan import plan
 from hasten.samplers import DDIM, UniPC
 from hasten.times import UniformLambda
 
-from .test_compare import SET, Corner, chosen, of, run, tiny
+from .factories import tiny_model
+from .test_compare import SET, Corner, chosen, of, run
 
 MORE = """
 [[variant]]
@@ -35,7 +36,7 @@ guidance_scale = 1
 
 
 def test_plans_guides_and_adaptive_samplers_are_rows(run: Any, chosen: Path, tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     schedule = model.denoiser.schedule
     model.plans = {"three": plan(DDIM(), schedule, UniformLambda()(schedule, 3))}
     (tmp_path / "five.json").write_text(plan(UniPC(), schedule, UniformLambda()(schedule, 5)).to_json())
@@ -85,5 +86,5 @@ def test_what_cannot_be_is_one_line(run: Any, chosen: Path, tmp_path: Path, old:
 
 
 def test_bundled_sets_can_be_read() -> None:
-    for name in variants.names():
-        assert variants.read(name).variants
+    for name in variants.variant_set_names():
+        assert variants.load_variants(name).variants

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(place: Path, out: Path, *more: str, method: str = METHOD, model: str = "tiny") -> list[str]:
     return ["distill", str(place / model), "--data", str(place / "data.npz"), "--out", str(out), "--method", method,
-            "--batch-size", "8", "--runtime", "fp32", "--device", "cpu", *more]  # fmt: skip
+            "--batch-size", "8", "--precision", "fp32", "--device", "cpu", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "dry"
-    assert main(asked(place, out, "--evaluations", "1e5", "--dry-run", "--json")) == 0
+    assert main(asked(place, out, "--nfe-budget", "1e5", "--dry-run", "--json")) == 0
     told = json.loads(capsys.readouterr().out)
     assert not out.exists()
     costs = {stage["name"]: stage["evaluations"] / 8 for stage in told["stages"]}

@@ -18,7 +18,7 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.workflows.distill import distill_model, without_images
+from hasten.workflows.distill import distill_model, labels_only
 
 
 class Stop(Exception):
@@ -80,7 +80,7 @@ def run(model: Model, data: Path | None, out: Path, **settings: Any) -> None:
 def test_the_number_format_that_was_asked_for_is_trained_in(
     runtime: str, data: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
-    run(tiny(), data, tmp_path / "out", runtime=runtime)
+    run(tiny(), data, tmp_path / "out", precision=runtime)
     assert asked["precision"] == asked["task"]["precision"] == asked["trial"]["precision"] == runtime
     assert json.loads((tmp_path / "out" / "run.json").read_text())["precision"] == runtime
 
@@ -97,9 +97,9 @@ def test_a_run_goes_on_in_the_number_format_that_it_began_in(
 
 @pytest.mark.parametrize("seed", [7])
 def test_the_seed_deals_the_batches_too(seed: int, data: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
-    run(tiny(), data, tmp_path / "out", runtime="fp32", seed=seed)
+    run(tiny(), data, tmp_path / "out", precision="fp32", seed=seed)
     assert asked["batches"].seed == seed and asked["seed"] == 1009 * seed
-    run(tiny(), data, tmp_path / "other", runtime="fp32", seed=seed + 1)
+    run(tiny(), data, tmp_path / "other", precision="fp32", seed=seed + 1)
     assert asked["batches"].seed == seed + 1
 
 
@@ -108,24 +108,24 @@ def test_a_task_is_told_classes_and_codec_and_the_minutes_of_its_stages(
 ) -> None:
     model = tiny()
     model.codec = "latent"
-    run(model, data, tmp_path / "out", runtime="fp32", minutes=0.5, steps=None)
+    run(model, data, tmp_path / "out", precision="fp32", minutes=0.5, steps=None)
     assert (asked["task"]["classes"], asked["task"]["codec"]) == (3, "latent")
     assert asked["task"]["minutes"] == {"steps2": pytest.approx(0.55)} and asked["minutes"] == pytest.approx(0.55)
-    run(model, data, tmp_path / "steps", runtime="fp32")
+    run(model, data, tmp_path / "steps", precision="fp32")
     assert asked["minutes"] is None
 
 
 def test_models_that_draw_their_own_images_have_no_null_label_among_their_classes() -> None:
     for null, wanted in ((None, {0, 1, 2}), (0, {1, 2}), (1, {0, 2}), (3, {0, 1, 2})):
-        labels = without_images(tiny(null=null)).labels
+        labels = labels_only(tiny(null=null)).labels
         assert labels is not None and set(labels.tolist()) == wanted
         assert len(set(torch.bincount(labels)[sorted(wanted)].tolist())) == 1, "in equal parts"
-    assert len(set(without_images(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
+    assert len(set(labels_only(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
 
 
 def test_a_run_says_what_becomes_of_half_precision_and_of_divided_batches(
     data: Path, tmp_path: Path, asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tiny(), data, tmp_path / "out", runtime="fp32", method="mmd:steps=1,features=random", accumulate=2)
+    run(tiny(), data, tmp_path / "out", precision="fp32", method="mmd:steps=1,features=random", accumulate=2)
     found = capsys.readouterr()
     assert "hasten: mmd compares the images of a batch" in found.err and "2 of the 4" in found.err and not found.out

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hasten.cli import main
-from hasten.images import read_text
+from hasten.images import read_png_text
 
 from .processes import children, torchrun, until
 
@@ -27,14 +27,14 @@ CONFIG = [
     "1",
     "--guidance-scale",
     "1",
-    "--runtime",
+    "--precision",
     "fp32",
     "--device",
     "cpu",
     "--batch-size",
     "4",
 ]
-COMPARE = ["--batch-size", "4", "--timing-batch", "2", "--runtime", "fp32", "--device", "cpu"]
+COMPARE = ["--batch-size", "4", "--timing-batch", "2", "--precision", "fp32", "--device", "cpu"]
 LONG = ["20" if word == "1" and CONFIG[k - 1] == "--steps" else word for k, word in enumerate(CONFIG)]
 SET = """
 n = 12
@@ -92,9 +92,9 @@ def interrupted_run(tmp_path: Path, number: int, victim: int | None, *more: str)
         out, err = process.communicate(timeout=120)
     assert process.returncode != 0 and out == "" and not (tmp_path / "a.png").exists()
     (line,) = errors(err)
-    count = int(re.findall(r"(\d+) of 24 images are kept", line)[0])
+    count = int(re.findall(r"(\d+) of 24 images are saved", line)[0])
     assert 12 <= count < 24 and count == sum(len(np.load(path)) for path in folder.glob("*/*.npy"))
-    assert line.endswith("the same command goes on from there")
+    assert line.endswith("the same command resumes")
     return line, folder
 
 
@@ -145,7 +145,7 @@ def test_a_process_killed_while_an_image_is_shared(tmp_path: Path, accelerator: 
         assert process.wait(150) == 0
     assert run(2, *words, str(tmp_path / "whole" / "a.png"))[0] == 0
     assert (tmp_path / "whole" / "a.png").read_bytes() == (tmp_path / "a.png").read_bytes()
-    assert read_text(tmp_path / "a.png")["processes"] == "2"
+    assert read_png_text(tmp_path / "a.png")["processes"] == "2"
 
 
 @pytest.mark.slow

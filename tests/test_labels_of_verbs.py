@@ -15,15 +15,16 @@ from hasten.cli import main
 from hasten.cli.restyle import of_class
 from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
-from hasten.images import given_images, read_text
+from hasten.images import read_png_text, to_image_tensor
 from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
 from hasten.workflows.distill import real_images
-from hasten.workflows.sample import classifier_labels, evaluate_distributed, part_of
-from hasten.workflows.tune import real
+from hasten.workflows.distribute import part_of
+from hasten.workflows.evaluate import classifier_labels, evaluate_distributed
+from hasten.workflows.tune import calibration_images
 
-FAST = ("--steps", 1, "--runtime", "fp32", "--device", "cpu")
+FAST = ("--steps", 1, "--precision", "fp32", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_every_verb_gives_an_image_the_class_of_its_folder(fashion: Model, folde
     data = real_images(fashion, folders)
     assert data.labels is not None
     assert (data.images(range(10))[:, 0, 0, 0] // 20).tolist() == data.labels.tolist()
-    x, labels = real(fashion, folders)(10)
+    x, labels = calibration_images(fashion, folders)(10)
     assert labels is not None and ((x[:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist() == labels.tolist()
     for k, name in enumerate(fashion.classes or ()):
         assert float(of_class(folders, 1, fashion, name)[0, 0, 0, 0] + 1) * 127.5 == pytest.approx(20 * k, abs=0.01)
@@ -54,7 +55,7 @@ def test_other_classes_are_refused_with_both_lists(fashion: Model, tmp_path: Pat
     for k in range(10):
         (tmp_path / f"animal{k}").mkdir()
         Image.new("L", (28, 28), 20 * k).save(tmp_path / f"animal{k}" / "0.png")
-    for read in (lambda: real_images(fashion, tmp_path), lambda: real(fashion, tmp_path)):
+    for read in (lambda: real_images(fashion, tmp_path), lambda: calibration_images(fashion, tmp_path)):
         with pytest.raises(BadInput, match=r"animal0.*t-shirt"):
             read()
     with pytest.raises(BadInput, match="no class 'bag': its classes are animal0"):
@@ -79,7 +80,7 @@ def test_the_command_takes_names_that_are_numbers_or_hold_commas(tmp_path: Path)
     for label, index in (("1", "0,0"), ("2,1", "1,0"), ("3, x", "2,2"), ("3, x,2", "2,1")):
         words = ("sample", tmp_path / "m", "--n", 2, "--label", label, "--out", tmp_path / "x.png", *FAST)
         assert main([str(w) for w in words]) == 0
-        assert read_text(tmp_path / "x.png")["labels"] == index
+        assert read_png_text(tmp_path / "x.png")["labels"] == index
     model = hasten.load(str(tmp_path / "m"))
     assert torch.equal(model.sample(1, 1, steps=1), model.sample(1, "1", steps=1))
     assert part_of(model, 3, None, slice(1, 3)).tolist() == [1, 2]  # type: ignore[union-attr]
@@ -145,7 +146,7 @@ GIVEN = {
 
 @pytest.mark.parametrize("way", GIVEN)
 def test_images_of_a_start_in_every_form(fashion: Model, way: str) -> None:
-    x = given_images(GIVEN[way], fashion.shape)
+    x = to_image_tensor(GIVEN[way], fashion.shape)
     assert x.shape == (2, 1, 28, 28) and (x - (128 / 127.5 - 1)).abs().max() < 1e-6
     made = fashion.sample(2, 0, steps=1, start="ccdf:task=restoration,time=0.05", images=GIVEN[way])
     assert made.mean().abs() < 0.3
@@ -170,12 +171,12 @@ def test_images_that_cannot_be_are_refused(fashion: Model, images: object, messa
 def test_names_with_brackets_are_shown_as_they_are() -> None:
     from rich.console import Console
 
-    from hasten.compare.report import table
+    from hasten.compare.report import results_table
     from tests.test_report import row
 
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
+        console.print(results_table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
     assert "[red]x[/b] y" in captured.get()
 
 

@@ -104,7 +104,7 @@ def test_guidance_is_the_line_through_both_branches(model: Model) -> None:
         ({"sampler": "unipcc"}, "unipc"),
         ({"sampler": "unipc:ordr=2"}, "order"),
         ({"times": "karas"}, "karras"),
-        ({"runtime": "fp16"}, "runtime"),
+        ({"precision": "fp16"}, "runtime"),
         ({"label": "no such thing"}, "label"),
     ],
 )
@@ -270,7 +270,7 @@ def test_the_nearest_bundled_name(model: Model, tmp_path: Path, monkeypatch: pyt
 
 
 def test_bf16_is_near_fp32_and_not_the_same(model: Model) -> None:
-    full, short = model.sample(2, steps=3), model.sample(2, steps=3, runtime="bf16")
+    full, short = model.sample(2, steps=3), model.sample(2, steps=3, precision="bf16")
     assert not torch.equal(full, short)
     assert (full - short).abs().mean() < 0.1
 

@@ -9,39 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import hasten
-from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.files import LEFTOVER
 from hasten.model import Model
-from hasten.nets.unet import UNet
 from hasten.plan import plan
-from hasten.predictions import V
 from hasten.samplers.ddim import DDIM
-from hasten.schedules import VPCosine
 from hasten.storage.atomic import refuse_other_model
 from hasten.times import UniformTime
+
+from .factories import constant_model, fill, tiny_unet
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
-def model(value: float) -> Model:
-    """A tiny model, all of whose files depend on `value`."""
-    torch.manual_seed(0)
-    net = UNet(1, widths=(8,), classes=2, embedding=8)
-    for p in net.parameters():
-        nn.init.constant_(p, value)
-    saved = Model(Denoiser(net, VPCosine(), V()), f"m{value:g}", (1, 8, 8), ("a", "b"))
-    schedule = saved.denoiser.schedule
-    saved.plan = plan(DDIM(), schedule, UniformTime()(schedule, 2 + int(value)))
-    saved.plans = {"few": saved.plan}
-    saved.statistics = {"gamma": torch.full((3,), value, dtype=torch.float64)}
-    saved.parts = {"helper": UNet(1, widths=(8,), embedding=8)}
-    for p in saved.parts["helper"].parameters():
-        nn.init.constant_(p, value)
-    return saved
+def full_model(value: float) -> Model:
+    """A tiny model with files of every kind, all of which depend on `value`."""
+    model = constant_model(value)
+    schedule = model.denoiser.schedule
+    model.plan = plan(DDIM(), schedule, UniformTime()(schedule, 2 + int(value)))
+    model.plans = {"few": model.plan}
+    model.statistics = {"gamma": torch.full((3,), value, dtype=torch.float64)}
+    model.parts = {"helper": fill(tiny_unet(), value)}
+    return model
 
 
 def value_of(folder: Path) -> float:
@@ -82,7 +73,7 @@ def killed_after(calls: int, folder: Path, saved: Model) -> bool:
 
 def test_killed_at_any_point_the_folder_holds_the_old_model_or_the_new_one(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    old, new = model(1.0), model(2.0)
+    old, new = full_model(1.0), full_model(2.0)
     old.save(tmp_path / "fresh")
     names = {p.relative_to(tmp_path / "fresh").as_posix() for p in (tmp_path / "fresh").rglob("*") if p.is_file()}
     assert names == {
@@ -112,19 +103,19 @@ def test_killed_at_any_point_the_folder_holds_the_old_model_or_the_new_one(tmp_p
 def test_a_first_save_that_was_killed_leaves_no_half_model(tmp_path: Path) -> None:
     for calls in (1, 4, 8, 12):
         folder = tmp_path / str(calls)
-        assert killed_after(calls, folder, model(1.0))
+        assert killed_after(calls, folder, full_model(1.0))
         if (folder / "model.json").exists():
             assert value_of(folder) == 1.0
         else:
             with pytest.raises(BadInput, match="not a model that hasten saved"):
                 hasten.load(folder)
-        model(2.0).save(folder)
+        full_model(2.0).save(folder)
         assert value_of(folder) == 2.0
 
 
 def test_concurrent_reads_get_one_model_or_the_other(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    one, two = model(1.0), model(2.0)
+    one, two = full_model(1.0), full_model(2.0)
     one.save(tmp_path / "m")
     pid = os.fork()
     if not pid:
@@ -141,14 +132,14 @@ def test_leftovers_of_the_same_pid_are_harmless(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "m"):
         (folder / f".m.{os.getpid()}.tmp").mkdir(parents=True)
         (folder / f".m.{os.getpid()}.tmp" / "weights.safetensors").write_text("half")
-    model(1.0).save(tmp_path / "m")
+    full_model(1.0).save(tmp_path / "m")
     assert value_of(tmp_path / "m") == 1.0
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     assert not [p for p in (tmp_path / "m").iterdir() if p.name.startswith(".")]
 
 
 def test_unchanged_files_stay(tmp_path: Path) -> None:
-    saved = model(1.0)
+    saved = full_model(1.0)
     saved.save(tmp_path)
     before = (tmp_path / "weights.safetensors").stat()
     saved.statistics = {"gamma": torch.zeros(3, dtype=torch.float64)}
@@ -164,24 +155,24 @@ def test_unchanged_files_stay(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model(1.0).save(tmp_path)
+    full_model(1.0).save(tmp_path)
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(BadInput, match="cannot save the model in .*: No space left on device"):
-        model(2.0).save(tmp_path)
+        full_model(2.0).save(tmp_path)
     monkeypatch.undo()
     assert value_of(tmp_path) == 1.0
 
 
 def test_another_model_is_not_overwritten(tmp_path: Path) -> None:
-    saved = model(1.0)
+    saved = full_model(1.0)
     refuse_other_model(tmp_path / "none", saved)
     saved.save(tmp_path / "m")
     refuse_other_model(tmp_path / "m", hasten.load(tmp_path / "m"))
-    for other in (model(2.0), Model(saved.denoiser, "x", saved.shape, saved.classes, card={"tuned": []})):
+    for other in (full_model(2.0), Model(saved.denoiser, "x", saved.shape, saved.classes, card={"tuned": []})):
         with pytest.raises(BadInput, match="holds the model m1 already, and not"):
             refuse_other_model(tmp_path / "m", other)
     # changed since it was loaded: the changes would be lost

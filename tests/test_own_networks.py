@@ -233,7 +233,7 @@ def test_it_is_quantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["progressive:steps=(4,2)", "denoising_student:pairs=8,pair_steps=2"])
 def test_it_is_distilled_and_the_same_call_again_changes_nothing(tmp_path: Path, images: Path, method: str) -> None:
     for _ in range(2):
-        distill_model(plain(), tmp_path / "out", method, images, steps=6, batch_size=4, runtime="fp32", show=False)
+        distill_model(plain(), tmp_path / "out", method, images, steps=6, batch_size=4, precision="fp32", show=False)
     student = hasten.load(tmp_path / "out")
     assert isinstance(student.denoiser.net, Plain) and student.sample(2).isfinite().all()
 
@@ -250,7 +250,7 @@ def test_samples_of_any_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     tune_model(hasten.load(tmp_path / "m"), tmp_path / "t", "optimized_steps", steps=4, n=4)
     assert hasten.load(tmp_path / "t").sample(2).shape == (2, *shape)
     x = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
-    common: Any = {"steps": 6, "batch_size": 4, "runtime": "fp32", "show": False}
+    common: Any = {"steps": 6, "batch_size": 4, "precision": "fp32", "show": False}
     distill_model(model, tmp_path / "d", "progressive:steps=(4,2)", x, **common)
     assert hasten.load(tmp_path / "d").sample(2).shape == (2, *shape) and not list((tmp_path / "d").glob("*.png"))
     with pytest.raises(BadInput, match="no images are: give data as a tensor"):
@@ -265,7 +265,7 @@ def test_guided_adds_the_scale_to_any_network(tmp_path: Path, shape: tuple[int, 
     g = torch.Generator().manual_seed(0)
     x, labels = torch.randn(24, *shape, generator=g), torch.arange(24) % 3
     data = Data(24, shape, lambda rows: x[rows], labels, model.classes)  # type: ignore[arg-type]
-    common: Any = {"steps": 12, "batch_size": 8, "runtime": "fp32", "show": False, "guidance_scale": 2.0}
+    common: Any = {"steps": 12, "batch_size": 8, "precision": "fp32", "show": False, "guidance_scale": 2.0}
     distill_model(model, tmp_path / "g", "guided:steps=(4,2),guidance=(1,3)", data, **common)
     student = hasten.load(tmp_path / "g")
     assert student.denoiser.guidance_range == (1.0, 3.0) and student.sample(3, guidance_scale=1.5).isfinite().all()

@@ -20,7 +20,7 @@ from hasten.errors import BadInput
 from hasten.workflows.quantize import BLOCKS, RUN, quantize_model
 from tests.test_model import tiny
 
-LEARNED = ("--weights", "4", "--iterations", "6", "--images", "4", "--learn-steps", "--json")
+LEARNED = ("--weight-bits", "4", "--iterations", "6", "--images", "4", "--learn-step-sizes", "--json")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_groups_and_a_branch_are_saved_too(folder: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_run_goes_on_and_ends_the_same(folder: str, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_ends_the_same(folder: str, tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def command(out: str) -> list[str]:
@@ -89,13 +89,11 @@ def test_a_killed_run_goes_on_and_ends_the_same(folder: str, tmp_path: Path) -> 
     assert weights[0] == weights[1]
 
 
-def test_a_block_that_is_kept_is_not_learned_again(
-    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hasten.accelerators._quantization import session as _work
+def test_a_saved_block_is_not_learned_again(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hasten.accelerators._quantization import session
 
     seen: list[int] = []
-    real = _work.learn_rounding
+    real = session.learn_rounding
 
     def once(block: Any, iterations: int, **options: Any) -> Any:
         if len(seen) == 4:
@@ -105,11 +103,11 @@ def test_a_block_that_is_kept_is_not_learned_again(
 
     model, said = hasten.load(folder), []
     options: dict[str, Any] = {"weights": 4, "acts": None, "iterations": 2, "images": 2}
-    monkeypatch.setattr(_work, "learn_rounding", once)
+    monkeypatch.setattr(session, "learn_rounding", once)
     with pytest.raises(KeyboardInterrupt, match="stopped with 4 blocks done"):
         quantize_model(model, tmp_path / "q", **options)
     assert len(list((tmp_path / "q" / BLOCKS).iterdir())) == 4
-    monkeypatch.setattr(_work, "learn_rounding", real)
+    monkeypatch.setattr(session, "learn_rounding", real)
     began = len(seen)
     found = quantize_model(model, tmp_path / "q", say=said.append, **options)
     assert len(seen) == began == 4 and found["iterations"]["rounding"] == 2
@@ -138,12 +136,12 @@ def test_a_damaged_block_is_one_line(folder: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--weights", "3"], "weights must be 8 or 4 bits, found 3"),
+        (["--weight-bits", "3"], "weights must be 8 or 4 bits, found 3"),
         (["--minutes", "0"], "minutes must be positive"),
         (["--minutes", "1", "--iterations", "5"], "give minutes or iterations, not both"),
-        (["--rounding", "floor"], "rounding must be nearest or adaround"),
+        (["--rounding", "floor"], "unknown rounding 'floor': "),
         (["--sampler", "unipcc"], "did you mean 'unipc'"),
-        (["--keep", "midle"], "did you mean 'middle'"),
+        (["--exclude", "midle"], "did you mean 'middle'"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -19,11 +19,17 @@ from hasten.distributed.heartbeat import Peers, is_alive
 from hasten.distributed.ranks import ProcessLost, Ranks, launched, own_device
 from hasten.errors import BadInput
 from hasten.storage.batches import SavedBatches
-from hasten.workflows.sample import Sharing, kept, part_of, sample_many, sampling_metadata, sharing
+from hasten.workflows.distribute import Sharing, part_of, sample_many, sampling_metadata, saved_batches, sharing
 
 from .processes import spawn
 
-SETTING: dict[str, Any] = {"sampler": "ddim", "times": "uniform", "steps": 1, "guidance_scale": 1.0, "runtime": "fp32"}
+SETTING: dict[str, Any] = {
+    "sampler": "ddim",
+    "times": "uniform",
+    "steps": 1,
+    "guidance_scale": 1.0,
+    "precision": "fp32",
+}
 CPU = Ranks(torch.device("cpu"))
 
 
@@ -217,18 +223,25 @@ def test_saved_batches(tmp_path: Path) -> None:
 
 def test_the_key_of_saved_images_covers_all_that_they_depend_on() -> None:
     model = hasten.load("fashion")
-    common: dict[str, Any] = {"n": 8, "label": None, "seed": 0, "batch_size": 4, "setting": SETTING}
-    base = sampling_metadata(model, **common)
-    assert base == sampling_metadata(model, **common)
+    request: dict[str, Any] = {"n": 8, "label": None, "seed": 0, "batch_size": 4}
+
+    def key(changes: dict[str, Any] = {}, **options: Any) -> dict[str, Any]:  # noqa: B006
+        return sampling_metadata(model, model.resolve(None, **{**SETTING, **options}), {**request, **changes})
+
+    base = key()
+    assert base == key()
     others = [{"n": 9}, {"label": "bag"}, {"seed": 1}, {"batch_size": 8}, {"images": torch.zeros(8, 1, 28, 28)}]
-    others += [{"setting": {**SETTING, key: value}} for key, value in
-               {"steps": 2, "sampler": "heun", "runtime": "bf16", "guidance_scale": 2.0, "times": "lambda"}.items()]  # fmt: skip
     for other in others:
-        assert sampling_metadata(model, **{**common, **other}) != base, other
+        assert key(other) != base, other
+    changed = {"steps": 2, "sampler": "heun", "precision": "bf16", "guidance_scale": 2.0, "times": "lambda"}
+    for name, value in changed.items():
+        assert key(**{name: value}) != base, name
     with torch.no_grad():
         next(model.denoiser.parameters()).flatten()[0] += 1
-    assert sampling_metadata(model, **common) != base
-    assert kept("/nowhere", CPU, model, 8, None, 0, 4, SETTING) is None  # one process saves nothing
+    assert key() != base
+    assert (
+        saved_batches("/nowhere", CPU, model, model.resolve(None, **SETTING), request) is None
+    )  # one process saves nothing
 
 
 def test_batches_split_labels_as_images() -> None:

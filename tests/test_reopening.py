@@ -135,7 +135,7 @@ def model(net: nn.Module) -> Model:
 def distil(net: nn.Module, folder: Path) -> Path:
     np.save(folder / "i.npy", np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8))
     method, out = "progressive:steps=(1,)", folder / "out"
-    distill_model(model(net), out, method, folder / "i.npy", steps=2, batch_size=4, runtime="fp32", show=False)
+    distill_model(model(net), out, method, folder / "i.npy", steps=2, batch_size=4, precision="fp32", show=False)
     return out
 
 

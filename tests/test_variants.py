@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from hasten.compare import runner as engine
-from hasten.compare import variants
+from hasten.compare import comparison, variants
 from hasten.errors import BadInput
 
-from .test_compare import SET, Corner, chosen, run, tiny
+from .factories import tiny_model
+from .test_compare import SET, Corner, chosen, run
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_bad_set_is_one_line_before_anything_runs(
 ) -> None:
     assert old in SET
     chosen.write_text(SET.replace(old, new, 1))
-    monkeypatch.setattr(engine.Run, "sample", lambda *a: pytest.fail("something was sampled"))
+    monkeypatch.setattr(comparison.Comparison, "sample", lambda *a: pytest.fail("something was sampled"))
     with pytest.raises(BadInput, match=said) as error:
         run()
     assert "\n" not in str(error.value)
@@ -60,21 +60,21 @@ def test_an_unknown_set_names_the_bundled_ones() -> None:
         BadInput,
         match=r"no set of variants 'dmeo'.*did you mean 'demo'\? \(choices: cheaper, demo, fashion, full, guidance, students, training_free\)",
     ):
-        variants.read("dmeo")
+        variants.load_variants("dmeo")
 
 
 def test_features_of_another_network_are_refused_before_anything_runs(run: Any, tmp_path: Path) -> None:
     class Other(Corner):
         name = "other"
 
-    with pytest.raises(BadInput, match="corner features: other cannot judge"):
+    with pytest.raises(BadInput, match="corner features, not those of other"):
         run(features=Other())
     assert not (tmp_path / "out").exists()
 
 
 def test_guidance_without_classes_is_refused_before_anything_runs(run: Any, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"'best': .*guidance_scale must be 1"):
-        run(tiny(classes=None))
+        run(tiny_model(classes=None))
     assert not (tmp_path / "out").exists()
 
 
@@ -94,14 +94,14 @@ def test_what_a_variant_leaves_out_is_the_references() -> None:
             {"name": "its times", "model": "fashion_student", "times": "uniform", "steps": 2},
         ],
     }  # fmt: skip
-    found = {v.name: (v.sampler, v.times, v.steps, v.guidance_scale) for v in variants.parse(data).variants}
+    found = {v.name: (v.sampler, v.times, v.steps, v.guidance_scale) for v in variants.parse_variants(data).variants}
     assert found == {
         "steps, 2 steps": ("unipc:order=3", "karras", 2, 3.0), "steps, 4 steps": ("unipc:order=3", "karras", 4, 3.0),
         "other": ("ddim", "karras", 8, 3.0), "scale": ("unipc:order=3", "karras", 8, 1.0),
         "student": ("", "", 4, 3.0), "its own": ("", "", 0, 3.0), "its times": ("", "uniform", 2, 3.0),
     }  # fmt: skip
-    assert len({v.method for v in variants.parse(data).variants}) == 7
-    assert variants.parse(data).prompts == ("a",)
+    assert len({v.method for v in variants.parse_variants(data).variants}) == 7
+    assert variants.parse_variants(data).prompts == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_what_a_variant_leaves_out_is_the_references() -> None:
 )
 def test_what_a_table_cannot_say_is_one_line(table: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
-        variants.parse({"reference": {"sampler": "ddim", "steps": 4}, "variant": [table]})
+        variants.parse_variants({"reference": {"sampler": "ddim", "steps": 4}, "variant": [table]})
 
 
 def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
     assert len(blocks) >= 2
     for block in blocks:
         (tmp_path / "set.toml").write_text(block)
-        assert variants.read(tmp_path / "set.toml").variants
+        assert variants.load_variants(tmp_path / "set.toml").variants
     for key in (*variants.KEYS, "n", "rounds", "prompts"):
         assert f"`{key}`" in page, key
 
@@ -135,5 +135,5 @@ def test_a_name_of_the_users_own_is_not_given_to_an_equal_cost_row(tmp_path: Pat
     file = tmp_path / "v.toml"
     text = '[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "Reference, 2 steps"\nsampler = "unipc"\nsteps = 2'
     file.write_text(text, encoding="utf-8-sig")  # as editors of Windows write it
-    names = [row.name for row, _ in variants.read(file).rows()]
+    names = [row.name for row, _ in variants.load_variants(file).rows()]
     assert len(set(names)) == len(names) == 3

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError, nearest
-from ..files import contents, sha256, writes
+from ..files import describe_contents, holds_lock, sha256
 from ..nets.quantized import layers
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def previous_export(kind: type[ExportedNetwork], model: Model, path: Path, preci
         BadInput: where the folder holds anything else.
     """
     record: dict[str, Any] = {}
-    if present := contents(path):
+    if present := describe_contents(path):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = dict(json.loads((path / "model.json").read_text(encoding="utf-8"))["card"]["exported"])
         if (record.get("to"), record.get("precision"), record.get("of")) != (kind.kind, precision, model.sha256):
@@ -301,7 +301,7 @@ def previous_export(kind: type[ExportedNetwork], model: Model, path: Path, preci
     return record
 
 
-@writes("path")
+@holds_lock("path")
 def export_network(
     kind: type[ExportedNetwork],
     model: Model,

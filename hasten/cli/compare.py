@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput, HastenError
+from ..errors import HastenError
 from ..storage.provenance import command_line
-from ._common import ends_as_stopped, open_shared, processes
-from ._processes import together
-from .terminal import tell
+from ._common import open_shared, processes, prompts_of, sigterm_as_interrupt
+from ._processes import on_all_processes
+from .terminal import print_result
 
 if TYPE_CHECKING:
     pass
 
 
-@together
+@on_all_processes
 def compare(
     model: str,
     *,
@@ -31,7 +31,8 @@ def compare(
     prompt: list[str] | None = None,
     prompts: Path | None = None,
     repeats: int = 1,
-    runtime: str = "auto",
+    minutes: float | None = None,
+    precision: str = "auto",
     device: str = "auto",
     json: bool = False,
 ) -> list[dict[str, Any]]:
@@ -55,7 +56,9 @@ def compare(
         prompt: Of a model that takes prompts; given several times, image k gets number k mod their count.
         prompts: A text file of prompts in their place, one a line.
         repeats: Blocks of n seeds, one after the other: figures are then means with their deviation.
-        runtime: Number format of the network, fp32 or bf16; auto times them on this machine once.
+        minutes: Time budget. Default: none. The number of images is then chosen by the measured speed, n at most, and
+            the last variants are skipped where even 64 images of each take longer.
+        precision: fp32, bf16 (autocast), or auto, which times them on this device once.
         device: auto, cpu, cuda or cuda:1.
         json: Print the rows as JSON, not as a table.
 
@@ -66,19 +69,19 @@ def compare(
 
     asked: dict[str, Any] = {
         "variants": variants, "n": n, "seed": seed, "rounds": rounds, "batch_size": batch_size,
-        "timing_batch": timing_batch, "runtime": runtime, "reference": reference, "features": features,
+        "timing_batch": timing_batch, "runtime": precision, "reference": reference, "features": features,
     }  # fmt: skip
-    asked["repeats"] = repeats
+    asked |= {"repeats": repeats, "minutes": minutes}
     given = {"prompt": prompt, "prompts": prompts, "repeats": None if repeats == 1 else repeats}
-    told = {**asked, **given, "runtime": None if runtime == "auto" else runtime, "out": out}
+    told = {**asked, **given, "runtime": None, "precision": None if precision == "auto" else precision, "out": out}
     texts = prompts_of(prompt, prompts)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
-    with ends_as_stopped():
+    with sigterm_as_interrupt():
         command = command_line("compare", model, told)
         rows = run(loaded, out=out, **asked, show=not json, command=command, ranks=ranks, prompts=texts)
     if json:
-        tell(rows, "", json)
+        print_result(rows, "", json)
     if lost := [row for row in rows if row.get("failed")]:
         also = "" if len(lost) == 1 else f" (and {len(lost) - 1} more)"
         first = f"{lost[0]['name']!r}: {lost[0]['failed']}"
@@ -86,12 +89,3 @@ def compare(
             f"{len(lost)} of {len(rows)} rows failed, {first}{also}; {out / 'report.html'} has the others"
         )
     return rows
-
-
-def prompts_of(prompt: list[str] | None, prompts: Path | None) -> list[str] | None:
-    """The prompts of the command line, None where there are none."""
-    from ..compare.jobs import read_prompts
-
-    if prompt and prompts is not None:
-        raise BadInput("give --prompt or --prompts, not both")
-    return read_prompts(prompts) if prompts is not None else prompt or None

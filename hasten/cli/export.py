@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ._common import open_model
-from ._processes import alone
-from .terminal import tell
+from ._processes import on_main_process
+from .terminal import print_result
 
 
-@alone
+@on_main_process
 def export(
     model: str,
     *,
@@ -32,7 +32,7 @@ def export(
         out: The folder to write, with the graph beside its model.json.
         to: openvino, the fastest on processors, or onnx, the most widely read.
         precision: fp32 is exact; fp16 halves the file; int8 is faster and less exact, by how much is told. To compute
-            in bf16 is a matter of sampling an openvino model (--runtime bf16), not of the file.
+            in bf16 is a matter of sampling an openvino model (--precision bf16), not of the file.
         opset: Version of the ONNX operators, 18 if left out.
         n: Images that calibrate int8.
         seed: Of the first of them; far from the seeds that sample and compare start with.
@@ -59,5 +59,5 @@ def export(
     note = made.card["exported"]
     result = {"folder": str(out), "files": made.denoiser.net.config["files"], **note}
     said = f"{out}: {to} {precision}, {note['bytes'] / 1e6:.1f} MB, error {note['error']:.1e}"
-    tell(result, f"{said}; try hasten sample {out}", json)
+    print_result(result, f"{said}; try hasten sample {out}", json)
     return result

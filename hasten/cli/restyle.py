@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadInput
 from ..progress import progress
 from ..storage.provenance import command_line, versions
-from ._common import given_images, open_model
-from ._processes import alone
-from .terminal import tell
+from ._common import open_model
+from ._processes import on_main_process
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..model.model import Model
 
 
-@alone
+@on_main_process
 def restyle(
     encoder: str,
     decoder: str | None = None,
@@ -71,7 +71,7 @@ def restyle(
     """
     from .. import images as pictures
     from ..errors import check_int
-    from ..files import refuse_inside, reserve, write
+    from ..files import check_writable, refuse_inside, write_file
     from ..tasks.style_transfer import classes, is_encoder
     from ..tasks.style_transfer import restyle as run
 
@@ -80,7 +80,7 @@ def restyle(
     if out.suffix.lower() != ".png":
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r}")
     refuse_inside(out, images, "--out")
-    reserve(out)
+    check_writable(out)
     up = open_model(encoder, device)
     down = up if decoder is None else open_model(decoder, device)
     if is_encoder(down):
@@ -109,7 +109,7 @@ def restyle(
         "command": command_line("restyle", encoder, said),
         "models": f"{up.name} {up.sha256}, {down.name} {down.sha256}", "versions": versions(),
     }  # fmt: skip
-    write(out, pictures.png(pictures.grid(paired(source, made.images), min(n, 16)), text))
+    write_file(out, pictures.encode_png(pictures.make_image_grid(paired(source, made.images), min(n, 16)), text))
     result = {
         "file": str(out),
         **{key: str(value) if isinstance(value, Path) else value for key, value in said.items()},
@@ -121,7 +121,7 @@ def restyle(
         "seconds": seconds,
     }
     line = f"{out}: {n} images in {made.evaluations:g} network evaluations each, {seconds:.2f} s"
-    tell(result, line, json)
+    print_result(result, line, json)
     return result
 
 
@@ -129,16 +129,16 @@ def of_class(path: Path, n: int, model: Model, label: str | None) -> Tensor:
     """The first `n` images of a path, (n, C, h, w) in [-1, 1]; of one class, where both have any."""
     from ..train import open_data
     from ..train.data import to_float
-    from ..train.given import is_file
     from ..train.names import class_of
+    from ..train.start_images import is_image_file, read_images
 
     known = model.classes or ()
     index = None if label is None or not known else model.class_index(label)
-    if index is None or index == model.denoiser.null_label or is_file(path):
-        return given_images(path, n, model.shape[0])
+    if index is None or index == model.denoiser.null_label or is_image_file(path):
+        return read_images(path, n, model.shape[0])
     data = open_data(path, split=None, channels=model.shape[0])
     if data.labels is None:
-        return given_images(path, n, model.shape[0])
+        return read_images(path, n, model.shape[0])
     own = class_of(index, known, data.classes or ())
     if own is None:
         raise BadInput(f"{path} has no class {known[index]!r}: its classes are {', '.join(data.classes or ())}")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 
-def tell(result: object, text: str, json: bool) -> None:
+def print_result(result: object, text: str, json: bool) -> None:
     """The result on stdout: JSON for machines, or the text for people."""
     print(jsonlib.dumps(finite(result), indent=2, allow_nan=False) if json else text, flush=True)
 
@@ -21,7 +21,7 @@ def finite(value: object) -> object:
     return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def plain(value: object) -> str:
+def plain_value(value: object) -> str:
     """A JSON value on one line, strings without their quotes, long ones cut."""
     text = value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

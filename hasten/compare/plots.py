@@ -16,7 +16,7 @@ NEAR_DB = 35.0  # PSNR to the reference's images from which a row is called near
 CAPTIONS = {"nfe": "network evaluations per image (NFE)", "seconds_per_image": "seconds per image"}
 
 
-def pareto(rows: Sequence[Row], cost: str = "nfe", loss: str = "frechet", higher: bool = False) -> list[int]:
+def pareto_front(rows: Sequence[Row], cost: str = "nfe", loss: str = "frechet", higher: bool = False) -> list[int]:
     """Indices of the rows that no other row beats: none is as cheap and as good, and strictly better in one of the two.
 
     Rows without a cost or a loss (None) never belong. Sorted by cost; of exact ties only the first row stays.
@@ -36,31 +36,31 @@ def cost_axis(rows: Sequence[Row]) -> str:
     return "seconds_per_image" if any(row.get("accelerators") for row in rows) else "nfe"
 
 
-def floor(rows: Sequence[Row]) -> float | None:
+def recorded_baseline(rows: Sequence[Row]) -> float | None:
     """The distance that real images of the same count would have, if the rows carry it."""
     return next((row["protocol"]["floors"].get("frechet") for row in rows if row["protocol"].get("floors")), None)
 
 
-def method(row: Row) -> str:
+def method_label(row: Row) -> str:
     """What rows of one colour share: the sampler's name, or that of another model than the comparison's own. As a label
     of matplotlib, to which $ begins a formula and _ hides an entry."""
     name = str(row["sampler"].split(":")[0] if row.get("model") is None else row["model"]).replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
 
-def measured(rows: Sequence[Row]) -> str | None:
+def quality_metric(rows: Sequence[Row]) -> str | None:
     """What the plot and the headline call quality: the Fréchet distance, else PSNR to the reference's images; None
     where no row has either."""
     return next((key for key in ("frechet", "psnr") if any(row.get(key) is not None for row in rows)), None)
 
 
-def style(**more: Any) -> dict[str, Any]:
+def plot_style(**more: Any) -> dict[str, Any]:
     """Settings of matplotlib: the colours that `report.svg` turns into those of the page."""
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     return {"font.size": 10.5, "font.family": "sans-serif", "svg.hashsalt": "hasten", **ink, **more}
 
 
-def plot(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
+def plot_quality(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
     """Quality against cost, a panel per guidance scale, the front over all rows in each; None without quality.
 
     Quality is the Fréchet distance, or where no row has it PSNR against seconds. Marks carry the numbers of their rows,
@@ -72,16 +72,16 @@ def plot(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
     from matplotlib.figure import Figure
 
     numbered = [{**row, "number": k} for k, row in enumerate(rows, 1)]
-    quality = measured(numbered)
+    quality = quality_metric(numbered)
     rows = [row for row in numbered if quality is not None and row.get(quality) is not None]
     if quality is None:
         return None
     distance = quality == "frechet"
-    cost, level = (cost_axis(rows), floor(rows)) if distance else ("seconds_per_image", None)
-    front = [rows[i] for i in pareto(rows, cost, quality, higher=not distance)]
-    methods = list(dict.fromkeys(map(method, rows)))
+    cost, level = (cost_axis(rows), recorded_baseline(rows)) if distance else ("seconds_per_image", None)
+    front = [rows[i] for i in pareto_front(rows, cost, quality, higher=not distance)]
+    methods = list(dict.fromkeys(map(method_label, rows)))
     scales = sorted({row["guidance_scale"] for row in rows})
-    with matplotlib.rc_context(style()):
+    with matplotlib.rc_context(plot_style()):
         lines = len(methods) + 3
         size = (4.3, 3.7 * len(scales) + 0.22 * lines) if narrow else (4.6 * max(len(scales), 1.8), 4.8)
         figure = Figure(figsize=size, layout="constrained")
@@ -89,7 +89,7 @@ def plot(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
         shape = (len(scales), 1) if narrow else (1, len(scales))
         axes = list(figure.subplots(*shape, sharey=True, squeeze=False).flat)
         for axis, scale in zip(axes, scales, strict=True):
-            panel(axis, rows, front, methods, scale, cost, quality, level)
+            draw_panel(axis, rows, front, methods, scale, cost, quality, level)
         for axis in axes if narrow else axes[:1]:
             axis.set_ylabel("Fréchet distance (lower is better)" if distance else
                             "PSNR, dB (higher is better)")  # fmt: skip
@@ -103,7 +103,7 @@ def plot(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
     return figure
 
 
-def panel(
+def draw_panel(
     axis: Any, rows: Sequence[Row], front: Sequence[Row], methods: Sequence[str], scale: float, cost: str, quality: str,
     level: float | None,
 ) -> None:  # fmt: skip
@@ -120,7 +120,7 @@ def panel(
     if not distance:
         axis.axhline(NEAR_DB, color=LEVEL, lw=1, ls=(0, (4, 3)), zorder=0, label=f"{NEAR_DB:g} dB")
     for name in methods:
-        here = [r for r in rows if method(r) == name and r["guidance_scale"] == scale]
+        here = [r for r in rows if method_label(r) == name and r["guidance_scale"] == scale]
         here.sort(key=lambda r: r[cost])
         if not here:
             continue
@@ -131,7 +131,7 @@ def panel(
             r[cost]: r[quality] for r in sorted(here, key=lambda r: (r[cost], r[quality] * (-1 if distance else 1)))
         }
         axis.plot(list(best), list(best.values()), color=COLORS[k % 8], ls=":", lw=1, zorder=2)
-        bars = [[max(side, 0) for side in bar(r, quality)] for r in here]
+        bars = [[max(side, 0) for side in error_bar(r, quality)] for r in here]
         axis.errorbar(x, y, yerr=list(zip(*bars)), label=name, elinewidth=1.1, capsize=2, mec=PAPER, mew=0.7,
                       zorder=3, **mark)  # fmt: skip
     ours = [r for r in front if r["guidance_scale"] == scale]
@@ -139,7 +139,7 @@ def panel(
                  zorder=4, label="on the front")  # fmt: skip
     axis.set(xscale="log", yscale="log" if distance else "linear", xlabel=CAPTIONS[cost])
     axis.set_title("no guidance" if scale == 1 else f"guidance scale {scale:g}", fontsize=11)
-    axis.set_xlim(*span([r[cost] for r in rows], 1.25))
+    axis.set_xlim(*log_limits([r[cost] for r in rows], 1.25))
     if cost == "nfe":
         axis.xaxis.set_major_locator(FixedLocator([2**k for k in range(12)]))
     else:
@@ -147,7 +147,7 @@ def panel(
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     if distance:
-        axis.set_ylim(*span([*(r[quality] for r in rows), *([level] if level and seen else [])], 1.3))
+        axis.set_ylim(*log_limits([*(r[quality] for r in rows), *([level] if level and seen else [])], 1.3))
         axis.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
@@ -160,13 +160,13 @@ def panel(
     axis.patch.set_alpha(0)
 
 
-def span(values: Sequence[float], room: float) -> tuple[float, float]:
+def log_limits(values: Sequence[float], room: float) -> tuple[float, float]:
     """Ends of a logarithmic axis on which all values have some room."""
     positive = [value for value in values if value > 0] or [1.0]
     return min(positive) / room, max(positive) * room
 
 
-def bar(row: Row, quality: str) -> tuple[float, float]:
+def error_bar(row: Row, quality: str) -> tuple[float, float]:
     """How far the error bar of a row goes below and above its mark."""
     value = row[quality]
     if quality == "frechet":
@@ -198,7 +198,7 @@ def number_marks(axis: Any, rows: Sequence[Row], cost: str, quality: str) -> Non
                       fontsize=8.5, color=INK, zorder=5, annotation_clip=True)  # fmt: skip
 
 
-def sweep(rows: Sequence[Row], least: int = 3) -> Figure | None:
+def plot_guidance_sweep(rows: Sequence[Row], least: int = 3) -> Figure | None:
     """Distance against class accuracy, a curve for each way of sampling that has `least` guidance scales or more.
 
     None where no way has as many, or where quality or accuracy was not measured.
@@ -218,14 +218,14 @@ def sweep(rows: Sequence[Row], least: int = 3) -> Figure | None:
     swept = [own for own in swept if len({row["guidance_scale"] for row in own}) >= least]
     if not swept:
         return None
-    with matplotlib.rc_context(style()):
+    with matplotlib.rc_context(plot_style()):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         axis = figure.subplots()
         for k, own in enumerate(swept):
             x, y = [100 * row["accuracy"] for row in own], [row["frechet"] for row in own]
             few = own[0]["steps"]
-            name = f"{method(own[0])}, {few} step" + ("" if few == 1 else "s")
+            name = f"{method_label(own[0])}, {few} step" + ("" if few == 1 else "s")
             axis.plot(
                 x, y, color=COLORS[k % 8], marker=MARKERS[(k + k // 8) % 8], mec=PAPER, mew=0.7, lw=1.2, label=name
             )

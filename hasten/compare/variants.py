@@ -75,7 +75,10 @@ class Variant:
             return "model", self.guidance_scale, *more, *([self.times, self.steps] if self.times or self.steps else [])
         if self.plan is not None:
             return "plan", self.plan, self.guidance_scale, *more
-        sampler, times = format_spec(_picked("samplers", self.sampler)), format_spec(_picked("times", self.times))
+        sampler, times = (
+            format_spec(_cached_pick("samplers", self.sampler)),
+            format_spec(_cached_pick("times", self.times)),
+        )
         return sampler, times, self.steps, self.guidance_scale, *more
 
     @property
@@ -86,7 +89,7 @@ class Variant:
         """
         if self.model is not None or self.plan is not None or self.guides or self.start is not None:
             return None
-        queries = _picked("samplers", self.sampler).nfe(self.steps)
+        queries = _cached_pick("samplers", self.sampler).nfe(self.steps)
         return None if queries is None else queries * (1 if self.guidance_scale == 1 else 2)
 
 
@@ -141,30 +144,30 @@ class VariantSet:
 
 
 @functools.lru_cache(256)
-def _picked(folder: str, text: str) -> Any:
+def _cached_pick(folder: str, text: str) -> Any:
     """`pick`, remembered: a set asks for the same few methods many times."""
     from ..pick import pick
 
     return pick(folder, text)
 
 
-def names() -> list[str]:
+def variant_set_names() -> list[str]:
     """The bundled sets."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def read(source: str | Path | None, times: str = "angle", guidance_scale: float = 1.0) -> VariantSet:
+def load_variants(source: str | Path | None, times: str = "angle", guidance_scale: float = 1.0) -> VariantSet:
     """A bundled set by name (None: "demo"), or a TOML file by path. Everything but the model's part is checked here.
 
     times, guidance_scale: of a reference that names none.
     Raises BadInput in one line with the file, the key and the nearest valid choice.
     """
     source = "demo" if source is None else source
-    path = FOLDER / f"{source}.toml" if str(source) in names() else Path(source)
+    path = FOLDER / f"{source}.toml" if str(source) in variant_set_names() else Path(source)
     if not path.is_file():
-        known = nearest(str(source), names())
+        known = nearest(str(source), variant_set_names())
         raise BadInput(f"no set of variants {str(source)!r}: neither a file nor bundled; {known}")
-    return parse(_load(path), str(source), times, guidance_scale)
+    return parse_variants(_load(path), str(source), times, guidance_scale)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -180,12 +183,12 @@ def _load(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: cannot be read: {e.strerror or e}") from e
 
 
-def parse(
+def parse_variants(
     data: Mapping[str, Any], source: str = "variants", times: str = "angle", guidance_scale: float = 1.0
 ) -> VariantSet:
     """A set from the mapping that its TOML holds; `source` begins each error."""
     top = ("reference", "variant", "n", "rounds", "prompts")
-    _known(data, top, source)
+    _check_keys(data, top, source)
     for key, least, most in (("n", 10, 10**8), ("rounds", 1, 10**4)):
         if key in data and (type(data[key]) is not int or data[key] < least):
             raise BadInput(f"{source}: {key} must be a whole number from {least}, got {data[key]!r}")
@@ -202,7 +205,7 @@ def parse(
     for key in ("plan", "start", "guides", "model"):
         if key in head:
             raise BadInput(f"{source}: [reference]: the reference is a sampler with steps: it takes no {key}")
-    reference = _expand(head, f"{source}: [reference]", lists=False)[0]
+    reference = _expand_lists(head, f"{source}: [reference]", lists=False)[0]
     reference = replace(reference, role="reference")
     rest = {key: head[key] for key in ("sampler", "times", "steps", "guidance_scale") if key in head}
     variants: list[Variant] = []
@@ -210,7 +213,7 @@ def parse(
         where = f"{source}: variant {i}" + (f" ({table['name']!r})" if isinstance(table.get("name"), str) else "")
         if "name" not in table:
             raise BadInput(f"{where}: has no name")
-        _known(table, KEYS, where)
+        _check_keys(table, KEYS, where)
         if "plan" in table:
             if both := [key for key in ("sampler", "times", "steps") if key in table]:
                 raise BadInput(f"{where}: a plan holds its sampler, times and steps: leave out {both[0]} or the plan")
@@ -219,7 +222,7 @@ def parse(
             table = {"sampler": "", "times": "", "steps": None, "guidance_scale": head["guidance_scale"], **table}
         elif not set(table) & {"sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators"}:
             raise BadInput(f"{where}: it says nothing of how to sample, so it is the reference again")
-        variants += _expand({**rest, **table}, where)
+        variants += _expand_lists({**rest, **table}, where)
     seen = {reference.name}
     for variant in variants:
         if variant.name in seen:
@@ -229,15 +232,15 @@ def parse(
     return VariantSet(source, reference, tuple(variants), **numbers, prompts=tuple(prompts))
 
 
-def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def _check_keys(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
     for key in table:
         if key not in keys:
             raise BadInput(f"{where}: unknown key {key!r}: {nearest(key, keys)}")
 
 
-def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Variant]:
+def _expand_lists(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Variant]:
     """The product over a table's lists; what varies is added to the name."""
-    _known(table, KEYS, where)
+    _check_keys(table, KEYS, where)
     for key in ("sampler", "steps"):
         if key not in table:
             raise BadInput(f"{where}: has no {key}")
@@ -256,7 +259,7 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
     result = []
     for values in itertools.product(*choices.values()):
         asked = {**dict(zip(LISTED, values, strict=True)), **{key: tuple(value) for key, value in texts.items()}}
-        _check(asked, where)
+        _check_values(asked, where)
         name = " ".join(table["name"].split())
         if len(choices["model"]) > 1:
             name += f" {asked['model']}"
@@ -277,7 +280,7 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
     return result
 
 
-def _check(asked: Mapping[str, Any], where: str) -> None:
+def _check_values(asked: Mapping[str, Any], where: str) -> None:
     if asked["model"] is not None and not isinstance(asked["model"], str):
         raise BadInput(f"{where}: model must be text, got {asked['model']!r}")
     own = asked["model"] is not None and asked["sampler"] == ""  # what it leaves out is the other model's
@@ -293,7 +296,7 @@ def _check(asked: Mapping[str, Any], where: str) -> None:
         if not isinstance(text, str):
             raise BadInput(f"{where}: {key} must be text, got {text!r}")
         try:
-            _picked(folder, text)
+            _cached_pick(folder, text)
         except HastenError as e:
             raise BadInput(f"{where}: {key}: {e}") from e
     free = asked["plan"] is not None or (own and asked["steps"] is None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..train.data import share_of
+from ..train.data import shard_batches
 from ..train.fit import Ema
 from ..train.player import TrainedModule
 from ._task import Task, refuse_keys
@@ -68,7 +68,7 @@ class DryRun(Task):
         refuse_keys(self.batches if batches is None else batches)
         self.done.append(name)
         device = next(self.denoiser.parameters()).device
-        source = share_of(self.batches if batches is None else batches, 0, self.processes * self.accumulate)
+        source = shard_batches(self.batches if batches is None else batches, 0, self.processes * self.accumulate)
         batch = {key: value.to(device) for key, value in source[0].items()}
         optimisers = {p.name: p.optimizer() for p in players}
         torch.manual_seed(self.seed)

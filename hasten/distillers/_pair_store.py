@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError
-from ..files import remove_leftovers, replacing, write_whole
+from ..files import atomic_open, remove_leftovers, write_atomic
 
 DESCRIPTION = "pairs.json"
 
@@ -53,7 +53,7 @@ def check(folder: Path, told: dict[str, Any]) -> list[dict[str, Any]]:
 def record(folder: Path, told: dict[str, Any], blocks: list[dict[str, Any]]) -> None:
     """List the blocks that are whole."""
     try:
-        write_whole(folder / DESCRIPTION, json.dumps({"how": told, "blocks": blocks}, indent=1) + "\n")
+        write_atomic(folder / DESCRIPTION, json.dumps({"how": told, "blocks": blocks}, indent=1) + "\n")
     except OSError as e:
         raise HastenError(f"cannot write the pairs in {folder}: {e.strerror or e}") from e
 
@@ -61,7 +61,7 @@ def record(folder: Path, told: dict[str, Any], blocks: list[dict[str, Any]]) -> 
 def write(folder: Path, name: str, array: np.ndarray) -> str:
     """Write one file, whole or not at all; its checksum."""
     try:
-        with replacing(folder / f"{name}.npy") as file:
+        with atomic_open(folder / f"{name}.npy") as file:
             np.save(file, array)
     except OSError as e:
         raise HastenError(f"cannot write the pairs in {folder}: {e.strerror or e}") from e

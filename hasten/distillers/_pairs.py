@@ -27,7 +27,7 @@ from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, nearest
 from ..pick import format_spec, pick
 from ..plan.draw import draw
-from ..progress import watched
+from ..progress import steps_progress
 from ..sampling import Noise
 from ._pair_store import DESCRIPTION, check, fingerprint, record, stored, write
 
@@ -272,7 +272,7 @@ def make(
     ranks = task.ranks
     blocks = ranks.on_main_process(lambda: check(folder, told))
     needed = [min(block, count - first) for first in range(0, count, block)]
-    with watched(task.show, f"pairs {folder.name}", count) as tick:
+    with steps_progress(task.show, f"pairs {folder.name}", count) as tick:
         for number, rows in enumerate(needed):
             if number < len(blocks) and blocks[number]["rows"] >= rows:
                 tick(number * block + rows)

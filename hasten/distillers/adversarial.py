@@ -122,10 +122,10 @@ class Adversarial:
             t = self.levels(task, len(batch["x"]), clock(batch["x"]))
             with torch.no_grad():
                 seen = [critic.features(*self.shown(task, x, t), **cond) for x in (batch["x"], batch["fake"])]
-            real, fake = (critic.judge(features, t, **cond) for features in seen)
+            real, fake = (critic.head_logits(features, t, **cond) for features in seen)
             loss = hinge(real, fake)
             if self.r1:
-                loss = loss + self.r1 * slope(lambda features: critic.judge(features, t, **cond), seen[0])
+                loss = loss + self.r1 * slope(lambda features: critic.head_logits(features, t, **cond), seen[0])
             return loss
 
         return trial

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..inversion import Voice, climbed, own_voice, rising, voice
+from ..inversion import EpsFn, increasing_times, invert_along, make_eps_fn, teacher_eps_fn
 from ._encoding import upward_loss
 from ._targets import Nodes, noised
 from ._task import Student, Task
@@ -64,7 +64,7 @@ class Encoder:
     def distill(self, task: Task) -> Student:
         """Train the stages `encode32`, `encode16`, ...; the last student. BadInput for a network that predicts x0."""
         source, many, span = task.initial, self.start or 2 * self.steps[0], self.span(task.denoiser)
-        rising(task.denoiser, many)
+        increasing_times(task.denoiser, many)
         changes = {"guidance": span} if span and not source.net_takes_guidance else {}
         teacher: Denoiser | None = None
         for n in self.steps:
@@ -89,22 +89,24 @@ class Encoder:
 
     def lesson(self, task: Task, teacher: Denoiser | None, student: Denoiser, n: int, m: int) -> Any:
         """The loss of the student of n jumps whose teacher makes m steps for each. teacher: None for the task's own."""
-        times_of, span = Nodes(rising(task.denoiser, n * m)), self.span(task.denoiser)
-        fixed: Voice = (
-            own_voice(task.teacher, task.denoiser, task.guidance_scale) if teacher is None else voice(teacher)
+        times_of, span = Nodes(increasing_times(task.denoiser, n * m)), self.span(task.denoiser)
+        fixed: EpsFn = (
+            teacher_eps_fn(task.teacher, task.denoiser, task.guidance_scale)
+            if teacher is None
+            else make_eps_fn(teacher)
         )
 
         def lesson(batch: dict[str, Tensor]) -> Tensor:
             x, cond, noise_of, told = batch["x"], task.cond(batch), fixed, {}
             if span is not None:
                 scale = span[0] + (span[1] - span[0]) * torch.rand(len(x), device=x.device)
-                noise_of, told = voice(teacher or task.denoiser, scale), {"guidance": scale}
+                noise_of, told = make_eps_fn(teacher or task.denoiser, scale), {"guidance": scale}
             nodes = times_of.at(x)
             i = m * torch.randint(0, n, (len(x),), device=nodes.device)
             times = [nodes[i + k] for k in range(m + 1)]
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
-                _, target = climbed(noise_of, task.schedule, z, times, **cond)
+                _, target = invert_along(noise_of, task.schedule, z, times, **cond)
             return upward_loss(student, z, times[0], target, self.weight, **cond, **told)
 
         return lesson

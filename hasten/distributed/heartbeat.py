@@ -17,7 +17,7 @@ from typing import Any
 from torch import distributed
 
 from ..errors import HastenError
-from ..utils.environment import is_out_of_memory, number
+from ..utils.environment import env_int, is_out_of_memory
 
 HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a process counts as dead
 HEARTBEAT_INTERVAL = 1.0  # seconds between two heartbeats
@@ -211,11 +211,6 @@ def is_alive(pid: int) -> bool:
     except (OSError, IndexError):  # another user's, or a system without /proc
         return True
     return state not in "ZX"
-
-
-def env_int(name: str, default: int) -> int:
-    """An integer from the environment."""
-    return number(name, default)
 
 
 peers = Peers()

@@ -14,7 +14,7 @@ from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers
 from ..predictions import spread
 
-__all__ = ["CFG", "Guided"]
+__all__ = ["CFG", "GuidedDenoiser"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class CFG:
                 f"guidance needs a model with a null label (one trained with label dropout), found null_label None in "
                 f"{type(denoiser).__name__}"
             )
-        return Guided(denoiser, self)
+        return GuidedDenoiser(denoiser, self)
 
 
 def distilled(denoiser: nn.Module, guide: CFG) -> nn.Module:
@@ -110,7 +110,7 @@ class WithInputs(Wrapper):
         return {key: torch.full((len(x_t),), value, device=x_t.device) for key, value in self.told.items()}
 
 
-class Guided(Wrapper):
+class GuidedDenoiser(Wrapper):
     """A denoiser under `CFG`, of the same signature; `label=` must be given."""
 
     def __init__(self, denoiser: nn.Module, guide: CFG) -> None:

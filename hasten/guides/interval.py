@@ -11,7 +11,7 @@ from torch import nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers
-from .cfg import CFG, Guided
+from .cfg import CFG, GuidedDenoiser
 
 __all__ = ["Interval", "refined"]
 
@@ -51,8 +51,8 @@ class Interval:
 
 def refined(denoiser: nn.Module, what: str, change: Callable[[CFG], CFG]) -> nn.Module:
     """The denoiser with the `CFG` in it changed, wherever among its wrappers that is; the original stays as it is."""
-    if isinstance(denoiser, Guided):
-        return Guided(denoiser.denoiser, change(denoiser.guide))
+    if isinstance(denoiser, GuidedDenoiser):
+        return GuidedDenoiser(denoiser.denoiser, change(denoiser.guide))
     if not isinstance(denoiser, Wrapper):
         raise BadInput(f"{what} guidance: give a guidance scale other than 1")
     changed = copy.copy(denoiser)

@@ -51,7 +51,7 @@ class Node(NamedTuple):
         return self.sigma / self.alpha
 
 
-def node(schedule: Schedule, t: Tensor) -> Node:
+def make_node(schedule: Schedule, t: Tensor) -> Node:
     """The node at one 0-d time. lam is not asked for at an end, so that no infinite derivative enters a graph."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     if sigma.item() == 0 or alpha.item() == 0:
@@ -59,15 +59,15 @@ def node(schedule: Schedule, t: Tensor) -> Node:
     return Node(t, alpha, sigma, schedule.lam(t))
 
 
-def nodes(schedule: Schedule, times: Tensor) -> list[Node]:
+def make_nodes(schedule: Schedule, times: Tensor) -> list[Node]:
     """All nodes of a grid. Where its times require gradients one is made after the other: a vectorised call would mix
     the ends' infinite derivatives in."""
     times = check_times(times).double()
     if times.requires_grad:
-        return [node(schedule, t) for t in times.unbind()]
+        return [make_node(schedule, t) for t in times.unbind()]
     alpha, sigma, lam = schedule.alpha(times), schedule.sigma(times), schedule.lam(times)
     if alpha.requires_grad or sigma.requires_grad:  # a schedule with parameters of its own
-        return [node(schedule, t) for t in times.unbind()]
+        return [make_node(schedule, t) for t in times.unbind()]
     lam = torch.where(sigma == 0, math.inf, torch.where(alpha == 0, -math.inf, lam))
     return [Node(*each) for each in zip(times.unbind(), alpha.unbind(), sigma.unbind(), lam.unbind(), strict=True)]
 
@@ -158,7 +158,7 @@ def advance(z: Any, known: Sequence[Known], end: Node, *, predict: str = "x0", s
     return out if spread is None else out + (end.sigma * spread) * noise
 
 
-def usable(past: Sequence[Known], end: Node, order: int, left: int | None = None) -> int:
+def usable_order(past: Sequence[Known], end: Node, order: int, left: int | None = None) -> int:
     """The order a multistep method may use: at most the outputs of finite lam, at most the steps left, 1 at ends."""
     if past[0].node.pure or end.clean:
         return 1

@@ -17,7 +17,7 @@ from ..sampling import Query
 from ..schedules.base import Schedule
 from ..schedules.continuous import VPLinear
 from ..times import check_times
-from ._exponential import Known, ddim, node
+from ._exponential import Known, ddim, make_node
 
 CLOCK = VPLinear()
 NOISIEST = 200.0  # sigma / alpha; CLOCK starts at 152
@@ -79,11 +79,11 @@ class AdaptiveSDE:
         return None
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        top, last = span(schedule, times)
-        start, end = node(schedule, top), node(schedule, last)
+        top, last = integration_interval(schedule, times)
+        start, end = make_node(schedule, top), make_node(schedule, last)
         if start.lam < -math.log(NOISIEST):
             known = Known(start, x, (yield Query(x, top)))
-            start = node(schedule, schedule.time(torch.tensor(-math.log(NOISIEST), dtype=torch.float64)))
+            start = make_node(schedule, schedule.time(torch.tensor(-math.log(NOISIEST), dtype=torch.float64)))
             x = ddim(x, known, start)
         run = _Run(self, x / float(torch.hypot(start.alpha, start.sigma)), float(CLOCK.time(start.lam)), noise)
         u_end = float(CLOCK.time(end.lam))
@@ -246,7 +246,7 @@ class _Path:
         return xi
 
 
-def span(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
+def integration_interval(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
     """Where an adaptive integration begins and stops, of a grid: times[0] and its last positive time.
 
     A single step into 0 has no other positive time: then the schedule's t_min.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, check_numbers, nearest
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Node, node, nodes
+from ._exponential import Node, make_node, make_nodes
 
 LEAST = 1e-12  # of a posterior variance: what is interpolated is its logarithm
 FAR = 1e3  # the q that stands for pure noise, where Gam = 1 says nothing any more
@@ -78,15 +78,15 @@ class AnalyticDPM:
         """The sampler with the model's moments. Raises BadInput where they were never measured."""
         if getattr(self, self.moments) is not None:
             return self
-        found = pairs(statistics, self.moments)
+        found = measured_table(statistics, self.moments)
         if self.moments == "mse":
             return replace(self, mse=found)
-        return replace(self, gamma=found, mse=pairs(statistics, "mse") if "mse" in statistics else None)
+        return replace(self, gamma=found, mse=measured_table(statistics, "mse") if "mse" in statistics else None)
 
     def variance(self, schedule: Schedule, r: Node) -> Tensor:
         """C_r, () float64, within its bounds."""
         if getattr(self, self.moments) is None:
-            raise BadInput(missing(self.moments))
+            raise BadInput(missing_moments(self.moments))
         most = torch.tensor(self.half_range**2, dtype=torch.float64)
         if self.mse is not None:
             error = self.mse(r.t) if callable(self.mse) else curve(self.mse, schedule, "mse")(r.lam)
@@ -96,18 +96,18 @@ class AnalyticDPM:
         if not callable(self.gamma):
             return torch.minimum(curve(self.gamma, schedule, "gamma")(r.lam), most)  # type: ignore[arg-type]
         if r.pure:
-            r = node(schedule, schedule.time(-math.log(FAR)))
+            r = make_node(schedule, schedule.time(-math.log(FAR)))
         return torch.minimum(r.q**2 * (1 - self.gamma(r.t)).clamp(0, 1), most)
 
     def variances(self, schedule: Schedule, times: Tensor) -> Tensor:
         """V of the noisy steps of a grid that ends at 0, noisiest first, (steps - 1,) float64."""
-        path = nodes(schedule, times)
+        path = make_nodes(schedule, times)
         pairs_ = zip(path[:-2], path[1:-1], strict=True)
         found = [self._step(schedule, r, s, k == len(path) - 3)[2] for k, (r, s) in enumerate(pairs_)]
         return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for k, (r, s) in enumerate(zip(path, path[1:], strict=False)):
             x0 = yield Query(z, r.t)
             if s.clean:
@@ -140,14 +140,14 @@ def output_bound(V: Tensor, s: Node, form: str, pixels: float | None) -> Tensor:
     return V.clamp(max=most**2) if s.q.item() <= most else V
 
 
-def pairs(statistics: Mapping[str, Tensor], name: str) -> Pairs:
+def measured_table(statistics: Mapping[str, Tensor], name: str) -> Pairs:
     """A measured function of time, as two tuples. Raises BadInput where it was never measured."""
     if name not in statistics or f"{name}_times" not in statistics:
-        raise BadInput(missing(name))
+        raise BadInput(missing_moments(name))
     return tuple(statistics[f"{name}_times"].tolist()), tuple(statistics[name].tolist())
 
 
-def missing(name: str) -> str:
+def missing_moments(name: str) -> str:
     what = "noise moments" if name == "gamma" else "squared errors"
     return f"analytic needs the model's {what}: run hasten tune MODEL --method moments --data IMAGES"
 

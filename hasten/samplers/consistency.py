@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import nodes
+from ._exponential import make_nodes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Consistency:
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for t, s in zip(path, path[1:], strict=False):
             x0 = yield Query(z, t.t)
             z = s.alpha * x0 if s.clean else s.alpha * x0 + s.sigma * noise()

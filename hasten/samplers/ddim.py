@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Known, ddim, nodes
+from ._exponential import Known, ddim, make_nodes
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DDIM:
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for r, s in zip(path, path[1:], strict=False):
             known = Known(r, z, (yield Query(z, r.t)))
             if s.clean or self.eta == 0:
@@ -73,7 +73,7 @@ def invert(denoiser: Any, x0: Tensor, times: Tensor, iterations: int = 0, **cond
     """
     if iterations < 0:
         raise BadInput(f"invert(iterations={iterations}): must be 0 or more")
-    path = nodes(denoiser.schedule, times.detach())[::-1]
+    path = make_nodes(denoiser.schedule, times.detach())[::-1]
     z_s = x0
     for s, r in zip(path, path[1:], strict=False):
         z = (r.alpha / s.alpha) * z_s if s.clean else ddim(z_s, Known(s, z_s, denoiser(z_s, s.t, **cond)), r)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers, nearest
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import nodes
+from ._exponential import make_nodes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DDPM:
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for r, s in zip(path, path[1:], strict=False):
             x0 = yield Query(z, r.t)
             if s.clean:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers, nearest
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Known, Node, advance, ddim, nodes, usable
+from ._exponential import Known, Node, advance, ddim, make_nodes, usable_order
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DEIS:
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         past: list[Known] = []
         for n, (start, end) in enumerate(pairwise(path)):
             past = [Known(start, z, (yield Query(z, start.t))), *past[: self.order - 1]]
@@ -57,7 +57,7 @@ class DEIS:
             if self.variable == "t" and not (start.pure or end.clean):
                 order = min(len(past), left)
             else:
-                order = usable(past, end, self.order, left)
+                order = usable_order(past, end, self.order, left)
             if order == 1:
                 z = ddim(z, past[0], end)
             elif self.variable == "log_rho":

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers, nearest
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Known, Node, advance, nodes, usable
+from ._exponential import Known, Node, advance, make_nodes, usable_order
 
 _CHOICES = {"predict": ("x0", "eps"), "third": ("true", "compat"), "variant": ("midpoint", "taylor")}
 
@@ -75,7 +75,7 @@ class DPMSolver:
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path = nodes(schedule, times)
+        path = make_nodes(schedule, times)
         half = "bh2" if self.variant == "midpoint" else None
         return (yield from self._multistep(path, x, noise, half) if self.multistep else self._singlestep(path, x, half))
 
@@ -86,7 +86,7 @@ class DPMSolver:
         damp = 0.5 if self.third == "compat" else 1.0
         for n, (start, end) in enumerate(pairwise(path)):
             past = [Known(start, z, (yield Query(z, start.t))), *past[: self.order - 1]]
-            order = usable(past, end, self.order, len(path) - 1 - n if self.lower_order_final else None)
+            order = usable_order(past, end, self.order, len(path) - 1 - n if self.lower_order_final else None)
             draw = noise() if self.sde and not end.clean else None
             z = advance(z, past[:order], end, predict=self.predict, sde=self.sde, noise=draw, half=half, damp=damp)
         return z

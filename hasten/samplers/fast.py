@@ -15,7 +15,7 @@ from ..errors import BadInput, check_numbers, nearest
 from ..sampling import Query
 from ..schedules.base import Schedule
 from ..times import check_times, levels
-from ._exponential import Known, ddim, nodes
+from ._exponential import Known, ddim, make_nodes
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class FastDPM:
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
         if self.approximation == "var":
             times = var_times(schedule, times, self.schedule)
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for r, s in zip(path, path[1:], strict=False):
             known = Known(r, z, (yield Query(z, r.t)))
             if s.clean or self.kappa == 0:
@@ -88,7 +88,7 @@ def var_times(schedule: Schedule, times: Tensor, family: str = "quadratic") -> T
     lam0 = torch.tensor(-math.log(high), dtype=torch.float64) if clipped else schedule.lam(times[0])
     eta, abar = torch.sigmoid(-2 * schedule.lam(times[S - 1])), torch.sigmoid(2 * lam0)
     if times.requires_grad:
-        w = torch.tensor(slope(S, eta.item(), abar.item(), family), dtype=torch.float64)
+        w = torch.tensor(solve_slope(S, eta.item(), abar.item(), family), dtype=torch.float64)
         with torch.enable_grad():  # w is a root: one Newton step has its derivatives
             left = torch.log1p(-betas_of(S, eta, w.requires_grad_(), family)).sum()
             (rate,) = torch.autograd.grad(left, w, retain_graph=True)
@@ -115,11 +115,11 @@ def short_chain(S: int, first: float, abar: float, family: str = "quadratic") ->
 
     Raises BadInput where even w = 0 loses more than `abar`, or where a beta would have to reach 1.
     """
-    return betas_of(S, first, slope(S, first, abar, family), family)
+    return betas_of(S, first, solve_slope(S, first, abar, family), family)
 
 
 @functools.lru_cache(maxsize=64)
-def slope(S: int, first: float, abar: float, family: str) -> float:
+def solve_slope(S: int, first: float, abar: float, family: str) -> float:
     """w of `short_chain`."""
     if S < 2 or not (0 < first < 1 and 0 < abar < 1 - first):
         raise BadInput(f"a chain needs S >= 2 and 0 < eta_1 < 1 - abar < 1, found S={S}, {first:g}, {1 - abar:g}")

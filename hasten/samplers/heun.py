@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Known, Node, ddim, from_pure, node, nodes
+from ._exponential import Known, Node, ddim, from_pure, make_node, make_nodes
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Heun:
         return 2 * steps - 1 - (self.lower_order_final and steps > 1)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
-        top = node(schedule, torch.as_tensor(schedule.t_max, dtype=torch.float64))
+        path, z = make_nodes(schedule, times), x
+        top = make_node(schedule, torch.as_tensor(schedule.t_max, dtype=torch.float64))
         lowered = len(path) - 3 if self.lower_order_final and path[-1].clean else -1
         for n, (start, end) in enumerate(zip(path, path[1:], strict=False)):
             start, z = self._stir(schedule, start, z, top, len(path) - 1, noise)

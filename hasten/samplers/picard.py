@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_numbers, nearest
-from ..plan.draw import compiled
+from ..plan.draw import compile_plan
 from ..predictions import precise
 from ..sampling import Query
 from ..schedules.base import Schedule
@@ -85,7 +85,7 @@ class Picard:
         return None
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        table = compiled(self.sampler, schedule, times.detach())
+        table = compile_plan(self.sampler, schedule, times.detach())
         N, B = table.nfe, len(x)
         W = min(self.window or N, N)
         a, b = table.a, torch.diagonal(table.B)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers, nearest
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Known, ddim, from_pure, nodes
+from ._exponential import Known, ddim, from_pure, make_nodes
 
 _ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
@@ -57,7 +57,7 @@ class PLMS:
         return steps + (self.start == "heun" and self.order > 1 and steps > 1 + self.lower_order_final)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         past: list[Known] = []
         twice = self.nfe(len(path) - 1) == len(path)
         for n, (start, end) in enumerate(pairwise(path)):

@@ -16,9 +16,9 @@ from ..errors import BadInput, check_numbers, nearest
 from ..plan.basis import Basis
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ..times import LARGEST_Q, check_times
-from ..utils.noise import make_generator
-from ._exponential import Node, node, nodes
+from ..times import MAX_Q, check_times
+from ..utils.random import make_generator
+from ._exponential import Node, make_node, make_nodes
 
 QUADRATURE = 40
 LEAST_SCALE = 0.15  # of the RMS deviation of the data: the scale within a mode where it is less, or was not measured
@@ -154,9 +154,9 @@ class Preconditioned:
         mean = statistics["mean"].double()
         if self.moments == "full":
             variance, matrix = torch.linalg.eigh(statistics["covariance"].double())
-            basis = Basis(mean, _positive(variance).reshape(mean.shape), "matrix", matrix)
+            basis = Basis(mean, _clamp_positive(variance).reshape(mean.shape), "matrix", matrix)
         else:
-            variance = _positive(statistics["spectrum"].double())
+            variance = _clamp_positive(statistics["spectrum"].double())
             basis = Basis(mean, variance if self.moments == "spectrum" else variance.mean(), "dct")
         basis = basis.grouped(self.groups)
         local = None
@@ -177,7 +177,7 @@ class Preconditioned:
                 "preconditioned cannot be differentiated in its times: it chooses nodes and variances by them"
             )
         basis, v = self.basis, self.basis.values
-        begin, path = node(schedule, check_times(times).double()[0]), self._path(schedule, times.double())
+        begin, path = make_node(schedule, check_times(times).double()[0]), self._path(schedule, times.double())
         u = (_radius(path[0], v) / _radius(begin, v)) * basis.to(x, begin.alpha)
         past: list[Answer] = []
         v_step, moved = v, u  # of the step before: its variances, and what it added
@@ -207,7 +207,7 @@ class Preconditioned:
 
     def _path(self, schedule: Schedule, times: Tensor) -> list[Node]:
         """The nodes that are asked at, and the end."""
-        path = nodes(schedule, times)
+        path = make_nodes(schedule, times)
         asked, end, top = path[:-1], path[-1], self.kappa * self._top
         q0 = math.inf if path[0].pure else path[0].q.item()
         teleports = q0 > top and (end.clean or end.q.item() < top)
@@ -217,12 +217,12 @@ class Preconditioned:
         if not moved:
             return [*kept, *asked, end]
         rest = asked[len(moved) :]
-        goal, high = (rest or [end])[0], top if teleports else min(q0, LARGEST_Q)
+        goal, high = (rest or [end])[0], top if teleports else min(q0, MAX_Q)
         low = min(self.low or 5 * self._scale / (len(path) - 1), high / 2) if goal.clean else goal.q.item()
         above = not teleports  # a first node that is kept has the highest level itself
         count = above + len(moved) + (not goal.clean)  # to the goal itself, which stays where it is
         levels = torch.linspace(-math.log(high), -math.log(low), count, dtype=torch.float64)[above:]
-        made = [node(schedule, t) for t in schedule.time(levels[: len(moved)]).unbind()]
+        made = [make_node(schedule, t) for t in schedule.time(levels[: len(moved)]).unbind()]
         return [*kept, *made, *rest, end]
 
     def _variance(self, start: Node, end: Node) -> Tensor:
@@ -324,7 +324,7 @@ def _radius(at: Node, v: Tensor) -> Tensor:
     return at.alpha * v.sqrt() if at.clean else torch.sqrt(at.sigma**2 + at.alpha**2 * v)
 
 
-def _positive(v: Tensor) -> Tensor:
+def _clamp_positive(v: Tensor) -> Tensor:
     """Variances without zeros, which constant pixels have."""
     return v.clamp(min=1e-6 * float(v.max()))
 
@@ -332,7 +332,7 @@ def _positive(v: Tensor) -> Tensor:
 def _by_group(basis: Basis, table: Tensor) -> Tensor:
     """The geometric means (L, G) over each group of a table (L, D), at most the variances of the basis."""
     index = basis.index.flatten().expand(table.shape[1])
-    total = torch.zeros(len(table), basis.groups, dtype=torch.float64).index_add(1, index, _positive(table).log())
+    total = torch.zeros(len(table), basis.groups, dtype=torch.float64).index_add(1, index, _clamp_positive(table).log())
     mean = torch.exp(total / torch.bincount(index, minlength=basis.groups))
     return torch.minimum(mean, basis.values)
 

@@ -13,7 +13,7 @@ from ..errors import BadInput, check_numbers, nearest
 from ..predictions import precise
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Node, nodes
+from ._exponential import Node, make_nodes
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama")
 
@@ -79,7 +79,7 @@ class PredictorCorrector:
         return steps + self.corrections * (steps - 1)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for k, (r, s) in enumerate(zip(path, path[1:], strict=False)):
             x0 = yield Query(z, r.t)
             if s.clean:

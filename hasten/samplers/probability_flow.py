@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import BadInput, HastenError, check_numbers, nearest
 from ..schedules.base import Schedule
-from .adaptive import span
+from .adaptive import integration_interval
 
 METHODS = ("RK45", "RK23", "DOP853")
 ORDERS = {"RK45": 5, "RK23": 3, "DOP853": 8}
@@ -78,7 +78,7 @@ class ProbabilityFlow:
         import numpy as np
         from scipy import integrate
 
-        top, last = span(schedule, times)
+        top, last = integration_interval(schedule, times)
         (a0, s0), (a1, s1) = ((schedule.alpha(t), schedule.sigma(t)) for t in (top, last))
         start, end = (math.log(math.atan2(float(s), float(a))) for a, s in ((a0, s0), (a1, s1)))
         rule = getattr(integrate, self.method)
@@ -117,12 +117,12 @@ class ProbabilityFlow:
 
         Y = (x.detach().cpu().double().flatten(1) / math.hypot(float(a0), float(s0))).numpy()
         if start > end:
-            Y = np.stack(together(path, len(x), slopes))
+            Y = np.stack(run_in_lockstep(path, len(x), slopes))
         z = (torch.from_numpy(Y) * math.hypot(float(a1), float(s1))).reshape(x.shape).to(x)
         return ask(z, last) if times[-1] == 0 else z
 
 
-def together(
+def run_in_lockstep(
     path: Callable[[int, Callable[..., Any]], Any],
     count: int,
     answer: Callable[[list[int], list[Any]], list[Any]],

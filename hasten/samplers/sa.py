@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Known, Node, g, node, nodes, solve, usable
+from ._exponential import Known, Node, g, make_node, make_nodes, solve, usable_order
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class SASolver:
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
-        noisy = [node(schedule, torch.tensor(t, dtype=torch.float64)).lam for t in (self.tau_high, self.tau_low)]
+        path, z = make_nodes(schedule, times), x
+        noisy = [make_node(schedule, torch.tensor(t, dtype=torch.float64)).lam for t in (self.tau_high, self.tau_low)]
         past: list[Known] = []
         kept, Lam, limit = x, torch.zeros(()), 0  # of the step that led to z: its part without answers, Lam, order
         for n, (start, end) in enumerate(pairwise(path)):
@@ -92,7 +92,7 @@ class SASolver:
             kept = (end.sigma / start.sigma * torch.exp(-Lam)) * z
             if Lam.item() > 0:
                 kept = kept + (end.sigma * torch.sqrt(-torch.expm1(-2 * Lam))) * noise()
-            limit = usable(past, end, len(past), len(path) - 1 - n if self.lower_order_final else None)
+            limit = usable_order(past, end, len(past), len(path) - 1 - n if self.lower_order_final else None)
             z = kept + _answers(past[: min(limit, self.order)], start, end, Lam)
         return z
 

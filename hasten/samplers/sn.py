@@ -15,7 +15,7 @@ from ..errors import BadInput, check_numbers, nearest
 from ..predictions import precise, spread
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Node, node, nodes
+from ._exponential import Node, make_node, make_nodes
 from .analytic import FAR, output_bound, weights
 
 
@@ -75,9 +75,9 @@ class SNDPM:
         return WithMoments(denoiser, self.net)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for k, (r, s) in enumerate(zip(path, path[1:], strict=False)):
-            asked = node(schedule, schedule.time(-math.log(FAR))) if r.pure and not s.clean else r
+            asked = make_node(schedule, schedule.time(-math.log(FAR))) if r.pure and not s.clean else r
             if s.clean:
                 z = s.alpha * (yield Query(z, r.t))
                 continue

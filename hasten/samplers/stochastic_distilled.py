@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Known, Node, ddim, nodes
+from ._exponential import Known, Node, ddim, make_nodes
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class StochasticDistilled:
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for r, back, end in zip(path, path[1:], path[2:], strict=False):
             y = ddim(z, Known(r, z, (yield Query(z, r.t))), end)
-            z = (back.alpha / end.alpha) * y + fresh(end, back) * noise()
+            z = (back.alpha / end.alpha) * y + renoise_std(end, back) * noise()
         r, end = path[-2:]
         return ddim(z, Known(r, z, (yield Query(z, r.t))), end)
 
 
-def fresh(low: Node, high: Node) -> Tensor:
+def renoise_std(low: Node, high: Node) -> Tensor:
     """Standard deviation of the noise to add to `(alpha_high / alpha_low) z` so that z, of time `low`, is of `high`."""
     if low.clean:  # whose lam is infinite
         return high.sigma

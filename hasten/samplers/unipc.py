@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers, nearest
 from ..sampling import Query
 from ..schedules.base import Schedule
-from ._exponential import Known, advance, from_pure, nodes, usable
+from ._exponential import Known, advance, from_pure, make_nodes, usable_order
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class UniPC:
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         past: list[Known] = []
         base, order = x, 0  # the corrected state before the step that led to z, and that step's order
         for n, (start, end) in enumerate(pairwise(path)):
@@ -72,6 +72,6 @@ class UniPC:
                 else:
                     z = advance(base, [*past[:order], known], start, predict=self.predict, half=self.variant)
             past = [known, *past[: self.order - 1]]
-            order = usable(past, end, self.order, len(path) - 1 - n if self.lower_order_final else None)
+            order = usable_order(past, end, self.order, len(path) - 1 - n if self.lower_order_final else None)
             base, z = z, advance(z, past[:order], end, predict=self.predict, half=self.variant)
         return z

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..files import contents, write_whole
+from ..files import describe_contents, write_atomic
 from .weights import sha256
 
 DESCRIPTION = "model.json"
@@ -35,7 +35,7 @@ def refuse_other_model(folder: Path, model: Any, identity: str = "") -> None:
     Raises:
         BadInput: where the folder holds something else.
     """
-    present = contents(folder)
+    present = describe_contents(folder)
     if present is None:
         return
     if present == "a model":
@@ -68,7 +68,7 @@ def replace_files(source: Path, folder: Path, description: dict[str, Any]) -> No
     old, new = named_files(folder), set()
     for file in sorted(file for file in source.rglob("*") if file.is_file()):
         new.add(move_file(description, file.relative_to(source).as_posix(), file, folder, old))
-    write_whole(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+    write_atomic(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     remove_unnamed(folder, old, new)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..files import reserve, write
+from ..files import check_writable, write_file
 
 
 class SavedBatches:
@@ -39,7 +39,7 @@ class SavedBatches:
         stream = io.BytesIO()
         np.save(stream, images.numpy())
         with contextlib.suppress(BadInput):  # without a cache an interrupted run starts again
-            write(reserve(self.folder / f"{first:08d}-{len(images)}.npy"), stream.getvalue())
+            write_file(check_writable(self.folder / f"{first:08d}-{len(images)}.npy"), stream.getvalue())
 
     def get(self, first: int, count: int) -> Tensor | None:
         """A saved batch (count, *S), None where it is missing or damaged."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput
-from ..nets.quantized import described
+from ..nets.quantized import quantization_config
 from .weights import is_diffusers, is_hasten_network, network_identity, save_refusal, user_class, wrapped_network
 
 FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, NotImplementedError, AssertionError)
@@ -40,7 +40,7 @@ def check_reopens(name: str, net: nn.Module, denoiser: Denoiser | None, shape: t
     inner = net
     while (wrapped := wrapped_network(inner)) is not None:
         inner = wrapped
-    if denoiser is None or is_hasten_network(inner) or is_diffusers(inner) or described(inner):
+    if denoiser is None or is_hasten_network(inner) or is_diffusers(inner) or quantization_config(inner):
         return  # integer layers are hasten's, made from a network that was compared
     again = rebuild(inner)
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters.model_like import HasFiles, ModelLike
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..files import locked, remove_leftovers, temporary
+from ..files import locked, remove_leftovers, temporary_path
 from ..plan.table import Plan
 from ..predictions import prediction_from
 from ..schedules.serialize import schedule_from_dict
@@ -64,7 +64,7 @@ def save(model: ModelLike, folder: Path, half: bool = False) -> Path:
 
 def write_model(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> Path:
     """Write all files of a model into a temporary folder, then replace those of `folder` atomically."""
-    scratch = temporary(folder / "model")
+    scratch = temporary_path(folder / "model")
     try:
         scratch.mkdir()
         overrides = write_network(model, scratch, half, as_pipeline)

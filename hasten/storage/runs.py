@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..files import contents, difference
+from ..files import describe_contents, first_difference
 
 
 def unfinished_run(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
@@ -27,12 +27,12 @@ def unfinished_run(file: Path, run: dict[str, Any], read: Callable[[dict[str, An
     """
     out = file.parent
     if not file.is_file():
-        if present := contents(out):
+        if present := describe_contents(out):
             raise BadInput(f"{out} holds {present} already: choose another folder")
         return None
     try:
         known = json.loads(file.read_text())
-        different = difference(known, run)
+        different = first_difference(known, run)
         if different is None:
             read(known)
             return known

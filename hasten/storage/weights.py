@@ -30,7 +30,7 @@ from .. import nets
 from ..adapters.model_like import ModelLike
 from ..errors import BadInput, Notice, check_choice
 from ..files import sha256
-from ..nets.quantized import described, scales, vacant
+from ..nets.quantized import empty_quantized, quantization_config, scale_names
 from ..utils.finite import not_finite
 
 __all__ = [
@@ -63,7 +63,7 @@ def write_weights(net: nn.Module, file: Path, half: bool = False) -> None:
         warnings.warn(f"{file.name}: the tensor {bad}, which is saved, holds NaN or infinity", Notice, stacklevel=2)
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
     if half:
-        exact = scales(net)
+        exact = scale_names(net)
         weights = {key: w.half() if w.is_floating_point() and key not in exact else w for key, w in weights.items()}
     file.write_bytes(save(weights))  # save_file would make it readable by its owner only
 
@@ -165,7 +165,7 @@ def user_refusal(net: nn.Module) -> str | None:
     before, after = ({key: shape_of(w) for key, w in one.state_dict().items()} for one in (net, again))
     common = {key for key in before.keys() & after.keys() if after[key] in (before[key], "lazy")}
     different = sorted((before.keys() | after.keys()) - common)
-    if different and not described(net):  # the tensors of integer layers are described by `quantized`
+    if different and not quantization_config(net):  # the tensors of integer layers are in the entry `quantized`
         return f"{call} builds a network with other tensors, first {different[0]}: its config does not describe it"
     return None
 
@@ -203,7 +203,7 @@ def describe_network(net: nn.Module) -> dict[str, Any]:
         `quantized` is a list of {bits, act_bits, parts, groups, rank, layers}, each for layers of one kind, by name.
     """
     rows: list[dict[str, Any]] = []
-    for name, kind in described(net).items():
+    for name, kind in quantization_config(net).items():
         row = next((row for row in rows if all(row[key] == value for key, value in kind.items())), None)
         if row is None:
             rows.append(row := {**kind, "layers": []})
@@ -252,7 +252,7 @@ def network_from_description(
     else:
         net = build_network(description["class"], description["config"])
     rows = description.get("quantized") or []
-    return vacant(net, {name: row for row in rows for name in row["layers"]}) if rows else net
+    return empty_quantized(net, {name: row for row in rows for name in row["layers"]}) if rows else net
 
 
 def user_class(module: str, name: str, networks: Sequence[type] = (), trust_code: bool = False) -> type[nn.Module]:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_int
-from ..images import given_images
+from ..images import to_image_tensor
 from ..inversion import encode
 from ..model.model import Label, Model
+from ..plan.config import SamplingConfig
 from ..plan.draw import draw
+from ..progress import fraction_of
 from ..samplers.ddim import invert
-from ..sampling import Noise, part
+from ..sampling import Noise
 from ..times import Trailing
 
 __all__ = ["Restyled", "restyle"]
@@ -86,7 +88,7 @@ def restyle(
     check_int("batch_size", batch_size, 1)
     check_int("seed", seed, 0)
     check_int("iterations", iterations, 0)
-    images = given_images(images, encoder.shape)
+    images = to_image_tensor(images, encoder.shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(encoder.shape) or encoder.shape != decoder.shape:
         raise BadInput(
             f"images, encoder and decoder must have one shape, found {tuple(images.shape)[1:]}, {tuple(encoder.shape)} "
@@ -98,20 +100,23 @@ def restyle(
         raise BadInput(f"{encoder.name} is a distilled encoder, whose jumps need no iterations")
     count, tally_in, tally_out = len(images), Tally(encoder.denoiser), Tally(decoder.denoiser)
     up = Upwards(replace(encoder, denoiser=tally_in), encode_steps, encode_guidance_scale, iterations)
-    way = replace(decoder, denoiser=tally_out).way(sampler, times, decode_steps, guidance_scale)  # type: ignore[arg-type]
+    how = SamplingConfig(sampler, times, decode_steps, guidance_scale)
+    resolved = replace(decoder, denoiser=tally_out).resolve(how)  # type: ignore[arg-type]
     sources, targets = classes(encoder, count, from_label, "from_label"), classes(decoder, count, to_label, "to_label")
-    begin = way.times[0] if way.plan is None or way.plan.begin is None else way.plan.begin
+    begin = resolved.times[0] if resolved.plan is None or resolved.plan.begin is None else resolved.plan.begin
     start = float(decoder.denoiser.schedule.prior_std(begin))
     noises, results = [], []
     for first in range(0, count, batch_size):
         rows = slice(first, min(first + batch_size, count))
-        tick = part(progress, first, count, batch_size)
+        tick = fraction_of(progress, first, count, batch_size)
         z = up(images[rows].to(encoder.device, torch.float32), None if sources is None else sources[rows], tick)
         noises.append(z.cpu())
         draws = Noise(range(seed + rows.start, seed + rows.stop), decoder.shape, torch.float32, decoder.device)
         cond = {} if targets is None else {"label": targets[rows].to(decoder.device)}
         x = start * z.to(decoder.device)
-        x = draw(way.denoiser, way.sampler, way.times, draws, x=x, plan=way.plan, progress=tick, **cond)
+        x = draw(
+            resolved.denoiser, resolved.sampler, resolved.times, draws, x=x, plan=resolved.plan, progress=tick, **cond
+        )
         results.append(x.float().clamp(-1, 1).cpu())
     return Restyled(torch.cat(results), torch.cat(noises), tally_in.rows / count, tally_out.rows / count)
 

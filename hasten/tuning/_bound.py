@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BadInput, nearest
 from ..schedules.base import Schedule
 from ..times import check_times
-from ._task import Task, Tuned
+from ._task import Tuned, TuningTask
 from .moments import Moments
 
 __all__ = ["BITS", "Bits", "Bound", "edge_costs", "variational_bound"]
@@ -113,7 +113,7 @@ class Bound:
     width: float = LEVEL
 
     @torch.no_grad()
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         if task.images is None:
             raise BadInput("bound needs real images: name their folder with --data")
         x, labels = task.images(max(task.n or self.images, 16))

@@ -8,11 +8,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ..files import write_whole
+from ..files import write_atomic
 from ..utils.environment import cache_folder
 
 
-def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached_result(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make()` gave for this key, from hasten's folder of the user's cache where it is there, bit for bit.
 
     Args:
@@ -30,5 +30,5 @@ def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[
     value = json.loads(json.dumps(make()))
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps({"key": json.loads(text), "value": value}))
+        write_atomic(place, json.dumps({"key": json.loads(text), "value": value}))
     return value

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["finish", "statistics"]
+__all__ = ["fit_last_row", "image_statistics"]
 
 FLOOR = 0.03  # of a local contrast, in units of an image in [-1, 1]
 END, SOFT = 0.99, 0.003
 
 
-def statistics(images: Tensor) -> Tensor:
+def image_statistics(images: Tensor) -> Tensor:
     """Nine numbers of images (n, C, H, W) in [-1, 1], float32, differentiable.
 
     At three resolutions, each half the one before, of the contrast c of a pixel to the mean of its 3x3 neighbourhood:
@@ -31,7 +31,7 @@ def statistics(images: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def finish(answers: Tensor, last: Tensor, free: Tensor, real: Tensor, weight: float) -> Tensor:
+def fit_last_row(answers: Tensor, last: Tensor, free: Tensor, real: Tensor, weight: float) -> Tensor:
     """The last row's coefficients (K,), of the same sum, for which the results have the statistics of real images.
 
     Least `|statistics(result) - statistics(real)|^2 + weight E(result - result before)^2`, by L-BFGS over moves along
@@ -50,13 +50,13 @@ def finish(answers: Tensor, last: Tensor, free: Tensor, real: Tensor, weight: fl
     gram = (flat @ flat.T).cpu() / flat.shape[1]
     gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     frame = torch.linalg.inv(torch.linalg.cholesky(gram.flip(0, 1))).flip(0, 1)
-    goal = statistics(real)
+    goal = image_statistics(real)
 
     @torch.enable_grad()
     def value(v: Any) -> tuple[float, Any]:
         z = torch.from_numpy(v.copy()).requires_grad_()
         result = before + torch.einsum("j,j...->...", (z @ frame).float().to(before.device), off)
-        loss = 100 * ((statistics(result) - goal).square().sum().cpu() + weight * z.square().sum())
+        loss = 100 * ((image_statistics(result) - goal).square().sum().cpu() + weight * z.square().sum())
         return float(loss.detach()), torch.autograd.grad(loss, z)[0].numpy()
 
     if not len(frame):

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..schedules.base import Schedule
-from ..times import FAR_Q, LARGEST_Q, TimeGrid
+from ..times import FAR_Q, MAX_Q, TimeGrid
 
-__all__ = ["Enough", "Nodes"]
+__all__ = ["EarlyStop", "GridNodes"]
 
 
-class Enough(Exception):
+class EarlyStop(Exception):
     """The held-out noises say that the search has gone far enough."""
 
 
-class Nodes:
+class GridNodes:
     """The N + 1 nodes of a grid in lam, as a function of N numbers u: the gaps are their softmax."""
 
     def __init__(self, schedule: Schedule, times: Tensor, low: float | None) -> None:
@@ -30,7 +30,7 @@ class Nodes:
         low = schedule.t_min if low is None else low
         self.low = self.end if self.end > 0 else min(low, self.start / 2)
         first = float(schedule.lam(self.start))
-        self.first = -math.log(LARGEST_Q) if first < -math.log(FAR_Q) else first
+        self.first = -math.log(MAX_Q) if first < -math.log(FAR_Q) else first
         self.last = float(schedule.lam(self.low))
 
     def grid(self, grid: TimeGrid, steps: int) -> Tensor:
@@ -90,7 +90,7 @@ class Nodes:
             done += 1
             watch(torch.from_numpy(u.copy()), done)
 
-        with contextlib.suppress(Enough):
+        with contextlib.suppress(EarlyStop):
             minimize(objective, u0.numpy(), jac=True, method="L-BFGS-B", bounds=[(-5.0, 5.0)] * len(u0), callback=after,
                      options={"maxiter": iterations, "maxcor": 15})  # fmt: skip
         value, u = min(seen, key=lambda pair: pair[0])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Bound", "Gaps", "minimise", "orders"]
+__all__ = ["ErrorBound", "Gaps", "minimise", "orders"]
 
 Array = np.ndarray
 SERIES = np.array([float(math.factorial(j)) for j in range(20)])
@@ -39,7 +39,7 @@ class _Weights(NamedTuple):
     dw: Array
 
 
-class Bound:
+class ErrorBound:
     """J and its exact gradient, in closed form: polynomial moments of e^lam and d l_j / d lam_i = -l_j'(lam_i) l_i.
 
     As in the authors' code: steps of order 1 enter as absolute values of their own, outside the sums over a node, and
@@ -64,7 +64,7 @@ class Bound:
             d, h = lam[nodes] - lam[n][:, None], lam[n + 1] - lam[n]
             V = d[:, :, None] ** powers
             C = np.linalg.inv(V)  # l_j(lam_n + x) = sum_m C[m, j] x^m
-            w = e[n][:, None] * np.einsum("nm,nmj->nj", moments(h, k), C)
+            w = e[n][:, None] * np.einsum("nm,nmj->nj", exponential_moments(h, k), C)
             slopes = np.zeros_like(V)
             slopes[:, :, 1:] = powers[1:] * V[:, :, :-1]
             dw = np.zeros((len(n), k, k + 1))
@@ -115,7 +115,7 @@ class _Parts(NamedTuple):
     de: Array
 
 
-def moments(h: Array, k: int) -> Array:
+def exponential_moments(h: Array, k: int) -> Array:
     """`int_0^h e^x x^m dx`, m = 0 .. k - 1: by parts, and where that cancels the series. h (n,) -> (n, k)."""
     found = [np.expm1(h)]
     for m in range(1, k):
@@ -155,7 +155,9 @@ class Gaps:
         return np.diff(np.log(np.diff(lam)))
 
 
-def minimise(bound: Bound, first: float, last: float, starts: Sequence[Array], growth: float) -> tuple[float, Array]:
+def minimise(
+    bound: ErrorBound, first: float, last: float, starts: Sequence[Array], growth: float
+) -> tuple[float, Array]:
     """The least J found and its nodes (N + 1,), from `first` to `last`.
 
     Every start (N + 1,) is improved by L-BFGS, which the kinks of the absolute values stop early; the best three are
@@ -178,7 +180,7 @@ def minimise(bound: Bound, first: float, last: float, starts: Sequence[Array], g
     return value, gaps(d)[0]
 
 
-def _descend(bound: Bound, gaps: Gaps, d: Array, limit: float) -> Array:
+def _descend(bound: ErrorBound, gaps: Gaps, d: Array, limit: float) -> Array:
     from scipy.optimize import minimize
 
     def log_J(d: Array) -> tuple[float, Array]:
@@ -190,7 +192,7 @@ def _descend(bound: Bound, gaps: Gaps, d: Array, limit: float) -> Array:
     return minimize(log_J, d, jac=True, method="L-BFGS-B", bounds=box, options=options).x
 
 
-def _polish(bound: Bound, gaps: Gaps, d: Array, limit: float) -> Array:
+def _polish(bound: ErrorBound, gaps: Gaps, d: Array, limit: float) -> Array:
     from scipy.optimize import minimize
 
     n, N = len(d), bound.N

@@ -13,10 +13,10 @@ from ..samplers.unipc import UniPC
 from ..schedules.base import Schedule
 from ..times import UniformLambda
 
-__all__ = ["Fine", "fine_trajectories"]
+__all__ = ["FineTrajectories", "fine_trajectories"]
 
 
-class Fine:
+class FineTrajectories:
     """Fine solutions of the probability-flow equation from some noises, to be read at any time in between.
 
     start: (B, *S), at times[0]. end: (B, *S), at t = 0, or where the grid ends. cond: of the samples. states, answers:
@@ -61,7 +61,7 @@ class Fine:
 
 @torch.no_grad()
 def fine_trajectories(denoiser: Any, x: Tensor, cond: dict[str, Any], *, start: float, low: float, end: float,
-                      steps: int, batch: int, keep: bool, tick: Any) -> Fine:  # fmt: skip
+                      steps: int, batch: int, keep: bool, tick: Any) -> FineTrajectories:  # fmt: skip
     """`steps` of UniPC-3, equal in lam from `start` to `low`, then (where end = 0) one to the clean image.
 
     x: (B, *S), noise of the level of `start`. keep: the path too, not only its end. tick: `tick(done, total)`.
@@ -92,7 +92,7 @@ def fine_trajectories(denoiser: Any, x: Tensor, cond: dict[str, Any], *, start: 
             states.append(torch.stack(path))
             answers.append(torch.stack(said))
         tick(min(first + batch, len(x)), len(x))
-    return Fine(
+    return FineTrajectories(
         schedule, compiled.times[:-1], x, torch.cat(ends), cond,
         torch.cat(states, 1) if keep else None, torch.cat(answers, 1) if keep else None,
     )  # fmt: skip

@@ -12,9 +12,9 @@ from ..errors import BadInput
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
-from ..times import LARGEST_Q
+from ..times import MAX_Q
 
-__all__ = ["Rows", "coordinate", "time_at"]
+__all__ = ["PlanParametrization", "coordinate", "time_at"]
 
 KNEE = 2.0  # of the coordinate: linear in 1/q above it, in log q below
 SMALLEST_Q = 1e-3
@@ -30,7 +30,7 @@ def time_at(schedule: Schedule, u: Tensor) -> Tensor:
     return schedule.time(torch.log(torch.expm1(u) / KNEE))
 
 
-class Numbers(NamedTuple):
+class PlanCoefficients(NamedTuple):
     """What a plan is made from. query: (K,) times that the network is told. level: (K+1,) times whose alpha and sigma
     the states have. gain: () of the first state. D: (K, K), strictly lower: coefficients of x0_j - x0_k in row k."""
 
@@ -40,7 +40,7 @@ class Numbers(NamedTuple):
     D: Tensor
 
 
-class Rows:
+class PlanParametrization:
     """Plans of K queries whose every row is exact for constant x0, as functions of one float64 vector `theta` (P,).
 
     State k has a level s_k, and is `alpha(s_k) x + sigma(s_k) eps` whenever all answers are x and the start is
@@ -72,7 +72,7 @@ class Rows:
         self.end = base.times[-1].detach()
         self.lowest = float(coordinate(self.schedule, self.top))
         if self.lowest == 0:
-            self.lowest = math.log1p(KNEE / LARGEST_Q)
+            self.lowest = math.log1p(KNEE / MAX_Q)
         self.highest = math.log1p(KNEE / SMALLEST_Q)
         self.first = base.times[0].detach()
         K = self.K
@@ -97,7 +97,7 @@ class Rows:
         times = self.sizes["level"] + self.sizes["query"]
         return [(self.lowest, self.highest)] * times + [(None, None)] * (len(self.initial) - times)
 
-    def numbers(self, theta: Tensor) -> Numbers:
+    def numbers(self, theta: Tensor) -> PlanCoefficients:
         """theta as times and weights, differentiable."""
         part = self.parts(theta)
         inner = time_at(self.schedule, part["level"])
@@ -109,13 +109,13 @@ class Rows:
         for k, frame in enumerate(self.frames):
             rows.append(torch.zeros_like(self.base[k]).masked_scatter(self.free[k], z[k] @ frame))
         D = self.base + torch.stack(rows)
-        return Numbers(torch.cat([first, rest]), level, torch.exp(part["gain"].sum()), D)
+        return PlanCoefficients(torch.cat([first, rest]), level, torch.exp(part["gain"].sum()), D)
 
     def plan(self, theta: Tensor) -> Plan:
         """The plan of theta, differentiable; float64."""
         return self.compose(self.numbers(theta))
 
-    def compose(self, n: Numbers) -> Plan:
+    def compose(self, n: PlanCoefficients) -> Plan:
         """The plan of these numbers."""
         a, b = self.steps(n.level)
         start = n.gain * self.schedule.prior_std(n.query[0]) / self.schedule.prior_std(self.top)
@@ -149,7 +149,7 @@ class Rows:
                 self.frames[k] = torch.linalg.inv(torch.linalg.cholesky(gram + ridge * torch.eye(len(gram))))
         return self.theta_of(n)
 
-    def theta_of(self, n: Numbers) -> Tensor:
+    def theta_of(self, n: PlanCoefficients) -> Tensor:
         """The vector that makes these numbers, for what is free of them; D becomes the new base."""
         self.base = n.D.detach().clone()
         level, query = (coordinate(self.schedule, t).clamp(self.lowest, self.highest) for t in (n.level[1:-1], n.query))
@@ -176,7 +176,7 @@ class Rows:
         return torch.where(self.free, answers[1:] - a[:, None] * answers[:-1], 0.0)
 
 
-def grams(answers: list[Any]) -> list[Tensor]:
+def difference_grams(answers: list[Any]) -> list[Tensor]:
     """For each row k, the mean products (k, k) per entry of x0_j - x0_k, j < k, of answers (B, *S) each."""
     stacked = torch.stack([answer.flatten() for answer in answers])
     found = []
@@ -186,7 +186,7 @@ def grams(answers: list[Any]) -> list[Tensor]:
     return found
 
 
-def follow(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Tensor], list[Tensor]]:
+def run_plan(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The K + 1 states and K answers of a plan without A and C, from `x` (B, *S), differentiable in all its numbers.
 
     Unlike `Plan.__call__`, it gives the coefficients that are 0 their gradients too.

@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._reference import Fine
-from ._rows import Numbers, Rows, coordinate, time_at
+from ._reference import FineTrajectories
+from ._rows import PlanCoefficients, PlanParametrization, coordinate, time_at
 
-__all__ = ["search", "sweep"]
+__all__ = ["pattern_search", "fit_rows"]
 
 
-def sweep(
-    rows: Rows, n: Numbers, fine: Fine, part: slice, denoiser: Any, batch: int, ridge: float
-) -> tuple[Numbers, Tensor]:
+def fit_rows(
+    rows: PlanParametrization,
+    n: PlanCoefficients,
+    fine: FineTrajectories,
+    part: slice,
+    denoiser: Any,
+    batch: int,
+    ridge: float,
+) -> tuple[PlanCoefficients, Tensor]:
     """The D that brings each next state closest to the fine trajectories, one row after the other; the results.
 
     Row k: with the answers x0_j (j <= k) that the plan with the rows before it gets, least squares of
@@ -56,12 +62,12 @@ def sweep(
     return n._replace(D=D), x
 
 
-def search(
-    rows: Rows,
-    n: Numbers,
-    value: Callable[[Numbers], tuple[Numbers, float]],
+def pattern_search(
+    rows: PlanParametrization,
+    n: PlanCoefficients,
+    value: Callable[[PlanCoefficients], tuple[PlanCoefficients, float]],
     rounds: int,
-    watch: Callable[[int, Numbers], bool],
+    watch: Callable[[int, PlanCoefficients], bool],
     step: float = 0.3,
 ) -> None:
     """Times by a pattern search: each in turn is moved up and down; where nothing helps, the moves are halved.
@@ -86,7 +92,7 @@ def search(
             step /= 2
 
 
-def _moved(rows: Rows, n: Numbers, k: int, move: float) -> Numbers:
+def _moved(rows: PlanParametrization, n: PlanCoefficients, k: int, move: float) -> PlanCoefficients:
     """Query k, and from the second on its level, elsewhere."""
     query, level = n.query.clone(), n.level.clone()
     for times in (query, level)[: 1 if k == 0 else 2]:

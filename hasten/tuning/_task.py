@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.table import Plan
-from ..progress import Tick, ignore
+from ..progress import ProgressFn, no_progress
 from ..sampling import Noise
 from ..schedules.base import Schedule
 
@@ -18,7 +18,7 @@ Images = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
 @dataclass
-class Task:
+class TuningTask:
     """A model and a way of sampling it that shall be made better.
 
     denoiser: as it will be sampled: under guidance where there is any; has `.schedule`.
@@ -38,7 +38,7 @@ class Task:
     seed: int = 0
     n: int | None = None
     identity: str = ""
-    tick: Tick = ignore
+    tick: ProgressFn = no_progress
 
     @property
     def schedule(self) -> Schedule:
@@ -84,4 +84,4 @@ class Tuner(Protocol):
 
     needs_data: ClassVar[bool]
 
-    def tune(self, task: Task) -> Tuned: ...
+    def tune(self, task: TuningTask) -> Tuned: ...

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BadInput, check_numbers, nearest
-from ..nets.attributes import Attributes, pooled
+from ..nets.attributes import Attributes, pool_features
 from ..plan.draw import draw
 from ..predictions import spread
-from ..utils.noise import make_generator
-from ._task import Task, Tuned
+from ..utils.random import make_generator
+from ._task import Tuned, TuningTask
 
 __all__ = ["AttributePredictor"]
 
@@ -83,7 +83,7 @@ class AttributePredictor:
         check_numbers(self)
 
     @torch.no_grad()
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         """The part "attributes" and, in the figures, how well it reads each attribute at which times."""
         n = task.n or 8000
         images, labels, asked = self._images(task, n)
@@ -105,7 +105,7 @@ class AttributePredictor:
         figures |= {"images": len(images), "source": "generated" if task.images is None else "data"}
         return Tuned(parts={"attributes": part.requires_grad_(False).eval()}, figures=figures)
 
-    def _images(self, task: Task, n: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _images(self, task: TuningTask, n: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """n images (n, *S) on the CPU, what their labels are (n,) or None, and what the model is to be told of them."""
         null, asked = getattr(task.denoiser, "null_label", None), task.labels(n)
         if null is not None and not self.conditional:
@@ -158,7 +158,12 @@ class AttributePredictor:
         return logits.argmax(1)
 
     def _read(
-        self, task: Task, images: Tensor, asked: Tensor | None, targets: dict[str, Tensor], classes: dict[str, int]
+        self,
+        task: TuningTask,
+        images: Tensor,
+        asked: Tensor | None,
+        targets: dict[str, Tensor],
+        classes: dict[str, int],
     ) -> tuple[Attributes, Tensor, Tensor, Tensor]:
         """A part that knows the class means, and of noisy copies of the images: the pooled middle features (n views,
         D), the times float64 and which image each is of."""
@@ -183,7 +188,7 @@ class AttributePredictor:
             if part is None:
                 part = Attributes(middle.shape[1:], classes, times, self.pool, self.means).to(middle.device)
                 cross = {name: torch.zeros_like(mean).transpose(0, 1) for name, mean in part.mean.items()}
-            kept.append(pooled(middle, self.pool))
+            kept.append(pool_features(middle, self.pool))
             share = part.blend(t[some])
             for name, total in cross.items():
                 one_hot = F.one_hot(targets[name][rows[some]] + 1, classes[name] + 1)[:, 1:].float()  # -1: of none
@@ -200,7 +205,9 @@ class AttributePredictor:
             part.mean[name].copy_(found.transpose(0, 1))
         return part, torch.cat(kept), t, rows
 
-    def _fit(self, task: Task, part: Attributes, name: str, features: Tensor, share: Tensor, label: Tensor) -> None:
+    def _fit(
+        self, task: TuningTask, part: Attributes, name: str, features: Tensor, share: Tensor, label: Tensor
+    ) -> None:
         """Softmax regression of one attribute, into the part."""
         K = part.classes[name]
         mean, std = features.mean(0), features.std(0).clamp_min(1e-3)
@@ -228,7 +235,7 @@ class AttributePredictor:
         part.bias[name].copy_(b - (W / std) @ mean)
 
 
-def _cond(task: Task, asked: Tensor | None, rows: Tensor | slice) -> dict[str, Any]:
+def _cond(task: TuningTask, asked: Tensor | None, rows: Tensor | slice) -> dict[str, Any]:
     return {} if asked is None else {"label": asked[rows].to(task.device)}
 
 

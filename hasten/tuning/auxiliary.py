@@ -14,10 +14,10 @@ from ..nets.density import MixtureDensity
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import levels
-from ..utils.noise import make_generator
-from ._task import Task, Tuned
+from ..utils.random import make_generator
+from ._task import Tuned, TuningTask
 
-__all__ = ["AuxiliaryDensity", "divergence", "fit", "fit_mixture", "score_cost"]
+__all__ = ["AuxiliaryDensity", "kl_divergence", "fit_density", "fit_mixture", "score_cost"]
 
 GAUSS = ((-math.sqrt(0.6), 5 / 9), (0.0, 8 / 9), (math.sqrt(0.6), 5 / 9))  # points and weights on [-1, 1], order 5
 
@@ -62,7 +62,7 @@ class AuxiliaryDensity:
             raise BadInput("auxiliary needs rank, components and iterations of at least 1")
         check_numbers(self)
 
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         """Raises BadInput without images, and for levels that the schedule does not have."""
         if task.images is None:
             raise BadInput("auxiliary learns from images: give --data, a folder of them")
@@ -88,10 +88,10 @@ class AuxiliaryDensity:
         for k, (q, t) in enumerate(zip(asked, times)):
             alpha, sigma = float(task.schedule.alpha(t)), float(task.schedule.sigma(t))
             nu = MixtureDensity(task.shape, classes, min(self.rank, D), self.components, float(t))
-            fit(nu, alpha * x[:-held], sigma, known, self.iterations, task.seed)
+            fit_density(nu, alpha * x[:-held], sigma, known, self.iterations, task.seed)
             fitted.append(nu)
             z = alpha * x[-held:] + sigma * e[-held:]
-            gap = divergence(nu, z, None if label is None else label[-held:], sigma)
+            gap = kl_divergence(nu, z, None if label is None else label[-held:], sigma)
             costs.append((gap + float(score[k])) / D)
             figures |= {f"cost_{q:g}": costs[-1], f"divergence_{q:g}": gap / D}
             task.tick("density", k + 1, len(asked), costs[-1])
@@ -106,7 +106,7 @@ class AuxiliaryDensity:
         return schedule.time(-torch.log(torch.tensor(asked, dtype=torch.float64)))
 
 
-def fit(
+def fit_density(
     nu: MixtureDensity, mean_z: Tensor, sigma: float, label: Tensor | None, iterations: int = 40, seed: int = 0
 ) -> None:
     """Fill `nu` with the likeliest densities of z = mean_z + sigma e, of each class and of all (the row of "no class").
@@ -149,7 +149,7 @@ def fit_mixture(
     from those drawn before). The likelihood never falls, but where `least` cuts an eigenvalue off.
     """
     n, r = y.shape
-    whole = floored(torch.cov(y.T, correction=0).reshape(r, r), least)
+    whole = clamp_eigenvalues(torch.cov(y.T, correction=0).reshape(r, r), least)
     if components == 1:
         return y.new_ones(1), y.mean(0, keepdim=True), whole[None]
     chosen = [y[int(torch.randint(n, (), generator=generator))]]
@@ -166,7 +166,9 @@ def fit_mixture(
         mass = share.sum(1).clamp(min=1e-8)
         weight, mean = mass / mass.sum(), (share @ y) / mass[:, None]
         off = y - mean[:, None]
-        covariance = torch.stack([floored((s[:, None] * o).T @ o / m, least) for s, o, m in zip(share, off, mass)])
+        covariance = torch.stack(
+            [clamp_eigenvalues((s[:, None] * o).T @ o / m, least) for s, o, m in zip(share, off, mass)]
+        )
     return weight, mean, covariance
 
 
@@ -177,14 +179,14 @@ def unguided(denoiser: Any) -> nn.Module:
     return denoiser
 
 
-def floored(covariance: Tensor, least: float) -> Tensor:
+def clamp_eigenvalues(covariance: Tensor, least: float) -> Tensor:
     """A symmetric matrix with its eigenvalues raised to at least `least`."""
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
     return (vectors * values.clamp(min=least)) @ vectors.mT
 
 
 @torch.no_grad()
-def divergence(nu: MixtureDensity, z: Tensor, label: Tensor | None, sigma: float) -> float:
+def kl_divergence(nu: MixtureDensity, z: Tensor, label: Tensor | None, sigma: float) -> float:
     """KL(q(z_T | x) || nu) in nats, averaged over the images behind z (n, *S): one draw of z_T for each."""
     D = z[0].numel()
     return float(-nu.log_prob(z, label).mean()) - 0.5 * D * (math.log(2 * math.pi * sigma**2) + 1)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers, nearest
 from ..plan.table import plan
-from ..samplers.analytic import curve, pairs
+from ..samplers.analytic import curve, measured_table
 from ..schedules.base import Schedule
 from ..times import Karras, Quadratic, UniformLambda, UniformTime
 from ._bound import VARIANCES, edge_costs, variational_bound
-from ._task import Task, Tuned
+from ._task import Tuned, TuningTask
 from .moments import Moments
 
 __all__ = ["DynamicProgramming", "Paths", "candidate_times", "shortest_paths"]
@@ -112,9 +112,9 @@ class DynamicProgramming:
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> DynamicProgramming:
         """With the model's squared errors, where they were measured; else as it is, to measure them."""
-        return replace(self, mse=pairs(statistics, "mse")) if "mse" in statistics else self
+        return replace(self, mse=measured_table(statistics, "mse")) if "mse" in statistics else self
 
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         times = task.times.detach().double()
         if times[-1] != 0:
             raise BadInput(f"dynamic_programming needs a grid that ends at t = 0, found {float(times[-1]):g}")
@@ -160,7 +160,7 @@ class DynamicProgramming:
         errors = torch.cat([torch.zeros(1, dtype=torch.float64), mse(schedule.lam(grid[1:]))])
         return edge_costs(schedule, grid, errors, self.variance, decoder=self.decoder, width=self.width)
 
-    def _measured(self, task: Task) -> dict[str, Tensor]:
+    def _measured(self, task: TuningTask) -> dict[str, Tensor]:
         if task.images is None:
             raise BadInput(
                 "dynamic_programming needs the model's squared errors or real images to measure them: --data"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.first_step import FirstStepNet
-from ..utils.noise import global_seed, make_generator
-from ._task import Task, Tuned
+from ..utils.random import global_seed, make_generator
+from ._task import Tuned, TuningTask
 
 __all__ = ["FirstStep"]
 
@@ -63,7 +63,7 @@ class FirstStep:
             raise BadInput("first_step without a table needs widths, such as widths=(32,64)")
         check_numbers(self)
 
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         """Raises BadInput without images, or for images that the U-Net does not take."""
         if task.images is None:
             raise BadInput("first_step learns from images: give --data, a folder of them")
@@ -89,11 +89,11 @@ class FirstStep:
         if self.widths:
             net, figures["steps"] = self._train(net, x[:-held], label[:-held], task)
             figures["loss"] = loss_on(net, x[-held:], label[-held:])
-            figures["distance"] = distance(net, class_means(x[-held:], label[-held:], classes))
-        figures["distance_table"] = distance(plain, class_means(x[-held:], label[-held:], classes))
+            figures["distance"] = distance_to_means(net, class_means(x[-held:], label[-held:], classes))
+        figures["distance_table"] = distance_to_means(plain, class_means(x[-held:], label[-held:], classes))
         return Tuned(parts={"first_step": net.eval().requires_grad_(False)}, figures=figures)
 
-    def _train(self, net: FirstStepNet, x: Tensor, label: Tensor, task: Task) -> tuple[FirstStepNet, int]:
+    def _train(self, net: FirstStepNet, x: Tensor, label: Tensor, task: TuningTask) -> tuple[FirstStepNet, int]:
         """The averaged network, and the steps that were taken."""
         device = task.device
         net, x, label = net.to(device).train(), x.to(device), label.to(device)
@@ -143,7 +143,7 @@ def loss_on(net: FirstStepNet, x: Tensor, label: Tensor, seed: int = 0) -> float
 
 
 @torch.no_grad()
-def distance(net: nn.Module, means: Tensor, draws: int = 16, seed: int = 0) -> float:
+def distance_to_means(net: nn.Module, means: Tensor, draws: int = 16, seed: int = 0) -> float:
     """Root mean square of x1(e, c) minus the mean of class c, over `draws` noises and all classes and "no class"."""
     generator = make_generator(seed)
     label = torch.arange(len(means)).repeat_interleave(draws)

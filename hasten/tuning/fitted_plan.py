@@ -13,11 +13,11 @@ from torch import Tensor
 from ..errors import BadInput, check_numbers, nearest
 from ..plan.table import Plan, plan
 from ..times import TimeGrid, UniformLambda
-from ._finish import finish
+from ._finish import fit_last_row
 from ._reference import fine_trajectories
-from ._rows import Numbers, Rows, coordinate, follow, grams
-from ._sweep import search, sweep
-from ._task import Task, Tuned
+from ._rows import PlanCoefficients, PlanParametrization, coordinate, difference_grams, run_plan
+from ._sweep import fit_rows, pattern_search
+from ._task import Tuned, TuningTask
 
 __all__ = ["FittedPlan"]
 
@@ -98,7 +98,7 @@ class FittedPlan:
             raise BadInput(f"fitted_plan(answers={self.answers}): a row needs at least 1")
         check_numbers(self)
 
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         """The fitted plan, and the errors before and after: root mean squared distances per entry."""
         if not getattr(task.sampler, "linear", False):
             raise BadInput(f"fitted_plan starts from a sampler that is a plan: {type(task.sampler).__name__} is none")
@@ -110,7 +110,7 @@ class FittedPlan:
 class _Fit:
     """One run: `cal` and `held` are the slices of the fine trajectories to fit on and to stop by."""
 
-    def __init__(self, options: FittedPlan, task: Task) -> None:
+    def __init__(self, options: FittedPlan, task: TuningTask) -> None:
         self.options, self.task, self.denoiser = options, task, task.denoiser
         n = task.n or 128
         count = n + options.held_out
@@ -148,7 +148,7 @@ class _Fit:
         }  # fmt: skip
         return Tuned(plan=fitted, figures=figures)
 
-    def fit(self, rows: Rows) -> tuple[float, Plan]:
+    def fit(self, rows: PlanParametrization) -> tuple[float, Plan]:
         """From one start: its root mean squared distance on the held-out samples, and the plan."""
         options, self.done = self.options, 0
         numbers = rows.numbers(rows.initial)
@@ -158,7 +158,7 @@ class _Fit:
             if options.warm:
                 numbers = self.scan(rows, numbers, options.warm)
             numbers = self.descend(rows, numbers)
-        made = detached(rows.compose(numbers))
+        made = detach_plan(rows.compose(numbers))
         return self.distance(made, self.held), made
 
     def finished(self, made: Plan, weight: float) -> Plan:
@@ -170,21 +170,21 @@ class _Fit:
             count = min(batch, FINISH - i)
             noise = task.noise(first + i, count, self.fine.start.dtype)
             x = noise.initial() * float(task.schedule.prior_std(self.top))
-            said.append(torch.stack(follow(made, self.denoiser, x, **task.cond(count, first + i))[1]))
+            said.append(torch.stack(run_plan(made, self.denoiser, x, **task.cond(count, first + i))[1]))
             task.tick("finish", i + count, FINISH, 0.0)
         free = self.rows(task.times).free[-1, :-1]
         B = made.B.clone()
         real = task.images(10 * FINISH)[0].to(task.device)
         with torch.autocast(task.device.type, enabled=False):  # contrasts are finer than bf16
-            B[-1] = finish(torch.cat(said, 1), B[-1], free, real, weight)
+            B[-1] = fit_last_row(torch.cat(said, 1), B[-1], free, real, weight)
         return replace(made, B=B)
 
     # ---- where to begin ---------------------------------------------------------------------------------------------
 
-    def starts(self) -> list[Rows]:
+    def starts(self) -> list[PlanParametrization]:
         """The sampler on the task's grid and on grids that begin and end elsewhere, best first."""
         task, few = self.task, slice(0, min(FEW, self.cal.stop))
-        tried: list[tuple[float, int, Rows]] = []
+        tried: list[tuple[float, int, PlanParametrization]] = []
 
         def measure(times: Tensor) -> float:
             rows = self.rows(times)
@@ -206,9 +206,11 @@ class _Fit:
                     measure(grids[first, last](task.schedule, task.steps))
         return [rows for _, _, rows in sorted(tried, key=lambda entry: entry[:2])]
 
-    def rows(self, times: Tensor) -> Rows:
+    def rows(self, times: Tensor) -> PlanParametrization:
         options, compiled = self.options, plan(self.task.sampler, self.task.schedule, times)
-        rows = Rows(compiled, top=self.top, teleport=options.teleport, shift=options.shift, answers=options.answers)
+        rows = PlanParametrization(
+            compiled, top=self.top, teleport=options.teleport, shift=options.shift, answers=options.answers
+        )
         rows.highest = float(coordinate(self.task.schedule, self.fine.times[-1]))
         return rows
 
@@ -222,7 +224,7 @@ class _Fit:
     def run_over(self, compiled: Plan, part: slice, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`measure(result, fine end)` of each sample (n,)."""
         return torch.cat(
-            [measure(follow(compiled, self.denoiser, x, **cond)[0][-1], end) for x, end, cond in self.batches(part)]
+            [measure(run_plan(compiled, self.denoiser, x, **cond)[0][-1], end) for x, end, cond in self.batches(part)]
         )
 
     def distance(self, compiled: Plan, part: slice) -> float:
@@ -248,18 +250,18 @@ class _Fit:
 
     # ---- with gradients of the network ------------------------------------------------------------------------------
 
-    def descend(self, rows: Rows, numbers: Numbers) -> Numbers:
+    def descend(self, rows: PlanParametrization, numbers: PlanCoefficients) -> PlanCoefficients:
         """L-BFGS in two rounds: before each the weights are measured anew, and tau is set."""
         options, self.done = self.options, 0
         for until in (options.iterations // 2, options.iterations):
             theta, compiled = rows.theta_of(numbers), rows.compose(numbers)
             self.settle(compiled)
             x, _, cond = self.fine.rows(slice(0, min(FEW, self.cal.stop)))
-            theta = rows.whiten(theta, grams(follow(compiled, self.denoiser, x, **cond)[1]))
-            numbers = Numbers(*(part.detach() for part in rows.numbers(self.minimise(rows, theta, until))))
+            theta = rows.whiten(theta, difference_grams(run_plan(compiled, self.denoiser, x, **cond)[1]))
+            numbers = PlanCoefficients(*(part.detach() for part in rows.numbers(self.minimise(rows, theta, until))))
         return numbers
 
-    def minimise(self, rows: Rows, theta: Tensor, until: int) -> Tensor:
+    def minimise(self, rows: PlanParametrization, theta: Tensor, until: int) -> Tensor:
         """Go on from theta to iteration `until`; the theta of the least held-out loss on the way."""
         from scipy.optimize import minimize
 
@@ -292,7 +294,7 @@ class _Fit:
         return best[1]
 
     @torch.enable_grad()
-    def gradient(self, rows: Rows, theta: Tensor) -> tuple[float, Tensor]:
+    def gradient(self, rows: PlanParametrization, theta: Tensor) -> tuple[float, Tensor]:
         """The calibration loss and its gradient, a batch at a time: the plan's tables are differentiated once."""
         made = rows.plan(theta.requires_grad_())
         tables = [getattr(made, name) for name in FITTED]
@@ -301,7 +303,7 @@ class _Fit:
         sums = [torch.zeros_like(leaf) for leaf in leaves]
         total = 0.0
         for x, end, cond in self.batches(self.cal):
-            result = follow(cut, self.denoiser, x, **cond)[0][-1]
+            result = run_plan(cut, self.denoiser, x, **cond)[0][-1]
             loss = self.each(result, end).sum() / self.cal.stop
             for sum_, part in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
                 sum_ += part
@@ -310,18 +312,18 @@ class _Fit:
 
     # ---- without ----------------------------------------------------------------------------------------------------
 
-    def scan(self, rows: Rows, numbers: Numbers, rounds: int) -> Numbers:
+    def scan(self, rows: PlanParametrization, numbers: PlanCoefficients, rounds: int) -> PlanCoefficients:
         """Weights by least squares against the fine trajectories, times by pattern search; the best on the held-out."""
         options = self.options
         self.settle(rows.compose(numbers))
         best, idle = (self.loss(rows.compose(numbers), self.held), numbers), 0
 
-        def value(n: Numbers) -> tuple[Numbers, float]:
+        def value(n: PlanCoefficients) -> tuple[PlanCoefficients, float]:
             about = (self.fine, self.cal, self.denoiser, options.batch, options.ridge)
-            n, result = sweep(rows, n, *about)
+            n, result = fit_rows(rows, n, *about)
             return n, float(self.each(result, self.fine.end[self.cal]).mean())
 
-        def watch(done: int, n: Numbers) -> bool:
+        def watch(done: int, n: PlanCoefficients) -> bool:
             nonlocal best, idle
             self.done, now = done, self.loss(rows.compose(n), self.held)
             self.task.tick("times and weights", done, rounds, math.sqrt(max(now, 0.0)))
@@ -330,7 +332,7 @@ class _Fit:
                 best = (now, n)
             return idle >= options.patience
 
-        search(rows, numbers, value, rounds, watch)
+        pattern_search(rows, numbers, value, rounds, watch)
         return best[1]
 
 
@@ -339,7 +341,7 @@ def square(result: Tensor, end: Tensor) -> Tensor:
     return (result - end).flatten(1).double().square().mean(1)
 
 
-def detached(made: Plan) -> Plan:
+def detach_plan(made: Plan) -> Plan:
     """The same plan without gradients."""
     tables = {name: getattr(made, name).detach().clone() for name in ("times", "start", "a", "A", "B", "C")}
     return Plan(**tables, sampler=made.sampler, schedule=made.schedule, begin=made.begin)

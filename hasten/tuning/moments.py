@@ -15,8 +15,8 @@ from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers
 from ..schedules.base import Schedule
 from ..times import UniformLambda
-from ..utils.noise import make_generator
-from ._task import Task, Tuned
+from ..utils.random import make_generator
+from ._task import Tuned, TuningTask
 
 COARSE = 0.04  # from this q on half precision changes no moment by more than its sampling error
 
@@ -61,7 +61,7 @@ class Moments:
         check_numbers(self)
 
     @torch.no_grad()
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         if task.images is None:
             raise BadInput("moments needs real images: name their folder with --data")
         count = max(task.n or self.images, 16)
@@ -85,11 +85,13 @@ class Moments:
         figures = {"images": len(x), "times": len(t), "largest_error": float(f"{worst:.2g}")}
         return Tuned(statistics=statistics, figures=figures)
 
-    def look(self, task: Task, t: Tensor, x: Tensor, labels: Tensor | None, mean: Tensor) -> tuple[float, float, float]:
+    def look(
+        self, task: TuningTask, t: Tensor, x: Tensor, labels: Tensor | None, mean: Tensor
+    ) -> tuple[float, float, float]:
         """gamma, mse, and the standard error of gamma, at one time."""
         alpha, sigma = (float(f(t)) for f in (task.schedule.alpha, task.schedule.sigma))
         denoiser, group = (
-            plain(task.denoiser),
+            unwrap_denoiser(task.denoiser),
             torch.zeros(len(x), dtype=torch.long) if labels is None else labels.cpu(),
         )
         # of each class and half of the images: the sum of x0, and how many
@@ -120,7 +122,7 @@ class Moments:
         gamma, error = regressed_mean(y, torch.cat([known, torch.cat(foreign)[:, None]], 1))
         return gamma, float(torch.cat(errors).mean()), error
 
-    def _noise(self, task: Task, t: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _noise(self, task: TuningTask, t: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, noise of the shape of those images), the same each time for the same t."""
         generator = make_generator(task.seed + int(1e6 * float(t)))
         for part in torch.arange(len(x)).split(self.batch):
@@ -131,7 +133,7 @@ class Moments:
         return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
-def plain(denoiser: nn.Module) -> nn.Module:
+def unwrap_denoiser(denoiser: nn.Module) -> nn.Module:
     """The denoiser without what was wrapped around it."""
     while isinstance(denoiser, Wrapper):
         denoiser = denoiser.denoiser
@@ -150,10 +152,10 @@ def regressed_mean(y: Tensor, known: Tensor) -> tuple[float, float]:
 def data_moments(x: Tensor) -> dict[str, Tensor]:
     """The statistics `mean` and, of images, `spectrum` of x (n, *S)."""
     mean = x.double().mean(0)
-    return {"mean": mean, "spectrum": spectrum(x.double() - mean)} if x.ndim == 4 else {"mean": mean}
+    return {"mean": mean, "spectrum": dct_spectrum(x.double() - mean)} if x.ndim == 4 else {"mean": mean}
 
 
-def spectrum(x: Tensor) -> Tensor:
+def dct_spectrum(x: Tensor) -> Tensor:
     """The mean square of the orthonormal DCT-II coefficients of x (n, C, H, W), (C, H, W)."""
     rows, columns = (dct(size) for size in x.shape[-2:])
     return (rows @ x @ columns.T).square().mean(0)
@@ -167,8 +169,8 @@ def dct(size: int) -> Tensor:
     return table
 
 
-def measured(statistics: dict[str, Tensor], name: str, schedule: Schedule, times: Tensor) -> Tensor:
+def statistic_at(statistics: dict[str, Tensor], name: str, schedule: Schedule, times: Tensor) -> Tensor:
     """The measured `mse` or, from `gamma`, the variance C = q^2 (1 - gamma), at any times, of their shape."""
-    from ..samplers.analytic import curve, pairs
+    from ..samplers.analytic import curve, measured_table
 
-    return curve(pairs(statistics, name), schedule, name)(schedule.lam(times))
+    return curve(measured_table(statistics, name), schedule, name)(schedule.lam(times))

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_numbers
 from ..nets.noise_level import NoiseLevelNet
-from ..utils.noise import global_seed, make_generator
-from ._task import Task, Tuned
+from ..utils.random import global_seed, make_generator
+from ._task import Tuned, TuningTask
 
 __all__ = ["NoiseLevel"]
 
@@ -54,7 +54,7 @@ class NoiseLevel:
             raise BadInput(f"noise_level needs minutes, steps, batch_size, lr and width above 0, found {self}")
         check_numbers(self)
 
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         """Raises BadInput without images, or for samples that are no images (C, H, W)."""
         if task.images is None:
             raise BadInput("noise_level learns from images: give --data, a folder of them")
@@ -75,7 +75,7 @@ class NoiseLevel:
         figures |= {key: float(f"{value:.4g}") for key, value in errors(net, held, task.seed).items()}
         return Tuned(parts={"noise_level": net.cpu().eval().requires_grad_(False)}, figures=figures)
 
-    def _train(self, net: NoiseLevelNet, x: Tensor, task: Task) -> tuple[NoiseLevelNet, int]:
+    def _train(self, net: NoiseLevelNet, x: Tensor, task: TuningTask) -> tuple[NoiseLevelNet, int]:
         """The averaged network, and the steps that were taken."""
         averaged = copy.deepcopy(net)
         optimiser = torch.optim.AdamW(net.parameters(), self.lr, betas=(0.9, 0.99))

@@ -17,11 +17,11 @@ from ..plan.table import Plan, plan
 from ..samplers import DPMSolver, UniPC
 from ..sampling import walk
 from ..times import CosineAngle, Karras, Quadratic, TimeGrid, UniformLambda, UniformTime
-from ._cache import remembered
+from ._cache import cached_result
 from ._mixtures import draw_family
-from ._nodes import Enough, Nodes
-from ._objective import Bound, minimise, orders
-from ._task import Task, Tuned
+from ._nodes import EarlyStop, GridNodes
+from ._objective import ErrorBound, minimise, orders
+from ._task import Tuned, TuningTask
 
 VERSION = 1
 IMAGES = 1000
@@ -106,24 +106,24 @@ class OptimizedSteps:
             raise BadInput(f"{self}: std must be positive, fine, iterations, patience, searches and chunk at least 1")
         check_numbers(self)
 
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         """The plan of `task.sampler` on the best times found between `task.times[0]` and `task.times[-1]`.
 
         figures: what the objective was at the best fixed start and at the end, and for "trajectory" the held-out error.
         """
         times = task.times.detach().double()
-        _check(task.sampler, plan(task.sampler, task.schedule, times))
+        _check_deterministic(task.sampler, plan(task.sampler, task.schedule, times))
         key = self._key(task, times)
-        found = remembered(key, lambda: self._solve(task, times)) if key else self._solve(task, times)
+        found = cached_result(key, lambda: self._solve(task, times)) if key else self._solve(task, times)
         best = torch.tensor(found["times"], dtype=torch.float64)
         return Tuned(plan=plan(task.sampler, task.schedule, best), figures=found["figures"])
 
-    def _solve(self, task: Task, times: Tensor) -> dict[str, Any]:
+    def _solve(self, task: TuningTask, times: Tensor) -> dict[str, Any]:
         solve = {"bound": self._bound, "local": self._local, "trajectory": self._trajectory}[self.objective]
         best, figures = solve(task, times)
         return {"times": best.tolist(), "figures": {"objective": self.objective, "steps": len(times) - 1, **figures}}
 
-    def _key(self, task: Task, times: Tensor) -> dict[str, Any] | None:
+    def _key(self, task: TuningTask, times: Tensor) -> dict[str, Any] | None:
         """All that the result depends on; None where the model cannot be told from another."""
         key: dict[str, Any] = {
             "method": "optimized_steps", "version": VERSION, "schedule": task.schedule.to_dict(),
@@ -151,7 +151,7 @@ class OptimizedSteps:
 
     # ---- the paper's bound --------------------------------------------------------------------------------------
 
-    def _bound(self, task: Task, times: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _bound(self, task: TuningTask, times: Tensor) -> tuple[Tensor, dict[str, Any]]:
         sampler, N = task.sampler, len(times) - 1
         if not _bounded(sampler):
             raise BadInput(
@@ -160,8 +160,8 @@ class OptimizedSteps:
             )
         trunc = self.trunc if self.trunc is not None else 3 if N <= 7 else 0
         growth = self.growth if self.growth is not None else 4.0 if trunc else 1.6
-        nodes = Nodes(task.schedule, times, self.low)
-        bound = Bound(orders(N, sampler.order, sampler.lower_order_final), self.p, trunc)
+        nodes = GridNodes(task.schedule, times, self.low)
+        bound = ErrorBound(orders(N, sampler.order, sampler.lower_order_final), self.p, trunc)
         grids = {name: nodes.inside(nodes.grid(GRIDS[name], N)).numpy() for name in self.starts}
         random = np.random.default_rng(self.seed)
         starts = list(grids.values())
@@ -176,9 +176,9 @@ class OptimizedSteps:
 
     # ---- random mixtures ----------------------------------------------------------------------------------------
 
-    def _local(self, task: Task, times: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _local(self, task: TuningTask, times: Tensor) -> tuple[Tensor, dict[str, Any]]:
         schedule, sampler = task.schedule, task.sampler
-        nodes = Nodes(schedule, times, self.low)
+        nodes = GridNodes(schedule, times, self.low)
         std = self._deviation(task)
         family, data, noise = draw_family(schedule, std, self.seed)
         x = schedule.alpha(times[0]) * data + schedule.sigma(times[0]) * noise
@@ -209,7 +209,7 @@ class OptimizedSteps:
         }
         return best[1], figures
 
-    def _deviation(self, task: Task) -> float:
+    def _deviation(self, task: TuningTask) -> float:
         """Of a coordinate of the data, root mean square over the coordinates."""
         if self.std is not None or task.images is None:
             return 0.5 if self.std is None else self.std
@@ -217,17 +217,17 @@ class OptimizedSteps:
 
     # ---- the model's own trajectory -----------------------------------------------------------------------------
 
-    def _other(self, objective: Literal["bound", "local"], task: Task) -> Tensor:
+    def _other(self, objective: Literal["bound", "local"], task: TuningTask) -> Tensor:
         """The times of another objective, remembered on their own."""
         table = dataclasses.replace(self, objective=objective).tune(task).plan
         assert table is not None
         return table.times
 
-    def _count(self, task: Task) -> int:
+    def _count(self, task: TuningTask) -> int:
         return 64 if task.n is None else task.n
 
-    def _trajectory(self, task: Task, times: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        n, nodes, schedule = self._count(task), Nodes(task.schedule, times, self.low), task.schedule
+    def _trajectory(self, task: TuningTask, times: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        n, nodes, schedule = self._count(task), GridNodes(task.schedule, times, self.low), task.schedule
         if n < 2:
             raise BadInput(f"objective=trajectory needs at least 2 noises, one of them held out; found n={n}")
         x = task.noise(0, n).initial() * float(schedule.prior_std(times[0]))
@@ -293,7 +293,7 @@ class OptimizedSteps:
                 best = min(best, (everywhere, out, now), key=lambda found: found[0])
                 task.tick("trajectory", before + done, total, math.sqrt(out))
                 if waited >= self.patience:
-                    raise Enough
+                    raise EarlyStop
 
             nodes.descend(slope, candidates[name], self.iterations, watch)
         task.tick("trajectory", total, total, math.sqrt(best[1]))
@@ -308,7 +308,7 @@ def _bounded(sampler: Any) -> bool:
     return isinstance(sampler, (UniPC, DPMSolver)) and sampler.predict == "x0" and getattr(sampler, "multistep", True)
 
 
-def _check(sampler: Any, table: Plan) -> None:
+def _check_deterministic(sampler: Any, table: Plan) -> None:
     if table.stochastic:
         raise BadInput(
             f"optimized_steps is for samplers that draw no noise, found {format_spec(sampler)}: try unipc or dpm"

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from ..errors import BadInput, check_numbers
 from ..nets.second_moment import SecondMoment as Net
 from ..predictions import spread
-from ..times import LARGEST_Q
-from ..utils.noise import global_seed, make_generator
-from ._task import Task, Tuned
-from .moments import plain
+from ..times import MAX_Q
+from ..utils.random import global_seed, make_generator
+from ._task import Tuned, TuningTask
+from .moments import unwrap_denoiser
 
 FLOOR = (2 / 255) ** 2 / 12  # the variance of a value within its grey level: no error is known better
 
 
 @dataclass(frozen=True)
-class SecondMoment:
+class SecondMomentTuner:
     """The part "second_moment" of the sampler `sn`: the variance C of each pixel given x_t, denoiser frozen.
 
     A convolutional network that sees x_t, x0 and lam gives g = C / q^2 (see `nets.second_moment`). It minimises what a
@@ -61,7 +61,7 @@ class SecondMoment:
             raise BadInput(f"second_moment: minutes must be more than 0, found {self.minutes}")
         check_numbers(self)
 
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         if task.images is None:
             raise BadInput("second_moment needs real images: name their folder with --data")
         if len(task.shape) != 3 or task.shape[1] % self.patch or task.shape[2] % self.patch:
@@ -98,12 +98,18 @@ class SecondMoment:
         return Tuned(parts={"second_moment": net}, figures=figures)
 
     def _look(
-        self, task: Task, net: nn.Module, x: Tensor, labels: Tensor | None, rows: Tensor, generator: torch.Generator
+        self,
+        task: TuningTask,
+        net: nn.Module,
+        x: Tensor,
+        labels: Tensor | None,
+        rows: Tensor,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g of the network, q^2 and (x - x0)^2 + FLOOR of these images under fresh noise, evenly spread over angles."""
         schedule, count = task.schedule, len(rows)
         low = math.atan(float(schedule.q(schedule.t_min)))
-        high = math.atan(min(float(schedule.q(schedule.t_max)), LARGEST_Q))
+        high = math.atan(min(float(schedule.q(schedule.t_max)), MAX_Q))
         even = (torch.randperm(count, generator=generator) + torch.rand(1, generator=generator).item()) / count
         lam = -torch.log(torch.tan(low + even.double() * (high - low)))
         clean, e = x[rows].cpu(), torch.randn(x[rows].shape, generator=generator)
@@ -112,13 +118,15 @@ class SecondMoment:
         z = (spread(alpha, clean) * clean + spread(sigma, clean) * e).to(task.device)
         cond = {} if labels is None else {"label": labels[rows].to(task.device)}
         with torch.no_grad():
-            x0 = plain(task.denoiser)(z, t.to(task.device), **cond)
+            x0 = unwrap_denoiser(task.denoiser)(z, t.to(task.device), **cond)
         g = net(z * spread(1 / torch.hypot(alpha, sigma), z), x0, lam)
         square = (clean.to(task.device) - x0).square() + FLOOR
         return g, spread(torch.exp(-2 * lam), z), square
 
     @torch.no_grad()
-    def _held_out(self, task: Task, net: nn.Module, x: Tensor, labels: Tensor | None, rows: Tensor) -> dict[str, float]:
+    def _held_out(
+        self, task: TuningTask, net: nn.Module, x: Tensor, labels: Tensor | None, rows: Tensor
+    ) -> dict[str, float]:
         """The loss on images that were not trained on, and that of the best single variance for each of 16 bins."""
         generator = make_generator(task.seed + 1)
         mine, squares, levels = [], [], []

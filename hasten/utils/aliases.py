@@ -75,7 +75,7 @@ RELATIVES = {
 }
 
 
-def plain(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A name in lower case, its words joined by underscores: `"DPM++ 2M"` is `"dpmpp_2m"`. A class of diffusers is its
     words without the last, `"EulerDiscreteScheduler"` is `"euler_discrete"`, and a function of k-diffusion is without
     its `sample_` or `k_`."""
@@ -89,19 +89,19 @@ def plain(name: str) -> str:
 
 def own_name(name: str, names: Collection[str]) -> str | None:
     """The one of hasten's `names` that is meant by this in other case or with other joints, as `"DDIM"`."""
-    bare = plain(name).removesuffix("_discrete").replace("_", "")
+    bare = normalize_name(name).removesuffix("_discrete").replace("_", "")
     return next((one for one in names if one.replace("_", "") == bare), None)
 
 
 def alias_of(folder: str, name: str) -> str | None:
     """The method that this name means, as `pick` reads it; None where the name is no alias."""
     known = ALIASES.get(folder, {})
-    return known.get(plain(name)) or known.get(plain(name).removesuffix("_discrete"))
+    return known.get(normalize_name(name)) or known.get(normalize_name(name).removesuffix("_discrete"))
 
 
 def hint_for(folder: str, name: str) -> str | None:
     """A relative of a method that there is not, for the error; None where none is known."""
-    asked = plain(name)
+    asked = normalize_name(name)
     for end, grid in (("_karras", "karras"), ("_exponential", "lambda"), ("_simple", "trailing")):
         meant = alias_of(folder, asked.removesuffix(end)) or asked.removesuffix(end)
         if folder == "samplers" and asked.endswith(end):

@@ -49,7 +49,7 @@ def conditions_of(
     for name, value in keywords.items():
         if name in found:
             raise BadInput(f"{what}: the condition {name!r} is given twice, in cond and as a keyword")
-        if name not in COMMON and name not in named(denoiser):
+        if name not in COMMON and name not in named_conditions(denoiser):
             _refuse_options(what, options, name, value)
             warnings.warn(
                 f"{what}({name}=...): pass the network's own conditions as cond={{{name!r}: ...}}",
@@ -80,7 +80,7 @@ def _refuse_options(what: str, options: Collection[str], name: str, value: Any) 
         raise BadInput(f"{what} has no option {name}={value!r}: {nearest(name, options)} {instead}")
 
 
-def named(denoiser: Any) -> frozenset[str]:
+def named_conditions(denoiser: Any) -> frozenset[str]:
     """The conditions that the network inside a denoiser names in its `forward`, or a function in its signature."""
     while isinstance(denoiser, nn.Module) and isinstance(inner := getattr(denoiser, "denoiser", None), nn.Module):
         denoiser = inner

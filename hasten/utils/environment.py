@@ -27,10 +27,10 @@ def launched() -> int:
     """
     if not all(os.environ.get(name) for name in LAUNCHER):
         return 1
-    return number("WORLD_SIZE", 1)
+    return env_int("WORLD_SIZE", 1)
 
 
-def number(name: str, default: int) -> int:
+def env_int(name: str, default: int) -> int:
     """A whole number from the environment."""
     text = os.environ.get(name) or str(default)
     try:

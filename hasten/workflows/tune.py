@@ -8,54 +8,68 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_int
-from ..files import refuse_inside, reserve, writes
+from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
-from ..performance.autotune import parse_runtime
 from ..pick import format_spec, pick
-from ..progress import Tick, ignore
+from ..plan.config import SamplingConfig, SamplingOptions
+from ..progress import ProgressFn, no_progress
 from ..storage.atomic import refuse_other_model, short_hash
 from ..storage.model_folder import check_savable
 from ..storage.provenance import model_hash, utc_now
 from ..storage.weights import is_half
 from ..train.fingerprint import listing
-from ..tuning import Task, Tuned
+from ..tuning import Tuned, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
-from ..utils.noise import LARGEST_SEED
+from ..utils.random import LARGEST_SEED
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-@writes("out")
+@holds_lock("out")
 def tune_model(
     model: Model,
     out: str | Path,
     method: str = "optimized_steps",
-    sampler: Any = None,
-    times: Any = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
+    sampling: SamplingConfig | None = None,
+    *,
     data: str | Path | None = None,
     n: int | None = None,
     seed: int = 1_000_000,
-    runtime: str = "fp32",
     command: str = "",
+    **options: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
     """Tune a model with one method of `hasten.tuning` and save it in `out`; a plan becomes the recommended one.
 
     `model` itself stays as it is: what is saved is a copy of its description, with the same network.
+    `out/sampling.toml` is the `SamplingConfig` that samples with what was found.
 
-    method: as `pick` spells it. data: what `open_data` reads. n: samples to calibrate on (None: the method's own
-    number). seed: of calibration sample 0. The other arguments are those of `Model.sample`: what is to be improved.
+    Args:
+        method: as `pick` spells it.
+        sampling: what is to be improved; None: what the model recommends. options: fields of it.
+        data: what `open_data` reads. n: samples to calibrate on; None: the method's own number.
+        seed: of calibration sample 0. command: for the model's card.
 
-    Returns a dict: folder, method, plan (its name), statistics and parts (their names), figures, seconds.
-    Raises BadInput before anything has run where something cannot be, and keeps what `out` holds until all is done.
+    Returns:
+        A dict: folder, method, plan (its name), statistics and parts (their names), figures, seconds.
+
+    Raises:
+        BadInput: before anything is computed, for what cannot be. What `out` holds is kept until all is done.
     """
+    config = SamplingConfig.of(sampling, options)
+    sampler, times, steps, guidance_scale = config.sampler, config.times, config.steps, config.guidance_scale
+    runtime = config.precision or "fp32"
+    for field in ("guides", "start", "plan", "accelerators"):
+        if getattr(config, field):
+            raise BadInput(f"tuning improves a sampler with its times under guidance: leave {field} out")
     tuner = pick("tuning", method)
     if getattr(tuner, "needs_data", False) and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
@@ -66,34 +80,41 @@ def tune_model(
     model = replace(model)
     out = Path(out)
     refuse_inside(out, data)
-    reserve(out / "model.json")
+    check_writable(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     if hasattr(tuner, "bind"):
         tuner = tuner.bind(model.statistics, model.parts)
     sampler, times = (
         own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
     )
-    way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
+    count = model.steps if steps is None and isinstance(times, str) else steps
+    resolved = model.resolve(sampler=sampler, times=times, steps=count, guidance_scale=scale, precision=runtime)
     identity = short_hash(
         model_hash(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
         None if data is None else listing(Path(data)),
     )  # fmt: skip
     refuse_other_model(out, model, identity)
-    task = Task(
-        denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
-        images=None if data is None else real(model, data), seed=seed, n=n, identity=model_hash(model),
-    )  # fmt: skip
-    machine = parse_runtime(model.runtime_for(runtime, 64), model.device.type)
+    task = TuningTask(
+        denoiser=resolved.denoiser,
+        sampler=resolved.sampler,
+        times=resolved.times,
+        shape=model.shape,
+        labels=model.labels,
+        images=None if data is None else calibration_images(model, data),
+        seed=seed,
+        n=n,
+        identity=model_hash(model),
+    )
     began = time.perf_counter()
-    with watched() as task.tick, machine.apply():
-        machine.prepare(model.denoiser)
+    with tuning_progress() as task.tick, resolved.runtime.apply():
+        resolved.runtime.prepare(model.denoiser)
         found = tuner.tune(task)
     seconds = time.perf_counter() - began
     for what in ("figures", "statistics"):
         check_finite(f"{method} found {what} that are not finite", getattr(found, what))
     for part, net in found.parts.items():
         check_weights(net, f"{method}: the network {part} that it trained")
-    name = keep(model, found, method, scale)
+    name = attach_result(model, found, method, scale)
     record = {
         "method": format_spec(tuner),
         "plan": name,
@@ -107,10 +128,12 @@ def tune_model(
     }
     model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
     model.save(out, half=is_half(model))
+    if name is not None:
+        SamplingConfig(plan=name, guidance_scale=scale, precision=config.precision).save(out / "sampling.toml")
     return {"folder": str(out), **record, "seconds": seconds}
 
 
-def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
+def attach_result(model: Model, found: Tuned, method: str, scale: float) -> str | None:
     """Give the model what was found; the name of the plan, if there is one."""
     model.statistics = {**model.statistics, **found.statistics}
     model.parts = {**model.parts, **found.parts}
@@ -122,7 +145,7 @@ def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
     return name
 
 
-def real(model: Model, data: str | Path) -> Images:
+def calibration_images(model: Model, data: str | Path) -> Images:
     """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
     model's classes, matched by name."""
     from ..train import open_data
@@ -149,10 +172,10 @@ def real(model: Model, data: str | Path) -> Images:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Tick]:
+def tuning_progress() -> Iterator[ProgressFn]:
     """Progress with the time left on stderr, while that is a terminal."""
     if not is_terminal(sys.stderr):
-        yield ignore
+        yield no_progress
         return
     from rich import progress
     from rich.console import Console

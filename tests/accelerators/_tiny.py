@@ -74,8 +74,8 @@ def compiled(sampler: Any, steps: int, schedule: Schedule | None = None) -> Plan
     return plan(sampler, schedule, UniformTime(start=0.98)(schedule, steps))
 
 
-def ahead(plan: Plan, denoiser: Denoiser | None = None, scale: float = 1.0) -> SamplingContext:
-    """What a model would tell of a sampling by this plan."""
+def context_of(plan: Plan, denoiser: Denoiser | None = None, scale: float = 1.0) -> SamplingContext:
+    """The context that a model would give for a sampling by this plan."""
 
     def calls(n: int, seed: int) -> Any:
         recorder = Recorder(denoiser)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ class Swap:
     stage: ClassVar[int] = EXCHANGE
     claims: ClassVar[frozenset[str]] = frozenset({"arithmetic"})
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
         return Layer(denoiser, "swap")
 
 
@@ -32,7 +32,7 @@ class Compile:
     stage: ClassVar[int] = COMPILE
     claims: ClassVar[frozenset[str]] = frozenset({"graph"})
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
         return Layer(denoiser, "compile")
 
 
@@ -42,8 +42,8 @@ class Cache:
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
-        return Layer(denoiser, f"cache of {len(ahead.required('cache'))}")
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
+        return Layer(denoiser, f"cache of {len(context.required('cache'))}")
 
 
 def names(module: Any) -> list[str]:
@@ -65,5 +65,5 @@ def test_a_conflict_names_both() -> None:
 def test_what_is_not_known_is_said_in_the_name_of_who_needs_it() -> None:
     with pytest.raises(BadInput, match="cache must know the times"):
         accelerate(nn.Identity(), [Cache()])
-    with pytest.raises(BadInput, match="quantize must see some samplings first"):
+    with pytest.raises(BadInput, match="quantize needs calibration samples"):
         SamplingContext().calibration("quantize", 4, 0)

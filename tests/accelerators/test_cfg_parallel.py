@@ -24,7 +24,7 @@ from hasten.pick import pick
 from hasten.samplers import DDIM
 
 from ._ranks import together
-from ._tiny import ahead, compiled, denoiser_of, relative, sampled, unet
+from ._tiny import compiled, context_of, denoiser_of, relative, sampled, unet
 
 PLAN = compiled(DDIM(), 12)
 
@@ -53,8 +53,8 @@ def branches(rank: int, ranks: int) -> dict[str, Any]:
             found[f"{name} {t}"] = relative(
                 guide.wrap(halved)(x_t, t, label=label), guide.wrap(plain)(x_t, t, label=label)
             )
-    cached = accelerate(plain, [CfgParallel(), DeepCache(every=3)], ahead(PLAN, plain))
-    alone = accelerate(plain, [DeepCache(every=3)], ahead(PLAN, plain))
+    cached = accelerate(plain, [CfgParallel(), DeepCache(every=3)], context_of(PLAN, plain))
+    alone = accelerate(plain, [DeepCache(every=3)], context_of(PLAN, plain))
     found["deep_cache"] = relative(sampled(cached, PLAN), sampled(alone, PLAN))
     found["samples"] = relative(sampled(halved, PLAN), sampled(plain, PLAN))
     with torch.enable_grad():
@@ -72,7 +72,7 @@ def both(rank: int, ranks: int) -> dict[str, Any]:
     plain = denoiser_of(net)
     exact: Any = accelerate(plain, [CfgParallel(), PatchParallel(mode="sync")])
     ready = accelerate(plain, [PatchParallel(mode="sync", size=2)])
-    found["ranks"] = exact.pair.ranks, exact.net.exchange.team.ranks
+    found["ranks"] = exact.pair.ranks, exact.net.exchange.group.ranks
     label, guide, late = (
         torch.tensor([0, 2, 1]),
         CFG(scale=3.0),
@@ -152,7 +152,7 @@ def test_patches_and_branches_together(tmp_path: Path) -> None:
             assert all(torch.equal(mine, first) for mine, first in zip(found[f"answer {k}"], ranks[0][f"answer {k}"]))
         assert found["traffic"][0] == {"rows": 4 * 3 * 2 * 16 * 8}  # half of the doubled batch, all its rows
         assert found["traffic"][1]["rows"] == 4 * 3 * 2 * 8 * 8
-        assert "cfg_parallel takes 2 processes, or 2 n beside patch_parallel, found 4" in found["alone"]
+        assert "cfg_parallel takes 2 processes, or 2 n with patch_parallel, found 4" in found["alone"]
 
 
 def test_a_process_that_is_gone_ends_the_others(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_network_that_is_freed_waits_for_what_is_on_its_way(tmp_path: Path) ->
 
 def test_in_one_process_nothing_changes() -> None:
     plain = denoiser_of(unet(attention=(1,)))
-    fast: Any = accelerate(plain, [CfgParallel(), PatchParallel()], ahead(PLAN, plain))
+    fast: Any = accelerate(plain, [CfgParallel(), PatchParallel()], context_of(PLAN, plain))
     assert torch.equal(sampled(fast, PLAN), sampled(plain, PLAN))
     assert fast.null_label == 3 and fast.traffic == {"rows": 0}
     assert pick("accelerators", "cfg_parallel").claims == {"branches"}
@@ -190,8 +190,8 @@ def test_accelerators_are_told_what_the_others_claim() -> None:
     class Asks:
         stage, claims = 15, frozenset({"mine"})
 
-        def apply(self, denoiser: Any, ahead: SamplingContext) -> Any:
-            self.told = ahead.claimed
+        def apply(self, denoiser: Any, context: SamplingContext) -> Any:
+            self.told = context.claimed
             return denoiser
 
     one = Asks()

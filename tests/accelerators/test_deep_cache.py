@@ -16,13 +16,13 @@ from hasten.performance.cost import macs
 from hasten.pick import pick
 from hasten.samplers import DDIM
 
-from ._tiny import LABEL, SHAPE, Transformer, ahead, compiled, denoiser_of, random_, relative, sampled, unet
+from ._tiny import LABEL, SHAPE, Transformer, compiled, context_of, denoiser_of, random_, relative, sampled, unet
 
 DDIM20 = compiled(DDIM(), 20)
 
 
 def cached(denoiser: Denoiser, plan: Any = DDIM20, **options: Any) -> Any:
-    return DeepCache(**options).apply(denoiser, ahead(plan, denoiser))
+    return DeepCache(**options).apply(denoiser, context_of(plan, denoiser))
 
 
 @torch.no_grad()
@@ -128,17 +128,17 @@ def test_keys_by_budget_and_around_a_center() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     plain = denoiser_of(unet())
-    with pytest.raises(BadInput, match="deep_cache needs 9 queries|deep_cache reuses .* found 8"):
+    with pytest.raises(BadInput, match="deep_cache reuses .* found 8"):
         cached(plain, compiled(DDIM(), 8))
-    with pytest.raises(BadInput, match="11 of 20 queries would hang on key 0"):
+    with pytest.raises(BadInput, match="11 of 20 model evaluations would depend on key step 0"):
         cached(plain, every=11)
-    with pytest.raises(BadInput, match="Transformer has no shallow part: what works is a U-Net with embed"):
+    with pytest.raises(BadInput, match="Transformer has no shallow part: supported is a U-Net with embed"):
         cached(denoiser_of(random_(Transformer())))
     with pytest.raises(BadInput, match="branch must be 0 to 1, found 2"):
         cached(plain, branch=2)
     with pytest.raises(BadInput, match="every and samples are 1 or more"):
         DeepCache(every=0)
-    with pytest.raises(BadInput, match="made for t = 0.98 at query 0"):
+    with pytest.raises(BadInput, match="made for t = 0.98 at model evaluation 0"):
         cached(plain)(torch.zeros(1, *SHAPE), 0.3)
 
 

@@ -22,13 +22,13 @@ from hasten.samplers import DDIM
 from hasten.sampling import Noise
 from hasten.schedules import VPCosine
 
-from ._tiny import LABEL, SHAPE, Transformer, ahead, compiled, denoiser_of, random_, relative, sampled, unet
+from ._tiny import LABEL, SHAPE, Transformer, compiled, context_of, denoiser_of, random_, relative, sampled, unet
 
 DDIM20 = compiled(DDIM(), 20)
 
 
 def propagated(denoiser: Denoiser, plan: Any = DDIM20, **options: Any) -> Any:
-    return EncoderPropagation(**options).apply(denoiser, ahead(plan, denoiser))
+    return EncoderPropagation(**options).apply(denoiser, context_of(plan, denoiser))
 
 
 @pytest.mark.parametrize("parallel", [1, 4])
@@ -201,37 +201,37 @@ def test_what_cannot_be_is_refused() -> None:
     plain = denoiser_of(unet())
     few = compiled(DDIM(), 8)
     for keys in ("paper", "found", (0, 4)):
-        with pytest.raises(BadInput, match="needs 9 queries or more, found 8"):
+        with pytest.raises(BadInput, match="needs 9 model evaluations or more, found 8"):
             propagated(plain, few, keys=keys)
-    with pytest.raises(BadInput, match="11 of 20 queries would hang on key 0"):
+    with pytest.raises(BadInput, match="11 of 20 model evaluations would depend on key step 0"):
         propagated(plain, keys=(0, 11))
-    with pytest.raises(BadInput, match="times of all queries"):
+    with pytest.raises(BadInput, match="times of all model evaluations"):
         EncoderPropagation().apply(plain, SamplingContext())
-    with pytest.raises(BadInput, match="must see some samplings"):
-        EncoderPropagation(keys="found").apply(plain, SamplingContext(times=ahead(DDIM20).times))
-    with pytest.raises(BadInput, match="Still has no seam: what works"):
+    with pytest.raises(BadInput, match="needs calibration samples"):
+        EncoderPropagation(keys="found").apply(plain, SamplingContext(times=context_of(DDIM20).times))
+    with pytest.raises(BadInput, match="Still has no split point: supported are"):
         propagated(denoiser_of(Still()))
     with pytest.raises(BadInput, match="found Still"):
-        EncoderPropagation().apply(Still(), ahead(DDIM20))
+        EncoderPropagation().apply(Still(), context_of(DDIM20))
     with pytest.raises(BadInput, match="did you mean 'uniform'"):
         propagated(plain, keys="unifrom")
     with pytest.raises(BadInput, match="forecast is 0"):
         EncoderPropagation(forecast=2)
     with pytest.raises(Conflict, match="both claim 'features'"):
-        accelerate(plain, [EncoderPropagation(), DeepCache()], ahead(DDIM20))
+        accelerate(plain, [EncoderPropagation(), DeepCache()], context_of(DDIM20))
     with pytest.raises(HastenError, match="cannot be steered"):
         propagated(plain).features(torch.zeros(1, *SHAPE), DDIM20.times[0])
 
 
 def test_another_sampling_than_the_one_told_is_refused() -> None:
     fast = propagated(denoiser_of(unet()))
-    with pytest.raises(BadInput, match=r"made for t = 0.98 at query 0, found t = 0.5"):
+    with pytest.raises(BadInput, match=r"made for t = 0.98 at model evaluation 0, found t = 0.5"):
         fast(torch.zeros(1, *SHAPE), 0.5)
     other = compiled(DDIM(), 21)
-    with pytest.raises(BadInput, match="at query 1, found t = "):
+    with pytest.raises(BadInput, match="at model evaluation 1, found t = "):
         sampled(fast, other)
     sampled(fast, DDIM20)
-    with pytest.raises(BadInput, match="made for 20 queries and is asked for more"):
+    with pytest.raises(BadInput, match="made for 20 model evaluations, found one more"):
         fast(torch.zeros(1, *SHAPE), 0.0)
     x = torch.zeros(2, *SHAPE)
     fast.reset()

@@ -21,8 +21,7 @@ from hasten.samplers import DDIM
 from hasten.schedules import VPCosine
 
 from ._ranks import together
-from ._tiny import ahead as ahead_of
-from ._tiny import compiled, denoiser_of, relative, sampled, unet
+from ._tiny import compiled, context_of, denoiser_of, relative, sampled, unet
 
 THERE = all(importlib.util.find_spec(name) for name in ("diffusers", "transformers"))
 NETS = ("hasten", "patch2", *(("model", "sd", "sdxl") if THERE else ()))
@@ -149,11 +148,11 @@ def along(ranks: int) -> dict[str, Any]:
     """Whole trajectories, other accelerators, texts, and what cannot be."""
     net, found = unet(widths=(8, 16), attention=(1,)), {}
     plain, plan = denoiser_of(net), compiled(DDIM(), 9)
-    sync: Any = accelerate(plain, [PatchParallel(mode="sync")], ahead_of(plan, plain))
-    both = accelerate(plain, [DeepCache(every=3), PatchParallel(mode="sync")], ahead_of(plan, plain))
-    alone = accelerate(plain, [DeepCache(every=3)], ahead_of(plan, plain))
+    sync: Any = accelerate(plain, [PatchParallel(mode="sync")], context_of(plan, plain))
+    both = accelerate(plain, [DeepCache(every=3), PatchParallel(mode="sync")], context_of(plan, plain))
+    alone = accelerate(plain, [DeepCache(every=3)], context_of(plan, plain))
     found["deep_cache"] = relative(sampled(both, plan), sampled(alone, plan))
-    short: Any = accelerate(plain, [PatchParallel(warmup=8)], ahead_of(plan, plain))
+    short: Any = accelerate(plain, [PatchParallel(warmup=8)], context_of(plan, plain))
     found["warm-up"] = relative(sampled(short, plan), sampled(plain, plan))
     for name, size in (("few", (2, 2, 6, 8)), ("odd", (2, 2, 9, 8))):
         try:

@@ -70,13 +70,13 @@ def test_such_a_network_is_quantised(net: nn.Module, exchanged: int, options: di
     denoiser = Denoiser(net, VPCosine(offset=0.0), V()).eval().requires_grad_(False)
     model = Model(denoiser, "x", (4, 8, 8), None, sampler="ddim", times="uniform", steps=3)
     plain, method = model.sample(2), Quantize(images=2, steps=2, **options)
-    made = method.apply(model.denoiser, ahead_of(model))
+    made = method.apply(model.denoiser, context_of(model))
     assert len(list(layers(made.net))) == exchanged
     drawn = model.sample(2, accelerators=[method])
     assert 0 < float((drawn - plain).norm() / plain.norm()) < 0.05
 
 
-def ahead_of(model: Model) -> Any:
+def context_of(model: Model) -> Any:
     from hasten.accelerators import SamplingContext
 
     return SamplingContext(None, lambda n, seed: model.calls(n, seed))
@@ -86,5 +86,5 @@ def test_a_network_of_computed_weights_alone_is_refused_in_a_line() -> None:
     net = Two(parametrizations.weight_norm)
     net.b = parametrizations.weight_norm(net.b)
     model = Model(Denoiser(net.eval(), VPCosine(offset=0.0), V()), "x", (4, 8, 8), None, sampler="ddim", steps=2)
-    with pytest.raises(BadInput, match="no Conv2d or Linear to exchange"):
+    with pytest.raises(BadInput, match="no Conv2d or Linear to quantize"):
         model.sample(1, accelerators=[Quantize(images=1, steps=1)])

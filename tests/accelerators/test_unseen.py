@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators import SamplingContext
-from hasten.accelerators._caching.search import costs, spectrum
-from hasten.accelerators._compile import CompiledNet, Part
+from hasten.accelerators._caching.search import main_directions, reuse_costs
+from hasten.accelerators._compile import CompiledNet, CompiledPart
 from hasten.accelerators.compile import Compile
 from hasten.denoiser import Denoiser
 from hasten.nets import _int8, time_groups
@@ -35,7 +35,7 @@ def as_graphs_do(plain: Any) -> Any:
 
 def test_what_a_graph_answered_stays() -> None:
     """Accelerators keep answers from one query to the next: they must not be those of the last call."""
-    part = Part("forward", lambda x: 2 * x, as_graphs_do, [], 4, False, True)
+    part = CompiledPart("forward", lambda x: 2 * x, as_graphs_do, [], 4, False, True)
     first = part(torch.ones(2))  # which builds the graph
     second = part(torch.full((2,), 3.0))
     third = part(torch.full((2,), 5.0))
@@ -69,7 +69,7 @@ def test_integer_products_of_few_rows(monkeypatch: pytest.MonkeyPatch, rows: int
     generator = torch.Generator().manual_seed(0)
     v = torch.randint(-127, 128, (8, 16), dtype=torch.int8, generator=generator)
     x = torch.randn(rows, 16, generator=generator)
-    kernel = _int8.IntMm(v, torch.full((8,), 0.01), None, None, (4.0 / 255,), (128,))
+    kernel = _int8.IntMmKernel(v, torch.full((8,), 0.01), None, None, (4.0 / 255,), (128,))
     made = kernel(x, 0, torch.zeros(1, dtype=torch.long), torch.float32)
     s, z = 4.0 / 255, 128
     u = torch.clamp(torch.round(x / s) + z, 0, 255)
@@ -87,7 +87,7 @@ def test_keys_are_judged_along_the_main_directions() -> None:
     base[:, 0] = torch.tensor([1.0, -1.0] * 4) * 2.0  # variance 4 along the first axis, .01 along three others
     for axis, signs in ((1, [1.0, 1.0, -1.0, -1.0] * 2), (2, [1.0] * 4 + [-1.0] * 4), (3, [1.0, -1.0, -1.0, 1.0] * 2)):
         base[:, axis] = 0.1 * torch.tensor(signs)
-    directions, variance, left = spectrum(base)
+    directions, variance, left = main_directions(base)
     assert float(variance[0]) == pytest.approx(4.0) and float(directions[0, 0].abs()) == pytest.approx(1.0)
 
     def end(axis: int, wrong: float, v: float) -> float:
@@ -107,7 +107,7 @@ def test_keys_are_judged_along_the_main_directions() -> None:
     for axis, v in ((0, 4.0), (5, left)):
         error = torch.zeros(8, D)
         error[:, axis] = delta
-        cost = costs(
+        cost = reuse_costs(
             3, times, schedule, lambda i: (i, base), lambda kept, j, error=error: base + (error if j == where else 0.0)
         )
         want = end(axis, delta, v) ** 2 / D

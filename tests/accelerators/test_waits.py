@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hasten.accelerators import accelerate
 from hasten.accelerators._compile import CompiledNet
-from hasten.accelerators._patches.attention import Text
+from hasten.accelerators._patches.attention import TextVersion
 from hasten.accelerators._patches.exchange import Exchange
 from hasten.accelerators._patches.swap import Patched
 from hasten.accelerators.deep_cache import DeepCache
@@ -21,7 +21,7 @@ from hasten.performance.profile import work_of
 from hasten.samplers import DDIM
 
 from ..pretend import Pretended, put
-from ._tiny import LABEL, SHAPE, ahead, compiled, denoiser_of, unet
+from ._tiny import LABEL, SHAPE, compiled, context_of, denoiser_of, unet
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ from ._tiny import LABEL, SHAPE, ahead, compiled, denoiser_of, unet
 @torch.no_grad()
 def test_guided_queries_do_not_wait(way: object) -> None:
     plan, plain = compiled(DDIM(), 12), denoiser_of(unet())
-    guided = CFG(scale=2.0).wrap(accelerate(plain, [way], ahead(plan, plain)))
+    guided = CFG(scale=2.0).wrap(accelerate(plain, [way], context_of(plan, plain)))
     with Pretended() as device:
         put(guided)
         x, label = torch.zeros(len(LABEL), *SHAPE).to("cuda"), LABEL.to("cuda")
@@ -65,7 +65,7 @@ def test_doubled_conditions_are_made_anew_where_they_change() -> None:
 @torch.no_grad()
 def test_the_work_of_a_quantised_network_is_found_without_memory() -> None:
     plan, plain = compiled(DDIM(), 12), denoiser_of(unet())
-    made = accelerate(plain, [Quantize(images=1, steps=2, groups=2)], ahead(plan, plain))
+    made = accelerate(plain, [Quantize(images=1, steps=2, groups=2)], context_of(plan, plain))
     label = torch.zeros(2, dtype=torch.long)
     x = torch.randn(2, *SHAPE)
     for value in (0.9, 0.1):  # the group of a time is the same, read from the device or not
@@ -97,7 +97,7 @@ def test_patches_know_a_lora_of_linear_layers() -> None:
         net = unet()
         block = next(module for module in net.modules() if isinstance(getattr(module, "modulation", None), nn.Linear))
         block.modulation = wrap(block.modulation)
-        return Patched(net, Exchange(ProcessGroup((0, 1), 0), "sync", "full", 0, "same", 60), Text()).net
+        return Patched(net, Exchange(ProcessGroup((0, 1), 0), "sync", "full", 0, "same", 60), TextVersion()).net
 
     class Other(Linear):
         __module__ = "somewhere.else"

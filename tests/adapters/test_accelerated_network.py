@@ -216,9 +216,9 @@ def test_freeu_and_processors_take_effect(accelerator: str) -> None:
     pipe.enable_freeu(**levels)
     if accelerator != QUANTIZE:
         assert torch.equal(sample_latents(accelerate_pipeline(pipe, accelerator, steps=STEPS)), later)
-        cached = fast.unet._run._kept[-1][1]
+        cached = fast.unet._run._cache[-1][1]
         tensors = [cached] if isinstance(cached, Tensor) else [cached[1]]
-        assert all(t._version == 0 for t in tensors), "what is kept was written into"
+        assert all(t._version == 0 for t in tensors), "cached features were modified"
     else:
         assert relative_error(later, sample_latents(pipe)) < 0.2
     fast.disable_freeu()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hasten
 from hasten.accelerators import SamplingContext, _calls
-from hasten.accelerators._calls import merged, rows_at_once, together
+from hasten.accelerators._calls import concat_calls, merge_calls, rows_at_once
 from hasten.accelerators.quantize import Quantize, batch_of
 from hasten.adapters.diffusers.calibration import record_model_calls
 from hasten.errors import BadInput
@@ -141,7 +141,7 @@ def test_large_samples_run_in_several_batches(monkeypatch: pytest.MonkeyPatch, g
         assert torch.allclose(cond["text"][:half], same["text"][:half], atol=1e-5)
         assert torch.allclose(cond["text"][half:].sum(0), same["text"][half:].sum(0), atol=1e-4)
     one = torch.zeros(2, 1), 0.5, {"option": "kept"}
-    assert together([one, one])[2] == {"option": "kept"}
+    assert concat_calls([one, one])[2] == {"option": "kept"}
 
 
 def test_a_models_samplings_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,12 +150,12 @@ def test_a_models_samplings_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> 
 
     model = small()
     whole = model.calls(5, 3, steps=3)
-    monkeypatch.setattr(_calls, "PLACES", 2 * 8 * 8)
+    monkeypatch.setattr(_calls, "PIXELS", 2 * 8 * 8)
     parts = model.calls(5, 3, steps=3)
     assert len(parts) == len(whole) == 3
     for (x, _, cond), (y, _, same) in zip(whole, parts):
         assert torch.allclose(x, y, atol=1e-4) and torch.equal(cond["label"], same["label"])
-    assert merged([[1, 2], [3]]) == [1, 2, 3]
+    assert merge_calls([[1, 2], [3]]) == [1, 2, 3]
     with pytest.warns(UserWarning, match="empty prompt alone"):
         hasten.load(tiny.sd_pipeline()).calls(1, 0, steps=2)
 
@@ -167,11 +167,11 @@ def test_the_network_gets_few_large_samples_at_once() -> None:
     seen: dict[str, Any] = {}
 
     def build(*args: Any, **options: Any) -> Any:
-        seen["batch"] = args[10]
+        seen["batch"] = options["batch"]
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hasten.accelerators.quantize.QuantizationSession", build)
         with pytest.raises(InterruptedError):
-            Quantize(groups=1).work(model.denoiser, calls)
+            Quantize(groups=1).start(model.denoiser, calls)
     assert seen["batch"] == 1

@@ -12,6 +12,7 @@ from torch import Tensor
 import hasten
 from hasten.adapters.diffusers import times_like
 from hasten.errors import BadInput
+from hasten.images import read_png_text
 from hasten.pick import format_spec
 from hasten.schedules import Discrete, Flow
 from hasten.times import Explicit
@@ -211,7 +212,6 @@ def test_vae_shift_and_channel_scales() -> None:
 
 def test_folder_and_command_line(tmp_path: Path) -> None:
     from hasten.cli import main
-    from hasten.images import read_text
 
     pipe = tiny.sd_pipeline()
     pipe.save_pretrained(tmp_path / "pipe")
@@ -221,8 +221,8 @@ def test_folder_and_command_line(tmp_path: Path) -> None:
     assert torch.allclose(model.sample(1, "a cat", **call), hasten.load(pipe).sample(1, "a cat", **call), atol=1e-6)
     png = tmp_path / "cat.png"
     command = ["sample", str(tmp_path / "pipe"), "--label", "a photo of the cat, red", "--out", str(png), "--n", "2"]
-    assert main([*command, "--steps", "2", "--runtime", "fp32"]) == 0
-    assert "a photo of the cat, red" in read_text(png)["command"]
+    assert main([*command, "--steps", "2", "--precision", "fp32"]) == 0
+    assert "a photo of the cat, red" in read_png_text(png)["command"]
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import hasten
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.nets import _int8
-from hasten.nets.quantized import QConv2d, described, exchange, execution, set_group
+from hasten.nets.quantized import QConv2d, execution, quantization_config, replace_layers, set_group
 from hasten.nets.time_groups import TimeGroups
 from hasten.nets.unet import UNet
 from hasten.predictions import V
@@ -60,7 +60,9 @@ def test_a_saved_model_is_the_same_in_another_process(model, tmp_path):
     assert torch.equal(found, expected)
     assert kind == execution(model.denoiser.net) == ("int8" if _int8.onednn_works() else "simulated")
     (row,) = json.loads((tmp_path / "saved" / "model.json").read_text())["net"]["quantized"]
-    assert row["bits"] == 4 and row["act_bits"] == 8 and len(row["layers"]) == len(described(model.denoiser.net))
+    assert (
+        row["bits"] == 4 and row["act_bits"] == 8 and len(row["layers"]) == len(quantization_config(model.denoiser.net))
+    )
 
 
 def test_half_precision_keeps_the_scales(model, tmp_path):
@@ -97,7 +99,7 @@ def test_a_network_is_told_and_restored():
     net = lively(UNet(channels=1, widths=(16, 32), attention=(1,)))
     assert "quantized" not in describe_network(net)
     some = {name: QConv2d.made(getattr(net, name), rounded(getattr(net, name), 8, acts=ACTS)) for name in ("conv_out",)}
-    fast = exchange(net, some)
+    fast = replace_layers(net, some)
     again = network_from_description(json.loads(json.dumps(describe_network(fast))))
     again.load_state_dict(fast.state_dict())
     x, t = images(1, 1, 8), torch.tensor([0.4])

@@ -16,7 +16,7 @@ from hasten.exact import g8
 from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
-from hasten.samplers.adaptive import AdaptiveSDE, _Path, span
+from hasten.samplers.adaptive import AdaptiveSDE, _Path, integration_interval
 from hasten.sampling import Count, Noise, walk
 from hasten.schedules import VPLinear
 from tests.samplers.problems import ALL, F64, ends, mixture
@@ -144,7 +144,7 @@ def test_where_it_begins_and_stops() -> None:
         (5e-4, 0.0): (5e-4, 5e-4),
         (0.9, 0.4): (0.9, 0.4),
     }.items():
-        assert tuple(map(float, span(schedule, torch.tensor(grid, dtype=F64)))) == expected
+        assert tuple(map(float, integration_interval(schedule, torch.tensor(grid, dtype=F64)))) == expected
     # nothing to integrate: the answer itself
     times, x = torch.tensor([5e-4, 0.0], dtype=F64), torch.ones(2, 8, dtype=F64)
     counted = Count(g8(schedule))

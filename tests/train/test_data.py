@@ -139,7 +139,7 @@ def test_numpy(tmp_path: Path) -> None:
 def test_size_and_channels(tmp_path: Path) -> None:
     save(tmp_path / "a.png", pixels(1, 8, 12)[0])
     save(tmp_path / "b.png", pixels(1, 8, 8)[0])
-    with pytest.raises(BadInput, match=r"a.png is 12x8 and b.png is 8x8; give a size"):
+    with pytest.raises(BadInput, match=r"a.png is 12x8 and b.png is 8x8; set size"):
         open_data(tmp_path)
     assert open_data(tmp_path, size=4).shape == (3, 4, 4)
     assert open_data(tmp_path, size=(4, 6), channels=1).shape == (1, 4, 6)
@@ -234,7 +234,7 @@ def test_damaged_zip(tmp_path: Path) -> None:
     flipped = bytearray(raw)
     flipped[200] ^= 255  # inside the stored bytes of good.png: the checksum no longer holds
     (tmp_path / "c.zip").write_bytes(flipped)
-    with pytest.raises(BadInput, match=r"cannot read .*c.zip/cut.png.*; also refused: good.png"):
+    with pytest.raises(BadInput, match=r"cannot read .*c.zip/cut.png.*; also unreadable: good.png"):
         open_data(tmp_path / "c.zip")
 
 
@@ -265,7 +265,7 @@ def test_damaged_idx(tmp_path: Path) -> None:
     write_idx(good, pixels(3, channels=1)[..., 0])
     raw = good.read_bytes()
     good.write_bytes(raw[:-20])
-    with pytest.raises(BadInput, match=r"cannot read .*train-images-idx3-ubyte.gz.*cut short"):
+    with pytest.raises(BadInput, match=r"cannot read .*train-images-idx3-ubyte.gz.*truncated"):
         open_data(tmp_path)
     good.write_bytes(gzip.compress(gzip.decompress(raw)[:-7]))
     with pytest.raises(BadInput, match=r"should hold 106 bytes for sizes \(3, 6, 5\) but holds 99"):

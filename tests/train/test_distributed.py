@@ -14,39 +14,33 @@ import torch
 from torch import nn
 
 from hasten.cli import main
-from hasten.denoiser import Denoiser
 from hasten.distillers._ema_target import EMATarget
 from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
 from hasten.model import Model
-from hasten.nets.unet import UNet
-from hasten.predictions import V
 from hasten.schedules import VPCosine
 from hasten.train import Batches, Data, DenoisingLoss
 from hasten.train.checkpoint import read_log
-from hasten.train.data import Slices, share_of
-from hasten.train.draws import Draws
+from hasten.train.data import BatchSlices, shard_batches
 from hasten.train.fit import Fit
 from hasten.train.player import TrainedModule
+from hasten.train.rng import MicroBatchRng
 from hasten.workflows.distill import distill_model
 
+from ..factories import noise_data, tiny_model
 from ..processes import children, spawn, torchrun, until
 
 STEPS = 6
 
 
-def teacher(seed: int = 0) -> Model:
-    torch.manual_seed(seed)
-    net = UNet(1, widths=(8,), classes=2, embedding=8)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.1)
-    return Model(Denoiser(net, VPCosine(offset=0.0), V()), "tiny", (1, 8, 8), ("a", "b"), guidance_scale=1.0)
+def teacher() -> Model:
+    return tiny_model(
+        ("a", "b"), schedule=VPCosine(offset=0.0), network={"std": 0.1, "trainable": True}, guidance_scale=1.0
+    )
 
 
 def data() -> Data:
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=g)
-    return Data.of(images, torch.arange(20) % 2, ("a", "b"))
+    return noise_data(20, classes=("a", "b"))
 
 
 def trained(out: Path, accumulate: int, ends: int = STEPS, shard: bool = False) -> dict[str, torch.Tensor]:
@@ -84,7 +78,7 @@ def trained(out: Path, accumulate: int, ends: int = STEPS, shard: bool = False) 
 def distilled(out: Path, accumulate: int, method: str, steps: int, shard: bool = False) -> None:
     np.savez(out.parent / f"{out.name}.npz", images=data().images(range(20)).numpy()[:, 0], labels=np.arange(20) % 2)
     distill_model(
-        teacher(), out, method, data=out.parent / f"{out.name}.npz", steps=steps, batch_size=8, runtime="fp32",
+        teacher(), out, method, data=out.parent / f"{out.name}.npz", steps=steps, batch_size=8, precision="fp32",
         show=False, accumulate=accumulate, shard=shard,
     )  # fmt: skip
 
@@ -111,7 +105,7 @@ def two(rank: int, folder: str) -> None:
     distilled(out / "halved2", 1, HALVED, 4, shard=True)
     if rank:
         with pytest.raises(BadInput, match="multiple of the 2 processes"):
-            share_of(Batches(data(), 7), 0, 2)
+            shard_batches(Batches(data(), 7), 0, 2)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -185,22 +179,25 @@ def test_one_process_has_nothing_to_divide(tmp_path: Path) -> None:
 def test_parts_of_batches_are_the_batch() -> None:
     whole = Batches(data(), 6, seed=2, flip=True)
     for parts in (1, 2, 3):
-        for kind in (lambda p, parts=parts: share_of(whole, p, parts), lambda p, parts=parts: Slices(whole, p, parts)):
+        for kind in (
+            lambda p, parts=parts: shard_batches(whole, p, parts),
+            lambda p, parts=parts: BatchSlices(whole, p, parts),
+        ):
             got = [kind(p)[5] for p in range(parts)]
             for key in ("x", "label"):
                 assert torch.equal(torch.cat([part[key] for part in got]), whole[5][key])
     with pytest.raises(BadInput, match="a batch of 6 cannot be divided into 4 parts"):
-        Slices(whole, 0, 4)[0]
+        BatchSlices(whole, 0, 4)[0]
 
 
 def test_draws_of_a_part_do_not_know_the_others() -> None:
-    draws = Draws([5, 7])
+    draws = MicroBatchRng([5, 7])
     seen: list[list[float]] = [[], []]
     for part in (0, 1, 1, 0):
-        with draws.of(part):
+        with draws.fork(part):
             seen[part].append(float(torch.rand(())))
     for part, seed in enumerate((5, 7)):
-        Draws([seed])
+        MicroBatchRng([seed])
         assert seen[part] == [float(torch.rand(())) for _ in range(2)]
 
 
@@ -225,7 +222,7 @@ def test_a_disturbed_training_says_one_line_and_goes_on(tmp_path: Path, number: 
     np.save(tmp_path / "images.npy", data().images(range(20)).numpy()[:, 0])
     out = tmp_path / "run"
     asked = ["train", str(tmp_path / "images.npy"), "--out", str(out), "--widths", "8", "--batch-size", "8",
-             "--runtime", "fp32", "--device", "cpu", "--steps"]  # fmt: skip
+             "--precision", "fp32", "--device", "cpu", "--steps"]  # fmt: skip
     with torchrun(2, *asked, "1000000") as process:
         until(lambda: (out / "log.jsonl").exists() or process.poll() is not None)
         os.kill(process.pid if victim is None else children(process.pid)[victim], number)

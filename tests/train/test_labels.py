@@ -8,23 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from hasten.errors import BadInput
 from hasten.train.data import Data, open_data
+from tests.factories import write_image
 
 NAMES = ("a.png", "b.png", "c.png")
-
-
-def pic(path: Path, value: int = 100) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (4, 4), value).save(path)
 
 
 @pytest.fixture
 def flat(tmp_path: Path) -> Path:
     for k, name in enumerate(NAMES):
-        pic(tmp_path / name, 10 * k)
+        write_image(tmp_path / name, 10 * k)
     return tmp_path
 
 
@@ -102,17 +97,17 @@ def test_what_is_not_used_is_said(flat: Path, capsys: pytest.CaptureFixture[str]
 
 def test_bare_names_may_lie_in_a_folder(tmp_path: Path) -> None:
     for name in NAMES:
-        pic(tmp_path / "images" / name)
+        write_image(tmp_path / "images" / name)
     (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"{n},{c}\n" for n, c in zip(NAMES, WANTED)))
     assert classes_of(open_data(tmp_path)) == WANTED
-    pic(tmp_path / "images/more/a.png")
+    write_image(tmp_path / "images/more/a.png")
     with pytest.raises(BadInput, match=r"names a.png, which is not there"):
         open_data(tmp_path)
 
 
 def test_classes_without_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("cat", "dog"):
-        pic(tmp_path / name / "0.png")
+        write_image(tmp_path / name / "0.png")
     (tmp_path / "eel").mkdir()
     (tmp_path / "fox").mkdir()
     (tmp_path / "fox/0.heic").write_bytes(b"x")
@@ -121,7 +116,7 @@ def test_classes_without_images_are_said(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_single_other_column_of_metadata_is_a_class_where_its_values_repeat(flat: Path) -> None:
-    pic(flat / "d.png")
+    write_image(flat / "d.png")
     rows = "a.png,x\nb.png,y\nc.png,x\nd.png,y\n"
     (flat / "metadata.csv").write_text("file_name,kind\n" + rows)
     assert classes_of(open_data(flat)) == ["x", "y", "x", "y"]
@@ -131,7 +126,7 @@ def test_a_single_other_column_of_metadata_is_a_class_where_its_values_repeat(fl
 
 def test_labels_and_class_folders_must_agree(tmp_path: Path) -> None:
     for k, name in enumerate(("cat/0.png", "cat/1.png", "dog/2.png")):
-        pic(tmp_path / name, 10 * k)
+        write_image(tmp_path / name, 10 * k)
     labels = tmp_path / "labels.csv"
     for text in ("cat/0.png,dog\ncat/1.png,cat\ndog/2.png,dog\n", "cat/0.png,x\ncat/1.png,y\ndog/2.png,y\n"):
         labels.write_text("file,label\n" + text)
@@ -150,7 +145,7 @@ def test_shards_of_the_dataset_tools_are_no_classes(tmp_path: Path, capsys: pyte
     wanted, pairs = [3, 1, 0, 2, 1, 3], []
     with zipfile.ZipFile(tmp_path / "edm.zip", "w") as archive:
         for k, label in enumerate(wanted):
-            pic(tmp_path / "one.png", 10 * k)
+            write_image(tmp_path / "one.png", 10 * k)
             name = f"{k // 3:05d}/img{k:08d}.png"
             archive.write(tmp_path / "one.png", name)
             pairs.append([name, label])
@@ -163,12 +158,12 @@ def test_shards_of_the_dataset_tools_are_no_classes(tmp_path: Path, capsys: pyte
     assert open_data(tmp_path / "out").labels.tolist() == wanted  # type: ignore[union-attr]
     (tmp_path / "out/dataset.json").write_text('{"labels": null}')
     open_data(tmp_path / "out")
-    assert "if they are shards, give label 'none'" in capsys.readouterr().err
+    assert "if they are shards, set label to 'none'" in capsys.readouterr().err
 
 
 def test_labels_of_a_split_lie_in_it_or_above(tmp_path: Path) -> None:
     for name in ("train/0.png", "train/1.png", "test/0.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     (tmp_path / "labels.csv").write_text("file,label\ntrain/0.png,x\ntrain/1.png,y\ntest/0.png,y\n")
     assert classes_of(open_data(tmp_path)) == ["x", "y"] and classes_of(open_data(tmp_path, split="test")) == ["y"]
     (tmp_path / "labels.csv").unlink()
@@ -226,12 +221,12 @@ def test_arrays_that_are_not_used_are_said_and_labels_never_are(
     np.save(tmp_path / "pictures.npy", X)
     np.save(tmp_path / "labels.npy", Y)
     open_data(tmp_path / "pictures.npy")
-    assert "labels.npy beside it not used" in capsys.readouterr().err
+    assert "labels.npy next to it not used" in capsys.readouterr().err
 
 
 def test_images_beside_an_array_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "images.npy", X)
-    pic(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     assert len(open_data(tmp_path)) == 6
     assert "not 1 image beside them, such as a.png" in capsys.readouterr().err
     open_data(tmp_path, split=None, size=3, report=False)

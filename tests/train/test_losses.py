@@ -173,7 +173,7 @@ def test_labels_are_dropped_at_the_stated_share() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(BadInput, match="share in"):
+    with pytest.raises(BadInput, match="fraction in"):
         DenoisingLoss(label_drop=1.5)
     net = Affine()
     del net.null_label

@@ -11,15 +11,15 @@ import torch
 
 from hasten.errors import BadInput
 from hasten.train.data import Data
-from hasten.train.names import class_index, index_map, label_indices, match_labels, natural, split_labels
+from hasten.train.names import class_index, index_map, label_indices, match_labels, natural_key, split_labels
 
 
 def test_the_order_is_total_and_numbers_go_by_value() -> None:
     names = ["10", "9", "2", "02", "1", "01", "①", "②", "²", "a10", "a9", "a", "", "9" * 5000, "b"]
-    expected = sorted(names, key=natural)
+    expected = sorted(names, key=natural_key)
     for seed in range(20):
         random.Random(seed).shuffle(names)
-        assert sorted(names, key=natural) == expected
+        assert sorted(names, key=natural_key) == expected
     assert [n for n in expected if n in ("01", "1", "02", "2", "9", "10")] == ["01", "1", "02", "2", "9", "10"]
     assert expected.index("a9") < expected.index("a10")
 

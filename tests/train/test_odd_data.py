@@ -10,20 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hasten.errors import BadInput
-from hasten.train import notes
+from hasten.train import messages
 from hasten.train.data import open_data
+from tests.factories import write_images
 
 IMAGES = np.arange(6 * 64, dtype=np.uint8).reshape(6, 8, 8)
-
-
-def pics(folder: Path, *names: str, value: int = 100) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4), value).save(folder / name)
-    return folder
 
 
 @pytest.mark.parametrize("train, other", [
@@ -31,25 +24,25 @@ def pics(folder: Path, *names: str, value: int = 100) -> Path:
     ("train", "eval"), ("trainval", "test"), ("Train", "Evaluation"),
 ])  # fmt: skip
 def test_splits_within_longer_names_are_no_classes(tmp_path: Path, train: str, other: str) -> None:
-    pics(tmp_path, f"{train}/cat/a.png", f"{train}/dog/a.png", f"{other}/cat/b.png")
+    write_images(tmp_path, f"{train}/cat/a.png", f"{train}/dog/a.png", f"{other}/cat/b.png")
     data = open_data(tmp_path)
     assert (len(data), data.classes) == (2, ("cat", "dog"))
-    assert any(other in note for note in data.notes)
+    assert any(other in message for message in data.messages)
 
 
 def test_splits_of_several_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="name one of them"):
-        open_data(pics(tmp_path, "trainA/a.png", "trainB/a.png", "testA/a.png", "testB/a.png"))
+        open_data(write_images(tmp_path, "trainA/a.png", "trainB/a.png", "testA/a.png", "testB/a.png"))
 
 
 def test_classes_with_words_of_splits_stay_classes(tmp_path: Path) -> None:
     names = ("bullet_train", "test_tube", "testarossa", "cat")
-    assert open_data(pics(tmp_path, *(f"{name}/a.png" for name in names))).classes == tuple(sorted(names))
+    assert open_data(write_images(tmp_path, *(f"{name}/a.png" for name in names))).classes == tuple(sorted(names))
 
 
 def test_a_folder_of_images_beside_masks_is_the_set(tmp_path: Path) -> None:
-    data = open_data(pics(tmp_path, "images/cat/a.png", "images/dog/a.png", "masks/a.png"))
-    assert (len(data), data.classes) == (2, ("cat", "dog")) and "masks" in data.notes[0]
+    data = open_data(write_images(tmp_path, "images/cat/a.png", "images/dog/a.png", "masks/a.png"))
+    assert (len(data), data.classes) == (2, ("cat", "dog")) and "masks" in data.messages[0]
 
 
 @pytest.mark.parametrize("name, text", [
@@ -59,7 +52,7 @@ def test_a_folder_of_images_beside_masks_is_the_set(tmp_path: Path) -> None:
     ("metadata.jsonl", '{"file_name": "a.png", "label": {"k": 1}}\n{"file_name": "b.png", "label": {"k": 0}}\n'),
 ])  # fmt: skip
 def test_labels_that_cannot_be_used_are_refused(tmp_path: Path, name: str, text: str) -> None:
-    (pics(tmp_path, "a.png", "b.png") / name).write_text(text)
+    (write_images(tmp_path, "a.png", "b.png") / name).write_text(text)
     with pytest.raises(BadInput, match=name):
         open_data(tmp_path)
 
@@ -73,7 +66,7 @@ def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, arrays: dict[str
     np.savez(tmp_path / "a.npz", images=IMAGES, **arrays)
     with pytest.raises(BadInput) as error:
         open_data(tmp_path / "a.npz")
-    assert "cut short" not in str(error.value) and "-9223" not in str(error.value)
+    assert "truncated" not in str(error.value) and "-9223" not in str(error.value)
 
 
 def test_names_in_bytes_are_read_and_names_of_images_are_no_classes(tmp_path: Path) -> None:
@@ -82,7 +75,7 @@ def test_names_in_bytes_are_read_and_names_of_images_are_no_classes(tmp_path: Pa
     assert open_data(tmp_path / "a.npz").classes == ("a", "b")
     np.savez(tmp_path / "b.npz", images=IMAGES, labels=labels, names=np.array(list("uvwxyz")))
     data = open_data(tmp_path / "b.npz")
-    assert data.classes == ("0", "1") and any("names" in note for note in data.notes)
+    assert data.classes == ("0", "1") and any("names" in message for message in data.messages)
 
 
 def test_an_array_under_the_suffix_of_another_is_refused(tmp_path: Path) -> None:
@@ -118,13 +111,13 @@ def test_few_of_sixteen_bits_beside_opaque_pixels_are_refused(tmp_path: Path) ->
 
 def test_masks_of_0_and_1_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="masks"):
-        open_data(pics(tmp_path, "a.png", value=1))
+        open_data(write_images(tmp_path, "a.png", value=1))
 
 
 def test_labels_beside_an_array_that_are_not_used_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notes, "_printed", set())
+    monkeypatch.setattr(messages, "_printed", set())
     np.save(tmp_path / "images.npy", IMAGES)
     (tmp_path / "labels.csv").write_text("file,label\n")
     open_data(tmp_path)
@@ -140,7 +133,7 @@ def test_what_is_no_path_is_refused(data: Any) -> None:
 @pytest.mark.parametrize("option", [{"size": 8.0}, {"size": "8"}, {"size": True}, {"channels": True}])
 def test_sizes_that_are_none_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="must be"):
-        open_data(pics(tmp_path, "a.png"), **option)
+        open_data(write_images(tmp_path, "a.png"), **option)
 
 
 def test_a_path_too_long_is_refused() -> None:

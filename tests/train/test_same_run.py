@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,10 +21,11 @@ from hasten.train.data import Batches, open_data
 from hasten.train.ema import Ema
 from hasten.train.fingerprint import describe_data
 from hasten.train.fit import Fit
-from hasten.train.losses import narrowed, stratified
+from hasten.train.losses import cast_to_device, stratified
 from hasten.train.player import TrainedModule
-from hasten.train.transfer import moved, prefetch
-from tests.test_training import data, images, trained
+from hasten.train.transfer import prefetch, to_device
+from tests.factories import CLASSES, class_folders, noise_data, noise_images
+from tests.test_training import trained
 
 
 def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: py
     monkeypatch.setattr(Tensor, "to", to)
     u = stratified(1000, "mps")  # stays on the CPU, in float64
     assert moved == [] and u.dtype == torch.float64 and u.device.type == "cpu"
-    narrowed(torch.ones(2, dtype=torch.float64), torch.device("mps"))
+    cast_to_device(torch.ones(2, dtype=torch.float64), torch.device("mps"))
     assert moved == [torch.float32]
     assert stratified(4).dtype == torch.float64
 
@@ -50,17 +50,20 @@ def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: py
 
 
 CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"source": data(pixels=images(12, seed=1))}, "data.pixels"),
-    ({"source": data(classes=("a", "b", "x"))}, r'data.classes \["a", "b", "c"\], this one has \["a", "b", "x"\]'),
-    ({"source": replace(data(), labels=torch.arange(12).flip(0) % 3)}, "data.labels"),
-    ({"source": data(11)}, "images 12, this one has 11"),
+    ({"source": noise_data(classes=CLASSES, images=noise_images(seed=1))}, "data.pixels"),
+    (
+        {"source": noise_data(classes=("coat", "bag", "x"))},
+        r'data.classes \["coat", "bag", "boot"\], this one has \["coat", "bag", "x"\]',
+    ),
+    ({"source": replace(noise_data(classes=CLASSES), labels=torch.arange(12).flip(0) % 3)}, "data.labels"),
+    ({"source": noise_data(11, classes=CLASSES)}, "images 12, this one has 11"),
     ({"lr": 0.5}, "players.model.lr 0.001, this one has 0.5"),
     ({"label_drop": 0.9}, "label_drop 0.1, this one has 0.9"),
     ({"flip": True}, "flip false, this one has true"),
     ({"seed": 1}, "seed 0, this one has 1"),
     ({"batch_size": 6}, "batch_size 4, this one has 6"),
-    ({"runtime": "bf16"}, "precision fp32, this one has bf16"),
-    ({"runtime": "fp32+high"}, "precision fp32, this one has fp32.high"),
+    ({"precision": "bf16"}, "precision fp32, this one has bf16"),
+    ({"precision": "fp32+high"}, "precision fp32, this one has fp32.high"),
     ({"widths": (16,)}, "network.widths"),
 )
 
@@ -80,9 +83,9 @@ def test_a_run_of_anything_else_is_refused_finished_or_not(tmp_path: Path, steps
 
 def test_auto_takes_the_number_format_of_the_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.workflows.train.autotune", lambda *_: hasten.performance.autotune.parse_runtime("bf16"))
-    trained(tmp_path, runtime="fp32")
-    assert trained(tmp_path, runtime="auto", steps=3).card["precision"] == "fp32"
-    assert trained(tmp_path / "other", runtime="auto").card["precision"] == "bf16"
+    trained(tmp_path, precision="fp32")
+    assert trained(tmp_path, precision="auto", steps=3).card["precision"] == "fp32"
+    assert trained(tmp_path / "other", precision="auto").card["precision"] == "bf16"
     assert saved_run(tmp_path / "checkpoint.pt")["precision"] == "fp32"
 
 
@@ -90,7 +93,7 @@ def test_the_settings_of_every_player_count(tmp_path: Path) -> None:
     def fit(out: Path, steps: int = 2, ema: Ema | None = None, clip: float | None = 1.0, **options: Any) -> None:
         module = nn.Linear(64, 1)
         p = TrainedModule("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), **options)
-        Fit(steps=steps, ema=ema or Ema(), clip=clip, tensorboard=False)([p], Batches(data(classes=None), 4), out)
+        Fit(steps=steps, ema=ema or Ema(), clip=clip, tensorboard=False)([p], Batches(noise_data(), 4), out)
 
     fit(tmp_path)
     for change, message in (
@@ -127,24 +130,16 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_written(tmp_pa
 # ---- what tells one data set from another ----
 
 
-def folder(path: Path, n: int = 6, value: int = 0) -> Path:
-    for k in range(n):
-        file = path / "ab"[k % 2] / f"{k}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8), 20 * k + value, np.uint8)).save(file)
-    return path
-
-
 @pytest.mark.parametrize("lazy", [False, True])
 def test_data_is_known_by_pixels_labels_and_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool
 ) -> None:
     if lazy:
         monkeypatch.setattr("hasten.train.folders.MEMORY", 0)
-    first = describe_data(open_data(folder(tmp_path / "one")))
-    assert first == describe_data(open_data(folder(tmp_path / "two")))  # wherever it lies
+    first = describe_data(open_data(class_folders(tmp_path / "one")))
+    assert first == describe_data(open_data(class_folders(tmp_path / "two")))  # wherever it lies
     assert json.loads(json.dumps(first)) == first
-    assert first["pixels"] != describe_data(open_data(folder(tmp_path / "other", value=1)))["pixels"]
+    assert first["pixels"] != describe_data(open_data(class_folders(tmp_path / "other", value=1)))["pixels"]
     (tmp_path / "two" / "b").rename(tmp_path / "two" / "c")
     assert first["classes"] != describe_data(open_data(tmp_path / "two"))["classes"]
     changed = copy.copy(open_data(tmp_path / "one"))
@@ -155,7 +150,7 @@ def test_data_is_known_by_pixels_labels_and_classes(
 def test_an_image_in_the_middle_of_a_large_set_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.train.folders.MEMORY", 0)
     monkeypatch.setattr("hasten.train.fingerprint.SAMPLE", 2)  # images that are decoded: the first and the last
-    first = describe_data(open_data(folder(tmp_path / "a")))
+    first = describe_data(open_data(class_folders(tmp_path / "a")))
     Image.effect_noise((8, 8), 80).save(tmp_path / "a" / "b" / "3.png")
     assert describe_data(open_data(tmp_path / "a"))["pixels"] != first["pixels"]
 
@@ -164,7 +159,7 @@ def test_a_damaged_image_of_a_large_set_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("hasten.train.folders.MEMORY", 0)
-    source = folder(tmp_path / "d")
+    source = class_folders(tmp_path / "d")
     file = source / "b" / "3.png"
     file.write_bytes(file.read_bytes()[:-30])
     model = trained(tmp_path / "m", open_data(source, size=8, channels=1), steps=3)
@@ -196,10 +191,10 @@ def test_batches_for_a_gpu_are_pinned_ahead_and_copied_without_waiting(monkeypat
 
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     monkeypatch.setattr(Tensor, "to", to)
-    batches, gpu = Batches(data(), 4), torch.device("cuda")
+    batches, gpu = Batches(noise_data(classes=CLASSES), 4), torch.device("cuda")
     with prefetch(batches, gpu) as take:
         for step in range(3):
-            batch = {key: moved(value, gpu, False) for key, value in take(step).items()}
+            batch = {key: to_device(value, gpu, False) for key, value in take(step).items()}
             assert torch.equal(batch["x"], batches[step]["x"])
     assert len(pinned) >= 6 and all(pinned) and copies == [True] * 6
     pinned.clear()

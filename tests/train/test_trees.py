@@ -16,12 +16,7 @@ from PIL import Image, features
 
 from hasten.errors import BadInput
 from hasten.train.data import Batches, open_data
-
-
-def pic(path: Path, value: int = 100) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (4, 4), value).save(path)
-    return path
+from tests.factories import write_image
 
 
 def member(archive: zipfile.ZipFile, name: str, value: int = 100) -> None:
@@ -38,9 +33,9 @@ def test_linked_class_folders_are_followed_and_loops_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for k, name in enumerate(("cat", "dog", "eel")):
-        pic(tmp_path / "real" / name / "0.png", 50 * k)
+        write_image(tmp_path / "real" / name / "0.png", 50 * k)
     data = tmp_path / "data"
-    pic(data / "cat/0.png", 200)
+    write_image(data / "cat/0.png", 200)
     for name in ("dog", "eel"):
         (data / name).symlink_to(tmp_path / "real" / name)
     (data / "cat/up").symlink_to(data)
@@ -48,14 +43,14 @@ def test_linked_class_folders_are_followed_and_loops_are_not(
     found = open_data(data)
     assert found.classes == ("cat", "dog", "eel") and len(found) == 3
     said = capsys.readouterr().err
-    assert "cat/up links to a folder that holds it" in said and "gone.png links to a file that is not there" in said
+    assert "cat/up links to a folder that holds it" in said and "gone.png links to a missing file" in said
     (tmp_path / "all").symlink_to(data)
     assert len(open_data(tmp_path / "all")) == 3
 
 
 def test_the_order_of_classes_is_that_of_every_process(tmp_path: Path) -> None:
     for name in ("1", "01", "001", "①", "²"):
-        pic(tmp_path / name / "0.png")
+        write_image(tmp_path / name / "0.png")
     code = f"from hasten.train import open_data; print(open_data({str(tmp_path)!r}).classes)"
     orders = set()
     for seed in "01":
@@ -66,8 +61,8 @@ def test_the_order_of_classes_is_that_of_every_process(tmp_path: Path) -> None:
 
 
 def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
-    pic(tmp_path / unicodedata.normalize("NFD", "café") / "0.png")
-    pic(tmp_path / "tea/0.png")
+    write_image(tmp_path / unicodedata.normalize("NFD", "café") / "0.png")
+    write_image(tmp_path / "tea/0.png")
     assert open_data(tmp_path).classes == (unicodedata.normalize("NFC", "café"), "tea")
 
 
@@ -89,7 +84,7 @@ def test_splits_and_what_lies_beside_them_are_no_classes(
     parts, classes, count = SPLITS[way]
     for part in parts:
         for name in ("cat", "dog"):
-            pic(tmp_path / part / name / "0.png")
+            write_image(tmp_path / part / name / "0.png")
     data = open_data(tmp_path)
     assert data.classes == classes and len(data) == count
     said = capsys.readouterr().err
@@ -99,20 +94,20 @@ def test_splits_and_what_lies_beside_them_are_no_classes(
 
 def test_more_ways_to_lay_out_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a/train/cat/0.png", "a/train/dog/0.png", "a/test/0.png", "a/preview.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     data = open_data(tmp_path / "a")
     assert len(data) == 2 and data.classes == ("cat", "dog")
-    assert "1 image beside the folders, such as preview.png" in capsys.readouterr().err
+    assert "1 image next to the folders, such as preview.png" in capsys.readouterr().err
     for name in ("b/cat/train/0.png", "b/cat/test/1.png", "b/dog/train/2.png", "b/dog/test/3.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     assert len(open_data(tmp_path / "b")) == len(open_data(tmp_path / "b", split="test")) == 2
     assert open_data(tmp_path / "b").classes == ("cat", "dog")
     for name in ("c/train/0.png", "c/training/0.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     with pytest.raises(BadInput, match="several folders of the split 'train', train, training"):
         open_data(tmp_path / "c")
     for name in ("d/test/0.png", "d/val/0.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     with pytest.raises(BadInput, match="no split 'train': it has test, val"):
         open_data(tmp_path / "d")
 
@@ -131,7 +126,7 @@ def test_zip_names_of_other_systems(tmp_path: Path, capsys: pytest.CaptureFixtur
             member(archive, name, 10 * k)
     data = open_data(tmp_path / "s.zip")
     assert len(data) == 3 and data.classes == ("abs", "ok", "up")
-    assert "in the zip twice, of which the last is used: 1 name" in capsys.readouterr().err
+    assert "in the zip twice, the last is used: 1 name" in capsys.readouterr().err
     with zipfile.ZipFile(tmp_path / "u.zip", "w") as archive:
         for name in ("日本/a.png", "кот/b.png"):
             member(archive, name)
@@ -162,7 +157,7 @@ def test_zips_that_python_cannot_read(tmp_path: Path, flag: int, method: int | N
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_zips_of_every_method_that_it_can(tmp_path: Path, method: int) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
-        archive.write(pic(tmp_path / "0.png"), "0.png")
+        archive.write(write_image(tmp_path / "0.png"), "0.png")
     assert open_data(tmp_path / "a.zip").images([0]).unique().tolist() == [100]
 
 
@@ -233,7 +228,7 @@ def test_an_unreadable_image_of_a_large_set_never_stops_a_run(lazy: Path, capsys
     assert torch.equal(images[bad], kept[bad + 1])  # the next of its class
     assert all(torch.equal(images[k], kept[k]) for k in range(8) if k != bad)
     said = capsys.readouterr().err
-    assert "cannot read" in said and "b/3.png" in said and "b/5.png is used in its place" in said
+    assert "cannot read" in said and "b/3.png" in said and "b/5.png is used instead" in said
     first, again = Batches(data, 4, seed=1), Batches(open_data(lazy), 4, seed=1)
     assert all(torch.equal(first[k]["x"], again[k]["x"]) for k in range(6))
     for k in (1, 5, 7):
@@ -261,8 +256,8 @@ def test_headers_are_read_and_no_pixels(lazy: Path, monkeypatch: pytest.MonkeyPa
 
 def test_all_unreadable_images_of_a_small_set_are_named(tmp_path: Path) -> None:
     for k in range(4):
-        file = pic(tmp_path / f"{k}.png")
+        file = write_image(tmp_path / f"{k}.png")
         if k % 2:
             file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(BadInput, match=r"cannot read .*1.png.*; also refused: 3.png"):
+    with pytest.raises(BadInput, match=r"cannot read .*1.png.*; also unreadable: 3.png"):
         open_data(tmp_path)

@@ -15,7 +15,7 @@ from hasten.pick import pick
 from hasten.samplers import UniPC
 from hasten.schedules import VPCosine
 from hasten.times import UniformLambda
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.attributes import AttributePredictor
 from tests.guides.test_features import unet
 
@@ -96,13 +96,13 @@ def pictures(n: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def task(**changes: Any) -> Task:
+def task(**changes: Any) -> TuningTask:
     denoiser = Denoiser(unet(classes=4), VPCosine(offset=0.0), "v")
     settings: dict[str, Any] = {
         "denoiser": denoiser, "sampler": UniPC(), "times": UniformLambda()(denoiser.schedule, 3), "shape": (1, 8, 8),
         "labels": lambda n: torch.arange(n) % 4, "images": pictures, "n": 800,
     }  # fmt: skip
-    return Task(**(settings | changes))
+    return TuningTask(**(settings | changes))
 
 
 def noise_says(part: nn.Module) -> float:

@@ -16,16 +16,18 @@ from hasten.nets.density import MixtureDensity
 from hasten.samplers import DDIM
 from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
 from hasten.starts import Auxiliary
-from hasten.tuning import Task
-from hasten.tuning.auxiliary import AuxiliaryDensity, divergence, fit, fit_mixture, score_cost
+from hasten.tuning import TuningTask
+from hasten.tuning.auxiliary import AuxiliaryDensity, fit_density, fit_mixture, kl_divergence, score_cost
 
 
-def task(data: Any, labels: Any = None, n: int = 4000, seed: int = 0) -> Task:
+def task(data: Any, labels: Any = None, n: int = 4000, seed: int = 0) -> TuningTask:
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         x = data.sample(n, torch.Generator().manual_seed(n)).float()
         return x, None if labels is None else labels(x)
 
-    return Task(data, DDIM(), torch.tensor([1.0, 0.0]), tuple(data.sample(1).shape[1:]), images=images, n=n, seed=seed)
+    return TuningTask(
+        data, DDIM(), torch.tensor([1.0, 0.0]), tuple(data.sample(1).shape[1:]), images=images, n=n, seed=seed
+    )
 
 
 @pytest.mark.parametrize("schedule", [VPCosine(offset=0.0), VPLinear(), Flow(), EDM()], ids=lambda s: type(s).__name__)
@@ -89,11 +91,11 @@ def test_more_components_are_more_likely() -> None:
     found = {}
     for K in (1, 10):
         nu = MixtureDensity((64,), rank=20, components=K)
-        fit(nu, x[:5000], 0.1, None)
-        found[K] = divergence(nu, z[5000:], None, 0.1)
+        fit_density(nu, x[:5000], 0.1, None)
+        found[K] = kl_divergence(nu, z[5000:], None, 0.1)
     assert found[10] < found[1] - 0.1
     off, one = x[:5000] - x[:5000].mean(0), MixtureDensity((64,), rank=64)
-    fit(one, x[:5000], 0.1, None)
+    fit_density(one, x[:5000], 0.1, None)
     L = one.basis @ one.factor[0, 0]
     assert (L @ L.T - off.T @ off / 5000 - 0.01 * torch.eye(64, dtype=torch.float64)).abs().max() < 1e-10
 
@@ -142,7 +144,7 @@ def test_images_without_labels_and_guidance() -> None:
 def test_what_it_refuses() -> None:
     data = g8(VPLinear(beta_max=1.0))  # ends at q = .86
     with pytest.raises(BadInput, match="--data"):
-        AuxiliaryDensity().tune(Task(data, DDIM(), torch.tensor([1.0, 0.0]), (8,)))
+        AuxiliaryDensity().tune(TuningTask(data, DDIM(), torch.tensor([1.0, 0.0]), (8,)))
     with pytest.raises(BadInput, match="ends at the level 0.8"):
         AuxiliaryDensity(levels=(0.5, 2.0)).tune(task(data))
     for wrong in ({"levels": ()}, {"levels": (0.0,)}, {"level": -1.0}, {"rank": 0}, {"components": 0}):

@@ -13,8 +13,8 @@ from hasten.samplers import DDIM
 from hasten.schedules import Discrete
 from hasten.starts import SingDiffusion
 from hasten.storage.weights import build_network
-from hasten.tuning import Task
-from hasten.tuning.first_step import FirstStep, class_means, distance
+from hasten.tuning import TuningTask
+from hasten.tuning.first_step import FirstStep, class_means, distance_to_means
 
 TABLE = Discrete.scaled_linear()
 
@@ -29,11 +29,11 @@ def patterns(n: int) -> tuple[Tensor, Tensor]:
     return means[label] + 0.2 * torch.randn(n, 1, 8, 8, generator=generator), label
 
 
-def task(images: object = patterns, labelled: bool = True, seed: int = 0) -> Task:
+def task(images: object = patterns, labelled: bool = True, seed: int = 0) -> TuningTask:
     model = Gaussian(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), TABLE)
     if labelled:
         model.null_label = 3  # type: ignore[assignment]
-    return Task(
+    return TuningTask(
         model, DDIM(), torch.tensor([1.0, 0.0], dtype=torch.float64), (1, 8, 8), images=images, n=900, seed=seed
     )  # type: ignore[arg-type]
 
@@ -86,10 +86,10 @@ def test_an_unlabelled_model_has_one_row() -> None:
 
 def test_a_model_with_classes_and_images_without() -> None:
     """Every class has the mean of all."""
-    assert distance(FirstStepNet((2,), 2), torch.zeros(3, 2)) == 0.0
+    assert distance_to_means(FirstStepNet((2,), 2), torch.zeros(3, 2)) == 0.0
     data = m2(TABLE, labels=[0, 0, 0, 1, 1, 1])
     x = data.sample(4000, torch.Generator().manual_seed(0)).float()
-    given = Task(data, DDIM(), torch.tensor([1.0, 0.0]), (2,), images=lambda n: (x[:n], None), n=4000)
+    given = TuningTask(data, DDIM(), torch.tensor([1.0, 0.0]), (2,), images=lambda n: (x[:n], None), n=4000)
     fitted = FirstStep().tune(given).parts["first_step"]
     assert torch.allclose(fitted.mean.data, x[:3600].mean(0).expand(3, 2), atol=1e-6)  # type: ignore[union-attr,operator]
 

@@ -18,7 +18,7 @@ from hasten.samplers.noise_level import NoiseLevel as Sampler
 from hasten.sampling import Noise, walk
 from hasten.schedules import Flow
 from hasten.storage.weights import build_network
-from hasten.tuning import Task, Tuned
+from hasten.tuning import Tuned, TuningTask
 from hasten.tuning.noise_level import HIGHEST, LOWEST, NoiseLevel, errors, log_sigma2, noisy
 
 F64 = torch.float64
@@ -29,14 +29,14 @@ def gaussian() -> Gaussian:
     return Gaussian(torch.zeros(SHAPE), torch.full(SHAPE, V), Flow())
 
 
-def task(n: int = 2000) -> Task:
+def task(n: int = 2000) -> TuningTask:
     """Images of independent pixels N(0, .25): what the level is can be read off the mean square alone."""
 
     def images(count: int) -> tuple[Tensor, None]:
         return gaussian().sample(count, torch.Generator().manual_seed(0)).float(), None
 
     times = torch.linspace(1, 0, 11, dtype=F64)
-    return Task(denoiser=gaussian(), sampler=Sampler(updates=()), times=times, shape=SHAPE, images=images, n=n)
+    return TuningTask(denoiser=gaussian(), sampler=Sampler(updates=()), times=times, shape=SHAPE, images=images, n=n)
 
 
 QUICK = NoiseLevel(minutes=10, steps=400, batch_size=64, lr=3e-3, width=4)

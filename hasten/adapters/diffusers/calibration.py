@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...accelerators import Call, Recorder
-from ...accelerators._calls import empty_prompt, in_batches
+from ...accelerators._calls import in_batches, warn_empty_prompt
 from ...errors import BadInput
 from .schedules import read_scheduler
 
@@ -79,7 +79,7 @@ def record_model_calls(
     """
     texts = None if model.conditioning is None else model.conditioning.texts(n, prompts)
     if texts is not None and not any(texts):
-        empty_prompt(model.name)
+        warn_empty_prompt(model.name)
 
     def record(first: int, rows: int) -> list[Call]:
         recorder = Recorder(model.denoiser)

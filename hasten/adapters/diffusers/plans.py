@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ...errors import BadInput, HastenError
 from ...pick import format_spec, pick
-from ...plan.program import Draws, combine
+from ...plan.program import NoiseDraws, combine
 from ...plan.table import Plan
 from ...plan.table import plan as compile_plan
 from ...predictions import prediction_from
@@ -96,12 +96,12 @@ class Trajectory:
         """
         row, k = self.program.rows[self.next], self.next
         self.noise = noise  # of this call: pipelines pass their generators to each
-        self.draws = self.draws or Draws(lambda: self.noise())
+        self.draws = self.draws or NoiseDraws(lambda: self.noise())
         self.states[k], self.outputs[k] = x, x0
         state = combine(row, self.states, self.outputs, self.draws)
         for j in row.last_states:
             del self.states[j]
-        for j in row.last_answers:
+        for j in row.last_outputs:
             del self.outputs[j]
         self.next += 1
         return state

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hasten.errors import BadInput
-from hasten.train.given import read_images
+from hasten.train.start_images import read_images
 
 HOLE = (slice(2, 5), slice(3, 6))
 
@@ -75,6 +75,6 @@ def test_too_few_are_refused_and_too_many_said(place: Path, capsys: pytest.Captu
     np.save(place / "a.npy", np.zeros((3, 8, 8), np.uint8))
     assert read_images(place / "a.npy", 2, 1).shape == (2, 1, 8, 8)
     assert "the first 2 of 3 images are used" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="holds 3 images, asked for 4"):
+    with pytest.raises(BadInput, match="holds 3 images, fewer than 4"):
         read_images(place / "a.npy", 4, 1)
     assert read_images(place / "opaque.png", 4, 3).shape == (4, 3, 8, 8)  # one image for all

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInput, HastenError, check_int
 
-__all__ = ["LARGEST_SEED", "Noise", "global_seed", "kept_random_state", "make_generator", "no_noise"]
+__all__ = ["LARGEST_SEED", "Noise", "global_seed", "preserve_rng_state", "make_generator", "no_noise"]
 
 LARGEST_SEED = 2**64 - 1
 
@@ -106,9 +106,9 @@ def global_seed(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_random_state() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """What runs inside may seed and use torch's global generators, that of the current GPU too; afterwards they go on
-    as if it had not. Serves as a decorator, `@kept_random_state()`."""
+    as if it had not. Serves as a decorator, `@preserve_rng_state()`."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
