@@ -114,7 +114,7 @@ def test_a_killed_process_ends_the_run_and_the_next_run_resumes(tmp_path: Path) 
     whole_file = tmp_path / "whole" / "a.png"
     assert main(["sample", "fashion", "--n", "24", "--out", str(whole_file), *LONG]) == 0
     assert whole_file.read_bytes() == (tmp_path / "a.png").read_bytes()
-    assert "--n 24" in read_text(whole_file)["command"]
+    assert "--n 24" in read_png_text(whole_file)["command"]
 
 
 @pytest.mark.slow
