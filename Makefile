@@ -15,8 +15,8 @@ OLDEST := tests/core tests/test_schedules.py tests/test_times.py tests/test_pred
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.stamp ## compare many configurations of the bundled model on one page (3 to 5 minutes on 2 cores)
-	$(BIN)/hasten compare fashion --variants fashion --out $(DEMO)
+demo: $(VENV)/.stamp ## compare many configurations of the bundled model on one page (2 minutes)
+	$(BIN)/hasten compare fashion --variants fashion --minutes 1.7 --out $(DEMO)
 	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
 
 test: $(VENV)/.stamp-dev ## the tests, without the slow ones

@@ -85,7 +85,7 @@ def test_students_alone_can_be_compared(tmp_path: Path) -> None:
     [
         ('model = "nowhere"', "nowhere"),
         ("model = 3", "must be text"),
-        ('model = "{0}"\nsteps = 0', "steps must be a whole number from 1"),
+        ('model = "{0}"\nsteps = 0', "steps must be an integer of at least 1"),
         ('model = "{1}"', "other images or classes"),
         ('model = "{0}"\nguidance_scale = 9.0', "distilled for guidance_scale 1 to 3"),
     ],

@@ -63,7 +63,7 @@ def test_plans_guides_and_adaptive_samplers_are_rows(run: Any, chosen: Path, tmp
     ("old", "new", "said"),
     [
         ('plan = ["three", "PLAN"]', 'plan = "for"', r"'planned': tiny has no plan 'for'"),
-        ('plan = ["three", "PLAN"]', 'plan = "a"\nsteps = 4', r"leave out steps or the plan"),
+        ('plan = ["three", "PLAN"]', 'plan = "a"\nsteps = 4', r"remove steps or the plan"),
         ('plan = ["three", "PLAN"]', "plan = 4", r"plan must be text"),
         ("interval:low", "intervall:low", r"guides: unknown guide 'intervall': did you mean 'interval'"),
         ('guides = ["interval:low=0.5,high=5"]', 'guides = "interval"', r"guides must be a list of texts"),

@@ -97,7 +97,7 @@ def test_the_front_keeps_one_of_two_equal_rows_and_none_without_quality() -> Non
 def test_the_headline_names_the_cheapest_row_near_the_reference(rows: list[dict[str, Any]]) -> None:
     said = report.headline(rows)
     assert said.startswith("Reference, 7 steps (14 NFE) makes an image 4.6× faster than UniPC-3, 32 steps (64 NFE)")
-    assert "4.40 against 4.00 (floor 0.35)" in said
+    assert "4.40 against 4.00 (real images 0.35)" in said
     far = [r for r in rows if r["frechet"] > 4.6 or r["role"] == "reference"]
     assert report.headline(far).startswith("No variant comes within 15%")
     assert "not finished" in report.headline(rows[1:])
@@ -256,7 +256,7 @@ def test_prompts_are_named(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     made = [{**r, "protocol": {**PROTOCOL, "prompts": texts}} for r in rows]
     text = report.write_report(tmp_path, made, {}).read_text()
     assert "a &lt;cat&gt; number 19" in text and "number 20" not in text and "and 5 more" in text
-    assert "--label 'a <cat> number 0'" in report.sample_command(made[0])
+    assert "--prompt 'a <cat> number 0'" in report.sample_command(made[0])
 
 
 def test_the_grid_puts_each_image_where_it_belongs(rows: list[dict[str, Any]]) -> None:

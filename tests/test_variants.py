@@ -21,7 +21,7 @@ from .test_compare import SET, Corner, chosen, run
     ("old", "new", "said"),
     [
         ("n = 12", "m = 12", r"unknown key 'm': .*choices: reference, variant, n, rounds"),
-        ("n = 12", "n = 0", r"n must be a whole number from 10, got 0"),
+        ("n = 12", "n = 0", r"n must be an integer of at least 10, got 0"),
         ("[reference]", "[reference", r"not valid TOML"),
         ("[reference]", "[referense]", r"unknown key 'referense': did you mean 'reference'"),
         ('sampler = "heun"', 'sampler = "huen"', r"variant 3 \('plain Heun'\): sampler: .*'huen'.*did you mean 'heun'"),
@@ -29,7 +29,7 @@ from .test_compare import SET, Corner, chosen, run
         ('times = "lambda"', 'times = "lamda"', r"\[reference\]: times: .*lambda"),
         ("steps = [2, 4]", "stpes = 4", r"variant 1 \('DDIM'\): unknown key 'stpes': did you mean 'steps'"),
         ("steps = [2, 4]", "steps = []", r"variant 1 \('DDIM'\): steps must be one or more values"),
-        ("steps = [2, 4]", "steps = [2, 0]", r"variant 1 \('DDIM'\): steps must be a whole number from 1, got 0"),
+        ("steps = [2, 4]", "steps = [2, 0]", r"variant 1 \('DDIM'\): steps must be an integer of at least 1, got 0"),
         ("steps = 12", "steps = [12, 24]", r"\[reference\]: steps must be one value"),
         ("guidance_scale = 1", 'guidance_scale = "x"', r"guidance_scale must be a number"),
         ('name = "UniPC"', 'name = "DDIM, 2 steps"', r"'DDIM, 2 steps' is used twice"),
@@ -108,11 +108,11 @@ def test_what_a_variant_leaves_out_is_the_references() -> None:
     ("table", "said"),
     [
         ({"name": "x", "sampelr": "ddim"}, "unknown key 'sampelr': did you mean 'sampler'"),
-        ({"name": "x", "model": "m", "steps": 2.5}, "steps must be a whole number"),
+        ({"name": "x", "model": "m", "steps": 2.5}, "steps must be an integer"),
         ({"name": "x", "model": "m", "times": "unifrom"}, "did you mean 'uniform'"),
         ({"name": "x"}, "it is the reference again"),
         ({"name": "x", "guidance_scale": float("nan")}, "guidance_scale must be a number"),
-        ({"name": "x", "steps": True}, "steps must be a whole number"),
+        ({"name": "x", "steps": True}, "steps must be an integer"),
     ],
 )
 def test_what_a_table_cannot_say_is_one_line(table: dict[str, Any], said: str) -> None:

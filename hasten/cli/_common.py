@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def open_model(name: str, device: str) -> Model:
-    """`load`, on the device that was asked for."""
+    """`load`, on a device as it is typed."""
     from ..loading import load
     from ..performance.device import device_for
     from ..utils.finite import check_weights
@@ -30,7 +30,7 @@ def open_model(name: str, device: str) -> Model:
 
 
 def processes(device: str) -> Ranks:
-    """This process alone on the device that was asked for, or among those that torchrun started."""
+    """This process on a device as it is typed, alone or among those that torchrun started."""
     from ..distributed.ranks import Ranks, launched
     from ..performance.device import device_for
 
@@ -56,7 +56,7 @@ def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM within the block ends it as Ctrl-C does, so that what is finished is kept and reported."""
+    """SIGTERM within the block ends it as Ctrl-C does, so that what is finished is saved and reported."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -64,7 +64,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the report is written undisturbed
-        raise KeyboardInterrupt("told to stop (SIGTERM)")
+        raise KeyboardInterrupt("stopped (SIGTERM)")
 
     signal.signal(signal.SIGTERM, end)
     try:
@@ -104,7 +104,7 @@ def label_list(
         warn(f"{model.name} takes prompts: --label TEXT is now --prompt TEXT")
         return label
     if prompt is None:
-        warn(f"{model.name} takes a prompt and is given none: give --prompt TEXT; the empty prompt is used")
+        warn(f"{model.name} takes prompts: give --prompt TEXT; the empty prompt is used")
         return None
     if label is not None:
         raise BadInput(f"{model.name} takes prompts: give --prompt or --label, not both")
@@ -116,23 +116,23 @@ def main_process_warning(ranks: Ranks) -> Callable[[str], None]:
     return warn if ranks.is_main_process else lambda line: None
 
 
-def given_options(**options: Any) -> dict[str, Any]:
-    """The options that were given on the command line: those that are not None."""
+def explicit_options(**options: Any) -> dict[str, Any]:
+    """The options of the command line that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def sampling_config(file: Path | None, default_precision: str | None = "auto", **options: Any) -> SamplingConfig:
-    """The `SamplingConfig` of a command line: that of the file of --config, with the options that were given in place
-    of its fields."""
+    """The `SamplingConfig` of a command line: that of the file of --config, whose fields
+    the options override."""
     from ..plan.config import SamplingConfig
 
     config = SamplingConfig() if file is None else SamplingConfig.load(file, "sampling")
-    given = given_options(**options)
-    if "plan" in given:  # which takes the place of what a file says of the steps
+    explicit = explicit_options(**options)
+    if "plan" in explicit:  # which takes the place of what a file says of the steps
         config = config.replace(sampler=None, times=None, steps=None)
-    elif given.keys() & {"sampler", "times", "steps"}:
+    elif explicit.keys() & {"sampler", "times", "steps"}:
         config = config.replace(plan=None)
-    config = config.replace(**given)
+    config = config.replace(**explicit)
     return config if config.precision is not None else config.replace(precision=default_precision)
 
 

@@ -82,21 +82,21 @@ def read_number(text: str, kind: type, low: float = -math.inf, high: float = mat
     """The number that a text is. Raises ValueError for one of another type and OutOfRange, in a line that says what it
     must be."""
     what = "a whole number" if kind is int else "a number"
-    given = text if len(text) <= 40 else f"{text[:37]}..."
+    shown = text if len(text) <= 40 else f"{text[:37]}..."
     form = "[+-]?[0-9]{1,4000}" if kind is int else r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|inf|nan)"
     if not re.fullmatch(form, text, re.ASCII):
         raise ValueError(
-            f"must be {what} of {parse_number(low)} to {parse_number(high)}, got {given!r}{type_hint_of(text)}"
+            f"must be {what} of {parse_number(low)} to {parse_number(high)}, got {shown!r}{type_hint_of(text)}"
         )
     value = kind(text)
     if kind is float and not math.isfinite(value):
-        raise OutOfRange(f"{name} must be a finite number of {parse_number(low)} to {parse_number(high)}, got {given}")
+        raise OutOfRange(f"{name} must be a finite number of {parse_number(low)} to {parse_number(high)}, got {shown}")
     if value < low and 0 < low < 1e-6:
-        raise OutOfRange(f"{name} must be positive, {what} of at most {parse_number(high)}, got {given}")
+        raise OutOfRange(f"{name} must be positive, {what} of at most {parse_number(high)}, got {shown}")
     if value < low:
-        raise OutOfRange(f"{name} must be {what} of at least {parse_number(low)}, got {given}")
+        raise OutOfRange(f"{name} must be {what} of at least {parse_number(low)}, got {shown}")
     if value > high:
-        raise OutOfRange(f"{name} must be {what} of at most {parse_number(high)}, got {given}")
+        raise OutOfRange(f"{name} must be {what} of at most {parse_number(high)}, got {shown}")
     return value
 
 

@@ -67,7 +67,7 @@ def one_reporter() -> Iterator[None]:
             ignore_signals()
             stopped = isinstance(error, KeyboardInterrupt)
             own = not stopped and not isinstance(error, ProcessLost)
-            if ranks is None or ranks.should_report(own):  # a process that found no others speaks for itself
+            if ranks is None or ranks.should_report(own):  # a process that reached no others reports by itself
                 raise
             raise SystemExit(STOPPED if stopped else FAILED) from None
 
@@ -84,7 +84,7 @@ def end_on_signal() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         ignore_signals()
         Ranks.connect().check_peers()
-        raise KeyboardInterrupt("stopped" if number == signal.SIGINT else "told to stop (SIGTERM)")
+        raise KeyboardInterrupt("stopped" if number == signal.SIGINT else "stopped (SIGTERM)")
 
     before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
     yield

@@ -32,7 +32,7 @@ OLD_FLAGS = {
         "--spread": "--calibration-steps",
     },
 }
-# Exit codes: 0 done, 1 it cannot be done, 2 it was asked wrongly, 130 stopped by Ctrl-C, 141 the reader went away.
+# Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted by Ctrl-C, 141 stdout was closed.
 FAILED, USAGE, STOPPED, UNREAD = 1, 2, 130, 141
 
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_line(error_line(error))
         try:
             sys.stdout.flush()
-        except (OSError, ValueError):  # a full disk, say, which was the error that has just been told
+        except (OSError, ValueError):  # such as a full disk, which has just been reported
             drop_output()
         return FAILED
 
@@ -129,7 +129,7 @@ def present_flags(arguments: list[str], quiet: bool = False) -> list[str]:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Parse and call; usage errors are told here, because only the parser has them."""
+    """Parse and call; usage errors are reported here, because only the parser raises them."""
     from cyclopts import CycloptsError
 
     first = launched() == 1 or os.environ["RANK"] == "0"  # torchrun starts this several times: one says it

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.provenance import command_line
-from ._common import given_options, open_shared, processes
+from ._common import explicit_options, open_shared, processes
 from ._processes import on_all_processes
 from .terminal import print_result
 
@@ -67,7 +67,7 @@ def distill(
     """
     from ..workflows.distill import DistillConfig, distill_model
 
-    options = given_options(
+    options = explicit_options(
         method=method, minutes=minutes, steps=steps, nfe_budget=nfe_budget, guidance_scale=guidance_scale,
         batch_size=batch_size, grad_accumulation=grad_accumulation, fsdp=fsdp or None, seed=seed, precision=precision,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ._common import given_options, processes
+from ._common import explicit_options, processes
 from ._processes import on_all_processes
 from .terminal import print_result
 
@@ -77,7 +77,7 @@ def train(
         channel_list = [int(w) for w in widths.split(",")] if widths else None
     except ValueError as e:
         raise BadInput(f"widths are whole numbers, comma-separated, such as 64,128, got {widths!r}") from e
-    options = given_options(
+    options = explicit_options(
         steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list, blocks=blocks,
         patch=patch, batch_size=batch_size, lr=lr, label_drop=label_drop, flip=flip or None, precision=precision,
         seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None,

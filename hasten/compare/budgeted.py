@@ -84,7 +84,7 @@ class BudgetedComparison(Comparison):
 
     def room(self, rows: int) -> float:
         """Seconds left for sampling, if `rows` rows are evaluated afterwards and the report is written."""
-        return self.budget.remaining - MARGIN * rows * self.evaluation_seconds - self.report_seconds
+        return self.budget.remaining - rows * self.evaluation_seconds - self.report_seconds
 
     # ---- phases ----
 
@@ -121,10 +121,11 @@ class BudgetedComparison(Comparison):
         if self.rows:
             reused = f"{len(self.rows)} of {len(self.jobs)} rows have their first images in {self.out}"
             self.progress.say(f"{reused}, which are reused")
-        queue = [self.states[k] for k in self.order() if not self.states[k].batches]
+        pending = [self.states[k] for k in self.order() if not self.states[k].batches]
         count, measured = 0, bool(self.states[0].batches)
-        while queue := self.affordable(queue):
-            state, count = queue.pop(0), count + 1
+        while queue := self.affordable(pending):
+            state, count = queue[0], count + 1
+            pending = [other for other in pending if other is not state]
             try:
                 self.first_images(state)
             except Exception as error:
@@ -133,35 +134,36 @@ class BudgetedComparison(Comparison):
                 continue
             baseline = self.put_first_rows()
             row = self.results.rows[self.jobs[state.index].key]
-            number = f"[{count}/{count + len(queue)}]"
+            number = f"[{count}/{count + len(pending)}]"
             real = "" if baseline is None else f" (real images {baseline:.3g})"
             self.progress.say(f"{number} {row['name']}: {tools.summary(row)}{real}, {self.protocol['n']} images")
             if not measured and state.index == 0:
                 measured = True
                 self.measure_overhead(state)
             self.save_record()
+        self.skipped = [state.job.variant.name for state in sorted(pending, key=lambda state: state.index)]
         if self.skipped:
             names = ", ".join(self.skipped)
             self.progress.say(f"skipped, for {self.budget.minutes:g} minutes are too few for all rows: {names}")
 
-    def affordable(self, queue: list[RowState]) -> list[RowState]:
-        """The rows of `queue` whose first images fit into the time. The last rows of the set are skipped first; where
-        not even the reference fits, rows get fewer images.
+    def affordable(self, pending: list[RowState]) -> list[RowState]:
+        """The rows of `pending` whose first images fit into the time at the speed of now, without the last rows of the
+        set; where not even the reference fits, rows get fewer images.
 
         Raises:
             BadInput: if not even one batch of the reference fits.
         """
         sampled = [state for state in self.rows if state.first][-3:]
-        if not queue or not sampled:
-            return queue
+        if not pending or not sampled:
+            return pending
         seconds = sum(state.first for state in sampled) / sum(state.nfe for state in sampled) * MARGIN  # a batch, NFE 1
-        rows = sorted(queue, key=lambda state: state.index)
+        rows = sorted(pending, key=lambda state: state.index)
         while rows and self.minimum * seconds * sum(s.job.nfe for s in rows) > self.room(len(self.rows) + len(rows)):
             if rows[-1].index == 0:
                 self.reduce_minimum(rows[0], seconds)
                 break
-            self.skipped.insert(0, rows.pop().job.variant.name)
-        return [state for state in queue if state in rows]
+            rows.pop()
+        return [state for state in pending if any(state is row for row in rows)]
 
     def reduce_minimum(self, reference: RowState, seconds: float) -> None:
         """Give rows fewer first images, so that those of the reference fit. seconds: of a batch at one evaluation."""
@@ -220,7 +222,7 @@ class BudgetedComparison(Comparison):
         self.macs(state.job, state.nfe)
         evaluated = timer.clock()
         self.write_report(False)
-        self.evaluation_seconds, self.report_seconds = evaluated - start, 2 * (timer.clock() - evaluated)
+        self.evaluation_seconds, self.report_seconds = evaluated - start, 1.3 * (timer.clock() - evaluated)
 
     def catch_up(self) -> None:
         """Sample as many images of rows that an earlier run skipped as the others have, while time allows."""

@@ -17,7 +17,6 @@ from ..errors import BadInput, HastenError, NonFinite
 from ..loading import load
 from ..model.model import Label, Model
 from ..model.resolve import RECOMMENDED
-from ..plan.config import SamplingConfig
 from ..storage.provenance import model_hash
 from ..workflows.sample import sharing
 from .counting import count_evaluations, start_nfe
@@ -75,16 +74,15 @@ def prepare(model: Model, variants: VariantSet, ranks: Ranks | None = None, labe
                 with ranks.main_process_first() if ranks is not None else contextlib.nullcontext():
                     others[v.model] = load_other_model(str(v.model), model, f"{variants.source}: {v.name!r}")
             base = others[v.model]
-            choice: Any = (v.sampler or None, v.times or None, v.steps or None)
             try:
-                config = SamplingConfig(*choice, v.guidance_scale, v.guides, v.start, v.plan, v.accelerators)
-                how = base.resolve(config)
+                how = base.resolve(v.config)
             except (HastenError, ValueError) as e:
                 raise BadInput(f"{variants.source}: {v.name!r}: {e}") from e
             own: dict[str, Any] = {"sampler": v.sampler} if v.sampler else {}
             own |= {"times": v.times} if v.times else {}
             steps = len(how.times) - 1 if how.plan is None else how.plan.nfe
-            resolved = replace(base, denoiser=how.inner, plan=how.plan, steps=v.steps or steps, **own)
+            own |= {"denoiser": how.inner, "plan": how.plan, "steps": v.steps or steps}
+            resolved = replace(base, **own)
             models[v.method] = replace(resolved, guidance_scale=v.guidance_scale)
         return models[v.method]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from ..model.model import Model
 from ..performance.device import processor
 from ..progress import ProgressReporter
 from ..storage.provenance import command_line, model_hash, tensor_hash, utc_now
+from ..utils.config import Config
 from ..workflows.prompts import image_shape, is_image, prompts_for
 from ..workflows.reference_images import resolve_reference
 from . import jobs as tools
@@ -30,31 +32,80 @@ from .jobs import prepare
 from .results import SCHEMA, ResultStore
 from .variants import load_variants
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 MINIMUM = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
 # The part of the protocol that is in the key of a row.
 KEY_SETTINGS = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
+
+
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """What to compare, on how many images.
+
+    Args:
+        variants: A bundled set ("demo", "full", ...) or a TOML file, see docs/variants.md. Default: "demo".
+        n: Images per row, at least 10. Default: the set's own. With `minutes`, the maximum.
+        seed: The seed of image 0; image k has `seed + k`.
+        rounds: Timing rounds; each samples one batch with every row in turn. Default: the set's own.
+        batch_size: Images per batch.
+        timing_batch: Images per timed batch.
+        precision: Of the network, as `SamplingConfig` has it.
+        reference: Statistics of real images, or a folder, zip or array of images, of which they are computed once.
+            Default: those that the model names; without any, quality is not measured.
+        features: The feature network, needed for a reference of images. Default: the reference's own.
+        prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: those of the set.
+        repeats: Disjoint blocks of n seeds: figures are then means, with the deviation of one block.
+        minutes: Time budget in minutes of wall time. The number of images per row is then chosen by the measured
+            speed, from 64 to `n`, and is the same in every row; rows are timed while they are sampled, in turns. Where
+            not all rows can have 64 images, the last ones of the set are skipped, for a second run to measure.
+    """
+
+    variants: str | Path | None = None
+    n: int | None = None
+    seed: int = 0
+    rounds: int | None = None
+    batch_size: int = 64
+    timing_batch: int = 16
+    precision: str = "auto"
+    reference: Any = None
+    features: Any = None
+    prompts: Sequence[str] | str | None = None
+    repeats: int = 1
+    minutes: float | None = None
+
+    renamed: ClassVar[Mapping[str, str]] = {"runtime": "precision"}
+
+
+class CompareOptions(TypedDict, total=False):
+    """The fields of `CompareConfig` as keyword arguments."""
+
+    variants: str | Path | None
+    n: int | None
+    seed: int
+    rounds: int | None
+    batch_size: int
+    timing_batch: int
+    precision: str
+    reference: str | Path | Reference | None
+    features: str | nn.Module | None
+    prompts: Sequence[str] | str | None
+    repeats: int
+    minutes: float | None
 
 
 @holds_lock("out")
 @preserve_threads
 def compare(
     model: str | Path | Model,
-    variants: str | Path | None = None,
-    n: int | None = None,
+    config: CompareConfig | str | Path | None = None,
+    *,
     out: str | Path = "compare",
-    seed: int = 0,
-    rounds: int | None = None,
-    batch_size: int = 64,
-    timing_batch: int = 16,
-    runtime: str = "auto",
-    reference: str | Path | Reference | None = None,
-    features: str | nn.Module | None = None,
     show: bool = True,
     command: str | None = None,
     ranks: Ranks | None = None,
-    prompts: Sequence[str] | str | None = None,
-    repeats: int = 1,
-    minutes: float | None = None,
+    **options: Unpack[CompareOptions],
 ) -> list[dict[str, Any]]:
     """Sample every variant from the same seeds; write `results.jsonl`, `report.html`, `front.png`, `grid.png`.
 
@@ -63,26 +114,12 @@ def compare(
 
     Args:
         model: A Model, or what `load` takes.
-        variants: A bundled set ("demo", "full", ...) or a TOML file, see docs/variants.md.
-        n: Images per row, at least 10. Default: the set's own. With `minutes`, the maximum.
+        config: What to compare, or the variants alone, a bundled set or a TOML file. options: fields of it.
         out: The folder to write.
-        seed: The seed of image 0; image k has `seed + k`.
-        rounds: Timing rounds; each samples one batch with every row in turn.
-        batch_size: Images per batch.
-        timing_batch: Images per timed batch.
-        runtime: Number format, as `Model.sample` takes it.
-        reference: Statistics of real images, or a folder, zip or array of images, of which they are computed once.
-            Default: those that the model names; without any, quality is not measured.
-        features: The feature network, needed for a reference of images. Default: the reference's own.
         show: Print the table on stdout.
         command: The command line for the record. Default: the one that runs the same comparison.
         ranks: `Ranks.start(device)`, where several processes call this together: they share the images of a row, and
             the main one times the rows and writes the results. Default: this process alone.
-        prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: those of the set.
-        repeats: Disjoint blocks of n seeds: figures are then means, with the deviation of one block.
-        minutes: Time budget in minutes of wall time. The number of images per row is then chosen by the measured
-            speed, from 64 to `n`, and is the same in every row; rows are timed while they are sampled, in turns. Where
-            not all rows can have 64 images, the last ones of the set are skipped, for a second run to measure.
 
     Returns:
         The rows, a dict for each variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and
@@ -92,13 +129,21 @@ def compare(
     Raises:
         BadInput: for a set, model or folder that cannot be used, before any row has run.
     """
+    if isinstance(config, (str, Path)):  # the variants
+        config = CompareConfig(variants=config)
+    config = CompareConfig.of(config, options)
+    minutes, repeats, seed, prompts, runtime = (
+        config.minutes, config.repeats, config.seed, config.prompts, config.precision
+    )  # fmt: skip
+    batch_size, timing_batch, features = config.batch_size, config.timing_batch, config.features
     budget = None if minutes is None else TimeBudget(60 * minutes)
     ranks = Ranks(torch.device("cpu")) if ranks is None else ranks
     if budget is not None:
         set_faster_threads()
     model = model if isinstance(model, Model) else load(model)
-    chosen = load_variants(variants, model.times, model.guidance_scale)
-    n, rounds = chosen.n if n is None else n, chosen.rounds if rounds is None else rounds
+    chosen = load_variants(config.variants, model.times, model.guidance_scale)
+    n = chosen.n if config.n is None else config.n
+    rounds = chosen.rounds if config.rounds is None else config.rounds
     for name, value in zip(MINIMUM, (n, rounds, timing_batch, batch_size, seed, repeats), strict=True):
         check_int(name, value, MINIMUM[name])
     if budget is not None and (ranks.world > 1 or repeats > 1):
@@ -109,11 +154,11 @@ def compare(
     rows = prepare(model, chosen, ranks, label)
     progress = ProgressReporter(0, ranks.is_main_process)
     shape = image_shape(model)
-    real = reference or (model.card.get("reference") if is_image(shape) else None)
+    real = config.reference or (model.card.get("reference") if is_image(shape) else None)
     known, net = resolve_reference(real, features, shape, model.device, ranks, progress.say)
     runtime = ranks.on_main_process(functools.partial(model.precision_for, runtime, min(n, batch_size)))
     store = ResultStore(Path(out)) if ranks.is_main_process else None
-    options = {"variants": variants, "n": n, "seed": seed, "minutes": minutes, "out": out}
+    arguments = {"variants": config.variants, "n": n, "seed": seed, "minutes": minutes, "out": out}
     protocol: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model.name,
@@ -137,7 +182,7 @@ def compare(
         "torch": torch.__version__,
         "hasten": __version__,
         "date": utc_now(),
-        "command": command or command_line("compare", model.name, options),
+        "command": command or command_line("compare", model.name, arguments),
     }
     if label is not None:
         protocol["prompts"] = label

@@ -44,12 +44,12 @@ class Model:
     shape: `(C, H, W)` of one sample. classes: class names in label order, or None for an unconditional model.
     codec: what a sample is: `image`, pixels in [-1, 1]; `latent`, of an autoencoder; `raw`, anything else, which is
         left as it is (points, audio, video): what a shape other than (C, H, W), C of 1, 3 or 4, is taken for.
-    sampler, times, steps, guidance_scale: what `sample` uses where it is not told, spelled as `pick` reads them.
-    plan: what `sample` uses instead where it is told none of sampler, times and other steps. plans: more, by name.
+    sampler, times, steps, guidance_scale: what `sample` uses by default, as `pick` reads them.
+    plan: what `sample` uses by default in their place. plans: further ones, by name.
     statistics, parts: tensors measured on the model and small networks beside it, by name: what tuning leaves for the
         methods that need it.
     conditioning: of a model that takes prompts where others take labels: `cond(n, prompt, seed)` gives what the network
-        is told (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
+        is conditioned on (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
     pipeline: of diffusers, with which the network was loaded and can be saved again.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
@@ -109,21 +109,21 @@ class Model:
         return label_indices(n, label, self.classes, self.denoiser.null_label, self.name)
 
     def conditions(self, n: int, label: Label = None, seed: int = 0) -> dict[str, Tensor]:
-        """What tells the network apart the `n` samples (n, ...): their labels, or what is made of their prompts."""
+        """The conditions of `n` samples, each (n, ...): their labels, or the embeddings of their prompts."""
         if self.conditioning is not None:
-            made = self.conditioning.cond(n, label, seed)
-            return {key: value.to(self.device) for key, value in made.items()}
+            cond = self.conditioning.cond(n, label, seed)
+            return {key: value.to(self.device) for key, value in cond.items()}
         labels = self.labels(n, label)
         return {} if labels is None else {"label": labels.to(self.device)}
 
     def cond(self, n: int) -> dict[str, Tensor]:
-        """What the denoiser itself must be told with `n` samples: their labels, and the guidance scale of a student."""
-        told = self.conditions(n)
+        """All conditions of the denoiser for `n` samples: also the guidance scale and step count of a student."""
+        cond = self.conditions(n)
         if self.denoiser.net_takes_guidance:
-            told["guidance"] = torch.full((n,), float(self.guidance_scale), device=self.device)
+            cond["guidance"] = torch.full((n,), float(self.guidance_scale), device=self.device)
         if self.denoiser.step_counts is not None:
-            told["steps"] = torch.full((n,), self.denoiser.step_counts[0], device=self.device)
-        return told
+            cond["steps"] = torch.full((n,), self.denoiser.step_counts[0], device=self.device)
+        return cond
 
     def class_index(self, label: int | str) -> int:
         """The index of a class given by name in any case, or by index where no class is named by a number; of "none"
@@ -228,7 +228,7 @@ class Model:
             self,
             config,
             precision,
-            lambda chosen, plan, how: accelerate_model(self, chosen, plan, how, self._accelerated),
+            lambda methods, plan, how: accelerate_model(self, methods, plan, how, self._accelerated),
         )
 
     def calls(

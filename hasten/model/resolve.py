@@ -36,10 +36,10 @@ CACHED = 4  # accelerated denoisers of a model
 
 @dataclass(frozen=True)
 class Resolved:
-    """How samples are made, all looked up and bound to a model; made by `Model.resolve`.
+    """How samples are made, all looked up and bound to a model; see `Model.resolve`.
 
     Args:
-        config: what was asked for, with what the model recommends filled in.
+        config: complete, with what the model recommends filled in.
         denoiser: accelerated and guided. inner: accelerated alone. base: the model's own.
         plan: the compiled steps; None where the sampler has none. sampler, times: what runs without a plan.
         start: the initialisation; None: noise.
@@ -92,12 +92,12 @@ def resolve(
     """
     start = bound(model, "starts", config.start) if config.start is not None else None
     plan, sampler, times = steps_of(model, config, None if start is None else start.time)
-    chosen = [pick("accelerators", one) if isinstance(one, str) else one for one in config.accelerators]
+    methods = [pick("accelerators", one) if isinstance(one, str) else one for one in config.accelerators]
     inner: nn.Module = model.denoiser
-    if chosen:
-        inner = accelerated(chosen, plan, config)
+    if methods:
+        inner = accelerated(methods, plan, config)
     complete = completed(model, config, plan, times, precision)
-    for one in chosen:
+    for one in methods:
         if hasattr(one, "plan") and plan is not None:
             plan = one.plan(plan, model.denoiser)
     denoiser = with_step_count(guided(model, inner, config.guidance_scale, config.guides), len(times) - 1)
@@ -122,20 +122,22 @@ def completed(
 
 
 def accelerate_model(
-    model: Any, chosen: Sequence[Any], plan: Plan | None, config: SamplingConfig, cache: dict[Any, nn.Module]
+    model: Any, methods: Sequence[Any], plan: Plan | None, config: SamplingConfig, cache: dict[Any, nn.Module]
 ) -> nn.Module:
     """The denoiser with these accelerators, for a sampling by `plan` with this config.
 
-    The last few are kept in `cache`: to calibrate or to compile may take long.
+    The last few stay in `cache`: calibration or compilation may take long.
     """
     times = None if plan is None else tuple(plan.times[:-1].tolist())
     plain = config.replace(accelerators=(), guides=(), start=None, precision=None)
-    key = (model.denoiser, tuple(map(repr, chosen)), times, repr(plain), model.device)
+    key = (model.denoiser, tuple(map(repr, methods)), times, repr(plain), model.device)
     result = cache.pop(key, None)
     if result is None:
         if len(cache) >= CACHED:
             cache.pop(next(iter(cache)))
-        result = accelerate(model.denoiser, chosen, SamplingContext(times, lambda n, seed: model.calls(n, seed, plain)))
+        result = accelerate(
+            model.denoiser, methods, SamplingContext(times, lambda n, seed: model.calls(n, seed, plain))
+        )
     cache[key] = result  # the last is the one that was used last
     return result
 
@@ -164,12 +166,12 @@ def steps_of(model: ModelLike, config: SamplingConfig, begin: float | None = Non
     if plan is not None:
         if not free:
             raise BadInput("a plan holds its sampler and times: leave sampler and times out, or the plan")
-        found = named_plan(model, plan)
-        if steps not in (None, found.nfe):
-            raise BadInput(f"the plan has {found.nfe} network evaluations, asked for {steps} steps")
-        if begin is not None and abs(float(found.times[0]) - begin) > 1e-9:
-            raise BadInput(f"the plan begins at t = {float(found.times[0]):g}, the start at {begin:g}")
-        return found, bound(model, "samplers", model.sampler, quiet=True), found.times
+        table = named_plan(model, plan)
+        if steps not in (None, table.nfe):
+            raise BadInput(f"the plan has {table.nfe} network evaluations, asked for {steps} steps")
+        if begin is not None and abs(float(table.times[0]) - begin) > 1e-9:
+            raise BadInput(f"the plan begins at t = {float(table.times[0]):g}, the start at {begin:g}")
+        return table, bound(model, "samplers", model.sampler, quiet=True), table.times
     sampler = bound(model, "samplers", model.sampler if config.sampler is None else config.sampler)
     schedule = model.denoiser.schedule
     times = grid_of(schedule, model.times if config.times is None else config.times, steps, model.steps, begin)
@@ -182,9 +184,9 @@ def named_plan(model: ModelLike, plan: str | Path | Plan) -> Plan:
     Raises:
         BadInput: for a plan that is not there, and for one of another schedule than the model's.
     """
-    found = _found_plan(model, plan)
-    found.check_schedule(model.denoiser.schedule)
-    return found
+    table = _found_plan(model, plan)
+    table.check_schedule(model.denoiser.schedule)
+    return table
 
 
 def _found_plan(model: ModelLike, plan: str | Path | Plan) -> Plan:
@@ -225,12 +227,12 @@ def grid_of(schedule: Schedule, times: Any, steps: int | None, default: int, beg
         begin: the first time, where something else decides it.
     """
     if isinstance(times, (Tensor, list, tuple)) or hasattr(times, "__array__"):
-        found = check_times(as_times(times).detach().cpu())
-        if steps not in (None, len(found) - 1):
-            raise BadInput(f"the times are {len(found) - 1} steps, asked for {steps}")
-        if begin is not None and abs(float(found[0]) - begin) > 1e-9:
-            raise BadInput(f"the times begin at t = {float(found[0]):g}, the start at {begin:g}")
-        return found
+        values = check_times(as_times(times).detach().cpu())
+        if steps not in (None, len(values) - 1):
+            raise BadInput(f"the times are {len(values) - 1} steps, asked for {steps}")
+        if begin is not None and abs(float(values[0]) - begin) > 1e-9:
+            raise BadInput(f"the times begin at t = {float(values[0]):g}, the start at {begin:g}")
+        return values
     grid = pick("times", times) if isinstance(times, str) else times
     if isinstance(grid, type) or not callable(grid):
         what = f"{grid.__name__}()" if isinstance(grid, type) else "Karras()"

@@ -208,14 +208,14 @@ def evaluate_distributed(
     if known is not None and net_name(net) != known.features:
         raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
 
-    def look(number: int) -> tuple[Tensor, ...]:
+    def extract_batch(number: int) -> tuple[Tensor, ...]:
         seen, logits = extract(net, images[number * size : (number + 1) * size], size)
         return (seen,) if logits is None else (seen, logits)
 
-    found = ranks.distribute(-(-len(images) // size), look)
+    pieces = ranks.distribute(-(-len(images) // size), extract_batch)
     if not ranks.is_main_process or known is None:
         return None
-    columns = [torch.cat(column) for column in zip(*[piece for piece in found if piece is not None])]
+    columns = [torch.cat(column) for column in zip(*[piece for piece in pieces if piece is not None])]
     return evaluate_features(columns[0], known, columns[1] if len(columns) > 1 else None, labels, seeds)
 
 
@@ -229,15 +229,17 @@ def classifier_labels(labels: Tensor | None, classes: Sequence[str], features: s
         return None
     used = sorted(set(labels.tolist()))
     if used and used[-1] >= len(classes):
-        print_once("class accuracy is not measured: some images were drawn without a class")
+        print_once("class accuracy is not measured: some images have no class")
         return None
     if names is None or isinstance(names, int):
         return labels
     index = {k: class_of(k, classes, names) for k in used}
     if all(map(is_number, classes)) and None in index.values() and len(classes) == len(names):
         index = {k: class_of(int(classes[k]), names, names) if int(classes[k]) < len(names) else None for k in used}
-    lost = [classes[k] for k, found in index.items() if found is None]
-    if lost:
-        print_once(f"class accuracy is not measured: the feature network does not know the classes {join_names(lost)}")
+    unknown = [classes[k] for k, other in index.items() if other is None]
+    if unknown:
+        print_once(
+            f"class accuracy is not measured: the feature network does not know the classes {join_names(unknown)}"
+        )
         return None
     return torch.tensor([index[k] for k in labels.tolist()])

@@ -14,7 +14,8 @@ from ..model.model import Model
 def prompts_for(model: Model, prompts: Sequence[str] | str | None, where: str) -> list[str] | None:
     """The prompts of a comparison or evaluation, of which image k gets `k mod their number`; None for other models.
 
-    Raises BadInput for a model of prompts that is given none (an empty one, "", must be said), and the other way round.
+    Raises:
+        BadInput: for a model of prompts without any (the empty one must be explicit, ""), and the other way round.
     """
     if model.conditioning is None:
         if prompts:
@@ -37,9 +38,9 @@ def read_prompts(file: Path) -> list[str]:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"cannot read the prompts in {file}: {getattr(e, 'strerror', None) or e}") from e
-    if not (found := [line for line in lines if line]):
+    if not (prompts := [line for line in lines if line]):
         raise BadInput(f"{file} holds no prompts: write one a line")
-    return found
+    return prompts
 
 
 def image_shape(model: Model) -> tuple[int, ...]:

@@ -132,8 +132,8 @@ def _sample_to_files(
     folder = (
         out if request.separate_files else out.parent
     ) / f".{'images' if request.separate_files else out.name}.kept"
-    asked = {"n": n, "label": request.label, "seed": seed, "batch_size": batch_size, "images": source}
-    saved = saved_batches(folder, ranks, model, resolved, asked)
+    fields = {"n": n, "label": request.label, "seed": seed, "batch_size": batch_size, "images": source}
+    saved = saved_batches(folder, ranks, model, resolved, fields)
     began = time.perf_counter()
     try:
         x = sample_many(

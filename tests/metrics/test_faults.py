@@ -69,7 +69,7 @@ def test_fashion_features_refuse_pictures_in_colour() -> None:
 
 
 def test_the_names_that_the_help_offers_are_known(tmp_path: Path) -> None:
-    words = (evaluate_command.__doc__ or "").partition("features: The network that looks at the images:")[2]
+    words = (evaluate_command.__doc__ or "").partition("features: Feature network:")[2]
     offered = words.partition(". Left out")[0].replace(" or ", ", ").split(", ")
     offered = [name.strip() for name in offered]
     assert offered == ["fashion", "efficientnet_lite0", "inception"]
