@@ -90,7 +90,7 @@ def test_key_steps_are_searched_in_a_call() -> None:
     spec = "encoder_propagation:keys=found,budget=0.5"
     fast = hasten.accelerate(pipe, [spec], steps=STEPS, calls=lambda pipe: pipe("a cat", **options))
     assert torch.isfinite(fast("a cat", **options).images).all()
-    with pytest.raises(BadInput, match="cannot search: 12 queries were seen where 9 were told"):
+    with pytest.raises(BadInput, match="cannot search: the calibration samples took 12 model evaluations, expected 9"):
         more = {**options, "num_inference_steps": 12}
         hasten.accelerate(pipe, [spec], steps=STEPS, calls=lambda pipe: pipe("a cat", **more))
 
@@ -125,7 +125,7 @@ def test_large_samples_run_in_several_batches(monkeypatch: pytest.MonkeyPatch, g
     grid = [1.0, 2 / 3, 1 / 3]
     prompts = ["a cat", "the dog", "a red photo"]
     whole = record_model_calls(model, 5, prompts, 3, grid, setting)
-    monkeypatch.setattr(_calls, "PLACES", 2 * 8 * 8)
+    monkeypatch.setattr(_calls, "PIXELS", 2 * 8 * 8)
     assert rows_at_once(model.shape, 5) == 2 and rows_at_once((4, 128, 128), 5) == 1
     parts = record_model_calls(model, 5, prompts, 3, grid, setting)
     assert [t for _, t, _ in parts] == [t for _, t, _ in whole] and len(whole) == 3

@@ -212,7 +212,7 @@ class FakeQuantLayer(nn.Module):
         layer._parameters = {**layer._parameters}
         if (bias := self.bias) is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
-        return (QConv2d if self.conv else QLinear).made(layer, [piece.to_part() for piece in self.slices])
+        return (QConv2d if self.conv else QLinear).from_layer(layer, [piece.to_part() for piece in self.slices])
 
 
 def is_quantizable(module: nn.Module) -> bool:
