@@ -263,9 +263,11 @@ def ip_adapter(net: Any) -> dict[str, Any]:
         for key in ("to_k_ip", "to_v_ip"):
             layers[f"{2 * k + 1}.{key}.weight"] = torch.randn(hidden, 16, generator=draw) * 0.3
     image = {
-        "proj.weight": torch.randn(4 * 16, 8, generator=draw), "proj.bias": torch.zeros(64),
-        "norm.weight": torch.ones(16), "norm.bias": torch.zeros(16),
-    }  # fmt: skip
+        "proj.weight": torch.randn(4 * 16, 8, generator=draw),
+        "proj.bias": torch.zeros(64),
+        "norm.weight": torch.ones(16),
+        "norm.bias": torch.zeros(16),
+    }
     return {"image_proj": image, "ip_adapter": layers}
 
 

@@ -98,9 +98,10 @@ def test_key_steps_are_searched_in_a_call() -> None:
 def test_calls_without_inputs_are_refused() -> None:
     pipe = tiny.sd_pipeline()
     for calls, messages in [
-        (lambda pipe: None, "must call the pipeline"), ("a cat", "use prompts=, or calls="),
+        (lambda pipe: None, "must call the pipeline"),
+        ("a cat", "use prompts=, or calls="),
         (lambda pipe: [pipe("a cat", height=side, width=side, **CALL) for side in (16, 32)], "several shapes"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(BadInput, match=messages):
             hasten.accelerate(pipe, [Look()], steps=STEPS, calls=calls)
     with pytest.raises(BadInput, match="use prompts=, or calls="):

@@ -105,9 +105,13 @@ def test_prompts_do_not_depend_on_the_batch() -> None:
 def test_negative_prompts_reach_the_unconditional_branch() -> None:
     pipe = tiny.sd_pipeline(scheduler=tiny.scheduler(**TRAILING))
     theirs = pipe(
-        "a cat", negative_prompt="a big dog", latents=start((4, 8, 8), 1), num_inference_steps=STEPS,
-        guidance_scale=4.0, output_type="pt",
-    ).images  # fmt: skip
+        "a cat",
+        negative_prompt="a big dog",
+        latents=start((4, 8, 8), 1),
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        output_type="pt",
+    ).images
     model = hasten.load(pipe)
     model.conditioning.negative = "a big dog"
     times = times_like(pipe.scheduler, STEPS)

@@ -30,17 +30,25 @@ def sdxl(kind: str, refiner: bool = False) -> Any:
     import diffusers
 
     config: dict[str, Any] = {
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "transformer_layers_per_block": (1, 1),
-        "cross_attention_dim": 16 if refiner else 32, "projection_class_embeddings_input_dim": 16 + (5 if refiner else 6) * 4,
-    }  # fmt: skip
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "transformer_layers_per_block": (1, 1),
+        "cross_attention_dim": 16 if refiner else 32,
+        "projection_class_embeddings_input_dim": 16 + (5 if refiner else 6) * 4,
+    }
     return tiny.quiet(
         getattr(diffusers, kind)(
-            vae=tiny.vae(), text_encoder=None if refiner else tiny.text_encoder(), text_encoder_2=tiny.text_encoder(True, 4),
-            tokenizer=None if refiner else tiny.tokenizer(), tokenizer_2=tiny.tokenizer(),
-            unet=tiny.unet2d_condition(**config), add_watermarker=False, requires_aesthetics_score=refiner,
+            vae=tiny.vae(),
+            text_encoder=None if refiner else tiny.text_encoder(),
+            text_encoder_2=tiny.text_encoder(True, 4),
+            tokenizer=None if refiner else tiny.tokenizer(),
+            tokenizer_2=tiny.tokenizer(),
+            unet=tiny.unet2d_condition(**config),
+            add_watermarker=False,
+            requires_aesthetics_score=refiner,
             scheduler=tiny.scheduler(timestep_spacing="trailing"),
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("refiner", [False, True])
@@ -111,23 +119,41 @@ def deepfloyd(second: bool = False) -> Any:
     more: dict[str, Any] = {"class_embed_type": "timestep", "in_channels": 6} if second else {"in_channels": 3}
     unet = tiny.seeded(
         lambda: diffusers.UNet2DConditionModel(
-            sample_size=8, out_channels=6, layers_per_block=1, block_out_channels=(32, 64), cross_attention_dim=32,
-            encoder_hid_dim=32, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), attention_head_dim=8,
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn", addition_embed_type="text", addition_embed_type_num_heads=2,
-            cross_attention_norm="group_norm", resnet_time_scale_shift="scale_shift", act_fn="gelu", **more,
+            sample_size=8,
+            out_channels=6,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            cross_attention_dim=32,
+            encoder_hid_dim=32,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            attention_head_dim=8,
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            cross_attention_norm="group_norm",
+            resnet_time_scale_shift="scale_shift",
+            act_fn="gelu",
+            **more,
         )
-    )  # fmt: skip
+    )
     encoder = T5EncoderModel(T5Config(vocab_size=100, d_model=32, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
     table = diffusers.DDPMScheduler(variance_type="learned_range", thresholding=True)
     parts = {"image_noising_scheduler": diffusers.DDPMScheduler()} if second else {}
     kind = diffusers.IFSuperResolutionPipeline if second else diffusers.IFPipeline
     return tiny.quiet(
         kind(
-            tokenizer=None, text_encoder=encoder, unet=unet, scheduler=table, safety_checker=None, feature_extractor=None,
-            watermarker=None, requires_safety_checker=False, **parts,
+            tokenizer=None,
+            text_encoder=encoder,
+            unet=unet,
+            scheduler=table,
+            safety_checker=None,
+            feature_extractor=None,
+            watermarker=None,
+            requires_safety_checker=False,
+            **parts,
         )
-    )  # fmt: skip
+    )
 
 
 def refused() -> dict[str, Any]:
@@ -136,9 +162,14 @@ def refused() -> dict[str, Any]:
 
     def image_encoder() -> Any:
         config = CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
             projection_dim=16,
-        )  # fmt: skip
+        )
         return CLIPVisionModelWithProjection(config)
 
     def ip() -> Any:
@@ -165,23 +196,49 @@ def refused() -> dict[str, Any]:
         return Mine(**tiny.sd_pipeline().components, requires_safety_checker=False)
 
     return {
-        "controlnet": (lambda: tiny.sd_pipeline("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet()), "has a controlnet"),
-        "controlnet_img2img": (lambda: tiny.sd_pipeline("StableDiffusionControlNetImg2ImgPipeline", controlnet=tiny.controlnet()), "has a controlnet"),
-        "adapter": (lambda: tiny.sd_pipeline("StableDiffusionAdapterPipeline", adapter=adapter()), "has a adapter|has an adapter"),
+        "controlnet": (
+            lambda: tiny.sd_pipeline("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet()),
+            "has a controlnet",
+        ),
+        "controlnet_img2img": (
+            lambda: tiny.sd_pipeline("StableDiffusionControlNetImg2ImgPipeline", controlnet=tiny.controlnet()),
+            "has a controlnet",
+        ),
+        "adapter": (
+            lambda: tiny.sd_pipeline("StableDiffusionAdapterPipeline", adapter=adapter()),
+            "has a adapter|has an adapter",
+        ),
         "pag": (lambda: tiny.sd_pipeline("StableDiffusionPAGPipeline"), "StableDiffusionPAGPipeline does more"),
         "sag": (lambda: tiny.sd_pipeline("StableDiffusionSAGPipeline"), "StableDiffusionSAGPipeline does more"),
-        "pix2pix": (lambda: tiny.sd_pipeline("StableDiffusionInstructPix2PixPipeline", unet=tiny.unet2d_condition(in_channels=8)), "beside the noisy one"),
-        "inpaint": (lambda: tiny.sd_pipeline("StableDiffusionInpaintPipeline", unet=tiny.unet2d_condition(in_channels=9)), "beside the noisy one"),
-        "eight of eight": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(in_channels=8, out_channels=8)), "takes 8 channels and samples have 4"),
+        "pix2pix": (
+            lambda: tiny.sd_pipeline(
+                "StableDiffusionInstructPix2PixPipeline", unet=tiny.unet2d_condition(in_channels=8)
+            ),
+            "beside the noisy one",
+        ),
+        "inpaint": (
+            lambda: tiny.sd_pipeline("StableDiffusionInpaintPipeline", unet=tiny.unet2d_condition(in_channels=9)),
+            "beside the noisy one",
+        ),
+        "eight of eight": (
+            lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(in_channels=8, out_channels=8)),
+            "takes 8 channels and samples have 4",
+        ),
         "variation": (variation, "ImageVariationPipeline does more"),
         "if second stage": (lambda: deepfloyd(True), "does more than sample its unet"),
-        "class embedding": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(class_embed_type="timestep")), "class embedding .'timestep'."),
-        "noise level": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(num_class_embeds=7)), "7 classes beside text"),
+        "class embedding": (
+            lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(class_embed_type="timestep")),
+            "class embedding .'timestep'.",
+        ),
+        "noise level": (
+            lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(num_class_embeds=7)),
+            "7 classes beside text",
+        ),
         "sizes": (lambda: tiny.sd_pipeline(unet=tiny.sdxl_unet()), "'text_time'"),
         "ip adapter": (ip, "unload_ip_adapter"),
         "without encoders": (lambda: tiny.sd_pipeline(text_encoder=None, tokenizer=None), "no text encoder"),
         "mine": (own, "has a styler"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", refused())

@@ -19,10 +19,27 @@ from . import tiny
 
 STEPS = 8
 LINEAR = [
-    "ddim", "ddim:eta=1", "ddpm", "consistency", "stochastic_distilled", "fast", "fast:kappa=1",
-    "fast:approximation=step", "heun", "heun:churn=10", "plms", "plms:order=2", "plms:start=ramp", "deis", "sa", "unipc:order=3",
-    "dpm:order=3", "dpm:sde=true", "dpm:order=2,multistep=false", "dpm:order=3,multistep=false",
-]  # fmt: skip
+    "ddim",
+    "ddim:eta=1",
+    "ddpm",
+    "consistency",
+    "stochastic_distilled",
+    "fast",
+    "fast:kappa=1",
+    "fast:approximation=step",
+    "heun",
+    "heun:churn=10",
+    "plms",
+    "plms:order=2",
+    "plms:start=ramp",
+    "deis",
+    "sa",
+    "unipc:order=3",
+    "dpm:order=3",
+    "dpm:sde=true",
+    "dpm:order=2,multistep=false",
+    "dpm:order=3,multistep=false",
+]
 
 
 def new_scheduler(sampler: str, table: Any = None) -> Any:

@@ -157,8 +157,13 @@ def test_inpainting(strength: float) -> None:
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
     call: dict[str, Any] = {
-        **CALL, "image": image(16) * 2 - 1, "mask_image": mask, "strength": strength, "height": 16, "width": 16,
-    }  # fmt: skip
+        **CALL,
+        "image": image(16) * 2 - 1,
+        "mask_image": mask,
+        "strength": strength,
+        "height": 16,
+        "width": 16,
+    }
     theirs = pipe("a cat", generator=torch.Generator().manual_seed(1), **call).images
     ours = as_scheduler("ddim", times_like(pipe.scheduler, STEPS), like=pipe)
     close(with_scheduler(pipe, ours)("a cat", generator=torch.Generator().manual_seed(1), **call).images, theirs)

@@ -214,9 +214,11 @@ def test_clipping_and_thresholding_are_those_of_like() -> None:
 
     x, output = 3 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 3, 4, 4)
     for options in (
-        {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 2.0}, {"clip_sample": False},
+        {"clip_sample": True},
+        {"clip_sample": True, "clip_sample_range": 2.0},
+        {"clip_sample": False},
         {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
-    ):  # fmt: skip
+    ):
         theirs = DDPMScheduler(**options)
         ours = as_scheduler("ddim", "trailing", like=theirs)
         theirs.set_timesteps(4)
@@ -267,10 +269,18 @@ def flux() -> Any:
 
     transformer = tiny.seeded(
         lambda: diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=False,
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=False,
         )
-    )  # fmt: skip
+    )
     table = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     return tiny.quiet(diffusers.FluxPipeline(scheduler=table, vae=tiny.vae(), transformer=transformer, **nothing))
@@ -282,9 +292,14 @@ def test_flux_is_the_pipeline() -> None:
     def drawn(pipe: Any) -> Tensor:
         seeds = [torch.Generator().manual_seed(k) for k in range(3)]
         return pipe(
-            prompt_embeds=torch.randn(1, 5, 32, generator=seeds[0]), num_inference_steps=4, height=16, width=16,
-            pooled_prompt_embeds=torch.randn(1, 16, generator=seeds[1]), generator=seeds[2], output_type="latent",
-        ).images  # fmt: skip
+            prompt_embeds=torch.randn(1, 5, 32, generator=seeds[0]),
+            num_inference_steps=4,
+            height=16,
+            width=16,
+            pooled_prompt_embeds=torch.randn(1, 16, generator=seeds[1]),
+            generator=seeds[2],
+            output_type="latent",
+        ).images
 
     pipe = flux()
     theirs, visited = drawn(pipe), pipe.scheduler.timesteps
@@ -314,9 +329,10 @@ def test_latent_consistency_pipelines_run() -> None:
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
     pipe = tiny.sd_pipeline(
-        "LatentConsistencyModelPipeline", unet=tiny.unet2d_condition(time_cond_proj_dim=8),
+        "LatentConsistencyModelPipeline",
+        unet=tiny.unet2d_condition(time_cond_proj_dim=8),
         scheduler=LCMScheduler.from_config(tiny.SD_TABLE),
-    )  # fmt: skip
+    )
     assert isinstance(pipe, LatentConsistencyModelPipeline)
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "height": 16, "width": 16}
     for sampler in ("consistency", "unipc"):

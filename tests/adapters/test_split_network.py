@@ -64,11 +64,12 @@ def check(split: SplitNetwork, x: Tensor, time: Tensor, theirs: Tensor, **cond: 
         {"layers_per_block": 2},
         {
             "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
-            "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"), "time_embedding_type": "fourier",
+            "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+            "time_embedding_type": "fourier",
         },
     ],
     ids=str,
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_unet2d(changes: dict[str, Any]) -> None:
     if "SkipDownBlock2D" in changes.get("down_block_types", ()):
@@ -89,15 +90,24 @@ def test_unet2d(changes: dict[str, Any]) -> None:
     "changes",
     [
         {},
-        {"layers_per_block": 2, "block_out_channels": (16, 16, 32), "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")},
+        {
+            "layers_per_block": 2,
+            "block_out_channels": (16, 16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        },
         {"num_class_embeds": 5},
         {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 6, "class_embeddings_concat": True},
-        {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "center_input_sample": True},
+        {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "center_input_sample": True,
+        },
         {"addition_embed_type": "text", "cross_attention_dim": 64, "time_embedding_act_fn": "silu"},
         {"encoder_hid_dim": 12, "encoder_hid_dim_type": "text_proj"},
     ],
     ids=str,
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_unet2d_condition(changes: dict[str, Any], side: int) -> None:
     net = tiny.unet2d_condition(**changes)
@@ -152,9 +162,12 @@ def test_controlnet_and_adapter_residuals() -> None:
     skips, middle = split.encode(x, emb)
     residuals = [torch.randn_like(skip) for skip in skips]
     theirs = net(
-        x, time, encoder_hidden_states=text(), mid_block_additional_residual=middle,
+        x,
+        time,
+        encoder_hidden_states=text(),
+        mid_block_additional_residual=middle,
         down_block_additional_residuals=residuals,
-    ).sample  # fmt: skip
+    ).sample
     cond = {f"down_residual_{k}": residual for k, residual in enumerate(residuals)}
     check(split, x, time, theirs, text=text(), mid_residual=middle, **cond)
     controlled = split.embed(time, text=text(), mid_residual=middle, **cond)
