@@ -221,7 +221,7 @@ def test_a_classifier_without_classes_is_refused(monkeypatch: pytest.MonkeyPatch
     import hasten.metrics.features as features
 
     monkeypatch.setattr(features, "feature_net", lambda name: nn.Flatten())
-    with pytest.raises(BadInput, match="knows no classes"):
+    with pytest.raises(BadInput, match="has no classes"):
         AttributePredictor(steps=2).tune(task(images=lambda n: (pictures(n)[0], None), n=100))
 
 
@@ -233,8 +233,8 @@ def test_spelled() -> None:
 @pytest.mark.parametrize(
     "make, says",
     [
-        (lambda: AttributePredictor(("clas",)), "no attribute 'clas'.*class"),
-        (lambda: AttributePredictor(()), "one attribute or more"),
+        (lambda: AttributePredictor(("clas",)), "unknown attribute 'clas'.*class"),
+        (lambda: AttributePredictor(()), "at least one attribute"),
         (lambda: AttributePredictor(("group",)), "groups="),
         (lambda: AttributePredictor(views=0), "views"),
         (lambda: AttributePredictor(("group",), groups=((0,), (9,))).tune(task(n=50)), "every class of 'group'"),

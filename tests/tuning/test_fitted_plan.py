@@ -75,14 +75,14 @@ def test_every_row_is_exact_for_constant_x0_whatever_the_numbers(schedule: Sched
         theta = rows.initial + scale * torch.randn(len(rows.initial), dtype=F64)
         theta = torch.minimum(theta.clamp(min=rows.lowest), torch.tensor(rows.highest)) if scale else theta
         made = rows.plan(theta)
-        assert_consistent(made, schedule, rows.numbers(theta).level, top)
+        assert_consistent(made, schedule, rows.coefficients(theta).level, top)
         assert made.times[-1] == 0 and made.a[-1] == 0
         if "answers" in options:
             assert not made.B.tril(-2).any()
         if not options.get("teleport", True):
             assert made.times[0] == schedule.t_max and made.start[0] == 1
         if not options.get("shift", True):
-            assert torch.equal(made.times[1:], rows.numbers(theta).level[1:])
+            assert torch.equal(made.times[1:], rows.coefficients(theta).level[1:])
 
 
 @over_schedules
@@ -104,14 +104,14 @@ def test_the_gradient_is_the_difference_quotient(schedule: Schedule) -> None:
     )
     model = m2(schedule)
     fit = _Fit(FittedPlan(held_out=2, fine=12, warm=0), task(model, 4, n=6))
-    x, _, _ = fit.fine.rows(fit.cal)
+    x, _, _ = fit.fine.select(fit.calibration)
     said = run_plan(rows.plan(rows.initial), model, x)[1]
     theta = rows.whiten(rows.initial, difference_grams(said)) + 0.01
     _, gradient = fit.gradient(rows, theta.clone())
     for k in range(len(theta)):
         step = torch.zeros_like(theta)
         step[k] = 1e-5
-        up, down = (fit.loss(rows.plan(theta + s), fit.cal) for s in (step, -step))
+        up, down = (fit.loss(rows.plan(theta + s), fit.calibration) for s in (step, -step))
         assert float(gradient[k]) == pytest.approx((up - down) / 2e-5, rel=2e-4, abs=1e-7)
 
 
@@ -151,12 +151,12 @@ def test_least_squares_rows_are_the_least_squares() -> None:
     model = m2(VPLinear())
     fit = _Fit(FittedPlan(gradient="frozen", held_out=8, fine=48), task(model, 4, n=64))
     rows = fit.rows(UniformLambda(start=0.9, low=0.02)(model.schedule, 4))
-    numbers, result = fit_rows(rows, rows.numbers(rows.initial), fit.fine, fit.cal, model, 64, 0.0)
+    numbers, result = fit_rows(rows, rows.coefficients(rows.initial), fit.fine, fit.calibration, model, 64, 0.0)
     made = rows.compose(numbers)
-    start, end, _ = fit.fine.rows(fit.cal)
+    start, end, _ = fit.fine.select(fit.calibration)
     torch.testing.assert_close(run_plan(made, model, start)[0][-1], result)
     for k in range(1, 4):
-        aim = end if k == 3 else fit.fine.at(numbers.level[k + 1], fit.cal)
+        aim = end if k == 3 else fit.fine.at(numbers.level[k + 1], fit.calibration)
         best = (run_plan(made, model, start)[0][k + 1] - aim).square().mean()
         for j, sign in itertools.product(range(k), (1, -1)):
             D = numbers.D.clone()

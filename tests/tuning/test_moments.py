@@ -63,7 +63,9 @@ def test_what_is_known_to_vanish_is_regressed_out() -> None:
     ours, plain, told = [], [], []
     x = model.sample(400, torch.Generator().manual_seed(0)).float()
     for seed in range(20):
-        value, _, error = Moments(images=400).look(task(model, seed=seed * 7_000_000), t, x, None, x.double().mean(0))
+        value, _, error = Moments(images=400).measure(
+            task(model, seed=seed * 7_000_000), t, x, None, x.double().mean(0)
+        )
         ours.append(value - truth)
         told.append(error)
         e = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
