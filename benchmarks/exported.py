@@ -34,8 +34,16 @@ from hasten.model import Model
 from hasten.performance.device import processor
 from hasten.schedules import VPLinear
 
-WAYS = ("openvino fp32", "openvino bf16", "openvino int8", "openvino int8+bf16", "onnx fp32", "onnx int8", "eager bf16",
-        "compile fp32")  # fmt: skip
+WAYS = (
+    "openvino fp32",
+    "openvino bf16",
+    "openvino int8",
+    "openvino int8+bf16",
+    "onnx fp32",
+    "onnx int8",
+    "eager bf16",
+    "compile fp32",
+)
 
 
 class CifarNet(nn.Module):
@@ -49,11 +57,18 @@ class CifarNet(nn.Module):
         super().__init__()
         down = ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
         self.net = UNet2DModel(
-            sample_size=32, in_channels=3, out_channels=3, layers_per_block=2,
-            block_out_channels=(128, 256, 256, 256), down_block_types=down,
-            up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], norm_eps=1e-6,
-            downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-        )  # fmt: skip
+            sample_size=32,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=2,
+            block_out_channels=(128, 256, 256, 256),
+            down_block_types=down,
+            up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            norm_eps=1e-6,
+            downsample_padding=0,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+        )
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return self.net(x, time).sample
@@ -93,9 +108,14 @@ def evaluation(net: nn.Module, asked: dict[str, Tensor], half: bool) -> Callable
 
 
 def main(
-    *, work: Path, out: Path | None = None, batch: tuple[int, ...] = (4,), rounds: int = 9,
-    ways: tuple[str, ...] = WAYS, clock: Literal["wall", "cpu"] = "wall",
-) -> None:  # fmt: skip
+    *,
+    work: Path,
+    out: Path | None = None,
+    batch: tuple[int, ...] = (4,),
+    rounds: int = 9,
+    ways: tuple[str, ...] = WAYS,
+    clock: Literal["wall", "cpu"] = "wall",
+) -> None:
     """Export what is missing, then measure."""
     model, now = cifar(), time.perf_counter if clock == "wall" else time.process_time
     work.mkdir(parents=True, exist_ok=True)
@@ -124,8 +144,13 @@ def main(
         for way, taken in seconds.items():
             ratios = sorted(a / b for a, b in zip(seconds["eager fp32"], taken))
             error = float((answers[way] - truth).norm() / truth.norm())
-            row = {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1],
-                   "seconds": statistics.median(taken), "error": error}  # fmt: skip
+            row = {
+                "ratio": statistics.median(ratios),
+                "low": ratios[0],
+                "high": ratios[-1],
+                "seconds": statistics.median(taken),
+                "error": error,
+            }
             told["ways"][way] = {key: float(f"{value:.4g}") for key, value in row.items()}
             print(
                 f"batch {size}  {way:20s} {row['ratio']:5.2f}x  {row['seconds'] * 1e3:6.0f} ms  {error:.1e}", flush=True

@@ -50,10 +50,27 @@ def main(
         rounds: How often each is timed.
     """
     asked = [
-        "sample", model, "--n", str(n), "--batch-size", str(batch_size), "--steps", str(steps), "--sampler", "ddim",
-        "--times", "uniform", "--guidance-scale", str(guidance_scale), "--runtime", "fp32", "--device", "cpu",
-        "--json", "--out",
-    ]  # fmt: skip
+        "sample",
+        model,
+        "--n",
+        str(n),
+        "--batch-size",
+        str(batch_size),
+        "--steps",
+        str(steps),
+        "--sampler",
+        "ddim",
+        "--times",
+        "uniform",
+        "--guidance-scale",
+        str(guidance_scale),
+        "--runtime",
+        "fp32",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+    ]
     took: dict[int, list[tuple[float, float]]] = {count: [] for count in (1, *processes)}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
@@ -66,12 +83,19 @@ def main(
         files = {Path(folder, f"{count}.png").read_bytes() for count in took}
     for count in processes:
         line = {
-            "model": model, "n": n, "batch_size": batch_size, "nfe": steps, "processes": count, "rounds": rounds,
+            "model": model,
+            "n": n,
+            "batch_size": batch_size,
+            "nfe": steps,
+            "processes": count,
+            "rounds": rounds,
             "sampling": spread([a[0] / b[0] for a, b in zip(took[1], took[count])]),
             "command": spread([a[1] / b[1] for a, b in zip(took[1], took[count])]),
             "images_per_second": n / statistics.median(seconds for seconds, _ in took[count]),
-            "same_file": len(files) == 1, "hardware": processor(torch.device("cpu")), "torch": torch.__version__,
-        }  # fmt: skip
+            "same_file": len(files) == 1,
+            "hardware": processor(torch.device("cpu")),
+            "torch": torch.__version__,
+        }
         print(json.dumps(line), flush=True)
         if out is not None:
             with open(out, "a") as lines:

@@ -77,10 +77,25 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 SAMPLERS: tuple[Any, ...] = (
-    UniPC(2), UniPC(3), UniPC(4), UniPC(2, "bh1"), DPMSolver(2), DPMSolver(3), DPMSolver(3, third="compat"),
-    DPMSolver(2, multistep=False), DPMSolver(3, multistep=False), DPMSolver(3, predict="eps"), DEIS(2), DEIS(3),
-    DEIS(3, "rho"), DEIS(3, "log_rho"), PLMS(4, "ramp"), SASolver(3, 4, tau=0.0), Heun(), DDIM(),
-)  # fmt: skip
+    UniPC(2),
+    UniPC(3),
+    UniPC(4),
+    UniPC(2, "bh1"),
+    DPMSolver(2),
+    DPMSolver(3),
+    DPMSolver(3, third="compat"),
+    DPMSolver(2, multistep=False),
+    DPMSolver(3, multistep=False),
+    DPMSolver(3, predict="eps"),
+    DEIS(2),
+    DEIS(3),
+    DEIS(3, "rho"),
+    DEIS(3, "log_rho"),
+    PLMS(4, "ramp"),
+    SASolver(3, 4, tau=0.0),
+    Heun(),
+    DDIM(),
+)
 FAMILY = (UniPC(2), UniPC(3))
 
 
@@ -88,10 +103,15 @@ def grids(schedule: Schedule) -> dict[str, TimeGrid]:
     """The fixed grids: all of hasten's, that in lambda also with a larger last level, q = .03."""
     low = float(schedule.time(-math.log(0.03)))
     return {
-        "lambda": UniformLambda(), "lambda to q .03": UniformLambda(low=low), "uniform": UniformTime(),
-        "quadratic": Quadratic(), "karras": Karras(), "trailing": Trailing(), "angle": CosineAngle(),
+        "lambda": UniformLambda(),
+        "lambda to q .03": UniformLambda(low=low),
+        "uniform": UniformTime(),
+        "quadratic": Quadratic(),
+        "karras": Karras(),
+        "trailing": Trailing(),
+        "angle": CosineAngle(),
         "angle .5": CosineAngle(scale=0.5),
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True)
@@ -247,9 +267,14 @@ def fitted(problem: Problem, count: int) -> Iterator[Cell]:
 
 
 WORK: dict[str, Callable[[Problem, int], Iterator[Cell]]] = {
-    "diffusers": peers, "fixed": fixed, "preconditioned": preconditioned, "bound": optimised("bound"),
-    "local": optimised("local"), "trajectory": optimised("trajectory"), "fitted": fitted,
-}  # fmt: skip
+    "diffusers": peers,
+    "fixed": fixed,
+    "preconditioned": preconditioned,
+    "bound": optimised("bound"),
+    "local": optimised("local"),
+    "trajectory": optimised("trajectory"),
+    "fitted": fitted,
+}
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------
@@ -280,8 +305,11 @@ def summary(cells: list[Cell]) -> str:
     # of the fixed grids, those of the family that is optimised
     mine = [cell for cell in cells if cell.part != "fixed" or cell.method in family]
     for problem in dict.fromkeys(cell.problem for cell in cells):
-        at = {(part, n): best([c for c in mine if (c.problem, c.part, c.budget) == (problem, part, n)])
-              for part in PARTS for n in counts}  # fmt: skip
+        at = {
+            (part, n): best([c for c in mine if (c.problem, c.part, c.budget) == (problem, part, n)])
+            for part in PARTS
+            for n in counts
+        }
         rows = {"diffusers' best": [_shown(at["diffusers", n]) for n in counts]}
         rows["UniPC, best fixed grid"] = [_shown(at["fixed", n]) for n in counts]
         for bar, parts in (("fixed", PARTS[3:6]), ("diffusers", PARTS[2:])):

@@ -48,9 +48,11 @@ from hasten.schedules import VPCosine
 
 app = cyclopts.App(help=__doc__)
 PATCHES = {
-    "sync": PatchParallel(mode="sync"), "async": PatchParallel(warmup=0),
-    "async, keys in bf16": PatchParallel(warmup=0, keys="bf16"), "naive": PatchParallel(mode="naive"),
-}  # fmt: skip
+    "sync": PatchParallel(mode="sync"),
+    "async": PatchParallel(warmup=0),
+    "async, keys in bf16": PatchParallel(warmup=0, keys="bf16"),
+    "naive": PatchParallel(mode="naive"),
+}
 
 
 def spawned(work: Callable[..., None], ranks: int, given: dict[str, Any]) -> None:
@@ -143,16 +145,32 @@ def timed(rank: int, unet: str, side: int, runs: int, ranks: int, out: Path | No
         bytes_ = json.dumps(sent[name]) if name in sent else ""
         print(f"{name:30s} {each:8.3f} {share:>6s} {model:>6s} {cpu[name]:8.3f}  {bytes_}")
     if out is not None:
-        row = {"unet": unet, "side": side, "ranks": ranks, "runs": runs, "torch": torch.__version__,
-               "seconds": seconds, "cpu_seconds": cpu, "sent": sent, "predicted": foretold}  # fmt: skip
+        row = {
+            "unet": unet,
+            "side": side,
+            "ranks": ranks,
+            "runs": runs,
+            "torch": torch.__version__,
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "sent": sent,
+            "predicted": foretold,
+        }
         with out.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
 
 
 def judged(
-    rank: int, images: int, sampler: str, steps: int, warmup: int, guidance_scale: float, batch_size: int,
-    only: list[str], out: Path | None,
-) -> None:  # fmt: skip
+    rank: int,
+    images: int,
+    sampler: str,
+    steps: int,
+    warmup: int,
+    guidance_scale: float,
+    batch_size: int,
+    only: list[str],
+    out: Path | None,
+) -> None:
     torch.set_grad_enabled(False)
     model = hasten.load("fashion")
     ways = {"one process": None, "sync": PatchParallel(mode="sync")}
@@ -179,8 +197,12 @@ def judged(
             distributed.barrier()
         if rank == 0 and alone is not None:
             seen = evaluate_images(made, model.labels(images), features, known, range(images))
-            row = {"way": name, "psnr": image_difference(made, alone)["psnr"], "frechet": seen["frechet"].value,
-                   "seconds": time.perf_counter() - begin}  # fmt: skip
+            row = {
+                "way": name,
+                "psnr": image_difference(made, alone)["psnr"],
+                "frechet": seen["frechet"].value,
+                "seconds": time.perf_counter() - begin,
+            }
             found.append(row)
             print(f"{name:16s} {row['psnr']:9.2f} {row['frechet']:9.4f} {row['seconds']:7.1f}", flush=True)
     if rank == 0 and out is not None:
@@ -200,9 +222,16 @@ def speed(
 
 @app.command
 def quality(
-    images: int = 1000, sampler: str = "ddim", steps: int = 50, warmup: int = 4, guidance_scale: float = 1.25,
-    ranks: int = 2, batch_size: int = 100, only: list[str] | None = None, out: Path | None = None,
-) -> None:  # fmt: skip
+    images: int = 1000,
+    sampler: str = "ddim",
+    steps: int = 50,
+    warmup: int = 4,
+    guidance_scale: float = 1.25,
+    ranks: int = 2,
+    batch_size: int = 100,
+    only: list[str] | None = None,
+    out: Path | None = None,
+) -> None:
     """PSNR to one process, and Frechet distance, of each way, or of the `only` ones that are named."""
     given: dict[str, Any] = {
         "images": images,

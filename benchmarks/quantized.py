@@ -35,11 +35,17 @@ def built(name: str) -> nn.Module:
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=32, freq_shift=1, flip_sin_to_cos=False, block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2, downsample_padding=0, attention_head_dim=None, norm_eps=1e-6,
+        sample_size=32,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        downsample_padding=0,
+        attention_head_dim=None,
+        norm_eps=1e-6,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def part(weight: Tensor, bits: int, low: float, high: float) -> ChannelSlice:
@@ -95,9 +101,14 @@ def timed(ways: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
 
 
 def main(
-    *, unet: str = "ddpm", bits: int = 8, batch: int = 4, runs: int = 15, compiled: bool = True,
+    *,
+    unet: str = "ddpm",
+    bits: int = 8,
+    batch: int = 4,
+    runs: int = 15,
+    compiled: bool = True,
     out: Path | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Measure, print a table, and append a row to `out`."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -146,8 +157,17 @@ def main(
         )
     print(f"weights file: {share:.4f} of float32's bytes")
     if out is not None:
-        row = {"unet": unet, "bits": bits, "batch": batch, "runs": runs, "torch": torch.__version__,
-               "ms": took, "error": errors, "first_call_s": cold, "bytes": share}  # fmt: skip
+        row = {
+            "unet": unet,
+            "bits": bits,
+            "batch": batch,
+            "runs": runs,
+            "torch": torch.__version__,
+            "ms": took,
+            "error": errors,
+            "first_call_s": cold,
+            "bytes": share,
+        }
         with out.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
 

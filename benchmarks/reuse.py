@@ -62,11 +62,19 @@ def macs(net: SplitNetwork, x: Tensor, cond: dict[str, Tensor]) -> dict[str, int
 
 
 def main(
-    *, steps: int = 10, keys: tuple[int, ...] = (0, 5), rounds: int = 2, batch: int = 1, side: int = 64,
+    *,
+    steps: int = 10,
+    keys: tuple[int, ...] = (0, 5),
+    rounds: int = 2,
+    batch: int = 1,
+    side: int = 64,
     ways: tuple[str, ...] = ("encoder_propagation", "encoder_propagation:parallel=2"),
-    clock: Literal["wall", "cpu"] = "wall", device: str = "cpu", half: bool = False, small: bool = False,
+    clock: Literal["wall", "cpu"] = "wall",
+    device: str = "cpu",
+    half: bool = False,
+    small: bool = False,
     out: Path | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Measure. `ways` are accelerators as they are spelled, to which the keys are added."""
     net = network(small).to(device)
     net = net.half() if half else net
@@ -87,8 +95,11 @@ def main(
     now = time.process_time if clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {way: [] for way in runs}
     with torch.no_grad():
-        net(torch.randn(2 * batch, 4, side, side).to(text), torch.full((2 * batch,), 500.0, device=device),
-            text=text.flatten(0, 1))  # fmt: skip
+        net(
+            torch.randn(2 * batch, 4, side, side).to(text),
+            torch.full((2 * batch,), 500.0, device=device),
+            text=text.flatten(0, 1),
+        )
         for turn in range(rounds):
             for way in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
                 began = now()
@@ -101,15 +112,28 @@ def main(
     share, parts = work["decoder"] / work["whole"], len(keys) / steps
     promised = 1 / (1 - (1 - share) * (1 - parts))
     row: dict[str, Any] = {
-        "macs": work["whole"] // (2 * batch), "decoder_share": share, "steps": steps, "keys": list(keys),
-        "promised": promised, "rounds": rounds, "clock": clock, "threads": torch.get_num_threads(),
-        "machine": processor(torch.device(device)), "python": platform.python_version(), "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "ways": {},
-    }  # fmt: skip
+        "macs": work["whole"] // (2 * batch),
+        "decoder_share": share,
+        "steps": steps,
+        "keys": list(keys),
+        "promised": promised,
+        "rounds": rounds,
+        "clock": clock,
+        "threads": torch.get_num_threads(),
+        "machine": processor(torch.device(device)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "ways": {},
+    }
     for way, taken in seconds.items():
         ratios = sorted(a / b for a, b in zip(seconds["plain"], taken))
-        row["ways"][way] = {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1],
-                            "seconds": statistics.median(taken)}  # fmt: skip
+        row["ways"][way] = {
+            "ratio": statistics.median(ratios),
+            "low": ratios[0],
+            "high": ratios[-1],
+            "seconds": statistics.median(taken),
+        }
         print(f"{way:40s} {statistics.median(ratios):5.3f}x, promised {1 if way == 'plain' else promised:5.3f}x")
     print(f"{row['macs'] / 1e9:.1f} GMAC an image, decoder {share:.1%}")
     if out is not None:

@@ -32,8 +32,10 @@ def rows(guidance_scale: float) -> list[dict[str, Any]]:
     """The rows that choose."""
     return [
         {"kind": "grid", "steps": steps, "sampler": f"unipc:order={order}", "times": times}
-        for steps in STEPS for times in GRIDS for order in (2, 3)
-    ]  # fmt: skip
+        for steps in STEPS
+        for times in GRIDS
+        for order in (2, 3)
+    ]
 
 
 def measured(model: hasten.Model, row: dict[str, Any], n: int, seed: int, guidance_scale: float) -> dict[str, Any]:
@@ -47,8 +49,17 @@ def measured(model: hasten.Model, row: dict[str, Any], n: int, seed: int, guidan
     seen = evaluate_images(images, model.labels(n), feature_net(known.features), known, range(seed, seed + n))
     told = {name: seen[name].value for name in ("frechet", "kid", "accuracy", "precision", "recall", "coverage")}
     low, high = seen["frechet"].interval or (None, None)
-    return {**row, "n": n, "seed": seed, "guidance_scale": guidance_scale, **told, "low": low, "high": high,
-            "floor": seen["frechet"].floor, "seconds": time.perf_counter() - began}  # fmt: skip
+    return {
+        **row,
+        "n": n,
+        "seed": seed,
+        "guidance_scale": guidance_scale,
+        **told,
+        "low": low,
+        "high": high,
+        "floor": seen["frechet"].floor,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def best(found: list[dict[str, Any]], steps: int) -> dict[str, Any]:
@@ -57,9 +68,14 @@ def best(found: list[dict[str, Any]], steps: int) -> dict[str, Any]:
 
 
 def main(
-    *, out: Path, guidance_scale: float = 1.0, n: int = 10_000, part: str = "0/1", model: str = "fashion",
+    *,
+    out: Path,
+    guidance_scale: float = 1.0,
+    n: int = 10_000,
+    part: str = "0/1",
+    model: str = "fashion",
     choose: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Make the rows that the file lacks, one JSON line each. With --no-choose: the final ones, once all have chosen."""
     loaded = hasten.load(model)
     mine, parts = (int(x) for x in part.split("/"))

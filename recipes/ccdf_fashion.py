@@ -119,9 +119,12 @@ def judge(x: Tensor, truth: Tensor, label: Tensor) -> dict[str, Any]:
     found = evaluate_images(x, label, net, "fashion", None)
     apart = (extract(net, x)[0] - extract(net, truth)[0]).square().sum(1).mean()
     return {
-        "psnr": psnr(x, truth), "accuracy": found["accuracy"].value, "frechet": found["frechet"].value,
-        "interval": found["frechet"].interval, "features": float(apart),
-    }  # fmt: skip
+        "psnr": psnr(x, truth),
+        "accuracy": found["accuracy"].value,
+        "frechet": found["frechet"].value,
+        "interval": found["frechet"].interval,
+        "features": float(apart),
+    }
 
 
 def choose(model: Model, x: Tensor, factor: int, steps: int) -> tuple[CCDF, dict[str, Any]]:

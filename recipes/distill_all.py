@@ -107,9 +107,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    *, out: Path, teacher: str = "fashion", data: str = DATA, guidance_scale: float = 2.0, evaluations: float = 1.5e5,
-    n: int = 1000, batch_size: int = 64, only: list[str] | None = None, table_only: bool = False,
-) -> None:  # fmt: skip
+    *,
+    out: Path,
+    teacher: str = "fashion",
+    data: str = DATA,
+    guidance_scale: float = 2.0,
+    evaluations: float = 1.5e5,
+    n: int = 1000,
+    batch_size: int = 64,
+    only: list[str] | None = None,
+    table_only: bool = False,
+) -> None:
     """Run what is missing, a method after the other, and print the table."""
     kept = out / "rows.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -132,9 +140,16 @@ def main(
             folder, method = out / name.replace(" ", "-"), METHODS[name]
             try:
                 run = distill_model(
-                    hasten.load(teacher), folder, method, data, evaluations=evaluations, batch_size=batch_size,
-                    guidance_scale=guidance_scale, runtime="bf16", show=False,
-                )  # fmt: skip
+                    hasten.load(teacher),
+                    folder,
+                    method,
+                    data,
+                    evaluations=evaluations,
+                    batch_size=batch_size,
+                    guidance_scale=guidance_scale,
+                    runtime="bf16",
+                    show=False,
+                )
             except HastenError as e:
                 print(f"{name}: {e}", flush=True)
                 continue

@@ -180,12 +180,16 @@ def judge(images: Tensor, test: Data, train_data: Data, references: dict[int, An
         brightness = own.mean((1, 2, 3)).numpy()
         frechet = evaluate_images(own, None, net, reference, f"{c}::2")["frechet"]
         found[name] = {
-            "mean": float(brightness.mean()), "deviation": float(brightness.std()),
-            "real_mean": float(real_brightness.mean()), "real_deviation": float(real_brightness.std()),
+            "mean": float(brightness.mean()),
+            "deviation": float(brightness.std()),
+            "real_mean": float(real_brightness.mean()),
+            "real_deviation": float(real_brightness.std()),
             "wasserstein": float(wasserstein_distance(brightness, real_brightness)),
             "wasserstein_floor": float(wasserstein_distance(other_brightness[: len(own)], real_brightness)),
-            "frechet": frechet.value, "frechet_interval": frechet.interval, "frechet_floor": frechet.floor,
-        }  # fmt: skip
+            "frechet": frechet.value,
+            "frechet_interval": frechet.interval,
+            "frechet_floor": frechet.floor,
+        }
     return found
 
 

@@ -84,7 +84,9 @@ SETTINGS: dict[str, tuple[tuple[Distribution, ...], tuple[str, str, int], int]] 
     "50:50": ((GUIDE,), UNIPC, IMAGES),
     "30:70": ((replace(GUIDE, classes=(0.3, 0.7)),), UNIPC, IMAGES),
     "50:50 and three quarters bright": (
-        (GUIDE, Distribution(classes=(0.25, 0.75), attribute="brightness")), UNIPC, 300,
+        (GUIDE, Distribution(classes=(0.25, 0.75), attribute="brightness")),
+        UNIPC,
+        300,
     ),
     "as learned, DDIM": ((), DDIM, 200),
     "50:50, DDIM": ((GUIDE,), DDIM, 200),
@@ -94,9 +96,11 @@ SETTINGS: dict[str, tuple[tuple[Distribution, ...], tuple[str, str, int], int]] 
     "50:50, along the gradient, scale 100": ((replace(GUIDE, along="gradient", scale=100.0),), UNIPC, 200),
     "50:50, along the gradient, scale 300": ((replace(GUIDE, along="gradient", scale=300.0),), UNIPC, 200),
     "50:50, gradient, temperature 8, scale 3000": (
-        (replace(GUIDE, along="gradient", temperature=8.0, scale=3000.0),), UNIPC, 200,
+        (replace(GUIDE, along="gradient", temperature=8.0, scale=3000.0),),
+        UNIPC,
+        200,
     ),
-}  # fmt: skip
+}
 
 
 def imbalanced(data: str = DATA) -> Data:
@@ -125,9 +129,14 @@ def teacher(out: Path, data: str = DATA, steps: int = STEPS) -> Denoiser:
 def learn(denoiser: Denoiser, images: Tensor, labels: Tensor | None, tuner: AttributePredictor) -> Attributes:
     """The classifiers of the denoiser's middle features under the null label."""
     task = TuningTask(
-        denoiser, pick("samplers", "unipc"), pick("times", UNIPC[1])(denoiser.schedule, UNIPC[2]), (1, 28, 28),
-        images=lambda n: (images, labels), n=len(images), seed=SEED,
-    )  # fmt: skip
+        denoiser,
+        pick("samplers", "unipc"),
+        pick("times", UNIPC[1])(denoiser.schedule, UNIPC[2]),
+        (1, 28, 28),
+        images=lambda n: (images, labels),
+        n=len(images),
+        seed=SEED,
+    )
     with torch.autocast("cpu", torch.bfloat16):
         tuned = tuner.tune(task)
     print(json.dumps(tuned.figures), flush=True)

@@ -61,9 +61,15 @@ def shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 def train(
-    images: Tensor, labels: Tensor, epochs: int = 9, batch: int = 128, rate: float = 3e-3, smoothing: float = 0.05,
-    shift_by: int = 2, seed: int = 0,
-) -> FashionClassifier:  # fmt: skip
+    images: Tensor,
+    labels: Tensor,
+    epochs: int = 9,
+    batch: int = 128,
+    rate: float = 3e-3,
+    smoothing: float = 0.05,
+    shift_by: int = 2,
+    seed: int = 0,
+) -> FashionClassifier:
     """AdamW, one-cycle cosine rate, label smoothing, shifts by up to `shift_by` pixels; bf16 autocast."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

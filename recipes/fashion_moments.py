@@ -32,8 +32,17 @@ from hasten.tuning.second_moment import SecondMomentTuner
 
 DATA = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
 STATISTICS, PART, CARD = "statistics.safetensors", "second_moment.safetensors", "second_moment.json"
-SAMPLERS = ("ddpm", "ddpm:variance=large", "analytic", "analytic:pixels=0", "analytic:form=ddim", "ddim", "sn",
-            "sn:form=ddim", "fast")  # fmt: skip
+SAMPLERS = (
+    "ddpm",
+    "ddpm:variance=large",
+    "analytic",
+    "analytic:pixels=0",
+    "analytic:form=ddim",
+    "ddim",
+    "sn",
+    "sn:form=ddim",
+    "fast",
+)
 GRIDS = ("lambda:low=0.03", "uniform")
 
 
@@ -53,9 +62,14 @@ def task(data: Path, seed: int = 0) -> TuningTask:
     """The bundled teacher with its training images."""
     model = hasten.load("fashion")
     return TuningTask(
-        denoiser=model.denoiser, sampler=UniPC(), times=torch.tensor([1.0, 0.0], dtype=torch.float64),
-        shape=model.shape, labels=model.labels, images=real(data, seed), seed=seed,
-    )  # fmt: skip
+        denoiser=model.denoiser,
+        sampler=UniPC(),
+        times=torch.tensor([1.0, 0.0], dtype=torch.float64),
+        shape=model.shape,
+        labels=model.labels,
+        images=real(data, seed),
+        seed=seed,
+    )
 
 
 def measure(args: argparse.Namespace) -> None:

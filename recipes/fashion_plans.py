@@ -37,9 +37,16 @@ def fit(steps: int, guidance_scale: float, n: int, options: FittedPlan, data: st
         return real.images(chosen).float() / 127.5 - 1, None
 
     task = TuningTask(
-        model.guided(guidance_scale), UniPC(3), UniformLambda(low=0.03)(model.denoiser.schedule, steps), model.shape,
-        labels=lambda count: torch.arange(count) % 10, images=images, seed=SEED, n=n, identity=model.sha256 or "",
-    )  # fmt: skip
+        model.guided(guidance_scale),
+        UniPC(3),
+        UniformLambda(low=0.03)(model.denoiser.schedule, steps),
+        model.shape,
+        labels=lambda count: torch.arange(count) % 10,
+        images=images,
+        seed=SEED,
+        n=n,
+        identity=model.sha256 or "",
+    )
     with torch.autocast("cpu", torch.bfloat16):
         tuned = options.tune(task)
     assert tuned.plan is not None

@@ -55,9 +55,16 @@ def figures(results: list[Tensor], sources: list[Tensor], fine: list[Tensor], ta
 
 
 def main(
-    *, encoder: Path, decoder: Path, out: Path, teacher: str = "fashion", data: str = DATA, n: int = 32,
-    fine: int = 128, guidance_scale: float = 2.0,
-) -> None:  # fmt: skip
+    *,
+    encoder: Path,
+    decoder: Path,
+    out: Path,
+    teacher: str = "fashion",
+    data: str = DATA,
+    n: int = 32,
+    fine: int = 128,
+    guidance_scale: float = 2.0,
+) -> None:
     """Restyle by all ways, and write `rows.jsonl` and `restyled.png`."""
     whole, up, down = hasten.load(teacher), hasten.load(encoder), hasten.load(decoder)
     test = open_data(data, split="test")

@@ -42,25 +42,40 @@ def bundle(name: str, run: Path, folder: Path) -> None:
     times = hasten.pick("times", student.times)(student.denoiser.schedule, steps)
     counts = "1 step (or 2, 4, 8)" if steps == 1 else "8, 4, 2 or 1 steps"
     card = {
-        **student.card, "recipe": "recipes/fashion_students.py",
+        **student.card,
+        "recipe": "recipes/fashion_students.py",
         "summary": f"student of fashion for {counts} of one evaluation, guidance scales {low:g} to {high:g}",
-    }  # fmt: skip
+    }
     compiled = plan(hasten.pick("samplers", student.sampler), student.denoiser.schedule, times)
     dataclasses.replace(student, name=name, steps=steps, plan=compiled, card=card).save(folder, half=True)
 
 
 def main(
-    name: str, /, *, out: Path, teacher: str = "fashion", data: str = DATA, minutes: float = 60, batch_size: int = 64,
+    name: str,
+    /,
+    *,
+    out: Path,
+    teacher: str = "fashion",
+    data: str = DATA,
+    minutes: float = 60,
+    batch_size: int = 64,
     bundle_to: Path | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train the student of this name, or with --bundle-to write what was trained."""
     if bundle_to is not None:
         bundle(name, out, bundle_to)
         return
     distill_model(
-        hasten.load(teacher), out, METHODS[name][0], data, minutes=minutes, guidance_scale=2.0, batch_size=batch_size,
-        runtime="bf16", say=print,
-    )  # fmt: skip
+        hasten.load(teacher),
+        out,
+        METHODS[name][0],
+        data,
+        minutes=minutes,
+        guidance_scale=2.0,
+        batch_size=batch_size,
+        runtime="bf16",
+        say=print,
+    )
 
 
 if __name__ == "__main__":

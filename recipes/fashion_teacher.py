@@ -80,14 +80,25 @@ def bundle(run: Path, folder: Path) -> None:
         "licence": "Apache-2.0",
         "reference": "fashion",
         "training": {
-            "steps": saved["step"], "batch_size": BATCH, "seconds": round(saved["seconds"]), "optimiser": "muon",
-            "loss": round(sum(line["teacher"] for line in log[-10:]) / 10, 4), "hardware": "2 cores, AMD EPYC (Zen 5)",
+            "steps": saved["step"],
+            "batch_size": BATCH,
+            "seconds": round(saved["seconds"]),
+            "optimiser": "muon",
+            "loss": round(sum(line["teacher"] for line in log[-10:]) / 10, 4),
+            "hardware": "2 cores, AMD EPYC (Zen 5)",
         },
-    }  # fmt: skip
+    }
     model = Model(
-        denoiser.eval(), "fashion", (1, 28, 28), tuple(CLASSES),
-        sampler="unipc", times="lambda:low=0.03", steps=12, guidance_scale=1.25, card=card,
-    )  # fmt: skip
+        denoiser.eval(),
+        "fashion",
+        (1, 28, 28),
+        tuple(CLASSES),
+        sampler="unipc",
+        times="lambda:low=0.03",
+        steps=12,
+        guidance_scale=1.25,
+        card=card,
+    )
     model.save(folder, half=True)
 
 

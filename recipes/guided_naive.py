@@ -60,9 +60,14 @@ def distil(teacher: Model, out: Path, steps: tuple[int, ...], evaluations: float
     denoiser = teacher.denoiser.requires_grad_(False).eval()
     batches = Batches(open_data(data, split="train"), BATCH, seed=SEED)
     common: dict[str, Any] = {
-        "teacher": denoiser, "denoiser": denoiser, "batches": batches, "shape": teacher.shape, "out": out,
-        "seed": SEED, "precision": precision,
-    }  # fmt: skip
+        "teacher": denoiser,
+        "denoiser": denoiser,
+        "batches": batches,
+        "shape": teacher.shape,
+        "out": out,
+        "seed": SEED,
+        "precision": precision,
+    }
     trial, method = Trial(**common), Progressive(steps)
     method.distill(trial)
     allocate(trial.stages, None, None, evaluations)
@@ -70,9 +75,16 @@ def distil(teacher: Model, out: Path, steps: tuple[int, ...], evaluations: float
     print(json.dumps({"stages": planned, "evaluations": evaluations}), flush=True)
     student = method.distill(Branches(**common, steps=planned))
     model = Model(
-        student.denoiser.cpu(), "naive", teacher.shape, teacher.classes, sampler="ddim", times="trailing",
-        steps=student.steps, guidance_scale=2.0, card={"summary": "the naive baseline of recipes/guided_naive.py"},
-    )  # fmt: skip
+        student.denoiser.cpu(),
+        "naive",
+        teacher.shape,
+        teacher.classes,
+        sampler="ddim",
+        times="trailing",
+        steps=student.steps,
+        guidance_scale=2.0,
+        card={"summary": "the naive baseline of recipes/guided_naive.py"},
+    )
     model.save(out)
     return model
 
@@ -91,11 +103,18 @@ def compare(
             images = model.sample(n, sampler=sampler, times="trailing", steps=steps, **asked)
             found = evaluate_images(images, labels, bootstrap=0)
             calls = 1 if model.denoiser.guidance_range is not None or scale == 1 else 2
-            rows.append({
-                "model": name, "guidance_scale": scale, "steps": steps, "evaluations": calls * steps,
-                "to the teacher": round(float((images - wanted).square().mean().sqrt()), 4),
-                "frechet": round(found["frechet"].value, 4), "accuracy": round(found["accuracy"].value, 4), "n": n,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": name,
+                    "guidance_scale": scale,
+                    "steps": steps,
+                    "evaluations": calls * steps,
+                    "to the teacher": round(float((images - wanted).square().mean().sqrt()), 4),
+                    "frechet": round(found["frechet"].value, 4),
+                    "accuracy": round(found["accuracy"].value, 4),
+                    "n": n,
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
     return rows
 

@@ -64,9 +64,15 @@ def test_it_is_made_again_from_its_config() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [((6, 7), {"a": 2}, [0.5]), ((6, 7, 5), {"a": 1}, [0.5]), ((6, 7, 5), {}, [0.5]), ((6, 7, 5), {"a": 2}, [0.5, 0.1]),
-     ((6, 7, 5), {"a": 2}, []), ((6, 7, 5), {"a": 2}, [0.5], 6)],
-)  # fmt: skip
+    [
+        ((6, 7), {"a": 2}, [0.5]),
+        ((6, 7, 5), {"a": 1}, [0.5]),
+        ((6, 7, 5), {}, [0.5]),
+        ((6, 7, 5), {"a": 2}, [0.5, 0.1]),
+        ((6, 7, 5), {"a": 2}, []),
+        ((6, 7, 5), {"a": 2}, [0.5], 6),
+    ],
+)
 def test_a_part_that_cannot_be(arguments: Any) -> None:
     with pytest.raises(ValueError, match="attributes need"):
         Attributes(*arguments)
@@ -99,9 +105,14 @@ def pictures(n: int) -> tuple[Tensor, Tensor]:
 def task(**changes: Any) -> TuningTask:
     denoiser = Denoiser(unet(classes=4), VPCosine(offset=0.0), "v")
     settings: dict[str, Any] = {
-        "denoiser": denoiser, "sampler": UniPC(), "times": UniformLambda()(denoiser.schedule, 3), "shape": (1, 8, 8),
-        "labels": lambda n: torch.arange(n) % 4, "images": pictures, "n": 800,
-    }  # fmt: skip
+        "denoiser": denoiser,
+        "sampler": UniPC(),
+        "times": UniformLambda()(denoiser.schedule, 3),
+        "shape": (1, 8, 8),
+        "labels": lambda n: torch.arange(n) % 4,
+        "images": pictures,
+        "n": 800,
+    }
     return TuningTask(**(settings | changes))
 
 

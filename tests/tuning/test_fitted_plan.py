@@ -30,9 +30,12 @@ from hasten.tuning.fitted_plan import FittedPlan, _Fit
 
 F64 = torch.float64
 SCHEDULES = {
-    "VPLinear": VPLinear(), "VPCosine0": VPCosine(offset=0.0), "Flow": Flow(), "EDM": EDM(),
+    "VPLinear": VPLinear(),
+    "VPCosine0": VPCosine(offset=0.0),
+    "Flow": Flow(),
+    "EDM": EDM(),
     "Discrete": Discrete.linear(),
-}  # fmt: skip
+}
 over_schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
 
 
@@ -138,8 +141,9 @@ def test_whitening_keeps_the_plan_and_measures_in_states() -> None:
 def test_fine_trajectories_can_be_read_in_between() -> None:
     model = g8(VPCosine(offset=0.0))
     x = Noise(range(16), (8,), dtype=F64).initial()
-    fine = fine_trajectories(model, x, {}, start=1.0, low=0.01, end=0.0, steps=64, batch=8, keep=True,
-                             tick=lambda *_: None)  # fmt: skip
+    fine = fine_trajectories(
+        model, x, {}, start=1.0, low=0.01, end=0.0, steps=64, batch=8, keep=True, tick=lambda *_: None
+    )
     for t in (0.98, 0.7, 0.333, 0.05):
         read = fine.at(torch.tensor(t, dtype=F64), slice(0, 16))
         torch.testing.assert_close(read, model.endpoint(x, 1.0, t), rtol=0, atol=2e-4)
@@ -239,8 +243,14 @@ def test_a_small_network(gradient: str) -> None:
     for p in net.parameters():
         p.data += 0.15 * torch.randn_like(p)
     model = Denoiser(net, VPCosine(offset=0.0), V())
-    about = TuningTask(model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 4), (1, 8, 8), n=12,
-                 labels=lambda n: torch.arange(n) % 3)  # fmt: skip
+    about = TuningTask(
+        model,
+        UniPC(2),
+        UniformLambda(low=0.05)(model.schedule, 4),
+        (1, 8, 8),
+        n=12,
+        labels=lambda n: torch.arange(n) % 3,
+    )
     before = [p.clone() for p in net.parameters()]
     tuned = FittedPlan(gradient=gradient, held_out=12, fine=16, iterations=6, warm=1, check=2, batch=8).tune(about)
     assert tuned.figures["held_out_rms"] < 0.7 * tuned.figures["held_out_rms_of_sampler"]
@@ -274,8 +284,9 @@ def test_the_finish_keeps_the_plan_consistent() -> None:
     net = UNet(channels=1, widths=(8, 8), embedding=16)
     model = Denoiser(net, VPCosine(offset=0.0), V())
     real = torch.rand(64, 1, 8, 8) * 2 - 1
-    about = TuningTask(model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 3), (1, 8, 8), n=4,
-                 images=lambda n: (real, None))  # fmt: skip
+    about = TuningTask(
+        model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 3), (1, 8, 8), n=4, images=lambda n: (real, None)
+    )
     options = {"gradient": "frozen", "held_out": 4, "fine": 8, "iterations": 1, "batch": 250}
     plain, done = (FittedPlan(**options, **more).tune(about).plan for more in ({}, {"finish": 3.0}))
     assert plain is not None and done is not None

@@ -140,9 +140,13 @@ def test_classes_are_told_and_guidance_is_left_out() -> None:
 
     def run(denoiser: Any, classes: bool) -> dict[str, Tensor]:
         told = TuningTask(
-            denoiser=denoiser, sampler=None, times=torch.tensor([1.0, 0.0]), shape=SHAPE, images=images,
+            denoiser=denoiser,
+            sampler=None,
+            times=torch.tensor([1.0, 0.0]),
+            shape=SHAPE,
+            images=images,
             labels=(lambda n: torch.arange(n) % 2) if classes else (lambda n: None),
-        )  # fmt: skip
+        )
         return Moments(times=4, images=64).tune(told).statistics
 
     conditional, pooled, guided = run(model, True), run(model, False), run(CFG(4.0).wrap(model), True)
