@@ -5,10 +5,10 @@
 
 --teacher: a model; here the student of stage one of `guided` (one evaluation a step with guidance inside), fixed at
 --guidance-scale, so that no method needs two branches; methods that learn from data alone are evaluated without it.
-Each method runs through `distill_model` with the options of METHODS, into its own folder; finished runs are not repeated.
-Each student is evaluated at its number of steps, a network for several at all of them (consistency sampling: at 1, 2,
-4): distance, class accuracy, precision and recall of --n images of the seeds 0, 1, ... The two reference rows are
-the teacher with the same number of steps (the best of a few samplers), and at its best. One JSON line per row in
+Each method runs through `distill_model` with the options of METHODS, into its own folder; finished runs are not
+repeated. Each student is evaluated at its number of steps, a network for several at all of them (consistency sampling:
+at 1, 2, 4): distance, class accuracy, precision and recall of --n images of the seeds 0, 1, ... The two reference rows
+are the teacher with the same number of steps (the best of a few samplers), and at its best. One JSON line per row in
 `rows.jsonl`.
 """
 
