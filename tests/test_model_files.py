@@ -14,7 +14,6 @@ from torch import nn
 import hasten
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
-from hasten.files import LEFTOVER
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.plan import plan
@@ -23,6 +22,7 @@ from hasten.samplers.ddim import DDIM
 from hasten.schedules import VPCosine
 from hasten.storage.atomic import refuse_other_model
 from hasten.times import UniformTime
+from hasten.utils.atomic import LEFTOVER
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
