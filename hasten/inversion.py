@@ -15,7 +15,7 @@ from .predictions import Prediction, spread
 from .schedules.base import Schedule
 from .times import Trailing
 
-Voice = Callable[..., Tensor]  # (z (B, *S), t (B,), **cond) -> the noise e in z, (B, *S)
+EpsFn = Callable[..., Tensor]  # (z (B, *S), t (B,), **cond) -> the noise e in z, (B, *S)
 
 
 def mixed(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def raw_noise(denoiser: Denoiser, z: Tensor, t: Tensor, noise: Tensor) -> Tensor
     return spread(of_x0 / alpha, z) * z + spread(of_noise - of_x0 * sigma / alpha, z) * noise
 
 
-def voice(denoiser: Any, guidance_scale: float | Tensor | None = None) -> Voice:
+def eps_fn(denoiser: Any, guidance_scale: float | Tensor | None = None) -> EpsFn:
     """The noise that a denoiser sees, under guidance.
 
     denoiser: has `raw`. guidance_scale: one, or one a sample (B,), or None: as it is. A network that takes it as an
@@ -66,14 +66,14 @@ def voice(denoiser: Any, guidance_scale: float | Tensor | None = None) -> Voice:
     return asked
 
 
-def climb(schedule: Schedule, z: Tensor, noise: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def inversion_step(schedule: Schedule, z: Tensor, noise: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """DDIM from t up to s, both (B,), with the noise (B, *S) in z."""
     ratio = schedule.alpha(s) / schedule.alpha(t)
     return spread(ratio, z) * z + spread(schedule.sigma(s) - ratio * schedule.sigma(t), z) * noise
 
 
-def climbed(
-    noise_of: Voice, schedule: Schedule, z: Tensor, times: Sequence[Tensor], **cond: Any
+def inverted(
+    noise_of: EpsFn, schedule: Schedule, z: Tensor, times: Sequence[Tensor], **cond: Any
 ) -> tuple[Tensor, Tensor]:
     """Where DDIM steps along the rising `times`, each (B,), take z (B, *S), and the e* of the jump: `(z_end, e*)`."""
     end = times[-1]
@@ -84,11 +84,11 @@ def climbed(
     for i, (t, s) in enumerate(zip(times, times[1:], strict=False)):
         noise = noise_of(z, t, **cond)
         target = target + spread((reached[i + 1] - reached[i]) / total, z) * noise
-        z = climb(schedule, z, noise, t, s)
+        z = inversion_step(schedule, z, noise, t, s)
     return z, target
 
 
-def rising(denoiser: Any, steps: int) -> Tensor:
+def increasing_times(denoiser: Any, steps: int) -> Tensor:
     """The increasing times of `steps` steps, (steps + 1,) float64, from the image to the noise.
 
     The first is 0, or `schedule.t_min` where the network's clock is infinite at 0 (as EDM's).
@@ -120,18 +120,18 @@ def encode(
     DDIM upwards, of order 1, less exact than those of `samplers.ddim.invert`.) guidance_scale: see `voice`.
     Evaluations: `steps`, or twice as many where guidance costs two.
     """
-    noise_of, z, path = voice(denoiser, guidance_scale), x0, rising(denoiser, steps)
+    noise_of, z, path = eps_fn(denoiser, guidance_scale), x0, increasing_times(denoiser, steps)
     for k, (t, s) in enumerate(zip(path, path[1:], strict=False)):
         t, s = t.expand(len(z)), s.expand(len(z))
-        z = climb(denoiser.schedule, z, noise_of(z, t, **cond), t, s)
+        z = inversion_step(denoiser.schedule, z, noise_of(z, t, **cond), t, s)
         if progress is not None:
             progress(k + 1, steps)
     return z
 
 
-def own_voice(teacher: nn.Module, denoiser: Denoiser, guidance_scale: float) -> Voice:
+def own_eps_fn(teacher: nn.Module, denoiser: Denoiser, guidance_scale: float) -> EpsFn:
     """What a task's teacher sees: by its own `raw` where its class has one, else the plain network under guidance."""
     if not hasattr(type(teacher), "raw"):  # a guide, whose `raw` would be that of what it wraps, without guidance
-        return voice(denoiser, guidance_scale)
+        return eps_fn(denoiser, guidance_scale)
     needs_scale = getattr(getattr(teacher, "net", None), "guidance_range", None) is not None
-    return voice(teacher, guidance_scale if needs_scale else None)
+    return eps_fn(teacher, guidance_scale if needs_scale else None)

@@ -45,42 +45,42 @@ ROOT_MODULES = 18
 TWICE = set(
     """
     Bound Consistency Draws
-    EDM Flow Guided
-    Kept Moments Nodes
+    EDM Flow
+    Kept Moments
     NoiseLevel Part Rows
     Run SecondMoment Simulated
-    Stage Task Traced
+    Traced
     UNet Way Work
     _Callable _Conv _check
     _known _load _low_rank
     _positive _rows _seconds
     _short _text _watched
     _wide accelerate answer
-    begin beside check
-    check_finite checked classifier
-    clock compiled counted
+    beside check
+    check_finite checked
+    compiled
     describe described detached
-    difference digest distance
-    divergence drawn export
+    difference
+    drawn export
     find fingerprint fit
-    follow fresh given_images
+    fresh given_images
     grid heard hint
     is_pipeline keep kinds
     listed local measured
     moments named names
-    nodes note now
-    number number_format numbers
-    pairs parse place
+    note now
+    number numbers
+    parse place
     plain plan pooled
     quantized quiet read
     refusal restored run
-    sampled search several
-    short slope span
+    search several
+    span
     spectrum spell spread
     sweep table to_bytes
     together told trace
     usable watched whole
-    wide without_images write
+    wide write
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

@@ -17,7 +17,7 @@ from torch import nn
 import hasten
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.distillers._dry_run import Stage, allocate
+from hasten.distillers._dry_run import StagePlan, allocate
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
@@ -178,7 +178,11 @@ def test_what_trains_on_the_teachers_samples_needs_no_images(
 
 
 def test_the_budget_is_divided_by_share_and_cost() -> None:
-    stages = [Stage("a", 100, 2.0), Stage("b", 200, 4.0, share=2.0), Stage("pairs", 10, 0.1, pairs=50)]
+    stages = [
+        StagePlan("a", 100, 2.0),
+        StagePlan("b", 200, 4.0, budget_weight=2.0),
+        StagePlan("pairs", 10, 0.1, pairs=50),
+    ]
     allocate(stages, steps=None, minutes=None, evaluations=10_000)
     assert [s.steps for s in stages] == [31, 31, 50]  # (10000 - 500) / 3 / 100, twice that / 200
     allocate(stages, steps=30, minutes=None, evaluations=None)

@@ -18,7 +18,7 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.workflows.distill import distill_model, without_images
+from hasten.workflows.distill import class_labels_only, distill_model
 
 
 class Stop(Exception):
@@ -53,7 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise Stop
 
     monkeypatch.setattr(tasks, "Fit", Watched)
-    real = module.Task
+    real = module.DistillTask
 
     def watched(**settings: Any) -> Any:
         found["task"] = settings
@@ -65,7 +65,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["trial"] = settings
         return trial(**settings)
 
-    monkeypatch.setattr(module, "Task", watched)
+    monkeypatch.setattr(module, "DistillTask", watched)
     monkeypatch.setattr(module, "DryRun", tried)
     return found
 
@@ -90,7 +90,7 @@ def test_a_run_goes_on_in_the_number_format_that_it_began_in(
 ) -> None:
     """What a timing finds may differ from day to day."""
     for found, began in (("bf16", "bf16"), ("fp32", "bf16")):
-        monkeypatch.setattr(module, "number_format", lambda *a, found=found: found)
+        monkeypatch.setattr(module, "resolve_precision", lambda *a, found=found: found)
         run(tiny(), data, tmp_path / "out")
         assert asked["precision"] == began
 
@@ -117,10 +117,10 @@ def test_a_task_is_told_classes_and_codec_and_the_minutes_of_its_stages(
 
 def test_models_that_draw_their_own_images_have_no_null_label_among_their_classes() -> None:
     for null, wanted in ((None, {0, 1, 2}), (0, {1, 2}), (1, {0, 2}), (3, {0, 1, 2})):
-        labels = without_images(tiny(null=null)).labels
+        labels = class_labels_only(tiny(null=null)).labels
         assert labels is not None and set(labels.tolist()) == wanted
         assert len(set(torch.bincount(labels)[sorted(wanted)].tolist())) == 1, "in equal parts"
-    assert len(set(without_images(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
+    assert len(set(class_labels_only(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
 
 
 def test_a_run_says_what_becomes_of_half_precision_and_of_divided_batches(

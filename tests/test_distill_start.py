@@ -13,7 +13,7 @@ from torch import nn
 import hasten
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.distillers._task import DEFAULTS, option
+from hasten.distillers import Distiller
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
@@ -93,10 +93,15 @@ def test_the_stage_guidance_knows_every_time(place: Path, tmp_path: Path) -> Non
 def test_fields_of_the_protocol_have_their_defaults() -> None:
     for name in names("distillers"):
         method = pick("distillers", name)
-        steps = option(method, "teacher_steps")
+        steps = method.teacher_steps
         assert steps is None or (isinstance(steps, int) and steps >= 0)
-        assert option(method, "direction") in ("decode", "encode") and isinstance(option(method, "ranged"), bool)
-    assert option(object(), "teacher_steps") is DEFAULTS["teacher_steps"] is None
+        assert method.direction in ("decode", "encode") and isinstance(method.keeps_guidance_range, bool)
+
+    class Plain(Distiller):
+        needs_data = False
+
+    assert Plain().teacher_steps is None and Plain().direction == "decode"
+    assert not (Plain().keeps_guidance_range or Plain().adds_inputs or Plain().compares_batch)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +181,12 @@ def test_a_picture_that_fails_loses_no_student(
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(module, "drawn", fails)
+    monkeypatch.setattr(module, "sample_grid", fails)
     distill_model(tiny(3), tmp_path / "o", "progressive:steps=(4,2)", data(tmp_path, 3), **COMMON)
     for name in ("steps4", "steps2", "."):
         assert hasten.load(tmp_path / "o" / name).sample(1).shape == (1, 1, 8, 8)
     said = capsys.readouterr()
-    assert "steps4.png is not drawn" in said.err and "out of memory" in said.err and "and more" not in said.err
+    assert "no preview" in said.err and "steps4.png: out of memory" in said.err and "and more" not in said.err
     assert not said.out
     monkeypatch.undo()  # and the same call again draws what is missing
     distill_model(tiny(3), tmp_path / "o", "progressive:steps=(4,2)", data(tmp_path, 3), **COMMON)

@@ -19,7 +19,7 @@ from hasten.images import given_images, read_text
 from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
-from hasten.workflows.distill import real_images
+from hasten.workflows.distill import training_images
 from hasten.workflows.sample import classifier_labels, evaluate_distributed, part_of
 from hasten.workflows.tune import real
 
@@ -41,7 +41,7 @@ def folders(fashion: Model, tmp_path: Path) -> Path:
 
 
 def test_every_verb_gives_an_image_the_class_of_its_folder(fashion: Model, folders: Path) -> None:
-    data = real_images(fashion, folders)
+    data = training_images(fashion, folders)
     assert data.labels is not None
     assert (data.images(range(10))[:, 0, 0, 0] // 20).tolist() == data.labels.tolist()
     x, labels = real(fashion, folders)(10)
@@ -54,7 +54,7 @@ def test_other_classes_are_refused_with_both_lists(fashion: Model, tmp_path: Pat
     for k in range(10):
         (tmp_path / f"animal{k}").mkdir()
         Image.new("L", (28, 28), 20 * k).save(tmp_path / f"animal{k}" / "0.png")
-    for read in (lambda: real_images(fashion, tmp_path), lambda: real(fashion, tmp_path)):
+    for read in (lambda: training_images(fashion, tmp_path), lambda: real(fashion, tmp_path)):
         with pytest.raises(BadInput, match=r"animal0.*t-shirt"):
             read()
     with pytest.raises(BadInput, match="no class 'bag': its classes are animal0"):
@@ -63,7 +63,7 @@ def test_other_classes_are_refused_with_both_lists(fashion: Model, tmp_path: Pat
 
 def test_numbers_of_data_are_indices_of_named_classes(fashion: Model, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.array([9, 0, 3, 3]))
-    data = real_images(fashion, tmp_path / "a.npz")
+    data = training_images(fashion, tmp_path / "a.npz")
     assert data.labels is not None and data.labels.tolist() == [9, 0, 3, 3]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Student, Task
+from hasten.distillers import DistillTask, Student
 from hasten.exact import GaussianMixture
 from hasten.pick import pick
 from hasten.plan.draw import draw
@@ -147,12 +147,12 @@ class Steady(dict):
 
 def task(
     out: Path, steps: int | dict[str, int] = 300, teacher: nn.Module | None = None, batch_size: int = 256, **more: Any
-) -> Task:
+) -> DistillTask:
     """A task on the mixture: students are copies of the small network; the teacher is it, too, or `teacher`."""
     base = toy()
     batches: Batches = Draws(batch_size)  # type: ignore[assignment]
     by_stage = Steady(steps) if isinstance(steps, int) else steps
-    return Task(teacher=teacher or base, denoiser=base, batches=batches, shape=(2,), out=out, steps=by_stage,
+    return DistillTask(teacher=teacher or base, denoiser=base, batches=batches, shape=(2,), out=out, steps=by_stage,
                 show=False, **more)  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Task
+from hasten.distillers import DistillTask
 from hasten.nets.unet import UNet
 from hasten.pick import names, pick
 from hasten.schedules import Discrete, VPCosine
@@ -45,26 +45,26 @@ class Drawn:
         return batch | ({"states": torch.randn(8, self.states, *SHAPE)} if self.states else {})
 
 
-class OneStep(Task):
+class OneStep(DistillTask):
     """A task whose stages are one loss of each player on the device; `seen` holds what each was."""
 
     seen: dict[str, Counter[str]]
 
-    def fit(self, name: str, players: list[Any], share: float = 1.0, batches: Any = None, **more: Any) -> Any:
+    def fit(self, name: str, modules: list[Any], budget_weight: float = 1.0, batches: Any = None, **more: Any) -> Any:
         source = self.batches if batches is None else batches
         shared = {key: Remote(value) for key, value in source[0].items()}
-        for p in players:
+        for p in modules:
             moved(p.module)
         for last in (False, True):  # in the first turn tables are moved to where they stay
             batch = dict(shared)
-            for p in players:
+            for p in modules:
                 p.module.train()
                 with counted() as found, torch.set_grad_enabled(last):
                     loss = p.loss(batch)
                 self.seen[f"{name} {p.name}"] = found
                 if last:
                     loss.backward()
-        return {p.name: p.module.eval().requires_grad_(False) for p in players}
+        return {p.name: p.module.eval().requires_grad_(False) for p in modules}
 
     def pairs(self, name: str, count: int, **how: Any) -> Any:
         return Drawn(count, len(how.get("states", ())))

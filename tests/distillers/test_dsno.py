@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Student, Task
+from hasten.distillers import DistillTask, Student
 from hasten.distillers.dsno import DSNO
 from hasten.errors import BadInput
 from hasten.exact import Gaussian, GaussianMixture
@@ -119,11 +119,11 @@ class Blank:
         return {"x": torch.zeros(64, 1, 1, 2)} | ({"label": torch.zeros(64, dtype=torch.long)} if self.labels else {})
 
 
-def job(out: Path, teacher: nn.Module, steps: int, labels: bool = False, width: int = 32) -> Task:
+def job(out: Path, teacher: nn.Module, steps: int, labels: bool = False, width: int = 32) -> DistillTask:
     torch.manual_seed(0)
     net = UNet(channels=1, widths=(width,), classes=3 if labels else 0)
     base = Denoiser(net, teacher.schedule, "v")  # type: ignore[arg-type]
-    return Task(teacher, base, Blank(labels), (1, 1, 2), out, steps={"student": steps}, show=False)  # type: ignore[arg-type]
+    return DistillTask(teacher, base, Blank(labels), (1, 1, 2), out, steps={"student": steps}, show=False)  # type: ignore[arg-type]
 
 
 class Lines(nn.Module):
@@ -145,7 +145,7 @@ def test_on_one_gaussian_the_operator_is_affine(tmp_path: Path) -> None:
     z = torch.randn(256, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ends = torch.stack([teacher.endpoint(z, 1.0, t) for t in CLOCKS], 1)
     student: Any = Denoiser(Lines().double(), schedule, "x0")
-    lesson = DSNO(loss="l2", largest=10.0).lesson(job(tmp_path, teacher, 1), student)
+    lesson = DSNO(loss="l2", largest=10.0).loss_fn(job(tmp_path, teacher, 1), student)
     batch = {"noise": z, "states": ends[:, :-1], "x": ends[:, -1]}
     solver = torch.optim.LBFGS(student.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
 
@@ -179,7 +179,7 @@ def pictures() -> GaussianMixture:
 def test_one_step_on_the_mixture_and_the_model_is_saved(tmp_path: Path) -> None:
     kept: dict[str, Student] = {}
     task = job(tmp_path, pictures(), 150, labels=True, width=24)
-    task.keep = kept.__setitem__
+    task.save_student = kept.__setitem__
     student = DSNO(pairs=1024, pair_steps=16, lr=2e-3, largest=20.0, modes=3).distill(task)
     assert kept["student"] is student and student.steps == 1
     label, noise = _toy.proportional(1500), Noise(range(1500), (1, 1, 2))
@@ -199,9 +199,9 @@ def test_one_step_on_the_mixture_and_the_model_is_saved(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="times in \\(0, 1\\) that fall"):
+    with pytest.raises(BadInput, match="decreasing times in \\(0, 1\\)"):
         DSNO(states=(0.25, 0.5))
-    with pytest.raises(BadInput, match="no loss"):
+    with pytest.raises(BadInput, match="unknown loss of dsno"):
         DSNO(loss="lpips")
     with pytest.raises(BadInput, match="found Small"):
         DSNO().distill(_toy.task(tmp_path, 1))

@@ -15,7 +15,7 @@ from hasten.denoiser import Denoiser
 from hasten.distillers.encoder import Encoder
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
-from hasten.inversion import climb, climbed, encode, noise_in, own_voice, raw_noise, rising, voice
+from hasten.inversion import encode, eps_fn, increasing_times, inversion_step, inverted, noise_in, own_eps_fn, raw_noise
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import EDM as EDMPrediction
@@ -61,17 +61,17 @@ def flow(model: Exact, z: Tensor, t: float, s: float, count: int, **cond: Tensor
 def test_one_jump_with_the_target_lands_where_the_steps_do(steps: int, m: int) -> None:
     """At every node, t = 0 too; and the target is the v-form of the jump, which is singular nowhere."""
     model = mixture()
-    nodes = rising(model, steps * m)
+    nodes = increasing_times(model, steps * m)
     i = torch.arange(steps).repeat_interleave(20)
     times = [nodes[m * i + k] for k in range(m + 1)]
     t, s = times[0], times[-1]
     assert float(t.min()) == 0 and float(s.max()) == 1
     x = model.sample(len(i), torch.Generator().manual_seed(1))
     z = model.schedule.alpha(t)[:, None] * x + model.schedule.sigma(t)[:, None] * normals(len(i), 2)
-    end, noise = climbed(voice(model), model.schedule, z, times)
+    end, noise = inverted(eps_fn(model), model.schedule, z, times)
     target = raw_noise(model, z, t, noise)
     assert torch.isfinite(target).all() and torch.isfinite(noise).all()
-    torch.testing.assert_close(climb(model.schedule, z, noise, t, s), end, rtol=0, atol=1e-12)
+    torch.testing.assert_close(inversion_step(model.schedule, z, noise, t, s), end, rtol=0, atol=1e-12)
     d = (angle(model, s) - angle(model, t))[:, None]
     torch.testing.assert_close(target, (end - d.cos() * z) / d.sin(), rtol=0, atol=1e-11)
     if m == 2:  # two equal steps, in closed form
@@ -87,10 +87,10 @@ def test_the_target_at_the_image_is_small_steps_own() -> None:
     model = mixture()
     x = model.sample(50, torch.Generator().manual_seed(0)).float()
     zero = torch.zeros(50, dtype=F64)
-    _, noise = climbed(voice(model), model.schedule, x, [zero, zero + 1e-4, zero + 2e-4])
+    _, noise = inverted(eps_fn(model), model.schedule, x, [zero, zero + 1e-4, zero + 2e-4])
     target = raw_noise(model, x, zero, noise)
     assert target.dtype == torch.float32 and target.abs().max() < 1e-2
-    _, far = climbed(voice(model), model.schedule, x, [zero, zero + 0.5, zero + 1])
+    _, far = inverted(eps_fn(model), model.schedule, x, [zero, zero + 0.5, zero + 1])
     assert torch.isfinite(far).all() and far.std() > 0.3
 
 
@@ -114,7 +114,7 @@ def test_the_noise_is_read_from_every_kind_of_network(prediction: Prediction, sc
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     z = alpha[:, None] * x + sigma[:, None] * e
     denoiser.net.answer = prediction.target(x, e, alpha, sigma)
-    found = voice(denoiser)(z, t)
+    found = eps_fn(denoiser)(z, t)
     torch.testing.assert_close(found, e, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(raw_noise(denoiser, z, t, e), denoiser.net.answer, rtol=1e-9, atol=1e-9)
     assert noise_in(denoiser, z.float(), t, denoiser.net.answer.float()).dtype == torch.float32
@@ -127,9 +127,9 @@ def test_guidance_is_the_same_in_what_is_said_as_in_x0() -> None:
     guided = CFG(scale=2.5).wrap(model)
     wanted = (z - alpha * guided(z, t, label=label)) / sigma
     each = torch.tensor([2.5, 2.5, 1.0, 1.0])
-    task_like = own_voice(guided, model, 2.5)
+    task_like = own_eps_fn(guided, model, 2.5)
     torch.testing.assert_close(task_like(z, t, label=label), wanted, rtol=1e-10, atol=1e-10)
-    mixed = voice(model, each)(z, t, label=label)
+    mixed = eps_fn(model, each)(z, t, label=label)
     plain = (z - alpha * model(z, t, label=label)) / sigma
     torch.testing.assert_close(mixed, torch.where(each[:, None] > 1, wanted, plain), rtol=1e-7, atol=1e-7)
 
@@ -213,7 +213,10 @@ def test_a_saved_encoder_is_a_model(tmp_path: Path) -> None:
 def test_where_the_clock_has_no_image_it_begins_beside_it() -> None:
     schedule = VPCosine(offset=0.0)
     denoiser = Denoiser(Says(), schedule, V(), clock="lam")
-    assert float(rising(denoiser, 4)[0]) == schedule.t_min and float(rising(denoiser.replace(clock="t"), 4)[0]) == 0
+    assert (
+        float(increasing_times(denoiser, 4)[0]) == schedule.t_min
+        and float(increasing_times(denoiser.replace(clock="t"), 4)[0]) == 0
+    )
 
 
 def test_bad_input_is_refused() -> None:
@@ -222,9 +225,9 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(BadInput, match="low < high"):
         Encoder(guidance=(3.0, 1.0))
     with pytest.raises(BadInput, match="predicts x0"):
-        rising(Denoiser(Says(), VPCosine(), X0()), 4)
+        increasing_times(Denoiser(Says(), VPCosine(), X0()), 4)
     with pytest.raises(BadInput, match="label"):
-        voice(mixture(), 2.0)(normals(2, 2), torch.tensor([0.5, 0.5], dtype=F64))
+        eps_fn(mixture(), 2.0)(normals(2, 2), torch.tensor([0.5, 0.5], dtype=F64))
     ranged = type("Net", (Says,), {"guidance_range": (1.0, 3.0)})()
     with pytest.raises(BadInput, match="1 to 3"):
         Encoder(guidance=(1.0, 5.0)).span(Denoiser(ranged, VPCosine(), V()))

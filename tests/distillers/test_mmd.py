@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distillers._features import classifier
-from hasten.distillers.mmd import Mmd, mmd2, sampled
+from hasten.distillers._features import trained_classifier
+from hasten.distillers.mmd import Mmd, ddim_sample, mmd2
 from hasten.errors import BadInput
 from hasten.metrics.kid import polynomial_mmd2
 from hasten.nets.classifier import Classifier
@@ -97,7 +97,9 @@ def test_it_goes_through_the_sampler_that_is_recommended() -> None:
     denoiser, times = toy.toy(), Trailing()(toy.toy().schedule, 3)
     z, label = normals(16, 2).float(), torch.arange(16) % 3
     wanted = walk(DDIM(), denoiser, z, times, label=label)
-    torch.testing.assert_close(sampled(denoiser, denoiser.schedule, z, times, label=label), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        ddim_sample(denoiser, denoiser.schedule, z, times, {"label": label}), wanted, rtol=0, atol=1e-5
+    )
 
 
 def test_evaluating_again_changes_no_gradient() -> None:
@@ -106,7 +108,7 @@ def test_evaluating_again_changes_no_gradient() -> None:
     z, label = normals(16, 2).float(), torch.arange(16) % 3
     for again in (False, True):
         student = toy.toy().requires_grad_(True)
-        made = sampled(student, student.schedule, z, Trailing()(student.schedule, 3), again, label=label)
+        made = ddim_sample(student, student.schedule, z, Trailing()(student.schedule, 3), {"label": label}, again)
         made.square().mean().backward()
         found.append([p.grad for p in student.net.parameters() if p.grad is not None])
     assert len(found[0]) == len(found[1]) > 5
@@ -120,7 +122,7 @@ def test_the_anchor_holds_the_output(tmp_path: Path) -> None:
     student = task.student()
     losses = {}
     for anchor in (0.0, 2.0):
-        lesson = Mmd(steps=2, anchor=anchor).lesson(task, nn.Identity(), student)
+        lesson = Mmd(steps=2, anchor=anchor).loss_fn(task, nn.Identity(), student)
         for moved in (0.0, 0.5):
             with torch.no_grad():
                 student.net.out.bias.copy_(task.denoiser.net.out.bias + moved)
@@ -151,12 +153,12 @@ def test_a_classifier(shape: tuple[int, ...]) -> None:
 def test_the_classifier_stage(tmp_path: Path) -> None:
     """It learns the task's labels, is a stage of its own, and is not trained again."""
     task = toy.task(tmp_path, 100)
-    net = classifier(task, 0.1, width=8)
-    assert task.done == ["classifier"] and not any(p.requires_grad for p in net.parameters())
+    net = trained_classifier(task, 0.1, width=8)
+    assert task.completed_stages == ["classifier"] and not any(p.requires_grad for p in net.parameters())
     batch = toy.Draws(2000, seed=5)[0]
     found = float((net(batch["x"])[1].argmax(1) == batch["label"]).float().mean())
     assert found > 0.97
-    again = classifier(toy.task(tmp_path, 100), 0.1, width=8)
+    again = trained_classifier(toy.task(tmp_path, 100), 0.1, width=8)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
 
 
@@ -173,7 +175,7 @@ def test_a_classifier_needs_labels(tmp_path: Path) -> None:
 def test_the_student_is_far_better_than_before_at_its_steps(tmp_path: Path) -> None:
     task = toy.task(tmp_path, 150)
     student = Mmd(steps=2, kernel="rbf", width=8, lr=1e-3).distill(task)
-    assert task.done == ["classifier", "mmd"] and student.steps == 2
+    assert task.completed_stages == ["classifier", "mmd"] and student.steps == 2
     true = toy.truth(2000)
     before = dataclasses.replace(student, denoiser=toy.toy())
     found, plain = (toy.energy(toy.sample(s), true) for s in (student, before))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distillers._targets import path
+from hasten.distillers._targets import ddim_path
 from hasten.guides.cfg import CFG
 from recipes.guided_naive import Branches
 
@@ -34,7 +34,7 @@ def gap(scale: float, order: int = 2) -> tuple[float, float]:
     times = [torch.full((N,), 0.5 - 0.25 * k / order, dtype=F64) for k in range(order + 1)]
 
     def jump(label: Tensor, scale: float = 1.0) -> Tensor:
-        return path(CFG(scale=scale).wrap(model), model.schedule, z, times, label=label)[1]
+        return ddim_path(CFG(scale=scale).wrap(model), model.schedule, z, times, label=label)[1]
 
     of_class, of_all = jump(label), jump(torch.full_like(label, 3))
     right, naive = jump(label, scale), of_all + scale * (of_class - of_all)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Student, Task
-from hasten.distillers.reflow import ReFlow, flow_loss, flow_times, scale, straightness
+from hasten.distillers import DistillTask, Student
+from hasten.distillers.reflow import ReFlow, flow_loss, flow_times, path_scale, straightness
 from hasten.errors import BadInput
 from hasten.exact import Gaussian
 from hasten.predictions import spread
@@ -66,11 +66,11 @@ def test_the_velocity_of_one_gaussian() -> None:
 def test_a_ddim_step_is_an_euler_step_of_the_flow(schedule: Schedule) -> None:
     teacher, z = Gaussian(torch.tensor([M]), torch.tensor([C**2]), schedule), normal(20)
     t, s = (flow_times(schedule, torch.tensor(u, dtype=torch.float64)) for u in (0.8, 0.3))
-    y = z / scale(schedule, float(t))
+    y = z / path_scale(schedule, float(t))
     v = (y - teacher(z, t)) / 0.8
     landed = walk(DDIM(), teacher, z, torch.stack([t, s]))
-    assert (landed / scale(schedule, float(s)) - (y - 0.5 * v)).abs().max() < 1e-9
-    assert float(schedule.sigma(t)) / scale(schedule, float(t)) == pytest.approx(0.8)
+    assert (landed / path_scale(schedule, float(s)) - (y - 0.5 * v)).abs().max() < 1e-9
+    assert float(schedule.sigma(t)) / path_scale(schedule, float(t)) == pytest.approx(0.8)
 
 
 def test_pairs_leave_no_residual_and_random_pairing_does() -> None:
@@ -97,9 +97,9 @@ def test_the_loss_is_the_squared_error_of_the_velocity(prediction: str) -> None:
 
 def test_it_begins_as_the_teacher_and_ends_straight(tmp_path: Path) -> None:
     kept: dict[str, Student] = {}
-    task = _toy.task(tmp_path, 150, teacher=_toy.mixture(), keep=kept.__setitem__)
+    task = _toy.task(tmp_path, 150, teacher=_toy.mixture(), save_student=kept.__setitem__)
     student = ReFlow(pairs=2048, lr=2e-3).distill(task)
-    assert list(kept) == ["reflow1", "distill"] and task.done == ["reflow1", "distill"]
+    assert list(kept) == ["reflow1", "distill"] and task.completed_stages == ["reflow1", "distill"]
     figures = student.figures
     assert figures["straightness"] < 0.25 * figures["straightness_teacher"]
     truth = _toy.truth()
@@ -139,10 +139,10 @@ def test_rounds_a_last_student_of_two_steps_and_the_same_again(tmp_path: Path, m
     for _ in range(2):
         task = _toy.task(tmp_path, 4, batch_size=64)
         students.append(method.distill(task))
-    assert task.done == ["reflow1", "reflow2", "distill"] and len(asked) == 12
+    assert task.completed_stages == ["reflow1", "reflow2", "distill"] and len(asked) == 12
     assert torch.equal(torch.cat(asked[8:]).unique(), torch.tensor([0.5, 1.0], dtype=torch.float64))
     assert len(torch.cat(asked[:8]).unique()) > 400
-    teachers = {name: task.pairs(name, 64, **how).told["teacher"] for name, how in (
+    teachers = {name: task.pairs(name, 64, **how).config["teacher"] for name, how in (
         ("round1", {}), ("round2", {"steps": 2, "sampler": "ddim", "times": "trailing", "teacher": load(task, 0)}),
         ("last", {"steps": 2, "sampler": "ddim", "times": "trailing", "teacher": load(task, 1)}),
     )}  # fmt: skip
@@ -151,7 +151,7 @@ def test_rounds_a_last_student_of_two_steps_and_the_same_again(tmp_path: Path, m
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def load(task: Task, stage: int) -> nn.Module:
+def load(task: DistillTask, stage: int) -> nn.Module:
     """The student that a stage left."""
     student = task.student()
     load_modules({"student": student}, task.out / "stages" / f"{stage}-reflow{stage + 1}" / "student.safetensors")
@@ -166,4 +166,4 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="guidance_scale must be 1, found 2"):
         ReFlow(coupling="ot").distill(_toy.task(tmp_path, 1, guidance_scale=2.0))
     assert not ReFlow().needs_data
-    assert isinstance(_toy.task(tmp_path, 1), Task)
+    assert isinstance(_toy.task(tmp_path, 1), DistillTask)

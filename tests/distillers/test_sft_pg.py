@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distillers.sft_pg import SFTPG, Chain, picked, steepness
+from hasten.distillers.sft_pg import SFTPG, DDPMChain, gradient_penalty, random_moves
 from hasten.errors import BadInput
 from hasten.samplers.ddpm import DDPM
 from hasten.sampling import walk
@@ -38,7 +38,7 @@ def test_the_gradient_is_unbiased_and_the_baseline_lowers_its_variance() -> None
     torch.manual_seed(0)
     theta, std, n = 0.7, 0.4, 400_000
     policy = Fixed(theta, n)
-    chain = Chain(policy, COSINE, 1, std)  # type: ignore[arg-type]
+    chain = DDPMChain(policy, COSINE, 1, std)  # type: ignore[arg-type]
     states = chain.run(torch.zeros(n, 1, dtype=torch.float64))
     f, k = states[1, :, 0] ** 2, torch.zeros(n, dtype=torch.long)
     (score,) = torch.autograd.grad(chain.logp(states[0], states[1], k).sum(), policy.theta)
@@ -52,7 +52,7 @@ def test_the_gradient_is_unbiased_and_the_baseline_lowers_its_variance() -> None
 
 def test_the_density_of_what_was_drawn() -> None:
     """logp of the stored moves is that of the noise that made them, a mean over the pixels."""
-    chain = Chain(toy().double(), COSINE, 4, 1e-3)
+    chain = DDPMChain(toy().double(), COSINE, 4, 1e-3)
     like = torch.zeros(50, 2, dtype=torch.float64)
     torch.manual_seed(1)
     states = chain.run(like)
@@ -67,7 +67,7 @@ def test_the_density_of_what_was_drawn() -> None:
 
 def test_the_chain_is_ddpm() -> None:
     student, noise = toy().double(), [torch.randn(9, 2, dtype=torch.float64) for _ in range(5)]
-    chain, draws = Chain(student, COSINE, 4, 1e-9), iter(noise[1:])
+    chain, draws = DDPMChain(student, COSINE, 4, 1e-9), iter(noise[1:])
     wanted = walk(DDPM(), student, noise[0], Trailing()(COSINE, 4), lambda: next(draws))
     z = noise[0]
     for move in range(4):
@@ -81,18 +81,18 @@ def test_a_constant_critic_teaches_nothing() -> None:
     n = 20_000
     torch.manual_seed(2)
     policy = Fixed(0.3, n)
-    chain = Chain(policy, COSINE, 3, 0.1)  # type: ignore[arg-type]
+    chain = DDPMChain(policy, COSINE, 3, 0.1)  # type: ignore[arg-type]
     states = chain.run(torch.zeros(n, 1, dtype=torch.float64))
     for move in range(3):
         k = torch.full((n,), move)
         (score,) = torch.autograd.grad(chain.logp(states[move], states[move + 1], k).sum(), policy.theta)
         assert abs(score.mean()) < 3.5 * score.std() / n**0.5
-        assert score.std().item() == pytest.approx(chain.gain[move].item() / chain.std[move].item(), rel=0.03)
+        assert score.std().item() == pytest.approx(chain.x0_scale[move].item() / chain.std[move].item(), rel=0.03)
 
 
 def test_picks_are_different_moves_of_each_chain() -> None:
     torch.manual_seed(3)
-    k = picked(500, 5, 3).view(3, 500)
+    k = random_moves(500, 5, 3).view(3, 500)
     assert all(len(set(column.tolist())) == 3 for column in k.T)
     assert (torch.bincount(k.flatten(), minlength=5) - 300).abs().max() < 60
 
@@ -107,16 +107,16 @@ def test_only_steep_critics_are_penalised() -> None:
             return self.slope * x[:, :1]
 
     x = torch.randn(8, 2)
-    assert steepness(Plane(0.9), x, x + 1).item() == 0
-    assert steepness(Plane(3.0), x, x + 1).item() == pytest.approx(4.0)
+    assert gradient_penalty(Plane(0.9), x, x + 1).item() == 0
+    assert gradient_penalty(Plane(3.0), x, x + 1).item() == pytest.approx(4.0)
 
 
 def test_one_fresh_set_of_chains_a_step_shared_by_three(tmp_path: Path) -> None:
     """The chains of the policy's present weights; the critic's verdict on them; the same for value and policy."""
     job = task(tmp_path, batch_size=64)
     taken: dict[str, Any] = {}
-    job.fit = lambda name, players, **how: (
-        taken.update({p.name: p for p in players})
+    job.fit = lambda name, modules, **how: (
+        taken.update({p.name: p for p in modules})
         or {  # type: ignore[method-assign]
             "student": taken["student"].module
         }

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hasten.distillers._ema_target import EMATarget
-from hasten.distillers._targets import grid, landing, path, step
-from hasten.distillers.tract import Tract, jump
+from hasten.distillers._targets import ddim_path, ddim_step, jump_target, time_nodes
+from hasten.distillers.tract import Tract, two_step_target
 from hasten.errors import BadInput
 from hasten.exact import Gaussian
 from hasten.schedules import Flow, Schedule, VPCosine, VPLinear
@@ -55,7 +55,7 @@ def test_exact_steps_compose_to_the_exact_flow(schedule: Schedule) -> None:
     """An exact step and an exact jump of the self-teacher: the target's own step lands on the flow, from all 8 places of
     both segments of a phase 16 -> 2."""
     exact = Gaussian(torch.tensor([0.3, -0.5]), torch.tensor([0.4, 0.05]), schedule)
-    nodes = grid(Trailing(), schedule, 16)
+    nodes = time_nodes(Trailing(), schedule, 16)
     g = torch.Generator().manual_seed(0)
     for end in (0, 8):
         for i in range(end + 1, end + 9):
@@ -63,29 +63,29 @@ def test_exact_steps_compose_to_the_exact_flow(schedule: Schedule) -> None:
             t, middle, e = (nodes[k].expand(32) for k in (i, i - 1, end))
 
             def teacher(z: Tensor, t: Tensor) -> Tensor:
-                return landing(schedule, z, exact.endpoint(z, t, middle), t, middle)
+                return jump_target(schedule, z, exact.endpoint(z, t, middle), t, middle)
 
             def itself(z: Tensor, t: Tensor) -> Tensor:
                 if i - 1 == end:  # it must not matter
                     return torch.full_like(z, torch.nan)
-                return landing(schedule, z, exact.endpoint(z, t, e), t, e)
+                return jump_target(schedule, z, exact.endpoint(z, t, e), t, e)
 
-            target = jump(teacher, itself, schedule, z, t, middle, e)
-            landed = step(schedule, z, target, t, e)
+            target = two_step_target(teacher, itself, schedule, z, t, middle, e)
+            landed = ddim_step(schedule, z, target, t, e)
             torch.testing.assert_close(landed, exact.endpoint(z, t, e), rtol=0, atol=1e-9)
 
 
 def test_the_target_is_that_of_the_plain_steps() -> None:
     """With the same function as teacher and as itself it is progressive distillation's target of these two steps."""
     exact, schedule = toy.mixture(), VPCosine(offset=0.0)
-    nodes = grid(Trailing(), schedule, 12)
+    nodes = time_nodes(Trailing(), schedule, 12)
     i = torch.arange(1, 13)
     end = (i - 1) // 4 * 4
     z = torch.randn(12, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
-    target = jump(exact, exact, schedule, z, nodes[i], nodes[i - 1], nodes[end])
+    target = two_step_target(exact, exact, schedule, z, nodes[i], nodes[i - 1], nodes[end])
     for k in range(12):
         times = [nodes[j][None] for j in dict.fromkeys([int(i[k]), int(i[k]) - 1, int(end[k])])]
-        _, plain = path(exact, schedule, z[k : k + 1], times)
+        _, plain = ddim_path(exact, schedule, z[k : k + 1], times)
         torch.testing.assert_close(target[k : k + 1], plain, rtol=1e-10, atol=1e-10)
 
 
@@ -102,7 +102,7 @@ def test_only_places_inside_a_segment_are_asked_for(tmp_path: Path) -> None:
     ends: list[Tensor] = []
     shadow.copy.forward = lambda z, t, **cond: (ends.append(t), torch.zeros_like(z))[1]  # type: ignore[assignment,func-returns-value]
     torch.manual_seed(0)
-    Tract(phases=(8, 2)).lesson(task, teacher, shadow, 2, 4)(task.batches[0])
+    Tract(phases=(8, 2)).loss_fn(task, teacher, shadow, 2, 4)(task.batches[0])
     i = (asked[0] * 8).round().long()
     assert i.unique().tolist() == list(range(1, 9))
     assert torch.equal((ends[0] * 8).round().long(), i - 1)
@@ -138,7 +138,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
 def test_the_student_is_far_better_than_its_teacher_at_its_steps(tmp_path: Path) -> None:
     kept = []
     student = Tract(phases=(32, 4, 1), lr=1e-3).distill(
-        toy.task(tmp_path, 150, keep=lambda name, made: kept.append((name, made)))
+        toy.task(tmp_path, 150, save_student=lambda name, made: kept.append((name, made)))
     )
     assert [name for name, _ in kept] == ["steps4", "steps1"] and student is kept[-1][1]
     true = toy.truth(2000)

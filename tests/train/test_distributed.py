@@ -206,14 +206,14 @@ def test_draws_of_a_part_do_not_know_the_others() -> None:
 
 def test_a_shadow_moves_once_a_step() -> None:
     shadow = EMATarget(teacher().denoiser)
-    shadow.tick()
+    shadow.advance()
     with torch.no_grad():
         for p in shadow.student.parameters():
             p.add_(1)
-    assert shadow.begun() == 1 and shadow.update(0.5, corrected=False) == 1
+    assert shadow.completed_steps() == 1 and shadow.update(0.5, corrected=False) == 1
     shadow.again = True
     moved = [p.clone() for p in shadow.copy.parameters()]
-    assert shadow.begun() == 1 and shadow.update(0.5, corrected=False) == 1 and int(shadow.count) == 2
+    assert shadow.completed_steps() == 1 and shadow.update(0.5, corrected=False) == 1 and int(shadow.count) == 2
     assert all(torch.equal(a, b) for a, b in zip(moved, shadow.copy.parameters(), strict=True))
     shadow.again = False
     assert shadow.update(0.5, corrected=False) == 2
