@@ -128,4 +128,4 @@ def test_a_run_says_what_becomes_of_half_precision_and_of_divided_batches(
 ) -> None:
     run(tiny(), data, tmp_path / "out", runtime="fp32", method="mmd:steps=1,features=random", accumulate=2)
     found = capsys.readouterr()
-    assert "hasten: mmd compares the images of a batch" in found.err and "2 of the 4" in found.err and not found.out
+    assert "hasten: mmd compares the samples of a batch" in found.err and "2 of the 4" in found.err and not found.out
