@@ -162,7 +162,7 @@ def test_frozen_parts_stay(tmp_path: Path) -> None:
     changed = {key for key in old if not torch.equal(old[key], new[key])}
     kept = {key for key in old if key.startswith(("label.", "hidden.0."))}
     assert changed == set(old) - kept and len(kept) == 3
-    with pytest.raises(BadInput, match="no parameters begin with 'labels': did you mean"):
+    with pytest.raises(BadInput, match="no parameter names start with 'labels': did you mean"):
         ProDiff(frozen=("labels",)).distill(job)
 
 
@@ -177,7 +177,7 @@ def test_on_the_mixture(tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(BadInput, match="no loss 'ssim'"):
+    with pytest.raises(BadInput, match="unknown loss of prodiff 'ssim'"):
         ProDiff(loss="ssim")
     with pytest.raises(BadInput, match="prodiff: 3 steps cannot follow 4"):
         ProDiff(steps=(4, 3))

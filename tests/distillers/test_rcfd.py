@@ -124,11 +124,13 @@ def test_plain_stages_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return lesson
 
     monkeypatch.setattr(
-        Progressive, "lesson", lambda self, task, teacher, student, n, m: (asked.append(("plain", n)), zero(student))[1]
+        Progressive,
+        "loss_fn",
+        lambda self, task, teacher, student, n, m: (asked.append(("plain", n)), zero(student))[1],
     )
     monkeypatch.setattr(
         Rcfd,
-        "lesson",
+        "loss_fn",
         lambda self, task, net, teacher, student, n, m: (asked.append(("features", n)), zero(student))[1],
     )
     Rcfd(steps=(8, 4, 2), plain=4, width=8).distill(toy.task(tmp_path, 1))

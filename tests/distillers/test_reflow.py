@@ -159,11 +159,11 @@ def load(task: DistillTask, stage: int) -> nn.Module:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no coupling 'otc'"):
+    with pytest.raises(BadInput, match="unknown coupling of reflow 'otc'"):
         ReFlow(coupling="otc")
     with pytest.raises(BadInput, match="a round or a coupling"):
         ReFlow(rounds=0)
-    with pytest.raises(BadInput, match="guidance_scale must be 1, found 2"):
+    with pytest.raises(BadInput, match="guidance_scale must be 1, got 2"):
         ReFlow(coupling="ot").distill(_toy.task(tmp_path, 1, guidance_scale=2.0))
     assert not ReFlow().needs_data
     assert isinstance(_toy.task(tmp_path, 1), DistillTask)

@@ -100,13 +100,13 @@ def test_models_of_two_schedules_meet_in_the_noise() -> None:
 def test_what_cannot_be_is_refused() -> None:
     model, x = tiny(), torch.zeros(2, 1, 8, 8)
     enc = encoding(model, 6)
-    with pytest.raises(BadInput, match="encodes in 6 steps, asked for 5"):
+    with pytest.raises(BadInput, match="encodes in 6 steps, got 5"):
         restyle(enc, model, x, "a", "b", 5)
     with pytest.raises(BadInput, match="enc can only encode"):
         restyle(model, enc, x, "a", "b")
     with pytest.raises(BadInput, match="one shape"):
         restyle(model, model, x[..., :4], "a", "b")
-    with pytest.raises(BadInput, match="give to_label, one of a, b, c"):
+    with pytest.raises(BadInput, match="to_label must be one of a, b, c"):
         restyle(model, model, x, "a")
     with pytest.raises(BadInput, match="unknown label 'boot'"):
         restyle(model, model, x, "boot", "b")
@@ -162,7 +162,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         ({"out": tmp_path / "a.jpg"}, "must end in .png"),
         ({"encoder": enc}, "name the model that decodes"),
         ({"encoder": enc, "decoder": other, "from_label": "a"}, "give --images"),
-        ({"from_label": None}, "give --from-label, one of a, b, c"),
+        ({"from_label": None}, "--from-label must be one of a, b, c"),
         ({"to_label": "z"}, "unknown label 'z'"),
         ({"n": 0}, "n must be"),
     ):
