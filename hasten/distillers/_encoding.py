@@ -9,8 +9,8 @@ by the increase of q = sigma / alpha in each step; times alpha at the end, so th
 
     e* = sum_i alpha_end (q_{i+1} - q_i) e_i / (sigma_end - alpha_end q_start)
 
-Inversion is written in e and never in x0: at t = 0 the x0 of z is z itself, and says nothing of the noise. The output
-of a network mixes x0 and e, `raw = c_x x0 + c_e e`, which with z = alpha x0 + sigma e gives
+Inversion is written in e and never in x0: at t = 0 the x0 of z is z itself, whatever the noise. The output of a network
+mixes x0 and e, `raw = c_x x0 + c_e e`, which with z = alpha x0 + sigma e gives
 
     e = (alpha raw - c_x z) / (alpha c_e - sigma c_x)
 

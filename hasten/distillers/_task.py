@@ -1,10 +1,9 @@
-"""What a distiller is given (`DistillTask`), what it returns (`Student`) and what it is (`Distiller`)."""
+"""The input of a distiller (`DistillTask`), its result (`Student`) and its base class (`Distiller`)."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +15,6 @@ from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..nets.critic import label_count
-from ..nets.scalar_inputs import ScalarInputs, with_scalars
-from ..pick import format_spec
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
@@ -25,6 +22,7 @@ from ..train.fit import Fit
 from ..train.player import TrainedModule
 from ._pair_making import make_pairs
 from ._pairs import Pairs
+from ._scalar_inputs import with_scalar_inputs
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 STUDENT_FILE = "student.safetensors"
@@ -335,54 +333,3 @@ def check_batch_keys(batches: Any) -> None:
         others = ", ".join(key for key in RESERVED_KEYS if key != reserved[0])
         raise BadInput(f"batches have the key {reserved[0]!r}, which distillers use themselves: rename it (to none of "
                        f"{others})")  # fmt: skip
-
-
-def run_notices(distiller: Distiller, denoiser: nn.Module, batch_size: int, parts: int) -> list[str]:
-    """Notices to print before a run: about the dtype of the weights, split batches and eps networks.
-
-    Args:
-        distiller: the method.
-        denoiser: the teacher's network.
-        batch_size: samples in a batch.
-        parts: number of parts that a batch is split into: processes times `accumulate`.
-    """
-    lines = []
-    narrow = {p.dtype for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4}
-    if narrow:
-        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
-        lines.append(f"the teacher's weights are {names}: students are trained and saved in float32")
-    method = format_spec(distiller).partition(":")[0]
-    if parts > 1 and distiller.compares_batch:
-        lines.append(
-            f"{method} compares the samples of a batch with one another: split into {parts} parts (processes times "
-            f"accumulate), its loss sees {batch_size // parts} of the {batch_size} at once"
-        )
-    prediction: Any = getattr(denoiser, "prediction", None)
-    schedule: Any = getattr(denoiser, "schedule", None)
-    if distiller.compares_samples and prediction is not None and prediction.name == "eps":
-        factor = float(schedule.q(schedule.t_max))
-        lines.append(
-            f"{method} compares samples, in which the error of a network that predicts eps is {factor:.3g} times as "
-            "large at the noisy end: its students may be much worse than those of progressive, tract or guided"
-        )
-    return lines
-
-
-def with_scalar_inputs(net: nn.Module, shape: Sequence[int], **inputs: Any) -> nn.Module:
-    """A copy of the network, with its weights, that takes `guidance` or `steps` as inputs; new weights are zero."""
-    config, arguments = getattr(net, "config", None), inspect.signature(type(net).__init__).parameters
-    if isinstance(net, ScalarInputs):
-        extended: nn.Module = with_scalars(copy.deepcopy(net.net), shape, **{**scalar_inputs_of(net), **inputs})
-    elif isinstance(config, Mapping) and all(name in arguments for name in inputs):
-        extended = type(net)(**{**config, **inputs})
-    else:
-        return with_scalars(copy.deepcopy(net), shape, **inputs)
-    extended.to(next(net.parameters()).device)
-    extended.load_state_dict(net.state_dict(), strict=False)
-    return extended
-
-
-def scalar_inputs_of(net: ScalarInputs) -> dict[str, Any]:
-    """The scalar inputs that a wrapped network takes already."""
-    inputs = {"guidance": net.guidance_range, "steps": net.step_counts}
-    return {name: value for name, value in inputs.items() if value is not None}

@@ -16,7 +16,7 @@ import torch
 
 from ..distillers import Distiller, DistillTask, Student
 from ..distillers._dry_run import DryRun, StagePlan, allocate, time_limits
-from ..distillers._task import run_notices
+from ..distillers._notices import run_notices
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, HastenError, check_int
 from ..files import refuse_inside, reserve, write, writes
