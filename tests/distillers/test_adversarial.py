@@ -40,34 +40,34 @@ def test_slope_is_the_squared_gradient_in_the_heads_input() -> None:
     for row in x:
         for unit in torch.eye(5, dtype=torch.float64):
             total += ((head(row + step * unit) - head(row - step * unit)).sum() / (2 * step)).item() ** 2
-    found = r1_penalty(lambda f: head(f[0]), [x])
-    assert found.item() == pytest.approx(total / 2, rel=1e-6)
-    (g,) = torch.autograd.grad(found, head[0].weight)  # it can be learned from
+    value = r1_penalty(lambda f: head(f[0]), [x])
+    assert value.item() == pytest.approx(total / 2, rel=1e-6)
+    (g,) = torch.autograd.grad(value, head[0].weight)  # it can be learned from
     assert g.norm() > 1e-4
 
 
 class Linear(nn.Module):
-    """A teacher that says ehat = W z, and keeps what it was asked."""
+    """A teacher that predicts ehat = W z, and records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.schedule = COSINE
         self.W = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
-        self.asked: list[tuple[Tensor, Tensor]] = []
+        self.calls: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        self.asked.append((z, t))
+        self.calls.append((z, t))
         alpha, sigma = COSINE.alpha(t)[:, None], COSINE.sigma(t)[:, None]
         return (z - sigma * (z @ self.W)) / alpha
 
 
 def test_score_distillation_is_the_gradient_of_the_weighted_distance() -> None:
-    """sds: d/dx_hat = sigma_t^2 (ehat - e'), whatever the teacher says; nothing passes it or its input."""
+    """sds: d/dx_hat = sigma_t^2 (ehat - e'), whatever the teacher predicts; no gradient passes through it or its input."""
     torch.manual_seed(1)
     teacher, n = Linear(), 50
     fake = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
     loss = Adversarial(distance="sds").distillation_loss(teacher, COSINE, fake)
-    (z, t) = teacher.asked[0]
+    (z, t) = teacher.calls[0]
     assert not z.requires_grad
     loss.backward()
     assert teacher.W.grad is None
@@ -81,7 +81,7 @@ def test_score_distillation_is_the_gradient_of_the_weighted_distance() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_data_are_where_the_teacher_does_not_pull(shift: float) -> None:
-    """x_hat of the data's law and the exact teacher: the mean gradient is 0; beside the data it points back."""
+    """x_hat distributed as the data, with the exact teacher: the mean gradient is 0; off the data it points back."""
     torch.manual_seed(2)
     fake = (truth(20_000) + shift).requires_grad_(True)
     Adversarial(distance="sds").distillation_loss(mixture(), COSINE, fake).backward()
@@ -101,7 +101,7 @@ def test_the_first_node_holds_nothing_of_the_image() -> None:
         torch.testing.assert_close(z[1], schedule.alpha(0.5).float() * x[1] + schedule.sigma(0.5).float() * noise[1])
 
 
-def test_each_player_learns_from_its_own_loss_alone(tmp_path: Path) -> None:
+def test_each_module_learns_from_its_own_loss_alone(tmp_path: Path) -> None:
     job = image_task(tmp_path)
     student, critic = job.student(), Critic(job.denoiser, job.shape, 16)
     method, batch = Adversarial(), Squares()[0]
@@ -152,9 +152,9 @@ def test_a_start_is_distilled_first(tmp_path: Path) -> None:
 def test_two_steps_on_the_mixture(tmp_path: Path) -> None:
     method = Adversarial(steps=2, lr=2e-3, critic_lr=3e-3, r1=0.1, strength=0.1, level=(-2.0, 1.0))
     student = method.distill(task(tmp_path, 300, batch_size=128))
-    found = energy(sample(student, 3000), truth())
+    value = energy(sample(student, 3000), truth())
     teacher = energy(sample(Student(toy(), "ddim", "trailing", 2), 3000), truth())
-    assert teacher > 0.03 and found < 0.5 * teacher, (found, teacher)
+    assert teacher > 0.03 and value < 0.5 * teacher, (value, teacher)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"distance": "sd"}, {"start": "prog"}])

@@ -43,7 +43,7 @@ SCHEDULES = [VPCosine(offset=0.0), VPCosine(), VPLinear(), Flow(), EDM()]
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("prediction", ["v", "flow", "edm", "eps", "x0"])
-def test_at_the_clean_end_the_student_says_what_it_sees(prediction: str, schedule: Schedule) -> None:
+def test_at_the_clean_end_the_student_returns_its_input(prediction: str, schedule: Schedule) -> None:
     """f(x, 0) == x to the last bit, for random weights and every prediction."""
     torch.manual_seed(0)
     student = anchored(Denoiser(toy.Small(), schedule, prediction))
@@ -55,7 +55,7 @@ def test_at_the_clean_end_the_student_says_what_it_sees(prediction: str, schedul
 
 
 def test_an_anchored_network_keeps_what_it_said() -> None:
-    """Weights of an x0 network mean the same above the anchor's width; what it says and its target are inverses."""
+    """Weights of an x0 network mean the same above the anchor's width; its output and its target are inverses."""
     schedule = VPCosine(offset=0.0)
     plain = Denoiser(toy.Small(), schedule, "x0")
     student = anchored(plain)
@@ -185,23 +185,23 @@ def test_heun_at_both_ends(schedule: Schedule) -> None:
 
 
 def test_pairs_of_training_share_their_noise(tmp_path: Path) -> None:
-    """What the student is asked above and f- below are the same x and eps, at neighbours, all pairs in turn."""
+    """The inputs of the student above and of f- below have the same x and eps, at neighbours, all pairs in turn."""
     task = toy.task(tmp_path)
     method = Consistency(mode="training", nodes=6, metric="l2", momentum=0.0)
-    asked: list[tuple[Tensor, Tensor]] = []
+    evaluated: list[tuple[Tensor, Tensor]] = []
 
     class Spy(torch.nn.Module):
         schedule, prediction = task.schedule, task.denoiser.prediction
 
         def forward(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
-            asked.append((z, t))
+            evaluated.append((z, t))
             return z
 
     counter = StepCounter(Spy())  # type: ignore[arg-type]
     torch.manual_seed(0)
     batch = task.batches[0]
     method.loss_fn(task, counter)(batch)
-    (z, t), (below, s) = asked
+    (z, t), (below, s) = evaluated
     times, _ = grid_levels("karras", task.schedule, 6)
     at = [torch.searchsorted(times, v) for v in (t, s)]
     assert torch.equal(at[0], at[1] + 1) and at[0].unique().tolist() == [1, 2, 3, 4, 5, 6]
@@ -278,20 +278,20 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(method: Consistency, tmp_path:
 def test_the_student_is_far_better_than_its_teacher_at_its_steps(
     method: Consistency, bars: dict[int, float], tmp_path: Path
 ) -> None:
-    kept: list[str] = []
-    student = method.distill(toy.task(tmp_path, 250, save_student=lambda name, made: kept.append(name)))
-    assert kept == ["consistency"] and student.steps == 2
+    saved: list[str] = []
+    student = method.distill(toy.task(tmp_path, 250, save_student=lambda name, result: saved.append(name)))
+    assert saved == ["consistency"] and student.steps == 2
     assert student.guidance == ((1.0, 1.0) if method.mode == "training" else None)
     true = toy.truth(2000)
     teacher = dataclasses.replace(student, denoiser=toy.toy(), sampler="ddim", times="trailing")
     for steps, bar in bars.items():
-        found, plain = (toy.energy(toy.sample(s, steps=steps), true) for s in (student, teacher))
-        assert found < bar < plain / 1.5, (steps, found, plain)
+        distance, plain = (toy.energy(toy.sample(s, steps=steps), true) for s in (student, teacher))
+        assert distance < bar < plain / 1.5, (steps, distance, plain)
 
 
 @pytest.mark.parametrize("curriculum", ["root", "ect"])
 def test_other_curricula_run(curriculum: str, tmp_path: Path) -> None:
-    """A few steps, and the weights are finite and have moved; a rehearsal knows no number of steps."""
+    """A few steps, and the weights are finite and have moved; a dry run has no number of steps."""
     method = Consistency("training", curriculum, 8, 2, momentum=0.9 if curriculum == "root" else 0.0)
     student = method.distill(toy.task(tmp_path, 5)).denoiser.net.out.weight
     assert bool(torch.isfinite(student).all()) and not torch.equal(student, toy.toy().net.out.weight)

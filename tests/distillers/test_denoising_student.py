@@ -74,10 +74,10 @@ def test_more_pairs_are_better_at_the_same_number_of_updates(tmp_path: Path) -> 
 
 
 def test_one_step_is_far_better_than_the_teachers(tmp_path: Path) -> None:
-    kept: dict[str, Student] = {}
-    task = _toy.task(tmp_path, 250, teacher=_toy.mixture(), save_student=kept.__setitem__)
+    saved: dict[str, Student] = {}
+    task = _toy.task(tmp_path, 250, teacher=_toy.mixture(), save_student=saved.__setitem__)
     student = DenoisingStudent(pairs=3072, lr=2e-3).distill(task)
-    assert kept["student"] is student and student.steps == 1
+    assert saved["student"] is student and student.steps == 1
     assert pick("samplers", student.sampler).nfe(student.steps) == 1
     truth, mine = _toy.truth(), _toy.sample(student)
     teacher = _toy.sample(Student(_toy.toy(), "ddim", "trailing", 1))
@@ -89,7 +89,7 @@ def test_one_step_is_far_better_than_the_teachers(tmp_path: Path) -> None:
     assert torch.allclose(x, generate(student.denoiser, noise.initial(), label=label), atol=1e-6)
 
 
-def test_a_student_that_says_eps_is_read_as_the_rest(tmp_path: Path) -> None:
+def test_the_output_of_an_eps_student_is_read_as_the_difference(tmp_path: Path) -> None:
     """G(z) = z - net(z): finite where an eps network has nothing to say."""
     torch.manual_seed(0)
     eps = Denoiser(Affine(), VPCosine(offset=0.0), "eps")

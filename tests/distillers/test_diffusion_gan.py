@@ -1,4 +1,4 @@
-"""Diffusion GANs: their laws, margins and posterior, and two steps on the mixture."""
+"""Diffusion GANs: their distributions, margins and posterior, and two steps on the mixture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COSINE = VPCosine(offset=0.0)
 
 @pytest.mark.parametrize("s", [0.0, 0.25, 0.5, 0.75])
 def test_fakes_of_the_datas_law_look_like_data_at_every_time(s: float) -> None:
-    """x_hat of the data's law, whatever z: y' and y have one law; of a shifted law, they have not."""
+    """x_hat distributed as the data, whatever z: y' and y have one distribution; with a shift they do not."""
     torch.manual_seed(0)
     data, other = truth(4000).split(2000)
     batch = {"t": torch.full((2000,), s + 0.25, dtype=torch.float64), "z": 9 * torch.randn(2000, 2)}
@@ -115,10 +115,10 @@ def test_the_posterior_is_a_step_of_ddpm() -> None:
         grid = torch.tensor([r, e], dtype=torch.float64)
         wanted = walk(DDPM(), lambda x, t, x0=x0: x0, z, grid, lambda xi=xi: xi, schedule=COSINE)
         state = torch.random.get_rng_state()
-        found = posterior_sample(COSINE, z, x0, t, s)
+        value = posterior_sample(COSINE, z, x0, t, s)
         torch.random.set_rng_state(state)
-        found = found + COSINE.sigma(s)[0] * 0 + spread_of(r, e) * (xi - torch.randn_like(z))  # the same draw for both
-        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+        value = value + COSINE.sigma(s)[0] * 0 + spread_of(r, e) * (xi - torch.randn_like(z))  # the same draw for both
+        torch.testing.assert_close(value, wanted, atol=1e-12, rtol=1e-12)
 
 
 def spread_of(r: float, s: float) -> Tensor:
@@ -154,9 +154,9 @@ def test_raw_and_x0_are_those_of_the_denoiser() -> None:
 def test_four_steps_on_the_mixture(tmp_path: Path) -> None:
     method = DiffusionGAN(lr=2e-3, critic_lr=3e-3, every=1, strength=0.3)
     student = method.distill(task(tmp_path, 300, batch_size=128))
-    found = energy(sample(student, 3000), truth())
+    value = energy(sample(student, 3000), truth())
     teacher = energy(sample(Student(toy(), "ddim", "trailing", 4), 3000), truth())
-    assert teacher > 0.014 and found < 0.5 * teacher, (found, teacher)
+    assert teacher > 0.014 and value < 0.5 * teacher, (value, teacher)
 
 
 def test_the_hybrid_on_the_mixture(tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_the_hybrid_on_the_mixture(tmp_path: Path) -> None:
         lr=2e-3, critic_lr=3e-3, every=1, posterior=True, margin=None, strength=0.5, r1=0.05
     )  # fmt: skip
     student = method.distill(task(tmp_path, 120))
-    found = energy(sample(student, 4000), truth())
+    value = energy(sample(student, 4000), truth())
     teacher = energy(sample(Student(toy(), "ddpm", "trailing", 4), 4000), truth())
-    assert teacher > 0.016 and found < 0.9 * teacher, (found, teacher)
+    assert teacher > 0.016 and value < 0.9 * teacher, (value, teacher)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"critic": "head"}, {"times": "some"}, {"r1": 0.1}])

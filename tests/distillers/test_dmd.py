@@ -104,29 +104,29 @@ def test_the_students_gradient_is_the_push(tmp_path: Path) -> None:
 
 
 def test_training_walks_the_students_own_path(tmp_path: Path) -> None:
-    """With several steps the student is asked at nodes that it came to by itself, never about noised data."""
-    job, asked = task(tmp_path, batch_size=8), []
+    """With several steps the student is evaluated at states of its own path, never at noised data."""
+    job, times = task(tmp_path, batch_size=8), []
 
     class Told(nn.Module):
         def forward(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
-            asked.append(float(t.flatten()[0]))
+            times.append(float(t.flatten()[0]))
             return torch.full_like(z, 100.0)
 
     torch.manual_seed(5)
     paths = set()
     for _ in range(40):
-        asked.clear()
+        times.clear()
         DMD(steps=4).generate(job, Told(), job.batches[0])  # type: ignore[arg-type]
-        paths.add(tuple(asked))
+        paths.add(tuple(times))
     assert paths == {(1.0,), (1.0, 0.75), (1.0, 0.75, 0.5), (1.0, 0.75, 0.5, 0.25)}
 
 
 def test_one_step_on_the_mixture(tmp_path: Path) -> None:
     method = DMD(lr=2e-3, fake_lr=2e-3, every=2)
     student = method.distill(task(tmp_path, 120))
-    found = energy(sample(student, 3000), truth())
+    value = energy(sample(student, 3000), truth())
     teacher = energy(sample(Student(toy(), "ddim", "trailing", 1), 3000), truth())
-    assert teacher > 0.05 and found < 0.1 * teacher, (found, teacher)
+    assert teacher > 0.05 and value < 0.1 * teacher, (value, teacher)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"every": 0}, {"low": 0.0}, {"low": 0.9, "high": 0.5}])

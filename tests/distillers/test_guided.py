@@ -40,7 +40,7 @@ def test_a_student_starts_as_the_conditional_teacher_at_every_scale(tmp_path: Pa
     assert student.guidance_range == (1.0, 5.0) and teacher.guidance_range is None
 
 
-def test_a_network_for_one_scale_says_what_it_said_at_that_scale() -> None:
+def test_a_network_at_a_fixed_scale_equals_it_at_that_scale() -> None:
     net = unet(guidance=(1.0, 5.0))
     x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
     fixed = net.fixed(2.5)
@@ -78,24 +78,24 @@ def test_the_exact_merged_student_draws_what_the_guided_teacher_draws() -> None:
 
 
 def test_students_of_both_kinds_follow_the_teacher_over_the_scales(tmp_path: Path) -> None:
-    made: dict[str, Student] = {}
-    job = task(tmp_path, steps=300, save_student=made.__setitem__)
+    students: dict[str, Student] = {}
+    job = task(tmp_path, steps=300, save_student=students.__setitem__)
     GuidedDistillation(steps=(2,), start=16, guidance=(1.0, 3.0), lr=1e-3).distill(job)
-    assert list(made) == ["guidance", "steps2"]
+    assert list(students) == ["guidance", "steps2"]
     base = toy()
     for scale in (1.0, 2.0):
         guided = CFG(scale).wrap(base)
         reference = sample(Student(guided, "ddim", "trailing", 64), 3000, seed=50_000)  # type: ignore[arg-type]
         plain = energy(sample(Student(guided, "ddim", "trailing", 2)), reference)  # type: ignore[arg-type]
-        two = replace(made["steps2"], denoiser=CFG(scale).wrap(made["steps2"].denoiser))
+        two = replace(students["steps2"], denoiser=CFG(scale).wrap(students["steps2"].denoiser))
         assert 4 * energy(sample(two), reference) < plain
 
 
 def test_one_network_serves_several_counts_of_steps(tmp_path: Path) -> None:
-    made: dict[str, Student] = {}
-    job = task(tmp_path, steps={"guidance": 300, "shared": 800}, save_student=made.__setitem__)
+    students: dict[str, Student] = {}
+    job = task(tmp_path, steps={"guidance": 300, "shared": 800}, save_student=students.__setitem__)
     last = GuidedDistillation(steps=(4, 2, 1), start=16, guidance=(1.0, 2.0), lr=1e-3, shared=True).distill(job)
-    assert list(made) == ["guidance", "shared"] and last.steps == 4 and last.denoiser.step_counts == (4, 2, 1)
+    assert list(students) == ["guidance", "shared"] and last.steps == 4 and last.denoiser.step_counts == (4, 2, 1)
     guided = CFG(1.5).wrap(toy())
     reference = sample(Student(guided, "ddim", "trailing", 64), 3000, seed=50_000)  # type: ignore[arg-type]
     for n in (4, 2, 1):
@@ -111,7 +111,7 @@ def test_one_and_two_steps_get_their_shares_of_the_images() -> None:
     assert torch.allclose(counts.double(), 800 * torch.tensor([1, 1, 3, 3]).double() / 8, atol=1.01), counts
 
 
-def test_the_unet_is_told_its_count_of_steps() -> None:
+def test_the_unet_takes_its_count_of_steps() -> None:
     net = unet(steps=(4, 1))
     x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
     four, one = (net(x, t, steps=torch.full((2,), n)) for n in (4, 1))
@@ -133,8 +133,8 @@ def test_the_scale_matters_to_the_student(tmp_path: Path) -> None:
     errors = []
     for scale in (1.0, 2.0, 3.0):
         want = CFG(scale).wrap(toy())(z, t, label=label)
-        told = [merged(z, t, label=label, guidance=torch.full((256,), s)) for s in (1.0, 2.0, 3.0)]
-        errors.append([(x - want).square().mean().item() for x in told])
+        predictions = [merged(z, t, label=label, guidance=torch.full((256,), s)) for s in (1.0, 2.0, 3.0)]
+        errors.append([(x - want).square().mean().item() for x in predictions])
     for k, row in enumerate(errors):
         assert row[k] == min(row), errors
 
@@ -213,7 +213,7 @@ def test_the_first_student_may_learn_from_steps_of_second_order(tmp_path: Path) 
     evaluated, t, _, _ = recorded(
         task(tmp_path), "deterministic", 2, 2, GuidedDistillation(steps=(4, 2), start=8, order=2)
     )
-    assert len(evaluated) == 2  # a student of few steps is asked where it was trained
+    assert len(evaluated) == 2  # a student of few steps is evaluated where it was trained
     with pytest.raises(BadInput, match="order must be 1 or 2"):
         GuidedDistillation(order=3)
 

@@ -1,4 +1,4 @@
-"""The store of pairs: what is in it can be made again from the seeds, and what happened to its files is noticed."""
+"""The store of pairs: reproducible from the seeds, and damage to its files is detected."""
 
 from __future__ import annotations
 
@@ -144,25 +144,25 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 
 def test_pairs_of_other_settings_are_refused(tmp_path: Path) -> None:
     task(tmp_path).pairs("a", 10, **HOW)
-    for how, word in (
+    for options, word in (
         ({"steps": 7}, "grid"), ({"sampler": "ddim"}, "sampler"), ({"labels": "random"}, "labels"),
         ({"dtype": "float32"}, "dtype"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=f"pairs with {word} .* not .*use the same settings, or remove"):
-            task(tmp_path).pairs("a", 10, **{**HOW, **how})
+            task(tmp_path).pairs("a", 10, **{**HOW, **options})
     with pytest.raises(BadInput, match="pairs with seed"):
         task(tmp_path, seed=1).pairs("a", 10, **HOW)
     other = pictures()
     other.means[0, 0] += 1e-3
     with pytest.raises(BadInput, match="pairs with teacher"):
         task(tmp_path, other).pairs("a", 10, **HOW)
-    for how, word in (
+    for options, word in (
         ({"sampler": "ddpm"}, "unknown sampler of pairs 'ddpm'.*ddim"), ({"times": "x"}, "unknown time grid"),
         ({"dtype": "int8"}, "uint8"), ({"sampler": "ddim", "states": (0.3,)}, "t = 0.3 is not on"),
         ({"states": (1.0,)}, "unipc evaluates the teacher elsewhere"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=word):
-            task(tmp_path).pairs("b", 10, **{**HOW, **how})
+            task(tmp_path).pairs("b", 10, **{**HOW, **options})
 
 
 def test_batches_are_permutations_and_repeat(tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_random_labels_are_even(tmp_path: Path) -> None:
 def test_states_are_those_of_the_path(tmp_path: Path) -> None:
     """On the way the teacher passes what a shorter grid, the first steps of the same one, ends with."""
     states = (0.75, 0.25)
-    how = {"steps": 8, "sampler": DDIM(), "times": Trailing(), "states": states, "dtype": "float32"}
-    pairs = task(tmp_path).pairs("a", 12, **how)
+    options = {"steps": 8, "sampler": DDIM(), "times": Trailing(), "states": states, "dtype": "float32"}
+    pairs = task(tmp_path).pairs("a", 12, **options)
     grid = Trailing()(VPCosine(offset=0.0), 8)
     noise, label = Noise(range(FIRST_SEED, FIRST_SEED + 12), SHAPE), torch.arange(12) % 3
     assert pairs[3]["states"].shape == (2, *SHAPE)
@@ -203,7 +203,7 @@ def test_states_are_those_of_the_path(tmp_path: Path) -> None:
     assert torch.equal(pairs[:]["x"], x)
 
 
-def test_samples_that_are_no_images_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_samples_that_are_no_images_are_stored_exactly(tmp_path: Path) -> None:
     toy = _toy.task(tmp_path, teacher=_toy.mixture())
     pairs = toy.pairs("a", 2000, steps=32)
     assert isinstance(pairs, Pairs) and pairs[:]["x"].dtype == torch.float32

@@ -79,20 +79,20 @@ def task(out: Path, teacher: nn.Module, schedule: Schedule = TABLE, steps: int =
     return DistillTask(teacher, base, _toy.Draws(32), (2,), out, steps=_toy.Steady(steps), show=False)  # type: ignore[arg-type]
 
 
-def test_the_loss_is_that_of_the_oracle_and_the_student_is_asked_at_its_nodes(tmp_path: Path) -> None:
+def test_the_loss_is_that_of_the_oracle_and_the_student_is_evaluated_at_its_nodes(tmp_path: Path) -> None:
     teacher, finest = mixture(), teacher_nodes(TABLE, 4)
-    asked: list[Tensor] = []
+    evaluated: list[Tensor] = []
 
-    class Asked(Oracle):
+    class Recorder(Oracle):
         def forward(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
-            asked.append(t)
+            evaluated.append(t)
             return super().forward(z, t, **cond)
 
-    lesson = ProDiff().loss_fn(task(tmp_path, teacher), teacher, Asked(teacher, finest), finest, 2)
+    loss_fn = ProDiff().loss_fn(task(tmp_path, teacher), teacher, Recorder(teacher, finest), finest, 2)
     torch.manual_seed(0)
     batch = {key: value.double() if key == "x" else value for key, value in _toy.Draws(64)[0].items()}
-    assert float(lesson(batch)) < 1e-12
-    assert torch.equal(asked[0].unique(), finest[[2, 4]])
+    assert float(loss_fn(batch)) < 1e-12
+    assert torch.equal(evaluated[0].unique(), finest[[2, 4]])
     worse = ProDiff().loss_fn(task(tmp_path, teacher), teacher, teacher, finest, 2)
     assert float(worse(batch)) > 1e-3
 
@@ -115,11 +115,11 @@ def test_padding_does_not_count(tmp_path: Path) -> None:
         student.conv.weight *= 2
     x, mask = torch.randn(3, 1, 4, 6), torch.ones(3, 6)
     mask[0, 4:], mask[2, 1:] = 0, 0
-    lesson = ProDiff().loss_fn(task(tmp_path, teacher), teacher, student, finest, 2)
+    loss_fn = ProDiff().loss_fn(task(tmp_path, teacher), teacher, student, finest, 2)
 
     def value(x: Tensor, **more: Tensor) -> float:
         torch.manual_seed(1)
-        return float(lesson({"x": x, **more}).detach())
+        return float(loss_fn({"x": x, **more}).detach())
 
     other = torch.where(mask[:, None, None].bool(), x, 50.0 * torch.randn_like(x))
     assert value(x, mask=mask) == value(other, mask=mask)
@@ -131,18 +131,18 @@ def test_padding_does_not_count(tmp_path: Path) -> None:
 
 
 def test_the_gradient_of_l1_is_one_over_the_valid_elements(tmp_path: Path) -> None:
-    finest, mask, said = teacher_nodes(TABLE, 4), torch.ones(3, 6), torch.full((3, 1, 4, 6), 9.0, requires_grad=True)
+    finest, mask, output = teacher_nodes(TABLE, 4), torch.ones(3, 6), torch.full((3, 1, 4, 6), 9.0, requires_grad=True)
     mask[1, 2:] = 0
     teacher = Neighbours()
-    lesson = ProDiff().loss_fn(task(tmp_path, teacher), teacher, lambda z, t, **cond: said, finest, 2)
-    lesson({"x": torch.randn(3, 1, 4, 6), "mask": mask}).backward()
+    loss_fn = ProDiff().loss_fn(task(tmp_path, teacher), teacher, lambda z, t, **cond: output, finest, 2)
+    loss_fn({"x": torch.randn(3, 1, 4, 6), "mask": mask}).backward()
     valid = mask[:, None, None].expand(3, 1, 4, 6)
-    assert said.grad is not None
-    assert torch.allclose(said.grad.abs(), valid / valid.sum())
+    assert output.grad is not None
+    assert torch.allclose(output.grad.abs(), valid / valid.sum())
 
 
 def test_the_student_returns_its_last_prediction(tmp_path: Path) -> None:
-    """Two calls, at entries 4 and 2 of the table, and the second answer is the result."""
+    """Two calls, at entries 4 and 2 of the table, and the second prediction is the result."""
     gaussian = Gaussian(torch.zeros(2), torch.ones(2), TABLE)
     job = task(tmp_path, gaussian)
     student = ProDiff().distill(job)
@@ -160,17 +160,17 @@ def test_frozen_parts_stay(tmp_path: Path) -> None:
     trained = ProDiff(frozen=("label", "hidden.0"), lr=1e-2).distill(job).denoiser.net
     old, new = job.denoiser.net.state_dict(), trained.state_dict()
     changed = {key for key in old if not torch.equal(old[key], new[key])}
-    kept = {key for key in old if key.startswith(("label.", "hidden.0."))}
-    assert changed == set(old) - kept and len(kept) == 3
+    saved = {key for key in old if key.startswith(("label.", "hidden.0."))}
+    assert changed == set(old) - saved and len(saved) == 3
     with pytest.raises(BadInput, match="no parameter names start with 'labels': did you mean"):
         ProDiff(frozen=("labels",)).distill(job)
 
 
 def test_on_the_mixture(tmp_path: Path) -> None:
-    kept: dict[str, Student] = {}
-    job = _toy.task(tmp_path, 200, teacher=_toy.mixture(), batch_size=128, save_student=kept.__setitem__)
+    saved: dict[str, Student] = {}
+    job = _toy.task(tmp_path, 200, teacher=_toy.mixture(), batch_size=128, save_student=saved.__setitem__)
     student = ProDiff(steps=(2,), start=12, lr=2e-3).distill(job)
-    assert list(kept) == ["steps2"]
+    assert list(saved) == ["steps2"]
     energy = functools.partial(_toy.energy, b=_toy.truth())
     teacher = Student(_toy.toy(), "ddim", "trailing", 2)
     assert energy(_toy.sample(student)) < 0.3 * energy(_toy.sample(teacher))

@@ -22,10 +22,10 @@ class Oracle:
 
     def __init__(self, exact: GaussianMixture, n: int, finest: int) -> None:
         self.exact, self.n, self.finest = exact, n, finest
-        self.asked: set[float] = set()
+        self.evaluated: set[float] = set()
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        self.asked |= set(t.tolist())
+        self.evaluated |= set(t.tolist())
         if self.n == self.finest:
             return self.exact(z, t)
         nodes = targets.time_nodes(Trailing(), self.exact.schedule, 2 * self.n)
@@ -51,19 +51,19 @@ def test_oracle_students_reproduce_the_teacher_through_all_halvings() -> None:
     assert error == pytest.approx(0.0254, rel=0.35)  # and nothing is lost or won on the way to one step
 
 
-def test_students_are_asked_on_their_grid_only(tmp_path: Path) -> None:
-    asked: set[float] = set()
+def test_students_are_evaluated_on_their_grid_only(tmp_path: Path) -> None:
+    evaluated: set[float] = set()
     exact = mixture()
 
     def teacher(z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        asked.update(t.tolist())
+        evaluated.update(t.tolist())
         return exact(z, t, **cond)
 
     job = task(tmp_path)
     loss_fn = Progressive(steps=(4,)).loss_fn(job, teacher, job.student(), 4, 2)  # type: ignore[arg-type]
     torch.manual_seed(0)
     loss_fn(job.batches[0])
-    assert sorted(asked) == [k / 8 for k in range(1, 9)]
+    assert sorted(evaluated) == [k / 8 for k in range(1, 9)]
 
 
 def test_a_small_student_beats_its_teacher_at_equal_steps(tmp_path: Path) -> None:

@@ -86,12 +86,12 @@ def test_the_terms_of_the_loss(tmp_path: Path) -> None:
 
 
 def test_the_feature_term_is_least_at_the_target(tmp_path: Path) -> None:
-    """tau = 1, no other term: a student that says x* has no loss; one that is off by a little has."""
+    """tau = 1, no other term: a student that predicts x* has no loss; one slightly off has."""
     task = toy.task(tmp_path)
     net = random_classifier(task, 8).requires_grad_(False)
     method = Rcfd(pixel=0.0, beta=0.0, tau=1.0)
     student = task.student()
-    with torch.no_grad():  # a teacher that says what the student says: m = 1, so x* is its own answer
+    with torch.no_grad():  # the student as the teacher: m = 1, so x* is its own prediction
         torch.manual_seed(0)
         same = float(method.loss_fn(task, net, task.denoiser, student, 4, 1)(task.batches[0]))
         student.net.out.bias.add_(0.3)
@@ -101,40 +101,40 @@ def test_the_feature_term_is_least_at_the_target(tmp_path: Path) -> None:
 
 
 def test_the_student_is_far_better_than_its_teacher_at_its_steps(tmp_path: Path) -> None:
-    kept: list[Any] = []
-    task = toy.task(tmp_path, 150, save_student=lambda name, made: kept.append((name, made)))
+    saved: list[Any] = []
+    task = toy.task(tmp_path, 150, save_student=lambda name, result: saved.append((name, result)))
     student = Rcfd(steps=(4, 1), start=16, width=8, lr=1e-3).distill(task)
-    assert task.completed_stages == ["classifier", "steps4", "steps1"] and student is kept[-1][1]
+    assert task.completed_stages == ["classifier", "steps4", "steps1"] and student is saved[-1][1]
     true = toy.truth(2000)
-    for (_, made), bar in zip(kept, (0.009, 0.03)):
-        teacher = dataclasses.replace(made, denoiser=toy.toy())
-        found, plain = (toy.energy(toy.sample(s), true) for s in (made, teacher))
-        assert found < bar < plain / 1.5, (made.steps, found, plain)
+    for (_, result), bar in zip(saved, (0.009, 0.03)):
+        teacher = dataclasses.replace(result, denoiser=toy.toy())
+        value, plain = (toy.energy(toy.sample(s), true) for s in (result, teacher))
+        assert value < bar < plain / 1.5, (result.steps, value, plain)
 
 
 def test_plain_stages_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Students of at least `plain` steps are progressive distillation's."""
-    asked: list[tuple[str, int]] = []
+    calls: list[tuple[str, int]] = []
 
     def zero(student: Any) -> Any:
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
             x, t = batch["x"], torch.full((len(batch["x"]),), 0.5, dtype=F64)
             return prediction_loss(student, x, t, x, label=batch["label"])
 
-        return lesson
+        return loss_fn
 
     monkeypatch.setattr(
         Progressive,
         "loss_fn",
-        lambda self, task, teacher, student, n, m: (asked.append(("plain", n)), zero(student))[1],
+        lambda self, task, teacher, student, n, m: (calls.append(("plain", n)), zero(student))[1],
     )
     monkeypatch.setattr(
         Rcfd,
         "loss_fn",
-        lambda self, task, net, teacher, student, n, m: (asked.append(("features", n)), zero(student))[1],
+        lambda self, task, net, teacher, student, n, m: (calls.append(("features", n)), zero(student))[1],
     )
     Rcfd(steps=(8, 4, 2), plain=4, width=8).distill(toy.task(tmp_path, 1))
-    assert asked == [("plain", 8), ("plain", 4), ("features", 2)]
+    assert calls == [("plain", 8), ("plain", 4), ("features", 2)]
 
 
 @pytest.mark.parametrize(

@@ -96,42 +96,42 @@ def test_the_loss_is_the_squared_error_of_the_velocity(prediction: str) -> None:
 
 
 def test_it_begins_as_the_teacher_and_ends_straight(tmp_path: Path) -> None:
-    kept: dict[str, Student] = {}
-    task = _toy.task(tmp_path, 150, teacher=_toy.mixture(), save_student=kept.__setitem__)
+    saved: dict[str, Student] = {}
+    task = _toy.task(tmp_path, 150, teacher=_toy.mixture(), save_student=saved.__setitem__)
     student = ReFlow(pairs=2048, lr=2e-3).distill(task)
-    assert list(kept) == ["reflow1", "distill"] and task.completed_stages == ["reflow1", "distill"]
+    assert list(saved) == ["reflow1", "distill"] and task.completed_stages == ["reflow1", "distill"]
     figures = student.figures
     assert figures["straightness"] < 0.25 * figures["straightness_teacher"]
     truth = _toy.truth()
     before, flow, after = (
         _toy.energy(_toy.sample(s, steps=1), truth)
-        for s in (Student(_toy.toy(), "ddim", "trailing", 1), kept["reflow1"], student)
+        for s in (Student(_toy.toy(), "ddim", "trailing", 1), saved["reflow1"], student)
     )
     assert flow < 0.3 * before and after < 0.1 * before and after < 0.005
 
 
 def test_the_first_flow_from_data_with_a_coupling(tmp_path: Path) -> None:
     """Pairing by optimal transport makes the flow that is learned from real samples straighter."""
-    found = {}
+    value = {}
     for coupling in ("ot_class", "ot"):
         task = _toy.task(tmp_path / coupling, {"flow": 150}, batch_size=128)
         method = ReFlow(rounds=0, coupling=coupling, distill_last=False, steps=4, lr=2e-3)
         assert method.needs_data
         student = method.distill(task)
-        found[coupling] = _toy.energy(_toy.sample(student), _toy.truth())
+        value[coupling] = _toy.energy(_toy.sample(student), _toy.truth())
         assert student.figures["straightness"] < 0.7 * student.figures["straightness_teacher"]
         assert student.steps == 4
     teacher = _toy.energy(_toy.sample(Student(_toy.toy(), "ddim", "trailing", 4)), _toy.truth())
-    assert found["ot_class"] < 0.5 * teacher
-    assert found["ot_class"] < 0.5 * found["ot"]  # over the whole batch the noise tells the class: biased when sampling
+    assert value["ot_class"] < 0.5 * teacher
+    assert value["ot_class"] < 0.5 * value["ot"]  # over the whole batch the noise tells the class: biased when sampling
 
 
 def test_rounds_a_last_student_of_two_steps_and_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round draws its pairs from the student before it; a second run reads what the first one left."""
-    asked: list[Tensor] = []
+    calls: list[Tensor] = []
 
     def spy(student: Any, x: Tensor, noise: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        asked.append(t)
+        calls.append(t)
         return flow_loss(student, x, noise, t, **cond)
 
     monkeypatch.setattr("hasten.distillers.reflow.flow_loss", spy)
@@ -139,10 +139,10 @@ def test_rounds_a_last_student_of_two_steps_and_the_same_again(tmp_path: Path, m
     for _ in range(2):
         task = _toy.task(tmp_path, 4, batch_size=64)
         students.append(method.distill(task))
-    assert task.completed_stages == ["reflow1", "reflow2", "distill"] and len(asked) == 12
-    assert torch.equal(torch.cat(asked[8:]).unique(), torch.tensor([0.5, 1.0], dtype=torch.float64))
-    assert len(torch.cat(asked[:8]).unique()) > 400
-    teachers = {name: task.pairs(name, 64, **how).config["teacher"] for name, how in (
+    assert task.completed_stages == ["reflow1", "reflow2", "distill"] and len(calls) == 12
+    assert torch.equal(torch.cat(calls[8:]).unique(), torch.tensor([0.5, 1.0], dtype=torch.float64))
+    assert len(torch.cat(calls[:8]).unique()) > 400
+    teachers = {name: task.pairs(name, 64, **options).config["teacher"] for name, options in (
         ("round1", {}), ("round2", {"steps": 2, "sampler": "ddim", "times": "trailing", "teacher": load(task, 0)}),
         ("last", {"steps": 2, "sampler": "ddim", "times": "trailing", "teacher": load(task, 1)}),
     )}  # fmt: skip

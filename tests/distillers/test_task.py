@@ -57,10 +57,10 @@ def test_a_half_precision_teacher_trains_the_student_of_its_float32_copy(tmp_pat
 def test_critics_take_the_features_of_a_half_precision_network(method: str, tmp_path: Path) -> None:
     job = image_task(tmp_path, steps=1)
     job.denoiser.to(torch.bfloat16)
-    made: list[Student] = []
-    job.save_student = lambda name, student: made.append(student)
+    students: list[Student] = []
+    job.save_student = lambda name, student: students.append(student)
     pick("distillers", method).distill(job)
-    assert made and all(p.dtype == torch.float32 for p in made[-1].denoiser.parameters())
+    assert students and all(p.dtype == torch.float32 for p in students[-1].denoiser.parameters())
     assert next(job.denoiser.parameters()).dtype == torch.bfloat16
 
 

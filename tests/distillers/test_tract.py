@@ -25,7 +25,7 @@ F64 = torch.float64
 
 
 class Interrupted:
-    """Batches that send this process SIGINT when batch `at` is first asked for."""
+    """Batches that send this process SIGINT when batch `at` is first read."""
 
     def __init__(self, batches: Any, at: int) -> None:
         self.batches, self.at, self.batch_size = batches, at, batches.batch_size
@@ -89,46 +89,46 @@ def test_the_target_is_that_of_the_plain_steps() -> None:
         torch.testing.assert_close(target[k : k + 1], plain, rtol=1e-10, atol=1e-10)
 
 
-def test_only_places_inside_a_segment_are_asked_for(tmp_path: Path) -> None:
-    """The teacher is asked at every node but the clean one, and the jump goes to the end below, of 2 segments of 4."""
-    asked: list[Tensor] = []
+def test_only_nodes_inside_a_segment_are_evaluated(tmp_path: Path) -> None:
+    """The teacher is evaluated at every node but the clean one; the step goes to the end below, of 2 segments of 4."""
+    evaluated: list[Tensor] = []
     task = toy.task(tmp_path)
 
     def teacher(z: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        asked.append(t)
+        evaluated.append(t)
         return torch.zeros_like(z)
 
-    shadow = EMATarget(task.student())
+    target = EMATarget(task.student())
     ends: list[Tensor] = []
-    shadow.copy.forward = lambda z, t, **cond: (ends.append(t), torch.zeros_like(z))[1]  # type: ignore[assignment,func-returns-value]
+    target.copy.forward = lambda z, t, **cond: (ends.append(t), torch.zeros_like(z))[1]  # type: ignore[assignment,func-returns-value]
     torch.manual_seed(0)
-    Tract(phases=(8, 2)).loss_fn(task, teacher, shadow, 2, 4)(task.batches[0])
-    i = (asked[0] * 8).round().long()
+    Tract(phases=(8, 2)).loss_fn(task, teacher, target, 2, 4)(task.batches[0])
+    i = (evaluated[0] * 8).round().long()
     assert i.unique().tolist() == list(range(1, 9))
     assert torch.equal((ends[0] * 8).round().long(), i - 1)
 
 
 def test_the_shadow_is_the_corrected_average() -> None:
     """After n steps it is the mean of the weights after step 1 .. n with weights m^(n - k), the first ones forgotten."""
-    shadow = EMATarget(toy.toy())
-    weight = shadow.student.net.out.weight
+    target = EMATarget(toy.toy())
+    weight = target.student.net.out.weight
     weight.requires_grad_(True)
-    shadow.train()
-    assert not shadow.copy.training and not any(p.requires_grad for p in shadow.copy.parameters())
+    target.train()
+    assert not target.copy.training and not any(p.requires_grad for p in target.copy.parameters())
     before = weight.detach().clone()
     seen = []
     for n in range(5):
-        assert shadow.update(0.5) == n
+        assert target.update(0.5) == n
         if n == 0:
-            assert torch.equal(shadow.copy.net.out.weight, before)
+            assert torch.equal(target.copy.net.out.weight, before)
         else:
             shares = torch.tensor([0.5 ** (n - 1 - k) for k in range(n)])
             wanted = sum(s * w for s, w in zip(shares / shares.sum(), seen))
-            torch.testing.assert_close(shadow.copy.net.out.weight, wanted)
+            torch.testing.assert_close(target.copy.net.out.weight, wanted)
         with torch.no_grad():
             weight.add_(torch.randn_like(weight))
         seen.append(weight.detach().clone())
-    assert int(shadow.state_dict()["count"]) == 5
+    assert int(target.state_dict()["count"]) == 5
 
 
 def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
@@ -136,16 +136,16 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
 
 
 def test_the_student_is_far_better_than_its_teacher_at_its_steps(tmp_path: Path) -> None:
-    kept = []
+    saved = []
     student = Tract(phases=(32, 4, 1), lr=1e-3).distill(
-        toy.task(tmp_path, 150, save_student=lambda name, made: kept.append((name, made)))
+        toy.task(tmp_path, 150, save_student=lambda name, each: saved.append((name, each)))
     )
-    assert [name for name, _ in kept] == ["steps4", "steps1"] and student is kept[-1][1]
+    assert [name for name, _ in saved] == ["steps4", "steps1"] and student is saved[-1][1]
     true = toy.truth(2000)
-    for (_, made), bar in zip(kept, (0.008, 0.012)):
-        teacher = dataclasses.replace(made, denoiser=toy.toy())
-        found, plain = (toy.energy(toy.sample(s), true) for s in (made, teacher))
-        assert found < bar < plain / 1.5, (made.steps, found, plain)
+    for (_, each), bar in zip(saved, (0.008, 0.012)):
+        teacher = dataclasses.replace(each, denoiser=toy.toy())
+        distance, plain = (toy.energy(toy.sample(s), true) for s in (each, teacher))
+        assert distance < bar < plain / 1.5, (each.steps, distance, plain)
 
 
 @pytest.mark.parametrize(
