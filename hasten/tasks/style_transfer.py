@@ -50,7 +50,6 @@ class Restyled(NamedTuple):
         return self.encode_evaluations + self.decode_evaluations
 
 
-@torch.no_grad()
 @dataclass(frozen=True)
 class RestyleConfig(Config):
     """How to encode and decode.
@@ -97,6 +96,7 @@ class RestyleOptions(TypedDict, total=False):
     batch_size: int
 
 
+@torch.no_grad()
 def restyle(
     encoder: Model,
     decoder: Model,
