@@ -41,12 +41,14 @@ HIGHER = {
 # Where old import paths are forwarded from, with a DeprecationWarning.
 FORWARDERS = {"hasten.ranks", "hasten.parallel_cost", "hasten.distill", "hasten.adapters._scheduler"}
 ROOT_MODULES = 18
+# Functions that may have more than ten parameters: the loops take the conditions of any network as keywords.
+LIMITS = {"draw": 11, "draw_unchecked": 11, "walk": 11}
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Consistency EDM Flow NoiseLevel _wide accelerate
-    build_network check clock distance export normalize_name
-    peak_memory raw_output resolve
+    Consistency EDM Flow NoiseLevel accelerate build_network
+    check clock distance export normalize_name peak_memory
+    resolve
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.
@@ -223,6 +225,23 @@ def test_names_are_defined_once() -> None:
                 places.setdefault(node.name, []).append(module)
     twice = {name: where for name, where in places.items() if len(where) > 1 and name not in TWICE}
     assert not twice, "\n".join(f"{name}: {', '.join(where)}" for name, where in sorted(twice.items()))
+
+
+def test_no_public_function_has_more_than_ten_parameters() -> None:
+    """Those of the command line are its flags; a network's constructor has the fields of its config."""
+    wrong = []
+    for module, path in MODULES.items():
+        if module.startswith("hasten.cli") or any(part.startswith("_") for part in module.split(".")):
+            continue
+        tree = ast.parse(path.read_text())
+        methods = {id(f): True for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                a = node.args
+                count = len([*a.posonlyargs, *a.args, *a.kwonlyargs]) + bool(a.vararg) + bool(a.kwarg)
+                if count - (id(node) in methods) > LIMITS.get(node.name, 10):
+                    wrong.append(f"{module}.{node.name}: {count}")
+    assert not wrong, wrong
 
 
 def test_contributing_shows_the_layers() -> None:

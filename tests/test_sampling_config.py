@@ -32,6 +32,7 @@ def test_a_config_is_read_back_from_text_toml_and_json(config: SamplingConfig, t
     (tmp_path / "more.toml").write_text(f"title = 'x'\n[sampling]\n{config.to_toml()}")
     for again in (
         SamplingConfig.parse(str(config)),
+        SamplingConfig.of(str(config), {}) if str(config) else config,
         SamplingConfig.load(tmp_path / "c.toml"),
         SamplingConfig.load(tmp_path / "c.json"),
         SamplingConfig.load(tmp_path / "more.toml", "sampling"),
@@ -63,6 +64,7 @@ def test_the_digest_is_of_the_method_and_not_of_its_spelling() -> None:
         (lambda: SamplingConfig(steps=0), "steps"),
         (lambda: SamplingConfig(guidance_scale=float("nan")), "guidance_scale"),
         (lambda: SamplingConfig(guides=[UniPC]), "the class UniPC"),
+        (lambda: hasten.load("fashion").sample(1, 9, 0, "unipc"), "given as sampler='unipc'"),  # type: ignore[arg-type]
         (lambda: SamplingConfig.of(3, {}), "config must be a SamplingConfig"),  # type: ignore[arg-type]
         (lambda: SamplingConfig.load("/nowhere.toml"), "cannot read the config"),
         (lambda: QuantizeConfig.from_dict({"bits": 4}), "QuantizeConfig has no option 'bits'"),

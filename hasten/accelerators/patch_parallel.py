@@ -177,6 +177,7 @@ class PatchNet(nn.Module):
         return raw
 
     def _begin(self, x: Tensor, cond: dict[str, Any]) -> None:
+        """Begin a model evaluation."""
         self.exchange.begin(x)
         self._check_conditions(cond)
 
@@ -194,10 +195,10 @@ class PatchNet(nn.Module):
         rows = [value.shape[2] for key, value in {**more, **cond}.items() if key.startswith(OF_ROWS)]
         if rows and not self.exchange.open:
             self.exchange.divide(max(rows))  # the finest of them has the rows of x_t, which is yet to come
-        given: AbstractContextManager[Any] = nullcontext()
+        side_context: AbstractContextManager[Any] = nullcontext()
         if side_inputs is not None and more:
-            given = side_inputs.using(self._own_rows(more))
-        with given:
+            side_context = side_inputs.using(self._own_rows(more))
+        with side_context:
             yield self._own_rows(cond)
 
     def _own_rows(self, cond: dict[str, Any]) -> dict[str, Any]:

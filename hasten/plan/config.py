@@ -91,6 +91,19 @@ class SamplingConfig(Config):
         if self.guidance_scale is not None:
             object.__setattr__(self, "guidance_scale", check_number("guidance_scale", self.guidance_scale))
 
+    @classmethod
+    def of(
+        cls, config: SamplingConfig | Mapping[str, Any] | str | Path | None, options: Mapping[str, Any]
+    ) -> SamplingConfig:
+        """As `Config.of`; a text may also be what `str(config)` wrote."""
+        if isinstance(config, str) and not config.endswith((".toml", ".json")):
+            if "=" not in config.partition(";")[0].partition(":")[0]:
+                raise BadInput(
+                    f"config must be a SamplingConfig, found {config!r}: a sampler is given as sampler={config!r}"
+                )
+            config = cls.parse(config)
+        return super().of(config, options)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not None or empty; methods as `pick` reads them, a `Plan` as its JSON."""
         values: dict[str, Any] = {}

@@ -55,8 +55,8 @@ class Watch:
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
-        return Watched(denoiser, ahead.required("watch"))
+    def apply(self, denoiser: Any, context: SamplingContext) -> nn.Module:
+        return Watched(denoiser, context.required("watch"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Twin:
     claims: ClassVar[frozenset[str]] = frozenset({"arithmetic"})
     applied: ClassVar[list[int]] = []
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: Any, context: SamplingContext) -> nn.Module:
         self.applied.append(1)
         net = copy.deepcopy(denoiser.net)
         with torch.no_grad():
@@ -84,7 +84,7 @@ class OnlyX0:
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset()
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: Any, context: SamplingContext) -> nn.Module:
         class Through(Wrapper):
             def forward(self, x_t: Tensor, t: Any, **cond: Any) -> Tensor:
                 return self.denoiser(x_t, t, **cond)
@@ -220,8 +220,8 @@ def test_calibration_sees_the_pipeline() -> None:
         stage: ClassVar[int] = WRAP
         claims: ClassVar[frozenset[str]] = frozenset()
 
-        def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
-            seen_contexts.append((ahead.required("look"), ahead.calibration("look", 3, 0), ahead.claimed))
+        def apply(self, denoiser: Any, context: SamplingContext) -> nn.Module:
+            seen_contexts.append((context.required("look"), context.calibration("look", 3, 0), context.claimed))
             return denoiser
 
     pipe = tiny.sd_pipeline(scheduler=tiny.scheduler(**TRAILING))

@@ -42,8 +42,8 @@ class Look:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> Any:
-        self.calls = ahead.calibration("look", 2, 5)
+    def apply(self, denoiser: Any, context: SamplingContext) -> Any:
+        self.calls = context.calibration("look", 2, 5)
         return denoiser
 
 

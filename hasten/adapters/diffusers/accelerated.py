@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...accelerators import WRAP, Call, ordered
+from ...accelerators import WRAP, Call, ordered, with_defaults
 from ...errors import BadInput
 from ...pick import format_spec
 from ...times import Explicit
@@ -109,11 +109,11 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     check_text_conditioning(net)
     accelerators, patch = ordered(accelerators), replaced_forward(net)
     for one in accelerators:
-        if getattr(one, "inject", 0):
+        if with_defaults(one).inject:
             raise BadInput(
                 f"{format_spec(one)}: a pipeline's scheduler injects no noise: remove inject, or load a Model"
             )
-        if patch is not None and one.stage < WRAP:
+        if patch is not None and with_defaults(one).stage < WRAP:
             raise BadInput(
                 f"the forward of this {type(net).__name__} was replaced ({_name(patch)}), and {format_spec(one)} "
                 "would not run it: remove the patch first"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...accelerators import COMPILE, WRAP, Call, SamplingContext, accelerate
+from ...accelerators import COMPILE, WRAP, Call, SamplingContext, accelerate, with_defaults
 from ...denoiser import reset
 from ...errors import BadInput
 from ...nets.copies import copy_modules
@@ -47,10 +47,10 @@ class AcceleratedForward:
         core.__dict__ = vars(module)
         vars(module)["accelerated_forward"] = self
         self.module, self.core, self.accelerators = module, core, accelerators
-        self.claimed = frozenset[str]().union(*(one.claims for one in accelerators))
-        self.swapping = [one for one in accelerators if one.stage < COMPILE]
-        self.compiling = [one for one in accelerators if COMPILE <= one.stage < WRAP]
-        self.wrapping = [one for one in accelerators if one.stage >= WRAP]
+        self.claimed = frozenset[str]().union(*(with_defaults(one).claims for one in accelerators))
+        self.swapping = [one for one in accelerators if with_defaults(one).stage < COMPILE]
+        self.compiling = [one for one in accelerators if COMPILE <= with_defaults(one).stage < WRAP]
+        self.wrapping = [one for one in accelerators if with_defaults(one).stage >= WRAP]
         self.reader = argument_reader(kind)
         self.signature = inspect.signature(kind.forward)
         self.scheduler, self.spec = scheduler, read_scheduler(scheduler)
@@ -80,11 +80,11 @@ class AcceleratedForward:
         scheduler = copy.deepcopy(self.scheduler)
         set_steps(scheduler, steps)
         times = tuple(self._current_spec().time(scheduler.timesteps).tolist())
-        ahead = SamplingContext(times, self.calls(times, times), self.claimed)
+        context = SamplingContext(times, self.calls(times, times), self.claimed)
         if self.swapping:
             network = split_network(without_hooks(self.core), with_variance=True)
             network.side_inputs = self.side_inputs
-            self._take_layers(accelerate(self.spec.denoiser(network).eval(), self.swapping, ahead))
+            self._take_layers(accelerate(self.spec.denoiser(network).eval(), self.swapping, context))
         self._cached_denoiser(times, times, self.wrapping)
 
     def _take_layers(self, denoiser: Any) -> None:
@@ -167,11 +167,11 @@ class AcceleratedForward:
         if key in self.cache:
             self.cache[key] = denoiser = self.cache.pop(key)  # ordered by last use
             return denoiser
-        ahead = SamplingContext(times, None if times is None else self.calls(times, all_times), self.claimed)
+        context = SamplingContext(times, None if times is None else self.calls(times, all_times), self.claimed)
         with self.layers.exchanged():
             if self.base is None:
-                self.base = accelerate(self._source(), self.compiling, ahead)
-            denoiser = accelerate(self.base, wrapping, ahead)
+                self.base = accelerate(self._source(), self.compiling, context)
+            denoiser = accelerate(self.base, wrapping, context)
         if len(self.cache) >= CACHE_SIZE:
             del self.cache[next(iter(self.cache))]
         self.cache[key] = denoiser
@@ -179,7 +179,7 @@ class AcceleratedForward:
 
     def _source(self) -> Any:
         """The denoiser that is compiled or copied: without hooks around its network where it is copied."""
-        copying = [one for one in self.compiling if one.stage > COMPILE]
+        copying = [one for one in self.compiling if with_defaults(one).stage > COMPILE]
         if not copying:
             return self.source
         network = split_network(without_hooks(self.core), with_variance=True)
@@ -190,7 +190,7 @@ class AcceleratedForward:
         """Drop what was compiled or copied from the network where that has changed."""
         if not self.compiling:
             return
-        copying = any(one.stage > COMPILE for one in self.compiling)
+        copying = any(with_defaults(one).stage > COMPILE for one in self.compiling)
         now = structure(self.core) if copying else (), sample_parameters(list(self.core.modules()))
         if self.base_state is not None and (now[0] != self.base_state[0] or changed(now[1], self.base_state[1])):
             self.base = None
@@ -199,7 +199,7 @@ class AcceleratedForward:
 
     def _applicable(self, times: tuple[float, ...] | None) -> list[Any]:
         """The accelerators of the last stage that apply to this sampling; a warning names the others."""
-        reusing = [one for one in self.wrapping if one.stage == WRAP]
+        reusing = [one for one in self.wrapping if with_defaults(one).stage == WRAP]
         skipped: list[Any] = []
         if not self.timeline.regular:
             skipped = reusing
@@ -208,7 +208,7 @@ class AcceleratedForward:
                 "scheduler (a pipeline made from the same parts must be accelerated itself)"
             )
         elif times is not None:
-            skipped = [one for one in reusing if len(times) < getattr(one, "least_queries", 0)]
+            skipped = [one for one in reusing if len(times) < with_defaults(one).min_queries]
             why = f"this sampling has {len(times)} model evaluations, too few to reuse anything"
         if skipped:
             names = ", ".join(map(format_spec, skipped))
@@ -223,7 +223,7 @@ class AcceleratedForward:
             layer._apply(fn)
         if not outdated:
             self.layers.renew()
-        if any(one.stage > COMPILE for one in self.compiling):
+        if any(with_defaults(one).stage > COMPILE for one in self.compiling):
             self.base = None
             self.cache.clear()
 
