@@ -201,7 +201,7 @@ def test_group_offload(kind: str, late: bool) -> None:
     fast = fast or accelerate_pipeline(pipe, CACHE, steps=STEPS)
     assert torch.equal(sample_latents(fast), expected)
     if kind == "leaf_level" and not late:
-        with pytest.raises(BadInput, match="hooks on their forward"):
+        with pytest.raises(BadInput, match="whose forward has hooks"):
             accelerate_pipeline(pipe, QUANTIZE, steps=STEPS)
 
 
