@@ -16,7 +16,7 @@ from ...denoiser import reset
 from ...errors import BadInput
 from ...nets.copies import copy_modules
 from ...pick import format_spec
-from .calls import ARGUMENT_READERS, RESIDUAL_PREFIXES, network_output, raw_output
+from .calls import RESIDUAL_PREFIXES, argument_reader, network_output, raw_output
 from .network import ExchangedLayers, changed, sample_parameters, structure, without_hooks
 from .schedules import SchedulerSpec, read_scheduler, set_steps
 from .split_network import SplitNetwork
@@ -51,9 +51,7 @@ class AcceleratedForward:
         self.swapping = [one for one in accelerators if with_defaults(one).stage < COMPILE]
         self.compiling = [one for one in accelerators if COMPILE <= with_defaults(one).stage < WRAP]
         self.wrapping = [one for one in accelerators if with_defaults(one).stage >= WRAP]
-        self.reader = ARGUMENT_READERS[
-            next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)
-        ]
+        self.reader = argument_reader(kind)
         self.signature = inspect.signature(kind.forward)
         self.scheduler, self.spec = scheduler, read_scheduler(scheduler)
         self.owner: Any = None  # a weak reference to the pipeline
@@ -138,16 +136,13 @@ class AcceleratedForward:
                 f"the weights of this {type(self.core).__name__} were changed after {names} (a fused LoRA, other "
                 "weights): change the original pipeline first, and accelerate that"
             )
-        if (
-            self.original_network is not None
-            and "original" not in self.warned
-            and self.original_network.diverged(self.core)
-        ):
+        original = self.original_network
+        if original is not None and "original" not in self.warned and original.diverged(self.core):
             self.warned.add("original")
             warnings.warn(
-                f"the {type(self.core).__name__} of the original pipeline has other layers or weights "
-                "than then (a LoRA?), which the accelerated pipeline does not have: load them into the accelerated "
-                "pipeline, or accelerate the pipeline again",
+                f"the {type(self.core).__name__} of the original pipeline now has other layers or weights (a LoRA?), "
+                "which the accelerated pipeline does not have: load them into the accelerated pipeline, or accelerate "
+                "the pipeline again",
                 stacklevel=2,
             )
         self.layers.locate()
@@ -248,9 +243,8 @@ class AcceleratedForward:
         forward.hooks = list(self.hooks)
         if self.layers:
             forward.layers = self.layers.copied(forward.core, lambda layer: copy.deepcopy(layer, memo))
-            holder = forward.source = (
-                copy.copy(self.source) if self.source.net is self.network else _copied(self.source)
-            )
+            direct = self.source.net is self.network
+            holder = forward.source = copy.copy(self.source) if direct else _copied(self.source)
             while holder.net is not self.network:
                 holder = holder.net
             holder.net = forward.network
