@@ -210,8 +210,8 @@ class Denoiser(nn.Module):
     def _net(self, x_t: Tensor, c_in: Tensor | float | None, clock: Tensor | float, cond: dict[str, Any]) -> Tensor:
         """The network's output (B, *S) in the dtype of `x_t`, its shape checked."""
         raw = self.net(*self._inputs(x_t, c_in, clock), **cond)
-        # another shape would be broadcast; inside pipelines some networks have further channels (`whole`)
-        if not isinstance(raw, Tensor) or (raw.shape != x_t.shape and not getattr(self.net, "whole", False)):
+        # another shape would be broadcast; inside pipelines some networks have further channels (`with_variance`)
+        if not isinstance(raw, Tensor) or (raw.shape != x_t.shape and not getattr(self.net, "with_variance", False)):
             found = f"a tensor of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
             raise BadInput(
                 f"{type(self.net).__name__} must return one tensor of the shape of its samples, {tuple(x_t.shape)}, "

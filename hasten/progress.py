@@ -78,7 +78,7 @@ ProgressFn = Callable[[str, int, int, float], None]
 
 
 def no_progress(what: str, done: int, total: int, value: float) -> None:
-    """Progress that nobody watches."""
+    """Report no progress."""
 
 
 @contextlib.contextmanager

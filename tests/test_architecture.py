@@ -48,7 +48,7 @@ TWICE = set(
     """
     Consistency EDM Flow NoiseLevel _wide accelerate
     build_network check clock distance export normalize_name
-    peak_memory raw_output resolve
+    peak_memory resolve
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..accelerators import SamplingContext, accelerate
+from ..accelerators import SamplingContext, accelerate, with_defaults
 from ..adapters.model_like import ModelLike
 from ..errors import BadInput, HastenError, check_number, nearest
 from ..guides.cfg import CFG, with_step_count
@@ -98,8 +98,8 @@ def resolve(
         inner = accelerated(methods, plan, config)
     complete = completed(model, config, plan, times, precision)
     for one in methods:
-        if hasattr(one, "plan") and plan is not None:
-            plan = one.plan(plan, model.denoiser)
+        if plan is not None:
+            plan = with_defaults(one).plan(plan, model.denoiser)
     denoiser = with_step_count(guided(model, inner, config.guidance_scale, config.guides), len(times) - 1)
     if hasattr(sampler, "wrap"):
         denoiser = sampler.wrap(denoiser)

@@ -18,7 +18,7 @@ __all__ = ["Patched", "core_of", "shared_copy"]
 
 # Modules that only call their children and operations on every row by itself, by their library.
 CONTAINERS = {
-    "hasten": {"UNet", "Stage", "Up", "ResBlock"},
+    "hasten": {"UNet", "UNetStage", "Up", "ResBlock"},
     "diffusers": {
         "UNet2DModel", "UNet2DConditionModel", "DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D",
         "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D",

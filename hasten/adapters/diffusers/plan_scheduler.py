@@ -64,11 +64,13 @@ class PlanScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
     """A scheduler of `diffusers` that runs any linear sampler or plan of hasten; see `hasten.as_scheduler`.
 
     Args:
-        num_train_timesteps ... rescale_betas_zero_snr: the table, as for the schedulers of `diffusers`.
+        num_train_timesteps: of the table, as for the schedulers of `diffusers`; so are the next five.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the table.
         prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
         shift, use_flow_sigmas, flow_shift: of a flow, which has no table.
-        use_dynamic_shifting, time_shift_type, base_shift ... max_image_seq_len: of a flow whose shift depends on the
-            image size: pipelines compute `mu` from these and pass it to `set_timesteps`.
+        use_dynamic_shifting: the shift of the flow depends on the image size: pipelines compute `mu` and pass it to
+            `set_timesteps`.
+        time_shift_type, base_shift, max_shift, base_image_seq_len, max_image_seq_len: what `mu` is computed from.
         sampler, times: specs such as "unipc" and "angle".
         plan: a plan as JSON, in place of both; the number of steps is then its own.
         plan_schedule: the schedule as a dict, where it is neither of the above.
