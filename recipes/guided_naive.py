@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.distillers import Task
+from hasten.distillers import DistillTask
 from hasten.distillers._dry_run import DryRun, allocate
 from hasten.distillers.progressive import Progressive
 from hasten.metrics import evaluate_images
@@ -41,7 +41,7 @@ SCALES = (1.0, 1.3, 2.0, 3.0, 5.0)
 SEED, BATCH = 0, 128
 
 
-class Branches(Task):
+class Branches(DistillTask):
     """A task with the class for half of the samples and the null label for the others."""
 
     def cond(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`hasten distill`: budget, dry run, resume after a kill, what a student says of itself."""
+"""`hasten distill`: budget, dry run, resume after a kill, the card of a student."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 import hasten
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.distillers._dry_run import Stage, allocate
+from hasten.distillers._dry_run import StagePlan, allocate
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
@@ -41,33 +41,33 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(place: Path, out: Path, *more: str, method: str = METHOD, model: str = "tiny") -> list[str]:
+def command_line(place: Path, out: Path, *more: str, method: str = METHOD, model: str = "tiny") -> list[str]:
     return ["distill", str(place / model), "--data", str(place / "data.npz"), "--out", str(out), "--method", method,
             "--batch-size", "8", "--precision", "fp32", "--device", "cpu", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def made(place: Path) -> Path:
+def finished(place: Path) -> Path:
     """A finished run."""
-    assert main(asked(place, place / "run", "--steps", "60")) == 0
+    assert main(command_line(place, place / "run", "--steps", "60")) == 0
     return place / "run"
 
 
-def test_every_stage_is_a_model_and_a_picture(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {p.name for p in made.glob("*.png")} == {"guidance.png", "steps4.png", "steps2.png"}
+def test_every_stage_is_a_model_and_a_picture(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {p.name for p in finished.glob("*.png")} == {"guidance.png", "steps4.png", "steps2.png"}
     for name, steps in (("guidance", 16), ("steps4", 4), ("steps2", 2), (".", 2)):
-        model = hasten.load(made / name)
+        model = hasten.load(finished / name)
         assert model.steps == steps and model.denoiser.guidance_range == (1.0, 3.0)
         assert model.sample(2, guidance_scale=2.5).shape == (2, 1, 8, 8)
-    told = hasten.load(made).card["distilled"]
-    assert told["teacher"] == "tiny" and told["steps"] == 2 and told["guidance_scale"] == [1.0, 3.0]
-    assert told["method"] == "guided:steps=(4,2),guidance=(1,3)" and [s["name"] for s in told["stages"]]
-    same = torch.equal(hasten.load(made).sample(2, seed=3), hasten.load(made / "steps2").sample(2, seed=3))
+    report = hasten.load(finished).card["distilled"]
+    assert report["teacher"] == "tiny" and report["steps"] == 2 and report["guidance_scale"] == [1.0, 3.0]
+    assert report["method"] == "guided:steps=(4,2),guidance=(1,3)" and [s["name"] for s in report["stages"]]
+    same = torch.equal(hasten.load(finished).sample(2, seed=3), hasten.load(finished / "steps2").sample(2, seed=3))
     assert same
 
 
-def test_its_plan_is_what_sample_runs_and_each_step_is_one_evaluation(made: Path) -> None:
-    model = hasten.load(made / "steps4")
+def test_its_plan_is_what_sample_runs_and_each_step_is_one_evaluation(finished: Path) -> None:
+    model = hasten.load(finished / "steps4")
     assert model.plan is not None and model.plan.nfe == 4
     count = 0
 
@@ -80,23 +80,23 @@ def test_its_plan_is_what_sample_runs_and_each_step_is_one_evaluation(made: Path
     assert count == 4
 
 
-def test_a_scale_out_of_range_is_one_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", str(made), "--guidance-scale", "7", "--out", str(tmp_path / "x.png")]) == 1
+def test_a_scale_out_of_range_is_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(finished), "--guidance-scale", "7", "--out", str(tmp_path / "x.png")]) == 1
     assert "distilled for guidance_scale 1 to 3, asked for 7" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
 
-def test_the_same_call_again_changes_nothing(place: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {p: p.stat().st_mtime_ns for p in made.rglob("*.safetensors")}
-    assert main(asked(place, made, "--steps", "60")) == 0
-    assert {p: p.stat().st_mtime_ns for p in made.rglob("*.safetensors")} == before
-    assert main(asked(place, made, "--steps", "61")) == 1
+def test_the_same_call_again_changes_nothing(place: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
+    assert main(command_line(place, finished, "--steps", "60")) == 0
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+    assert main(command_line(place, finished, "--steps", "61")) == 1
     assert "is a run with budget" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_ends_as_an_undisturbed_one(place: Path, made: Path, tmp_path: Path, number: int) -> None:
-    command = [sys.executable, "-m", "hasten", *asked(place, tmp_path / "run", "--steps", "60")]
+def test_a_killed_run_ends_as_an_undisturbed_one(place: Path, finished: Path, tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-m", "hasten", *command_line(place, tmp_path / "run", "--steps", "60")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     # somewhere in the second stage, at a moment of its own choosing
     deadline = time.monotonic() + 120
@@ -109,32 +109,34 @@ def test_a_killed_run_ends_as_an_undisturbed_one(place: Path, made: Path, tmp_pa
     assert not (tmp_path / "run" / "model.json").exists() or first.returncode == 0
     # the budget was divided by steps alone, so timings that differ from those of `made` do not matter
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
-    whole, again = (hasten.load(folder).denoiser.state_dict() for folder in (made, tmp_path / "run"))
-    for key, value in whole.items():
+    full, again = (hasten.load(folder).denoiser.state_dict() for folder in (finished, tmp_path / "run"))
+    for key, value in full.items():
         assert torch.allclose(value, again[key], atol=1e-6), key
 
 
-def test_a_dry_run_says_what_it_costs_and_writes_nothing(
+def test_a_dry_run_reports_the_cost_and_writes_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "dry"
-    assert main(asked(place, out, "--nfe-budget", "1e5", "--dry-run", "--json")) == 0
-    told = json.loads(capsys.readouterr().out)
+    assert main(command_line(place, out, "--evaluations", "1e5", "--dry-run", "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
     assert not out.exists()
-    costs = {stage["name"]: stage["evaluations"] / 8 for stage in told["stages"]}
+    costs = {stage["name"]: stage["evaluations"] / 8 for stage in report["stages"]}
     # teacher's branches 2, or its two steps, and forward and backward of the student: 5 each (a little less: the first
     # layer's input needs no gradient)
     assert list(costs) == ["guidance", "steps4", "steps2"]
     assert all(4.5 < cost <= 5.1 for cost in costs.values()), costs
-    assert 0.9e5 < told["evaluations"] <= 1e5 and told["memory_bytes"] > 0
+    assert 0.9e5 < report["evaluations"] <= 1e5 and report["memory_bytes"] > 0
 
 
 def test_a_student_is_distilled_further_from_its_own_steps_only(
-    place: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     method = "guided:steps=(2,1)"
-    assert main(asked(place, tmp_path / "x", "--steps", "9", method=method, model="run/steps4")) == 0
-    assert main(asked(place, tmp_path / "y", "--steps", "9", method="guided:steps=(8,4)", model="run/steps4")) == 1
+    assert main(command_line(place, tmp_path / "x", "--steps", "9", method=method, model="run/steps4")) == 0
+    assert (
+        main(command_line(place, tmp_path / "y", "--steps", "9", method="guided:steps=(8,4)", model="run/steps4")) == 1
+    )
     assert "a student of 4 steps" in capsys.readouterr().err
 
 
@@ -152,7 +154,7 @@ def test_a_student_is_distilled_further_from_its_own_steps_only(
 def test_bad_input_is_one_line(
     place: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = asked(place, tmp_path / "bad")
+    arguments = command_line(place, tmp_path / "bad")
     for flag, value in zip(more[::2], more[1::2], strict=True):
         if flag in arguments:
             arguments[arguments.index(flag) + 1] = value
@@ -168,7 +170,7 @@ def test_what_trains_on_the_teachers_samples_needs_no_images(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     method = "denoising_student:pairs=64,pair_steps=4"
-    arguments = asked(place, tmp_path / "own", "--steps", "8", method=method)
+    arguments = command_line(place, tmp_path / "own", "--steps", "8", method=method)
     del arguments[(k := arguments.index("--data")) : k + 2]
     assert main(arguments) == 0
     assert hasten.load(tmp_path / "own").steps == 1
@@ -178,7 +180,11 @@ def test_what_trains_on_the_teachers_samples_needs_no_images(
 
 
 def test_the_budget_is_divided_by_share_and_cost() -> None:
-    stages = [Stage("a", 100, 2.0), Stage("b", 200, 4.0, share=2.0), Stage("pairs", 10, 0.1, pairs=50)]
+    stages = [
+        StagePlan("a", 100, 2.0),
+        StagePlan("b", 200, 4.0, budget_weight=2.0),
+        StagePlan("pairs", 10, 0.1, pairs=50),
+    ]
     allocate(stages, steps=None, minutes=None, evaluations=10_000)
     assert [s.steps for s in stages] == [31, 31, 50]  # (10000 - 500) / 3 / 100, twice that / 200
     allocate(stages, steps=30, minutes=None, evaluations=None)
@@ -189,8 +195,8 @@ def test_the_budget_is_divided_by_share_and_cost() -> None:
         allocate(stages, steps=None, minutes=None, evaluations=600)
 
 
-def test_a_method_without_scales_is_given_the_network_for_one(place: Path, made: Path, tmp_path: Path) -> None:
-    arguments = asked(place, tmp_path / "run", "--steps", "9", "--guidance-scale", "2.5",
+def test_a_method_without_scales_is_given_the_network_for_one(place: Path, finished: Path, tmp_path: Path) -> None:
+    arguments = command_line(place, tmp_path / "run", "--steps", "9", "--guidance-scale", "2.5",
                       method="progressive:steps=(2,),start=4", model="run/guidance")  # fmt: skip
     assert main(arguments) == 0
     student = hasten.load(tmp_path / "run")

@@ -111,17 +111,17 @@ def few(sampler: str, n: int, prediction: str = "epsilon", times: str = "trailin
     """A model with a plan of n steps, as a student has."""
     model = hasten.load(tiny.ddpm_pipeline(prediction_type=prediction, **table))
     law = pick("times", times)(model.denoiser.schedule, n)
-    made = compile_plan(pick("samplers", sampler), model.denoiser.schedule, law)
-    return replace(model, plan=made, steps=n, sampler=sampler, times=times, card={"distilled": {"steps": n}})
+    compiled = compile_plan(pick("samplers", sampler), model.denoiser.schedule, law)
+    return replace(model, plan=compiled, steps=n, sampler=sampler, times=times, card={"distilled": {"steps": n}})
 
 
 def run(scheduler: Any, x: torch.Tensor, n: int) -> torch.Tensor:
-    """As a pipeline runs it, with a network that says half of what it is given and a little of the time."""
+    """As a pipeline runs it, with a network that returns half of its input and a little of the time."""
     scheduler.set_timesteps(n)
     g = torch.Generator().manual_seed(1)
     for t in scheduler.timesteps:
-        said = 0.5 * scheduler.scale_model_input(x, t) + 0.01 * float(t) / 1000
-        x = scheduler.step(said, t, x, generator=g).prev_sample
+        prediction = 0.5 * scheduler.scale_model_input(x, t) + 0.01 * float(t) / 1000
+        x = scheduler.step(prediction, t, x, generator=g).prev_sample
     return x
 
 
@@ -258,7 +258,7 @@ def test_only_networks_with_an_adapter_are_built(tmp_path: Path) -> None:
         hasten.load(tmp_path / "m")
 
 
-def test_a_flow_is_told_sigma_in_a_folder_of_hasten_too(tmp_path: Path) -> None:
+def test_a_flow_takes_sigma_in_a_folder_of_hasten_too(tmp_path: Path) -> None:
     import diffusers
 
     pipe = diffusers.DDPMPipeline(tiny.unet2d(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))

@@ -18,7 +18,7 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.workflows.distill import distill_model, labels_only
+from hasten.workflows.distill import class_labels_only, distill_model
 
 
 class Stop(Exception):
@@ -43,31 +43,31 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the first stage is trained with; then the run ends."""
-    found: dict[str, Any] = {}
+    captured: dict[str, Any] = {}
 
     class Watched(tasks.Fit):
-        def __call__(self, players: Any, batches: Any, out: Any, show: bool = True) -> Any:
-            found.update(vars(self), batches=batches)
+        def __call__(self, modules: Any, batches: Any, out: Any, show: bool = True) -> Any:
+            captured.update(vars(self), batches=batches)
             raise Stop
 
     monkeypatch.setattr(tasks, "Fit", Watched)
-    real = module.Task
+    real = module.DistillTask
 
     def watched(**settings: Any) -> Any:
-        found["task"] = settings
+        captured["task"] = settings
         return real(**settings)
 
     trial = module.DryRun
 
     def tried(**settings: Any) -> Any:
-        found["trial"] = settings
+        captured["trial"] = settings
         return trial(**settings)
 
-    monkeypatch.setattr(module, "Task", watched)
+    monkeypatch.setattr(module, "DistillTask", watched)
     monkeypatch.setattr(module, "DryRun", tried)
-    return found
+    return captured
 
 
 def run(model: Model, data: Path | None, out: Path, **settings: Any) -> None:
@@ -77,55 +77,59 @@ def run(model: Model, data: Path | None, out: Path, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("runtime", ["fp32", "bf16"])
-def test_the_number_format_that_was_asked_for_is_trained_in(
-    runtime: str, data: Path, tmp_path: Path, asked: dict[str, Any]
+def test_training_uses_the_requested_precision(
+    runtime: str, data: Path, tmp_path: Path, recorded: dict[str, Any]
 ) -> None:
-    run(tiny(), data, tmp_path / "out", precision=runtime)
-    assert asked["precision"] == asked["task"]["precision"] == asked["trial"]["precision"] == runtime
+    run(tiny(), data, tmp_path / "out", runtime=runtime)
+    assert recorded["precision"] == recorded["task"]["precision"] == recorded["trial"]["precision"] == runtime
     assert json.loads((tmp_path / "out" / "run.json").read_text())["precision"] == runtime
 
 
-def test_a_run_goes_on_in_the_number_format_that_it_began_in(
-    data: Path, tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_run_resumes_in_the_precision_it_began_in(
+    data: Path, tmp_path: Path, recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a timing finds may differ from day to day."""
-    for found, began in (("bf16", "bf16"), ("fp32", "bf16")):
-        monkeypatch.setattr(module, "number_format", lambda *a, found=found: found)
+    for captured, began in (("bf16", "bf16"), ("fp32", "bf16")):
+        monkeypatch.setattr(module, "resolve_precision", lambda *a, captured=captured: captured)
         run(tiny(), data, tmp_path / "out")
-        assert asked["precision"] == began
+        assert recorded["precision"] == began
 
 
 @pytest.mark.parametrize("seed", [7])
-def test_the_seed_deals_the_batches_too(seed: int, data: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
+def test_the_seed_orders_the_batches_too(seed: int, data: Path, tmp_path: Path, recorded: dict[str, Any]) -> None:
     run(tiny(), data, tmp_path / "out", precision="fp32", seed=seed)
-    assert asked["batches"].seed == seed and asked["seed"] == 1009 * seed
+    assert recorded["batches"].seed == seed and recorded["seed"] == 1009 * seed
     run(tiny(), data, tmp_path / "other", precision="fp32", seed=seed + 1)
-    assert asked["batches"].seed == seed + 1
+    assert recorded["batches"].seed == seed + 1
 
 
-def test_a_task_is_told_classes_and_codec_and_the_minutes_of_its_stages(
-    data: Path, tmp_path: Path, asked: dict[str, Any]
+def test_a_task_has_classes_codec_and_the_minutes_of_its_stages(
+    data: Path, tmp_path: Path, recorded: dict[str, Any]
 ) -> None:
     model = tiny()
     model.codec = "latent"
     run(model, data, tmp_path / "out", precision="fp32", minutes=0.5, steps=None)
-    assert (asked["task"]["classes"], asked["task"]["codec"]) == (3, "latent")
-    assert asked["task"]["minutes"] == {"steps2": pytest.approx(0.55)} and asked["minutes"] == pytest.approx(0.55)
+    assert (recorded["task"]["classes"], recorded["task"]["codec"]) == (3, "latent")
+    assert recorded["task"]["minutes"] == {"steps2": pytest.approx(0.55)} and recorded["minutes"] == pytest.approx(0.55)
     run(model, data, tmp_path / "steps", precision="fp32")
-    assert asked["minutes"] is None
+    assert recorded["minutes"] is None
 
 
 def test_models_that_draw_their_own_images_have_no_null_label_among_their_classes() -> None:
     for null, wanted in ((None, {0, 1, 2}), (0, {1, 2}), (1, {0, 2}), (3, {0, 1, 2})):
-        labels = labels_only(tiny(null=null)).labels
+        labels = class_labels_only(tiny(null=null)).labels
         assert labels is not None and set(labels.tolist()) == wanted
         assert len(set(torch.bincount(labels)[sorted(wanted)].tolist())) == 1, "in equal parts"
-    assert len(set(labels_only(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
+    assert len(set(class_labels_only(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
 
 
-def test_a_run_says_what_becomes_of_half_precision_and_of_divided_batches(
-    data: Path, tmp_path: Path, asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_notices_about_half_precision_and_split_batches(
+    data: Path, tmp_path: Path, recorded: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tiny(), data, tmp_path / "out", precision="fp32", method="mmd:steps=1,features=random", accumulate=2)
-    found = capsys.readouterr()
-    assert "hasten: mmd compares the images of a batch" in found.err and "2 of the 4" in found.err and not found.out
+    captured = capsys.readouterr()
+    assert (
+        "hasten: mmd compares the samples of a batch" in captured.err
+        and "2 of the 4" in captured.err
+        and not captured.out
+    )

@@ -13,7 +13,7 @@ from torch import nn
 import hasten
 from hasten.cli import main
 from hasten.denoiser import Denoiser
-from hasten.distillers._task import DEFAULTS, option
+from hasten.distillers import Distiller
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
@@ -69,12 +69,12 @@ RIGHT = [
 
 
 @pytest.mark.parametrize("method", ANY_TIME + OTHER_STEPS)
-def test_a_teacher_that_knows_four_times_is_not_asked_at_others(place: Path, tmp_path: Path, method: str) -> None:
+def test_a_teacher_of_four_times_is_not_evaluated_at_others(place: Path, tmp_path: Path, method: str) -> None:
     what = "at any time" if method in ANY_TIME else r"at the times of \d+ steps|makes images from noise"
     with pytest.raises(BadInput, match=what) as caught:
         distill_model(hasten.load(place / "few"), tmp_path / "o", method, data(tmp_path, 3), **COMMON)
-    said = str(caught.value)
-    assert "student of 4 steps" in said and "--init" in said or method.startswith("encoder")
+    output = str(caught.value)
+    assert "student of 4 steps" in output and "--init" in output or method.startswith("encoder")
     assert not (tmp_path / "o").exists()
 
 
@@ -93,10 +93,15 @@ def test_the_stage_guidance_knows_every_time(place: Path, tmp_path: Path) -> Non
 def test_fields_of_the_protocol_have_their_defaults() -> None:
     for name in method_names("distillers"):
         method = pick("distillers", name)
-        steps = option(method, "teacher_steps")
+        steps = method.teacher_steps
         assert steps is None or (isinstance(steps, int) and steps >= 0)
-        assert option(method, "direction") in ("decode", "encode") and isinstance(option(method, "ranged"), bool)
-    assert option(object(), "teacher_steps") is DEFAULTS["teacher_steps"] is None
+        assert method.direction in ("decode", "encode") and isinstance(method.keeps_guidance_range, bool)
+
+    class Plain(Distiller):
+        needs_data = False
+
+    assert Plain().teacher_steps is None and Plain().direction == "decode"
+    assert not (Plain().keeps_guidance_range or Plain().adds_inputs or Plain().compares_batch)
 
 
 @pytest.mark.parametrize(
@@ -113,16 +118,16 @@ def test_the_first_student_begins_as_init(place: Path, tmp_path: Path, method: s
     other = tiny(3, seed=1, width=16)  # of another size too
     common = {**COMMON, "init": other, "steps": 40 if method.startswith("rcfd") else 6}
     distill_model(hasten.load(place / "teacher"), tmp_path / "o", method, data(tmp_path, 3), **common)
-    found, want = hasten.load(tmp_path / "o").denoiser.net.state_dict(), other.denoiser.net.state_dict()
-    assert found.keys() == want.keys() and all(torch.allclose(found[key], want[key], atol=1e-6) for key in want)
+    result, want = hasten.load(tmp_path / "o").denoiser.net.state_dict(), other.denoiser.net.state_dict()
+    assert result.keys() == want.keys() and all(torch.allclose(result[key], want[key], atol=1e-6) for key in want)
 
 
 def test_guided_begins_as_init_with_the_scale_as_a_further_input(place: Path, tmp_path: Path) -> None:
     other = tiny(3, seed=1)
     method = "guided:steps=(4,),guidance=(1,3),lr=1e-9"
     distill_model(hasten.load(place / "teacher"), tmp_path / "o", method, data(tmp_path, 3), init=other, **COMMON)
-    found = hasten.load(tmp_path / "o")
-    assert torch.allclose(found.denoiser.net.conv_in.weight, other.denoiser.net.conv_in.weight)
+    result = hasten.load(tmp_path / "o")
+    assert torch.allclose(result.denoiser.net.conv_in.weight, other.denoiser.net.conv_in.weight)
     # and from a student that takes the scale already, its teacher the stage that does
     teacher, init = hasten.load(place / "guided" / "guidance"), hasten.load(place / "guided")
     distill_model(teacher, tmp_path / "p", "guided:steps=(2,),lr=1e-9", data(tmp_path, 3), init=init, **COMMON)
@@ -133,14 +138,14 @@ def test_guided_begins_as_init_with_the_scale_as_a_further_input(place: Path, tm
 def test_a_student_is_polished_against_its_teacher_from_the_command_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["distill", str(place / "teacher"), "--init", str(place / "few"), "--data", str(data(tmp_path, 3)), "--steps",
+    arguments = ["distill", str(place / "teacher"), "--init", str(place / "few"), "--data", str(data(tmp_path, 3)), "--steps",
              "6", "--batch-size", "8", "--precision", "fp32", "--device", "cpu", "--method", "adversarial:steps=4"]  # fmt: skip
-    assert main([*asked, "--out", str(tmp_path / "o")]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "o")]) == 0
     card = hasten.load(tmp_path / "o").card["distilled"]
     assert card["teacher"] == hasten.load(place / "teacher").name and "--init" in card["command"]
     # the same run with another beginning is another run
-    asked[3] = str(place / "teacher")
-    assert main([*asked, "--out", str(tmp_path / "o")]) == 1
+    arguments[3] = str(place / "teacher")
+    assert main([*arguments, "--out", str(tmp_path / "o")]) == 1
     assert "is a run with init" in capsys.readouterr().err
 
 
@@ -168,7 +173,7 @@ def test_many_classes_have_a_picture(tmp_path: Path, classes: int) -> None:
         assert image.width * image.height <= 64 * (8 + 2) ** 2
 
 
-def test_a_picture_that_fails_loses_no_student(
+def test_a_failed_preview_loses_no_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import hasten.workflows.distill as module
@@ -176,13 +181,13 @@ def test_a_picture_that_fails_loses_no_student(
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(module, "drawn", fails)
+    monkeypatch.setattr(module, "sample_grid", fails)
     distill_model(tiny(3), tmp_path / "o", "progressive:steps=(4,2)", data(tmp_path, 3), **COMMON)
     for name in ("steps4", "steps2", "."):
         assert hasten.load(tmp_path / "o" / name).sample(1).shape == (1, 1, 8, 8)
-    said = capsys.readouterr()
-    assert "steps4.png is not drawn" in said.err and "out of memory" in said.err and "and more" not in said.err
-    assert not said.out
+    output = capsys.readouterr()
+    assert "no preview" in output.err and "steps4.png: out of memory" in output.err and "and more" not in output.err
+    assert not output.out
     monkeypatch.undo()  # and the same call again draws what is missing
     distill_model(tiny(3), tmp_path / "o", "progressive:steps=(4,2)", data(tmp_path, 3), **COMMON)
     assert (tmp_path / "o" / "steps4.png").is_file()

@@ -12,12 +12,12 @@ import torch
 
 import hasten
 from hasten.errors import BadInput
-from hasten.files import LEFTOVER
 from hasten.model import Model
 from hasten.plan import plan
 from hasten.samplers.ddim import DDIM
 from hasten.storage.atomic import refuse_other_model
 from hasten.times import UniformTime
+from hasten.utils.atomic import LEFTOVER
 
 from .factories import constant_model, fill, tiny_unet
 

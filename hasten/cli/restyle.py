@@ -73,7 +73,7 @@ def restyle(
     from .. import images as pictures
     from ..errors import check_int
     from ..files import check_writable, refuse_inside, write_file
-    from ..tasks.style_transfer import classes, is_encoder
+    from ..tasks.style_transfer import is_encoder, required_labels
     from ..tasks.style_transfer import restyle as run
 
     check_int("n", n, 1)
@@ -87,7 +87,7 @@ def restyle(
     if is_encoder(down):
         raise BadInput(f"{down.name} can only encode: name the model that decodes, {encoder} MODEL")
     for model, label, name in ((up, from_label, "--from-label"), (down, to_label, "--to-label")):
-        classes(model, 1, label, name)
+        required_labels(model, 1, label, name)
     if images is not None:
         source = of_class(images, n, up, from_label)
     elif is_encoder(up) and up.classes != down.classes:

@@ -1,4 +1,4 @@
-"""The parts of consistency models: pairs of levels, curricula over a run, the steps and distances that a pair needs.
+"""Parts of consistency models: pairs of noise levels, curricula over a run, the solver steps and distances of a pair.
 
 Levels are q = sigma / alpha, the noise level of z / alpha; where a schedule ends at pure noise it counts as 150 there.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import MAX_Q, CosineAngle, Karras, TimeGrid
-from ._targets import grid, step
+from ._targets import ddim_step, time_nodes
 
-WIDE = 5.0
-LAWS: dict[str, TimeGrid] = {"karras": Karras(), "angle": CosineAngle()}
+MAX_Q_RATIO = 5.0
+TIME_GRIDS: dict[str, TimeGrid] = {"karras": Karras(), "angle": CosineAngle()}
 
 
 def level(schedule: Schedule, t: Tensor) -> Tensor:
@@ -27,13 +27,13 @@ def level(schedule: Schedule, t: Tensor) -> Tensor:
     return schedule.q(t).clamp_max(MAX_Q)
 
 
-# ---- how fine the grid is, as the run goes on ----
+# ---- the number of nodes over a run ----
 
 
-def root_count(done: float, first: int, last: int) -> int:
-    """Nodes N = ceil(sqrt(u ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 at the share u of the run, s0 = first, s1 = last."""
-    # what rounding adds to a whole root must not count as more than it
-    return math.ceil(math.sqrt(done * ((last + 1) ** 2 - first**2) + first**2) - 1 - 1e-9) + 1
+def root_count(progress: float, first: int, last: int) -> int:
+    """Nodes N = ceil(sqrt(u ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 at fraction u of the run, s0 = first, s1 = last."""
+    # rounding must not lift an integer root to the next integer
+    return math.ceil(math.sqrt(progress * ((last + 1) ** 2 - first**2) + first**2) - 1 - 1e-9) + 1
 
 
 def root_momentum(count: int, first: int, momentum: float) -> float:
@@ -43,8 +43,8 @@ def root_momentum(count: int, first: int, momentum: float) -> float:
 
 def doubling_count(k: int, steps: int, first: int, last: int) -> int:
     """Nodes N = min(s0 2^floor(k / K'), s1) + 1 at step k of K = `steps`, K' = floor(K / (log2 floor(s1 / s0) + 1))."""
-    each = max(int(steps / (math.log2(last // first) + 1)), 1)
-    return min(first * 2 ** (k // each), last) + 1
+    steps_each = max(int(steps / (math.log2(last // first) + 1)), 1)
+    return min(first * 2 ** (k // steps_each), last) + 1
 
 
 def ect_lower(q: Tensor, stage: int) -> Tensor:
@@ -52,64 +52,75 @@ def ect_lower(q: Tensor, stage: int) -> Tensor:
     return (q - q * 2.0 ** -(stage + 1) * (1 + 8 * torch.sigmoid(-q))).clamp_min(0)
 
 
-# ---- pairs of times, and which ----
+# ---- pairs of times, and their probabilities ----
 
 
 @functools.lru_cache(maxsize=16)
-def pairs(law: str, schedule: Schedule, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Times and levels (count + 1,), rising: the clean end, then `count` nodes up to the schedule's t_max."""
-    with torch.inference_mode(False):  # what is kept may be used under autograd later
-        times = grid(LAWS[law], schedule, count)
+def grid_levels(grid: str, schedule: Schedule, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Times and levels (count + 1,), increasing: the clean end, then `count` nodes up to the schedule's t_max."""
+    with torch.inference_mode(False):  # cached tensors may be used under autograd later
+        times = time_nodes(TIME_GRIDS[grid], schedule, count)
         return times.to(device), level(schedule, times).to(device)
 
 
-def lognormal_shares(levels: Tensor, mean: float, std: float) -> Tensor:
-    """Probabilities (N - 1,) of the pairs of neighbours among rising `levels` (N,), log q normal: sum 1."""
+def lognormal_probabilities(levels: Tensor, mean: float, std: float) -> Tensor:
+    """Probabilities (N - 1,) of the pairs of neighbours among increasing `levels` (N,), with log q normal; sum 1."""
     edges = torch.erf((torch.log(levels) - mean) / (math.sqrt(2) * std))
-    shares = edges.diff()
-    return shares / shares.sum()
+    weights = edges.diff()
+    return weights / weights.sum()
 
 
 # ---- from the upper time of a pair to the lower ----
 
 
-def euler(teacher: Callable[..., Tensor], schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, **cond: Any) -> Tensor:
+def euler_step(
+    teacher: Callable[..., Tensor], schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, **cond: Any
+) -> Tensor:
     """One step of DDIM from t to s (B,), which is Euler's in q: first order."""
-    return step(schedule, z, teacher(z, t, **cond), t, s)
+    return ddim_step(schedule, z, teacher(z, t, **cond), t, s)
 
 
-def heun(teacher: Callable[..., Tensor], schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, **cond: Any) -> Tensor:
-    """One step from t to s (B,) with the mean of the slopes (z / alpha - x0) / q at both ends: second order.
+def heun_step(
+    teacher: Callable[..., Tensor], schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, **cond: Any
+) -> Tensor:
+    """One step from t to s (B,) with the mean of the derivatives (z / alpha - x0) / q at both ends: second order.
 
     From alpha = 0, where q is infinite, and over more than a factor 5 in q it is the mean of both x0, also of second
     order, whose error stays bounded; into sigma = 0 it is Euler's.
     """
     first = teacher(z, t, **cond)
-    end = step(schedule, z, first, t, s)
+    end = ddim_step(schedule, z, first, t, s)
     second = teacher(end, s, **cond)
-    share = schedule.q(s) / schedule.q(t)  # 0 from alpha = 0 and into sigma = 0
-    gain = (1 - share) / 2 / torch.where(share > 1 / WIDE, share, 1.0)
+    ratio = schedule.q(s) / schedule.q(t)  # 0 from alpha = 0 and into sigma = 0
+    gain = (1 - ratio) / 2 / torch.where(ratio > 1 / MAX_Q_RATIO, ratio, 1.0)
     gain = torch.where(schedule.sigma(s) == 0, 0.0, gain)
     return end + spread(schedule.alpha(s) * gain, z) * (second - first)
 
 
-SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun}
+SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler_step, "heun": heun_step}
 
 
-# ---- how far apart two answers are ----
+# ---- the distance of two predictions ----
 
 
-def distance(a: Tensor, b: Tensor, metric: str, c: float = 0.00054) -> Tensor:
-    """Of a and b (B, *S), (B,): "l2" mean square, "l1" mean, "huber" sqrt(|a - b|^2 + C^2) - C with C = c sqrt(dim).
+def pair_distance(a: Tensor, b: Tensor, metric: str, c: float = 0.00054) -> Tensor:
+    """The distance of a and b (B, *S) by sample.
 
-    The last takes the norm of the whole sample, not of each number.
+    Args:
+        a, b: (B, *S).
+        metric: `"l2"` mean square, `"l1"` mean, `"huber"` sqrt(|a - b|^2 + C^2) - C with C = c sqrt(dim) and the norm
+            of the whole sample, not of each number.
+        c: of `"huber"`.
+
+    Returns:
+        (B,) float32.
     """
-    off = (a - b).float().flatten(1)
+    error = (a - b).float().flatten(1)
     if metric == "l2":
-        return off.square().mean(1)
+        return error.square().mean(1)
     if metric == "l1":
-        return off.abs().mean(1)
-    scale = c * math.sqrt(off.shape[1])
-    square = off.square().sum(1)
-    # sqrt(u + C^2) - C without the difference of nearly equal numbers
+        return error.abs().mean(1)
+    scale = c * math.sqrt(error.shape[1])
+    square = error.square().sum(1)
+    # sqrt(u + C^2) - C without cancellation
     return square / (torch.sqrt(square + scale**2) + scale)

@@ -1,4 +1,4 @@
-"""What a distillation will cost, found by going through it with a few steps of training a stage."""
+"""The cost of a distillation, measured by running it with a few training steps a stage."""
 
 from __future__ import annotations
 
@@ -18,17 +18,22 @@ from ..errors import BadInput
 from ..train.data import shard_batches
 from ..train.fit import Ema
 from ..train.trained_module import TrainedModule
-from ._task import Task, refuse_keys
+from ._task import DistillTask, check_batch_keys
 
-TIMED = 2  # steps of training that are timed, after one that is counted
+TIMED_STEPS = 2  # training steps that are timed, after one whose operations are counted
 
 
 @dataclass
-class Stage:
-    """A stage of a plan. evaluations, seconds: of one step of training, the first in network evaluations of one image.
+class StagePlan:
+    """A stage of a plan.
 
-    share: of the budget. steps: what the stage gets, once the budget is known. pairs: of a stage that only draws
-    pairs, how many; a "step" of it is one pair.
+    Args:
+        name: of the stage.
+        evaluations: model evaluations of one image that one training step costs, by floating-point operations.
+        seconds: of one training step.
+        share: of the budget, relative to the other stages'.
+        steps: training steps of the stage, once the budget is known.
+        pairs: of a stage that only generates pairs: how many. One of its "steps" is one pair.
     """
 
     name: str
@@ -40,76 +45,80 @@ class Stage:
 
 
 @dataclass
-class DryRun(Task):
-    """A task whose stages are only tried: `stages` holds what each would cost. Nothing is written.
+class DryRun(DistillTask):
+    """A task that only measures: `stages` holds what each stage would cost. Nothing is written.
 
-    Of several processes one rehearses, with its own part of a batch; the steps of all are then of the whole.
+    Cost is counted in floating-point operations, forward and backward, divided by those of one evaluation of the plain
+    network for one image, so that critics and partial evaluations count for what they are. Of several processes one
+    measures, with its own part of a batch; the figures are those of a whole step of all.
 
-    Cost is counted in floating-point operations, forwards and backwards, over those of one evaluation of the plain
-    network for one image, so that critics and partial evaluations count for what they are.
+    Args:
+        stages: the stages so far.
+        unit: floating-point operations of one model evaluation; 0: not measured yet.
+        processes: number of processes that share a batch.
     """
 
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[StagePlan] = field(default_factory=list)
     unit: float = 0.0
     processes: int = 1
-    _scratch: list[Any] = field(default_factory=list)
+    _folders: list[Any] = field(default_factory=list)
 
     def fit(
         self,
         name: str,
-        players: list[TrainedModule],
-        share: float = 1.0,
+        modules: list[TrainedModule],
+        budget_weight: float = 1.0,
         batches: Any = None,
         ema: Ema | None = None,
         decay: str = "cosine",
         clip: float | None = 1.0,
     ) -> dict[str, nn.Module]:
-        """Count one step, time a few; the modules after these, frozen."""
-        refuse_keys(self.batches if batches is None else batches)
-        self.done.append(name)
+        """Count the operations of one step, time a few more, and return the modules after these, frozen."""
+        check_batch_keys(self.batches if batches is None else batches)
+        self.completed_stages.append(name)
         device = next(self.denoiser.parameters()).device
         source = shard_batches(self.batches if batches is None else batches, 0, self.processes * self.accumulate)
         batch = {key: value.to(device) for key, value in source[0].items()}
-        optimisers = {p.name: p.optimizer() for p in players}
+        optimisers = {p.name: p.optimizer() for p in modules}
         torch.manual_seed(self.seed)
         evaluations = seconds = 0.0
-        for p in players:
+        for p in modules:
             p.module.to(device).train()
-        shared = dict(batch)  # the players of a step may leave one another something in it
-        for p in players:
-            with counted() as count:
-                self._learn(p, shared, optimisers[p.name])
+        shared = dict(batch)  # the losses of one step may pass values to one another in it
+        for p in modules:
+            with count_flops() as count:
+                self._train_step(p, shared, optimisers[p.name])
             evaluations += count() / self.unit_flops(batch) / p.every
-        for _ in range(TIMED):
+        for _ in range(TIMED_STEPS):
             shared = dict(batch)
-            for p in players:
-                began = clock(device)
-                self._learn(p, shared, optimisers[p.name])
-                seconds += (clock(device) - began) / TIMED / p.every
+            for p in modules:
+                start = synchronized_clock(device)
+                self._train_step(p, shared, optimisers[p.name])
+                seconds += (synchronized_clock(device) - start) / TIMED_STEPS / p.every
         parts = self.accumulate, self.processes * self.accumulate
-        self.stages.append(Stage(name, evaluations * parts[1], seconds * parts[0], share))
-        return {p.name: copy.deepcopy(p.module).eval().requires_grad_(False) for p in players}
+        self.stages.append(StagePlan(name, evaluations * parts[1], seconds * parts[0], budget_weight))
+        return {p.name: copy.deepcopy(p.module).eval().requires_grad_(False) for p in modules}
 
-    def pairs(self, name: str, count: int, **how: Any) -> Any:
-        """A batch of pairs, in a folder that goes with this task, and what one costs."""
-        from ._pairs import make
+    def pairs(self, name: str, count: int, **options: Any) -> Any:
+        """One batch of pairs, in a temporary folder, and the cost of a pair."""
+        from ._pair_making import make_pairs
 
-        self._scratch.append(tempfile.TemporaryDirectory(prefix="hasten-"))
+        self._folders.append(tempfile.TemporaryDirectory(prefix="hasten-"))
         small = min(count, self.batch_size)
         device = next(self.denoiser.parameters(), torch.zeros(())).device
-        began = clock(device)
-        with counted() as flops:
-            pairs = make(self, Path(self._scratch[-1].name) / name, small, **how)
-        seconds = (clock(device) - began) / small / self.processes
+        start = synchronized_clock(device)
+        with count_flops() as flops:
+            pairs = make_pairs(self, Path(self._folders[-1].name) / name, small, **options)
+        seconds = (synchronized_clock(device) - start) / small / self.processes
         evaluations = flops() / self.unit_flops(self.batches[0]) / small
-        self.stages.append(Stage(f"pairs {name}", evaluations, seconds, pairs=count))
+        self.stages.append(StagePlan(f"pairs {name}", evaluations, seconds, pairs=count))
         return pairs
 
-    def _learn(self, player: TrainedModule, batch: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
-        """A step of training too short to change anything."""
+    def _train_step(self, trained: TrainedModule, batch: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
+        """A training step that is too small to change anything."""
         device = next(self.denoiser.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = player.loss(batch)
+            loss = trained.loss(batch)
         loss.backward()
         for group in optimiser.param_groups:
             group["lr"] = 1e-7
@@ -123,21 +132,21 @@ class DryRun(Task):
             cond = {key: value[:1] for key, value in self.cond(batch).items()}
             if self.denoiser.net_takes_guidance:
                 cond["guidance"] = torch.full((1,), self.guidance_scale, device=x.device)
-            with torch.no_grad(), counted() as count:
+            with torch.no_grad(), count_flops() as count:
                 self.denoiser.raw(x, torch.tensor([0.5], dtype=torch.float64, device=x.device), **cond)
             self.unit = max(count(), 1.0)
         return self.unit
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Any]:
-    """A function that tells the floating-point operations of what ran inside."""
+def count_flops() -> Iterator[Any]:
+    """A context that yields a function, which returns the floating-point operations of what ran inside."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
 
     total = 0.0
 
-    class Counter(TorchDispatchMode):  # torch's own FlopCounterMode cannot be asked about gradients within a loss
+    class Counter(TorchDispatchMode):  # torch's FlopCounterMode fails on gradients within a loss
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal total
             out = func(*args, **(kwargs or {}))
@@ -150,47 +159,62 @@ def counted() -> Iterator[Any]:
         yield lambda: total
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, read when the device has finished what it was given: launches alone take no time."""
+def synchronized_clock(device: torch.device) -> float:
+    """Seconds, read when the device has finished its work: launches alone take no time."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
 
-def time_limits(stages: list[Stage], minutes: float, slack: float = 1.1) -> dict[str, float]:
-    """The most minutes that each stage may train: its share of `minutes` and a tenth, by which a timing may be off."""
+def time_limits(stages: list[StagePlan], minutes: float, slack: float = 1.1) -> dict[str, float]:
+    """Maximum minutes of training, by stage.
+
+    Args:
+        stages: of the plan.
+        minutes: budget of the run.
+        slack: factor by which a timing may be off.
+    """
     trained = [stage for stage in stages if not stage.pairs]
-    left = minutes - sum(stage.pairs * stage.seconds for stage in stages) / 60
-    whole = sum(stage.share for stage in trained)
-    return {stage.name: slack * left * stage.share / whole for stage in trained}
+    remaining = minutes - sum(stage.pairs * stage.seconds for stage in stages) / 60
+    total = sum(stage.share for stage in trained)
+    return {stage.name: slack * remaining * stage.share / total for stage in trained}
 
 
-def allocate(stages: list[Stage], steps: int | None, minutes: float | None, evaluations: float | None) -> None:
-    """Give every stage its steps, from the smallest of the budgets that are given.
+def allocate(stages: list[StagePlan], steps: int | None, minutes: float | None, evaluations: float | None) -> None:
+    """Set the steps of every stage, by the smallest of the budgets that are set.
 
-    steps: of training, all stages together; pairs are not counted. minutes, evaluations: of everything.
-    BadInput where pairs alone cost more, or where a stage would get none.
+    Args:
+        stages: of the plan; their `steps` are set.
+        steps: training steps of all stages together, without pairs.
+        minutes: of everything, pairs included.
+        evaluations: model evaluations of one image, of everything.
+
+    Raises:
+        BadInput: without a budget, where pairs alone cost more, or where a stage would have no step.
     """
     if steps is None and minutes is None and evaluations is None:
         raise BadInput("distillation needs a budget: give steps, minutes or evaluations")
     trained = [stage for stage in stages if not stage.pairs]
-    whole = sum(stage.share for stage in trained)
-    limits = {"steps": (steps, None), "seconds": (None if minutes is None else 60 * minutes, "seconds"),
-              "evaluations": (evaluations, "evaluations")}  # fmt: skip
+    total = sum(stage.share for stage in trained)
+    limits = {
+        "steps": (steps, None),
+        "seconds": (None if minutes is None else 60 * minutes, "seconds"),
+        "evaluations": (evaluations, "evaluations"),
+    }
     for stage in stages:
         stage.steps = stage.pairs
     for stage in trained:
-        found = []
+        affordable = []
         for name, (limit, cost) in limits.items():
             if limit is None:
                 continue
-            drawn = 0.0 if cost is None else sum(s.pairs * getattr(s, cost) for s in stages)
-            each = 1.0 if cost is None else getattr(stage, cost)
-            left = (limit - drawn) * stage.share / whole / each
-            if left < 1:
+            pairs = 0.0 if cost is None else sum(s.pairs * getattr(s, cost) for s in stages)
+            unit = 1.0 if cost is None else getattr(stage, cost)
+            remaining = (limit - pairs) * stage.share / total / unit
+            if remaining < 1:
                 raise BadInput(
-                    f"a budget of {limit:g} {name} leaves no step for the stage {stage.name}: one costs {each:g}"
-                    + (f", and the pairs {drawn:g}" if drawn else "")
+                    f"a budget of {limit:g} {name} leaves no step for the stage {stage.name}: one costs {unit:g}"
+                    + (f", and the pairs {pairs:g}" if pairs else "")
                 )
-            found.append(left)
-        stage.steps = int(min(found))
+            affordable.append(remaining)
+        stage.steps = int(min(affordable))

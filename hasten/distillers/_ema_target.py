@@ -1,4 +1,4 @@
-"""Modules for a player whose loss needs more than its student: a count of the steps, a copy that follows slowly."""
+"""Modules for losses that need more than the student: a step counter, and an EMA target network."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 
 
-class Counted(nn.Module):
-    """A student in training and the steps that its loss was asked for, kept as a buffer, so that a resume knows it.
+class StepCounter(nn.Module):
+    """A student in training and the number of times that its loss was computed, in a buffer, so that a resume knows it.
 
-    again: set by the loop where it asks for another part of the same step's batch.
+    Args:
+        student: in training.
+
+    Attributes:
+        again: set by the training loop where it computes the loss of a further part of the same step's batch.
     """
 
     count: Tensor
@@ -23,28 +27,34 @@ class Counted(nn.Module):
         super().__init__()
         self.student = student
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self._read: tuple[Tensor, int, int] | None = None  # the buffer, its version, what it held
+        self._cached: tuple[Tensor, int, int] | None = None  # the buffer, its version, its value
 
-    def begun(self) -> int:
-        """How many steps were made before this one; ask before `tick`. Reads the device only where others wrote."""
-        read = self._read
-        if read is None or read[0] is not self.count or read[1] != self.count._version:
-            self._read = read = self.count, self.count._version, int(self.count)
-        return read[2] - self.again
+    def completed_steps(self) -> int:
+        """The number of steps before this one; to be called before `advance`.
 
-    def tick(self) -> int:
-        """How many steps were made before this one; call it once a loss."""
-        done = self.begun()
+        The device is read only where others wrote the buffer.
+        """
+        cached = self._cached
+        if cached is None or cached[0] is not self.count or cached[1] != self.count._version:
+            self._cached = cached = self.count, self.count._version, int(self.count)
+        return cached[2] - self.again
+
+    def advance(self) -> int:
+        """Count a step and return the number of steps before it; to be called once a loss."""
+        done = self.completed_steps()
         self.count.fill_(done + 1)
-        self._read = self.count, self.count._version, done + 1
+        self._cached = self.count, self.count._version, done + 1
         return done
 
 
-class EMATarget(Counted):
-    """A student in training and a copy that is an average of what the student was, frozen and in eval mode.
+class EMATarget(StepCounter):
+    """A student in training and an exponential moving average of it, frozen and in eval mode: the EMA target.
 
-    `update` moves it, `copy <- (1 - a) copy + a student`, a = 1 - momentum or, corrected for the short past,
-    a = (1 - momentum) / (1 - momentum^n) at the n-th step that was made, with which the first weights leave no trace.
+    `update` moves it, `copy <- (1 - a) copy + a student`, with a = 1 - momentum or, bias-corrected,
+    a = (1 - momentum) / (1 - momentum^n) at step n, with which the initial weights have no influence.
+
+    Args:
+        student: in training.
     """
 
     def __init__(self, student: Denoiser) -> None:
@@ -53,22 +63,30 @@ class EMATarget(Counted):
 
     @torch.no_grad()
     def update(self, momentum: float, corrected: bool = True) -> int:
-        """Call it first in a loss, where the student is as the last step left it; the steps made before this one."""
-        n = self.tick()
+        """Update the average; to be called first in a loss, where the student is as the last step left it.
+
+        Args:
+            momentum: of the average, in [0, 1).
+            corrected: correct the bias towards the initial weights.
+
+        Returns:
+            The number of steps before this one.
+        """
+        n = self.advance()
         if n and not self.again:
-            follow(self.copy, self.student, (1 - momentum) / (1 - momentum**n) if corrected else 1 - momentum)
+            ema_update(self.copy, self.student, (1 - momentum) / (1 - momentum**n) if corrected else 1 - momentum)
         return n
 
     def train(self, mode: bool = True) -> EMATarget:
-        """The copy stays in eval mode."""
+        """Set the student's mode; the average stays in eval mode."""
         super().train(mode)
         self.copy.eval()
         return self
 
 
-def follow(copied: nn.Module, student: nn.Module, share: float) -> None:
-    """Move the parameters of `copied` by `share` of the way to the student's, at 1 exactly there; copy the buffers."""
-    old, new = list(copied.parameters()), list(student.parameters())
-    torch._foreach_lerp_(old, [p.detach() for p in new], share)
-    for one, other in zip(copied.buffers(), student.buffers(), strict=True):
-        one.copy_(other)
+def ema_update(average: nn.Module, student: nn.Module, fraction: float) -> None:
+    """Move the parameters of `average` by a fraction of the way to the student's (1: all of it); copy the buffers."""
+    old: list[Tensor] = list(average.parameters())
+    torch._foreach_lerp_(old, [p.detach() for p in student.parameters()], fraction)
+    for buffer, other in zip(average.buffers(), student.buffers(), strict=True):
+        buffer.copy_(other)

@@ -1,4 +1,4 @@
-"""The network through whose features a student is compared: trained first, as a stage of the run, or left at random."""
+"""The network whose features compare a student with its target: trained in a stage of the run, or random."""
 
 from __future__ import annotations
 
@@ -10,31 +10,41 @@ from torch.nn import functional as F
 
 from ..errors import BadInput
 from ..nets.classifier import Classifier
-from ._task import Task
+from ._task import DistillTask
 
 
-def classifier(task: Task, share: float, width: int = 32, lr: float = 1e-3) -> Classifier:
-    """The stage `classifier`: a classifier of the task's own images, by cross-entropy; averaged, frozen, in eval mode.
+def trained_classifier(task: DistillTask, budget_weight: float, width: int = 32, lr: float = 1e-3) -> Classifier:
+    """Train the stage `classifier`: a classifier of the task's images, by cross-entropy.
 
-    share: of the budget, relative to the other stages. Raises BadInput for a task without labels.
+    Args:
+        task: with labelled batches.
+        budget_weight: share of the training budget, relative to the other stages'.
+        width: channels of the network.
+        lr: peak learning rate.
+
+    Returns:
+        The averaged network, frozen, in eval mode.
+
+    Raises:
+        BadInput: for a task without labels.
     """
     if "label" not in task.batches[0]:
         raise BadInput(
-            "a classifier needs images with labels of the model's classes: this model has no classes, or the data no "
-            "labels (mmd:features=random works without them)"
+            "a classifier needs images with labels of the model's classes: this model has no classes, or the data has "
+            "no labels (mmd:features=random works without them)"
         )
-    net = untrained(task, width)
+    net = random_classifier(task, width)
 
-    def lesson(batch: dict[str, Tensor]) -> Tensor:
+    def loss_fn(batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(net(batch["x"])[1], batch["label"])
 
-    player = task.player("classifier", net, lesson, lr, weight_decay=0.01)
-    trained: Any = task.fit("classifier", [player], share=share)["classifier"]
+    module = task.trained_module("classifier", net, loss_fn, lr, weight_decay=0.01)
+    trained: Any = task.fit("classifier", [module], budget_weight=budget_weight)["classifier"]
     return trained
 
 
-def untrained(task: Task, width: int = 32) -> Classifier:
-    """The network with its first weights, a function of the task's seed; its features are good for a kernel, too."""
+def random_classifier(task: DistillTask, width: int = 32) -> Classifier:
+    """The network with random weights, a function of the task's seed; its features serve for a kernel, too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
         net = Classifier(task.shape, task.label_count or 1, width)

@@ -1,4 +1,4 @@
-"""Consistency models: a student that says, anywhere on a path, where the path ends."""
+"""Consistency models: a student that predicts, anywhere on a path, the end of the path."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_choice
 from ..predictions import X0, Anchored, spread
 from ..train.losses import LogNormal
 from ._consistency import (
-    LAWS,
     SOLVERS,
-    distance,
+    TIME_GRIDS,
     doubling_count,
     ect_lower,
+    grid_levels,
     level,
-    lognormal_shares,
-    pairs,
+    lognormal_probabilities,
+    pair_distance,
     root_count,
     root_momentum,
 )
-from ._ema_target import Counted, EMATarget
-from ._targets import clock, noised
-from ._task import Student, Task
+from ._ema_target import EMATarget, StepCounter
+from ._targets import noised, time_device
+from ._task import Distiller, DistillTask, Student
 
 __all__ = ["Consistency"]
 
@@ -39,41 +39,56 @@ CHOICES = {
     "metric": ("huber", "l2", "l1"),
     "weight": ("one", "gap"),
     "levels": ("uniform", "lognormal"),
-    "grid": tuple(LAWS),
+    "grid": tuple(TIME_GRIDS),
 }
 
 
 @dataclass(frozen=True)
-class Consistency:
-    """A student f(z_t, t) that gives the same answer all along a path, and f(x, 0) = x: so it is the path's clean end.
+class Consistency(Distiller):
+    """A student f(z_t, t) that is constant along a path, with f(x, 0) = x: so it predicts the path's clean end.
 
         E[ lambda d( f(z_t, t), f-(z_s, s) ) ],   s < t neighbours, z_t = alpha_t x + sigma_t eps, f- without gradient
 
-    mode "distillation": z_s is where one step of the teacher, `solver`, takes z_t. "training": z_s is alpha_s x +
-    sigma_s eps, the same x and eps; the teacher only lends its weights, so no guidance is learnt. f is the network's
-    x0, which at t = 0 is its input for v, flow, edm and eps networks; one that predicts x0 is anchored to do so.
-    Sampled by `consistency`: guess, renoise, guess again.
+    In mode "distillation" z_s is where one solver step of the teacher takes z_t. In mode "training" z_s is alpha_s x +
+    sigma_s eps, the same x and eps; the teacher only provides initial weights, so no guidance is learnt. f is the
+    network's x0, which at t = 0 is its input for v, flow, edm and eps networks; one that predicts x0 is anchored to
+    have it. Sampled by `consistency`: predict, noise again, predict again.
 
-    Levels are q = sigma / alpha, those of z / alpha. The nodes are N levels from the schedule's t_min to its t_max by
-    the law `grid`, "karras" (rho 7) or "angle", and the clean end below them, so that no smallest level is left over.
-    A start at pure noise, where q is infinite, stays a node of its own and counts as q = 150 in laws and weights.
+    Levels are q = sigma / alpha, those of z / alpha. The nodes are N levels of the time grid `grid` from the schedule's
+    t_min to its t_max, and the clean end below them, so that no smallest level remains. A start at pure noise, where q
+    is infinite, stays a node of its own and counts as q = 150 in grids and weights.
 
-    nodes, first: N at the end and at the beginning. curriculum: how it gets there: "fixed" is N = nodes; "root"
-        sqrt-like from `first`; "doubling" from `first` by factors of 2; "ect" has no nodes: t is drawn log-normally and
-        the gap to s halves `stages` times, training only.
-    metric: "huber" sqrt(|a - b|^2 + C^2) - C of the whole sample, C = c sqrt(dimension); "l2"; "l1".
-    weight: lambda, "one" or "gap", 1 / (q_t - q_s). levels: which pairs, "uniform" or "lognormal" in q by `noise`, its
-        mean and deviation. momentum: of f-, an average of the student; 0 for the student itself, which short runs find
-        less steady; "root" moves it towards 1 as N grows. lr: peak rate. steps: of the sampler that is recommended.
+    CD: momentum=0 (32 pixels) or nodes=40, momentum=.95 (64 pixels). CT: mode=training, curriculum=root, first=2,
+    nodes=150, momentum=.9. Improved CT: mode=training, curriculum=doubling, nodes=1280, weight=gap, levels=lognormal,
+    momentum=0. ECT: mode=training, curriculum=ect, weight=gap, momentum=0. All papers evaluate an average of the
+    weights. Cost: 6 model evaluations a training step and image with Heun's step, 5 with Euler's, 4 in mode "training".
 
-    Papers: CD momentum=0 (pixels of 32) or nodes=40, momentum=.95 (of 64); CT mode=training, curriculum=root, first=2,
-    nodes=150, momentum=.9; improved CT mode=training, curriculum=doubling, nodes=1280, weight=gap, levels=lognormal,
-    momentum=0; ECT mode=training, curriculum=ect, weight=gap, momentum=0. All evaluate an average of the weights.
-    Cost: 6 evaluations a step of training and image with Heun's step, 5 with Euler's, 4 in training.
-    Raises BadInput for options that do not fit.
+    Args:
+        mode: `"distillation"` or `"training"`.
+        curriculum: of N: `"fixed"` N = nodes; `"root"` grows as a square root from `first`; `"doubling"` from `first`
+            by factors of 2; `"ect"` has no nodes: t is log-normal and the gap to s halves `stages` times, training
+            only.
+        nodes, first: N at the end and at the beginning.
+        stages: of `"ect"`.
+        solver: `"heun"` or `"euler"`.
+        metric: `"huber"` sqrt(|a - b|^2 + C^2) - C of the whole sample, C = c sqrt(dimension); `"l2"`; `"l1"`.
+        c: of `"huber"`.
+        weight: lambda, `"one"` or `"gap"`, 1 / (q_t - q_s).
+        levels: distribution of the pairs, `"uniform"` or `"lognormal"` in q by `noise`.
+        noise: mean and standard deviation of log q.
+        momentum: of f-, an EMA of the student; 0 for the student itself, which is less stable in short runs; `"root"`
+            moves it towards 1 as N grows.
+        grid: `"karras"` (rho 7) or `"angle"`.
+        lr: peak learning rate.
+        steps: of the recommended sampler.
 
-    Reference: Song, Dhariwal, Chen, Sutskever 2023, arXiv:2303.01469; Song, Dhariwal 2024, arXiv:2310.14189; Geng,
-    Pokle, Luo, Lin, Kolter 2024, arXiv:2406.14548.
+    Raises:
+        BadInput: for options that are out of range or do not go together.
+
+    References:
+        Song, Dhariwal, Chen, Sutskever 2023, arXiv:2303.01469.
+        Song, Dhariwal 2024, arXiv:2310.14189.
+        Geng, Pokle, Luo, Lin, Kolter 2024, arXiv:2406.14548.
     """
 
     mode: str = "distillation"
@@ -92,77 +107,78 @@ class Consistency:
     lr: float = 3e-4
     steps: int = 2
     needs_data: ClassVar[bool] = True
-    on_samples: ClassVar[bool] = True
+    compares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise BadInput(
-                    f"consistency: unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), known)}"
-                )
+        for name, choices in CHOICES.items():
+            check_choice(f"{name} of consistency", getattr(self, name), choices)
         if self.curriculum == "ect" and self.mode != "training":
             raise BadInput("consistency: curriculum=ect has gaps too wide for a step of the teacher: use mode=training")
         if min(self.nodes, self.stages, self.steps) < 1 or not self.first >= 2:
             raise BadInput("consistency needs nodes, stages and steps of at least 1, and first of at least 2")
         if self.curriculum in ("root", "doubling") and self.first > self.nodes:
-            raise BadInput(f"consistency: nodes grow from first={self.first} to nodes={self.nodes}, which is less")
+            raise BadInput(
+                f"consistency: nodes increase from first={self.first} to nodes={self.nodes}, which is smaller"
+            )
         if not 0 <= self.momentum < 1 or not self.c >= 0 or not self.noise[1] > 0:
             raise BadInput("consistency needs momentum in [0, 1), c of at least 0, and a deviation of noise above 0")
 
     @property
     def teacher_steps(self) -> int | None:
-        """In training the teacher only lends its weights."""
+        """In mode "training" the teacher only provides initial weights."""
         return 0 if self.mode == "training" else None
 
-    def distill(self, task: Task) -> Student:
-        """Train the one stage `consistency`; its student."""
+    def distill(self, task: DistillTask) -> Student:
+        """Train the one stage `consistency` and return its student."""
         student = anchored(task.student())
-        player: Counted = EMATarget(student) if self.momentum else Counted(student)
-        # weights by the gap span orders of magnitude, and a limit for all would undo them
+        module: StepCounter = EMATarget(student) if self.momentum else StepCounter(student)
+        # weights by the gap span orders of magnitude, which clipping would undo
         clip = 1.0 if self.weight == "one" else None
-        players = [task.player("student", player, self.lesson(task, player), self.lr)]
-        trained: Any = task.fit("consistency", players, clip=clip)["student"]
-        own = (1.0, 1.0) if self.mode == "training" else None
-        made = Student(trained.student, "consistency", "angle", self.steps, guidance=own)
-        task.keep("consistency", made)
-        return made
+        modules = [task.trained_module("student", module, self.loss_fn(task, module), self.lr)]
+        trained: Any = task.fit("consistency", modules, clip=clip)["student"]
+        guidance = (1.0, 1.0) if self.mode == "training" else None
+        result = Student(trained.student, "consistency", "angle", self.steps, guidance=guidance)
+        task.save_student("consistency", result)
+        return result
 
-    def lesson(self, task: Task, player: Counted, name: str = "consistency") -> Callable[[dict[str, Tensor]], Tensor]:
-        """The loss of the stage; how far the run is comes from the count of `player`."""
-        schedule, student = task.schedule, player.student
-        rough = has_dropout(student)
+    def loss_fn(
+        self, task: DistillTask, module: StepCounter, name: str = "consistency"
+    ) -> Callable[[dict[str, Tensor]], Tensor]:
+        """The loss of the stage `name`; the progress of the run follows from the step count of `module`."""
+        schedule, student = task.schedule, module.student
+        stochastic = has_dropout(student)
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
-            k = player.begun()
-            total = max(budget(task, name), k + 1)
-            if isinstance(player, EMATarget):
-                player.update(self.following(k, total), corrected=False)
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
+            k = module.completed_steps()
+            total = max(planned_steps(task, name), k + 1)
+            if isinstance(module, EMATarget):
+                module.update(self.momentum_at(k, total), corrected=False)
             else:
-                player.tick()
+                module.advance()
             x, cond = batch["x"], task.cond(batch)
-            t, s = self.times(schedule, len(x), k, total, clock(x))
+            t, s = self.sample_times(schedule, len(x), k, total, time_device(x))
             eps = torch.randn_like(x)
             z = noised(schedule, x, t, eps)
-            seed = int(torch.randint(2**62, ())) if rough else None
+            seed = int(torch.randint(2**62, ())) if stochastic else None
             with same_dropout(seed):
-                answer = student(z, t, **cond)
+                prediction = student(z, t, **cond)
             with torch.no_grad(), same_dropout(seed):
                 if self.mode == "training":
-                    below = noised(schedule, x, s, eps)
+                    z_s = noised(schedule, x, s, eps)
                 else:
-                    below = SOLVERS[self.solver](task.teacher, schedule, z, t, s, **cond)
-                itself = player.copy if isinstance(player, EMATarget) else student
-                # by definition the clean end is its own answer, whatever is rounded on the way
-                target = torch.where(spread((s == 0).double(), z) > 0, below, itself(below, s, **cond))
-            apart = distance(answer, target, self.metric, self.c)
+                    z_s = SOLVERS[self.solver](task.teacher, schedule, z, t, s, **cond)
+                target_model = module.copy if isinstance(module, EMATarget) else student
+                # at the clean end f is the identity by definition, free of rounding
+                target = torch.where(spread((s == 0).double(), z) > 0, z_s, target_model(z_s, s, **cond))
+            distances = pair_distance(prediction, target, self.metric, self.c)
             if self.weight == "one":
-                return apart.mean()
+                return distances.mean()
             gap = level(schedule, t) - level(schedule, s)
-            return (apart / gap.to(apart.device, torch.float32)).mean()
+            return (distances / gap.to(distances.device, torch.float32)).mean()
 
-        return lesson
+        return loss_fn
 
-    def count(self, k: int, total: int) -> int:
+    def node_count(self, k: int, total: int) -> int:
         """N at step k of `total`."""
         if self.curriculum == "root":
             return root_count(k / total, self.first, self.nodes)
@@ -170,37 +186,37 @@ class Consistency:
             return doubling_count(k, total, self.first, self.nodes)
         return self.nodes
 
-    def following(self, k: int, total: int) -> float:
+    def momentum_at(self, k: int, total: int) -> float:
         """The momentum of f- at step k of `total`."""
         if self.curriculum == "root":
-            return root_momentum(self.count(k, total), self.first, self.momentum)
+            return root_momentum(self.node_count(k, total), self.first, self.momentum)
         return self.momentum
 
-    def times(
+    def sample_times(
         self, schedule: Any, n: int, k: int, total: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """The upper and the lower times (n,) of n pairs, drawn at step k of `total`."""
+        """The upper and lower times (n,) of n random pairs at step k of `total`."""
         if self.curriculum == "ect":
             t = LogNormal(*self.noise)(schedule, torch.rand(n, dtype=torch.float64, device=device))
             return t, schedule.time(-torch.log(ect_lower(level(schedule, t), k * self.stages // total)))
-        times, levels = pairs(self.grid, schedule, self.count(k, total), str(device))
+        times, levels = grid_levels(self.grid, schedule, self.node_count(k, total), str(device))
         if self.levels == "lognormal":
-            i = torch.multinomial(lognormal_shares(levels, *self.noise), n, replacement=True)
+            i = torch.multinomial(lognormal_probabilities(levels, *self.noise), n, replacement=True)
         else:
             i = torch.randint(len(times) - 1, (n,), device=device)
         return times[i + 1], times[i]
 
 
 def anchored(student: Denoiser) -> Denoiser:
-    """The student itself, or, where its network predicts x0, one that says x_t at t = 0 whatever the network says."""
+    """The student itself, or, where its network predicts x0, one whose x0 at t = 0 is x_t in any case."""
     if not isinstance(student.prediction, X0):
         return student
     schedule = student.schedule
     return student.replace(prediction=Anchored(float(schedule.q(schedule.t_min))))
 
 
-def budget(task: Task, name: str) -> int:
-    """Steps of the stage, 1 where nobody has decided yet."""
+def planned_steps(task: DistillTask, name: str) -> int:
+    """Steps of the stage; 1 where they are not planned yet."""
     try:
         return task.steps[name]
     except KeyError:
@@ -208,13 +224,13 @@ def budget(task: Task, name: str) -> int:
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Whether what the module says depends on chance."""
+    """Whether the module's outputs are random."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
 
 
 @contextlib.contextmanager
 def same_dropout(seed: int | None) -> Iterator[None]:
-    """Draws inside are those of `seed`, and leave no trace outside; None: as ever."""
+    """A context with a fixed RNG seed that restores the state of the generators; None: no change."""
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""The denoising student: the teacher's whole sampler as one evaluation of the network."""
+"""The denoising student: the teacher's whole sampler as one model evaluation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_choice
 from ..predictions import Flow, spread
 from ._pairs import Pairs
-from ._task import Student, Task
+from ._task import Distiller, DistillTask, Student
 
 __all__ = ["DenoisingStudent"]
 
@@ -20,25 +20,33 @@ LOSSES = ("l1", "l2")
 
 
 @dataclass(frozen=True)
-class DenoisingStudent:
-    """A student G of one step that is drawn to where the teacher takes the same noise.
+class DenoisingStudent(Distiller):
+    """A student G of one step that is regressed on the teacher's samples of the same noise.
 
         L = E | G(z) - F(z) |   or its square,    G(z) = x0(z, t_max),   z ~ N(0, prior_std^2)
 
-    F is a deterministic sampler, so this is plain regression on pairs (z, F(z)), which are made once and kept. The
-    student is the teacher's network with its time held at t_max. One that says eps, which at t_max tells next to
-    nothing about the image, is read as saying z - x instead, G(z) = z - net(z), which is the paper's own way.
-
-    pairs: how many, of which `held` (a share) are kept out of training to measure the loss on. pair_steps, sampler,
-        times: of the teacher (names; see `_pairs.make`). loss: "l1" or "l2", mean over pixels. lr: peak rate.
+    F is a deterministic sampler, so this is plain regression on pairs (z, F(z)), which are generated once and stored.
+    The student is the teacher's network with its time fixed at t_max. The output of an eps network, which at t_max
+    tells next to nothing about the image, is read as z - x instead, G(z) = z - net(z), as in the paper.
 
     Paper: 1,024,000 pairs of 100 DDIM steps, quadratic times; l1 on small images; Adam 2e-4, betas (.9, .98).
-    Cost: 3 evaluations a step of training and image, and pair_steps a pair, twice that under guidance.
+    Cost: 3 model evaluations a training step and image, and pair_steps a pair, twice that under guidance.
 
-    Figures of the student: `loss` on pairs that it was trained on and `held_out` on those that it was not; where the
-    second is much larger, more pairs are needed.
+    Figures of the student: `loss` on training pairs and `held_out` on held-out pairs; where the second is much larger,
+    more pairs are needed.
 
-    Reference: Luhman, Luhman 2021, arXiv:2101.02388.
+    Args:
+        pairs: number of pairs.
+        pair_steps, sampler, times: of the teacher (names; see `make_pairs`).
+        held: fraction of the pairs that is held out to measure the loss on, in (0, 1).
+        loss: `"l1"` or `"l2"`, a mean over pixels.
+        lr: peak learning rate.
+
+    Raises:
+        BadInput: for an unknown loss, fewer than 2 pairs, or `held` out of range.
+
+    References:
+        Luhman, Luhman 2021, arXiv:2101.02388.
     """
 
     pairs: int = 16384
@@ -51,49 +59,50 @@ class DenoisingStudent:
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise BadInput(f"denoising_student has no loss {self.loss!r}: {nearest(self.loss, LOSSES)}")
+        check_choice("loss of denoising_student", self.loss, LOSSES)
         if self.pairs < 2 or not 0 < self.held < 1:
-            raise BadInput(f"denoising_student needs 2 pairs or more and held in (0, 1), got {self.pairs}, {self.held}")
+            raise BadInput(
+                f"denoising_student needs at least 2 pairs and held in (0, 1), got {self.pairs}, {self.held}"
+            )
 
     @property
     def teacher_steps(self) -> int | None:
-        """It asks its teacher at the times of the pairs."""
+        """The teacher is evaluated at the times of the pairs."""
         return self.pair_steps if (self.sampler, self.times) == ("ddim", "trailing") else None
 
-    def distill(self, task: Task) -> Student:
-        """Make the pairs, train the stage `student`."""
+    def distill(self, task: DistillTask) -> Student:
+        """Generate the pairs and train the stage `student`."""
         pairs = task.pairs("teacher", self.pairs, steps=self.pair_steps, sampler=self.sampler, times=self.times)
-        held = max(1, round(self.held * len(pairs)))
-        seen, unseen = pairs.part(0, len(pairs) - held), pairs.part(len(pairs) - held)
-        student = one_jump(task.student())
+        count = max(1, round(self.held * len(pairs)))
+        training, held_out = pairs.subset(0, len(pairs) - count), pairs.subset(len(pairs) - count)
+        student = one_step_student(task.student())
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
-            return distance(generate(student, batch["noise"], **task.cond(batch)), batch["x"], self.loss)
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
+            return regression_error(generate(student, batch["noise"], **task.cond(batch)), batch["x"], self.loss)
 
-        players = [task.player("student", student, lesson, self.lr, betas=(0.9, 0.98))]
-        trained: Any = task.fit("student", players, batches=seen.batches(task.batch_size, task.seed))["student"]
-        figures = {"pairs": len(pairs), "pair_steps": self.pair_steps}
-        for name, part in (("loss", seen.part(0, min(held, len(seen)))), ("held_out", unseen)):
-            figures[name] = self.measure(task, trained, part)
-        made = Student(trained, "ddim", "trailing", 1, figures=figures)
-        task.keep("student", made)
-        return made
+        modules = [task.trained_module("student", student, loss_fn, self.lr, betas=(0.9, 0.98))]
+        trained: Any = task.fit("student", modules, batches=training.batches(task.batch_size, task.seed))["student"]
+        figures: dict[str, Any] = {"pairs": len(pairs), "pair_steps": self.pair_steps}
+        figures["loss"] = self.mean_loss(task, trained, training.subset(0, min(count, len(training))))
+        figures["held_out"] = self.mean_loss(task, trained, held_out)
+        result = Student(trained, "ddim", "trailing", 1, figures=figures)
+        task.save_student("student", result)
+        return result
 
     @torch.no_grad()
-    def measure(self, task: Task, student: Denoiser, pairs: Pairs, most: int = 1024) -> float:
-        """The mean loss on at most `most` of the pairs."""
+    def mean_loss(self, task: DistillTask, student: Denoiser, pairs: Pairs, maximum: int = 1024) -> float:
+        """The mean loss on at most `maximum` of the pairs."""
         device, total = next(student.parameters()).device, 0.0
-        count = min(most, len(pairs))
+        count = min(maximum, len(pairs))
         for first in range(0, count, 128):
             batch = {key: value.to(device) for key, value in pairs[first : min(first + 128, count)].items()}
             x = generate(student, batch["noise"], **task.cond(batch))
-            total += float(distance(x, batch["x"], self.loss)) * len(x)
+            total += float(regression_error(x, batch["x"], self.loss)) * len(x)
         return total / count
 
 
-def one_jump(denoiser: Denoiser) -> Denoiser:
-    """A denoiser that can be asked at t_max: the same, or the same network read as z - x where it says eps."""
+def one_step_student(denoiser: Denoiser) -> Denoiser:
+    """A denoiser that can be evaluated at t_max: the same, or for an eps network one whose output is read as z - x."""
     return denoiser.replace(prediction=Flow()) if denoiser.prediction.name == "eps" else denoiser
 
 
@@ -103,7 +112,7 @@ def generate(student: Any, noise: Tensor, **cond: Any) -> Tensor:
     return student(noise * spread(student.schedule.prior_std(t), noise), t, **cond)
 
 
-def distance(x: Tensor, target: Tensor, loss: str) -> Tensor:
+def regression_error(x: Tensor, target: Tensor, loss: str) -> Tensor:
     """Mean of |x - target|, or of its square, a float32 scalar."""
     error = x.float() - target.float()
     return error.abs().mean() if loss == "l1" else error.square().mean()

@@ -1,4 +1,4 @@
-"""Distribution matching distillation, second form: samples pushed along the difference of two scores, and a GAN."""
+"""Distribution matching distillation, second form: gradients from the difference of two scores, and a GAN."""
 
 from __future__ import annotations
 
@@ -15,36 +15,43 @@ from ..nets.critic import FeatureHeads, label_count, plain_critic
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
-from ._gan import still
-from ._targets import clock, grid, loss, noised
-from ._task import Student, Task
+from ._gan import frozen_parameters
+from ._targets import noised, prediction_loss, time_device, time_nodes
+from ._task import Distiller, DistillTask, Loss, Student
 
 __all__ = ["DMD"]
 
 
 @dataclass(frozen=True)
-class DMD:
-    """A few-step student whose samples have the law of the data, by the teacher's denoiser and one of the samples.
+class DMD(Distiller):
+    """A few-step student whose samples have the data's distribution, by the teacher's denoiser and one of the samples.
 
-    x = student(z_s, s) at a random node s of its `steps` = 1 .. 1/steps, where z_s is what its own steps before, run
-    without gradient from noise, arrive at. With z_t = alpha_t x + sigma_t e, a fake denoiser that is always being
+    x = student(z_s, s) at a random node s of its `steps` = 1 .. 1/steps, where z_s is what its own earlier steps, run
+    without gradient from noise, arrive at. With z_t = alpha_t x + sigma_t e, a fake denoiser that is continually
     trained on the student's samples, and a critic C on the middle features of the fake network:
 
-        g         = (fake(z_t) - teacher(z_t)) / mean_d |x - teacher(z_t)|          a sample; no gradient passes it
-        L_student = |x - sg(x - g)|^2 / 2d + gan softplus(-C(z_t))
+        g         = (fake(z_t) - teacher(z_t)) / mean_d |x - teacher(z_t)|        per sample; no gradient passes through
+        it L_student = |x - sg(x - g)|^2 / 2d + gan softplus(-C(z_t))
         L_fake    = w(t) |fake(z_t) - sg(x)|^2 / d + critic [softplus(C(z_t, fake)) + softplus(-C(z_t, real))]
 
     The teacher is guided, where the task is; the fake denoiser is not. The sampler is "consistency".
 
-    steps: of the student. every: the fake side learns at every step of training, the student at each `every`-th.
-    gan, critic: the weights of the GAN, lambda_G and lambda_C; gan = 0 leaves it out. low, high: the times t, uniform
-        between them. lr, fake_lr: peak rates.
+    Paper: 1 step, 5 updates of the fake denoiser to one of the student, gan 3e-3, critic 1e-2, rate 2e-6 for both,
+    batch 280; its times are those of a 1,000-step table of noise levels, and w is EDM's, here that of the network.
+    Cost: about 7 model evaluations a training step and image, and 6 more at each `every`-th.
 
-    Paper: 1 step, 5 updates of the fake side to one of the student, gan 3e-3, critic 1e-2, rate 2e-6 for both, batch
-    280; its times are those of a 1,000-step table of noise levels, and w is EDM's, here that of the network.
-    Cost: about 7 evaluations a step of training and image, and 6 more at each `every`-th.
+    Args:
+        steps: of the student.
+        every: the fake denoiser is updated at every training step, the student at each `every`-th.
+        gan, critic: lambda_G and lambda_C, weights of the GAN; gan = 0: none.
+        low, high: range of the uniform times t, in (0, 1).
+        lr, fake_lr: peak learning rates.
 
-    Reference: Yin, Gharbi, Park, Zhang, Shechtman, Durand, Freeman 2024, arXiv:2405.14867.
+    Raises:
+        BadInput: for steps or `every` below 1, and times out of range.
+
+    References:
+        Yin, Gharbi, Park, Zhang, Shechtman, Durand, Freeman 2024, arXiv:2405.14867.
     """
 
     steps: int = 1
@@ -56,7 +63,7 @@ class DMD:
     lr: float = 5e-5
     fake_lr: float = 5e-5
     needs_data: ClassVar[bool] = True
-    on_samples: ClassVar[bool] = True
+    compares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.every < 1:
@@ -64,78 +71,84 @@ class DMD:
         if not 0 < self.low < self.high < 1:
             raise BadInput(f"dmd needs 0 < low < high < 1, found {self.low} and {self.high}")
 
-    def distill(self, task: Task) -> Student:
+    def distill(self, task: DistillTask) -> Student:
         """Train the stage `dmd`."""
         torch.manual_seed(task.seed)  # the critic's first weights
-        student, fake = task.student(), Fake(task.student(task.denoiser), task.shape, task.label_count, task.one_cond())
-        players = [
-            task.player("fake", fake, self.chase(task, student, fake), self.fake_lr, betas=(0.0, 0.999)),
-            task.player("student", student, self.lesson(task, student, fake), self.lr, self.every, betas=(0.0, 0.999)),
+        student = task.student()
+        fake = FakeScore(task.student(task.denoiser), task.shape, task.label_count, task.one_cond())
+        modules = [
+            task.trained_module("fake", fake, self.fake_loss(task, student, fake), self.fake_lr, betas=(0.0, 0.999)),
+            task.trained_module(
+                "student", student, self.student_loss(task, student, fake), self.lr, self.every, betas=(0.0, 0.999)
+            ),
         ]
-        trained = task.fit("dmd", players)["student"]
-        made = Student(trained, "consistency", "trailing", self.steps)  # type: ignore[arg-type]
-        task.keep("dmd", made)
-        return made
+        trained: Any = task.fit("dmd", modules)["student"]
+        result = Student(trained, "consistency", "trailing", self.steps)
+        task.save_student("dmd", result)
+        return result
 
-    def lesson(self, task: Task, student: Denoiser, fake: Fake) -> Any:
+    def student_loss(self, task: DistillTask, student: Denoiser, fake: FakeScore) -> Loss:
         """The student's loss."""
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
+        def student_loss(batch: dict[str, Tensor]) -> Tensor:
             cond = task.cond(batch)
-            x = self.make(task, student, batch)
-            t = self.levels(task.schedule, len(x), clock(x))
+            x = self.generate(task, student, batch)
+            t = self.sample_times(task.schedule, len(x), time_device(x))
             z = noised(task.schedule, x, t)
             with torch.no_grad():
-                g = push(x, fake.denoiser(z, t, **cond), task.teacher(z, t, **cond))
+                g = score_difference(x, fake.denoiser(z, t, **cond), task.teacher(z, t, **cond))
             value = 0.5 * (x - (x - g).detach()).square().mean()
             if self.gan:
-                with still(fake):
-                    value = value + self.gan * F.softplus(-fake.judge(z, t, **cond)).mean()
+                with frozen_parameters(fake):
+                    value = value + self.gan * F.softplus(-fake.logits(z, t, **cond)).mean()
             return value
 
-        return lesson
+        return student_loss
 
-    def chase(self, task: Task, student: Denoiser, fake: Fake) -> Any:
+    def fake_loss(self, task: DistillTask, student: Denoiser, fake: FakeScore) -> Loss:
         """The loss of the fake denoiser and of the critic on its features."""
 
-        def chase(batch: dict[str, Tensor]) -> Tensor:
+        def fake_loss(batch: dict[str, Tensor]) -> Tensor:
             cond = task.cond(batch)
             with torch.no_grad():
-                x = self.make(task, student, batch)
-            t = self.levels(task.schedule, len(x), clock(x))
+                x = self.generate(task, student, batch)
+            t = self.sample_times(task.schedule, len(x), time_device(x))
             z = noised(task.schedule, x, t)
-            value = loss(fake.denoiser, z, t, x, "raw", **cond)
+            value = prediction_loss(fake.denoiser, z, t, x, "raw", **cond)
             if self.gan:
-                real = fake.judge(noised(task.schedule, batch["x"], t), t, **cond)
-                made = fake.judge(z, t, **cond)
-                value = value + self.critic * (F.softplus(made).mean() + F.softplus(-real).mean())
+                real = fake.logits(noised(task.schedule, batch["x"], t), t, **cond)
+                generated = fake.logits(z, t, **cond)
+                value = value + self.critic * (F.softplus(generated).mean() + F.softplus(-real).mean())
             return value
 
-        return chase
+        return fake_loss
 
-    def levels(self, schedule: Schedule, n: int, device: torch.device | str = "cpu") -> Tensor:
-        """The times (n,) at which the scores are compared."""
+    def sample_times(self, schedule: Schedule, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """Random times (n,) at which the scores are compared."""
         low, high = max(self.low, schedule.t_min), min(self.high, schedule.t_max)
         return low + (high - low) * torch.rand(n, dtype=torch.float64, device=device)
 
-    def make(self, task: Task, student: Denoiser, batch: dict[str, Tensor]) -> Tensor:
-        """The student's samples (B, *S) at a node drawn for the batch, from where its own steps lead."""
+    def generate(self, task: DistillTask, student: Denoiser, batch: dict[str, Tensor]) -> Tensor:
+        """The student's samples (B, *S) at a random node of the batch, from the end of its own earlier steps."""
         cond, schedule = task.cond(batch), task.schedule
-        nodes = grid(Trailing(), schedule, self.steps).flip(0)
+        nodes = time_nodes(Trailing(), schedule, self.steps).flip(0)
         last = int(torch.randint(0, self.steps, ()))
         z = float(schedule.prior_std(nodes[0])) * torch.randn_like(batch["x"])
-        there = nodes.to(clock(z))
+        times = nodes.to(time_device(z))
         with torch.no_grad():
             for k in range(last):
-                z = noised(schedule, student(z, nodes[k], **cond), there[k + 1].expand(len(z)))
+                z = noised(schedule, student(z, nodes[k], **cond), times[k + 1].expand(len(z)))
         return student(z, nodes[last], **cond)
 
 
-class Fake(nn.Module):
-    """The denoiser of the student's samples, and a critic's head on its middle features (or on z, without any).
+class FakeScore(nn.Module):
+    """The denoiser of the student's samples, and a critic's head on its middle features (or on z, without features).
 
-    classes: how many labels there are; None: as many as the denoiser says. cond: what the network is told with
-    one sample, to look at its features once; None: label 0, where there are classes.
+    Args:
+        denoiser: to train on the student's samples.
+        shape: S of one sample.
+        classes: number of labels; None: as many as the denoiser has.
+        cond: conditions of one sample, to evaluate the features once; None: label 0, where there are classes.
     """
 
     def __init__(
@@ -148,25 +161,25 @@ class Fake(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         net, classes = denoiser.net, label_count(denoiser) if classes is None else classes
-        self.seam = len(shape) == 3 and all(callable(getattr(net, name, None)) for name in ("embed", "encode"))
+        self.has_features = len(shape) == 3 and all(callable(getattr(net, name, None)) for name in ("embed", "encode"))
         self.head: nn.Module
-        if self.seam:
-            first = next(net.parameters())
+        if self.has_features:
+            device = next(net.parameters()).device
             if cond is None:
-                cond = {"label": torch.zeros(1, dtype=torch.long, device=first.device)} if classes else {}
+                cond = {"label": torch.zeros(1, dtype=torch.long, device=device)} if classes else {}
             with torch.no_grad():
-                middle, _ = denoiser.features(torch.zeros(1, *shape, device=first.device), 0.5, **cond)
-            self.head = FeatureHeads([middle.shape[1]], classes).to(first.device)
+                middle, _ = denoiser.features(torch.zeros(1, *shape, device=device), 0.5, **cond)
+            self.head = FeatureHeads([middle.shape[1]], classes).to(device)
         else:
             self.head = plain_critic(shape, classes)
 
-    def judge(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def logits(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """Logits (B, M) of z (B, *S) at t (B,): high for noised data."""
-        seen = self.denoiser.features(z, t, **cond)[0] if self.seam else z
-        return self.head([seen], t, cond.get("label")).float()
+        features = self.denoiser.features(z, t, **cond)[0] if self.has_features else z
+        return self.head([features], t, cond.get("label")).float()
 
 
-def push(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
-    """`(fake - real) / mean_d |x - real|`, (B, *S): the direction away from the data, of the size of one error."""
+def score_difference(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
+    """`(fake - real) / mean_d |x - real|`, (B, *S): the direction away from the data, normalised by the mean error."""
     size = (x - real).abs().flatten(1).mean(1).clamp_min(1e-6)
     return (fake - real) / spread(size, x)

@@ -1,4 +1,4 @@
-"""Diffusion sampling by a neural operator: the whole path from one evaluation."""
+"""Diffusion sampling by a neural operator: the whole path from one model evaluation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_choice
 from ..nets.temporal import TemporalUNet
 from ..nets.unet import UNet
 from ..predictions import X0, spread
 from ..schedules.base import Schedule
-from ._task import Student, Task
+from ._task import Distiller, DistillTask, Loss, Student
 
 __all__ = ["DSNO"]
 
@@ -22,24 +22,33 @@ LOSSES = ("l1", "l2")
 
 
 @dataclass(frozen=True)
-class DSNO:
-    """A student that says several states z_{t_1}, ..., z_{t_T} = x of the teacher's path at once, from z at t_max:
+class DSNO(Distiller):
+    """A student that predicts several states z_{t_1}, ..., z_{t_T} = x of the teacher's path at once, from z at t_max:
 
         L = sum_m w_m | Z_m(z) - z_{t_m} | / sum_m w_m,    w_m = clip(sqrt(SNR(t_m)), 1, largest)
 
     The network is the teacher's U-Net, once for each state with that state's time, and after each of its stages a
-    convolution along the path in the Fourier domain (`nets.temporal`). Its last state is the clean end, which is
-    what one step of sampling returns; the earlier ones teach it the way there. The teacher's paths are made once.
-
-    states: times of the states before the end, on the teacher's grid. modes: of the convolutions, of which T // 2 + 1
-        make sense. pairs: how many paths. pair_steps, sampler, times: of the teacher; ddim, dpm or deis. loss: "l1" or
-        "l2". largest: bound of the weights, which is that of the end. lr: peak rate.
+    convolution along the path in the Fourier domain (`nets.temporal`). Its last state is the clean end, which one step
+    of sampling returns; the earlier ones help it learn the path. The teacher's paths are generated once.
 
     Paper: 512 DDIM steps, quadratic times, states at .5625, .25, .0625 and 0, a perceptual loss (l1 here); Adam 2e-4.
-    Cost: 3 (T + 1) evaluations a step of training and image, pair_steps a path, and T + 1 evaluations' work at sampling
-    time, all in one call. BadInput for a network that is no hasten U-Net, or one preconditioned as in EDM.
+    Cost: 3 (T + 1) model evaluations a training step and image, pair_steps a path, and the work of T + 1 evaluations at
+    sampling time, all in one call.
 
-    Reference: Zheng, Nie, Vahdat, Azizzadenesheli, Anandkumar 2023, arXiv:2211.13449.
+    Args:
+        states: times of the states before the end, on the teacher's grid.
+        modes: of the convolutions, of which T // 2 + 1 make sense.
+        pairs: number of paths.
+        pair_steps, sampler, times: of the teacher; ddim, dpm or deis.
+        loss: `"l1"` or `"l2"`.
+        largest: bound of the weights, which is the weight of the end.
+        lr: peak learning rate.
+
+    Raises:
+        BadInput: for a network that is no hasten U-Net or is preconditioned as in EDM, and options out of range.
+
+    References:
+        Zheng, Nie, Vahdat, Azizzadenesheli, Anandkumar 2023, arXiv:2211.13449.
     """
 
     states: tuple[float, ...] = (0.5625, 0.25, 0.0625)
@@ -55,59 +64,58 @@ class DSNO:
     adds_inputs: ClassVar[bool] = True  # a network of another kind
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise BadInput(f"dsno has no loss {self.loss!r}: {nearest(self.loss, LOSSES)}")
+        check_choice("loss of dsno", self.loss, LOSSES)
         if any(not 0 < b < a <= 1 for a, b in zip((1.0, *self.states), self.states)):
-            raise BadInput(f"dsno: states must be times in (0, 1) that fall, got {self.states}")
+            raise BadInput(f"dsno: states must be decreasing times in (0, 1), got {self.states}")
         if self.modes < 1 or self.pairs < 1 or not self.largest >= 1:
-            raise BadInput("dsno needs modes and pairs of 1 or more, and largest >= 1")
+            raise BadInput("dsno needs modes, pairs and largest of at least 1")
 
     @property
     def teacher_steps(self) -> int | None:
-        """It asks its teacher at the times of the pairs."""
+        """The teacher is evaluated at the times of the pairs."""
         return self.pair_steps if (self.sampler, self.times) == ("ddim", "trailing") else None
 
-    def distill(self, task: Task) -> Student:
-        """Make the paths, train the stage `student`."""
+    def distill(self, task: DistillTask) -> Student:
+        """Generate the paths and train the stage `student`."""
         student: Any = self.student(task)
         pairs = task.pairs("paths", self.pairs, steps=self.pair_steps, sampler=self.sampler, times=self.times,
                            states=self.states)  # fmt: skip
-        players = [task.player("student", student, self.lesson(task, student), self.lr)]
+        modules = [task.trained_module("student", student, self.loss_fn(task, student), self.lr)]
         batches = pairs.batches(task.batch_size, task.seed)
-        # the paper's gradients are not clipped: the weights above make the norm a matter of the last state
-        trained: Any = task.fit("student", players, batches=batches, clip=None)["student"]
-        made = Student(trained, "ddim", "trailing", 1, figures={"paths": len(pairs), "states": len(self.states) + 1})
-        task.keep("student", made)
-        return made
+        # not clipped, as in the paper: with the weights above the last state alone would decide the norm
+        trained: Any = task.fit("student", modules, batches=batches, clip=None)["student"]
+        result = Student(trained, "ddim", "trailing", 1, figures={"paths": len(pairs), "states": len(self.states) + 1})
+        task.save_student("student", result)
+        return result
 
-    def student(self, task: Task) -> Denoiser:
+    def student(self, task: DistillTask) -> Denoiser:
         """The network of all states, with the teacher's weights where it has them."""
         source = task.denoiser
         net: Any = source.net
         if type(net) is not UNet:
             kind = type(getattr(net, "net", net)).__name__
-            raise BadInput(
-                f"dsno puts its blocks into a UNet of hasten.nets, found {kind}: for that use denoising_student"
-            )
+            raise BadInput(f"dsno adds its blocks to a UNet of hasten.nets, found {kind}: use denoising_student for it")
         if source.prediction.name == "edm":
-            raise BadInput("dsno: the states are what the network says, so it cannot be preconditioned as in EDM: "
-                           "found an edm prediction")  # fmt: skip
-        clocks = [float(source.time_input(t)) for t in (*self.states, 0.0)]
+            raise BadInput(
+                "dsno: the network's outputs are the states, so it cannot be preconditioned as in EDM: found an edm "
+                "prediction"
+            )
+        time_inputs = [float(source.time_input(t)) for t in (*self.states, 0.0)]
         start = float(source.time_input(source.schedule.t_max))
-        student = TemporalUNet(states=clocks, start=start, modes=self.modes, **net.config)
+        student = TemporalUNet(states=time_inputs, start=start, modes=self.modes, **net.config)
         student.load_state_dict(net.state_dict(), strict=False)
-        if source.prediction.name == "v":  # which at the beginning of the path is -x
+        if source.prediction.name == "v":  # at the start of the path v is -x
             with torch.no_grad():
                 for parameter in student.conv_out.parameters():
                     parameter.neg_()
         device = next(net.parameters()).device
         return source.replace(net=student.to(device), prediction=X0()).requires_grad_(True)
 
-    def lesson(self, task: Task, student: Any) -> Any:
+    def loss_fn(self, task: DistillTask, student: Any) -> Loss:
         """The loss of all states."""
         weights = self.weights(task.schedule)
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
             noise, target = batch["noise"], torch.cat([batch["states"], batch["x"][:, None]], 1)
             t = torch.full((len(noise),), task.schedule.t_max, dtype=torch.float64, device=noise.device)
             z = noise * spread(task.schedule.prior_std(t), noise)
@@ -116,7 +124,7 @@ class DSNO:
             error = (error.abs() if self.loss == "l1" else error.square()).flatten(2).mean((0, 2))
             return (weights.to(error.device, torch.float32) * error).sum()
 
-        return lesson
+        return loss_fn
 
     def weights(self, schedule: Schedule) -> Tensor:
         """w_m over their sum, float64 (T + 1,)."""

@@ -1,8 +1,7 @@
-"""Distillation of a guided model: first the two branches into one network, then many steps into few."""
+"""Distillation of a guided model: first both branches into one network, then many steps into few."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,51 +9,69 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_choice
 from ..times import Trailing
 from ..train.losses import stratified
 from ._ema_target import EMATarget
-from ._targets import Nodes, clock, factor, finer_path, grid, loss, noised, path
-from ._task import Student, Task
-from .progressive import check, check_order, halving
+from ._targets import (
+    DeviceTimes,
+    ddim_path,
+    midpoint_path,
+    noised,
+    output_weight,
+    prediction_loss,
+    time_device,
+    time_nodes,
+)
+from ._task import Distiller, DistillTask, Loss, Student
+from .progressive import check_nested_steps, check_order, halving_loss
 
-__all__ = ["Guided"]
+__all__ = ["GuidedDistillation"]
 
 KINDS = ("deterministic", "stochastic")
 
 
 @dataclass(frozen=True)
-class Guided:
+class GuidedDistillation(Distiller):
     """One student for a range of guidance scales s, then students of it that need few steps.
 
-    Stage one, the stage `guidance`: the student, a copy of the conditional network with s as a further input, is drawn
-    to `x0 = x0_uncond + s (x0_cond - x0_uncond)` at all times, s uniform in the range, one for each sample. It halves
-    the cost at any number of steps, with any sampler.
+    Stage one, `guidance`: the student, a copy of the conditional network with s as a further input, is trained towards
+    `x0 = x0_uncond + s (x0_cond - x0_uncond)` at all times, s uniform in the range, one for each sample. It halves the
+    cost at any number of steps, with any sampler.
 
-    Stage two, a stage for each entry N of `steps`, from the student before, with s an input of both:
-    - "deterministic": as progressive distillation: at t = i/N, i = 1..N, the student's x0 is drawn to the x* whose one
-      step of DDIM lands at (i-1)/N where m steps of its teacher land. Sampled by DDIM with N steps.
+    Stage two, one stage for each entry N of `steps`, from the student before, with s an input of both:
+
+    - "deterministic": as progressive distillation: at t = i/N, i = 1..N, the student's x0 is trained towards the x*
+    whose
+      one step of DDIM lands at (i-1)/N where m steps of its teacher land. Sampled by DDIM with N steps.
     - "stochastic": from t = i/N, i = 2..N, it lands where its teacher lands after two steps of 1/N, at (i-2)/N; at
-      t = 1/N it is drawn to its teacher's own answer. Sampled by N steps that jump two nodes and add the noise of one
-      (`stochastic_distilled`).
+      t = 1/N the target is its teacher's own prediction. Sampled by N steps that skip a node each and add the noise of
+      one (`stochastic_distilled`).
 
-    steps: falling, each a divisor of the one before. start: steps of the student of stage one that the first of them
-        learns from, a multiple of the first (0: twice as many). guidance: the scales (low, high), papers' w is s - 1.
-        kind: as above. lr, weight, order: as in `progressive`.
-        first: how many times the training of another stage that of stage one gets; last: likewise those of 2 steps
-        and 1 (with `shared`: how many times the images of another count).
+    A model that takes the scale as an input already, such as the student of stage one, begins with stage two.
+    Paper: scales 1 to 5 for pixels, N from 1024. Cost: 5 model evaluations a training step and image, m + 3 in stage
+    two.
 
-    shared: one network for all the counts of `steps`, which it is told as one more input, in one stage, `shared`: each
-        image of a batch has one of the counts, and the teacher of a count is an average of the student itself at the
-        count before (momentum .9; of the first count, stage one's student). As large as one student, and all steps
-        train it. Deterministic only.
+    Args:
+        steps: decreasing, each a divisor of the one before.
+        start: steps of the student of stage one that the first of them learns from, a multiple of the first (0: twice
+            as many).
+        guidance: the scales (low, high); the papers' w is s - 1.
+        kind: `"deterministic"` or `"stochastic"`.
+        lr, weight, order: as in `progressive`.
+        first: training of stage one, relative to another stage's.
+        last: training of the stages of 2 steps and 1, relative to another stage's (with `shared`: of their images).
+        shared: one network for all the counts of `steps`, which is one more input, in one stage, `shared`: each image
+            of a batch has one of the counts, and the teacher of a count is an average of the student itself at the
+            count before (momentum .9; of the first count, stage one's student). As large as one student, and all steps
+            train it. Deterministic only.
 
-    A model that takes the scale as an input already, such as what stage one left, begins with stage two.
-    Paper: scales 1 to 5 for pixels, N from 1024. Cost: 5 evaluations a step of training and image, m + 3 in stage two.
-    Raises BadInput for a model without a null label, and for steps that do not nest.
+    Raises:
+        BadInput: for a model without a null label, steps that do not nest, and options that do not go together.
 
-    References: Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142; `shared` is ours, after Frans,
-    Hafner, Levine, Abbeel 2025, arXiv:2410.12557.
+    References:
+        Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142.
+        `shared` is ours, after Frans, Hafner, Levine, Abbeel 2025, arXiv:2410.12557.
     """
 
     steps: tuple[int, ...] = (16, 8, 4, 2, 1)
@@ -68,167 +85,176 @@ class Guided:
     shared: bool = False
     order: int = 1
     needs_data: ClassVar[bool] = True
-    ranged: ClassVar[bool] = True  # it keeps a range of guidance scales
+    keeps_guidance_range: ClassVar[bool] = True
     adds_inputs: ClassVar[bool] = True  # the scale
 
     def __post_init__(self) -> None:
-        check("guided", self.steps, self.start)
+        check_nested_steps("guided", self.steps, self.start)
         check_order("guided", self.order)
-        if self.kind not in KINDS:
-            raise BadInput(f"guided: unknown kind {self.kind!r}: {nearest(self.kind, KINDS)}")
+        check_choice("kind of guided", self.kind, KINDS)
         if self.shared and self.kind != "deterministic":
-            raise BadInput("guided: one network for all counts of steps is made for kind=deterministic only")
+            raise BadInput("guided: shared=true, one network for all step counts, needs kind=deterministic")
         if not self.guidance[0] < self.guidance[1]:
             raise BadInput(f"guided needs guidance=(low,high) with low < high, got {self.guidance}")
 
     @property
     def teacher_steps(self) -> int:
-        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        """The teacher is evaluated at the nodes of its own steps alone."""
         return self.start or 2 * self.steps[0]
 
-    def distill(self, task: Task) -> Student:
-        """Train the stages `guidance`, `steps16`, ...; the last student."""
-        teacher, many = self.merged(task), self.start or 2 * self.steps[0]
+    def distill(self, task: DistillTask) -> Student:
+        """Train the stages `guidance`, `steps16`, ... and return the last student."""
+        teacher, teacher_steps = self.merged(task), self.teacher_steps
         span = teacher.guidance_range
         assert span is not None
         if self.shared:
-            return self.for_all(task, teacher, many)
+            return self.train_shared(task, teacher, teacher_steps)
         sampler = "ddim" if self.kind == "deterministic" else "stochastic_distilled"
-        lesson = self.jumps if self.kind == "deterministic" else self.double_jumps
+        loss_fn = self.deterministic_loss if self.kind == "deterministic" else self.stochastic_loss
         for n in self.steps:
-            student = self.beginning(task, teacher)
-            players = [task.player("student", student, lesson(task, teacher, student, n, many // n), self.lr)]
-            teacher = task.fit(f"steps{n}", players, share=self.share(n))["student"]  # type: ignore[assignment]
-            made = Student(teacher, sampler, "trailing", n, guidance=span)
-            task.keep(f"steps{n}", made)
-            many = n
-        return made
+            student = self.initial_student(task, teacher)
+            modules = [
+                task.trained_module("student", student, loss_fn(task, teacher, student, n, teacher_steps // n), self.lr)
+            ]
+            trained: Any = task.fit(f"steps{n}", modules, budget_weight=self.budget_weight(n))["student"]
+            teacher = trained
+            result = Student(teacher, sampler, "trailing", n, guidance=span)
+            task.save_student(f"steps{n}", result)
+            teacher_steps = n
+        return result
 
-    def merged(self, task: Task) -> Denoiser:
-        """Stage one; nothing to do for a model that takes the scale as its input."""
+    def merged(self, task: DistillTask) -> Denoiser:
+        """The student of stage one; the model itself where it takes the scale as its input."""
         if task.denoiser.net_takes_guidance:
             return task.denoiser
         if task.denoiser.null_label is None:
             raise BadInput(
-                "guided needs a model with a null label, one that was trained with label dropout: "
-                "what works without one is progressive, tract or consistency"
+                "guided needs a model with a null label, that is, trained with label dropout: progressive, tract and "
+                "consistency work without one"
             )
         student = task.student(guidance=self.guidance)
-        players = [task.player("student", student, self.merging(task, student), self.lr)]
-        trained = task.fit("guidance", players, share=self.first)["student"]
+        modules = [task.trained_module("student", student, self.guidance_loss(task, student), self.lr)]
+        trained = task.fit("guidance", modules, budget_weight=self.first)["student"]
         assert isinstance(trained, Denoiser)
-        task.keep("guidance", Student(trained, "unipc", "angle", 16, guidance=self.guidance, any_time=True))
+        task.save_student("guidance", Student(trained, "unipc", "angle", 16, guidance=self.guidance, any_time=True))
         return trained
 
-    def beginning(self, task: Task, teacher: Denoiser, **inputs: Any) -> Denoiser:
-        """What a student of `teacher` begins as: its copy, or the task's `init` with the teacher's range of scales."""
+    def initial_student(self, task: DistillTask, teacher: Denoiser, **inputs: Any) -> Denoiser:
+        """The initial student of `teacher`: its copy, or the task's `init` with the teacher's range of scales."""
         if task.init is None or teacher is not task.denoiser:
             return task.student(teacher, **inputs)
         return task.student(task.init, guidance=teacher.guidance_range, **inputs)
 
-    def merging(self, task: Task, student: Denoiser) -> Callable[[dict[str, Tensor]], Tensor]:
+    def guidance_loss(self, task: DistillTask, student: Denoiser) -> Loss:
         """The loss of stage one."""
-        low, high = self.guidance
+        (low, high), null = self.guidance, task.denoiser.null_label
+        assert null is not None
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
             x, label = batch["x"], batch["label"]
-            t = task.schedule.t_max * stratified(len(x), clock(x)).clamp_min(task.schedule.t_min)
+            t = task.schedule.t_max * stratified(len(x), time_device(x)).clamp_min(task.schedule.t_min)
             z = noised(task.schedule, x, t)
             scale = low + (high - low) * torch.rand(len(x), device=x.device)
             with torch.no_grad():
-                both = torch.cat([label, torch.full_like(label, task.denoiser.null_label)])  # type: ignore[arg-type]
-                of_class, of_all = task.denoiser.raw(torch.cat([z, z]), torch.cat([t, t]), label=both).chunk(2)
-                target = of_all + scale.view(-1, *[1] * (z.ndim - 1)).to(z.dtype) * (of_class - of_all)
+                both = torch.cat([label, torch.full_like(label, null)])
+                conditional, unconditional = task.denoiser.raw(torch.cat([z, z]), torch.cat([t, t]), label=both).chunk(
+                    2
+                )
+                target = unconditional + scale.view(-1, *[1] * (z.ndim - 1)).to(z.dtype) * (conditional - unconditional)
             raw = student.raw(z, t, label=label, guidance=scale)
             error = (raw - target).float().square().flatten(1).mean(1)
-            return (factor(student, t, self.weight).to(x.device, torch.float32) * error).mean()
+            return (output_weight(student, t, self.weight).to(x.device, torch.float32) * error).mean()
 
-        return lesson
+        return loss_fn
 
-    def scales(self, teacher: Denoiser, x: Tensor) -> Tensor:
-        """A scale for each sample, uniform in the range, (B,) float32."""
-        low, high = teacher.guidance_range  # type: ignore[misc]
+    def sample_scales(self, teacher: Denoiser, x: Tensor) -> Tensor:
+        """A random scale for each sample, uniform in the range, (B,) float32."""
+        assert teacher.guidance_range is not None
+        low, high = teacher.guidance_range
         return low + (high - low) * torch.rand(len(x), device=x.device)
 
-    def way(self, first: bool) -> Any:
-        """How a teacher goes from node to node: by steps of second order where it is not a student of few steps."""
-        return finer_path if first and self.order == 2 else path
+    def path(self, first: bool) -> Any:
+        """The teacher's steps from node to node: of second order where it is not a student of few steps."""
+        return midpoint_path if first and self.order == 2 else ddim_path
 
-    def jumps(self, task: Task, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Any:
-        """The loss of the deterministic student of n steps whose teacher makes m for each."""
-        way = self.way(first=n == self.steps[0])
-        return halving(task, teacher, student, n, m, way, self.weight, lambda x: {"guidance": self.scales(teacher, x)})
+    def deterministic_loss(self, task: DistillTask, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Loss:
+        """The loss of the deterministic student of n steps whose teacher takes m for each."""
+        path = self.path(first=n == self.steps[0])
+        return halving_loss(
+            task, teacher, student, n, m, path, self.weight, lambda x: {"guidance": self.sample_scales(teacher, x)}
+        )
 
-    def share(self, n: int) -> float:
-        """The share of the training that n steps get."""
+    def budget_weight(self, n: int) -> float:
+        """The training of the student of n steps, relative to another stage's."""
         return self.last if n <= 2 else 1.0
 
-    def dealt(self, n: int) -> Tensor:
-        """Which count of steps each of n images is a lesson for (n,), in proportion to their shares."""
-        parts = torch.tensor([self.share(count) for count in self.steps]).cumsum(0)
-        return torch.searchsorted(parts, parts[-1] * stratified(n).float()).clamp_max(len(parts) - 1)
+    def assign_counts(self, n: int) -> Tensor:
+        """The index of the step count of each of n images (n,), in proportion to the counts' weights."""
+        bounds = torch.tensor([self.budget_weight(count) for count in self.steps]).cumsum(0)
+        return torch.searchsorted(bounds, bounds[-1] * stratified(n).float()).clamp_max(len(bounds) - 1)
 
-    def for_all(self, task: Task, merged: Denoiser, many: int) -> Student:
-        """The stage `shared`: one network for all counts of steps."""
-        both = EMATarget(self.beginning(task, merged, steps=self.steps))
-        counts, each = self.steps, [a // b for a, b in zip((many, *self.steps), self.steps, strict=False)]
-        times_of = [Nodes(grid(Trailing(), task.schedule, n * m)) for n, m in zip(counts, each, strict=True)]
+    def train_shared(self, task: DistillTask, merged: Denoiser, teacher_steps: int) -> Student:
+        """The stage `shared`: one network for all step counts."""
+        module = EMATarget(self.initial_student(task, merged, steps=self.steps))
+        counts = self.steps
+        ratios = [a // b for a, b in zip((teacher_steps, *counts), counts, strict=False)]
+        grids = [DeviceTimes(time_nodes(Trailing(), task.schedule, n * m)) for n, m in zip(counts, ratios, strict=True)]
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
-            both.update(0.9)
-            x, told = batch["x"], {**task.cond(batch), "guidance": self.scales(merged, batch["x"])}
-            which = self.dealt(len(x))
-            # the rows of one count after those of another: sorted here, so that no one waits for their numbers
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
+            module.update(0.9)
+            x, inputs = batch["x"], {**task.cond(batch), "guidance": self.sample_scales(merged, batch["x"])}
+            which = self.assign_counts(len(x))
+            # rows sorted by count on the CPU, so that nothing waits for their numbers
             order, amounts = which.argsort(stable=True).to(x.device), torch.bincount(which, minlength=len(counts))
             noise, z, target = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
-            t = torch.empty(len(x), dtype=torch.float64, device=clock(x))
+            t = torch.empty(len(x), dtype=torch.float64, device=time_device(x))
             own = torch.empty(len(x), dtype=torch.long, device=x.device)
-            for k, (n, m, rows) in enumerate(zip(counts, each, order.split(amounts.tolist()), strict=True)):
+            for k, (n, m, rows) in enumerate(zip(counts, ratios, order.split(amounts.tolist()), strict=True)):
                 if not len(rows):
                     continue
-                nodes = times_of[k].at(x)
+                nodes = grids[k].at(x)
                 i = m * torch.randint(1, n + 1, (len(rows),), device=nodes.device)
                 times = [nodes[i - j] for j in range(m + 1)]
-                cond = {key: value[rows] for key, value in told.items()}
+                cond = {key: value[rows] for key, value in inputs.items()}
                 own[rows] = n
                 if k:
                     cond["steps"] = torch.full((len(rows),), counts[k - 1], device=x.device)
                 t[rows.to(t.device)] = times[0]
                 z[rows] = noised(task.schedule, x[rows], times[0], noise[rows])
                 with torch.no_grad():
-                    teacher = both.copy if k else merged
-                    way = self.way(first=k == 0)
-                    target[rows] = way(teacher, task.schedule, z[rows], times, **cond)[1].to(x.dtype)
-            told["steps"] = own
-            return loss(both.student, z, t, target, self.weight, **told)
+                    teacher = module.copy if k else merged
+                    path = self.path(first=k == 0)
+                    target[rows] = path(teacher, task.schedule, z[rows], times, **cond)[1].to(x.dtype)
+            inputs["steps"] = own
+            return prediction_loss(module.student, z, t, target, self.weight, **inputs)
 
-        players = [task.player("student", both, lesson, self.lr)]
-        trained = task.fit("shared", players, share=sum(map(self.share, counts)))["student"].student
-        assert isinstance(trained, Denoiser)
-        few = 4 if 4 in counts else counts[-1]
-        made = Student(trained, "ddim", "trailing", few, guidance=merged.guidance_range)
-        task.keep("shared", made)
-        return made
+        modules = [task.trained_module("student", module, loss_fn, self.lr)]
+        fitted: Any = task.fit("shared", modules, budget_weight=sum(map(self.budget_weight, counts)))["student"]
+        steps = 4 if 4 in counts else counts[-1]
+        result = Student(fitted.student, "ddim", "trailing", steps, guidance=merged.guidance_range)
+        task.save_student("shared", result)
+        return result
 
-    def double_jumps(self, task: Task, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Any:
+    def stochastic_loss(self, task: DistillTask, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Loss:
         """The loss of the stochastic student of n steps, whose teacher has m nodes for each of its own.
 
-        A stochastic student jumps two of its nodes at a time; stage one's student, who is at home at all times, one.
+        A stochastic student steps two of its nodes at a time; stage one's student, which is a denoiser at all times,
+        one.
         """
-        times_of = Nodes(grid(Trailing(), task.schedule, n * m))
+        grid = DeviceTimes(time_nodes(Trailing(), task.schedule, n * m))
         stride = 1 if m * n == (self.start or 2 * self.steps[0]) else 2
-        way = self.way(first=stride == 1)
-        jumps, last = 2 * m // stride, -(-m // stride)  # from the last node of the student fewer are left
+        path = self.path(first=stride == 1)
+        jumps, last = 2 * m // stride, -(-m // stride)  # fewer from the last node of the student
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
-            x, cond = batch["x"], {**task.cond(batch), "guidance": self.scales(teacher, batch["x"])}
-            nodes = times_of.at(x)
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
+            x, cond = batch["x"], {**task.cond(batch), "guidance": self.sample_scales(teacher, batch["x"])}
+            nodes = grid.at(x)
             i = m * torch.randint(1, n + 1, (len(x),), device=nodes.device)
-            made = [torch.where(i > m, k, max(k - (jumps - last), 0)) for k in range(jumps + 1)]
-            times = [nodes[(i - stride * k).clamp_min(0)] for k in made]
+            moves = [torch.where(i > m, k, max(k - (jumps - last), 0)) for k in range(jumps + 1)]
+            times = [nodes[(i - stride * k).clamp_min(0)] for k in moves]
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
-                _, target = way(teacher, task.schedule, z, times, **cond)
-            return loss(student, z, times[0], target, self.weight, **cond)
+                _, target = path(teacher, task.schedule, z, times, **cond)
+            return prediction_loss(student, z, times[0], target, self.weight, **cond)
 
-        return lesson
+        return loss_fn

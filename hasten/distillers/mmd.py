@@ -1,7 +1,8 @@
-"""Fine-tuning of a sampler for its own number of steps: its images and real ones must look alike to a kernel."""
+"""Fine-tuning of a sampler for its own number of steps, by the maximum mean discrepancy to real samples."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_choice
 from ..schedules.base import Schedule
 from ..times import Trailing
-from ._features import classifier, untrained
-from ._targets import clock, step
-from ._task import Student, Task
+from ._features import random_classifier, trained_classifier
+from ._targets import ddim_step, time_device
+from ._task import Distiller, DistillTask, Student
 
 __all__ = ["Mmd"]
 
@@ -24,28 +25,38 @@ FEATURES = ("classifier", "random")
 
 
 @dataclass(frozen=True)
-class Mmd:
+class Mmd(Distiller):
     """A network fine-tuned through all S steps of DDIM at once, by the gradient of a distance between two samples.
 
         E[ MMD^2(phi(x), phi(G(z))) + anchor mean |G(z) - G_0(z)|^2 ],     G(z) the S-step sample from noise z
 
     MMD^2 is unbiased, over a batch of real images x and one of samples with their labels, under the cubic kernel
     (u.v / d + 1)^3 or the Gaussian exp(-|u - v|^2 / d), phi a frozen network, d the mean of |phi(x)|^2 over the batch.
-    G_0 is the network before, which keeps G from adversaries of phi. The images are what is imitated, so guidance is
-    not: a network in which it is built in moves towards the data.
+    G_0 is the initial network, which keeps G from adversarial examples of phi. The target is the data, so guidance is
+    not imitated: a network in which it is built in moves towards the data.
 
-    steps: S, on the grid "trailing". features: of a "classifier" that is trained first on the task's labelled images,
-        the stage `classifier`, or of the same network at "random". It must not be the network that judges. kernel:
-        "cubic" or "rbf". anchor: as above. share: of the budget, what the classifier gets for 1 of the fine-tuning.
-        width: of the classifier. checkpointing: keep the states between steps only, and evaluate each step again going
-        back, for large networks. lr: peak rate.
-
-    Needs batches of 128 and more: what is estimated is not a sum over images.
+    Needs batches of at least 128: the estimate is not a sum over images.
     Paper: steps 5 to 15, cubic, Inception or CLIP features, no anchor, Adam 5e-6 for some hundred steps.
-    Cost: 4 S evaluations a step of training and image with the anchor, 3 S without, S more with checkpointing.
-    Raises BadInput for unknown choices, and for a classifier without labels.
+    Cost: 4 S model evaluations a training step and image with the anchor, 3 S without, S more with checkpointing.
 
-    Reference: Aiello, Valsesia, Magli 2023, arXiv:2301.07969; Binkowski et al. 2018, arXiv:1801.01401 (the kernel).
+    Args:
+        steps: S, on the grid "trailing".
+        features: of a `"classifier"` that is trained first on the task's labelled images, the stage `classifier`, or of
+            the same network with `"random"` weights. It must not be the network that evaluates the samples.
+        kernel: `"cubic"` or `"rbf"`.
+        anchor: weight of the anchor.
+        share: of the budget, training of the classifier relative to the fine-tuning.
+        width: of the classifier.
+        checkpointing: store the states between steps only, and evaluate each step again in the backward pass, for large
+            networks.
+        lr: peak learning rate.
+
+    Raises:
+        BadInput: for unknown choices, numbers out of range, and a classifier without labels.
+
+    References:
+        Aiello, Valsesia, Magli 2023, arXiv:2301.07969.
+        Binkowski et al. 2018, arXiv:1801.01401, for the kernel.
     """
 
     steps: int = 4
@@ -57,80 +68,97 @@ class Mmd:
     checkpointing: bool = False
     lr: float = 5e-5
     needs_data: ClassVar[bool] = True
-    on_samples: ClassVar[bool] = True
-    whole_batches: ClassVar[bool] = True
+    compares_samples: ClassVar[bool] = True
+    compares_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.features not in FEATURES:
-            raise BadInput(f"mmd: unknown features {self.features!r}: {nearest(self.features, FEATURES)}")
-        if self.kernel not in KERNELS:
-            raise BadInput(f"mmd: unknown kernel {self.kernel!r}: {nearest(self.kernel, KERNELS)}")
+        check_choice("features of mmd", self.features, FEATURES)
+        check_choice("kernel of mmd", self.kernel, KERNELS)
         if self.steps < 1 or not self.anchor >= 0 or not self.share > 0:
             raise BadInput("mmd needs steps of at least 1, anchor of at least 0 and share above 0")
 
     @property
     def teacher_steps(self) -> int:
-        """The anchor asks it at the nodes of the student's own steps."""
+        """The anchor evaluates the teacher at the nodes of the student's own steps."""
         return self.steps if self.anchor else 0
 
-    def distill(self, task: Task) -> Student:
-        """Train the stages `classifier`, where it is wanted, and `mmd`; the student."""
-        phi = classifier(task, self.share, self.width) if self.features == "classifier" else untrained(task, self.width)
+    def distill(self, task: DistillTask) -> Student:
+        """Train the stages `classifier`, where it is needed, and `mmd`, and return the student."""
+        phi = (
+            trained_classifier(task, self.share, self.width)
+            if self.features == "classifier"
+            else random_classifier(task, self.width)
+        )
         student = task.student()
-        lesson = self.lesson(task, phi.eval().requires_grad_(False).features, student)
-        trained: Any = task.fit("mmd", [task.player("student", student, lesson, self.lr)])["student"]
-        made = Student(trained, "ddim", "trailing", self.steps, guidance=(1.0, 1.0))
-        task.keep("mmd", made)
-        return made
+        loss_fn = self.loss_fn(task, phi.eval().requires_grad_(False).features, student)
+        trained: Any = task.fit("mmd", [task.trained_module("student", student, loss_fn, self.lr)])["student"]
+        result = Student(trained, "ddim", "trailing", self.steps, guidance=(1.0, 1.0))
+        task.save_student("mmd", result)
+        return result
 
-    def lesson(
-        self, task: Task, phi: Callable[[Tensor], Tensor], student: Any
+    def loss_fn(
+        self, task: DistillTask, phi: Callable[[Tensor], Tensor], student: Any
     ) -> Callable[[dict[str, Tensor]], Tensor]:
         """The loss of the stage `mmd`; phi (B, *S) -> (B, D)."""
         times = Trailing()(task.schedule, self.steps)
         start = float(task.schedule.prior_std(times[0]))
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
             x, cond = batch["x"], task.cond(batch)
             if len(x) < 2:
-                raise BadInput("mmd compares samples: it needs batches of 2 and more, better 128")
+                raise BadInput("mmd compares samples: it needs batches of at least 2, better 128")
             z = start * torch.randn_like(x)
-            made = sampled(student, task.schedule, z, times, self.checkpointing, **cond)
+            generated = ddim_sample(student, task.schedule, z, times, cond, self.checkpointing)
             with torch.no_grad():
                 real = phi(x)
                 scale = real.square().sum(1).mean()
-            total = mmd2(real, phi(made), self.kernel, scale)
+            total = mmd2(real, phi(generated), self.kernel, scale)
             if self.anchor:
                 with torch.no_grad():
-                    before = sampled(task.denoiser, task.schedule, z, times, **cond)
-                total = total + self.anchor * (made - before).float().square().mean()
+                    before = ddim_sample(task.denoiser, task.schedule, z, times, cond)
+                total = total + self.anchor * (generated - before).float().square().mean()
             return total
 
-        return lesson
+        return loss_fn
 
 
-def sampled(
-    denoiser: Callable[..., Tensor], schedule: Schedule, z: Tensor, times: Tensor, again: bool = False, **cond: Any
+def ddim_sample(
+    denoiser: Callable[..., Tensor],
+    schedule: Schedule,
+    z: Tensor,
+    times: Tensor,
+    cond: dict[str, Tensor],
+    checkpointing: bool = False,
 ) -> Tensor:
-    """Where DDIM takes z (B, *S) along `times`, falling to a clean end, with gradients: the last answer, (B, *S).
+    """The DDIM sample (B, *S) from z (B, *S), with gradients.
 
-    again: the activations of each step are computed a second time, going back, rather than kept.
+    Args:
+        denoiser: `denoiser(z, t, **cond) -> x0`.
+        schedule: of the noise.
+        z: state (B, *S) at the first time.
+        times: decreasing to a clean end.
+        cond: conditions of the denoiser.
+        checkpointing: compute the activations of each step again in the backward pass instead of storing them.
     """
-    there = times.to(clock(z))
+    on_device = times.to(time_device(z))
     for k, t in enumerate(times[:-1]):
-        if again:
-            x0 = checkpoint(denoiser, z, t, use_reentrant=False, **cond)
+        if checkpointing:
+            x0 = checkpoint(functools.partial(denoiser, **cond), z, t, use_reentrant=False)
         else:
             x0 = denoiser(z, t, **cond)
-        z = step(schedule, z, x0, there[k], there[k + 1])
+        z = ddim_step(schedule, z, x0, on_device[k], on_device[k + 1])
     return z
 
 
 def mmd2(x: Tensor, y: Tensor, kernel: str = "cubic", scale: float | Tensor | None = None) -> Tensor:
-    """Unbiased squared MMD of features x (M, D) and y (N, D), a scalar that may be negative, differentiable.
+    """Unbiased squared MMD of two sets of features, a scalar that may be negative, differentiable.
 
-    kernel: "cubic" (u.v / scale + 1)^3, "rbf" exp(-|u - v|^2 / scale), "linear" u.v / scale; scale: by default D.
-    In float64, where the device has it: the terms nearly cancel.
+    Computed in float64, where the device has it: the terms nearly cancel.
+
+    Args:
+        x, y: features (M, D) and (N, D).
+        kernel: `"cubic"` (u.v / scale + 1)^3, `"rbf"` exp(-|u - v|^2 / scale), `"linear"` u.v / scale.
+        scale: of the kernel; None: D.
     """
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     x, y = x.to(dtype), y.to(dtype)
@@ -143,8 +171,8 @@ def mmd2(x: Tensor, y: Tensor, kernel: str = "cubic", scale: float | Tensor | No
         product = u @ v.T / d
         return product if kernel == "linear" else (product + 1) ** 3
 
-    def own(u: Tensor) -> Tensor:
+    def off_diagonal_mean(u: Tensor) -> Tensor:
         values = k(u, u)
         return (values.sum() - values.diagonal().sum()) / (len(u) * (len(u) - 1))
 
-    return own(x) + own(y) - 2 * k(x, y).mean()
+    return off_diagonal_mean(x) + off_diagonal_mean(y) - 2 * k(x, y).mean()

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput, nearest
+from ..denoiser import Denoiser
+from ..errors import BadInput, check_choice, nearest
 from ..schedules.base import Schedule
 from ..schedules.discrete import Discrete
 from ..times import UniformTime
-from ._targets import Nodes, noised, path
-from ._task import Student, Task
-from .progressive import check
+from ._targets import DeviceTimes, ddim_path, noised
+from ._task import Distiller, DistillTask, Loss, Student
+from .progressive import check_nested_steps
 
 __all__ = ["ProDiff", "prodiff_schedule"]
 
@@ -23,30 +24,37 @@ LOSSES = ("l1", "l2")
 
 
 @dataclass(frozen=True)
-class ProDiff:
+class ProDiff(Distiller):
     """Progressive distillation of a teacher of few steps, on the clean sample itself:
 
         L = mean | x^(z_t) - x* |,   z_t from data at a node t of the student,
 
-    x* the prediction whose one DDIM step lands where the teacher's steps do (`distillers._targets`). It is made for
-    networks that predict x0 and is the same loss for others. Sampling is DDIM on the student's nodes and returns its
-    last prediction, never a noisy sample: on `prodiff_schedule` the last node is at sigma = .75, because the teacher's
-    last node is the first entry of a table that does not begin clean.
+    with x* the prediction whose one DDIM step lands where the teacher's steps do (`distillers._targets`). It was
+    designed for networks that predict x0 and is the same loss for others. Sampling is DDIM on the student's nodes and
+    returns its last prediction, never a noisy sample: on `prodiff_schedule` the last node is at sigma = .75, because
+    the teacher's last node is the first entry of a table that does not begin clean.
 
-    A batch may hold `mask`, 1 where there is something and 0 where there is padding: (B, frames) for the last dimension
-    of x, or any shape that goes with x. What is masked is zero in what teacher and student are given, in what they
-    say, and counts for nothing in the mean.
-
-    steps: of the students, falling, each a divisor of the one before. start: of the teacher, 0 for twice the first. On
-        a `Discrete` schedule of start + 1 entries the nodes are those entries, and student and teacher are both told
-        the index of the entry that they are asked at; on others they are equally spaced down to t = 0.
-    loss: "l1" or "l2". frozen: parts of the network, by the beginning of their parameters' names, that stay as the
-        teacher has them, such as a text encoder. lr: peak rate of each stage.
+    A batch may hold `mask`, 1 for data and 0 for padding: (B, frames) for the last dimension of x, or any shape that
+    broadcasts to x. Masked entries are zero in the inputs and outputs of teacher and student, and are excluded from the
+    mean.
 
     Paper: 4 -> 2 steps, the student initialised from the teacher, its text encoder frozen, 200,000 updates.
-    Cost: 5 evaluations a step of training and image for a halving.
+    Cost: 5 model evaluations a training step and image for a halving.
 
-    Reference: Huang, Zhao, Liu, Liu, Cui, Ren 2022, arXiv:2207.06389.
+    Args:
+        steps: of the students, decreasing, each a divisor of the one before.
+        start: of the teacher, 0 for twice the first. On a `Discrete` schedule of start + 1 entries the nodes are those
+            entries, and both networks get the index of the entry as their time; on others they are equally spaced down
+            to t = 0.
+        loss: `"l1"` or `"l2"`.
+        frozen: prefixes of the names of parameters that keep the teacher's values, such as those of a text encoder.
+        lr: peak learning rate of each stage.
+
+    Raises:
+        BadInput: for steps that do not nest, an unknown loss, prefixes that match nothing, and masks of other shapes.
+
+    References:
+        Huang, Zhao, Liu, Liu, Cui, Ren 2022, arXiv:2207.06389.
     """
 
     steps: tuple[int, ...] = (2,)
@@ -55,68 +63,68 @@ class ProDiff:
     frozen: tuple[str, ...] = ()
     lr: float = 3e-4
     needs_data: ClassVar[bool] = True
-    on_samples: ClassVar[bool] = True
+    compares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check("prodiff", self.steps, self.start)
-        if self.loss not in LOSSES:
-            raise BadInput(f"prodiff has no loss {self.loss!r}: {nearest(self.loss, LOSSES)}")
+        check_nested_steps("prodiff", self.steps, self.start)
+        check_choice("loss of prodiff", self.loss, LOSSES)
 
     @property
     def teacher_steps(self) -> int:
-        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        """The teacher is evaluated at the nodes of its own steps alone."""
         return self.start or 2 * self.steps[0]
 
-    def distill(self, task: Task) -> Student:
-        """Train the stages `steps2`, ...; the last student."""
-        teacher, source, many = task.teacher, task.initial, self.start or 2 * self.steps[0]
-        finest = nodes(task.schedule, many)
+    def distill(self, task: DistillTask) -> Student:
+        """Train the stages `steps2`, ... and return the last student."""
+        teacher, source, teacher_steps = task.teacher, task.initial, self.teacher_steps
+        finest = teacher_nodes(task.schedule, teacher_steps)
         for n in self.steps:
             student: Any = task.student(source)
             self.freeze(student)
-            lesson = self.lesson(task, teacher, student, finest[:: (len(finest) - 1) // many], many // n)
-            trained: Any = task.fit(f"steps{n}", [task.player("student", student, lesson, self.lr)])["student"]
-            made = Student(trained, "ddim", self.times(finest, n), n)
-            task.keep(f"steps{n}", made)
-            teacher, source, many = trained, trained, n
-        return made
+            times = finest[:: (len(finest) - 1) // teacher_steps]
+            loss_fn = self.loss_fn(task, teacher, student, times, teacher_steps // n)
+            trained: Any = task.fit(f"steps{n}", [task.trained_module("student", student, loss_fn, self.lr)])["student"]
+            result = Student(trained, "ddim", self.times(finest, n), n)
+            task.save_student(f"steps{n}", result)
+            teacher, source, teacher_steps = trained, trained, n
+        return result
 
-    def lesson(self, task: Task, teacher: nn.Module, student: Any, times: Tensor, m: int) -> Any:
-        """The loss of the student whose teacher makes m steps for each of its own. times: the teacher's, increasing."""
-        times_of = Nodes(times)
+    def loss_fn(self, task: DistillTask, teacher: nn.Module, student: Any, times: Tensor, m: int) -> Loss:
+        """The loss of the student whose teacher takes m steps for each of its own; times: the teacher's, increasing."""
+        grid = DeviceTimes(times)
 
-        def lesson(batch: dict[str, Tensor]) -> Tensor:
+        def loss_fn(batch: dict[str, Tensor]) -> Tensor:
             x, cond = batch["x"], task.cond(batch)
-            mask = mask_of(batch)
-            nodes = times_of.at(x)
+            mask = batch_mask(batch)
+            nodes = grid.at(x)
             i = m * torch.randint(1, (len(nodes) - 1) // m + 1, (len(x),), device=nodes.device)
-            visited = [nodes[i - k] for k in range(m + 1)]
-            z = noised(task.schedule, x, visited[0])
+            times = [nodes[i - k] for k in range(m + 1)]
+            z = noised(task.schedule, x, times[0])
             with torch.no_grad():
-                _, target = path(masked(teacher, mask), task.schedule, z, visited, **cond)
-            error = (masked(student, mask)(z, visited[0], **cond) - target).float()
+                _, target = ddim_path(masked(teacher, mask), task.schedule, z, times, **cond)
+            error = (masked(student, mask)(z, times[0], **cond) - target).float()
             error = error.abs() if self.loss == "l1" else error.square()
             if mask is None:
                 return error.mean()
             return (error * mask).sum() / mask.expand_as(error).sum().clamp_min(1)
 
-        return lesson
+        return loss_fn
 
-    def freeze(self, student: nn.Module) -> None:
-        """Keep the parts `frozen` from training. BadInput where the network has none of that name."""
-        names = dict(student.net.named_parameters())  # type: ignore[union-attr, operator]
-        for beginning in self.frozen:
-            chosen = [p for name, p in names.items() if name == beginning or name.startswith(beginning + ".")]
-            if not chosen:
-                raise BadInput(f"prodiff: no parameters begin with {beginning!r}: "
-                               f"{nearest(beginning, sorted({name.partition('.')[0] for name in names}))}")  # fmt: skip
-            for parameter in chosen:
+    def freeze(self, student: Denoiser) -> None:
+        """Exclude the parameters of `frozen` from training. BadInput where a prefix matches none."""
+        names = dict(student.net.named_parameters())
+        for prefix in self.frozen:
+            matching = [p for name, p in names.items() if name == prefix or name.startswith(prefix + ".")]
+            if not matching:
+                first = sorted({name.partition(".")[0] for name in names})
+                raise BadInput(f"prodiff: no parameter names start with {prefix!r}: {nearest(prefix, first)}")
+            for parameter in matching:
                 parameter.requires_grad_(False)
 
     def times(self, finest: Tensor, n: int) -> str:
-        """The student's times as a user spells them: its nodes, and 0 for the answer at the last one."""
-        mine = finest.flip(0)[:: (len(finest) - 1) // n][:-1].tolist()
-        return f"explicit:values=({','.join(repr(t) for t in [*mine, 0.0])})"
+        """The spelling of the student's times: its nodes, and 0 for the prediction at the last one."""
+        times = finest.flip(0)[:: (len(finest) - 1) // n][:-1].tolist()
+        return f"explicit:values=({','.join(repr(t) for t in [*times, 0.0])})"
 
 
 def prodiff_schedule(steps: int = 4, beta_min: float = 0.1, beta_max: float = 40.0) -> Discrete:
@@ -126,33 +134,39 @@ def prodiff_schedule(steps: int = 4, beta_min: float = 0.1, beta_max: float = 40
         b_j = 1 - exp(-beta_min / T' - (beta_max - beta_min)(2 j - 1) / (2 T'^2))
 
     For 4 steps alpha is .664, .199, .027, .0016, 4e-5: even entry 0 is mostly noise.
+
+    Args:
+        steps: of the teacher.
+        beta_min, beta_max: as above.
     """
     T = steps + 1
     betas = [1 - math.exp(-beta_min / T - 0.5 * (beta_max - beta_min) * (2 * j - 1) / T**2) for j in range(1, T + 1)]
     return Discrete.from_betas(betas)
 
 
-def nodes(schedule: Schedule, steps: int) -> Tensor:
+def teacher_nodes(schedule: Schedule, steps: int) -> Tensor:
     """The teacher's times, increasing, float64 (steps + 1,): a table's own entries, or equally spaced from 0."""
     if isinstance(schedule, Discrete) and len(schedule.alphas_cumprod) == steps + 1:
         return UniformTime(end=schedule.t_min)(schedule, steps).flip(0)
     return torch.linspace(0, schedule.t_max, steps + 1, dtype=torch.float64)
 
 
-def mask_of(batch: dict[str, Tensor]) -> Tensor | None:
+def batch_mask(batch: dict[str, Tensor]) -> Tensor | None:
     """The batch's mask, of as many dimensions as x, or None."""
     if "mask" not in batch:
         return None
     x, mask = batch["x"], batch["mask"].to(batch["x"].dtype)
     if mask.ndim < x.ndim:
         mask = mask.reshape(len(mask), *[1] * (x.ndim - mask.ndim), *mask.shape[1:])
-    if any(have not in (1, want) for have, want in zip(mask.shape, x.shape)):
-        raise BadInput(f"prodiff: a mask of shape {tuple(batch['mask'].shape)} does not go with x {tuple(x.shape)}")
+    if any(size not in (1, full) for size, full in zip(mask.shape, x.shape)):
+        raise BadInput(
+            f"prodiff: a mask of shape {tuple(batch['mask'].shape)} does not broadcast to x {tuple(x.shape)}"
+        )
     return mask
 
 
 def masked(denoiser: Any, mask: Tensor | None) -> Any:
-    """The denoiser with what is masked set to zero before and after it."""
+    """The denoiser with its input and output set to zero where the mask is."""
     if mask is None:
         return denoiser
     return lambda z, t, **cond: denoiser(z * mask, t, **cond) * mask

@@ -11,30 +11,37 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..times import Trailing
-from ._targets import Nodes, finer_path, grid, loss, noised, path
-from ._task import Student, Task
+from ._targets import DeviceTimes, ddim_path, midpoint_path, noised, prediction_loss, time_nodes
+from ._task import Distiller, DistillTask, Loss, Student
 
 __all__ = ["Progressive"]
 
 
 @dataclass(frozen=True)
-class Progressive:
+class Progressive(Distiller):
     """A student of N steps of DDIM that lands where N m steps of its teacher land; then it is the teacher.
 
-    At a node t of the student's grid and z_t = alpha_t x + sigma_t eps from data, the teacher makes m steps of DDIM
-    to the student's next node s, and the student's prediction is drawn to the x* whose single step from t lands there
-    (`distillers._targets`). t = 1 .. 1/N; the sampler is DDIM on the same grid and ends with the last prediction.
+    At a node t of the student's grid and z_t = alpha_t x + sigma_t eps from data, the teacher takes m steps of DDIM to
+    the student's next node s, and the student's prediction is trained towards the x* whose single step from t lands
+    there (`distillers._targets`). t = 1 .. 1/N; the sampler is DDIM on the same grid and ends with the last prediction.
 
-    steps: of the students, falling, each a divisor of the one before. start: steps of the teacher itself, a multiple
-        of the first (0: twice as many). lr: peak rate of each stage, whose optimiser starts afresh. weight: of the
-        squared error, see `_targets.loss`; both of the paper's are there, "snr+1" and "truncated". last: how many
-        times the training of another stage those of 2 steps and of 1 get. order: of the steps that the first student
-        learns from: 1, DDIM, or 2, which takes two evaluations (`_targets.finer_path`).
+    Paper: N from 8192 or 1024 by halves, Adam 1e-4, lr decaying to 0 in each stage, no average of the weights.
+    Cost: m + 3 model evaluations a training step and image.
 
-    Paper: N from 8192 or 1024 by halves, Adam 1e-4, lr falling to 0 in each stage, no average of the weights.
-    Cost: m + 3 evaluations a step of training and image.
+    Args:
+        steps: of the students, decreasing, each a divisor of the one before.
+        start: steps of the teacher itself, a multiple of the first (0: twice as many).
+        lr: peak learning rate of each stage, with a new optimizer.
+        weight: of the squared error, see `_targets.prediction_loss`; the paper's are `"snr+1"` and `"truncated"`.
+        last: training of the stages of 2 steps and 1, relative to another stage's.
+        order: of the steps that the first student learns from: 1, DDIM, or 2, with two model evaluations each
+            (`_targets.midpoint_path`).
 
-    Reference: Salimans, Ho 2022, arXiv:2202.00512.
+    Raises:
+        BadInput: for steps that do not nest, and another order.
+
+    References:
+        Salimans, Ho 2022, arXiv:2202.00512.
     """
 
     steps: tuple[int, ...] = (8, 4, 2, 1)
@@ -46,74 +53,90 @@ class Progressive:
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check("progressive", self.steps, self.start)
+        check_nested_steps("progressive", self.steps, self.start)
         check_order("progressive", self.order)
 
     @property
     def teacher_steps(self) -> int:
-        """It asks its teacher at the nodes of the teacher's own steps alone."""
+        """The teacher is evaluated at the nodes of its own steps alone."""
         return self.start or 2 * self.steps[0]
 
-    def distill(self, task: Task) -> Student:
-        """Train the stages `steps8`, `steps4`, ...; the last student."""
-        teacher, many = task.teacher, self.start or 2 * self.steps[0]
+    def distill(self, task: DistillTask) -> Student:
+        """Train the stages `steps8`, `steps4`, ... and return the last student."""
+        teacher, teacher_steps = task.teacher, self.teacher_steps
         source = task.initial
         for n in self.steps:
             student = task.student(source)
-            players = [task.player("student", student, self.lesson(task, teacher, student, n, many // n), self.lr)]
-            trained = task.fit(f"steps{n}", players, share=self.last if n <= 2 else 1.0)["student"]
-            made = Student(trained, "ddim", "trailing", n)  # type: ignore[arg-type]
-            task.keep(f"steps{n}", made)
-            teacher = source = trained  # type: ignore[assignment]
-            many = n
-        return made
+            modules = [
+                task.trained_module(
+                    "student", student, self.loss_fn(task, teacher, student, n, teacher_steps // n), self.lr
+                )
+            ]
+            trained: Any = task.fit(f"steps{n}", modules, budget_weight=self.last if n <= 2 else 1.0)["student"]
+            result = Student(trained, "ddim", "trailing", n)
+            task.save_student(f"steps{n}", result)
+            teacher = source = trained
+            teacher_steps = n
+        return result
 
-    def lesson(self, task: Task, teacher: nn.Module, student: Any, n: int, m: int) -> Any:
-        """The loss of the student of n steps whose teacher makes m for each."""
-        way = finer_path if self.order == 2 and teacher is task.teacher else path
-        return halving(task, teacher, student, n, m, way, self.weight)
+    def loss_fn(self, task: DistillTask, teacher: nn.Module, student: Any, n: int, m: int) -> Loss:
+        """The loss of the student of n steps whose teacher takes m for each."""
+        path = midpoint_path if self.order == 2 and teacher is task.teacher else ddim_path
+        return halving_loss(task, teacher, student, n, m, path, self.weight)
 
 
-def halving(
-    task: Task,
+def halving_loss(
+    task: DistillTask,
     teacher: nn.Module,
     student: Any,
     n: int,
     m: int,
-    way: Callable[..., Any],
+    path: Callable[..., Any],
     weight: str,
-    told: Callable[[Tensor], dict[str, Tensor]] = lambda x: {},
-) -> Callable[[dict[str, Tensor]], Tensor]:
-    """The loss of a student of n steps whose teacher goes the `way` of m steps for each; told: what both are told."""
-    times_of = Nodes(grid(Trailing(), task.schedule, n * m))
+    inputs: Callable[[Tensor], dict[str, Tensor]] = lambda x: {},
+) -> Loss:
+    """The loss of a student that takes one step where its teacher takes several.
 
-    def lesson(batch: dict[str, Tensor]) -> Tensor:
-        x, cond = batch["x"], {**task.cond(batch), **told(batch["x"])}
-        nodes = times_of.at(x)
+    Args:
+        task: of the run.
+        teacher: `teacher(z, t, **cond) -> x0`.
+        student: in training.
+        n: steps of the student.
+        m: steps of the teacher for each.
+        path: `ddim_path` or `midpoint_path`.
+        weight: of the squared error, see `_targets.prediction_loss`.
+        inputs: further conditions of both for a batch x.
+    """
+    grid = DeviceTimes(time_nodes(Trailing(), task.schedule, n * m))
+
+    def loss_fn(batch: dict[str, Tensor]) -> Tensor:
+        x, cond = batch["x"], {**task.cond(batch), **inputs(batch["x"])}
+        nodes = grid.at(x)
         i = m * torch.randint(1, n + 1, (len(x),), device=nodes.device)
         times = [nodes[i - k] for k in range(m + 1)]
         z = noised(task.schedule, x, times[0])
         with torch.no_grad():
-            _, target = way(teacher, task.schedule, z, times, **cond)
-        return loss(student, z, times[0], target, weight, **cond)
+            _, target = path(teacher, task.schedule, z, times, **cond)
+        return prediction_loss(student, z, times[0], target, weight, **cond)
 
-    return lesson
+    return loss_fn
 
 
 def check_order(name: str, order: int) -> None:
-    """Refuse orders that there are not."""
+    """Refuse an order that is not 1 or 2. Raises BadInput."""
     if order not in (1, 2):
-        raise BadInput(f"{name}: the steps to learn from are of order 1 or 2, got {order}")
+        raise BadInput(f"{name}: order must be 1 or 2, got {order}")
 
 
-def check(name: str, steps: Sequence[int], start: int) -> None:
-    """Refuse steps that do not nest. BadInput says which."""
+def check_nested_steps(name: str, steps: Sequence[int], start: int) -> None:
+    """Refuse steps of which one is no divisor of the one before. Raises BadInput."""
     if not steps or any(n < 1 for n in steps):
         raise BadInput(f"{name} needs steps such as (8,4,2,1), got {steps}")
     chain = [*([start] if start else []), *steps]
-    for many, few in zip(chain, chain[1:], strict=False):
-        if many <= few or many % few:
+    for teacher_steps, student_steps in zip(chain, chain[1:], strict=False):
+        if teacher_steps <= student_steps or teacher_steps % student_steps:
+            divisors = [str(d) for d in range(1, teacher_steps) if teacher_steps % d == 0]
             raise BadInput(
-                f"{name}: {few} steps cannot follow {many}: each count must be a divisor of the one before, "
-                f"such as {', '.join(str(d) for d in range(1, many) if many % d == 0) or 'none of 1'}"
+                f"{name}: {student_steps} steps cannot follow {teacher_steps}: each count must be a divisor of the one "
+                f"before, such as {', '.join(divisors) or 'none of 1'}"
             )

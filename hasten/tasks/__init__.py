@@ -1,4 +1,4 @@
-"""What a model can be used for beyond drawing images from noise. One task a file."""
+"""Applications of a model other than generating images from noise. One task a file."""
 
 from __future__ import annotations
 

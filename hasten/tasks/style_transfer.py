@@ -27,10 +27,12 @@ Progress = Callable[[int, int], None]
 
 
 class Restyled(NamedTuple):
-    """What `restyle` made.
+    """The result of `restyle`.
 
-    images: (n, C, H, W) float32 in [-1, 1], on the CPU. noise: (n, C, H, W), what the sources were encoded to; N(0, I)
-    by and large. encode_evaluations, decode_evaluations: network evaluations an image; guidance by two counts two.
+    Args:
+        images: (n, C, H, W) float32 in [-1, 1], on the CPU.
+        noise: (n, C, H, W), the encoded sources; approximately N(0, I).
+        encode_evaluations, decode_evaluations: model evaluations an image; guidance by two branches counts two.
     """
 
     images: Tensor
@@ -40,7 +42,7 @@ class Restyled(NamedTuple):
 
     @property
     def evaluations(self) -> float:
-        """Network evaluations an image, both ways together."""
+        """Model evaluations an image, of encoder and decoder together."""
         return self.encode_evaluations + self.decode_evaluations
 
 
@@ -62,28 +64,39 @@ def restyle(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Restyled:
-    """Images of domain A as images of domain B that keep their layout: z_1 = encode_A(x), x' = decode_B(z_1).
+    """Images of domain A as images of domain B with the same layout: z_1 = encode_A(x), x' = decode_B(z_1).
 
-    Domains are classes of one model, or models. The probability-flow equation takes each domain's images to the same
-    N(0, I) and back, so the noise of an image of A is that of some image of B, whose layout, seen by experience, it
-    shares. More guidance of the decoder gives more of B, and less of the source.
+    Domains are classes of one model, or models. The probability-flow ODE takes each domain's images to the same N(0, I)
+    and back, so the noise of an image of A is that of some image of B, whose layout, as observed, it shares. A larger
+    guidance scale of the decoder gives more of B, and less of the source.
 
-    encoder, decoder: a distilled encoder (`distillers.encoder`) and a distilled student for sampling; or any model,
-        which is then run upwards by DDIM inversion and downwards by any sampler. They may be one model.
-    images: (n, C, H, W) in [-1, 1]. from_label, to_label: as for `Model.labels`: what the images are, and shall be.
-    encode_steps, decode_steps: None: those of the models. A distilled encoder knows its own number only.
-    guidance_scale: of the decoder (None: what it recommends). encode_guidance_scale: of the encoder (None: 1, or the
-        nearest that a distilled one can give: guidance makes what is encoded less like N(0, I)).
-    sampler, times: of the decoder, as for `Model.sample`. A deterministic sampler keeps the layout, a stochastic one
-        forgets some of it (`seed`: of its noise).
-    iterations: of the inversion of a model that is no distilled encoder, see `samplers.ddim.invert`.
-    progress: called with (network calls done, of how many).
+    Cost: encode_steps + decode_steps model evaluations an image, twice that where guidance takes two.
 
-    Cost: encode_steps + decode_steps evaluations an image, twice that where guidance takes two.
-    Raises BadInput for models of other shapes, labels that they do not have, an encoder asked to draw.
+    Args:
+        encoder, decoder: a distilled encoder (`distillers.encoder`) and a distilled student for sampling; or any model,
+            which then encodes by DDIM inversion and decodes by any sampler. They may be one model.
+        images: (n, C, H, W) in [-1, 1].
+        from_label, to_label: class of the images and of the result, as for `Model.labels`.
+        encode_steps, decode_steps: None: those of the models. A distilled encoder has its own number only.
+        guidance_scale: of the decoder; None: its recommended one.
+        encode_guidance_scale: of the encoder; None: 1, or the nearest that a distilled one takes: guidance makes the
+            noise less like N(0, I).
+        sampler, times: of the decoder, as for `Model.sample`. A deterministic sampler preserves the layout, a
+            stochastic one loses some of it.
+        iterations: of the inversion of a model that is no distilled encoder, see `samplers.ddim.invert`.
+        seed: of the noise of a stochastic sampler.
+        batch_size: images at once.
+        progress: called with the number of finished network calls and their total.
 
-    Reference: Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142, for distilled encoders; Su, Song,
-    Meng, Ermon 2022, arXiv:2203.08382, for DDIM there and back.
+    Returns:
+        Images, noise and cost.
+
+    Raises:
+        BadInput: for models of other shapes, labels that they do not have, and a decoder that is an encoder.
+
+    References:
+        Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142, for distilled encoders.
+        Su, Song, Meng, Ermon 2022, arXiv:2203.08382, for DDIM in both directions.
     """
     check_int("batch_size", batch_size, 1)
     check_int("seed", seed, 0)
@@ -95,57 +108,72 @@ def restyle(
             f"and {tuple(decoder.shape)}"
         )
     if is_encoder(decoder):
-        raise BadInput(f"{decoder.name} can only encode: name a model that can draw as the decoder")
+        raise BadInput(f"{decoder.name} can only encode: the decoder must be a model that generates images")
     if iterations and is_encoder(encoder):
-        raise BadInput(f"{encoder.name} is a distilled encoder, whose jumps need no iterations")
-    count, tally_in, tally_out = len(images), Tally(encoder.denoiser), Tally(decoder.denoiser)
-    up = Upwards(replace(encoder, denoiser=tally_in), encode_steps, encode_guidance_scale, iterations)
+        raise BadInput(f"{encoder.name} is a distilled encoder, whose steps need no iterations")
+    count = len(images)
+    encoding: Any = EvaluationCounter(encoder.denoiser)
+    decoding: Any = EvaluationCounter(decoder.denoiser)
+    to_noise = NoiseEncoder(replace(encoder, denoiser=encoding), encode_steps, encode_guidance_scale, iterations)
     how = SamplingConfig(sampler, times, decode_steps, guidance_scale)
-    resolved = replace(decoder, denoiser=tally_out).resolve(how)  # type: ignore[arg-type]
-    sources, targets = classes(encoder, count, from_label, "from_label"), classes(decoder, count, to_label, "to_label")
-    begin = resolved.times[0] if resolved.plan is None or resolved.plan.begin is None else resolved.plan.begin
-    start = float(decoder.denoiser.schedule.prior_std(begin))
-    noises, results = [], []
+    config = replace(decoder, denoiser=decoding).resolve(how)
+    sources, targets = (
+        required_labels(encoder, count, from_label, "from_label"),
+        required_labels(decoder, count, to_label, "to_label"),
+    )
+    first_time = config.times[0] if config.plan is None or config.plan.begin is None else config.plan.begin
+    start = float(decoder.denoiser.schedule.prior_std(first_time))
+    noises, outputs = [], []
     for first in range(0, count, batch_size):
         rows = slice(first, min(first + batch_size, count))
         tick = fraction_of(progress, first, count, batch_size)
-        z = up(images[rows].to(encoder.device, torch.float32), None if sources is None else sources[rows], tick)
+        z = to_noise(images[rows].to(encoder.device, torch.float32), None if sources is None else sources[rows], tick)
         noises.append(z.cpu())
-        draws = Noise(range(seed + rows.start, seed + rows.stop), decoder.shape, torch.float32, decoder.device)
+        step_noise = Noise(range(seed + rows.start, seed + rows.stop), decoder.shape, torch.float32, decoder.device)
         cond = {} if targets is None else {"label": targets[rows].to(decoder.device)}
         x = start * z.to(decoder.device)
         x = draw(
-            resolved.denoiser, resolved.sampler, resolved.times, draws, x=x, plan=resolved.plan, progress=tick, **cond
+            config.denoiser, config.sampler, config.times, step_noise, x=x, plan=config.plan, progress=tick, cond=cond
         )
-        results.append(x.float().clamp(-1, 1).cpu())
-    return Restyled(torch.cat(results), torch.cat(noises), tally_in.rows / count, tally_out.rows / count)
+        outputs.append(x.float().clamp(-1, 1).cpu())
+    return Restyled(torch.cat(outputs), torch.cat(noises), encoding.rows / count, decoding.rows / count)
 
 
-def classes(model: Model, count: int, label: Label, name: str) -> Tensor | None:
-    """`Model.labels`; of a model with classes one must be named, as it is the domain."""
+def required_labels(model: Model, count: int, label: Label, name: str) -> Tensor | None:
+    """`Model.labels`; a model with classes needs one, as it is the domain. Raises BadInput."""
     if label is None and model.classes is not None:
-        raise BadInput(f"{model.name} has classes: give {name}, one of {', '.join(model.classes)}")
+        raise BadInput(f"{model.name} has classes: {name} must be one of {', '.join(model.classes)}")
     return model.labels(count, label)
 
 
 def is_encoder(model: Model) -> bool:
-    """Whether the model was distilled to encode images, and so cannot draw them."""
+    """Whether the model was distilled to encode images, and so cannot generate them."""
     figures = model.card.get("distilled", {}).get("figures", {})
     return isinstance(figures, dict) and figures.get("direction") == "encode"
 
 
-class Upwards:
-    """Images to standard normal noise: by a model's jumps if it is a distilled encoder, else by DDIM inversion."""
+class NoiseEncoder:
+    """Images to standard normal noise: by the steps of a distilled encoder, or by DDIM inversion of any other model.
+
+    Args:
+        model: the encoder.
+        steps: None: those of the model.
+        guidance_scale: None: 1, or the nearest that the model takes.
+        iterations: of DDIM inversion.
+
+    Raises:
+        BadInput: for other steps than a distilled encoder's, and scales that the model does not take.
+    """
 
     def __init__(self, model: Model, steps: int | None, guidance_scale: float | None, iterations: int) -> None:
         self.model, self.iterations, self.distilled = model, iterations, is_encoder(model)
         self.steps = model.steps if steps is None else steps
         check_int("encode_steps", self.steps, 1)
         if self.distilled and self.steps != model.steps:
-            raise BadInput(f"{model.name} encodes in {model.steps} steps, asked for {self.steps}")
+            raise BadInput(f"{model.name} encodes in {model.steps} steps, got {self.steps}")
         low, high = model.denoiser.guidance_range or (1.0, 1.0)
         self.scale = min(max(1.0, low), high) if guidance_scale is None else guidance_scale
-        self.guided = model.guided(self.scale)  # refuses a scale that cannot be
+        self.guided = model.guided(self.scale)  # raises for an unsupported scale
         self.times = Trailing()(model.denoiser.schedule, self.steps)
         self.std = float(model.denoiser.schedule.prior_std(self.times[0]))
 
@@ -157,8 +185,8 @@ class Upwards:
         return invert(self.guided, x, self.times, self.iterations, **cond) / self.std
 
 
-class Tally(Wrapper):
-    """A denoiser that counts the samples that it is asked about, in either way of asking: `rows`."""
+class EvaluationCounter(Wrapper):
+    """A denoiser that counts the samples that it evaluates, by `forward` and by `raw`: `rows`."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__(denoiser)
@@ -170,6 +198,7 @@ class Tally(Wrapper):
         return self.denoiser(x_t, t, **cond)
 
     def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
-        """What the inner denoiser's network says."""
+        """The output of the inner denoiser's network."""
         self.rows += len(x_t)
-        return self.denoiser.raw(x_t, t, **cond)  # type: ignore[operator]
+        denoiser: Any = self.denoiser
+        return denoiser.raw(x_t, t, **cond)

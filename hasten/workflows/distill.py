@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
-from ..distillers import Student, Task
-from ..distillers._dry_run import DryRun, Stage, allocate, time_limits
-from ..distillers._task import notes, option
+from ..distillers import Distiller, DistillTask, Student
+from ..distillers._dry_run import DryRun, StagePlan, allocate, time_limits
+from ..distillers._notices import run_notices
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, HastenError, check_int
 from ..files import check_writable, holds_lock, refuse_inside, write_file
@@ -26,8 +26,7 @@ from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
 from ..performance.autotune import format_runtime, parse_runtime
 from ..performance.cost import process_peak
-from ..pick import format_spec as spelled
-from ..pick import pick
+from ..pick import format_spec, pick
 from ..plan.table import plan as compile_plan
 from ..progress import ignore_messages
 from ..storage.checks import check_trainable
@@ -42,9 +41,9 @@ from ..utils.config import Config
 from ..utils.random import preserve_rng_state
 
 RUN = "run.json"
-LABELS = 1024  # drawn from where there are no real images
-SHOWN = 64  # images in the picture of a stage
-AT_ONCE = 16  # of them in the network
+BLANK_IMAGES = 1024  # samples of the data set without real images
+PREVIEW_IMAGES = 64  # images in the preview of a stage
+PREVIEW_BATCH = 16  # of them per evaluation of the network
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -156,7 +155,7 @@ def distill_model(
     check_int("accumulate", accumulate, 1)
     check_int("seed", seed, 0)
     if data is None and distiller.needs_data:
-        raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
+        raise BadInput(f"{method} needs real images: set data, such as the folder that the model was trained on")
     if (steps, minutes, evaluations) == (None, None, None):
         minutes = 30.0
     for name, value in (("steps", steps), ("minutes", minutes), ("evaluations", evaluations)):
@@ -166,19 +165,19 @@ def distill_model(
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     teacher, denoiser = model.guided(scale), model.denoiser
     first = None if init is None else init.denoiser
-    if not option(distiller, "ranged"):
-        if denoiser.net_takes_guidance:  # the method knows no scales: it is given the network for this one
+    if not distiller.keeps_guidance_range:
+        if denoiser.net_takes_guidance:  # the method does not vary the scale: fix it
             denoiser = teacher = at_scale(denoiser, scale)
         if first is not None and first.net_takes_guidance:
             first = at_scale(first, scale)
     refuse_inside(out, data)
-    source = labels_only(model) if data is None else training_data(model, data)
+    source = class_labels_only(model) if data is None else training_samples(model, data)
     run = {
-        "schema": 1, "method": spelled(distiller), "teacher": model_hash(model), "guidance_scale": scale,
+        "schema": 1, "method": format_spec(distiller), "teacher": model_hash(model), "guidance_scale": scale,
         "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     } | ({} if init is None else {"init": model_hash(init)})  # fmt: skip
-    precision = ranks.on_main_process(lambda: distill_precision(model, runtime, batch_size))
+    precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
         first.requires_grad_(False).eval().to(model.device)
@@ -189,15 +188,15 @@ def distill_model(
         "classes": None if model.classes is None else len(model.classes), "codec": model.codec,
         "init": first,
     }  # fmt: skip
-    for line in notes(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.is_main_process else ():
+    for line in run_notices(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.is_main_process else ():
         print(f"hasten: {line}", file=sys.stderr)
 
     def planned() -> dict[str, Any]:
-        known = unfinished_run(out / RUN, run, stages_of) if not dry_run else None
+        known = unfinished_run(out / RUN, run, read_stages) if not dry_run else None
         if known is not None and runtime != "auto" and known["precision"] != precision:
             raise BadInput(
-                f"{out} is a run with runtime {known['precision']}, asked for {precision}: ask for the same, write to "
-                "another folder, or remove it"
+                f"{out} is a run with runtime {known['precision']}, got {precision}: use the same, write to another "
+                "folder, or remove it"
             )
         if known is None:
             rehearsal = DryRun(**common, processes=ranks.world)
@@ -206,13 +205,13 @@ def distill_model(
             # a stage that is much slower than it was in the trial ends early, so that the minutes are kept
             limits = {} if minutes is None else time_limits(rehearsal.stages, minutes)
             known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
-                     "minutes": limits, "memory_bytes": peak_memory(model.device)}  # fmt: skip
+                     "minutes": limits, "memory_bytes": peak_bytes(model.device)}  # fmt: skip
             if not dry_run:
                 write_file(check_writable(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
         return known
 
     known = ranks.on_main_process(planned)
-    stages = stages_of(known)
+    stages = read_stages(known)
     result = {
         "folder": str(out), "method": run["method"], "guidance_scale": scale, "stages": known["stages"],
         "evaluations": sum(s.evaluations * s.steps for s in stages), "precision": known["precision"],
@@ -224,23 +223,27 @@ def distill_model(
         return result
     common["precision"] = known["precision"]
     saver = Saver(model, out, result, scale, command, say)
-    keep = saver if ranks.is_main_process else (lambda name, student: None)
-    task = Task(
-        **common, steps={s.name: s.steps for s in stages}, minutes=known.get("minutes", {}), keep=keep, ranks=ranks
+    save = saver if ranks.is_main_process else (lambda name, student: None)
+    task = DistillTask(
+        **common,
+        steps={s.name: s.steps for s in stages},
+        minutes=known.get("minutes", {}),
+        save_student=save,
+        ranks=ranks,
     )
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         last = distiller.distill(task)
     except ProcessLost as e:
-        raise ProcessLost(f"{str(e).partition(';')[0]}; what {out} holds is kept: the same command goes on") from e
+        raise ProcessLost(f"{str(e).partition(';')[0]}; {out} is intact: the same command resumes the run") from e
     if ranks.is_main_process:
         saver(None, last)
     ranks.barrier()
-    return {**result, "seconds": time.perf_counter() - began}
+    return {**result, "seconds": time.perf_counter() - start}
 
 
-def check_models(model: Model, init: Model | None, distiller: Any, method: str) -> None:
-    """Refuse, before anything runs, what cannot be distilled so or could not be saved afterwards."""
+def check_models(model: Model, init: Model | None, distiller: Distiller, method: str) -> None:
+    """Refuse, before anything runs, models that cannot be distilled so or whose students could not be saved."""
     name = method.partition(":")[0]
     for one in (model,) if init is None else (model, init):
         if one.conditioning is not None:
@@ -250,26 +253,29 @@ def check_models(model: Model, init: Model | None, distiller: Any, method: str) 
             )
         if next(layers(one.denoiser.net), None) is not None or getattr(one.denoiser.net, "runs_elsewhere", False):
             raise BadInput(
-                f"{one.name} is quantised or exported, which cannot be trained: give the model it was made from"
+                f"{one.name} is quantised or exported, which cannot be trained: use the model it was made from"
             )
         if one.denoiser.step_counts is not None:
-            raise BadInput(f"{one.name} is one network for several numbers of steps, which no method goes on from")
-    check_savable(model if init is None else init, network=not option(distiller, "adds_inputs"))
+            raise BadInput(
+                f"{one.name} is one network for several numbers of steps, which no method can distil further"
+            )
+    check_savable(model if init is None else init, network=not distiller.adds_inputs)
     for one in (model,) if init is None else (model, init):
         check_trainable(one.name, one.denoiser, one.shape, one.cond(2))
     before = model.card.get("distilled", {})
     if before and not (before.get("any_time") or before.get("stage") == "guidance"):
-        asks, k = option(distiller, "teacher_steps"), before["steps"]
+        needed, k = distiller.teacher_steps, before["steps"]
         direction = before.get("figures", {}).get("direction", "decode")
-        if direction != option(distiller, "direction"):
-            made = "encodes images into noise" if direction == "encode" else "makes images from noise"
-            raise BadInput(f"{model.name} {made}, which {name} cannot learn from: give it another teacher")
-        if asks not in (0, k):
-            how = f", or use {name} with start={k}" if isinstance(getattr(distiller, "start", None), int) else ""
-            what = "at any time" if asks is None else f"at the times of {asks} steps"
+        if direction != distiller.direction:
+            does = "encodes images into noise" if direction == "encode" else "makes images from noise"
+            raise BadInput(f"{model.name} {does}, which {name} cannot learn from: use another teacher")
+        if needed not in (0, k):
+            start = f", or use {name} with start={k}" if isinstance(getattr(distiller, "start", None), int) else ""
+            times = "at any time" if needed is None else f"at the times of {needed} steps"
             raise BadInput(
-                f"{model.name} is a student of {k} steps and knows no other times, {name} asks its teacher {what}: "
-                f"give the model that it was distilled from as the teacher, and this one as --init (init=){how}"
+                f"{model.name} is a student of {k} steps and was trained at no other times, {name} evaluates its "
+                f"teacher {times}: use the model it was distilled from as the teacher, and this one as --init "
+                f"(init=){start}"
             )
     if init is None:
         return
@@ -288,13 +294,13 @@ def check_models(model: Model, init: Model | None, distiller: Any, method: str) 
 
 
 def at_scale(denoiser: Any, scale: float) -> Any:
-    """A denoiser whose network takes a guidance scale, for one scale."""
+    """A denoiser whose network takes a guidance scale, at one scale."""
     net = denoiser.net
     net = net.fixed(scale) if hasattr(net, "fixed") else FixedGuidance(copy.deepcopy(net), scale)
     return denoiser.replace(net=net, guidance_range=(scale, scale))
 
 
-def training_data(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
+def training_samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
     """Real samples of the model's shape, with the labels that it knows: `real_images`, where they are images."""
     if isinstance(data, torch.Tensor):
         values = data
@@ -309,23 +315,23 @@ def training_data(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
             "(n, *shape) or a Data, in Python"
         )
     if model.decoder is None:
-        return real_images(model, data)
+        return training_images(model, data)
     latents = model.decoder
-    images = real_images(replace(model, shape=latents.pixels(model.shape)), data)
+    images = training_images(replace(model, shape=latents.pixels(model.shape)), data)
     return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))  # type: ignore
 
 
-def real_images(model: Model, data: str | Path) -> Data:
-    """The images of `data`, and their labels as the model's classes, matched by name."""
+def training_images(model: Model, data: str | Path) -> Data:
+    """The images of `data`, with labels as the model's classes, matched by name."""
     channels, height, width = model.shape
     source = open_data(data, size=(height, width), channels=channels)
     return match_labels(source, model.classes, model.name)
 
 
-def labels_only(model: Model) -> Data:
+def class_labels_only(model: Model) -> Data:
     """What a method gets that trains on the model's own samples alone: its classes in equal parts, and blank images."""
     known = [k for k in range(len(model.classes or ())) if k != model.denoiser.null_label]
-    size = len(known) * -(-LABELS // len(known)) if known else LABELS
+    size = len(known) * -(-BLANK_IMAGES // len(known)) if known else BLANK_IMAGES
     labels = torch.tensor(known).repeat(size // len(known)) if known else None
     blank = torch.zeros(1, *model.shape, dtype=torch.uint8)
     shape: Any = model.shape
@@ -333,7 +339,7 @@ def labels_only(model: Model) -> Data:
 
 
 class Saver:
-    """Writes a student's folder, and a picture of what it draws, where they are not there already."""
+    """Saves students, and previews of their samples, where they do not exist already."""
 
     def __init__(
         self, teacher: Model, out: Path, result: dict[str, Any], scale: float, command: str, say: Callable[[str], None]
@@ -358,12 +364,12 @@ class Saver:
             write_file(check_writable(picture), encode_png(make_image_grid(images, columns)))
         except (HastenError, RuntimeError) as e:  # the student is saved, and worth more than its picture
             first = (str(e).splitlines() or [type(e).__name__])[0]
-            print(f"hasten: {picture} is not drawn, {folder} is saved: {first}", file=sys.stderr)
+            print(f"hasten: no preview {picture}: {first}; {folder} is saved", file=sys.stderr)
 
     def model(self, name: str | None, student: Student) -> Model:
-        """The student as a model with its plan, and where it comes from on its card."""
+        """The student as a model, with its plan and its origin on its card."""
         span = student.guidance or (self.scale, self.scale)
-        denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage needs its own
+        denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage uses the original
         if not denoiser.net_takes_guidance:
             denoiser = denoiser.replace(guidance_range=span)
         sampler = pick("samplers", student.sampler)
@@ -388,27 +394,27 @@ class Saver:
 
 
 def drawable(model: Model) -> bool:
-    """Whether what the model makes are images."""
+    """Whether the model generates images."""
     return model.decoder is not None or (model.codec == "image" and model.shape[0] in (1, 3, 4))
 
 
 def sample_grid(model: Model) -> tuple[torch.Tensor, int | None]:
     """At most 64 images of a model and how many go in a row: a column for each class, or, of many classes, one each."""
     if model.classes is None:
-        return model.sample(SHOWN, batch_size=AT_ONCE), None
+        return model.sample(PREVIEW_IMAGES, batch_size=PREVIEW_BATCH), None
     columns = len(model.classes)
-    if columns <= SHOWN:
-        n = columns * (SHOWN // columns)
-        return model.sample(n, batch_size=AT_ONCE), columns
-    return model.sample(SHOWN, label=list(range(SHOWN)), batch_size=AT_ONCE), None
+    if columns <= PREVIEW_IMAGES:
+        n = columns * (PREVIEW_IMAGES // columns)
+        return model.sample(n, batch_size=PREVIEW_BATCH), columns
+    return model.sample(PREVIEW_IMAGES, label=list(range(PREVIEW_IMAGES)), batch_size=PREVIEW_BATCH), None
 
 
-def stages_of(known: dict[str, Any]) -> list[Stage]:
-    """The stages that the rehearsal found."""
-    return [Stage(**stage) for stage in known["stages"]]
+def read_stages(known: dict[str, Any]) -> list[StagePlan]:
+    """The stages that the trial measured."""
+    return [StagePlan(**stage) for stage in known["stages"]]
 
 
-def describe_stage(stage: Stage) -> str:
+def describe_stage(stage: StagePlan) -> str:
     """A line about a stage before it begins."""
     what = f"{stage.pairs} pairs" if stage.pairs else f"{stage.steps} steps"
     seconds = stage.seconds * stage.steps
@@ -416,7 +422,7 @@ def describe_stage(stage: Stage) -> str:
     return f"{stage.name}: {what} of {stage.evaluations:.3g} evaluations, about {last}"
 
 
-def distill_precision(model: Model, runtime: str, batch_size: int) -> str:
+def resolve_precision(model: Model, runtime: str, batch_size: int) -> str:
     """`fp32` or `bf16`, as asked or as a timing of the network finds."""
     if runtime != "auto":
         precision, *rest = format_runtime(parse_runtime(runtime)).split("+")
@@ -426,7 +432,7 @@ def distill_precision(model: Model, runtime: str, batch_size: int) -> str:
     return model.precision_for("auto", min(batch_size, 64)).split("+")[0]
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """The most bytes that were in use: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -28,7 +28,7 @@ from ..tuning import Tuned, Tuner, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
-from ..utils.random import LARGEST_SEED
+from ..utils.random import MAX_SEED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -74,7 +74,7 @@ def tune_model(
     if tuner.needs_data and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     n = None if n is None else check_int("n", n, 1)
-    seed = check_int("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
+    seed = check_int("seed", seed, 0, MAX_SEED - (10**7 if n is None else n))
     check_savable(model)
     check_weights(model.denoiser, model.name)
     model = replace(model)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Task
+from hasten.distillers import DistillTask
 from hasten.predictions import spread
 from hasten.schedules import Discrete
 
@@ -46,8 +46,8 @@ def teacher(prediction: str, steps: int = 400) -> Denoiser:
     return copy.deepcopy(_fitted(prediction, steps))
 
 
-def table_task(out: Path, prediction: str, steps: int = 200, **more: Any) -> Task:
+def table_task(out: Path, prediction: str, steps: int = 200, **more: Any) -> DistillTask:
     """A task on the mixture with that network as its teacher."""
     base = teacher(prediction)
-    return Task(teacher=base, denoiser=base, batches=Draws(256), shape=(2,), out=out, steps=Steady(steps), show=False,
+    return DistillTask(teacher=base, denoiser=base, batches=Draws(256), shape=(2,), out=out, steps=Steady(steps), show=False,
                 **more)  # type: ignore[arg-type]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Task
+from hasten.distillers import DistillTask
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
@@ -39,7 +39,7 @@ def unet() -> Denoiser:
     return Denoiser(net, VPCosine(offset=0.0), V()).eval().requires_grad_(False)
 
 
-def image_task(out: Path, steps: int = 2, **more: Any) -> Task:
+def image_task(out: Path, steps: int = 2, **more: Any) -> DistillTask:
     """A task with that network as its teacher."""
     base = unet()
 
@@ -48,5 +48,5 @@ def image_task(out: Path, steps: int = 2, **more: Any) -> Task:
             return steps
 
     more.setdefault("codec", "image")
-    return Task(teacher=base, denoiser=base, batches=Squares(), shape=(1, 16, 16), out=out, steps=Few(), show=False,
+    return DistillTask(teacher=base, denoiser=base, batches=Squares(), shape=(1, 16, 16), out=out, steps=Few(), show=False,
                 device="cpu", **more)  # type: ignore[arg-type]  # fmt: skip

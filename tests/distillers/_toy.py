@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Student, Task
+from hasten.distillers import DistillTask, Student
 from hasten.exact import GaussianMixture
 from hasten.pick import pick
 from hasten.plan.draw import draw
@@ -27,7 +27,7 @@ WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
 
 class Exact(GaussianMixture):
-    """A mixture that also says v, as a v network would: finite at both ends."""
+    """A mixture with `raw`, the output of a v network: finite at both ends."""
 
     prediction = V()
 
@@ -94,7 +94,7 @@ class Small(nn.Module):
 
 @functools.cache
 def _fitted() -> Denoiser:
-    """The network fitted to what the exact denoiser says, with and without the class."""
+    """The network fitted to the exact denoiser, with and without the class."""
     torch.manual_seed(0)
     exact, net = mixture(), Small()
     denoiser = Denoiser(net, VPCosine(offset=0.0), V())
@@ -147,17 +147,17 @@ class Steady(dict):
 
 def task(
     out: Path, steps: int | dict[str, int] = 300, teacher: nn.Module | None = None, batch_size: int = 256, **more: Any
-) -> Task:
+) -> DistillTask:
     """A task on the mixture: students are copies of the small network; the teacher is it, too, or `teacher`."""
     base = toy()
     batches: Batches = Draws(batch_size)  # type: ignore[assignment]
     by_stage = Steady(steps) if isinstance(steps, int) else steps
-    return Task(teacher=teacher or base, denoiser=base, batches=batches, shape=(2,), out=out, steps=by_stage,
+    return DistillTask(teacher=teacher or base, denoiser=base, batches=batches, shape=(2,), out=out, steps=by_stage,
                 show=False, **more)  # fmt: skip
 
 
 def sample(student: Student, n: int = 2000, seed: int = 0, steps: int | None = None, **cond: Any) -> Tensor:
-    """(n, 2) from the student as a user would get them, labels in the mixture's proportions unless told."""
+    """(n, 2) from the student as a user would get them, labels in the mixture's proportions by default."""
     if "label" not in cond:
         cond["label"] = proportional(n)
     sampler = pick("samplers", student.sampler)
@@ -174,7 +174,7 @@ def proportional(n: int) -> Tensor:
 
 
 def energy(a: Tensor, b: Tensor) -> float:
-    """`2 E|a - b| - E|a - a'| - E|b - b'|`, unbiased; about 0 +- .002 for 2,000 samples of the same law."""
+    """`2 E|a - b| - E|a - a'| - E|b - b'|`, unbiased; about 0 +- .002 for 2,000 samples of the same distribution."""
     a, b = a.double(), b.double()
     own = (torch.cdist(c, c).sum() / (len(c) * (len(c) - 1)) for c in (a, b))
     return (2 * torch.cdist(a, b).mean() - sum(own)).item()

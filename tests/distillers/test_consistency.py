@@ -13,17 +13,17 @@ from torch import Tensor
 
 from hasten.denoiser import Denoiser
 from hasten.distillers._consistency import (
-    distance,
     doubling_count,
     ect_lower,
-    euler,
-    heun,
-    lognormal_shares,
-    pairs,
+    euler_step,
+    grid_levels,
+    heun_step,
+    lognormal_probabilities,
+    pair_distance,
     root_count,
     root_momentum,
 )
-from hasten.distillers._ema_target import Counted, EMATarget
+from hasten.distillers._ema_target import EMATarget, StepCounter
 from hasten.distillers._targets import noised
 from hasten.distillers.consistency import Consistency, anchored, same_dropout
 from hasten.errors import BadInput
@@ -43,7 +43,7 @@ SCHEDULES = [VPCosine(offset=0.0), VPCosine(), VPLinear(), Flow(), EDM()]
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("prediction", ["v", "flow", "edm", "eps", "x0"])
-def test_at_the_clean_end_the_student_says_what_it_sees(prediction: str, schedule: Schedule) -> None:
+def test_at_the_clean_end_the_student_returns_its_input(prediction: str, schedule: Schedule) -> None:
     """f(x, 0) == x to the last bit, for random weights and every prediction."""
     torch.manual_seed(0)
     student = anchored(Denoiser(toy.Small(), schedule, prediction))
@@ -55,7 +55,7 @@ def test_at_the_clean_end_the_student_says_what_it_sees(prediction: str, schedul
 
 
 def test_an_anchored_network_keeps_what_it_said() -> None:
-    """Weights of an x0 network mean the same above the anchor's width; what it says and its target are inverses."""
+    """Weights of an x0 network mean the same above the anchor's width; its output and its target are inverses."""
     schedule = VPCosine(offset=0.0)
     plain = Denoiser(toy.Small(), schedule, "x0")
     student = anchored(plain)
@@ -77,13 +77,13 @@ def test_an_anchored_network_keeps_what_it_said() -> None:
 
 def test_the_pairs_lie_on_the_grid_of_karras() -> None:
     """(eps^(1/7) + (i - 1)/(N - 1) (80^(1/7) - eps^(1/7)))^7, rising, and the clean end below."""
-    times, levels = pairs("karras", EDM(), 18)
+    times, levels = grid_levels("karras", EDM(), 18)
     u = torch.arange(18, dtype=F64) / 17
     wanted = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
     torch.testing.assert_close(levels[1:], wanted, rtol=1e-9, atol=0)
     assert float(levels[0]) == 0 and float(times[0]) == 0 and float(times[-1]) == 1
     for law in ("karras", "angle"):
-        times, levels = pairs(law, VPCosine(offset=0.0), 10)
+        times, levels = grid_levels(law, VPCosine(offset=0.0), 10)
         assert float(times[-1]) == 1.0 and float(levels[-1]) == 150 and bool((levels.diff() > 0).all())
 
 
@@ -103,27 +103,27 @@ def test_curricula() -> None:
     assert first[:3].abs().max() < 1e-12 and 0 < float(first[3]) < 10
     assert float(ect_lower(q, 9)[1]) == pytest.approx(1 - (1 + 8 / (1 + math.e)) / 1024)
     method = Consistency(mode="training", curriculum="root", first=2, nodes=150, momentum=0.9)
-    assert method.following(0, 100) == pytest.approx(0.9) and method.count(99, 100) == 151
+    assert method.momentum_at(0, 100) == pytest.approx(0.9) and method.node_count(99, 100) == 151
 
 
 def test_lognormal_shares() -> None:
     """Over 1281 nodes: they sum to 1, and 71 % of the pairs lie below a level of 1."""
     u = torch.linspace(0, 1, 1281, dtype=F64)
     levels = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
-    shares = lognormal_shares(levels, -1.1, 2.0)
+    shares = lognormal_probabilities(levels, -1.1, 2.0)
     assert len(shares) == 1280 and float(shares.sum()) == pytest.approx(1, abs=1e-12) and bool((shares > 0).all())
     assert float(shares[levels[1:] < 1].sum()) == pytest.approx(0.71, abs=0.005)
-    assert torch.isfinite(lognormal_shares(pairs("karras", VPCosine(offset=0.0), 30)[1], -1.1, 2.0)).all()
+    assert torch.isfinite(lognormal_probabilities(grid_levels("karras", VPCosine(offset=0.0), 30)[1], -1.1, 2.0)).all()
 
 
 def test_distances() -> None:
     a, b = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     norm, c = (a - b).flatten(1).norm(dim=1), 0.03 * math.sqrt(48)
-    torch.testing.assert_close(distance(a, b, "huber", 0.03), torch.sqrt(norm**2 + c**2) - c)
-    torch.testing.assert_close(distance(a, b, "huber", 0.0), norm)
-    torch.testing.assert_close(distance(a, b, "l2"), norm**2 / 48)
-    torch.testing.assert_close(distance(a, b, "l1"), (a - b).abs().flatten(1).mean(1))
-    small = distance(a, a + 1e-6, "huber", 0.03)  # in float32 the difference of the roots would be 0
+    torch.testing.assert_close(pair_distance(a, b, "huber", 0.03), torch.sqrt(norm**2 + c**2) - c)
+    torch.testing.assert_close(pair_distance(a, b, "huber", 0.0), norm)
+    torch.testing.assert_close(pair_distance(a, b, "l2"), norm**2 / 48)
+    torch.testing.assert_close(pair_distance(a, b, "l1"), (a - b).abs().flatten(1).mean(1))
+    small = pair_distance(a, a + 1e-6, "huber", 0.03)  # in float32 the difference of the roots would be 0
     torch.testing.assert_close(small, torch.full((5,), 48e-12 / (2 * c)), rtol=0.02, atol=0)
 
 
@@ -140,7 +140,7 @@ def flowed(y: Tensor, q: Tensor) -> Tensor:
 def residual(kind: str, count: int) -> float:
     """Root mean square of f(z_t, t) - f(z_s, s) over the pairs of a grid, exact: all is linear in x and eps."""
     schedule = EDM()
-    times, levels = (v[1:] for v in pairs("karras", schedule, count))
+    times, levels = (v[1:] for v in grid_levels("karras", schedule, count))
     t, s, q, r = times[1:], times[:-1], levels[1:], levels[:-1]
     if kind == "training":
         square = torch.zeros(count - 1, dtype=F64)
@@ -150,7 +150,7 @@ def residual(kind: str, count: int) -> float:
         return float(square.mean().sqrt())
     teacher = Gaussian(torch.tensor([MEAN]), torch.tensor([STD**2]), schedule)
     z = MEAN + torch.sqrt(STD**2 + q**2)[:, None]
-    below = {"euler": euler, "heun": heun}[kind](teacher, schedule, z, t, s)
+    below = {"euler": euler_step, "heun": heun_step}[kind](teacher, schedule, z, t, s)
     return float((flowed(z, q) - flowed(below, r)).square().mean().sqrt())
 
 
@@ -172,37 +172,37 @@ def test_residuals_of_the_exact_consistency_function(kind: str, values: tuple[fl
 def test_heun_at_both_ends(schedule: Schedule) -> None:
     """From pure noise or the noisiest time it is far closer to the flow than Euler's step; into the clean end, equal."""
     exact = Gaussian(torch.tensor([0.3, -0.4]), torch.tensor([0.36, 0.1]), schedule)
-    times, _ = pairs("angle", schedule, 24)
+    times, _ = grid_levels("angle", schedule, 24)
     z = float(schedule.prior_std(times[-1])) * torch.randn(8, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     t, s = (times[-k].expand(8) for k in (1, 2))
-    off = [(solver(exact, schedule, z, t, s) - exact.endpoint(z, t, s)).norm() for solver in (euler, heun)]
+    off = [(solver(exact, schedule, z, t, s) - exact.endpoint(z, t, s)).norm() for solver in (euler_step, heun_step)]
     assert float(off[1]) < 0.25 * float(off[0])
     t, s = (times[k].expand(8) for k in (1, 0))
-    torch.testing.assert_close(heun(exact, schedule, z, t, s), euler(exact, schedule, z, t, s))
+    torch.testing.assert_close(heun_step(exact, schedule, z, t, s), euler_step(exact, schedule, z, t, s))
 
 
 # ---- the loss ----
 
 
 def test_pairs_of_training_share_their_noise(tmp_path: Path) -> None:
-    """What the student is asked above and f- below are the same x and eps, at neighbours, all pairs in turn."""
+    """The inputs of the student above and of f- below have the same x and eps, at neighbours, all pairs in turn."""
     task = toy.task(tmp_path)
     method = Consistency(mode="training", nodes=6, metric="l2", momentum=0.0)
-    asked: list[tuple[Tensor, Tensor]] = []
+    evaluated: list[tuple[Tensor, Tensor]] = []
 
     class Spy(torch.nn.Module):
         schedule, prediction = task.schedule, task.denoiser.prediction
 
         def forward(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
-            asked.append((z, t))
+            evaluated.append((z, t))
             return z
 
-    player = Counted(Spy())  # type: ignore[arg-type]
+    counter = StepCounter(Spy())  # type: ignore[arg-type]
     torch.manual_seed(0)
     batch = task.batches[0]
-    method.lesson(task, player)(batch)
-    (z, t), (below, s) = asked
-    times, _ = pairs("karras", task.schedule, 6)
+    method.loss_fn(task, counter)(batch)
+    (z, t), (below, s) = evaluated
+    times, _ = grid_levels("karras", task.schedule, 6)
     at = [torch.searchsorted(times, v) for v in (t, s)]
     assert torch.equal(at[0], at[1] + 1) and at[0].unique().tolist() == [1, 2, 3, 4, 5, 6]
     eps = [
@@ -212,7 +212,7 @@ def test_pairs_of_training_share_their_noise(tmp_path: Path) -> None:
     inner = s > 0
     torch.testing.assert_close(eps[0][inner], eps[1][inner], rtol=0, atol=1e-3)
     torch.testing.assert_close(below[~inner].float(), batch["x"][~inner])
-    assert int(player.count) == 1
+    assert int(counter.count) == 1
 
 
 def test_the_exact_function_has_next_to_no_loss(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_exact_function_has_next_to_no_loss(tmp_path: Path) -> None:
 
     for ends in (True, False):
         torch.manual_seed(0)
-        losses.append(float(Consistency(nodes=36, metric="l2", momentum=0.0).lesson(task, Counted(Said(ends)))(x)))  # type: ignore[arg-type]
+        losses.append(float(Consistency(nodes=36, metric="l2", momentum=0.0).loss_fn(task, StepCounter(Said(ends)))(x)))  # type: ignore[arg-type]
     assert losses[0] < 1e-5 < 1e-4 < losses[1], losses
 
 
@@ -278,25 +278,25 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(method: Consistency, tmp_path:
 def test_the_student_is_far_better_than_its_teacher_at_its_steps(
     method: Consistency, bars: dict[int, float], tmp_path: Path
 ) -> None:
-    kept: list[str] = []
-    student = method.distill(toy.task(tmp_path, 250, keep=lambda name, made: kept.append(name)))
-    assert kept == ["consistency"] and student.steps == 2
+    saved: list[str] = []
+    student = method.distill(toy.task(tmp_path, 250, save_student=lambda name, result: saved.append(name)))
+    assert saved == ["consistency"] and student.steps == 2
     assert student.guidance == ((1.0, 1.0) if method.mode == "training" else None)
     true = toy.truth(2000)
     teacher = dataclasses.replace(student, denoiser=toy.toy(), sampler="ddim", times="trailing")
     for steps, bar in bars.items():
-        found, plain = (toy.energy(toy.sample(s, steps=steps), true) for s in (student, teacher))
-        assert found < bar < plain / 1.5, (steps, found, plain)
+        distance, plain = (toy.energy(toy.sample(s, steps=steps), true) for s in (student, teacher))
+        assert distance < bar < plain / 1.5, (steps, distance, plain)
 
 
 @pytest.mark.parametrize("curriculum", ["root", "ect"])
 def test_other_curricula_run(curriculum: str, tmp_path: Path) -> None:
-    """A few steps, and the weights are finite and have moved; a rehearsal knows no number of steps."""
+    """A few steps, and the weights are finite and have moved; a dry run has no number of steps."""
     method = Consistency("training", curriculum, 8, 2, momentum=0.9 if curriculum == "root" else 0.0)
     student = method.distill(toy.task(tmp_path, 5)).denoiser.net.out.weight
     assert bool(torch.isfinite(student).all()) and not torch.equal(student, toy.toy().net.out.weight)
     task = toy.task(tmp_path, {})
-    assert torch.isfinite(method.lesson(task, EMATarget(task.student()))(task.batches[0]))
+    assert torch.isfinite(method.loss_fn(task, EMATarget(task.student()))(task.batches[0]))
 
 
 @pytest.mark.parametrize(

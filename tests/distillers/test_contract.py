@@ -1,4 +1,4 @@
-"""What every distiller is held to: how it is picked, its docstring, a rehearsal, a test of its own."""
+"""The contract of every distiller: its spelling, its docstring, a dry run, a test of its own."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def test_it_is_a_frozen_dataclass_with_a_reference_and_a_test(name: str) -> None
 
 
 @pytest.mark.parametrize("name", method_names("distillers"))
-def test_a_rehearsal_tells_what_each_stage_costs(name: str, tmp_path: Path) -> None:
-    told = image_task(tmp_path) if name in IMAGES else task(tmp_path, batch_size=32)
+def test_a_dry_run_measures_the_cost_of_each_stage(name: str, tmp_path: Path) -> None:
+    job = image_task(tmp_path) if name in IMAGES else task(tmp_path, batch_size=32)
     keys = ("teacher", "denoiser", "batches", "shape", "out")
-    rehearsal = DryRun(**{key: getattr(told, key) for key in keys}, show=False)
+    dry_run = DryRun(**{key: getattr(job, key) for key in keys}, show=False)
     options = OPTIONS.get(name)
-    last = pick("distillers", name + (f":{options}" if options else "")).distill(rehearsal)
+    last = pick("distillers", name + (f":{options}" if options else "")).distill(dry_run)
     assert isinstance(last, Student) and last.steps >= 1
     pick("samplers", last.sampler), pick("times", last.times)
-    assert rehearsal.stages and all(s.evaluations > 0 and s.seconds > 0 for s in rehearsal.stages)
-    allocate(rehearsal.stages, steps=1000, minutes=None, evaluations=None)
-    assert all(stage.steps >= 1 for stage in rehearsal.stages)
-    assert not any(tmp_path.iterdir()), "a rehearsal writes nothing"
+    assert dry_run.stages and all(s.evaluations > 0 and s.seconds > 0 for s in dry_run.stages)
+    allocate(dry_run.stages, steps=1000, minutes=None, evaluations=None)
+    assert all(stage.steps >= 1 for stage in dry_run.stages)
+    assert not any(tmp_path.iterdir()), "a dry run writes nothing"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Student, Task
-from hasten.distillers.denoising_student import DenoisingStudent, distance, generate, one_jump
+from hasten.distillers import DistillTask, Student
+from hasten.distillers.denoising_student import DenoisingStudent, generate, one_step_student, regression_error
 from hasten.errors import BadInput
 from hasten.exact import Gaussian
 from hasten.pick import pick
@@ -52,7 +52,7 @@ def test_on_one_gaussian_a_linear_student_is_exact(tmp_path: Path, prediction: s
     torch.manual_seed(0)
     base = Denoiser(Affine(), schedule, prediction)
     steps = {"student": 400}
-    task = Task(teacher, base, Blank(), (2,), tmp_path, steps=steps, show=False)  # type: ignore[arg-type]
+    task = DistillTask(teacher, base, Blank(), (2,), tmp_path, steps=steps, show=False)  # type: ignore[arg-type]
     method = DenoisingStudent(pairs=512, pair_steps=48, loss="l2", lr=3e-2)
     student = method.distill(task)
     assert student.figures["held_out"] < 1e-8
@@ -69,15 +69,15 @@ def test_more_pairs_are_better_at_the_same_number_of_updates(tmp_path: Path) -> 
     errors = []
     for pairs in (32, 1024):
         task, method = _toy.task(tmp_path / str(pairs), 150, batch_size=64), DenoisingStudent(pairs=pairs, lr=2e-3)
-        errors.append(method.measure(task, method.distill(task).denoiser, fresh))
+        errors.append(method.mean_loss(task, method.distill(task).denoiser, fresh))
     assert errors[1] < 0.7 * errors[0]
 
 
 def test_one_step_is_far_better_than_the_teachers(tmp_path: Path) -> None:
-    kept: dict[str, Student] = {}
-    task = _toy.task(tmp_path, 250, teacher=_toy.mixture(), keep=kept.__setitem__)
+    saved: dict[str, Student] = {}
+    task = _toy.task(tmp_path, 250, teacher=_toy.mixture(), save_student=saved.__setitem__)
     student = DenoisingStudent(pairs=3072, lr=2e-3).distill(task)
-    assert kept["student"] is student and student.steps == 1
+    assert saved["student"] is student and student.steps == 1
     assert pick("samplers", student.sampler).nfe(student.steps) == 1
     truth, mine = _toy.truth(), _toy.sample(student)
     teacher = _toy.sample(Student(_toy.toy(), "ddim", "trailing", 1))
@@ -89,14 +89,14 @@ def test_one_step_is_far_better_than_the_teachers(tmp_path: Path) -> None:
     assert torch.allclose(x, generate(student.denoiser, noise.initial(), label=label), atol=1e-6)
 
 
-def test_a_student_that_says_eps_is_read_as_the_rest(tmp_path: Path) -> None:
+def test_the_output_of_an_eps_student_is_read_as_the_difference(tmp_path: Path) -> None:
     """G(z) = z - net(z): finite where an eps network has nothing to say."""
     torch.manual_seed(0)
     eps = Denoiser(Affine(), VPCosine(offset=0.0), "eps")
     z = torch.randn(5, 2)
-    assert torch.allclose(generate(one_jump(eps), z), z - eps.net(z, z), atol=1e-6)
+    assert torch.allclose(generate(one_step_student(eps), z), z - eps.net(z, z), atol=1e-6)
     v = Denoiser(Affine(), VPCosine(offset=0.0), "v")
-    assert one_jump(v) is v
+    assert one_step_student(v) is v
 
 
 def test_noise_is_scaled_to_the_schedule() -> None:
@@ -108,8 +108,8 @@ def test_noise_is_scaled_to_the_schedule() -> None:
 
 def test_losses_and_refusals() -> None:
     x, y = torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2)
-    assert float(distance(x, y, "l1")) == 1.5 and float(distance(x, y, "l2")) == 2.5
-    with pytest.raises(BadInput, match="no loss 'l3': did you mean"):
+    assert float(regression_error(x, y, "l1")) == 1.5 and float(regression_error(x, y, "l2")) == 2.5
+    with pytest.raises(BadInput, match="unknown loss of denoising_student 'l3': did you mean"):
         DenoisingStudent(loss="l3")
     with pytest.raises(BadInput, match="held"):
         DenoisingStudent(held=0.0)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Task
+from hasten.distillers import DistillTask
 from hasten.nets.unet import UNet
 from hasten.pick import method_names, pick
 from hasten.schedules import Discrete, VPCosine
 from hasten.train.losses import DenoisingLoss, LogNormal
+from tests.pretend import Pretended, PretendedTensor, put
 
-from ._device import DEVICE, Pretend, Remote, counted, moved
 from ._images import Squares
 from ._toy import Steady
 
 SHAPE = (1, 16, 16)
 
 
-class Drawn:
-    """Pairs that are not drawn."""
+class FakePairs:
+    """Pairs of random numbers, without a teacher."""
 
     def __init__(self, count: int, states: int) -> None:
         self.count, self.states, self.batch_size = count, states, 8
@@ -34,10 +32,10 @@ class Drawn:
     def __len__(self) -> int:
         return self.count
 
-    def part(self, start: int, stop: int | None = None) -> Drawn:
-        return Drawn((self.count if stop is None else stop) - start, self.states)
+    def subset(self, start: int, stop: int | None = None) -> FakePairs:
+        return FakePairs((self.count if stop is None else stop) - start, self.states)
 
-    def batches(self, batch_size: int, seed: int = 0) -> Drawn:
+    def batches(self, batch_size: int, seed: int = 0) -> FakePairs:
         return self
 
     def __getitem__(self, step: Any) -> dict[str, Tensor]:
@@ -45,44 +43,48 @@ class Drawn:
         return batch | ({"states": torch.randn(8, self.states, *SHAPE)} if self.states else {})
 
 
-class OneStep(Task):
-    """A task whose stages are one loss of each player on the device; `seen` holds what each was."""
+class OneStep(DistillTask):
+    """A task whose stages are one loss of each module on the device; `copies` holds the uploads of each."""
 
-    seen: dict[str, Counter[str]]
+    device_events: Pretended
+    copies: dict[str, int]
 
-    def fit(self, name: str, players: list[Any], share: float = 1.0, batches: Any = None, **more: Any) -> Any:
+    def fit(
+        self, name: str, modules: list[Any], budget_weight: float = 1.0, batches: Any = None, **options: Any
+    ) -> Any:
         source = self.batches if batches is None else batches
-        shared = {key: Remote(value) for key, value in source[0].items()}
-        for p in players:
-            moved(p.module)
-        for last in (False, True):  # in the first turn tables are moved to where they stay
+        shared = {key: PretendedTensor(value) for key, value in source[0].items()}
+        for p in modules:
+            put(p.module)
+        for last in (False, True):  # the first round moves tables to the device
             batch = dict(shared)
-            for p in players:
+            for p in modules:
                 p.module.train()
-                with counted() as found, torch.set_grad_enabled(last):
+                self.device_events.clear()
+                with torch.set_grad_enabled(last):
                     loss = p.loss(batch)
-                self.seen[f"{name} {p.name}"] = found
+                self.copies[f"{name} {p.name}"] = self.device_events.count("upload", "")
                 if last:
                     loss.backward()
-        return {p.name: p.module.eval().requires_grad_(False) for p in players}
+        return {p.name: p.module.eval().requires_grad_(False) for p in modules}
 
-    def pairs(self, name: str, count: int, **how: Any) -> Any:
-        return Drawn(count, len(how.get("states", ())))
+    def pairs(self, name: str, count: int, **options: Any) -> Any:
+        return FakePairs(count, len(options.get("states", ())))
 
 
-def remote_task(out: Path, prediction: str = "v") -> OneStep:
+def device_task(device: Pretended, out: Path, prediction: str = "v") -> OneStep:
     torch.manual_seed(3)
     net = UNet(1, widths=(8,), classes=2, embedding=16)
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
     schedule = VPCosine(offset=0.0) if prediction == "v" else Discrete.linear()
-    base = moved(Denoiser(net, schedule, prediction).eval().requires_grad_(False))
+    base = put(Denoiser(net, schedule, prediction).eval().requires_grad_(False))
     job = OneStep(base, base, Squares(), SHAPE, out, steps=Steady(10), show=False)  # type: ignore[arg-type]
-    job.seen = {}
+    job.device_events, job.copies = device, {}
     return job
 
 
-# the smallest that go through every line; R1 is a gradient of a gradient, which the pretended device does not know
+# the smallest settings that run every line; R1 is a gradient of a gradient, which the pretended device does not support
 SPELLED = {
     "guided",
     "reflow",
@@ -106,50 +108,23 @@ METHODS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has no autocast for the name that the pretended device goes by."""
-    plain = torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext() if kind == "meta" else plain(kind, *a, **k)
-    )
-
-
 @pytest.mark.parametrize(
     "method, prediction", [*((method, "v") for method in METHODS), ("progressive:steps=(2,)", "eps"), ("dmd", "eps")]
 )
 def test_a_loss_copies_next_to_nothing_to_the_device(method: str, prediction: str, tmp_path: Path) -> None:
-    with Pretend():
-        job = remote_task(tmp_path, prediction)
+    with Pretended() as device:
+        job = device_task(device, tmp_path, prediction)
         pick("distillers", method).distill(job)
-    assert job.seen
-    for name, found in job.seen.items():
-        copies = sum(n for what, n in found.items() if what.startswith("to"))
-        waits = sum(n for what, n in found.items() if what.startswith("wait"))
-        print(method, prediction, name, copies, waits, dict(found))
-        assert copies <= 2, (name, found)
+    assert job.copies
+    for name, copies in job.copies.items():
+        assert copies <= 2, (name, job.copies)
 
 
 def test_a_loss_of_training_copies_nothing_to_the_device() -> None:
     for loss in (DenoisingLoss(label_drop=0.5), DenoisingLoss(spread=False, times=LogNormal())):
-        with Pretend():
-            job = remote_task(Path())
-            with counted() as found:
-                loss(job.denoiser, {key: Remote(value) for key, value in Squares()[0].items()})
-        assert not found
-
-
-def test_the_pretended_device_counts_and_refuses() -> None:
-    with Pretend():
-        x = Remote(torch.randn(4, 2))
-        with counted() as found:
-            assert (x * torch.tensor(2.0)).device == DEVICE  # numbers are let through, as on a GPU
-            x * torch.randn(4, 1).to(DEVICE)
-            x[torch.tensor([0])]
-            float(x.sum())
-        assert sum(found.values()) == 3, found
-        with pytest.raises(RuntimeError, match="one device"):
-            x + torch.randn(4, 2)
-        layer = moved(nn.Linear(2, 1))
-        layer(x).sum().backward()
-        assert isinstance(layer.weight.grad, Remote)
+        with Pretended() as device:
+            job = device_task(device, Path())
+            batch = {key: PretendedTensor(value) for key, value in Squares()[0].items()}
+            device.clear()
+            loss(job.denoiser, batch)
+        assert not device.count("upload", "") and not device.count("wait", ""), device.lines()

@@ -1,4 +1,4 @@
-"""Diffusion GANs: their laws, margins and posterior, and two steps on the mixture."""
+"""Diffusion GANs: their distributions, margins and posterior, and two steps on the mixture."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers._gan import margin, predict
-from hasten.distillers.diffusion_gan import DiffusionGAN, posterior
+from hasten.distillers._gan import margin_loss, predict_raw_and_x0
+from hasten.distillers.diffusion_gan import DiffusionGAN, posterior_sample
 from hasten.errors import BadInput, HastenError
 from hasten.predictions import Eps, V
 from hasten.samplers.ddpm import DDPM
@@ -28,23 +28,23 @@ COSINE = VPCosine(offset=0.0)
 
 @pytest.mark.parametrize("s", [0.0, 0.25, 0.5, 0.75])
 def test_fakes_of_the_datas_law_look_like_data_at_every_time(s: float) -> None:
-    """x_hat of the data's law, whatever z: y' and y have one law; of a shifted law, they have not."""
+    """x_hat distributed as the data, whatever z: y' and y have one distribution; with a shift they do not."""
     torch.manual_seed(0)
     data, other = truth(4000).split(2000)
     batch = {"t": torch.full((2000,), s + 0.25, dtype=torch.float64), "z": 9 * torch.randn(2000, 2)}
     method = DiffusionGAN()
-    real, at = method.shown(COSINE, data, batch)
+    real, at = method.critic_input(COSINE, data, batch)
     assert torch.equal(at, torch.full_like(at, s))
-    assert abs(energy(method.shown(COSINE, other, batch)[0], real)) < 0.004
-    assert energy(method.shown(COSINE, other + 1.0, batch)[0], real) > 0.02
+    assert abs(energy(method.critic_input(COSINE, other, batch)[0], real)) < 0.004
+    assert energy(method.critic_input(COSINE, other + 1.0, batch)[0], real) > 0.02
 
 
 def test_margins_stop_the_gradient_exactly() -> None:
     real = torch.tensor([0.4, 0.6, 7.0], requires_grad=True)
     fake = torch.tensor([-0.4, -0.6, -7.0], requires_grad=True)
-    a, b = torch.autograd.grad(margin(real, fake, 0.5), (real, fake))
+    a, b = torch.autograd.grad(margin_loss(real, fake, 0.5), (real, fake))
     assert a[0] < 0 < b[0] and (a[1:] == 0).all() and (b[1:] == 0).all()
-    free = margin(real, fake, math.inf)
+    free = margin_loss(real, fake, math.inf)
     bce = nn.functional.binary_cross_entropy_with_logits
     torch.testing.assert_close(free, bce(real, torch.ones(3)) + bce(fake, torch.zeros(3)))
     assert all((g != 0).all() for g in torch.autograd.grad(free, (real, fake)))
@@ -54,13 +54,13 @@ def test_the_critic_begins_knowing_nothing(tmp_path: Path) -> None:
     """A copy of the network with a last layer of zeros: the loss is 2 log 2, and nothing reaches the student."""
     job, batch = image_task(tmp_path), Squares()[0]
     method, student = DiffusionGAN(strength=0.0), job.student()
-    critic, module, steep = method.judge(job)
-    loss = method.lesson(job, student, critic, module)(batch)
+    critic, module, penalty = method.build_critic(job)
+    loss = method.student_loss(job, student, critic, module)(batch)
     assert loss.item() == pytest.approx(math.log(2))
     loss.backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in student.parameters())
     assert all(p.grad is None and p.requires_grad for p in module.parameters())
-    loss = method.trial(job, student, critic, steep)(batch)
+    loss = method.critic_loss(job, student, critic, penalty)(batch)
     assert loss.item() == pytest.approx(2 * math.log(2))
     loss.backward()
     assert module.net.conv_out.weight.grad.norm() > 0
@@ -82,13 +82,13 @@ def test_reconstruction_alone_gives_the_mean_of_the_data(tmp_path: Path) -> None
     batch = job.batches[0]
     nothing = (lambda y, s, **cond: (0 * y).sum(1)), nn.Identity()
     student.net.c.data = -batch["x"].mean(0)
-    loss = method.lesson(job, student, *nothing)(batch)
+    loss = method.student_loss(job, student, *nothing)(batch)
     loss.backward()
     assert student.net.c.grad.abs().max() < 1e-5
     torch.testing.assert_close(batch["fake"], batch["x"].mean(0).expand(4000, 2))
     student.net.c.grad = None
     student.net.c.data += 0.5
-    method.lesson(job, student, *nothing)(batch).backward()
+    method.student_loss(job, student, *nothing)(batch).backward()
     torch.testing.assert_close(student.net.c.grad, torch.full((2,), 0.5), atol=1e-4, rtol=1e-4)  # 2 (c - mean) / d
 
 
@@ -98,7 +98,7 @@ def test_the_posterior_is_bayes(schedule: Any) -> None:
     t, s = torch.tensor([0.9, 0.5], dtype=torch.float64), torch.tensor([0.4, 0.1], dtype=torch.float64)
     z, x0 = torch.tensor([[0.7], [-0.2]], dtype=torch.float64), torch.tensor([[0.3], [1.1]], dtype=torch.float64)
     many = 200_000
-    draws = posterior(schedule, *(v.repeat_interleave(many, 0) for v in (z, x0, t, s))).view(2, many)
+    draws = posterior_sample(schedule, *(v.repeat_interleave(many, 0) for v in (z, x0, t, s))).view(2, many)
     a = schedule.alpha(t) / schedule.alpha(s)
     prior, like = 1 / schedule.sigma(s) ** 2, a**2 / (schedule.sigma(t) ** 2 - a**2 * schedule.sigma(s) ** 2)
     var = 1 / (prior + like)
@@ -115,10 +115,10 @@ def test_the_posterior_is_a_step_of_ddpm() -> None:
         grid = torch.tensor([r, e], dtype=torch.float64)
         wanted = walk(DDPM(), lambda x, t, x0=x0: x0, z, grid, lambda xi=xi: xi, schedule=COSINE)
         state = torch.random.get_rng_state()
-        found = posterior(COSINE, z, x0, t, s)
+        value = posterior_sample(COSINE, z, x0, t, s)
         torch.random.set_rng_state(state)
-        found = found + COSINE.sigma(s)[0] * 0 + spread_of(r, e) * (xi - torch.randn_like(z))  # the same draw for both
-        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+        value = value + COSINE.sigma(s)[0] * 0 + spread_of(r, e) * (xi - torch.randn_like(z))  # the same draw for both
+        torch.testing.assert_close(value, wanted, atol=1e-12, rtol=1e-12)
 
 
 def spread_of(r: float, s: float) -> Tensor:
@@ -132,8 +132,8 @@ def test_times_of_training(tmp_path: Path) -> None:
     for times in ("nodes", "all"):
         batch = job.batches[0]
         method = DiffusionGAN(times=times)
-        method.make(job, student, batch)
-        t, s = batch["t"], method.shown(COSINE, batch["x"], batch)[1]
+        method.generate(job, student, batch)
+        t, s = batch["t"], method.critic_input(COSINE, batch["x"], batch)[1]
         torch.testing.assert_close(s, (t - 0.25).clamp_min(0))
         assert t.min() > 0 and t.max() <= 1 and s.min() == 0
         if times == "nodes":
@@ -144,19 +144,19 @@ def test_times_of_training(tmp_path: Path) -> None:
 
 def test_raw_and_x0_are_those_of_the_denoiser() -> None:
     student, z, t = toy(), torch.randn(7, 2), torch.linspace(0.1, 1, 7, dtype=torch.float64)
-    raw, x0 = predict(student, z, t)
+    raw, x0 = predict_raw_and_x0(student, z, t)
     assert torch.equal(raw, student.raw(z, t))
     torch.testing.assert_close(x0, student(z, t))
     with pytest.raises(HastenError, match="eps"):
-        predict(student.replace(prediction=Eps()), z, t)
+        predict_raw_and_x0(student.replace(prediction=Eps()), z, t)
 
 
 def test_four_steps_on_the_mixture(tmp_path: Path) -> None:
     method = DiffusionGAN(lr=2e-3, critic_lr=3e-3, every=1, strength=0.3)
     student = method.distill(task(tmp_path, 300, batch_size=128))
-    found = energy(sample(student, 3000), truth())
+    value = energy(sample(student, 3000), truth())
     teacher = energy(sample(Student(toy(), "ddim", "trailing", 4), 3000), truth())
-    assert teacher > 0.014 and found < 0.5 * teacher, (found, teacher)
+    assert teacher > 0.014 and value < 0.5 * teacher, (value, teacher)
 
 
 def test_the_hybrid_on_the_mixture(tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_the_hybrid_on_the_mixture(tmp_path: Path) -> None:
         lr=2e-3, critic_lr=3e-3, every=1, posterior=True, margin=None, strength=0.5, r1=0.05
     )  # fmt: skip
     student = method.distill(task(tmp_path, 120))
-    found = energy(sample(student, 4000), truth())
+    value = energy(sample(student, 4000), truth())
     teacher = energy(sample(Student(toy(), "ddpm", "trailing", 4), 4000), truth())
-    assert teacher > 0.016 and found < 0.9 * teacher, (found, teacher)
+    assert teacher > 0.016 and value < 0.9 * teacher, (value, teacher)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"critic": "head"}, {"times": "some"}, {"r1": 0.1}])

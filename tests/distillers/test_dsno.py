@@ -1,4 +1,4 @@
-"""Temporal convolutions, the U-Net around them, and a student that says the whole path."""
+"""Temporal convolutions, the U-Net around them, and a student that predicts the whole path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Student, Task
+from hasten.distillers import DistillTask, Student
 from hasten.distillers.dsno import DSNO
 from hasten.errors import BadInput
 from hasten.exact import Gaussian, GaussianMixture
@@ -30,10 +30,10 @@ CLOCKS = (0.5625, 0.25, 0.0625, 0.0)
 
 def conv(modes: int = 3, T: int = 4, channels: int = 3) -> TemporalConv:
     torch.manual_seed(0)
-    made = TemporalConv(channels, T, modes).double()
+    layer = TemporalConv(channels, T, modes).double()
     with torch.no_grad():
-        made.weight.copy_(torch.randn_like(made.weight))
-    return made
+        layer.weight.copy_(torch.randn_like(layer.weight))
+    return layer
 
 
 def features(B: int = 2, T: int = 4, channels: int = 3) -> Tensor:
@@ -42,73 +42,75 @@ def features(B: int = 2, T: int = 4, channels: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("T", [4, 5])
 def test_all_modes_and_the_identity_change_nothing(T: int) -> None:
-    made, u = conv(9, T), features(2, T)
-    assert made.modes == T // 2 + 1  # all there are
+    layer, u = conv(9, T), features(2, T)
+    assert layer.modes == T // 2 + 1  # all there are
     with torch.no_grad():
-        made.weight[0], made.weight[1] = torch.eye(3), 0
-    assert (made.convolve(u) - u).abs().max() < 1e-14
-    assert torch.allclose(made(u), u + nn.functional.leaky_relu(u))
+        layer.weight[0], layer.weight[1] = torch.eye(3), 0
+    assert (layer.convolve(u) - u).abs().max() < 1e-14
+    assert torch.allclose(layer(u), u + nn.functional.leaky_relu(u))
 
 
 def test_it_is_a_circular_convolution_along_the_states() -> None:
-    made, u = conv(2), features()
+    layer, u = conv(2), features()
     shifted = u.unflatten(0, (2, 4)).roll(1, 1).flatten(0, 1)
-    assert (made.convolve(shifted) - made.convolve(u).unflatten(0, (2, 4)).roll(1, 1).flatten(0, 1)).abs().max() < 1e-14
-    kernel = torch.fft.irfft(torch.complex(*made.weight), n=4, dim=0)  # (T, C, C); the third mode is zero
+    assert (
+        layer.convolve(shifted) - layer.convolve(u).unflatten(0, (2, 4)).roll(1, 1).flatten(0, 1)
+    ).abs().max() < 1e-14
+    kernel = torch.fft.irfft(torch.complex(*layer.weight), n=4, dim=0)  # (T, C, C); the third mode is zero
     path = u.unflatten(0, (2, 4))
     direct = torch.stack(
         [sum(torch.einsum("io,bihw->bohw", kernel[(m - n) % 4], path[:, n]) for n in range(4)) for m in range(4)], 1
     )
-    assert (made.convolve(u) - direct.flatten(0, 1)).abs().max() < 1e-14
-    assert made.convolve(u.bfloat16()).dtype == torch.bfloat16
+    assert (layer.convolve(u) - direct.flatten(0, 1)).abs().max() < 1e-14
+    assert layer.convolve(u.bfloat16()).dtype == torch.bfloat16
 
 
 def nets(**more: Any) -> tuple[UNet, TemporalUNet]:
     """A U-Net and one of paths with its weights, R = 0."""
-    how: dict[str, Any] = {"channels": 1, "widths": (8, 16), "classes": 3, "attention": (1,), **more}
-    plain: Any = lively(UNet(**how))
-    whole: Any = TemporalUNet(states=CLOCKS, **how).eval()
-    missing = whole.load_state_dict(plain.state_dict(), strict=False)
+    options: dict[str, Any] = {"channels": 1, "widths": (8, 16), "classes": 3, "attention": (1,), **more}
+    plain: Any = lively(UNet(**options))
+    temporal: Any = TemporalUNet(states=CLOCKS, **options).eval()
+    missing = temporal.load_state_dict(plain.state_dict(), strict=False)
     assert not missing.unexpected_keys and all(".temporal.weight" in key for key in missing.missing_keys)
-    assert len(missing.missing_keys) == sum(len(row) for row in (*whole.down, whole.middle, *whole.up))
-    for module in whole.modules():
+    assert len(missing.missing_keys) == sum(len(row) for row in (*temporal.down, temporal.middle, *temporal.up))
+    for module in temporal.modules():
         if isinstance(module, TemporalConv):
             nn.init.zeros_(module.weight)
-    return plain, whole
+    return plain, temporal
 
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_without_the_convolutions_it_is_the_plain_network_at_each_time(patch: int) -> None:
-    plain, whole = nets(patch=patch)
+    plain, temporal = nets(patch=patch)
     z, label, ones = torch.randn(3, 1, 8, 8), torch.tensor([0, 3, 2]), torch.ones(3)
     with torch.no_grad():
-        path = whole.path(z, ones, label=label)
+        path = temporal.path(z, ones, label=label)
         for m, clock in enumerate(CLOCKS):
             assert torch.allclose(path[:, m], plain(z, torch.full((3,), clock), label), atol=1e-5)
-        assert torch.equal(whole(z, ones, label), path[:, -1])
-    with pytest.raises(ValueError, match="evaluated at time 1 only"):
-        whole(z, 0.5 * ones, label)
+        assert torch.equal(temporal(z, ones, label), path[:, -1])
+    with pytest.raises(ValueError, match="answers at clock 1 alone"):
+        temporal(z, 0.5 * ones, label)
 
 
 def test_states_see_one_another_through_the_convolutions_alone() -> None:
-    _, whole = nets()
+    _, temporal = nets()
     z, ones = torch.randn(2, 1, 8, 8), torch.ones(2)
 
     def reach() -> Tensor:
         """Whether state m depends on the embedding of state n."""
-        emb = whole.embed(ones).detach().requires_grad_(True)
-        path = whole._decode_all(*whole.encode(z, emb), emb)
+        emb = temporal.embed(ones).detach().requires_grad_(True)
+        path = temporal._whole(*temporal.encode(z, emb), emb)
         rows = [torch.autograd.grad(path[:, m].square().sum(), emb, retain_graph=True)[0] for m in range(4)]
         return torch.stack([g.unflatten(0, (2, 4)).abs().amax((0, 2)) for g in rows]) > 0
 
     assert torch.equal(reach(), torch.eye(4, dtype=torch.bool))
-    temporal = next(m for m in whole.up.modules() if isinstance(m, TemporalConv))
-    nn.init.uniform_(temporal.weight)
+    layer = next(m for m in temporal.up.modules() if isinstance(m, TemporalConv))
+    nn.init.uniform_(layer.weight)
     assert bool(reach().all())
 
 
 class Blank:
-    """Batches that only tell the shape."""
+    """Batches that only have the shape."""
 
     batch_size = 64
 
@@ -119,11 +121,11 @@ class Blank:
         return {"x": torch.zeros(64, 1, 1, 2)} | ({"label": torch.zeros(64, dtype=torch.long)} if self.labels else {})
 
 
-def job(out: Path, teacher: nn.Module, steps: int, labels: bool = False, width: int = 32) -> Task:
+def job(out: Path, teacher: nn.Module, steps: int, labels: bool = False, width: int = 32) -> DistillTask:
     torch.manual_seed(0)
     net = UNet(channels=1, widths=(width,), classes=3 if labels else 0)
     base = Denoiser(net, teacher.schedule, "v")  # type: ignore[arg-type]
-    return Task(teacher, base, Blank(labels), (1, 1, 2), out, steps={"student": steps}, show=False)  # type: ignore[arg-type]
+    return DistillTask(teacher, base, Blank(labels), (1, 1, 2), out, steps={"student": steps}, show=False)  # type: ignore[arg-type]
 
 
 class Lines(nn.Module):
@@ -145,18 +147,18 @@ def test_on_one_gaussian_the_operator_is_affine(tmp_path: Path) -> None:
     z = torch.randn(256, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ends = torch.stack([teacher.endpoint(z, 1.0, t) for t in CLOCKS], 1)
     student: Any = Denoiser(Lines().double(), schedule, "x0")
-    lesson = DSNO(loss="l2", largest=10.0).lesson(job(tmp_path, teacher, 1), student)
+    loss_fn = DSNO(loss="l2", largest=10.0).loss_fn(job(tmp_path, teacher, 1), student)
     batch = {"noise": z, "states": ends[:, :-1], "x": ends[:, -1]}
     solver = torch.optim.LBFGS(student.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
 
     def closure() -> float:
         solver.zero_grad()
-        loss = lesson(batch)
+        loss = loss_fn(batch)
         loss.backward()
         return loss.item()
 
     solver.step(closure)
-    assert lesson(batch).item() < 1e-8
+    assert loss_fn(batch).item() < 1e-8
     for m, t in enumerate(CLOCKS):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         assert (student.net.gain[m] - (alpha**2 * variance + sigma**2).sqrt()).abs().max() < 5e-4
@@ -177,11 +179,11 @@ def pictures() -> GaussianMixture:
 
 
 def test_one_step_on_the_mixture_and_the_model_is_saved(tmp_path: Path) -> None:
-    kept: dict[str, Student] = {}
+    saved: dict[str, Student] = {}
     task = job(tmp_path, pictures(), 150, labels=True, width=24)
-    task.keep = kept.__setitem__
+    task.save_student = saved.__setitem__
     student = DSNO(pairs=1024, pair_steps=16, lr=2e-3, largest=20.0, modes=3).distill(task)
-    assert kept["student"] is student and student.steps == 1
+    assert saved["student"] is student and student.steps == 1
     label, noise = _toy.proportional(1500), Noise(range(1500), (1, 1, 2))
 
     def one(denoiser: Any) -> Tensor:
@@ -199,9 +201,9 @@ def test_one_step_on_the_mixture_and_the_model_is_saved(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="times in \\(0, 1\\) that fall"):
+    with pytest.raises(BadInput, match="decreasing times in \\(0, 1\\)"):
         DSNO(states=(0.25, 0.5))
-    with pytest.raises(BadInput, match="no loss"):
+    with pytest.raises(BadInput, match="unknown loss of dsno"):
         DSNO(loss="lpips")
     with pytest.raises(BadInput, match="found Small"):
         DSNO().distill(_toy.task(tmp_path, 1))

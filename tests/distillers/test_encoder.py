@@ -92,7 +92,7 @@ def test_one_jump_with_the_target_lands_where_the_steps_do(steps: int, m: int) -
 
 
 def test_the_target_at_the_image_is_small_steps_own() -> None:
-    """The noise in z at t = 0 is 0 on average given z, so a single tiny step from there says 0; in float32, too."""
+    """The noise in z at t = 0 is 0 on average given z, so a single tiny step from there predicts 0; in float32, too."""
     model = mixture()
     x = model.sample(50, torch.Generator().manual_seed(0)).float()
     zero = torch.zeros(50, dtype=F64)
@@ -103,30 +103,30 @@ def test_the_target_at_the_image_is_small_steps_own() -> None:
     assert torch.isfinite(far).all() and far.std() > 0.3
 
 
-class Says(nn.Module):
-    """A network that says what is right for a known image and noise."""
+class FixedOutput(nn.Module):
+    """A network with the right output for a known image and noise."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.answer = torch.zeros(1)
+        self.output = torch.zeros(1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.answer
+        return self.output
 
 
 @pytest.mark.parametrize("schedule", [VPCosine(offset=0.0), FlowSchedule(), EDM()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("prediction", [V(), Flow(), Eps(), EDMPrediction()], ids=lambda p: p.name)
 def test_the_noise_is_read_from_every_kind_of_network(prediction: Prediction, schedule: Schedule) -> None:
-    denoiser = Denoiser(Says(), schedule, prediction)
+    denoiser = Denoiser(FixedOutput(), schedule, prediction)
     t = torch.tensor([0.0, 1e-4, 0.3, 0.7, 0.95], dtype=F64)
     x, e = normals(2, len(t), 3)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     z = alpha[:, None] * x + sigma[:, None] * e
-    denoiser.net.answer = prediction.target(x, e, alpha, sigma)
-    found = make_eps_fn(denoiser)(z, t)
-    torch.testing.assert_close(found, e, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(eps_to_raw(denoiser, z, t, e), denoiser.net.answer, rtol=1e-9, atol=1e-9)
-    assert raw_to_eps(denoiser, z.float(), t, denoiser.net.answer.float()).dtype == torch.float32
+    denoiser.net.output = prediction.target(x, e, alpha, sigma)
+    noise = make_eps_fn(denoiser)(z, t)
+    torch.testing.assert_close(noise, e, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(eps_to_raw(denoiser, z, t, e), denoiser.net.output, rtol=1e-9, atol=1e-9)
+    assert raw_to_eps(denoiser, z.float(), t, denoiser.net.output.float()).dtype == torch.float32
 
 
 def test_guidance_is_the_same_in_what_is_said_as_in_x0() -> None:
@@ -200,15 +200,15 @@ def test_a_student_takes_the_guidance_scale(tmp_path: Path) -> None:
 
 
 def test_a_saved_encoder_is_a_model(tmp_path: Path) -> None:
-    """Through the whole of `distill_model`: rehearsal, two stages, folders; no picture is drawn of an encoder."""
+    """All of `distill_model`: dry run, two stages, folders; an encoder has no preview."""
     torch.manual_seed(0)
     net = UNet(channels=1, widths=(8,), classes=2, embedding=16)
     teacher = Model(Denoiser(net, VPCosine(offset=0.0), V()), "tiny", (1, 4, 4), ("a", "b"), guidance_scale=2.0)
     np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(0, 255, (16, 4, 4), dtype=np.uint8), labels=np.arange(16) % 2)  # fmt: skip
     out = tmp_path / "run"
-    told = distill_model(teacher, out, "encoder:steps=(4,2)", tmp_path / "data.npz", steps=4, batch_size=8, show=False, precision="fp32")  # fmt: skip
-    assert [s["name"] for s in told["stages"]] == ["encode4", "encode2"] and not list(out.glob("*.png"))
-    assert told["stages"][0]["evaluations"] == pytest.approx(8 * (2 * 2 + 3), rel=0.1)
+    result = distill_model(teacher, out, "encoder:steps=(4,2)", tmp_path / "data.npz", steps=4, batch_size=8, show=False, precision="fp32")  # fmt: skip
+    assert [s["name"] for s in result["stages"]] == ["encode4", "encode2"] and not list(out.glob("*.png"))
+    assert result["stages"][0]["evaluations"] == pytest.approx(8 * (2 * 2 + 3), rel=0.1)
     for folder, steps in ((out, 2), (out / "encode4", 4)):
         loaded = hasten.load(folder)
         assert loaded.steps == steps and loaded.card["distilled"]["figures"]["direction"] == "encode"
@@ -221,7 +221,7 @@ def test_a_saved_encoder_is_a_model(tmp_path: Path) -> None:
 
 def test_where_the_clock_has_no_image_it_begins_beside_it() -> None:
     schedule = VPCosine(offset=0.0)
-    denoiser = Denoiser(Says(), schedule, V(), clock="lam")
+    denoiser = Denoiser(FixedOutput(), schedule, V(), clock="lam")
     assert (
         float(increasing_times(denoiser, 4)[0]) == schedule.t_min
         and float(increasing_times(denoiser.replace(clock="t"), 4)[0]) == 0
@@ -234,13 +234,13 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(BadInput, match="low < high"):
         Encoder(guidance=(3.0, 1.0))
     with pytest.raises(BadInput, match="predicts x0"):
-        increasing_times(Denoiser(Says(), VPCosine(), X0()), 4)
+        increasing_times(Denoiser(FixedOutput(), VPCosine(), X0()), 4)
     with pytest.raises(BadInput, match="label"):
         make_eps_fn(mixture(), 2.0)(normals(2, 2), torch.tensor([0.5, 0.5], dtype=F64))
-    ranged = type("Net", (Says,), {"guidance_range": (1.0, 3.0)})()
+    ranged = type("Net", (FixedOutput,), {"guidance_range": (1.0, 3.0)})()
     with pytest.raises(BadInput, match="1 to 3"):
         Encoder(guidance=(1.0, 5.0)).span(Denoiser(ranged, VPCosine(), V()))
-    fixed = Denoiser(Says(), VPCosine(), V(), guidance_range=(2.0, 2.0))
+    fixed = Denoiser(FixedOutput(), VPCosine(), V(), guidance_range=(2.0, 2.0))
     with pytest.raises(BadInput, match="2 to 2"):
         Encoder(guidance=(1.0, 5.0)).span(fixed)
     assert Encoder().span(fixed) is None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hasten.denoiser import Denoiser
 from hasten.distillers import Student
 from hasten.distillers._targets import noised
-from hasten.distillers.guided import Guided
+from hasten.distillers.guided import GuidedDistillation
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG, with_step_count
 from hasten.nets.unet import UNet
@@ -40,7 +40,7 @@ def test_a_student_starts_as_the_conditional_teacher_at_every_scale(tmp_path: Pa
     assert student.guidance_range == (1.0, 5.0) and teacher.guidance_range is None
 
 
-def test_a_network_for_one_scale_says_what_it_said_at_that_scale() -> None:
+def test_a_network_at_a_fixed_scale_equals_it_at_that_scale() -> None:
     net = unet(guidance=(1.0, 5.0))
     x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
     fixed = net.fixed(2.5)
@@ -78,24 +78,24 @@ def test_the_exact_merged_student_draws_what_the_guided_teacher_draws() -> None:
 
 
 def test_students_of_both_kinds_follow_the_teacher_over_the_scales(tmp_path: Path) -> None:
-    made: dict[str, Student] = {}
-    job = task(tmp_path, steps=300, keep=made.__setitem__)
-    Guided(steps=(2,), start=16, guidance=(1.0, 3.0), lr=1e-3).distill(job)
-    assert list(made) == ["guidance", "steps2"]
+    students: dict[str, Student] = {}
+    job = task(tmp_path, steps=300, save_student=students.__setitem__)
+    GuidedDistillation(steps=(2,), start=16, guidance=(1.0, 3.0), lr=1e-3).distill(job)
+    assert list(students) == ["guidance", "steps2"]
     base = toy()
     for scale in (1.0, 2.0):
         guided = CFG(scale).wrap(base)
         reference = sample(Student(guided, "ddim", "trailing", 64), 3000, seed=50_000)  # type: ignore[arg-type]
         plain = energy(sample(Student(guided, "ddim", "trailing", 2)), reference)  # type: ignore[arg-type]
-        two = replace(made["steps2"], denoiser=CFG(scale).wrap(made["steps2"].denoiser))
+        two = replace(students["steps2"], denoiser=CFG(scale).wrap(students["steps2"].denoiser))
         assert 4 * energy(sample(two), reference) < plain
 
 
 def test_one_network_serves_several_counts_of_steps(tmp_path: Path) -> None:
-    made: dict[str, Student] = {}
-    job = task(tmp_path, steps={"guidance": 300, "shared": 800}, keep=made.__setitem__)
-    last = Guided(steps=(4, 2, 1), start=16, guidance=(1.0, 2.0), lr=1e-3, shared=True).distill(job)
-    assert list(made) == ["guidance", "shared"] and last.steps == 4 and last.denoiser.step_counts == (4, 2, 1)
+    students: dict[str, Student] = {}
+    job = task(tmp_path, steps={"guidance": 300, "shared": 800}, save_student=students.__setitem__)
+    last = GuidedDistillation(steps=(4, 2, 1), start=16, guidance=(1.0, 2.0), lr=1e-3, shared=True).distill(job)
+    assert list(students) == ["guidance", "shared"] and last.steps == 4 and last.denoiser.step_counts == (4, 2, 1)
     guided = CFG(1.5).wrap(toy())
     reference = sample(Student(guided, "ddim", "trailing", 64), 3000, seed=50_000)  # type: ignore[arg-type]
     for n in (4, 2, 1):
@@ -107,11 +107,11 @@ def test_one_network_serves_several_counts_of_steps(tmp_path: Path) -> None:
 
 
 def test_one_and_two_steps_get_their_shares_of_the_images() -> None:
-    counts = torch.bincount(Guided(steps=(8, 4, 2, 1), last=3, shared=True).dealt(800), minlength=4)
+    counts = torch.bincount(GuidedDistillation(steps=(8, 4, 2, 1), last=3, shared=True).assign_counts(800), minlength=4)
     assert torch.allclose(counts.double(), 800 * torch.tensor([1, 1, 3, 3]).double() / 8, atol=1.01), counts
 
 
-def test_the_unet_is_told_its_count_of_steps() -> None:
+def test_the_unet_takes_its_count_of_steps() -> None:
     net = unet(steps=(4, 1))
     x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
     four, one = (net(x, t, steps=torch.full((2,), n)) for n in (4, 1))
@@ -126,88 +126,96 @@ def test_the_unet_is_told_its_count_of_steps() -> None:
 
 def test_the_scale_matters_to_the_student(tmp_path: Path) -> None:
     job = task(tmp_path, steps=250)
-    merged = Guided(guidance=(1.0, 3.0), lr=3e-3).merged(job)
+    merged = GuidedDistillation(guidance=(1.0, 3.0), lr=3e-3).merged(job)
     batch = job.batches[1000]
     label, t = batch["label"], torch.full((256,), 0.6, dtype=torch.float64)
     z = noised(job.schedule, batch["x"], t, torch.randn(256, 2, generator=torch.Generator().manual_seed(0)))
     errors = []
     for scale in (1.0, 2.0, 3.0):
         want = CFG(scale).wrap(toy())(z, t, label=label)
-        told = [merged(z, t, label=label, guidance=torch.full((256,), s)) for s in (1.0, 2.0, 3.0)]
-        errors.append([(x - want).square().mean().item() for x in told])
+        predictions = [merged(z, t, label=label, guidance=torch.full((256,), s)) for s in (1.0, 2.0, 3.0)]
+        errors.append([(x - want).square().mean().item() for x in predictions])
     for k, row in enumerate(errors):
         assert row[k] == min(row), errors
 
 
-def recorded(job: Any, kind: str, n: int, m: int, method: Guided) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Times that a lesson asks its teacher at, the student's times, its targets, and the teacher's first answers."""
-    exact, asked, answers = mixture(), [], []
+def recorded(
+    job: Any, kind: str, n: int, m: int, method: GuidedDistillation
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Times of the teacher's evaluations in a loss, the student's times, its targets, and the teacher's predictions."""
+    exact, evaluated, predictions = mixture(), [], []
 
     class Teacher(Perfect):
         def forward(self, x: Tensor, t: Tensor, label: Tensor, guidance: Tensor) -> Tensor:
-            asked.append(t)
-            answers.append(super().forward(x, t, label, guidance))
-            return answers[-1]
+            evaluated.append(t)
+            predictions.append(super().forward(x, t, label, guidance))
+            return predictions[-1]
 
     seen: dict[str, Tensor] = {}
     student = job.student(guidance=(1.0, 5.0))
-    keep = student.raw
+    original = student.raw
 
     def raw(z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         seen["t"] = t
-        return keep(z, t, **cond)
+        return original(z, t, **cond)
 
     student.raw = raw  # type: ignore[method-assign]
-    make = method.jumps if kind == "deterministic" else method.double_jumps
+    loss_fn = method.deterministic_loss if kind == "deterministic" else method.stochastic_loss
     from hasten.distillers import guided as module
 
     targets: list[Tensor] = []
-    kept = {name: getattr(module, name) for name in ("path", "finer_path")}
+    paths = {name: getattr(module, name) for name in ("ddim_path", "midpoint_path")}
 
-    def watched(found: Any) -> Any:
+    def watched(inner: Any) -> Any:
         def path(*args: Any, **cond: Any) -> Any:
-            end, target = found(*args, **cond)
+            end, target = inner(*args, **cond)
             targets.append(target)
             return end, target
 
         return path
 
-    for name, found in kept.items():
-        setattr(module, name, watched(found))
+    for name, path in paths.items():
+        setattr(module, name, watched(path))
     try:
         torch.manual_seed(0)
-        make(job, Teacher(exact), student, n, m)(job.batches[0])  # type: ignore[arg-type]
+        loss_fn(job, Teacher(exact), student, n, m)(job.batches[0])  # type: ignore[arg-type]
     finally:
-        for name, found in kept.items():
-            setattr(module, name, found)
-    return asked, seen["t"], targets[0], torch.stack(answers)
+        for name, path in paths.items():
+            setattr(module, name, path)
+    return evaluated, seen["t"], targets[0], torch.stack(predictions)
 
 
-def test_the_stochastic_lesson_takes_double_steps_and_one_from_the_last_node(tmp_path: Path) -> None:
+def test_the_stochastic_loss_takes_double_steps_and_one_from_the_last_node(tmp_path: Path) -> None:
     job, n = task(tmp_path), 4
-    asked, t, target, answers = recorded(job, "stochastic", n, 2, Guided(steps=(8, 4), kind="stochastic"))
+    evaluated, t, target, predictions = recorded(
+        job, "stochastic", n, 2, GuidedDistillation(steps=(8, 4), kind="stochastic")
+    )
     assert sorted(set(t.tolist())) == [k / n for k in range(1, n + 1)]
     last = t == 1 / n
-    assert len(asked) == 2  # two steps of 1/N of a teacher that jumps 1/N
-    assert torch.equal(asked[0], t) and torch.equal(asked[1][~last], t[~last] - 1 / n)
-    assert torch.equal(asked[1][last], t[last])  # the step before it had no length
-    assert torch.allclose(target[last].double(), answers[1][last], atol=1e-6)
-    assert not torch.allclose(target[~last].double(), answers[1][~last], atol=1e-2)
+    assert len(evaluated) == 2  # two steps of 1/N of a teacher that jumps 1/N
+    assert torch.equal(evaluated[0], t) and torch.equal(evaluated[1][~last], t[~last] - 1 / n)
+    assert torch.equal(evaluated[1][last], t[last])  # the step before it had no length
+    assert torch.allclose(target[last].double(), predictions[1][last], atol=1e-6)
+    assert not torch.allclose(target[~last].double(), predictions[1][~last], atol=1e-2)
 
 
-def test_the_deterministic_lesson_takes_steps_of_half_the_length(tmp_path: Path) -> None:
-    asked, t, _, _ = recorded(task(tmp_path), "deterministic", 4, 2, Guided(steps=(8, 4)))
-    assert len(asked) == 2 and torch.equal(asked[0], t) and torch.equal(asked[1], t - 1 / 8)
+def test_the_deterministic_loss_takes_steps_of_half_the_length(tmp_path: Path) -> None:
+    evaluated, t, _, _ = recorded(task(tmp_path), "deterministic", 4, 2, GuidedDistillation(steps=(8, 4)))
+    assert len(evaluated) == 2 and torch.equal(evaluated[0], t) and torch.equal(evaluated[1], t - 1 / 8)
     assert sorted(set(t.tolist())) == [k / 4 for k in range(1, 5)]
 
 
 def test_the_first_student_may_learn_from_steps_of_second_order(tmp_path: Path) -> None:
-    asked, t, _, _ = recorded(task(tmp_path), "deterministic", 4, 2, Guided(steps=(4, 2), start=8, order=2))
-    assert [torch.equal(a, t - k / 16) for k, a in enumerate(asked)] == [True] * 4  # each step, and its middle
-    asked, t, _, _ = recorded(task(tmp_path), "deterministic", 2, 2, Guided(steps=(4, 2), start=8, order=2))
-    assert len(asked) == 2  # a student of few steps is asked where it was trained
-    with pytest.raises(BadInput, match="order 1 or 2"):
-        Guided(order=3)
+    evaluated, t, _, _ = recorded(
+        task(tmp_path), "deterministic", 4, 2, GuidedDistillation(steps=(4, 2), start=8, order=2)
+    )
+    assert [torch.equal(a, t - k / 16) for k, a in enumerate(evaluated)] == [True] * 4  # each step, and its middle
+    evaluated, t, _, _ = recorded(
+        task(tmp_path), "deterministic", 2, 2, GuidedDistillation(steps=(4, 2), start=8, order=2)
+    )
+    assert len(evaluated) == 2  # a student of few steps is evaluated where it was trained
+    with pytest.raises(BadInput, match="order must be 1 or 2"):
+        GuidedDistillation(order=3)
 
 
 def test_a_scale_out_of_range_is_refused_with_the_range() -> None:
@@ -222,9 +230,9 @@ def test_a_scale_out_of_range_is_refused_with_the_range() -> None:
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="stochastic"):
-        Guided(kind="stochastik")
+        GuidedDistillation(kind="stochastik")
     with pytest.raises(BadInput, match="low < high"):
-        Guided(guidance=(2.0, 2.0))
+        GuidedDistillation(guidance=(2.0, 2.0))
     plain = Denoiser(nn.Linear(2, 2), VPCosine(offset=0.0), V())
     with pytest.raises(BadInput, match="null label"):
-        Guided().distill(replace(task(tmp_path), denoiser=plain))
+        GuidedDistillation().distill(replace(task(tmp_path), denoiser=plain))

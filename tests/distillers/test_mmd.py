@@ -1,4 +1,4 @@
-"""Fine-tuning by MMD: the estimator, its gradient, the sampler it goes through, and what is learnt."""
+"""Fine-tuning by MMD: the estimator, its gradient, its sampler, and what is learnt."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distillers._features import classifier
-from hasten.distillers.mmd import Mmd, mmd2, sampled
+from hasten.distillers._features import trained_classifier
+from hasten.distillers.mmd import Mmd, ddim_sample, mmd2
 from hasten.errors import BadInput
 from hasten.metrics.kid import polynomial_mmd2
 from hasten.nets.classifier import Classifier
@@ -31,7 +31,7 @@ def normals(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_it_is_unbiased() -> None:
-    """Over 2000 pairs of samples of 64 of one law in 8 dimensions its mean is 0 within 4 errors, that of the estimate
+    """Over 2000 pairs of samples of 64 of one distribution in 8 dimensions its mean is 0 within 4 errors, that of the estimate
     with the diagonals is not, by .26."""
     x, y = normals(2, 2000, 64, 8)
     values = torch.stack([mmd2(a, b) for a, b in zip(x, y)])
@@ -93,24 +93,26 @@ def test_an_affine_generator_finds_mean_and_scale() -> None:
 # ---- the sampler, the loss ----
 
 
-def test_it_goes_through_the_sampler_that_is_recommended() -> None:
+def test_it_trains_through_the_recommended_sampler() -> None:
     denoiser, times = toy.toy(), Trailing()(toy.toy().schedule, 3)
     z, label = normals(16, 2).float(), torch.arange(16) % 3
     wanted = walk(DDIM(), denoiser, z, times, label=label)
-    torch.testing.assert_close(sampled(denoiser, denoiser.schedule, z, times, label=label), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        ddim_sample(denoiser, denoiser.schedule, z, times, {"label": label}), wanted, rtol=0, atol=1e-5
+    )
 
 
 def test_evaluating_again_changes_no_gradient() -> None:
     """Each step is reached by the gradient, with and without keeping activations."""
-    found = []
+    measured = []
     z, label = normals(16, 2).float(), torch.arange(16) % 3
     for again in (False, True):
         student = toy.toy().requires_grad_(True)
-        made = sampled(student, student.schedule, z, Trailing()(student.schedule, 3), again, label=label)
-        made.square().mean().backward()
-        found.append([p.grad for p in student.net.parameters() if p.grad is not None])
-    assert len(found[0]) == len(found[1]) > 5
-    for one, two in zip(*found):
+        samples = ddim_sample(student, student.schedule, z, Trailing()(student.schedule, 3), {"label": label}, again)
+        samples.square().mean().backward()
+        measured.append([p.grad for p in student.net.parameters() if p.grad is not None])
+    assert len(measured[0]) == len(measured[1]) > 5
+    for one, two in zip(*measured):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
@@ -120,12 +122,12 @@ def test_the_anchor_holds_the_output(tmp_path: Path) -> None:
     student = task.student()
     losses = {}
     for anchor in (0.0, 2.0):
-        lesson = Mmd(steps=2, anchor=anchor).lesson(task, nn.Identity(), student)
+        loss_fn = Mmd(steps=2, anchor=anchor).loss_fn(task, nn.Identity(), student)
         for moved in (0.0, 0.5):
             with torch.no_grad():
                 student.net.out.bias.copy_(task.denoiser.net.out.bias + moved)
             torch.manual_seed(0)
-            losses[anchor, moved] = lesson(task.batches[0]).item()
+            losses[anchor, moved] = loss_fn(task.batches[0]).item()
     assert losses[2.0, 0.0] == pytest.approx(losses[0.0, 0.0], abs=1e-9)
     # v is moved by .5: x0 by -.5 sigma, of which the last step, at t = 1/2, keeps .5 sin(pi/4) and more
     assert losses[2.0, 0.5] - losses[0.0, 0.5] > 2 * (0.5 * 0.7) ** 2
@@ -151,12 +153,12 @@ def test_a_classifier(shape: tuple[int, ...]) -> None:
 def test_the_classifier_stage(tmp_path: Path) -> None:
     """It learns the task's labels, is a stage of its own, and is not trained again."""
     task = toy.task(tmp_path, 100)
-    net = classifier(task, 0.1, width=8)
-    assert task.done == ["classifier"] and not any(p.requires_grad for p in net.parameters())
+    net = trained_classifier(task, 0.1, width=8)
+    assert task.completed_stages == ["classifier"] and not any(p.requires_grad for p in net.parameters())
     batch = toy.Draws(2000, seed=5)[0]
-    found = float((net(batch["x"])[1].argmax(1) == batch["label"]).float().mean())
-    assert found > 0.97
-    again = classifier(toy.task(tmp_path, 100), 0.1, width=8)
+    measured = float((net(batch["x"])[1].argmax(1) == batch["label"]).float().mean())
+    assert measured > 0.97
+    again = trained_classifier(toy.task(tmp_path, 100), 0.1, width=8)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
 
 
@@ -173,11 +175,11 @@ def test_a_classifier_needs_labels(tmp_path: Path) -> None:
 def test_the_student_is_far_better_than_before_at_its_steps(tmp_path: Path) -> None:
     task = toy.task(tmp_path, 150)
     student = Mmd(steps=2, kernel="rbf", width=8, lr=1e-3).distill(task)
-    assert task.done == ["classifier", "mmd"] and student.steps == 2
+    assert task.completed_stages == ["classifier", "mmd"] and student.steps == 2
     true = toy.truth(2000)
     before = dataclasses.replace(student, denoiser=toy.toy())
-    found, plain = (toy.energy(toy.sample(s), true) for s in (student, before))
-    assert found < 0.01 < plain / 3, (found, plain)
+    measured, plain = (toy.energy(toy.sample(s), true) for s in (student, before))
+    assert measured < 0.01 < plain / 3, (measured, plain)
 
 
 @pytest.mark.parametrize(

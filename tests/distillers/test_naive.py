@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.distillers._targets import path
+from hasten.distillers._targets import ddim_path
 from hasten.guides.cfg import CFG
 from recipes.guided_naive import Branches
 
@@ -34,7 +34,7 @@ def gap(scale: float, order: int = 2) -> tuple[float, float]:
     times = [torch.full((N,), 0.5 - 0.25 * k / order, dtype=F64) for k in range(order + 1)]
 
     def jump(label: Tensor, scale: float = 1.0) -> Tensor:
-        return path(CFG(scale=scale).wrap(model), model.schedule, z, times, label=label)[1]
+        return ddim_path(CFG(scale=scale).wrap(model), model.schedule, z, times, label=label)[1]
 
     of_class, of_all = jump(label), jump(torch.full_like(label, 3))
     right, naive = jump(label, scale), of_all + scale * (of_class - of_all)
@@ -43,11 +43,11 @@ def gap(scale: float, order: int = 2) -> tuple[float, float]:
 
 def test_the_gap_is_none_without_guidance_and_grows_with_it() -> None:
     """w = scale - 1. Measured .061, .34, 1.03, 2.6 beside targets of .99 to 2.4; to about 2 % with these points."""
-    found = [gap(1 + w) for w in (0, 0.3, 1, 2, 4)]
-    gaps = [g for g, _ in found]
+    results = [gap(1 + w) for w in (0, 0.3, 1, 2, 4)]
+    gaps = [g for g, _ in results]
     assert gaps[0] < 1e-12 and gaps == sorted(gaps)
     assert gaps[1:] == pytest.approx([0.062, 0.34, 1.0, 2.6], rel=0.05)
-    assert gaps[-1] > found[-1][1]  # at w = 4 it is larger than what is to be said
+    assert gaps[-1] > results[-1][1]  # at w = 4 it is larger than what is to be said
 
 
 def test_it_is_in_the_second_step() -> None:
@@ -61,5 +61,5 @@ def test_the_recipe_tells_half_of_the_samples_no_class(tmp_path: Path) -> None:
     branches = Branches(teacher=model, denoiser=model, batches=batches, shape=(2,), out=tmp_path)  # type: ignore[arg-type]
     torch.manual_seed(0)
     label = batches[0]["label"]
-    told = branches.cond({"label": label})["label"]
-    assert 0.4 < (told == 3).float().mean() < 0.6 and (told[told != 3] == label[told != 3]).all()
+    labels = branches.cond({"label": label})["label"]
+    assert 0.4 < (labels == 3).float().mean() < 0.6 and (labels[labels != 3] == label[labels != 3]).all()

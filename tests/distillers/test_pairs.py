@@ -1,4 +1,4 @@
-"""The store of pairs: what is in it can be made again from the seeds, and what happened to its files is noticed."""
+"""The store of pairs: reproducible from the seeds, and damage to its files is detected."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distillers import Task
-from hasten.distillers._pairs import FIRST, Pairs, make
+from hasten.distillers import DistillTask
+from hasten.distillers._pair_making import make_pairs
+from hasten.distillers._pairs import FIRST_SEED, Pairs
 from hasten.errors import BadInput
 from hasten.exact import GaussianMixture
 from hasten.plan.draw import draw
@@ -41,10 +42,12 @@ class Blank:
         return {"x": torch.zeros(8, *SHAPE), "label": torch.zeros(8, dtype=torch.long)}
 
 
-def task(out: Path, teacher: nn.Module | None = None, **more: Any) -> Task:
+def task(out: Path, teacher: nn.Module | None = None, **more: Any) -> DistillTask:
     exact = pictures()
     more.setdefault("codec", "image")
-    return Task(teacher=teacher or exact, denoiser=exact, batches=Blank(), shape=SHAPE, out=out, show=False, **more)  # type: ignore[arg-type]
+    return DistillTask(
+        teacher=teacher or exact, denoiser=exact, batches=Blank(), shape=SHAPE, out=out, show=False, **more
+    )  # type: ignore[arg-type]
 
 
 class Dies(nn.Module):
@@ -71,7 +74,7 @@ HOW: dict[str, Any] = {"steps": 6, "batch_size": 10, "block": 25}
 def test_a_pair_is_made_again_from_its_seed(tmp_path: Path) -> None:
     pairs = task(tmp_path).pairs("a", 60, **HOW)
     assert len(pairs) == 60 and (tmp_path / "pairs" / "a" / "ends-00002.npy").is_file()
-    seeds = [FIRST + k for k in (0, 24, 25, 59)]
+    seeds = [FIRST_SEED + k for k in (0, 24, 25, 59)]
     label = torch.tensor([0, 0, 1, 2])
     x = draw(pictures(), UniPC(), CosineAngle()(VPCosine(offset=0.0), 6), Noise(seeds, SHAPE), label=label)
     got = pairs[[0, 24, 25, 59]]
@@ -81,7 +84,7 @@ def test_a_pair_is_made_again_from_its_seed(tmp_path: Path) -> None:
     assert torch.equal(got["label"], label)
     assert torch.equal(pairs[25]["x"], got["x"][2]) and torch.equal(pairs[-1]["noise"], got["noise"][3])
     assert torch.equal(pairs[24:26]["x"], got["x"][1:3])
-    assert torch.equal(pairs.part(20)[5]["x"], got["x"][2])
+    assert torch.equal(pairs.subset(20)[5]["x"], got["x"][2])
 
 
 def test_other_runs_have_other_noise(tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_other_runs_have_other_noise(tmp_path: Path) -> None:
     first = task(tmp_path / "0").pairs("a", 5, **HOW)
     second = task(tmp_path / "1", seed=3).pairs("a", 5, **HOW)
     assert (first[:]["noise"] - second[:]["noise"]).abs().amax((1, 2, 3)).min() > 0.1
-    assert (second.told["seed"] - FIRST) % 2**32 >= 10_000_000
+    assert (second.config["seed"] - FIRST_SEED) % 2**32 >= 10_000_000
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -139,27 +142,27 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         task(tmp_path).pairs("a", 60, **HOW)
 
 
-def test_pairs_made_in_another_way_are_not_taken(tmp_path: Path) -> None:
+def test_pairs_of_other_settings_are_refused(tmp_path: Path) -> None:
     task(tmp_path).pairs("a", 10, **HOW)
-    for how, word in (
+    for options, word in (
         ({"steps": 7}, "grid"), ({"sampler": "ddim"}, "sampler"), ({"labels": "random"}, "labels"),
         ({"dtype": "float32"}, "dtype"),
     ):  # fmt: skip
-        with pytest.raises(BadInput, match=f"made with {word} .* not .*ask for the same, or remove"):
-            task(tmp_path).pairs("a", 10, **{**HOW, **how})
-    with pytest.raises(BadInput, match="made with seed"):
+        with pytest.raises(BadInput, match=f"pairs with {word} .* not .*use the same settings, or remove"):
+            task(tmp_path).pairs("a", 10, **{**HOW, **options})
+    with pytest.raises(BadInput, match="pairs with seed"):
         task(tmp_path, seed=1).pairs("a", 10, **HOW)
     other = pictures()
     other.means[0, 0] += 1e-3
-    with pytest.raises(BadInput, match="made with teacher"):
+    with pytest.raises(BadInput, match="pairs with teacher"):
         task(tmp_path, other).pairs("a", 10, **HOW)
-    for how, word in (
-        ({"sampler": "ddpm"}, "unknown sampler 'ddpm'.*ddim"), ({"times": "x"}, "unknown time grid"),
-        ({"dtype": "int8"}, "uint8"), ({"sampler": "ddim", "states": (0.3,)}, "does not pass t = 0.3"),
-        ({"states": (1.0,)}, "unipc does not ask at the states"),
+    for options, word in (
+        ({"sampler": "ddpm"}, "unknown sampler of pairs 'ddpm'.*ddim"), ({"times": "x"}, "unknown time grid"),
+        ({"dtype": "int8"}, "uint8"), ({"sampler": "ddim", "states": (0.3,)}, "t = 0.3 is not on"),
+        ({"states": (1.0,)}, "unipc evaluates the teacher elsewhere"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=word):
-            task(tmp_path).pairs("b", 10, **{**HOW, **how})
+            task(tmp_path).pairs("b", 10, **{**HOW, **options})
 
 
 def test_batches_are_permutations_and_repeat(tmp_path: Path) -> None:
@@ -177,7 +180,9 @@ def test_batches_are_permutations_and_repeat(tmp_path: Path) -> None:
 
 
 def test_random_labels_are_even(tmp_path: Path) -> None:
-    pairs = make(task(tmp_path), tmp_path, 3000, labels="random", steps=1, sampler="ddim", times="trailing", block=1000)
+    pairs = make_pairs(
+        task(tmp_path), tmp_path, 3000, labels="random", steps=1, sampler="ddim", times="trailing", block=1000
+    )
     counts = torch.bincount(pairs[:]["label"], minlength=3)
     assert (counts - 1000).abs().max() < 5 * (3000 * 2 / 9) ** 0.5
     assert (pairs[:]["label"][1:] == pairs[:]["label"][:-1]).float().mean() < 0.45
@@ -186,10 +191,10 @@ def test_random_labels_are_even(tmp_path: Path) -> None:
 def test_states_are_those_of_the_path(tmp_path: Path) -> None:
     """On the way the teacher passes what a shorter grid, the first steps of the same one, ends with."""
     states = (0.75, 0.25)
-    how = {"steps": 8, "sampler": DDIM(), "times": Trailing(), "states": states, "dtype": "float32"}
-    pairs = task(tmp_path).pairs("a", 12, **how)
+    options = {"steps": 8, "sampler": DDIM(), "times": Trailing(), "states": states, "dtype": "float32"}
+    pairs = task(tmp_path).pairs("a", 12, **options)
     grid = Trailing()(VPCosine(offset=0.0), 8)
-    noise, label = Noise(range(FIRST, FIRST + 12), SHAPE), torch.arange(12) % 3
+    noise, label = Noise(range(FIRST_SEED, FIRST_SEED + 12), SHAPE), torch.arange(12) % 3
     assert pairs[3]["states"].shape == (2, *SHAPE)
     for number, stop in enumerate((3, 7)):
         z = draw(pictures(), DDIM(), grid[:stop], noise, label=label)
@@ -198,12 +203,12 @@ def test_states_are_those_of_the_path(tmp_path: Path) -> None:
     assert torch.equal(pairs[:]["x"], x)
 
 
-def test_samples_that_are_no_images_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_samples_that_are_no_images_are_stored_exactly(tmp_path: Path) -> None:
     toy = _toy.task(tmp_path, teacher=_toy.mixture())
     pairs = toy.pairs("a", 2000, steps=32)
     assert isinstance(pairs, Pairs) and pairs[:]["x"].dtype == torch.float32
     assert torch.equal(pairs[:]["label"], torch.arange(2000) % 3)
     assert pairs[:]["x"].abs().max() > 1.2  # nothing is clipped
-    noise = Noise(range(FIRST, FIRST + 50), (2,), torch.float64)
+    noise = Noise(range(FIRST_SEED, FIRST_SEED + 50), (2,), torch.float64)
     end = draw(_toy.mixture(), UniPC(3), CosineAngle()(VPCosine(offset=0.0), 400), noise, label=torch.arange(50) % 3)
     assert (pairs[:50]["x"] - end).abs().median() < 2e-3

@@ -22,22 +22,22 @@ class Oracle:
 
     def __init__(self, exact: GaussianMixture, n: int, finest: int) -> None:
         self.exact, self.n, self.finest = exact, n, finest
-        self.asked: set[float] = set()
+        self.evaluated: set[float] = set()
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        self.asked |= set(t.tolist())
+        self.evaluated |= set(t.tolist())
         if self.n == self.finest:
             return self.exact(z, t)
-        nodes = targets.grid(Trailing(), self.exact.schedule, 2 * self.n)
+        nodes = targets.time_nodes(Trailing(), self.exact.schedule, 2 * self.n)
         i = (t * 2 * self.n).round().long()
         times = [nodes[i - k] for k in range(3)]
-        return targets.path(Oracle(self.exact, 2 * self.n, self.finest), self.exact.schedule, z, times)[1]
+        return targets.ddim_path(Oracle(self.exact, 2 * self.n, self.finest), self.exact.schedule, z, times)[1]
 
 
 def walk(denoiser: object, schedule: object, z: Tensor, n: int) -> Tensor:
-    nodes = targets.grid(Trailing(), schedule, n)  # type: ignore[arg-type]
+    nodes = targets.time_nodes(Trailing(), schedule, n)  # type: ignore[arg-type]
     times = [nodes[k].expand(len(z)) for k in range(n, -1, -1)]
-    return targets.path(denoiser, schedule, z, times)[0]  # type: ignore[arg-type]
+    return targets.ddim_path(denoiser, schedule, z, times)[0]  # type: ignore[arg-type]
 
 
 def test_oracle_students_reproduce_the_teacher_through_all_halvings() -> None:
@@ -51,47 +51,47 @@ def test_oracle_students_reproduce_the_teacher_through_all_halvings() -> None:
     assert error == pytest.approx(0.0254, rel=0.35)  # and nothing is lost or won on the way to one step
 
 
-def test_students_are_asked_on_their_grid_only(tmp_path: Path) -> None:
-    asked: set[float] = set()
+def test_students_are_evaluated_on_their_grid_only(tmp_path: Path) -> None:
+    evaluated: set[float] = set()
     exact = mixture()
 
     def teacher(z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        asked.update(t.tolist())
+        evaluated.update(t.tolist())
         return exact(z, t, **cond)
 
     job = task(tmp_path)
-    lesson = Progressive(steps=(4,)).lesson(job, teacher, job.student(), 4, 2)  # type: ignore[arg-type]
+    loss_fn = Progressive(steps=(4,)).loss_fn(job, teacher, job.student(), 4, 2)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    lesson(job.batches[0])
-    assert sorted(asked) == [k / 8 for k in range(1, 9)]
+    loss_fn(job.batches[0])
+    assert sorted(evaluated) == [k / 8 for k in range(1, 9)]
 
 
 def test_a_small_student_beats_its_teacher_at_equal_steps(tmp_path: Path) -> None:
-    made: dict[str, Student] = {}
-    job = task(tmp_path, steps=250, keep=made.__setitem__)
+    students: dict[str, Student] = {}
+    job = task(tmp_path, steps=250, save_student=students.__setitem__)
     last = Progressive(steps=(8, 2, 1), start=32).distill(job)
     reference = truth()
-    assert job.done == ["steps8", "steps2", "steps1"] and last.steps == 1
+    assert job.completed_stages == ["steps8", "steps2", "steps1"] and last.steps == 1
     for name, factor in (("steps2", 10), ("steps1", 15)):
-        n = made[name].steps
+        n = students[name].steps
         plain = energy(sample(Student(toy(), "ddim", "trailing", n)), reference)
-        assert factor * energy(sample(made[name]), reference) < plain
+        assert factor * energy(sample(students[name]), reference) < plain
 
 
-def test_a_finished_stage_is_read_and_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
+def test_a_finished_stage_is_loaded_and_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
     method = Progressive(steps=(4, 2))
-    whole = method.distill(task(tmp_path / "a", steps=30))
+    full = method.distill(task(tmp_path / "a", steps=30))
 
     class Stop(Exception):
         pass
 
-    def keep(name: str, student: Student) -> None:
+    def interrupt(name: str, student: Student) -> None:
         raise Stop
 
     with pytest.raises(Stop):
-        method.distill(task(tmp_path / "b", steps=30, keep=keep))
+        method.distill(task(tmp_path / "b", steps=30, save_student=interrupt))
     again = method.distill(task(tmp_path / "b", steps=30))
-    for mine, other in zip(whole.denoiser.parameters(), again.denoiser.parameters(), strict=True):
+    for mine, other in zip(full.denoiser.parameters(), again.denoiser.parameters(), strict=True):
         assert torch.equal(mine, other)
 
 

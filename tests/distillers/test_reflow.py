@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers import Student, Task
-from hasten.distillers.reflow import ReFlow, flow_loss, flow_times, scale, straightness
+from hasten.distillers import DistillTask, Student
+from hasten.distillers.reflow import ReFlow, flow_loss, flow_times, path_scale, straightness
 from hasten.errors import BadInput
 from hasten.exact import Gaussian
 from hasten.predictions import spread
@@ -66,11 +66,11 @@ def test_the_velocity_of_one_gaussian() -> None:
 def test_a_ddim_step_is_an_euler_step_of_the_flow(schedule: Schedule) -> None:
     teacher, z = Gaussian(torch.tensor([M]), torch.tensor([C**2]), schedule), normal(20)
     t, s = (flow_times(schedule, torch.tensor(u, dtype=torch.float64)) for u in (0.8, 0.3))
-    y = z / scale(schedule, float(t))
+    y = z / path_scale(schedule, float(t))
     v = (y - teacher(z, t)) / 0.8
     landed = walk(DDIM(), teacher, z, torch.stack([t, s]))
-    assert (landed / scale(schedule, float(s)) - (y - 0.5 * v)).abs().max() < 1e-9
-    assert float(schedule.sigma(t)) / scale(schedule, float(t)) == pytest.approx(0.8)
+    assert (landed / path_scale(schedule, float(s)) - (y - 0.5 * v)).abs().max() < 1e-9
+    assert float(schedule.sigma(t)) / path_scale(schedule, float(t)) == pytest.approx(0.8)
 
 
 def test_pairs_leave_no_residual_and_random_pairing_does() -> None:
@@ -96,42 +96,42 @@ def test_the_loss_is_the_squared_error_of_the_velocity(prediction: str) -> None:
 
 
 def test_it_begins_as_the_teacher_and_ends_straight(tmp_path: Path) -> None:
-    kept: dict[str, Student] = {}
-    task = _toy.task(tmp_path, 150, teacher=_toy.mixture(), keep=kept.__setitem__)
+    saved: dict[str, Student] = {}
+    task = _toy.task(tmp_path, 150, teacher=_toy.mixture(), save_student=saved.__setitem__)
     student = ReFlow(pairs=2048, lr=2e-3).distill(task)
-    assert list(kept) == ["reflow1", "distill"] and task.done == ["reflow1", "distill"]
+    assert list(saved) == ["reflow1", "distill"] and task.completed_stages == ["reflow1", "distill"]
     figures = student.figures
     assert figures["straightness"] < 0.25 * figures["straightness_teacher"]
     truth = _toy.truth()
     before, flow, after = (
         _toy.energy(_toy.sample(s, steps=1), truth)
-        for s in (Student(_toy.toy(), "ddim", "trailing", 1), kept["reflow1"], student)
+        for s in (Student(_toy.toy(), "ddim", "trailing", 1), saved["reflow1"], student)
     )
     assert flow < 0.3 * before and after < 0.1 * before and after < 0.005
 
 
 def test_the_first_flow_from_data_with_a_coupling(tmp_path: Path) -> None:
     """Pairing by optimal transport makes the flow that is learned from real samples straighter."""
-    found = {}
+    value = {}
     for coupling in ("ot_class", "ot"):
         task = _toy.task(tmp_path / coupling, {"flow": 150}, batch_size=128)
         method = ReFlow(rounds=0, coupling=coupling, distill_last=False, steps=4, lr=2e-3)
         assert method.needs_data
         student = method.distill(task)
-        found[coupling] = _toy.energy(_toy.sample(student), _toy.truth())
+        value[coupling] = _toy.energy(_toy.sample(student), _toy.truth())
         assert student.figures["straightness"] < 0.7 * student.figures["straightness_teacher"]
         assert student.steps == 4
     teacher = _toy.energy(_toy.sample(Student(_toy.toy(), "ddim", "trailing", 4)), _toy.truth())
-    assert found["ot_class"] < 0.5 * teacher
-    assert found["ot_class"] < 0.5 * found["ot"]  # over the whole batch the noise tells the class: biased when sampling
+    assert value["ot_class"] < 0.5 * teacher
+    assert value["ot_class"] < 0.5 * value["ot"]  # over the whole batch the noise tells the class: biased when sampling
 
 
 def test_rounds_a_last_student_of_two_steps_and_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round draws its pairs from the student before it; a second run reads what the first one left."""
-    asked: list[Tensor] = []
+    calls: list[Tensor] = []
 
     def spy(student: Any, x: Tensor, noise: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        asked.append(t)
+        calls.append(t)
         return flow_loss(student, x, noise, t, **cond)
 
     monkeypatch.setattr("hasten.distillers.reflow.flow_loss", spy)
@@ -139,10 +139,10 @@ def test_rounds_a_last_student_of_two_steps_and_the_same_again(tmp_path: Path, m
     for _ in range(2):
         task = _toy.task(tmp_path, 4, batch_size=64)
         students.append(method.distill(task))
-    assert task.done == ["reflow1", "reflow2", "distill"] and len(asked) == 12
-    assert torch.equal(torch.cat(asked[8:]).unique(), torch.tensor([0.5, 1.0], dtype=torch.float64))
-    assert len(torch.cat(asked[:8]).unique()) > 400
-    teachers = {name: task.pairs(name, 64, **how).told["teacher"] for name, how in (
+    assert task.completed_stages == ["reflow1", "reflow2", "distill"] and len(calls) == 12
+    assert torch.equal(torch.cat(calls[8:]).unique(), torch.tensor([0.5, 1.0], dtype=torch.float64))
+    assert len(torch.cat(calls[:8]).unique()) > 400
+    teachers = {name: task.pairs(name, 64, **options).config["teacher"] for name, options in (
         ("round1", {}), ("round2", {"steps": 2, "sampler": "ddim", "times": "trailing", "teacher": load(task, 0)}),
         ("last", {"steps": 2, "sampler": "ddim", "times": "trailing", "teacher": load(task, 1)}),
     )}  # fmt: skip
@@ -151,7 +151,7 @@ def test_rounds_a_last_student_of_two_steps_and_the_same_again(tmp_path: Path, m
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def load(task: Task, stage: int) -> nn.Module:
+def load(task: DistillTask, stage: int) -> nn.Module:
     """The student that a stage left."""
     student = task.student()
     load_modules({"student": student}, task.out / "stages" / f"{stage}-reflow{stage + 1}" / "student.safetensors")
@@ -159,11 +159,11 @@ def load(task: Task, stage: int) -> nn.Module:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no coupling 'otc'"):
+    with pytest.raises(BadInput, match="unknown coupling of reflow 'otc'"):
         ReFlow(coupling="otc")
     with pytest.raises(BadInput, match="a round or a coupling"):
         ReFlow(rounds=0)
-    with pytest.raises(BadInput, match="guidance_scale must be 1, found 2"):
+    with pytest.raises(BadInput, match="guidance_scale must be 1, got 2"):
         ReFlow(coupling="ot").distill(_toy.task(tmp_path, 1, guidance_scale=2.0))
     assert not ReFlow().needs_data
-    assert isinstance(_toy.task(tmp_path, 1), Task)
+    assert isinstance(_toy.task(tmp_path, 1), DistillTask)

@@ -54,37 +54,37 @@ def encoding(model: Model, steps: int) -> Model:
 def test_there_and_back_is_the_image() -> None:
     """The inverse of every step is solved for, so that the same steps down return the source."""
     model, x = tiny(), torch.rand(3, 1, 8, 8) * 1.6 - 0.8
-    made = restyle(model, model, x, "a", "a", 4, 4, iterations=10)
-    torch.testing.assert_close(made.images, x, rtol=0, atol=1e-5)
-    assert (made.encode_evaluations, made.decode_evaluations) == (10 * 4 + 3, 4)
+    result = restyle(model, model, x, "a", "a", 4, 4, iterations=10)
+    torch.testing.assert_close(result.images, x, rtol=0, atol=1e-5)
+    assert (result.encode_evaluations, result.decode_evaluations) == (10 * 4 + 3, 4)
     other = restyle(model, model, x, "a", "b", 4, 4, iterations=10)
-    assert torch.equal(other.noise, made.noise) and (other.images - x).abs().max() > 1e-3
+    assert torch.equal(other.noise, result.noise) and (other.images - x).abs().max() > 1e-3
 
 
 def test_the_class_changes_and_the_layout_stays(fashion: Model, boots: Tensor) -> None:
     """Boots to bags with the bundled teacher: the classifier calls them bags, and they are nearer to their own source
     than to the others."""
-    made = restyle(fashion, fashion, boots, "ankle boot", "bag", 8, 8, 2.0)
-    _, logits = extract(feature_net("fashion"), made.images)
+    result = restyle(fashion, fashion, boots, "ankle boot", "bag", 8, 8, 2.0)
+    _, logits = extract(feature_net("fashion"), result.images)
     assert logits is not None
     assert int((logits.argmax(1) == fashion.class_index("bag")).sum()) >= 3, logits.argmax(1)
-    far = torch.cdist(made.images.flatten(1), boots.flatten(1))
+    far = torch.cdist(result.images.flatten(1), boots.flatten(1))
     assert far.diagonal().mean() < 0.95 * far[~torch.eye(4, dtype=torch.bool)].mean(), far
-    assert (made.encode_evaluations, made.decode_evaluations, made.evaluations) == (8, 16, 24)
-    assert made.noise.shape == boots.shape and 0.4 < made.noise.std() < 1.2
+    assert (result.encode_evaluations, result.decode_evaluations, result.evaluations) == (8, 16, 24)
+    assert result.noise.shape == boots.shape and 0.4 < result.noise.std() < 1.2
 
 
 def test_a_distilled_encoder_makes_its_own_steps() -> None:
     model, x = tiny(), torch.rand(5, 1, 8, 8) * 2 - 1
-    made = restyle(encoding(model, 6), model, x, "a", "b", None, 3, 2.0, batch_size=2)
-    assert (made.encode_evaluations, made.decode_evaluations) == (6, 6)
+    result = restyle(encoding(model, 6), model, x, "a", "b", None, 3, 2.0, batch_size=2)
+    assert (result.encode_evaluations, result.decode_evaluations) == (6, 6)
     whole = restyle(encoding(model, 6), model, x, "a", "b", None, 3, 2.0)
-    torch.testing.assert_close(made.images, whole.images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.images, whole.images, rtol=0, atol=1e-5)
     ranged = tiny(guidance=(2.0, 5.0))  # at the scale nearest to 1, in one evaluation a step
-    made = restyle(encoding(ranged, 6), ranged, x, "a", "b", None, 3, 4.0)
-    assert (made.encode_evaluations, made.decode_evaluations) == (6, 3)
-    told = restyle(encoding(ranged, 6), ranged, x, "a", "b", None, 3, 4.0, encode_guidance_scale=2.0)
-    assert torch.equal(made.noise, told.noise)
+    result = restyle(encoding(ranged, 6), ranged, x, "a", "b", None, 3, 4.0)
+    assert (result.encode_evaluations, result.decode_evaluations) == (6, 3)
+    report = restyle(encoding(ranged, 6), ranged, x, "a", "b", None, 3, 4.0, encode_guidance_scale=2.0)
+    assert torch.equal(result.noise, report.noise)
 
 
 def test_models_of_two_schedules_meet_in_the_noise() -> None:
@@ -92,21 +92,21 @@ def test_models_of_two_schedules_meet_in_the_noise() -> None:
     one, x = tiny(), torch.rand(3, 1, 8, 8) * 2 - 1
     other = replace(one, denoiser=Denoiser(one.denoiser.net, Flow(), V()))
     for up, down in ((one, other), (other, one)):
-        made = restyle(up, down, x, "a", "b", 4, 4)
+        result = restyle(up, down, x, "a", "b", 4, 4)
         again = restyle(up, up, x, "a", "b", 4, 4)
-        assert torch.isfinite(made.images).all() and torch.equal(made.noise, again.noise)
+        assert torch.isfinite(result.images).all() and torch.equal(result.noise, again.noise)
 
 
 def test_what_cannot_be_is_refused() -> None:
     model, x = tiny(), torch.zeros(2, 1, 8, 8)
     enc = encoding(model, 6)
-    with pytest.raises(BadInput, match="encodes in 6 steps, asked for 5"):
+    with pytest.raises(BadInput, match="encodes in 6 steps, got 5"):
         restyle(enc, model, x, "a", "b", 5)
     with pytest.raises(BadInput, match="enc can only encode"):
         restyle(model, enc, x, "a", "b")
     with pytest.raises(BadInput, match="one shape"):
         restyle(model, model, x[..., :4], "a", "b")
-    with pytest.raises(BadInput, match="give to_label, one of a, b, c"):
+    with pytest.raises(BadInput, match="to_label must be one of a, b, c"):
         restyle(model, model, x, "a")
     with pytest.raises(BadInput, match="unknown label 'boot'"):
         restyle(model, model, x, "boot", "b")
@@ -123,15 +123,15 @@ def test_what_cannot_be_is_refused() -> None:
 def test_the_command_writes_sources_above_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tiny().save(tmp_path / "model"))
     out = tmp_path / "grid.png"
-    told = command(folder, from_label="a", to_label="b", out=out, n=3, encode_steps=3, decode_steps=2, json=True)
-    assert json.loads(capsys.readouterr().out) == told
-    assert (told["encode_evaluations"], told["decode_evaluations"], told["evaluations"]) == (3, 2, 5)
+    report = command(folder, from_label="a", to_label="b", out=out, n=3, encode_steps=3, decode_steps=2, json=True)
+    assert json.loads(capsys.readouterr().out) == report
+    assert (report["encode_evaluations"], report["decode_evaluations"], report["evaluations"]) == (3, 2, 5)
     model = hasten.load(folder)
     source = model.sample(3, "a", 0)
-    made = restyle(model, model, source, "a", "b", 3, 2)
+    result = restyle(model, model, source, "a", "b", 3, 2)
     pixels = np.asarray(Image.open(out))
     assert pixels.shape == (18, 28)
-    for row, images in enumerate((source, made.images)):
+    for row, images in enumerate((source, result.images)):
         for k in range(3):
             assert (pixels[10 * row : 10 * row + 8, 10 * k : 10 * k + 8] == to_uint8(images)[k, ..., 0]).all()
     assert "--from-label a --to-label b" in read_png_text(out)["command"]
@@ -162,7 +162,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         ({"out": tmp_path / "a.jpg"}, "must end in .png"),
         ({"encoder": enc}, "name the model that decodes"),
         ({"encoder": enc, "decoder": other, "from_label": "a"}, "give --images"),
-        ({"from_label": None}, "give --from-label, one of a, b, c"),
+        ({"from_label": None}, "--from-label must be one of a, b, c"),
         ({"to_label": "z"}, "unknown label 'z'"),
         ({"n": 0}, "n must be"),
     ):
