@@ -8,16 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import BadInput
 from .decode import BROKEN
 from .messages import join_names
 from .names import normalize_name
-from .tree import SUFFIXES
-
-if TYPE_CHECKING:
-    from .tree import Tree
+from .tree import SUFFIXES, Tree
 
 TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.jsonl")
 NAMES = (*TABLES, "dataset.json")

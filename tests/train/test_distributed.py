@@ -79,7 +79,7 @@ def distilled(out: Path, accumulate: int, method: str, steps: int, shard: bool =
     np.savez(out.parent / f"{out.name}.npz", images=data().images(range(20)).numpy()[:, 0], labels=np.arange(20) % 2)
     distill_model(
         teacher(), out, method, data=out.parent / f"{out.name}.npz", steps=steps, batch_size=8, precision="fp32",
-        show=False, accumulate=accumulate, shard=shard,
+        show=False, grad_accumulation=accumulate, fsdp=shard,
     )  # fmt: skip
 
 
