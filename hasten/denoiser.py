@@ -117,19 +117,12 @@ class Denoiser(nn.Module):
         return to_x0(x_t, self._net(x_t, c_in, clock, cond), c_skip, c_out)
 
     def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
-        """The network's own output (B, *S), in the dtype of `x_t`: the quantity that `prediction` names.
-
-        Args:
-            x_t, t, cond: as for `forward`.
-        """
+        """The network's own output (B, *S), in the dtype of `x_t`: what `prediction` names. Args as for `forward`."""
         c_in, _, _, clock = self._coefficients(t, x_t, need_x0=False)
         return self._net(x_t, c_in, clock, cond)
 
     def features(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The network split at its middle: `(middle, finish)`, where `finish(middle)` is what `forward` returns.
-
-        Args:
-            x_t, t, cond: as for `forward`.
 
         Returns:
             the features (B, C, h, w) at the end of the encoder, and a function that runs the decoder on these or

@@ -61,7 +61,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     return str(value)
 
 
-def check_choices(method: Any, **choices: Iterable[str]) -> None:
+def check_choices(method: Any, /, **choices: Iterable[str]) -> None:
     """Check fields of a method's dataclass: `check_choices(self, form=("ddpm", "ddim"))`.
 
     Args:

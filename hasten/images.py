@@ -1,4 +1,4 @@
-"""Images to files: PNG grids and single PNGs that say inside how they were made."""
+"""Images as files: PNG grids and single PNGs with their provenance in the metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 def to_uint8(x: Tensor) -> np.ndarray:
     """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255.
 
-    Raises NonFinite, which names the images, where they hold NaN or infinity.
+    Raises:
+        BadInput: for another shape.
+        NonFinite: for images with NaN or infinity, naming them.
     """
     if x.ndim != 4 or x.shape[1] not in MODES:
         raise BadInput(f"images are (n, C, H, W) with C of 1, 3 or 4, got shape {tuple(x.shape)}")
@@ -32,12 +34,16 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def to_image_tensor(images: Any, shape: Sequence[int] | None) -> Tensor:
-    """Images that a user gives, as float32 (n, C, H, W) in [-1, 1]; NaN stays where something is unknown.
+    """Images as float32 (n, C, H, W) in [-1, 1]; NaN is allowed, for unknown pixels.
 
-    images: a tensor or NumPy array, floats in [-1, 1] or uint8, (n, C, H, W), of arrays also (n, H, W, C) or (n, H, W);
-        or a PIL image, or a list of PIL images, turned upright, put on white, brought to the channels of `shape`.
-    shape: (C, H, W) of a sample, of which the channels count; None: latents, of any range and shape.
-    Raises BadInput for other types, for integers other than uint8, for floats beyond [-1, 1] by more than a half.
+    Args:
+        images: a tensor or NumPy array, floats in [-1, 1] or uint8, (n, C, H, W), for arrays also (n, H, W, C) or (n,
+            H, W); or a PIL image, or a list of PIL images, which are rotated as their EXIF data say, composited on
+            white, and converted to the channels of `shape`.
+        shape: (C, H, W) of a sample, of which only the channels matter; None: latents, of any range and shape.
+
+    Raises:
+        BadInput: for other types, for integers other than uint8, for floats beyond [-1, 1] by more than a half.
     """
     import numpy as np
     import torch
@@ -81,12 +87,12 @@ def to_image_tensor(images: Any, shape: Sequence[int] | None) -> Tensor:
         raise BadInput(f"images must be floats in [-1, 1] or uint8, got {images.dtype}")
     high = float(images.detach().nan_to_num(0.0).abs().amax()) if images.numel() else 0.0
     if shape is not None and high > 1.5:
-        raise BadInput(f"images must lie in [-1, 1], found values up to {high:.4g}: uint8 images are scaled for you")
+        raise BadInput(f"images must lie in [-1, 1], found values up to {high:.4g} (uint8 images are scaled)")
     return images if images.dtype == torch.float64 else images.float()
 
 
 def mark_non_finite(x: Tensor) -> Tensor:
-    """Images `(n, C, H, W)` with a white cross on grey in the place of those that hold NaN or infinity."""
+    """Images `(n, C, H, W)`, with a white cross on grey in place of those with NaN or infinity."""
     import torch
 
     height, width = x.shape[-2:]
@@ -106,9 +112,12 @@ def to_pil(x: Tensor) -> Image:
 
 
 def make_image_grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image:
-    """Images `(n, C, H, W)` in [-1, 1] as one Pillow image, row by row, `gap` white pixels apart.
+    """Images `(n, C, H, W)` in [-1, 1] as one Pillow image, row by row.
 
-    columns: images in a row (default: the smallest square that holds them).
+    Args:
+        x: the images.
+        columns: images per row; by default the smallest square that fits them.
+        gap: white pixels between them.
     """
     from PIL import Image
 
@@ -126,7 +135,12 @@ def make_image_grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Imag
 
 
 def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
-    """A Pillow image as the bytes of a PNG file with `text` in its text chunks. The same input gives the same bytes."""
+    """A Pillow image as the bytes of a PNG file. The same input gives the same bytes.
+
+    Args:
+        image: to encode.
+        text: metadata, written to text chunks.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -138,7 +152,7 @@ def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG file: how hasten made it."""
+    """The metadata in the text chunks of a PNG file, where hasten stores the provenance."""
     from PIL import Image
 
     with Image.open(path) as image:

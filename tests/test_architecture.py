@@ -46,9 +46,9 @@ LIMITS = {"draw": 11, "draw_unchecked": 11, "walk": 11}
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Consistency EDM Flow NoiseLevel _wide accelerate
-    build_network check clock distance export normalize_name
-    peak_memory raw_output resolve
+    Consistency EDM Flow NoiseLevel accelerate build_network
+    check clock distance export normalize_name peak_memory
+    resolve
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

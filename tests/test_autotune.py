@@ -41,8 +41,8 @@ def test_a_probe_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "probe", probe)
     net = torch.nn.Identity()
     for _ in range(2):
-        found = tuner.autotune(net, torch.zeros(4, 3), "weights A")
-        assert tuner.format_runtime(found) == "bf16+medium"
+        result = tuner.autotune(net, torch.zeros(4, 3), "weights A")
+        assert tuner.format_runtime(result) == "bf16+medium"
     assert probed == [(4, 3)]
     tuner.autotune(net, torch.zeros(4, 3), "weights B")
     tuner.autotune(net, torch.zeros(8, 3), "weights A")

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.compare import budget, budgeted, compare, comparison
+from hasten.compare import budget, budgeted, compare, comparison, runner
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference
 from hasten.model import Model
 
-from .test_compare import Corner, tiny
+from .factories import tiny_model
+from .test_compare import Corner
 
 SET = """
 n = 500
@@ -66,7 +67,7 @@ def real() -> Reference:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock(0.01)
     monkeypatch.setattr(budget, "clock", clock)
-    monkeypatch.setattr(budget, "set_faster_threads", lambda: 1)
+    monkeypatch.setattr(runner, "set_faster_threads", lambda: 1)
     monkeypatch.setattr(comparison.report, "write_report", lambda out, *_: out / "report.html")
     return clock
 
@@ -77,7 +78,7 @@ def run(tmp_path: Path, clock: Clock) -> Any:
     (tmp_path / "set.toml").write_text(SET)
 
     def start(minutes: float, model: Model | None = None, **options: Any) -> dict[str, dict[str, Any]]:
-        model = tiny() if model is None else model
+        model = tiny_model() if model is None else model
         clock.watch(model.denoiser.net)
         options = {"reference": real(), "features": Corner(), "runtime": "fp32", "show": False, **options}
         rows = compare(model, tmp_path / "set.toml", out=tmp_path / "out", minutes=minutes, **options)
@@ -113,7 +114,9 @@ def test_a_fast_model_gets_all_images_and_they_are_those_of_a_run_without_a_budg
     rows = run(1.0, n=96)
     assert rows["best"]["protocol"]["n"] == 96
     options: dict[str, Any] = {"n": 96, "reference": real(), "features": Corner(), "runtime": "fp32", "show": False}
-    plain = {row["name"]: row for row in compare(tiny(), tmp_path / "set.toml", out=tmp_path / "plain", **options)}
+    plain = {
+        row["name"]: row for row in compare(tiny_model(), tmp_path / "set.toml", out=tmp_path / "plain", **options)
+    }
     for name, row in rows.items():
         assert row["key"] == plain[name]["key"]
         for figure in ("frechet", "kid", "accuracy", *(() if name == "best" else ("psnr",))):
@@ -122,7 +125,7 @@ def test_a_fast_model_gets_all_images_and_they_are_those_of_a_run_without_a_budg
 
 @pytest.mark.parametrize("factor", [2.0, 5.0])
 def test_the_budget_holds_where_the_device_becomes_slower(run: Any, clock: Clock, factor: float) -> None:
-    model = tiny()
+    model = tiny_model()
 
     def slow_down(_: Any, arguments: tuple[Any, ...]) -> None:
         if clock.now > 1000 + 100:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hasten.compare import compare, comparison, jobs
-from hasten.compare import counting as meter
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.model import Model
+from hasten.progress import ProgressReporter
 from hasten.schedules import VPCosine
 from hasten.workflows.prompts import read_prompts
 
@@ -39,27 +39,27 @@ steps = 2
 """
 
 
-DRAWN = {"test_one_failed_row_is_marked_and_the_others_go_on"}
+WITH_PAGE = {"test_one_failed_row_is_marked_and_the_others_run"}
 
 
 @pytest.fixture(autouse=True)
 def no_page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Pages are drawn only where a test is about them."""
-    if request.node.name not in DRAWN:
+    """Pages are written only where a test is about them."""
+    if request.node.name not in WITH_PAGE:
         monkeypatch.setattr(comparison.report, "write_report", lambda out, *_: out / "report.html")
 
 
 def run(model: Model, folder: Path, text: str, **more: Any) -> dict[str, dict[str, Any]]:
     (folder / "set.toml").write_text(text)
-    told = {"out": folder / "out", "show": False, "precision": "fp32", "timing_batch": 1, **more}
-    return {row["name"]: row for row in compare(model, folder / "set.toml", **told)}
+    options = {"out": folder / "out", "show": False, "precision": "fp32", "timing_batch": 1, **more}
+    return {row["name"]: row for row in compare(model, folder / "set.toml", **options)}
 
 
 # Prompts
 
 
-class Asks(nn.Module):
-    """A network whose answer depends on the length of a prompt."""
+class PromptNet(nn.Module):
+    """A network whose output depends on the length of a prompt."""
 
     null_conditions = True
 
@@ -67,17 +67,17 @@ class Asks(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv2d(1, 1, 3, padding=1)
-        self.asked: list[Tensor] = []
+        self.evaluated: list[Tensor] = []
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, **null: Tensor) -> Tensor:
-        self.asked.append(text)
+        self.evaluated.append(text)
         return self.conv(x) * 0.3 + text.view(-1, 1, 1, 1) / 100
 
 
 class Prompts:
     def texts(self, n: int, prompt: Any = None) -> list[str]:
-        given = [prompt] if prompt is None or isinstance(prompt, str) else prompt
-        return [given[k % len(given)] or "" for k in range(n)]
+        prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+        return [prompts[k % len(prompts)] or "" for k in range(n)]
 
     def cond(self, n: int, prompt: Any = None, seed: int = 0) -> dict[str, Tensor]:
         text = torch.tensor([float(len(each)) for each in self.texts(n, prompt)])
@@ -87,38 +87,38 @@ class Prompts:
         return self
 
 
-def asking() -> Model:
-    denoiser = Denoiser(Asks(), VPCosine(), "v").eval().requires_grad_(False)
+def prompt_model() -> Model:
+    denoiser = Denoiser(PromptNet(), VPCosine(), "v").eval().requires_grad_(False)
     return Model(denoiser, "asks", (1, 4, 4), conditioning=Prompts(), guidance_scale=3.0)
 
 
 def test_prompts_reach_every_row_and_are_in_the_protocol(tmp_path: Path) -> None:
-    model = asking()
+    model = prompt_model()
     rows = run(model, tmp_path, SMALL.format(3.0), prompts=["a fox", "two large cats"])
-    assert {float(v) for asked in model.denoiser.net.asked for v in asked} == {0.0, 5.0, 14.0}
+    assert {float(v) for texts in model.denoiser.net.evaluated for v in texts} == {0.0, 5.0, 14.0}
     assert [row["nfe"] for row in rows.values()] == [8, 4]
     assert rows["less"]["protocol"]["prompts"] == ["a fox", "two large cats"]
     plain = model.sample(10, ["a fox", "two large cats"], sampler="ddim", steps=4, guidance_scale=3.0)
-    kept = np.load(tmp_path / "out" / "samples" / f"{rows['reference']['key']}-all.npy")
-    assert np.allclose(kept, plain.numpy(), atol=1e-3)
+    saved = np.load(tmp_path / "out" / "samples" / f"{rows['reference']['key']}-all.npy")
+    assert np.allclose(saved, plain.numpy(), atol=1e-3)
     other = run(model, tmp_path, SMALL.format(3.0), prompts="a fox")
     assert other["less"]["key"] != rows["less"]["key"]
     toml = run(model, tmp_path, 'prompts = ["a fox"]\n' + SMALL.format(3.0))
     assert toml["less"]["key"] == other["less"]["key"]
 
 
-def test_a_model_of_prompts_must_be_given_some_and_others_none(tmp_path: Path) -> None:
+def test_a_model_of_prompts_needs_prompts_and_others_take_none(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="asks takes prompts: give --prompt"):
-        run(asking(), tmp_path, SMALL.format(3.0))
-    run(asking(), tmp_path, SMALL.format(3.0), prompts="")  # said on purpose
+        run(prompt_model(), tmp_path, SMALL.format(3.0))
+    run(prompt_model(), tmp_path, SMALL.format(3.0), prompts="")  # said on purpose
     with pytest.raises(BadInput, match="tiny takes no prompts"):
         run(tiny_model(), tmp_path, SMALL.format(2.0), prompts="a fox")
     with pytest.raises(BadInput, match="prompts must be a list of texts"):
-        run(asking(), tmp_path, "prompts = 3\n" + SMALL.format(2.0))
+        run(prompt_model(), tmp_path, "prompts = 3\n" + SMALL.format(2.0))
 
 
 def test_guidance_of_0_keeps_the_prompt_and_counts_one_evaluation(tmp_path: Path) -> None:
-    model = asking()
+    model = prompt_model()
     same = [model.sample(2, "a fox", steps=2, sampler="ddim", guidance_scale=scale) for scale in (0.0, 0.5, 1.0)]
     assert torch.equal(same[0], same[2]) and torch.equal(same[1], same[2])
     assert not torch.equal(same[0], model.sample(2, "", steps=2, sampler="ddim", guidance_scale=0.0))
@@ -146,14 +146,14 @@ def test_prompts_in_a_file(tmp_path: Path) -> None:
 FAILS = SMALL.format(2.0) + '[[variant]]\nname = "boom"\nguidance_scale = 1e38\n[[variant]]\nname = "end"\nsteps = 1\n'
 
 
-def test_one_failed_row_is_marked_and_the_others_go_on(tmp_path: Path) -> None:
+def test_one_failed_row_is_marked_and_the_others_run(tmp_path: Path) -> None:
     rows = run(tiny_model(), tmp_path, FAILS)
     assert list(rows) == ["reference", "less", "boom", "end"]
     assert [name for name, row in rows.items() if row.get("failed")] == ["boom"]
     assert "network evaluation" in rows["boom"]["failed"] and rows["boom"]["psnr"] is None
     assert rows["end"]["psnr"] > 0
     assert "1 of 4 rows failed" in (tmp_path / "out" / "report.html").read_text()
-    again = run(tiny_model(), tmp_path, FAILS)  # it is tried again, the others are kept
+    again = run(tiny_model(), tmp_path, FAILS)  # it is tried again, the others are reused
     assert again["boom"]["failed"] == rows["boom"]["failed"] and again["end"]["rms"] == rows["end"]["rms"]
     lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["name"] for line in lines].count("boom") == 1
@@ -226,16 +226,16 @@ def test_repeats_are_disjoint_blocks_with_mean_and_deviation(tmp_path: Path) -> 
     )
     assert len(set(values)) == 3
     again = run(model, tmp_path, SMALL.format(1.0), repeats=3, seed=5)["less"]
-    assert (again["blocks"], again["deviation"]) == (row["blocks"], row["deviation"])  # kept
+    assert (again["blocks"], again["deviation"]) == (row["blocks"], row["deviation"])  # reused
 
 
 def test_evaluate_repeats() -> None:
     words = ["evaluate", "fashion", "--steps", 1, "--sampler", "ddim", "--n", 10, "--precision", "fp32", "--json"]
-    found = json.loads(run_cli(*words, "--repeats", 2, "--seed", 3)[1])
+    result = json.loads(run_cli(*words, "--repeats", 2, "--seed", 3)[1])
     ones = [json.loads(run_cli(*words, "--seed", seed)[1])["measures"]["frechet"]["value"] for seed in (3, 13)]
-    assert found["measures"]["frechet"]["value"] == pytest.approx(np.mean(ones))
-    assert found["deviation"]["frechet"] == pytest.approx(np.std(ones, ddof=1)) and found["seeds"] == [3, 22]
-    assert [block["frechet"] for block in found["blocks"]] == pytest.approx(ones)
+    assert result["measures"]["frechet"]["value"] == pytest.approx(np.mean(ones))
+    assert result["deviation"]["frechet"] == pytest.approx(np.std(ones, ddof=1)) and result["seeds"] == [3, 22]
+    assert [block["frechet"] for block in result["blocks"]] == pytest.approx(ones)
     assert "over 2 blocks" in run_cli(*words[:-1], "--repeats", 2)[1]
 
 
@@ -256,7 +256,7 @@ def test_runs_that_share_some_seeds_are_warned_of(tmp_path: Path, capsys: Any) -
 def test_lines_of_progress_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     now = [0.0]
     monkeypatch.setattr("hasten.progress.time.monotonic", lambda: now[0])
-    progress = meter.Progress(100)
+    progress = ProgressReporter(100)
     progress.describe("[row] 1")
     for _ in range(7):
         now[0] += 10

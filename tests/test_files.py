@@ -13,6 +13,7 @@ import pytest
 
 from hasten import files
 from hasten.errors import BadInput
+from hasten.utils.atomic import LEFTOVER
 
 
 def child(code: str) -> int:
@@ -57,7 +58,7 @@ def test_leftovers_are_removed_and_what_is_being_written_is_not(tmp_path: Path) 
     with files.atomic_open(tmp_path / "live") as file:
         file.write(b"half")
         files.remove_leftovers(tmp_path)
-        assert len([p for p in tmp_path.iterdir() if files.LEFTOVER.fullmatch(p.name)]) == 1
+        assert len([p for p in tmp_path.iterdir() if LEFTOVER.fullmatch(p.name)]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*other, "below", "live"])
     assert (tmp_path / "below" / ".a.1.tmp").exists()  # a folder that no run of ours makes
 

@@ -1,4 +1,4 @@
-"""One reader of images and of labels for every verb: train, distill, tune, sample, evaluate, restyle."""
+"""Images and labels are read alike by every command: train, distill, tune, sample, evaluate, restyle."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folders(fashion: Model, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_every_verb_gives_an_image_the_class_of_its_folder(fashion: Model, folders: Path) -> None:
+def test_every_command_labels_an_image_by_its_folder(fashion: Model, folders: Path) -> None:
     data = real_images(fashion, folders)
     assert data.labels is not None
     assert (data.images(range(10))[:, 0, 0, 0] // 20).tolist() == data.labels.tolist()
@@ -51,7 +51,7 @@ def test_every_verb_gives_an_image_the_class_of_its_folder(fashion: Model, folde
         assert float(of_class(folders, 1, fashion, name)[0, 0, 0, 0] + 1) * 127.5 == pytest.approx(20 * k, abs=0.01)
 
 
-def test_other_classes_are_refused_with_both_lists(fashion: Model, tmp_path: Path) -> None:
+def test_other_classes_raise_with_both_lists(fashion: Model, tmp_path: Path) -> None:
     for k in range(10):
         (tmp_path / f"animal{k}").mkdir()
         Image.new("L", (28, 28), 20 * k).save(tmp_path / f"animal{k}" / "0.png")
@@ -68,7 +68,7 @@ def test_numbers_of_data_are_indices_of_named_classes(fashion: Model, tmp_path: 
     assert data.labels is not None and data.labels.tolist() == [9, 0, 3, 3]
 
 
-def test_the_command_takes_names_that_are_numbers_or_hold_commas(tmp_path: Path) -> None:
+def test_the_command_takes_names_that_are_numbers_or_contain_commas(tmp_path: Path) -> None:
     rows, source = [], tmp_path / "data"
     source.mkdir()
     for name, value in (("1", 0), ("2", 40), ("3", 80)):
@@ -88,8 +88,8 @@ def test_the_command_takes_names_that_are_numbers_or_hold_commas(tmp_path: Path)
 
 def test_class_accuracy_is_measured_by_name_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     mixed = ("bag", "T-Shirt", "coat")
-    found = classifier_labels(torch.tensor([0, 1, 2, 0]), mixed, "fashion")
-    assert found is not None and [CLASSES[k] for k in found.tolist()] == ["bag", "t-shirt", "coat", "bag"]
+    labels = classifier_labels(torch.tensor([0, 1, 2, 0]), mixed, "fashion")
+    assert labels is not None and [CLASSES[k] for k in labels.tolist()] == ["bag", "t-shirt", "coat", "bag"]
     assert classifier_labels(torch.tensor([0, 3]), mixed, "fashion") is None  # 3: no class
     assert "have no class" in capsys.readouterr().err
     assert classifier_labels(torch.tensor([0]), ("zebra",), "fashion") is None
@@ -111,29 +111,29 @@ def test_inpainting_from_the_command_line(tmp_path: Path, capsys: pytest.Capture
     Image.fromarray(pixels[..., 0]).save(tmp_path / "opaque.png")
     Image.fromarray(255 - pixels[..., 1]).save(tmp_path / "mask.png")
     start = ("sample", "fashion", "--start", "ccdf:task=inpainting,time=0.5", "--n", 1, *FAST[2:], "--steps", 2)
-    made = []
+    outputs = []
     for more in (
         ("--images", tmp_path / "hole.png"),
         ("--images", tmp_path / "opaque.png", "--mask", tmp_path / "mask.png"),
     ):
-        out = tmp_path / f"{len(made)}.png"
+        out = tmp_path / f"{len(outputs)}.png"
         assert main([str(w) for w in (*start, *more, "--out", out)]) == 0
-        made.append(np.asarray(Image.open(out)).astype(int))
-        outside = made[-1].copy()
+        outputs.append(np.asarray(Image.open(out)).astype(int))
+        outside = outputs[-1].copy()
         outside[10:18, 10:18] = 200
         assert np.abs(outside - 200).max() <= 1
-        assert np.abs(made[-1][10:18, 10:18] - 200).max() > 1
-    assert np.array_equal(*made)
-    for more, said in (
+        assert np.abs(outputs[-1][10:18, 10:18] - 200).max() > 1
+    assert np.array_equal(*outputs)
+    for more, message in (
         (("--images", tmp_path / "opaque.png"), "what is white in --mask"),
         (("--mask", tmp_path / "mask.png"), "a mask belongs to --images"),
     ):
         assert main([str(w) for w in (*start, *more, "--out", tmp_path / "no.png")]) == 1
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 GREY = np.full((2, 28, 28), 128, np.uint8)
-GIVEN = {
+START_IMAGES = {
     "uint8": torch.from_numpy(GREY)[:, None],
     "NumPy": GREY[:, None],
     "NumPy without channels": GREY,
@@ -144,12 +144,12 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("way", GIVEN)
-def test_images_of_a_start_in_every_form(fashion: Model, way: str) -> None:
-    x = to_image_tensor(GIVEN[way], fashion.shape)
+@pytest.mark.parametrize("case", START_IMAGES)
+def test_start_images_of_every_type(fashion: Model, case: str) -> None:
+    x = to_image_tensor(START_IMAGES[case], fashion.shape)
     assert x.shape == (2, 1, 28, 28) and (x - (128 / 127.5 - 1)).abs().max() < 1e-6
-    made = fashion.sample(2, 0, steps=1, start="ccdf:task=restoration,time=0.05", images=GIVEN[way])
-    assert made.mean().abs() < 0.3
+    outputs = fashion.sample(2, 0, steps=1, start="ccdf:task=restoration,time=0.05", images=START_IMAGES[case])
+    assert outputs.mean().abs() < 0.3
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_images_of_a_start_in_every_form(fashion: Model, way: str) -> None:
         ([Image.new("L", (28, 28)), Image.new("L", (28, 14))], "one size"),
     ],
 )
-def test_images_that_cannot_be_are_refused(fashion: Model, images: object, message: str) -> None:
+def test_invalid_start_images_raise(fashion: Model, images: object, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         fashion.sample(2, 0, steps=1, start="ccdf:task=restoration,time=0.3", images=images)
 
 
-def test_names_with_brackets_are_shown_as_they_are() -> None:
+def test_names_with_brackets_are_printed_verbatim() -> None:
     from rich.console import Console
 
     from hasten.compare.report import results_table
@@ -182,13 +182,13 @@ def test_names_with_brackets_are_shown_as_they_are() -> None:
 
 def test_accuracy_of_a_model_whose_classes_have_another_order(fashion: Model) -> None:
     names = tuple(sorted(fashion.classes or ()))
-    x, mine = fashion.sample(20, steps=2), fashion.labels(20)
-    assert mine is not None
-    theirs = torch.tensor([names.index((fashion.classes or ())[k]) for k in mine.tolist()])
+    x, own = fashion.sample(20, steps=2), fashion.labels(20)
+    assert own is not None
+    reordered = torch.tensor([names.index((fashion.classes or ())[k]) for k in own.tolist()])
     known, ranks = reference("fashion"), Ranks(torch.device("cpu"))
     measured = [
         evaluate_distributed(x, labels, "fashion", known, range(20), ranks, classes)["accuracy"].value  # type: ignore[index]
-        for labels, classes in ((mine, fashion.classes), (theirs, names), (theirs, fashion.classes))
+        for labels, classes in ((own, fashion.classes), (reordered, names), (reordered, fashion.classes))
     ]
     assert measured[0] == measured[1] > 0.5 > measured[2]
 
@@ -202,7 +202,7 @@ def test_accuracy_of_a_model_whose_classes_have_another_order(fashion: Model) ->
         (lambda x: x > 0, "bool"),
     ],
 )
-def test_metrics_refuse_other_ranges(change: Callable[[torch.Tensor], object], message: str) -> None:
+def test_metrics_raise_for_other_ranges(change: Callable[[torch.Tensor], object], message: str) -> None:
     x = torch.rand(12, 1, 28, 28) * 2 - 1
     x[0, 0, 0, 0], x[0, 0, 0, 1] = -1, 1
     net = feature_net("fashion")

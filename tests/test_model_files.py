@@ -1,4 +1,4 @@
-"""A model's folder is the old model or the new one at every moment, and nothing else is written over."""
+"""A model folder holds the old model or the new one at every moment, and other folders are not overwritten."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 import hasten
 from hasten.errors import BadInput
-from hasten.files import LEFTOVER
 from hasten.model import Model
 from hasten.plan import plan
 from hasten.samplers.ddim import DDIM
 from hasten.storage.atomic import refuse_other_model
 from hasten.times import UniformTime
+from hasten.utils.atomic import LEFTOVER
 
 from .factories import constant_model, fill, tiny_unet
 
@@ -36,35 +36,37 @@ def full_model(value: float) -> Model:
 
 
 def value_of(folder: Path) -> float:
-    """The value of the model in a folder, in all of whose files it must be the same."""
-    found = hasten.load(folder)
-    value = float(found.statistics["gamma"][0])
-    assert found.name == f"m{value:g}" and found.plan is not None and found.plan.nfe == 2 + int(value)
-    assert found.plans["few"].nfe == found.plan.nfe
-    for net in (found.denoiser.net, found.parts["helper"]):
+    """The value of the model in a folder, which must be the same in all files."""
+    loaded_model = hasten.load(folder)
+    value = float(loaded_model.statistics["gamma"][0])
+    assert (
+        loaded_model.name == f"m{value:g}" and loaded_model.plan is not None and loaded_model.plan.nfe == 2 + int(value)
+    )
+    assert loaded_model.plans["few"].nfe == loaded_model.plan.nfe
+    for net in (loaded_model.denoiser.net, loaded_model.parts["helper"]):
         assert all(bool((p == value).all()) for p in net.parameters())
     return value
 
 
-def killed_after(calls: int, folder: Path, made: Model) -> bool:
-    """Save in a process that is killed after so many renames and removals of files; whether it was."""
+def killed_after(calls: int, folder: Path, saved: Model) -> bool:
+    """Save in a process that is killed after so many file operations; returns whether it was."""
     pid = os.fork()
     if not pid:
-        left = [calls]
+        remaining = [calls]
 
         def counted(real: object) -> object:
             def call(*args: object, **options: object) -> object:
-                found = real(*args, **options)  # type: ignore[operator]
-                left[0] -= 1
-                if not left[0]:
+                output = real(*args, **options)  # type: ignore[operator]
+                remaining[0] -= 1
+                if not remaining[0]:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return found
+                return output
 
             return call
 
         os.replace, os.unlink = counted(os.replace), counted(os.unlink)  # type: ignore[assignment]
         os.fsync = counted(os.fsync)  # type: ignore[assignment]
-        made.save(folder)
+        saved.save(folder)
         os._exit(0)
     return os.waitpid(pid, 0)[1] == signal.SIGKILL
 
@@ -74,15 +76,21 @@ def test_killed_at_any_point_the_folder_holds_the_old_model_or_the_new_one(tmp_p
     old, new = full_model(1.0), full_model(2.0)
     old.save(tmp_path / "fresh")
     names = {p.relative_to(tmp_path / "fresh").as_posix() for p in (tmp_path / "fresh").rglob("*") if p.is_file()}
-    assert names == {"model.json", "weights.safetensors", "plan.json", "plans/few.json", "statistics.safetensors",
-                     "parts/helper.safetensors"}  # fmt: skip
+    assert names == {
+        "model.json",
+        "weights.safetensors",
+        "plan.json",
+        "plans/few.json",
+        "statistics.safetensors",
+        "parts/helper.safetensors",
+    }
     seen, calls = [], 1
     while True:
         folder = tmp_path / str(calls)
         old.save(folder)
         died = killed_after(calls, folder, new)
         seen.append(value_of(folder))
-        new.save(folder)  # the same command mends it
+        new.save(folder)  # the same call repairs it
         assert value_of(folder) == 2.0
         assert not [p for p in folder.rglob("*") if LEFTOVER.fullmatch(p.name) or p.name == ".lock"]
         assert len([p for p in folder.rglob("*") if p.is_file()]) == len(names)
@@ -105,7 +113,7 @@ def test_a_first_save_that_was_killed_leaves_no_half_model(tmp_path: Path) -> No
         assert value_of(folder) == 2.0
 
 
-def test_whoever_reads_meanwhile_gets_one_model_or_the_other(tmp_path: Path) -> None:
+def test_concurrent_reads_get_one_model_or_the_other(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     one, two = full_model(1.0), full_model(2.0)
     one.save(tmp_path / "m")
@@ -120,7 +128,7 @@ def test_whoever_reads_meanwhile_gets_one_model_or_the_other(tmp_path: Path) -> 
     assert value_of(tmp_path / "m") == 1.0
 
 
-def test_leftovers_of_the_same_process_number_do_no_harm(tmp_path: Path) -> None:
+def test_leftovers_of_the_same_pid_are_harmless(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "m"):
         (folder / f".m.{os.getpid()}.tmp").mkdir(parents=True)
         (folder / f".m.{os.getpid()}.tmp" / "weights.safetensors").write_text("half")
@@ -130,20 +138,23 @@ def test_leftovers_of_the_same_process_number_do_no_harm(tmp_path: Path) -> None
     assert not [p for p in (tmp_path / "m").iterdir() if p.name.startswith(".")]
 
 
-def test_what_did_not_change_stays_as_it_is(tmp_path: Path) -> None:
-    made = full_model(1.0)
-    made.save(tmp_path)
+def test_unchanged_files_stay(tmp_path: Path) -> None:
+    saved = full_model(1.0)
+    saved.save(tmp_path)
     before = (tmp_path / "weights.safetensors").stat()
-    made.statistics = {"gamma": torch.zeros(3, dtype=torch.float64)}
-    made.save(tmp_path)
+    saved.statistics = {"gamma": torch.zeros(3, dtype=torch.float64)}
+    saved.save(tmp_path)
     after = (tmp_path / "weights.safetensors").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    told = json.loads((tmp_path / "model.json").read_text())
-    assert told["statistics"]["file"] != "statistics.safetensors" and not (tmp_path / "statistics.safetensors").exists()
+    description = json.loads((tmp_path / "model.json").read_text())
+    assert (
+        description["statistics"]["file"] != "statistics.safetensors"
+        and not (tmp_path / "statistics.safetensors").exists()
+    )
     assert float(hasten.load(tmp_path).statistics["gamma"][0]) == 0
 
 
-def test_a_full_disk_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full_model(1.0).save(tmp_path)
 
     def full(descriptor: int) -> None:
@@ -156,18 +167,18 @@ def test_a_full_disk_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.Mon
     assert value_of(tmp_path) == 1.0
 
 
-def test_another_model_is_not_written_over(tmp_path: Path) -> None:
-    made = full_model(1.0)
-    refuse_other_model(tmp_path / "none", made)
-    made.save(tmp_path / "m")
+def test_another_model_is_not_overwritten(tmp_path: Path) -> None:
+    saved = full_model(1.0)
+    refuse_other_model(tmp_path / "none", saved)
+    saved.save(tmp_path / "m")
     refuse_other_model(tmp_path / "m", hasten.load(tmp_path / "m"))
-    for other in (full_model(2.0), Model(made.denoiser, "x", made.shape, made.classes, card={"tuned": []})):
+    for other in (full_model(2.0), Model(saved.denoiser, "x", saved.shape, saved.classes, card={"tuned": []})):
         with pytest.raises(BadInput, match="holds the model m1 already, and not"):
             refuse_other_model(tmp_path / "m", other)
-    # changed since it was loaded: what was found meanwhile would be lost
+    # changed since it was loaded: the changes would be lost
     loaded = hasten.load(tmp_path / "m")
-    made.card = {"tuned": [{"identity": "abc"}]}
-    made.save(tmp_path / "m")
+    saved.card = {"tuned": [{"identity": "abc"}]}
+    saved.save(tmp_path / "m")
     with pytest.raises(BadInput, match="as it was loaded"):
         refuse_other_model(tmp_path / "m", loaded)
     refuse_other_model(tmp_path / "m", loaded, "abc")  # the same run again

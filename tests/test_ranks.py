@@ -112,8 +112,10 @@ def run_collectives(rank: int, folder: str) -> None:
     if rank == 2:
         own.put(4, marked)
     for how, keep, batches in (
-        (Shared(), own, [4, 4, 2]), (Shared(), own, []), (Shared(size=1), None, [[4], [4], [2]][rank]),
-    ):  # fmt: skip
+        (Shared(), own, [4, 4, 2]),
+        (Shared(), own, []),
+        (Shared(size=1), None, [[4], [4], [2]][rank]),
+    ):
         seen.clear()
         handle = model.denoiser.net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
         joined = sample_many(*request, ranks=ranks, keep=keep, accelerated=[how], **SETTING)
@@ -267,8 +269,11 @@ def test_accelerators_that_share_a_sampling() -> None:
     # two to an image; and with branches too, of which the second two are those of the first two
     pairs = groups(4, Shared(size=2))
     assert [(each.number, each.count, each.leads) for each in pairs if each] == [
-        (0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)
-    ]  # fmt: skip
+        (0, 2, True),
+        (0, 2, False),
+        (1, 2, True),
+        (1, 2, False),
+    ]
     fours = groups(8, branches, Shared(size=2))
     assert [each.number for each in fours if each] == [0, 0, 1, 1, 0, 0, 1, 1]
     assert [rank for rank, each in enumerate(fours) if each and each.leads] == [0, 2]

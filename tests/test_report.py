@@ -26,7 +26,7 @@ PROTOCOL = {
 
 def row(name: str, sampler: str, steps: int, nfe: float, frechet: float | None, **others: Any) -> dict[str, Any]:
     """A finished row as `compare` makes them."""
-    made = {
+    fields = {
         "key": f"key-{name}", "name": name, "role": "variant", "sampler": sampler, "times": "lambda", "steps": steps,
         "guidance_scale": 2.0, "accelerators": [], "nfe": nfe, "macs_per_image": 30e6 * nfe,
         "seconds_per_image": 1e-3 * nfe, "speedup": 64 / nfe, "speedup_low": 63 / nfe, "speedup_high": 66 / nfe,
@@ -35,7 +35,7 @@ def row(name: str, sampler: str, steps: int, nfe: float, frechet: float | None, 
         "coverage": 0.8, "inception_score": 6.0, "accuracy": 0.95, "psnr": 25.0, "rms": 0.05, "equal_cost": None,
         "is_equal_cost": False, "frechet_over_equal_cost": None, "protocol": PROTOCOL,
     }  # fmt: skip
-    return {**made, **others}
+    return {**fields, **others}
 
 
 @pytest.fixture
@@ -124,14 +124,14 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
+        attributes = dict(attrs)
         if tag not in self.VOID:
             self.open.append(tag)
-        self.fetched += [found[key] or "" for key in ("src", "srcset", "data", "poster") if key in found]
+        self.fetched += [attributes[key] or "" for key in ("src", "srcset", "data", "poster") if key in attributes]
         if tag in ("link", "a", "use", "image"):
             self.fetched += [v or "" for k, v in attrs if k in ("href", "xlink:href")]
-        if tag == "tr" and found.get("class"):
-            self.names.append(found["class"] or "")
+        if tag == "tr" and attributes.get("class"):
+            self.names.append(attributes["class"] or "")
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -142,7 +142,7 @@ class Page(HTMLParser):
             self.open.pop()
 
 
-def test_the_page_is_whole_and_needs_no_network(
+def test_the_page_is_valid_and_needs_no_network(
     rows: list[dict[str, Any]], images: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     heads = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -190,14 +190,14 @@ def test_a_failed_row_is_marked_with_its_reason_and_in_no_plot(rows: list[dict[s
 
     gone = dict.fromkeys((*QUALITY, "nfe", "seconds_per_image", "speedup", "macs_per_image", "peak_memory"))
     lost = {**rows[1], **gone, "name": "[red]boom[/nothing]", "failed": "3 of 8 images hold <NaN>"}
-    made = [rows[0], lost, *rows[2:]]
-    text = report.write_report(tmp_path, made, {}).read_text()
+    shown = [rows[0], lost, *rows[2:]]
+    text = report.write_report(tmp_path, shown, {}).read_text()
     assert Page(text).open == [] and len(Page(text).names) == len(rows)
     assert text.count("3 of 8 images hold &lt;NaN&gt;") == 2 and "1 of 8 rows failed" in text
-    assert report.headline(made) == report.headline([rows[0], *rows[2:]])
+    assert report.headline(shown) == report.headline([rows[0], *rows[2:]])
     console = Console(width=120, no_color=True)
     with console.capture() as captured:
-        console.print(report.results_table(made, 120))
+        console.print(report.results_table(shown, 120))
     assert "[red]boom[/nothing] failed: 3 of 8" in captured.get()  # names are no markup
 
 
@@ -235,28 +235,28 @@ def test_the_page_can_be_used_in_the_dark_by_keyboard_and_on_a_phone(
 
 def test_marks_carry_the_numbers_of_their_rows_and_bars_do_not_squeeze_them(rows: list[dict[str, Any]]) -> None:
     wide = [{**r, "frechet_high": 1000.0} for r in rows]
-    for made, narrow in ((rows, False), (wide, True)):
-        figure = plots.plot_quality(made, narrow=narrow)
+    for shown, narrow in ((rows, False), (wide, True)):
+        figure = plots.plot_quality(shown, narrow=narrow)
         assert figure is not None
-        found = {text.get_text(): text.xy for axis in figure.axes for text in axis.texts}
-        assert found == {str(k): (r["nfe"], r["frechet"]) for k, r in enumerate(made, 1)}
+        numbers = {text.get_text(): text.xy for axis in figure.axes for text in axis.texts}
+        assert numbers == {str(k): (r["nfe"], r["frechet"]) for k, r in enumerate(shown, 1)}
         low, high = figure.axes[0].get_ylim()
-        assert 2 < low < 4 and 30 < high < 50  # the floor of 0.35, far below, does not press them together either
+        assert 2 < low < 4 and 30 < high < 50  # nor does the baseline of 0.35, far below, compress them
 
 
 def test_repeats_show_their_deviation(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     protocol = {**PROTOCOL, "repeats": 3}
-    made = [{**r, "protocol": protocol, "deviation": {"frechet": 0.123, "psnr": 0.456}} for r in rows]
-    text = report.write_report(tmp_path, made, {}).read_text()
+    shown = [{**r, "protocol": protocol, "deviation": {"frechet": 0.123, "psnr": 0.456}} for r in rows]
+    text = report.write_report(tmp_path, shown, {}).read_text()
     assert "± 0.12" in text and "± 0.46" in text and "means over 3 disjoint blocks" in text
 
 
 def test_prompts_are_named(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     texts = [f"a <cat> number {k}" for k in range(25)]
-    made = [{**r, "protocol": {**PROTOCOL, "prompts": texts}} for r in rows]
-    text = report.write_report(tmp_path, made, {}).read_text()
+    shown = [{**r, "protocol": {**PROTOCOL, "prompts": texts}} for r in rows]
+    text = report.write_report(tmp_path, shown, {}).read_text()
     assert "a &lt;cat&gt; number 19" in text and "number 20" not in text and "and 5 more" in text
-    assert "--prompt 'a <cat> number 0'" in report.sample_command(made[0])
+    assert "--prompt 'a <cat> number 0'" in report.sample_command(shown[0])
 
 
 def test_the_grid_puts_each_image_where_it_belongs(rows: list[dict[str, Any]]) -> None:
@@ -300,10 +300,10 @@ def test_names_are_text_to_every_library(
     rows: list[dict[str, Any]], images: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     names = ["a$b", "runs/$x^$", "_hidden", "[/red]", "<b>", "{{ 1 }}", "名前", "%s"]
-    made = [{**r, "name": name, "model": name} for r, name in zip(rows, names, strict=True)]
-    made[0] |= {"model": None}
-    text = report.write_report(tmp_path, made, images, ["$", "[b]", *"cdefghij"]).read_text()
+    shown = [{**r, "name": name, "model": name} for r, name in zip(rows, names, strict=True)]
+    shown[0] |= {"model": None}
+    text = report.write_report(tmp_path, shown, images, ["$", "[b]", *"cdefghij"]).read_text()
     assert Page(text).open == [] and "{{ 1 }}" in text and "&lt;b&gt;" in text
-    figure = plots.plot_quality(made)
+    figure = plots.plot_quality(shown)
     assert figure is not None
     assert {t.get_text().strip() for t in figure.legends[0].get_texts()} >= {r"runs/\$x^\$", "_hidden", "[/red]"}

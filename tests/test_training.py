@@ -1,4 +1,4 @@
-"""`train_model`: the model that comes out is the one that was asked for."""
+"""`train_model`: every setting reaches the trained model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trained(out: Path, source: Data | Path | None = None, **options: Any) -> has
     return train_model(noise_data(classes=CLASSES) if source is None else source, out, **{**settings, **options})
 
 
-def test_the_averaged_weights_are_saved(tmp_path: Path) -> None:
+def test_the_ema_weights_are_saved(tmp_path: Path) -> None:
     model = trained(tmp_path, steps=12, lr=0.05)
     saved = torch.load(tmp_path / "checkpoint.pt")["players"]["model"]
     own = hasten.load(tmp_path).denoiser.state_dict()
@@ -41,7 +41,7 @@ def test_the_averaged_weights_are_saved(tmp_path: Path) -> None:
     assert torch.equal(weights(model.denoiser), weights(hasten.load(tmp_path).denoiser))
 
 
-def test_the_first_step_is_as_long_as_the_learning_rate_says(tmp_path: Path) -> None:
+def test_the_first_step_is_proportional_to_the_learning_rate(tmp_path: Path) -> None:
     """Adam's first step is `rate lr sign(g)`, the decay is `rate lr weight_decay w`: both proportional to lr."""
     start, once, twice = (
         weights(trained(tmp_path / str(lr), steps=1, lr=lr).denoiser) for lr in (1e-12, 0.02, 0.04)
@@ -50,7 +50,7 @@ def test_the_first_step_is_as_long_as_the_learning_rate_says(tmp_path: Path) -> 
     assert torch.allclose(twice - start, 2 * (once - start), atol=1e-6)
 
 
-def test_the_seed_is_that_of_the_weights_and_of_the_order(tmp_path: Path) -> None:
+def test_the_seed_determines_the_weights_and_the_order(tmp_path: Path) -> None:
     order: list[list[int]] = []
     pixels = noise_images()
 
@@ -58,17 +58,17 @@ def test_the_seed_is_that_of_the_weights_and_of_the_order(tmp_path: Path) -> Non
         order.append(indices)
         return pixels[indices]
 
-    made = []
+    initial = []
     for seed in (0, 3):
         source = Data(12, (1, 8, 8), fetch)
-        made.append(weights(trained(tmp_path / str(seed), source, seed=seed, lr=1e-12).denoiser))
+        initial.append(weights(trained(tmp_path / str(seed), source, seed=seed, lr=1e-12).denoiser))
         expected = [Batches(source, 4, seed=seed).indices(k).tolist() for k in range(2)]
         assert order[-2:] == expected
     assert order[-2:] != order[1:3]
-    assert not torch.allclose(made[0], made[1])
+    assert not torch.allclose(initial[0], initial[1])
 
 
-def test_images_are_mirrored_where_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flip_mirrors_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
 
     class Seen(DenoisingLoss):
@@ -86,7 +86,7 @@ def test_images_are_mirrored_where_that_was_asked_for(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(("drop", "low", "high"), [(0.0, 0, 0), (0.5, 8, 56), (1.0, 64, 64)])
-def test_labels_are_dropped_at_the_rate_that_was_asked_for(
+def test_labels_are_dropped_at_the_requested_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop: float, low: int, high: int
 ) -> None:
     seen: list[Tensor] = []

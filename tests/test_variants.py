@@ -14,7 +14,7 @@ from hasten.compare import comparison, variants
 from hasten.errors import BadInput
 
 from .factories import tiny_model
-from .test_compare import SET, Corner, chosen, run
+from .test_compare import SET, Corner, run, variant_file
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,15 @@ from .test_compare import SET, Corner, chosen, run
     ],
 )
 def test_a_bad_set_is_one_line_before_anything_runs(
-    run: Any, chosen: Path, tmp_path: Path, old: str, new: str, said: str, monkeypatch: pytest.MonkeyPatch
+    run: Any, variant_file: Path, tmp_path: Path, old: str, new: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert old in SET
-    chosen.write_text(SET.replace(old, new, 1))
+    variant_file.write_text(SET.replace(old, new, 1))
     monkeypatch.setattr(comparison.Comparison, "sample", lambda *a: pytest.fail("something was sampled"))
     with pytest.raises(BadInput, match=said) as error:
         run()
     assert "\n" not in str(error.value)
-    assert str(chosen) in str(error.value)
+    assert str(variant_file) in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -84,7 +84,7 @@ def test_bad_numbers(run: Any, wrong: dict[str, int]) -> None:
         run(**wrong)
 
 
-def test_what_a_variant_leaves_out_is_the_references() -> None:
+def test_the_defaults_of_a_variant_are_the_references() -> None:
     data = {
         "prompts": ["a"],
         "reference": {"sampler": "unipc:order=3", "times": "karras", "steps": 8, "guidance_scale": 3.0},
@@ -94,8 +94,8 @@ def test_what_a_variant_leaves_out_is_the_references() -> None:
             {"name": "its times", "model": "fashion_student", "times": "uniform", "steps": 2},
         ],
     }  # fmt: skip
-    found = {v.name: (v.sampler, v.times, v.steps, v.guidance_scale) for v in variants.parse_variants(data).variants}
-    assert found == {
+    fields = {v.name: (v.sampler, v.times, v.steps, v.guidance_scale) for v in variants.parse_variants(data).variants}
+    assert fields == {
         "steps, 2 steps": ("unipc:order=3", "karras", 2, 3.0), "steps, 4 steps": ("unipc:order=3", "karras", 4, 3.0),
         "other": ("ddim", "karras", 8, 3.0), "scale": ("unipc:order=3", "karras", 8, 1.0),
         "student": ("", "", 4, 3.0), "its own": ("", "", 0, 3.0), "its times": ("", "uniform", 2, 3.0),
@@ -115,7 +115,7 @@ def test_what_a_variant_leaves_out_is_the_references() -> None:
         ({"name": "x", "steps": True}, "steps must be an integer"),
     ],
 )
-def test_what_a_table_cannot_say_is_one_line(table: dict[str, Any], said: str) -> None:
+def test_an_invalid_table_is_one_line(table: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
         variants.parse_variants({"reference": {"sampler": "ddim", "steps": 4}, "variant": [table]})
 
@@ -131,7 +131,7 @@ def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
         assert f"`{key}`" in page, key
 
 
-def test_a_name_of_the_users_own_is_not_given_to_an_equal_cost_row(tmp_path: Path) -> None:
+def test_an_equal_cost_row_does_not_take_a_users_name(tmp_path: Path) -> None:
     file = tmp_path / "v.toml"
     text = '[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "Reference, 2 steps"\nsampler = "unipc"\nsteps = 2'
     file.write_text(text, encoding="utf-8-sig")  # as editors of Windows write it

@@ -91,8 +91,8 @@ class CompiledNet(nn.Module):
             return parts["decode"](*parts["encode"](x, emb), emb)
         if {"embed", "run", "finish"} <= parts.keys():
             tokens, emb = parts["embed"](x, time, **cond)
-            depth = len(self.net.blocks)  # type: ignore[arg-type]
-            return parts["finish"](parts["run"](0, depth, tokens, emb), emb)
+            net: Any = self.net
+            return parts["finish"](parts["run"](0, len(net.blocks), tokens, emb), emb)
         return parts["forward"](x, time, **cond)
 
     def __getattr__(self, name: str) -> Any:
@@ -165,6 +165,7 @@ class CompiledPart:
         return output
 
     def _copied(self, output: Any) -> Any:
+        """The output, as clones where the compiler will overwrite it."""
         return clone_tensors(output) if self.copies else output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPart:

@@ -105,12 +105,12 @@ class Halved(Wrapper):
         def own(value: Any) -> Any:
             return value[mine] if isinstance(value, Tensor) and value.ndim and len(value) == B else value
 
-        side_inputs = getattr(getattr(self.denoiser, "net", None), "beside", None)
+        side_inputs = getattr(getattr(self.denoiser, "net", None), "side_inputs", None)
         more = {} if side_inputs is None else {key: own(value) for key, value in side_inputs.conditions.items()}
-        given: AbstractContextManager[Any] = nullcontext()
+        side_context: AbstractContextManager[Any] = nullcontext()
         if side_inputs is not None and more:
-            given = side_inputs.given(more)
-        with torch.no_grad(), given:
+            side_context = side_inputs.using(more)
+        with torch.no_grad(), side_context:
             output = evaluate(own(x_t), own(t), **{key: own(value) for key, value in cond.items()}).contiguous()
         both = output.new_empty((2 * half, *output.shape[1:]))
         all_gather(both.view(-1), output.view(-1), self.pair.group)

@@ -149,5 +149,6 @@ class Cached(FeatureReuse):
         return self._decode(first, self.features_at((k,)), emb)
 
     def _decode(self, first: Any, up_input: Any, emb: Any) -> Tensor:
+        """The raw output, from the first skips and the deep part."""
         self.decoder_calls += 1
         return self._split.net.shallow_decode(first, up_input, emb)

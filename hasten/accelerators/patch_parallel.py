@@ -177,6 +177,7 @@ class PatchNet(nn.Module):
         return raw
 
     def _begin(self, x: Tensor, cond: dict[str, Any]) -> None:
+        """Begin a model evaluation."""
         self.exchange.begin(x)
         self._check_conditions(cond)
 
@@ -189,15 +190,15 @@ class PatchNet(nn.Module):
     @contextmanager
     def _own_conditions(self, cond: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The conditions, of feature maps this rank's rows; within the block also those that are side inputs."""
-        side_inputs = getattr(self.net, "beside", None)
+        side_inputs = getattr(self.net, "side_inputs", None)
         more: dict[str, Any] = {} if side_inputs is None else side_inputs.conditions
         rows = [value.shape[2] for key, value in {**more, **cond}.items() if key.startswith(OF_ROWS)]
         if rows and not self.exchange.open:
             self.exchange.divide(max(rows))  # the finest of them has the rows of x_t, which is yet to come
-        given: AbstractContextManager[Any] = nullcontext()
+        side_context: AbstractContextManager[Any] = nullcontext()
         if side_inputs is not None and more:
-            given = side_inputs.given(self._own_rows(more))
-        with given:
+            side_context = side_inputs.using(self._own_rows(more))
+        with side_context:
             yield self._own_rows(cond)
 
     def _own_rows(self, cond: dict[str, Any]) -> dict[str, Any]:

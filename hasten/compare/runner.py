@@ -132,44 +132,44 @@ def compare(
     if isinstance(config, (str, Path)):  # the variants
         config = CompareConfig(variants=config)
     config = CompareConfig.of(config, options)
-    minutes, repeats, seed, prompts, runtime = (
-        config.minutes, config.repeats, config.seed, config.prompts, config.precision
-    )  # fmt: skip
-    batch_size, timing_batch, features = config.batch_size, config.timing_batch, config.features
-    budget = None if minutes is None else TimeBudget(60 * minutes)
+    budget = None if config.minutes is None else TimeBudget(60 * config.minutes)
     ranks = Ranks(torch.device("cpu")) if ranks is None else ranks
     if budget is not None:
         set_faster_threads()
     model = model if isinstance(model, Model) else load(model)
     chosen = load_variants(config.variants, model.times, model.guidance_scale)
+    seed = config.seed
     n = chosen.n if config.n is None else config.n
     rounds = chosen.rounds if config.rounds is None else config.rounds
-    for name, value in zip(MINIMUM, (n, rounds, timing_batch, batch_size, seed, repeats), strict=True):
+    for name, value in {"n": n, "rounds": rounds}.items():
         check_int(name, value, MINIMUM[name])
-    if budget is not None and (ranks.world > 1 or repeats > 1):
+    for name in ("timing_batch", "batch_size", "seed", "repeats"):
+        check_int(name, getattr(config, name), MINIMUM[name])
+    if budget is not None and (ranks.world > 1 or config.repeats > 1):
         raise BadInput("minutes is for one process and one block of seeds: give n in its place")
-    label = prompts_for(model, chosen.prompts if prompts is None else prompts, chosen.source)
+    label = prompts_for(model, chosen.prompts if config.prompts is None else config.prompts, chosen.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
         chosen = chosen.without_guidance_below_one()
     rows = prepare(model, chosen, ranks, label)
     progress = ProgressReporter(0, ranks.is_main_process)
     shape = image_shape(model)
     real = config.reference or (model.card.get("reference") if is_image(shape) else None)
-    known, net = resolve_reference(real, features, shape, model.device, ranks, progress.say)
-    runtime = ranks.on_main_process(functools.partial(model.precision_for, runtime, min(n, batch_size)))
+    known, net = resolve_reference(real, config.features, shape, model.device, ranks, progress.say)
+    size = min(n, config.batch_size)
+    precision = ranks.on_main_process(functools.partial(model.precision_for, config.precision, size))
     store = ResultStore(Path(out)) if ranks.is_main_process else None
-    arguments = {"variants": config.variants, "n": n, "seed": seed, "minutes": minutes, "out": out}
+    arguments = {"variants": config.variants, "n": n, "seed": seed, "minutes": config.minutes, "out": out}
     protocol: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model.name,
         "model_hash": model_hash(model),
         "set": chosen.source,
         "n": n,
-        "seeds": [seed, seed + n * repeats - 1],
-        "batch_size": batch_size,
-        "timing_batch": timing_batch,
+        "seeds": [seed, seed + n * config.repeats - 1],
+        "batch_size": config.batch_size,
+        "timing_batch": config.timing_batch,
         "rounds": rounds,
-        "repeats": repeats,
+        "repeats": config.repeats,
         "classes": len(model.classes or ()),
         "features": net and known and net_name(net),
         "reference": known and f"{known.name}, {known.split} split, {known.count} images",
@@ -178,7 +178,7 @@ def compare(
         "threads": torch.get_num_threads(),
         "device": model.device.type,
         "processes": ranks.world,
-        "dtype": runtime,
+        "dtype": precision,
         "torch": torch.__version__,
         "hasten": __version__,
         "date": utc_now(),

@@ -78,11 +78,17 @@ class Variant:
 
     @property
     def config(self) -> SamplingConfig:
-        """How the row is sampled; what is "" or 0 is what the model recommends."""
+        """The method as a `SamplingConfig`; fields that are "" or 0 default to the model's recommendation."""
         return SamplingConfig(
-            self.sampler or None, self.times or None, self.steps or None, self.guidance_scale, self.guides, self.start,
-            self.plan, self.accelerators,
-        )  # fmt: skip
+            sampler=self.sampler or None,
+            times=self.times or None,
+            steps=self.steps or None,
+            guidance_scale=self.guidance_scale,
+            guides=self.guides,
+            start=self.start,
+            plan=self.plan,
+            accelerators=self.accelerators,
+        )
 
     @property
     def method(self) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..train.data import shard_batches
 from ..train.fit import Ema
-from ..train.player import TrainedModule
+from ..train.trained_module import TrainedModule
 from ._task import Task, refuse_keys
 
 TIMED = 2  # steps of training that are timed, after one that is counted

@@ -21,7 +21,7 @@ from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
 from ..train.fit import Fit
-from ..train.player import TrainedModule
+from ..train.trained_module import TrainedModule
 from ._pairs import Pairs, make
 
 Loss = Callable[[dict[str, Tensor]], Tensor]

@@ -21,10 +21,10 @@ from ..plan.config import SamplingConfig
 from ..plan.draw import draw_unchecked as draw
 from ..plan.table import Plan
 from ..progress import fraction_of
-from ..sampling import Callback, Noise, Progress
+from ..sampling import Callback, Noise, Progress, wrap_denoiser
 from ..storage import model_folder
 from ..train.names import class_index, label_indices
-from ..utils.random import LARGEST_SEED
+from ..utils.random import MAX_SEED
 from .finite import check_sample
 from .resolve import Resolved, accelerate_model, guided, resolve
 
@@ -166,7 +166,7 @@ class Model:
             BadInput: for a value that cannot be, with the nearest that can.
         """
         n, batch_size = check_int("n", n, 1, 10**8), check_int("batch_size", batch_size, 1)
-        seed = check_int("seed", seed, 0, LARGEST_SEED + 1 - n)
+        seed = check_int("seed", seed, 0, MAX_SEED + 1 - n)
         if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         resolved = self.resolve(config, batch_size=min(n, batch_size), **options)
@@ -188,7 +188,7 @@ class Model:
                 denoiser, x, source = resolved.denoiser, None, None
                 if resolved.start is not None:
                     source = None if images is None else images[first : first + count].to(device)
-                    denoiser = resolved.start.wrap(denoiser, source) if hasattr(resolved.start, "wrap") else denoiser
+                    denoiser = wrap_denoiser(resolved.start, denoiser, source)
                     x = resolved.start.begin(denoiser, noise, resolved.times[0], source, **cond)
                 tick = fraction_of(progress, first, n, batch_size)
                 how: dict[str, Any] = {"plan": resolved.plan, "progress": tick, "callback": callback, "cond": cond}

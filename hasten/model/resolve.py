@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..accelerators import SamplingContext, accelerate
+from ..accelerators import SamplingContext, accelerate, with_defaults
 from ..adapters.model_like import ModelLike
 from ..errors import BadInput, HastenError, check_number, nearest
 from ..guides.cfg import CFG, with_step_count
@@ -22,6 +22,7 @@ from ..pick import pick
 from ..plan.config import SamplingConfig, check_method, spec
 from ..plan.draw import compile_plan
 from ..plan.table import Plan
+from ..sampling import bind_method, wrap_denoiser
 from ..schedules.base import Schedule
 from ..times import Explicit, as_times, check_times
 
@@ -98,11 +99,10 @@ def resolve(
         inner = accelerated(methods, plan, config)
     complete = completed(model, config, plan, times, precision)
     for one in methods:
-        if hasattr(one, "plan") and plan is not None:
-            plan = one.plan(plan, model.denoiser)
+        if plan is not None:
+            plan = with_defaults(one).plan(plan, model.denoiser)
     denoiser = with_step_count(guided(model, inner, config.guidance_scale, config.guides), len(times) - 1)
-    if hasattr(sampler, "wrap"):
-        denoiser = sampler.wrap(denoiser)
+    denoiser = wrap_denoiser(sampler, denoiser)
     runtime = parse_runtime(precision, next(iter(model.denoiser.parameters()), torch.zeros(())).device.type)
     return Resolved(complete, denoiser, inner, model.denoiser, plan, sampler, times, start, runtime)
 
@@ -209,10 +209,8 @@ def _found_plan(model: ModelLike, plan: str | Path | Plan) -> Plan:
 def bound(model: ModelLike, folder: str, method: Any, quiet: bool = False) -> Any:
     """A method with what it needs of a model. quiet: as it is, where the model lacks that."""
     method = pick(folder, method) if isinstance(method, str) else check_method(folder, method)
-    if not hasattr(method, "bind"):
-        return method
     try:
-        return method.bind(model.statistics, model.parts)
+        return bind_method(method, model.statistics, model.parts)
     except HastenError:
         if quiet:
             return method

@@ -75,7 +75,12 @@ class AttentionRecorder(TorchFunctionMode):
 
 
 def operation(one: RecordedOp, two: RecordedOp) -> Op:
-    """An operation from its records at H and at 2 H rows."""
+    """An operation from its records at two heights.
+
+    Args:
+        one: at H rows.
+        two: at 2 H rows.
+    """
     moving = min(one.bytes, max(two.bytes - one.bytes, 0))
     divided = moving > 0 or two.macs > one.macs
     return Op(one.macs, moving, one.bytes - moving + one.keys, divided, one.text and not divided)
@@ -94,7 +99,12 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def recording(net: nn.Module, recorder: ShapeRecorder) -> Iterator[None]:
-    """Within the block the layers of a U-Net record what they would exchange."""
+    """A context manager in which the layers of a U-Net record what they would exchange.
+
+    Args:
+        net: the network, on the meta device.
+        recorder: of the messages.
+    """
     core: Any = core_of(net)
     handles = []
     padded: set[int] = set()

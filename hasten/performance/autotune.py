@@ -93,7 +93,12 @@ def autotune_cache() -> Path:
 
 
 def write_cache(file: Path, cache: dict[str, str]) -> None:
-    """Write the cache; where that is not possible every command probes again."""
+    """Write the cache; where that is not possible every command probes again.
+
+    Args:
+        file: to write.
+        cache: runtimes as texts, by key.
+    """
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(cache, indent=1))

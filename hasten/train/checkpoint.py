@@ -19,7 +19,7 @@ from . import shards
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks
-    from .player import TrainedModule
+    from .trained_module import TrainedModule
 
 
 class TrainingState:
@@ -93,7 +93,7 @@ class TrainingState:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             states, step, seconds = saved["players"], int(saved["step"]), float(saved["seconds"])
-        except Exception as e:  # a damaged file makes torch.load raise nearly anything
+        except Exception as e:  # torch.load raises various exceptions for damaged files
             raise BadInput(f"cannot read the checkpoint {path} ({type(e).__name__}): remove it to start again") from e
         if set(states) != set(self.modules):
             raise BadInput(
@@ -147,7 +147,7 @@ def load_modules(modules: Mapping[str, nn.Module], path: Path) -> None:
 
     try:
         tensors = load_file(path)
-    except Exception as e:  # a damaged file makes safetensors raise nearly anything
+    except Exception as e:  # safetensors raises various exceptions for damaged files
         raise BadInput(f"cannot read {path} ({type(e).__name__}): remove it to create it again") from e
     for name, module in modules.items():
         state = {key.partition("/")[2]: value for key, value in tensors.items() if key.partition("/")[0] == name}

@@ -32,7 +32,7 @@ def couple(x: Tensor, noise: Tensor, coupling: str = "ot", label: Tensor | None 
         noise: noise (B, *S).
         coupling: `none` leaves the order as it is; `ot` is the permutation with the minimum sum of squared distances
             (exact; O(B^3) at worst, milliseconds for B = 256; in one dimension it is sorting); `ot_class` is the same
-            within the rows of each label, or over all rows where there are no labels.
+            within the rows of each label, or over all rows without labels.
         label: int64 (B,), for `ot_class`.
 
     Returns:

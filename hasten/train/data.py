@@ -105,7 +105,7 @@ def _unused_files(path: Path, labelled: bool) -> list[str]:
     tables = [n for n in files if MAYBE.search(n) and not n.endswith(".npy") or "idx1" in n and not labelled]
     messages = [f"not used as labels, the arrays are read: {join_names(tables)}"] if tables else []
     if names:
-        messages.append(f"the arrays are read, not {pluralize(len(names), 'image')} beside them, such as {names[0]}")
+        messages.append(f"the arrays are read, not {pluralize(len(names), 'image')} next to them, such as {names[0]}")
     return messages
 
 
@@ -185,7 +185,7 @@ class Batches:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + k) % 2**63)
 
     def shard(self, rank: int, world: int) -> Batches:
-        """The batches of which each is part `rank` of `world` of these."""
+        """Batches that are part `rank` of `world` equal parts of these."""
         return Batches(self.data, self.batch_size, self.seed, self.start_step, rank, world, self.flip)
 
     def _permutation(self, epoch: int) -> Tensor:
@@ -228,23 +228,23 @@ class Batches:
 
 
 class BatchSlices:
-    """The batches of which each is part `part` of `parts` of `batches`, which may be any object like `Batches`."""
+    """Batches that are part `rank` of `world` equal parts of `batches`, any object like `Batches`."""
 
-    def __init__(self, batches: Any, part: int, parts: int) -> None:
-        self.batches, self.part, self.parts = batches, part, parts
+    def __init__(self, batches: Any, rank: int, world: int) -> None:
+        self.batches, self.rank, self.world = batches, rank, world
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         """Batch `step`. Raises BadInput if it cannot be divided evenly."""
         batch = self.batches[step]
         n = min(len(value) for value in batch.values())
-        if n % self.parts:
-            raise BadInput(f"a batch of {n} cannot be divided into {self.parts} parts (processes, times accumulate)")
-        part = slice(self.part * n // self.parts, (self.part + 1) * n // self.parts)
+        if n % self.world:
+            raise BadInput(f"a batch of {n} cannot be divided into {self.world} parts (processes, times accumulate)")
+        part = slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
         return {key: value[part] for key, value in batch.items()}
 
 
-def shard_batches(batches: Any, part: int, parts: int) -> Any:
-    """Batches of which each is part `part` of `parts` of `batches`: by their own method `shard`, if they have one."""
-    if parts == 1:
+def shard_batches(batches: Any, rank: int, world: int) -> Any:
+    """Part `rank` of `world` equal parts of `batches`, by their own method `shard` if they have one."""
+    if world == 1:
         return batches
-    return batches.shard(part, parts) if hasattr(batches, "shard") else BatchSlices(batches, part, parts)
+    return batches.shard(rank, world) if hasattr(batches, "shard") else BatchSlices(batches, rank, world)

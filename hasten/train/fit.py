@@ -23,9 +23,9 @@ from .data import Batches, shard_batches
 from .ema import Ema, update_ema
 from .fingerprint import describe_data
 from .monitor import Meter, event_files, progress_bar, stop_signals
-from .player import OncePerStep, TrainedModule
 from .rng import MicroBatchRng, step_seed
 from .shards import full_tensor
+from .trained_module import OncePerStep, TrainedModule
 from .transfer import matmul_precision, prefetch, to_device
 
 __all__ = ["Ema", "Fit", "TrainedModule"]
@@ -217,7 +217,7 @@ class Fit:
                 meter.raise_if_not_finite(checkpoint)
                 now = time.monotonic()
                 due = now - last_save > self.save_seconds
-                state.seconds, stop, due = ranks.agree(state.seconds + now - mark, bool(signals), due)
+                state.seconds, stop, due = ranks.sync_training_state(state.seconds + now - mark, bool(signals), due)
                 done = self.progress(state.step, state.seconds)
                 if state.step // self.log_steps > meter.logged // self.log_steps or done >= 1 or stop:
                     line = meter.line(state.step, state.seconds, self.rate(state.step, done))

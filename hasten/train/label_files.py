@@ -78,7 +78,7 @@ def read_label_file(tree: Tree, place: str, column: str | None) -> LabelFile:
         index = class_column(tree, place, header, columns, rows, file, column)
         unused = [name for k, name in enumerate(header) if k not in (file, index)]
         if index is None:
-            return LabelFile(place, None, [f"{place} gives no classes: {unused_columns(unused)}"])
+            return LabelFile(place, None, [f"{place} has no classes: {unused_columns(unused)}"])
         value = index
         if place.lower().endswith(".jsonl"):
             odd = next((row for row in rows if row[value][:1] in ("[", "{")), None)
@@ -186,7 +186,7 @@ def read_json(tree: Tree, place: str, column: str | None) -> LabelFile:
     if labels and not isinstance(labels, (list, dict)):
         raise BadInput(f"{where}: labels are pairs [file, integer or name], got {str(labels)[:80]}")
     if not labels or column is not None and column.lower() not in CLASS:
-        return LabelFile(place, None, [f"{place} gives no classes"] if not labels else [])
+        return LabelFile(place, None, [f"{place} has no classes"] if not labels else [])
     pairs = list(labels.items()) if isinstance(labels, dict) else labels
     for pair in pairs:
         fits = isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
@@ -249,8 +249,8 @@ def by_image(tree: Tree, place: str, pairs: list[tuple[str, str]]) -> dict[str, 
         if labels.setdefault(name, label) != label:
             raise BadInput(f"{tree.where(place)} names {file} twice, as {labels[name]!r} and as {label!r}")
     known = set(tree.names)
-    lost = [name for name in labels if name not in known]
-    if lost:
-        more = f", and {len(lost) - 1:,} more" if len(lost) > 1 else ""
-        raise BadInput(f"{tree.where(place)} names {lost[0]}, which is not there{more}")
+    missing = [name for name in labels if name not in known]
+    if missing:
+        more = f", and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise BadInput(f"{tree.where(place)} names {missing[0]}, which does not exist{more}")
     return labels

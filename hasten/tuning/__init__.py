@@ -10,7 +10,7 @@ from ._task import Tuned, Tuner, TuningTask
 
 __all__ = ["Tuned", "Tuner", "TuningTask", "cached_result"]
 
-RENAMED = {"Task": TuningTask, "remembered": cached_result}
+RENAMED: dict[str, Any] = {"Task": TuningTask, "remembered": cached_result}
 
 
 def __getattr__(name: str) -> Any:

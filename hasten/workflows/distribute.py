@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..accelerators import with_defaults
 from ..distributed.heartbeat import peer_errors
 from ..distributed.ranks import Piece, ProcessLost, Ranks
 from ..errors import check_int
@@ -121,11 +122,12 @@ class Sharing:
 def sharing(accelerators: Sequence[Any], ranks: Ranks) -> Sharing | None:
     """The processes that this one samples with; None where each samples by itself."""
     methods = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
-    claims = {claim for one in methods for claim in one.claims}
+    claims = {claim for one in methods for claim in with_defaults(one).claims}
     if ranks.world == 1 or not claims & JOINT:
         return None
     row = ranks.world // 2 if claims >= JOINT else ranks.world  # the two halves of the processes have a branch each
-    size = min([row, *(one.size for one in methods if "space" in one.claims and getattr(one, "size", None))])
+    sizes = [with_defaults(one).size for one in methods if "space" in with_defaults(one).claims]
+    size = min([row, *(size for size in sizes if size is not None)])
     return Sharing(ranks.rank % row // size, row // size, ranks.rank < row and ranks.rank % size == 0)
 
 

@@ -297,7 +297,12 @@ class SavedBlocks(SessionProgress):
         self.log(f"{stage}: block {done} of {of}, {unit}: {gain}{last if self.learned else ''}")
 
     def file(self, stage: str, unit: str) -> Path:
-        """The file of a block."""
+        """The file of a block.
+
+        Args:
+            stage: the pass.
+            unit: the block.
+        """
         return self.folder / f"{stage}-{hashlib.sha256(unit.encode()).hexdigest()[:16]}.safetensors"
 
 

@@ -95,7 +95,7 @@ def cached_reference(path: Path, net: nn.Module, shape: Sequence[int], report: C
     Args:
         path: of the images.
         net: the feature network.
-        shape: (C, H, W) that the images are brought to.
+        shape: (C, H, W) that the images are resized to.
         report: receives a line if the statistics are new.
 
     Raises:

@@ -24,7 +24,7 @@ from ..train.checkpoint import read_log, saved_run
 from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
-from ..train.player import TrainedModule
+from ..train.trained_module import TrainedModule
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
 
@@ -34,21 +34,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """How to train a model.
+    """The budget, network and optimiser of a training run (`train_model`).
 
     Args:
-        steps, minutes: the budget, whichever comes first; 30 minutes if neither is given.
-        size, channels, label: how the data are read, see `open_data`.
-        widths: channels of each resolution, finest first; None: by the side of the images.
-        blocks: residual blocks a resolution. patch: side of the squares that the network takes as one pixel.
-        batch_size: images a step. lr: peak learning rate of AdamW.
-        label_drop: fraction of the labels that are dropped, so that the model can be guided, 0 to 1.
-        flip: mirror images at random.
-        precision: `fp32`, `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last` as wanted;
-            `auto`: what is faster on this device, or that of the run that is resumed.
+        steps: budget of steps.
+        minutes: budget of training time; whichever budget is used up first ends the run. Default: 30 without `steps`.
+        size: side in pixels that images are resized to (`open_data`).
+        channels: 1 or 3 (`open_data`).
+        label: the column or array of labels (`open_data`).
+        widths: channels at each resolution, finest first. Default: by the side of the images.
+        blocks: residual blocks at each resolution.
+        patch: side of the patches of pixels that are folded into channels. Default: 2 from a side of 24, else 1.
+        batch_size: images in a batch, over all processes.
+        lr: AdamW's peak learning rate.
+        label_drop: probability that a label is dropped, for classifier-free guidance; in [0, 1].
+        flip: mirror images horizontally with probability 1/2.
+        precision: `fp32` or `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last`; `auto`: that
+            of the run to resume, or the faster one on this device.
         seed: of the weights, the order of the images and the noise.
-        grad_accumulation: parts of a batch that are computed one after another, to need less memory.
-        fsdp: shard the network among the processes of torchrun, where it is too large for one.
+        grad_accumulation: micro-batches that a process splits its batch into, to need less memory.
+        fsdp: shard the network among the processes, if it is too large for one device.
     """
 
     steps: int | None = None
@@ -110,24 +115,26 @@ def train_model(
 ) -> Model:
     """Train a U-Net with v-prediction on the cosine path `x_t = cos(pi t/2) x + sin(pi t/2) eps`, and save it.
 
-    The network's averaged weights become the model. Labels are dropped at the rate `label_drop`, so that a model of
-    classes can be guided. The same call resumes from the checkpoint in `out` where an earlier one was stopped. Under
-    torchrun, each process takes its part of every batch, and the main one writes.
+    The EMA of the weights becomes the model. The same call resumes from the checkpoint in `out` of a stopped run.
+    Under torchrun each process takes an equal part of every batch, and the main process writes (`train.fit.Fit`).
 
     Args:
-        data: as `open_data` reads it.
-        config: budget, network and optimiser; None: the defaults. options: fields of it.
-        device: None: a GPU where there is one. name: of the model; None: of the folder. show: a progress bar on a
-            terminal.
+        data: the data, or the path of a folder, zip or array (`open_data`).
+        out: the folder of the model, its checkpoint and its log.
+        config: budget, network and optimiser. Default: `TrainConfig()`.
+        device: `cpu`, `cuda`, ... Default: a GPU if there is one.
+        name: of the model. Default: that of the folder.
+        show: show a progress bar, if stderr is a terminal.
+        options: fields of `TrainConfig`.
 
     Returns:
-        The model, as it is saved in `out`.
+        The model as it is saved in `out`, on the CPU.
 
     Raises:
-        BadInput: for data or settings that cannot be used, where `out` lies inside the data, holds another model or
-            the run of other data or settings, or is written by another process.
-        HastenError: where the loss stops being finite.
-        KeyboardInterrupt: at Ctrl-C, with a line that says what was saved.
+        BadInput: for data or settings that cannot be used; if `out` is inside the data, holds another model or a run of
+            other data or settings, or is written to by another process.
+        HastenError: if the loss is not finite.
+        KeyboardInterrupt: at Ctrl-C, after a checkpoint is written.
 
     References:
         Salimans, Ho 2022, arXiv:2202.00512 (v-prediction); Ho, Salimans 2022, arXiv:2207.12598 (label dropout).
@@ -147,9 +154,8 @@ def train_model(
     previous = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
     torch.manual_seed(seed)
     net = build_network(source, config.widths, config.blocks, config.patch)
-    dropped = (
-        config.label_drop if source.labels is not None else 0.0
-    )  # without it the network never sees the null label
+    # without label dropout the null label is not trained
+    dropped = config.label_drop if source.labels is not None else 0.0
     denoiser = Denoiser(net, VPCosine(offset=0.0), V())
     denoiser.null_label = net.classes if net.classes and dropped else None
     loss = DenoisingLoss(label_drop=dropped)
@@ -172,7 +178,7 @@ def train_model(
     settings = {"network": net.config, "label_drop": dropped}
     averaged = fit([trained], Batches(source, batch_size, seed=seed, flip=config.flip), out, show, settings)["model"]
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
-        return load(saved)  # with what was found for it since, such as plans
+        return load(saved)  # with what was added to it since, such as plans
     assert isinstance(averaged, Denoiser)
     card: dict[str, Any] = {
         "data": source.source,
@@ -220,10 +226,10 @@ def build_network(data: Data, widths: Sequence[int] | None, blocks: int, patch: 
     return net
 
 
-def training_precision(denoiser: Denoiser, data: Data, runtime: str, batch_size: int, device: torch.device) -> str:
-    """What was asked for, or `fp32` or `bf16`, as a timing of the forward pass finds."""
-    if runtime != "auto":
-        return format_runtime(parse_runtime(runtime))
+def training_precision(denoiser: Denoiser, data: Data, precision: str, batch_size: int, device: torch.device) -> str:
+    """The precision in its normal form; for `auto` the faster of `fp32` and `bf16`, by timing the forward pass."""
+    if precision != "auto":
+        return format_runtime(parse_runtime(precision))
     x = torch.randn(min(batch_size, 64), *data.shape, device=device)
     return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}")).split("+")[0]
 

@@ -1,4 +1,4 @@
-"""Run a tuner on a model and save the model with what it found."""
+"""Tune a model with one method and save it with the result."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ..storage.model_folder import check_savable
 from ..storage.provenance import model_hash, utc_now
 from ..storage.weights import is_half
 from ..train.fingerprint import listing
-from ..tuning import Tuned, TuningTask
+from ..tuning import Tuned, Tuner, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
-from ..utils.random import LARGEST_SEED
+from ..utils.random import MAX_SEED
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,11 +70,11 @@ def tune_model(
     for field in ("guides", "start", "plan", "accelerators"):
         if getattr(config, field):
             raise BadInput(f"tuning improves a sampler with its times under guidance: leave {field} out")
-    tuner = pick("tuning", method)
-    if getattr(tuner, "needs_data", False) and data is None:
+    tuner: Tuner = pick("tuning", method)
+    if tuner.needs_data and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     n = None if n is None else check_int("n", n, 1)
-    seed = check_int("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
+    seed = check_int("seed", seed, 0, MAX_SEED - (10**7 if n is None else n))
     check_savable(model)
     check_weights(model.denoiser, model.name)
     model = replace(model)
@@ -82,17 +82,24 @@ def tune_model(
     refuse_inside(out, data)
     check_writable(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
-    if hasattr(tuner, "bind"):
-        tuner = tuner.bind(model.statistics, model.parts)
+    tuner = tuner.bind(model.statistics, model.parts)
     sampler, times = (
-        own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
+        default if value is None else value for value, default in ((sampler, model.sampler), (times, model.times))
     )
     count = model.steps if steps is None and isinstance(times, str) else steps
     resolved = model.resolve(sampler=sampler, times=times, steps=count, guidance_scale=scale, precision=runtime)
     identity = short_hash(
-        model_hash(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+        model_hash(model),
+        format_spec(tuner),
+        str(sampler),
+        str(times),
+        steps or model.steps,
+        scale,
+        n,
+        seed,
+        runtime,
         None if data is None else listing(Path(data)),
-    )  # fmt: skip
+    )
     refuse_other_model(out, model, identity)
     task = TuningTask(
         denoiser=resolved.denoiser,
@@ -108,20 +115,20 @@ def tune_model(
     began = time.perf_counter()
     with tuning_progress() as task.tick, resolved.runtime.apply():
         resolved.runtime.prepare(model.denoiser)
-        found = tuner.tune(task)
+        result = tuner.tune(task)
     seconds = time.perf_counter() - began
     for what in ("figures", "statistics"):
-        check_finite(f"{method} found {what} that are not finite", getattr(found, what))
-    for part, net in found.parts.items():
+        check_finite(f"{method}: the {what} are not finite", getattr(result, what))
+    for part, net in result.parts.items():
         check_weights(net, f"{method}: the network {part} that it trained")
-    name = attach_result(model, found, method, scale)
+    name = attach_result(model, result, method, scale)
     record = {
         "method": format_spec(tuner),
         "plan": name,
-        "statistics": sorted(found.statistics),
-        "parts": sorted(found.parts),
+        "statistics": sorted(result.statistics),
+        "parts": sorted(result.parts),
         "guidance_scale": scale,
-        "figures": found.figures,
+        "figures": result.figures,
         "date": utc_now(),
         "command": command,
         "identity": identity,
@@ -133,29 +140,36 @@ def tune_model(
     return {"folder": str(out), **record, "seconds": seconds}
 
 
-def attach_result(model: Model, found: Tuned, method: str, scale: float) -> str | None:
-    """Give the model what was found; the name of the plan, if there is one."""
-    model.statistics = {**model.statistics, **found.statistics}
-    model.parts = {**model.parts, **found.parts}
-    if found.plan is None:
+def attach_result(model: Model, result: Tuned, method: str, scale: float) -> str | None:
+    """Add the result of tuning to a model, in place; returns the name of the plan if there is one."""
+    model.statistics = {**model.statistics, **result.statistics}
+    model.parts = {**model.parts, **result.parts}
+    if result.plan is None:
         return None
-    name = f"{method.partition(':')[0]}-{found.plan.nfe}" + (f"-g{scale:g}" if scale != 1 else "")
-    model.plans = {**model.plans, name: found.plan}
-    model.plan, model.steps, model.guidance_scale = found.plan, found.plan.nfe, scale
+    name = f"{method.partition(':')[0]}-{result.plan.nfe}" + (f"-g{scale:g}" if scale != 1 else "")
+    model.plans = {**model.plans, name: result.plan}
+    model.plan, model.steps, model.guidance_scale = result.plan, result.plan.nfe, scale
     return name
 
 
 def calibration_images(model: Model, data: str | Path) -> Images:
-    """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
-    model's classes, matched by name."""
+    """Real images for `TuningTask.images`, in a fixed random order, with labels matched to the model's classes by name.
+
+    Args:
+        model: whose shape, classes and decoder (the images are encoded for it) are used.
+        data: what `open_data` reads.
+
+    Raises:
+        BadInput: for a model of other shapes than images, or data that cannot be read.
+    """
     from ..train import open_data
     from ..train.data import to_float
     from ..train.names import match_labels
 
     if len(model.shape) != 3:
-        raise BadInput(f"{model.name} makes samples of shape {model.shape}, which no images are: leave data out")
-    latents = model.decoder  # of a model of latents, which the images are encoded for
-    channels, height, width = model.shape if latents is None else latents.pixels(model.shape)
+        raise BadInput(f"{model.name} generates samples of shape {model.shape}, not images: omit data")
+    decoder = model.decoder  # of a latent model
+    channels, height, width = model.shape if decoder is None else decoder.pixels(model.shape)
     source = open_data(data, size=(height, width), channels=channels)
     source = match_labels(source, model.classes, model.name, required=False)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
@@ -163,17 +177,17 @@ def calibration_images(model: Model, data: str | Path) -> Images:
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         if n > len(source):
             raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
-        chosen = order[:n]
-        labels = None if source.labels is None else source.labels[chosen]
-        x = to_float(source.images(chosen))
-        return (x if latents is None else latents.encode(x)).to(model.device), labels
+        indices = order[:n]
+        labels = None if source.labels is None else source.labels[indices]
+        x = to_float(source.images(indices))
+        return (x if decoder is None else decoder.encode(x)).to(model.device), labels
 
     return images
 
 
 @contextlib.contextmanager
 def tuning_progress() -> Iterator[ProgressFn]:
-    """Progress with the time left on stderr, while that is a terminal."""
+    """Progress bars on stderr with the remaining time, if that is a terminal."""
     if not is_terminal(sys.stderr):
         yield no_progress
         return
@@ -181,9 +195,13 @@ def tuning_progress() -> Iterator[ProgressFn]:
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TextColumn("left"), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[value]}"),
-    )  # fmt: skip
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[value]}"),
+    )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 

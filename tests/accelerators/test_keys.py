@@ -27,7 +27,7 @@ from hasten.schedules import VPCosine, VPLinear
 from hasten.times import UniformTime
 
 
-def test_the_papers_keys_in_proportion() -> None:
+def test_the_papers_key_steps_in_proportion() -> None:
     assert paper_key_steps(50) == PAPER == (0, 1, 2, 3, 5, 10, 15, 25, 35)
     assert paper_key_steps(20) == (0, 1, 2, 4, 6, 10, 14)
     assert paper_key_steps(100) == (0, 2, 4, 6, 10, 20, 30, 50, 70)
@@ -35,7 +35,7 @@ def test_the_papers_keys_in_proportion() -> None:
         assert check_key_steps(paper_key_steps(n), n, "x") == paper_key_steps(n)
 
 
-def test_uniform_and_centred_keys() -> None:
+def test_uniform_and_centered_key_steps() -> None:
     assert uniform_key_steps(10, 4) == (0, 4, 8)
     assert key_steps_around(50, 10, 0, 1.0) == tuple(range(0, 50, 5))
     keys = key_steps_around(50, 10, 15, 1.4)
@@ -48,14 +48,14 @@ def test_uniform_and_centred_keys() -> None:
         key_steps_around(20, 5, 20, 1.4)
 
 
-def test_budget_is_a_number_or_a_share() -> None:
+def test_budget_is_a_number_or_a_fraction() -> None:
     assert key_step_count(9, 50) == 9 and key_step_count(0.18, 50) == 9 and key_step_count(0.5, 9) == 4
     for wrong in (0, -1, 51, 2.5):
         with pytest.raises(BadInput, match="budget"):
             key_step_count(wrong, 50)
 
 
-def test_keys_that_cannot_be() -> None:
+def test_invalid_key_steps_raise() -> None:
     assert check_key_steps((4, 0, 7, 4), 9, "x") == (0, 4, 7)
     for keys in ((), (1, 2), (0, 9), (-1, 0)):
         with pytest.raises(BadInput, match="x: key steps are numbers from 0"):
@@ -68,7 +68,7 @@ def test_keys_that_cannot_be() -> None:
         resolve_key_steps("papr", 20, ("paper", "uniform", "found"))
 
 
-def test_shortest_is_what_brute_force_finds() -> None:
+def test_cheapest_key_steps_are_those_of_brute_force() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 4):
         N = 9
@@ -87,7 +87,7 @@ def test_shortest_is_what_brute_force_finds() -> None:
 
 
 @pytest.mark.parametrize("schedule", [VPCosine(), VPLinear()])
-def test_share_is_what_an_error_does_to_the_end_of_ddim(schedule: object) -> None:
+def test_gain_is_the_derivative_of_the_final_ddim_sample(schedule: object) -> None:
     """On Gaussian data, where the network is linear: move one answer and look at the result."""
     times = UniformTime()(schedule, 12)
     compiled = plan(DDIM(), schedule, times)
@@ -95,19 +95,19 @@ def test_share_is_what_an_error_does_to_the_end_of_ddim(schedule: object) -> Non
     for v in (0.01, 1.0, 30.0):
 
         def ends(moved: int | None, v: float = v) -> Tensor:
-            asked = iter(range(12))
+            requested = iter(range(12))
 
             def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
                 a, s = schedule.alpha(t), schedule.sigma(t)
-                return a * v / (a * a * v + s * s) * x_t + (0.5 if next(asked) == moved else 0.0)
+                return a * v / (a * a * v + s * s) * x_t + (0.5 if next(requested) == moved else 0.0)
 
             return compiled(denoiser, x)
 
-        found = torch.stack([((ends(j) - ends(None)) / 0.5).mean() for j in range(12)])
-        torch.testing.assert_close(found, error_gains(times[:-1].tolist(), schedule, v), rtol=1e-6, atol=1e-9)
+        result = torch.stack([((ends(j) - ends(None)) / 0.5).mean() for j in range(12)])
+        torch.testing.assert_close(result, error_gains(times[:-1].tolist(), schedule, v), rtol=1e-6, atol=1e-9)
 
 
-def test_queries_at_one_time_share_it() -> None:
+def test_evaluations_at_one_time_divide_the_gain() -> None:
     once = error_gains([1.0, 0.6, 0.3], VPCosine(), 1.0)
     twice = error_gains([1.0, 0.6, 0.6, 0.3], VPCosine(), 1.0)
     torch.testing.assert_close(twice[1] + twice[2], once[1])
@@ -129,19 +129,19 @@ def test_costs_add_errors_of_a_group_as_vectors() -> None:
     N, count = 10, 3
     times = torch.linspace(1, 0.1, N).tolist()
     error = torch.randn(N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    asked = []
+    requested = []
 
     def key(j: int) -> tuple[int, Tensor]:
         return j, torch.full((1, 1), 0.1 * j, dtype=torch.float64)
 
-    def reuse(kept: int, j: int) -> Tensor:
-        asked.append((kept, j))
-        return torch.full((1, 1), 0.1 * j, dtype=torch.float64) + error[kept, j]
+    def reuse(saved: int, j: int) -> Tensor:
+        requested.append((saved, j))
+        return torch.full((1, 1), 0.1 * j, dtype=torch.float64) + error[saved, j]
 
     cost = reuse_costs(count, times, VPCosine(), key, reuse)
     share = error_gains(times, VPCosine(), 1e-4)
     longest = 5  # half of the queries is the limit here
-    assert set(asked) == {(i, j) for i in range(N) for j in range(i + 1, min(i + longest, N))}
+    assert set(requested) == {(i, j) for i in range(N) for j in range(i + 1, min(i + longest, N))}
     for i, e in itertools.product(range(N), range(N + 1)):
         if i < e <= i + longest:
             expected = float(sum(share[j] * error[i, j] for j in range(i + 1, e))) ** 2

@@ -68,8 +68,16 @@ def test_the_norm_over_all_patches_is_group_norm_whatever_the_layout() -> None:
     ours = PatchNorm(norm, Echo(ProcessGroup(), "sync", "full", 0, "same", 60))
     wide = 3 + noise(2, 8, 6, 5, seed=2)
     tokens = wide.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
-    for x in (wide, wide.to(memory_format=torch.channels_last), wide[:1, :, ::2], tokens, tokens[:1].unflatten(2, (6, 5)),
-              wide[:, :, :1], wide[:1, :, :2, :1], wide.transpose(2, 3)):  # fmt: skip
+    for x in (
+        wide,
+        wide.to(memory_format=torch.channels_last),
+        wide[:1, :, ::2],
+        tokens,
+        tokens[:1].unflatten(2, (6, 5)),
+        wide[:, :, :1],
+        wide[:1, :, :2, :1],
+        wide.transpose(2, 3),
+    ):
         torch.testing.assert_close(ours(x), norm(x), rtol=1e-5, atol=1e-5)
     last = ours(wide.to(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
@@ -130,14 +138,14 @@ def parts(net: nn.Module) -> Any:
 def test_a_copy_shares_the_weights() -> None:
     net = unet(attention=(1,))
     before = [type(module) for module in net.modules()]
-    made = parts(net).net
-    assert [type(module) for module in net.modules()] == before and made is not net
+    built = parts(net).net
+    assert [type(module) for module in net.modules()] == before and built is not net
     ours = {p.data_ptr() for p in net.parameters()}
-    assert {p.data_ptr() for p in made.parameters()} == ours
+    assert {p.data_ptr() for p in built.parameters()} == ours
     assert all(a is b for a, b in zip(shared_copy(net).parameters(), net.parameters()))
 
 
-def test_layers_that_are_not_known_are_refused() -> None:
+def test_unknown_layers_raise() -> None:
     with pytest.raises(BadInput, match="does not know Linear: supported are hasten's UNet"):
         parts(nn.Linear(2, 2))
     net = unet()
@@ -165,7 +173,7 @@ def test_layers_that_are_not_known_are_refused() -> None:
 
 
 @pytest.mark.skipif(not THERE, reason="diffusers is not installed")
-def test_the_networks_that_people_use_are_known() -> None:
+def test_networks_of_diffusers_are_supported() -> None:
     from diffusers import UNet2DConditionModel, UNet2DModel
 
     from hasten.adapters.diffusers.wrap import split_network
@@ -173,24 +181,38 @@ def test_the_networks_that_people_use_are_known() -> None:
     with torch.device("meta"):  # their shapes without their weights
         sd = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         xl = UNet2DConditionModel(
-            sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280),
+            sample_size=128,
+            cross_attention_dim=2048,
+            block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=[5, 10, 20],
-            transformer_layers_per_block=[1, 2, 10], use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=[5, 10, 20],
+            transformer_layers_per_block=[1, 2, 10],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
         scores = UNet2DModel(
-            block_out_channels=(32, 64), down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+            block_out_channels=(32, 64),
+            down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
             up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-        )  # fmt: skip
+        )
     for net, multiple in ((sd, 8), (xl, 4)):
-        made = parts(split_network(net))
-        assert made.exchange.multiple == multiple
-        layers = [module for module in made.net.modules() if type(module) is nn.GroupNorm]
-        inside = [module.norm for module in made.net.modules() if isinstance(module, PatchNorm)]
+        built = parts(split_network(net))
+        assert built.exchange.multiple == multiple
+        layers = [module for module in built.net.modules() if type(module) is nn.GroupNorm]
+        inside = [module.norm for module in built.net.modules() if isinstance(module, PatchNorm)]
         assert layers and {id(layer) for layer in layers} == {id(layer) for layer in inside}
     with pytest.raises(BadInput, match=r"does not know down_blocks\.0, a SkipDownBlock2D"):
         parts(split_network(scores))
     sd.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     with pytest.raises(BadInput, match="UpBlock2D: it may mix rows"):
         parts(split_network(sd))
+
+
+def test_the_containers_of_hasten_are_its_modules() -> None:
+    from hasten.accelerators._patches.swap import CONTAINERS
+    from hasten.nets import layers, unet
+
+    assert all(hasattr(unet, name) or hasattr(layers, name) for name in CONTAINERS["hasten"])

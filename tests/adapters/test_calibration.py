@@ -1,4 +1,4 @@
-"""What accelerators of a pipeline look at first: the user's own call, or samplings of prompts in bounded batches."""
+"""Calibration inputs of a pipeline: recorded from the user's call, or from samplings of prompts in bounded batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hasten.errors import BadInput
 from . import tiny
 
 STEPS = 9
-TOLD: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+CALL: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
 
 
 def image() -> Tensor:
@@ -42,17 +42,17 @@ class Look:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> Any:
-        self.calls = ahead.calibration("look", 2, 5)
+    def apply(self, denoiser: Any, context: SamplingContext) -> Any:
+        self.calls = context.calibration("look", 2, 5)
         return denoiser
 
 
-def test_the_users_own_call_is_recorded() -> None:
-    """With ControlNet: every query, at its time, with the residuals; the same seed, the same calls; no trace outside."""
+def test_a_call_of_the_user_is_recorded() -> None:
+    """With ControlNet: every evaluation, at its time, with the residuals; the same seed gives the same; the RNG is restored."""
     pipe, look, again = controlled(), Look(), Look()
 
     def call(pipe: Any) -> Any:
-        return pipe("a cat", image=image(), height=16, width=16, **TOLD)
+        return pipe("a cat", image=image(), height=16, width=16, **CALL)
 
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
@@ -71,10 +71,10 @@ def test_the_users_own_call_is_recorded() -> None:
 def test_networks_that_load_refuses_are_quantised_by_a_call(make: Any) -> None:
     pipe = make()
     masks = {"mask_image": torch.ones(1, 1, 16, 16)} if make is inpainting else {}
-    told: dict[str, Any] = {**TOLD, "image": image(), "height": 16, "width": 16, **masks}
+    options: dict[str, Any] = {**CALL, "image": image(), "height": 16, "width": 16, **masks}
 
     def call(pipe: Any) -> Any:
-        return pipe("a cat", generator=torch.Generator().manual_seed(0), **told).images
+        return pipe("a cat", generator=torch.Generator().manual_seed(0), **options).images
 
     with pytest.raises(BadInput, match="calls=lambda pipe"):
         hasten.accelerate(pipe, ["quantize"], steps=STEPS, prompts="a cat")
@@ -84,30 +84,31 @@ def test_networks_that_load_refuses_are_quantised_by_a_call(make: Any) -> None:
     assert torch.equal(call(pipe), plain)
 
 
-def test_keys_are_searched_in_a_call() -> None:
+def test_key_steps_are_searched_in_a_call() -> None:
     pipe = controlled()
-    told: dict[str, Any] = {**TOLD, "image": image(), "height": 16, "width": 16}
+    options: dict[str, Any] = {**CALL, "image": image(), "height": 16, "width": 16}
     spec = "encoder_propagation:keys=found,budget=0.5"
-    fast = hasten.accelerate(pipe, [spec], steps=STEPS, calls=lambda pipe: pipe("a cat", **told))
-    assert torch.isfinite(fast("a cat", **told).images).all()
-    with pytest.raises(BadInput, match="cannot search: 12 queries were seen where 9 were told"):
-        more = {**told, "num_inference_steps": 12}
+    fast = hasten.accelerate(pipe, [spec], steps=STEPS, calls=lambda pipe: pipe("a cat", **options))
+    assert torch.isfinite(fast("a cat", **options).images).all()
+    with pytest.raises(BadInput, match="cannot search: the calibration samples took 12 model evaluations, expected 9"):
+        more = {**options, "num_inference_steps": 12}
         hasten.accelerate(pipe, [spec], steps=STEPS, calls=lambda pipe: pipe("a cat", **more))
 
 
-def test_calls_that_say_nothing_are_refused() -> None:
+def test_calls_without_inputs_are_refused() -> None:
     pipe = tiny.sd_pipeline()
-    for calls, said in [
-        (lambda pipe: None, "must call the pipeline"), ("a cat", "use prompts=, or calls="),
-        (lambda pipe: [pipe("a cat", height=side, width=side, **TOLD) for side in (16, 32)], "several shapes"),
-    ]:  # fmt: skip
-        with pytest.raises(BadInput, match=said):
+    for calls, messages in [
+        (lambda pipe: None, "must call the pipeline"),
+        ("a cat", "use prompts=, or calls="),
+        (lambda pipe: [pipe("a cat", height=side, width=side, **CALL) for side in (16, 32)], "several shapes"),
+    ]:
+        with pytest.raises(BadInput, match=messages):
             hasten.accelerate(pipe, [Look()], steps=STEPS, calls=calls)
     with pytest.raises(BadInput, match="use prompts=, or calls="):
         hasten.accelerate(pipe, [Look()], steps=STEPS, prompts="a cat", calls=lambda pipe: pipe("a cat"))
 
 
-def test_the_empty_prompt_is_said() -> None:
+def test_the_empty_prompt_warns() -> None:
     pipe = tiny.sd_pipeline()
     with pytest.warns(UserWarning, match="empty prompt alone"):
         hasten.accelerate(pipe, [Look()], steps=STEPS)
@@ -118,14 +119,14 @@ def test_the_empty_prompt_is_said() -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_large_samples_are_drawn_in_several_batches(monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
+def test_large_samples_run_in_several_batches(monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
     """What is seen is the same, each image with its prompt, guidance's halves apart."""
     model = hasten.load(tiny.sd_pipeline())
     setting: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": 3, "guidance_scale": guidance}
     grid = [1.0, 2 / 3, 1 / 3]
     prompts = ["a cat", "the dog", "a red photo"]
     whole = record_model_calls(model, 5, prompts, 3, grid, setting)
-    monkeypatch.setattr(_calls, "PLACES", 2 * 8 * 8)
+    monkeypatch.setattr(_calls, "PIXELS", 2 * 8 * 8)
     assert rows_at_once(model.shape, 5) == 2 and rows_at_once((4, 128, 128), 5) == 1
     parts = record_model_calls(model, 5, prompts, 3, grid, setting)
     assert [t for _, t, _ in parts] == [t for _, t, _ in whole] and len(whole) == 3
@@ -145,7 +146,7 @@ def test_large_samples_are_drawn_in_several_batches(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_models_samplings_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each image with the class and the seed that it has in one batch; without prompts that is said."""
+    """Each image has the class and the seed that it has in one batch; without prompts there is a warning."""
     from ._tiny import tiny as small
 
     model = small()
@@ -160,14 +161,14 @@ def test_a_models_samplings_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> 
         hasten.load(tiny.sd_pipeline()).calls(1, 0, steps=2)
 
 
-def test_the_network_is_asked_few_large_samples_at_once() -> None:
+def test_the_network_gets_few_large_samples_at_once() -> None:
     assert batch_of((100, 4, 8, 8)) == 32 and batch_of((100, 4, 128, 128)) == 8 and batch_of((9, 3, 1024, 1024)) == 1
     model = hasten.load(tiny.sd_pipeline())
     calls = [(torch.zeros(2, 4, 512, 512), 0.5, {})]
     seen: dict[str, Any] = {}
 
-    def build(*args: Any, **told: Any) -> Any:
-        seen["batch"] = told["batch"]
+    def build(*args: Any, **options: Any) -> Any:
+        seen["batch"] = options["batch"]
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:

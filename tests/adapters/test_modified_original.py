@@ -1,4 +1,4 @@
-"""What happens to the pipeline that `accelerate` was given, and what an accelerated network cannot do, is said."""
+"""Changes of the original pipeline, and unsupported uses of an accelerated network, warn or are refused."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from hasten.adapters.diffusers import accelerate_pipeline, times_like
 from hasten.errors import BadInput
 
 from . import tiny
-from .test_accelerated_network import CACHE, QUANTIZE, adapted, bare_of, drawn, sd
+from .test_accelerated_network import CACHE, QUANTIZE, adapted, bare_of, sample_latents, sd
 
 
-@pytest.mark.parametrize("way", [CACHE, QUANTIZE])
-def test_layers_put_on_the_original_afterwards_are_warned_of(way: str) -> None:
+@pytest.mark.parametrize("accelerator", [CACHE, QUANTIZE])
+def test_layers_added_to_the_original_later_warn(accelerator: str) -> None:
     pipe = sd()
-    fast = accelerate_pipeline(pipe, way, steps=10, prompts=["a cat"])
-    first = drawn(fast)
+    fast = accelerate_pipeline(pipe, accelerator, steps=10, prompts=["a cat"])
+    first = sample_latents(fast)
     adapted(pipe.unet)
     with pytest.warns(UserWarning, match="other layers or weights"):
-        assert torch.equal(drawn(fast), first)
+        assert torch.equal(sample_latents(fast), first)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn(fast)  # once is enough
+        sample_latents(fast)  # once is enough
     bare_of(pipe.unet)
-    again = accelerate_pipeline(pipe, way, steps=10, prompts=["a cat"])
+    again = accelerate_pipeline(pipe, accelerator, steps=10, prompts=["a cat"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapted(pipe.unet)
         adapted(again.unet)  # both have them
-        drawn(again)
+        sample_latents(again)
 
 
-def test_weights_put_in_place_of_those_of_the_original_are_warned_of() -> None:
+def test_replaced_weights_of_the_original_warn() -> None:
     pipe = sd()
     fast = accelerate_pipeline(pipe, CACHE, steps=10)
     pipe.unet.load_state_dict({key: 1.1 * value for key, value in pipe.unet.state_dict().items()}, assign=True)
     with pytest.warns(UserWarning, match="other layers or weights"):
-        drawn(fast)
+        sample_latents(fast)
 
 
 def test_weights_of_the_original_changed_in_place_are_those_of_the_accelerated_one() -> None:
@@ -51,29 +51,31 @@ def test_weights_of_the_original_changed_in_place_are_those_of_the_accelerated_o
     fast = accelerate_pipeline(pipe, "deep_cache:every=1", steps=10)
     with torch.no_grad():
         pipe.unet.conv_in.weight.mul_(2)
-    assert torch.equal(drawn(fast), drawn(pipe))
+    assert torch.equal(sample_latents(fast), sample_latents(pipe))
 
 
 def test_an_accelerated_network_is_copied_and_not_pickled() -> None:
     fast = accelerate_pipeline(sd(), CACHE, steps=10)
     for thing in (fast.unet, fast):
-        with pytest.raises(BadInput, match="cannot be pickled: pickle or save the pipeline that accelerate was given"):
+        with pytest.raises(BadInput, match="cannot be pickled: pickle or save the original pipeline"):
             pickle.dumps(thing)
-    first = drawn(fast)
-    assert torch.equal(drawn(copy.deepcopy(fast)), first) and torch.equal(drawn(copy.copy(fast)), first)
+    first = sample_latents(fast)
+    assert torch.equal(sample_latents(copy.deepcopy(fast)), first) and torch.equal(
+        sample_latents(copy.copy(fast)), first
+    )
     assert type(copy.copy(fast.unet)) is type(fast.unet)
 
 
-def test_a_network_that_is_given_an_image_for_text_is_refused_at_once() -> None:
+def test_a_network_conditioned_on_an_image_is_refused() -> None:
     pipe = sd(
         unet=tiny.unet2d_condition(encoder_hid_dim_type="image_proj", encoder_hid_dim=16, addition_embed_type="image")
     )
-    for way in (CACHE, QUANTIZE, "compile:backend=eager", []):
-        with pytest.raises(BadInput, match="image embedding in place of a text"):
-            accelerate_pipeline(pipe, way)
+    for accelerator in (CACHE, QUANTIZE, "compile:backend=eager", []):
+        with pytest.raises(BadInput, match="image embedding instead of a text"):
+            accelerate_pipeline(pipe, accelerator)
 
 
-def test_a_scheduler_that_refuses_the_steps_is_told_in_one_line() -> None:
+def test_a_scheduler_that_refuses_the_steps_is_one_line() -> None:
     few = tiny.scheduler("LCMScheduler")
     for ask in (
         lambda: times_like(few, 60),
@@ -85,10 +87,10 @@ def test_a_scheduler_that_refuses_the_steps_is_told_in_one_line() -> None:
 
 def test_torch_compile_of_an_accelerated_network_runs_it_as_it_is() -> None:
     fast: Any = accelerate_pipeline(sd(), CACHE, steps=10)
-    first = drawn(fast)
+    first = sample_latents(fast)
     fast.unet = torch.compile(fast.unet, backend="eager")
     with pytest.warns(UserWarning, match="is not compiled by torch.compile"):
-        assert torch.equal(drawn(fast), first)
+        assert torch.equal(sample_latents(fast), first)
 
 
 def test_the_velocity_is_that_of_diffusers() -> None:
@@ -108,12 +110,12 @@ def test_numbers_of_steps_are_checked(steps: Any) -> None:
             ask()
 
 
-def test_what_is_no_accelerator_sampler_grid_clip_or_scheduler_is_refused() -> None:
+def test_bad_accelerators_samplers_grids_clips_and_schedulers() -> None:
     pipe = sd()
     for wrong in (5, [5], None):
         with pytest.raises(BadInput, match="accelerators are objects"):
             accelerate_pipeline(pipe, wrong)
-    for method, more, said in (
+    for method, more, messages in (
         (5, {}, "takes a sampler"),
         (None, {}, "takes a sampler"),
         ("ddim", {"times": 5}, "takes a time grid"),
@@ -123,11 +125,11 @@ def test_what_is_no_accelerator_sampler_grid_clip_or_scheduler_is_refused() -> N
         ("ddim", {"like": 5}, "like="),
         ("ddim", {"like": "fashion"}, "like="),
     ):
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(BadInput, match=messages):
             hasten.as_scheduler(method, **{"like": pipe, **more})
 
 
-def test_places_and_timesteps_outside_are_refused() -> None:
+def test_indices_and_timesteps_outside_are_refused() -> None:
     ours = hasten.as_scheduler("ddim", like=sd())
     ours.set_timesteps(5)
     for place in (5, 99, -1, 2.5, "a"):

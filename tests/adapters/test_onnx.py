@@ -49,8 +49,10 @@ def test_other_programs_can_run_the_graph(source: Model, exported: Model) -> Non
     file = exported.denoiser.net.folder / "network.onnx"
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     assert [(one.name, one.type) for one in session.get_inputs()] == [
-        ("x", "tensor(float)"), ("time", "tensor(float)"), ("label", "tensor(int64)"),
-    ]  # fmt: skip
+        ("x", "tensor(float)"),
+        ("time", "tensor(float)"),
+        ("label", "tensor(int64)"),
+    ]
     x, time, label = np.ones((3, 1, 8, 8), np.float32), np.full(3, 0.5, np.float32), np.array([0, 1, 2])
     (raw,) = session.run(["raw"], {"x": x, "time": time, "label": label})
     truth = source.denoiser.net(*(torch.from_numpy(a) for a in (x, time, label)))

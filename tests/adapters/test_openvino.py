@@ -64,8 +64,11 @@ def test_bfloat16_is_computed_where_autocast_says_so(source: Model, exported: Mo
 def test_the_folder_is_checked_and_can_be_saved_again(exported: Model, tmp_path: Path) -> None:
     folder = exported.save(tmp_path / "again")
     assert sorted(file.name for file in folder.iterdir()) == [
-        "model.json", "network.bin", "network.xml", "weights.safetensors",
-    ]  # fmt: skip
+        "model.json",
+        "network.bin",
+        "network.xml",
+        "weights.safetensors",
+    ]
     assert json.loads((folder / "model.json").read_text())["net"]["class"] == "OpenVinoNet"
     x = torch.ones(2, 1, 8, 8)
     again = load(folder)

@@ -1,4 +1,4 @@
-"""Samplings of `PlanScheduler` that begin later, as image to image does, against plans run by hand."""
+"""Samplings of `PlanScheduler` that begin at a later step, as image to image does, against plans run by hand."""
 
 from __future__ import annotations
 
@@ -19,13 +19,30 @@ from . import tiny
 
 STEPS = 8
 LINEAR = [
-    "ddim", "ddim:eta=1", "ddpm", "consistency", "stochastic_distilled", "fast", "fast:kappa=1",
-    "fast:approximation=step", "heun", "heun:churn=10", "plms", "plms:order=2", "plms:start=ramp", "deis", "sa", "unipc:order=3",
-    "dpm:order=3", "dpm:sde=true", "dpm:order=2,multistep=false", "dpm:order=3,multistep=false",
-]  # fmt: skip
+    "ddim",
+    "ddim:eta=1",
+    "ddpm",
+    "consistency",
+    "stochastic_distilled",
+    "fast",
+    "fast:kappa=1",
+    "fast:approximation=step",
+    "heun",
+    "heun:churn=10",
+    "plms",
+    "plms:order=2",
+    "plms:start=ramp",
+    "deis",
+    "sa",
+    "unipc:order=3",
+    "dpm:order=3",
+    "dpm:sde=true",
+    "dpm:order=2,multistep=false",
+    "dpm:order=3,multistep=false",
+]
 
 
-def made(sampler: str, table: Any = None) -> Any:
+def new_scheduler(sampler: str, table: Any = None) -> Any:
     scheduler = as_scheduler(sampler, like=table or tiny.scheduler())
     scheduler.set_timesteps(STEPS)
     return scheduler
@@ -36,7 +53,7 @@ def gaussian(scheduler: Any) -> Gaussian:
 
 
 def driven(scheduler: Any, x: Tensor, timesteps: Tensor, network: Gaussian) -> Tensor:
-    """As pipelines do: the network is asked at the pipeline's timesteps, whatever the scheduler thinks."""
+    """As pipelines do: the network is evaluated at the pipeline's timesteps, whatever the scheduler's state."""
     schedule, noise = scheduler.hasten_schedule, torch.Generator().manual_seed(5)
     for t in timesteps:
         at = scheduler.spec.time(t)
@@ -68,27 +85,27 @@ def places(scheduler: Any) -> range:
 
 @pytest.mark.parametrize("sampler", [one for one in LINEAR if one not in ("heun:churn=10", "fast:approximation=step")])
 def test_every_sampler_begins_anywhere_as_the_plan_by_hand(sampler: str) -> None:
-    scheduler = made(sampler)
+    scheduler = new_scheduler(sampler)
     network = gaussian(scheduler)
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
     for first in places(scheduler):
         left = scheduler.timesteps[first:]
         if sampler.startswith("plms") and "ramp" not in sampler and first == 1:
-            continue  # the repeated query, below
-        for told in ("index", "view", "value"):  # with set_begin_index, and without: by place or by value
+            continue  # the repeated evaluation, below
+        for how in ("index", "view", "value"):  # with set_begin_index, and without: by memory location or by value
             scheduler.set_timesteps(STEPS)
-            left = scheduler.timesteps[first:].clone() if told == "value" else scheduler.timesteps[first:]
-            if told == "index":
+            left = scheduler.timesteps[first:].clone() if how == "value" else scheduler.timesteps[first:]
+            if how == "index":
                 scheduler.set_begin_index(first)
             ours = driven(scheduler, x, left, network)
             hand = by_hand(scheduler, sampler, x, first, network)
-            assert torch.allclose(ours, hand, atol=2e-5, rtol=1e-4), (first, told)
+            assert torch.allclose(ours, hand, atol=2e-5, rtol=1e-4), (first, how)
             assert scheduler.begin_index == first
 
 
 @pytest.mark.parametrize("sampler", LINEAR)
-def test_the_rest_asks_at_the_times_that_the_pipeline_asks_at(sampler: str) -> None:
-    scheduler = made(sampler)
+def test_the_rest_has_the_times_of_the_pipeline(sampler: str) -> None:
+    scheduler = new_scheduler(sampler)
     for first in range(1, len(scheduler.timesteps)):
         scheduler.set_timesteps(STEPS)
         scheduler.set_begin_index(first)
@@ -97,14 +114,14 @@ def test_the_rest_asks_at_the_times_that_the_pipeline_asks_at(sampler: str) -> N
                 scheduler.step(torch.zeros(1, 2), scheduler.timesteps[first], torch.zeros(1, 2))
             continue
         scheduler.step(torch.zeros(1, 2), scheduler.timesteps[first], torch.zeros(1, 2))
-        asked = scheduler.spec.timestep(scheduler._trajectory.plan.times[:-1])
-        assert torch.allclose(asked, scheduler.timesteps[first:].double(), atol=1e-3), first
+        evaluated = scheduler.spec.timestep(scheduler._trajectory.plan.times[:-1])
+        assert torch.allclose(evaluated, scheduler.timesteps[first:].double(), atol=1e-3), first
 
 
 @pytest.mark.parametrize("sampler", ["plms", "heun"])
-def test_a_repeated_query_waits(sampler: str) -> None:
-    """From the second of two queries at one time: as from that time, one query later."""
-    scheduler = made(sampler)
+def test_a_repeated_evaluation_leaves_the_state(sampler: str) -> None:
+    """From the second of two evaluations at one time: as from that time, one evaluation later."""
+    scheduler = new_scheduler(sampler)
     network = gaussian(scheduler)
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
     twice = [k for k in range(1, len(scheduler.timesteps) - 1) if scheduler.timesteps[k] == scheduler.timesteps[k + 1]]
@@ -119,7 +136,7 @@ def test_a_repeated_query_waits(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "fast", "heun", "unipc:order=3"])
-def test_begun_samplings_find_the_exact_end(sampler: str) -> None:
+def test_resumed_samplings_have_the_exact_end(sampler: str) -> None:
     """With many steps every one of them is near the end of the exact flow, wherever it begins."""
     scheduler = as_scheduler(sampler, like=tiny.scheduler())
     scheduler.set_timesteps(60)
@@ -135,8 +152,8 @@ def test_begun_samplings_find_the_exact_end(sampler: str) -> None:
 
 
 def test_timesteps_by_value_and_those_that_are_none() -> None:
-    """Timesteps that are copies, numbers or rounded are found; others are refused; an earlier one begins anew."""
-    scheduler = made("heun")
+    """Timesteps as copies, numbers or rounded are matched; others are refused; an earlier one begins a new sampling."""
+    scheduler = new_scheduler("heun")
     network = gaussian(scheduler)
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
     want = driven(scheduler, x, scheduler.timesteps, network)
@@ -156,7 +173,7 @@ def test_timesteps_by_value_and_those_that_are_none() -> None:
         scheduler.step(x, 1234, x)
     with pytest.raises(BadInput, match="all samples at one timestep"):
         scheduler.step(x, torch.tensor([1.0, 2.0, 3.0]), x)
-    multistep = made("unipc:order=3")
+    multistep = new_scheduler("unipc:order=3")
     first = multistep.timesteps[4:]
     want = driven(multistep, x, first, network)
     multistep.set_timesteps(STEPS)
@@ -168,9 +185,9 @@ def test_timesteps_by_value_and_those_that_are_none() -> None:
 
 def test_plans_are_compiled_once() -> None:
     """Also in another scheduler for the same network, and for a later begin."""
-    scheduler, x = made("unipc:order=3"), torch.zeros(1, 2)
+    scheduler, x = new_scheduler("unipc:order=3"), torch.zeros(1, 2)
     before = compiled_plan.cache_info().misses, time_grid.cache_info().misses
-    for other in (scheduler, made("unipc:order=3")):
+    for other in (scheduler, new_scheduler("unipc:order=3")):
         other.set_timesteps(STEPS)
         other.set_begin_index(3)
         other.step(x, other.timesteps[3], x)
@@ -179,6 +196,6 @@ def test_plans_are_compiled_once() -> None:
         1,
         0,
     )  # the rest
-    assert made("unipc:order=3", tiny.scheduler(beta_end=0.02))._full_plan is not scheduler._full_plan
+    assert new_scheduler("unipc:order=3", tiny.scheduler(beta_end=0.02))._full_plan is not scheduler._full_plan
     scheduler.set_timesteps(STEPS + 1)
     assert scheduler._full_plan.nfe == STEPS + 1

@@ -1,4 +1,4 @@
-"""The seams of networks of `diffusers` are the networks: same weights, same answers."""
+"""Split networks equal the networks of `diffusers`: same weights, same outputs."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def text(width: int = 16) -> Tensor:
     return torch.randn(B, 5, width)
 
 
-def check(seams: SplitNetwork, x: Tensor, time: Tensor, theirs: Tensor, **cond: Any) -> None:
-    """forward and every seam give what the module itself gives, to the bit."""
-    assert torch.equal(seams(x, time, **cond), theirs)
-    if hasattr(seams, "blocks"):
-        tokens, emb = seams.embed(x, time, **cond)
-        for cut in range(len(seams.blocks) + 1):
-            half = seams.run(0, cut, tokens, emb)
-            assert torch.equal(seams.finish(seams.run(cut, len(seams.blocks), half, emb), emb), theirs)
+def check(split: SplitNetwork, x: Tensor, time: Tensor, theirs: Tensor, **cond: Any) -> None:
+    """`forward`, and the parts around every split point, equal the module bit for bit."""
+    assert torch.equal(split(x, time, **cond), theirs)
+    if hasattr(split, "blocks"):
+        tokens, emb = split.embed(x, time, **cond)
+        for at in range(len(split.blocks) + 1):
+            half = split.run(0, at, tokens, emb)
+            assert torch.equal(split.finish(split.run(at, len(split.blocks), half, emb), emb), theirs)
         return
-    emb = seams.embed(time, **cond)
-    skips, middle = seams.encode(x, emb)
+    emb = split.embed(time, **cond)
+    skips, middle = split.encode(x, emb)
     copies = [skip.clone() for skip in skips]
-    assert torch.equal(seams.decode(skips, middle, emb), theirs)
+    assert torch.equal(split.decode(skips, middle, emb), theirs)
     assert all(torch.equal(a, b) for a, b in zip(skips, copies)), "decode changed the skips"
-    if hasattr(seams, "deep"):
-        first = seams.shallow_encode(x, emb)
+    if hasattr(split, "deep"):
+        first = split.shallow_encode(x, emb)
         copies = [skip.clone() for skip in first]
-        assert torch.equal(seams.shallow_decode(first, seams.deep(first, emb), emb), theirs)
+        assert torch.equal(split.shallow_decode(first, split.deep(first, emb), emb), theirs)
         assert all(torch.equal(a, b) for a, b in zip(first, copies)), "deep changed the first skips"
     # twice the batch, by what an accelerator may do with an embedding
     twice = tree_map(lambda value: torch.cat([value, value]), emb)
-    both = seams.decode([torch.cat([s, s]) for s in skips], torch.cat([middle, middle]), twice)
+    both = split.decode([torch.cat([s, s]) for s in skips], torch.cat([middle, middle]), twice)
     assert torch.allclose(both, torch.cat([theirs, theirs]), atol=1e-5)
 
 
@@ -64,24 +64,25 @@ def check(seams: SplitNetwork, x: Tensor, time: Tensor, theirs: Tensor, **cond: 
         {"layers_per_block": 2},
         {
             "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
-            "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"), "time_embedding_type": "fourier",
+            "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+            "time_embedding_type": "fourier",
         },
     ],
     ids=str,
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_unet2d(changes: dict[str, Any]) -> None:
     if "SkipDownBlock2D" in changes.get("down_block_types", ()):
         changes = {**changes, "block_out_channels": (128, 128), "norm_num_groups": 32}
     net = tiny.unet2d(**changes)
     x, time = inputs(net)
-    seams = split_network(net)
+    split = split_network(net)
     cond = {"label": torch.tensor([0, 4, 2])} if {"num_class_embeds", "class_embed_type"} & set(changes) else {}
     theirs = net(x, time, class_labels=cond.get("label")).sample
-    check(seams, x, time, theirs, **cond)
-    cut = changes.get("down_block_types", ("DownBlock2D",))[0] == "DownBlock2D"
-    assert hasattr(seams, "deep") == cut
-    assert [p.data_ptr() for p in seams.parameters()] == [p.data_ptr() for p in net.parameters()]
+    check(split, x, time, theirs, **cond)
+    at = changes.get("down_block_types", ("DownBlock2D",))[0] == "DownBlock2D"
+    assert hasattr(split, "deep") == at
+    assert [p.data_ptr() for p in split.parameters()] == [p.data_ptr() for p in net.parameters()]
 
 
 @pytest.mark.parametrize("side", [8, 9])
@@ -89,15 +90,24 @@ def test_unet2d(changes: dict[str, Any]) -> None:
     "changes",
     [
         {},
-        {"layers_per_block": 2, "block_out_channels": (16, 16, 32), "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")},
+        {
+            "layers_per_block": 2,
+            "block_out_channels": (16, 16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        },
         {"num_class_embeds": 5},
         {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 6, "class_embeddings_concat": True},
-        {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "center_input_sample": True},
+        {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "center_input_sample": True,
+        },
         {"addition_embed_type": "text", "cross_attention_dim": 64, "time_embedding_act_fn": "silu"},
         {"encoder_hid_dim": 12, "encoder_hid_dim_type": "text_proj"},
     ],
     ids=str,
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_unet2d_condition(changes: dict[str, Any], side: int) -> None:
     net = tiny.unet2d_condition(**changes)
@@ -108,9 +118,9 @@ def test_unet2d_condition(changes: dict[str, Any], side: int) -> None:
     if "projection_class_embeddings_input_dim" in changes:
         cond["label"] = torch.randn(B, 6)
     theirs = net(x, time, encoder_hidden_states=cond["text"], class_labels=cond.get("label")).sample
-    seams = split_network(net)
-    assert hasattr(seams, "deep")
-    check(seams, x, time, theirs, **cond)
+    split = split_network(net)
+    assert hasattr(split, "deep")
+    check(split, x, time, theirs, **cond)
 
 
 @torch.no_grad()
@@ -118,13 +128,13 @@ def test_masks_and_guidance_input() -> None:
     net = tiny.unet2d_condition(time_cond_proj_dim=10)
     x, time = inputs(net)
     mask, guidance = torch.tensor([[1, 1, 1, 0, 0]]).repeat(B, 1), torch.tensor([1.0, 3.0, 7.5])
-    told = {"encoder_hidden_states": text(), "encoder_attention_mask": mask}
+    arguments = {"encoder_hidden_states": text(), "encoder_attention_mask": mask}
     embedded = guidance_features(guidance, 10)
-    theirs = net(x, time, timestep_cond=embedded, **told).sample
-    seams = split_network(net)
-    check(seams, x, time, theirs, text=text(), text_mask=mask, guidance=guidance)
-    check(seams, x, time, theirs, text=text(), text_mask=mask, timestep_cond=embedded)
-    assert seams.guidance_range == (1.0, 15.0)
+    theirs = net(x, time, timestep_cond=embedded, **arguments).sample
+    split = split_network(net)
+    check(split, x, time, theirs, text=text(), text_mask=mask, guidance=guidance)
+    check(split, x, time, theirs, text=text(), text_mask=mask, timestep_cond=embedded)
+    assert split.guidance_range == (1.0, 15.0)
     assert not torch.equal(net(x, time, encoder_hidden_states=text(), timestep_cond=embedded).sample, theirs)
 
 
@@ -147,21 +157,24 @@ def test_sdxl_conditions() -> None:
 def test_controlnet_and_adapter_residuals() -> None:
     net = tiny.unet2d_condition()
     x, time = inputs(net)
-    seams, emb = split_network(net), None
-    emb = seams.embed(time, text=text())
-    skips, middle = seams.encode(x, emb)
+    split, emb = split_network(net), None
+    emb = split.embed(time, text=text())
+    skips, middle = split.encode(x, emb)
     residuals = [torch.randn_like(skip) for skip in skips]
     theirs = net(
-        x, time, encoder_hidden_states=text(), mid_block_additional_residual=middle,
+        x,
+        time,
+        encoder_hidden_states=text(),
+        mid_block_additional_residual=middle,
         down_block_additional_residuals=residuals,
-    ).sample  # fmt: skip
+    ).sample
     cond = {f"down_residual_{k}": residual for k, residual in enumerate(residuals)}
-    check(seams, x, time, theirs, text=text(), mid_residual=middle, **cond)
-    controlled = seams.embed(time, text=text(), mid_residual=middle, **cond)
-    assert torch.equal(seams.encode(x, controlled)[0][1], skips[1] + residuals[1])  # kept with the features
+    check(split, x, time, theirs, text=text(), mid_residual=middle, **cond)
+    controlled = split.embed(time, text=text(), mid_residual=middle, **cond)
+    assert torch.equal(split.encode(x, controlled)[0][1], skips[1] + residuals[1])  # cached with the features
     adapters = [torch.randn(B, 16, 8, 8), torch.randn(B, 32, 4, 4)]
     theirs = net(x, time, encoder_hidden_states=text(), down_intrablock_additional_residuals=[*adapters]).sample
-    ours = seams(x, time, text=text(), **{f"adapter_{k}": adapter for k, adapter in enumerate(adapters)})
+    ours = split(x, time, text=text(), **{f"adapter_{k}": adapter for k, adapter in enumerate(adapters)})
     assert torch.equal(ours, theirs)
 
 
@@ -188,14 +201,14 @@ def test_sd3() -> None:
 def test_refusals_are_one_line() -> None:
     net = tiny.unet2d_condition()
     x, time = inputs(net)
-    seams = split_network(net)
-    for wrong, said in [
+    split = split_network(net)
+    for wrong, messages in [
         ({}, "needs text="),
         ({"text": text(), "txet": text()}, "takes no condition 'txet'"),
         ({"text": text(), "attention_options": {"gligen": {"boxes": text()}}}, "cross_attention_kwargs with tensors"),
     ]:
-        with pytest.raises(BadInput, match=said):
-            seams(x, time, **wrong)
+        with pytest.raises(BadInput, match=messages):
+            split(x, time, **wrong)
     with pytest.raises(BadInput, match="needs label="):
         split_network(tiny.dit())(*inputs(tiny.dit()))
     with pytest.raises(BadInput, match="no split points are known for Linear; those of UNet2DModel"):

@@ -26,7 +26,7 @@ from hasten.nets.unet import UNet
 from hasten.pick import pick
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.train.player import TrainedModule
+from hasten.train.trained_module import TrainedModule
 
 from ._images import Squares, image_task
 from ._toy import Draws, Steady, task, toy

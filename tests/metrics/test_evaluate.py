@@ -54,8 +54,15 @@ def test_images_are_measured_against_it_and_every_figure_says_how() -> None:
     labels = torch.arange(200) % 10
     found = evaluate_images(images, labels, seeds=range(5, 205), bootstrap=5)
     assert list(found) == [
-        "frechet", "kid", "precision", "recall", "density", "coverage", "inception_score", "accuracy",
-    ]  # fmt: skip
+        "frechet",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "inception_score",
+        "accuracy",
+    ]
     distance = found["frechet"]
     assert distance.value > 10 * reference("fashion").floor_at("frechet", 1000)  # noise is no garment
     assert distance.interval is not None and distance.interval[0] < distance.value < distance.interval[1]

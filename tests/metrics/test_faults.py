@@ -145,9 +145,13 @@ def test_no_figure_is_made_of_what_is_not_finite(value: float) -> None:
     bad[3, 1] = bad[5, 0] = value
     covariance = torch.eye(4)
     for figure in (
-        lambda: kid(bad, good), lambda: manifold(good, bad), lambda: manifold(bad, good), lambda: inception_score(bad, 2),
-        lambda: class_accuracy(bad, torch.zeros(12, dtype=torch.long)), lambda: image_difference(bad, good),
-    ):  # fmt: skip
+        lambda: kid(bad, good),
+        lambda: manifold(good, bad),
+        lambda: manifold(bad, good),
+        lambda: inception_score(bad, 2),
+        lambda: class_accuracy(bad, torch.zeros(12, dtype=torch.long)),
+        lambda: image_difference(bad, good),
+    ):
         with pytest.raises(BadInput, match="2 of 12 .* hold NaN or infinity"):
             figure()
     with pytest.raises(BadInput, match="hold NaN or infinity"):

@@ -237,8 +237,11 @@ def test_parts_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=said):
             QConv2d.from_layer(layer, parts)
-    for other, said in ((nn.Conv2d(4, 4, 3, groups=2), "groups"), (nn.Conv1d(4, 4, 3), "Conv1d"),
-                        (nn.Conv2d(4, 4, 3, padding="same"), "padding")):  # fmt: skip
+    for other, said in (
+        (nn.Conv2d(4, 4, 3, groups=2), "groups"),
+        (nn.Conv1d(4, 4, 3), "Conv1d"),
+        (nn.Conv2d(4, 4, 3, padding="same"), "padding"),
+    ):
         assert said in why_not_quantizable(other)
     with pytest.raises(ValueError, match="groups"):
         QConv2d.from_layer(nn.Conv2d(4, 4, 3, groups=2), good)

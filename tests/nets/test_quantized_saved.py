@@ -86,8 +86,12 @@ def test_a_damaged_file_is_refused_in_one_line(model, tmp_path):
     hasten.load(tmp_path / "saved")
     description = tmp_path / "saved" / "model.json"
     text = description.read_text()
-    for wrong in (text.replace('"conv_in"', '"conv_inn"'), text.replace('"bits": 4', '"bits": 8'),
-                  text.replace('"groups": 1', '"rank": 0'), text.replace('"parts"', '"part"')):  # fmt: skip
+    for wrong in (
+        text.replace('"conv_in"', '"conv_inn"'),
+        text.replace('"bits": 4', '"bits": 8'),
+        text.replace('"groups": 1', '"rank": 0'),
+        text.replace('"parts"', '"part"'),
+    ):
         assert wrong != text
         description.write_text(wrong)
         with pytest.raises(BadInput) as refused:

@@ -89,7 +89,7 @@ def test_redrawn_noise_inflates_the_variance() -> None:
 def test_the_path_is_brownian_motion() -> None:
     """Increments over whatever pieces, revealed in whatever order, have the covariance min(s, t); no draw is lost."""
     n, g = 20000, torch.Generator().manual_seed(1)
-    path = _Path(torch.zeros(n, 1, dtype=F64), lambda: torch.randn(n, 1, generator=g, dtype=F64), keep=True)
+    path = _Path(torch.zeros(n, 1, dtype=F64), lambda: torch.randn(n, 1, generator=g, dtype=F64), store=True)
     rows = torch.arange(n)
 
     def reveal(h: float) -> Tensor:
@@ -170,7 +170,7 @@ def test_a_sample_keeps_its_own_pace(retry: str) -> None:
 
 def test_draws_are_dropped_when_all_have_used_them() -> None:
     drawn = iter(torch.arange(100, dtype=F64)[:, None].expand(100, 3))
-    path = _Path(torch.zeros(3, dtype=F64), lambda: next(drawn), keep=False)
+    path = _Path(torch.zeros(3, dtype=F64), lambda: next(drawn), store=False)
     one = torch.ones(3, dtype=F64)
     path.reveal(torch.tensor([0, 2]), one[:2])
     assert path.reveal(torch.tensor([0]), one[:1]).item() == 1.0

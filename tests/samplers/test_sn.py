@@ -219,7 +219,7 @@ def test_the_network_learns_the_variance_of_each_pixel() -> None:
     """Trained on images whose halves differ by a factor of 100 in variance, it tells them apart at every noise level,
     and its loss on held-out images is far below that of the best single variance, near what is possible."""
     from hasten.tuning._task import TuningTask
-    from hasten.tuning.second_moment import SecondMomentTuner, leap, nats
+    from hasten.tuning.second_moment import SecondMomentTuner, added_noise, nats
 
     schedule = VPCosine(offset=0.0)
     model = images(schedule)
@@ -238,7 +238,7 @@ def test_the_network_learns_the_variance_of_each_pixel() -> None:
         z = a * x + s * torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
         C = q**2 * net(z, model(z, schedule.time(lam[0].double())), lam)
         exact = model.variance * q**2 / (model.variance + q**2)
-        k = float(leap(torch.tensor(q**2), rho))
+        k = float(added_noise(torch.tensor(q**2), rho))
         left.append((torch.log((C.double() + k) / (exact + k))).square().mean().sqrt().item())
     assert max(left[:2]) < 0.5 and left[2] < 0.05, left
     assert figures["nats"] < figures["nats_scalar"] - 0.05, figures

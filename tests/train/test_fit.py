@@ -1,4 +1,4 @@
-"""The training loop: budgets, averages, checkpoints, exact resume, and what stops it."""
+"""The training loop: budgets, averages, checkpoints, exact resume, interruption."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, Data
 from hasten.train.ema import Ema
 from hasten.train.fit import Fit
-from hasten.train.player import TrainedModule
 from hasten.train.rng import step_seed
+from hasten.train.trained_module import TrainedModule
 from tests.factories import noise_data, weights
 
 
@@ -28,8 +28,8 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.2), nn.SiLU(), nn.Linear(8, 16))
 
 
-def player(module: nn.Module, name: str = "net", **options: object) -> TrainedModule:
-    """Denoises with fresh noise at every step, so that a resumed run must find the same random numbers."""
+def trained_module(module: nn.Module, name: str = "net", **options: object) -> TrainedModule:
+    """Denoises with new noise at every step, so that a resumed run must have the same random numbers."""
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         noisy = batch["x"] + torch.randn_like(batch["x"])
@@ -43,11 +43,11 @@ def fit(**options: object) -> Fit:
 
 
 class Stop(Exception):
-    """Stands for a process that was killed: nothing is saved on the way out."""
+    """Simulates a killed process: nothing is saved."""
 
 
 class Killed(Batches):
-    """Batches of which number `at` never arrives."""
+    """Batches that raise `Stop` at batch `at`."""
 
     at = 10
 
@@ -59,94 +59,114 @@ class Killed(Batches):
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_resume_is_exact_bit_for_bit(tmp_path: Path, optimiser: str) -> None:
-    def players() -> list[TrainedModule]:
+    def modules() -> list[TrainedModule]:
         module, critic = net(), nn.Linear(16, 1)
         score = TrainedModule(
             "critic", critic, lambda b: critic(b["x"].flatten(1) + torch.randn(16)).square().mean(), every=3
         )
-        return [player(module, optimiser=optimiser), score]
+        return [trained_module(module, optimiser=optimiser), score]
 
     def batches(kind: type[Batches] = Batches) -> Batches:
         return kind(noise_data(40, 4), 8, seed=5, flip=True)
 
-    whole = players()
-    emas = fit(steps=20, seed=7)(whole, batches(), tmp_path / "whole")
+    full = modules()
+    emas = fit(steps=20, seed=7)(full, batches(), tmp_path / "full")
 
-    killed = players()
+    killed = modules()
     with pytest.raises(Stop):
-        # Saving after every step, then dying inside step 10 without a word.
+        # Saves after every step, then stops in step 10 without saving.
         fit(steps=20, seed=7, save_seconds=0)(killed, batches(Killed), tmp_path / "cut")
     torch.manual_seed(12345)
-    again = players()
+    again = modules()
     with torch.no_grad():
         for p in again:
             for w in p.module.parameters():
-                w.normal_()  # all of it must come from the checkpoint
+                w.normal_()  # everything must come from the checkpoint
     resumed = fit(steps=20, seed=7)(again, batches(), tmp_path / "cut")
 
-    for a, b in zip(whole, again, strict=True):
+    for a, b in zip(full, again, strict=True):
         assert torch.equal(weights(a.module), weights(b.module))
         assert torch.equal(weights(emas[a.name]), weights(resumed[a.name]))
     assert not torch.equal(weights(killed[0].module), weights(again[0].module))
-    left, right = (torch.load(tmp_path / d / "checkpoint.pt") for d in ("whole", "cut"))
+    left, right = (torch.load(tmp_path / d / "checkpoint.pt") for d in ("full", "cut"))
     assert left["step"] == right["step"] == 20
     for name in ("net", "critic"):
         a, b = (c["players"][name]["optimiser"]["state"] for c in (left, right))
         assert a and all(torch.equal(torch.as_tensor(a[i][k]), torch.as_tensor(b[i][k])) for i in a for k in a[i])
-    # The log is one curve: no step twice, and the same losses where a whole window was resumed.
-    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("whole", "cut")]
+    # The log is one curve: no step twice, and the same losses in a window after the resume.
+    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("full", "cut")]
     assert [[line["step"] for line in log] for log in logs] == [[5, 10, 15, 20]] * 2
     assert logs[0][-1]["net"] == logs[1][-1]["net"]
 
 
-def test_a_run_may_be_lengthened_and_a_finished_one_returns_at_once(tmp_path: Path) -> None:
-    fit(steps=6, decay="constant")([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")
-    longer = fit(steps=12, decay="constant")([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")["net"]
-    straight = fit(steps=12, decay="constant")([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")["net"]
+def test_a_run_may_be_extended_and_a_finished_one_returns_at_once(tmp_path: Path) -> None:
+    fit(steps=6, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")
+    longer = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")[
+        "net"
+    ]
+    straight = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")[
+        "net"
+    ]
     assert torch.equal(weights(longer), weights(straight))
-    again = fit(steps=12, decay="constant")([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")["net"]
+    again = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")[
+        "net"
+    ]
     assert torch.equal(weights(again), weights(straight))
 
 
-def test_a_checkpoint_without_the_run_it_belongs_to_is_read(tmp_path: Path) -> None:
-    straight = fit(steps=12, decay="constant")([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")["net"]
-    fit(steps=6, decay="constant")([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")
+def test_a_checkpoint_without_settings_is_loaded(tmp_path: Path) -> None:
+    straight = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")[
+        "net"
+    ]
+    fit(steps=6, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")
     saved = torch.load(tmp_path / "a/checkpoint.pt")
     del saved["run"]
     torch.save(saved, tmp_path / "a/checkpoint.pt")
-    resumed = fit(steps=12, decay="constant")([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")["net"]
+    resumed = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")[
+        "net"
+    ]
     assert torch.equal(weights(resumed), weights(straight))
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    fit(steps=2)([player(net())], Batches(noise_data(40, 4), 8), tmp_path)
-    for other, batches, players, message in (
-        (fit(steps=4, seed=1), Batches(noise_data(40, 4), 8), [player(net())], "a run with seed 0, this one has 1"),
-        (fit(steps=4), Batches(noise_data(40, 4), 4), [player(net())], "batch_size 8, this one has 4"),
-        (fit(steps=4), Batches(noise_data(9, 4), 8), [player(net())], "images 40, this one has 9"),
-        (fit(steps=4), Batches(noise_data(40, 4), 8), [player(net(), "student")], "trains net, this run student"),
-        (fit(steps=4), Batches(noise_data(40, 4), 8), [player(nn.Linear(2, 2))], "does not fit this network"),
+def test_a_checkpoint_of_another_run_raises(tmp_path: Path) -> None:
+    fit(steps=2)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
+    for other, batches, modules, message in (
+        (
+            fit(steps=4, seed=1),
+            Batches(noise_data(40, 4), 8),
+            [trained_module(net())],
+            "a run with seed 0, this one has 1",
+        ),
+        (fit(steps=4), Batches(noise_data(40, 4), 4), [trained_module(net())], "batch_size 8, this one has 4"),
+        (fit(steps=4), Batches(noise_data(9, 4), 8), [trained_module(net())], "images 40, this one has 9"),
         (
             fit(steps=4),
             Batches(noise_data(40, 4), 8),
-            [player(net(), optimiser="muon")],
+            [trained_module(net(), "student")],
+            "trains net, this run student",
+        ),
+        (fit(steps=4), Batches(noise_data(40, 4), 8), [trained_module(nn.Linear(2, 2))], "does not fit this network"),
+        (
+            fit(steps=4),
+            Batches(noise_data(40, 4), 8),
+            [trained_module(net(), optimiser="muon")],
             "optimiser adamw, this one has muon",
         ),
     ):
         with pytest.raises(BadInput, match=message) as error:
-            other(players, batches, tmp_path)
+            other(modules, batches, tmp_path)
         assert "\n" not in str(error.value)
     path = tmp_path / "checkpoint.pt"
     raw = path.read_bytes()
     for broken in (raw[: len(raw) // 2], b"", b"junk"):
         path.write_bytes(broken)
         with pytest.raises(BadInput, match=r"cannot read the checkpoint .*checkpoint.pt"):
-            fit(steps=4)([player(net())], Batches(noise_data(40, 4), 8), tmp_path)
+            fit(steps=4)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
         assert path.read_bytes() == broken
 
 
-def test_a_failed_write_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(steps=2)([player(net())], Batches(noise_data(40, 4), 8), tmp_path)
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(steps=2)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     save = torch.save
 
@@ -156,7 +176,7 @@ def test_a_failed_write_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(HastenError, match=r"cannot write the checkpoint .*No space left"):
-        fit(steps=4)([player(net())], Batches(noise_data(40, 4), 8), tmp_path)
+        fit(steps=4)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     monkeypatch.setattr(torch, "save", save)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
@@ -165,7 +185,7 @@ def test_a_failed_write_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path, bad: float) -> None:
     module = net()
-    sound = player(module).loss
+    sound = trained_module(module).loss
     seen = 0
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
@@ -189,9 +209,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    straight = fit(steps=12)([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "whole")["net"]
-    cut = player(net())
+def test_a_signal_writes_a_checkpoint_from_which_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    straight = fit(steps=12)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "full")["net"]
+    cut = trained_module(net())
     inner, steps = cut.loss, iter(range(12))
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
@@ -205,14 +225,14 @@ def test_a_signal_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path,
         fit(steps=12)([cut], Batches(noise_data(40, 4), 8), tmp_path / "cut")
     assert signal.getsignal(number) is before
     assert torch.load(tmp_path / "cut/checkpoint.pt")["step"] == 7
-    resumed = fit(steps=12)([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "cut")["net"]
+    resumed = fit(steps=12)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "cut")["net"]
     assert torch.equal(weights(resumed), weights(straight))
 
 
 # ---- averages, rates, budgets ----
 
 
-def test_the_loop_averages_with_the_player_s_own_steps(tmp_path: Path) -> None:
+def test_the_ema_counts_the_updates_of_each_module(tmp_path: Path) -> None:
     module = nn.Linear(16, 1)
     p = TrainedModule("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), every=2)
     seen: list[Tensor] = []
@@ -236,12 +256,12 @@ def test_rate_and_progress() -> None:
 
 def test_the_clock_ends_a_run(tmp_path: Path) -> None:
     began = time.monotonic()
-    fit(minutes=0.3 / 60)([player(net())], Batches(noise_data(40, 4), 8), tmp_path)
+    fit(minutes=0.3 / 60)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     assert 0.3 <= time.monotonic() - began < 10
     saved = torch.load(tmp_path / "checkpoint.pt")
     assert 0.3 <= saved["seconds"] < 5 and saved["step"] > 1
     step = saved["step"]
-    fit(minutes=0.3 / 60)([player(net())], Batches(noise_data(40, 4), 8), tmp_path)  # its time is spent
+    fit(minutes=0.3 / 60)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)  # its budget is used up
     assert torch.load(tmp_path / "checkpoint.pt")["step"] == step
 
 
@@ -261,7 +281,7 @@ def test_the_first_step_is_adamw_s_with_clipping(tmp_path: Path) -> None:
 def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
     module = net()
     kinds = []
-    inner = player(module).loss
+    inner = trained_module(module).loss
     p = TrainedModule("net", module, lambda b: (kinds.append(module(b["x"]).dtype), inner(b))[1])
     fit(steps=30, precision="bf16", warmup=0)([p], Batches(noise_data(40, 4), 8), tmp_path)
     assert set(kinds) == {torch.bfloat16}
@@ -272,7 +292,7 @@ def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
 
 def test_log_and_event_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    fit(steps=12, tensorboard=True)([player(net())], Batches(noise_data(40, 4), 8), tmp_path)
+    fit(steps=12, tensorboard=True)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
     assert set(lines[0]) == {"step", "seconds", "steps_per_second", "net", "net_gradient", "lr_factor"}
@@ -292,28 +312,28 @@ def test_bad_settings(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=message):
             Fit(**options)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="unknown optimiser 'adam': did you mean 'adamw'"):
-        player(net(), optimiser="adam")
+        trained_module(net(), optimiser="adam")
     with pytest.raises(BadInput, match="different names"):
-        fit(steps=1)([player(net()), player(net())], Batches(noise_data(40, 4), 8), tmp_path)
+        fit(steps=1)([trained_module(net()), trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     with pytest.raises(HastenError, match="loss must be a scalar"):
         fit(steps=1)([TrainedModule("net", net(), lambda b: b["x"])], Batches(noise_data(40, 4), 8), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"cannot write in .*file"):
-        fit(steps=1)([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "file")
+        fit(steps=1)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "file")
     if not torch.cuda.is_available():
-        with pytest.raises(BadInput, match="device cuda was asked for"):
-            fit(steps=1, device="cuda")([player(net())], Batches(noise_data(40, 4), 8), tmp_path / "g")
+        with pytest.raises(BadInput, match="device cuda is not available"):
+            fit(steps=1, device="cuda")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "g")
 
 
-def test_lazy_data_is_fetched_ahead_in_order(tmp_path: Path) -> None:
+def test_lazy_data_is_prefetched_in_order(tmp_path: Path) -> None:
     eager = noise_data(40, 4)
     lazy = Data(len(eager), eager.shape, eager.fetch, lazy=True)
-    a = fit(steps=8)([player(net())], Batches(eager, 8), tmp_path / "a")["net"]
-    b = fit(steps=8)([player(net())], Batches(lazy, 8), tmp_path / "b")["net"]
+    a = fit(steps=8)([trained_module(net())], Batches(eager, 8), tmp_path / "a")["net"]
+    b = fit(steps=8)([trained_module(net())], Batches(lazy, 8), tmp_path / "b")["net"]
     assert torch.equal(weights(a), weights(b))
 
 
-def test_no_two_processes_and_steps_draw_the_same() -> None:
+def test_seeds_of_processes_and_steps_differ() -> None:
     seeds = [step_seed(seed, step, rank) for seed in (0, 1) for rank in range(4) for step in range(0, 200_000, 20_011)]
     torch.manual_seed(0)
     first = [torch.randn(2, generator=torch.Generator().manual_seed(s)).tolist() for s in seeds]
@@ -322,7 +342,7 @@ def test_no_two_processes_and_steps_draw_the_same() -> None:
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_the_learning_rate_follows_the_schedule(tmp_path: Path, optimiser: str) -> None:
-    """With a constant gradient each step of Adam is its learning rate: the way is the sum of the rates."""
+    """With a constant gradient each step of Adam is its learning rate: the distance is the sum of the rates."""
     module = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(module.weight)
     module = nn.Sequential(module, nn.LayerNorm(1))
@@ -338,7 +358,7 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path, optimiser: str) 
     assert [line["lr_factor"] for line in read_log(tmp_path / "log.jsonl")][-1] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_matmul_precision_and_layout_are_used_in_training_and_put_back(tmp_path: Path) -> None:
+def test_matmul_precision_and_memory_format_are_set_in_training_and_restored(tmp_path: Path) -> None:
     module, seen = nn.Conv2d(1, 4, 3, padding=1), []
 
     def loss(batch: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images to begin from: one file or many, and what of them is unknown."""
+"""Images that sampling starts from: one file or many, and their unknown pixels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_hole_in_an_array_is_nan(place: Path) -> None:
         assert ((x[:, :, 7] + 1) * 127.5 - 90).abs().max() < 1
 
 
-def test_masks_that_do_not_fit_are_refused(place: Path) -> None:
+def test_masks_that_do_not_match_raise(place: Path) -> None:
     Image.new("L", (8, 6), 255).save(place / "small.png")
     Image.new("L", (8, 8), 1).save(place / "empty.png")
     for mask, message in (("small.png", "8x6, the images .* are 8x8"), ("empty.png", "no white pixel")):
@@ -66,12 +66,12 @@ def test_masks_that_do_not_fit_are_refused(place: Path) -> None:
             read_images(place / "opaque.png", 1, 1, unknown=True, mask=place / mask)
     with pytest.raises(BadInput, match="has no transparency"):
         read_images(place / "opaque.png", 1, 1, unknown=True)
-    Image.new("LA", (8, 8), (90, 255)).save(place / "whole.png")
+    Image.new("LA", (8, 8), (90, 255)).save(place / "opaque_grey.png")
     with pytest.raises(BadInput, match="without transparent pixels"):
-        read_images(place / "whole.png", 1, 1, unknown=True)
+        read_images(place / "opaque_grey.png", 1, 1, unknown=True)
 
 
-def test_too_few_are_refused_and_too_many_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_images_raise_and_too_many_are_reported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(place / "a.npy", np.zeros((3, 8, 8), np.uint8))
     assert read_images(place / "a.npy", 2, 1).shape == (2, 1, 8, 8)
     assert "the first 2 of 3 images are used" in capsys.readouterr().err

@@ -30,6 +30,36 @@ def task(data: Any, labels: Any = None, n: int = 4000, seed: int = 0) -> TuningT
     )
 
 
+@pytest.mark.parametrize("null_label", [None, 0, 2])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_every_label_has_its_density_whatever_the_null_label_is(null_label: int | None, labelled: bool) -> None:
+    """The model gets labels that it knows: those of the images, else its null label; each label has a density."""
+    seen: list[Tensor | None] = []
+
+    class Labelled(Wrapper):
+        classes = 2 if null_label == 2 else 3
+
+        def forward(self, x_t: Tensor, t: Any, label: Tensor | None = None) -> Tensor:
+            seen.append(label)
+            return self.denoiser(x_t, t)
+
+    data = g8(VPLinear())
+    model = Labelled(data)
+    model.null_label = null_label  # type: ignore[assignment]
+    low = 1 if null_label == 0 else 0
+    given = task(data, (lambda x: low + (x[:, 0] > 0).long()) if labelled else None, n=600)
+    given.denoiser = model
+    nu = AuxiliaryDensity(levels=(1.0, 2.0), rank=4).tune(given).parts["auxiliary"]
+    if labelled:
+        assert all(label is not None and set(label.tolist()) == {low, low + 1} for label in seen)
+    else:
+        assert all((label is None) if null_label is None else bool((label == null_label).all()) for label in seen)
+    centre = nu.centre[[low, low + 1]]  # type: ignore[index]
+    assert bool((centre[0, 0] < -0.1) & (centre[1, 0] > 0.1)) == labelled
+    for null in (nu.classes, *(() if null_label is None else (null_label,))):
+        assert torch.equal(nu.centre[null], nu.centre[nu.classes])  # type: ignore[index]
+
+
 @pytest.mark.parametrize("schedule", [VPCosine(offset=0.0), VPLinear(), Flow(), EDM()], ids=lambda s: type(s).__name__)
 def test_the_criterion_is_flat_where_nothing_is_wrong(schedule: Schedule) -> None:
     """Gaussian data, the exact denoiser, a fitted Gaussian: C is the same at every level, the entropy's own identity

@@ -160,10 +160,12 @@ def test_it_is_measured_on_images_at_the_times_of_the_grid() -> None:
     schedule, v = VPCosine(offset=0.0), 0.04
     model = Gaussian(torch.zeros(1, 4, 4, dtype=F64), torch.full((1, 4, 4), v, dtype=F64), schedule)
     task = TuningTask(
-        denoiser=model, sampler=AnalyticDPM(moments="mse", mse=lambda t: posterior_variance(schedule, t, v), pixels=0),
-        times=UniformTime(low=0.02)(schedule, 5), shape=(1, 4, 4),
+        denoiser=model,
+        sampler=AnalyticDPM(moments="mse", mse=lambda t: posterior_variance(schedule, t, v), pixels=0),
+        times=UniformTime(low=0.02)(schedule, 5),
+        shape=(1, 4, 4),
         images=lambda n: (model.sample(n, torch.Generator().manual_seed(0)), None),
-    )  # fmt: skip
+    )
     figures = Bound(images=4000, width=0.0).tune(task).figures
     entropy = 0.5 * math.log(2 * math.pi * math.e * v) * BITS
     assert figures["analytic"] == pytest.approx(entropy, abs=0.02)

@@ -50,6 +50,30 @@ def test_the_table_is_the_minimum() -> None:
     assert torch.equal(net(z, None), net(z, torch.full((4,), 3)))
 
 
+@pytest.mark.parametrize("null_label", [None, 0, 2, 3, 4])
+def test_every_label_has_its_mean_whatever_the_null_label_is(null_label: int | None) -> None:
+    """A model with three classes and its null label: none, one of theirs (which no image then has), or above them.
+
+    Each label that an image has gets the mean of its class, and the null label the mean of all.
+    """
+
+    def images(n: int) -> tuple[Tensor, Tensor]:
+        x, label = patterns(n)
+        return (x, label) if null_label not in (0, 2) else (x, label + (label >= null_label).long())
+
+    given = task(images, labelled=False)
+    given.denoiser.net = torch.nn.Module()  # type: ignore[assignment]
+    given.denoiser.net.classes = 4 if null_label in (0, 2) else 3  # type: ignore[assignment]
+    given.denoiser.null_label = null_label  # type: ignore[assignment]
+    net = FirstStep().tune(given).parts["first_step"]
+    x, label = images(900)
+    z = torch.randn(1, 1, 8, 8)
+    for c in label.unique():
+        assert (net(z, c[None])[0] - x[:810][label[:810] == c].mean(0)).abs().max() < 1e-6
+    for null in (None, *(() if null_label is None else (torch.tensor([null_label]),))):
+        assert (net(z, null)[0] - x[:810].mean(0)).abs().max() < 1e-6
+
+
 def test_the_network_learns_the_means_from_noise_alone() -> None:
     """As in the paper, without a table: the excess of the held-out loss over its minimum falls below a tenth of what
     one constant image for all leaves."""
@@ -97,7 +121,7 @@ def test_a_model_with_classes_and_images_without() -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(BadInput, match="--data"):
         FirstStep().tune(task(None))
-    with pytest.raises(BadInput, match="do not divide"):
+    with pytest.raises(BadInput, match="not multiples"):
         FirstStep(widths=(8, 8, 8), patch=4).tune(task())
     for wrong in ({"minutes": 0.0}, {"label_drop": 2.0}, {"table": False}, {"steps": 0}):
         with pytest.raises(BadInput):

@@ -30,9 +30,12 @@ from hasten.tuning.fitted_plan import FittedPlan, _Fit
 
 F64 = torch.float64
 SCHEDULES = {
-    "VPLinear": VPLinear(), "VPCosine0": VPCosine(offset=0.0), "Flow": Flow(), "EDM": EDM(),
+    "VPLinear": VPLinear(),
+    "VPCosine0": VPCosine(offset=0.0),
+    "Flow": Flow(),
+    "EDM": EDM(),
     "Discrete": Discrete.linear(),
-}  # fmt: skip
+}
 over_schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
 
 
@@ -75,14 +78,14 @@ def test_every_row_is_exact_for_constant_x0_whatever_the_numbers(schedule: Sched
         theta = rows.initial + scale * torch.randn(len(rows.initial), dtype=F64)
         theta = torch.minimum(theta.clamp(min=rows.lowest), torch.tensor(rows.highest)) if scale else theta
         made = rows.plan(theta)
-        assert_consistent(made, schedule, rows.numbers(theta).level, top)
+        assert_consistent(made, schedule, rows.coefficients(theta).level, top)
         assert made.times[-1] == 0 and made.a[-1] == 0
         if "answers" in options:
             assert not made.B.tril(-2).any()
         if not options.get("teleport", True):
             assert made.times[0] == schedule.t_max and made.start[0] == 1
         if not options.get("shift", True):
-            assert torch.equal(made.times[1:], rows.numbers(theta).level[1:])
+            assert torch.equal(made.times[1:], rows.coefficients(theta).level[1:])
 
 
 @over_schedules
@@ -104,14 +107,14 @@ def test_the_gradient_is_the_difference_quotient(schedule: Schedule) -> None:
     )
     model = m2(schedule)
     fit = _Fit(FittedPlan(held_out=2, fine=12, warm=0), task(model, 4, n=6))
-    x, _, _ = fit.fine.rows(fit.cal)
+    x, _, _ = fit.fine.select(fit.calibration)
     said = run_plan(rows.plan(rows.initial), model, x)[1]
     theta = rows.whiten(rows.initial, difference_grams(said)) + 0.01
     _, gradient = fit.gradient(rows, theta.clone())
     for k in range(len(theta)):
         step = torch.zeros_like(theta)
         step[k] = 1e-5
-        up, down = (fit.loss(rows.plan(theta + s), fit.cal) for s in (step, -step))
+        up, down = (fit.loss(rows.plan(theta + s), fit.calibration) for s in (step, -step))
         assert float(gradient[k]) == pytest.approx((up - down) / 2e-5, rel=2e-4, abs=1e-7)
 
 
@@ -138,8 +141,9 @@ def test_whitening_keeps_the_plan_and_measures_in_states() -> None:
 def test_fine_trajectories_can_be_read_in_between() -> None:
     model = g8(VPCosine(offset=0.0))
     x = Noise(range(16), (8,), dtype=F64).initial()
-    fine = fine_trajectories(model, x, {}, start=1.0, low=0.01, end=0.0, steps=64, batch=8, keep=True,
-                             tick=lambda *_: None)  # fmt: skip
+    fine = fine_trajectories(
+        model, x, {}, start=1.0, low=0.01, end=0.0, steps=64, batch=8, keep=True, tick=lambda *_: None
+    )
     for t in (0.98, 0.7, 0.333, 0.05):
         read = fine.at(torch.tensor(t, dtype=F64), slice(0, 16))
         torch.testing.assert_close(read, model.endpoint(x, 1.0, t), rtol=0, atol=2e-4)
@@ -151,12 +155,12 @@ def test_least_squares_rows_are_the_least_squares() -> None:
     model = m2(VPLinear())
     fit = _Fit(FittedPlan(gradient="frozen", held_out=8, fine=48), task(model, 4, n=64))
     rows = fit.rows(UniformLambda(start=0.9, low=0.02)(model.schedule, 4))
-    numbers, result = fit_rows(rows, rows.numbers(rows.initial), fit.fine, fit.cal, model, 64, 0.0)
+    numbers, result = fit_rows(rows, rows.coefficients(rows.initial), fit.fine, fit.calibration, model, 64, 0.0)
     made = rows.compose(numbers)
-    start, end, _ = fit.fine.rows(fit.cal)
+    start, end, _ = fit.fine.select(fit.calibration)
     torch.testing.assert_close(run_plan(made, model, start)[0][-1], result)
     for k in range(1, 4):
-        aim = end if k == 3 else fit.fine.at(numbers.level[k + 1], fit.cal)
+        aim = end if k == 3 else fit.fine.at(numbers.level[k + 1], fit.calibration)
         best = (run_plan(made, model, start)[0][k + 1] - aim).square().mean()
         for j, sign in itertools.product(range(k), (1, -1)):
             D = numbers.D.clone()
@@ -239,8 +243,14 @@ def test_a_small_network(gradient: str) -> None:
     for p in net.parameters():
         p.data += 0.15 * torch.randn_like(p)
     model = Denoiser(net, VPCosine(offset=0.0), V())
-    about = TuningTask(model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 4), (1, 8, 8), n=12,
-                 labels=lambda n: torch.arange(n) % 3)  # fmt: skip
+    about = TuningTask(
+        model,
+        UniPC(2),
+        UniformLambda(low=0.05)(model.schedule, 4),
+        (1, 8, 8),
+        n=12,
+        labels=lambda n: torch.arange(n) % 3,
+    )
     before = [p.clone() for p in net.parameters()]
     tuned = FittedPlan(gradient=gradient, held_out=12, fine=16, iterations=6, warm=1, check=2, batch=8).tune(about)
     assert tuned.figures["held_out_rms"] < 0.7 * tuned.figures["held_out_rms_of_sampler"]
@@ -274,8 +284,9 @@ def test_the_finish_keeps_the_plan_consistent() -> None:
     net = UNet(channels=1, widths=(8, 8), embedding=16)
     model = Denoiser(net, VPCosine(offset=0.0), V())
     real = torch.rand(64, 1, 8, 8) * 2 - 1
-    about = TuningTask(model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 3), (1, 8, 8), n=4,
-                 images=lambda n: (real, None))  # fmt: skip
+    about = TuningTask(
+        model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 3), (1, 8, 8), n=4, images=lambda n: (real, None)
+    )
     options = {"gradient": "frozen", "held_out": 4, "fine": 8, "iterations": 1, "batch": 250}
     plain, done = (FittedPlan(**options, **more).tune(about).plan for more in ({}, {"finish": 3.0}))
     assert plain is not None and done is not None

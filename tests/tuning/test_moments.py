@@ -63,7 +63,9 @@ def test_what_is_known_to_vanish_is_regressed_out() -> None:
     ours, plain, told = [], [], []
     x = model.sample(400, torch.Generator().manual_seed(0)).float()
     for seed in range(20):
-        value, _, error = Moments(images=400).look(task(model, seed=seed * 7_000_000), t, x, None, x.double().mean(0))
+        value, _, error = Moments(images=400).measure(
+            task(model, seed=seed * 7_000_000), t, x, None, x.double().mean(0)
+        )
         ours.append(value - truth)
         told.append(error)
         e = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
@@ -138,9 +140,13 @@ def test_classes_are_told_and_guidance_is_left_out() -> None:
 
     def run(denoiser: Any, classes: bool) -> dict[str, Tensor]:
         told = TuningTask(
-            denoiser=denoiser, sampler=None, times=torch.tensor([1.0, 0.0]), shape=SHAPE, images=images,
+            denoiser=denoiser,
+            sampler=None,
+            times=torch.tensor([1.0, 0.0]),
+            shape=SHAPE,
+            images=images,
             labels=(lambda n: torch.arange(n) % 2) if classes else (lambda n: None),
-        )  # fmt: skip
+        )
         return Moments(times=4, images=64).tune(told).statistics
 
     conditional, pooled, guided = run(model, True), run(model, False), run(CFG(4.0).wrap(model), True)

@@ -151,7 +151,7 @@ def test_gradients_are_difference_quotients(order: int, trunc: int) -> None:
     d = 0.3 * np.random.default_rng(0).standard_normal(N - 1)
     lam, by_d = gaps(d)
     gradient = bound(lam)[1] @ by_d
-    assert Gaps.numbers(lam) == pytest.approx(d, abs=1e-12)
+    assert Gaps.params(lam) == pytest.approx(d, abs=1e-12)
     for i, step in enumerate(1e-6 * np.eye(N - 1)):
         difference = (bound(gaps(d + step)[0])[0] - bound(gaps(d - step)[0])[0]) / 2e-6
         assert gradient[i] == pytest.approx(difference, rel=1e-6, abs=1e-6 * np.abs(gradient).max())
@@ -234,8 +234,8 @@ def test_times_of_every_schedule(schedule: Schedule, end: float, steps: int) -> 
         (DEIS(), "bound", "objective=local"),
         (DPMSolver(2, multistep=False), "bound", "multistep"),
         (UniPC(3, predict="eps"), "bound", "predict x0"),
-        (DDIM(eta=1.0), "local", "draw no noise"),
-        (DPMSolver(2, sde=True), "bound", "draw no noise"),
+        (DDIM(eta=1.0), "local", "deterministic samplers"),
+        (DPMSolver(2, sde=True), "bound", "deterministic samplers"),
     ],
 )
 def test_samplers_that_it_is_not_for(sampler: Any, objective: Any, words: str) -> None:

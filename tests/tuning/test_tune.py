@@ -18,13 +18,13 @@ from hasten.nets.unet import UNet
 from hasten.plan import plan
 from hasten.samplers import DDIM
 from hasten.times import UniformTime
-from hasten.tuning import Tuned, TuningTask, cached_result
+from hasten.tuning import Tuned, Tuner, TuningTask, cached_result
 from hasten.workflows import tune
 from tests.test_model import tiny
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Tuner):
     """A tuner that finds one of everything and keeps what it was given."""
 
     needs_data: ClassVar[bool] = False
@@ -170,3 +170,16 @@ def test_what_was_found_is_remembered_bit_for_bit(tmp_path: Path) -> None:
     for file in (tmp_path / "cache" / "tuning").iterdir():
         file.write_text("{")
     assert cached_result(key, make) == first and len(made) == 3
+
+
+def test_old_names_are_forwarded() -> None:
+    import hasten.metrics
+    import hasten.tuning
+
+    for module, old, new in (
+        (hasten.tuning, "Task", "TuningTask"),
+        (hasten.tuning, "remembered", "cached_result"),
+        (hasten.metrics, "Moments", "RunningMoments"),
+    ):
+        with pytest.warns(DeprecationWarning, match=new):
+            assert getattr(module, old) is getattr(module, new)

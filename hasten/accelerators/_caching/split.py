@@ -103,7 +103,8 @@ def split_point_of(net: nn.Module, who: str, first: int | None) -> UNetSplit | T
         BadInput: for a network without a split point, and for `first` of one without blocks.
     """
     if has_attributes(net, "embed", "run", "finish", "blocks"):
-        depth = len(net.blocks)  # type: ignore[arg-type]
+        blocks: Any = net.blocks
+        depth = len(blocks)
         first = round(depth * 18 / 28) if first is None else first
         if not 1 <= first < depth:
             raise BadInput(f"{who}: the encoder is 1 to {depth - 1} of this network's {depth} blocks, found {first}")
@@ -119,7 +120,12 @@ def split_point_of(net: nn.Module, who: str, first: int | None) -> UNetSplit | T
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The tree with `change` applied to every tensor."""
+    """The tree with every tensor changed.
+
+    Args:
+        change: is called with each tensor.
+        tree: any tree of tensors and other values.
+    """
     return pytree.tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
@@ -141,7 +147,13 @@ def repeat_batch(tree: Any, count: int, rows: int | None = None) -> Any:
 
 
 def extrapolate(older: Any, newer: Any, ratios: list[float]) -> Any:
-    """Linearly extrapolated features, `newer + r (newer - older)` for every ratio r, concatenated along the batch."""
+    """Linearly extrapolated features, `newer + r (newer - older)` for every ratio r, concatenated along the batch.
+
+    Args:
+        older: features, a tree of tensors (B, ...).
+        newer: later ones of the same structure; what is not floating point is taken from them.
+        ratios: r.
+    """
 
     def line(old: Any, new: Any) -> Any:
         if not isinstance(new, Tensor):
@@ -154,7 +166,12 @@ def extrapolate(older: Any, newer: Any, ratios: list[float]) -> Any:
 
 
 def same_conditions(a: Any, b: Any) -> bool:
-    """Whether two trees of conditions are equal in structure, shapes, dtypes and values."""
+    """Whether two trees of conditions are equal in structure, shapes, dtypes and values.
+
+    Args:
+        a: any tree of tensors and plain values.
+        b: another.
+    """
     left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
     if len(left) != len(right) or pytree.tree_structure(a) != pytree.tree_structure(b):
         return False

@@ -79,16 +79,16 @@ class FeatureReuse(Wrapper):
         """The network's own output (B, *S); a model evaluation like any other."""
         return self._evaluate(x_t, t, cond, need_x0=False)[0]
 
-    def expected_speedup(self, share: float) -> float:
-        """`1 / (1 - share (1 - keys / evaluations))`, the speedup where time is proportional to multiply-accumulates.
+    def expected_speedup(self, fraction: float) -> float:
+        """The speedup `1 / (1 - fraction (1 - keys / evaluations))`, if time is proportional to their number.
 
         Args:
-            share: the fraction of the network's multiply-accumulates that only key steps spend, 0 to 1.
+            fraction: of the network's multiply-accumulates that only key steps spend, 0 to 1.
         """
-        return 1 / (1 - share * (1 - len(self.keys) / len(self.times)))
+        return 1 / (1 - fraction * (1 - len(self.keys) / len(self.times)))
 
     def store(self, k: int, features: Any) -> None:
-        """Cache the features of key step k, beside those of the key step before where they are extrapolated."""
+        """Cache the features of key step k; where they are extrapolated, also those of the key step before."""
         self._cache = [*self._cache[-1:], (k, features)] if self.forecast else [(k, features)]
 
     def features_at(self, steps: Sequence[int]) -> Any:
@@ -110,7 +110,15 @@ class FeatureReuse(Wrapper):
         return repeat_batch(newer, len(steps))
 
     def net_times(self, steps: Sequence[int], x_t: Tensor) -> Tensor:
-        """The network's times at these evaluations, each for the whole batch: (len(steps) B,) float32."""
+        """The network's times at several evaluations, each for all rows of the batch.
+
+        Args:
+            steps: numbers of the evaluations.
+            x_t: (B, *S), for the batch size and the device.
+
+        Returns:
+            (len(steps) B,) float32.
+        """
         clocks = [self.denoiser._coefficients(self.times[k], x_t, need_x0=False)[3] for k in steps]
         rows = [torch.full((len(x_t),), clock, dtype=torch.float32, device=x_t.device) for clock in clocks]
         times = rows[0] if len(rows) == 1 else torch.cat(rows)  # without a copy to the device, which would synchronise
@@ -150,7 +158,15 @@ class FeatureReuse(Wrapper):
 
 
 def check_forecast(who: str, forecast: int) -> None:
-    """Refuse an order of extrapolation other than 0 and 1."""
+    """Refuse an order of extrapolation other than 0 and 1.
+
+    Args:
+        who: the accelerator, for the message.
+        forecast: the order.
+
+    Raises:
+        BadInput: for another order.
+    """
     if forecast not in (0, 1):
         raise BadInput(
             f"{who}: forecast is 0 (features are reused) or 1 (linearly extrapolated from the last two key steps), "
@@ -159,7 +175,15 @@ def check_forecast(who: str, forecast: int) -> None:
 
 
 def require_denoiser(denoiser: nn.Module, who: str) -> Denoiser:
-    """The denoiser itself. Raises BadInput for one whose network cannot be reached."""
+    """The denoiser itself.
+
+    Args:
+        denoiser: any module.
+        who: the accelerator, for the message.
+
+    Raises:
+        BadInput: for one that is no `Denoiser`, whose network cannot be reached.
+    """
     if not isinstance(denoiser, Denoiser):
         raise BadInput(
             f"{who} reuses features of a network: it works on a hasten.Denoiser, found {type(denoiser).__name__}"

@@ -72,10 +72,12 @@ class Track:
         return self._slot(self.buffers[1 - self.latest[k // self.chunk]], k) if k in self.extrapolated else None
 
     def _piece(self, buffer: Tensor, c: int) -> Tensor:
+        """Chunk c of a receive buffer."""
         begin, end = self.bounds[c]
         return buffer[self.copies * begin : self.copies * end]
 
     def _slot(self, buffer: Tensor, k: int) -> Tensor:
+        """Slot k of a receive buffer: (copies, *shape)."""
         shape, dtype, begin, size = self.slots[k]
         c = k // self.chunk
         begin -= self.bounds[c][0]

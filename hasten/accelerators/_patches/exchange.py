@@ -304,16 +304,19 @@ class Exchange:
         self.gathers = self.halos = None
 
     def _all_gather(self, own: Tensor) -> Tensor:
+        """Every rank's `own`: (ranks, *shape)."""
         into = own.new_empty((self.group.size * own.numel(),))
         all_gather(into, own.contiguous().view(-1), self.group.group)
         return into.view(self.group.size, *own.shape)
 
     def _gather_chunk(self, tracks: Sequence[Track], c: int) -> list[Any]:
+        """Start to gather chunk c."""
         out, into = tracks[0].turn(c)
         self.collectives["gather"] += 1
         return [all_gather(into, out, self.group.group, later=True)]
 
     def _neighbour_chunk(self, tracks: Sequence[Track], c: int) -> list[Any]:
+        """Start to send chunk c to the neighbours, and to receive theirs."""
         return self._neighbours([track.turn(c) for track in tracks], c)
 
     def _neighbours(self, pairs: Sequence[tuple[Tensor, Tensor]], c: int) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .calibration import Samples
 from .fake_quant import FakeQuantLayer, fake_quant_layers
-from .units import raw_output
+from .units import raw_of_batch
 
 __all__ = ["correct_biases"]
 
@@ -51,7 +51,7 @@ def correct_biases(denoiser: nn.Module, net: nn.Module, samples: Samples, size: 
         for group, batch in samples.batches(size):
             for layer in fake_quant_layers(net).values():
                 layer.group = group
-            raw_output(denoiser, batch)
+            raw_of_batch(denoiser, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import BadInput, NonFinite
 from .fake_quant import FakeQuantLayer, fake_quant_layers
 from .quantizer import ACTS, fit_range, search_range
-from .units import Batch, raw_output
+from .units import Batch, raw_of_batch
 
 __all__ = ["RangeObserver", "Samples", "calibration_samples", "fit_activations", "time_group_bounds"]
 
@@ -221,7 +221,7 @@ def fit_activations(
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         for group, batch in samples.batches(size):  # noqa: B007  read by the hooks
-            raw_output(denoiser, batch)
+            raw_of_batch(denoiser, batch)
     finally:
         for handle in handles:
             handle.remove()

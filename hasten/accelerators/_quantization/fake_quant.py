@@ -92,7 +92,12 @@ class FakeQuantSlice(nn.Module):
         return None if self.up is None or self.down is None else (self.up @ self.down).view_as(self.target)
 
     def quantize_acts(self, x: Tensor, group: int) -> Tensor:
-        """The activations x, fake-quantised with the scale of this group of times."""
+        """Fake-quantised activations.
+
+        Args:
+            x: activations of this slice.
+            group: the group of times whose scale is used.
+        """
         if self.act_scale is None or self.act_zero is None:
             return x
         scale = self.act_scale if self.log_step is None else self.log_step.exp()
@@ -196,7 +201,12 @@ class FakeQuantLayer(nn.Module):
         return y
 
     def input_slice(self, x: Tensor, channels: tuple[int, int]) -> Tensor:
-        """Input channels [first, last) of x."""
+        """Some input channels.
+
+        Args:
+            x: (B, C_in, H, W) of a convolution, (..., C_in) of a linear layer.
+            channels: [first, last).
+        """
         return x[:, channels[0] : channels[1]] if self.conv else x[..., channels[0] : channels[1]]
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -235,7 +245,13 @@ def frozen_copy(net: nn.Module) -> nn.Module:
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule of this name, in place."""
+    """Replace a submodule, in place.
+
+    Args:
+        net: the network.
+        name: of the submodule.
+        module: the new one.
+    """
     parent, _, own = name.rpartition(".")
     setattr(net.get_submodule(parent), own, module)
 
@@ -246,6 +262,7 @@ def fake_quant_layers(net: nn.Module) -> dict[str, FakeQuantLayer]:
 
 
 def _input_channels(layer: nn.Conv2d | nn.Linear) -> int:
+    """The number of input channels."""
     return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
 
 

@@ -72,7 +72,14 @@ def fit_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def codes(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """The codes of x, integers in x's own dtype; scale and zero-point broadcast to x."""
+    """The codes of values, integers in their own dtype.
+
+    Args:
+        x: values.
+        scale: broadcasts to x.
+        zero: broadcasts to x.
+        grid: the codes.
+    """
     return (torch.round(x / scale) + zero).clamp(grid.low, grid.high)
 
 
@@ -96,7 +103,18 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 
 
 def quantization_error(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, p: float = P) -> Tensor:
-    """The mean of |x - fake_quantize(x)|^p over each row of x (R, n): (R,)."""
+    """The mean of |x - fake_quantize(x)|^p over each row.
+
+    Args:
+        x: (R, n).
+        scale: (R,).
+        zero: (R,).
+        grid: the codes.
+        p: the power.
+
+    Returns:
+        (R,).
+    """
     return (x - fake_quantize(x, scale[:, None], zero[:, None], grid)).abs().pow(p).mean(dim=1)
 
 
@@ -148,11 +166,28 @@ def weight_range(weight: Tensor, bits: int, how: str) -> tuple[Tensor, Tensor]:
 
 
 def as_channels(values: Tensor, like: Tensor) -> Tensor:
-    """(C_out,) as (C_out, 1, ...), which broadcasts to a weight."""
+    """Values that broadcast to a weight.
+
+    Args:
+        values: (C_out,).
+        like: the weight (C_out, ...).
+
+    Returns:
+        (C_out, 1, ...).
+    """
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def check_bits(what: str, bits: int | None, choices: Collection[int | None]) -> None:
-    """Refuse a number of bits that is not supported."""
+    """Refuse a number of bits that is not supported.
+
+    Args:
+        what: the option, for the message.
+        bits: its value.
+        choices: the supported values.
+
+    Raises:
+        BadInput: for another value.
+    """
     if bits not in choices:
         raise BadInput(f"quantize: {what} must be {' or '.join(str(c).lower() for c in choices)} bits, found {bits}")

@@ -64,7 +64,12 @@ class Block:
     group: Tensor
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Numbers of at most `batch` random rows, all of one group of times, which the layers are set to."""
+        """Numbers of random rows of one group of times, which the layers are set to.
+
+        Args:
+            batch: the maximum number of rows.
+            generator: of the numbers.
+        """
         group = self.group[int(torch.randint(len(self.group), (1,), generator=generator))]
         index = (self.group == group).nonzero().flatten()
         rows = torch.randperm(len(index), generator=generator)[:batch]
@@ -93,12 +98,22 @@ def initial_v(piece: FakeQuantSlice) -> Tensor:
 
 
 def rounding_regularizer(v: Tensor, beta: float) -> Tensor:
-    """`sum(1 - |2 h(v) - 1|^beta)`, which is 0 where every h is 0 or 1."""
+    """`sum(1 - |2 h(v) - 1|^beta)`, which is 0 where every h is 0 or 1.
+
+    Args:
+        v: of the weights.
+        beta: the power, 2 or more.
+    """
     return (1 - (2 * rectified_sigmoid(v) - 1).abs().pow(beta)).sum()
 
 
 def settled_fraction(piece: FakeQuantSlice, within: float = 0.01) -> float:
-    """The fraction of a slice's weights whose h is within this distance of 0 or 1."""
+    """The fraction of a slice's weights whose h is near 0 or 1.
+
+    Args:
+        piece: whose rounding is learned.
+        within: the maximum distance.
+    """
     assert piece.v is not None
     h = rectified_sigmoid(piece.v.detach())
     return float(((h < within) | (h > 1 - within)).float().mean())
@@ -249,7 +264,13 @@ def learned_state(unit: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def restore_state(unit: nn.Module, name: str, saved: dict[str, Tensor]) -> None:
-    """Restore what `learned_state` returned."""
+    """Restore what `learned_state` returned.
+
+    Args:
+        unit: the same module.
+        name: the same name.
+        saved: tensors by name.
+    """
     for layer_name, layer in fake_quant_layers(unit).items():
         for k, piece in enumerate(layer.slices):
             old = getattr(piece, name)
@@ -263,6 +284,7 @@ def _square(difference: Tensor) -> Tensor:
 
 
 def _layers(unit: nn.Module) -> list[FakeQuantLayer]:
+    """The fake-quantised layers of a unit."""
     return list(fake_quant_layers(unit).values())
 
 

@@ -21,7 +21,7 @@ __all__ = [
     "NetworkTrace",
     "UnitInputs",
     "detach_tree",
-    "raw_output",
+    "raw_of_batch",
     "record_unit",
     "tensor_bytes",
     "trace_layers",
@@ -95,7 +95,7 @@ def trace_layers(denoiser: nn.Module, net: nn.Module, batch: Batch) -> NetworkTr
     handles = [module.register_forward_pre_hook(record) for module in names]
     try:
         with tracker:
-            raw_output(denoiser, batch)
+            raw_of_batch(denoiser, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,8 +116,13 @@ def _unit(net: nn.Module, name: str) -> str:
     return name
 
 
-def raw_output(denoiser: Any, batch: Batch) -> Tensor:
-    """The raw output (B, *S) of a denoiser's network for a batch."""
+def raw_of_batch(denoiser: Any, batch: Batch) -> Tensor:
+    """The raw output (B, *S) of a denoiser's network.
+
+    Args:
+        denoiser: with `raw`.
+        batch: x_t (B, *S), t (B,), conditions.
+    """
     x, t, cond = batch
     return denoiser.raw(x, t, **cond)
 
@@ -158,7 +163,7 @@ def record_unit(denoiser: nn.Module, unit: nn.Module, batch: Batch) -> tuple[Any
     """
     calls: list[Any] = []
     with _stop_after(unit, lambda args, kwargs, output: calls.append(((args, kwargs), output))), suppress(_Stop):
-        raw_output(denoiser, batch)
+        raw_of_batch(denoiser, batch)
     if not calls:
         raise BadInput(f"quantize: {type(unit).__name__} does not run for every batch, so it cannot be reconstructed")
     return calls[0][0], [leaf for leaf in tree_flatten(calls[0][1])[0] if isinstance(leaf, Tensor)]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...accelerators import WRAP, Call, ordered
+from ...accelerators import WRAP, Call, ordered, with_defaults
 from ...errors import BadInput
 from ...pick import format_spec
 from ...times import Explicit
 from .accelerated_forward import AcceleratedForward
 from .calibration import record_model_calls, record_pipeline_calls
-from .calls import ARGUMENT_READERS
+from .calls import argument_reader
 from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
 from .wrap import split_network
 
@@ -46,7 +46,9 @@ class Accelerated:
         """A copy of the pipeline with the accelerated network in `slot`."""
         component = vars(pipe).get(slot)
         if isinstance(component, Accelerated):
-            raise BadInput("this pipeline is accelerated already: give all accelerators together, to the original one")
+            raise BadInput(
+                "this pipeline is accelerated already: pass all accelerators together, with the original pipeline"
+            )
         if isinstance(component, nn.Module) and uncompiled(component) is not component:
             warnings.warn(
                 f"the {slot} was compiled by torch.compile: hasten takes the {type(net).__name__} inside it, "
@@ -79,8 +81,8 @@ class Accelerated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise BadInput(
-            f"a {type(self).__name__} under accelerators cannot be pickled: pickle or save the pipeline that "
-            "accelerate was given, and call hasten.accelerate(pipe, ...) again after loading"
+            f"a {type(self).__name__} under accelerators cannot be pickled: pickle or save the original "
+            "pipeline, and call hasten.accelerate(pipe, ...) again after loading"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -107,11 +109,11 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     check_text_conditioning(net)
     accelerators, patch = ordered(accelerators), replaced_forward(net)
     for one in accelerators:
-        if getattr(one, "inject", 0):
+        if with_defaults(one).inject:
             raise BadInput(
                 f"{format_spec(one)}: a pipeline's scheduler injects no noise: remove inject, or load a Model"
             )
-        if patch is not None and one.stage < WRAP:
+        if patch is not None and with_defaults(one).stage < WRAP:
             raise BadInput(
                 f"the forward of this {type(net).__name__} was replaced ({_name(patch)}), and {format_spec(one)} "
                 "would not run it: remove the patch first"
@@ -125,11 +127,8 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     own = separate(net)
     module: Any = _as_accelerated(own)
     forward = AcceleratedForward(module, accelerators, scheduler)
-    forward.patch, forward.hooks, forward.original = (
-        patch,
-        diffusers_hooks(net),
-        net if patch or diffusers_hooks(net) else None,
-    )
+    forward.patch, forward.hooks = patch, diffusers_hooks(net)
+    forward.original = net if patch or forward.hooks else None
     if not forward.hooks and patch is None:  # else both have the same layers
         forward.original_network = OriginalNetwork(net)
     copy_offload_hook(module, net)
@@ -211,10 +210,7 @@ def pipeline_calls(
 
     if callable(prompts):
         net = network_of(pipe)[1]
-        reader = ARGUMENT_READERS[
-            next(kind.__name__ for kind in type(net).__mro__ if kind.__name__ in ARGUMENT_READERS)
-        ]
-        return record_pipeline_calls(pipe, prompts, net, reader, seed)
+        return record_pipeline_calls(pipe, prompts, net, argument_reader(type(net)), seed)
     try:
         model = load_pipeline(pipe)
     except BadInput:

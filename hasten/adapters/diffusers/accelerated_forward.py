@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...accelerators import COMPILE, WRAP, Call, SamplingContext, accelerate
+from ...accelerators import COMPILE, WRAP, Call, SamplingContext, accelerate, with_defaults
 from ...denoiser import reset
 from ...errors import BadInput
 from ...nets.copies import copy_modules
 from ...pick import format_spec
-from .calls import ARGUMENT_READERS, RESIDUAL_PREFIXES, network_output, raw_output
+from .calls import RESIDUAL_PREFIXES, argument_reader, network_output, raw_output
 from .network import ExchangedLayers, changed, sample_parameters, structure, without_hooks
 from .schedules import SchedulerSpec, read_scheduler, set_steps
 from .split_network import SplitNetwork
@@ -47,13 +47,11 @@ class AcceleratedForward:
         core.__dict__ = vars(module)
         vars(module)["accelerated_forward"] = self
         self.module, self.core, self.accelerators = module, core, accelerators
-        self.claimed = frozenset[str]().union(*(one.claims for one in accelerators))
-        self.swapping = [one for one in accelerators if one.stage < COMPILE]
-        self.compiling = [one for one in accelerators if COMPILE <= one.stage < WRAP]
-        self.wrapping = [one for one in accelerators if one.stage >= WRAP]
-        self.reader = ARGUMENT_READERS[
-            next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)
-        ]
+        self.claimed = frozenset[str]().union(*(with_defaults(one).claims for one in accelerators))
+        self.swapping = [one for one in accelerators if with_defaults(one).stage < COMPILE]
+        self.compiling = [one for one in accelerators if COMPILE <= with_defaults(one).stage < WRAP]
+        self.wrapping = [one for one in accelerators if with_defaults(one).stage >= WRAP]
+        self.reader = argument_reader(kind)
         self.signature = inspect.signature(kind.forward)
         self.scheduler, self.spec = scheduler, read_scheduler(scheduler)
         self.owner: Any = None  # a weak reference to the pipeline
@@ -82,11 +80,11 @@ class AcceleratedForward:
         scheduler = copy.deepcopy(self.scheduler)
         set_steps(scheduler, steps)
         times = tuple(self._current_spec().time(scheduler.timesteps).tolist())
-        ahead = SamplingContext(times, self.calls(times, times), self.claimed)
+        context = SamplingContext(times, self.calls(times, times), self.claimed)
         if self.swapping:
             network = split_network(without_hooks(self.core), with_variance=True)
             network.side_inputs = self.side_inputs
-            self._take_layers(accelerate(self.spec.denoiser(network).eval(), self.swapping, ahead))
+            self._take_layers(accelerate(self.spec.denoiser(network).eval(), self.swapping, context))
         self._cached_denoiser(times, times, self.wrapping)
 
     def _take_layers(self, denoiser: Any) -> None:
@@ -138,16 +136,13 @@ class AcceleratedForward:
                 f"the weights of this {type(self.core).__name__} were changed after {names} (a fused LoRA, other "
                 "weights): change the original pipeline first, and accelerate that"
             )
-        if (
-            self.original_network is not None
-            and "original" not in self.warned
-            and self.original_network.diverged(self.core)
-        ):
+        original = self.original_network
+        if original is not None and "original" not in self.warned and original.diverged(self.core):
             self.warned.add("original")
             warnings.warn(
-                f"the {type(self.core).__name__} of the original pipeline has other layers or weights "
-                "than then (a LoRA?), which the accelerated pipeline does not have: load them into the accelerated "
-                "pipeline, or accelerate the pipeline again",
+                f"the {type(self.core).__name__} of the original pipeline now has other layers or weights (a LoRA?), "
+                "which the accelerated pipeline does not have: load them into the accelerated pipeline, or accelerate "
+                "the pipeline again",
                 stacklevel=2,
             )
         self.layers.locate()
@@ -172,11 +167,11 @@ class AcceleratedForward:
         if key in self.cache:
             self.cache[key] = denoiser = self.cache.pop(key)  # ordered by last use
             return denoiser
-        ahead = SamplingContext(times, None if times is None else self.calls(times, all_times), self.claimed)
+        context = SamplingContext(times, None if times is None else self.calls(times, all_times), self.claimed)
         with self.layers.exchanged():
             if self.base is None:
-                self.base = accelerate(self._source(), self.compiling, ahead)
-            denoiser = accelerate(self.base, wrapping, ahead)
+                self.base = accelerate(self._source(), self.compiling, context)
+            denoiser = accelerate(self.base, wrapping, context)
         if len(self.cache) >= CACHE_SIZE:
             del self.cache[next(iter(self.cache))]
         self.cache[key] = denoiser
@@ -184,7 +179,7 @@ class AcceleratedForward:
 
     def _source(self) -> Any:
         """The denoiser that is compiled or copied: without hooks around its network where it is copied."""
-        copying = [one for one in self.compiling if one.stage > COMPILE]
+        copying = [one for one in self.compiling if with_defaults(one).stage > COMPILE]
         if not copying:
             return self.source
         network = split_network(without_hooks(self.core), with_variance=True)
@@ -195,7 +190,7 @@ class AcceleratedForward:
         """Drop what was compiled or copied from the network where that has changed."""
         if not self.compiling:
             return
-        copying = any(one.stage > COMPILE for one in self.compiling)
+        copying = any(with_defaults(one).stage > COMPILE for one in self.compiling)
         now = structure(self.core) if copying else (), sample_parameters(list(self.core.modules()))
         if self.base_state is not None and (now[0] != self.base_state[0] or changed(now[1], self.base_state[1])):
             self.base = None
@@ -204,7 +199,7 @@ class AcceleratedForward:
 
     def _applicable(self, times: tuple[float, ...] | None) -> list[Any]:
         """The accelerators of the last stage that apply to this sampling; a warning names the others."""
-        reusing = [one for one in self.wrapping if one.stage == WRAP]
+        reusing = [one for one in self.wrapping if with_defaults(one).stage == WRAP]
         skipped: list[Any] = []
         if not self.timeline.regular:
             skipped = reusing
@@ -213,7 +208,7 @@ class AcceleratedForward:
                 "scheduler (a pipeline made from the same parts must be accelerated itself)"
             )
         elif times is not None:
-            skipped = [one for one in reusing if len(times) < getattr(one, "least_queries", 0)]
+            skipped = [one for one in reusing if len(times) < with_defaults(one).min_queries]
             why = f"this sampling has {len(times)} model evaluations, too few to reuse anything"
         if skipped:
             names = ", ".join(map(format_spec, skipped))
@@ -228,7 +223,7 @@ class AcceleratedForward:
             layer._apply(fn)
         if not outdated:
             self.layers.renew()
-        if any(one.stage > COMPILE for one in self.compiling):
+        if any(with_defaults(one).stage > COMPILE for one in self.compiling):
             self.base = None
             self.cache.clear()
 
@@ -248,9 +243,8 @@ class AcceleratedForward:
         forward.hooks = list(self.hooks)
         if self.layers:
             forward.layers = self.layers.copied(forward.core, lambda layer: copy.deepcopy(layer, memo))
-            holder = forward.source = (
-                copy.copy(self.source) if self.source.net is self.network else _copied(self.source)
-            )
+            direct = self.source.net is self.network
+            holder = forward.source = copy.copy(self.source) if direct else _copied(self.source)
             while holder.net is not self.network:
                 holder = holder.net
             holder.net = forward.network

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...accelerators import EXCHANGE
+from ...accelerators import EXCHANGE, with_defaults
 from ...errors import BadInput
 from ...pick import format_spec
 from .accelerated import Accelerated
@@ -17,14 +17,14 @@ from .arguments import check_count
 from .library import is_pipeline, network_of
 
 
-def accelerate(target: Any, accelerators: Any, ahead: Any = None, **options: Any) -> Any:
+def accelerate(target: Any, accelerators: Any, context: Any = None, **options: Any) -> Any:
     """A denoiser, or a pipeline of `diffusers`, under accelerators; the original is left unchanged.
 
     Args:
         target: a `Denoiser`, see `hasten.accelerators.accelerate`, or a pipeline, see `accelerate_pipeline`.
         accelerators: one or several, as objects or texts.
-        ahead: with a denoiser: the `SamplingContext` of its sampling.
-        options: with a pipeline: `steps`, `prompts`, `seed`, `calls`.
+        context: with a denoiser: the `SamplingContext` of its sampling.
+        options: with a pipeline: `steps`, `prompts`, `seed`, `calls`. (`ahead` is the old name of `context`.)
 
     Returns:
         The accelerated denoiser, or a copy of the pipeline.
@@ -34,16 +34,19 @@ def accelerate(target: Any, accelerators: Any, ahead: Any = None, **options: Any
     """
     from ...accelerators import accelerate as accelerate_denoiser
 
+    if "ahead" in options:
+        warnings.warn("accelerate(ahead=) is now context=", DeprecationWarning, stacklevel=2)
+        context = options.pop("ahead")
     if is_pipeline(target):
-        if ahead is not None:
-            raise BadInput("a pipeline takes steps= in place of ahead=")
+        if context is not None:
+            raise BadInput("a pipeline takes steps= in place of context=")
         return accelerate_pipeline(target, accelerators, **options)
     if options or not isinstance(target, nn.Module):
         present = f"{type(target).__name__} with {', '.join(options)}=" if options else type(target).__name__
         raise BadInput(
             f"accelerate takes a Denoiser, or a pipeline of diffusers with steps= and prompts=, found {present}"
         )
-    return accelerate_denoiser(target, parse_accelerators(accelerators), ahead)
+    return accelerate_denoiser(target, parse_accelerators(accelerators), context)
 
 
 def parse_accelerators(accelerators: Any) -> list[Any]:
@@ -58,7 +61,7 @@ def parse_accelerators(accelerators: Any) -> list[Any]:
         accelerators = [accelerators]
     methods = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
     for one in methods:
-        if not hasattr(one, "stage"):
+        if isinstance(one, (type, nn.Module)) or not callable(getattr(one, "apply", None)):
             raise BadInput(
                 f"accelerators are objects of hasten.accelerators or texts such as 'deep_cache', found {one!r}"
             )
@@ -103,7 +106,7 @@ def accelerate_pipeline(
     steps = 50 if steps is None else check_count("steps", steps)
     slot, net = network_of(pipe)
     fast = Accelerated.wrap_pipeline(pipe, slot, net, methods, steps, seed, prompts if calls is None else calls)
-    other_weights = any(one.stage == EXCHANGE for one in methods)
+    other_weights = any(with_defaults(one).stage == EXCHANGE for one in methods)
     for target in (fast, vars(fast)[slot]) if other_weights else (fast,):  # not by their own __setattr__
         vars(target)["save_pretrained"] = partial(save_accelerated, target, methods, other_weights)
     return fast

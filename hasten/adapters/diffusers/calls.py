@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import BadInput
 
-__all__ = ["RESIDUAL_PREFIXES", "ARGUMENT_READERS", "network_output", "raw_output"]
+__all__ = ["RESIDUAL_PREFIXES", "argument_reader", "network_output", "raw_output"]
 
 RESIDUAL_PREFIXES = ("down_residual_", "mid_residual", "adapter_")
 ArgumentReader = Callable[[dict[str, Any]], tuple[Tensor, Any, dict[str, Any]]]
@@ -82,6 +82,11 @@ ARGUMENT_READERS: dict[str, ArgumentReader] = {
     "DiTTransformer2DModel": dit_arguments,
     "SD3Transformer2DModel": joint_dit_arguments,
 }
+
+
+def argument_reader(kind: type[nn.Module]) -> ArgumentReader:
+    """The conversion of the arguments of `forward` for a class of networks with split points."""
+    return ARGUMENT_READERS[next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)]
 
 
 def raw_output(denoiser: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:

@@ -209,7 +209,7 @@ def _layout(net: nn.Module) -> list[Any]:
 
 
 class ExchangedLayers:
-    """Layers that stand in for others of a network while it runs, whatever is put around these later (LoRA).
+    """Layers that replace others of a network while it is evaluated, whatever wraps these later (LoRA).
 
     Args:
         net: the network, whose own layers stay.

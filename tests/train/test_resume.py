@@ -1,4 +1,4 @@
-"""A training goes on with the same data and settings only, and does not end with one damaged image."""
+"""A run resumes with the same data and settings only, and a damaged image does not end it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hasten.train.ema import Ema
 from hasten.train.fingerprint import describe_data
 from hasten.train.fit import Fit
 from hasten.train.losses import cast_to_device, stratified
-from hasten.train.player import TrainedModule
+from hasten.train.trained_module import TrainedModule
 from hasten.train.transfer import prefetch, to_device
 from tests.factories import CLASSES, class_folders, noise_data, noise_images
 from tests.test_training import trained
 
 
-def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_cast_before_moving_to_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
     plain = Tensor.to
 
@@ -46,7 +46,7 @@ def test_what_goes_to_a_device_without_float64_is_narrowed_first(monkeypatch: py
     assert stratified(4).dtype == torch.float64
 
 
-# ---- other data and settings are refused ----
+# ---- other data and settings raise ----
 
 
 CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
@@ -69,7 +69,7 @@ CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_a_run_of_anything_else_is_refused_finished_or_not(tmp_path: Path, steps: int) -> None:
+def test_a_run_of_other_data_or_settings_raises_finished_or_not(tmp_path: Path, steps: int) -> None:
     trained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     for change, message in CHANGES:
@@ -81,7 +81,7 @@ def test_a_run_of_anything_else_is_refused_finished_or_not(tmp_path: Path, steps
     assert model.card["last"]["step"] == steps
 
 
-def test_auto_takes_the_number_format_of_the_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_precision_of_the_run_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.workflows.train.autotune", lambda *_: hasten.performance.autotune.parse_runtime("bf16"))
     trained(tmp_path, precision="fp32")
     assert trained(tmp_path, precision="auto", steps=3).card["precision"] == "fp32"
@@ -89,7 +89,7 @@ def test_auto_takes_the_number_format_of_the_run_that_goes_on(tmp_path: Path, mo
     assert saved_run(tmp_path / "checkpoint.pt")["precision"] == "fp32"
 
 
-def test_the_settings_of_every_player_count(tmp_path: Path) -> None:
+def test_the_settings_of_every_trained_module_are_compared(tmp_path: Path) -> None:
     def fit(out: Path, steps: int = 2, ema: Ema | None = None, clip: float | None = 1.0, **options: Any) -> None:
         module = nn.Linear(64, 1)
         p = TrainedModule("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), **options)
@@ -102,10 +102,10 @@ def test_the_settings_of_every_player_count(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
             fit(tmp_path, **change)
-    fit(tmp_path, 3, Ema(decay=0.5))  # which the power average does not use
+    fit(tmp_path, 3, Ema(decay=0.5))  # which the EMA of kind power does not use
 
 
-def test_a_finished_run_keeps_what_was_found_for_its_model_since(tmp_path: Path) -> None:
+def test_a_finished_run_keeps_what_was_added_to_its_model_since(tmp_path: Path) -> None:
     model = trained(tmp_path)
     model.statistics = {"gamma": torch.ones(3, dtype=torch.float64)}
     model.card = {**model.card, "tuned": [{"method": "x"}]}
@@ -118,7 +118,7 @@ def test_a_finished_run_keeps_what_was_found_for_its_model_since(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["model.json", "model_index.json", "run.json"])
-def test_a_folder_of_something_else_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+def test_a_folder_of_another_kind_raises_before_anything_is_written(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text('{"card": {}}')
@@ -127,17 +127,17 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_written(tmp_pa
     assert [p.name for p in out.iterdir()] == [name]
 
 
-# ---- what tells one data set from another ----
+# ---- fingerprints ----
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_data_is_known_by_pixels_labels_and_classes(
+def test_the_fingerprint_depends_on_pixels_labels_and_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool
 ) -> None:
     if lazy:
         monkeypatch.setattr("hasten.train.folders.MEMORY", 0)
     first = describe_data(open_data(class_folders(tmp_path / "one")))
-    assert first == describe_data(open_data(class_folders(tmp_path / "two")))  # wherever it lies
+    assert first == describe_data(open_data(class_folders(tmp_path / "two")))  # in any folder
     assert json.loads(json.dumps(first)) == first
     assert first["pixels"] != describe_data(open_data(class_folders(tmp_path / "other", value=1)))["pixels"]
     (tmp_path / "two" / "b").rename(tmp_path / "two" / "c")
@@ -147,7 +147,7 @@ def test_data_is_known_by_pixels_labels_and_classes(
     assert describe_data(replace(changed, labels=changed.labels.flip(0)))["labels"] != first["labels"]
 
 
-def test_an_image_in_the_middle_of_a_large_set_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_of_large_data_depends_on_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.train.folders.MEMORY", 0)
     monkeypatch.setattr("hasten.train.fingerprint.SAMPLE", 2)  # images that are decoded: the first and the last
     first = describe_data(open_data(class_folders(tmp_path / "a")))
@@ -166,8 +166,8 @@ def test_a_damaged_image_of_a_large_set_does_not_end_the_run(
     assert "3.png" in capsys.readouterr().err
     assert model.card["last"]["unreadable"] == 1
     batches = Batches(open_data(source, size=8, channels=1), 6, seed=0)
-    found = batches[0]
-    assert torch.equal(batches[0]["x"], found["x"])  # the same at every visit, so that a resumed run is exact
+    first = batches[0]
+    assert torch.equal(batches[0]["x"], first["x"])  # the same each time, so that a resumed run is exact
     gone = open_data(source, size=8, channels=1)
     for k in range(6):
         (source / "ab"[k % 2] / f"{k}.png").write_bytes(b"junk")
@@ -175,7 +175,9 @@ def test_a_damaged_image_of_a_large_set_does_not_end_the_run(
         Batches(gone, 6)[0]
 
 
-def test_batches_for_a_gpu_are_pinned_ahead_and_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_for_a_gpu_are_prefetched_in_pinned_memory_and_copied_asynchronously(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pinned, copies = [], []
     plain = Tensor.to
 

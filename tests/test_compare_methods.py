@@ -17,7 +17,7 @@ from hasten.samplers import DDIM, UniPC
 from hasten.times import UniformLambda
 
 from .factories import tiny_model
-from .test_compare import SET, Corner, chosen, of, run
+from .test_compare import SET, Corner, of, run, variant_file
 
 MORE = """
 [[variant]]
@@ -35,13 +35,13 @@ guidance_scale = 1
 """
 
 
-def test_plans_guides_and_adaptive_samplers_are_rows(run: Any, chosen: Path, tmp_path: Path) -> None:
+def test_plans_guides_and_adaptive_samplers_are_rows(run: Any, variant_file: Path, tmp_path: Path) -> None:
     model = tiny_model()
     schedule = model.denoiser.schedule
     model.plans = {"three": plan(DDIM(), schedule, UniformLambda()(schedule, 3))}
     (tmp_path / "five.json").write_text(plan(UniPC(), schedule, UniformLambda()(schedule, 5)).to_json())
     head = SET.split("[[variant]]", 1)[0]
-    chosen.write_text(head + MORE.replace("PLAN", str(tmp_path / "five.json")))
+    variant_file.write_text(head + MORE.replace("PLAN", str(tmp_path / "five.json")))
     rows = run(model)
     three, late, adaptive = of(rows, "planned three"), of(rows, "late"), of(rows, "adaptive")
     assert (three["nfe"], three["sampler"], three["steps"], three["plan"]) == (6, "plan", 3, "three")
@@ -76,10 +76,12 @@ def test_plans_guides_and_adaptive_samplers_are_rows(run: Any, chosen: Path, tmp
         ),
     ],
 )
-def test_what_cannot_be_is_one_line(run: Any, chosen: Path, tmp_path: Path, old: str, new: str, said: str) -> None:
-    whole = SET.split("[[variant]]", 1)[0] + MORE
-    assert old in whole
-    chosen.write_text(whole.replace(old, new, 1).replace('plan = ["three", "PLAN"]\n', 'sampler = "ddim"\n', 1))
+def test_what_cannot_be_is_one_line(
+    run: Any, variant_file: Path, tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    text = SET.split("[[variant]]", 1)[0] + MORE
+    assert old in text
+    variant_file.write_text(text.replace(old, new, 1).replace('plan = ["three", "PLAN"]\n', 'sampler = "ddim"\n', 1))
     with pytest.raises(BadInput, match=said) as error:
         run()
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

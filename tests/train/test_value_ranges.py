@@ -1,4 +1,4 @@
-"""Depths and ranges of pixels: each is read by a stated rule, or refused; none becomes black or washed out in silence."""
+"""Bit depths and value ranges: each is converted by a documented rule, or an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hasten.errors import BadInput
 from hasten.train.data import open_data
 
 RAMP = np.tile(np.linspace(0, 1, 16), (16, 1))
-WANTED = np.rint(RAMP * 255)
+EXPECTED = np.rint(RAMP * 255)
 
 
 def read(path: Path) -> np.ndarray:
@@ -24,19 +24,19 @@ def read(path: Path) -> np.ndarray:
 FILES = {
     "float [0, 1]": RAMP.astype(np.float32),
     "float 0..255": (RAMP * 255).astype(np.float32),
-    "int32 0..255": WANTED.astype(np.int32),
+    "int32 0..255": EXPECTED.astype(np.int32),
     "16 bits": (RAMP * 65535).astype(np.uint16),
 }
 
 
-@pytest.mark.parametrize("way", FILES)
-def test_deep_image_files_keep_their_contrast(tmp_path: Path, way: str) -> None:
-    Image.fromarray(FILES[way]).save(tmp_path / "a.tif")
-    assert np.abs(read(tmp_path) - WANTED).max() <= 1
-    assert np.abs(read(tmp_path / "a.tif") - WANTED).max() <= 1  # one file, as --images takes it
+@pytest.mark.parametrize("case", FILES)
+def test_image_files_of_more_bits_keep_their_contrast(tmp_path: Path, case: str) -> None:
+    Image.fromarray(FILES[case]).save(tmp_path / "a.tif")
+    assert np.abs(read(tmp_path) - EXPECTED).max() <= 1
+    assert np.abs(read(tmp_path / "a.tif") - EXPECTED).max() <= 1  # a single file, as for --images
 
 
-DOUBTFUL = {
+AMBIGUOUS = {
     "12 bits in 16": ((RAMP * 4095).astype(np.uint16), "no value above 4095"),
     "int32 of 16 bits": ((RAMP * 65535).astype(np.int32), "must lie in 0..255"),
     "negative floats": ((2 * RAMP - 1).astype(np.float32), r"must lie in \[0, 1\] or 0..255"),
@@ -44,15 +44,15 @@ DOUBTFUL = {
 }
 
 
-@pytest.mark.parametrize("way", DOUBTFUL)
-def test_doubtful_image_files_are_refused(tmp_path: Path, way: str) -> None:
-    pixels, message = DOUBTFUL[way]
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_ambiguous_image_files_raise(tmp_path: Path, case: str) -> None:
+    pixels, message = AMBIGUOUS[case]
     Image.fromarray(pixels).save(tmp_path / "a.tif")
     with pytest.raises(BadInput, match=message):
         open_data(tmp_path)
 
 
-def test_colours_of_12_bits_in_16_are_refused(tmp_path: Path) -> None:
+def test_colors_of_12_bits_in_16_raise(tmp_path: Path) -> None:
     def png(values: np.ndarray) -> bytes:
         """A PNG of 16-bit colours, which Pillow reads and does not write."""
         rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(values[..., None], 3, -1))
@@ -66,7 +66,7 @@ def test_colours_of_12_bits_in_16_are_refused(tmp_path: Path) -> None:
         return out
 
     (tmp_path / "a.png").write_bytes(png((RAMP * 65535).astype(np.uint16)))
-    assert np.abs(read(tmp_path) - WANTED).max() <= 1
+    assert np.abs(read(tmp_path) - EXPECTED).max() <= 1
     (tmp_path / "a.png").write_bytes(png((RAMP * 4095).astype(np.uint16)))
     with pytest.raises(BadInput, match="few of its 16 bits"):
         open_data(tmp_path)
@@ -80,26 +80,28 @@ def test_float_files_of_two_ranges_are_not_mixed(tmp_path: Path) -> None:
 
 
 ARRAYS = {
-    "uint8": WANTED.astype(np.uint8),
+    "uint8": EXPECTED.astype(np.uint8),
     "float [-1, 1]": (2 * RAMP - 1).astype(np.float32),
     "float [0, 1]": RAMP,
     "float16 [0, 1]": RAMP.astype(np.float16),
     "float 0..255": RAMP * 255,
     "overshoot": RAMP * 255.6 - 0.3,
-    "int64": WANTED.astype(np.int64),
-    "int16": WANTED.astype(np.int16),
+    "int64": EXPECTED.astype(np.int64),
+    "int16": EXPECTED.astype(np.int16),
     "16 bits": (RAMP * 65535).astype(np.uint16),
 }
 
 
-@pytest.mark.parametrize("way", ARRAYS)
-def test_arrays_of_every_range(tmp_path: Path, way: str) -> None:
-    np.save(tmp_path / "a.npy", np.stack([ARRAYS[way]] * 3))
-    assert np.abs(read(tmp_path / "a.npy") - WANTED).max() <= 1
+@pytest.mark.parametrize("case", ARRAYS)
+def test_arrays_of_every_range(tmp_path: Path, case: str) -> None:
+    np.save(tmp_path / "a.npy", np.stack([ARRAYS[case]] * 3))
+    assert np.abs(read(tmp_path / "a.npy") - EXPECTED).max() <= 1
 
 
-def test_the_range_is_that_of_the_whole_array_and_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dark = np.stack([RAMP * 0.01, RAMP])  # the first image alone would tell less
+def test_the_range_is_that_of_the_entire_array_and_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dark = np.stack([RAMP * 0.01, RAMP])  # the range of the first image alone would be wrong
     np.save(tmp_path / "a.npy", dark)
     assert open_data(tmp_path / "a.npy").images([0]).max() == 3
     assert "float64 images from 0 to 1 are read as [0, 1]" in capsys.readouterr().err
@@ -108,7 +110,7 @@ def test_the_range_is_that_of_the_whole_array_and_is_said(tmp_path: Path, capsys
 
 
 WRONG = {
-    "int8": (WANTED - 128).astype(np.int8),
+    "int8": (EXPECTED - 128).astype(np.int8),
     "12 bits in 16": (RAMP * 4095).astype(np.uint16),
     "0 and 1": (RAMP > 0.5).astype(np.uint8),
     "0..2": RAMP * 2,
@@ -118,9 +120,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("way", WRONG)
-def test_arrays_of_no_known_range_are_refused(tmp_path: Path, way: str) -> None:
-    np.save(tmp_path / "a.npy", np.stack([WRONG[way]] * 2))
+@pytest.mark.parametrize("case", WRONG)
+def test_arrays_of_unknown_range_raise(tmp_path: Path, case: str) -> None:
+    np.save(tmp_path / "a.npy", np.stack([WRONG[case]] * 2))
     with pytest.raises(BadInput, match="images"):
         open_data(tmp_path / "a.npy")
 

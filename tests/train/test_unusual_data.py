@@ -1,4 +1,4 @@
-"""Data of unusual form: what is used is said, what cannot be used is refused in one line."""
+"""Data of unusual form: messages about what is used, and errors of one line for what cannot be used."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ IMAGES = np.arange(6 * 64, dtype=np.uint8).reshape(6, 8, 8)
     ("train2017", "val2017"), ("training_set", "test_set"), ("seg_train", "seg_test"), ("train_images", "test_images"),
     ("train", "eval"), ("trainval", "test"), ("Train", "Evaluation"),
 ])  # fmt: skip
-def test_splits_within_longer_names_are_no_classes(tmp_path: Path, train: str, other: str) -> None:
+def test_splits_within_longer_names_are_not_classes(tmp_path: Path, train: str, other: str) -> None:
     write_images(tmp_path, f"{train}/cat/a.png", f"{train}/dog/a.png", f"{other}/cat/b.png")
     data = open_data(tmp_path)
     assert (len(data), data.classes) == (2, ("cat", "dog"))
     assert any(other in message for message in data.messages)
 
 
-def test_splits_of_several_sets_are_refused(tmp_path: Path) -> None:
+def test_splits_of_several_sets_raise(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="name one of them"):
         open_data(write_images(tmp_path, "trainA/a.png", "trainB/a.png", "testA/a.png", "testB/a.png"))
 
 
-def test_classes_with_words_of_splits_stay_classes(tmp_path: Path) -> None:
+def test_classes_named_like_splits_stay_classes(tmp_path: Path) -> None:
     names = ("bullet_train", "test_tube", "testarossa", "cat")
     assert open_data(write_images(tmp_path, *(f"{name}/a.png" for name in names))).classes == tuple(sorted(names))
 
 
-def test_a_folder_of_images_beside_masks_is_the_set(tmp_path: Path) -> None:
+def test_a_folder_of_images_next_to_masks_is_the_data(tmp_path: Path) -> None:
     data = open_data(write_images(tmp_path, "images/cat/a.png", "images/dog/a.png", "masks/a.png"))
     assert (len(data), data.classes) == (2, ("cat", "dog")) and "masks" in data.messages[0]
 
@@ -51,7 +51,7 @@ def test_a_folder_of_images_beside_masks_is_the_set(tmp_path: Path) -> None:
     ("metadata.jsonl", '{"file_name": "a.png", "label": [1]}\n{"file_name": "b.png", "label": [0]}\n'),
     ("metadata.jsonl", '{"file_name": "a.png", "label": {"k": 1}}\n{"file_name": "b.png", "label": {"k": 0}}\n'),
 ])  # fmt: skip
-def test_labels_that_cannot_be_used_are_refused(tmp_path: Path, name: str, text: str) -> None:
+def test_unusable_labels_raise(tmp_path: Path, name: str, text: str) -> None:
     (write_images(tmp_path, "a.png", "b.png") / name).write_text(text)
     with pytest.raises(BadInput, match=name):
         open_data(tmp_path)
@@ -62,14 +62,14 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path: Path, name: str, text:
     {"labels": np.array([0, 1, 2**63, 0, 1, 1], np.uint64)}, {"Images": IMAGES},
     {"labels": np.arange(6) % 2, "class_names": np.array(["a", "a"])},
 ])  # fmt: skip
-def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, arrays: dict[str, Any]) -> None:
+def test_unusable_arrays_raise(tmp_path: Path, arrays: dict[str, Any]) -> None:
     np.savez(tmp_path / "a.npz", images=IMAGES, **arrays)
     with pytest.raises(BadInput) as error:
         open_data(tmp_path / "a.npz")
     assert "truncated" not in str(error.value) and "-9223" not in str(error.value)
 
 
-def test_names_in_bytes_are_read_and_names_of_images_are_no_classes(tmp_path: Path) -> None:
+def test_byte_strings_are_decoded_and_image_names_are_not_classes(tmp_path: Path) -> None:
     labels = np.arange(6) % 2
     np.savez(tmp_path / "a.npz", images=IMAGES, labels=labels, class_names=np.array([b"a", b"b"]))
     assert open_data(tmp_path / "a.npz").classes == ("a", "b")
@@ -78,7 +78,7 @@ def test_names_in_bytes_are_read_and_names_of_images_are_no_classes(tmp_path: Pa
     assert data.classes == ("0", "1") and any("names" in message for message in data.messages)
 
 
-def test_an_array_under_the_suffix_of_another_is_refused(tmp_path: Path) -> None:
+def test_an_array_with_the_wrong_suffix_raises(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", IMAGES)
     np.savez(tmp_path / "b.npz", images=IMAGES)
     (tmp_path / "a.npy").rename(tmp_path / "c.npz")
@@ -95,7 +95,7 @@ def test_sixteen_bits_of_either_byte_order(tmp_path: Path) -> None:
     assert torch.equal(*(open_data(tmp_path / f"{name}.npy").images(range(6)) for name in "ab"))
 
 
-def test_few_of_sixteen_bits_beside_opaque_pixels_are_refused(tmp_path: Path) -> None:
+def test_few_of_sixteen_bits_with_alpha_raise(tmp_path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -109,12 +109,12 @@ def test_few_of_sixteen_bits_beside_opaque_pixels_are_refused(tmp_path: Path) ->
         open_data(tmp_path)
 
 
-def test_masks_of_0_and_1_are_refused(tmp_path: Path) -> None:
+def test_masks_of_0_and_1_raise(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="masks"):
         open_data(write_images(tmp_path, "a.png", value=1))
 
 
-def test_labels_beside_an_array_that_are_not_used_are_named(
+def test_unused_labels_next_to_an_array_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(messages, "_printed", set())
@@ -125,25 +125,25 @@ def test_labels_beside_an_array_that_are_not_used_are_named(
 
 
 @pytest.mark.parametrize("data", [None, 5, ["a"], IMAGES, torch.zeros(2, 1, 4, 4), ""])
-def test_what_is_no_path_is_refused(data: Any) -> None:
+def test_paths_of_other_types_raise(data: Any) -> None:
     with pytest.raises(BadInput):
         open_data(data)
 
 
 @pytest.mark.parametrize("option", [{"size": 8.0}, {"size": "8"}, {"size": True}, {"channels": True}])
-def test_sizes_that_are_none_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+def test_invalid_sizes_raise(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="must be"):
         open_data(write_images(tmp_path, "a.png"), **option)
 
 
-def test_a_path_too_long_is_refused() -> None:
+def test_a_path_too_long_raises() -> None:
     with pytest.raises(BadInput, match="no file or folder"):
         open_data("a" * 5000)
 
 
 @pytest.mark.parametrize("words", [["sample", "", "--out", "x.png"], ["train", "", "--out", "x"],
                                    ["train", "x", "--out", ""], ["evaluate", "fashion", "--reference", ""]])  # fmt: skip
-def test_an_empty_path_on_the_command_line_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_path_on_the_command_line_raises(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from hasten.cli import main
 
     assert main(words) == 2
