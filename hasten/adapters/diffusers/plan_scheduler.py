@@ -24,15 +24,7 @@ from ...schedules.continuous import Flow
 from ...schedules.discrete import Discrete
 from ...schedules.serialize import schedule_from_dict
 from . import arguments
-from .plans import (
-    Trajectory,
-    check_plan,
-    coefficients,
-    compiled_plan,
-    plan_from_evaluation,
-    plan_rows_from,
-    time_grid,
-)
+from .plans import Trajectory, check_plan, coefficients, compiled_plan, plan_from_evaluation, plan_rows_from, time_grid
 from .schedules import PREDICTIONS, SchedulerSpec, schedules_agree, shift_of
 
 __all__ = ["PlanScheduler", "PlanSchedulerOutput"]
