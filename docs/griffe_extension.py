@@ -1,4 +1,7 @@
-"""An extension of griffe: `mean, variance: of the data.` under `Args:` documents two arguments."""
+"""An extension of griffe for docstrings.
+
+`mean, variance: of the data.` under `Args:` documents two arguments; the arguments of named tuples are attributes.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,11 @@ class JoinedArguments(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite a docstring before it is parsed."""
-        if obj.docstring is not None:
-            obj.docstring.value = SECTION.sub(_split, obj.docstring.value)
+        if obj.docstring is None:
+            return
+        obj.docstring.value = SECTION.sub(_split, obj.docstring.value)
+        if isinstance(obj, griffe.Class) and any("NamedTuple" in str(base) for base in obj.bases):  # has no signature
+            obj.docstring.value = obj.docstring.value.replace("Args:\n", "Attributes:\n", 1)
 
 
 def _split(section: re.Match[str]) -> str:
