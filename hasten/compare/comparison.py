@@ -30,6 +30,7 @@ from ..workflows.evaluate import evaluate_distributed
 from ..workflows.prompts import is_image
 from . import jobs as tools
 from . import report
+from .configs import write_configs
 from .counting import count_evaluations, start_nfe
 from .jobs import Job, sample_images, sampling_arguments
 from .results import QUALITY, ResultStore
@@ -340,6 +341,7 @@ class Comparison:
         names = self.label if isinstance(self.label, list) else self.model.classes
         heads = [" ".join(names[k % len(names)].split()) for k in range(GRID_COLUMNS)] if names else []
         page = report.write_report(self.results.out, rows, images, heads, self.missing_note(len(rows)))
+        write_configs(self.results.out, rows)
         if show:
             from rich.console import Console
 
