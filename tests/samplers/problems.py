@@ -33,6 +33,8 @@ ALL = {
     "ZeroSNR": rescale_zero_snr(Discrete.scaled_linear()),
 }
 
+# one of each kind of end: variance preserving, alpha = 1, pure noise of a formula, pure noise of a table
+ENDS = {name: ALL[name] for name in ("VPLinear", "EDM", "Flow", "ZeroSNR")}
 
 # alpha = 1, so y = z, and any level at hand: for the reference solutions
 VE_WIDE = VE(sigma_min=1e-4, sigma_max=1e5)
