@@ -99,20 +99,29 @@ def test_seeding_inside_leaves_the_numbers_outside() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        "first_step", "noise_level:steps=2,batch_size=4",
-        "second_moment:steps=3,images=40,batch=4,width=16,blocks=1", "moments:times=4,images=16",
-        "attributes:steps=5,views=1,knots=3", "auxiliary:rank=8,iterations=3,levels=(2,5)",
+        "first_step",
+        "noise_level:steps=2,batch_size=4",
+        "second_moment:steps=3,images=40,batch=4,width=16,blocks=1",
+        "moments:times=4,images=16",
+        "attributes:steps=5,views=1,knots=3",
+        "auxiliary:rank=8,iterations=3,levels=(2,5)",
     ],
-)  # fmt: skip
+)
 def test_tuners_touch_no_global_generator(spec: str) -> None:
     schedule = VPCosine(offset=0.0)
     with global_seed(0):
         net = UNet(1, widths=(16, 32), classes=2).eval().requires_grad_(False)
         data = torch.rand(60, 1, 8, 8) * 2 - 1
     task = Task(
-        denoiser=Denoiser(net, schedule, "v"), sampler=UniPC(2), times=UniformLambda()(schedule, 4), shape=(1, 8, 8),
-        labels=lambda n: torch.arange(n) % 2, images=lambda n: (data[:n], torch.arange(60)[:n] % 2), seed=5, n=40,
-    )  # fmt: skip
+        denoiser=Denoiser(net, schedule, "v"),
+        sampler=UniPC(2),
+        times=UniformLambda()(schedule, 4),
+        shape=(1, 8, 8),
+        labels=lambda n: torch.arange(n) % 2,
+        images=lambda n: (data[:n], torch.arange(60)[:n] % 2),
+        seed=5,
+        n=40,
+    )
     torch.manual_seed(123)
     np.random.seed(123)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -129,7 +138,12 @@ def test_training_and_distilling_leave_the_numbers_outside(tmp_path: Path) -> No
     train_model(data, tmp_path / "model", **setting)
     assert torch.equal(before, torch.get_rng_state())
     hasten.distill_model(
-        hasten.load(tmp_path / "model"), tmp_path / "student", "consistency:steps=1", data=data, batch_size=4, minutes=0.01,
+        hasten.load(tmp_path / "model"),
+        tmp_path / "student",
+        "consistency:steps=1",
+        data=data,
+        batch_size=4,
+        minutes=0.01,
         precision="fp32",
-    )  # fmt: skip
+    )
     assert torch.equal(before, torch.get_rng_state())

@@ -224,9 +224,12 @@ def test_the_network_learns_the_variance_of_each_pixel() -> None:
     schedule = VPCosine(offset=0.0)
     model = images(schedule)
     task = Task(
-        denoiser=model, sampler=None, times=torch.tensor([1.0, 0.0]), shape=(1, 8, 8),
+        denoiser=model,
+        sampler=None,
+        times=torch.tensor([1.0, 0.0]),
+        shape=(1, 8, 8),
         images=lambda n: (model.sample(n, torch.Generator().manual_seed(0)).float(), None),
-    )  # fmt: skip
+    )
     tuned = SecondMoment(steps=250, batch=32, images=2048, width=16, blocks=1).tune(task)
     net, figures = tuned.parts["second_moment"], tuned.figures
     assert figures["steps"] == 250 and net.config["width"] == 16
