@@ -113,8 +113,14 @@ def no_noise() -> Tensor:
     raise AssertionError("a deterministic sampler drew noise")
 
 
-def drive(sampler: Any, schedule: Schedule, denoise: Callable[[Any, Tensor], Any], x: Any, times: Tensor,
-          noise: Callable[[], Any] = no_noise) -> tuple[Any, list[Tensor]]:  # fmt: skip
+def drive(
+    sampler: Any,
+    schedule: Schedule,
+    denoise: Callable[[Any, Tensor], Any],
+    x: Any,
+    times: Tensor,
+    noise: Callable[[], Any] = no_noise,
+) -> tuple[Any, list[Tensor]]:
     """Run the coroutine itself; the result and the times it asked for. Independent of the library's own loops."""
     coroutine = sampler.steps(schedule, x, times, noise)
     asked = []

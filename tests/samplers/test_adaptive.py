@@ -213,8 +213,12 @@ def test_bad_options(options: Any, word: str) -> None:
 def test_the_tolerance_of_the_adaptive_step_remembers_the_first_order_state() -> None:
     """2105.14080, algorithm 1: delta = max(e_abs, e_rel max(|x'|, |x'_prev|)), x'_prev the Euler state, not x''."""
     g = torch.Generator().manual_seed(0)
-    run = _Run(AdaptiveSDE(e_rel=0.5), torch.randn(3, 8, generator=g, dtype=F64), 0.8,
-               lambda: torch.randn(3, 8, generator=g, dtype=F64))  # fmt: skip
+    run = _Run(
+        AdaptiveSDE(e_rel=0.5),
+        torch.randn(3, 8, generator=g, dtype=F64),
+        0.8,
+        lambda: torch.randn(3, 8, generator=g, dtype=F64),
+    )
     rows, u_end = torch.arange(3), 1e-3
 
     def drift(x: Tensor, u: Tensor) -> Tensor:

@@ -87,7 +87,10 @@ def variance_errors(sampler: Any, schedule: Any, times: Tensor) -> Tensor:
     return plan(sampler, schedule, times).marginals(exact.mean, exact.variance)[1][-1] / exact.variance - 1
 
 
-@pytest.mark.parametrize(("predictor", "steps", "bar"), [("euler_maruyama", 100, 0.086), ("euler_maruyama", 1000, 0.047), ("reverse_diffusion", 1000, 0.056)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("predictor", "steps", "bar"),
+    [("euler_maruyama", 100, 0.086), ("euler_maruyama", 1000, 0.047), ("reverse_diffusion", 1000, 0.056)],
+)
 def test_variance_of_a_gaussian(predictor: str, steps: int, bar: float) -> None:
     """The bars are estimates from samples; the errors are .034, .001 and .012."""
     errors = variance_errors(PredictorCorrector(predictor, 0), VPLinear(), UniformTime()(VPLinear(), steps))
