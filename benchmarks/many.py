@@ -1,10 +1,10 @@
-"""Speed of sampling on several processes of one thread each, against one such process, in turns.
+"""Speed of sampling on several processes of one thread each, against one such process, interleaved.
 
     python -m benchmarks.many --out many.jsonl
 
-For each count of processes one line: the ratio of seconds (median, least, most over the rounds), of sampling alone, as
-`hasten sample` tells it (reading the model and starting Python are not in it; dealing, collecting and merging are), and
-of the whole command. The files must be the same, byte for byte. On an idle machine with a core for each process.
+One line per number of processes: the ratio of seconds (median, minimum, maximum over the rounds), of sampling alone, as
+reported by `hasten sample` (without loading the model and starting Python; with distributing, collecting and merging),
+and of the entire command. The files must be the same, byte for byte. Needs an idle device with a core per process.
 """
 
 from __future__ import annotations
@@ -37,41 +37,65 @@ def main(
     processes: tuple[int, ...] = (2,),
     rounds: int = 3,
 ) -> None:
-    """Take turns and print a line for each count of processes.
+    """Measure interleaved and print a line for each number of processes.
 
     Args:
         out: A file to add the lines to.
         model: As for hasten sample; so are the next four.
-        n: How many images.
-        batch_size: Images in the network at once.
+        n: Number of images.
+        batch_size: Images per model evaluation.
         steps: Steps of the time grid.
         guidance_scale: Strength of the guidance.
-        processes: Counts of processes to compare with one.
-        rounds: How often each is timed.
+        processes: Numbers of processes to compare with one.
+        rounds: Timings of each.
     """
-    asked = [
-        "sample", model, "--n", str(n), "--batch-size", str(batch_size), "--steps", str(steps), "--sampler", "ddim",
-        "--times", "uniform", "--guidance-scale", str(guidance_scale), "--runtime", "fp32", "--device", "cpu",
-        "--json", "--out",
-    ]  # fmt: skip
-    took: dict[int, list[tuple[float, float]]] = {count: [] for count in (1, *processes)}
+    arguments = [
+        "sample",
+        model,
+        "--n",
+        str(n),
+        "--batch-size",
+        str(batch_size),
+        "--steps",
+        str(steps),
+        "--sampler",
+        "ddim",
+        "--times",
+        "uniform",
+        "--guidance-scale",
+        str(guidance_scale),
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+    ]
+    times: dict[int, list[tuple[float, float]]] = {count: [] for count in (1, *processes)}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
-            for count in list(took) if turn % 2 == 0 else list(took)[::-1]:
+            for count in list(times) if turn % 2 == 0 else list(times)[::-1]:
                 file = Path(folder, f"{count}.png")
-                began = time.perf_counter()
-                result = run(count, [*asked, str(file)])
-                took[count].append((result["seconds"], time.perf_counter() - began))
-                print(f"{count} processes: {took[count][-1][0]:.2f} s, {took[count][-1][1]:.2f} s in all", flush=True)
-        files = {Path(folder, f"{count}.png").read_bytes() for count in took}
+                start = time.perf_counter()
+                result = run(count, [*arguments, str(file)])
+                times[count].append((result["seconds"], time.perf_counter() - start))
+                print(f"{count} processes: {times[count][-1][0]:.2f} s, {times[count][-1][1]:.2f} s in all", flush=True)
+        files = {Path(folder, f"{count}.png").read_bytes() for count in times}
     for count in processes:
         line = {
-            "model": model, "n": n, "batch_size": batch_size, "nfe": steps, "processes": count, "rounds": rounds,
-            "sampling": spread([a[0] / b[0] for a, b in zip(took[1], took[count])]),
-            "command": spread([a[1] / b[1] for a, b in zip(took[1], took[count])]),
-            "images_per_second": n / statistics.median(seconds for seconds, _ in took[count]),
-            "same_file": len(files) == 1, "hardware": processor(torch.device("cpu")), "torch": torch.__version__,
-        }  # fmt: skip
+            "model": model,
+            "n": n,
+            "batch_size": batch_size,
+            "nfe": steps,
+            "processes": count,
+            "rounds": rounds,
+            "sampling": spread([a[0] / b[0] for a, b in zip(times[1], times[count])]),
+            "command": spread([a[1] / b[1] for a, b in zip(times[1], times[count])]),
+            "images_per_second": n / statistics.median(seconds for seconds, _ in times[count]),
+            "same_file": len(files) == 1,
+            "hardware": processor(torch.device("cpu")),
+            "torch": torch.__version__,
+        }
         print(json.dumps(line), flush=True)
         if out is not None:
             with open(out, "a") as lines:
@@ -79,7 +103,7 @@ def main(
 
 
 def run(count: int, arguments: list[str]) -> dict[str, Any]:
-    """What the command says of itself."""
+    """Run the command and return its report."""
     command = [sys.executable, "-m"]
     if count > 1:
         with socket.socket() as s:
@@ -95,7 +119,7 @@ def run(count: int, arguments: list[str]) -> dict[str, Any]:
 
 
 def spread(ratios: list[float]) -> list[float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
 
 

@@ -2,23 +2,23 @@
 
     python -m benchmarks.mixtures                          all, about twenty minutes on one idle core
     python -m benchmarks.mixtures --only fixed diffusers   the parts that are named
-    python -m benchmarks.mixtures --out mixtures.jsonl     one JSON line a cell; what is there is not done again
+    python -m benchmarks.mixtures --out mixtures.jsonl     one JSON line per cell; existing cells are not repeated
 
 Mixtures, on DDPM's linear table and the cosine one (1000 entries):
 
 - M2, M64: `hasten.exact`.
 - R6, R24: `random_mixture(seed, d, K, b, a)` with (22, 6, 25, .15, .3) and (21, 24, 12, .2, .7): g = default_rng(seed);
-  s_j = (j + 1)^-a; w = .5 + g.random(K), made to sum to 1; mu = g.standard_normal((K, d)) s;
+  s_j = (j + 1)^-a; w = .5 + g.random(K), normalised; mu = g.standard_normal((K, d)) s;
   V = b^2 s^2 (.5 + g.random((K, d))), drawn in this order.
 
 256 samples: n = default_rng(0).standard_normal((256, d)), start y = n sqrt(1 + q_0^2), y = z/alpha, q = sigma/alpha,
-q_0 that of the table's last entry. The exact denoiser is asked at the level each sampler is at. Truth: DOP853, relative
-tolerance 1e-10, at q = 0. A cell is the RMS over all entries and the median over samples of a sample's RMS.
+q_0 that of the table's last entry. The exact denoiser is evaluated at the level of each sampler. Reference: DOP853,
+relative tolerance 1e-10, at q = 0. A cell is the RMS over all entries and the median over samples of a sample's RMS.
 
-Fixed: each sampler at the best of eight grids *for these very noises*, likewise each of diffusers' schedulers at the
-best of its spacings: a choice in favour of both. Optimised steps and fitted plans see other noises only,
-default_rng(1000), default_rng(1001), ..., one a sample; "local" sees the deviation of 1,000 samples of the data, the
-preconditioned sampler their mean and covariance, and "bound" nothing.
+Fixed: each sampler with the best of eight grids *for these noises*, likewise each of diffusers' schedulers with the
+best of its spacings: selected in favour of both. Optimised steps and fitted plans use other noises, default_rng(1000),
+default_rng(1001), ..., one per sample; "local" uses the deviation of 1,000 samples of the data, the preconditioned
+sampler their mean and covariance, and "bound" nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from hasten.samplers.sa import SASolver
 from hasten.sampling import Noise
 from hasten.schedules import Discrete, Schedule
 from hasten.times import CosineAngle, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.optimized_steps import OptimizedSteps
 
 COUNTS = (5, 6, 8, 10, 15, 20)
@@ -77,10 +77,25 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 SAMPLERS: tuple[Any, ...] = (
-    UniPC(2), UniPC(3), UniPC(4), UniPC(2, "bh1"), DPMSolver(2), DPMSolver(3), DPMSolver(3, third="compat"),
-    DPMSolver(2, multistep=False), DPMSolver(3, multistep=False), DPMSolver(3, predict="eps"), DEIS(2), DEIS(3),
-    DEIS(3, "rho"), DEIS(3, "log_rho"), PLMS(4, "ramp"), SASolver(3, 4, tau=0.0), Heun(), DDIM(),
-)  # fmt: skip
+    UniPC(2),
+    UniPC(3),
+    UniPC(4),
+    UniPC(2, "bh1"),
+    DPMSolver(2),
+    DPMSolver(3),
+    DPMSolver(3, third="compat"),
+    DPMSolver(2, multistep=False),
+    DPMSolver(3, multistep=False),
+    DPMSolver(3, predict="eps"),
+    DEIS(2),
+    DEIS(3),
+    DEIS(3, "rho"),
+    DEIS(3, "log_rho"),
+    PLMS(4, "ramp"),
+    SASolver(3, 4, tau=0.0),
+    Heun(),
+    DDIM(),
+)
 FAMILY = (UniPC(2), UniPC(3))
 
 
@@ -88,10 +103,15 @@ def grids(schedule: Schedule) -> dict[str, TimeGrid]:
     """The fixed grids: all of hasten's, that in lambda also with a larger last level, q = .03."""
     low = float(schedule.time(-math.log(0.03)))
     return {
-        "lambda": UniformLambda(), "lambda to q .03": UniformLambda(low=low), "uniform": UniformTime(),
-        "quadratic": Quadratic(), "karras": Karras(), "trailing": Trailing(), "angle": CosineAngle(),
+        "lambda": UniformLambda(),
+        "lambda to q .03": UniformLambda(low=low),
+        "uniform": UniformTime(),
+        "quadratic": Quadratic(),
+        "karras": Karras(),
+        "trailing": Trailing(),
+        "angle": CosineAngle(),
         "angle .5": CosineAngle(scale=0.5),
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True)
@@ -119,17 +139,17 @@ def random_mixture(seed: int, d: int, K: int, b: float, a: float, schedule: Sche
 
 
 class Problem:
-    """A mixture on a table, its start and its truth."""
+    """A mixture on a table, its start and its exact result."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         name, self.table = title.split()
         self.schedule = _table(self.table)
-        known = {"M2": m2, "M64": m64}
-        self.model = known[name](self.schedule) if name in known else random_mixture(*RANDOM[name], self.schedule)
+        named = {"M2": m2, "M64": m64}
+        self.model = named[name](self.schedule) if name in named else random_mixture(*RANDOM[name], self.schedule)
         self.shape = self.model.shape
         self.noise = torch.from_numpy(np.random.default_rng(0).standard_normal((SAMPLES, *self.shape)))
-        self.exact = self.model.ode(self.noise, 1.0)  # the tables keep the variance: z = noise at t = 1
+        self.exact = self.model.ode(self.noise, 1.0)  # variance-preserving tables: z = noise at t = 1
 
     def errors(self, end: Tensor) -> tuple[float, float]:
         """RMS, and the median over samples."""
@@ -153,21 +173,21 @@ def _table(name: str) -> Discrete:
 
 
 class Given(Noise):
-    """Calibration noise of the protocol, in place of the library's own: default_rng(seed), one a sample."""
+    """Calibration noise of the protocol, in place of the library's: default_rng(seed), one per sample."""
 
     def initial(self) -> Tensor:
         drawn = [np.random.default_rng(seed).standard_normal(self.shape) for seed in self.seeds]
         return torch.stack([torch.from_numpy(one) for one in drawn])
 
 
-class Calibration(Task):
+class Calibration(TuningTask):
     """A task whose noises are `Given`, float64."""
 
     def noise(self, first: int, count: int, dtype: torch.dtype = torch.float64) -> Noise:
         return Given(range(self.seed + first, self.seed + first + count), self.shape, torch.float64)
 
 
-def task(problem: Problem, sampler: Any, count: int, n: int | None) -> Task:
+def task(problem: Problem, sampler: Any, count: int, n: int | None) -> TuningTask:
     times = UniformLambda()(problem.schedule, count)
     return Calibration(problem.model, sampler, times, problem.shape, images=problem.images, seed=1000, n=n)
 
@@ -208,7 +228,7 @@ def fixed(problem: Problem, count: int) -> Iterator[Cell]:
 
 
 def preconditioned(problem: Problem, count: int) -> Iterator[Cell]:
-    """The preconditioned sampler with the moments of 1,000 samples, as it is by default otherwise."""
+    """The preconditioned sampler with the moments of 1,000 samples, with its other defaults."""
     from hasten.samplers.preconditioned import Preconditioned
 
     data = problem.images(1000)[0]
@@ -218,18 +238,18 @@ def preconditioned(problem: Problem, count: int) -> Iterator[Cell]:
 
 
 def optimised(objective: Any) -> Callable[[Problem, int], Iterator[Cell]]:
-    """UniPC on optimised steps. The paper's are for order 3; ours choose between 2 and 3 by their own figure."""
+    """UniPC on optimised steps. The paper's are for order 3; ours select between 2 and 3 by their own figure."""
 
     def part(problem: Problem, count: int) -> Iterator[Cell]:
         noises = CALIBRATION[problem.title.split()[0]]
         tuner = OptimizedSteps(objective, chunk=noises, searches=2)
         figure = "J" if objective == "bound" else "error"
-        found = []
+        candidates = []
         for sampler in FAMILY[1:] if objective == "bound" else FAMILY:
             tuned = tuner.tune(task(problem, sampler, count, noises))
             assert tuned.plan is not None
-            found.append((tuned.figures[figure], format_spec(sampler), tuned.plan))
-        _, name, table = min(found, key=lambda entry: entry[0])
+            candidates.append((tuned.figures[figure], format_spec(sampler), tuned.plan))
+        _, name, table = min(candidates, key=lambda entry: entry[0])
         yield problem.run(objective, f"steps: {objective}", name, count, table)
 
     return part
@@ -247,9 +267,14 @@ def fitted(problem: Problem, count: int) -> Iterator[Cell]:
 
 
 WORK: dict[str, Callable[[Problem, int], Iterator[Cell]]] = {
-    "diffusers": peers, "fixed": fixed, "preconditioned": preconditioned, "bound": optimised("bound"),
-    "local": optimised("local"), "trajectory": optimised("trajectory"), "fitted": fitted,
-}  # fmt: skip
+    "diffusers": peers,
+    "fixed": fixed,
+    "preconditioned": preconditioned,
+    "bound": optimised("bound"),
+    "local": optimised("local"),
+    "trajectory": optimised("trajectory"),
+    "fitted": fitted,
+}
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------
@@ -260,14 +285,20 @@ def best(cells: list[Cell]) -> Cell | None:
 
 
 def table(cells: list[Cell]) -> str:
-    """Markdown: a row a method, `RMS (median) which`; the best grid or spacing of each cell is named in it."""
+    """Markdown: a row per method, `RMS (median) which`, with the best grid or spacing of each cell."""
     counts = sorted({cell.budget for cell in cells})
     lines = ["| problem | method | " + " | ".join(f"NFE {n}" for n in counts) + " |", "|---" * (2 + len(counts)) + "|"]
     for problem, part, method in dict.fromkeys((c.problem, c.part, c.method) for c in cells):
         row = []
         for n in counts:
-            found = best([c for c in cells if (c.problem, c.part, c.method, c.budget) == (problem, part, method, n)])
-            row.append("-" if found is None else f"{found.rms:.4f} ({found.median:.4f}) {found.detail}".rstrip())
+            candidates = best(
+                [c for c in cells if (c.problem, c.part, c.method, c.budget) == (problem, part, method, n)]
+            )
+            row.append(
+                "-"
+                if candidates is None
+                else f"{candidates.rms:.4f} ({candidates.median:.4f}) {candidates.detail}".rstrip()
+            )
         lines.append(f"| {problem} | {'diffusers ' if part == 'diffusers' else ''}{method} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -280,8 +311,11 @@ def summary(cells: list[Cell]) -> str:
     # of the fixed grids, those of the family that is optimised
     mine = [cell for cell in cells if cell.part != "fixed" or cell.method in family]
     for problem in dict.fromkeys(cell.problem for cell in cells):
-        at = {(part, n): best([c for c in mine if (c.problem, c.part, c.budget) == (problem, part, n)])
-              for part in PARTS for n in counts}  # fmt: skip
+        at = {
+            (part, n): best([c for c in mine if (c.problem, c.part, c.budget) == (problem, part, n)])
+            for part in PARTS
+            for n in counts
+        }
         rows = {"diffusers' best": [_shown(at["diffusers", n]) for n in counts]}
         rows["UniPC, best fixed grid"] = [_shown(at["fixed", n]) for n in counts]
         for bar, parts in (("fixed", PARTS[3:6]), ("diffusers", PARTS[2:])):
@@ -309,7 +343,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="'MIXTURE TABLE'")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--nfe", nargs="+", type=int, default=list(COUNTS))
-    parser.add_argument("--out", type=Path, help="JSON lines, a line a cell; cells that are there are kept")
+    parser.add_argument("--out", type=Path, help="JSON lines, a line per cell; existing cells are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()

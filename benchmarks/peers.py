@@ -4,12 +4,12 @@
     python -m benchmarks.peers --out peers.jsonl  and one JSON line per measured cell
 
 Error: 256 samples of two closed-form mixtures (M2: 6 modes in 2 dimensions, M64: 10 modes in 64) from the same starting
-noise, on the same noise levels, with the exact denoiser asked at the level each scheduler is at; RMS distance to the
-end of the probability-flow equation (DOP853, relative tolerance 1e-10). "-" where diffusers gives no number.
+noise, on the same noise levels, with the exact denoiser evaluated at the level of each scheduler; RMS distance to
+the end of the probability-flow ODE (DOP853, relative tolerance 1e-10). "-" where diffusers gives no number.
 
 Cost: one step on a 1x4x64x64 float32 state with a network that costs nothing, the libraries interleaved, median over
-repeats. Ours is the whole loop of a `Plan` divided by its steps, with and without the `Denoiser` that turns eps into x0
-(which diffusers' `step` does inside); diffusers' is `scheduler.step` alone.
+repeats. Ours is the entire loop of a `Plan` divided by its steps, with and without the `Denoiser` that turns eps into
+x0 (which diffusers' `step` does inside); diffusers' is `scheduler.step` alone.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ PEERS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured number. error: RMS over samples, and the median; overhead: seconds a step, the least and the median.
+    """One measurement. error: RMS over samples, and the median; overhead: seconds per step, minimum and median.
 
     `budget` is the number of evaluations allowed, `nfe` those used (Heun uses an odd number).
     """
@@ -97,7 +97,7 @@ def start(name: str) -> Tensor:
 
 
 def at_level(model: GaussianMixture, y: Tensor, q: Tensor) -> Tensor:
-    """The exact answer at y = z/alpha and noise level q, wherever q lies."""
+    """The exact model output at y = z/alpha and any noise level q."""
     t = model.schedule.time(-torch.log(q))
     return model(y * model.schedule.alpha(t), t)
 
@@ -110,10 +110,10 @@ def levels(scheduler: Any, schedule: Discrete) -> Tensor:
 
 
 def theirs(scheduler: Any, model: GaussianMixture, z: Tensor) -> Tensor:
-    """diffusers' loop in float32, the denoiser asked at the scheduler's own level (not at its rounded timestep)."""
+    """diffusers' loop in float32, the denoiser evaluated at the scheduler's own level (not at its rounded timestep)."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    in_y = type(scheduler).__name__.startswith("Heun")  # keeps y = z/alpha
+    in_y = type(scheduler).__name__.startswith("Heun")  # its state is y = z/alpha
     sigmas = getattr(scheduler, "sigmas", None)
     state = z.float()
     for k, t in enumerate(scheduler.timesteps):
@@ -229,15 +229,15 @@ def overhead(repeats: int = 41, steps: int = 20) -> Iterator[Cell]:
 
 
 def error_table(cells: list[Cell]) -> str:
-    """Markdown: RMS as `hasten / diffusers`, a row a method; "-" where diffusers has no number."""
+    """Markdown: RMS as `hasten / diffusers`, a row per method; "-" where diffusers has no number."""
     counts = sorted({c.budget for c in cells})
-    found = {(c.problem, c.method, c.library, c.budget): c for c in cells}
+    by_key = {(c.problem, c.method, c.library, c.budget): c for c in cells}
     lines = ["| problem, levels | method | " + " | ".join(f"NFE {n}" for n in counts) + " |"]
     lines.append("|---" * (2 + len(counts)) + "|")
     for problem, method in dict.fromkeys((c.problem, c.method) for c in cells):
         pairs = []
         for n in counts:
-            ours, them = (found.get((problem, method, library, n)) for library in ("hasten", "diffusers"))
+            ours, them = (by_key.get((problem, method, library, n)) for library in ("hasten", "diffusers"))
             other = f"{them.value:.4f}" if them is not None and math.isfinite(them.value) else "-"
             used = f" ({ours.nfe})" if ours is not None and ours.nfe != n else ""
             pairs.append(f"{ours.value:.4f} / {other}{used}" if ours is not None else "")
@@ -246,11 +246,11 @@ def error_table(cells: list[Cell]) -> str:
 
 
 def overhead_table(cells: list[Cell]) -> str:
-    """Markdown: microseconds a step, median (least), and how many times diffusers' that is."""
-    found = {(c.method, c.library): c for c in cells}
+    """Markdown: microseconds per step, median (minimum), and the ratio to diffusers."""
+    by_key = {(c.method, c.library): c for c in cells}
     lines = ["| step of | hasten | with eps to x0 | diffusers | ratio | ratio with eps to x0 |", "|---" * 6 + "|"]
     for method in dict.fromkeys(c.method for c in cells):
-        trio = [found[method, library] for library in ("hasten", "hasten with Denoiser", "diffusers")]
+        trio = [by_key[method, library] for library in ("hasten", "hasten with Denoiser", "diffusers")]
         numbers = " | ".join(f"{1e6 * c.median:.0f} ({1e6 * c.value:.0f}) us" for c in trio)
         ratios = " | ".join(f"{trio[2].median / c.median:.1f} ({trio[2].value / c.value:.1f})" for c in trio[:2])
         lines.append(f"| {method} | {numbers} | {ratios} |")

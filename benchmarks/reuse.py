@@ -1,12 +1,12 @@
-"""Time of a guided sampling with a U-Net of Stable Diffusion's size whose encoder is reused, against the plain one.
+"""Time of a guided sampling with a U-Net of Stable Diffusion's size with encoder reuse, against the plain one.
 
     OMP_NUM_THREADS=1 python -m benchmarks.reuse --out reuse.jsonl
-    python -m benchmarks.reuse --small --rounds 1          the same loop on a small network, to try it
+    python -m benchmarks.reuse --small --rounds 1          the same loop on a small network, for a trial
 
-The network has the configuration of Stable Diffusion 1.5 (860 million parameters, random weights) and draws 64 x 64 x 4
-latents with DDIM under guidance: every evaluation is two rows. Ways take turns, a whole trajectory each; every one gets
-the median of its ratios to the plain loop in the same round, and what the count of multiply-accumulates promises.
-`--clock cpu` counts CPU seconds of the process, for a machine that others use too. On a GPU: `--device cuda --half`.
+The network has the configuration of Stable Diffusion 1.5 (860 million parameters, random weights) and samples 64 x 64 x
+4 latents with DDIM and guidance: every evaluation is two rows. Methods are interleaved, a trajectory each; reported are
+the median of the ratios to the plain loop in the same round, and the ratio predicted from multiply-accumulates.
+`--clock cpu` counts CPU seconds of the process, for a shared device. On a GPU: `--device cuda --half`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hasten.accelerators import SamplingContext, accelerate
-from hasten.adapters.diffusers.seams import SplitNetwork
+from hasten.adapters.diffusers.split_network import SplitNetwork
 from hasten.adapters.diffusers.wrap import split_network
 from hasten.denoiser import Denoiser
 from hasten.guides.cfg import CFG
@@ -49,25 +49,33 @@ def network(small: bool) -> SplitNetwork:
 def macs(net: SplitNetwork, x: Tensor, cond: dict[str, Tensor]) -> dict[str, int]:
     """Multiply-accumulates of one evaluation and of its decoder, convolutions, products and attention."""
     net, x = copy.deepcopy(net).to("meta"), x.to("meta")
-    told = {key: value.to("meta") for key, value in cond.items()}
+    meta_cond = {key: value.to("meta") for key, value in cond.items()}
     time_ = torch.zeros(len(x), device="meta")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as whole:
-            emb = net.embed(time_, **told)
+        with FlopCounterMode(display=False) as total:
+            emb = net.embed(time_, **meta_cond)
             skips, middle = net.encode(x, emb)
             net.decode(skips, middle, emb)
         with FlopCounterMode(display=False) as second:
-            net.decode(skips, middle, net.embed(time_, **told))
-    return {"whole": whole.get_total_flops() // 2, "decoder": second.get_total_flops() // 2}
+            net.decode(skips, middle, net.embed(time_, **meta_cond))
+    return {"whole": total.get_total_flops() // 2, "decoder": second.get_total_flops() // 2}
 
 
 def main(
-    *, steps: int = 10, keys: tuple[int, ...] = (0, 5), rounds: int = 2, batch: int = 1, side: int = 64,
+    *,
+    steps: int = 10,
+    keys: tuple[int, ...] = (0, 5),
+    rounds: int = 2,
+    batch: int = 1,
+    side: int = 64,
     ways: tuple[str, ...] = ("encoder_propagation", "encoder_propagation:parallel=2"),
-    clock: Literal["wall", "cpu"] = "wall", device: str = "cpu", half: bool = False, small: bool = False,
+    clock: Literal["wall", "cpu"] = "wall",
+    device: str = "cpu",
+    half: bool = False,
+    small: bool = False,
     out: Path | None = None,
-) -> None:  # fmt: skip
-    """Measure. `ways` are accelerators as they are spelled, to which the keys are added."""
+) -> None:
+    """Measure. `ways` are accelerator specs, to which the key steps are added."""
     net = network(small).to(device)
     net = net.half() if half else net
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -78,40 +86,56 @@ def main(
     text = text.to(device, next(net.parameters()).dtype)
     noise = Noise(range(batch), (4, side, side), torch.float32, device)
     cond = {"text": text[0], "null_text": text[1]}
-    asked = tuple(times[:-1].tolist())
-    spelled = "(" + ",".join(map(str, keys)) + ")"
+    step_times = tuple(times[:-1].tolist())
+    keys_text = "(" + ",".join(map(str, keys)) + ")"
     runs: dict[str, Any] = {"plain": denoiser}
-    for way in ways:
-        one = pick("accelerators", f"{way}{',' if ':' in way else ':'}keys={spelled}")
-        runs[way] = accelerate(denoiser, [one], SamplingContext(asked))
+    for method in ways:
+        one = pick("accelerators", f"{method}{',' if ':' in method else ':'}keys={keys_text}")
+        runs[method] = accelerate(denoiser, [one], SamplingContext(step_times))
     now = time.process_time if clock == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {way: [] for way in runs}
+    seconds: dict[str, list[float]] = {method: [] for method in runs}
     with torch.no_grad():
-        net(torch.randn(2 * batch, 4, side, side).to(text), torch.full((2 * batch,), 500.0, device=device),
-            text=text.flatten(0, 1))  # fmt: skip
+        net(
+            torch.randn(2 * batch, 4, side, side).to(text),
+            torch.full((2 * batch,), 500.0, device=device),
+            text=text.flatten(0, 1),
+        )
         for turn in range(rounds):
-            for way in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
-                began = now()
-                draw(CFG(7.5).wrap(runs[way]), sampler, times, noise, **cond)
+            for method in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
+                start = now()
+                draw(CFG(7.5).wrap(runs[method]), sampler, times, noise, **cond)
                 if device != "cpu":
                     torch.cuda.synchronize()
-                seconds[way].append(now() - began)
-                print(f"round {turn + 1}, {way}: {seconds[way][-1]:.1f} s", flush=True)
+                seconds[method].append(now() - start)
+                print(f"round {turn + 1}, {method}: {seconds[method][-1]:.1f} s", flush=True)
     work = macs(net, torch.zeros(2 * batch, 4, side, side), {"text": text.flatten(0, 1)})
-    share, parts = work["decoder"] / work["whole"], len(keys) / steps
-    promised = 1 / (1 - (1 - share) * (1 - parts))
+    decoder_fraction, parts = work["decoder"] / work["whole"], len(keys) / steps
+    predicted = 1 / (1 - (1 - decoder_fraction) * (1 - parts))
     row: dict[str, Any] = {
-        "macs": work["whole"] // (2 * batch), "decoder_share": share, "steps": steps, "keys": list(keys),
-        "promised": promised, "rounds": rounds, "clock": clock, "threads": torch.get_num_threads(),
-        "machine": processor(torch.device(device)), "python": platform.python_version(), "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "ways": {},
-    }  # fmt: skip
-    for way, taken in seconds.items():
-        ratios = sorted(a / b for a, b in zip(seconds["plain"], taken))
-        row["ways"][way] = {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1],
-                            "seconds": statistics.median(taken)}  # fmt: skip
-        print(f"{way:40s} {statistics.median(ratios):5.3f}x, promised {1 if way == 'plain' else promised:5.3f}x")
-    print(f"{row['macs'] / 1e9:.1f} GMAC an image, decoder {share:.1%}")
+        "macs": work["whole"] // (2 * batch),
+        "decoder_share": decoder_fraction,
+        "steps": steps,
+        "keys": list(keys),
+        "promised": predicted,
+        "rounds": rounds,
+        "clock": clock,
+        "threads": torch.get_num_threads(),
+        "machine": processor(torch.device(device)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "ways": {},
+    }
+    for method, times_of_method in seconds.items():
+        ratios = sorted(a / b for a, b in zip(seconds["plain"], times_of_method))
+        row["ways"][method] = {
+            "ratio": statistics.median(ratios),
+            "low": ratios[0],
+            "high": ratios[-1],
+            "seconds": statistics.median(times_of_method),
+        }
+        print(f"{method:40s} {statistics.median(ratios):5.3f}x, promised {1 if method == 'plain' else predicted:5.3f}x")
+    print(f"{row['macs'] / 1e9:.1f} GMAC an image, decoder {decoder_fraction:.1%}")
     if out is not None:
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")

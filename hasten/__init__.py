@@ -41,21 +41,27 @@ _HOMES = {
     **dict.fromkeys(["accelerate", "as_scheduler", "times_like"], "adapters.diffusers"),
     # diffusers looks both up where a pipeline was saved with such a scheduler
     **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),
-    **dict.fromkeys(["distill_model"], "workflows.distill"),
-    **dict.fromkeys(["quantize_model"], "workflows.quantize"),
+    **dict.fromkeys(["DistillConfig", "distill_model"], "workflows.distill"),
+    **dict.fromkeys(["QuantizeConfig", "quantize_model"], "workflows.quantize"),
     **dict.fromkeys(["tune_model"], "workflows.tune"),
     **dict.fromkeys(["Plan"], "plan"),
     **dict.fromkeys(["Ranks"], "distributed.ranks"),
-    **dict.fromkeys(["sample_many"], "workflows.sample"),
+    **dict.fromkeys(["sample_many"], "workflows.distribute"),
+    **dict.fromkeys(["SampleRequest", "sample_to_files"], "workflows.sample"),
+    **dict.fromkeys(["EvaluateConfig", "evaluate_model"], "workflows.evaluate"),
+    **dict.fromkeys(["TrainConfig", "train_model"], "workflows.train"),
+    **dict.fromkeys(["SamplingConfig"], "plan.config"),
 }  # fmt: skip
 __all__ = [
-    "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM", "Auxiliary",
-    "BadInput", "Consistency", "CosineAngle", "DPMSolver", "Denoiser", "Discrete", "Distribution", "DynamicThreshold",
-    "Explicit", "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras", "Model", "Noise", "NoiseLevel",
-    "Picard", "Plan", "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "Quadratic", "Query", "Ranks",
-    "Rescale", "SASolver", "Sampler", "SingDiffusion", "StochasticDistilled", "SubVP", "TimeGrid", "Trailing", "UniPC",
-    "UniformLambda", "UniformTime", "VPCosine", "VPLinear", "Wrapper", "accelerate", "as_scheduler", "distill_model",
-    "draw", "invert", "load", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "times_like",
+    "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM",
+    "Auxiliary", "BadInput", "Consistency", "CosineAngle", "DPMSolver", "Denoiser", "Discrete", "DistillConfig",
+    "Distribution", "DynamicThreshold", "EvaluateConfig", "Explicit", "FastDPM", "Flow", "HastenError", "Heun",
+    "Interval", "Karras", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned",
+    "PredictorCorrector", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks", "Rescale",
+    "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled", "SubVP",
+    "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
+    "Wrapper", "accelerate", "as_scheduler", "distill_model", "draw", "evaluate_model", "invert", "load", "pick",
+    "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files", "times_like", "train_model",
     "tune_model", "walk",
 ]  # fmt: skip
 
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
     from .loading import load
     from .model.model import Model
     from .pick import pick
+    from .plan.config import SamplingConfig
     from .plan.draw import draw
     from .plan.table import Plan, plan
     from .samplers import (
@@ -99,9 +106,12 @@ if TYPE_CHECKING:
     from .schedules.discrete import Discrete, rescale_zero_snr
     from .starts import CCDF, Auxiliary, SingDiffusion
     from .times import CosineAngle, Explicit, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
-    from .workflows.distill import distill_model
-    from .workflows.quantize import quantize_model
-    from .workflows.sample import sample_many
+    from .workflows.distill import DistillConfig, distill_model
+    from .workflows.distribute import sample_many
+    from .workflows.evaluate import EvaluateConfig, evaluate_model
+    from .workflows.quantize import QuantizeConfig, quantize_model
+    from .workflows.sample import SampleRequest, sample_to_files
+    from .workflows.train import TrainConfig, train_model
     from .workflows.tune import tune_model
 
 

@@ -1,4 +1,4 @@
-"""The errors a user may meet, and how they suggest the nearest valid choice."""
+"""The errors that hasten raises, and the checks that suggest the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -11,42 +11,49 @@ from typing import Any
 
 
 class HastenError(Exception):
-    """Something the user asked for cannot be done. The message is one line that says what, and what would work."""
+    """A request cannot be carried out. The message is one line that says why, and what would work."""
 
 
 class BadInput(HastenError, ValueError):
-    """An argument, a file or a folder is not what it must be."""
+    """An argument, a file or a folder is invalid."""
 
 
 class NonFinite(BadInput, ArithmeticError):
-    """A result, a weight or a figure is NaN or infinity. The message says where that began, where it can be found.
+    """A result, a weight or a metric is NaN or infinity. The message says where that began, if it can be determined.
 
-    images: of a sampling, the images (n, ...) up to and with the batch that has them, else None.
+    images: while sampling, the images (n, ...) up to and including the batch concerned, else None.
     """
 
     images: Any = None
 
 
 class Notice(UserWarning):
-    """Something that goes on, but that the user should know."""
+    """A warning that needs no action: the run continues."""
 
 
-def nearest(asked: str, choices: Iterable[str]) -> str:
-    """The end of an error message: `did you mean X? (choices: ...)`, or only the choices when nothing is near."""
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """The end of an error message: `did you mean X? (choices: ...)`, or only the choices where none is similar.
+
+    Args:
+        value: the invalid value.
+        choices: the valid ones.
+    """
     choices = list(choices)
-    close = difflib.get_close_matches(asked, choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     listed = f"choices: {', '.join(choices)}" if choices else "there are no choices"
     return f"did you mean {close[0]!r}? ({listed})" if close else listed
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
-    """The value, which must be one of the choices.
+    """The value, if it is one of the choices.
 
     Args:
-        name: of the argument, for the message. choices: what it may be.
+        name: of the argument, for the message.
+        value: to check.
+        choices: the valid values.
 
     Raises:
-        BadInput: naming the nearest choice.
+        BadInput: otherwise, naming the nearest choice.
     """
     choices = list(choices)
     if value not in choices:
@@ -54,37 +61,90 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     return str(value)
 
 
-def check_int(name: str, value: object, least: int, most: int | None = None) -> int:
-    """The value as an int. Refuses what is not a whole number of at least `least`, at most `most`.
+def check_choices(method: Any, /, **choices: Iterable[str]) -> None:
+    """Check fields of a method's dataclass: `check_choices(self, form=("ddpm", "ddim"))`.
 
-    NumPy integers and tensors of one whole number are whole numbers too.
+    Args:
+        method: the instance, whose class name begins the message.
+        choices: by field, the valid values.
+
+    Raises:
+        BadInput: for the first field with another value, naming the nearest choice.
+    """
+    for name, valid in choices.items():
+        value, valid = getattr(method, name), list(valid)
+        if value not in valid:
+            raise BadInput(f"{type(method).__name__}({name}={value!r}): {nearest(str(value), valid)}")
+
+
+def check_field(what: str, name: str, fields: Iterable[str]) -> None:
+    """Check the name of a field read from a file.
+
+    Args:
+        what: the object that has the fields, which begins the message.
+        name: to check.
+        fields: the valid names.
+
+    Raises:
+        BadInput: for a name that is not among them, naming the nearest one.
+    """
+    fields = list(fields)
+    if name not in fields:
+        raise BadInput(f"{what} has no field {name!r}: {nearest(name, fields)}")
+
+
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """The value as an int. NumPy integers and tensors of one integer are accepted, bools are not.
+
+    Args:
+        name: of the argument, for the message.
+        value: to check.
+        minimum, maximum: its range, inclusive; None: no upper bound.
+
+    Raises:
+        BadInput: for what is not an integer in the range.
     """
     kind = str(getattr(value, "dtype", type(value).__name__))
     try:
-        number = operator.index(value) if "bool" not in kind else None  # type: ignore[arg-type]
+        number = operator.index(value) if "bool" not in kind else None
     except (TypeError, ValueError, RuntimeError):
         number = None
-    if number is None or number < least:
-        raise BadInput(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if most is not None and number > most:
-        raise BadInput(f"{name} must be a whole number of at most {most}, got {value!r}")
+    if number is None or number < minimum:
+        raise BadInput(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+    if maximum is not None and number > maximum:
+        raise BadInput(f"{name} must be a whole number of at most {maximum}, got {value!r}")
     return number
 
 
-def check_number(name: str, value: object) -> float:
-    """The value as a float. Refuses what is not one finite number, also of NumPy or in a tensor."""
+def check_number(name: str, value: Any) -> float:
+    """The value as a float. NumPy numbers and tensors of one number are accepted, bools and texts are not.
+
+    Args:
+        name: of the argument, for the message.
+        value: to check.
+
+    Raises:
+        BadInput: for what is not one finite number.
+    """
     kind = str(getattr(value, "dtype", type(value).__name__))
     try:
-        found = math.nan if "bool" in kind or isinstance(value, (str, bytes)) else float(value)  # type: ignore[arg-type]
+        number = math.nan if "bool" in kind or isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
+        number = math.nan
+    if not math.isfinite(number):
         raise BadInput(f"{name} must be a finite number, got {value!r}")
-    return found
+    return number
 
 
 def plain_numbers(method: Any) -> None:
-    """Make the fields whose defaults are floats plain floats, in place. Raises BadInput where one is not finite."""
+    """Convert the fields whose defaults are floats to plain floats, in place.
+
+    Args:
+        method: a dataclass instance, which may be frozen.
+
+    Raises:
+        BadInput: where one of them is not a finite number.
+    """
     for field in dataclasses.fields(method):
         if isinstance(field.default, float):
             value = check_number(f"{type(method).__name__}: {field.name}", getattr(method, field.name))
@@ -92,10 +152,13 @@ def plain_numbers(method: Any) -> None:
 
 
 def check_numbers(method: Any) -> None:
-    """Refuse numbers in the fields of a dataclass that are not numbers, not finite or negative.
+    """Check the numbers in the fields of a dataclass, also those in tuples; fields of other kinds are not checked.
 
     A field may be infinite where its default is, or the class names it in `infinite`; negative where its default is, or
-    the class names it in `negative`. Whole numbers are looked at too, fields of other kinds are not.
+    the class names it in `negative`.
+
+    Raises:
+        BadInput: for NaN, and for other infinite or negative numbers.
     """
     for field in dataclasses.fields(method):
         default = field.default if isinstance(field.default, (int, float, tuple)) else None

@@ -1,7 +1,7 @@
 """Denoisers in closed form, for distributions simple enough: what tests, docs and benchmarks measure samplers with.
 
 Each has the call signature of `Denoiser`, `forward(x_t (B, *S), t () or (B,), label=None) -> x0`, computes in float64,
-answers in the dtype of `x_t`, and is finite at both ends of every schedule (alpha = 0 and sigma = 0).
+returns the dtype of `x_t`, and is finite at both ends of every schedule (alpha = 0 and sigma = 0).
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ class Gaussian(nn.Module):
 
     Args:
         mean, variance: (D,) or the shape S of a sample; variance > 0.
+        schedule: of the noise.
+
+    Raises:
+        BadInput: for a variance that is not positive.
     """
 
-    null_label = None
+    null_label: int | None = None
+    mean: Tensor
+    variance: Tensor
 
     def __init__(self, mean: Tensor, variance: Tensor, schedule: Schedule) -> None:
         super().__init__()
@@ -37,6 +43,7 @@ class Gaussian(nn.Module):
         self.schedule = schedule
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """x0 (B, *S) at `x_t` (B, *S) and time `t`, () or (B,)."""
         alpha, sigma = _coefficients(self.schedule, t, x_t)
         x = x_t.double()
         gain = alpha * self.variance / (alpha**2 * self.variance + sigma**2)
@@ -48,8 +55,8 @@ class Gaussian(nn.Module):
         `y(q) = mean + (y(q') - mean) sqrt((v + q^2) / (v + q'^2))`, y = x / alpha, q = sigma / alpha.
         """
         (a, s), (a0, s0) = (_coefficients(self.schedule, t, x_t) for t in (t_to, t_from))
-        spread = torch.sqrt((a**2 * self.variance + s**2) / (a0**2 * self.variance + s0**2))
-        return (a * self.mean + spread * (x_t.double() - a0 * self.mean)).to(x_t.dtype)
+        ratio = torch.sqrt((a**2 * self.variance + s**2) / (a0**2 * self.variance + s0**2))
+        return (a * self.mean + ratio * (x_t.double() - a0 * self.mean)).to(x_t.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` samples of the data, (n, *S) float64."""
@@ -62,10 +69,20 @@ class GaussianMixture(nn.Module):
     `c_k = alpha^2 V_k + sigma^2` and `p_k ~ w_k N(x_t; alpha mu_k, c_k)`, by log-sum-exp.
 
     Args:
-        weights: (K,), positive, normalised here. means, variances: (K, *S); variances > 0.
-        labels: the class of each component, K whole numbers from 0. `forward(..., label=(B,))` then keeps only the
-            components of the class; the null label (the number of classes), or no label, keeps all.
+        weights: (K,), positive; normalised here.
+        means, variances: (K, *S); variances > 0.
+        schedule: of the noise.
+        labels: the class of each component, K integers from 0. `forward(..., label=(B,))` is then the denoiser of the
+            components of that class; the null label (the number of classes), or no label, means all of them.
+
+    Raises:
+        BadInput: for shapes that do not fit and for weights or variances that are not positive.
     """
+
+    weights: Tensor
+    means: Tensor
+    variances: Tensor
+    labels: Tensor | None
 
     def __init__(
         self,
@@ -93,21 +110,23 @@ class GaussianMixture(nn.Module):
 
     @property
     def null_label(self) -> int | None:
+        """The label that means "no class": the number of classes, None without classes."""
         return None if self.labels is None else int(self.labels.max()) + 1
 
     def forward(self, x_t: Tensor, t: Tensor | float, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """x0 (B, *S) at `x_t` (B, *S) and time `t`, () or (B,), of the classes `label` (B,)."""
         alpha, sigma = _coefficients(self.schedule, t, x_t.flatten(1))
         return self._x0(x_t.double().flatten(1), alpha, sigma, label).reshape(x_t.shape).to(x_t.dtype)
 
     def _x0(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         """x (B, D), alpha and sigma () or (B, 1) -> (B, D)."""
         alpha, sigma = alpha.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)
-        spread = alpha**2 * self.variances + sigma**2
-        off = x[:, None] - alpha * self.means
-        log_p = torch.log(self.weights) - 0.5 * (off**2 / spread + torch.log(spread)).sum(-1)
+        total = alpha**2 * self.variances + sigma**2
+        offset = x[:, None] - alpha * self.means
+        log_p = torch.log(self.weights) - 0.5 * (offset**2 / total + torch.log(total)).sum(-1)
         log_p = log_p + _masked(self.labels, label, self.null_label)
-        inside = self.means + alpha * self.variances / spread * off
-        return torch.einsum("bk,bkd->bd", torch.softmax(log_p, 1), inside)
+        component_x0 = self.means + alpha * self.variances / total * offset
+        return torch.einsum("bk,bkd->bd", torch.softmax(log_p, 1), component_x0)
 
     def ode(
         self,
@@ -122,6 +141,15 @@ class GaussianMixture(nn.Module):
 
         DOP853 on `Y = y / sqrt(1 + q^2)`: in the angle atan(q) above q = 1, where it is finite up to pure noise, and in
         log q below it, to q = 1e-7 and then the denoiser where `t_to` is the clean end.
+
+        Args:
+            x_t: (B, *S), the states at `t_from`.
+            t_from, t_to: times, t_to < t_from.
+            label: (B,), the classes.
+            rtol, atol: tolerances of the solver.
+
+        Raises:
+            BadInput: where the solver fails.
         """
         from scipy.integrate import solve_ivp
 
@@ -142,13 +170,13 @@ class GaussianMixture(nn.Module):
             c = math.cos(angle)
             return (Y * c**2 - x0(Y, angle) * c).flatten().numpy()
 
-        def solve(slope: Any, start: float, end: float, Y: Tensor) -> Tensor:
+        def solve(derivative: Any, start: float, end: float, Y: Tensor) -> Tensor:
             if start <= end:
                 return Y
-            found = solve_ivp(slope, (start, end), Y.flatten().numpy(), method="DOP853", rtol=rtol, atol=atol)
-            if not found.success:
-                raise BadInput(f"the reference solution failed: {found.message}")
-            return torch.from_numpy(found.y[:, -1]).reshape(shape)
+            solution = solve_ivp(derivative, (start, end), Y.flatten().numpy(), method="DOP853", rtol=rtol, atol=atol)
+            if not solution.success:
+                raise BadInput(f"the reference solution failed: {solution.message}")
+            return torch.from_numpy(solution.y[:, -1]).reshape(shape)
 
         start, end = math.atan2(s0, a0), math.atan2(s1, a1)
         Y = solve(by_angle, start, max(end, math.pi / 4), Y)
@@ -161,21 +189,28 @@ class GaussianMixture(nn.Module):
         """`n` samples of the data (of one class), (n, *S) float64."""
         weights = self.weights
         if label is not None:
-            weights = weights * torch.exp(_masked(self.labels, torch.tensor([label]), self.null_label))[0]
+            weights = weights * _masked(self.labels, torch.tensor([label]), self.null_label).exp()[0]
         k = torch.multinomial(weights.cpu(), n, replacement=True, generator=generator).to(self.means.device)
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
         return (self.means[k] + self.variances[k].sqrt() * noise.to(self.means.device)).reshape(n, *self.shape)
 
 
 class PointSet(nn.Module):
-    """Data that are these very points, equally likely: `x0 = softmax(-|x_t - alpha p|^2 / (2 sigma^2)) p`.
+    """Data that are a finite set of points, equally likely: `x0 = softmax(-|x_t - alpha p|^2 / (2 sigma^2)) p`.
 
     At sigma = 0 the nearest point. The denoiser that a network with unlimited capacity would learn from a training set.
 
     Args:
         points: (P, *S).
+        schedule: of the noise.
         labels: the class of each point; see `GaussianMixture`.
+
+    Raises:
+        BadInput: for points or labels of another shape.
     """
+
+    points: Tensor
+    labels: Tensor | None
 
     def __init__(self, points: Tensor, schedule: Schedule, labels: Tensor | list[int] | None = None) -> None:
         super().__init__()
@@ -189,9 +224,11 @@ class PointSet(nn.Module):
 
     @property
     def null_label(self) -> int | None:
+        """The label that means "no class": the number of classes, None without classes."""
         return None if self.labels is None else int(self.labels.max()) + 1
 
     def forward(self, x_t: Tensor, t: Tensor | float, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """x0 (B, *S) at `x_t` (B, *S) and time `t`, () or (B,), of the classes `label` (B,)."""
         x = x_t.double().flatten(1)
         alpha, sigma = _coefficients(self.schedule, t, x)
         # |x - alpha p|^2 without the |x|^2 that all points share
@@ -233,6 +270,7 @@ def m64(schedule: Schedule, labels: Tensor | list[int] | None = None) -> Gaussia
 
 
 def _double(value: Tensor) -> Tensor:
+    """The value as a float64 tensor."""
     return torch.as_tensor(value, dtype=torch.float64)
 
 
@@ -244,6 +282,7 @@ def _coefficients(schedule: Schedule, t: Tensor | float, x: Tensor) -> tuple[Ten
 
 
 def _labels(labels: Tensor | list[int] | None, count: int) -> Tensor | None:
+    """The classes of the components (count,) int64."""
     if labels is None:
         return None
     classes = torch.as_tensor(labels, dtype=torch.long)
@@ -252,10 +291,10 @@ def _labels(labels: Tensor | list[int] | None, count: int) -> Tensor | None:
     return classes
 
 
-def _masked(labels: Tensor | None, label: Tensor | None, null: int | None) -> Tensor | float:
-    """0 where a component is of the class that a sample asks for, -inf where not: (B, K), or 0 for all."""
+def _masked(labels: Tensor | None, label: Tensor | None, null: int | None) -> Tensor:
+    """0 where a component is of the class of a sample, -inf where not: (B, K), or 0-d for all."""
     if label is None:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64)
     if labels is None or null is None:
         raise BadInput("this distribution has no classes, but a label was given")
     label = torch.as_tensor(label, device=labels.device)

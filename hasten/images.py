@@ -1,4 +1,4 @@
-"""Images to files: PNG grids and single PNGs that say inside how they were made."""
+"""Images as files: PNG grids and single PNGs with their provenance in the metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 def to_uint8(x: Tensor) -> np.ndarray:
     """`(n, C, H, W)` floats in [-1, 1] -> `(n, H, W, C)` uint8, `round(127.5 (x + 1))`, clamped to 0..255.
 
-    Raises NonFinite, which names the images, where they hold NaN or infinity.
+    Raises:
+        BadInput: for another shape.
+        NonFinite: for images with NaN or infinity, naming them.
     """
     if x.ndim != 4 or x.shape[1] not in MODES:
         raise BadInput(f"images are (n, C, H, W) with C of 1, 3 or 4, got shape {tuple(x.shape)}")
@@ -31,13 +33,17 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return pixels.byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
-    """Images that a user gives, as float32 (n, C, H, W) in [-1, 1]; NaN stays where something is unknown.
+def to_image_tensor(images: Any, shape: Sequence[int] | None) -> Tensor:
+    """Images as float32 (n, C, H, W) in [-1, 1]; NaN is allowed, for unknown pixels.
 
-    images: a tensor or NumPy array, floats in [-1, 1] or uint8, (n, C, H, W), of arrays also (n, H, W, C) or (n, H, W);
-        or a PIL image, or a list of PIL images, turned upright, put on white, brought to the channels of `shape`.
-    shape: (C, H, W) of a sample, of which the channels count; None: latents, of any range and shape.
-    Raises BadInput for other types, for integers other than uint8, for floats beyond [-1, 1] by more than a half.
+    Args:
+        images: a tensor or NumPy array, floats in [-1, 1] or uint8, (n, C, H, W), for arrays also (n, H, W, C) or (n,
+            H, W); or a PIL image, or a list of PIL images, which are rotated as their EXIF data say, composited on
+            white, and converted to the channels of `shape`.
+        shape: (C, H, W) of a sample, of which only the channels matter; None: latents, of any range and shape.
+
+    Raises:
+        BadInput: for other types, for integers other than uint8, for floats beyond [-1, 1] by more than a half.
     """
     import numpy as np
     import torch
@@ -81,12 +87,12 @@ def given_images(images: Any, shape: Sequence[int] | None) -> Tensor:
         raise BadInput(f"images must be floats in [-1, 1] or uint8, got {images.dtype}")
     high = float(images.detach().nan_to_num(0.0).abs().amax()) if images.numel() else 0.0
     if shape is not None and high > 1.5:
-        raise BadInput(f"images must lie in [-1, 1], found values up to {high:.4g}: uint8 images are scaled for you")
+        raise BadInput(f"images must lie in [-1, 1], found values up to {high:.4g} (uint8 images are scaled)")
     return images if images.dtype == torch.float64 else images.float()
 
 
-def crossed(x: Tensor) -> Tensor:
-    """Images `(n, C, H, W)` with a white cross on grey in the place of those that hold NaN or infinity."""
+def mark_non_finite(x: Tensor) -> Tensor:
+    """Images `(n, C, H, W)`, with a white cross on grey in place of those with NaN or infinity."""
     import torch
 
     height, width = x.shape[-2:]
@@ -97,7 +103,7 @@ def crossed(x: Tensor) -> Tensor:
     return torch.where(bad[:, None, None, None], cross.float(), x.clamp(-1, 1))
 
 
-def picture(x: Tensor) -> Image:
+def to_pil(x: Tensor) -> Image:
     """One image `(C, H, W)` in [-1, 1] as a Pillow image."""
     from PIL import Image
 
@@ -105,10 +111,13 @@ def picture(x: Tensor) -> Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image:
-    """Images `(n, C, H, W)` in [-1, 1] as one Pillow image, row by row, `gap` white pixels apart.
+def make_image_grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image:
+    """Images `(n, C, H, W)` in [-1, 1] as one Pillow image, row by row.
 
-    columns: images in a row (default: the smallest square that holds them).
+    Args:
+        x: the images.
+        columns: images per row; by default the smallest square that fits them.
+        gap: white pixels between them.
     """
     from PIL import Image
 
@@ -121,12 +130,17 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image:
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     sheet = Image.new(MODES.get(channels, "RGB"), size, 255 if channels == 1 else (255,) * channels)
     for k in range(n):
-        sheet.paste(picture(x[k]), (k % columns * (width + gap), k // columns * (height + gap)))
+        sheet.paste(to_pil(x[k]), (k % columns * (width + gap), k // columns * (height + gap)))
     return sheet
 
 
-def png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
-    """A Pillow image as the bytes of a PNG file with `text` in its text chunks. The same input gives the same bytes."""
+def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
+    """A Pillow image as the bytes of a PNG file. The same input gives the same bytes.
+
+    Args:
+        image: to encode.
+        text: metadata, written to text chunks.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -137,8 +151,8 @@ def png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def read_text(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG file: how hasten made it."""
+def read_png_text(path: str | Path) -> dict[str, str]:
+    """The metadata in the text chunks of a PNG file, where hasten stores the provenance."""
     from PIL import Image
 
     with Image.open(path) as image:

@@ -12,29 +12,37 @@ from . import zoo
 from .adapters.diffusers.pipelines import load_pipeline, open_saved
 from .errors import BadInput, nearest
 from .model.model import Model
-from .storage.model_folder import DESCRIPTION, read
-from .utils.noise import kept_random_state
+from .storage.model_folder import DESCRIPTION, read_model
+from .utils.random import preserve_rng_state
 
 
-@kept_random_state()  # an empty network draws its first weights
+@preserve_rng_state()  # the initialisation of an empty network draws random numbers
 def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_code: bool = False) -> Model:
-    """A model by bundled name or by folder; or a pipeline of `diffusers`, itself, by its folder or by its hub id.
+    """Load a model.
 
-    device: by default the CPU; a pipeline itself stays where it is.
-    networks: classes of one's own networks; one whose module this process has imported need not be given.
-    trust_code: allow the import of the module of a network's class, which runs its code.
+    Args:
+        name: of a bundled model, a model folder, or a pipeline of `diffusers`: the object, its folder or its hub id.
+        device: Default: the CPU; a pipeline object stays where it is.
+        networks: classes of user networks; one whose module this process has imported need not be given.
+        trust_code: allow the import of the module of a network's class, which runs its code.
 
-    Raises BadInput if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the
-    one in model.json) or of another shape than the network.
+    Returns:
+        The model, in evaluation mode, without gradients of its weights.
+
+    Raises:
+        BadInput: if there is no such model, and if a file in the folder is missing, damaged (its sha256 must be the one
+            in model.json) or of another shape than the network's.
     """
-    if is_pipeline(name):
+    if names_pipeline(name):
         return load_pipeline(name, device=device)
-    return Model(**read(find(name), networks, trust_code, open_saved)).to(device or "cpu")
+    return Model(**read_model(find_model_folder(name), networks, trust_code, open_saved)).to(device or "cpu")
 
 
-def is_pipeline(name: Any) -> bool:
-    """Whether it is a pipeline of `diffusers`: itself, its folder, or what can only be a hub id, `owner/name` where no
-    folder `owner` is."""
+def names_pipeline(name: Any) -> bool:
+    """Whether `name` is a pipeline of `diffusers`: the object, its folder, or a hub id.
+
+    A hub id is `owner/name` where no folder `owner` exists.
+    """
     if not isinstance(name, (str, Path)):
         return True
     folder, parts = Path(name), str(name).split("/")
@@ -44,8 +52,12 @@ def is_pipeline(name: Any) -> bool:
     return plain and not folder.parent.exists()
 
 
-def find(name: str | Path) -> Path:
-    """The folder of a model: a bundled name first, then a folder with a model.json."""
+def find_model_folder(name: str | Path) -> Path:
+    """The folder of a model: of a bundled one by name, else a path to a folder with a model.json.
+
+    Raises:
+        BadInput: where there is none, with the nearest name.
+    """
     cards = zoo.cards()
     if str(name) in cards:
         return cards[str(name)].folder

@@ -1,6 +1,6 @@
-"""Predictions: what a network's raw output means.
+"""Prediction types: what a network's raw output means.
 
-With `x_t = alpha x + sigma eps`, each prediction is three numbers at every (alpha, sigma):
+With `x_t = alpha x + sigma eps`, each prediction type is three numbers at every (alpha, sigma):
 
     net input = c_in x_t,        x0 = c_skip x_t + c_out raw
 
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import BadInput, nearest, plain_numbers
+from .errors import BadInput, check_field, plain_numbers
 from .utils.registry import family, is_own, path_of
 
 __all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "precise", "prediction_from", "spread"]
@@ -40,7 +40,13 @@ class Prediction:
         raise NotImplementedError
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The raw output (B, *S) of a perfect network for this very `x0` and `eps` (B, *S); alpha, sigma () or (B,)."""
+        """The raw output (B, *S) that is the training target for this pair of clean sample and noise.
+
+        Args:
+            x0: clean samples (B, *S).
+            eps: their noise (B, *S).
+            alpha, sigma: coefficients, () or (B,).
+        """
         return self._target(x0, eps, spread(alpha, x0), spread(sigma, x0))
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,14 +55,16 @@ class Prediction:
         return {"name": name, **dataclasses.asdict(self)}
 
     def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """`target` with coefficients that broadcast to the samples."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Eps(Prediction):
-    """The noise: `x0 = (x_t - sigma eps) / alpha`, which at alpha = 0 says nothing about x0.
+    """The noise: `x0 = (x_t - sigma eps) / alpha`, which at alpha = 0 does not determine x0.
 
-    Ho, Jain, Abbeel 2020, arXiv:2006.11239.
+    References:
+        Ho, Jain, Abbeel 2020, arXiv:2006.11239.
     """
 
     name: ClassVar[str] = "eps"
@@ -83,9 +91,10 @@ class X0(Prediction):
 
 @dataclass(frozen=True)
 class V(Prediction):
-    """`v = alpha eps - sigma x`, `x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2)`.
+    """The v-prediction `v = alpha eps - sigma x`, `x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2)`.
 
-    Salimans, Ho 2022, arXiv:2202.00512.
+    References:
+        Salimans, Ho 2022, arXiv:2202.00512.
     """
 
     name: ClassVar[str] = "v"
@@ -102,7 +111,8 @@ class V(Prediction):
 class Flow(Prediction):
     """The velocity `u = eps - x` of the straight path, `x0 = (x_t - sigma u) / (alpha + sigma)`.
 
-    Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
+    References:
+        Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
     """
 
     name: ClassVar[str] = "flow"
@@ -120,7 +130,12 @@ class EDM(Prediction):
 
     With q = sigma / alpha and y = x_t / alpha: `x0 = s^2 / (s^2 + q^2) y + q s / sqrt(s^2 + q^2) raw`, input
     `y / sqrt(s^2 + q^2)`, s = sigma_data; written here so that alpha = 0 and sigma = 0 are finite.
-    Karras, Aittala, Aila, Laine 2022, arXiv:2206.00364, table 1.
+
+    Args:
+        sigma_data: standard deviation of the data, > 0.
+
+    References:
+        Karras, Aittala, Aila, Laine 2022, arXiv:2206.00364, table 1.
     """
 
     name: ClassVar[str] = "edm"
@@ -142,11 +157,17 @@ class EDM(Prediction):
 
 @dataclass(frozen=True)
 class Anchored(Prediction):
-    """The clean sample, anchored to what is seen where there is no noise: `x0 = w x_t / alpha + (1 - w) raw`,
+    """The clean sample, anchored to the input where there is no noise: `x0 = w x_t / alpha + (1 - w) raw`,
     w = width^2 / (width^2 + q^2), q = sigma / alpha.
 
-    At t = 0 it is x_t whatever the network says, as it is for v, flow, edm and eps; above q = width a network that
-    predicts x0 keeps its meaning. What a consistency model needs of such a network: Song et al. 2023, arXiv:2303.01469.
+    At t = 0 it is x_t whatever the network's output, as for v, flow, edm and eps; above q = width it is nearly the
+    output of a network that predicts x0. It is the boundary condition of consistency models for such networks.
+
+    Args:
+        width: q below which x0 is mostly the input, > 0.
+
+    References:
+        Song, Dhariwal, Chen, Sutskever 2023, arXiv:2303.01469.
     """
 
     name: ClassVar[str] = "anchored"
@@ -158,30 +179,33 @@ class Anchored(Prediction):
             raise BadInput(f"anchored prediction needs width > 0, found {self.width}")
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        whole = (self.width * alpha) ** 2 + sigma**2
-        return torch.ones_like(alpha), self.width**2 * alpha / whole, sigma**2 / whole
+        total = (self.width * alpha) ** 2 + sigma**2
+        return torch.ones_like(alpha), self.width**2 * alpha / total, sigma**2 / total
 
     def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return x0 - (self.width**2 * alpha / sigma) * eps
 
 
 def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
-    """One by name (`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`), a `to_dict()`, or one itself.
+    """The prediction type that a name or a dict specifies.
 
-    The names that diffusers gives them are understood: `"epsilon"`, `"sample"`, `"v_prediction"`, `"flow_prediction"`.
-    Raises `BadInput` on another.
+    Args:
+        spec: a name (`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`, or one of diffusers: `"epsilon"`,
+            `"sample"`, `"v_prediction"`, `"flow_prediction"`), what `Prediction.to_dict` returns, or a prediction type.
+
+    Raises:
+        BadInput: for an unknown name or field.
     """
     if isinstance(spec, Prediction):
         return spec
     fields = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = fields.pop("name", None)
-    plain = re.sub(r"[\s_-]+", "_", str(name).strip().lower())
-    found = family("prediction", Prediction, ALIASES.get(plain, name), lambda kind: kind.name)
-    known = [f.name for f in dataclasses.fields(found)]  # type: ignore[arg-type]
+    normalized = re.sub(r"[\s_-]+", "_", str(name).strip().lower())
+    cls = family("prediction", Prediction, ALIASES.get(normalized, name), lambda kind: str(kind.name))
+    known = [f.name for f in dataclasses.fields(cls)]
     for key in fields:
-        if key not in known:
-            raise BadInput(f"prediction {name} has no field {key!r}: {nearest(key, known)}")
-    return found(**fields)  # type: ignore[no-any-return]
+        check_field(f"prediction {name}", key, known)
+    return cls(**fields)
 
 
 def precise(value: Tensor) -> Tensor:
@@ -190,7 +214,15 @@ def precise(value: Tensor) -> Tensor:
 
 
 def spread(coefficient: Tensor | float, like: Tensor) -> Tensor:
-    """A coefficient () or (B,) shaped to multiply `like` (B, *S), in its dtype; (B,) on its device."""
+    """A coefficient broadcast to samples.
+
+    Args:
+        coefficient: () or (B,).
+        like: samples (B, *S).
+
+    Returns:
+        a tensor of shape () or (B, 1, ...) that multiplies `like`, in its dtype; of (B,) on its device.
+    """
     coefficient = torch.as_tensor(coefficient)
     if coefficient.ndim == 0 and coefficient.device.type == "cpu":
         return coefficient.to(like.dtype)  # multiplies on any device, without a copy

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
+from .errors import BadInput
 from .utils.environment import is_terminal
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr while that is a terminal; yields what to call with (done, of how many), or None."""
+    """A progress bar on stderr while that is a terminal.
+
+    Args:
+        what: the description.
+
+    Yields:
+        a function to call with (done, total), or None without a terminal.
+    """
     if not is_terminal(sys.stderr):
         yield None
         return
@@ -25,12 +32,22 @@ def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-EVERY = 30.0  # seconds between lines of progress
+def ignore_messages(line: str) -> None:
+    """Discard a line of text."""
 
 
-class Progress:
-    """A bar with the time left on stderr, counted in images through the network; where stderr is no terminal, a line
-    every `EVERY` seconds."""
+INTERVAL = 30.0  # seconds between lines of progress
+
+
+class ProgressReporter:
+    """A bar with the remaining time on stderr, counted in images through the network.
+
+    Where stderr is not a terminal, a line every `INTERVAL` seconds.
+
+    Args:
+        total: images through the network.
+        show: whether to print anything.
+    """
 
     def __init__(self, total: float, show: bool = True) -> None:
         from rich import progress
@@ -38,47 +55,61 @@ class Progress:
 
         self.console = Console(stderr=True, highlight=False, quiet=not show)
         self.bar = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
-            progress.TaskProgressColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
-            console=self.console, transient=True, disable=not (show and self.console.is_terminal),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not (show and self.console.is_terminal),
             speed_estimate_period=60,
-        )  # fmt: skip
+        )
         self.task = self.bar.add_task("", total=total)
-        self.lines = show and not self.console.is_terminal
+        self.prints_lines = show and not self.console.is_terminal
         self.total, self.done, self.what = total, 0.0, ""
-        self.began = self.last = time.monotonic()
+        self.started = self.last = time.monotonic()
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self.console.print(line, markup=False, soft_wrap=True)
 
     def describe(self, what: str) -> None:
-        """What is being done from here on."""
+        """Set the description of the current work."""
         self.what = what
         self.bar.update(self.task, description=what)
 
     def advance(self, count: float) -> None:
-        """So many more images have been through the network."""
+        """Advance by this number of images."""
         self.done += count
         self.bar.advance(self.task, count)
         now = time.monotonic()
-        if self.lines and now - self.last >= EVERY and self.total:
+        if self.prints_lines and now - self.last >= INTERVAL and self.total:
             self.last = now
-            share = min(self.done / self.total, 1.0)
-            left = (now - self.began) * (1 - share) / max(share, 1e-9)
-            self.say(f"{self.what}: {share:.0%} of the network evaluations, about {left:.0f} s left")
+            fraction = min(self.done / self.total, 1.0)
+            left = (now - self.started) * (1 - fraction) / max(fraction, 1e-9)
+            self.say(f"{self.what}: {fraction:.0%} of the network evaluations, about {left:.0f} s left")
 
 
-Tick = Callable[[str, int, int, float], None]
+ProgressFn = Callable[[str, int, int, float], None]
 
 
-def ignore(what: str, done: int, total: int, value: float) -> None:
-    """Progress that nobody watches."""
+def no_progress(what: str, done: int, total: int, value: float) -> None:
+    """Ignore the progress of a run."""
 
 
 @contextlib.contextmanager
-def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress with the time left on stderr, while that is a terminal."""
+def steps_progress(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with the remaining time on stderr, while that is a terminal.
+
+    Args:
+        show: whether to print anything.
+        what: the description.
+        total: number of steps.
+
+    Yields:
+        a function to call with the number of steps done.
+    """
     if not show or not is_terminal(sys.stderr):
         yield lambda done: None
         return
@@ -86,9 +117,32 @@ def watched(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TextColumn("left"), progress.TimeRemainingColumn(),
-    )  # fmt: skip
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        shown = bar.add_task(what, total=total)
-        yield lambda done: bar.update(shown, completed=done)
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def fraction_of(
+    progress: Callable[[int, int], None] | None, start: int, n: int, batch_size: int
+) -> Callable[[int, int], None] | None:
+    """`progress` for the batch that begins at image `start`, as a fraction of all `n` images.
+
+    Args:
+        progress: called as `progress(done, total)`, or None.
+        start, n, batch_size: of the images.
+
+    Raises:
+        BadInput: for a `progress` that cannot be called.
+    """
+    if progress is None:
+        return None
+    if not callable(progress):
+        raise BadInput(f"progress must be a function or None, found {progress!r}")
+    before, batches = start // batch_size, -(-n // batch_size)
+    return lambda done, total: progress(before * total + done, batches * total)

@@ -1,1 +1,1 @@
-"""How each bundled model and headline figure was made: one typed function a file."""
+"""How each bundled model and reported result was produced."""

@@ -1,15 +1,15 @@
-"""Test images of Fashion-MNIST made small and restored by the bundled teacher, from their enlargement and from noise.
+"""Super-resolution of Fashion-MNIST test images by the bundled teacher, from their upsampling and from noise.
 
     python -m recipes.ccdf_fashion --out runs/ccdf [--data FOLDER]
 
-Images of 28x28 are averaged over squares of 2x2 or 4x4 (14x14, 7x7) and restored without telling the class (the null
-label), by UniPC-2 with exact consistency: `ccdf` begins at t0 from the bicubic enlargement, the full process at
-pure noise. t0 is chosen on training images, among those that `smallest_time` gives for several shares of the
-enlargement's squared error (along the principal directions of what consistency leaves free): the one with the least
-Frechet distance at the fewest evaluations that are tried.
+Images of 28x28 are averaged over squares of 2x2 or 4x4 (14x14, 7x7) and restored without the class (null label) by
+UniPC-2 with exact consistency: `ccdf` starts at t0 from the bicubic upsampling, the full process from pure noise. t0 is
+selected on training images, among those that `smallest_time` returns for several fractions of the upsampling's squared
+error (along the principal directions that consistency leaves free), by the Frechet distance at the smallest number of
+evaluations.
 
-Result, torch 2.13: 500 test images, seeds 0-499, t0 chosen on 200 training images (seeds from 100,000); share .2 both
-times. F: Frechet distance to the test split in the bundled classifier's features (the 500 images themselves .35);
+Result, torch 2.13: 500 test images, seeds 0-499, t0 selected on 200 training images (seeds from 100,000); fraction .2
+both times. F: Frechet distance to the test split in the bundled classifier's features (the 500 images themselves .35);
 accuracy of that classifier (themselves .934); features: squared distance of its features to the true image's.
 
 | 4x | NFE | PSNR, dB | accuracy | F (95 % interval) | features |
@@ -34,9 +34,9 @@ accuracy of that classifier (themselves .934); features: squared distance of its
 | full | 16 | 20.13 | .872 | 1.02 (.67-1.37) | 7.02 |
 | full | 32 | 20.13 | .874 | 1.04 (.68-1.39) | 7.04 |
 
-With 4 evaluations ccdf has the Frechet distance of the full process with 8 to 32, within intervals, and is nearer to
-the true image than the full process at any count. By distance alone the saving is a factor of 2, not several: the full
-process is done with 8. Repeating pixels leaves traces of the squares at 4x.
+With 4 evaluations ccdf has the Frechet distance of the full process with 8 to 32, within intervals, and is closer to
+the true image than the full process at any number. By distance alone the saving is a factor of 2: the full process
+converges with 8. Nearest-neighbour upsampling leaves block artefacts at 4x.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from hasten import images as pictures
-from hasten.files import write
+from hasten.files import write_file
 from hasten.loading import load
 from hasten.metrics import evaluate_images, extract, feature_net, frechet_distance, moments
 from hasten.model import Model
@@ -61,50 +61,53 @@ from hasten.starts.ccdf import CCDF, Consistent, down, smallest_time, up
 from hasten.times import UniformLambda
 from hasten.train import open_data, to_float
 
-DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
-SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
+DATA = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
+FRACTIONS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 LOW = 0.03  # the teacher's own grid
 
 
 def read(folder: str, split: str, n: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, 28, 28) in [-1, 1] and labels (n,), the same for the same arguments."""
+    """Images (n, 1, 28, 28) in [-1, 1] and labels (n,), deterministic in the arguments."""
     data = open_data(folder, split)
     assert data.labels is not None
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[first : first + n]
-    return to_float(data.images(chosen)), data.labels[chosen]
+    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[first : first + n]
+    return to_float(data.images(indices)), data.labels[indices]
 
 
 def free(x: Tensor, factor: int) -> Tensor:
-    """What consistency does not fix: x less its squares' means."""
+    """The component of x that consistency leaves free: x minus its block means."""
     return x - up(down(x, factor), factor)
 
 
 def times(x: Tensor, factor: int, model: Model) -> dict[float, float]:
-    """t0 by share of the squared error, from the images `x` (n, 1, 28, 28)."""
+    """t0 by fraction of the squared error, from the images `x` (n, 1, 28, 28)."""
     start = CCDF(factor=factor)
     error = (x - start.initial(down(x, factor), tuple(x.shape))).flatten(1).double()
     rest = free(x, factor).flatten(1).double()
     values, vectors = torch.linalg.eigh(torch.cov((rest - rest.mean(0)).T))
-    keep = values > 1e-6 * float(values.max())  # the others are what consistency fixes
-    squared = (error @ vectors[:, keep]).square().mean(0)
+    free_directions = values > 1e-6 * float(values.max())  # consistency determines the others
+    squared = (error @ vectors[:, free_directions]).square().mean(0)
     schedule = model.denoiser.schedule
-    return {share: smallest_time(schedule, values[keep], squared, share, "ddim") for share in SHARES}
+    return {
+        fraction: smallest_time(schedule, values[free_directions], squared, fraction, "ddim") for fraction in FRACTIONS
+    }
 
 
 @torch.no_grad()
 def restore(model: Model, y: Tensor, factor: int, steps: int, start: CCDF | None, seed: int = 0) -> Tensor:
-    """Images (n, 1, 28, 28) from the small ones `y`; start None: from pure noise, with the same consistency."""
-    made = []
+    """Restore images (n, 1, 28, 28) from the small ones `y`; without `start` from pure noise, with consistency too."""
+    images = []
     grid = UniformLambda(start=None if start is None else start.time, low=LOW)(model.denoiser.schedule, steps)
     with torch.autocast("cpu", torch.bfloat16):
         for first in range(0, len(y), 100):
             part = y[first : first + 100]
             noise = Noise(range(seed + first, seed + first + len(part)), model.shape)
-            label = torch.full((len(part),), int(model.denoiser.null_label or 0))
+            assert model.denoiser.null_label is not None
+            label = torch.full((len(part),), model.denoiser.null_label)
             x = None if start is None else start.begin(model.denoiser, noise, grid[0], part)
             wrapped = Consistent(model.denoiser, part, factor)
-            made.append(draw(wrapped, UniPC(2), grid, noise, x=x, label=label).float().clamp(-1, 1))
-    return torch.cat(made)
+            images.append(draw(wrapped, UniPC(2), grid, noise, x=x, label=label).float().clamp(-1, 1))
+    return torch.cat(images)
 
 
 def psnr(x: Tensor, truth: Tensor) -> float:
@@ -112,29 +115,32 @@ def psnr(x: Tensor, truth: Tensor) -> float:
     return float((10 * torch.log10(4 / (x - truth).square().flatten(1).mean(1).clamp(min=1e-10))).mean())
 
 
-def judge(x: Tensor, truth: Tensor, label: Tensor) -> dict[str, Any]:
-    """PSNR, how often the bundled classifier is right, the Frechet distance to the test split, and the squared distance
-    of the classifier's features to those of the true image."""
+def evaluate(x: Tensor, truth: Tensor, label: Tensor) -> dict[str, Any]:
+    """PSNR, accuracy of the bundled classifier, Frechet distance to the test split, and squared feature distance to the
+    true images."""
     net = feature_net("fashion")
-    found = evaluate_images(x, label, net, "fashion", None)
-    apart = (extract(net, x)[0] - extract(net, truth)[0]).square().sum(1).mean()
+    measures = evaluate_images(x, label, net, "fashion", None)
+    feature_distance = (extract(net, x)[0] - extract(net, truth)[0]).square().sum(1).mean()
     return {
-        "psnr": psnr(x, truth), "accuracy": found["accuracy"].value, "frechet": found["frechet"].value,
-        "interval": found["frechet"].interval, "features": float(apart),
-    }  # fmt: skip
+        "psnr": psnr(x, truth),
+        "accuracy": measures["accuracy"].value,
+        "frechet": measures["frechet"].value,
+        "interval": measures["frechet"].interval,
+        "features": float(feature_distance),
+    }
 
 
 def choose(model: Model, x: Tensor, factor: int, steps: int) -> tuple[CCDF, dict[str, Any]]:
-    """t0 by the Frechet distance of restored training images to those themselves."""
-    net, tried = feature_net("fashion"), {}
+    """Select t0 by the Frechet distance of restored training images to the originals."""
+    net, candidates = feature_net("fashion"), {}
     mean, covariance = moments(extract(net, x)[0])
-    for share, t0 in times(x, factor, model).items():
+    for fraction, t0 in times(x, factor, model).items():
         start = CCDF(time=round(t0, 4), factor=factor)
-        made = restore(model, down(x, factor), factor, steps, start, seed=100_000)
-        distance = frechet_distance(*moments(extract(net, made)[0]), mean, covariance)
-        tried[share] = {"time": start.time, "frechet": distance, "psnr": psnr(made, x)}
-    best = min(tried, key=lambda share: tried[share]["frechet"])
-    return CCDF(time=tried[best]["time"], factor=factor), {"share": best, "tried": tried}
+        images = restore(model, down(x, factor), factor, steps, start, seed=100_000)
+        distance = frechet_distance(*moments(extract(net, images)[0]), mean, covariance)
+        candidates[fraction] = {"time": start.time, "frechet": distance, "psnr": psnr(images, x)}
+    best = min(candidates, key=lambda fraction: candidates[fraction]["frechet"])
+    return CCDF(time=candidates[best]["time"], factor=factor), {"share": best, "tried": candidates}
 
 
 def main() -> None:
@@ -142,7 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--data", default=DATA, help="folder with the four IDX files")
     parser.add_argument("--n", type=int, default=500, help="test images")
-    parser.add_argument("--tuning", type=int, default=300, help="training images that choose t0")
+    parser.add_argument("--tuning", type=int, default=300, help="training images to select t0")
     parser.add_argument("--steps", type=int, nargs="*", default=[2, 3, 4, 6, 8], help="evaluations from t0")
     parser.add_argument("--full", type=int, nargs="*", default=[4, 8, 16, 32], help="evaluations from pure noise")
     parser.add_argument("--factors", type=int, nargs="*", default=[4, 2])
@@ -151,25 +157,29 @@ def main() -> None:
     model = load("fashion")
     train, _ = read(args.data, "train", args.tuning)
     x, label = read(args.data, "test", args.n)
-    rows: list[dict[str, Any]] = [{"way": "the images themselves", **judge(x, x, label)}]
+    rows: list[dict[str, Any]] = [{"way": "the images themselves", **evaluate(x, x, label)}]
     for factor in args.factors:
-        start, told = choose(model, train, factor, min(s for s in args.steps if s > 2))
-        rows.append({"factor": factor, "way": "chosen", **told})
+        start, tuning = choose(model, train, factor, min(s for s in args.steps if s > 2))
+        rows.append({"factor": factor, "way": "chosen", **tuning})
         y, shown = down(x, factor), [x[:10]]
         initial = start.initial(y, tuple(x.shape))
         shown += [up(y, factor)[:10], initial[:10]]
-        rows.append({"factor": factor, "way": "bicubic, consistent", "nfe": 0, **judge(initial.clamp(-1, 1), x, label)})
-        ways = [(steps, start) for steps in args.steps] + [(steps, None) for steps in args.full]
-        for steps, begin in ways:
-            made = restore(model, y, factor, steps, begin)
-            if begin is not None and steps == 4 or begin is None and steps in (4, max(args.full)):
-                shown.append(made[:10])
-            way = "full" if begin is None else f"ccdf:time={begin.time:g},factor={factor}"
-            rows.append({"factor": factor, "way": way, "nfe": steps, **judge(made, x, label)})
+        rows.append(
+            {"factor": factor, "way": "bicubic, consistent", "nfe": 0, **evaluate(initial.clamp(-1, 1), x, label)}
+        )
+        methods = [(steps, start) for steps in args.steps] + [(steps, None) for steps in args.full]
+        for steps, start_from in methods:
+            images = restore(model, y, factor, steps, start_from)
+            if start_from is not None and steps == 4 or start_from is None and steps in (4, max(args.full)):
+                shown.append(images[:10])
+            method = "full" if start_from is None else f"ccdf:time={start_from.time:g},factor={factor}"
+            rows.append({"factor": factor, "way": method, "nfe": steps, **evaluate(images, x, label)})
             print(json.dumps(rows[-1]), flush=True)
             (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-        sheet = pictures.grid(torch.cat(shown), columns=10)
-        write(args.out / f"restored-{factor}.png", pictures.png(sheet, {"rows": "true, small, bicubic, ..."}))
+        sheet = pictures.make_image_grid(torch.cat(shown), columns=10)
+        write_file(
+            args.out / f"restored-{factor}.png", pictures.encode_png(sheet, {"rows": "true, small, bicubic, ..."})
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""What feature reuse costs and gains on the bundled teacher, at 50 DDIM steps.
+"""Cost and quality of feature caching on the bundled teacher, at 50 DDIM steps.
 
     python -m recipes.encoder_propagation --out runs/reuse.jsonl --n 1000
     python -m recipes.encoder_propagation --out runs/reuse.jsonl --only paper --only found --n 100 --no-timing
 
-One JSON line a variant: how often encoder and decoder were run in a trajectory, the speed-up in multiply-accumulates
-(`macs`) and, from interleaved runs, in time (`seconds` and `cpu_seconds`, a ratio with its range), the error to the
-plain sampler (root mean square, relative), the Frechet distance of the images of seeds 0, 1, ... and by how much it
-differs from the plain sampler's. The keys are searched on other seeds. Time ratios of a busy machine are worth little:
-look at their range.
+One JSON line per variant: the number of encoder and decoder evaluations in a trajectory, the speed-up in
+multiply-accumulates (`macs`) and, from interleaved runs, in time (`seconds` and `cpu_seconds`, a ratio with its range),
+the error relative to the plain sampler (root mean square), the Frechet distance of the images of seeds 0, 1, ... and
+its relative change from the plain sampler's. The key steps are searched on other seeds. Time ratios on a busy device
+are unreliable: see their range.
 
-Measured on 2026-11-21 at guidance scale 1 with n = 64 and samples = 4 (so few images compare the rows of this table
-and no others). "macs" is the speed-up in multiply-accumulates; error and change are against the plain sampler:
+Measured on 2026-11-21 at guidance scale 1 with n = 64 and samples = 4 (with so few images only the
+rows of this table are comparable). "macs" is the speed-up in multiply-accumulates; error and change are relative to the
+plain sampler:
 
     variant               keys   macs    error   distance   change
     plain                   50   1.000       0      1.589        -
@@ -37,12 +38,12 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.accelerators._caching.wrapper import Keyed
+from hasten.accelerators._caching.wrapper import FeatureReuse
 from hasten.metrics import evaluate_images, feature_net, reference
 from hasten.performance.cost import interleave, macs, ratio
 
 SEARCHED = "keys=found"
-SEARCH = SEARCHED + ",samples={samples},seed=100000"  # what follows ";" is of the sampling
+SEARCH = SEARCHED + ",samples={samples},seed=100000"  # after ";": options for sampling
 VARIANTS = {
     "plain": None,
     "paper": "encoder_propagation",
@@ -59,23 +60,25 @@ VARIANTS = {
 }
 
 
-def shares(model: hasten.Model) -> dict[str, float]:
-    """Which share of the network's multiply-accumulates only keys run."""
+def key_fractions(model: hasten.Model) -> dict[str, float]:
+    """The fraction of the network's multiply-accumulates that only runs at key steps."""
     net: Any = model.denoiser.net
     x, time, label = torch.randn(1, *model.shape), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
     emb = net.embed(time, label)
-    whole, first = macs(net, x, time, label), net.shallow_encode(x, emb)
-    return {"encoder_propagation": macs(net.encode, x, emb) / whole, "deep_cache": macs(net.deep, first, emb) / whole}
+    total, first = macs(net, x, time, label), net.shallow_encode(x, emb)
+    return {"encoder_propagation": macs(net.encode, x, emb) / total, "deep_cache": macs(net.deep, first, emb) / total}
 
 
-def wrapper(model: hasten.Model, told: dict[str, Any], accelerators: tuple[str, ...]) -> Keyed:
-    """The accelerated denoiser in the middle of a way of sampling."""
-    way = model.way(**told, accelerators=accelerators)
-    return next(module for module in way.denoiser.modules() if isinstance(module, Keyed))
+def wrapper(model: hasten.Model, config: dict[str, Any], accelerators: tuple[str, ...]) -> FeatureReuse:
+    """The accelerated denoiser of a sampling configuration."""
+    way = model.way(**config, accelerators=accelerators)
+    return next(module for module in way.denoiser.modules() if isinstance(module, FeatureReuse))
 
 
-def settled(model: hasten.Model, told: dict[str, Any], variants: dict[str, str | None]) -> dict[str, tuple[str, ...]]:
-    """The accelerators of every variant, with the keys that a search found in the place of the search."""
+def resolve_keys(
+    model: hasten.Model, config: dict[str, Any], variants: dict[str, str | None]
+) -> dict[str, tuple[str, ...]]:
+    """The accelerators of every variant, with searches replaced by the key steps that they return."""
     keys: dict[str, tuple[int, ...]] = {}
     ways: dict[str, tuple[str, ...]] = {}
     for name, text in variants.items():
@@ -83,7 +86,7 @@ def settled(model: hasten.Model, told: dict[str, Any], variants: dict[str, str |
             what, _, options = text.partition(":")
             of_search, _, rest = options.partition(";")
             if of_search not in keys:
-                keys[of_search] = wrapper(model, told, (f"{what}:{of_search}",)).keys
+                keys[of_search] = wrapper(model, config, (f"{what}:{of_search}",)).keys
             found = f"keys=({','.join(map(str, keys[of_search]))})"
             text = f"{what}:{found}{',' if rest else ''}{rest}"
         ways[name] = () if text is None else (text,)
@@ -97,11 +100,13 @@ def clocked(call: Callable[[], Any], into: list[float]) -> None:
     into.append(time.process_time() - begun)
 
 
-def judged(images: Tensor, model: hasten.Model) -> float:
+def frechet(images: Tensor, model: hasten.Model) -> float:
     """The Frechet distance of the images of seeds 0, 1, ..."""
-    known = reference("fashion")
-    seen = evaluate_images(images, model.labels(len(images)), feature_net(known.features), known, range(len(images)))
-    return seen["frechet"].value
+    statistics = reference("fashion")
+    measures = evaluate_images(
+        images, model.labels(len(images)), feature_net(statistics.features), statistics, range(len(images))
+    )
+    return measures["frechet"].value
 
 
 def main(
@@ -124,29 +129,31 @@ def main(
         n: images of the distance and the error.
         steps: of DDIM.
         guidance_scale: 1 is the plain conditional model.
-        only: these variants (the plain one is always made).
-        samples: images that the search looks at.
+        only: these variants (the plain one is always run).
+        samples: images for the search of key steps.
         timing: whether to time a batch of `batch` images, `repeats` times in turn.
         batch: of the timing.
         repeats: of the timing.
         runtime: of the network.
     """
     model = hasten.load("fashion")
-    share = shares(model)
+    fractions = key_fractions(model)
     unknown = set(only) - set(VARIANTS)
     if unknown:
         raise hasten.BadInput(f"unknown variant {min(unknown)!r}: {hasten.errors.nearest(min(unknown), VARIANTS)}")
     chosen = {name: text for name, text in VARIANTS.items() if name == "plain" or not only or name in only}
     out.parent.mkdir(parents=True, exist_ok=True)
     for scale in guidance_scale:
-        told: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": steps, "guidance_scale": scale}
-        ways = settled(model, told, {name: text and text.format(samples=samples) for name, text in chosen.items()})
+        config: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": steps, "guidance_scale": scale}
+        ways = resolve_keys(
+            model, config, {name: text and text.format(samples=samples) for name, text in chosen.items()}
+        )
         seconds: dict[str, list[float]] = {}
         cpu: dict[str, list[float]] = {}
         if timing:
             calls = {}
             for name, way in ways.items():
-                call = partial(model.sample, batch, **told, accelerators=way, runtime=runtime)
+                call = partial(model.sample, batch, **config, accelerators=way, precision=runtime)
                 calls[name] = partial(clocked, call, cpu.setdefault(name, []))
             seconds = interleave(calls, repeats)
         plain: Tensor | None = None
@@ -154,12 +161,12 @@ def main(
         for name, way in ways.items():
             row: dict[str, Any] = {"name": name, "guidance_scale": scale, "steps": steps, "n": n}
             if way:
-                fast = wrapper(model, told, way)
+                fast = wrapper(model, config, way)
                 begun = fast.encoder_calls, fast.decoder_calls, fast.queries
                 row |= {"accelerator": way[0], "keys": fast.keys}
             if n:
-                images = model.sample(n, **told, accelerators=way, batch_size=100, runtime=runtime)
-                row["frechet"] = round(judged(images, model), 4)
+                images = model.sample(n, **config, accelerators=way, batch_size=100, precision=runtime)
+                row["frechet"] = round(frechet(images, model), 4)
                 plain = images if plain is None else plain
                 usual = usual or row["frechet"]
                 row["change"] = round(row["frechet"] / usual - 1, 4)
@@ -169,7 +176,7 @@ def main(
                 row["encoder_calls"] = (fast.encoder_calls - begun[0]) / many
                 row["decoder_calls"] = (fast.decoder_calls - begun[1]) / many
             if way:
-                row["macs"] = round(fast.expected_speedup(share[way[0].partition(":")[0]]), 3)
+                row["macs"] = round(fast.expected_speedup(fractions[way[0].partition(":")[0]]), 3)
             if timing:
                 for clock, times in (("seconds", seconds), ("cpu_seconds", cpu)):
                     found = ratio(times["plain"][-repeats:], times[name][-repeats:])

@@ -1,4 +1,4 @@
-"""The average-brightness problem on real images, and what cures it.
+"""The average-brightness problem on real images, and its remedies.
 
     python -m recipes.fashion_brightness --out runs/brightness [--data FOLDER]
 
@@ -6,13 +6,13 @@ The images of Fashion-MNIST whose mean is among the lowest 30 % are one class, "
 another, "bright". Two models of them, both fine-tuned for the same steps from the bundled teacher's weights:
 
 - `table`: predicts the noise on Stable Diffusion's table, which ends at alpha = .068 (q = sigma / alpha = 14.6), with
-  the usual loss of noise prediction. The teacher's U-Net says v; eps = sigma x_t + alpha v is the same function of the
-  same weights, so nothing is lost by starting from them.
+  the usual loss of noise prediction. The teacher's U-Net predicts v; eps = sigma x_t + alpha v is the same function of
+  the same weights, so they are a valid initialisation.
 - `zero`: predicts v on the same table rescaled to end at alpha = 0 (Lin et al. 2023, arXiv:2305.08891).
 
-`table` is sampled from N(0, I), as everybody does; after the step of SingDiffusion (Zhang et al. 2024,
-arXiv:2403.08381); and from real images noised to the table's end, which nobody can, but which shows what is left of the
-problem. `zero` starts at pure noise by right.
+`table` is sampled from N(0, I), as usual; after the step of SingDiffusion (Zhang et al. 2024, arXiv:2403.08381); and
+from real images noised to the table's end, an upper bound that shows the remaining problem. `zero` starts at pure
+noise.
 
 Result, torch 2.13, one thread of two shared cores: 300 steps of 64 images each, seed 0; 1,000 images a class, seeds
 0-1999, UniPC-2 with 16 steps. W1: 1-Wasserstein distance of the images' mean, in [-1, 1], to the test images of the
@@ -27,8 +27,9 @@ F .26 and .19.
 | `table`, noised real images | -.655 | .067 | 2.92 | -.207 | .094 | 3.26 |
 | `zero` from N(0, I) | -.697 | .045 | 2.60 | -.149 | .039 | 2.95 |
 
-So the step brings brightness to where true noised images lead, which is all that a start can do; what is left is the
-model, after 300 steps. It did not lower the Frechet distance of the bright class. `zero`, at the same cost, was better.
+So the step reaches the brightness of true noised images, the best that an initialisation can do; the remaining error is
+that of the model, after 300 steps. It did not reduce the Frechet distance of the bright class. `zero`, at the same
+cost, was better.
 
 With guidance 2, 250 images a class (W1 of as many training images .0038 and .0099; F at this count is not comparable
 with the above, its intervals are 1.3 to 2 either way):
@@ -40,7 +41,7 @@ with the above, its intervals are 1.3 to 2 either way):
 | `table`, singdiffusion, undivided | -.758 | .079 | 8.85 | -.048 | .086 | 9.72 |
 | `zero` from N(0, I) | -.802 | .091 | 7.95 | -.030 | .088 | 8.66 |
 
-Here too brightness is cured and the Frechet distance is not: guidance itself pushes the two classes apart.
+Here too brightness is corrected and the Frechet distance is not: guidance itself separates the two classes.
 
 The first step is the table of class means: on a tenth of 20,000 of these images its loss is .24514; the paper's U-Net
 (widths 32/64, no table) reached .24589 in 332 steps.
@@ -69,19 +70,19 @@ from hasten.schedules import Discrete, rescale_zero_snr
 from hasten.starts import SingDiffusion
 from hasten.times import UniformLambda
 from hasten.train import Batches, Data, DenoisingLoss, Fit, TrainedModule, open_data, to_float
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.first_step import FirstStep
 
-DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+DATA = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
 SEED, BATCH, STEPS = 0, 64, 300
 NAMES = ("dark", "bright")
-LOW_Q = 0.0472  # the cleanest level that is visited: the teacher's own grid, lambda:low=0.03
+LOW_Q = 0.0472  # the lowest noise level: the teacher's own grid, lambda:low=0.03
 
 
 class OnTable(nn.Module):
-    """The teacher's U-Net under another clock, `lam`, and saying eps or v: `(x_t, lam (B,), label) -> raw (B, *S)`.
+    """The teacher's U-Net with the time input `lam` and eps or v prediction: `(x_t, lam (B,), label) -> raw (B, *S)`.
 
-    eps = sigma x_t + alpha v on a variance-preserving path; the U-Net's own clock is t = 2 atan(e^-lam) / pi.
+    eps = sigma x_t + alpha v on a variance-preserving path; the U-Net's own time is t = 2 atan(e^-lam) / pi.
     """
 
     def __init__(self, unet: UNet, says: str) -> None:
@@ -109,7 +110,7 @@ def halves(folder: str, split: str) -> Data:
 
 
 def build(says: str, mix: Tensor) -> Denoiser:
-    """The untuned model: the teacher's weights, a class being embedded as its `mix` (2, 10) of the ten."""
+    """The untuned model: the teacher's weights, with each class embedded as its `mix` (2, 10) of the ten."""
     old = load("fashion").denoiser.net
     net = UNet(**{**old.config, "classes": 2})
     weights = {k: v.clone() for k, v in old.state_dict().items()}
@@ -122,7 +123,7 @@ def build(says: str, mix: Tensor) -> Denoiser:
 
 
 def train(out: Path, folder: str, says: str, steps: int = STEPS) -> Denoiser:
-    """One of the two models, with averaged weights; a stopped run goes on."""
+    """Train one of the two models, with averaged weights; resumes an interrupted run."""
     data = halves(folder, "train")
     assert data.labels is not None
     original = open_data(folder, "train")
@@ -160,7 +161,7 @@ def sample(model: Denoiser, n: int, scale: float, start: SingDiffusion | Tensor 
     return torch.cat(images)
 
 
-def judge(images: Tensor, test: Data, train_data: Data, references: dict[int, Any]) -> dict[str, Any]:
+def evaluate(images: Tensor, test: Data, train_data: Data, references: dict[int, Any]) -> dict[str, Any]:
     """For each class: mean and deviation of brightness, its 1-Wasserstein distance to the test images' (brightness is
     the mean of an image in [-1, 1]), and the Frechet distance to them in the bundled classifier's features."""
     from scipy.stats import wasserstein_distance
@@ -180,17 +181,21 @@ def judge(images: Tensor, test: Data, train_data: Data, references: dict[int, An
         brightness = own.mean((1, 2, 3)).numpy()
         frechet = evaluate_images(own, None, net, reference, f"{c}::2")["frechet"]
         found[name] = {
-            "mean": float(brightness.mean()), "deviation": float(brightness.std()),
-            "real_mean": float(real_brightness.mean()), "real_deviation": float(real_brightness.std()),
+            "mean": float(brightness.mean()),
+            "deviation": float(brightness.std()),
+            "real_mean": float(real_brightness.mean()),
+            "real_deviation": float(real_brightness.std()),
             "wasserstein": float(wasserstein_distance(brightness, real_brightness)),
             "wasserstein_floor": float(wasserstein_distance(other_brightness[: len(own)], real_brightness)),
-            "frechet": frechet.value, "frechet_interval": frechet.interval, "frechet_floor": frechet.floor,
-        }  # fmt: skip
+            "frechet": frechet.value,
+            "frechet_interval": frechet.interval,
+            "frechet_floor": frechet.floor,
+        }
     return found
 
 
 def picture(brightness: dict[str, Tensor], test: Data, file: Path) -> None:
-    """Histograms of the images' brightness: one panel a class, the test images filled."""
+    """Histograms of the images' brightness, one panel per class; the test images are filled."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,14 +232,14 @@ def main() -> None:
 
     def images(n: int) -> tuple[Tensor, Tensor]:
         assert data.labels is not None
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED))[:n]
-        return to_float(data.images(chosen)), data.labels[chosen]
+        indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED))[:n]
+        return to_float(data.images(indices)), data.labels[indices]
 
-    task = Task(table, UniPC(2), torch.tensor([1.0, 0.0]), (1, 28, 28), images=images, n=len(data))
+    task = TuningTask(table, UniPC(2), torch.tensor([1.0, 0.0]), (1, 28, 28), images=images, n=len(data))
     tuned = FirstStep().tune(task)
     start = SingDiffusion().bind({}, tuned.parts)
     rows = torch.stack([(data.labels == c).nonzero()[: args.n, 0] for c in (0, 1)], 1).flatten()
-    ways: dict[str, tuple[Denoiser, Any]] = {
+    variants: dict[str, tuple[Denoiser, Any]] = {
         "from N(0, I)": (table, None),
         "singdiffusion": (table, start),
         "singdiffusion, undivided": (table, SingDiffusion(divide=False, net=start.net)),
@@ -245,12 +250,12 @@ def main() -> None:
     results: list[dict[str, Any]] = [{"first_step": tuned.figures}]
     for scale in args.scales:
         brightness = {}
-        for name, (model, begin) in ways.items():
+        for name, (model, begin) in variants.items():
             if (scale == 1 and "undivided" in name) or (scale != 1 and "real" in name):
                 continue
             made = sample(model, args.n, scale, begin)
             brightness[name] = made.mean((1, 2, 3))
-            results.append({"way": name, "guidance_scale": scale, **judge(made, test, data, references)})
+            results.append({"way": name, "guidance_scale": scale, **evaluate(made, test, data, references)})
             print(json.dumps(results[-1]), flush=True)
             (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         picture(brightness, test, args.out / f"brightness-{scale:g}.png")

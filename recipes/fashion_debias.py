@@ -1,26 +1,26 @@
-"""Distribution guidance on a teacher that learned an imbalance of nine to one.
+"""Distribution guidance of a teacher trained on an imbalance of nine to one.
 
     python -m recipes.fashion_debias --out runs/debias
     python -m recipes.fashion_debias --out runs/debias --bundle hasten/zoo/fashion_attributes
 
-The bundled teacher is trained on, without labels, on 30,000 tops and dresses and 3,333 shoes; linear classifiers of its
-middle features learn the group from pseudo-labels of 6,000 of these images (right in 92 % at t > .8, 99 % below, where
-90 % are tops). Then 500 images, seeds 5000 to 5499, batches of 100, UniPC-2 with 12 steps; one core, bf16; groups told
-by the bundled classifier (A tops, B shoes). Frechet: to 3,000 + 3,000 real training images; precision B: of the
-generated shoes against 2,000 real ones; CPU seconds for all 500:
+The bundled teacher is fine-tuned, without labels, on 30,000 tops and dresses and 3,333 shoes; linear classifiers of its
+middle features learn the group from pseudo-labels of 6,000 of these images (accuracy 92 % at t > .8, 99 % below, where
+90 % are tops). Then 500 images, seeds 5000 to 5499, batches of 100, UniPC-2 with 12 steps; one core, bf16; groups by
+the bundled classifier (A tops, B shoes). Frechet: to 3,000 + 3,000 real training images; precision B: of the generated
+shoes against 2,000 real ones; CPU seconds for all 500:
 
-| | share of B | Frechet | precision A | precision B | CPU s |
+| | fraction of B | Frechet | precision A | precision B | CPU s |
 | --- | --- | --- | --- | --- | --- |
 | as learned | .104 | 15.5 | .870 | .725 (51 images) | 15.4 |
 | to 50:50 | .500 | 2.31 | .884 | .763 | 16.7 |
 | to 30:70 | .651 | 4.07 | .874 | .738 | 16.3 |
 
-No loss of precision within a group can be seen; among 51 images its standard error is .06. Sampling on and throwing
-tops away would need 1 / (2 x .104) = 4.8 times the images for 50:50.
+There is no significant loss of precision within a group; for 51 images its standard error is .06. Rejection sampling
+of tops would need 1 / (2 x .104) = 4.8 times the images for 50:50.
 
-The default scale was chosen on seeds 1000 to 1199, 200 images a setting (unguided: B .066, precision B .92 of 13):
+The default scale was selected on seeds 1000 to 1199, 200 images a setting (unguided: B .066, precision B .92 of 13):
 
-| along, temperature, scale | share of B | precision B |
+| along, temperature, scale | fraction of B | precision B |
 | --- | --- | --- |
 | means, 1, 1 / 2 / 4 / 8 | .173 / .245 / .320 / .430 | .79 / .84 / .77 / .83 |
 | means, 1, 16 / 32 | .500 / .508 | .84 / .83 |
@@ -28,13 +28,13 @@ The default scale was chosen on seeds 1000 to 1199, 200 images a setting (unguid
 | gradient, 1, 100 / 300 | .119 / .135 | .70 / .23 |
 | gradient, 8, 1000 / 3000 | .152 / .235 | .55 / .15 |
 
-So the paper's direction, the gradient of the classifier, did not reach the ratio here at any scale that left shoes
-recognisable. That is with these classifiers of pooled features; the paper's read every feature, which was not measured.
+So the paper's direction, the gradient of the classifier, did not reach the ratio here at any scale with recognisable
+shoes. These classifiers read pooled features; the paper's read all features, which was not measured.
 
 Not measured yet, though in the table of settings: other scales on 500 images, 70:30, DDIM, two attributes at once.
 
-The teacher's 260 steps were run in three pieces on a busy machine: 190 on a cosine of their own that ended at rate 0,
-then 63 on one of 400 steps, then 7 on one of 260. A run in one piece will differ a little.
+The teacher's 260 steps were run in three parts: 190 with a cosine decay to 0, then 63 of a decay over 400 steps, then 7
+of one over 260. A single run will differ slightly.
 
 The bundled teacher itself, sampled without labels (300 images, 3 batches of 100, seeds from 5000): total variation of
 a batch's classes from uniform .117 (sd .031) as it is, .043 (sd .015) steered with `distribution:classes=uniform`.
@@ -67,11 +67,11 @@ from hasten.sampling import Noise
 from hasten.train.data import Batches, Data, open_data
 from hasten.train.fit import Ema, Fit
 from hasten.train.losses import DenoisingLoss
-from hasten.train.player import TrainedModule
-from hasten.tuning import Task
+from hasten.train.trained_module import TrainedModule
+from hasten.tuning import TuningTask
 from hasten.tuning.attributes import AttributePredictor
 
-DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+DATA = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
 GROUPS = ((0, 2, 3, 4, 6), (5, 7, 9))  # tops and dresses; footwear
 SEED, TRAIN_BATCH, STEPS = 0, 128, 260
 IMAGES, BATCH, FIRST = 500, 100, 5000
@@ -84,7 +84,9 @@ SETTINGS: dict[str, tuple[tuple[Distribution, ...], tuple[str, str, int], int]] 
     "50:50": ((GUIDE,), UNIPC, IMAGES),
     "30:70": ((replace(GUIDE, classes=(0.3, 0.7)),), UNIPC, IMAGES),
     "50:50 and three quarters bright": (
-        (GUIDE, Distribution(classes=(0.25, 0.75), attribute="brightness")), UNIPC, 300,
+        (GUIDE, Distribution(classes=(0.25, 0.75), attribute="brightness")),
+        UNIPC,
+        300,
     ),
     "as learned, DDIM": ((), DDIM, 200),
     "50:50, DDIM": ((GUIDE,), DDIM, 200),
@@ -94,23 +96,25 @@ SETTINGS: dict[str, tuple[tuple[Distribution, ...], tuple[str, str, int], int]] 
     "50:50, along the gradient, scale 100": ((replace(GUIDE, along="gradient", scale=100.0),), UNIPC, 200),
     "50:50, along the gradient, scale 300": ((replace(GUIDE, along="gradient", scale=300.0),), UNIPC, 200),
     "50:50, gradient, temperature 8, scale 3000": (
-        (replace(GUIDE, along="gradient", temperature=8.0, scale=3000.0),), UNIPC, 200,
+        (replace(GUIDE, along="gradient", temperature=8.0, scale=3000.0),),
+        UNIPC,
+        200,
     ),
-}  # fmt: skip
+}
 
 
 def imbalanced(data: str = DATA) -> Data:
     """The training images of both groups, nine of the first to one of the second, shuffled, without labels."""
     full = open_data(data, split="train")
     assert full.labels is not None
-    many, few = (torch.isin(full.labels, torch.tensor(group)).nonzero()[:, 0] for group in GROUPS)
-    order = torch.randperm(len(few), generator=torch.Generator().manual_seed(SEED))
-    chosen = torch.cat([many, few[order[: len(many) // 9]]])
-    return Data.of(full.images(chosen), source=f"{data}, 9:1")
+    majority, minority = (torch.isin(full.labels, torch.tensor(group)).nonzero()[:, 0] for group in GROUPS)
+    order = torch.randperm(len(minority), generator=torch.Generator().manual_seed(SEED))
+    indices = torch.cat([majority, minority[order[: len(majority) // 9]]])
+    return Data.of(full.images(indices), source=f"{data}, 9:1")
 
 
 def teacher(out: Path, data: str = DATA, steps: int = STEPS) -> Denoiser:
-    """The bundled teacher, trained on as an unconditional model (null label only) of the imbalanced images."""
+    """The bundled teacher, fine-tuned as an unconditional model (null label only) of the imbalanced images."""
     denoiser = hasten.load("fashion").denoiser.requires_grad_(True)
     loss = DenoisingLoss(label_drop=0.0)
     player = TrainedModule(
@@ -124,10 +128,15 @@ def teacher(out: Path, data: str = DATA, steps: int = STEPS) -> Denoiser:
 
 def learn(denoiser: Denoiser, images: Tensor, labels: Tensor | None, tuner: AttributePredictor) -> Attributes:
     """The classifiers of the denoiser's middle features under the null label."""
-    task = Task(
-        denoiser, pick("samplers", "unipc"), pick("times", UNIPC[1])(denoiser.schedule, UNIPC[2]), (1, 28, 28),
-        images=lambda n: (images, labels), n=len(images), seed=SEED,
-    )  # fmt: skip
+    task = TuningTask(
+        denoiser,
+        pick("samplers", "unipc"),
+        pick("times", UNIPC[1])(denoiser.schedule, UNIPC[2]),
+        (1, 28, 28),
+        images=lambda n: (images, labels),
+        n=len(images),
+        seed=SEED,
+    )
     with torch.autocast("cpu", torch.bfloat16):
         tuned = tuner.tune(task)
     print(json.dumps(tuned.figures), flush=True)
@@ -148,7 +157,7 @@ def sample(denoiser: nn.Module, setting: tuple[str, str, int], n: int) -> Tensor
     return torch.cat(images)
 
 
-class Judge:
+class Evaluator:
     """Ratios, distances and precision of images, by the bundled classifier and its features."""
 
     def __init__(self, data: str) -> None:
@@ -170,8 +179,8 @@ class Judge:
         result: dict[str, float | int | list[int]] = {"images": len(images)}
         result["classes"] = torch.bincount(label, minlength=10).tolist()
         inside = [torch.isin(label, torch.tensor(group)) for group in GROUPS]
-        share = float(inside[1].sum() / (inside[0] | inside[1]).sum())
-        result["share"], result["other"] = round(share, 4), int((~inside[0] & ~inside[1]).sum())
+        fraction = float(inside[1].sum() / (inside[0] | inside[1]).sum())
+        result["share"], result["other"] = round(fraction, 4), int((~inside[0] & ~inside[1]).sum())
         result["bright"] = round(float((images.flatten(1).mean(1) > median).double().mean()), 4)
         measures = evaluate_features(features, self.balanced, bootstrap=0)
         result |= {key: round(measures[key].value, 3) for key in ("frechet", "kid", "precision", "recall")}
@@ -185,8 +194,8 @@ class Judge:
         return result
 
 
-def measure(out: Path, denoiser: Denoiser, part: Attributes, judge: Judge, median: float) -> None:
-    """Every setting that `out` does not hold yet, one JSON line each."""
+def measure(out: Path, denoiser: Denoiser, part: Attributes, evaluator: Evaluator, median: float) -> None:
+    """Measure every setting that is not in `out` yet, one JSON line each."""
     done = {line["name"] for line in read_json_lines(out)}
     for name, (guides, setting, n) in SETTINGS.items():
         if name in done:
@@ -197,7 +206,7 @@ def measure(out: Path, denoiser: Denoiser, part: Attributes, judge: Judge, media
         begin = time.process_time()
         images = sample(steered, setting, n)
         seconds = time.process_time() - begin
-        line = {"name": name, "cpu seconds": round(seconds, 1), **judge(images, median)}
+        line = {"name": name, "cpu seconds": round(seconds, 1), **evaluator(images, median)}
         print(json.dumps(line), flush=True)
         append_json_line(out, line)
 
@@ -225,9 +234,11 @@ def uniform(part: Attributes, n: int = 300) -> None:
         logits = extract(net, sample(steered, UNIPC, n))[1]
         assert logits is not None
         batches = torch.stack([torch.bincount(b.argmax(1), minlength=10) for b in logits.split(BATCH)]).double()
-        apart = (batches / BATCH - 0.1).abs().sum(1) / 2
-        told = f"total variation from uniform in a batch {apart.mean():.3f} (sd {apart.std():.3f})"
-        print(f"{name}: {batches.sum(0).int().tolist()}, {told}", flush=True)
+        total_variation = (batches / BATCH - 0.1).abs().sum(1) / 2
+        summary = (
+            f"total variation from uniform in a batch {total_variation.mean():.3f} (sd {total_variation.std():.3f})"
+        )
+        print(f"{name}: {batches.sum(0).int().tolist()}, {summary}", flush=True)
 
 
 def real(data: Data, rows: Tensor) -> Tensor:
@@ -249,15 +260,15 @@ def main() -> None:
     data = imbalanced(args.data)
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED + 1))[:6000]
     images = real(data, rows)
-    known = args.out / "attributes.pt"
-    if known.exists():
-        part = Attributes(**torch.load(known, weights_only=True)["config"])
-        part.load_state_dict(torch.load(known, weights_only=True)["state"])
+    weights_file = args.out / "attributes.pt"
+    if weights_file.exists():
+        part = Attributes(**torch.load(weights_file, weights_only=True)["config"])
+        part.load_state_dict(torch.load(weights_file, weights_only=True)["state"])
     else:
         part = learn(denoiser, images, None, AttributePredictor(("group", "brightness"), groups=GROUPS))
-        torch.save({"config": part.config, "state": part.state_dict()}, known)
+        torch.save({"config": part.config, "state": part.state_dict()}, weights_file)
     median = float(images.flatten(1).mean(1).median())
-    measure(args.out / "figures.jsonl", denoiser, part, Judge(args.data), median)
+    measure(args.out / "figures.jsonl", denoiser, part, Evaluator(args.data), median)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The steps that dynamic programming finds for the bundled Fashion-MNIST teacher: their bound, and their images.
+"""Time grids by dynamic programming for the bundled Fashion-MNIST teacher: likelihood bound and image quality.
 
     python -m recipes.fashion_dynamic_programming --out dp.json --measure
 
 Bits per dimension of the likelihood bound for each number of steps, against uniform, quadratic, Karras and lambda times
-snapped to the same 500 candidates (none may be better); with --measure the Frechet distance of 2,000 images too (seeds
-0 .. 1999, guidance 1, bf16), beside the default grid, lambda:low=0.03.
+snapped to the same 500 candidates (none can be better); with --measure also the Frechet distance of 2,000 images
+(seeds 0 .. 1999, guidance 1, bf16), compared with the default grid, lambda:low=0.03.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from hasten.pick import pick
 from hasten.plan.draw import draw
 from hasten.sampling import Noise
 from hasten.times import Karras, Quadratic, UniformLambda, UniformTime
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.dynamic_programming import DynamicProgramming, candidate_times, shortest_paths
 from hasten.tuning.moments import Moments
 from recipes.fashion_moments import task
 
 DATA = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
 GRID = "lambda:low=0.03"
-LAWS = {"uniform": UniformTime(), "quadratic": Quadratic(), "karras": Karras(), "lambda": UniformLambda()}
+SPACINGS = {"uniform": UniformTime(), "quadratic": Quadratic(), "karras": Karras(), "lambda": UniformLambda()}
 ROWS = (("ddpm", "small"), ("ddim", "small"), ("analytic", "analytic"))
 
 
-def snapped(grid: Tensor, times: Tensor) -> list[int]:
-    """Distinct nodes of the candidates `grid` nearest to these ascending times, both ends kept."""
+def snap(grid: Tensor, times: Tensor) -> list[int]:
+    """Distinct nodes of the candidates `grid` nearest to these ascending times, both ends included."""
     path = [0]
     for k, t in enumerate(times[1:-1].tolist()):
         nearest = int((grid - t).abs().argmin())
@@ -45,7 +45,7 @@ def snapped(grid: Tensor, times: Tensor) -> list[int]:
 
 
 def bounds(statistics: dict[str, Tensor], variance: str, most: int) -> tuple[dict[int, dict[str, float]], float]:
-    """Bits per dimension of the chain alone (without the prior's) by steps, and the least that is gained over a law."""
+    """Bits per dimension of the chain without the prior, by steps, and the smallest gain over a fixed spacing."""
     schedule = hasten.load("fashion").denoiser.schedule
     tuner = DynamicProgramming(variance).bind(statistics, {})
     grid = candidate_times(schedule, schedule.t_max, tuner.candidates)
@@ -53,40 +53,40 @@ def bounds(statistics: dict[str, Tensor], variance: str, most: int) -> tuple[dic
     best = shortest_paths(costs, most).cost[:, -1].tolist()
     table = {}
     for N in range(1, most + 1):
-        paths = {name: snapped(grid, law(schedule, N).flip(0)) for name, law in LAWS.items()}
+        paths = {name: snap(grid, spacing(schedule, N).flip(0)) for name, spacing in SPACINGS.items()}
         table[N] = {name: sum(costs[s, r].item() for s, r in zip(path, path[1:])) for name, path in paths.items()}
         table[N]["dynamic_programming"] = best[N]
-    gains = [row[name] - best[N] for N, row in table.items() for name in LAWS if N > 1]  # one step is one step
+    gains = [row[name] - best[N] for N, row in table.items() for name in SPACINGS if N > 1]  # one step has no free node
     return table, min(gains)
 
 
-def measure(statistics: dict[str, Tensor], counts: list[int], n: int, known: dict[str, Any], save: Any) -> None:
-    """Adds the figures that are missing."""
+def measure(statistics: dict[str, Tensor], counts: list[int], n: int, results: dict[str, Any], save: Any) -> None:
+    """Add the missing measurements."""
     model = hasten.load("fashion")
     schedule, labels = model.denoiser.schedule, torch.arange(n) % 10
     for steps in counts:
         for name, variance in ROWS:
             for tuned in (False, True):
                 key = f"{name} | {'dynamic_programming:variance=' + variance if tuned else GRID} | {steps} | {n}"
-                if key in known:
+                if key in results:
                     continue
                 sampler, times = pick("samplers", name), pick("times", GRID)(schedule, steps)
                 if hasattr(sampler, "bind"):
                     sampler = sampler.bind(statistics, {})
-                given = Task(denoiser=model.denoiser, sampler=sampler, times=times, shape=model.shape)
+                tuning_task = TuningTask(denoiser=model.denoiser, sampler=sampler, times=times, shape=model.shape)
                 if tuned:
-                    found = DynamicProgramming(variance).bind(statistics, {}).tune(given).plan
-                    assert found is not None
-                    times = found.times
+                    best_plan = DynamicProgramming(variance).bind(statistics, {}).tune(tuning_task).plan
+                    assert best_plan is not None
+                    times = best_plan.times
                 images = []
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                     for part in torch.arange(n).split(100):
                         noise = Noise(part.tolist(), model.shape)
                         images.append(draw(model.denoiser, sampler, times, noise, label=labels[part]).float())
                 figures = evaluate_images(torch.cat(images).clamp(-1, 1), labels, "fashion", "fashion", range(n))
-                known[key] = {k: figures[k].value for k in ("frechet", "accuracy")}
-                known[key]["interval"] = figures["frechet"].interval
-                print(key, known[key], flush=True)
+                results[key] = {k: figures[k].value for k in ("frechet", "accuracy")}
+                results[key]["interval"] = figures["frechet"].interval
+                print(key, results[key], flush=True)
                 save()
 
 
@@ -100,26 +100,26 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2000)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    told: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"bits": {}, "images": {}}
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"bits": {}, "images": {}}
     model = hasten.load("fashion")
     statistics = model.statistics
     if "mse" not in statistics:
-        begin = time.process_time()
+        start = time.process_time()
         statistics = Moments(times=40, images=300).tune(task(args.data)).statistics
-        print(f"squared errors measured on 300 images: cpu {time.process_time() - begin:.0f} s", flush=True)
+        print(f"squared errors measured on 300 images: cpu {time.process_time() - start:.0f} s", flush=True)
     for variance in ("small", "large", "analytic"):
         table, gain = bounds(statistics, variance, args.most)
-        told["bits"][variance] = table
+        results["bits"][variance] = table
         print(f"{variance}: least gain over a grid on the same candidates {gain:.3g} bits per dimension")
         for N in (n for n in (4, 8, 16, 32, 64) if n <= args.most):
             print(f"  {N:3d} steps", {name: float(f"{value:.4g}") for name, value in table[N].items()})
 
     def save() -> None:
-        args.out.write_text(json.dumps(told, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
     save()
     if args.measure:
-        measure(statistics, args.counts, args.n, told["images"], save)
+        measure(statistics, args.counts, args.n, results["images"], save)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the noise estimator of the bundled Fashion-MNIST teacher, and measure what sampling gains by it.
+"""Train the noise estimator of the bundled Fashion-MNIST teacher, and measure its effect on sampling.
 
     python -m recipes.fashion_noise_level --out fashion-noise-level --measure
 
@@ -34,24 +34,24 @@ SAMPLERS = (
 
 
 def measure(folder: Path, samplers: list[str], counts: list[int], n: int) -> None:
-    """Adds to `folder/figures.json` what it lacks; prints each row."""
+    """Add missing entries to `folder/figures.json` and print each."""
     model = hasten.load(folder)
     file = folder / "figures.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    results = json.loads(file.read_text()) if file.exists() else {}
     for steps in counts:
         for sampler in samplers:
             key = f"{sampler} | {GRID} | {steps} | {n}"
-            if key in known:
+            if key in results:
                 continue
-            begin = time.process_time()
+            start = time.process_time()
             images = model.sample(
-                n, sampler=sampler, times=GRID, steps=steps, guidance_scale=1.0, runtime="bf16", batch_size=100
+                n, sampler=sampler, times=GRID, steps=steps, guidance_scale=1.0, precision="bf16", batch_size=100
             )
-            found = evaluate_images(images, model.labels(n), "fashion", "fashion", range(n))
-            known[key] = {name: found[name].value for name in ("frechet", "accuracy", "precision", "recall")}
-            known[key] |= {"interval": found["frechet"].interval, "cpu_seconds": time.process_time() - begin}
-            file.write_text(json.dumps(known, indent=1) + "\n")
-            print(key, known[key], flush=True)
+            measures = evaluate_images(images, model.labels(n), "fashion", "fashion", range(n))
+            results[key] = {name: measures[name].value for name in ("frechet", "accuracy", "precision", "recall")}
+            results[key] |= {"interval": measures["frechet"].interval, "cpu_seconds": time.process_time() - start}
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            print(key, results[key], flush=True)
 
 
 def main() -> None:
@@ -68,10 +68,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not (args.out / "model.json").exists():
-        begin = time.process_time()
+        start = time.process_time()
         method = f"noise_level:steps={args.steps},minutes=600"
-        told = tune_model(hasten.load("fashion"), args.out, method, data=args.data, seed=args.seed)
-        print(told["figures"], f"cpu {time.process_time() - begin:.0f} s", flush=True)
+        record = tune_model(hasten.load("fashion"), args.out, method, data=args.data, seed=args.seed)
+        print(record["figures"], f"cpu {time.process_time() - start:.0f} s", flush=True)
     if args.measure:
         measure(args.out, args.samplers, args.counts, args.n)
 

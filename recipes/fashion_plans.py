@@ -1,10 +1,10 @@
-"""Fit the bundled teacher's own few-step plans.
+"""Fit few-step plans of the bundled teacher.
 
     python -m recipes.fashion_plans --out hasten/zoo/fashion/plans
     python -m recipes.fashion_plans --out hasten/zoo/fashion/plans --guidance-scale 1.25
 
-Writes `fitted-N.json`, with guidance `fitted-N-gS.json`, for N in `--steps`. A plan that is there is not fitted again.
-Calibration noises have seeds from 1,000,000, far from those of any evaluation. A guided plan is fitted on the guided
+Writes `fitted-N.json`, with guidance `fitted-N-gS.json`, for N in `--steps`. Existing plans are not fitted again.
+Calibration noises have seeds from 1,000,000, disjoint from those of evaluations. A guided plan is fitted on the guided
 denoiser. The target is 24 steps of UniPC-3 that end at q = .06 (t = .038).
 """
 
@@ -21,25 +21,32 @@ from hasten.plan import Plan
 from hasten.samplers import UniPC
 from hasten.times import UniformLambda
 from hasten.train.data import open_data
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.fitted_plan import FittedPlan
 
 SEED, LOW = 1_000_000, 0.038
-DATA = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+DATA = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
 
 
 def fit(steps: int, guidance_scale: float, n: int, options: FittedPlan, data: str) -> tuple[Plan, dict[str, float]]:
-    """The fitted plan of one number of steps, and what it reached."""
+    """The fitted plan for one number of steps, and its figures."""
     model, real = load("fashion"), open_data(data, split="train")
 
     def images(count: int) -> tuple[torch.Tensor, None]:
-        chosen = torch.randperm(60_000, generator=torch.Generator().manual_seed(SEED))[:count]
-        return real.images(chosen).float() / 127.5 - 1, None
+        indices = torch.randperm(60_000, generator=torch.Generator().manual_seed(SEED))[:count]
+        return real.images(indices).float() / 127.5 - 1, None
 
-    task = Task(
-        model.guided(guidance_scale), UniPC(3), UniformLambda(low=0.03)(model.denoiser.schedule, steps), model.shape,
-        labels=lambda count: torch.arange(count) % 10, images=images, seed=SEED, n=n, identity=model.sha256 or "",
-    )  # fmt: skip
+    task = TuningTask(
+        model.guided(guidance_scale),
+        UniPC(3),
+        UniformLambda(low=0.03)(model.denoiser.schedule, steps),
+        model.shape,
+        labels=lambda count: torch.arange(count) % 10,
+        images=images,
+        seed=SEED,
+        n=n,
+        identity=model.sha256 or "",
+    )
     with torch.autocast("cpu", torch.bfloat16):
         tuned = options.tune(task)
     assert tuned.plan is not None
@@ -74,11 +81,11 @@ def main() -> None:
         file = args.out / f"fitted-{steps}{scale}.json"
         if file.exists():
             continue
-        begun = time.process_time()
+        start = time.process_time()
         plan, figures = fit(steps, args.guidance_scale, args.n, options, args.data)
         file.write_text(plan.to_json() + "\n")
-        told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(f"{file.name}: {told}, {time.process_time() - begun:.0f} CPU seconds", flush=True)
+        summary = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(f"{file.name}: {summary}, {time.process_time() - start:.0f} CPU seconds", flush=True)
 
 
 if __name__ == "__main__":

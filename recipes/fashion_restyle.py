@@ -1,4 +1,4 @@
-"""Restyling of Fashion-MNIST's test images: the distilled pair against DDIM there and back.
+"""Restyling of Fashion-MNIST's test images: the distilled pair against DDIM inversion and sampling.
 
     hasten distill runs/guided/guidance --data /usr/share/datasets/fashion-mnist --out runs/encoder \
         --method 'encoder:steps=(16,),start=64,lr=1e-3' --evaluations 1e5 --batch-size 64
@@ -6,10 +6,11 @@
         --method 'guided:steps=(16,),start=64' --evaluations 1e5 --batch-size 64
     python -m recipes.fashion_restyle --encoder runs/encoder --decoder runs/decoder --out runs/restyle
 
-The images of one class are encoded without guidance and decoded as another class. One JSON line a way: evaluations an
-image; accuracy: share that the bundled classifier takes for the target class; kept: correlation of the 7x7 block means
-of result and source, beside chance, that of results and other sources of the same class; rms: to what DDIM there and
-back makes with --fine steps each way. The picture has a block for each pair of classes: the sources, then a row a way.
+The images of one class are encoded without guidance and decoded as another class. One JSON line per method: model
+evaluations per image; accuracy: fraction classified as the target class by the bundled classifier; kept: correlation of
+the 7x7 block means of result and source; chance: that of results and other sources of the same class; rms: difference
+from DDIM inversion and sampling with --fine steps each. The picture has a block per pair of classes: the sources, then
+a row per method.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hasten
-from hasten.files import write
-from hasten.images import grid, png
+from hasten.files import write_file
+from hasten.images import encode_png, make_image_grid
 from hasten.metrics import feature_net
 from hasten.tasks.style_transfer import restyle
 from hasten.train import open_data
@@ -36,7 +37,7 @@ SHOWN = 8
 
 
 def layout(x: Tensor) -> Tensor:
-    """Block means (n, 49) without their own mean, of length one: products of two are correlations."""
+    """Centred block means (n, 49) of unit norm, whose inner products are correlations."""
     blocks = F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 7).flatten(1)
     blocks = blocks - blocks.mean(1, keepdim=True)
     return F.normalize(blocks, dim=1)
@@ -44,47 +45,54 @@ def layout(x: Tensor) -> Tensor:
 
 def figures(results: list[Tensor], sources: list[Tensor], fine: list[Tensor], targets: list[int]) -> dict[str, float]:
     """Means over the pairs of classes."""
-    net, told = feature_net("fashion"), {"accuracy": [], "kept": [], "chance": [], "rms": []}  # type: ignore[var-annotated]
+    net, totals = feature_net("fashion"), {"accuracy": [], "kept": [], "chance": [], "rms": []}  # type: ignore[var-annotated]
     for made, source, truth, target in zip(results, sources, fine, targets, strict=True):
         with torch.no_grad():
-            told["accuracy"].append((net(made)[1].argmax(1) == target).float().mean())
-        told["kept"].append((layout(made) * layout(source)).sum(1).mean())
-        told["chance"].append((layout(made) * layout(source.roll(1, 0))).sum(1).mean())
-        told["rms"].append((made - truth).square().mean().sqrt())
-    return {name: float(torch.stack(values).mean()) for name, values in told.items()}
+            totals["accuracy"].append((net(made)[1].argmax(1) == target).float().mean())
+        totals["kept"].append((layout(made) * layout(source)).sum(1).mean())
+        totals["chance"].append((layout(made) * layout(source.roll(1, 0))).sum(1).mean())
+        totals["rms"].append((made - truth).square().mean().sqrt())
+    return {name: float(torch.stack(values).mean()) for name, values in totals.items()}
 
 
 def main(
-    *, encoder: Path, decoder: Path, out: Path, teacher: str = "fashion", data: str = DATA, n: int = 32,
-    fine: int = 128, guidance_scale: float = 2.0,
-) -> None:  # fmt: skip
-    """Restyle by all ways, and write `rows.jsonl` and `restyled.png`."""
-    whole, up, down = hasten.load(teacher), hasten.load(encoder), hasten.load(decoder)
+    *,
+    encoder: Path,
+    decoder: Path,
+    out: Path,
+    teacher: str = "fashion",
+    data: str = DATA,
+    n: int = 32,
+    fine: int = 128,
+    guidance_scale: float = 2.0,
+) -> None:
+    """Restyle with all methods, and write `rows.jsonl` and `restyled.png`."""
+    base, up, down = hasten.load(teacher), hasten.load(encoder), hasten.load(decoder)
     test = open_data(data, split="test")
-    assert test.labels is not None and whole.classes is not None
-    few = (up.steps, down.steps)
-    ways: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-        f"DDIM, {fine} + {fine} steps": (whole, whole, {"encode_steps": fine, "decode_steps": fine}),
-        f"DDIM, {few[0]} + {few[1]} steps": (whole, whole, {"encode_steps": few[0], "decode_steps": few[1]}),
-        f"distilled pair, {few[0]} + {few[1]} steps": (up, down, {}),
+    assert test.labels is not None and base.classes is not None
+    short = (up.steps, down.steps)
+    methods: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        f"DDIM, {fine} + {fine} steps": (base, base, {"encode_steps": fine, "decode_steps": fine}),
+        f"DDIM, {short[0]} + {short[1]} steps": (base, base, {"encode_steps": short[0], "decode_steps": short[1]}),
+        f"distilled pair, {short[0]} + {short[1]} steps": (up, down, {}),
     }
-    sources, targets, made = [], [], {name: [] for name in ways}  # type: ignore[var-annotated]
+    sources, targets, made = [], [], {name: [] for name in methods}  # type: ignore[var-annotated]
     rows: list[dict[str, Any]] = []
     for first, second in PAIRS:
-        own, other = whole.class_index(first), whole.class_index(second)
-        chosen = (test.labels == own).nonzero()[:n, 0].tolist()
-        sources.append(test.images(chosen).float() / 127.5 - 1)
+        own, other = base.class_index(first), base.class_index(second)
+        indices = (test.labels == own).nonzero()[:n, 0].tolist()
+        sources.append(test.images(indices).float() / 127.5 - 1)
         targets.append(other)
     spent = {}
-    for name, (encodes, decodes, steps) in ways.items():
+    for name, (encodes, decodes, steps) in methods.items():
         ddim = {} if decodes is down else {"sampler": "ddim", "times": "trailing"}
         for (first, second), source in zip(PAIRS, sources, strict=True):
             done = restyle(encodes, decodes, source, first, second, guidance_scale=guidance_scale, **steps, **ddim)
             made[name].append(done.images)
             spent[name] = done.evaluations
     out.mkdir(parents=True, exist_ok=True)
-    truth = made[next(iter(ways))]
-    for name in ways:
+    truth = made[next(iter(methods))]
+    for name in methods:
         row = {
             "way": name,
             "evaluations": spent[name],
@@ -95,9 +103,9 @@ def main(
         print(json.dumps(row), flush=True)
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     blocks = [
-        torch.cat([source[:SHOWN], *(made[name][k][:SHOWN] for name in ways)]) for k, source in enumerate(sources)
+        torch.cat([source[:SHOWN], *(made[name][k][:SHOWN] for name in methods)]) for k, source in enumerate(sources)
     ]
-    write(out / "restyled.png", png(grid(torch.cat(blocks), SHOWN)))
+    write_file(out / "restyled.png", encode_png(make_image_grid(torch.cat(blocks), SHOWN)))
 
 
 if __name__ == "__main__":

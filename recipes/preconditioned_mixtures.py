@@ -1,4 +1,4 @@
-"""How far `preconditioned` is from the exact flow, on mixtures that nothing was tuned on, beside UniPC on six grids.
+"""How far `preconditioned` is from the exact flow, on held-out mixtures, compared with UniPC on six grids.
 
 python -m recipes.preconditioned_mixtures
 """
@@ -54,67 +54,67 @@ def problem(name: str, schedule: Schedule) -> GaussianMixture:
 
 
 def statistics(model: GaussianMixture, moments: str, samples: int = 500) -> dict[str, Tensor]:
-    """Exact mean and covariance, and what 500 data points and the denoiser say of the local variances."""
+    """Exact mean and covariance, and the local variances from 500 data points and the denoiser."""
     w, mu = model.weights, model.means
     mean = w @ mu
     covariance = torch.diag(w @ model.variances) + torch.einsum("k,ki,kj->ij", w, mu - mean, mu - mean)
-    told = {"mean": mean, "covariance": covariance}
+    base = {"mean": mean, "covariance": covariance}
     v, U = torch.linalg.eigh(covariance)
     levels = torch.logspace(-2, 1.2, 24, dtype=torch.float64)
     x = model.sample(samples, torch.Generator().manual_seed(5))
     measured = local_variance(model, x, levels, Basis(mean, v, "matrix", U), batch=samples)
-    return {**told, "local_levels": levels, "local_variance": measured} if moments == "local" else told
+    return {**base, "local_levels": levels, "local_variance": measured} if moments == "local" else base
 
 
 def methods(model: GaussianMixture) -> dict[str, Preconditioned]:
     """The sampler with local variances, with the covariance only, and with one variance and the largest."""
     full = Preconditioned(moments="full")
-    told = statistics(model, "full")
-    top, scalar = float(torch.linalg.eigvalsh(told["covariance"])[-1].sqrt()), told["covariance"].diagonal().mean()
+    base = statistics(model, "full")
+    top, scalar = float(torch.linalg.eigvalsh(base["covariance"])[-1].sqrt()), base["covariance"].diagonal().mean()
     return {
         "local": full.bind(statistics(model, "local"), {}),
-        "covariance": full.bind(told, {}),
-        "scalar": Preconditioned(basis=Basis(told["mean"], scalar), top=top),
+        "covariance": full.bind(base, {}),
+        "scalar": Preconditioned(basis=Basis(base["mean"], scalar), top=top),
     }
 
 
 def starts(model: GaussianMixture, rows: int, seed: int, q0: float) -> tuple[Tensor, Tensor]:
-    """y at q0 and where the exact flow takes it."""
+    """y at q0 and the end of the exact flow from it."""
     y = torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, model.means.shape[1])))
     y = y * math.sqrt(1 + q0**2)
     exact = GaussianMixture(model.weights, model.means, model.variances, TRUTH)
     return y, exact.ode(y, TRUTH.time(-math.log(q0)), 0.0, rtol=1e-8, atol=1e-9)
 
 
-def error(found: Tensor, wanted: Tensor) -> tuple[float, float]:
-    """RMS over everything, and the median over samples of each one's."""
-    square = (found - wanted).square().mean(1)
+def error(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """RMS over all entries, and the median over samples of each sample's RMS."""
+    square = (found - exact).square().mean(1)
     return float(square.mean().sqrt()), float(square.sqrt().median())
 
 
-def unipc(model: GaussianMixture, x: Tensor, wanted: Tensor, steps: int, schedule: Schedule) -> tuple[float, float]:
-    """The least error of UniPC-2 and -3 over six grids, a choice made for each cell: a favourable bar."""
+def unipc(model: GaussianMixture, x: Tensor, exact: Tensor, steps: int, schedule: Schedule) -> tuple[float, float]:
+    """The least error of UniPC-2 and -3 over six grids, selected for each cell, in its favour."""
     grids = [UniformLambda(), UniformTime(), Trailing(), Karras(), CosineAngle(), CosineAngle(scale=0.5)]
     found = [
-        error(plan(UniPC(order), schedule, grid(schedule, steps))(model, x), wanted)
+        error(plan(UniPC(order), schedule, grid(schedule, steps))(model, x), exact)
         for grid in grids
         for order in (2, 3)
     ]
     return min(rms for rms, _ in found), min(median for _, median in found)
 
 
-def rows(name: str, law: str, count: int) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def rows(name: str, schedule_name: str, count: int) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """(method, its errors at each of STEPS) on one mixture."""
-    schedule = SCHEDULES[law]
+    schedule = SCHEDULES[schedule_name]
     model = problem(name, schedule)
     seed = 100 if name in HELD_OUT else 0
     t0 = torch.tensor(schedule.t_max, dtype=torch.float64)
-    y, wanted = starts(model, count, seed, float(schedule.q(t0)))
+    y, exact = starts(model, count, seed, float(schedule.q(t0)))
     x = y * schedule.alpha(t0)
-    yield "UniPC, best grid", [unipc(model, x, wanted, steps, schedule) for steps in STEPS]
+    yield "UniPC, best grid", [unipc(model, x, exact, steps, schedule) for steps in STEPS]
     for label, sampler in methods(model).items():
         times = [UniformTime()(schedule, steps) for steps in STEPS]  # of which only the ends count
-        yield label, [error(plan(sampler, schedule, grid)(model, x), wanted) for grid in times]
+        yield label, [error(plan(sampler, schedule, grid)(model, x), exact) for grid in times]
 
 
 def main() -> None:
@@ -132,13 +132,15 @@ def main() -> None:
         raise BadInput(f"rows must be 1 or more, found {args.rows}")
     totals: dict[tuple[str, str], list[Tensor]] = {}
     for name in names:
-        for law in args.schedules.split(","):
-            for label, cells in rows(name, law, args.rows):
-                print(f"{name:4} {law} {label:17}", " ".join(f"{r:.4f}/{m:.4f}" for r, m in cells), flush=True)
-                totals.setdefault((law, label), []).append(torch.tensor(cells).log())
-    for (law, label), cells in totals.items():
+        for schedule_name in args.schedules.split(","):
+            for label, cells in rows(name, schedule_name, args.rows):
+                print(
+                    f"{name:4} {schedule_name} {label:17}", " ".join(f"{r:.4f}/{m:.4f}" for r, m in cells), flush=True
+                )
+                totals.setdefault((schedule_name, label), []).append(torch.tensor(cells).log())
+    for (schedule_name, label), cells in totals.items():
         means = torch.stack(cells).mean(0).exp().tolist()
-        print(f"all  {law} {label:17}", " ".join(f"{r:.4f}/{m:.4f}" for r, m in means))
+        print(f"all  {schedule_name} {label:17}", " ".join(f"{r:.4f}/{m:.4f}" for r, m in means))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Quantise the bundled teacher in every way that `hasten.accelerators.quantize` knows, and measure what is left of it.
+"""Quantize the bundled teacher with all configurations of `hasten.accelerators.quantize`, and measure its quality.
 
     python -m recipes.quantize_fashion --out runs/quantized                                   # all rows
     python -m recipes.quantize_fashion --out runs/quantized --n 200 --iterations 100 --only w8a8,w4a8-adaround
 
-A row for every way: relative error of x0 on the queries of images that were not calibrated on; what AdaRound leaves of
-the squared error of nearest rounding, mean over the blocks; bytes of the weights file as a share of fp32's; the time of
-an evaluation as a share of the plain network's (one thread, all in turn, medians of CPU time); and the Frechet distance
-to the test images of `n` images with each sampler, as the change from the plain network's with the same seeds.
+A row per configuration: relative error of x0 on the model evaluations of held-out images; squared error of AdaRound
+relative to nearest rounding, mean over the blocks; size of the weights file relative to fp32; time of a model
+evaluation relative to the float network (one thread, interleaved, medians of CPU time); and the Frechet distance of `n`
+images to the test images with each sampler, as the change from the float network's with the same seeds.
 
-Models are saved in `out/<row>` and made only once: a run that was stopped goes on. Rows are added to `out/rows.jsonl`.
+Models are saved in `out/<row>`, so that an interrupted run resumes. Rows are appended to `out/rows.jsonl`.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4a8-adaround-mixed-groups1": {"weights": 4, "rounding": "adaround", "eight": 0.06, "groups": 1},
     "w4a8-adaround-groups1": {"weights": 4, "rounding": "adaround", "groups": 1},
 }
-WAYS = {
+CONFIGS = {
     "unipc-12": {"sampler": "unipc", "steps": 12},
     "ddim-50": {"sampler": "ddim", "times": "trailing", "steps": 50},
 }
 
 
-def made(teacher: Model, name: str, out: Path, iterations: int, images: int | None) -> dict[str, Any]:
-    """The card of a row's model, which is made where it is not there."""
+def quantize_or_load(teacher: Model, name: str, out: Path, iterations: int, images: int | None) -> dict[str, Any]:
+    """The card of a row's model, which is quantized if it does not exist."""
     options = dict(ROWS[name])
     learned = options.get("rounding") == "adaround" or options.get("learn_steps")
     if learned:
@@ -66,26 +66,26 @@ def made(teacher: Model, name: str, out: Path, iterations: int, images: int | No
 
 
 def left_of_nearest(card: dict[str, Any]) -> float | None:
-    """What AdaRound leaves of the squared error of nearest rounding, mean over the blocks."""
+    """The squared error of AdaRound relative to nearest rounding, mean over the blocks."""
     blocks = card["blocks"].get("rounding")
     return None if not blocks else sum(b["error"] / b["nearest"] for b in blocks.values()) / len(blocks)
 
 
 @torch.no_grad()
 def times(models: dict[str, Model], batch: int, rounds: int) -> dict[str, float]:
-    """Seconds of CPU of an evaluation for each model, in turn, one thread; the median."""
-    threads, found = torch.get_num_threads(), {name: [] for name in models}  # type: ignore[var-annotated]
+    """CPU seconds of a model evaluation, median, for each model, interleaved, on one thread."""
+    threads, seconds_by_model = torch.get_num_threads(), {name: [] for name in models}  # type: ignore[var-annotated]
     torch.set_num_threads(1)
     try:
         for turn in range(rounds + 1):
             for name, model in models.items():
                 x = torch.randn(batch, *model.shape, generator=torch.Generator().manual_seed(turn))
-                began = time.process_time()
+                start = time.process_time()
                 model.denoiser(x, 0.5, **model.cond(batch))
-                found[name] += [time.process_time() - began] if turn else []  # the first round warms up
+                seconds_by_model[name] += [time.process_time() - start] if turn else []  # the first round warms up
     finally:
         torch.set_num_threads(threads)
-    return {name: median(seconds) for name, seconds in found.items()}
+    return {name: median(seconds) for name, seconds in seconds_by_model.items()}
 
 
 def main() -> None:
@@ -99,17 +99,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="of the timing")
     parser.add_argument("--rounds", type=int, default=15, help="of the timing")
     parser.add_argument("--only", help="names of rows, with commas")
-    parser.add_argument("--ways", default=",".join(WAYS), help="of sampling, with commas")
+    parser.add_argument("--ways", default=",".join(CONFIGS), help="sampling configurations, comma-separated")
     args = parser.parse_args()
     teacher = hasten.load(args.model)
     names = list(ROWS) if args.only is None else args.only.split(",")
     cards: dict[str, dict[str, Any]] = {
-        name: made(teacher, name, args.out, args.iterations, args.images) for name in names
+        name: quantize_or_load(teacher, name, args.out, args.iterations, args.images) for name in names
     }
     models = {"plain": teacher, **{name: hasten.load(args.out / name) for name in names}}
     seconds = times(models, args.batch, args.rounds) if args.rounds else dict.fromkeys(models, float("nan"))
-    known = reference(teacher.card["reference"])
-    net, labels = feature_net(known.features), teacher.labels(args.n) if args.n else None
+    statistics = reference(teacher.card["reference"])
+    net, labels = feature_net(statistics.features), teacher.labels(args.n) if args.n else None
     plain: dict[str, float] = {}
     for name, model in models.items():
         row: dict[str, Any] = {"row": name, "n": args.n, "guidance_scale": args.guidance_scale}
@@ -123,11 +123,11 @@ def main() -> None:
                 "execution": execution(model.denoiser.net),
             }
             row |= {} if left is None else {"left_of_nearest": round(left, 3)}
-        for way in args.ways.split(",") if args.n else ():
-            images = model.sample(args.n, guidance_scale=args.guidance_scale, batch_size=100, **WAYS[way])
-            distance = evaluate_images(images, labels, net, known, bootstrap=0)["frechet"].value
-            plain.setdefault(way, distance)
-            row |= {way: round(distance, 4), f"{way} change": round(distance / plain[way] - 1, 4)}
+        for config in args.ways.split(",") if args.n else ():
+            images = model.sample(args.n, guidance_scale=args.guidance_scale, batch_size=100, **CONFIGS[config])
+            distance = evaluate_images(images, labels, net, statistics, bootstrap=0)["frechet"].value
+            plain.setdefault(config, distance)
+            row |= {config: round(distance, 4), f"{config} change": round(distance / plain[config] - 1, 4)}
         print(json.dumps(row), flush=True)
         with open(args.out / "rows.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")

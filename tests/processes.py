@@ -1,4 +1,4 @@
-"""Several processes for a test: started together, and all ended with it, whatever fails."""
+"""Several processes for a test, all of which end with it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ import torch.multiprocessing as mp
 
 
 def free_port() -> int:
+    """A port that is free now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def variables(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    """The environment variables that torchrun sets."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def spawn(worker: Callable[..., None], world: int, *arguments: Any, seconds: float = 150) -> list[int | None]:
-    """Run `worker(rank, *arguments)` in `world` processes that torchrun might have started; their exit codes."""
+    """Run `worker(rank, *arguments)` in `world` processes with torchrun's environment; returns their exit codes."""
     context, port = mp.get_context("spawn"), free_port()
     started = []
     for rank in range(world):
@@ -48,6 +56,7 @@ def spawn(worker: Callable[..., None], world: int, *arguments: Any, seconds: flo
 
 
 def _begin(worker: Callable[..., None], rank: int, world: int, port: int, arguments: tuple[Any, ...]) -> None:
+    """The body of a process of `spawn`."""
     import torch
 
     os.environ.update(variables(rank, world, port))
@@ -57,7 +66,7 @@ def _begin(worker: Callable[..., None], rank: int, world: int, port: int, argume
 
 @contextlib.contextmanager
 def torchrun(world: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`torchrun -m hasten ...`; its output goes to pipes."""
+    """Run `torchrun -m hasten ...` with its output in pipes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     command += ["--master-port", str(free_port()), "-m", "--", "hasten", *arguments]
     process = subprocess.Popen(
@@ -66,7 +75,7 @@ def torchrun(world: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        for pid in children(process.pid):  # they are in sessions of their own
+        for pid in children(process.pid):  # they have their own sessions
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.kill()
@@ -74,18 +83,18 @@ def torchrun(world: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started, in order."""
-    found = []
+    """The child processes of a process, in order."""
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
-    return sorted(found)
+                pids.append(int(stat.parent.name))
+    return sorted(pids)
 
 
 def until(ready: Callable[[], Any], seconds: float = 150) -> None:
-    """Wait for something that is on its way."""
+    """Wait until `ready()`."""
     end = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < end, "it did not come in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)

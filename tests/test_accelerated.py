@@ -51,7 +51,7 @@ def model() -> Model:
     return Model(denoiser, "tiny", (1, 8, 8), ("a", "b", "c"), sampler="ddim", times="trailing", steps=20)
 
 
-def test_keys_everywhere_change_nothing_and_fewer_do(model: Model) -> None:
+def test_key_steps_alone_change_nothing_and_fewer_do(model: Model) -> None:
     plain = model.sample(3, guidance_scale=2.0)
     every = f"encoder_propagation:keys=({','.join(map(str, range(20)))})"
     assert torch.allclose(model.sample(3, guidance_scale=2.0, accelerators=[every]), plain, atol=1e-6)
@@ -62,19 +62,21 @@ def test_keys_everywhere_change_nothing_and_fewer_do(model: Model) -> None:
 
 
 def test_prior_noise_injection_changes_the_plan(model: Model) -> None:
-    held, injected = (
+    held_out, injected = (
         model.way(accelerators=[f"encoder_propagation:keys=uniform,inject={share}"]).plan for share in (0, 0.003)
     )
-    assert held is not None and injected is not None
-    assert not torch.equal(held.start, injected.start) or not torch.equal(held.a, injected.a) or not torch.equal(
-        held.A, injected.A
-    )  # fmt: skip
+    assert held_out is not None and injected is not None
+    assert (
+        not torch.equal(held_out.start, injected.start)
+        or not torch.equal(held_out.a, injected.a)
+        or not torch.equal(held_out.A, injected.A)
+    )
     a = model.sample(2, accelerators=["encoder_propagation:keys=uniform"])
     b = model.sample(2, accelerators=["encoder_propagation:keys=uniform,inject=0.003"])
     assert 0 < (a - b).abs().max() < 0.5
 
 
-def test_what_cannot_be_is_one_line(model: Model) -> None:
+def test_unsupported_options_are_one_line(model: Model) -> None:
     with pytest.raises(Conflict, match=r"encoder_propagation and deep_cache both claim 'features'"):
         model.sample(1, accelerators=["encoder_propagation", "deep_cache"])
     with pytest.raises(BadInput, match="8"):
@@ -87,7 +89,7 @@ def test_what_cannot_be_is_one_line(model: Model) -> None:
 
 def test_the_command_line_and_its_record(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model.save(tmp_path / "tiny")
-    arguments = ["sample", str(tmp_path / "tiny"), "--out", str(tmp_path / "a.png"), "--n", "3", "--runtime", "fp32"]
+    arguments = ["sample", str(tmp_path / "tiny"), "--out", str(tmp_path / "a.png"), "--n", "3", "--precision", "fp32"]
     assert main([*arguments, "--accelerate", "deep_cache:every=4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accelerators"] == ["deep_cache:every=4"]
     from PIL import Image
@@ -96,7 +98,7 @@ def test_the_command_line_and_its_record(model: Model, tmp_path: Path, capsys: p
         assert "--accelerate deep_cache:every=4" in picture.text["command"]  # type: ignore[attr-defined]
 
 
-def test_a_comparison_counts_queries_and_measures_time(model: Model, tmp_path: Path) -> None:
+def test_a_comparison_counts_evaluations_and_measures_time(model: Model, tmp_path: Path) -> None:
     (tmp_path / "set.toml").write_text(SET)
     rows = compare(model, tmp_path / "set.toml", out=tmp_path / "out", runtime="fp32", show=False)
     by = {row["name"]: row for row in rows}

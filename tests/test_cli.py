@@ -21,7 +21,7 @@ from PIL import Image
 from hasten.cli import main
 from hasten.cli import verbs as commands
 from hasten.denoiser import Denoiser
-from hasten.images import read_text
+from hasten.images import read_png_text
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.plan import plan
@@ -91,7 +91,7 @@ def spawn(*words: object, **more: object) -> subprocess.Popen[str]:
 
 
 def test_the_same_command_gives_the_same_file(cli: Cli, folder: Path, tmp_path: Path) -> None:
-    asked = ("sample", folder, "--n", 5, "--seed", 3, "--guidance-scale", 1.5, "--runtime", "auto")
+    asked = ("sample", folder, "--n", 5, "--seed", 3, "--guidance-scale", 1.5, "--precision", "auto")
     cli(*asked, "--out", tmp_path / "a.png")
     cli(*asked, "--out", tmp_path / "b.png", "--batch-size", 5)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -101,7 +101,7 @@ def test_the_same_command_gives_the_same_file(cli: Cli, folder: Path, tmp_path: 
 
 def test_the_command_in_a_file_makes_that_file(cli: Cli, folder: Path, tmp_path: Path) -> None:
     cli("sample", folder, "--n", 4, "--label", "boot,0", "--sampler", "dpm:order=2", "--out", tmp_path / "a.png")
-    text = read_text(tmp_path / "a.png")
+    text = read_png_text(tmp_path / "a.png")
     assert text["seeds"] == "0-3"
     assert text["labels"] == "2,0,2,0"
     assert torch.__version__ in text["versions"]
@@ -118,9 +118,9 @@ def test_a_grid_of_all_classes_has_a_column_for_each(cli: Cli, folder: Path, tmp
 
 
 def test_single_files_are_the_tiles_of_the_grid(cli: Cli, folder: Path, tmp_path: Path) -> None:
-    asked = ("sample", folder, "--n", 5, "--seed", 10, "--runtime", "fp32")
+    asked = ("sample", folder, "--n", 5, "--seed", 10, "--precision", "fp32")
     cli(*asked, "--out", tmp_path / "grid.png", "--columns", 3)
-    told = json.loads(cli(*asked, "--out", tmp_path / "single", "--single", "--json"))
+    told = json.loads(cli(*asked, "--out", tmp_path / "single", "--separate-files", "--json"))
     assert [Path(f).name for f in told["files"]] == [f"{seed:06d}.png" for seed in range(10, 15)]
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
     assert sheet.shape == (18, 28)
@@ -128,11 +128,11 @@ def test_single_files_are_the_tiles_of_the_grid(cli: Cli, folder: Path, tmp_path
         row, column = divmod(k, 3)
         tile = sheet[10 * row : 10 * row + 8, 10 * column : 10 * column + 8]
         assert np.array_equal(tile, np.asarray(Image.open(file)))
-        assert read_text(file)["seeds"] == str(10 + k)
+        assert read_png_text(file)["seeds"] == str(10 + k)
 
 
 def test_json_is_what_the_function_returns(cli: Cli, folder: Path, tmp_path: Path) -> None:
-    asked = {"n": 3, "steps": 2, "sampler": "ddim", "runtime": "fp32", "out": tmp_path / "a.png"}
+    asked = {"n": 3, "steps": 2, "sampler": "ddim", "precision": "fp32", "out": tmp_path / "a.png"}
     told = json.loads(cli("sample", folder, "--json", *(w for k, v in asked.items() for w in (f"--{k}", v))))
     made = commands.sample(str(folder), **asked)
     for result in (told, made):
@@ -180,7 +180,7 @@ def test_help_names_every_argument(cli: Cli) -> None:
         (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),
         (["--n", "0"], "n must be a whole number of at least 1, got 0"),
         (["--guidance-scale", "nan"], "guidance_scale"),
-        (["--runtime", "fp16"], "unknown runtime 'fp16'"),
+        (["--precision", "fp16"], "unknown precision 'fp16'"),
         (["--device", "gpu"], "no device 'gpu'"),
         (["--out", "grid.jpg"], "must end in .png"),
     ],
@@ -203,7 +203,7 @@ def test_missing_folder(refused: Cli, tmp_path: Path) -> None:
 def test_unwritable_output(refused: Cli, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot write" in refused(1, "sample", folder, "--out", tmp_path / "file" / "a.png")
-    assert "cannot write" in refused(1, "sample", folder, "--single", "--out", tmp_path / "file")
+    assert "cannot write" in refused(1, "sample", folder, "--separate-files", "--out", tmp_path / "file")
 
 
 def test_a_model_with_a_wrong_hash(refused: Cli, folder: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def broken(name: str) -> None:
         raise ZeroDivisionError("a\nbug")
 
-    monkeypatch.setattr("hasten.loading.find", broken)
+    monkeypatch.setattr("hasten.loading.find_model_folder", broken)
     assert "unexpected ZeroDivisionError: a bug" in refused(1, "show", "x")
     monkeypatch.setenv("HASTEN_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_line(refused: Cli, folder: Path, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    asked = ("sample", folder, "--runtime", "fp32", "--out", tmp_path / "a.png")
+    asked = ("sample", folder, "--precision", "fp32", "--out", tmp_path / "a.png")
     assert "cannot write" in (line := refused(1, *asked))
     assert "No space left on device" in line
     assert not list(tmp_path.glob("*a.png*"))
@@ -263,7 +263,7 @@ def test_ctrl_c_is_one_line(refused: Cli, folder: Path, tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hasten.model.model.draw", stopped)
-    asked = ("sample", folder, "--runtime", "fp32", "--out", tmp_path / "a.png")
+    asked = ("sample", folder, "--precision", "fp32", "--out", tmp_path / "a.png")
     assert "stopped; nothing was written" in refused(130, *asked)
     assert not list(tmp_path.glob("*.png"))
 
@@ -279,7 +279,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-TINY = ("--widths", "8,8", "--batch-size", 4, "--runtime", "fp32", "--device", "cpu")
+TINY = ("--widths", "8,8", "--batch-size", 4, "--precision", "fp32", "--device", "cpu")
 
 
 def test_train_makes_a_model_that_samples(cli: Cli, pictures: Path, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_evaluate_against_a_folder_of_images(
     monkeypatch.setattr("hasten.workflows.reference_images.feature_net", lambda *_: Pixels())
     monkeypatch.setattr("hasten.metrics.evaluate.feature_net", lambda *_: Pixels())
     asked = ("evaluate", folder, "--n", 12, "--seed", 5, "--reference", pictures, "--features", "pixels")
-    told = json.loads(cli(*asked, "--runtime", "fp32", "--json"))
+    told = json.loads(cli(*asked, "--precision", "fp32", "--json"))
     frechet = told["measures"]["frechet"]
     assert frechet["count"] == 12
     assert frechet["reference_count"] == 24

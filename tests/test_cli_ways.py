@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 
 import hasten
-from hasten.images import read_text
+from hasten.images import read_png_text
 from hasten.plan import plan
 from hasten.samplers import DDIM
 from hasten.times import UniformTime
@@ -28,10 +28,10 @@ def test_a_plan_by_name_by_file_and_as_the_recommended_one(cli: Cli, folder: Pat
     files = []
     for k, words in enumerate((direct, ("--plan", "three"), ("--plan", tmp_path / "p.json"))):
         files.append(tmp_path / f"{k}.png")
-        cli("sample", folder, "--n", 2, "--runtime", "fp32", "--out", files[-1], *words)
+        cli("sample", folder, "--n", 2, "--precision", "fp32", "--out", files[-1], *words)
     pictures = [file.read_bytes().split(b"IDAT")[1] for file in files]
     assert pictures[0] == pictures[1] == pictures[2]
-    command = read_text(files[1])["command"]
+    command = read_png_text(files[1])["command"]
     assert "--plan three" in command and "--sampler" not in command
     told = json.loads(cli(*shlex.split(command)[1:], "--out", tmp_path / "again.png", "--json"))
     assert (told["plan"], told["steps"]) == ("three", 3)
@@ -43,7 +43,7 @@ def test_guides_are_given_one_by_one(cli: Cli, refused: Cli, folder: Path, tmp_p
     both = ("--guide", "interval:low=0.1,high=20", "--guide", "rescale:amount=0.7")
     told = json.loads(cli(*words, *both, "--json"))
     assert told["guides"] == ["interval:low=0.1,high=20", "rescale:amount=0.7"]
-    command = read_text(tmp_path / "a.png")["command"]
+    command = read_png_text(tmp_path / "a.png")["command"]
     assert "--guide interval:low=0.1,high=20 --guide rescale:amount=0.7" in command
     assert "did you mean 'rescale'" in refused(1, *words, "--guide", "rescal")
     assert "guidance scale" in refused(1, *words[:4], "--guidance-scale", 1, *words[-2:], "--guide", "interval:low=1")

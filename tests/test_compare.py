@@ -1,4 +1,4 @@
-"""Comparisons: which rows run, what they hold, what a stop and a second run leave."""
+"""Comparisons: which rows run, their fields, interruption and resuming."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.compare import compare, variants
+from hasten.compare import compare, comparison, jobs, variants
 from hasten.compare import runner as engine
-from hasten.compare.runner import as_fast, counting
-from hasten.denoiser import Denoiser
+from hasten.compare.counting import count_evaluations
+from hasten.compare.jobs import set_equal_time_row
 from hasten.errors import BadInput
 from hasten.metrics import Reference, make_reference
-from hasten.metrics.difference import difference
+from hasten.metrics.difference import image_difference
 from hasten.model import Model
-from hasten.nets.unet import UNet
-from hasten.predictions import prediction_from
-from hasten.schedules import VPCosine
 
-CLASSES = ("coat", "bag", "boot")
+from .factories import tiny_model
+
 SET = """
 n = 12
 rounds = 2
@@ -53,17 +51,6 @@ guidance_scale = 1
 """
 
 
-def tiny(classes: tuple[str, ...] | None = CLASSES, seed: int = 0) -> Model:
-    """A U-Net of random weights on 1x8x8 images."""
-    torch.manual_seed(seed)
-    net = UNet(channels=1, widths=(8,), classes=len(classes or ()), embedding=8)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.15)
-    null = len(classes) if classes else None
-    denoiser = Denoiser(net, VPCosine(), prediction_from("v"), null_label=null).eval().requires_grad_(False)
-    return Model(denoiser, "tiny", (1, 8, 8), classes)
-
-
 class Corner(torch.nn.Module):
     """A feature network that looks at four pixels and always sees class 1."""
 
@@ -77,27 +64,27 @@ def real() -> Reference:
     """Statistics of images of noise."""
     images = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     features, logits = Corner()(images)
-    made = make_reference(features, "noise", "test", "corner", torch.arange(60) % 3, logits)
-    return dataclasses.replace(made, floor={**made.floor, "frechet": {12: 0.25}})
+    statistics = make_reference(features, "noise", "test", "corner", torch.arange(60) % 3, logits)
+    return dataclasses.replace(statistics, floor={**statistics.floor, "frechet": {12: 0.25}})
 
 
 @pytest.fixture
-def chosen(tmp_path: Path) -> Path:
+def variant_file(tmp_path: Path) -> Path:
     path = tmp_path / "set.toml"
     path.write_text(SET)
     return path
 
 
 @pytest.fixture
-def run(chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(variant_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`compare` of the tiny model on the small set, in the folder `out`; pages are written only where `page` asks."""
-    write = engine.report.write
+    write = comparison.report.write_report
 
     def start(model: Model | None = None, page: bool = False, **others: Any) -> list[dict[str, Any]]:
-        monkeypatch.setattr(engine.report, "write", write if page else lambda out, *_: out / "report.html")
-        told: dict[str, Any] = {"reference": real(), "features": Corner(), "runtime": "fp32", "timing_batch": 3}
-        told |= {"out": tmp_path / "out", "show": False, "variants": chosen, **others}
-        return compare(tiny() if model is None else model, **told)
+        monkeypatch.setattr(comparison.report, "write_report", write if page else lambda out, *_: out / "report.html")
+        options: dict[str, Any] = {"reference": real(), "features": Corner(), "runtime": "fp32", "timing_batch": 3}
+        options |= {"out": tmp_path / "out", "show": False, "variants": variant_file, **others}
+        return compare(tiny_model() if model is None else model, **options)
 
     return start
 
@@ -110,7 +97,7 @@ def of(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def test_every_cost_has_the_reference_with_fewer_steps() -> None:
-    rows = variants.read("full", "lambda", 2.0).rows()
+    rows = variants.load_variants("full", "lambda", 2.0).rows()
     by_method = {variant.method: variant for variant, _ in rows}
     assert len(by_method) == len(rows), "a row is run twice"
     reference = rows[0][0]
@@ -123,8 +110,8 @@ def test_every_cost_has_the_reference_with_fewer_steps() -> None:
         assert equal.method in by_method
 
 
-def test_a_variant_that_is_the_equal_cost_row_is_not_run_twice(chosen: Path) -> None:
-    rows = variants.read(chosen).rows()
+def test_a_variant_that_is_the_equal_cost_row_is_not_run_twice(variant_file: Path) -> None:
+    rows = variants.load_variants(variant_file).rows()
     # Guided DDIM: 4 and 8 evaluations; UniPC in 4 steps is what the reference does with 8; unguided Heun takes 3.
     assert [(v.name, v.role, v.nfe, e and e.name) for v, e in rows] == [
         ("best", "reference", 24, None),
@@ -140,25 +127,25 @@ def test_a_variant_that_is_the_equal_cost_row_is_not_run_twice(chosen: Path) -> 
 def test_a_cost_below_one_step_of_the_reference_has_no_equal() -> None:
     data = {"reference": {"sampler": "unipc", "steps": 8, "guidance_scale": 3.0},
             "variant": [{"name": "one", "sampler": "ddim", "steps": 1, "guidance_scale": 1.0}]}  # fmt: skip
-    rows = variants.parse(data).rows()
+    rows = variants.parse_variants(data).rows()
     assert [(v.name, e) for v, e in rows] == [("reference", None), ("one", None)]
 
 
 def test_lists_are_a_product_and_the_rest_is_the_references() -> None:
     data = {"reference": {"sampler": "unipc", "steps": 8, "times": "karras", "guidance_scale": 3.0},
             "variant": [{"name": "x", "sampler": ["ddim", "heun"], "steps": [2, 4]}]}  # fmt: skip
-    found = variants.parse(data).variants
-    assert [v.name for v in found] == [f"x {s}, {n} steps" for s in ("ddim", "heun") for n in (2, 4)]
-    assert {(v.times, v.guidance_scale) for v in found} == {("karras", 3.0)}
+    expanded = variants.parse_variants(data).variants
+    assert [v.name for v in expanded] == [f"x {s}, {n} steps" for s in ("ddim", "heun") for n in (2, 4)]
+    assert {(v.times, v.guidance_scale) for v in expanded} == {("karras", 3.0)}
 
 
 @pytest.mark.parametrize("name", ["demo", "full"])
 def test_the_bundled_sets_can_be_run(name: str) -> None:
-    assert name in variants.names()
-    chosen = variants.read(name, "angle", 1.5)
-    engine.prepare(tiny(), chosen)
-    assert (chosen.reference.times, chosen.reference.guidance_scale) == ("angle", 1.5)
-    engine.prepare(tiny(classes=None), variants.read(name))
+    assert name in variants.variant_set_names()
+    bundled = variants.load_variants(name, "angle", 1.5)
+    jobs.prepare(tiny_model(), bundled)
+    assert (bundled.reference.times, bundled.reference.guidance_scale) == ("angle", 1.5)
+    jobs.prepare(tiny_model(classes=None), variants.load_variants(name))
 
 
 # What a row holds
@@ -189,7 +176,7 @@ def test_rows_hold_cost_quality_and_protocol(run: Any, tmp_path: Path) -> None:
 
 
 def test_the_difference_is_to_the_references_images_of_the_same_seeds(run: Any) -> None:
-    model = tiny()
+    model = tiny_model()
     rows = run(model, seed=5, batch_size=5)
     best = model.sample(12, seed=5, sampler="unipc:order=3", times="lambda", steps=12, guidance_scale=2.0)
     for name, sampler, steps, scale in (("DDIM, 2 steps", "ddim", 2, 2.0), ("plain Heun", "heun", 2, 1.0)):
@@ -201,33 +188,33 @@ def test_the_difference_is_to_the_references_images_of_the_same_seeds(run: Any) 
         assert row["psnr"] == pytest.approx(float(psnr), abs=0.05)
 
 
-def test_an_accelerated_row_is_held_against_the_best_that_is_as_fast() -> None:
+def test_an_accelerated_row_is_compared_with_the_best_row_that_takes_no_more_time() -> None:
     def row(name: str, seconds: float, frechet: float | None, *accelerators: str) -> dict[str, Any]:
         return {"name": name, "seconds_per_image": seconds, "frechet": frechet, "accelerators": list(accelerators)}
 
     rows = [row("50", 5, 1.0), row("30", 3, 1.5), row("25", 2.5, 1.2), row("60", 6, 0.5), row("other", 1, 0.1, "deep")]
-    kept = row("50 with reuse", 3, 0.9, "deep")
-    as_fast(kept, [*rows, kept])
-    assert kept["equal_cost"] == "25" and kept["frechet_over_equal_cost"] == pytest.approx(0.75)
+    accelerated = row("50 with reuse", 3, 0.9, "deep")
+    set_equal_time_row(accelerated, [*rows, accelerated])
+    assert accelerated["equal_cost"] == "25" and accelerated["frechet_over_equal_cost"] == pytest.approx(0.75)
     for alone in (row("fastest", 0.1, 0.9, "deep"), row("without statistics", 3, None, "deep")):
         before = dict(alone)
-        as_fast(alone, rows)
+        set_equal_time_row(alone, rows)
         assert alone == before
 
 
 def test_difference_of_known_images() -> None:
     a = torch.zeros(2, 1, 4, 4)
-    assert difference(a, a) == {"psnr": 100.0, "rms": 0.0}
+    assert image_difference(a, a) == {"psnr": 100.0, "rms": 0.0}
     b = a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)  # 0.1 and 0.01 of the range: 20 dB and 40 dB
-    found = difference(b, a)
-    assert found["psnr"] == pytest.approx(30, abs=1e-4)
-    assert found["rms"] == pytest.approx(((0.01 + 0.0001) / 2) ** 0.5, rel=1e-5)
+    figures = image_difference(b, a)
+    assert figures["psnr"] == pytest.approx(30, abs=1e-4)
+    assert figures["rms"] == pytest.approx(((0.01 + 0.0001) / 2) ** 0.5, rel=1e-5)
 
 
 def test_guided_evaluations_are_counted_twice() -> None:
-    model = tiny()
+    model = tiny_model()
     for scale, expected in ((1.0, 3 * 4), (2.0, 3 * 4 * 2)):
-        with counting(model) as count:
+        with count_evaluations(model) as count:
             model.sample(3, sampler="ddim", times="lambda", steps=4, guidance_scale=scale, batch_size=2)
         assert count == [expected]
     model.sample(1)
@@ -243,7 +230,7 @@ def test_a_model_without_statistics_gets_costs_alone(run: Any) -> None:
 def test_an_unconditional_model(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "plain.toml"
     path.write_text(SET.replace("guidance_scale = 2.0", ""))
-    rows = run(tiny(classes=None), variants=path)
+    rows = run(tiny_model(classes=None), variants=path)
     assert [row["nfe"] for row in rows] == [12, 2, 4, 4, 3, 2, 3]
     assert all("accuracy" not in row or row["accuracy"] is None for row in rows)
 
@@ -251,23 +238,25 @@ def test_an_unconditional_model(run: Any, tmp_path: Path) -> None:
 # Stops and second runs
 
 
-def test_a_second_run_keeps_what_is_finished(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_second_run_reuses_finished_rows(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     first = run()
     calls: list[str] = []
-    sample = engine.Run.sample
-    monkeypatch.setattr(engine.Run, "sample", lambda self, job, n: calls.append(job.key) or sample(self, job, n))
+    sample = comparison.Comparison.sample
+    monkeypatch.setattr(
+        comparison.Comparison, "sample", lambda self, job, n: calls.append(job.key) or sample(self, job, n)
+    )
     assert run() == first
     assert calls == []
     assert "7 of 7 rows are finished" in capsys.readouterr().err
 
 
-def test_other_settings_are_other_rows(run: Any, chosen: Path, tmp_path: Path) -> None:
+def test_other_settings_are_other_rows(run: Any, variant_file: Path, tmp_path: Path) -> None:
     first = run()
-    for other in ({"seed": 1}, {"n": 13}, {"model": tiny(seed=1)}, {"reference": None, "features": None}):
+    for other in ({"seed": 1}, {"n": 13}, {"model": tiny_model(seed=1)}, {"reference": None, "features": None}):
         assert not {row["key"] for row in run(**other)} & {row["key"] for row in first}
-    chosen.write_text(SET.replace("steps = 12", "steps = 11"))  # the others are measured against it
+    variant_file.write_text(SET.replace("steps = 12", "steps = 11"))  # the others are measured against it
     assert not {row["key"] for row in run()} & {row["key"] for row in first}
-    chosen.write_text(SET.replace('name = "UniPC"', 'name = "another name"'))
+    variant_file.write_text(SET.replace('name = "UniPC"', 'name = "another name"'))
     assert [row["key"] for row in run()] == [row["key"] for row in first]
     lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert len(lines) == 7 * 6
@@ -275,9 +264,9 @@ def test_other_settings_are_other_rows(run: Any, chosen: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "report.html").read_text().count('<tr class="') == 7
 
 
-def test_a_row_added_later_is_timed_together_with_the_old_ones(run: Any, chosen: Path) -> None:
+def test_a_row_added_later_is_timed_together_with_the_old_ones(run: Any, variant_file: Path) -> None:
     first = run()
-    chosen.write_text(SET + '[[variant]]\nname = "late"\nsampler = "ddim"\nsteps = 3\n')
+    variant_file.write_text(SET + '[[variant]]\nname = "late"\nsampler = "ddim"\nsteps = 3\n')
     rows = run()
     assert of(rows, "late")["nfe"] == 6
     again = of(rows, "UniPC")
@@ -285,40 +274,40 @@ def test_a_row_added_later_is_timed_together_with_the_old_ones(run: Any, chosen:
     assert again["seconds_per_image"] != of(first, "UniPC")["seconds_per_image"]
 
 
-def test_ctrl_c_keeps_the_finished_rows(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    judge = engine.Run.judge
+def test_ctrl_c_saves_the_finished_rows(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    evaluate = comparison.Comparison.evaluate_row
 
-    def stop(self: engine.Run, job: engine.Job, *others: Any) -> dict[str, Any]:
+    def stop(self: comparison.Comparison, job: jobs.Job, *others: Any) -> dict[str, Any]:
         if job.variant.name == "UniPC":
             raise KeyboardInterrupt
-        return judge(self, job, *others)
+        return evaluate(self, job, *others)
 
-    monkeypatch.setattr(engine.Run, "judge", stop)
-    with pytest.raises(KeyboardInterrupt, match=r"3 of 7 rows are kept in .*out; the same command goes on"):
+    monkeypatch.setattr(comparison.Comparison, "evaluate_row", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"3 of 7 rows are saved in .*out; the same command resumes"):
         run(page=True)
-    kept = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in kept] == ["best", "DDIM, 2 steps", "DDIM, 4 steps"]
+    saved = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in saved] == ["best", "DDIM, 2 steps", "DDIM, 4 steps"]
     assert "3 of 7 rows have finished" in (tmp_path / "out" / "report.html").read_text()
-    monkeypatch.setattr(engine.Run, "judge", judge)
+    monkeypatch.setattr(comparison.Comparison, "evaluate_row", evaluate)
     rows = run(page=True)
     assert len(rows) == 7
-    assert [row["frechet"] for row in rows[:3]] == [row["frechet"] for row in kept]
+    assert [row["frechet"] for row in rows[:3]] == [row["frechet"] for row in saved]
     assert "have finished" not in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.timeout(180)
-def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
+def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, variant_file: Path) -> None:
     """The command, interrupted in its fourth row: the rows and their report are on disk, one line is said, 130."""
     out = tmp_path / "out"
-    tiny().save(tmp_path / "model")
+    tiny_model().save(tmp_path / "model")
     code = (
-        # a test run in the background is deaf to Ctrl-C, and so would be its children
+        # a test run in the background ignores Ctrl-C, and so would its children
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from hasten import cli\nfrom hasten.compare import runner as compare\njudge = compare.Run.judge\n"
+        "from hasten import cli\nfrom hasten.compare.comparison import Comparison\nevaluate = Comparison.evaluate_row\n"
         "def slow(self, job, *others):\n    if job.variant.name == 'UniPC': time.sleep(120)\n"
-        "    return judge(self, job, *others)\ncompare.Run.judge = slow\nsys.exit(cli.main(sys.argv[1:]))"
+        "    return evaluate(self, job, *others)\nComparison.evaluate_row = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
-    words = ["compare", tmp_path / "model", "--variants", chosen, "--out", out, "--runtime", "fp32"]
+    words = ["compare", tmp_path / "model", "--variants", variant_file, "--out", out, "--precision", "fp32"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
@@ -334,13 +323,13 @@ def test_a_real_ctrl_c_in_the_middle(tmp_path: Path, chosen: Path) -> None:
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("hasten: stopped: 3 of 7 rows are kept in ")
+    assert errors.splitlines()[-1].startswith("hasten: stopped: 3 of 7 rows are saved in ")
     assert len((out / "results.jsonl").read_text().splitlines()) == 3
     assert "3 of 7 rows have finished" in (out / "report.html").read_text()
     assert "Report: " in said
 
 
-def test_another_machine_times_again_and_keeps_the_images(
+def test_other_hardware_is_timed_again_and_reuses_the_images(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = run()
@@ -351,10 +340,10 @@ def test_another_machine_times_again_and_keeps_the_images(
     assert [row["seconds_per_image"] for row in rows] != [row["seconds_per_image"] for row in first]
 
 
-def test_a_reference_whose_images_are_gone_is_sampled_again(run: Any, chosen: Path, tmp_path: Path) -> None:
+def test_a_reference_whose_images_are_gone_is_sampled_again(run: Any, variant_file: Path, tmp_path: Path) -> None:
     first = run()
     (tmp_path / "out" / "samples" / f"{first[0]['key']}-all.npy").unlink()
-    chosen.write_text(SET + '[[variant]]\nname = "late"\nsampler = "ddim"\nsteps = 3\n')
+    variant_file.write_text(SET + '[[variant]]\nname = "late"\nsampler = "ddim"\nsteps = 3\n')
     assert of(run(), "late")["psnr"] > 0
 
 

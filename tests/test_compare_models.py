@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from hasten.compare import compare
-from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.model import Model
-from hasten.nets.unet import UNet
 from hasten.plan import plan
-from hasten.predictions import V
 from hasten.samplers import DDIM
 from hasten.schedules import VPCosine
 from hasten.times import Trailing
 
+from .factories import tiny_model
+
+NETWORK = {"embedding": 16, "std": 0.1}
 SET = """
 n = 10
 rounds = 1
@@ -42,21 +42,18 @@ steps = 2
 """
 
 
-def model(folder: Path, shape: tuple[int, int, int] = (1, 8, 8), **more: object) -> Model:
-    torch.manual_seed(0)
-    net = UNet(1, widths=(8,), classes=3, embedding=16, **more)  # type: ignore[arg-type]
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.1)
-    made = Model(Denoiser(net, VPCosine(offset=0.0), V()), folder.name, shape, ("a", "b", "c"))
-    if more:
-        made.plan = plan(DDIM(), made.denoiser.schedule, Trailing()(made.denoiser.schedule, 2))
-        made.steps = 2
-    made.save(folder)
-    return made
+def saved_model(folder: Path, shape: tuple[int, int, int] = (1, 8, 8), **network: Any) -> Model:
+    """A tiny model, saved in a folder; with options of its network a student of two steps."""
+    model = tiny_model("abc", folder.name, shape, schedule=VPCosine(offset=0.0), network={**NETWORK, **network})
+    if network:
+        model.plan = plan(DDIM(), model.denoiser.schedule, Trailing()(model.denoiser.schedule, 2))
+        model.steps = 2
+    model.save(folder)
+    return model
 
 
 def test_a_student_is_a_row_beside_its_teacher(tmp_path: Path) -> None:
-    teacher, student = model(tmp_path / "teacher"), model(tmp_path / "student", guidance=(1.0, 3.0))
+    teacher, student = saved_model(tmp_path / "teacher"), saved_model(tmp_path / "student", guidance=(1.0, 3.0))
     (tmp_path / "set.toml").write_text(SET.format(tmp_path / "student"))
     rows = {row["name"]: row for row in compare(teacher, tmp_path / "set.toml", out=tmp_path / "out", show=False)}
     assert rows["reference"]["nfe"] == 8  # two branches
@@ -76,7 +73,7 @@ def test_a_student_is_a_row_beside_its_teacher(tmp_path: Path) -> None:
 
 
 def test_students_alone_can_be_compared(tmp_path: Path) -> None:
-    student = model(tmp_path / "student", guidance=(1.0, 3.0))
+    student = saved_model(tmp_path / "student", guidance=(1.0, 3.0))
     text = '[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "two"\nsampler = "ddim"\nsteps = 2\n'
     (tmp_path / "set.toml").write_text(text)
     rows = compare(student, tmp_path / "set.toml", n=10, rounds=1, out=tmp_path / "out", show=False)
@@ -88,15 +85,15 @@ def test_students_alone_can_be_compared(tmp_path: Path) -> None:
     [
         ('model = "nowhere"', "nowhere"),
         ("model = 3", "must be text"),
-        ('model = "{0}"\nsteps = 0', "steps must be a whole number from 1"),
+        ('model = "{0}"\nsteps = 0', "steps must be an integer of at least 1"),
         ('model = "{1}"', "other images or classes"),
         ('model = "{0}"\nguidance_scale = 9.0', "distilled for guidance_scale 1 to 3"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(tmp_path: Path, line: str, message: str) -> None:
-    teacher = model(tmp_path / "teacher")
-    model(tmp_path / "student", guidance=(1.0, 3.0))
-    model(tmp_path / "large", (1, 16, 16))
+    teacher = saved_model(tmp_path / "teacher")
+    saved_model(tmp_path / "student", guidance=(1.0, 3.0))
+    saved_model(tmp_path / "large", (1, 16, 16))
     line = line.format(tmp_path / "student", tmp_path / "large")
     text = f'[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "x"\n{line}\n'
     (tmp_path / "set.toml").write_text(text)

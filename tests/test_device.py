@@ -20,10 +20,10 @@ from hasten.distillers import Student
 from hasten.metrics import evaluate_images
 from hasten.metrics.evaluate import reference_from_images
 from hasten.model import Model
-from hasten.pick import names, pick
+from hasten.pick import method_names, pick
 from hasten.schedules import VPLinear
 from hasten.times import UniformLambda
-from hasten.tuning import Task, Tuned
+from hasten.tuning import Tuned, TuningTask
 from tests.distillers._images import image_task, unet
 from tests.pretend import Pretended, put, taken
 
@@ -82,7 +82,7 @@ def tuned(name: str, denoiser: nn.Module, device: str) -> Tuned:
         chosen = torch.arange(n) % len(images)
         return images[chosen].to(device), labels[chosen]
 
-    task = Task(
+    task = TuningTask(
         denoiser=denoiser, sampler=hasten.UniPC(order=2), times=UniformLambda()(denoiser.schedule, STEPS), shape=SHAPE,
         labels=lambda n: torch.arange(n) % 2, images=real, seed=5, n=SAMPLES.get(name, 8),
     )  # fmt: skip
@@ -136,7 +136,7 @@ SAMPLERS = {"adaptive": "adaptive:e_rel=1", "probability_flow": "probability_flo
 STUDENTS = {"consistency", "stochastic_distilled"}  # of distilled models
 
 
-@pytest.mark.parametrize("name", [name for name in names("samplers") if name not in STUDENTS])
+@pytest.mark.parametrize("name", [name for name in method_names("samplers") if name not in STUDENTS])
 def test_a_sampler(name: str) -> None:
     how: dict[str, Any] = {"times": "lambda:low=0.03", "steps": STEPS, "guidance_scale": 1.5}
     made, expected, device = both(sampler=SAMPLERS.get(name, name), **how)
@@ -168,7 +168,7 @@ STARTS = {"ccdf": "ccdf:time=0.5,task=inpainting"}
 
 
 @pytest.mark.filterwarnings("ignore:distribution guidance of a batch")
-@pytest.mark.parametrize("name", [name for name in names("guides") if name != "cfg"])
+@pytest.mark.parametrize("name", [name for name in method_names("guides") if name != "cfg"])
 def test_a_guide(name: str) -> None:
     plain = {"label": "none", "guidance_scale": 1.0} if name == "distribution" else {"guidance_scale": 2.0}
     made, expected, device = both(guides=[GUIDES.get(name, name)], **plain)
@@ -176,7 +176,7 @@ def test_a_guide(name: str) -> None:
     assert device.count("wait") <= 2, device.lines()
 
 
-@pytest.mark.parametrize("name", names("starts"))
+@pytest.mark.parametrize("name", method_names("starts"))
 def test_a_start(name: str) -> None:
     images = None
     if name == "ccdf":
@@ -197,7 +197,7 @@ ACCELERATORS = {
 ELSEWHERE = {"compile", "patch_parallel", "cfg_parallel"}
 
 
-@pytest.mark.parametrize("name", [name for name in names("accelerators") if name not in ELSEWHERE])
+@pytest.mark.parametrize("name", [name for name in method_names("accelerators") if name not in ELSEWHERE])
 def test_an_accelerator(name: str) -> None:
     how: dict[str, Any] = {"times": "trailing", "steps": 12, "guidance_scale": 2.0}
     made, expected, device = both(**how, accelerators=[ACCELERATORS.get(name, name)])
@@ -211,7 +211,7 @@ def test_an_accelerator(name: str) -> None:
 # ---- tuners ----
 
 
-@pytest.mark.parametrize("name", names("tuning"))
+@pytest.mark.parametrize("name", method_names("tuning"))
 def test_a_tuner(name: str) -> None:
     torch.manual_seed(0)
     denoiser = put(unet())
@@ -234,7 +234,7 @@ DISTILLERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", names("distillers"))
+@pytest.mark.parametrize("name", method_names("distillers"))
 def test_a_distiller(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of every stage."""
     monkeypatch.setattr("hasten.distributed.ranks.own_device", lambda *_: torch.device("cuda"))

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command_line(place: Path, out: Path, *more: str, method: str = METHOD, model: str = "tiny") -> list[str]:
     return ["distill", str(place / model), "--data", str(place / "data.npz"), "--out", str(out), "--method", method,
-            "--batch-size", "8", "--runtime", "fp32", "--device", "cpu", *more]  # fmt: skip
+            "--batch-size", "8", "--precision", "fp32", "--device", "cpu", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_dry_run_reports_the_cost_and_writes_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "dry"
-    assert main(command_line(place, out, "--evaluations", "1e5", "--dry-run", "--json")) == 0
+    assert main(command_line(place, out, "--nfe-budget", "1e5", "--dry-run", "--json")) == 0
     report = json.loads(capsys.readouterr().out)
     assert not out.exists()
     costs = {stage["name"]: stage["evaluations"] / 8 for stage in report["stages"]}

@@ -24,7 +24,7 @@ from hasten.plan import plan as compile_plan
 from hasten.workflows.distill import distill_model
 from tests.adapters import tiny
 
-COMMON: Any = {"steps": 6, "batch_size": 4, "runtime": "fp32", "show": False}
+COMMON: Any = {"steps": 6, "batch_size": 4, "precision": "fp32", "show": False}
 OPENS = """
 import json, sys
 from diffusers import DiffusionPipeline
@@ -210,10 +210,12 @@ def test_prompts_are_refused_before_anything_runs(
 
 
 def test_an_export_of_prompts_is_refused_before_it_is_made(tmp_path: Path) -> None:
-    from hasten.adapters._export import Exported, exported
+    from hasten.adapters._export import ExportedNetwork, export_network
 
     with pytest.raises(BadInput, match="takes prompts"):
-        exported(Exported, hasten.load(tiny.sd_pipeline()), tmp_path / "out", "fp32", 1, 0, lambda *_: None)
+        export_network(
+            ExportedNetwork, hasten.load(tiny.sd_pipeline()), tmp_path / "out", "fp32", 1, 0, lambda *_: None
+        )
 
 
 def test_tune_and_quantize_of_a_pipelines_folder_end_in_a_model(tmp_path: Path) -> None:
@@ -304,12 +306,12 @@ def test_a_prediction_that_diffusers_does_not_know_is_a_folder_of_hasten(tmp_pat
 
 
 def test_images_are_encoded_for_a_tuner_too(tmp_path: Path) -> None:
-    from hasten.workflows.tune import real
+    from hasten.workflows.tune import calibration_images
 
     model = hasten.load(tiny.dit_pipeline())
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     np.save(tmp_path / "i.npy", pixels)
-    x, _ = real(model, tmp_path / "i.npy")(4)
+    x, _ = calibration_images(model, tmp_path / "i.npy")(4)
     assert x.shape == (4, 4, 8, 8)
     order = torch.randperm(4, generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)[order].float() / 127.5 - 1

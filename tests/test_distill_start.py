@@ -17,12 +17,12 @@ from hasten.distillers import Distiller
 from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.nets.unet import UNet
-from hasten.pick import names, pick
+from hasten.pick import method_names, pick
 from hasten.predictions import V
 from hasten.schedules import VPCosine
 from hasten.workflows.distill import distill_model
 
-COMMON: Any = {"steps": 12, "batch_size": 8, "runtime": "fp32", "show": False}
+COMMON: Any = {"steps": 12, "batch_size": 8, "precision": "fp32", "show": False}
 
 
 def tiny(classes: int, seed: int = 0, width: int = 8, schedule: Any = None) -> Model:
@@ -91,7 +91,7 @@ def test_the_stage_guidance_knows_every_time(place: Path, tmp_path: Path) -> Non
 
 
 def test_fields_of_the_protocol_have_their_defaults() -> None:
-    for name in names("distillers"):
+    for name in method_names("distillers"):
         method = pick("distillers", name)
         steps = method.teacher_steps
         assert steps is None or (isinstance(steps, int) and steps >= 0)
@@ -139,7 +139,7 @@ def test_a_student_is_polished_against_its_teacher_from_the_command_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["distill", str(place / "teacher"), "--init", str(place / "few"), "--data", str(data(tmp_path, 3)), "--steps",
-             "6", "--batch-size", "8", "--runtime", "fp32", "--device", "cpu", "--method", "adversarial:steps=4"]  # fmt: skip
+             "6", "--batch-size", "8", "--precision", "fp32", "--device", "cpu", "--method", "adversarial:steps=4"]  # fmt: skip
     assert main([*arguments, "--out", str(tmp_path / "o")]) == 0
     card = hasten.load(tmp_path / "o").card["distilled"]
     assert card["teacher"] == hasten.load(place / "teacher").name and "--init" in card["command"]

@@ -1,4 +1,4 @@
-"""`sample`, `evaluate` and `compare` on several processes: the images of one, however many, and whatever happens."""
+"""`sample`, `evaluate` and `compare` on several processes give the images of one, also after a failure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,28 @@ import pytest
 import torch
 
 from hasten.cli import main
-from hasten.images import read_text
+from hasten.images import read_png_text
 
 from .processes import children, torchrun, until
 
-WAY = ["--sampler", "ddim", "--times", "uniform", "--steps", "1", "--guidance-scale", "1", "--runtime", "fp32",
-       "--device", "cpu", "--batch-size", "4"]  # fmt: skip
-LONG = ["20" if word == "1" and WAY[k - 1] == "--steps" else word for k, word in enumerate(WAY)]
+CONFIG = [
+    "--sampler",
+    "ddim",
+    "--times",
+    "uniform",
+    "--steps",
+    "1",
+    "--guidance-scale",
+    "1",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+]
+COMPARE = ["--batch-size", "4", "--timing-batch", "2", "--precision", "fp32", "--device", "cpu"]
+LONG = ["20" if word == "1" and CONFIG[k - 1] == "--steps" else word for k, word in enumerate(CONFIG)]
 SET = """
 n = 12
 rounds = 1
@@ -53,109 +68,112 @@ def run(world: int, *arguments: str) -> tuple[int, str, str]:
         return process.returncode, out, err
 
 
-def said(err: str) -> list[str]:
+def errors(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("hasten:")]
 
 
-def test_two_processes_make_the_file_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_write_the_file_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = tmp_path / "one" / "a.png", tmp_path / "two" / "a.png"
-    assert main(["sample", "fashion", "--n", "18", "--out", str(one), *WAY]) == 0
+    assert main(["sample", "fashion", "--n", "18", "--out", str(one), *CONFIG]) == 0
     capsys.readouterr()
-    code, out, err = run(2, "sample", "fashion", "--n", "18", "--out", str(two), *WAY)
+    code, out, err = run(2, "sample", "fashion", "--n", "18", "--out", str(two), *CONFIG)
     assert code == 0, err
     assert one.read_bytes() == two.read_bytes()
     assert out.count("\n") == 1 and "18 images of fashion (ddim, 1 steps, fp32, 2 processes)" in out
-    assert [p.name for p in two.parent.iterdir()] == ["a.png"]  # nothing is left beside it
+    assert [p.name for p in two.parent.iterdir()] == ["a.png"]  # no other files
 
 
-def stopped(tmp_path: Path, number: int, victim: int | None, *more: str) -> tuple[str, Path]:
-    """A run of two processes that is disturbed when three batches are done; victim None: torchrun itself, by Ctrl-C."""
+def interrupted_run(tmp_path: Path, number: int, victim: int | None, *more: str) -> tuple[str, Path]:
+    """Interrupt a run of two processes after three batches; victim None: torchrun itself, by Ctrl-C."""
     folder = tmp_path / ".a.png.kept"
     with torchrun(2, "sample", "fashion", "--n", "24", "--out", str(tmp_path / "a.png"), *LONG, *more) as process:
         until(lambda: len(list(folder.glob("*/*.npy"))) >= 3 or process.poll() is not None)
         os.kill(process.pid if victim is None else children(process.pid)[victim], number)
         out, err = process.communicate(timeout=120)
     assert process.returncode != 0 and out == "" and not (tmp_path / "a.png").exists()
-    (line,) = said(err)
-    count = int(re.findall(r"(\d+) of 24 images are kept", line)[0])
+    (line,) = errors(err)
+    count = int(re.findall(r"(\d+) of 24 images are saved", line)[0])
     assert 12 <= count < 24 and count == sum(len(np.load(path)) for path in folder.glob("*/*.npy"))
-    assert line.endswith("the same command goes on from there")
+    assert line.endswith("the same command resumes")
     return line, folder
 
 
-def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    line, folder = stopped(tmp_path, signal.SIGKILL, 1)
-    assert "of the 2 processes of this run number 1 has died" in line
+def test_a_killed_process_ends_the_run_and_the_next_run_resumes(tmp_path: Path) -> None:
+    line, folder = interrupted_run(tmp_path, signal.SIGKILL, 1)
+    assert "rank 1 of the 2 processes of this run has died" in line
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npy")}
-    # what other settings left there is not taken
+    # batches of other settings are not used
     stale = folder / "0123456789abcdef" / next(iter(times)).name
     stale.parent.mkdir()
     np.save(stale, np.ones((4, 1, 28, 28), dtype=np.float32))
     with torchrun(2, "sample", "fashion", "--n", "24", "--out", str(tmp_path / "a.png"), *LONG) as process:
         until(lambda: len(list(folder.glob("*/*.npy"))) > len(times) + 1 or process.poll() is not None)
-        assert {path: path.stat().st_mtime_ns for path in times if path.exists()} == times  # none is made again
+        assert {path: path.stat().st_mtime_ns for path in times if path.exists()} == times  # none is sampled again
         assert process.wait(150) == 0
     assert list(folder.rglob("*.npy")) == [stale]
-    whole = tmp_path / "whole" / "a.png"
-    assert main(["sample", "fashion", "--n", "24", "--out", str(whole), *LONG]) == 0
-    assert whole.read_bytes() == (tmp_path / "a.png").read_bytes()
-    assert "--n 24" in read_text(whole)["command"]
+    whole_file = tmp_path / "whole" / "a.png"
+    assert main(["sample", "fashion", "--n", "24", "--out", str(whole_file), *LONG]) == 0
+    assert whole_file.read_bytes() == (tmp_path / "a.png").read_bytes()
+    assert "--n 24" in read_png_text(whole_file)["command"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGKILL, 0)])
-def test_other_ends(tmp_path: Path, number: int, victim: int | None) -> None:
-    line, _ = stopped(tmp_path, number, victim)
-    assert ("number 0 has died" if victim == 0 else "stop") in line
-    assert main(["sample", "fashion", "--n", "24", "--out", str(tmp_path / "a.png"), *LONG]) == 0  # one goes on too
+def test_other_signals(tmp_path: Path, number: int, victim: int | None) -> None:
+    line, _ = interrupted_run(tmp_path, number, victim)
+    assert ("rank 0 of the 2 processes of this run has died" if victim == 0 else "stop") in line
+    assert (
+        main(["sample", "fashion", "--n", "24", "--out", str(tmp_path / "a.png"), *LONG]) == 0
+    )  # one process resumes too
     assert list(tmp_path.rglob("*.npy")) == []
-    whole = tmp_path / "whole" / "a.png"
-    assert main(["sample", "fashion", "--n", "24", "--out", str(whole), *LONG]) == 0
-    assert whole.read_bytes() == (tmp_path / "a.png").read_bytes()
+    whole_file = tmp_path / "whole" / "a.png"
+    assert main(["sample", "fashion", "--n", "24", "--out", str(whole_file), *LONG]) == 0
+    assert whole_file.read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accelerator", ["patch_parallel", "cfg_parallel"])
 def test_a_process_killed_while_an_image_is_shared(tmp_path: Path, accelerator: str) -> None:
     more = ["--accelerate", accelerator]
-    line, folder = stopped(tmp_path, signal.SIGKILL, 1, *more)
-    assert "of the 2 processes of this run number 1 has died" in line
+    line, folder = interrupted_run(tmp_path, signal.SIGKILL, 1, *more)
+    assert "rank 1 of the 2 processes of this run has died" in line
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.npy")}
-    asked = ["sample", "fashion", "--n", "24", *LONG, *more, "--out"]
-    with torchrun(2, *asked, str(tmp_path / "a.png")) as process:
+    words = ["sample", "fashion", "--n", "24", *LONG, *more, "--out"]
+    with torchrun(2, *words, str(tmp_path / "a.png")) as process:
         until(lambda: len(list(folder.glob("*/*.npy"))) > len(times) or process.poll() is not None)
-        assert {path: path.stat().st_mtime_ns for path in times if path.exists()} == times  # none is made again
+        assert {path: path.stat().st_mtime_ns for path in times if path.exists()} == times  # none is sampled again
         assert process.wait(150) == 0
-    assert run(2, *asked, str(tmp_path / "whole" / "a.png"))[0] == 0
+    assert run(2, *words, str(tmp_path / "whole" / "a.png"))[0] == 0
     assert (tmp_path / "whole" / "a.png").read_bytes() == (tmp_path / "a.png").read_bytes()
-    assert read_text(tmp_path / "a.png")["processes"] == "2"
+    assert read_png_text(tmp_path / "a.png")["processes"] == "2"
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once() -> None:
+def test_an_error_is_reported_once() -> None:
     code, out, err = run(2, "evaluate", "fashion", "--n", "12", "--sampler", "nosuch", "--device", "cpu")
     assert code != 0 and out == ""
-    (line,) = said(err)
+    (line,) = errors(err)
     assert "nosuch" in line
 
 
 @pytest.mark.slow
-def test_evaluations_and_comparisons_are_those_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["evaluate", "fashion", "--n", "18", *WAY, "--json"]
-    assert main(asked) == 0
+def test_evaluate_and_compare_equal_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "fashion", "--n", "18", *CONFIG, "--json"]
+    assert main(words) == 0
     one = json.loads(capsys.readouterr().out)
-    code, out, err = run(2, *asked)
+    code, out, err = run(2, *words)
     assert code == 0, err
     assert json.loads(out) == {**one, "processes": 2}
 
     (tmp_path / "set.toml").write_text(SET)
-    asked = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), "--batch-size", "4", "--timing-batch", "2",
-             "--runtime", "fp32", "--device", "cpu", "--out"]  # fmt: skip
-    assert main([*asked, str(tmp_path / "one")]) == 0
-    code, out, err = run(2, *asked, str(tmp_path / "two"))
+    words = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), *COMPARE, "--out"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    code, out, err = run(2, *words, str(tmp_path / "two"))
     assert code == 0 and out.count("Report:") == 1, err
-    rows = [[json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
-            for name in ("one", "two")]  # fmt: skip
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
     same = ("key", "name", "nfe", "frechet", "kid", "precision", "recall", "coverage", "accuracy", "psnr", "rms")
     assert [[row[key] for key in same] for row in rows[0]] == [[row[key] for key in same] for row in rows[1]]
     files = [
@@ -167,16 +185,15 @@ def test_evaluations_and_comparisons_are_those_of_one(tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_a_row_in_which_processes_share_images_belongs_to_their_count(
+def test_rows_of_shared_images_depend_on_the_number_of_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = SET.rpartition("[[variant]]")[2].replace('"one"', '"shared"') + 'accelerators = ["patch_parallel"]\n'
     (tmp_path / "set.toml").write_text(SET + "[[variant]]" + shared)
-    asked = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), "--batch-size", "4", "--timing-batch", "2",
-             "--runtime", "fp32", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
-    code, _, err = run(2, *asked)
+    words = ["compare", "fashion", "--variants", str(tmp_path / "set.toml"), *COMPARE, "--out", str(tmp_path / "out")]
+    code, _, err = run(2, *words)
     assert code == 0, err
-    assert main(asked) == 0
+    assert main(words) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["best", "one", "shared", "shared"]
     assert [row["protocol"]["processes"] for row in rows[2:]] == [2, 1]
@@ -184,14 +201,14 @@ def test_a_row_in_which_processes_share_images_belongs_to_their_count(
 
 
 @pytest.mark.slow
-def test_processes_that_share_every_evaluation_make_the_images_of_one(tmp_path: Path) -> None:
+def test_processes_that_share_every_evaluation_write_the_images_of_one(tmp_path: Path) -> None:
     from PIL import Image
 
-    asked = ["sample", "fashion", "--n", "6", "--single", *WAY, "--guidance-scale=2", "--steps=3", "--out"]
-    asked = [word for k, word in enumerate(asked) if word not in ("--guidance-scale", "--steps")
-             and asked[k - 1] not in ("--guidance-scale", "--steps")]  # fmt: skip
-    assert main([*asked, str(tmp_path / "one")]) == 0
-    code, out, err = run(2, *asked, str(tmp_path / "two"), "--accelerate", "cfg_parallel")
+    words = ["sample", "fashion", "--n", "6", "--single", *CONFIG, "--guidance-scale=2", "--steps=3", "--out"]
+    replaced = ("--guidance-scale", "--steps")
+    words = [word for k, word in enumerate(words) if word not in replaced and words[k - 1] not in replaced]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    code, out, err = run(2, *words, str(tmp_path / "two"), "--accelerate", "cfg_parallel")
     assert code == 0 and "6 files" in out, err
     for k in range(6):
         a, b = (np.asarray(Image.open(tmp_path / name / f"{k:06d}.png")).astype(int) for name in ("one", "two"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hasten.cli import main
-from hasten.cli.app import describe
+from hasten.cli.app import error_line
 from hasten.distributed.heartbeat import ProcessLost, peer_errors
 from hasten.errors import BadInput, HastenError
 from hasten.utils import environment
@@ -129,7 +129,7 @@ def test_the_cache_is_where_the_user_said_or_in_the_home(tmp_path: Path, monkeyp
     ],
 )
 def test_the_end_of_memory_is_one_line_that_helps(error: Exception) -> None:
-    assert "out of memory; a smaller --batch-size needs less" in describe(error)
+    assert "out of memory; a smaller --batch-size needs less" in error_line(error)
     with pytest.raises(type(error)), peer_errors():  # not the loss of another process
         raise error
 
@@ -141,7 +141,7 @@ def test_other_errors_are_not_the_end_of_memory() -> None:
         HastenError("x"),
         OSError(28, "No space"),
     ):
-        assert "out of memory" not in describe(error) or isinstance(error, ValueError)
+        assert "out of memory" not in error_line(error) or isinstance(error, ValueError)
         assert not environment.is_out_of_memory(error)
     with pytest.raises(ProcessLost), peer_errors():
         raise RuntimeError("Connection closed by peer")

@@ -1,4 +1,4 @@
-"""`hasten export`: what it says, what it refuses, and that the folder is a model."""
+"""`hasten export`: its messages, its errors, and that the folder is a model."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def test_the_help_needs_no_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--precision" in capsys.readouterr().out
 
 
-def test_what_cannot_be_is_said_in_a_line(
+def test_errors_are_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = str(tmp_path / "x")
 
-    def said(*options: str) -> str:
+    def error(*options: str) -> str:
         assert main(["export", str(folder), *options]) in (1, 2)
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         return lines[0]
 
-    assert "out" in said()
-    assert "torchscript" in said("--out", out, "--to", "torchscript")
-    assert "--opset is ONNX's" in said("--out", out, "--opset", "18")
-    assert "n must be a whole number of at least 1" in said("--out", out, "--n", "0")
+    assert "out" in error()
+    assert "torchscript" in error("--out", out, "--to", "torchscript")
+    assert "--opset is ONNX's" in error("--out", out, "--opset", "18")
+    assert "n must be a whole number of at least 1" in error("--out", out, "--n", "0")
     for to, package in (("openvino", "openvino"), ("onnx", "onnx")):
         monkeypatch.setitem(sys.modules, package, None)
-        assert f"pip install 'hasten[{to}]'" in said("--out", out, "--to", to)
+        assert f"pip install 'hasten[{to}]'" in error("--out", out, "--to", to)
     assert not Path(out).exists()
 
 
@@ -50,10 +50,11 @@ def test_the_folder_is_a_model(folder: Path, tmp_path: Path, capsys: pytest.Capt
         pytest.importorskip(package)
     out = tmp_path / to
     assert main(["export", str(folder), "--to", to, "--out", str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["error"] < 1e-5 and told["bytes"] > 0 and all((out / name).is_file() for name in told["files"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["error"] < 1e-5 and result["bytes"] > 0
+    assert all((out / name).is_file() for name in result["files"])
     assert main(["show", str(out)]) == 0
-    way = ["--n", "3", "--steps", "2", "--sampler", "ddim", "--runtime", "fp32"]
-    assert main(["sample", str(out), *way, "--out", str(tmp_path / "a.png")]) == 0
+    config = ["--n", "3", "--steps", "2", "--sampler", "ddim", "--runtime", "fp32"]
+    assert main(["sample", str(out), *config, "--out", str(tmp_path / "a.png")]) == 0
     assert main(["export", str(out), "--to", to, "--out", str(tmp_path / "twice")]) == 1
     assert "exported already" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 
 from hasten import files
 from hasten.errors import BadInput
+from hasten.utils.atomic import LEFTOVER
 
 
 def child(code: str) -> int:
@@ -34,14 +35,14 @@ def test_a_file_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_path: Path) 
         name = place.removeprefix("os.")
         code = (
             f"os.{name} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-            f"files.write_whole({str(path)!r}, b'new')"
+            f"files.write_atomic({str(path)!r}, b'new')"
         )  # fmt: skip
         assert child(code) == signal.SIGKILL
         assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 3
     files.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
-    files.write_whole(path, "new")
+    files.write_atomic(path, "new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
@@ -54,10 +55,10 @@ def test_leftovers_are_removed_and_what_is_being_written_is_not(tmp_path: Path) 
     (tmp_path / ".run.77.tmp" / "weights").write_text("")
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / ".a.1.tmp").write_text("")
-    with files.replacing(tmp_path / "live") as file:
+    with files.atomic_open(tmp_path / "live") as file:
         file.write(b"half")
         files.remove_leftovers(tmp_path)
-        assert len([p for p in tmp_path.iterdir() if files.LEFTOVER.fullmatch(p.name)]) == 1
+        assert len([p for p in tmp_path.iterdir() if LEFTOVER.fullmatch(p.name)]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*other, "below", "live"])
     assert (tmp_path / "below" / ".a.1.tmp").exists()  # a folder that no run of ours makes
 
@@ -163,7 +164,7 @@ def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path: Path) -> Non
 
 
 def test_the_decorator_locks_the_folder_of_its_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @files.writes("out", only="wanted", unless="dry")
+    @files.holds_lock("out", only="wanted", unless="dry")
     def seen(out: Path | None, wanted: bool = True, dry: bool = False) -> bool:
         return out is not None and (out / files.LOCK).exists()
 
@@ -201,9 +202,9 @@ def test_out_inside_the_data_is_refused_whatever_the_path_looks_like(tmp_path: P
 
 def test_the_first_difference_of_two_descriptions() -> None:
     known = {"seed": 0, "data": {"images": 4, "classes": ["a", "b"]}, "extra": 1}
-    assert files.difference(known, {"seed": 0, "data": {"images": 4, "classes": ("a", "b")}}) is None
-    assert files.difference(known, {"seed": 0, "data": {"images": 4, "classes": ["x"]}}) == (
+    assert files.first_difference(known, {"seed": 0, "data": {"images": 4, "classes": ("a", "b")}}) is None
+    assert files.first_difference(known, {"seed": 0, "data": {"images": 4, "classes": ["x"]}}) == (
         "data.classes", '["a", "b"]', '["x"]',
     )  # fmt: skip
-    assert files.difference(known, {"lr": 0.1}) == ("lr", "null", "0.1")
-    assert files.difference(known, {"lr": 0.1}, missing=False) is None
+    assert files.first_difference(known, {"lr": 0.1}) == ("lr", "null", "0.1")
+    assert files.first_difference(known, {"lr": 0.1}, missing=False) is None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +15,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 import hasten
-from hasten.cli import main
-from hasten.cli.terminal import tell
+from hasten.cli.terminal import print_result
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput, NonFinite, Notice
-from hasten.images import crossed, grid, picture, to_uint8
+from hasten.images import make_image_grid, mark_non_finite, to_pil, to_uint8
 from hasten.metrics import evaluate_features, make_reference
 from hasten.metrics.references import narrow, reference, save_reference
 from hasten.model import Model
-from hasten.nets.unet import UNet
 from hasten.plan import diagnose
-from hasten.predictions import prediction_from
 from hasten.schedules import VPCosine
 from hasten.utils import finite
 from hasten.workflows.quantize import quantize_model
 from hasten.workflows.tune import tune_model
 
-
-def tiny(classes: tuple[str, ...] | None = ("a", "b")) -> Model:
-    torch.manual_seed(0)
-    net = UNet(channels=1, widths=(8,), classes=len(classes or ()), embedding=8)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.15)
-    null = len(classes) if classes else None
-    denoiser = Denoiser(net, VPCosine(), prediction_from("v"), null_label=null).eval().requires_grad_(False)
-    return Model(denoiser, "tiny", (1, 8, 8), classes, steps=4)
+from .factories import break_weight, run_cli, tiny_model
 
 
-def broken(name: str = "conv_in.weight") -> Model:
-    model = tiny()
-    model.denoiser.net.get_parameter(name).view(-1)[0] = float("nan")
-    return model
-
-
-def cli(*words: Any) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(word) for word in words])
-    return code, out.getvalue(), err.getvalue()
+def broken() -> Model:
+    """A model with a NaN in its first weight."""
+    return break_weight(tiny_model(steps=4))
 
 
 # Samples
@@ -68,7 +47,7 @@ def test_the_message_names_the_seeds_and_the_weight() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sampler", ["ddim", "heun"])
 def test_the_first_layer_and_evaluation_are_found(value: float, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, count = tiny(), [0]
+    model, count = tiny_model(steps=4), [0]
 
     def spoil(module: nn.Module, given: Any, made: Tensor) -> Tensor:
         count[0] += 1
@@ -93,7 +72,7 @@ def test_the_first_layer_and_evaluation_are_found(value: float, sampler: str, mo
 
 def test_infinity_is_not_cut_to_white() -> None:
     with pytest.raises(NonFinite, match="evaluation"):
-        tiny().sample(2, sampler="ddim", steps=2, guidance_scale=1e38)
+        tiny_model().sample(2, sampler="ddim", steps=2, guidance_scale=1e38)
 
 
 def test_guidance_that_overflows_is_named_and_no_layer_is() -> None:
@@ -121,7 +100,7 @@ def test_the_decoder_is_named_where_the_latents_are_finite() -> None:
         def decode(self, z: Tensor) -> Tensor:
             return self.vae(z)
 
-    model = tiny()
+    model = tiny_model(steps=4)
     model.decoder = Decoder()
     with pytest.raises(NonFinite, match="samples are finite, the decoder Conv2d is not: its weight weight"):
         model.sample(1)
@@ -160,7 +139,7 @@ def test_verbs_that_work_for_long_refuse_at_once(tmp_path: Path) -> None:
     broken().save(tmp_path / "m")
     for verb in (["quantize"], ["tune"], ["evaluate", "--n", 10], ["compare"], ["export"]):
         out = [] if verb[0] == "evaluate" else ["--out", tmp_path / "x"]
-        code, _, said = cli(verb[0], tmp_path / "m", *verb[1:], *out)
+        code, _, said = run_cli(verb[0], tmp_path / "m", *verb[1:], *out)
         assert code == 1 and "conv_in.weight holds NaN" in said.splitlines()[-1], (verb, said)
         assert not (tmp_path / "x").exists()
     for run in (lambda: quantize_model(broken(), tmp_path / "y"), lambda: tune_model(broken(), tmp_path / "y")):
@@ -187,7 +166,7 @@ def test_quantize_names_the_layer_that_is_given_nan_in_calibration(monkeypatch: 
     from hasten.accelerators import SamplingContext
     from hasten.accelerators.quantize import Quantize
 
-    model = tiny()
+    model = tiny_model(steps=4)
     x, t, cond = model.calls(2, 0, steps=2)[0]
     with pytest.raises(NonFinite, match="quantize: layer conv_in is given NaN"):
         calls = [(torch.full_like(x, math.nan), t, cond)]
@@ -210,17 +189,17 @@ def test_a_damaged_reference_is_refused(tmp_path: Path) -> None:
 def test_no_picture_is_made_of_what_is_not_finite() -> None:
     x = torch.zeros(3, 1, 4, 4)
     x[1, 0, 0, 0] = math.nan
-    for make in (to_uint8, grid, lambda x: picture(x[1])):
+    for make in (to_uint8, make_image_grid, lambda x: to_pil(x[1])):
         with pytest.raises(NonFinite, match="1 of"):
             make(x)
-    shown = crossed(x)
+    shown = mark_non_finite(x)
     assert torch.isfinite(shown).all() and shown[1].unique().numel() == 2 and not shown[::2].any()
 
 
 @pytest.mark.filterwarnings("ignore::hasten.errors.Notice")
 def test_sample_ends_with_an_error_and_crosses_out_what_failed(tmp_path: Path) -> None:
     broken().save(tmp_path / "m")
-    code, out, said = cli("sample", tmp_path / "m", "--n", 2, "--runtime", "fp32", "--out", tmp_path / "x.png")
+    code, out, said = run_cli("sample", tmp_path / "m", "--n", 2, "--precision", "fp32", "--out", tmp_path / "x.png")
     assert code == 1 and not out
     assert "2 of 2 images hold NaN or infinity (seeds 0, 1): the weight conv_in.weight" in said.splitlines()[-1]
     assert set(np.unique(np.asarray(Image.open(tmp_path / "x.png")))) == {128, 255}
@@ -268,12 +247,12 @@ def test_tuning_refuses_figures_that_are_not_finite(tmp_path: Path, monkeypatch:
     for found in (Tuned(None, figures={"loss": math.nan}), Tuned(None, statistics={"m": torch.tensor([math.inf])})):
         monkeypatch.setattr(Moments, "tune", lambda self, task, found=found: found)
         with pytest.raises(NonFinite, match="moments found"):
-            tune_model(tiny(), tmp_path / "m", method="moments", data=tmp_path / "d")
+            tune_model(tiny_model(), tmp_path / "m", method="moments", data=tmp_path / "d")
     assert not (tmp_path / "m" / "model.json").exists()
 
 
 def test_what_is_printed_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    tell({"a": [math.nan, 1.0], "b": {"c": math.inf}}, "", True)
+    print_result({"a": [math.nan, 1.0], "b": {"c": math.inf}}, "", True)
 
     def no(word: str) -> None:
         raise AssertionError(word)
@@ -289,4 +268,4 @@ def test_check_finite_names_the_place() -> None:
     assert issubclass(NonFinite, BadInput)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tiny()
+        tiny_model()

@@ -1,4 +1,4 @@
-"""One reader of images and of labels for every verb: train, distill, tune, sample, evaluate, restyle."""
+"""Images and labels are read alike by every command: train, distill, tune, sample, evaluate, restyle."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from hasten.cli import main
 from hasten.cli.restyle import of_class
 from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
-from hasten.images import given_images, read_text
+from hasten.images import read_png_text, to_image_tensor
 from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
-from hasten.workflows.distill import training_images
-from hasten.workflows.sample import classifier_labels, evaluate_distributed, part_of
-from hasten.workflows.tune import real
+from hasten.workflows.distill import real_images
+from hasten.workflows.distribute import part_of
+from hasten.workflows.evaluate import classifier_labels, evaluate_distributed
+from hasten.workflows.tune import calibration_images
 
-FAST = ("--steps", 1, "--runtime", "fp32", "--device", "cpu")
+FAST = ("--steps", 1, "--precision", "fp32", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +41,21 @@ def folders(fashion: Model, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_every_verb_gives_an_image_the_class_of_its_folder(fashion: Model, folders: Path) -> None:
-    data = training_images(fashion, folders)
+def test_every_command_labels_an_image_by_its_folder(fashion: Model, folders: Path) -> None:
+    data = real_images(fashion, folders)
     assert data.labels is not None
     assert (data.images(range(10))[:, 0, 0, 0] // 20).tolist() == data.labels.tolist()
-    x, labels = real(fashion, folders)(10)
+    x, labels = calibration_images(fashion, folders)(10)
     assert labels is not None and ((x[:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist() == labels.tolist()
     for k, name in enumerate(fashion.classes or ()):
         assert float(of_class(folders, 1, fashion, name)[0, 0, 0, 0] + 1) * 127.5 == pytest.approx(20 * k, abs=0.01)
 
 
-def test_other_classes_are_refused_with_both_lists(fashion: Model, tmp_path: Path) -> None:
+def test_other_classes_raise_with_both_lists(fashion: Model, tmp_path: Path) -> None:
     for k in range(10):
         (tmp_path / f"animal{k}").mkdir()
         Image.new("L", (28, 28), 20 * k).save(tmp_path / f"animal{k}" / "0.png")
-    for read in (lambda: training_images(fashion, tmp_path), lambda: real(fashion, tmp_path)):
+    for read in (lambda: real_images(fashion, tmp_path), lambda: calibration_images(fashion, tmp_path)):
         with pytest.raises(BadInput, match=r"animal0.*t-shirt"):
             read()
     with pytest.raises(BadInput, match="no class 'bag': its classes are animal0"):
@@ -63,11 +64,11 @@ def test_other_classes_are_refused_with_both_lists(fashion: Model, tmp_path: Pat
 
 def test_numbers_of_data_are_indices_of_named_classes(fashion: Model, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.array([9, 0, 3, 3]))
-    data = training_images(fashion, tmp_path / "a.npz")
+    data = real_images(fashion, tmp_path / "a.npz")
     assert data.labels is not None and data.labels.tolist() == [9, 0, 3, 3]
 
 
-def test_the_command_takes_names_that_are_numbers_or_hold_commas(tmp_path: Path) -> None:
+def test_the_command_takes_names_that_are_numbers_or_contain_commas(tmp_path: Path) -> None:
     rows, source = [], tmp_path / "data"
     source.mkdir()
     for name, value in (("1", 0), ("2", 40), ("3", 80)):
@@ -79,7 +80,7 @@ def test_the_command_takes_names_that_are_numbers_or_hold_commas(tmp_path: Path)
     for label, index in (("1", "0,0"), ("2,1", "1,0"), ("3, x", "2,2"), ("3, x,2", "2,1")):
         words = ("sample", tmp_path / "m", "--n", 2, "--label", label, "--out", tmp_path / "x.png", *FAST)
         assert main([str(w) for w in words]) == 0
-        assert read_text(tmp_path / "x.png")["labels"] == index
+        assert read_png_text(tmp_path / "x.png")["labels"] == index
     model = hasten.load(str(tmp_path / "m"))
     assert torch.equal(model.sample(1, 1, steps=1), model.sample(1, "1", steps=1))
     assert part_of(model, 3, None, slice(1, 3)).tolist() == [1, 2]  # type: ignore[union-attr]
@@ -87,12 +88,12 @@ def test_the_command_takes_names_that_are_numbers_or_hold_commas(tmp_path: Path)
 
 def test_class_accuracy_is_measured_by_name_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     mixed = ("bag", "T-Shirt", "coat")
-    found = classifier_labels(torch.tensor([0, 1, 2, 0]), mixed, "fashion")
-    assert found is not None and [CLASSES[k] for k in found.tolist()] == ["bag", "t-shirt", "coat", "bag"]
+    labels = classifier_labels(torch.tensor([0, 1, 2, 0]), mixed, "fashion")
+    assert labels is not None and [CLASSES[k] for k in labels.tolist()] == ["bag", "t-shirt", "coat", "bag"]
     assert classifier_labels(torch.tensor([0, 3]), mixed, "fashion") is None  # 3: no class
-    assert "drawn without a class" in capsys.readouterr().err
+    assert "have no class" in capsys.readouterr().err
     assert classifier_labels(torch.tensor([0]), ("zebra",), "fashion") is None
-    assert "does not know the classes zebra" in capsys.readouterr().err
+    assert "lacks the classes zebra" in capsys.readouterr().err
     digits = tuple(map(str, range(10)))
     assert classifier_labels(torch.tensor([9, 0]), digits, "fashion").tolist() == [9, 0]  # type: ignore[union-attr]
 
@@ -110,29 +111,29 @@ def test_inpainting_from_the_command_line(tmp_path: Path, capsys: pytest.Capture
     Image.fromarray(pixels[..., 0]).save(tmp_path / "opaque.png")
     Image.fromarray(255 - pixels[..., 1]).save(tmp_path / "mask.png")
     start = ("sample", "fashion", "--start", "ccdf:task=inpainting,time=0.5", "--n", 1, *FAST[2:], "--steps", 2)
-    made = []
+    outputs = []
     for more in (
         ("--images", tmp_path / "hole.png"),
         ("--images", tmp_path / "opaque.png", "--mask", tmp_path / "mask.png"),
     ):
-        out = tmp_path / f"{len(made)}.png"
+        out = tmp_path / f"{len(outputs)}.png"
         assert main([str(w) for w in (*start, *more, "--out", out)]) == 0
-        made.append(np.asarray(Image.open(out)).astype(int))
-        outside = made[-1].copy()
+        outputs.append(np.asarray(Image.open(out)).astype(int))
+        outside = outputs[-1].copy()
         outside[10:18, 10:18] = 200
         assert np.abs(outside - 200).max() <= 1
-        assert np.abs(made[-1][10:18, 10:18] - 200).max() > 1
-    assert np.array_equal(*made)
-    for more, said in (
+        assert np.abs(outputs[-1][10:18, 10:18] - 200).max() > 1
+    assert np.array_equal(*outputs)
+    for more, message in (
         (("--images", tmp_path / "opaque.png"), "what is white in --mask"),
         (("--mask", tmp_path / "mask.png"), "a mask belongs to --images"),
     ):
         assert main([str(w) for w in (*start, *more, "--out", tmp_path / "no.png")]) == 1
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 GREY = np.full((2, 28, 28), 128, np.uint8)
-GIVEN = {
+START_IMAGES = {
     "uint8": torch.from_numpy(GREY)[:, None],
     "NumPy": GREY[:, None],
     "NumPy without channels": GREY,
@@ -143,12 +144,12 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("way", GIVEN)
-def test_images_of_a_start_in_every_form(fashion: Model, way: str) -> None:
-    x = given_images(GIVEN[way], fashion.shape)
+@pytest.mark.parametrize("case", START_IMAGES)
+def test_start_images_of_every_type(fashion: Model, case: str) -> None:
+    x = to_image_tensor(START_IMAGES[case], fashion.shape)
     assert x.shape == (2, 1, 28, 28) and (x - (128 / 127.5 - 1)).abs().max() < 1e-6
-    made = fashion.sample(2, 0, steps=1, start="ccdf:task=restoration,time=0.05", images=GIVEN[way])
-    assert made.mean().abs() < 0.3
+    outputs = fashion.sample(2, 0, steps=1, start="ccdf:task=restoration,time=0.05", images=START_IMAGES[case])
+    assert outputs.mean().abs() < 0.3
 
 
 @pytest.mark.parametrize(
@@ -162,32 +163,32 @@ def test_images_of_a_start_in_every_form(fashion: Model, way: str) -> None:
         ([Image.new("L", (28, 28)), Image.new("L", (28, 14))], "one size"),
     ],
 )
-def test_images_that_cannot_be_are_refused(fashion: Model, images: object, message: str) -> None:
+def test_invalid_start_images_raise(fashion: Model, images: object, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         fashion.sample(2, 0, steps=1, start="ccdf:task=restoration,time=0.3", images=images)
 
 
-def test_names_with_brackets_are_shown_as_they_are() -> None:
+def test_names_with_brackets_are_printed_verbatim() -> None:
     from rich.console import Console
 
-    from hasten.compare.report import table
+    from hasten.compare.report import results_table
     from tests.test_report import row
 
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
+        console.print(results_table([row("[red]x[/b] y", "ddim", 4, 4.0, 3.0)]))
     assert "[red]x[/b] y" in captured.get()
 
 
 def test_accuracy_of_a_model_whose_classes_have_another_order(fashion: Model) -> None:
     names = tuple(sorted(fashion.classes or ()))
-    x, mine = fashion.sample(20, steps=2), fashion.labels(20)
-    assert mine is not None
-    theirs = torch.tensor([names.index((fashion.classes or ())[k]) for k in mine.tolist()])
+    x, own = fashion.sample(20, steps=2), fashion.labels(20)
+    assert own is not None
+    reordered = torch.tensor([names.index((fashion.classes or ())[k]) for k in own.tolist()])
     known, ranks = reference("fashion"), Ranks(torch.device("cpu"))
     measured = [
         evaluate_distributed(x, labels, "fashion", known, range(20), ranks, classes)["accuracy"].value  # type: ignore[index]
-        for labels, classes in ((mine, fashion.classes), (theirs, names), (theirs, fashion.classes))
+        for labels, classes in ((own, fashion.classes), (reordered, names), (reordered, fashion.classes))
     ]
     assert measured[0] == measured[1] > 0.5 > measured[2]
 
@@ -201,7 +202,7 @@ def test_accuracy_of_a_model_whose_classes_have_another_order(fashion: Model) ->
         (lambda x: x > 0, "bool"),
     ],
 )
-def test_metrics_refuse_other_ranges(change: Callable[[torch.Tensor], object], message: str) -> None:
+def test_metrics_raise_for_other_ranges(change: Callable[[torch.Tensor], object], message: str) -> None:
     x = torch.rand(12, 1, 28, 28) * 2 - 1
     x[0, 0, 0, 0], x[0, 0, 0, 1] = -1, 1
     net = feature_net("fashion")

@@ -104,7 +104,7 @@ def test_guidance_is_the_line_through_both_branches(model: Model) -> None:
         ({"sampler": "unipcc"}, "unipc"),
         ({"sampler": "unipc:ordr=2"}, "order"),
         ({"times": "karas"}, "karras"),
-        ({"runtime": "fp16"}, "runtime"),
+        ({"precision": "fp16"}, "runtime"),
         ({"label": "no such thing"}, "label"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_save_that_fails_leaves_nothing(model: Model, tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hasten.storage.model_folder.store", full)
+    monkeypatch.setattr("hasten.storage.model_folder.write_weights", full)
     with pytest.raises(BadInput, match="No space left"):
         model.save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
@@ -194,7 +194,7 @@ def test_weights_of_another_shape(model: Model, tmp_path: Path) -> None:
     weights["conv_in.weight"] = torch.zeros(8, 3, 3, 3)
     save_file(weights, file)
     edit(tmp_path / "a", weights={"file": file.name, "sha256": sha256(file)})
-    with pytest.raises(BadInput, match=r"conv_in.weight has shape \(8, 3, 3, 3\), the network wants \(8, 1, 3, 3\)"):
+    with pytest.raises(BadInput, match=r"conv_in.weight has shape \(8, 3, 3, 3\), the network needs \(8, 1, 3, 3\)"):
         hasten.load(tmp_path / "a")
 
 
@@ -270,7 +270,7 @@ def test_the_nearest_bundled_name(model: Model, tmp_path: Path, monkeypatch: pyt
 
 
 def test_bf16_is_near_fp32_and_not_the_same(model: Model) -> None:
-    full, short = model.sample(2, steps=3), model.sample(2, steps=3, runtime="bf16")
+    full, short = model.sample(2, steps=3), model.sample(2, steps=3, precision="bf16")
     assert not torch.equal(full, short)
     assert (full - short).abs().mean() < 0.1
 

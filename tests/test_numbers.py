@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hasten.cli import main
-from hasten.cli._numbers import RANGES, number_type, read
+from hasten.cli._numbers import RANGES, number_type, read_number
 from hasten.cli.verbs import VERBS
 from hasten.errors import HastenError
 from hasten.pick import pick
@@ -71,6 +71,10 @@ def test_infinity_is_taken_where_it_means_something() -> None:
 
 
 def test_numbers_are_read_as_they_are() -> None:
-    assert read("+7", int, 1, 9) == 7 and read("-3", int) == -3 and read(str(2**64 - 1), int) == 2**64 - 1
+    assert (
+        read_number("+7", int, 1, 9) == 7
+        and read_number("-3", int) == -3
+        and read_number(str(2**64 - 1), int) == 2**64 - 1
+    )
     for text, value in {"1": 1.0, ".5": 0.5, "2.": 2.0, "1e-3": 1e-3, "-1.5E+2": -150.0}.items():
-        assert read(text, float) == value
+        assert read_number(text, float) == value

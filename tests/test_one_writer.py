@@ -21,9 +21,9 @@ from PIL import Image
 from torch import nn
 
 import hasten
-from hasten.adapters._export import exported
+from hasten.adapters._export import export_network
 from hasten.cli import main
-from hasten.compare.results import Store
+from hasten.compare.results import ResultStore
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.files import locked
@@ -33,10 +33,10 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.storage.provenance import fingerprint, hash_of
+from hasten.storage.provenance import model_hash, tensor_hash
 from hasten.workflows.tune import tune_model
 
-DISTILL = ("--method", "progressive:steps=(4,2)", "--steps", "4", "--batch-size", "4", "--runtime", "fp32")
+DISTILL = ("--method", "progressive:steps=(4,2)", "--steps", "4", "--batch-size", "4", "--precision", "fp32")
 VARIANTS = 'n = 10\nrounds = 1\n[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "few"\nsampler = "ddim"\nsteps = 2\n'
 
 
@@ -68,12 +68,12 @@ def command(place: Path, verb: str, out: Path, data: str = "data") -> list[str]:
     """A verb that writes into the folder `out`."""
     tiny, images = str(place / "tiny"), str(place / data)
     words = {
-        "train": [images, "--steps", "1", "--widths", "8", "--patch", "1", "--batch-size", "4", "--runtime", "fp32"],
+        "train": [images, "--steps", "1", "--widths", "8", "--patch", "1", "--batch-size", "4", "--precision", "fp32"],
         "distill": [tiny, "--data", images, *DISTILL],
         "tune": [tiny, "--method", "moments:times=3", "--n", "4", "--data", images],
         "quantize": [tiny, "--images", "2"],
-        "compare": [tiny, "--variants", str(place / "v.toml"), "--runtime", "fp32", "--json"],
-        "sample": [tiny, "--single", "--n", "2", "--steps", "1", "--runtime", "fp32"],
+        "compare": [tiny, "--variants", str(place / "v.toml"), "--precision", "fp32", "--json"],
+        "sample": [tiny, "--separate-files", "--n", "2", "--steps", "1", "--precision", "fp32"],
     }
     device = [] if verb == "restyle" else ["--device", "cpu"]
     return [verb, *words[verb], *device, "--out", str(out)]
@@ -119,7 +119,7 @@ def test_what_only_looks_does_not_need_the_folder(
     with held(out):
         assert main([*command(place, "distill", out), "--dry-run"]) == 0
         with pytest.raises(BadInput, match="is writing to"):
-            exported(SimpleNamespace(kind="onnx"), hasten.load(place / "tiny"), out, "fp32", 1, 0, print)  # type: ignore[arg-type]
+            export_network(SimpleNamespace(kind="onnx"), hasten.load(place / "tiny"), out, "fp32", 1, 0, print)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verb", ["train", "distill", "tune"])
@@ -168,7 +168,7 @@ def test_an_export_is_not_written_over_another_model(place: Path, tmp_path: Path
     shutil.copytree(place / "tiny", tmp_path / "m")
     kind: Any = SimpleNamespace(kind="onnx")
     with pytest.raises(BadInput, match="holds a model already, and not this export"):
-        exported(kind, hasten.load(place / "tiny"), tmp_path / "m", "fp32", 1, 0, lambda *_: None)
+        export_network(kind, hasten.load(place / "tiny"), tmp_path / "m", "fp32", 1, 0, lambda *_: None)
 
 
 @pytest.mark.parametrize("unfinished", ["checkpoint.pt", "run.json"])
@@ -192,12 +192,14 @@ def test_a_distillation_goes_on_with_its_own_data_and_format_only(
     capsys.readouterr()
     for asked, message in (
         (command(place, "distill", out, "other"), "data.pixels"),
-        ([*command(place, "distill", out), "--runtime", "bf16"], "a run with runtime fp32, asked for bf16"),
-        ([*command(place, "distill", out), "--runtime", "fp32+high"], "does not use +high"),
+        ([*command(place, "distill", out), "--precision", "bf16"], "a run with runtime fp32, asked for bf16"),
+        ([*command(place, "distill", out), "--precision", "fp32+high"], "does not use +high"),
         ([*command(place, "distill", out), "--seed", "1"], "a run with seed 0, asked for 1"),
     ):
         words = [
-            w for k, w in enumerate(asked) if asked.index("--runtime") not in (k, k - 1) or asked.count("--runtime") < 2
+            w
+            for k, w in enumerate(asked)
+            if asked.index("--precision") not in (k, k - 1) or asked.count("--precision") < 2
         ]
         assert main(words) == 1
         last = capsys.readouterr().err.splitlines()[-1]  # before it, what the data hold
@@ -255,31 +257,31 @@ def test_killed_while_tuning_in_place_the_model_is_whole(place: Path, tmp_path: 
 
 def test_cut_rows_are_left_out_and_rows_of_something_else_refused(tmp_path: Path) -> None:
     rows = [{"key": k, "protocol": {}} for k in "abc"]
-    Store(tmp_path).put(*rows)
+    ResultStore(tmp_path).put(*rows)
     path = tmp_path / "results.jsonl"
     whole = path.read_bytes()
     for tail in (whole[: len(whole) // 2], bytes(40), b"\xff"):
         path.write_bytes(whole + tail)
-        assert list(Store(tmp_path).rows) == ["a", "b", "c"]
+        assert list(ResultStore(tmp_path).rows) == ["a", "b", "c"]
     path.write_bytes(whole[:20])
-    assert not Store(tmp_path).rows
-    Store(tmp_path).put({"key": "d", "protocol": {}})
+    assert not ResultStore(tmp_path).rows
+    ResultStore(tmp_path).put({"key": "d", "protocol": {}})
     assert json.loads(path.read_text())["key"] == "d"
     for text in ("some notes\n", '{"a": 1}\n'):
         path.write_text(text)
         with pytest.raises(BadInput, match=r"results\.jsonl.* rows? "):
-            Store(tmp_path)
+            ResultStore(tmp_path)
 
 
 def test_a_reference_is_known_by_its_figures_and_a_model_by_its_meaning(place: Path) -> None:
     features = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double()
     one, two = (make_reference(f, "same", "all", "net") for f in (features, features + 1))
-    assert hash_of(one.mean, one.covariance, one.sample) != hash_of(two.mean, two.covariance, two.sample)
+    assert tensor_hash(one.mean, one.covariance, one.sample) != tensor_hash(two.mean, two.covariance, two.sample)
     model = hasten.load(place / "tiny")
-    same = fingerprint(hasten.load(place / "tiny"))
-    assert fingerprint(model) == same
+    same = model_hash(hasten.load(place / "tiny"))
+    assert model_hash(model) == same
     model.denoiser.null_label = None
-    assert fingerprint(model) != same
+    assert model_hash(model) != same
 
 
 def test_stages_without_the_run_they_belong_to_are_not_taken_up(

@@ -177,7 +177,7 @@ class Local:
 )
 def test_what_cannot_be_opened_again_is_refused(make: Any, message: str | None) -> None:
     before = torch.get_rng_state()
-    why = weights.refusal(make())
+    why = weights.save_refusal(make())
     if message is None:
         assert why is None
     else:
@@ -185,7 +185,7 @@ def test_what_cannot_be_opened_again_is_refused(make: Any, message: str | None) 
             raise BadInput(str(why))
     net = make()
     torch.set_rng_state(before)
-    weights.refusal(net)
+    weights.save_refusal(net)
     assert torch.equal(torch.get_rng_state(), before), "to try its constructor leaves no trace"
 
 
@@ -218,9 +218,9 @@ def test_a_decoder_of_ones_own_is_refused_before_work(tmp_path: Path) -> None:
 
 
 def test_what_an_own_config_says_is_not_taken_for_ours() -> None:
-    from hasten.adapters._export import told_of
+    from hasten.adapters._export import exported_config
 
-    assert "channels" in told_of(UNet(1, widths=(8,))) and told_of(Any1(3, 2)) == {"null_label": 2}
+    assert "channels" in exported_config(UNet(1, widths=(8,))) and exported_config(Any1(3, 2)) == {"null_label": 2}
 
 
 def test_it_is_quantised(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_it_is_quantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["progressive:steps=(4,2)", "denoising_student:pairs=8,pair_steps=2"])
 def test_it_is_distilled_and_the_same_call_again_changes_nothing(tmp_path: Path, images: Path, method: str) -> None:
     for _ in range(2):
-        distill_model(plain(), tmp_path / "out", method, images, steps=6, batch_size=4, runtime="fp32", show=False)
+        distill_model(plain(), tmp_path / "out", method, images, steps=6, batch_size=4, precision="fp32", show=False)
     student = hasten.load(tmp_path / "out")
     assert isinstance(student.denoiser.net, Plain) and student.sample(2).isfinite().all()
 
@@ -250,7 +250,7 @@ def test_samples_of_any_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     tune_model(hasten.load(tmp_path / "m"), tmp_path / "t", "optimized_steps", steps=4, n=4)
     assert hasten.load(tmp_path / "t").sample(2).shape == (2, *shape)
     x = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
-    common: Any = {"steps": 6, "batch_size": 4, "runtime": "fp32", "show": False}
+    common: Any = {"steps": 6, "batch_size": 4, "precision": "fp32", "show": False}
     distill_model(model, tmp_path / "d", "progressive:steps=(4,2)", x, **common)
     assert hasten.load(tmp_path / "d").sample(2).shape == (2, *shape) and not list((tmp_path / "d").glob("*.png"))
     with pytest.raises(BadInput, match="no images are: give data as a tensor"):
@@ -265,7 +265,7 @@ def test_guided_adds_the_scale_to_any_network(tmp_path: Path, shape: tuple[int, 
     g = torch.Generator().manual_seed(0)
     x, labels = torch.randn(24, *shape, generator=g), torch.arange(24) % 3
     data = Data(24, shape, lambda rows: x[rows], labels, model.classes)  # type: ignore[arg-type]
-    common: Any = {"steps": 12, "batch_size": 8, "runtime": "fp32", "show": False, "guidance_scale": 2.0}
+    common: Any = {"steps": 12, "batch_size": 8, "precision": "fp32", "show": False, "guidance_scale": 2.0}
     distill_model(model, tmp_path / "g", "guided:steps=(4,2),guidance=(1,3)", data, **common)
     student = hasten.load(tmp_path / "g")
     assert student.denoiser.guidance_range == (1.0, 3.0) and student.sample(3, guidance_scale=1.5).isfinite().all()

@@ -12,15 +12,15 @@ import hasten
 from hasten import samplers
 from hasten.errors import BadInput, HastenError
 from hasten.guides import CFG
-from hasten.pick import format_spec, names, pick
+from hasten.pick import format_spec, method_names, pick
 from hasten.times import CosineAngle, Explicit, Karras, UniformLambda, UniformTime
 
 
 def test_names_are_the_files() -> None:
-    assert {"ddim", "ddpm", "deis", "dpm", "heun", "plms", "unipc"} <= set(names("samplers"))
-    assert not any(name.startswith("_") for name in names("samplers"))
-    assert names("times") == ["angle", "explicit", "karras", "lambda", "quadratic", "trailing", "uniform"]
-    assert "cfg" in names("guides")
+    assert {"ddim", "ddpm", "deis", "dpm", "heun", "plms", "unipc"} <= set(method_names("samplers"))
+    assert not any(name.startswith("_") for name in method_names("samplers"))
+    assert method_names("times") == ["angle", "explicit", "karras", "lambda", "quadratic", "trailing", "uniform"]
+    assert "cfg" in method_names("guides")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_pick_and_spell_are_inverse(folder: str, text: str, expected: object) ->
 
 def test_every_method_can_be_picked_and_spelled() -> None:
     for folder in ("samplers", "times", "guides"):
-        for name in names(folder):
+        for name in method_names(folder):
             if name != "explicit":
                 method = pick(folder, name)
                 assert format_spec(method) == name and pick(folder, format_spec(method)) == method
@@ -101,7 +101,7 @@ def test_a_new_file_is_a_new_method(tmp_path: object, monkeypatch: pytest.Monkey
         "from dataclasses import dataclass\n@dataclass\nclass A: ...\n@dataclass\nclass B: ...\n"
     )
     monkeypatch.setattr(hasten.samplers, "__path__", [*hasten.samplers.__path__, str(tmp_path)])
-    assert "mine" in names("samplers")
+    assert "mine" in method_names("samplers")
     assert pick("samplers", "mine:kind=square").kind == "square"
     with pytest.raises(BadInput, match="one of round, square, found 'sqare': did you mean 'square'"):
         pick("samplers", "mine:kind=sqare")

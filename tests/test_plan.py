@@ -217,7 +217,7 @@ def test_a_plan_file_is_small() -> None:
     [
         (lambda d: d.update(schema=2), "schema 2"),
         (lambda d: d.pop("B"), "'B' is missing"),
-        (lambda d: d["a"].append(1.0), "queries"),
+        (lambda d: d["a"].append(1.0), "evaluations"),
         (lambda d: d["times"].append(0.0), r"times must be float64 \(5,\)"),
         (lambda d: d["B"][0].append([9, 1.0]), "column 9"),
         (lambda d: d["B"][0].append([3, 1.0]), "triangular"),

@@ -1,4 +1,4 @@
-"""Processes that belong together: what they tell one another, how work is dealt, and what happens when one dies."""
+"""`Ranks`: collectives, distribution of work, heartbeats, and what happens when a process dies."""
 
 from __future__ import annotations
 
@@ -15,42 +15,49 @@ import pytest
 import torch
 
 import hasten
-from hasten.distributed.heartbeat import Peers, alive
+from hasten.distributed.heartbeat import Peers, is_alive
 from hasten.distributed.ranks import ProcessLost, Ranks, launched, own_device
 from hasten.errors import BadInput
 from hasten.storage.batches import SavedBatches
-from hasten.workflows.sample import Sharing, kept, part_of, sample_many, sampling_metadata, sharing
+from hasten.workflows.distribute import Sharing, part_of, sample_many, sampling_metadata, saved_batches, sharing
 
 from .processes import spawn
 
-SETTING: dict[str, Any] = {"sampler": "ddim", "times": "uniform", "steps": 1, "guidance_scale": 1.0, "runtime": "fp32"}
+SETTING: dict[str, Any] = {
+    "sampler": "ddim",
+    "times": "uniform",
+    "steps": 1,
+    "guidance_scale": 1.0,
+    "precision": "fp32",
+}
 CPU = Ranks(torch.device("cpu"))
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Stands for an accelerator by which some processes share an image."""
+    """In place of an accelerator that splits one image between processes."""
 
     claims: frozenset[str] = frozenset({"space"})
     size: int | None = None
 
 
-def together(rank: int, folder: str) -> None:
-    """Three processes: everything that `Ranks` does, and at last one dies."""
+def run_collectives(rank: int, folder: str) -> None:
+    """One of three processes: every method of `Ranks`, and at the end one process dies."""
     ranks = Ranks.start("cpu")
     assert (ranks.rank, ranks.world, ranks.local, ranks.is_main_process) == (rank, 3, rank, rank == 0)
     assert Ranks.start("cpu") == ranks and Ranks.connect().world == 3
     assert ranks.broadcast_object(f"from {rank}") == "from 0"
-    asked: list[int] = []
-    assert ranks.on_main_process(lambda: asked.append(rank) or [1, 2]) == [1, 2] and asked == ([0] if rank == 0 else [])
+    called: list[int] = []
+    assert ranks.on_main_process(lambda: called.append(rank) or [1, 2]) == [1, 2]
+    assert called == ([0] if rank == 0 else [])
     assert ranks.gather({rank: "x" * rank}) == [{0: ""}, {1: "x"}, {2: "xx"}]
-    assert ranks.agree(10.0 + rank, rank == 2, rank == 1) == (10.0, True, False)
+    assert ranks.sync_training_state(10.0 + rank, rank == 2, rank == 1) == (10.0, True, False)
     with ranks.main_process_first():
         order = time.monotonic()
     orders = ranks.gather(order)
     assert min(orders) == orders[0]
 
-    # each number once, by somebody; numbers that somebody has at hand, by that one; tensors of any kind
+    # each index once, by any process; cached indices by the process that has them; tensors of any dtype
     done: list[int] = []
 
     def work(number: int) -> tuple[torch.Tensor, ...]:
@@ -67,8 +74,8 @@ def together(rank: int, folder: str) -> None:
         assert all(torch.equal(p[0], torch.full((k + 1, 2), k, dtype=torch.float16)) for k, p in enumerate(pieces))  # type: ignore[index]
     else:
         assert [k for k, piece in enumerate(pieces) if piece is not None] == sorted(done)
-    whole = ranks.distribute(4, lambda k: (torch.tensor([float(k)]),), everywhere=True)
-    assert [float(piece[0]) for piece in whole] == [0, 1, 2, 3]  # type: ignore[index]
+    pieces = ranks.distribute(4, lambda k: (torch.tensor([float(k)]),), everywhere=True)
+    assert [float(piece[0]) for piece in pieces] == [0, 1, 2, 3]  # type: ignore[index]
 
     module = torch.nn.Linear(2, 1)
     ranks.broadcast_parameters(module)
@@ -78,59 +85,61 @@ def together(rank: int, folder: str) -> None:
     module.bias.grad = torch.tensor([3.0]) if rank == 1 else None
     loss = ranks.all_reduce_gradients([*module.parameters(), unused], torch.tensor(3.0 * rank))
     assert loss == 3.0 and module.weight.grad.tolist() == [[1.0, 1.0]] and module.bias.grad.tolist() == [1.0]  # type: ignore[union-attr]
-    assert unused.grad is None  # AdamW would decay what it is given a zero for
+    assert unused.grad is None  # AdamW would decay a parameter whose gradient is zero
 
-    # 10 images of the bundled model in batches of 4, which is no multiple of anything: those of one process
+    # 10 images of the bundled model in batches of 4 (the last is smaller): equal to those of one process
     model = hasten.load("fashion")
     store = SavedBatches(folder, {"a": 1})
-    made = sample_many(model, 10, ["bag", 3], seed=5, batch_size=4, ranks=ranks, keep=store, **SETTING)
-    assert (made is None) == (rank > 0) and store.count() == 10
-    if made is not None:
-        torch.save(made, f"{folder}/three.pt")
-    # what is kept is not sampled again, by however many; all sampling together gives the same images
+    images = sample_many(model, 10, ["bag", 3], seed=5, batch_size=4, ranks=ranks, keep=store, **SETTING)
+    assert (images is None) == (rank > 0) and store.count() == 10
+    if images is not None:
+        torch.save(images, f"{folder}/three.pt")
+    # saved batches are not sampled again, by any number of processes; shared samplings give the same images
     marked = store.get(4, 4)
     assert marked is not None
     ranks.barrier()
     if rank == 0:
         store.put(4, marked + 1)
     ranks.barrier()
-    asked = (model, 10, ["bag", 3], 5, 4)
+    request = (model, 10, ["bag", 3], 5, 4)
     first = torch.load(f"{folder}/three.pt")
     for how in ([Shared()], [Shared(size=1)], []):
-        again = sample_many(*asked, ranks=ranks, keep=store, everywhere=True, accelerated=how, **SETTING)
+        again = sample_many(*request, ranks=ranks, keep=store, everywhere=True, accelerated=how, **SETTING)
         assert again is not None
         assert torch.equal(again[4:8], first[4:8] + 1) and torch.equal(again[8:], first[8:])
-    # folders that are not the same: only who leads a group looks and keeps, so that a group does the same
+    # folders that differ: only the leader of a group reads and writes, so that the whole group does the same
     own, seen = SavedBatches(Path(folder, f"own{rank}"), {}), []
     if rank == 2:
         own.put(4, marked)
     for how, keep, batches in (
-        (Shared(), own, [4, 4, 2]), (Shared(), own, []), (Shared(size=1), None, [[4], [4], [2]][rank]),
-    ):  # fmt: skip
+        (Shared(), own, [4, 4, 2]),
+        (Shared(), own, []),
+        (Shared(size=1), None, [[4], [4], [2]][rank]),
+    ):
         seen.clear()
         handle = model.denoiser.net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-        joined = sample_many(*asked, ranks=ranks, keep=keep, accelerated=[how], **SETTING)
+        joined = sample_many(*request, ranks=ranks, keep=keep, accelerated=[how], **SETTING)
         handle.remove()
         assert (joined is None) == (rank > 0) and (joined is None or torch.equal(joined, first))
         assert seen == batches and own.count() == (10, 0, 4)[rank]
 
-    # number 2 is killed; the others say so, the first of them aloud
+    # rank 2 is killed; the others raise ProcessLost, and the lowest rank reports it
     ranks.barrier()
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(ProcessLost, match="of the 3 processes of this run number 2 has died"):
+    with pytest.raises(ProcessLost, match="rank 2 of the 3 processes of this run has died"):
         ranks.barrier()
     assert time.monotonic() - began < 15
     if rank == 1:
         Path(folder, "quiet").write_text(str(ranks.should_report(own=False)))
     else:
-        time.sleep(0.5)  # being the first to see it is not what counts
+        time.sleep(0.5)  # the first to notice is not the one that reports
         assert ranks.should_report(own=False) and not ranks.should_report(own=True)
     Path(folder, f"fine{rank}").touch()
 
 
-def silent(rank: int, folder: str) -> None:
+def stop_sending(rank: int, folder: str) -> None:
     os.environ["HASTEN_TIMEOUT"] = "2"
     ranks = Ranks.start("cpu")
     ranks.barrier()
@@ -142,8 +151,8 @@ def silent(rank: int, folder: str) -> None:
         Path(folder, "silent").write_text(str(e))
 
 
-def test_what_processes_do_together(tmp_path: Path) -> None:
-    assert spawn(together, 3, str(tmp_path)) == [0, 0, -signal.SIGKILL]
+def test_collectives_of_three_processes(tmp_path: Path) -> None:
+    assert spawn(run_collectives, 3, str(tmp_path)) == [0, 0, -signal.SIGKILL]
     assert len(list(tmp_path.glob("fine*"))) == 2 and (tmp_path / "quiet").read_text() == "False"
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the processes has
@@ -153,12 +162,12 @@ def test_what_processes_do_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_stops_moving_is_given_up(tmp_path: Path) -> None:
+def test_a_process_without_heartbeats_is_lost(tmp_path: Path) -> None:
     began = time.monotonic()
-    spawn(silent, 2, str(tmp_path), seconds=20)
+    spawn(stop_sending, 2, str(tmp_path), seconds=20)
     assert time.monotonic() - began < 40
     assert (tmp_path / "silent").read_text() == (
-        "of the 2 processes of this run number 1 has given no sign of life for 2 s"
+        "rank 1 of the 2 processes of this run has given no sign of life for 2 s"
     )
 
 
@@ -174,9 +183,9 @@ def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> 
         and ranks.gather(1) == [1]
         and ranks.should_report(False)
     )
-    monkeypatch.setenv("WORLD_SIZE", "2")  # somebody else's, without a rank
+    monkeypatch.setenv("WORLD_SIZE", "2")  # set without a rank
     assert launched() == 1
-    monkeypatch.setenv("RANK", "1")  # of a cluster's shell, in which no launcher has run
+    monkeypatch.setenv("RANK", "1")  # the shell of a cluster, without a launcher
     assert launched() == 1 and Ranks.start("cpu").is_main_process
     for name, value in (("WORLD_SIZE", "two"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
@@ -189,48 +198,55 @@ def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert own_device(None, 1) == own_device("cuda", 1) == own_device("cuda:1", 1) == torch.device("cuda:1")
     assert own_device("cuda:1", None) == torch.device("cuda:1") and own_device("cpu", 1) == torch.device("cpu")
-    with pytest.raises(BadInput, match="a GPU of its own: ask for cuda, not cuda:1"):
+    with pytest.raises(BadInput, match="a GPU of its own: use cuda, not cuda:1"):
         own_device("cuda:1", 0)
-    with pytest.raises(BadInput, match="process 3 of this machine finds no GPU of its own, there are 2"):
+    with pytest.raises(BadInput, match="process 3 of this host finds no GPU of its own, there are 2"):
         own_device(None, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput, match="torch finds no GPU here"):
         own_device("cuda", 0)
 
 
-def test_kept_batches(tmp_path: Path) -> None:
-    store = SavedBatches(tmp_path / "kept", {"seed": 1})
+def test_saved_batches(tmp_path: Path) -> None:
+    store = SavedBatches(tmp_path / "saved", {"seed": 1})
     x = torch.randn(3, 1, 2, 2)
     store.put(4, x)
     found = store.get(4, 3)
     assert found is not None and torch.equal(found, x) and store.count() == 3
     assert store.get(4, 2) is None and store.get(0, 3) is None
-    assert SavedBatches(tmp_path / "kept", {"seed": 2}).get(4, 3) is None
-    whole = next(store.folder.glob("*.npy"))
-    whole.write_bytes(whole.read_bytes()[:-5])
+    assert SavedBatches(tmp_path / "saved", {"seed": 2}).get(4, 3) is None
+    file = next(store.folder.glob("*.npy"))
+    file.write_bytes(file.read_bytes()[:-5])
     assert store.get(4, 3) is None
     store.clear()
-    assert not (tmp_path / "kept").exists()
-    store.clear()  # nothing there, nothing said
+    assert not (tmp_path / "saved").exists()
+    store.clear()  # again: no error
 
 
-def test_the_key_of_kept_images_holds_all_that_they_depend_on() -> None:
+def test_the_key_of_saved_images_covers_all_that_they_depend_on() -> None:
     model = hasten.load("fashion")
-    common: dict[str, Any] = {"n": 8, "label": None, "seed": 0, "batch_size": 4, "setting": SETTING}
-    base = sampling_metadata(model, **common)
-    assert base == sampling_metadata(model, **common)
+    request: dict[str, Any] = {"n": 8, "label": None, "seed": 0, "batch_size": 4}
+
+    def key(changes: dict[str, Any] = {}, **options: Any) -> dict[str, Any]:  # noqa: B006
+        return sampling_metadata(model, model.resolve(None, **{**SETTING, **options}), {**request, **changes})
+
+    base = key()
+    assert base == key()
     others = [{"n": 9}, {"label": "bag"}, {"seed": 1}, {"batch_size": 8}, {"images": torch.zeros(8, 1, 28, 28)}]
-    others += [{"setting": {**SETTING, key: value}} for key, value in
-               {"steps": 2, "sampler": "heun", "runtime": "bf16", "guidance_scale": 2.0, "times": "lambda"}.items()]  # fmt: skip
     for other in others:
-        assert sampling_metadata(model, **{**common, **other}) != base, other
+        assert key(other) != base, other
+    changed = {"steps": 2, "sampler": "heun", "precision": "bf16", "guidance_scale": 2.0, "times": "lambda"}
+    for name, value in changed.items():
+        assert key(**{name: value}) != base, name
     with torch.no_grad():
         next(model.denoiser.parameters()).flatten()[0] += 1
-    assert sampling_metadata(model, **common) != base
-    assert kept("/nowhere", CPU, model, 8, None, 0, 4, SETTING) is None  # one process keeps nothing
+    assert key() != base
+    assert (
+        saved_batches("/nowhere", CPU, model, model.resolve(None, **SETTING), request) is None
+    )  # one process saves nothing
 
 
-def test_a_batch_gets_the_labels_of_its_images() -> None:
+def test_batches_split_labels_as_images() -> None:
     model = hasten.load("fashion")
     for label in (None, "bag", [0, 3, "none"], "none"):
         whole = model.labels(11, label)
@@ -253,27 +269,30 @@ def test_accelerators_that_share_a_sampling() -> None:
     # two to an image; and with branches too, of which the second two are those of the first two
     pairs = groups(4, Shared(size=2))
     assert [(each.number, each.count, each.leads) for each in pairs if each] == [
-        (0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)
-    ]  # fmt: skip
+        (0, 2, True),
+        (0, 2, False),
+        (1, 2, True),
+        (1, 2, False),
+    ]
     fours = groups(8, branches, Shared(size=2))
     assert [each.number for each in fours if each] == [0, 0, 1, 1, 0, 0, 1, 1]
     assert [rank for rank, each in enumerate(fours) if each and each.leads] == [0, 2]
 
 
-def test_alive() -> None:
-    assert alive(os.getpid()) and not alive(2**22 + 1)
+def test_is_alive() -> None:
+    assert is_alive(os.getpid()) and not is_alive(2**22 + 1)
 
 
-def test_the_pulse_ends_before_the_interpreter_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeats_end_before_the_interpreter_does(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         def add(self, key: str, amount: int) -> int:
-            time.sleep(0.3)  # outside of Python, in truth, where being ended aborts the process
+            time.sleep(0.3)  # stands for a call outside of Python, whose end aborts the process
             return amount
 
-    monkeypatch.setattr("hasten.distributed.heartbeat.PULSE", 0.01)
-    line = Peers()
-    line.store, line.pulse = Slow(), threading.Thread(target=line.beat, daemon=True)
-    line.pulse.start()
+    monkeypatch.setattr("hasten.distributed.heartbeat.HEARTBEAT_INTERVAL", 0.01)
+    peers = Peers()
+    peers.store, peers.heartbeat = Slow(), threading.Thread(target=peers.send_heartbeats, daemon=True)
+    peers.heartbeat.start()
     time.sleep(0.1)
-    line.leave()
-    assert not line.pulse.is_alive()
+    peers.close()
+    assert not peers.heartbeat.is_alive()

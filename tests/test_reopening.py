@@ -1,4 +1,4 @@
-"""One's own networks: what would open again as something else, or could not be trained, is refused at once."""
+"""User networks that would load differently, or cannot be trained, are refused before any work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Own(nn.Module):
 
 
 class Scaled(Own):
-    """An argument with a default that no tensor shows."""
+    """An argument with a default, which is in no tensor."""
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -41,19 +41,19 @@ class Scaled(Own):
         return self.scale * super().forward(x, time)
 
 
-class Unkept(Own):
+class Unsaved(Own):
     """A random buffer that is not saved."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("drawn", torch.randn(1), persistent=False)
+        self.register_buffer("noise", torch.randn(1), persistent=False)
 
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
-        return self.drawn * super().forward(x, time)  # type: ignore[operator]
+        return self.noise * super().forward(x, time)  # type: ignore[operator]
 
 
 class Lazy(Own):
-    """Layers that take their width from the first sample."""
+    """Layers whose width is that of the first sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Random(Own):
 
 
 class Extra(Own):
-    """State that is no tensor."""
+    """State other than tensors."""
 
     def get_extra_state(self) -> Any:
         return {"k": 1}
@@ -82,7 +82,7 @@ class Extra(Own):
 
 
 class OldNorm(Own):
-    """A weight that is computed before every call, which cannot be copied once it was in training."""
+    """A weight computed before every call, which cannot be copied after training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def model(net: nn.Module) -> Model:
 def distil(net: nn.Module, folder: Path) -> Path:
     np.save(folder / "i.npy", np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8))
     method, out = "progressive:steps=(1,)", folder / "out"
-    distill_model(model(net), out, method, folder / "i.npy", steps=2, batch_size=4, runtime="fp32", show=False)
+    distill_model(model(net), out, method, folder / "i.npy", steps=2, batch_size=4, precision="fp32", show=False)
     return out
 
 
@@ -148,15 +148,15 @@ def other_layer() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: Scaled(5.0), "Scaled, built again.*answers otherwise.*net.config"),
-        (Unkept, "Unkept, built again.*answers otherwise.*persistent=True"),
-        (other_layer, "Own, built again.*answers otherwise"),
+        (lambda: Scaled(5.0), "Scaled, built again.*has another output.*net.config"),
+        (Unsaved, "Unsaved, built again.*has another output.*persistent=True"),
+        (other_layer, "Own, built again.*has another output"),
         (Lazy, "is lazy and has seen no sample yet: run the network once"),
         (Extra, "state_dict holds _extra_state, a dict: only tensors"),
     ],
 )
-def test_what_would_open_as_something_else_is_refused(make: Any, why: str, tmp_path: Path) -> None:
-    """By every verb that saves, before it works."""
+def test_networks_that_would_load_differently_are_refused(make: Any, why: str, tmp_path: Path) -> None:
+    """By every function that saves, before any work."""
     with pytest.raises(BadInput, match=why):
         model(make()).save(tmp_path / "saved")
     with pytest.raises(BadInput, match=why):
@@ -176,36 +176,36 @@ def test_what_would_open_as_something_else_is_refused(make: Any, why: str, tmp_p
         (Timeless, "the network of mine, Timeless, fails on samples of shape .* with the time .*TypeError"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(make: Any, why: str, tmp_path: Path) -> None:
+def test_untrainable_networks_are_refused(make: Any, why: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=why):
         distil(make(), tmp_path)
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-def test_networks_without_weights_sample_and_open_again(tmp_path: Path) -> None:
-    made = model(Weightless())
-    made.save(tmp_path / "m")
-    assert torch.equal(hasten.load(tmp_path / "m").sample(2), made.sample(2))
+def test_networks_without_weights_sample_and_load(tmp_path: Path) -> None:
+    saved = model(Weightless())
+    saved.save(tmp_path / "m")
+    assert torch.equal(hasten.load(tmp_path / "m").sample(2), saved.sample(2))
 
 
-def test_lazy_layers_that_have_seen_a_sample_open_again(tmp_path: Path) -> None:
-    made = model(Lazy())
-    before = made.sample(2)
-    made.save(tmp_path / "m")
+def test_initialised_lazy_layers_load(tmp_path: Path) -> None:
+    saved = model(Lazy())
+    before = saved.sample(2)
+    saved.save(tmp_path / "m")
     assert torch.allclose(hasten.load(tmp_path / "m").sample(2), before, atol=1e-5)
-    assert hasten.load(distil(made.denoiser.net, tmp_path)).sample(2).isfinite().all()
+    assert hasten.load(distil(saved.denoiser.net, tmp_path)).sample(2).isfinite().all()
 
 
-def test_samples_are_drawn_in_evaluation_mode_and_the_network_is_left_in_its_own(tmp_path: Path) -> None:
+def test_sampling_runs_in_evaluation_mode_and_restores_the_mode(tmp_path: Path) -> None:
     """Image k depends on seed + k alone: without dropout and batch statistics; the mode of every part returns."""
     torch.manual_seed(0)
-    made = model(Random())
-    made.denoiser.net.norm.eval()  # type: ignore[union-attr,operator]
-    one, four = made.sample(1, seed=2), made.sample(4, seed=1)
+    saved = model(Random())
+    saved.denoiser.net.norm.eval()  # type: ignore[union-attr,operator]
+    one, four = saved.sample(1, seed=2), saved.sample(4, seed=1)
     assert torch.allclose(one[0], four[1], atol=1e-5)
-    assert made.denoiser.net.training and not made.denoiser.net.norm.training  # type: ignore[union-attr]
-    made.save(tmp_path / "m")
-    assert torch.equal(made.sample(4, seed=1), four), "to save it asks the network, which must not show"
+    assert saved.denoiser.net.training and not saved.denoiser.net.norm.training  # type: ignore[union-attr]
+    saved.save(tmp_path / "m")
+    assert torch.equal(saved.sample(4, seed=1), four), "saving evaluates the network, which must leave no trace"
     assert torch.allclose(hasten.load(tmp_path / "m").sample(4, seed=1), four, atol=1e-4)
 
 

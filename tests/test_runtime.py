@@ -27,7 +27,7 @@ class Pretend(nn.Module):
 X = torch.randn(2, 3)
 
 
-def test_the_faster_setting_is_taken_and_its_error_told() -> None:
+def test_the_faster_setting_is_selected_with_its_error() -> None:
     runtime = probe(Pretend(0.02, 0.004), X, budget=0.4, scale=2.0)
     assert runtime.dtype == "bfloat16" and runtime.matmul == "highest"
     assert runtime.error == pytest.approx(0.01, rel=1e-3)
@@ -36,32 +36,32 @@ def test_the_faster_setting_is_taken_and_its_error_told() -> None:
     assert "bfloat16 autocast" in str(runtime) and "relative error 1.0e-02" in str(runtime)
 
 
-def test_plain_float32_stays_where_the_other_is_slower_or_no_faster() -> None:
+def test_plain_float32_is_selected_where_bfloat16_is_not_faster() -> None:
     for autocast in (0.02, 0.005):
         runtime = probe(Pretend(0.005, autocast), X, budget=0.3)
         assert (runtime.dtype, runtime.matmul, runtime.error, runtime.speedup) == ("float32", "highest", 0.0, 1.0)
 
 
 @pytest.mark.parametrize("error", [0.2, float("nan")])
-def test_a_fast_setting_that_errs_is_refused(error: float) -> None:
+def test_an_inaccurate_setting_is_not_selected(error: float) -> None:
     assert probe(Pretend(0.02, 0.002, error=error), X, budget=0.3).dtype == "float32"
     assert probe(Pretend(0.02, 0.002, error=0.2), X, budget=0.3, tolerance=0.5).dtype == "bfloat16"
 
 
-def test_matmul_precision_is_taken_where_it_helps() -> None:
+def test_matmul_precision_is_selected_where_it_is_faster() -> None:
     runtime = probe(Pretend(0.02, 0.03, medium=0.2), X, budget=0.4)
     assert (runtime.dtype, runtime.matmul) == ("float32", "medium")
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_a_slow_network_is_judged_on_single_calls() -> None:
+def test_a_slow_network_is_measured_by_single_calls() -> None:
     start = time.perf_counter()
     runtime = probe(Pretend(0.3, 0.1), X, budget=0.3)
     assert runtime.dtype == "bfloat16"
     assert time.perf_counter() - start < 1.0
 
 
-def test_a_real_network_keeps_its_layout_and_meets_the_error() -> None:
+def test_a_network_has_the_memory_format_and_the_error_of_its_runtime() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
 
     class Denoise(nn.Module):
@@ -83,7 +83,7 @@ def test_a_real_network_keeps_its_layout_and_meets_the_error() -> None:
     assert float((y - plain).norm() / plain.norm()) <= 0.03
 
 
-def test_settings_hold_within_the_block_only() -> None:
+def test_settings_apply_within_the_block_only() -> None:
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     with pytest.raises(KeyError), Runtime("bfloat16", "medium", threads=1).apply():
         assert torch.is_autocast_enabled("cpu")

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from hasten.compare import runner as engine
-from hasten.compare import variants
+from hasten.compare import comparison, variants
 from hasten.errors import BadInput
 
-from .test_compare import SET, Corner, chosen, run, tiny
+from .factories import tiny_model
+from .test_compare import SET, Corner, run, variant_file
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("n = 12", "m = 12", r"unknown key 'm': .*choices: reference, variant, n, rounds"),
-        ("n = 12", "n = 0", r"n must be a whole number from 10, got 0"),
+        ("n = 12", "n = 0", r"n must be an integer of at least 10, got 0"),
         ("[reference]", "[reference", r"not valid TOML"),
         ("[reference]", "[referense]", r"unknown key 'referense': did you mean 'reference'"),
         ('sampler = "heun"', 'sampler = "huen"', r"variant 3 \('plain Heun'\): sampler: .*'huen'.*did you mean 'heun'"),
@@ -29,7 +29,7 @@ from .test_compare import SET, Corner, chosen, run, tiny
         ('times = "lambda"', 'times = "lamda"', r"\[reference\]: times: .*lambda"),
         ("steps = [2, 4]", "stpes = 4", r"variant 1 \('DDIM'\): unknown key 'stpes': did you mean 'steps'"),
         ("steps = [2, 4]", "steps = []", r"variant 1 \('DDIM'\): steps must be one or more values"),
-        ("steps = [2, 4]", "steps = [2, 0]", r"variant 1 \('DDIM'\): steps must be a whole number from 1, got 0"),
+        ("steps = [2, 4]", "steps = [2, 0]", r"variant 1 \('DDIM'\): steps must be an integer of at least 1, got 0"),
         ("steps = 12", "steps = [12, 24]", r"\[reference\]: steps must be one value"),
         ("guidance_scale = 1", 'guidance_scale = "x"', r"guidance_scale must be a number"),
         ('name = "UniPC"', 'name = "DDIM, 2 steps"', r"'DDIM, 2 steps' is used twice"),
@@ -43,15 +43,15 @@ from .test_compare import SET, Corner, chosen, run, tiny
     ],
 )
 def test_a_bad_set_is_one_line_before_anything_runs(
-    run: Any, chosen: Path, tmp_path: Path, old: str, new: str, said: str, monkeypatch: pytest.MonkeyPatch
+    run: Any, variant_file: Path, tmp_path: Path, old: str, new: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert old in SET
-    chosen.write_text(SET.replace(old, new, 1))
-    monkeypatch.setattr(engine.Run, "sample", lambda *a: pytest.fail("something was sampled"))
+    variant_file.write_text(SET.replace(old, new, 1))
+    monkeypatch.setattr(comparison.Comparison, "sample", lambda *a: pytest.fail("something was sampled"))
     with pytest.raises(BadInput, match=said) as error:
         run()
     assert "\n" not in str(error.value)
-    assert str(chosen) in str(error.value)
+    assert str(variant_file) in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -60,21 +60,21 @@ def test_an_unknown_set_names_the_bundled_ones() -> None:
         BadInput,
         match=r"no set of variants 'dmeo'.*did you mean 'demo'\? \(choices: cheaper, demo, fashion, full, guidance, students, training_free\)",
     ):
-        variants.read("dmeo")
+        variants.load_variants("dmeo")
 
 
 def test_features_of_another_network_are_refused_before_anything_runs(run: Any, tmp_path: Path) -> None:
     class Other(Corner):
         name = "other"
 
-    with pytest.raises(BadInput, match="corner features: other cannot judge"):
+    with pytest.raises(BadInput, match="corner features, not those of other"):
         run(features=Other())
     assert not (tmp_path / "out").exists()
 
 
 def test_guidance_without_classes_is_refused_before_anything_runs(run: Any, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"'best': .*guidance_scale must be 1"):
-        run(tiny(classes=None))
+        run(tiny_model(classes=None))
     assert not (tmp_path / "out").exists()
 
 
@@ -84,7 +84,7 @@ def test_bad_numbers(run: Any, wrong: dict[str, int]) -> None:
         run(**wrong)
 
 
-def test_what_a_variant_leaves_out_is_the_references() -> None:
+def test_the_defaults_of_a_variant_are_the_references() -> None:
     data = {
         "prompts": ["a"],
         "reference": {"sampler": "unipc:order=3", "times": "karras", "steps": 8, "guidance_scale": 3.0},
@@ -94,30 +94,30 @@ def test_what_a_variant_leaves_out_is_the_references() -> None:
             {"name": "its times", "model": "fashion_student", "times": "uniform", "steps": 2},
         ],
     }  # fmt: skip
-    found = {v.name: (v.sampler, v.times, v.steps, v.guidance_scale) for v in variants.parse(data).variants}
-    assert found == {
+    fields = {v.name: (v.sampler, v.times, v.steps, v.guidance_scale) for v in variants.parse_variants(data).variants}
+    assert fields == {
         "steps, 2 steps": ("unipc:order=3", "karras", 2, 3.0), "steps, 4 steps": ("unipc:order=3", "karras", 4, 3.0),
         "other": ("ddim", "karras", 8, 3.0), "scale": ("unipc:order=3", "karras", 8, 1.0),
         "student": ("", "", 4, 3.0), "its own": ("", "", 0, 3.0), "its times": ("", "uniform", 2, 3.0),
     }  # fmt: skip
-    assert len({v.method for v in variants.parse(data).variants}) == 7
-    assert variants.parse(data).prompts == ("a",)
+    assert len({v.method for v in variants.parse_variants(data).variants}) == 7
+    assert variants.parse_variants(data).prompts == ("a",)
 
 
 @pytest.mark.parametrize(
     ("table", "said"),
     [
         ({"name": "x", "sampelr": "ddim"}, "unknown key 'sampelr': did you mean 'sampler'"),
-        ({"name": "x", "model": "m", "steps": 2.5}, "steps must be a whole number"),
+        ({"name": "x", "model": "m", "steps": 2.5}, "steps must be an integer"),
         ({"name": "x", "model": "m", "times": "unifrom"}, "did you mean 'uniform'"),
         ({"name": "x"}, "it is the reference again"),
         ({"name": "x", "guidance_scale": float("nan")}, "guidance_scale must be a number"),
-        ({"name": "x", "steps": True}, "steps must be a whole number"),
+        ({"name": "x", "steps": True}, "steps must be an integer"),
     ],
 )
-def test_what_a_table_cannot_say_is_one_line(table: dict[str, Any], said: str) -> None:
+def test_an_invalid_table_is_one_line(table: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
-        variants.parse({"reference": {"sampler": "ddim", "steps": 4}, "variant": [table]})
+        variants.parse_variants({"reference": {"sampler": "ddim", "steps": 4}, "variant": [table]})
 
 
 def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
@@ -126,14 +126,14 @@ def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
     assert len(blocks) >= 2
     for block in blocks:
         (tmp_path / "set.toml").write_text(block)
-        assert variants.read(tmp_path / "set.toml").variants
+        assert variants.load_variants(tmp_path / "set.toml").variants
     for key in (*variants.KEYS, "n", "rounds", "prompts"):
         assert f"`{key}`" in page, key
 
 
-def test_a_name_of_the_users_own_is_not_given_to_an_equal_cost_row(tmp_path: Path) -> None:
+def test_an_equal_cost_row_does_not_take_a_users_name(tmp_path: Path) -> None:
     file = tmp_path / "v.toml"
     text = '[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "Reference, 2 steps"\nsampler = "unipc"\nsteps = 2'
     file.write_text(text, encoding="utf-8-sig")  # as editors of Windows write it
-    names = [row.name for row, _ in variants.read(file).rows()]
+    names = [row.name for row, _ in variants.load_variants(file).rows()]
     assert len(set(names)) == len(names) == 3

@@ -57,9 +57,13 @@ def test_guidance_runs_both_branches_as_one_batch(model: Model) -> None:
     count = Count(model.denoiser)
     guided = hasten.CFG(scale=1.5).wrap(count)
     hasten.draw(
-        guided, hasten.UniPC(), hasten.pick("times", "lambda"), hasten.Noise(range(4), model.shape), steps=3,
+        guided,
+        hasten.UniPC(),
+        hasten.pick("times", "lambda"),
+        hasten.Noise(range(4), model.shape),
+        steps=3,
         label=model.labels(4),
-    )  # fmt: skip
+    )
     assert (count.calls, count.rows) == (3, 24)
 
 

@@ -1,4 +1,4 @@
-"""Calls of a network that are looked at beforehand: drawn in batches that fit into memory, and put together again."""
+"""Recorded model evaluations of calibration images: sampled in batches that fit into memory, and merged again."""
 
 from __future__ import annotations
 
@@ -12,61 +12,82 @@ from torch import Tensor
 
 from . import Call, Recorder
 
-__all__ = ["empty_prompt", "in_batches", "merged", "model_calls", "rows_at_once"]
+__all__ = ["concat_calls", "in_batches", "merge_calls", "model_calls", "rows_at_once", "warn_empty_prompt"]
 
-PLACES = 2**16  # latents or pixels of a batch that is only looked at: 4 images of SDXL at 1024 x 1024
+PIXELS = 2**16  # latents or pixels of a calibration batch: 4 images of SDXL at 1024 x 1024
 
 
 def rows_at_once(shape: Any, n: int) -> int:
-    """How many of n samples (C, H, W) are drawn in one batch."""
-    places = 1
+    """How many of n samples (C, H, W) are drawn in one batch.
+
+    Args:
+        shape: (C, H, W) of one sample.
+        n: the number of samples, 1 or more.
+    """
+    pixels = 1
     for side in tuple(shape)[1:]:
-        places *= int(side)
-    return max(1, min(n, PLACES // max(places, 1)))
+        pixels *= int(side)
+    return max(1, min(n, PIXELS // max(pixels, 1)))
 
 
-def in_batches(n: int, shape: Any, some: Callable[[int, int], list[Any]]) -> list[Any]:
-    """The calls when n samples (C, H, W) are drawn: `some(first, rows)` draws the samples from number `first` on."""
+def in_batches(n: int, shape: Any, sample: Callable[[int, int], list[Any]]) -> list[Any]:
+    """The model evaluations of n samples, drawn in batches.
+
+    Args:
+        n: the number of samples.
+        shape: (C, H, W) of one sample.
+        sample: `sample(first, rows)` draws the samples from number `first` on and returns their model evaluations.
+    """
     rows = rows_at_once(shape, n)
-    return merged([some(first, min(rows, n - first)) for first in range(0, n, rows)])
+    return merge_calls([sample(first, min(rows, n - first)) for first in range(0, n, rows)])
 
 
 def model_calls(model: Any, n: int, seed: int, setting: dict[str, Any]) -> list[Call]:
-    """What a model's network is asked, call by call, when n images are drawn with this setting of `sample`."""
+    """The model evaluations of n images of a model.
+
+    Args:
+        model: a `Model`.
+        n: how many images are sampled.
+        seed: of the first of them.
+        setting: arguments of `Model.sample`.
+    """
     classes = len(model.classes or ())
 
-    def some(first: int, rows: int) -> list[Call]:
+    def sample(first: int, rows: int) -> list[Call]:
         recorder = Recorder(model.denoiser)
-        told = {"label": [(first + k) % classes for k in range(rows)]} if classes else {}
-        drawn: Any = replace(model, denoiser=recorder, decoder=None)
-        drawn.sample(rows, seed=seed + first, batch_size=rows, **{**told, **setting})
+        labels = {"label": [(first + k) % classes for k in range(rows)]} if classes else {}
+        recorded: Any = replace(model, denoiser=recorder, decoder=None)
+        recorded.sample(rows, seed=seed + first, batch_size=rows, **{**labels, **setting})
         return recorder.calls
 
     if model.conditioning is not None:
-        empty_prompt(model.name)
-    return in_batches(n, model.shape, some)
+        warn_empty_prompt(model.name)
+    return in_batches(n, model.shape, sample)
 
 
-def empty_prompt(name: str) -> None:
-    """Say that a network of prompts is looked at without one."""
+def warn_empty_prompt(name: str) -> None:
+    """Warn that a text-to-image network is calibrated without prompts."""
     warnings.warn(
-        f"{name} is looked at with the empty prompt alone: give prompts as those to come, "
+        f"{name} is calibrated with the empty prompt alone: give prompts like those to come, "
         "hasten.accelerate(pipe, ..., prompts=[...]), or calls=",
         stacklevel=3,
     )
 
 
-def merged(parts: Sequence[list[Any]]) -> list[Any]:
-    """The calls of several batches as those of one; where these differ in number (adaptive samplers), all of them."""
-    if len(parts) == 1:
-        return parts[0]
-    if len({len(part) for part in parts}) > 1:
-        return [call for part in parts for call in part]
-    return [together(same) for same in zip(*parts)]
+def merge_calls(batches: Sequence[list[Any]]) -> list[Any]:
+    """The model evaluations of several batches as those of one.
+
+    Where their numbers differ (adaptive samplers), all of them one after the other.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    if len({len(batch) for batch in batches}) > 1:
+        return [call for batch in batches for call in batch]
+    return [concat_calls(calls) for calls in zip(*batches)]
 
 
-def together(calls: Sequence[Any]) -> Any:
-    """Calls at one time as one. Under guidance the rows of its two halves stay together."""
+def concat_calls(calls: Sequence[Any]) -> Any:
+    """Model evaluations at one time as one; the rows of guidance's two halves stay in their half."""
     rows = [len(x) for x, _, _ in calls]
 
     def joined(values: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""`CompiledNet`: a network whose parts run compiled, behind the seams that it had."""
+"""`CompiledNet`: a network whose parts run compiled, with the split points that it had."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from torch.utils._pytree import tree_map
 
 from ..errors import BadInput
 
-__all__ = ["Built", "CompiledNet"]
+__all__ = ["CompiledGraph", "CompiledNet"]
 
 PARTS = ("embed", "encode", "decode", "shallow_encode", "deep", "shallow_decode", "run", "finish", "forward")
 
+Function = Callable[..., Any]
+
 
 @dataclasses.dataclass(frozen=True)
-class Built:
-    """A graph that was built: of which part, for how many rows (0: any), the seconds of its first and second call."""
+class CompiledGraph:
+    """A graph that was compiled.
+
+    Attributes:
+        part: the network's method.
+        rows: the batch size; 0 for a dynamic graph.
+        cold: seconds of the first call, which compiles.
+        warm: seconds of the second.
+    """
 
     part: str
     rows: int
@@ -31,30 +40,33 @@ class Built:
 
 
 class CompiledNet(nn.Module):
-    """A network of which each part is compiled by itself; for the rest it is the network, whose weights it shares.
+    """A network of which each part is compiled by itself. In all else it is the network, whose weights it shares.
 
     With `embed`, `encode` and `decode` (a U-Net) or `embed`, `blocks`, `run` and `finish` (a transformer) these are
-    the parts, so that who keeps features between them still can; else the whole is one. Parts that nobody calls are
-    not compiled. Where a gradient is wanted the network itself is run.
+    the parts, so that features can still be cached between them; any other network is one part. Parts that are never
+    called are not compiled. Where a gradient is needed the network itself runs.
 
-    compiler: what makes a function fast. graphs: how many graphs a part may have; for what comes then (a last, smaller
-    batch) it runs as it is. dynamic: one graph is for all sizes of batch. copies: the compiler's answers last only
-    until its next call, and must be copied.
+    Args:
+        net: the network.
+        compiler: compiles a function.
+        graphs: the maximum number of graphs per part; other inputs (a last, smaller batch) run uncompiled.
+        dynamic: one graph for all batch sizes.
+        copies: clone the outputs, which the compiler overwrites at its next call.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        compiler: Callable[[Callable[..., Any]], Callable[..., Any]],
+        compiler: Callable[[Function], Function],
         graphs: int,
         dynamic: bool = False,
         copies: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
-        self.built: list[Built] = []
-        self.parts: dict[str, Part] = {
-            name: Part(name, getattr(net, name), compiler, self.built, graphs, dynamic, copies)
+        self.built: list[CompiledGraph] = []
+        self.parts: dict[str, CompiledPart] = {
+            name: CompiledPart(name, getattr(net, name), compiler, self.built, graphs, dynamic, copies)
             for name in PARTS
             if callable(getattr(net, name, None))
         }
@@ -62,25 +74,26 @@ class CompiledNet(nn.Module):
 
     @property
     def cold_seconds(self) -> float:
-        """Seconds of all first calls so far: what compiling cost."""
-        return sum(one.cold for one in self.built)
+        """Seconds of all first calls so far: the cost of compiling."""
+        return sum(graph.cold for graph in self.built)
 
     @property
     def warm_seconds(self) -> float:
-        """Seconds of one evaluation at the size of batch that was asked first: of each part's first graph."""
-        first = {one.part: one.warm for one in reversed(self.built)}
+        """Seconds of one evaluation at the first batch size: the second call of each part's first graph."""
+        first = {graph.part: graph.warm for graph in reversed(self.built)}
         return sum(first.values())
 
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
-        """The network's raw output."""
-        own = self.parts
-        if {"embed", "encode", "decode"} <= own.keys():
-            emb = own["embed"](time, **cond)
-            return own["decode"](*own["encode"](x, emb), emb)
-        if {"embed", "run", "finish"} <= own.keys():
-            tokens, emb = own["embed"](x, time, **cond)
-            return own["finish"](own["run"](0, len(self.net.blocks), tokens, emb), emb)  # type: ignore[arg-type]
-        return own["forward"](x, time, **cond)
+        """The network's raw output (B, *S)."""
+        parts = self.parts
+        if {"embed", "encode", "decode"} <= parts.keys():
+            emb = parts["embed"](time, **cond)
+            return parts["decode"](*parts["encode"](x, emb), emb)
+        if {"embed", "run", "finish"} <= parts.keys():
+            tokens, emb = parts["embed"](x, time, **cond)
+            net: Any = self.net
+            return parts["finish"](parts["run"](0, len(net.blocks), tokens, emb), emb)
+        return parts["forward"](x, time, **cond)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -90,112 +103,126 @@ class CompiledNet(nn.Module):
             return parts[name] if name in parts else getattr(super().__getattr__("net"), name)
 
 
-class Part:
-    """A function of tensors with a compiled copy for each kind of input that it meets."""
+class CompiledPart:
+    """A function of tensors with a compiled graph for each kind of input: shapes, dtypes and plain values.
+
+    Args:
+        name: of the function, for messages.
+        plain: the function.
+        compiler, graphs, dynamic, copies: see `CompiledNet`.
+        built: a list to which its graphs are added.
+    """
 
     def __init__(
         self,
         name: str,
-        plain: Callable[..., Any],
-        compiler: Callable[[Callable[..., Any]], Callable[..., Any]],
-        built: list[Built],
+        plain: Function,
+        compiler: Callable[[Function], Function],
+        built: list[CompiledGraph],
         graphs: int,
         dynamic: bool,
         copies: bool,
     ) -> None:
         self.name, self.plain, self.compiler, self.built = name, plain, compiler, built
         self.graphs, self.dynamic, self.copies = graphs, dynamic, copies
-        self.made: dict[Any, Callable[..., Any]] = {}
+        self.compiled: dict[Any, Function] = {}
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        tensors = list(found((given, named)))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = list(tensors_in((args, kwargs)))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self.plain(*given, **named)
+            return self.plain(*args, **kwargs)
         device = tensors[0].device.type if tensors else "cpu"
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = cast, signature((given, named), self.dynamic)
+        key = cast, input_signature((args, kwargs), self.dynamic)
         with torch.no_grad():
-            if key in self.made:
-                return self._kept(self.made[key](*given, **named))
-            if len(self.made) >= self.graphs:
-                return self.plain(*given, **named)
-            return self._kept(self._build(key, tensors, given, named))
+            if key in self.compiled:
+                return self._copied(self.compiled[key](*args, **kwargs))
+            if len(self.compiled) >= self.graphs:
+                return self.plain(*args, **kwargs)
+            return self._copied(self._compile(key, tensors, args, kwargs))
 
-    def _build(self, key: Any, tensors: list[Tensor], given: Any, named: Any) -> Any:
-        """Compile for these inputs; both the first call and one more are timed."""
+    def _compile(self, key: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """Compile for these inputs; the first call and one more are timed."""
         if self.dynamic:
             for tensor in tensors:
                 if tensor.ndim and len(tensor) > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        fast = self.compiler(fresh(self.plain))
+        fast = self.compiler(with_own_code(self.plain))
         try:
-            trial_given, trial_named = copied((given, named))  # a network may change what it is given
-            began = now(tensors)
-            fast(*trial_given, **trial_named)
-            middle = now(tensors)
+            trial_args, trial_kwargs = clone_tensors((args, kwargs))  # a network may change its inputs in place
+            start = synchronized_time(tensors)
+            fast(*trial_args, **trial_kwargs)
+            middle = synchronized_time(tensors)
         except Exception as e:
             if type(e).__module__.partition(".")[0] != "torch":
                 raise
             first = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
             raise BadInput(f"compile failed on {self.name}: {type(e).__name__}: {first[:300]}") from e
-        answer = fast(*given, **named)
+        output = fast(*args, **kwargs)
         rows = 0 if self.dynamic else max((len(tensor) for tensor in tensors if tensor.ndim), default=0)
-        self.built.append(Built(self.name, rows, middle - began, now(tensors) - middle))
-        self.made[key] = fast
-        return answer
+        self.built.append(CompiledGraph(self.name, rows, middle - start, synchronized_time(tensors) - middle))
+        self.compiled[key] = fast
+        return output
 
-    def _kept(self, answer: Any) -> Any:
-        return copied(answer) if self.copies else answer
+    def _copied(self, output: Any) -> Any:
+        """The output, as clones where the compiler will overwrite it."""
+        return clone_tensors(output) if self.copies else output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
-        raise BadInput("a compiled network cannot be copied: copy the one that it was made from")
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPart:
+        raise BadInput("a compiled network cannot be copied: copy the network that was compiled")
 
 
-def fresh(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with code of its own: the compiler counts graphs by code, and stops at eight."""
+def with_own_code(plain: Function) -> Function:
+    """The same function with a code object of its own: the compiler counts graphs by code, and stops at eight."""
 
-    def call(*given: Any, **named: Any) -> Any:
-        return plain(*given, **named)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
 
     code = call.__code__.replace()
     return types.FunctionType(code, call.__globals__, call.__name__, call.__defaults__, call.__closure__)
 
 
-def copied(tree: Any) -> Any:
-    """The same tree with copies of its tensors."""
+def clone_tensors(tree: Any) -> Any:
+    """The same tree with clones of its tensors."""
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
 
 
-def found(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors inside lists, tuples, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from found(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from found(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from found([getattr(value, field.name) for field in dataclasses.fields(value)])
+        yield from tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)])
 
 
-def signature(value: Any, dynamic: bool = False) -> Any:
-    """What decides whether a graph fits: structure, shapes (dynamic: but for the first size), dtypes, plain values."""
+def input_signature(value: Any, dynamic: bool = False) -> Any:
+    """What decides whether a graph fits an input: structure, shapes, dtypes, layout and plain values, hashable.
+
+    Args:
+        value: any tree of tensors and plain values.
+        dynamic: leave out the batch size.
+    """
     if isinstance(value, Tensor):
         shape = tuple(value.shape)
         shape = (min(shape[0], 2), *shape[1:]) if dynamic and shape else shape
         return shape, value.dtype, str(value.device), value.is_contiguous(), value.is_inference()
     if isinstance(value, (list, tuple)):
-        return type(value), *(signature(item, dynamic) for item in value)
+        return type(value), *(input_signature(item, dynamic) for item in value)
     if isinstance(value, dict):
-        return tuple((key, signature(value[key], dynamic)) for key in sorted(value))
+        return tuple((key, input_signature(value[key], dynamic)) for key in sorted(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value), *(signature(getattr(value, field.name), dynamic) for field in dataclasses.fields(value))
+        fields = dataclasses.fields(value)
+        return type(value), *(input_signature(getattr(value, field.name), dynamic) for field in fields)
     return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
 
 
-def now(tensors: list[Tensor]) -> float:
-    """Seconds of a clock, once the device has done what it was given."""
+def synchronized_time(tensors: list[Tensor]) -> float:
+    """`time.perf_counter()` after the device of the tensors has finished its work."""
     if tensors and tensors[0].device.type == "cuda":
         torch.cuda.synchronize(tensors[0].device)
     elif tensors and tensors[0].device.type not in ("cpu", "meta"):
@@ -204,8 +231,8 @@ def now(tensors: list[Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def frozen(freezing: bool) -> Iterator[None]:
-    """Within the block inductor takes weights for constants."""
+def freezing_weights(freezing: bool) -> Iterator[None]:
+    """Within the block inductor treats weights as constants."""
     if not freezing:
         yield
         return

@@ -1,4 +1,4 @@
-"""Encoder propagation: the network's encoder is run at key queries only."""
+"""Encoder propagation: the network's encoder runs at key steps only."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from . import FIRST_SEED, WRAP, SamplingContext
-from ._caching.injection import injected
-from ._caching.keys import FEWEST, checked, named
-from ._caching.seams import TransformerSeam, UNetSeam, seam, tiled
-from ._caching.search import search
-from ._caching.wrapper import Keyed, inner
+from . import FIRST_SEED, WRAP, Accelerator, SamplingContext
+from ._caching.injection import inject_noise
+from ._caching.keys import MIN_QUERIES, check_key_steps, resolve_key_steps
+from ._caching.search import search_key_steps
+from ._caching.split import TransformerSplit, UNetSplit, repeat_batch, split_point_of
+from ._caching.wrapper import FeatureReuse, check_forecast, require_denoiser
 
 if TYPE_CHECKING:
     from ..plan.table import Plan
@@ -26,33 +26,35 @@ CHOICES = ("paper", "uniform", "found")
 
 
 @dataclass(frozen=True)
-class EncoderPropagation:
-    """Faster Diffusion: encoder features change little from query to query, decoder features a lot.
+class EncoderPropagation(Accelerator):
+    """Faster Diffusion: encoder features change little from one model evaluation to the next, decoder features a lot.
 
-        key query:    (skips, middle) = encode(x_t, embed(t, cond)), kept;  raw = decode(skips, middle, embed(t, cond))
-        other query:  raw = decode(kept skips, kept middle, embed(t, cond))
+        key step:  (skips, middle) = encode(x_t, embed(t, cond)), cached;  raw = decode(skips, middle, embed(t, cond))
+        other:     raw = decode(cached skips, cached middle, embed(t, cond))
 
-    with t and cond those of the query itself, and x0 = c_skip x_t + c_out raw with its own x_t. Without x_t in the
-    decoder, the queries of a group (a key and those that hang on it) can be decoded in one batch at the key.
+    with t and cond those of the evaluation itself, and x0 = c_skip x_t + c_out raw with its own x_t. Without x_t in the
+    decoder, the evaluations of a group (a key step and those that reuse its features) can be decoded in one batch.
+    Where conditions or the batch change within a trajectory, that evaluation is a key step too.
 
     Args:
-        keys: "paper": {0, 1, 2, 3, 5, 10, 15, 25, 35} of 50, in proportion for other numbers; "uniform": one in
-            `every`; "found": those that change the final samples of this model least, by a search on `samples` images
-            (see `costs`); or the numbers of the key queries, from 0.
+        keys: the key steps. "paper": {0, 1, 2, 3, 5, 10, 15, 25, 35} of 50, in proportion for other numbers; "uniform":
+            one in `every`; "found": those that change the final samples of this model least, by a search on `samples`
+            images (see `reuse_costs`); or their numbers, from 0.
         every: of "uniform".
-        budget: of "found": how many keys, or below 1 which share of the queries. The paper's is 9 of 50.
-        forecast: 0: features are held; 1: they are drawn on along the line through the last two keys, for nothing.
-        parallel: the most queries that are decoded in one batch; 1: each when it is asked. More is faster where a batch
-            does not fill the device, and takes that much more memory.
+        budget: of "found": how many key steps, or below 1 which fraction of the evaluations. The paper's is 9 of 50.
+        forecast: 0: features are reused; 1: they are linearly extrapolated from the last two key steps, at no cost.
+        parallel: the maximum number of evaluations that are decoded in one batch; 1: each by itself. More is faster
+            where a batch does not fill the device, and takes that much more memory.
         first: how many blocks of a transformer are its encoder; None: 18 of 28, in proportion.
-        inject, until: `plan` adds `inject` times the starting state before the update of every query with t < until
-            (the paper's prior noise injection: .003 and .5; it brings back fine texture). 0: nothing.
-        samples, seed: of the search: how many images, and the first one's seed.
+        inject: `plan` adds `inject` times the starting state before the update of every evaluation with t < until (the
+            paper's prior noise injection, .003, which restores fine texture); 0: none.
+        until: see `inject`; .5 in the paper.
+        samples: of the search: how many images.
+        seed: of the first of them.
 
-    Where conditions or the batch change within a trajectory, that query is a key too.
-
-    Reference: Li, Hu, van de Weijer, Khan, Liu, Li, Yang, Wang, Cheng, Yang 2023, arXiv:2312.09608. The search, and the
-    forecast of skips and middle, are hasten's.
+    References:
+        Li, Hu, van de Weijer, Khan, Liu, Li, Yang, Wang, Cheng, Yang 2023, arXiv:2312.09608. The search, and the
+        extrapolation of skips and middle, are hasten's.
     """
 
     keys: str | tuple[int, ...] = "paper"
@@ -67,47 +69,50 @@ class EncoderPropagation:
     seed: int = FIRST_SEED
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
-    least_queries: ClassVar[int] = FEWEST
+    min_queries: ClassVar[int] = MIN_QUERIES
 
     def __post_init__(self) -> None:
-        if self.forecast not in (0, 1):
-            raise BadInput(f"encoder_propagation: forecast is 0 (hold) or 1 (a line), found {self.forecast}")
+        check_forecast("encoder_propagation", self.forecast)
         if self.parallel < 1 or self.samples < 1:
             raise BadInput(
                 f"encoder_propagation: parallel and samples are 1 or more, found {self.parallel} and {self.samples}"
             )
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
-        """The denoiser that reuses features, for the sampling ahead.
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
+        """The denoiser that reuses encoder features, for one sampling.
 
         Raises:
-            BadInput: for a network without a seam, for 8 queries or fewer, where more than half of them would hang on
-                one key, and for a sampler whose times are not known in advance.
+            BadInput: for a network without a split point, for 8 model evaluations or fewer, where more than half of
+                them would depend on one key step, and for a sampler whose times are not known in advance.
         """
         who = "encoder_propagation"
-        plain, times = inner(denoiser, who), ahead.required(who)
-        cut = seam(plain.net, who, self.first)
-        keys = named(self.keys, len(times), CHOICES, self.every)
+        plain, times = require_denoiser(denoiser, who), context.required(who)
+        split = split_point_of(plain.net, who, self.first)
+        keys = resolve_key_steps(self.keys, len(times), CHOICES, self.every)
         if keys is None:
-            keys = self._found(plain, cut, ahead)
-        return Propagated(plain, times, checked(keys, len(times), who), cut, self.forecast, self.parallel)
+            keys = self._search(plain, split, context)
+        return Propagated(plain, times, check_key_steps(keys, len(times), who), split, self.forecast, self.parallel)
 
     def plan(self, plan: Plan, denoiser: Denoiser) -> Plan:
-        """The plan with prior noise injection, which changes the sampler's state and not what the network says."""
+        """The plan with prior noise injection, which changes the sampler's state and not the network's output."""
         if self.inject == 0:
             return plan
-        return injected(plan, denoiser.schedule, denoiser.prediction, self.inject, self.until)
+        return inject_noise(plan, denoiser.schedule, denoiser.prediction, self.inject, self.until)
 
-    def _found(self, denoiser: Denoiser, cut: UNetSeam | TransformerSeam, ahead: SamplingContext) -> tuple[int, ...]:
-        def run(x: Tensor, time: Tensor, cond: dict[str, Any], kept: Any) -> tuple[Any, Tensor]:
-            entry, emb = cut.enter(x, time, cond)
-            kept = cut.encode(entry, emb) if kept is None else kept
-            return kept, cut.decode(kept, emb)
+    def _search(
+        self, denoiser: Denoiser, split: UNetSplit | TransformerSplit, context: SamplingContext
+    ) -> tuple[int, ...]:
+        """The key steps of "found"."""
 
-        return search("encoder_propagation", denoiser, ahead, self.budget, self.samples, self.seed, run)
+        def run(x: Tensor, time: Tensor, cond: dict[str, Any], features: Any) -> tuple[Any, Tensor]:
+            entry, emb = split.enter(x, time, cond)
+            features = split.encode(entry, emb) if features is None else features
+            return features, split.decode(features, emb)
+
+        return search_key_steps("encoder_propagation", denoiser, context, self.budget, self.samples, self.seed, run)
 
 
-class Propagated(Keyed):
+class Propagated(FeatureReuse):
     """A denoiser under `EncoderPropagation`, of the same signature, for one sequence of times."""
 
     def __init__(
@@ -115,37 +120,40 @@ class Propagated(Keyed):
         denoiser: Denoiser,
         times: Sequence[float],
         keys: tuple[int, ...],
-        cut: UNetSeam | TransformerSeam,
+        split: UNetSplit | TransformerSplit,
         forecast: int = 0,
         parallel: int = 1,
     ) -> None:
         super().__init__(denoiser, "encoder_propagation", times, keys, forecast)
-        self._cut, self.parallel = cut, parallel
+        self._split, self.parallel = split, parallel
 
     def reset(self) -> None:
+        """Drop the cached features and outputs: a new trajectory begins."""
         super().reset()
-        self._ready: dict[int, Tensor] = {}  # raw outputs of queries to come
+        self._ready: dict[int, Tensor] = {}  # raw outputs of later evaluations, decoded in one batch
 
     def full(self, k: int, net_input: Tensor, time: Tensor, cond: dict[str, Any]) -> Tensor:
-        entry, emb = self._cut.enter(net_input, time, cond)
-        self.keep(k, self._cut.encode(entry, emb))
+        """The raw output at key step k."""
+        entry, emb = self._split.enter(net_input, time, cond)
+        self.store(k, self._split.encode(entry, emb))
         self.encoder_calls += 1
         self._ready.clear()
-        return self._decoded(k, net_input, cond, emb)
+        return self._decode(k, net_input, cond, emb)
 
     def partial(self, k: int, net_input: Tensor, time: Tensor, cond: dict[str, Any]) -> Tensor:
+        """The raw output at evaluation k, from cached features."""
         if k in self._ready:
             return self._ready.pop(k)
-        return self._decoded(k, net_input, cond, None)
+        return self._decode(k, net_input, cond, None)
 
-    def _decoded(self, k: int, net_input: Tensor, cond: dict[str, Any], emb: Any) -> Tensor:
-        """The raw output at k; those of the queries after it that are decoded with it are put by."""
+    def _decode(self, k: int, net_input: Tensor, cond: dict[str, Any], emb: Any) -> Tensor:
+        """The raw output at k; those of the evaluations decoded in the same batch are cached."""
         end = next((key for key in self.keys if key > k), len(self.times))
         steps, rows = range(k, min(k + self.parallel, end)), len(net_input)
         if len(steps) > 1 or emb is None:
-            told = tiled(cond, len(steps), rows)
-            emb = self._cut.emb(net_input, self.clocks(steps, net_input), told)
-        raw = self._cut.decode(self.recalled(steps), emb)
+            repeated = repeat_batch(cond, len(steps), rows)
+            emb = self._split.emb(net_input, self.net_times(steps, net_input), repeated)
+        raw = self._split.decode(self.features_at(steps), emb)
         self.decoder_calls += 1
         if len(steps) > 1:
             first, *later = raw.split(rows)

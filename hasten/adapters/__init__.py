@@ -1,1 +1,1 @@
-"""Models of other libraries, and other libraries that run models."""
+"""Adapters for other libraries: their models, and libraries that run exported models."""

@@ -1,15 +1,16 @@
-"""What is saved of a model, as a type: what reads and writes folders knows no more of `Model`."""
+"""Protocols for what reads and writes model folders, which lies below `Model` and the exporters."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..plan.table import Plan
 
-__all__ = ["ModelLike"]
+__all__ = ["HasFiles", "ModelLike"]
 
 
 class ModelLike(Protocol):
@@ -33,3 +34,14 @@ class ModelLike(Protocol):
     conditioning: Any
     decoder: Any
     pipeline: Any
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """A network with files of its own in the model folder: a graph that another library runs."""
+
+    def write_files(self, folder: Path) -> None:
+        """Copy the files into a folder."""
+
+    def open_files(self, folder: Path) -> None:
+        """Use the files of a folder."""

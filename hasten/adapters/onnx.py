@@ -1,4 +1,4 @@
-"""A model's network as an ONNX graph, run by ONNX Runtime."""
+"""Networks exported to ONNX graphs and run by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..accelerators import FIRST_SEED
 from ..errors import BadInput
-from ._export import Asked, Exported, Flat, exported, needed
+from ._export import ExportedNetwork, FlatNetwork, NetworkInputs, export_network, require_package
 
 if TYPE_CHECKING:
     from ..model.model import Model
@@ -23,26 +23,29 @@ if TYPE_CHECKING:
 __all__ = ["OnnxNet", "export"]
 
 OPSETS = range(18, 24)
-MOST_BYTES = 1_800_000_000  # of a single file of ONNX, whose format ends at 2 GiB
+MAX_BYTES = 1_800_000_000  # in a single ONNX file, whose format is limited to 2 GiB
 INT8 = ("Conv", "Gemm", "MatMul")
 
 
-class OnnxNet(Exported):
-    """A network in the file network.onnx, run by ONNX Runtime: on the CPU with torch's number of threads, on a GPU
-    through its CUDA provider where the model was moved there."""
+class OnnxNet(ExportedNetwork):
+    """A network in the file network.onnx, run by ONNX Runtime.
+
+    On the CPU it uses torch's number of threads; on a GPU, where the model was moved there, the CUDA provider.
+    """
 
     kind = "onnx"
 
     def run(self, arrays: list[np.ndarray], x: Tensor) -> np.ndarray:
-        """The graph's output; a session is made at the first call on a device and with a number of threads."""
+        """Run the graph; a session is created at the first call for each device and number of threads."""
         key = x.device, torch.get_num_threads()
-        if key not in self.running:
-            self.running[key] = self._session(*key)
-        session = self.running[key]
+        if key not in self.sessions:
+            self.sessions[key] = self._session(*key)
+        session = self.sessions[key]
         return session.run(None, dict(zip((one.name for one in session.get_inputs()), arrays)))[0]
 
     def _session(self, device: torch.device, threads: int) -> Any:
-        onnxruntime = needed("onnxruntime", "onnx")
+        """A session of ONNX Runtime for this device and number of threads."""
+        onnxruntime = require_package("onnxruntime", "onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -54,109 +57,134 @@ class OnnxNet(Exported):
                 )
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         elif device.type != "cpu":
-            raise BadInput(f"onnx networks run on cpu or cuda, asked for {device.type}")
+            raise BadInput(f"onnx networks run on cpu or cuda, found {device.type}")
         try:
             return onnxruntime.InferenceSession(str(self.graph()), options, providers=providers)
-        except Exception as e:  # its own classes, one a status code
+        except Exception as e:  # one class per status code
             raise BadInput(f"onnxruntime cannot run {self.graph()}: {str(e).splitlines()[0]}") from e
 
 
 def export(
     model: Model, path: str | Path, precision: str = "fp32", opset: int = 18, n: int = 8, seed: int = FIRST_SEED
 ) -> Model:
-    """Write a model's folder with its network as network.onnx, and load it: a Model that samples as any other.
+    """Write a model folder with its network as network.onnx.
 
-    The graph takes `x` (B, *S) and `time` (B,), float32, and the conditions by name (`label` (B,) int64), and gives
+    The graph takes `x` (B, *S) and `time` (B,), float32, and the conditions by name (`label` (B,) int64), and returns
     `raw` (B, *S), for any B; other programs can run it too.
 
     Args:
-        precision: "fp32", exact; "fp16": weights and arithmetic of half precision, for GPUs (CPUs convert, which costs
+        model: to export.
+        path: folder to write.
+        precision: "fp32", exact; "fp16": weights and arithmetic in half precision, for GPUs (CPUs convert, which costs
             time); "int8": convolutions and matrix products on 8-bit integers, weights per channel, activations by
-            their range over calls of the network.
-        opset: version of the ONNX operators.
-        n, seed: of the images that calibrate int8.
+            their range over the calibration samples (static quantisation in QDQ format).
+        opset: version of the ONNX operators, 18 to 23.
+        n: images sampled to calibrate int8.
+        seed: of their sampling.
+
+    Returns:
+        The exported model, which samples as any other.
 
     Raises:
-        BadInput: for what cannot be, for a missing package.
+        BadInput: for what cannot be exported, and for a missing package.
         HastenError: where the network's graph cannot be exported.
 
-    ONNX Runtime's static quantisation (QDQ); the format: https://onnx.ai.
+    References:
+        https://onnx.ai, https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
     if opset not in OPSETS:
         raise BadInput(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, found {opset}")
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        needed(package, "onnx")
+        require_package(package, "onnx")
 
-    def write(flat: Flat, asked: list[Asked], file: Path) -> None:
-        with quiet():
+    def write(flat: FlatNetwork, inputs: list[NetworkInputs], file: Path) -> None:
+        with silence_exporters():
             if precision == "fp32":
-                graph(flat, asked[0], file, opset)
+                export_graph(flat, inputs[0], file, opset)
                 return
-            whole = file.with_name("whole.onnx")
-            graph(flat, asked[0], whole, opset)
+            exact = file.with_name("exact.onnx")
+            export_graph(flat, inputs[0], exact, opset)
             if precision == "fp16":
-                halved(whole, file)
+                convert_to_half(exact, file)
             else:
-                quantized(whole, file, flat, asked)
-            for left in file.parent.glob("whole.onnx*"):
-                left.unlink()
+                quantize_onnx(exact, file, inputs)
+            for temporary in file.parent.glob("exact.onnx*"):
+                temporary.unlink()
 
-    return exported(OnnxNet, model, path, precision, n, seed, write, opset=opset)
+    return export_network(OnnxNet, model, path, precision, n, seed, write, opset=opset)
 
 
-def graph(flat: Flat, asked: Asked, file: Path, opset: int) -> None:
-    """Export with the batch left open; weights that are too large for one file go into another beside it."""
+def export_graph(flat: FlatNetwork, inputs: NetworkInputs, file: Path, opset: int) -> None:
+    """Export with a dynamic batch size; weights that are too large for one file go into another beside it.
+
+    Args:
+        flat: the network.
+        inputs: to trace it with.
+        file: to write.
+        opset: version of the ONNX operators.
+    """
     batch = {0: torch.export.Dim.DYNAMIC}
-    told = tuple(asked[name] for name in flat.names)
+    conditions = tuple(inputs[name] for name in flat.names)
+    shapes: dict[str, Any] = {"x": batch, "time": batch}
+    shapes |= {"conditions": tuple(batch for _ in conditions)} if conditions else {}
     program = torch.export.export(
         flat,
-        (asked["x"], asked["time"], *told),
-        dynamic_shapes={"x": batch, "time": batch} | ({"told": tuple(batch for _ in told)} if told else {}),
+        (inputs["x"], inputs["time"], *conditions),
+        dynamic_shapes=shapes,
         strict=False,
     )
-    large = sum(p.numel() * p.element_size() for p in flat.parameters()) > MOST_BYTES
-    made = torch.onnx.export(
-        program, dynamo=True, opset_version=opset, input_names=list(asked), output_names=["raw"],
-        external_data=large, verbose=False,
-    )  # fmt: skip
-    assert made is not None
-    made.save(str(file), external_data=large)
-    onnx = needed("onnx", "onnx")
-    bare = onnx.load(str(file), load_external_data=False)
-    for node in [*bare.graph.node, *(node for function in bare.functions for node in function.node)]:
-        del node.metadata_props[:]  # from which line of source it came
+    large = sum(p.numel() * p.element_size() for p in flat.parameters()) > MAX_BYTES
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=opset,
+        input_names=list(inputs),
+        output_names=["raw"],
+        external_data=large,
+        verbose=False,
+    )
+    assert exported is not None
+    exported.save(str(file), external_data=large)
+    onnx = require_package("onnx", "onnx")
+    proto = onnx.load(str(file), load_external_data=False)
+    for node in [*proto.graph.node, *(node for function in proto.functions for node in function.node)]:
+        del node.metadata_props[:]  # paths and lines of source
         node.doc_string = ""
-    onnx.save(bare, str(file))
+    onnx.save(proto, str(file))
 
 
-def halved(whole: Path, file: Path) -> None:
-    """The same graph in half precision between inputs and outputs that stay float32."""
-    onnx, float16 = needed("onnx", "onnx"), needed("onnxruntime.transformers.float16", "onnx")
-    onnx.save(float16.convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True), str(file))
+def convert_to_half(exact: Path, file: Path) -> None:
+    """Write the graph in half precision; inputs and outputs stay float32."""
+    onnx, float16 = require_package("onnx", "onnx"), require_package("onnxruntime.transformers.float16", "onnx")
+    onnx.save(float16.convert_float_to_float16(onnx.load(str(exact)), keep_io_types=True), str(file))
 
 
-def quantized(whole: Path, file: Path, flat: Flat, asked: list[Asked]) -> None:
-    """The same graph on 8-bit integers, with the ranges of activations over these calls."""
-    quantization = needed("onnxruntime.quantization", "onnx")
+def quantize_onnx(exact: Path, file: Path, inputs: list[NetworkInputs]) -> None:
+    """Write the graph on 8-bit integers, with the ranges of activations over the calibration inputs."""
+    quantization = require_package("onnxruntime.quantization", "onnx")
 
-    class Calls(quantization.CalibrationDataReader):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            self.left = iter(asked)
+    remaining = iter(inputs)
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            inputs = next(self.left, None)
-            return None if inputs is None else {name: value.numpy() for name, value in inputs.items()}
+    def get_next(_self: Any = None) -> dict[str, np.ndarray] | None:
+        each = next(remaining, None)
+        return None if each is None else {name: value.numpy() for name, value in each.items()}
 
+    reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": get_next})
     quantization.quantize_static(
-        str(whole), str(file), Calls(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-        op_types_to_quantize=list(INT8), activation_type=quantization.QuantType.QUInt8,
+        str(exact),
+        str(file),
+        reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        op_types_to_quantize=list(INT8),
+        activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporters' warnings are about their own insides, and stdout is for results."""
+def silence_exporters() -> Iterator[None]:
+    """Suppress the exporters' warnings about their internals, and send what they print to stderr."""
     import logging
 
     before = logging.root.manager.disable

@@ -6,21 +6,20 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..distributed.ranks import Ranks
     from ..model.model import Model
+    from ..plan.config import SamplingConfig
 
 
 def open_model(name: str, device: str) -> Model:
-    """`load`, on the device that was asked for."""
+    """`load`, on a device as it is typed."""
     from ..loading import load
     from ..performance.device import device_for
     from ..utils.finite import check_weights
@@ -31,7 +30,7 @@ def open_model(name: str, device: str) -> Model:
 
 
 def processes(device: str) -> Ranks:
-    """This process alone on the device that was asked for, or among those that torchrun started."""
+    """This process on a device as it is typed, alone or among those that torchrun started."""
     from ..distributed.ranks import Ranks, launched
     from ..performance.device import device_for
 
@@ -55,20 +54,9 @@ def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
     return loaded
 
 
-def hint(ranks: Ranks, n: int, batch_size: int) -> None:
-    """Say so where some processes will have nothing to do."""
-    batches = -(-n // batch_size)
-    if ranks.is_main_process and batches < ranks.world:
-        each = max(n // ranks.world, 1)
-        warn(
-            f"{n} images are {batches} batch{'es' if batches > 1 else ''} of {batch_size}, for {ranks.world} "
-            f"processes: --batch-size {each} would give work to all"
-        )
-
-
 @contextlib.contextmanager
-def ends_as_stopped() -> Iterator[None]:
-    """SIGTERM within the block ends it as Ctrl-C does, so that what is finished is kept and reported."""
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM within the block ends it as Ctrl-C does, so that what is finished is saved and reported."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -76,7 +64,7 @@ def ends_as_stopped() -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the report is written undisturbed
-        raise KeyboardInterrupt("told to stop (SIGTERM)")
+        raise KeyboardInterrupt("stopped (SIGTERM)")
 
     signal.signal(signal.SIGTERM, end)
     try:
@@ -97,24 +85,61 @@ def cached(folder: str) -> Path:
     return cache_folder() / folder
 
 
-def given_images(path: Path, n: int, channels: int, start: str | None = None, mask: Path | None = None) -> Tensor:
-    """The first `n` images of a folder, a zip, an array or a single image file, (n, C, h, w) in [-1, 1].
+def label_list(
+    model: Model, label: str | None, prompt: list[str] | None = None, warn: Callable[[str], None] | None = None
+) -> Any:
+    """What `Model.sample` takes as its label: names or indices, comma-separated in `label`; of a model that takes
+    prompts, the prompts.
 
-    start: for inpainting, what is unknown becomes NaN: where the images are transparent, or `mask` is white.
+    warn: called with a line where a prompt is missing, or was given as the label.
     """
-    from ..pick import pick
-    from ..train.given import read_images
-
-    unknown = start is not None and getattr(pick("starts", start), "task", None) == "inpainting"
-    if mask is not None and not unknown:
-        raise BadInput("a mask is for inpainting: --start ccdf:task=inpainting,time=0.5")
-    return read_images(path, n, channels, unknown, mask)
-
-
-def label_list(model: Model, label: str | None) -> str | list[str] | None:
-    """What `Model.labels` takes, of a label as it is typed: names or indices separated by commas; a prompt as it is."""
     from ..train.names import split_labels
+    from ..workflows.prompts import prompts_for
 
-    if label is None or model.conditioning is not None:
+    warn = warn or (lambda line: None)
+    if model.conditioning is None:
+        prompts_for(model, prompt, "the command")
+        return None if label is None else split_labels(str(label), model.classes)
+    if prompt is None and label is not None:
+        warn(f"{model.name} takes prompts: --label TEXT is now --prompt TEXT")
         return label
-    return split_labels(str(label), model.classes)
+    if prompt is None:
+        warn(f"{model.name} takes prompts: give --prompt TEXT; the empty prompt is used")
+        return None
+    if label is not None:
+        raise BadInput(f"{model.name} takes prompts: give --prompt or --label, not both")
+    return prompts_for(model, prompt, "the command")
+
+
+def main_process_warning(ranks: Ranks) -> Callable[[str], None]:
+    """`warn` in the main process, nothing in the others."""
+    return warn if ranks.is_main_process else lambda line: None
+
+
+def explicit_options(**options: Any) -> dict[str, Any]:
+    """The options of the command line that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def sampling_config(file: Path | None, default_precision: str | None = "auto", **options: Any) -> SamplingConfig:
+    """The `SamplingConfig` of a command line: that of the file of --config, whose fields
+    the options override."""
+    from ..plan.config import SamplingConfig
+
+    config = SamplingConfig() if file is None else SamplingConfig.load(file, "sampling")
+    explicit = explicit_options(**options)
+    if "plan" in explicit:  # which takes the place of what a file says of the steps
+        config = config.replace(sampler=None, times=None, steps=None)
+    elif explicit.keys() & {"sampler", "times", "steps"}:
+        config = config.replace(plan=None)
+    config = config.replace(**explicit)
+    return config if config.precision is not None else config.replace(precision=default_precision)
+
+
+def prompts_of(prompt: list[str] | None, prompts: Path | None) -> list[str] | None:
+    """The prompts of the command line, None where there are none."""
+    from ..workflows.prompts import read_prompts
+
+    if prompt and prompts is not None:
+        raise BadInput("give --prompt or --prompts, not both")
+    return read_prompts(prompts) if prompts is not None else prompt or None

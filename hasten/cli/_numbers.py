@@ -21,14 +21,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "rounds": (1, 10**4), "repeats": (1, 10**4), "columns": (1, 10**5), "guidance_scale": (-1e6, 1e6),
     "encode_guidance_scale": (-1e6, 1e6), "encode_steps": (1, COUNT), "decode_steps": (1, COUNT),
     "iterations": (0, LARGE), "size": (1, 2**16), "channels": (1, 4), "blocks": (1, 1000), "patch": (1, 2**12),
-    "accumulate": (1, COUNT), "lr": (1e-12, 1e3), "label_drop": (0, 1), "minutes": (1e-9, 1e7),
-    "evaluations": (1, 1e30), "weights": (1, 64), "acts": (0, 64), "rank": (0, 2**16), "groups": (1, 1000),
-    "eight": (0, 1), "images": (1, COUNT), "spread": (1, COUNT), "opset": (1, 1000),
+    "grad_accumulation": (1, COUNT), "lr": (1e-12, 1e3), "label_drop": (0, 1), "minutes": (1e-9, 1e7),
+    "nfe_budget": (1, 1e30), "weight_bits": (1, 64), "act_bits": (0, 64), "rank": (0, 2**16), "time_groups": (1, 1000),
+    "int8_fraction": (0, 1), "images": (1, COUNT), "calibration_steps": (1, COUNT), "opset": (1, 1000),
     "train.steps": (1, LARGE), "distill.steps": (1, LARGE), "quantize.iterations": (1, LARGE),
 }  # fmt: skip
 
 
-def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
+def with_checked_numbers(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The verb as the command line calls it: its numbers are read by `read`, and no path is empty.
 
     Its help and its types stay the same."""
@@ -43,7 +43,7 @@ def checked(verb: Callable[..., Any]) -> Callable[..., Any]:
             low, high = RANGES.get(f"{verb.__name__}.{name}") or RANGES.get(name, (-math.inf, math.inf))
 
             def convert(type_: Any, tokens: Sequence[Any], args: Any = (kind, low, high, name)) -> Any:
-                return read(tokens[0].value, *args)
+                return read_number(tokens[0].value, *args)
 
             hint = Annotated[hint, Parameter(converter=convert)]
         elif Path in (typing.get_args(hint) or (hint,)) or name in ("model", "reference"):
@@ -78,27 +78,29 @@ class OutOfRange(HastenError):
     """A number of the right type that cannot be. (No ValueError, which the parser would take for a wrong usage.)"""
 
 
-def read(text: str, kind: type, low: float = -math.inf, high: float = math.inf, name: str = "it") -> Any:
+def read_number(text: str, kind: type, low: float = -math.inf, high: float = math.inf, name: str = "it") -> Any:
     """The number that a text is. Raises ValueError for one of another type and OutOfRange, in a line that says what it
     must be."""
     what = "a whole number" if kind is int else "a number"
-    given = text if len(text) <= 40 else f"{text[:37]}..."
+    shown = text if len(text) <= 40 else f"{text[:37]}..."
     form = "[+-]?[0-9]{1,4000}" if kind is int else r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|inf|nan)"
     if not re.fullmatch(form, text, re.ASCII):
-        raise ValueError(f"must be {what} of {number(low)} to {number(high)}, got {given!r}{hint(text)}")
+        raise ValueError(
+            f"must be {what} of {parse_number(low)} to {parse_number(high)}, got {shown!r}{type_hint_of(text)}"
+        )
     value = kind(text)
     if kind is float and not math.isfinite(value):
-        raise OutOfRange(f"{name} must be a finite number of {number(low)} to {number(high)}, got {given}")
+        raise OutOfRange(f"{name} must be a finite number of {parse_number(low)} to {parse_number(high)}, got {shown}")
     if value < low and 0 < low < 1e-6:
-        raise OutOfRange(f"{name} must be positive, {what} of at most {number(high)}, got {given}")
+        raise OutOfRange(f"{name} must be positive, {what} of at most {parse_number(high)}, got {shown}")
     if value < low:
-        raise OutOfRange(f"{name} must be {what} of at least {number(low)}, got {given}")
+        raise OutOfRange(f"{name} must be {what} of at least {parse_number(low)}, got {shown}")
     if value > high:
-        raise OutOfRange(f"{name} must be {what} of at most {number(high)}, got {given}")
+        raise OutOfRange(f"{name} must be {what} of at most {parse_number(high)}, got {shown}")
     return value
 
 
-def hint(text: str) -> str:
+def type_hint_of(text: str) -> str:
     """The whole number that was perhaps meant by `1e3` or `10.0`."""
     try:
         value = float(text)
@@ -107,6 +109,6 @@ def hint(text: str) -> str:
     return f" (write {int(value)})" if value.is_integer() and abs(value) < 1e15 else ""
 
 
-def number(value: float) -> str:
+def parse_number(value: float) -> str:
     """A bound as people write it."""
     return str(value) if isinstance(value, int) else f"{value:g}"

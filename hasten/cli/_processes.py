@@ -16,30 +16,30 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 FAILED, STOPPED = 1, 130  # the exit codes of `cli`
 
 
-def several() -> bool:
+def launched_with_others() -> bool:
     """Whether torchrun started this process and others."""
     return launched() > 1
 
 
-def together(verb: Verb) -> Verb:
+def on_all_processes(verb: Verb) -> Verb:
     """A verb that shares its work among the processes."""
 
     @functools.wraps(verb)
     def run(*arguments: Any, **options: Any) -> Any:
-        if not several():
+        if not launched_with_others():
             return verb(*arguments, **options)
-        with one_voice():
+        with one_reporter():
             return verb(*arguments, **options)
 
     return run  # type: ignore[return-value]
 
 
-def alone(verb: Verb) -> Verb:
+def on_main_process(verb: Verb) -> Verb:
     """A verb that gains nothing from more processes: the first does it, the others end at once."""
 
     @functools.wraps(verb)
     def run(*arguments: Any, **options: Any) -> Any:
-        if not several():
+        if not launched_with_others():
             return verb(*arguments, **options)
         if os.environ.pop("RANK") != "0":  # without it, nothing below looks for others
             return None
@@ -49,12 +49,12 @@ def alone(verb: Verb) -> Verb:
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
+def one_reporter() -> Iterator[None]:
     """All processes but the first are silent; why a run ended early, one of them says, and all exit with its code."""
     from ..distributed.ranks import ProcessLost, Ranks
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(told_to_end())
+        stack.enter_context(end_on_signal())
         if os.environ["RANK"] != "0":
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -64,16 +64,16 @@ def one_voice() -> Iterator[None]:
             ranks = Ranks.connect()
             yield
         except (Exception, KeyboardInterrupt) as error:
-            deaf()
+            ignore_signals()
             stopped = isinstance(error, KeyboardInterrupt)
             own = not stopped and not isinstance(error, ProcessLost)
-            if ranks is None or ranks.should_report(own):  # a process that found no others speaks for itself
+            if ranks is None or ranks.should_report(own):  # a process that reached no others reports by itself
                 raise
             raise SystemExit(STOPPED if stopped else FAILED) from None
 
 
 @contextlib.contextmanager
-def told_to_end() -> Iterator[None]:
+def end_on_signal() -> Iterator[None]:
     """SIGTERM, which torchrun sends to those that are left when one has died, ends a process as Ctrl-C does."""
     from ..distributed.ranks import Ranks
 
@@ -82,9 +82,9 @@ def told_to_end() -> Iterator[None]:
         return
 
     def end(number: int, frame: object) -> None:
-        deaf()
+        ignore_signals()
         Ranks.connect().check_peers()
-        raise KeyboardInterrupt("stopped" if number == signal.SIGINT else "told to stop (SIGTERM)")
+        raise KeyboardInterrupt("stopped" if number == signal.SIGINT else "stopped (SIGTERM)")
 
     before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -92,7 +92,7 @@ def told_to_end() -> Iterator[None]:
         signal.signal(each, handler)
 
 
-def deaf() -> None:
+def ignore_signals() -> None:
     """Hear no more signals: the process is about to end."""
     if threading.current_thread() is threading.main_thread():
         for each in (signal.SIGINT, signal.SIGTERM):

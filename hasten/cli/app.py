@@ -15,7 +15,24 @@ from ..utils.environment import is_out_of_memory, launched, open_standard_stream
 if TYPE_CHECKING:
     from cyclopts import App
 
-# Exit codes: 0 done, 1 it cannot be done, 2 it was asked wrongly, 130 stopped by Ctrl-C, 141 the reader went away.
+# Flags by verb that had other names: old name, present one. Under "" those of all verbs.
+OLD_FLAGS = {
+    "": {"--runtime": "--precision"},
+    "sample": {"--single": "--separate-files"},
+    "train": {"--accumulate": "--grad-accumulation", "--shard": "--fsdp"},
+    "distill": {"--accumulate": "--grad-accumulation", "--shard": "--fsdp", "--evaluations": "--nfe-budget"},
+    "quantize": {
+        "--weights": "--weight-bits",
+        "--acts": "--act-bits",
+        "--learn-steps": "--learn-step-sizes",
+        "--groups": "--time-groups",
+        "--ranges": "--calibration",
+        "--keep": "--exclude",
+        "--eight": "--int8-fraction",
+        "--spread": "--calibration-steps",
+    },
+}
+# Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted by Ctrl-C, 141 stdout was closed.
 FAILED, USAGE, STOPPED, UNREAD = 1, 2, 130, 141
 
 
@@ -25,7 +42,7 @@ def app() -> App:
 
     from .. import __version__
     from . import verbs as commands
-    from ._numbers import checked
+    from ._numbers import with_checked_numbers
 
     verbs = App(
         name="hasten",
@@ -38,11 +55,11 @@ def app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for verb in commands.VERBS:
-        verbs.command(checked(verb))
+        verbs.command(with_checked_numbers(verb))
     return verbs
 
 
-def say(message: object) -> None:
+def print_line(message: object) -> None:
     """One line on stderr, whatever line breaks the message had; nothing where nobody can read it."""
     with contextlib.suppress(OSError, ValueError):
         words = (word if len(word) <= 500 else f"{word[:200]}...{word[-50:]}" for word in str(message).split())
@@ -55,7 +72,7 @@ def notices() -> None:
 
     def show(message: Warning | str, category: type[Warning], *others: Any, **more: Any) -> None:
         if issubclass(category, Notice):
-            say(message)
+            print_line(message)
         else:
             known(message, category, *others, **more)
 
@@ -69,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             notices()
-            return run(arguments)
+            return run_command(arguments)
     except KeyboardInterrupt as stop:
-        say(stop if str(stop) else "stopped; nothing was written")
+        print_line(stop if str(stop) else "stopped; nothing was written")
         return STOPPED
     except BrokenPipeError:
         drop_output()
@@ -79,10 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("HASTEN_DEBUG", "0") not in ("", "0"):
             raise
-        say(describe(error))
+        print_line(error_line(error))
         try:
             sys.stdout.flush()
-        except (OSError, ValueError):  # a full disk, say, which was the error that has just been told
+        except (OSError, ValueError):  # such as a full disk, which has just been reported
             drop_output()
         return FAILED
 
@@ -95,26 +112,43 @@ def drop_output() -> None:
         os.close(nowhere)
 
 
-def run(arguments: list[str]) -> int:
-    """Parse and call; usage errors are told here, because only the parser has them."""
+def present_flags(arguments: list[str], quiet: bool = False) -> list[str]:
+    """The arguments with the present names of flags in place of old ones, which a line on stderr tells."""
+    verb = next((word for word in arguments if not word.startswith("-")), "")
+    renamed = {**OLD_FLAGS.get("", {}), **OLD_FLAGS.get(verb, {})}
+    result: list[str] = []
+    for number, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        new = renamed.get(flag)
+        if word == "--":
+            return result + arguments[number:]
+        if new is not None and not quiet:
+            print_line(f"{flag} is now called {new}")
+        result.append(word if new is None else f"{new}{equals}{value}")
+    return result
+
+
+def run_command(arguments: list[str]) -> int:
+    """Parse and call; usage errors are reported here, because only the parser raises them."""
     from cyclopts import CycloptsError
 
     first = launched() == 1 or os.environ["RANK"] == "0"  # torchrun starts this several times: one says it
     if line := without_launcher():
-        say(line)
+        print_line(line)
     if "--help" in arguments and not first:
         return 0
+    arguments = present_flags(arguments, quiet=not first)
     try:
         app()(arguments)
     except CycloptsError as error:
         if first:
-            say(f"{error} (hasten --help shows the usage)")
+            print_line(f"{error} (hasten --help shows the usage)")
         return USAGE
     sys.stdout.flush()
     return 0
 
 
-def describe(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error as one line for the person who typed the command."""
     if isinstance(error, HastenError):
         return str(error)

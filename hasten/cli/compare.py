@@ -1,21 +1,18 @@
-"""`compare` and `evaluate`."""
+"""`hasten compare`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import BadInput, HastenError
+from ..errors import HastenError
 from ..storage.provenance import command_line
-from ._common import ends_as_stopped, open_shared, processes
-from ._processes import together
-from .terminal import tell
-
-if TYPE_CHECKING:
-    pass
+from ._common import open_shared, processes, prompts_of, sigterm_as_interrupt
+from ._processes import on_all_processes
+from .terminal import print_result
 
 
-@together
+@on_all_processes
 def compare(
     model: str,
     *,
@@ -31,67 +28,65 @@ def compare(
     prompt: list[str] | None = None,
     prompts: Path | None = None,
     repeats: int = 1,
-    runtime: str = "auto",
+    minutes: float | None = None,
+    precision: str = "auto",
     device: str = "auto",
     json: bool = False,
 ) -> list[dict[str, Any]]:
-    """Sample a model in many ways from the same seeds, and report what each costs and what quality is left.
+    """Compare sampling methods on one model, from the same seeds: what each costs, and its quality.
 
-    Writes report.html, results.jsonl and pictures. The same command again goes on where an earlier one was stopped.
+    Writes report.html, results.jsonl and pictures. The same command again resumes where an earlier one was stopped.
 
     Args:
         model: A bundled name (see models) or a folder.
         out: The folder to write.
-        variants: What to compare: demo, full, or a TOML file.
-        n: Images a variant. Left out: what the variants say; so is rounds.
-        seed: Of the first image; image k has seed + k in every variant.
-        rounds: Times that each variant is timed, in turns.
-        batch_size: Images in the network at once.
-        timing_batch: Images in a timed batch.
-        reference: Statistics of real images, or a folder, zip or array of images of your own, with --features. Left
-            out: the statistics that the model names.
-        features: The network that looks at the images: fashion, efficientnet_lite0, inception. Left out: the
-            reference's.
-        prompt: Of a model that takes prompts; given several times, image k gets number k mod their count.
-        prompts: A text file of prompts in their place, one a line.
-        repeats: Blocks of n seeds, one after the other: figures are then means with their deviation.
-        runtime: Number format of the network, fp32 or bf16; auto times them on this machine once.
+        variants: The set of variants: demo, full, or a TOML file.
+        n: Images per variant. Default: that of the set.
+        seed: Seed of the first image; image k has seed + k in every variant.
+        rounds: Timing rounds, each of which times every variant in turn. Default: that of the set.
+        batch_size: Images per batch.
+        timing_batch: Images per timed batch.
+        reference: Statistics of real images, or a folder, zip or array of images of your own, with --features.
+            Default: the statistics that the model names.
+        features: The feature network: fashion, efficientnet_lite0, inception. Default: that of the reference.
+        prompt: Text prompt, of a model that takes prompts; given several times, image k gets number k mod their count.
+        prompts: A text file of prompts in their place, one per line.
+        repeats: Disjoint blocks of n seeds: figures are then means with their deviation.
+        minutes: Time budget. Default: none. The measured speed then decides the number of images, n at most; the last
+            variants are skipped where 64 images of each would take longer.
+        precision: fp32, bf16 (autocast), or auto, which times them on this device once.
         device: auto, cpu, cuda or cuda:1.
         json: Print the rows as JSON, not as a table.
 
     Returns:
         A row for each variant.
     """
-    from ..compare.runner import compare as run
+    from ..compare.runner import compare as run_comparison
 
-    asked: dict[str, Any] = {
-        "variants": variants, "n": n, "seed": seed, "rounds": rounds, "batch_size": batch_size,
-        "timing_batch": timing_batch, "runtime": runtime, "reference": reference, "features": features,
-    }  # fmt: skip
-    asked["repeats"] = repeats
-    given = {"prompt": prompt, "prompts": prompts, "repeats": None if repeats == 1 else repeats}
-    told = {**asked, **given, "runtime": None if runtime == "auto" else runtime, "out": out}
-    texts = prompts_of(prompt, prompts)
+    options: dict[str, Any] = {
+        "variants": variants,
+        "n": n,
+        "seed": seed,
+        "rounds": rounds,
+        "batch_size": batch_size,
+        "timing_batch": timing_batch,
+        "reference": reference,
+        "features": features,
+        "minutes": minutes,
+    }
+    more = {"precision": None if precision == "auto" else precision, "prompt": prompt, "prompts": prompts, "out": out}
+    command = command_line("compare", model, {**options, "repeats": None if repeats == 1 else repeats, **more})
+    options |= {"prompts": prompts_of(prompt, prompts), "repeats": repeats, "precision": precision}
     ranks = processes(device)
     loaded = open_shared(model, ranks)
-    with ends_as_stopped():
-        command = command_line("compare", model, told)
-        rows = run(loaded, out=out, **asked, show=not json, command=command, ranks=ranks, prompts=texts)
+    with sigterm_as_interrupt():
+        rows = run_comparison(loaded, out=out, **options, show=not json, command=command, ranks=ranks)
     if json:
-        tell(rows, "", json)
-    if lost := [row for row in rows if row.get("failed")]:
-        also = "" if len(lost) == 1 else f" (and {len(lost) - 1} more)"
-        first = f"{lost[0]['name']!r}: {lost[0]['failed']}"
+        print_result(rows, "", json)
+    if failed := [row for row in rows if row.get("failed")]:
+        others = "" if len(failed) == 1 else f" (and {len(failed) - 1} more)"
+        first = f"{failed[0]['name']!r}: {failed[0]['failed']}"
         raise HastenError(
-            f"{len(lost)} of {len(rows)} rows failed, {first}{also}; {out / 'report.html'} has the others"
+            f"{len(failed)} of {len(rows)} rows failed, {first}{others}; {out / 'report.html'} has the others"
         )
     return rows
-
-
-def prompts_of(prompt: list[str] | None, prompts: Path | None) -> list[str] | None:
-    """The prompts of the command line, None where there are none."""
-    from ..compare.jobs import read_prompts
-
-    if prompt and prompts is not None:
-        raise BadInput("give --prompt or --prompts, not both")
-    return read_prompts(prompts) if prompts is not None else prompt or None

@@ -1,4 +1,4 @@
-"""`distill`."""
+"""`hasten distill`."""
 
 from __future__ import annotations
 
@@ -6,82 +6,85 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.provenance import command_line
-from ._common import open_shared, processes
-from ._processes import together
-from .terminal import tell
+from ._common import explicit_options, open_shared, processes
+from ._processes import on_all_processes
+from .terminal import print_result
 
 
-@together
+@on_all_processes
 def distill(
     model: str,
     *,
     data: Path | None = None,
     out: Path = Path("students"),
-    method: str = "guided",
+    config: Path | None = None,
+    method: str | None = None,
     minutes: float | None = None,
     steps: int | None = None,
-    evaluations: float | None = None,
+    nfe_budget: float | None = None,
     guidance_scale: float | None = None,
     init: str | None = None,
-    batch_size: int = 128,
-    accumulate: int = 1,
-    shard: bool = False,
-    seed: int = 0,
-    runtime: str = "auto",
+    batch_size: int | None = None,
+    grad_accumulation: int | None = None,
+    fsdp: bool = False,
+    seed: int | None = None,
+    precision: str | None = None,
     device: str = "auto",
     dry_run: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Train a student that needs 1 to 16 network evaluations an image where its teacher needs hundreds.
+    """Distil a model into students that need 1 to 16 model evaluations an image.
 
-    Writes a model for every stage, a picture of what it draws, and the last student as the model of the folder itself.
-    The same command again goes on where an earlier one was stopped, and ends with the same students. Under torchrun,
-    several processes share the work.
+    Writes a model for every stage, a picture of its samples, and the last student as the model of the folder itself.
+    The same command resumes where an earlier one was stopped, and ends with the same students. Under torchrun, several
+    processes share the work.
 
     Args:
         model: The teacher: a bundled name (see models) or a folder.
         data: Folder, zip or array of real images, with the teacher's labels. Some methods (reflow, dsno,
-            denoising_student) do without: they train on what the teacher draws.
+            denoising_student) do without: they train on samples of the teacher.
         out: The folder to write.
-        method: Such as guided:steps=(16,8,4,2,1), progressive:steps=(8,4,2,1), tract, consistency or reflow.
+        config: A DistillConfig file (TOML or JSON); the options below override its fields.
+        method: Such as guided:steps=(16,8,4,2,1), progressive:steps=(8,4,2,1), tract, consistency or reflow. Default:
+            guided.
         minutes: Time for the whole run. If no budget is given, 30.
-        steps: Steps of training, all stages together.
-        evaluations: Network evaluations of one image, training included; 1e6 or so for a start.
-        guidance_scale: The strength of guidance that the student gives. Left out: the teacher's own choice.
+        steps: Training steps, all stages together.
+        nfe_budget: Model evaluations of one image, training included; 1e6 or so for a start.
+        guidance_scale: Scale of guidance that the student gives. Default: the teacher's recommended one.
         init: The model that the first student begins as, in place of the teacher: a bundled name or a folder, such as
             that of an earlier student.
-        batch_size: Images a step.
-        accumulate: Parts of a batch that are computed one after another, to need less memory.
-        shard: Divide the network among the processes that torchrun started, where it is too large for one.
-        seed: Of everything that is drawn.
-        runtime: fp32 or bf16; auto times them on this machine once.
+        batch_size: Images a step. Default: 128.
+        grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
+        fsdp: Shard the network among the processes of torchrun, where it is too large for one.
+        seed: Of everything that is random. Default: 0.
+        precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
         device: auto, cpu, cuda or cuda:1.
-        dry_run: Say what every stage costs, and train nothing.
+        dry_run: Report what every stage costs, and train nothing.
         json: Print the result as JSON.
 
     Returns:
         The folder, the stages and what they cost, the students.
     """
-    from ..workflows.distill import distill_model
+    from ..workflows.distill import DistillConfig, distill_model
 
+    options = explicit_options(
+        method=method, minutes=minutes, steps=steps, nfe_budget=nfe_budget, guidance_scale=guidance_scale,
+        batch_size=batch_size, grad_accumulation=grad_accumulation, fsdp=fsdp or None, seed=seed, precision=precision,
+    )  # fmt: skip
+    request = (DistillConfig() if config is None else DistillConfig.load(config, "distill")).replace(**options)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
-    said = {"data": data, "out": out, "method": method, "minutes": minutes, "steps": steps, "evaluations": evaluations,
-            "guidance_scale": guidance_scale, "init": init, "batch_size": batch_size, "seed": seed, "runtime": runtime,
-            "accumulate": None if accumulate == 1 else accumulate, "shard": shard}  # fmt: skip
     result = distill_model(
-        loaded, out, method=method, data=data, steps=steps, minutes=minutes, evaluations=evaluations,
-        guidance_scale=guidance_scale, batch_size=batch_size, seed=seed, runtime=runtime, dry_run=dry_run,
-        say=(lambda line: None) if json else lambda line: print(line, flush=True),
-        command=command_line("distill", model, said), accumulate=accumulate, shard=shard,
-        init=None if init is None else open_shared(init, ranks),
+        loaded, out, request, data=data, init=None if init is None else open_shared(init, ranks), dry_run=dry_run,
+        log=(lambda line: None) if json else lambda line: print(line, flush=True),
+        command=command_line("distill", model, {"data": data, "out": out, "init": init, **request.to_dict()}),
     )  # fmt: skip
-    cost = f"{result['evaluations']:.3g} network evaluations"
+    cost = f"{result['evaluations']:.3g} model evaluations"
     if dry_run:
-        text = f"in all {cost}, {result['seconds'] / 60:.1f} min, {result['memory_bytes'] / 2**20:.0f} MiB at most"
+        text = f"total: {cost}, {result['seconds'] / 60:.1f} min, peak memory {result['memory_bytes'] / 2**20:.0f} MiB"
     else:
-        made = f"{len(result['students']) - 1} students, {cost} in {result['seconds'] / 60:.1f} min"
-        verb = "restyle" if method.startswith("encoder") else "sample"
-        text = f"{out}: {made}; try hasten {verb} {out}"
-    tell(result, text, json)
+        students = f"{len(result['students']) - 1} students, {cost} in {result['seconds'] / 60:.1f} min"
+        verb = "restyle" if request.method.startswith("encoder") else "sample"
+        text = f"{out}: {students}; try hasten {verb} {out}"
+    print_result(result, text, json)
     return result

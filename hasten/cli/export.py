@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ._common import open_model
-from ._processes import alone
-from .terminal import tell
+from ._processes import on_main_process
+from .terminal import print_result
 
 
-@alone
+@on_main_process
 def export(
     model: str,
     *,
@@ -22,24 +22,24 @@ def export(
     seed: int = 2_000_000,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Write a model with its network as a graph that another library runs: faster, and readable by other programs.
+    """Export a model with its network as an ONNX or OpenVINO graph, to run faster or in other programs.
 
     The folder is a model as any other: sample, compare and show take it. It needs the packages of hasten[openvino] or
-    hasten[onnx], here and where it is run.
+    hasten[onnx], here and where it runs.
 
     Args:
         model: A bundled name (see models) or a folder.
         out: The folder to write, with the graph beside its model.json.
         to: openvino, the fastest on processors, or onnx, the most widely read.
-        precision: fp32 is exact; fp16 halves the file; int8 is faster and less exact, by how much is told. To compute
-            in bf16 is a matter of sampling an openvino model (--runtime bf16), not of the file.
-        opset: Version of the ONNX operators, 18 if left out.
+        precision: fp32 is exact; fp16 halves the file; int8 is faster and less exact, and the error is reported. bf16
+            is chosen when an openvino model is sampled (--precision bf16), not here.
+        opset: Version of the ONNX operators. Default: 18.
         n: Images that calibrate int8.
-        seed: Of the first of them; far from the seeds that sample and compare start with.
+        seed: Of the first of these; far from the seeds that sample and compare start with.
         json: Print the result as JSON.
 
     Returns:
-        The folder, its files, their bytes, and the error of the answers against those of the model.
+        The folder, its files, their bytes, and the error of the outputs against those of the model.
     """
     from ..errors import BadInput, check_int
 
@@ -51,13 +51,13 @@ def export(
     if to == "onnx":
         from ..adapters import onnx
 
-        made = onnx.export(loaded, out, precision, **({} if opset is None else {"opset": opset}), n=n, seed=seed)
+        exported = onnx.export(loaded, out, precision, **({} if opset is None else {"opset": opset}), n=n, seed=seed)
     else:
         from ..adapters import openvino
 
-        made = openvino.export(loaded, out, precision, n=n, seed=seed)
-    note = made.card["exported"]
-    result = {"folder": str(out), "files": made.denoiser.net.config["files"], **note}
-    said = f"{out}: {to} {precision}, {note['bytes'] / 1e6:.1f} MB, error {note['error']:.1e}"
-    tell(result, f"{said}; try hasten sample {out}", json)
+        exported = openvino.export(loaded, out, precision, n=n, seed=seed)
+    note, config = exported.card["exported"], dict(exported.denoiser.net.config)  # type: ignore[arg-type]
+    result = {"folder": str(out), "files": config["files"], **note}
+    line = f"{out}: {to} {precision}, {note['bytes'] / 1e6:.1f} MB, error {note['error']:.1e}"
+    print_result(result, f"{line}; try hasten sample {out}", json)
     return result

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ._processes import alone
-from .terminal import plain, tell
+from ._processes import on_main_process
+from .terminal import plain_value, print_result
 
 
-@alone
+@on_main_process
 def models(*, json: bool = False) -> list[dict[str, Any]]:
-    """List the models that travel with hasten.
+    """List the bundled models.
 
     Args:
         json: Print the list as JSON.
@@ -23,7 +23,7 @@ def models(*, json: bool = False) -> list[dict[str, Any]]:
     """
     from .. import zoo
 
-    found: list[dict[str, Any]] = [
+    cards: list[dict[str, Any]] = [
         {
             "name": card.name,
             "bytes": card.size,
@@ -34,22 +34,22 @@ def models(*, json: bool = False) -> list[dict[str, Any]]:
         }
         for card in zoo.cards().values()
     ]
-    lines = [f"{m['name']:<12} {m['bytes'] / 1e6:6.1f} MB  {m['summary']}" for m in found]
-    tell(found, "\n".join(lines) or "no models are bundled with this copy", json)
-    return found
+    lines = [f"{m['name']:<12} {m['bytes'] / 1e6:6.1f} MB  {m['summary']}" for m in cards]
+    print_result(cards, "\n".join(lines) or "no models are bundled with this copy", json)
+    return cards
 
 
-@alone
+@on_main_process
 def show(
     what: str, *, sampler: str | None = None, times: str | None = None, steps: int | None = None, json: bool = False
 ) -> dict[str, Any]:
-    """Show what a model is and the table of numbers that its sampler amounts to, or the table in a plan file.
+    """Show the description of a model and the coefficients of its sampler at every step, or those in a plan file.
 
     Args:
         what: A bundled name, a model's folder, or a plan's .json file.
-        sampler: Of a model: show the table of this sampler; so with the next two.
+        sampler: Of a model: show the coefficients of this sampler; likewise the next two.
         times: Time grid.
-        steps: Steps of the time grid.
+        steps: Number of steps of the time grid.
         json: Print it as JSON.
 
     Returns:
@@ -64,16 +64,18 @@ def show(
         except OSError as e:
             raise BadInput(f"cannot read {what}: {e.strerror}") from e
         result: dict[str, Any] = {"plan": jsonlib.loads(plan.to_json())}
-        tell(result, plan.table(), json)
+        print_result(result, plan.table(), json)
         return result
     loaded = load(Path(what).parent if Path(what).name == "model.json" else what)
     description = loaded.describe()
-    compiled, _, _ = loaded.method(sampler, times, steps)
+    compiled = loaded.resolve(sampler=sampler, times=times, steps=steps).plan
     result = {"model": description, "plan": None if compiled is None else jsonlib.loads(compiled.to_json())}
     parameters = sum(p.numel() for p in loaded.denoiser.parameters())
     lines = [f"{loaded.name}: {parameters / 1e6:.2f} M parameters, images {' x '.join(map(str, loaded.shape))}"]
-    lines += [f"  {key}: {plain(value)}" for key, value in description.items() if key not in ("name", "shape", "card")]
-    lines += [f"  {key}: {plain(value)}" for key, value in loaded.card.items()]
-    lines += ["", compiled.table() if compiled else "a sampler that looks at the images has no table"]
-    tell(result, "\n".join(lines), json)
+    lines += [
+        f"  {key}: {plain_value(value)}" for key, value in description.items() if key not in ("name", "shape", "card")
+    ]
+    lines += [f"  {key}: {plain_value(value)}" for key, value in loaded.card.items()]
+    lines += ["", compiled.table() if compiled else "a sampler that adapts to the images has no table of coefficients"]
+    print_result(result, "\n".join(lines), json)
     return result

@@ -1,4 +1,4 @@
-"""`quantize`."""
+"""`hasten quantize`."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.provenance import command_line
-from ._common import open_model
-from ._processes import alone
-from .terminal import tell
+from ._common import open_model, sampling_config
+from ._processes import on_main_process
+from .terminal import print_result
 
 
-@alone
+@on_main_process
 def quantize(
     model: str,
     *,
     out: Path,
-    weights: int = 8,
-    acts: int = 8,
+    weight_bits: int = 8,
+    act_bits: int = 8,
     rounding: str | None = None,
-    learn_steps: bool = False,
+    learn_step_sizes: bool = False,
     minutes: float | None = None,
     iterations: int | None = None,
     rank: int = 0,
-    groups: int | None = None,
+    time_groups: int | None = None,
     no_split: bool = False,
-    ranges: str = "search",
-    keep: list[str] | None = None,
-    eight: float = 0.0,
+    calibration: str = "search",
+    exclude: list[str] | None = None,
+    int8_fraction: float = 0.0,
     images: int | None = None,
-    spread: int = 20,
+    calibration_steps: int = 20,
     seed: int = 2_000_000,
+    config: Path | None = None,
     sampler: str | None = None,
     times: str | None = None,
     steps: int | None = None,
@@ -38,61 +39,70 @@ def quantize(
     device: str = "auto",
     json: bool = False,
 ) -> dict[str, Any]:
-    """Turn a model's convolutions and linear layers into integers of 8 or 4 bits, calibrated on its own samplings.
+    """Quantise a model's convolutions and linear layers to 8 or 4 bits, calibrated on its own samplings.
 
-    Writes a model that sample and compare take as any other. The same command again goes on where an earlier one was
+    Writes a model that sample and compare take as any other. The same command resumes where an earlier one was
     stopped, and ends with the same weights.
 
     Args:
         model: A bundled name (see models) or a folder.
         out: The folder to write.
-        weights: Bits of the weights, 8 or 4.
-        acts: Bits of the activations, 8; or 0, to make only the file smaller.
-        rounding: nearest (seconds) or adaround (learned, block after block). Left out: adaround for 4 bits.
-        learn_steps: Then learn the steps of the activations too.
+        weight_bits: Bits of the weights, 8 or 4.
+        act_bits: Bits of the activations, 8; or 0 for floating point, which only makes the file smaller.
+        rounding: nearest (seconds) or adaround (learned, block by block). Default: adaround for 4 bits.
+        learn_step_sizes: Then learn the step sizes of the activations too.
         minutes: Time for all that is learned, divided over the blocks.
-        iterations: Of every block, in place of minutes. Left out: 300.
-        rank: Of a branch in floating point beside each layer, 0 for none.
-        groups: Of times, each with activation ranges of its own. Left out: 6, or as many as there are.
-        no_split: One range for what a U-Net's shortcuts are given, and not one for either half.
-        ranges: search or minmax.
-        keep: Names or patterns of modules that stay in floating point; may be given several times. Left out: conv_in
+        iterations: Of every block, in place of minutes. Default: 300.
+        rank: Rank of a floating-point branch in parallel to each layer, 0 for none.
+        time_groups: Groups of times, each with activation ranges of its own. Default: 6, or as many as there are.
+        no_split: One range for the input of a U-Net's skip connections, rather than one for either half.
+        calibration: Of the ranges: search or minmax.
+        exclude: Names or patterns of modules that stay in floating point; may be given several times. Default: conv_in
             and conv_out. none: nothing.
-        eight: Share of the weights, 0 to 1, that get 8 bits where weights is 4: of the layers that need them most.
-        images: To calibrate on. Left out: 16, with learned rounding 32.
-        spread: How many of a sampling's queries are calibrated on, evenly spread.
+        int8_fraction: Fraction of the weights, 0 to 1, that get 8 bits where weight-bits is 4: those of the most
+            sensitive layers.
+        images: Number of images to calibrate on. Default: 16, with learned rounding 32.
+        calibration_steps: Model evaluations of a sampling that are calibrated on, evenly spaced.
         seed: Of the first calibration image; far from the seeds that sample and compare start with.
-        sampler: Of the samplings. Left out: the model's own choice, as for the next three.
-        times: The time grid.
-        steps: Steps of the time grid.
-        guidance_scale: Strength of the guidance.
+        config: A SamplingConfig file (TOML or JSON) of the samplings; the options below override its fields.
+        sampler: Of the samplings. Default: the model's recommended one, as for the next three.
+        times: Time grid.
+        steps: Number of steps of the time grid.
+        guidance_scale: Scale of classifier-free guidance.
         device: auto, cpu, cuda or cuda:1.
         json: Print the result as JSON.
 
     Returns:
         The folder, the method, its calibration, the error and the size.
     """
-    from ..workflows.quantize import quantize_model
+    from ..workflows.quantize import QuantizeConfig, quantize_model
 
     loaded = open_model(model, device)
-    kept = None if keep is None else tuple(name for name in keep if name != "none")
-    said = {"out": out, "weights": weights, "acts": acts, "rounding": rounding, "learn_steps": learn_steps,
-            "minutes": minutes, "iterations": iterations, "rank": rank, "groups": groups, "no_split": no_split,
-            "ranges": ranges, "keep": keep, "eight": eight, "images": images, "spread": spread, "seed": seed,
-            "sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}  # fmt: skip
+    options = {
+        "weight_bits": weight_bits, "act_bits": act_bits, "rounding": rounding, "learn_step_sizes": learn_step_sizes,
+        "minutes": minutes, "iterations": iterations, "rank": rank, "time_groups": time_groups,
+        "calibration": calibration, "exclude": exclude, "int8_fraction": int8_fraction, "images": images,
+        "calibration_steps": calibration_steps, "seed": seed,
+    }  # fmt: skip
+    sampling = {"sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale}
+    excluded = None if exclude is None else tuple(name for name in exclude if name != "none")
     result = quantize_model(
-        loaded, out, weights, acts or None, rounding, learn_steps, minutes, iterations, rank, groups, not no_split,
-        ranges, kept, eight, images, spread, seed, sampler, times, steps, guidance_scale,
-        say=(lambda line: None) if json else lambda line: print(line, flush=True),
-        command=command_line("quantize", model, said),
-    )  # fmt: skip
+        loaded,
+        out,
+        QuantizeConfig(**{**options, "act_bits": act_bits or None, "exclude": excluded, "split": not no_split}),  # type: ignore[arg-type]
+        sampling_config(config, None, **sampling),
+        log=(lambda line: None) if json else lambda line: print(line, flush=True),
+        command=command_line(
+            "quantize", model, {"out": out, **options, "no_split": no_split, "config": config, **sampling}
+        ),
+    )
     lines = [
-        f"{out}: weights of {weights} bits, activations of {acts or 'all their'} bits, "
-        f"{100 * result['error']:.2g} % off in x0; try hasten sample {out}"
+        f"{out}: weights of {weight_bits} bits, activations of {act_bits or 'all their'} bits, "
+        f"{100 * result['error']:.2g} % error in x0; try hasten sample {out}"
     ]
     if "bytes" in result:
         lines.append(
             f"  {result['bytes'] / result['bytes_fp32']:.3f} of the bytes of fp32, in {result['seconds']:.0f} s"
         )
-    tell(result, "\n".join(lines), json)
+    print_result(result, "\n".join(lines), json)
     return result

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadInput
 from ..progress import progress
 from ..storage.provenance import command_line, versions
-from ._common import given_images, open_model
-from ._processes import alone
-from .terminal import tell
+from ._common import open_model
+from ._processes import on_main_process
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..model.model import Model
 
 
-@alone
+@on_main_process
 def restyle(
     encoder: str,
     decoder: str | None = None,
@@ -41,27 +41,28 @@ def restyle(
     device: str = "auto",
     json: bool = False,
 ) -> dict[str, Any]:
-    """Turn images of one class, or one model's, into images of another that keep their layout.
+    """Style transfer: turn images of one class, or one model's, into images of another with the same layout.
 
-    The images are encoded to noise, and the noise is decoded. Writes a PNG grid, the results below their sources.
+    The images are encoded to noise by DDIM inversion or a distilled encoder, and the noise is decoded. Writes a PNG
+    grid, the results below their sources.
 
     Args:
-        encoder: The model of the images: best one that distill --method encoder made; any other is run backwards.
-        decoder: The model of the results. Left out: the encoder's own model, if that can draw.
+        encoder: The model of the images: best a student of distill --method encoder; any other is inverted.
+        decoder: The model of the results. Default: the encoder's own model, unless it is a distilled encoder.
         from_label: Class of the images, by index or name; none is no class.
         to_label: Class of the results.
         out: The PNG file to write.
-        images: Folder, zip, array or file of images; where they have labels, those of the class are taken.
-            Left out, a model draws them.
-        n: How many images.
-        seed: Of the first image that is drawn; also of the noise that a stochastic sampler adds.
-        encode_steps: Steps of the encoder. Left out: the model's own; so are the next three.
-        decode_steps: Steps of the decoder's time grid.
+        images: Folder, zip, array or file of images; where they have labels, those of the class are used.
+            Default: samples of the model.
+        n: Number of images.
+        seed: Of the first image that is sampled; also of the noise that a stochastic sampler adds.
+        encode_steps: Number of steps of the encoder. Default: the model's own, as for the next three.
+        decode_steps: Number of steps of the decoder's time grid.
         sampler: Of the decoder, such as ddim.
         times: Time grid of the decoder.
-        guidance_scale: Of the decoder: more follows the class of the results more closely. Left out: the model's own.
-        encode_guidance_scale: Of the encoder. Left out: 1, or the nearest that it was distilled for.
-        iterations: Of solving for each step backwards, for a model that was not distilled to encode.
+        guidance_scale: Scale of classifier-free guidance of the decoder. Default: the model's recommended one.
+        encode_guidance_scale: Of the encoder. Default: 1, or the nearest that it was distilled for.
+        iterations: Fixed-point iterations of each inversion step, for a model that was not distilled to encode.
         batch_size: Images in the network at once.
         device: auto, cpu, cuda or cuda:1.
         json: Print the result as JSON.
@@ -71,7 +72,7 @@ def restyle(
     """
     from .. import images as pictures
     from ..errors import check_int
-    from ..files import refuse_inside, reserve, write
+    from ..files import check_writable, refuse_inside, write_file
     from ..tasks.style_transfer import is_encoder, required_labels
     from ..tasks.style_transfer import restyle as run
 
@@ -80,7 +81,7 @@ def restyle(
     if out.suffix.lower() != ".png":
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r}")
     refuse_inside(out, images, "--out")
-    reserve(out)
+    check_writable(out)
     up = open_model(encoder, device)
     down = up if decoder is None else open_model(decoder, device)
     if is_encoder(down):
@@ -95,50 +96,50 @@ def restyle(
         source = (down if is_encoder(up) else up).sample(n, from_label, seed, batch_size=batch_size)
     began = time.perf_counter()
     with progress(f"restyling {n} images") as tick:
-        made = run(
+        result = run(
             up, down, source, from_label, to_label, encode_steps, decode_steps, guidance_scale, encode_guidance_scale,
             sampler, times, iterations, seed, batch_size, tick,
         )  # fmt: skip
     seconds = time.perf_counter() - began
-    said = {
+    options = {
         "decoder": decoder, "from_label": from_label, "to_label": to_label, "images": images, "n": n, "seed": seed,
         "encode_steps": encode_steps, "decode_steps": decode_steps, "sampler": sampler, "times": times,
         "guidance_scale": guidance_scale, "encode_guidance_scale": encode_guidance_scale, "iterations": iterations,
     }  # fmt: skip
     text = {
-        "command": command_line("restyle", encoder, said),
+        "command": command_line("restyle", encoder, options),
         "models": f"{up.name} {up.sha256}, {down.name} {down.sha256}", "versions": versions(),
     }  # fmt: skip
-    write(out, pictures.png(pictures.grid(paired(source, made.images), min(n, 16)), text))
-    result = {
+    write_file(out, pictures.encode_png(pictures.make_image_grid(paired(source, result.images), min(n, 16)), text))
+    summary = {
         "file": str(out),
-        **{key: str(value) if isinstance(value, Path) else value for key, value in said.items()},
+        **{key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
         "encoder": up.name,
         "decoder": down.name,
-        "encode_evaluations": made.encode_evaluations,
-        "decode_evaluations": made.decode_evaluations,
-        "evaluations": made.evaluations,
+        "encode_evaluations": result.encode_evaluations,
+        "decode_evaluations": result.decode_evaluations,
+        "evaluations": result.evaluations,
         "seconds": seconds,
     }
-    line = f"{out}: {n} images in {made.evaluations:g} network evaluations each, {seconds:.2f} s"
-    tell(result, line, json)
-    return result
+    line = f"{out}: {n} images in {result.evaluations:g} network evaluations each, {seconds:.2f} s"
+    print_result(summary, line, json)
+    return summary
 
 
 def of_class(path: Path, n: int, model: Model, label: str | None) -> Tensor:
     """The first `n` images of a path, (n, C, h, w) in [-1, 1]; of one class, where both have any."""
     from ..train import open_data
     from ..train.data import to_float
-    from ..train.given import is_file
     from ..train.names import class_of
+    from ..train.start_images import is_image_file, read_images
 
     known = model.classes or ()
     index = None if label is None or not known else model.class_index(label)
-    if index is None or index == model.denoiser.null_label or is_file(path):
-        return given_images(path, n, model.shape[0])
+    if index is None or index == model.denoiser.null_label or is_image_file(path):
+        return read_images(path, n, model.shape[0])
     data = open_data(path, split=None, channels=model.shape[0])
     if data.labels is None:
-        return given_images(path, n, model.shape[0])
+        return read_images(path, n, model.shape[0])
     own = class_of(index, known, data.classes or ())
     if own is None:
         raise BadInput(f"{path} has no class {known[index]!r}: its classes are {', '.join(data.classes or ())}")

@@ -1,4 +1,4 @@
-"""What the commands say: results as text or JSON, commands as they are typed, progress on stderr."""
+"""Output of the commands on stdout, as text or JSON."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import math
 from collections.abc import Mapping
 
 
-def tell(result: object, text: str, json: bool) -> None:
-    """The result on stdout: JSON for machines, or the text for people."""
+def print_result(result: object, text: str, json: bool) -> None:
+    """Print the result of a command.
+
+    Args:
+        result: What JSON shows.
+        text: What is printed otherwise.
+        json: Whether to print JSON.
+    """
     print(jsonlib.dumps(finite(result), indent=2, allow_nan=False) if json else text, flush=True)
 
 
 def finite(value: object) -> object:
-    """The same for JSON, which has no NaN and no infinity: null in their place."""
+    """The value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -21,7 +27,7 @@ def finite(value: object) -> object:
     return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def plain(value: object) -> str:
-    """A JSON value on one line, strings without their quotes, long ones cut."""
+def plain_value(value: object) -> str:
+    """A JSON value on one line of at most 200 characters, strings without quotes."""
     text = value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,4 +1,4 @@
-"""`tune`."""
+"""`hasten tune`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 from ..errors import BadInput
 from ..storage.provenance import command_line
-from ._common import open_model
-from ._processes import alone
-from .terminal import tell
+from ._common import open_model, sampling_config
+from ._processes import on_main_process
+from .terminal import print_result
 
 
-@alone
+@on_main_process
 def tune(
     model: str,
     *,
     out: Path | None = None,
     method: str = "optimized_steps",
+    config: Path | None = None,
     sampler: str | None = None,
     times: str | None = None,
     steps: int | None = None,
@@ -25,31 +26,33 @@ def tune(
     data: Path | None = None,
     n: int | None = None,
     seed: int = 1_000_000,
-    runtime: str = "fp32",
+    precision: str | None = None,
     device: str = "auto",
     json: bool = False,
 ) -> dict[str, Any]:
-    """Make sampling better for this very model: find times, coefficients, statistics or small networks beside it.
+    """Tune the sampling of a model: optimise time steps or coefficients, estimate statistics, train small networks.
 
-    Writes the model with what was found into a folder; a plan that was found becomes what sample does by default.
+    Writes the model with the result into a folder. A plan becomes what sample does by default; sampling.toml beside it
+    is the configuration for --config.
 
     Args:
         model: A bundled name (see models) or a folder.
-        out: The folder to write. Left out: the model's own, unless it is a bundled one.
+        out: The folder to write. Default: the model's own, unless it is a bundled one.
         method: Such as optimized_steps:objective=trajectory, fitted_plan, dynamic_programming or moments.
-        sampler: The sampler to improve. Left out: the model's own choice, as for the next three.
-        times: The time grid to start from.
-        steps: Steps of the time grid.
-        guidance_scale: Strength of the guidance under which the result will be used.
+        config: A SamplingConfig file (TOML or JSON) to start from; the options below override its fields.
+        sampler: The sampler to tune. Default: the model's recommended one, as for the next three.
+        times: Time grid to start from.
+        steps: Number of steps of the time grid.
+        guidance_scale: Scale of classifier-free guidance under which the result will be used.
         data: Folder, zip or array of real images, for the methods that need them.
-        n: Samples to calibrate on. Left out: the method's own number.
+        n: Number of samples to calibrate on. Default: the method's own.
         seed: Of the first calibration sample; far from the seeds that sample and compare start with.
-        runtime: Number format of the network, fp32 or bf16.
+        precision: fp32 or bf16 (autocast). Default: fp32.
         device: auto, cpu, cuda or cuda:1.
         json: Print the result as JSON.
 
     Returns:
-        The folder, what was found and what it reached.
+        The folder, the plan, statistics and networks, and their figures.
     """
     from ..workflows.tune import tune_model
 
@@ -57,15 +60,17 @@ def tune(
     folder = Path(model) if out is None else out
     if out is None and not (folder / "model.json").is_file():
         raise BadInput(f"{model} is a bundled model: give --out, the folder to write it to")
-    said = {"method": method, "sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale,
-            "data": data, "n": n, "seed": seed, "runtime": runtime, "out": out}  # fmt: skip
+    sampling = {
+        "sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale, "precision": precision,
+    }  # fmt: skip
+    options = {"method": method, "config": config, **sampling, "data": data, "n": n, "seed": seed, "out": out}
     result = tune_model(
-        loaded, folder, method=method, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale,
-        data=data, n=n, seed=seed, runtime=runtime, command=command_line("tune", model, said),
+        loaded, folder, method, sampling_config(config, "fp32", **sampling), data=data, n=n, seed=seed,
+        command=command_line("tune", model, options),
     )  # fmt: skip
-    found = [*([f"plan {result['plan']}"] if result["plan"] else []), *result["statistics"], *result["parts"]]
-    lines = [f"{folder}: {', '.join(found)} in {result['seconds']:.1f} s; try hasten sample {folder}"]
+    parts = [*([f"plan {result['plan']}"] if result["plan"] else []), *result["statistics"], *result["parts"]]
+    lines = [f"{folder}: {', '.join(parts)} in {result['seconds']:.1f} s; try hasten sample {folder}"]
     lines += [f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}"
               for key, value in result["figures"].items()]  # fmt: skip
-    tell(result, "\n".join(lines), json)
+    print_result(result, "\n".join(lines), json)
     return result

@@ -1,4 +1,4 @@
-"""What a comparison shows on its way, counted in images through the network."""
+"""Counting of network evaluations, in images: the progress and the NFE of a comparison."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..model.model import Model
-from ..progress import Progress
+from ..model.resolve import bound
+from ..progress import ProgressReporter
 from .variants import Variant
 
 
 @contextlib.contextmanager
-def counting(model: Model, progress: Progress | None = None) -> Iterator[list[int]]:
-    """A list whose one entry counts images through the network: a guided evaluation of an image counts 2."""
+def count_evaluations(model: Model, progress: ProgressReporter | None = None) -> Iterator[list[int]]:
+    """Count the images that go through the network inside the block.
+
+    Args:
+        model: The model whose network is counted.
+        progress: A progress display to advance by each count.
+
+    Yields:
+        A list of one entry, the count; a guided evaluation of an image counts 2.
+    """
     count = [0]
 
     def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -24,17 +33,17 @@ def counting(model: Model, progress: Progress | None = None) -> Iterator[list[in
         if progress is not None:
             progress.advance(len(arguments[0]))
 
-    denoiser = model.denoiser
+    denoiser: Any = model.denoiser
     net: nn.Module = denoiser.net if isinstance(denoiser, Denoiser) else denoiser
     handle = net.register_forward_pre_hook(hook)
     features = getattr(denoiser, "features", None)
-    if features is not None:  # the seam by which some guides ask the network, past its forward
+    if features is not None:  # some guides evaluate the network through it, without its forward
 
-        def counted(x_t: Tensor, *arguments: Any, **cond: Any) -> Any:
+        def counted_features(x_t: Tensor, *arguments: Any, **cond: Any) -> Any:
             hook(net, (x_t,))
             return features(x_t, *arguments, **cond)
 
-        denoiser.features = counted  # type: ignore[method-assign]
+        denoiser.features = counted_features
     try:
         yield count
     finally:
@@ -43,6 +52,6 @@ def counting(model: Model, progress: Progress | None = None) -> Iterator[list[in
             del denoiser.features
 
 
-def extra(model: Model, v: Variant) -> float:
-    """Evaluations an image of what is not the model's own network: those of the start."""
-    return 0 if v.start is None else model.bound("starts", v.start).nfe
+def start_nfe(model: Model, variant: Variant) -> float:
+    """Evaluations per image by other networks than the model's own: those of the initialisation."""
+    return 0 if variant.start is None else bound(model, "starts", variant.start).nfe

@@ -1,4 +1,4 @@
-"""The rows that a comparison runs: each with its model, its plan and its key, and what a row looks like that failed."""
+"""The rows that a comparison runs, each with its model, plan and key, and the fields of a row."""
 
 from __future__ import annotations
 
@@ -8,226 +8,225 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, NonFinite
 from ..loading import load
-from ..model.model import RECOMMENDED, Label, Model
-from ..storage.provenance import fingerprint
+from ..model.model import Label, Model
+from ..model.resolve import RECOMMENDED
+from ..storage.provenance import model_hash
 from ..workflows.sample import sharing
-from .counting import counting, extra
-from .results import QUALITY, Store
+from .counting import count_evaluations, start_nfe
+from .results import QUALITY, ResultStore
 from .variants import Variant, VariantSet
 
-TIMED = ("nfe", "seconds_per_image", "speedup", "speedup_low", "speedup_high", "macs_per_image", "peak_memory")
+# The fields of a row that are None where it failed.
+COSTS = ("nfe", "seconds_per_image", "speedup", "speedup_low", "speedup_high", "macs_per_image", "peak_memory")
+
+PreparedRow = tuple[Variant, Variant | None, Model]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A row to run, the row at equal cost that it must beat, its key in the store, and its model with its plan made."""
+    """A row to run.
+
+    Args:
+        variant: How to sample.
+        equal: The row at equal cost that it must beat.
+        key: Its key in the store.
+        model: The model to sample, with the row's plan and guidance as its own.
+    """
 
     variant: Variant
     equal: Variant | None
     key: str
-    ready: Model
+    model: Model
 
     @property
     def nfe(self) -> float:
-        """Network evaluations an image, for the progress bar."""
-        return self.variant.nfe or 2 * self.ready.steps
+        """Network evaluations per image, as far as known before the row has run."""
+        return self.variant.nfe or 2 * self.model.steps
 
 
-def prepare(
-    model: Model, chosen: VariantSet, ranks: Ranks | None = None, label: Label = None
-) -> list[tuple[Variant, Variant | None, Model]]:
-    """Each row, its equal and the model with the row's plan and guidance as its own.
+def prepare(model: Model, variants: VariantSet, ranks: Ranks | None = None, label: Label = None) -> list[PreparedRow]:
+    """Each row of a set, the row at equal cost, and the model with the row's plan and guidance as its own.
 
-    Raises BadInput with the row's name for what this model cannot run, before anything has run. What does not know its
-    cost samples one image to find out.
+    A row whose cost is not declared samples one image to count its evaluations.
+
+    Args:
+        model: The model of the comparison.
+        variants: The rows.
+        ranks: The processes of the run; other models are then read by the main process first.
+        label: The prompts of a model that takes prompts.
+
+    Raises:
+        BadInput: with the row's name, for what this model cannot run, before any row has run.
     """
-    found: dict[Any, Model] = {}
+    models: dict[Any, Model] = {}
     others: dict[str | None, Model] = {None: model}
 
-    def ready(v: Variant) -> Model:
-        if v.method not in found:
+    def prepared(v: Variant) -> Model:
+        if v.method not in models:
             if v.model not in others:
                 with ranks.main_process_first() if ranks is not None else contextlib.nullcontext():
-                    others[v.model] = other(str(v.model), model, f"{chosen.source}: {v.name!r}")
+                    others[v.model] = load_other_model(str(v.model), model, f"{variants.source}: {v.name!r}")
             base = others[v.model]
-            choice = v.sampler or None, v.times or None, v.steps or None
             try:
-                way = base.way(*choice, v.guidance_scale, v.guides, v.start, v.plan, v.accelerators)  # type: ignore[arg-type]
+                how = base.resolve(v.config)
             except (HastenError, ValueError) as e:
-                raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
+                raise BadInput(f"{variants.source}: {v.name!r}: {e}") from e
             own: dict[str, Any] = {"sampler": v.sampler} if v.sampler else {}
             own |= {"times": v.times} if v.times else {}
-            steps = len(way.times) - 1 if way.plan is None else way.plan.nfe
-            made = replace(base, denoiser=way.inner, plan=way.plan, steps=v.steps or steps, **own)  # type: ignore[arg-type]
-            found[v.method] = replace(made, guidance_scale=v.guidance_scale)
-        return found[v.method]
+            steps = len(how.times) - 1 if how.plan is None else how.plan.nfe
+            own |= {"denoiser": how.inner, "plan": how.plan, "steps": v.steps or steps}
+            resolved = replace(base, **own)
+            models[v.method] = replace(resolved, guidance_scale=v.guidance_scale)
+        return models[v.method]
 
-    def nfe(v: Variant) -> float | None:
-        made = ready(v)
+    def measured_nfe(v: Variant) -> float | None:
         try:
-            with counting(made) as count:
-                images(made, v, 1, 0, 1, "fp32", label)
+            with count_evaluations(prepared(v)) as count:
+                sample_images(prepared(v), v, 1, 0, 1, "fp32", label)
         except NonFinite:
-            return None  # the row will fail, and say why, when its turn comes
+            return None  # the row will fail when it runs, with the reason
         except (HastenError, ValueError) as e:
-            raise BadInput(f"{chosen.source}: {v.name!r}: {e}") from e
-        return count[0] + extra(made, v)
+            raise BadInput(f"{variants.source}: {v.name!r}: {e}") from e
+        return count[0] + start_nfe(prepared(v), v)
 
-    return [(v, equal, ready(v)) for v, equal in chosen.rows(nfe)]
+    return [(v, equal, prepared(v)) for v, equal in variants.rows(measured_nfe)]
 
 
-def other(name: str, model: Model, where: str) -> Model:
-    """Another model, on the same device, which draws the same kind of images."""
+def load_other_model(name: str, model: Model, where: str) -> Model:
+    """Another model on the same device.
+
+    Raises:
+        BadInput: if it cannot be loaded, or generates images of another shape or other classes than `model`.
+    """
     try:
-        found = load(name, model.device)
+        other = load(name, model.device)
     except HastenError as e:
         raise BadInput(f"{where}: model: {e}") from e
-    if (found.shape, found.classes) != (model.shape, model.classes):
+    if (other.shape, other.classes) != (model.shape, model.classes):
         raise BadInput(f"{where}: {name} draws other images or classes than {model.name}: they cannot be compared")
-    return found
+    return other
 
 
-def images(
-    ready: Model, v: Variant, count: int, seed: int, batch_size: int, runtime: str, label: Label = None
+def sample_images(
+    model: Model, variant: Variant, count: int, seed: int, batch_size: int, runtime: str, label: Label = None
 ) -> Tensor:
-    """Images of a row, with its model made ready."""
-    return ready.sample(count, label, seed=seed, batch_size=batch_size, **asked_of(ready, v, runtime))
+    """Images of a row by its prepared model, `(count, C, H, W)`."""
+    arguments = sampling_arguments(model, variant, runtime)
+    return model.sample(count, label, seed=seed, batch_size=batch_size, **arguments)
 
 
-def asked_of(ready: Model, v: Variant, runtime: str) -> dict[str, Any]:
-    """What the row's model, made ready, must still be told."""
+def sampling_arguments(model: Model, variant: Variant, runtime: str) -> dict[str, Any]:
+    """The arguments of `Model.sample` that a prepared model does not carry itself."""
     return {
-        "runtime": runtime,
-        "guides": v.guides,
-        "start": v.start,
-        "plan": None if ready.plan is None else RECOMMENDED,
+        "precision": runtime,
+        "guides": variant.guides,
+        "start": variant.start,
+        "plan": None if model.plan is None else RECOMMENDED,
     }
 
 
-def keyed(
-    rows: Sequence[tuple[Variant, Variant | None, Model]], settings: Mapping[str, Any], ranks: Ranks
-) -> list[Job]:
-    """The rows as jobs. A key is the hash of `settings` and of all else that a row's figures depend on."""
+def create_jobs(rows: Sequence[PreparedRow], settings: Mapping[str, Any], ranks: Ranks) -> list[Job]:
+    """The rows as jobs. A key is the hash of `settings` and of everything else that a row's figures depend on."""
     jobs = []
-    for variant, equal, ready in rows:
-        own: dict[str, Any] = {} if variant.sampler or ready.plan is None else {"plan": ready.plan.to_json()}
-        own |= {} if variant.model is None else {"weights": fingerprint(ready)}
+    for variant, equal, model in rows:
+        own: dict[str, Any] = {} if variant.sampler or model.plan is None else {"plan": model.plan.to_json()}
+        own |= {} if variant.model is None else {"weights": model_hash(model)}
         own |= {} if sharing(variant.accelerators, ranks) is None else {"processes": ranks.world}
         text = json.dumps({**settings, "method": variant.method, **own}, sort_keys=True)
-        jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], ready))
+        jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], model))
     return jobs
 
 
-def described(job: Job) -> dict[str, Any]:
-    """What a row says of how it was sampled."""
+def method_fields(job: Job) -> dict[str, Any]:
+    """The fields of a row that say how it was sampled."""
     v = job.variant
     return {
-        "key": job.key, "name": v.name, "role": v.role, "sampler": v.sampler or "plan",
-        "times": v.times or v.plan or v.model, "steps": job.ready.steps, "guidance_scale": v.guidance_scale,
-        "guides": list(v.guides), "start": v.start, "plan": v.plan, "model": v.model,
+        "key": job.key,
+        "name": v.name,
+        "role": v.role,
+        "sampler": v.sampler or "plan",
+        "times": v.times or v.plan or v.model,
+        "steps": job.model.steps,
+        "guidance_scale": v.guidance_scale,
+        "guides": list(v.guides),
+        "start": v.start,
+        "plan": v.plan,
+        "model": v.model,
         "accelerators": list(v.accelerators),
-    }  # fmt: skip
+    }
 
 
-def failed(job: Job, reason: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of a way of sampling that could not be measured: `failed` says why, its figures are None."""
-    return {**described(job), **dict.fromkeys(TIMED), **dict.fromkeys(QUALITY), "failed": reason, "protocol": protocol}
+def failed_row(job: Job, reason: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a variant that could not be measured: `failed` is the reason, its figures are None."""
+    figures = dict.fromkeys((*COSTS, *QUALITY))
+    return {**method_fields(job), **figures, "failed": reason, "protocol": protocol}
 
 
-def reason_of(error: Exception) -> str:
-    """Why a row failed, in one line."""
+def error_summary(error: Exception) -> str:
+    """An error in one line of at most 400 characters."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 400 else f"{text[:397]}..."
     return text if isinstance(error, HastenError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def averaged(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of several disjoint blocks of seeds as those of a row: their means, and under `deviation` the
-    standard deviation of one block (of the sample, n - 1). Of a single block, its own figures."""
+def summary(row: Mapping[str, Any]) -> str:
+    """The figures of a finished row in one line."""
+    if row.get("failed"):
+        return f"failed: {row['failed']}"
+    quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
+    return f"{row['nfe']:g} NFE, {row['seconds_per_image'] * 1e3:.3g} ms an image{quality}"
+
+
+def average_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The quality figures of a row from those of its disjoint blocks of seeds.
+
+    Args:
+        blocks: The figures of each block.
+
+    Returns:
+        Those of a single block unchanged. Of several their means, under `deviation` the standard deviation of one block
+        (n - 1 in the denominator), under `blocks` the figures of each.
+    """
     if len(blocks) == 1:
         return dict(blocks[0])
     values = {key: [block[key] for block in blocks if block.get(key) is not None] for key in blocks[0]}
-    whole = {key: found for key, found in values.items() if len(found) == len(blocks)}
-    made: dict[str, Any] = {key: statistics.fmean(whole[key]) if key in whole else None for key in values}
-    deviation = {key: statistics.stdev(found) for key, found in whole.items() if not key.startswith("frechet_")}
+    complete = {key: each for key, each in values.items() if len(each) == len(blocks)}
+    means: dict[str, Any] = {key: statistics.fmean(complete[key]) if key in complete else None for key in values}
+    deviation = {key: statistics.stdev(each) for key, each in complete.items() if not key.startswith("frechet_")}
     if "frechet" in deviation:
-        made["frechet_low"], made["frechet_high"] = (made["frechet"] + sign * deviation["frechet"] for sign in (-1, 1))
-    return {**made, "deviation": deviation, "blocks": [dict(block) for block in blocks]}
+        means["frechet_low"], means["frechet_high"] = (means["frechet"] + s * deviation["frechet"] for s in (-1, 1))
+    return {**means, "deviation": deviation, "blocks": [dict(block) for block in blocks]}
 
 
-def partly_shared(seeds: Sequence[int], others: Sequence[int]) -> bool:
-    """Whether two ranges of seeds, [first, last] each, have some seeds in common and not all."""
-    both = min(seeds[1], others[1]) >= max(seeds[0], others[0])
-    return both and list(seeds) != list(others)
+def partially_overlap(seeds: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether two different ranges of seeds, [first, last] each, have seeds in common."""
+    common = min(seeds[1], others[1]) >= max(seeds[0], others[0])
+    return common and list(seeds) != list(others)
 
 
-def as_fast(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Set beside an accelerated row the best of the plain ones that take no more time, in place."""
-    well = [r for r in rows if not r["accelerators"] and r["seconds_per_image"] is not None]
-    plain = [r for r in well if r["seconds_per_image"] <= row["seconds_per_image"]]
+def set_equal_time_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Set, in place, the equal-cost fields of an accelerated row: the best row without accelerators that takes no more
+    time."""
+    plain = [r for r in rows if not r["accelerators"] and r["seconds_per_image"] is not None]
+    plain = [r for r in plain if r["seconds_per_image"] <= row["seconds_per_image"]]
     if plain and row["frechet"] is not None:
         best = min(plain, key=lambda r: r["frechet"])
         row["equal_cost"], row["frechet_over_equal_cost"] = best["name"], row["frechet"] / best["frechet"]
 
 
-def overlaps(store: Store, seeds: Sequence[int]) -> list[str]:
-    """A line for every other range of seeds of the rows in a store that shares some with this run's."""
+def seed_overlap_warnings(store: ResultStore, seeds: Sequence[int]) -> list[str]:
+    """A line for every other range of seeds in a store that shares some seeds with this run's range."""
     others = {tuple(row["protocol"]["seeds"]) for row in store.rows.values() if row.get("protocol")}
     return [
         f"{store.path} has rows of seeds {first} to {last}, this run has {seeds[0]} to {seeds[1]}: they share some, so "
         "figures of the two are neither of the same images nor independent"
         for first, last in sorted(others)
-        if partly_shared(seeds, (first, last))
+        if partially_overlap(seeds, (first, last))
     ]
-
-
-def given_prompts(model: Model, prompts: Sequence[str] | str | None, where: str) -> list[str] | None:
-    """The prompts of a comparison or evaluation, of which image k gets `k mod their number`; None for other models.
-
-    Raises BadInput for a model of prompts that is given none (an empty one, "", must be said), and the other way round.
-    """
-    if model.conditioning is None:
-        if prompts:
-            raise BadInput(f"{model.name} takes no prompts: leave out --prompt, --prompts and the prompts of {where}")
-        return None
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-    if not texts:
-        raise BadInput(
-            f"{model.name} takes prompts: give --prompt TEXT (several times for several), --prompts FILE with one a "
-            "line, or prompts = [...] in the set of variants"
-        )
-    if not all(isinstance(text, str) for text in texts):
-        raise BadInput(f"prompts must be texts, got {texts!r}")
-    return texts
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The prompts in a text file, one a line; empty lines are passed over."""
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"cannot read the prompts in {file}: {getattr(e, 'strerror', None) or e}") from e
-    if not (found := [line for line in lines if line]):
-        raise BadInput(f"{file} holds no prompts: write one a line")
-    return found
-
-
-def image_shape(model: Model) -> tuple[int, ...]:
-    """The shape of what `sample` gives: that of the decoded image for a model of latents."""
-    if model.decoder is None:
-        return tuple(model.shape)
-    return tuple(model.decoder.decode(torch.zeros(1, *model.shape, device=model.device)).shape[1:])
-
-
-def is_image(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape can be looked at: grey or RGB images."""
-    return len(shape) == 3 and shape[0] in (1, 3)

@@ -1,4 +1,4 @@
-"""A comparison's rows as pages: `report.html` (self-contained), `front.png`, `grid.png`, the terminal table."""
+"""The report of a comparison: `report.html` (self-contained), `front.png`, `grid.png`, and the table on stdout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import functools
 import html
 import io
-import os
 import re
 import shlex
 import warnings
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..files import write_atomic
 from ..storage.provenance import command_line
 from .plots import (
     CAPTIONS,
@@ -27,11 +27,11 @@ from .plots import (
     PAPER,
     Row,
     cost_axis,
-    floor,
-    measured,
-    pareto,
-    plot,
-    sweep,
+    pareto_front,
+    plot_guidance_sweep,
+    plot_quality,
+    quality_metric,
+    recorded_baseline,
 )
 
 if TYPE_CHECKING:
@@ -39,17 +39,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.table import Table
 
-NEAR = 1.15  # the headline names the cheapest row whose distance is within 15 % of the reference's
+NEAR = 1.15  # the recommended row is the cheapest whose distance is within 15 % of the reference's
 
 
-def recommended(rows: Sequence[Row]) -> Row | None:
-    """The row that the headline names: the cheapest within 15 % of the reference's distance; where no distance was
-    measured, the fastest with 35 dB PSNR or more to the reference's images. None where there is no such row."""
+def recommended_row(rows: Sequence[Row]) -> Row | None:
+    """The recommended row: the cheapest within 15 % of the reference's distance; where no distance was measured, the
+    fastest with 35 dB PSNR or more to the reference's images.
+
+    Returns:
+        One of `rows`; None where no row qualifies.
+    """
     rows = [row for row in rows if not row.get("failed")]
     reference = next((row for row in rows if row["role"] == "reference"), None)
     if reference is None:
         return None
-    cost = cost_axis(rows) if measured(rows) == "frechet" else "seconds_per_image"
+    cost = cost_axis(rows) if quality_metric(rows) == "frechet" else "seconds_per_image"
     others = [row for row in rows if row is not reference and row[cost] < reference[cost]]
     if reference.get("frechet") is None:
         near = [row for row in others if row.get("psnr") is not None and row["psnr"] >= NEAR_DB]
@@ -59,12 +63,12 @@ def recommended(rows: Sequence[Row]) -> Row | None:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """One sentence: what the cheapest row near the reference's quality buys, or that there is none."""
+    """One sentence on the recommended row: its speed-up and its quality, or that there is none."""
     rows = [row for row in rows if not row.get("failed")]
     reference = next((row for row in rows if row["role"] == "reference"), None)
     if reference is None:
-        return "The reference has not finished yet: run the same command again to go on."
-    best = recommended(rows)
+        return "The reference has not finished yet: run the same command again to resume."
+    best = recommended_row(rows)
     if reference.get("frechet") is None:
         if len(rows) == 1:
             return f"Only the reference, {reference['name']}, has finished."
@@ -72,49 +76,54 @@ def headline(rows: Sequence[Row]) -> str:
         if best is None:
             return f"No faster row reaches {NEAR_DB:g} dB PSNR to the images of {reference['name']}. {blind}"
         return (
-            f"{best['name']} is {best['speedup']:.1f}× faster than {reference['name']} at {decibels(best)}: the "
+            f"{best['name']} is {best['speedup']:.1f}× faster than {reference['name']} at {format_psnr(best)}: the "
             f"fastest row above {NEAR_DB:g} dB. {blind}"
         )
     if best is None:
         return f"No variant comes within {NEAR - 1:.0%} of the distance of {reference['name']} at a lower cost."
     return (
-        f"{best['name']} ({number(best['nfe'])} NFE) makes an image {best['speedup']:.1f}× faster than "
-        f"{reference['name']} ({number(reference['nfe'])} NFE) at a Fréchet distance of {best['frechet']:.2f} "
-        f"against {reference['frechet']:.2f}" + (f" (floor {floor(rows):.2f})." if floor(rows) else ".")
+        f"{best['name']} ({format_nfe(best['nfe'])} NFE) makes an image {best['speedup']:.1f}× faster than "
+        f"{reference['name']} ({format_nfe(reference['nfe'])} NFE) at a Fréchet distance of {best['frechet']:.2f} "
+        f"against {reference['frechet']:.2f}"
+        + (f" (real images {recorded_baseline(rows):.2f})." if recorded_baseline(rows) else ".")
     )
 
 
-def command_of(row: Row) -> str:
-    """The command that samples as a row does."""
+def sample_command(row: Row) -> str:
+    """The command line that samples with the method of a row."""
     words = shlex.split(row["protocol"].get("command") or "")
     model = row.get("model") or (words[2] if len(words) > 2 else row["protocol"]["model"])
     planned = row.get("plan") is not None
-    own = row["sampler"] == "plan" and not planned  # another model, as it recommends
-    told: dict[str, object] = {"plan": row.get("plan")}
+    own = row["sampler"] == "plan" and not planned  # another model with its recommended method
+    options: dict[str, object] = {"plan": row.get("plan")}
     if not planned:
-        told |= {"sampler": None if own else row["sampler"], "times": None if own else row["times"]}
-        told["steps"] = row["steps"]
-    told |= {"guidance_scale": row["guidance_scale"], "guide": list(row.get("guides") or ()), "start": row.get("start")}
-    told["accelerate"] = list(row.get("accelerators") or ())
+        options |= {"sampler": None if own else row["sampler"], "times": None if own else row["times"]}
+        options["steps"] = row["steps"]
+    options |= {
+        "guidance_scale": row["guidance_scale"],
+        "guide": list(row.get("guides") or ()),
+        "start": row.get("start"),
+    }
+    options["accelerate"] = list(row.get("accelerators") or ())
     if prompts := row["protocol"].get("prompts"):
-        told["label"] = prompts[0]
-    return command_line("sample", model, told)
+        options["prompt"] = prompts[0]
+    return command_line("sample", model, options)
 
 
-def number(value: float | int | None) -> str:
-    """An NFE for reading: `8`, or `7.5` where the count is not whole."""
+def format_nfe(value: float | int | None) -> str:
+    """An NFE as text: `8`, or `7.5` where it is no integer."""
     if value is None:
         return "–"
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.1f}"
 
 
-def decibels(row: Row) -> str:
-    """PSNR to the reference images for reading."""
+def format_psnr(row: Row) -> str:
+    """PSNR to the reference images as text."""
     return "the reference's own images" if row.get("psnr") is None else f"{row['psnr']:.1f} dB to the reference images"
 
 
-def cells(row: Row) -> dict[str, str]:
-    """A row's figures as text; an en dash where a figure is missing."""
+def format_cells(row: Row) -> dict[str, str]:
+    """A row's figures as text by column; an en dash where a figure is missing."""
 
     def show(key: str, form: str, scale: float = 1.0) -> str:
         return "–" if row.get(key) is None else format(row[key] * scale, form)
@@ -130,7 +139,7 @@ def cells(row: Row) -> dict[str, str]:
     span = f"{row['frechet_low']:.2f}–{row['frechet_high']:.2f}" if interval else ""
     return {
         "guidance": f"{row['guidance_scale']:g}",
-        "nfe": number(row["nfe"]),
+        "nfe": format_nfe(row["nfe"]),
         "macs": show("macs_per_image", ".2f", 1e-9),
         "seconds": show("seconds_per_image", ".3g"),
         "speedup": show("speedup", ".1f") + ("×" if row.get("speedup") is not None else ""),
@@ -155,45 +164,45 @@ def cells(row: Row) -> dict[str, str]:
     }
 
 
-def table(rows: Sequence[Row], width: int = 160) -> Table:
-    """The rows as a `rich` table, with the columns that fit a terminal of `width`; `*` marks the Pareto front."""
+def results_table(rows: Sequence[Row], width: int = 160) -> Table:
+    """The rows as a `rich` table, with the columns that fit `width` characters; `*` marks the Pareto front."""
     from rich.table import Table
     from rich.text import Text
 
-    columns = {  # heading: (cell, from which width on)
+    columns = {  # heading: (cell, minimum width of the terminal)
         "guidance": ("guidance", 120), "NFE": ("nfe", 0), "s/image": ("seconds", 0), "speed-up": ("speedup", 0),
         "Fréchet": ("frechet", 0), "95 %": ("frechet_spread", 100), "KID e3": ("kid", 150),
         "precision": ("precision", 150), "recall": ("recall", 120), "accuracy": ("accuracy", 100), "PSNR": ("psnr", 80),
     }  # fmt: skip
-    shown = {head: cell for head, (cell, least) in columns.items() if width >= least}
+    shown = {head: cell for head, (cell, minimum) in columns.items() if width >= minimum}
     result = Table(header_style="bold", row_styles=["", "on grey7"], pad_edge=False, box=None)
     result.add_column("", width=1)
     result.add_column("variant", overflow="fold", min_width=20)
     for head in shown:
         result.add_column(head, justify="right", no_wrap=True)
-    front, well = marked(rows), [row for row in rows if not row.get("failed")]
+    front, failed = front_rows(rows), [row for row in rows if row.get("failed")]
     for i, row in enumerate(rows):
         if row.get("failed"):
             continue
-        c = cells(row)
+        c = format_cells(row)
         style = "bold" if row["role"] == "reference" else "dim" if row["role"] == "equal-cost" else None
-        name = Text(str(row["name"]))  # square brackets in it are no markup
+        name = Text(str(row["name"]))  # without markup
         result.add_row("*" if i in front else "", name, *(c[cell] for cell in shown.values()), style=style)
-    for row in rows:
-        if row not in well:
-            result.add_row("", Text(f"{row['name']} failed: {row['failed']}"), style="red")
+    for row in failed:
+        result.add_row("", Text(f"{row['name']} failed: {row['failed']}"), style="red")
     return result
 
 
-def marked(rows: Sequence[Row]) -> set[int]:
-    """The rows on the Pareto front: of distance and cost, or of PSNR and time."""
-    if measured(rows) == "psnr":
-        return set(pareto(rows, "seconds_per_image", "psnr", higher=True))
-    return set(pareto(rows, cost_axis(rows)))
+def front_rows(rows: Sequence[Row]) -> set[int]:
+    """Indices of the rows on the Pareto front: of distance and cost, or of PSNR and time."""
+    if quality_metric(rows) == "psnr":
+        return set(pareto_front(rows, "seconds_per_image", "psnr", higher=True))
+    return set(pareto_front(rows, cost_axis(rows)))
 
 
-def strip(images: np.ndarray, height: int = 56, gap: int = 3) -> Image:
-    """Images uint8 `(K, C, H, W)` side by side; small ones are enlarged, unsmoothed, to about `height` pixels."""
+def image_strip(images: np.ndarray, height: int = 56, gap: int = 3) -> Image:
+    """Images uint8 `(K, C, H, W)` in a row, `gap` pixels apart; small ones are enlarged by an integer to about `height`
+    pixels, without interpolation."""
     from PIL import Image
 
     count, channels, h, w = images.shape
@@ -207,11 +216,20 @@ def strip(images: np.ndarray, height: int = 56, gap: int = 3) -> Image:
     return Image.fromarray(sheet)
 
 
-def grid(rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[str] = ()) -> Image:
-    """A row per variant, name and NFE at the left, a column per seed; `images[key]` is uint8 `(K, C, H, W)`."""
+def image_grid(rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[str] = ()) -> Image:
+    """Sample images, a row per variant with its name and NFE, a column per seed.
+
+    Args:
+        rows: Rows of results.jsonl.
+        images: uint8 `(K, C, H, W)` by row key.
+        heads: A heading for each column.
+
+    Raises:
+        ValueError: if no row has images.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    strips = [(row, strip(images[row["key"]])) for row in rows if row["key"] in images]
+    strips = [(row, image_strip(images[row["key"]])) for row in rows if row["key"] in images]
     if not strips:
         raise ValueError("a grid needs the images of at least one row")
     bold, plain = ImageFont.load_default(15), ImageFont.load_default(13)
@@ -229,7 +247,7 @@ def grid(rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[
         sheet.paste(picture, (left, y))
         pen.text((10, y + height / 2 - 9), row["name"], font=bold, fill="#111111", anchor="lm")
         guided = "" if row["guidance_scale"] == 1 else f", guidance {row['guidance_scale']:g}"
-        below = f"{number(row['nfe'])} NFE{guided}"
+        below = f"{format_nfe(row['nfe'])} NFE{guided}"
         pen.text((10, y + height / 2 + 10), below, font=plain, fill="#666666", anchor="lm")
     return sheet
 
@@ -237,11 +255,15 @@ def grid(rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[
 COLOURS = {INK: "ink", PAPER: "paper", GRID: "line", FRONT: "faint", LEVEL: "level"}  # CSS variables of the page
 
 
-def svg(figure: Figure, name: str = "plot", label: str = "plot") -> str:
-    """A figure as an `<svg>` element to put inside a page: no declaration, no document type, no metadata, no ground.
-    Its text and lines have the page's colours, which are others in the dark.
+def figure_svg(figure: Figure, name: str = "plot", label: str = "plot") -> str:
+    """A figure as an `<svg>` element for a page: without declaration, document type, metadata and background.
 
-    name: begins its ids, which must not be those of another figure of the page. label: what it shows, for readers.
+    Text and lines take the page's colours, which follow its dark mode.
+
+    Args:
+        figure: The figure.
+        name: Prefix of its ids, unique in the page.
+        label: Accessible description of what it shows.
     """
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
@@ -251,19 +273,19 @@ def svg(figure: Figure, name: str = "plot", label: str = "plot") -> str:
         body = body.replace(colour, f"var(--{variable}, {colour})")
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
-    told = f'width="100%" role="img" aria-label="{html.escape(label)}"'
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', told, body, count=1)
+    attributes = f'width="100%" role="img" aria-label="{html.escape(label)}"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', attributes, body, count=1)
 
 
 def data_uri(picture: Image) -> str:
-    """A picture as a PNG `data:` address."""
+    """A picture as a `data:` URI of a PNG."""
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def quiet(make: Callable[..., Path]) -> Callable[..., Path]:
-    """Without matplotlib's warning of every letter that its font lacks: the table has the names."""
+def without_glyph_warnings(make: Callable[..., Path]) -> Callable[..., Path]:
+    """Suppress matplotlib's warnings of characters that its font lacks: the table has the names."""
 
     @functools.wraps(make)
     def run(*arguments: Any, **options: Any) -> Path:
@@ -274,50 +296,54 @@ def quiet(make: Callable[..., Path]) -> Callable[..., Path]:
     return run
 
 
-@quiet
-def write(
+@without_glyph_warnings
+def write_report(
     out: Path, rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[str] = (), note: str = ""
 ) -> Path:
-    """Write `report.html`, `front.png` (where quality was measured) and `grid.png` into `out`; return the page's path.
+    """Write `report.html`, `front.png` (where quality was measured), `grid.png`, and `guidance.png` where a method has
+    three guidance scales or more.
 
-    Where a way of sampling has three guidance scales or more, `guidance.png` too.
+    Args:
+        out: The folder to write.
+        rows: Rows of results.jsonl, in the order to show.
+        images: uint8 `(K, C, H, W)` by row key, the same K seeds in each.
+        heads: A heading for each image column (class names).
+        note: A line on what is missing, shown under the headline.
 
-    rows: as in results.jsonl, in the order to show. images: uint8 `(K, C, H, W)` by row key, the same K seeds in each.
-    heads: a word above each image column (class names). note: a line on what is missing, shown under the headline.
+    Returns:
+        The path of `report.html`.
     """
     from jinja2 import Environment, PackageLoader
 
-    figure, swept = plot(rows), sweep(rows)
-    for name, made in {"front": figure, "guidance": swept}.items():
-        if made is not None:
-            made.savefig(out / f"{name}.png", dpi=160)
+    figure, swept = plot_quality(rows), plot_guidance_sweep(rows)
+    for name, each in {"front": figure, "guidance": swept}.items():
+        if each is not None:
+            each.savefig(out / f"{name}.png", dpi=160)
     if any(row["key"] in images for row in rows):
-        grid(rows, images, heads).save(out / "grid.png")
-    front, best, quality = marked(rows), recommended(rows), measured(rows) == "frechet"
+        image_grid(rows, images, heads).save(out / "grid.png")
+    front, best, quality = front_rows(rows), recommended_row(rows), quality_metric(rows) == "frechet"
     shown = [
-        {"row": row, "number": i + 1, "cells": cells(row), "front": i in front, "best": row is best,
-         "strip": data_uri(strip(images[row["key"]], 84)) if row["key"] in images else ""}
+        {"row": row, "number": i + 1, "cells": format_cells(row), "front": i in front, "best": row is best,
+         "strip": data_uri(image_strip(images[row["key"]], 84)) if row["key"] in images else ""}
         for i, row in enumerate(rows)
     ]  # fmt: skip
-    small = plot(rows, narrow=True)
+    small = plot_quality(rows, narrow=True)
     first = next((row for row in rows if not row.get("failed")), rows[0])
-    floors = first["protocol"].get("floors") or {}
+    baselines = first["protocol"].get("floors") or {}
     axis = cost_axis(rows) if quality else "seconds_per_image"
     page = Environment(loader=PackageLoader("hasten.compare"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     what = f"{'Fréchet distance' if quality else 'PSNR'} against {CAPTIONS[axis]}, a numbered mark a row of the table"
     text = page.get_template("report.html.j2").render(
         shown=shown, headline=headline(rows), heads=heads, note=note, best=best,
         failed=[row for row in rows if row.get("failed")],
-        figure="" if figure is None else svg(figure, "wide", what),
-        small="" if small is None else svg(small, "small", what),
-        swept=svg(swept, "sweep", "Fréchet distance against class accuracy") if swept is not None else "",
-        protocol={**first["protocol"], "floors": floors}, cost=CAPTIONS[axis], quality=quality, near=NEAR_DB,
-        command=command_of(best) if best is not None else "",
-        width=strip(next(iter(images.values())), 84).width if images else 0,
-        real=cells({**dict.fromkeys(rows[0]), **floors, "guidance_scale": 1.0, "nfe": 0}),
+        figure="" if figure is None else figure_svg(figure, "wide", what),
+        small="" if small is None else figure_svg(small, "small", what),
+        swept=figure_svg(swept, "sweep", "Fréchet distance against class accuracy") if swept is not None else "",
+        protocol={**first["protocol"], "floors": baselines}, cost=CAPTIONS[axis], quality=quality, near=NEAR_DB,
+        command=sample_command(best) if best is not None else "",
+        width=image_strip(next(iter(images.values())), 84).width if images else 0,
+        real=format_cells({**dict.fromkeys(rows[0]), **baselines, "guidance_scale": 1.0, "nfe": 0}),
     )  # fmt: skip
     path = out / "report.html"
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a page that is being read stays whole
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_atomic(path, text)
     return path

@@ -1,4 +1,4 @@
-"""The folder of a comparison: finished rows, their images, and what a row's numbers depend on."""
+"""The folder of a comparison: finished rows, their images, and their timing."""
 
 from __future__ import annotations
 
@@ -7,68 +7,84 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import BadInput
-from ..files import read_json_lines, reserve, write
-
-if TYPE_CHECKING:
-    pass
-
+from ..files import check_writable, read_json_lines, write_file
 
 SCHEMA = 1
-QUALITY = (  # what a row holds None of where it was not measured
+# The fields of a row that are None where quality was not measured.
+QUALITY = (
     "frechet", "frechet_low", "frechet_high", "kid", "precision", "recall", "density", "coverage", "inception_score",
     "accuracy", "psnr", "rms",
 )  # fmt: skip
 
 
-class Store:
-    """The folder of a comparison: its finished rows and their images, each file written whole or not at all.
+class ResultStore:
+    """The rows and images of a comparison on disk; each file is written atomically.
 
-    Rows lie in results.jsonl under a `key`, the hash of all that their numbers depend on: weights, method, the
-    reference's method, n, seed, runtime, features. Rows of other settings stay in the file and out of the report.
+    Rows are lines of results.jsonl under a `key`, the hash of everything that their numbers depend on: weights, method,
+    the reference's method, n, seed, number format, features. Rows of other settings remain in the file and are not part
+    of the report.
+
+    Args:
+        out: The folder of the comparison.
+
+    Raises:
+        BadInput: if results.jsonl holds something else than rows of a comparison.
     """
 
     def __init__(self, out: Path) -> None:
-        self.out, self.path = out, reserve(out / "results.jsonl")
+        self.out, self.path = out, check_writable(out / "results.jsonl")
         self.rows: dict[str, dict[str, Any]] = {}
-        found = read_json_lines(self.path)  # a line that was cut is left out, and its row is made again
+        lines = read_json_lines(self.path)  # a truncated line is ignored, and its row is run again
         text = self.path.read_bytes().strip(b"\0 \r\n\t") if self.path.is_file() else b""
-        if not found and text and not text.startswith(b'{"key'):
+        if not lines and text and not text.startswith(b'{"key'):
             raise BadInput(f"{self.path} holds no rows of hasten compare: choose another folder")
-        for number, row in enumerate(found, 1):
+        for number, row in enumerate(lines, 1):
             if not isinstance(row.get("key"), str) or "protocol" not in row:
                 raise BadInput(f"{self.path}, row {number}: not a row of hasten compare; choose another folder")
             self.rows[row["key"]] = row
 
     def put(self, *rows: dict[str, Any]) -> None:
-        """Add or replace rows on disk."""
+        """Add or replace rows."""
         self.rows |= {row["key"]: row for row in rows}
-        write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode())
+        self._write_rows()
 
-    def timing(self, machine: dict[str, Any], keys: Iterable[str]) -> dict[str, Any] | None:
-        """What `put_timing` wrote, if it holds for this machine and has all rows."""
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove rows, and their images."""
+        for key in keys:
+            if self.rows.pop(key, None) is not None:
+                for path in (self.out / "samples").glob(f"{key}*.npy"):
+                    path.unlink(missing_ok=True)
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        """Write results.jsonl."""
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode())
+
+    def timing(self, settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any] | None:
+        """The stored timing by row key; None if it was taken with other settings or lacks a row."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            found = json.loads((self.out / "timing.json").read_text())
-            if found["machine"] == machine and all(key in found["rows"] for key in keys):
-                return found["rows"]
+            stored = json.loads((self.out / "timing.json").read_text())
+            if stored["machine"] == settings and all(key in stored["rows"] for key in keys):
+                return stored["rows"]
         return None
 
-    def put_timing(self, machine: dict[str, Any], rows: dict[str, Any]) -> None:
-        """Keep the seconds and counts of one interleaved run."""
-        write(self.out / "timing.json", json.dumps({"machine": machine, "rows": rows}).encode())
+    def put_timing(self, settings: dict[str, Any], rows: dict[str, Any]) -> None:
+        """Store the seconds and evaluation counts of one interleaved run."""
+        write_file(self.out / "timing.json", json.dumps({"machine": settings, "rows": rows}).encode())
 
-    def keep(self, name: str, images: np.ndarray) -> None:
-        """Keep an array beside the rows."""
+    def save_images(self, name: str, images: np.ndarray) -> None:
+        """Store an array of images under a name."""
         stream = io.BytesIO()
         np.save(stream, images)
-        write(reserve(self.out / "samples" / f"{name}.npy"), stream.getvalue())
+        write_file(check_writable(self.out / "samples" / f"{name}.npy"), stream.getvalue())
 
-    def images(self, name: str) -> np.ndarray | None:
-        """What `keep` wrote, or None if it is not there."""
+    def load_images(self, name: str) -> np.ndarray | None:
+        """The images stored under a name, or None."""
         with contextlib.suppress(OSError, ValueError):
             return np.load(self.out / "samples" / f"{name}.npy")
         return None

@@ -1,383 +1,175 @@
-"""Compare ways of sampling one model: what each costs and what quality is left, from the same seeds, in one run."""
+"""Compare methods of sampling one model, from the same seeds in one run: what each costs, and its quality."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, check_int
-from ..files import writes
-from ..images import to_uint8
+from ..files import holds_lock
 from ..loading import load
 from ..metrics import Reference, net_name, without_neighbours
-from ..metrics.difference import difference
-from ..model.model import Label, Model
-from ..performance import cost
+from ..model.model import Model
 from ..performance.device import processor
-from ..pick import pick
-from ..progress import Progress
-from ..storage.batches import SavedBatches
-from ..storage.provenance import command_line, fingerprint, hash_of, now
-from ..workflows.reference_images import judge as judged_by
-from ..workflows.sample import evaluate_distributed, sample_many, sharing
+from ..progress import ProgressReporter
+from ..storage.provenance import command_line, model_hash, tensor_hash, utc_now
+from ..utils.config import Config
+from ..workflows.prompts import image_shape, is_image, prompts_for
+from ..workflows.reference_images import resolve_reference
 from . import jobs as tools
-from . import report
-from .counting import counting, extra
-from .jobs import Job, as_fast, asked_of, images, other, prepare
-from .results import QUALITY, SCHEMA, Store
-from .variants import read
+from .budget import TimeBudget, preserve_threads, set_faster_threads
+from .budgeted import BudgetedComparison
+from .comparison import Comparison
+from .jobs import prepare
+from .results import SCHEMA, ResultStore
+from .variants import load_variants
 
-__all__ = ["Job", "Run", "as_fast", "compare", "counting", "other", "prepare"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-SHOWN = 10  # columns of the sample grid
+MINIMUM = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
+# The part of the protocol that is in the key of a row.
+KEY_SETTINGS = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
 
 
-@dataclass
-class Run:
-    """A comparison on its way: what it needs, and its phases. `protocol` is what every row carries.
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """What to compare, on how many images.
 
-    label: the prompts of a model that takes them. lost: why rows failed, by key.
+    Args:
+        variants: A bundled set ("demo", "full", ...) or a TOML file, see docs/variants.md. Default: "demo".
+        n: Images per row, at least 10. Default: the set's own. With `minutes`, the maximum.
+        seed: The seed of image 0; image k has `seed + k`.
+        rounds: Timing rounds; each samples one batch with every row in turn. Default: the set's own.
+        batch_size: Images per batch.
+        timing_batch: Images per timed batch.
+        precision: Of the network, as `SamplingConfig` has it.
+        reference: Statistics of real images, or a folder, zip or array of images, of which they are computed once.
+            Default: those that the model names; without any, quality is not measured.
+        features: The feature network, needed for a reference of images. Default: the reference's own.
+        prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: those of the set.
+        repeats: Disjoint blocks of n seeds: figures are then means, with the deviation of one block.
+        minutes: Time budget in minutes of wall time. The number of images per row is then chosen by the measured
+            speed, from 64 to `n`, and is the same in every row; rows are timed while they are sampled, in turns. Where
+            not all rows can have 64 images, the last ones of the set are skipped, for a second run to measure.
     """
 
-    model: Model
-    jobs: list[Job]
-    store: Any  # a Store in the first process; the others have none
-    protocol: dict[str, Any]
-    known: Reference | None
-    net: nn.Module | None
-    out: Path
-    ranks: Ranks
-    label: Label = None
+    variants: str | Path | None = None
+    n: int | None = None
+    seed: int = 0
+    rounds: int | None = None
+    batch_size: int = 64
+    timing_batch: int = 16
+    precision: str = "auto"
+    reference: Any = None
+    features: Any = None
+    prompts: Sequence[str] | str | None = None
+    repeats: int = 1
+    minutes: float | None = None
 
-    def __post_init__(self) -> None:
-        self.lost: dict[str, str] = {}
-
-    def sample(self, job: Job, count: int, block: int = 0) -> Tensor:
-        """The first images of a row's block of seeds: image k from the block's first seed + k and, in a model of C
-        classes, class k mod C."""
-        p = self.protocol
-        return images(job.ready, job.variant, count, self.seed(block), p["batch_size"], p["dtype"], self.label)
-
-    def seed(self, block: int) -> int:
-        """The first seed of a block."""
-        return self.protocol["seeds"][0] + block * self.protocol["n"]
-
-    def whole(self, block: int) -> str:
-        """The name in the store of all images of the reference in a block."""
-        return f"{self.jobs[0].key}-all" + (f"-{block}" if block else "")
-
-    def finished(self, job: Job) -> bool:
-        """Whether the store has the row (one that failed is tried again)."""
-        return job.key in self.store.rows and not self.store.rows[job.key].get("failed")
-
-    def unfinished(self) -> tuple[list[int], dict[str, Any] | None]:
-        """The numbers of the rows that are missing, and the timing if that is done."""
-        missing = [k for k, job in enumerate(self.jobs) if not self.finished(job)]
-        gone = any(self.store.images(self.whole(block)) is None for block in range(self.protocol["repeats"]))
-        if gone and 0 not in missing:
-            missing = [0, *missing]
-        return missing, self.store.timing(self.machine, [job.key for job in self.jobs])
-
-    def all(self) -> None:
-        """Time every row unless that is done, then sample and judge the rows that are missing."""
-        p = self.protocol
-        numbers, timed = self.ranks.on_main_process(self.unfinished)
-        missing = [self.jobs[k] for k in numbers]
-        count = p["n"] * p["repeats"]
-        work = sum(count * job.nfe for job in missing)
-        work += 0 if timed else sum((p["rounds"] + 1) * p["timing_batch"] * job.nfe for job in self.jobs)
-        progress = Progress(work, self.ranks.is_main_process)
-        with progress.bar:
-            blocks = f" in each of {p['repeats']} blocks of seeds" if p["repeats"] > 1 else ""
-            what = f"{len(self.jobs)} rows of {p['n']} images{blocks}"
-            progress.say(f"{p['model']}: {what}, {p['dtype']}, {p['hardware']}")
-            if done := len(self.jobs) - len(missing):
-                progress.say(f"{done} of {len(self.jobs)} rows are finished in {self.store.out} and are kept")
-            timed = timed or self.ranks.broadcast_object(self.time(progress))
-            well = [job for job in missing if job.key in timed]
-            left = sum(self.costs(job.key, timed)["seconds_per_image"] for job in well) * count / self.ranks.world
-            if missing:
-                progress.say(f"{len(missing)} rows to sample, about {left:.0f} s")
-            for number, job in enumerate(missing, 1):
-                progress.describe(job.variant.name)
-                row = self.tried(job, timed, progress)
-                if row is None:  # the first process has it
-                    continue
-                self.store.put(row)
-                for block in range(p["repeats"]):
-                    self.kept(job, block).clear(last=False)
-                progress.say(f"[{number}/{len(missing)}] {row['name']}: {self.said(row)}")
-        self.ranks.barrier()
-        self.kept(self.jobs[0]).clear()
-
-    def said(self, row: Mapping[str, Any]) -> str:
-        """A finished row in one line."""
-        if row.get("failed"):
-            return f"failed: {row['failed']}"
-        quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
-        return f"{row['nfe']:g} NFE, {row['seconds_per_image'] * 1e3:.3g} ms an image{quality}"
-
-    def tried(self, job: Job, timed: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
-        """`judge`; a row that cannot be measured is marked, and the others go on. The reference cannot be done without,
-        and what fails in one of several processes ends them all."""
-        if job.key not in self.lost:
-            try:
-                return self.judge(job, timed, progress)
-            except Exception as error:
-                self.fails(job, error)
-        return tools.failed(job, self.lost[job.key], {**self.protocol, "date": now()})
-
-    def fails(self, job: Job, error: Exception) -> None:
-        """Note why a row cannot be measured."""
-        if self.ranks.world > 1 or os.environ.get("HASTEN_DEBUG", "0") not in ("", "0"):
-            raise error
-        if job.variant.role == "reference":
-            why = tools.reason_of(error)
-            raise BadInput(
-                f"the reference {job.variant.name!r}, which rows are measured against, fails: {why}"
-            ) from error
-        self.lost[job.key] = tools.reason_of(error)
-
-    def many(self, job: Job, count: int, block: int = 0) -> Tensor:
-        """As `sample`, on all processes, each of which gets the images; they are kept until the row is finished."""
-        p = self.protocol
-        keep = self.kept(job, block)
-        if self.ranks.world == 1 and not keep.folder.exists():
-            return self.sample(job, count, block)
-        made = sample_many(
-            job.ready, count, self.label, self.seed(block), p["batch_size"], ranks=self.ranks, keep=keep,
-            everywhere=True, accelerated=job.variant.accelerators, **asked_of(job.ready, job.variant, p["dtype"]),
-        )  # fmt: skip
-        assert made is not None
-        return made
-
-    def kept(self, job: Job, block: int = 0) -> SavedBatches:
-        """Where the images of an unfinished row are."""
-        versions = {key: self.protocol[key] for key in ("hasten", "torch", "batch_size")}
-        return SavedBatches(self.out / "samples" / "kept", {"key": job.key, "block": block, **versions})
-
-    @functools.cached_property
-    def machine(self) -> dict[str, Any]:
-        told = ("hardware", "threads", "torch", "device", "processes", "rounds", "timing_batch")
-        return {key: self.protocol[key] for key in told}
-
-    def time(self, progress: Progress) -> dict[str, Any]:
-        """Time all rows in turns, after a pass that warms up and counts; rows in the store get the new figures.
-
-        Of several processes the first does it while the others rest, but for rows that need them all.
-        """
-        batch = self.protocol["timing_batch"]
-        progress.describe("timing")
-        found: dict[str, Any] = {}
-        jobs = [job for job in self.jobs if self.ranks.is_main_process or sharing(job.variant.accelerators, self.ranks)]
-        if not jobs:
-            return found
-        for job in jobs:
-            try:
-                with counting(job.ready, progress) as count:
-                    self.sample(job, batch)
-                found[job.key] = {"nfe": count[0] / batch + extra(job.ready, job.variant)}
-            except Exception as error:
-                self.fails(job, error)
-        jobs = [job for job in jobs if job.key in found]
-        work = {job.key: functools.partial(self.sample, job, batch) for job in jobs}
-        with contextlib.ExitStack() as stack:
-            for ready in {id(job.ready.denoiser): job.ready for job in jobs}.values():
-                stack.enter_context(counting(ready, progress))
-            for key, seconds in cost.interleave(work, self.protocol["rounds"], warmup=0).items():
-                found[key]["seconds"] = seconds
-        if not self.ranks.is_main_process:
-            return found
-        self.store.put_timing(self.machine, found)
-        old = [self.store.rows[job.key] for job in jobs if self.finished(job)]
-        for row in old:
-            protocol = {**row["protocol"], **self.machine, "date": now()}
-            self.store.put({**row, **self.costs(row["key"], found), "protocol": protocol})
-        return found
-
-    def macs(self, job: Job, nfe: float) -> int | None:
-        """Multiply-accumulates of an image; None where its layers or graphs are others than torch's own."""
-        model, chosen = job.ready, [pick("accelerators", one) for one in job.variant.accelerators]
-        claims = {claim for one in chosen for claim in one.claims}
-        if getattr(getattr(model.denoiser, "net", None), "runs_elsewhere", False):
-            return None
-        if claims:
-            return cost.macs(images, model, job.variant, 1, 0, 1, "fp32") if claims == {"features"} else None
-        x = torch.zeros(1, *model.shape, device=model.device)
-        try:
-            return round(cost.macs(model.denoiser, x, 0.5, **model.cond(1)) * nfe)
-        except Exception:  # of a network of the user's own, in whatever way it is special: no figure, and no end
-            return None
-
-    def costs(self, key: str, timed: Mapping[str, Any]) -> dict[str, Any]:
-        """The figures of a row that come from the timing."""
-        batch, mine, reference = self.protocol["timing_batch"], timed[key], timed[self.jobs[0].key]
-        ratio = cost.ratio(reference["seconds"], mine["seconds"])
-        return {
-            "nfe": mine["nfe"], "seconds_per_image": statistics.median(mine["seconds"]) / batch,
-            "speedup": ratio.median, "speedup_low": ratio.low, "speedup_high": ratio.high,
-        }  # fmt: skip
-
-    def judge(self, job: Job, timed: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
-        """Sample a row's images and measure them: the finished row, None where another process has it."""
-        p, blocks, peak = self.protocol, [], 0
-        for block in range(p["repeats"]):
-            with counting(job.ready, progress), cost.peak_memory(self.model.device) as memory:
-                drawn = self.many(job, p["n"], block)
-            peak = max(peak, memory.peak)
-            figures = self.measured(job, drawn, block)
-            if figures is not None:
-                blocks.append(figures)
-        if not self.ranks.is_main_process:
-            return None
-        floors = blocks[0].pop("floors", None)
-        for figures in blocks[1:]:
-            figures.pop("floors", None)
-        net = next((m for m in job.ready.denoiser.modules() if hasattr(type(m), "cold_seconds")), None)
-        compiled = {} if net is None else {"cold_seconds": net.cold_seconds, "warm_seconds": net.warm_seconds}
-        return {
-            **tools.described(job), **self.costs(job.key, timed),
-            "macs_per_image": self.macs(job, timed[job.key]["nfe"]),
-            "peak_memory": peak, **compiled, **tools.averaged(blocks),
-            "protocol": {**p, **({} if floors is None else {"floors": floors}), "date": now()},
-        }  # fmt: skip
-
-    def measured(self, job: Job, drawn: Tensor, block: int) -> dict[str, Any] | None:
-        """The figures of a row's images of a block of seeds; keeps the images that later rows and the page need."""
-        n, first, seen = len(drawn), self.seed(block), None
-        if self.net is not None:
-            labels, names = self.model.labels(n), self.model.classes
-            seen = evaluate_distributed(drawn, labels, self.net, self.known, range(first, first + n), self.ranks, names)
-        if not self.ranks.is_main_process:
-            return None
-        figures: dict[str, Any] = dict.fromkeys(QUALITY)
-        if seen is not None:
-            figures |= {key: measure.value for key, measure in seen.items()}
-            figures["frechet_low"], figures["frechet_high"] = seen["frechet"].interval or (None, None)
-            figures["floors"] = {key: measure.floor for key, measure in seen.items()}
-        if job.variant.role == "reference":
-            self.store.keep(self.whole(block), drawn.half().numpy())
-        else:
-            figures |= difference(drawn.half().float(), torch.from_numpy(self.store.images(self.whole(block))).float())
-        if block == 0 and tools.is_image(drawn.shape[1:]):
-            self.store.keep(job.key, to_uint8(drawn[:SHOWN]).transpose(0, 3, 1, 2))
-        return figures
-
-    def finish(self, show: bool) -> list[dict[str, Any]]:
-        """The finished rows in the order of the set, and their report on disk."""
-        rows, found = [], self.store.rows
-        keys = {job.variant.method: job.key for job in self.jobs}
-        for job in self.jobs:
-            if job.key not in found:
-                continue
-            equal = keys[job.equal.method] if job.equal is not None else None
-            row = {**found[job.key], "name": job.variant.name, "role": job.variant.role}
-            row |= {"equal_cost": None, "is_equal_cost": equal == job.key, "frechet_over_equal_cost": None}
-            if job.equal is not None and equal in found and equal != job.key:
-                row["equal_cost"] = job.equal.name
-                if row.get("frechet") is not None and found[equal]["frechet"]:
-                    row["frechet_over_equal_cost"] = row["frechet"] / found[equal]["frechet"]
-            rows.append(row)
-        if not rows:
-            return rows
-        for row in rows:
-            if row["accelerators"] and not row.get("failed"):
-                as_fast(row, rows)
-        note = f"{len(rows)} of {len(self.jobs)} rows have finished: run the same command again to go on."
-        note = note if len(rows) < len(self.jobs) else ""
-        images = {row["key"]: kept for row in rows if (kept := self.store.images(row["key"])) is not None}
-        names = self.label if isinstance(self.label, list) else self.model.classes
-        heads = [" ".join(names[k % len(names)].split()) for k in range(SHOWN)] if names else []
-        page = report.write(self.store.out, rows, images, heads, note)
-        if show:
-            from rich.console import Console
-
-            console = Console()
-            console.print(report.table(rows, console.width))
-            console.print(f"{report.headline(rows)}\nReport: {page}", markup=False, highlight=False, soft_wrap=True)
-        return rows
+    renamed: ClassVar[Mapping[str, str]] = {"runtime": "precision"}
 
 
-@writes("out")
+class CompareOptions(TypedDict, total=False):
+    """The fields of `CompareConfig` as keyword arguments."""
+
+    variants: str | Path | None
+    n: int | None
+    seed: int
+    rounds: int | None
+    batch_size: int
+    timing_batch: int
+    precision: str
+    reference: str | Path | Reference | None
+    features: str | nn.Module | None
+    prompts: Sequence[str] | str | None
+    repeats: int
+    minutes: float | None
+
+
+@holds_lock("out")
+@preserve_threads
 def compare(
     model: str | Path | Model,
-    variants: str | Path | None = None,
-    n: int | None = None,
+    config: CompareConfig | str | Path | None = None,
+    *,
     out: str | Path = "compare",
-    seed: int = 0,
-    rounds: int | None = None,
-    batch_size: int = 64,
-    timing_batch: int = 16,
-    runtime: str = "auto",
-    reference: str | Path | Reference | None = None,
-    features: str | nn.Module | None = None,
     show: bool = True,
     command: str | None = None,
     ranks: Ranks | None = None,
-    prompts: Sequence[str] | str | None = None,
-    repeats: int = 1,
+    **options: Unpack[CompareOptions],
 ) -> list[dict[str, Any]]:
-    """Run every variant from the same seeds; write `results.jsonl`, `report.html`, `front.png`, `grid.png` into `out`.
+    """Sample every variant from the same seeds; write `results.jsonl`, `report.html`, `front.png`, `grid.png`.
 
-    model: a Model, or what `load` takes. variants: a bundled set ("demo", "full") or a TOML file, see
-    `hasten.compare.variants`.
-    n: images a row, in batches of `batch_size` (default: the set's own). seed: of image 0; image k has `seed + k`.
-    rounds, timing_batch: a timing round samples one batch with each variant in turn.
-    runtime: as `Model.sample` takes it. reference: statistics of real images, or a folder, zip or array of images, of
-    which they are made once (default: those that the model names; without any, quality is not measured).
-    features: the network behind them, needed for images (default: the reference's own).
-    show: print the table on stdout. command: for the record (default: the one that says the same).
-    ranks: `Ranks.start(device)`, where several processes call this together: they share the images of a row, and the
-    first one times the rows, writes and shows (default: this process alone).
-    prompts: of a model that takes them; image k gets number `k % len` (default: those of the set).
-    repeats: blocks of n seeds, one after the other: figures are then means, with the deviation of one block.
+    A second run with the same folder reuses the rows whose key is the same. Ctrl-C leaves the finished rows and their
+    report, and is raised again.
 
-    Returns the rows, a dict a variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and high),
-    peak_memory (bytes), frechet (with low and high), kid, precision, recall, coverage, accuracy, psnr, rms, protocol;
-    of a row that could not be measured `failed`, the reason, and no figures. With repeats `deviation`, `blocks`.
-    Run again with the same folder, it keeps the rows whose key is the same. Ctrl-C keeps the finished rows and writes
-    their report before it goes on to the caller. Raises BadInput for a set, model or folder that cannot be used,
-    before anything has run.
+    Args:
+        model: A Model, or what `load` takes.
+        config: What to compare, or the variants alone, a bundled set or a TOML file. options: fields of it.
+        out: The folder to write.
+        show: Print the table on stdout.
+        command: The command line for the record. Default: the one that runs the same comparison.
+        ranks: `Ranks.start(device)`, where several processes call this together: they share the images of a row, and
+            the main one times the rows and writes the results. Default: this process alone.
+
+    Returns:
+        The rows, a dict for each variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and
+        high), peak_memory (bytes), frechet (with low and high), kid, precision, recall, coverage, accuracy, psnr, rms,
+        protocol. A row that could not be measured has `failed`, the reason. With repeats, `deviation` and `blocks`.
+
+    Raises:
+        BadInput: for a set, model or folder that cannot be used, before any row has run.
     """
+    if isinstance(config, (str, Path)):  # the variants
+        config = CompareConfig(variants=config)
+    config = CompareConfig.of(config, options)
+    budget = None if config.minutes is None else TimeBudget(60 * config.minutes)
     ranks = Ranks(torch.device("cpu")) if ranks is None else ranks
+    if budget is not None:
+        set_faster_threads()
     model = model if isinstance(model, Model) else load(model)
-    chosen = read(variants, model.times, model.guidance_scale)
-    n, rounds = chosen.n if n is None else n, chosen.rounds if rounds is None else rounds
-    least = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
-    for name, value in zip(least, (n, rounds, timing_batch, batch_size, seed, repeats), strict=True):
-        check_int(name, value, least[name])
-    label = tools.given_prompts(model, chosen.prompts if prompts is None else prompts, chosen.source)
+    chosen = load_variants(config.variants, model.times, model.guidance_scale)
+    seed = config.seed
+    n = chosen.n if config.n is None else config.n
+    rounds = chosen.rounds if config.rounds is None else config.rounds
+    for name, value in {"n": n, "rounds": rounds}.items():
+        check_int(name, value, MINIMUM[name])
+    for name in ("timing_batch", "batch_size", "seed", "repeats"):
+        check_int(name, getattr(config, name), MINIMUM[name])
+    if budget is not None and (ranks.world > 1 or config.repeats > 1):
+        raise BadInput("minutes is for one process and one block of seeds: give n in its place")
+    label = prompts_for(model, chosen.prompts if config.prompts is None else config.prompts, chosen.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
         chosen = chosen.without_guidance_below_one()
     rows = prepare(model, chosen, ranks, label)
-    progress = Progress(0, ranks.is_main_process)
-    shape = tools.image_shape(model)
-    asked = reference or (model.card.get("reference") if tools.is_image(shape) else None)
-    known, net = judged_by(asked, features, shape, model.device, ranks, progress.say)
-    runtime = ranks.on_main_process(functools.partial(model.runtime_for, runtime, min(n, batch_size)))
-    store, weights = Store(Path(out)) if ranks.is_main_process else None, fingerprint(model)
-    protocol = {
+    progress = ProgressReporter(0, ranks.is_main_process)
+    shape = image_shape(model)
+    real = config.reference or (model.card.get("reference") if is_image(shape) else None)
+    known, net = resolve_reference(real, config.features, shape, model.device, ranks, progress.say)
+    size = min(n, config.batch_size)
+    precision = ranks.on_main_process(functools.partial(model.precision_for, config.precision, size))
+    store = ResultStore(Path(out)) if ranks.is_main_process else None
+    arguments = {"variants": config.variants, "n": n, "seed": seed, "minutes": config.minutes, "out": out}
+    protocol: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model.name,
-        "model_hash": weights,
+        "model_hash": model_hash(model),
         "set": chosen.source,
         "n": n,
-        "seeds": [seed, seed + n * repeats - 1],
-        "batch_size": batch_size,
-        "timing_batch": timing_batch,
+        "seeds": [seed, seed + n * config.repeats - 1],
+        "batch_size": config.batch_size,
+        "timing_batch": config.timing_batch,
         "rounds": rounds,
-        "repeats": repeats,
+        "repeats": config.repeats,
         "classes": len(model.classes or ()),
         "features": net and known and net_name(net),
         "reference": known and f"{known.name}, {known.split} split, {known.count} images",
@@ -386,28 +178,34 @@ def compare(
         "threads": torch.get_num_threads(),
         "device": model.device.type,
         "processes": ranks.world,
-        "dtype": runtime,
+        "dtype": precision,
         "torch": torch.__version__,
         "hasten": __version__,
-        "date": now(),
-        "command": command
-        or command_line("compare", model.name, {"variants": variants, "n": n, "seed": seed, "out": out}),
+        "date": utc_now(),
+        "command": command or command_line("compare", model.name, arguments),
     }
-    told = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
-    settings = {"against": chosen.reference.method, **{key: protocol[key] for key in told}}
-    settings |= {"statistics": None if known is None else hash_of(known.mean, known.covariance, known.sample)}
     if label is not None:
-        protocol["prompts"] = settings["prompts"] = label
-    run = Run(model, tools.keyed(rows, settings, ranks), store, protocol, known, net, Path(out), ranks, label)
-    few = None if known is None else without_neighbours(n, known)
-    for line in [few] * (few is not None) + ([] if store is None else tools.overlaps(store, protocol["seeds"])):
-        progress.say(str(line))
+        protocol["prompts"] = label
+
+    def create_jobs(protocol: Mapping[str, Any]) -> list[tools.Job]:
+        """The rows with their keys, which depend on the number of images."""
+        statistics = None if known is None else tensor_hash(known.mean, known.covariance, known.sample)
+        settings = {"against": chosen.reference.method, **{key: protocol[key] for key in KEY_SETTINGS}}
+        settings |= {"statistics": statistics} | ({} if label is None else {"prompts": label})
+        return tools.create_jobs(rows, settings, ranks)
+
+    state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label)
+    run = Comparison(*state) if budget is None else BudgetedComparison(*state, budget, create_jobs)
+    warnings = [] if known is None or budget is not None else [without_neighbours(n, known)]
+    warnings += [] if store is None else tools.seed_overlap_warnings(store, protocol["seeds"])
+    for line in filter(None, warnings):
+        progress.say(line)
     try:
-        run.all()
+        run.run()
     except (KeyboardInterrupt, ProcessLost) as e:
         if not ranks.is_main_process:
             raise
-        what = "stopped" if isinstance(e, KeyboardInterrupt) else str(e).partition(";")[0]
-        kept = f"{len(run.finish(show))} of {len(run.jobs)} rows are kept in {out}"
-        raise type(e)(f"{what}: {kept}; the same command goes on from there") from None
-    return ranks.on_main_process(lambda: run.finish(show))
+        reason = "stopped" if isinstance(e, KeyboardInterrupt) else str(e).partition(";")[0]
+        saved = f"{len(run.write_report(show))} of {len(run.jobs)} rows are saved in {out}"
+        raise type(e)(f"{reason}: {saved}; the same command resumes from there") from None
+    return ranks.on_main_process(lambda: run.write_report(show))

@@ -1,8 +1,8 @@
-"""Which ways of sampling a comparison runs: read from TOML, checked as a whole, with the equal-cost rows added.
+"""Sets of variants: the methods that a comparison runs, read from TOML, with rows of equal cost added.
 
-A set of variants is a TOML file (`demo` and `full` are bundled beside this module):
+A set of variants is a TOML file (bundled ones are in `variant_sets`):
 
-    n = 400                       # images a row when the caller does not say; rounds = 3 for the timing likewise
+    n = 400                       # images per row, unless the caller sets it; likewise rounds = 3 of the timing
     prompts = ["a red fox"]       # of a model that takes prompts: image k gets number k mod their count
     [reference]
     sampler = "unipc:order=3"
@@ -22,10 +22,10 @@ A set of variants is a TOML file (`demo` and `full` are bundled beside this modu
     name = "student"
     model = ["runs/g/steps4", "runs/g/steps1"]   # other models of the same images: bundled names or folders
 
-What a variant leaves out (sampler, times, steps, guidance_scale) is the reference's; times and guidance_scale that the
-reference leaves out are the model's own. `guides` (a list) and `start` are none unless the variant names them. Of a
-variant with another `model`, sampler, times and steps that are left out are that model's own, as in `hasten sample
-MODEL --steps 4`, and only its guidance_scale is the reference's. docs/variants.md has all of it.
+The defaults of sampler, times, steps and guidance_scale of a variant are the reference's; the defaults of times and
+guidance_scale of the reference are the model's. `guides` (a list) and `start` default to none. For a variant with
+another `model`, sampler, times and steps default to that model's own, as in `hasten sample MODEL --steps 4`, and only
+guidance_scale to the reference's. See docs/variants.md.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, HastenError, nearest
+from ..plan.config import SamplingConfig
 
 FOLDER = Path(__file__).resolve().parent / "variant_sets"
 KEYS = ("name", "model", "sampler", "times", "steps", "guidance_scale", "guides", "start", "plan", "accelerators")
@@ -46,11 +47,21 @@ LISTED = ("model", "sampler", "times", "steps", "guidance_scale", "start", "plan
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a comparison: how to sample, and what the row is for.
+    """One row of a comparison: how to sample, and the role of the row.
 
-    role: "reference" (all else is measured against it), "variant", or "equal-cost" (the reference with fewer steps).
-    plan: in place of sampler and times, which are then "", and of steps, 0. model: another than the comparison's own;
-    where sampler is "" and there is no plan, it is sampled as it recommends.
+    Args:
+        name: Name of the row.
+        sampler: Sampler as `--sampler` takes it; "" with a plan, or for the recommended method of `model`.
+        times: Time grid; "" where `sampler` is.
+        steps: Steps of the sampler; 0 with a plan.
+        guidance_scale: Guidance scale, 1 for none.
+        guides: Further guides.
+        start: Initialisation; None for noise.
+        plan: A plan of the model by name, or a .json file.
+        model: Another model than that of the comparison, by name or folder.
+        accelerators: Accelerators.
+        role: "reference" (which the others are measured against), "variant", or "equal-cost" (the reference with fewer
+            steps).
     """
 
     name: str
@@ -66,8 +77,22 @@ class Variant:
     role: str = "variant"
 
     @property
+    def config(self) -> SamplingConfig:
+        """The method as a `SamplingConfig`; fields that are "" or 0 default to the model's recommendation."""
+        return SamplingConfig(
+            sampler=self.sampler or None,
+            times=self.times or None,
+            steps=self.steps or None,
+            guidance_scale=self.guidance_scale,
+            guides=self.guides,
+            start=self.start,
+            plan=self.plan,
+            accelerators=self.accelerators,
+        )
+
+    @property
     def method(self) -> tuple[Any, ...]:
-        """What is run, without what it is called: equal methods are the same row."""
+        """The method without its name: equal methods are the same row."""
         from ..pick import format_spec
 
         more = (self.guides, self.start, self.accelerators, *([] if self.model is None else [self.model]))
@@ -75,24 +100,34 @@ class Variant:
             return "model", self.guidance_scale, *more, *([self.times, self.steps] if self.times or self.steps else [])
         if self.plan is not None:
             return "plan", self.plan, self.guidance_scale, *more
-        sampler, times = format_spec(_picked("samplers", self.sampler)), format_spec(_picked("times", self.times))
+        sampler, times = (
+            format_spec(_cached_pick("samplers", self.sampler)),
+            format_spec(_cached_pick("times", self.times)),
+        )
         return sampler, times, self.steps, self.guidance_scale, *more
 
     @property
     def nfe(self) -> float | None:
-        """Declared network evaluations per image, a guided one counts 2; None where only the model or the run tells.
-
-        An accelerated one is an evaluation like another: what it costs, the time tells.
-        """
+        """Declared network evaluations per image, of which a guided one counts 2 and an accelerated one 1; None where
+        it depends on the model or on the images."""
         if self.model is not None or self.plan is not None or self.guides or self.start is not None:
             return None
-        queries = _picked("samplers", self.sampler).nfe(self.steps)
+        queries = _cached_pick("samplers", self.sampler).nfe(self.steps)
         return None if queries is None else queries * (1 if self.guidance_scale == 1 else 2)
 
 
 @dataclass(frozen=True)
 class VariantSet:
-    """A reference, the variants that are measured against it, and the set's own numbers where the caller gives none."""
+    """A reference and the variants that are measured against it.
+
+    Args:
+        source: Name or path of the set, for error messages.
+        reference: The reference.
+        variants: The other rows.
+        n: Default images per row.
+        rounds: Default timing rounds.
+        prompts: Default prompts, for models that take prompts.
+    """
 
     source: str
     reference: Variant
@@ -102,7 +137,7 @@ class VariantSet:
     prompts: tuple[str, ...] = ()
 
     def without_guidance_below_one(self) -> VariantSet:
-        """The same set where a guidance_scale below 1 is 1: a pipeline then samples by the prompt alone."""
+        """The same set with every guidance_scale below 1 set to 1, at which a pipeline samples without guidance."""
         first = replace(self.reference, guidance_scale=max(self.reference.guidance_scale, 1.0))
         others = tuple(replace(v, guidance_scale=max(v.guidance_scale, 1.0)) for v in self.variants)
         return replace(self, reference=first, variants=others)
@@ -110,13 +145,17 @@ class VariantSet:
     def rows(
         self, nfe: Callable[[Variant], float | None] = lambda variant: variant.nfe
     ) -> list[tuple[Variant, Variant | None]]:
-        """Every row to run, with the row that is its equal-cost comparison (None for the reference).
+        """Every row to run, with its equal-cost row.
 
-        nfe: what a variant costs; asked for variants that cannot tell.
+        The equal-cost row is the reference with the maximum number of steps that cost no more: a variant of the set
+        with that method, else a row of role "equal-cost".
 
-        For each NFE of a variant there is the reference with the most steps that do not cost more: a variant of the
-        set where one is just that, else a row of role "equal-cost". Where one step costs more already there is none,
-        and none for an accelerated variant, whose cost is a time.
+        Args:
+            nfe: NFE of a variant that does not declare it.
+
+        Returns:
+            Pairs (row, equal-cost row). The second is None for the reference, for accelerated variants, whose cost is a
+            time, and where one step of the reference costs more already.
         """
         rows: dict[tuple[Any, ...], Variant] = {self.reference.method: self.reference}
         for variant in self.variants:
@@ -126,8 +165,8 @@ class VariantSet:
         equal: dict[float | None, Variant | None] = {None: None}
         for cost in sorted({cost for cost in costs.values() if cost is not None}):
             steps = range(self.reference.steps, 0, -1)
-            known = (replace(self.reference, steps=count, role="equal-cost") for count in steps)
-            fitting = next((row for row in known if (row.nfe or 0) <= cost), None)
+            shorter = (replace(self.reference, steps=count, role="equal-cost") for count in steps)
+            fitting = next((row for row in shorter if (row.nfe or 0) <= cost), None)
             if fitting is not None:
                 count = f"{fitting.steps} step" + ("" if fitting.steps == 1 else "s")
                 name = f"Reference, {count}"
@@ -141,33 +180,40 @@ class VariantSet:
 
 
 @functools.lru_cache(256)
-def _picked(folder: str, text: str) -> Any:
-    """`pick`, remembered: a set asks for the same few methods many times."""
+def _cached_pick(folder: str, text: str) -> Any:
+    """`pick` with a cache, since the rows of a set share a few methods."""
     from ..pick import pick
 
     return pick(folder, text)
 
 
-def names() -> list[str]:
-    """The bundled sets."""
+def variant_set_names() -> list[str]:
+    """Names of the bundled sets, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def read(source: str | Path | None, times: str = "angle", guidance_scale: float = 1.0) -> VariantSet:
-    """A bundled set by name (None: "demo"), or a TOML file by path. Everything but the model's part is checked here.
+def load_variants(source: str | Path | None, times: str = "angle", guidance_scale: float = 1.0) -> VariantSet:
+    """Read and check a set of variants.
 
-    times, guidance_scale: of a reference that names none.
-    Raises BadInput in one line with the file, the key and the nearest valid choice.
+    Args:
+        source: A bundled set by name, or a TOML file by path. Default: "demo".
+        times: Default time grid of the reference.
+        guidance_scale: Default guidance scale of the reference.
+
+    Raises:
+        BadInput: for a file that cannot be read and for a value that no model accepts, with the file, the key and the
+            nearest valid choice.
     """
     source = "demo" if source is None else source
-    path = FOLDER / f"{source}.toml" if str(source) in names() else Path(source)
+    path = FOLDER / f"{source}.toml" if str(source) in variant_set_names() else Path(source)
     if not path.is_file():
-        known = nearest(str(source), names())
-        raise BadInput(f"no set of variants {str(source)!r}: neither a file nor bundled; {known}")
-    return parse(_load(path), str(source), times, guidance_scale)
+        choices = nearest(str(source), variant_set_names())
+        raise BadInput(f"no set of variants {str(source)!r}: neither a file nor bundled; {choices}")
+    return parse_variants(_load_toml(path), str(source), times, guidance_scale)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -180,17 +226,17 @@ def _load(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: cannot be read: {e.strerror or e}") from e
 
 
-def parse(
+def parse_variants(
     data: Mapping[str, Any], source: str = "variants", times: str = "angle", guidance_scale: float = 1.0
 ) -> VariantSet:
-    """A set from the mapping that its TOML holds; `source` begins each error."""
+    """`load_variants` for the contents of a TOML file; `source` begins each error message."""
     top = ("reference", "variant", "n", "rounds", "prompts")
-    _known(data, top, source)
-    for key, least, most in (("n", 10, 10**8), ("rounds", 1, 10**4)):
-        if key in data and (type(data[key]) is not int or data[key] < least):
-            raise BadInput(f"{source}: {key} must be a whole number from {least}, got {data[key]!r}")
-        if data.get(key, 0) > most:
-            raise BadInput(f"{source}: {key} must be a whole number of at most {most}, got {data[key]!r}")
+    _check_keys(data, top, source)
+    for key, minimum, maximum in (("n", 10, 10**8), ("rounds", 1, 10**4)):
+        if key in data and (type(data[key]) is not int or data[key] < minimum):
+            raise BadInput(f"{source}: {key} must be an integer of at least {minimum}, got {data[key]!r}")
+        if data.get(key, 0) > maximum:
+            raise BadInput(f"{source}: {key} must be an integer of at most {maximum}, got {data[key]!r}")
     prompts = data.get("prompts", [])
     if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
         raise BadInput(f"{source}: prompts must be a list of texts, got {prompts!r}")
@@ -202,7 +248,7 @@ def parse(
     for key in ("plan", "start", "guides", "model"):
         if key in head:
             raise BadInput(f"{source}: [reference]: the reference is a sampler with steps: it takes no {key}")
-    reference = _expand(head, f"{source}: [reference]", lists=False)[0]
+    reference = _expand_lists(head, f"{source}: [reference]", lists=False)[0]
     reference = replace(reference, role="reference")
     rest = {key: head[key] for key in ("sampler", "times", "steps", "guidance_scale") if key in head}
     variants: list[Variant] = []
@@ -210,16 +256,16 @@ def parse(
         where = f"{source}: variant {i}" + (f" ({table['name']!r})" if isinstance(table.get("name"), str) else "")
         if "name" not in table:
             raise BadInput(f"{where}: has no name")
-        _known(table, KEYS, where)
+        _check_keys(table, KEYS, where)
         if "plan" in table:
             if both := [key for key in ("sampler", "times", "steps") if key in table]:
-                raise BadInput(f"{where}: a plan holds its sampler, times and steps: leave out {both[0]} or the plan")
+                raise BadInput(f"{where}: a plan holds its sampler, times and steps: remove {both[0]} or the plan")
             table = {"sampler": "", "times": "", "steps": 0, "guidance_scale": head["guidance_scale"], **table}
         elif "model" in table and "sampler" not in table:
             table = {"sampler": "", "times": "", "steps": None, "guidance_scale": head["guidance_scale"], **table}
         elif not set(table) & {"sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators"}:
-            raise BadInput(f"{where}: it says nothing of how to sample, so it is the reference again")
-        variants += _expand({**rest, **table}, where)
+            raise BadInput(f"{where}: it sets nothing of the method, so it is the reference again")
+        variants += _expand_lists({**rest, **table}, where)
     seen = {reference.name}
     for variant in variants:
         if variant.name in seen:
@@ -229,15 +275,16 @@ def parse(
     return VariantSet(source, reference, tuple(variants), **numbers, prompts=tuple(prompts))
 
 
-def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def _check_keys(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """Raise BadInput for an unknown key."""
     for key in table:
         if key not in keys:
             raise BadInput(f"{where}: unknown key {key!r}: {nearest(key, keys)}")
 
 
-def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Variant]:
-    """The product over a table's lists; what varies is added to the name."""
-    _known(table, KEYS, where)
+def _expand_lists(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Variant]:
+    """The variants of a table: the product over its lists, with the values that differ added to the name."""
+    _check_keys(table, KEYS, where)
     for key in ("sampler", "steps"):
         if key not in table:
             raise BadInput(f"{where}: has no {key}")
@@ -254,53 +301,54 @@ def _expand(table: Mapping[str, Any], where: str, lists: bool = True) -> list[Va
             raise BadInput(f"{where}: {key} must be {'one or more values' if lists else 'one value'}, got {value!r}")
         choices[key] = value if isinstance(value, list) else [value]
     result = []
-    for values in itertools.product(*choices.values()):
-        asked = {**dict(zip(LISTED, values, strict=True)), **{key: tuple(value) for key, value in texts.items()}}
-        _check(asked, where)
+    for combination in itertools.product(*choices.values()):
+        fields = {**dict(zip(LISTED, combination, strict=True)), **{key: tuple(value) for key, value in texts.items()}}
+        _check_values(fields, where)
         name = " ".join(table["name"].split())
         if len(choices["model"]) > 1:
-            name += f" {asked['model']}"
+            name += f" {fields['model']}"
         if len(choices["sampler"]) > 1:
-            name += f" {asked['sampler']}"
+            name += f" {fields['sampler']}"
         if len(choices["plan"]) > 1:
-            name += f" {asked['plan']}"
+            name += f" {fields['plan']}"
         if len(choices["start"]) > 1:
-            name += f", from {asked['start']}"
+            name += f", from {fields['start']}"
         if len(choices["times"]) > 1:
-            name += f", {asked['times']} times"
+            name += f", {fields['times']} times"
         if len(choices["steps"]) > 1:
-            name += f", {asked['steps']} step" + ("" if asked["steps"] == 1 else "s")
+            name += f", {fields['steps']} step" + ("" if fields["steps"] == 1 else "s")
         if len(choices["guidance_scale"]) > 1:
-            name += f", guidance {asked['guidance_scale']:g}"
-        asked |= {"steps": asked["steps"] or 0, "guidance_scale": float(asked["guidance_scale"])}
-        result.append(Variant(name=name, **asked))
+            name += f", guidance {fields['guidance_scale']:g}"
+        fields |= {"steps": fields["steps"] or 0, "guidance_scale": float(fields["guidance_scale"])}
+        result.append(Variant(name=name, **fields))
     return result
 
 
-def _check(asked: Mapping[str, Any], where: str) -> None:
-    if asked["model"] is not None and not isinstance(asked["model"], str):
-        raise BadInput(f"{where}: model must be text, got {asked['model']!r}")
-    own = asked["model"] is not None and asked["sampler"] == ""  # what it leaves out is the other model's
-    planned = asked["plan"] is not None or own
-    if asked["plan"] is not None and not isinstance(asked["plan"], str):
-        raise BadInput(f"{where}: plan must be text, got {asked['plan']!r}")
-    texts = [] if planned else [("sampler", "samplers", asked["sampler"]), ("times", "times", asked["times"])]
-    texts += [("times", "times", asked["times"])] if own and asked["times"] != "" else []
-    texts += [("guides", "guides", guide) for guide in asked["guides"]]
-    texts += [("accelerators", "accelerators", one) for one in asked["accelerators"]]
-    texts += [] if asked["start"] is None else [("start", "starts", asked["start"])]
+def _check_values(values: Mapping[str, Any], where: str) -> None:
+    """Raise BadInput for a value that no model accepts."""
+    if values["model"] is not None and not isinstance(values["model"], str):
+        raise BadInput(f"{where}: model must be text, got {values['model']!r}")
+    own = values["model"] is not None and values["sampler"] == ""  # its defaults are the other model's
+    planned = values["plan"] is not None or own
+    if values["plan"] is not None and not isinstance(values["plan"], str):
+        raise BadInput(f"{where}: plan must be text, got {values['plan']!r}")
+    texts = [] if planned else [("sampler", "samplers", values["sampler"]), ("times", "times", values["times"])]
+    texts += [("times", "times", values["times"])] if own and values["times"] != "" else []
+    texts += [("guides", "guides", guide) for guide in values["guides"]]
+    texts += [("accelerators", "accelerators", one) for one in values["accelerators"]]
+    texts += [] if values["start"] is None else [("start", "starts", values["start"])]
     for key, folder, text in texts:
         if not isinstance(text, str):
             raise BadInput(f"{where}: {key} must be text, got {text!r}")
         try:
-            _picked(folder, text)
+            _cached_pick(folder, text)
         except HastenError as e:
             raise BadInput(f"{where}: {key}: {e}") from e
-    free = asked["plan"] is not None or (own and asked["steps"] is None)
-    if not free and (type(asked["steps"]) is not int or asked["steps"] < 1):
-        raise BadInput(f"{where}: steps must be a whole number from 1, got {asked['steps']!r}")
-    if (asked["steps"] or 0) > 10**6:
-        raise BadInput(f"{where}: steps must be a whole number of at most 1000000, got {asked['steps']}")
-    scale = asked["guidance_scale"]
+    free = values["plan"] is not None or (own and values["steps"] is None)
+    if not free and (type(values["steps"]) is not int or values["steps"] < 1):
+        raise BadInput(f"{where}: steps must be an integer of at least 1, got {values['steps']!r}")
+    if (values["steps"] or 0) > 10**6:
+        raise BadInput(f"{where}: steps must be an integer of at most 1000000, got {values['steps']}")
+    scale = values["guidance_scale"]
     if type(scale) not in (int, float) or not 0 <= scale < float("inf"):
         raise BadInput(f"{where}: guidance_scale must be a number from 0 (1: no guidance), got {scale!r}")

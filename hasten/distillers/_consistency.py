@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..predictions import spread
 from ..schedules.base import Schedule
-from ..times import LARGEST_Q, CosineAngle, Karras, TimeGrid
+from ..times import MAX_Q, CosineAngle, Karras, TimeGrid
 from ._targets import ddim_step, time_nodes
 
 MAX_Q_RATIO = 5.0
@@ -24,7 +24,7 @@ TIME_GRIDS: dict[str, TimeGrid] = {"karras": Karras(), "angle": CosineAngle()}
 
 def level(schedule: Schedule, t: Tensor) -> Tensor:
     """q at the times t, at most 150."""
-    return schedule.q(t).clamp_max(LARGEST_Q)
+    return schedule.q(t).clamp_max(MAX_Q)
 
 
 # ---- the number of nodes over a run ----

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..train.data import share_of
+from ..train.data import shard_batches
 from ..train.fit import Ema
-from ..train.player import TrainedModule
+from ..train.trained_module import TrainedModule
 from ._task import DistillTask, check_batch_keys
 
 TIMED_STEPS = 2  # training steps that are timed, after one whose operations are counted
@@ -77,7 +77,7 @@ class DryRun(DistillTask):
         check_batch_keys(self.batches if batches is None else batches)
         self.completed_stages.append(name)
         device = next(self.denoiser.parameters()).device
-        source = share_of(self.batches if batches is None else batches, 0, self.processes * self.accumulate)
+        source = shard_batches(self.batches if batches is None else batches, 0, self.processes * self.accumulate)
         batch = {key: value.to(device) for key, value in source[0].items()}
         optimisers = {p.name: p.optimizer() for p in modules}
         torch.manual_seed(self.seed)
@@ -92,9 +92,9 @@ class DryRun(DistillTask):
         for _ in range(TIMED_STEPS):
             shared = dict(batch)
             for p in modules:
-                start = synchronized_time(device)
+                start = device_time(device)
                 self._train_step(p, shared, optimisers[p.name])
-                seconds += (synchronized_time(device) - start) / TIMED_STEPS / p.every
+                seconds += (device_time(device) - start) / TIMED_STEPS / p.every
         parts = self.accumulate, self.processes * self.accumulate
         self.stages.append(StagePlan(name, evaluations * parts[1], seconds * parts[0], budget_weight))
         return {p.name: copy.deepcopy(p.module).eval().requires_grad_(False) for p in modules}
@@ -106,10 +106,10 @@ class DryRun(DistillTask):
         self._folders.append(tempfile.TemporaryDirectory(prefix="hasten-"))
         small = min(count, self.batch_size)
         device = next(self.denoiser.parameters(), torch.zeros(())).device
-        start = synchronized_time(device)
+        start = device_time(device)
         with count_flops() as flops:
             pairs = make_pairs(self, Path(self._folders[-1].name) / name, small, **options)
-        seconds = (synchronized_time(device) - start) / small / self.processes
+        seconds = (device_time(device) - start) / small / self.processes
         evaluations = flops() / self.unit_flops(self.batches[0]) / small
         self.stages.append(StagePlan(f"pairs {name}", evaluations, seconds, pairs=count))
         return pairs
@@ -159,7 +159,7 @@ def count_flops() -> Iterator[Any]:
         yield lambda: total
 
 
-def synchronized_time(device: torch.device) -> float:
+def device_time(device: torch.device) -> float:
     """Seconds, read when the device has finished its work: launches alone take no time."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()

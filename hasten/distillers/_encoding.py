@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..inversion import raw_noise
+from ..inversion import eps_to_raw
 from ._targets import output_weight
 
 
@@ -49,5 +49,5 @@ def upward_loss(student: Denoiser, z: Tensor, t: Tensor, noise: Tensor, weight: 
         A scalar.
     """
     raw = student.raw(z, t, **cond)
-    error = (raw - raw_noise(student, z, t, noise).to(raw.dtype)).float().square().flatten(1).mean(1)
+    error = (raw - eps_to_raw(student, z, t, noise).to(raw.dtype)).float().square().flatten(1).mean(1)
     return (output_weight(student, t, weight).to(error.device, torch.float32) * error).mean()

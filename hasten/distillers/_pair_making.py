@@ -15,7 +15,7 @@ from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, check_choice
 from ..pick import format_spec, pick
 from ..plan.draw import draw
-from ..progress import watched
+from ..progress import steps_progress
 from ..sampling import Noise
 from ._pair_store import DESCRIPTION, teacher_fingerprint, to_storage, verify_blocks, write_block, write_description
 from ._pairs import FIRST_SEED, SEED_RANGES, SEED_SPAN, Pairs, pair_labels
@@ -89,7 +89,7 @@ def make_pairs(
     dtype = dtype or ("uint8" if task.codec == "image" and len(task.shape) == 3 else "float32")
     check_choice("dtype of pairs", dtype, DTYPES)
     check_choice("labels of pairs", labels, LABELS)
-    method, time_grid = resolve_sampler(sampler), resolve_times(times)
+    method, time_grid = pair_sampler(sampler), pair_times(times)
     grid = time_grid(teacher.schedule, steps)
     if states and format_spec(method).partition(":")[0] not in STATE_SAMPLERS:
         raise BadInput(
@@ -123,7 +123,7 @@ def make_pairs(
     ranks = task.ranks
     blocks = ranks.on_main_process(lambda: verify_blocks(folder, config))
     needed = [min(block, count - first) for first in range(0, count, block)]
-    with watched(task.show, f"pairs {folder.name}", count) as tick:
+    with steps_progress(task.show, f"pairs {folder.name}", count) as tick:
         for number, rows in enumerate(needed):
             if number < len(blocks) and blocks[number]["rows"] >= rows:
                 tick(number * block + rows)
@@ -220,13 +220,13 @@ def states_on_grid(grid: Tensor, states: Sequence[float]) -> list[float]:
     return [min(inside, key=lambda t: abs(t - state)) for state in states]
 
 
-def resolve_sampler(sampler: Any) -> Any:
+def pair_sampler(sampler: Any) -> Any:
     """A deterministic sampler by its name, or the sampler itself."""
     if not isinstance(sampler, str):
         return sampler
     return pick("samplers", check_choice("sampler of pairs", sampler, SAMPLERS))
 
 
-def resolve_times(times: Any) -> Any:
+def pair_times(times: Any) -> Any:
     """A time grid by its name, or the grid itself."""
     return pick("times", times) if isinstance(times, str) else times

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError
-from ..files import remove_leftovers, replacing, sha256, write_whole
+from ..files import atomic_open, remove_leftovers, sha256, write_atomic
 
 DESCRIPTION = "pairs.json"
 
@@ -61,7 +61,7 @@ def verify_blocks(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
 def write_description(folder: Path, config: dict[str, Any], blocks: list[dict[str, Any]]) -> None:
     """Write the settings and the list of complete blocks."""
     try:
-        write_whole(folder / DESCRIPTION, json.dumps({"how": config, "blocks": blocks}, indent=1) + "\n")
+        write_atomic(folder / DESCRIPTION, json.dumps({"how": config, "blocks": blocks}, indent=1) + "\n")
     except OSError as e:
         raise HastenError(f"cannot write the pairs in {folder}: {e.strerror or e}") from e
 
@@ -69,7 +69,7 @@ def write_description(folder: Path, config: dict[str, Any], blocks: list[dict[st
 def write_block(folder: Path, name: str, array: np.ndarray) -> str:
     """Write one file atomically and return its checksum."""
     try:
-        with replacing(folder / f"{name}.npy") as file:
+        with atomic_open(folder / f"{name}.npy") as file:
             np.save(file, array)
     except OSError as e:
         raise HastenError(f"cannot write the pairs in {folder}: {e.strerror or e}") from e

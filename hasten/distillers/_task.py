@@ -19,7 +19,7 @@ from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
 from ..train.fit import Fit
-from ..train.player import TrainedModule
+from ..train.trained_module import TrainedModule
 from ._pair_making import make_pairs
 from ._pairs import Pairs
 from ._scalar_inputs import with_scalar_inputs

@@ -133,10 +133,10 @@ class Adversarial(Distiller):
             images = batch["x"], batch["fake"]
             with torch.no_grad():
                 features = [critic.features(*self.critic_input(task, x, t), **cond) for x in images]
-            real, fake = (critic.judge(each, t, **cond) for each in features)
+            real, fake = (critic.head_logits(each, t, **cond) for each in features)
             loss = hinge_loss(real, fake)
             if self.r1:
-                loss = loss + self.r1 * r1_penalty(lambda real: critic.judge(real, t, **cond), features[0])
+                loss = loss + self.r1 * r1_penalty(lambda real: critic.head_logits(real, t, **cond), features[0])
             return loss
 
         return critic_loss

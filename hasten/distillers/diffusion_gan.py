@@ -115,7 +115,7 @@ class DiffusionGAN(Distiller):
             def penalty(*inputs: Tensor, **cond: Any) -> Tensor:
                 with torch.no_grad():
                     maps = features(*inputs, **cond)
-                return r1_penalty(lambda maps: heads.judge(maps, inputs[-1], **cond), maps)
+                return r1_penalty(lambda maps: heads.head_logits(maps, inputs[-1], **cond), maps)
 
             return (heads.pair if self.posterior else heads), heads.heads, penalty
         copied = task.student(task.denoiser)

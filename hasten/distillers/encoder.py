@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..inversion import EpsFn, eps_fn, increasing_times, inverted, own_eps_fn
+from ..inversion import EpsFn, increasing_times, invert_along, make_eps_fn, teacher_eps_fn
 from ._encoding import upward_loss
 from ._targets import DeviceTimes, noised
 from ._task import Distiller, DistillTask, Loss, Student
@@ -101,20 +101,22 @@ class Encoder(Distiller):
         """The loss of the student of n steps whose teacher takes m for each; teacher None: the task's own."""
         grid, span = DeviceTimes(increasing_times(task.denoiser, n * m)), self.span(task.denoiser)
         teacher_eps: EpsFn = (
-            own_eps_fn(task.teacher, task.denoiser, task.guidance_scale) if teacher is None else eps_fn(teacher)
+            teacher_eps_fn(task.teacher, task.denoiser, task.guidance_scale)
+            if teacher is None
+            else make_eps_fn(teacher)
         )
 
         def loss_fn(batch: dict[str, Tensor]) -> Tensor:
             x, cond, noise_of, inputs = batch["x"], task.cond(batch), teacher_eps, {}
             if span is not None:
                 scale = span[0] + (span[1] - span[0]) * torch.rand(len(x), device=x.device)
-                noise_of, inputs = eps_fn(teacher or task.denoiser, scale), {"guidance": scale}
+                noise_of, inputs = make_eps_fn(teacher or task.denoiser, scale), {"guidance": scale}
             nodes = grid.at(x)
             i = m * torch.randint(0, n, (len(x),), device=nodes.device)
             times = [nodes[i + k] for k in range(m + 1)]
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
-                _, target = inverted(noise_of, task.schedule, z, times, **cond)
+                _, target = invert_along(noise_of, task.schedule, z, times, **cond)
             return upward_loss(student, z, times[0], target, self.weight, **cond, **inputs)
 
         return loss_fn

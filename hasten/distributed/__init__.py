@@ -1,1 +1,1 @@
-"""Several processes of one run."""
+"""Several processes per run."""

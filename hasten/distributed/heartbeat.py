@@ -1,4 +1,4 @@
-"""The other processes of a run: the store in which small things are left for them, and who of them is alive."""
+"""The other processes of a run: their common key-value store, and heartbeats that tell which of them are alive."""
 
 from __future__ import annotations
 
@@ -17,159 +17,183 @@ from typing import Any
 from torch import distributed
 
 from ..errors import HastenError
-from ..utils.environment import is_out_of_memory, number
+from ..utils.environment import env_int, is_out_of_memory
 
-SILENCE = 60.0  # seconds without a sign of life
-PULSE = 1.0  # seconds between two of them
-TOGETHER = 1800.0  # seconds that a collective of a training step may take
+HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a process counts as dead
+HEARTBEAT_INTERVAL = 1.0  # seconds between two heartbeats
+COLLECTIVE_TIMEOUT = 1800.0  # seconds that a collective of a training step may take
 
 
 class ProcessLost(HastenError):
-    """Another process of the run is gone, so that it cannot end as it should."""
+    """Another process of the run has died, so that the run cannot finish."""
 
 
 @contextlib.contextmanager
 def peer_errors(sure: bool = True) -> Iterator[None]:
-    """What torch says where another process is gone, as ProcessLost. sure: nothing else can have gone wrong inside."""
+    """Turn the errors that torch raises where another process has died into ProcessLost.
+
+    Args:
+        sure: nothing else can go wrong inside; False: only where a dead process is found.
+    """
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as e:
         if is_out_of_memory(e) or isinstance(e, NotImplementedError):
             raise
         end = time.monotonic() + 1
-        while not (dead := peers.gone(range(peers.world))) and time.monotonic() < end:
-            time.sleep(0.05)  # its connections close a little before it is gone
+        while not (dead := peers.find_dead(range(peers.world))) and time.monotonic() < end:
+            time.sleep(0.05)  # its connections close a little before the process ends
         if not (dead or sure):
             raise
-        said = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        message = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise ProcessLost(
-            peers.lost(dead) if dead else f"the other processes cannot be reached any more ({said})"
+            peers.describe(dead) if dead else f"the other processes cannot be reached any more ({message})"
         ) from e
 
 
 class Peers:
-    """The store between the processes, and who of them is alive. One a process."""
+    """The store shared by all processes, and who of them is alive. One per process."""
 
     def __init__(self) -> None:
         self.store: Any = None
         self.torch: Any = None
-        self.group: Any = None  # for tensors on the CPU; None: the one that torch takes by itself
+        self.group: Any = None  # for tensors on the CPU; None: torch's default group
         self.joined = False
-        self.rank, self.world, self.seconds = 0, 1, SILENCE
+        self.rank, self.world, self.seconds = 0, 1, HEARTBEAT_TIMEOUT
         self.counts: dict[str, int] = {}
-        self.homes: dict[int, tuple[Any, int]] = {}
+        self.hosts: dict[int, tuple[Any, int]] = {}
         self.ended = threading.Event()
-        self.pulse: threading.Thread | None = None
-        self.failed = False  # then nobody waits for the others
+        self.heartbeat: threading.Thread | None = None
+        self.failed = False  # then no process waits for the others
 
-    def meet(self, rank: int, world: int, seconds: float) -> None:
-        """Find the store that all use, once; from then on the others know that this process lives."""
+    def connect(self, rank: int, world: int, seconds: float) -> None:
+        """Open the common store, once, and start to send heartbeats.
+
+        Args:
+            rank: of this process.
+            world: number of processes.
+            seconds: time without a heartbeat after which a process counts as dead.
+
+        Raises:
+            HastenError: where the store cannot be reached.
+        """
         if self.store is not None:
             return
         if distributed.is_initialized():
             store, rank = distributed.distributed_c10d._get_default_store(), distributed.get_rank()
         else:
             try:
-                meeting = distributed.rendezvous(
-                    "env://", rank, world, timeout=timedelta(seconds=max(seconds, SILENCE))
+                rendezvous = distributed.rendezvous(
+                    "env://", rank, world, timeout=timedelta(seconds=max(seconds, HEARTBEAT_TIMEOUT))
                 )
-                store, rank, world = next(iter(meeting))
+                store, rank, world = next(iter(rendezvous))
             except (RuntimeError, ValueError) as e:
-                said = str(e).splitlines()[0]
-                raise HastenError(f"process {rank} of {world} cannot join the others: {said}") from e
+                message = str(e).splitlines()[0]
+                raise HastenError(f"process {rank} of {world} cannot join the others: {message}") from e
         self.store, self.torch = distributed.PrefixStore("hasten", store), distributed.PrefixStore("torch", store)
         self.rank, self.world, self.seconds = rank, world, seconds
-        self.store.set(f"home/{rank}", pickle.dumps((home(), os.getpid())))
-        self.pulse = threading.Thread(target=self.beat, daemon=True, name="hasten-pulse")
-        self.pulse.start()
-        atexit.register(self.leave)
+        self.store.set(f"home/{rank}", pickle.dumps((host_id(), os.getpid())))
+        self.heartbeat = threading.Thread(target=self.send_heartbeats, daemon=True, name="hasten-heartbeat")
+        self.heartbeat.start()
+        atexit.register(self.close)
 
-    def join(self, cuda: bool) -> None:
-        """Open the ways for tensors, once. cuda: also between GPUs."""
+    def init_process_group(self, cuda: bool) -> None:
+        """Initialise `torch.distributed`, once.
+
+        Args:
+            cuda: with NCCL for tensors on GPUs beside gloo for those on CPUs.
+        """
         if self.joined:
             return
-        limit = timedelta(seconds=max(self.seconds, TOGETHER))
-        if variable("LOCAL_WORLD_SIZE", 0) == self.world and Path("/sys/class/net/lo").exists():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the name of this machine resolves to
+        limit = timedelta(seconds=max(self.seconds, COLLECTIVE_TIMEOUT))
+        if env_int("LOCAL_WORLD_SIZE", 0) == self.world and Path("/sys/class/net/lo").exists():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this host's name resolves to
         with peer_errors():
             if not distributed.is_initialized():
+                backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
                 distributed.init_process_group(
-                    "cpu:gloo,cuda:nccl" if cuda else "gloo", store=self.torch, rank=self.rank, world_size=self.world,
-                    timeout=limit,
-                )  # fmt: skip
+                    backend, store=self.torch, rank=self.rank, world_size=self.world, timeout=limit
+                )
             if "gloo" not in str(distributed.get_backend_config()):
                 self.group = distributed.new_group(backend="gloo", timeout=limit)
         self.joined = True
 
-    def beat(self) -> None:
-        """Give signs of life until the end."""
-        while not self.ended.wait(PULSE):
+    def send_heartbeats(self) -> None:
+        """Count up this process's heartbeat in the store until the end."""
+        while not self.ended.wait(HEARTBEAT_INTERVAL):
             try:
                 self.store.add(f"pulse/{self.rank}", 1)
             except Exception:  # the store has gone, which the main thread will notice
                 return
 
-    def leave(self) -> None:
-        """At the end of the process."""
+    def close(self) -> None:
+        """Stop the heartbeats and the process group, at the end of the process."""
         self.ended.set()
-        if self.pulse is not None:
-            self.pulse.join(5)  # a thread that the interpreter ends while it talks to the store aborts the process
+        if self.heartbeat is not None:
+            self.heartbeat.join(5)  # a thread that the interpreter ends inside a store call aborts the process
         if not self.failed and distributed.is_initialized():
             with contextlib.suppress(Exception):
                 distributed.destroy_process_group()
 
-    def next(self, kind: str) -> str:
-        """The name of the next exchange; all processes come through here in the same order."""
+    def next_key(self, kind: str) -> str:
+        """The store key of the next exchange of this kind; all processes call this in the same order."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         return f"{kind}/{self.counts[kind]}"
 
-    def watch(self, ready: Callable[[], bool], missing: Callable[[int], bool]) -> None:
-        """Until it is ready. missing: whether a rank has still to do its part. Raises
-        ProcessLost where it dies before."""
-        pause, looked = 0.001, time.monotonic()
+    def wait_until(self, ready: Callable[[], bool], missing: Callable[[int], bool]) -> None:
+        """Poll until `ready()`.
+
+        Args:
+            ready: whether the wait is over.
+            missing: whether a rank has not done its part yet.
+
+        Raises:
+            ProcessLost: where a missing process dies before, or sends no heartbeat for too long.
+        """
+        pause, checked = 0.001, time.monotonic()
         seen: dict[int, tuple[int, float]] = {}
         with peer_errors():
             while not ready():
-                time.sleep(pause)  # and not a blocking call, in which no signal would be heard
+                time.sleep(pause)  # not a blocking call, in which signals are not handled
                 pause = min(1.2 * pause, 0.05)
-                if time.monotonic() - looked < 0.5:
+                if time.monotonic() - checked < 0.5:
                     continue
-                looked = time.monotonic()
+                checked = time.monotonic()
                 silent, others = [], [r for r in range(self.world) if r != self.rank and missing(r)]
                 for r in others:
-                    pulse = self.store.add(f"pulse/{r}", 0)
-                    if r not in seen or seen[r][0] != pulse:
-                        seen[r] = pulse, looked
-                    elif looked - seen[r][1] > self.seconds:
+                    count = self.store.add(f"pulse/{r}", 0)
+                    if r not in seen or seen[r][0] != count:
+                        seen[r] = count, checked
+                    elif checked - seen[r][1] > self.seconds:
                         silent.append(r)
-                if (dead := self.gone(others)) and not ready():
-                    raise ProcessLost(self.lost(dead))
+                if (dead := self.find_dead(others)) and not ready():
+                    raise ProcessLost(self.describe(dead))
                 if silent and not ready():
-                    raise ProcessLost(f"{self.lost(silent, 'has')} given no sign of life for {self.seconds:g} s")
+                    raise ProcessLost(f"{self.describe(silent, 'has')} given no sign of life for {self.seconds:g} s")
 
-    def gone(self, ranks: Iterable[int]) -> list[int]:
-        """Those of the ranks on this machine that are dead."""
-        found = []
+    def find_dead(self, ranks: Iterable[int]) -> list[int]:
+        """Those of the ranks on this host whose process has died."""
+        dead = []
         for r in ranks:
             if r == self.rank:
                 continue
-            if r not in self.homes:
+            if r not in self.hosts:
                 with contextlib.suppress(Exception):
                     if self.store.check([f"home/{r}"]):
-                        self.homes[r] = pickle.loads(self.store.get(f"home/{r}"))
-            host, pid = self.homes.get(r, (None, 0))
-            if host == home() and not alive(pid):
-                found.append(r)
-        return found
+                        self.hosts[r] = pickle.loads(self.store.get(f"home/{r}"))
+            host, pid = self.hosts.get(r, (None, 0))
+            if host == host_id() and not is_alive(pid):
+                dead.append(r)
+        return dead
 
-    def lost(self, ranks: list[int], verb: str = "has died") -> str:
-        """Who is lost, in words."""
+    def describe(self, ranks: list[int], verb: str = "has died") -> str:
+        """The beginning of an error message about lost processes."""
         names = ", ".join(str(r) for r in ranks)
-        return f"of the {self.world} processes of this run number {names} {verb}"
+        return f"rank {names} of the {self.world} processes of this run {verb}"
 
 
-def home() -> tuple[str, str, str]:
-    """Where the numbers of processes mean the same as here."""
+def host_id() -> tuple[str, str, str]:
+    """Host name, boot and PID namespace: where they are equal, a process id means the same process."""
     boot = space = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -177,8 +201,8 @@ def home() -> tuple[str, str, str]:
     return socket.gethostname(), boot, space
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of this machine is there and no zombie."""
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host exists and is no zombie."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -187,11 +211,6 @@ def alive(pid: int) -> bool:
     except (OSError, IndexError):  # another user's, or a system without /proc
         return True
     return state not in "ZX"
-
-
-def variable(name: str, default: int) -> int:
-    """A whole number from the environment."""
-    return number(name, default)
 
 
 peers = Peers()

@@ -1,4 +1,4 @@
-"""Guides: one method a file, each a frozen dataclass whose `wrap(denoiser)` returns a denoiser that is steered."""
+"""Guides: one method per file, each a frozen dataclass whose `wrap(denoiser)` returns a steered denoiser."""
 
 from __future__ import annotations
 

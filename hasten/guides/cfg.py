@@ -13,26 +13,29 @@ from torch import Tensor, nn
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers
 from ..predictions import spread
+from ..schedules.base import Schedule
+from ._base import Guide
 
-__all__ = ["CFG", "Guided"]
+__all__ = ["CFG", "GuidedDenoiser"]
 
 
 @dataclass(frozen=True)
-class CFG:
-    """`x0 = x0_uncond + scale (x0_cond - x0_uncond)`, both from one batch of 2 B rows.
+class CFG(Guide):
+    """Classifier-free guidance, `x0 = x0_uncond + scale (x0_cond - x0_uncond)`, both from one batch of 2 B rows.
 
     `scale = 1` is the plain conditional model (papers' w is scale - 1, Imagen's w is scale). Guiding x0, eps or v is
     the same thing, since they differ by a linear map.
 
     Args:
-        scale: any finite number; 1 costs nothing: `wrap` gives the denoiser back.
-        interval: `(q_lo, q_hi)`: guide only where q_lo < sigma / alpha <= q_hi; elsewhere only the conditional
-            branch is run. None guides everywhere.
-        rescale: in [0, 1]: how much of the standard deviation that guidance adds is taken back, per sample and in what
-            the network predicts (paper: v, .7 with scale 7.5).
+        scale: any finite number; 1 costs nothing: `wrap` returns the denoiser itself.
+        interval: `(q_lo, q_hi)`: guide only where q_lo < sigma / alpha <= q_hi; elsewhere only the conditional branch
+            is evaluated. None guides everywhere.
+        rescale: in [0, 1]: the fraction of the standard deviation added by guidance that is removed again, per sample
+            and in the network's own output (paper: v, .7 with scale 7.5).
 
-    References: Ho, Salimans 2022, arXiv:2207.12598; interval: Kynkaanniemi et al. 2024, arXiv:2404.07724; rescale: Lin
-    et al. 2023, arXiv:2305.08891.
+    References:
+        Ho, Salimans 2022, arXiv:2207.12598; interval: Kynkaanniemi et al. 2024, arXiv:2404.07724; rescale: Lin et al.
+        2023, arXiv:2305.08891.
     """
 
     scale: float = 1.0
@@ -51,24 +54,38 @@ class CFG:
         check_numbers(self)
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
-        """The guided denoiser, of the same signature. What the unconditional branch is told is `denoiser.null_label`,
-        with `label=` at every call, or what is given beside every condition NAME as `null_NAME`."""
+        """The guided denoiser, of the same signature.
+
+        The unconditional branch gets `denoiser.null_label`, where every call has `label=`, or `null_NAME` for every
+        condition NAME with such a counterpart.
+
+        Raises:
+            BadInput: for a model without a null label, and for a student without this scale.
+        """
         if getattr(denoiser, "guidance_range", None) is not None:
             return distilled(denoiser, self)
         if self.scale == 1.0:
             return denoiser
-        told = getattr(getattr(denoiser, "net", None), "null_conditions", False)
-        if getattr(denoiser, "null_label", None) is None and not told:
+        has_null = getattr(getattr(denoiser, "net", None), "null_conditions", False)
+        if getattr(denoiser, "null_label", None) is None and not has_null:
             raise BadInput(
                 f"guidance needs a model with a null label (one trained with label dropout), found null_label None in "
                 f"{type(denoiser).__name__}"
             )
-        return Guided(denoiser, self)
+        return GuidedDenoiser(denoiser, self)
 
 
 def distilled(denoiser: nn.Module, guide: CFG) -> nn.Module:
-    """A distilled student at the guide's scale, one evaluation a step (Meng et al. 2023, arXiv:2210.03142)."""
-    low, high = denoiser.guidance_range  # type: ignore[misc]
+    """A distilled student at the guide's scale, one evaluation a step.
+
+    Raises:
+        BadInput: for a scale that it was not distilled for, and for an interval or a rescaling.
+
+    References:
+        Meng et al. 2023, arXiv:2210.03142.
+    """
+    scales: Any = denoiser.guidance_range
+    low, high = scales
     if guide.interval is not None or guide.rescale:
         raise BadInput("a distilled student has its guidance inside: interval and rescale cannot be applied to it")
     if not low - 1e-6 <= guide.scale <= high + 1e-6:
@@ -78,7 +95,11 @@ def distilled(denoiser: nn.Module, guide: CFG) -> nn.Module:
 
 
 def with_step_count(denoiser: nn.Module, steps: int) -> nn.Module:
-    """The denoiser, told how many steps there are, where it is a student that wants to know."""
+    """The denoiser with the number of steps as an input, where it is a student that has this input.
+
+    Raises:
+        BadInput: for a number of steps that it was not distilled for.
+    """
     counts = getattr(denoiser, "step_counts", None)
     if counts is None:
         return denoiser
@@ -88,56 +109,77 @@ def with_step_count(denoiser: nn.Module, steps: int) -> nn.Module:
 
 
 class WithInputs(Wrapper):
-    """A student whose network is told the same numbers in every query: its guidance scale, its count of steps."""
+    """A student whose network gets constant inputs in every evaluation: its guidance scale, its step count.
 
-    def __init__(self, denoiser: nn.Module, **told: float) -> None:
+    Args:
+        denoiser: the student.
+        inputs: by name, the values.
+    """
+
+    def __init__(self, denoiser: nn.Module, **inputs: float) -> None:
         super().__init__(denoiser)
-        self.told = told
+        self.inputs = inputs
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The student's x0 (B, *S)."""
         return self.denoiser(x_t, t, **self._with(x_t), **cond)
 
     def raw(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
-        """What the student's network says (B, *S)."""
-        return self.denoiser.raw(x_t, t, **self._with(x_t), **cond)  # type: ignore[operator]
+        """The output of the student's network (B, *S)."""
+        raw: Tensor = self.denoiser.raw(x_t, t, **self._with(x_t), **cond)
+        return raw
 
     def features(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The student's seam."""
-        return self.denoiser.features(x_t, t, **self._with(x_t), **cond)  # type: ignore[operator]
+        """The student's `features`."""
+        middle, finish = self.denoiser.features(x_t, t, **self._with(x_t), **cond)
+        return middle, finish
 
     def _with(self, x_t: Tensor) -> dict[str, Tensor]:
-        return {key: torch.full((len(x_t),), value, device=x_t.device) for key, value in self.told.items()}
+        """The inputs of a batch."""
+        return {key: torch.full((len(x_t),), value, device=x_t.device) for key, value in self.inputs.items()}
 
 
-class Guided(Wrapper):
+class GuidedDenoiser(Wrapper):
     """A denoiser under `CFG`, of the same signature; `label=` must be given."""
 
     def __init__(self, denoiser: nn.Module, guide: CFG) -> None:
         super().__init__(denoiser)
         self.guide = guide
-        self._last: tuple[dict[str, Any], dict[str, Any]] | None = None  # conditions, and what was made of them
+        self._last: tuple[dict[str, Any], dict[str, Any]] | None = (
+            None  # the last conditions, and those of both branches
+        )
 
     def forward(self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any) -> Tensor:
-        """x0 (B, *S). label: (B,) whole numbers; other conditions of B rows are doubled with the batch."""
+        """x0 (B, *S) under guidance.
+
+        Args:
+            x_t: (B, *S).
+            t: () or (B,).
+            label: (B,) int64.
+            cond: other conditions; those of B rows are doubled with the batch.
+
+        Raises:
+            BadInput: without a condition to guide towards.
+        """
         inside = self._inside(t)
         if inside is False:
             return self.denoiser(x_t, t, **self._alone(label, cond))
         both = self._both(x_t, label, cond)
-        answers = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)
-        return self._combined(answers, x_t, t, inside)
+        outputs = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)
+        return self._combined(outputs, x_t, t, inside)
 
     def features(
         self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The conditional branch's middle features. `finish` moves both branches by the same difference, so that a
-        step in the features does the same whatever the scale."""
+        """The conditional branch's middle features. `finish` moves both branches by the same difference, so that a step
+        in the features has the same effect whatever the scale.
+        """
         inside = self._inside(t)
         if inside is False:
-            return self.denoiser.features(x_t, t, **self._alone(label, cond))  # type: ignore[operator]
+            return self.denoiser.features(x_t, t, **self._alone(label, cond))
         both = self._both(x_t, label, cond)
         x_twice, t_twice = torch.cat([x_t, x_t]), _doubled(t, len(x_t))
-        middle, finish = self.denoiser.features(x_twice, t_twice, **both)  # type: ignore[operator]
+        middle, finish = self.denoiser.features(x_twice, t_twice, **both)
         of_cond, of_uncond = middle.chunk(2)
 
         def finish_both(changed: Tensor) -> Tensor:
@@ -147,15 +189,20 @@ class Guided(Wrapper):
         return of_cond, finish_both
 
     def raw(self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any) -> Tensor:
-        """What the network says under guidance, (B, *S): the same combination, as all predictions are linear in x0."""
+        """The network's own output under guidance, (B, *S): the same combination, as all prediction types are linear in
+        x0.
+
+        Raises:
+            BadInput: with an interval or a rescaling.
+        """
         if self.guide.rescale or self.guide.interval is not None:
             raise BadInput("the network's own output under guidance is known without interval and rescale only")
         both = self._both(x_t, label, cond)
-        raw = self.denoiser.raw(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)  # type: ignore[operator]
+        raw = self.denoiser.raw(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)
         of_cond, of_uncond = raw.chunk(2)
         return of_uncond + self.guide.scale * (of_cond - of_uncond)
 
-    def _given(self, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
+    def _conditions(self, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
         """All conditions. Raises BadInput where there is nothing to guide towards."""
         if label is None and not any(key.startswith("null_") for key in cond):
             raise BadInput(f"guidance with scale {self.guide.scale:g} needs label=, the classes to guide towards")
@@ -163,27 +210,29 @@ class Guided(Wrapper):
 
     def _alone(self, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
         """The conditions of the conditional branch."""
-        return {key: value for key, value in self._given(label, cond).items() if not key.startswith("null_")}
+        return {key: value for key, value in self._conditions(label, cond).items() if not key.startswith("null_")}
 
     def _both(self, x_t: Tensor, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
-        """The conditions of the 2 B rows: as given, and without a class or with what stands for each of them."""
-        states: dict[str, Any] = {key: _state(value) for key, value in self._given(label, cond).items()}
+        """The conditions of the 2 B rows: conditional, and without a class or with the null counterpart of each
+        condition."""
+        states: dict[str, Any] = {key: _state(value) for key, value in self._conditions(label, cond).items()}
         if self._last is not None and self._last[0] == {**states, "": len(x_t)}:
-            return dict(self._last[1])  # the very tensors of the query before: accelerators see it without comparing
+            return dict(self._last[1])  # the same tensors as before, which accelerators recognise without comparing
         both = {}
         for key, value in self._alone(label, cond).items():
             if f"null_{key}" in cond:
                 both[key] = torch.cat([value, cond[f"null_{key}"]])
             elif key == "label" and self.denoiser.null_label is not None:
-                both[key] = torch.cat([value, torch.full_like(value, self.denoiser.null_label)])  # type: ignore
+                both[key] = torch.cat([value, torch.full_like(value, self.denoiser.null_label)])
             else:
                 both[key] = _doubled(value, len(x_t))
-        known = all(state is not None for state in states.values())
-        self._last = ({**states, "": len(x_t)}, both) if known else None
+        comparable = all(state is not None for state in states.values())
+        self._last = ({**states, "": len(x_t)}, both) if comparable else None
         return dict(both)
 
-    def _combined(self, answers: Tensor, x_t: Tensor, t: Tensor | float, inside: bool | Tensor) -> Tensor:
-        x0_cond, x0_uncond = answers.chunk(2)
+    def _combined(self, outputs: Tensor, x_t: Tensor, t: Tensor | float, inside: bool | Tensor) -> Tensor:
+        """x0 under guidance from the outputs (2 B, *S) of both branches."""
+        x0_cond, x0_uncond = outputs.chunk(2)
         guided = x0_uncond + self.guide.scale * (x0_cond - x0_uncond)
         if self.guide.rescale:
             guided = self._rescaled(guided, x0_cond, x_t, t)
@@ -194,7 +243,8 @@ class Guided(Wrapper):
         if self.guide.interval is None:
             return True
         low, high = self.guide.interval
-        q = self.denoiser.schedule.q(t)
+        schedule: Schedule = self.denoiser.schedule
+        q = schedule.q(t)
         inside = (q > low) & (q <= high)
         return inside if inside.ndim and bool(inside.any()) else bool(inside.any())
 
@@ -206,18 +256,18 @@ class Guided(Wrapper):
             _, skip, scale = prediction.coefficients(schedule.alpha(t), schedule.sigma(t))
             if bool((scale == 0).any()):
                 return x0  # at sigma = 0 the output does not matter
-        kept = spread(skip, x_t) * x_t
-        output, output_cond = ((value - kept) / spread(scale, x_t) for value in (x0, x0_cond))
+        skipped = spread(skip, x_t) * x_t
+        output, output_cond = ((value - skipped) / spread(scale, x_t) for value in (x0, x0_cond))
         dims = tuple(range(1, x_t.ndim))
         n = output[0].numel()  # one number has no deviation
-        spread_of, wanted = (o.std(dims, correction=min(1, n - 1), keepdim=True) for o in (output, output_cond))
-        ratio = torch.where(spread_of > 0, wanted / spread_of, 1.0)  # a constant output has no contrast to keep
+        std, target = (o.std(dims, correction=min(1, n - 1), keepdim=True) for o in (output, output_cond))
+        ratio = torch.where(std > 0, target / std, 1.0)  # a constant output has no contrast
         phi = self.guide.rescale
-        return kept + spread(scale, x_t) * (phi * ratio * output + (1 - phi) * output)
+        return skipped + spread(scale, x_t) * (phi * ratio * output + (1 - phi) * output)
 
 
 class _State:
-    """A tensor as it is now: equal to itself as long as nobody writes into it."""
+    """A tensor and its version: equal as long as it is not modified in place."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.version = tensor, tensor._version
@@ -227,11 +277,12 @@ class _State:
 
 
 def _state(value: Any) -> Any:
-    """What tells whether a condition is still the same; None where that cannot be told."""
+    """A value that is equal as long as a condition is unchanged; None where that cannot be determined."""
     if not isinstance(value, Tensor):
         return value
     return None if value.is_inference() or value.requires_grad else _State(value)
 
 
 def _doubled(value: Any, B: int) -> Any:
+    """A batched condition twice, others as they are."""
     return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == B else value

@@ -1,4 +1,4 @@
-"""Clean samples kept within the range of the data."""
+"""Clean samples clipped to the range of the data."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers
+from ._base import Guide
 
 __all__ = ["DynamicThreshold"]
 
-LARGEST = 2**24  # values that torch.quantile takes
+MAX_NUMEL = 2**24  # limit of torch.quantile
 
 
 @dataclass(frozen=True)
-class DynamicThreshold:
+class DynamicThreshold(Guide):
     """`x0 <- clip(x0, -S, S) least / S` with `S = max(quantile(|x0|, quantile), least)`, per sample.
 
     Strong guidance drives many pixels out of the range of the data. Clipping them at the range saturates them; this
-    clips at what all but a few reach and scales the sample back into the range. For pixels only: a latent code has no
-    range. A sample whose quantile lies in the range is clipped at it and not scaled.
+    clips at a quantile and scales the sample back into the range. For pixels only: latents have no range. A sample
+    whose quantile is in the range is clipped at it and not scaled.
 
     Args:
         quantile: of the absolute values of one sample, in (0, 1].
         least: the range of the data, > 0; 1 for images in [-1, 1].
 
-    Reference: Saharia et al. 2022 (Imagen), arXiv:2205.11487, section 2.3.
+    References:
+        Saharia et al. 2022 (Imagen), arXiv:2205.11487, section 2.3.
     """
 
     quantile: float = 0.995
@@ -43,7 +45,7 @@ class DynamicThreshold:
         check_numbers(self)
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
-        """The denoiser whose every answer is thresholded."""
+        """The denoiser with every x0 thresholded."""
         return Thresholded(denoiser, self)
 
 
@@ -55,14 +57,16 @@ class Thresholded(Wrapper):
         self.guide = guide
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """The inner denoiser's x0 (B, *S), thresholded."""
         return self._clipped(self.denoiser(x_t, t, **cond))
 
     def features(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The inner denoiser's middle features; what `finish` makes of them is thresholded."""
-        middle, finish = self.denoiser.features(x_t, t, **cond)  # type: ignore[operator]
+        """The inner denoiser's middle features; x0 from `finish` is thresholded."""
+        middle, finish = self.denoiser.features(x_t, t, **cond)
         return middle, lambda changed: self._clipped(finish(changed))
 
     def _clipped(self, x0: Tensor) -> Tensor:
+        """x0 (B, *S), thresholded."""
         size = x0.flatten(1).abs()
         if size.dtype not in (torch.float32, torch.float64):
             size = size.float()
@@ -71,14 +75,21 @@ class Thresholded(Wrapper):
         return torch.maximum(torch.minimum(x0, S), -S) * (self.guide.least / S)
 
 
-def quantile(size: Tensor, share: float) -> Tensor:
-    """The quantile of each row (B,) of `size` (B, n), between the two nearest values; also where n is beyond what
-    `torch.quantile` takes."""
+def quantile(size: Tensor, fraction: float) -> Tensor:
+    """The quantile of each row, interpolated linearly; also beyond the size that `torch.quantile` accepts.
+
+    Args:
+        size: (B, n).
+        fraction: in [0, 1].
+
+    Returns:
+        (B,).
+    """
     n = size.shape[1]
-    if n <= LARGEST:
-        return torch.quantile(size, share, dim=1)
-    place = share * (n - 1)
-    k = min(int(place), n - 2)
+    if n <= MAX_NUMEL:
+        return torch.quantile(size, fraction, dim=1)
+    position = fraction * (n - 1)
+    k = min(int(position), n - 2)
     low = torch.kthvalue(size, k + 1, dim=1).values
     high = torch.kthvalue(size, k + 2, dim=1).values
-    return torch.lerp(low, high, place - k)
+    return torch.lerp(low, high, position - k)

@@ -11,29 +11,29 @@ from torch import nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_numbers
-from .cfg import CFG, Guided
+from ._base import Guide
+from .cfg import CFG, GuidedDenoiser
 
 __all__ = ["Interval", "refined"]
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(Guide):
     """Classifier-free guidance where `low < sigma / alpha <= high` only; elsewhere the plain conditional model.
 
-    Outside, the second branch is not evaluated: a step there costs half. In the noisiest steps guidance drives all
-    samples of a class to one place, and in the cleanest it changes little, says the paper.
+    Outside, the second branch is not evaluated: a step there costs half. According to the paper, guidance drives all
+    samples of a class to one point in the noisiest steps, and changes little in the cleanest.
 
-    Multistep samplers combine answers from both sides of an end of the interval, which are answers to different
-    questions. On the bundled teacher (UniPC-2, guidance 2, interval (.3, 3], 24 images) the RMS error to the fine
-    solution of the same equation rises from .022 to .046 at 12 steps and from .074 to .079 at 8. Starting the method
-    afresh at both ends, with order 1, costs more: .076 and .118.
+    Multistep samplers combine outputs from both sides of an end of the interval, which belong to different equations.
+    On the bundled teacher (UniPC-2, guidance 2, interval (.3, 3], 24 images) the RMS error to the fine solution of the
+    same equation rises from .022 to .046 at 12 steps and from .074 to .079 at 8. Restarting the method at both ends,
+    with order 1, costs more: .076 and .118.
 
     Args:
         low, high: 0 <= low < high, in units of q = sigma / alpha.
 
-    Raises BadInput from `wrap` where nothing guides.
-
-    Reference: Kynkaanniemi, Aittala, Karras, Laine, Aila, Lehtinen 2024, arXiv:2404.07724.
+    References:
+        Kynkaanniemi, Aittala, Karras, Laine, Aila, Lehtinen 2024, arXiv:2404.07724.
     """
 
     low: float = 0.0
@@ -45,14 +45,27 @@ class Interval:
         check_numbers(self)
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
-        """The same denoiser, guided in the interval only."""
+        """The same denoiser, guided in the interval only.
+
+        Raises:
+            BadInput: for a denoiser without classifier-free guidance.
+        """
         return refined(denoiser, "interval narrows", lambda cfg: replace(cfg, interval=(self.low, self.high)))
 
 
 def refined(denoiser: nn.Module, what: str, change: Callable[[CFG], CFG]) -> nn.Module:
-    """The denoiser with the `CFG` in it changed, wherever among its wrappers that is; the original stays as it is."""
-    if isinstance(denoiser, Guided):
-        return Guided(denoiser.denoiser, change(denoiser.guide))
+    """The denoiser with the `CFG` in it changed, wherever among its wrappers that is; the original is not modified.
+
+    Args:
+        denoiser: with the guides around it.
+        what: begins the error message.
+        change: returns the new `CFG`.
+
+    Raises:
+        BadInput: for a denoiser without `CFG`.
+    """
+    if isinstance(denoiser, GuidedDenoiser):
+        return GuidedDenoiser(denoiser.denoiser, change(denoiser.guide))
     if not isinstance(denoiser, Wrapper):
         raise BadInput(f"{what} guidance: give a guidance scale other than 1")
     changed = copy.copy(denoiser)

@@ -1,25 +1,34 @@
-"""How far images are from others of the same seeds."""
+"""Difference between images and others of the same seeds."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ..errors import BadInput
-from .measure import check_finite
+from .measure import check_finite_rows
 
-PEAK_DB = 100.0  # the PSNR of images that do not differ
+PEAK_DB = 100.0  # of equal images
 
 
-def difference(images: Tensor, others: Tensor) -> dict[str, float]:
-    """`psnr`, the mean over images of `-10 log10 MSE` in dB (each at most 100), and `rms`, the root of the mean MSE.
+def image_difference(images: Tensor, others: Tensor) -> dict[str, float]:
+    """PSNR and RMS difference between two sets of images of the same seeds.
 
-    images, others: `(N, ...)` in [-1, 1], image by image of the same seeds; the errors are taken on the scale 0 to 1.
-    It tells how well a trajectory is followed, not how good the images are.
-    Raises BadInput when the shapes differ, and for images that are not finite.
+    It measures how closely a trajectory is followed, not how good the images are.
+
+    Args:
+        images: (N, ...) in [-1, 1].
+        others: of the same shape, with the same seeds image by image.
+
+    Returns:
+        `psnr`, the mean over images of `-10 log10 MSE` in dB (each at most 100), and `rms`, the root of the mean MSE;
+        errors on the scale 0 to 1.
+
+    Raises:
+        BadInput: if the shapes differ, or for images that are not finite.
     """
     if images.shape != others.shape:
         raise BadInput(f"images of shape {tuple(images.shape)} and {tuple(others.shape)} cannot be compared one by one")
-    check_finite("images", images, others)
+    check_finite_rows("images", images, others)
     mse = ((images - others).double() / 2).square().flatten(1).mean(dim=1)
     psnr = -10 * mse.clamp(min=10 ** (-PEAK_DB / 10)).log10()
     return {"psnr": float(psnr.mean()), "rms": float(mse.mean().sqrt())}

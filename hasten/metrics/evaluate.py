@@ -1,4 +1,4 @@
-"""All quality figures of a set of images, from one pass through one feature network."""
+"""All quality metrics of a set of images, from one pass through one feature network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .references import Reference, make_reference
 from .references import reference as load_reference
 
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
-NEIGHBOURS_FROM = 200  # samples on either side: below, the balls around so few neighbours hold noise too
+NEIGHBOURS_FROM = 200  # samples on either side: with fewer, the neighbour radii are too noisy
 HIGHER = ("precision", "recall", "density", "coverage", "inception_score", "accuracy")
 
 
@@ -35,23 +35,36 @@ def evaluate_images(
     batch_size: int = 256,
     device: torch.device | str | None = None,
 ) -> dict[str, Measure]:
-    """Fréchet distance with interval, kernel distance, precision, recall, density, coverage; where the network
-    classifies, inception score; where it knows the classes of the `labels` `(N,)` asked for, class accuracy.
+    """Evaluate images against a reference.
 
-    images: `(N, C, H, W)` in [-1, 1] or uint8, N >= 10. features: a network or its name (`feature_net`).
-    reference: statistics, their bundled name or folder; they must come from the same network.
-    seeds: the noise seeds, for the record. bootstrap: repeats of the interval, 0 for none.
-    device: where a network that is given by name looks at them, batch by batch; None: where the images are.
-    Keys: frechet, kid, precision, recall, density, coverage, inception_score, accuracy. Without the four of neighbours
-    where fewer than 200 images are on either side (`without_neighbours` says so).
+    Fréchet distance with interval, kernel distance, precision, recall, density and coverage; with a classifying feature
+    network the inception score, and with `labels` the class accuracy. Precision, recall, density and coverage are
+    omitted with fewer than 200 images on either side (see `without_neighbours`).
+
+    Args:
+        images: `(N, C, H, W)` in [-1, 1] or uint8, N >= 10.
+        labels: `(N,)`, the requested classes.
+        features: a feature network or its name (`feature_net`).
+        reference: statistics, their bundled name or folder; of the same feature network.
+        seeds: the noise seeds, for the record.
+        bootstrap: repeats of the interval, 0 for none.
+        batch_size: images per forward pass.
+        device: of a network given by name. Default: that of the images.
+
+    Returns:
+        Measures by name: frechet, kid, precision, recall, density, coverage, inception_score, accuracy.
+
+    Raises:
+        BadInput: for too few images, or a reference of another feature network.
+        NonFinite: if features or a metric are not finite.
     """
-    known = reference if isinstance(reference, Reference) else load_reference(reference)
+    statistics = reference if isinstance(reference, Reference) else load_reference(reference)
     net = feature_net(features)
     if isinstance(features, str) and (device is not None or isinstance(images, Tensor)):
         net = net.to(images.device if device is None else device)
-    _same_network(net_name(net), known)
-    found, logits = extract(net, images, batch_size)
-    return evaluate_features(found, known, logits, labels, seeds, bootstrap)
+    _check_same_network(net_name(net), statistics)
+    extracted, logits = extract(net, images, batch_size)
+    return evaluate_features(extracted, statistics, logits, labels, seeds, bootstrap)
 
 
 def evaluate_features(
@@ -62,17 +75,19 @@ def evaluate_features(
     seeds: Iterable[int] | str | None = None,
     bootstrap: int = 100,
 ) -> dict[str, Measure]:
-    """As `evaluate_images`, for features `(N, D)` and logits `(N, K)` that were extracted already."""
+    """`evaluate_images` for features `(N, D)` and logits `(N, K)` that were extracted before."""
     n = len(features)
     if n < 10:
         raise BadInput(f"{n} images are too few to measure a distribution: give at least 10, better 2,000")
     bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        raise NonFinite(f"the {reference.features} features of {len(bad)} of {n} images hold NaN or infinity: "
-                        f"numbers {', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}")  # fmt: skip
+        indices = f"{', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}"
+        raise NonFinite(
+            f"the {reference.features} features of {len(bad)} of {n} images hold NaN or infinity: numbers {indices}"
+        )
     if features.shape[1] != len(reference.mean):
         raise BadInput(f"features of width {features.shape[1]} against a reference of width {len(reference.mean)}")
-    spelled = spell_seeds(seeds)
+    seed_ranges = spell_seeds(seeds)
 
     def measure(
         name: str, value: float, against: int, interval: tuple[float, float] | None = None, spread: float | None = None
@@ -80,12 +95,21 @@ def evaluate_features(
         if not math.isfinite(value):
             raise NonFinite(f"{name} of {n} images is {value}, not a finite number")
         return Measure(
-            name, value, reference.features, f"{reference.name} {reference.split}", n, against,
-            reference.floor_at(name, n), spelled, interval, spread, "higher" if name in HIGHER else "lower",
-        )  # fmt: skip
+            name=name,
+            value=value,
+            features=reference.features,
+            reference=f"{reference.name} {reference.split}",
+            count=n,
+            reference_count=against,
+            floor=reference.floor_at(name, n),
+            seeds=seed_ranges,
+            interval=interval,
+            spread=spread,
+            better="higher" if name in HIGHER else "lower",
+        )
 
     interval = None
-    if bootstrap:  # eigenvalues of a wide covariance cost seconds each
+    if bootstrap:  # each repeat takes seconds for a wide covariance
         repeats = bootstrap if features.shape[1] <= 512 else min(bootstrap, 10)
         interval = frechet_interval(features, reference.mean, reference.covariance, repeats)
     distance = frechet_distance(*moments(features), reference.mean, reference.covariance)
@@ -101,28 +125,42 @@ def evaluate_features(
         score, deviation = inception_score(logits, splits=min(10, n))
         out["inception_score"] = measure("inception_score", score, 0, spread=deviation)
         if labels is not None and reference.accuracy is not None:
-            right, accuracy_interval = class_accuracy(logits, labels)
-            out["accuracy"] = measure("accuracy", right, 0, accuracy_interval)
+            accuracy, accuracy_interval = class_accuracy(logits, labels)
+            out["accuracy"] = measure("accuracy", accuracy, 0, accuracy_interval)
     return out
 
 
 def without_neighbours(n: int, reference: Reference) -> str | None:
-    """A line where precision, recall, density and coverage are left out for so few samples; None where they are not."""
-    few = min(n, len(reference.sample))
-    if few >= NEIGHBOURS_FROM:
+    """A message that precision, recall, density and coverage are omitted, or None if there are enough samples.
+
+    Args:
+        n: number of samples.
+        reference: that they are compared with.
+    """
+    smaller = min(n, len(reference.sample))
+    if smaller >= NEIGHBOURS_FROM:
         return None
-    whose = "samples" if few == n else "reference images"
-    return f"{few} {whose} are too few for {', '.join(NEIGHBOURS)} ({NEIGHBOURS_FROM} or more): they are left out"
+    what = "samples" if smaller == n else "reference images"
+    return f"{smaller} {what} are too few for {', '.join(NEIGHBOURS)} ({NEIGHBOURS_FROM} or more): they are omitted"
 
 
 def floor_table(
-    features: Tensor, reference: Reference, counts: Iterable[int] = (1000, 2000, 5000, 10_000), most: int = 4
+    features: Tensor, reference: Reference, counts: Iterable[int] = (1000, 2000, 5000, 10_000), max_runs: int = 4
 ) -> dict[str, dict[int, float]]:
-    """{metric: {n: value}} of real images that are not in the reference: the mean over up to `most` disjoint
-    runs of n rows of `features` `(N, D)` (shuffle them first). Counts above N are left out."""
+    """The real-data baseline of each metric: its value for real images that are not in the reference.
+
+    Args:
+        features: `(N, D)` of these images, shuffled.
+        reference: that they are compared with.
+        counts: numbers of images n; those above N are omitted.
+        max_runs: average over up to this number of disjoint sets of n images.
+
+    Returns:
+        {metric: {n: value}}.
+    """
     table: dict[str, dict[int, float]] = {}
     for n in counts:
-        runs = [slice(i, i + n) for i in range(0, min(len(features) - n + 1, most * n), n)]
+        runs = [slice(i, i + n) for i in range(0, min(len(features) - n + 1, max_runs * n), n)]
         results = [evaluate_features(features[run], reference, bootstrap=0) for run in runs]
         for name in results[0] if results else ():
             table.setdefault(name, {})[n] = sum(r[name].value for r in results) / len(results)
@@ -132,15 +170,24 @@ def floor_table(
 def reference_from_images(
     images: Tensor, name: str, split: str, net: nn.Module, labels: Tensor | None = None, others: Tensor | None = None
 ) -> Reference:
-    """Reference of a user's own `images`; with `others` (real images that are not among them) it has a floor."""
+    """Reference statistics of a user's own images.
+
+    Args:
+        images: `(N, C, H, W)` in [-1, 1] or uint8.
+        name, split: what they are, for the record.
+        net: the feature network.
+        labels: `(N,)` or None.
+        others: further real images, from which the real-data baseline is computed.
+    """
     features, logits = extract(net, images)
-    made = make_reference(features, name, split, net_name(net), labels, logits)
+    statistics = make_reference(features, name, split, net_name(net), labels, logits)
     if others is None:
-        return made
-    return replace(made, floor={**made.floor, **floor_table(extract(net, others)[0], made)})
+        return statistics
+    return replace(statistics, floor={**statistics.floor, **floor_table(extract(net, others)[0], statistics)})
 
 
-def _same_network(name: str, reference: Reference) -> None:
+def _check_same_network(name: str, reference: Reference) -> None:
+    """Raise BadInput if a reference was made with another feature network."""
     if name != reference.features:
         raise BadInput(
             f"features of {name} cannot be compared with a reference made with {reference.features}: "

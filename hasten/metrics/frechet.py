@@ -1,4 +1,4 @@
-"""Fréchet distance between two sets of features, and how sure it is."""
+"""Fréchet distance between two sets of features, and its bootstrap interval."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .measure import check_finite
+from .measure import check_finite_rows
 
 
-class Moments:
-    """Mean and covariance of features that arrive in batches, float64, by the pairwise update of Chan et al. (1979).
+class RunningMoments:
+    """Mean and covariance of features in batches, float64.
 
-    `add(features (B, D))` any number of times, `merge` another accumulator (of another process, say),
-    then `result()` -> mean `(D,)` and unbiased covariance `(D, D)`.
+    References:
+        Chan, Golub, LeVeque 1979 (the pairwise update).
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,8 @@ class Moments:
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)
 
-    def add(self, features: Tensor) -> Moments:
+    def add(self, features: Tensor) -> RunningMoments:
+        """Add features (B, D); raises BadInput for another shape."""
         if features.ndim != 2:
             raise BadInput(f"features must have shape (N, D), found {tuple(features.shape)}")
         if len(features):
@@ -32,17 +33,19 @@ class Moments:
             self._combine(len(x), mean, (x - mean).T @ (x - mean))
         return self
 
-    def merge(self, other: Moments) -> Moments:
+    def merge(self, other: RunningMoments) -> RunningMoments:
+        """Add the features of another accumulator, such as that of another process."""
         if other.count:
             self._combine(other.count, other._mean, other._scatter)
         return self
 
     def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        """The pairwise update."""
         if not self.count:
             self.count, self._mean, self._scatter = count, mean.clone(), scatter.clone()
             return
         if mean.shape != self._mean.shape:
-            raise BadInput(f"features of width {len(mean)} cannot join moments of width {len(self._mean)}")
+            raise BadInput(f"features of width {len(mean)} cannot be added to moments of width {len(self._mean)}")
         total = self.count + count
         delta = mean - self._mean
         self._scatter += scatter + torch.outer(delta, delta) * (self.count * count / total)
@@ -50,6 +53,11 @@ class Moments:
         self.count = total
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """Mean `(D,)` and unbiased covariance `(D, D)`.
+
+        Raises:
+            BadInput: for fewer than two samples, or values that are not finite.
+        """
         if self.count < 2:
             raise BadInput(f"a covariance needs at least 2 samples, found {self.count}")
         covariance = self._scatter / (self.count - 1)
@@ -60,32 +68,42 @@ class Moments:
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean `(D,)` and unbiased covariance `(D, D)` of features `(N, D)`, float64."""
-    return Moments().add(features).result()
+    return RunningMoments().add(features).result()
 
 
 def root(covariance: Tensor) -> Tensor:
-    """Symmetric square root of a positive semi-definite matrix; rounding below zero is cut off."""
+    """Symmetric square root of a positive semi-definite matrix; negative eigenvalues from rounding are set to zero."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """`||m1 - m2||^2 + tr C1 + tr C2 - 2 tr (C1^1/2 C2 C1^1/2)^1/2`, float64: the squared 2-Wasserstein distance
-    of two Gaussians.
+    """The squared 2-Wasserstein distance of two Gaussians, float64.
 
-    Both roots are of symmetric matrices, so eigenvalues suffice: no complex numbers, and singular covariances
-    (fewer samples than features) need no added diagonal. Means `(D,)`, covariances `(D, D)`.
-    Raises BadInput when the shapes disagree.
-    Reference: Dowson and Landau (1982); Heusel et al. 2017, 1706.08500.
+        ||m1 - m2||^2 + tr C1 + tr C2 - 2 tr (C1^1/2 C2 C1^1/2)^1/2
+
+    Both roots are of symmetric matrices, so eigenvalues suffice: no complex numbers, and singular covariances (fewer
+    samples than features) need no regularisation.
+
+    Args:
+        mean1, mean2: `(D,)`.
+        covariance1, covariance2: `(D, D)`.
+
+    Raises:
+        BadInput: if the shapes differ or values are not finite.
+
+    References:
+        Dowson, Landau 1982; Heusel et al. 2017, arXiv:1706.08500.
     """
     if mean1.shape != mean2.shape or covariance1.shape != covariance2.shape:
         raise BadInput(f"moments of width {len(mean1)} and {len(mean2)} are not of the same feature network")
     m1, c1, m2, c2 = (v.to("cpu", torch.float64) for v in (mean1, covariance1, mean2, covariance2))
-    check_finite("moments", m1, c1, m2, c2)
+    check_finite_rows("moments", m1, c1, m2, c2)
     return _distance(m1, c1, m2, torch.trace(c2), root(c2))
 
 
 def _distance(m1: Tensor, c1: Tensor, m2: Tensor, trace2: Tensor, root2: Tensor) -> float:
+    """The distance, given the trace and the root of the second covariance."""
     inner = root2 @ c1 @ root2
     cross = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
     return max(float((m1 - m2).square().sum() + torch.trace(c1) + trace2 - 2 * cross), 0.0)
@@ -94,16 +112,30 @@ def _distance(m1: Tensor, c1: Tensor, m2: Tensor, trace2: Tensor, root2: Tensor)
 def frechet_interval(
     features: Tensor, mean: Tensor, covariance: Tensor, repeats: int = 100, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap interval of the distance of `features` `(N, D)` to fixed reference moments, at `level` (0 to 1).
+    """Bootstrap interval of the distance of features to fixed reference moments: `d -+ z std(d*)`, at least 0.
 
-    The samples are redrawn with replacement `repeats` times; the interval is `d -+ z std(d*)`, cut at 0. It is
-    centred on the distance as measured, because a redrawn set repeats samples and so lies further away by about
-    as much as N samples lie too far already. It says how the value would move with other seeds at the SAME
-    sample count; it is not an interval for infinitely many samples (compare `floor` for that).
-    Reference: Efron and Tibshirani (1993), ch. 12.
+    It is centred on the measured distance, because a resampled set contains repeated samples and is biased upwards by
+    about as much as N samples already are. It is the interval over other seeds at the SAME sample count, not an
+    interval for infinitely many samples (compare the baseline `floor` for that).
+
+    Args:
+        features: `(N, D)`.
+        mean, covariance: of the reference, `(D,)` and `(D, D)`.
+        repeats: number of resampled sets, at least 2.
+        level: of the interval, in (0, 1).
+        seed: of the resampling.
+
+    Returns:
+        Low and high end.
+
+    Raises:
+        BadInput: for fewer than 2 repeats.
+
+    References:
+        Efron, Tibshirani 1993, chapter 12.
     """
     if repeats < 2:
-        raise BadInput(f"a bootstrap interval needs at least 2 repeats, asked for {repeats}")
+        raise BadInput(f"a bootstrap interval needs at least 2 repeats, got {repeats}")
     x = features.detach().to("cpu", torch.float64)
     m1, c1 = moments(x)
     x = x - m1

@@ -1,4 +1,4 @@
-"""The Inception-v3 of the published Fréchet inception distance."""
+"""The Inception-v3 network of the published Fréchet inception distance."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 Size = int | tuple[int, int]
 
 
-class _Conv(nn.Module):
-    """Convolution, batch normalisation (eps 1e-3), ReLU; names as in the published state dict."""
+class _ConvNormReLU(nn.Module):
+    """Convolution, batch normalisation (eps 1e-3), ReLU; attribute names as in the published state dict."""
 
     def __init__(self, channels: int, out: int, kernel: Size, stride: int = 1, padding: Size = 0) -> None:
         super().__init__()
@@ -21,15 +21,22 @@ class _Conv(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W) -> (B, out, H', W')`."""
         return F.relu(self.bn(self.conv(x)))
 
 
 class _Mixed(nn.Module):
-    """Branches that are concatenated. Each branch is a chain of layers by name; a tuple of names in a chain is a
-    split whose outputs are concatenated. `pool` is what the last branch sees: "avg" (padding not counted, as in
-    TensorFlow), "max", or "reduce" (stride 2, no convolution after it)."""
+    """Parallel branches, concatenated.
 
-    def __init__(self, chains: Sequence[Sequence[str | tuple[str, str]]], pool: str, **layers: _Conv) -> None:
+    Args:
+        chains: each branch is a chain of layers by name; a tuple of names in a chain is a fork with concatenated
+            outputs.
+        pool: of the last branch: "avg" (padding not counted, as in TensorFlow), "max", or "reduce" (stride 2, no
+            convolution after it).
+        layers: the layers by name.
+    """
+
+    def __init__(self, chains: Sequence[Sequence[str | tuple[str, str]]], pool: str, **layers: _ConvNormReLU) -> None:
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -56,59 +63,65 @@ class _Mixed(nn.Module):
 
 
 def _chain(stem: str, length: int) -> list[str | tuple[str, str]]:
+    """`stem_1` to `stem_length`."""
     return [f"{stem}_{i}" for i in range(1, length + 1)]
 
 
 def _along(length: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of a convolution along a row, and of one along a column."""
+    """Options of a convolution along rows, and of one along columns."""
     half = length // 2
     return {"kernel": (1, length), "padding": (0, half)}, {"kernel": (length, 1), "padding": (half, 0)}
 
 
 def _block_a(channels: int, pooled: int) -> _Mixed:
+    """A block at 35x35 pixels."""
     return _Mixed(
         [["branch1x1"], _chain("branch5x5", 2), _chain("branch3x3dbl", 3)], "avg",
-        branch1x1=_Conv(channels, 64, 1),
-        branch5x5_1=_Conv(channels, 48, 1), branch5x5_2=_Conv(48, 64, 5, padding=2),
-        branch3x3dbl_1=_Conv(channels, 64, 1), branch3x3dbl_2=_Conv(64, 96, 3, padding=1),
-        branch3x3dbl_3=_Conv(96, 96, 3, padding=1),
-        branch_pool=_Conv(channels, pooled, 1),
+        branch1x1=_ConvNormReLU(channels, 64, 1),
+        branch5x5_1=_ConvNormReLU(channels, 48, 1), branch5x5_2=_ConvNormReLU(48, 64, 5, padding=2),
+        branch3x3dbl_1=_ConvNormReLU(channels, 64, 1), branch3x3dbl_2=_ConvNormReLU(64, 96, 3, padding=1),
+        branch3x3dbl_3=_ConvNormReLU(96, 96, 3, padding=1),
+        branch_pool=_ConvNormReLU(channels, pooled, 1),
     )  # fmt: skip
 
 
 def _block_b(channels: int) -> _Mixed:
+    """A block at 35x35 to 17x17 pixels."""
     return _Mixed(
         [["branch3x3"], _chain("branch3x3dbl", 3)], "reduce",
-        branch3x3=_Conv(channels, 384, 3, 2),
-        branch3x3dbl_1=_Conv(channels, 64, 1), branch3x3dbl_2=_Conv(64, 96, 3, padding=1),
-        branch3x3dbl_3=_Conv(96, 96, 3, 2),
+        branch3x3=_ConvNormReLU(channels, 384, 3, 2),
+        branch3x3dbl_1=_ConvNormReLU(channels, 64, 1), branch3x3dbl_2=_ConvNormReLU(64, 96, 3, padding=1),
+        branch3x3dbl_3=_ConvNormReLU(96, 96, 3, 2),
     )  # fmt: skip
 
 
 def _block_c(channels: int, inner: int) -> _Mixed:
+    """A block at 17x17 pixels."""
     row, column = _along(7)
     return _Mixed(
         [["branch1x1"], _chain("branch7x7", 3), _chain("branch7x7dbl", 5)], "avg",
-        branch1x1=_Conv(channels, 192, 1),
-        branch7x7_1=_Conv(channels, inner, 1), branch7x7_2=_Conv(inner, inner, **row),
-        branch7x7_3=_Conv(inner, 192, **column),
-        branch7x7dbl_1=_Conv(channels, inner, 1), branch7x7dbl_2=_Conv(inner, inner, **column),
-        branch7x7dbl_3=_Conv(inner, inner, **row), branch7x7dbl_4=_Conv(inner, inner, **column),
-        branch7x7dbl_5=_Conv(inner, 192, **row),
-        branch_pool=_Conv(channels, 192, 1),
+        branch1x1=_ConvNormReLU(channels, 192, 1),
+        branch7x7_1=_ConvNormReLU(channels, inner, 1), branch7x7_2=_ConvNormReLU(inner, inner, **row),
+        branch7x7_3=_ConvNormReLU(inner, 192, **column),
+        branch7x7dbl_1=_ConvNormReLU(channels, inner, 1), branch7x7dbl_2=_ConvNormReLU(inner, inner, **column),
+        branch7x7dbl_3=_ConvNormReLU(inner, inner, **row), branch7x7dbl_4=_ConvNormReLU(inner, inner, **column),
+        branch7x7dbl_5=_ConvNormReLU(inner, 192, **row),
+        branch_pool=_ConvNormReLU(channels, 192, 1),
     )  # fmt: skip
 
 
 def _block_d(channels: int) -> _Mixed:
+    """A block at 17x17 to 8x8 pixels."""
     return _Mixed(
         [_chain("branch3x3", 2), _chain("branch7x7x3", 4)], "reduce",
-        branch3x3_1=_Conv(channels, 192, 1), branch3x3_2=_Conv(192, 320, 3, 2),
-        branch7x7x3_1=_Conv(channels, 192, 1), branch7x7x3_2=_Conv(192, 192, (1, 7), padding=(0, 3)),
-        branch7x7x3_3=_Conv(192, 192, (7, 1), padding=(3, 0)), branch7x7x3_4=_Conv(192, 192, 3, 2),
+        branch3x3_1=_ConvNormReLU(channels, 192, 1), branch3x3_2=_ConvNormReLU(192, 320, 3, 2),
+        branch7x7x3_1=_ConvNormReLU(channels, 192, 1), branch7x7x3_2=_ConvNormReLU(192, 192, (1, 7), padding=(0, 3)),
+        branch7x7x3_3=_ConvNormReLU(192, 192, (7, 1), padding=(3, 0)), branch7x7x3_4=_ConvNormReLU(192, 192, 3, 2),
     )  # fmt: skip
 
 
 def _block_e(channels: int, pool: str) -> _Mixed:
+    """A block at 8x8 pixels."""
     row, column = _along(3)
     return _Mixed(
         [
@@ -117,35 +130,40 @@ def _block_e(channels: int, pool: str) -> _Mixed:
             ["branch3x3dbl_1", "branch3x3dbl_2", ("branch3x3dbl_3a", "branch3x3dbl_3b")],
         ],
         pool,
-        branch1x1=_Conv(channels, 320, 1),
-        branch3x3_1=_Conv(channels, 384, 1),
-        branch3x3_2a=_Conv(384, 384, **row), branch3x3_2b=_Conv(384, 384, **column),
-        branch3x3dbl_1=_Conv(channels, 448, 1), branch3x3dbl_2=_Conv(448, 384, 3, padding=1),
-        branch3x3dbl_3a=_Conv(384, 384, **row), branch3x3dbl_3b=_Conv(384, 384, **column),
-        branch_pool=_Conv(channels, 192, 1),
+        branch1x1=_ConvNormReLU(channels, 320, 1),
+        branch3x3_1=_ConvNormReLU(channels, 384, 1),
+        branch3x3_2a=_ConvNormReLU(384, 384, **row), branch3x3_2b=_ConvNormReLU(384, 384, **column),
+        branch3x3dbl_1=_ConvNormReLU(channels, 448, 1), branch3x3dbl_2=_ConvNormReLU(448, 384, 3, padding=1),
+        branch3x3dbl_3a=_ConvNormReLU(384, 384, **row), branch3x3dbl_3b=_ConvNormReLU(384, 384, **column),
+        branch_pool=_ConvNormReLU(channels, 192, 1),
     )  # fmt: skip
 
 
 def resize_matrix(source: int, target: int) -> Tensor:
-    """`(target, source)` matrix of TensorFlow 1's `resize_bilinear`: target pixel i reads source coordinate
-    `i * source / target` (no half-pixel centre, no antialiasing), clamped at the last pixel."""
+    """`(target, source)` matrix of TensorFlow 1's `resize_bilinear`.
+
+    Target pixel i reads source coordinate `i * source / target` (no half-pixel centre, no antialiasing), clamped at the
+    last pixel.
+    """
     position = torch.arange(target, dtype=torch.float64) * (source / target)
     low = position.floor().long().clamp(max=source - 1)
     matrix = torch.zeros(target, source, dtype=torch.float64)
-    rows, part = torch.arange(target), position - low
-    matrix.index_put_((rows, low), 1 - part, accumulate=True)
-    matrix.index_put_((rows, (low + 1).clamp(max=source - 1)), part, accumulate=True)
+    rows, fraction = torch.arange(target), position - low
+    matrix.index_put_((rows, low), 1 - fraction, accumulate=True)
+    matrix.index_put_((rows, (low + 1).clamp(max=source - 1)), fraction, accumulate=True)
     return matrix
 
 
 class Inception(nn.Module):
     """Images `(B, 1 or 3, H, W)` in [-1, 1] -> pooled features `(B, 2048)`, logits `(B, 1008)` without their bias.
 
-    Built to take `pt_inception-2015-12-05-6726825d.pth`, the original TensorFlow weights as converted for
-    PyTorch by M. Seitzer, and to follow the original graph: TensorFlow 1's bilinear resize to 299x299, pixels as
-    `(u - 128) / 128`, average pools that do not count padding, a max pool in the last block, and (for the
-    inception score) logits without bias.
-    Reference: Szegedy et al. 2015, 1512.00567; Heusel et al. 2017, 1706.08500.
+    For the weights `pt_inception-2015-12-05-6726825d.pth`, the original TensorFlow weights as converted for PyTorch by
+    M. Seitzer. It follows the original graph: TensorFlow 1's bilinear resize to 299x299, pixels as `(u - 128) / 128`,
+    average pools that do not count padding, a max pool in the last block, and (for the inception score) logits without
+    bias.
+
+    References:
+        Szegedy et al. 2015, arXiv:1512.00567; Heusel et al. 2017, arXiv:1706.08500.
     """
 
     name = "inception"
@@ -153,11 +171,11 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = _Conv(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = _Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = _Conv(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = _Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = _Conv(80, 192, 3)
+        self.Conv2d_1a_3x3 = _ConvNormReLU(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = _ConvNormReLU(32, 32, 3)
+        self.Conv2d_2b_3x3 = _ConvNormReLU(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = _ConvNormReLU(64, 80, 1)
+        self.Conv2d_4a_3x3 = _ConvNormReLU(80, 192, 3)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _block_a(192, 32), _block_a(256, 64), _block_a(288, 64)
         self.Mixed_6a = _block_b(288)
         self.Mixed_6b, self.Mixed_6c = _block_c(768, 128), _block_c(768, 160)
@@ -167,6 +185,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features `(B, 2048)` and logits `(B, 1008)`."""
         x = ((images.expand(-1, 3, -1, -1) + 1) * 127.5 - 128) / 128
         if x.shape[-2:] != (299, 299):
             rows, columns = (resize_matrix(n, 299).to(x) for n in x.shape[-2:])

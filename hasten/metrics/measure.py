@@ -1,4 +1,4 @@
-"""A measured number with everything needed to read it."""
+"""A measured value with its provenance."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from ..errors import BadInput
 
 @dataclass(frozen=True)
 class Measure:
-    """One quality figure.
+    """One quality metric.
 
-    name: what was measured, e.g. "frechet". value: the figure.
-    features, reference: feature network and reference split; figures that differ in either never share a table.
-    count, reference_count: samples on each side.
-    floor: the same figure for real training images of the same count (None: not known). It is what a perfect
-        generator would get, not 0 (or 1).
-    seeds: noise seeds of the samples, as ranges ("0-1999"), or "not given".
-    interval: 95 % interval (low, high) at this count, or None. spread: deviation over subsets or splits, or None.
-    better: "lower" or "higher".
+    Args:
+        name: of the metric, such as "frechet".
+        value: of the metric.
+        features, reference: feature network and reference split; values that differ in either are not comparable.
+        count, reference_count: samples on each side.
+        floor: the real-data baseline, the same metric for real training images of the same count; None: unknown. It is
+            what a perfect generator would get, not 0 (or 1).
+        seeds: noise seeds of the samples, as ranges ("0-1999"), or "not given".
+        interval: 95 % interval (low, high) at this count, or None.
+        spread: standard deviation over subsets or splits, or None.
+        better: "lower" or "higher".
     """
 
     name: str
@@ -41,17 +44,18 @@ class Measure:
 
     @property
     def floors(self) -> float | None:
-        """The value as a multiple of its floor; None without a positive floor."""
+        """The value as a multiple of its real-data baseline; None without a positive one."""
         return self.value / self.floor if self.floor is not None and self.floor > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `Measure.from_dict` reads it back."""
+        """JSON values, the input of `Measure.from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Measure:
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - known):
+        """The measure that `to_dict` wrote; raises BadInput for other fields."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(data) - fields):
             raise BadInput(f"a measure has no field {', '.join(unknown)}")
         try:
             return cls(**{**data, "interval": tuple(data["interval"]) if data.get("interval") else None})
@@ -68,8 +72,8 @@ class Measure:
         )
 
 
-def check_finite(what: str, *values: Tensor) -> None:
-    """Raises BadInput where a row of `values`, each (N, ...), holds NaN or infinity: a figure of it would be none."""
+def check_finite_rows(what: str, *values: Tensor) -> None:
+    """Raise BadInput if a row of `values`, each (N, ...), contains NaN or infinity; `what` names the rows."""
     for value in values:
         bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum())
         if bad:
@@ -82,10 +86,10 @@ def spell_seeds(seeds: Iterable[int] | str | None) -> str:
         return "not given"
     if isinstance(seeds, str):
         return seeds
-    parts: list[list[int]] = []
+    ranges: list[list[int]] = []
     for seed in sorted({int(s) for s in seeds}):
-        if parts and seed == parts[-1][1] + 1:
-            parts[-1][1] = seed
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
         else:
-            parts.append([seed, seed])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+            ranges.append([seed, seed])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)

@@ -1,4 +1,4 @@
-"""Fidelity and diversity apart: improved precision and recall, density and coverage."""
+"""Fidelity and diversity separately: improved precision and recall, density and coverage."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .measure import check_finite
+from .measure import check_finite_rows
 
 BLOCK = 2048
 
 
 @dataclass(frozen=True)
 class Manifold:
-    """The four numbers; precision, recall and coverage lie in [0, 1], density may exceed 1."""
+    """The four metrics; precision, recall and coverage are in [0, 1], density may exceed 1."""
 
     precision: float
     recall: float
@@ -24,7 +24,7 @@ class Manifold:
 
 
 def radii(features: Tensor, k: int) -> Tensor:
-    """Distance of each of `(N, D)` to its k-th nearest other sample, `(N,)`."""
+    """Distance `(N,)` of each row of `(N, D)` to its k-th nearest other row; raises BadInput if there is none."""
     if not 1 <= k < len(features):
         raise BadInput(f"{len(features)} samples have no {k}-th neighbour")
     out = []
@@ -37,22 +37,33 @@ def radii(features: Tensor, k: int) -> Tensor:
 
 
 def manifold(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> Manifold:
-    """Precision, recall, density and coverage of generated features `fake` `(N, D)` against `real` `(M, D)`.
+    """Precision, recall, density and coverage of generated features.
 
     With `r_k(x)` the distance of x to its k-th nearest neighbour in its own set:
-    precision = share of fake samples within `r_k` of some real sample; recall = share of real samples within
-    `r_k` of some fake sample (k = 3); density = mean number of real balls (k_density = 5) over a fake sample,
-    divided by k_density; coverage = share of real balls with a fake sample in them.
-    All four depend on M and N: compare equal counts only. Raises BadInput when a set has no k-th neighbour.
-    Reference: Kynkäänniemi et al. 2019, 1904.06991; Naeem et al. 2020, 2002.09797.
+    precision = fraction of generated samples within `r_k` of some real sample; recall = fraction of real samples within
+    `r_k` of some generated sample; density = mean number of real balls of radius `r_k_density` that contain a generated
+    sample, divided by k_density; coverage = fraction of these balls that contain a generated sample.
+    All four depend on M and N: compare equal counts only.
+
+    Args:
+        real: features `(M, D)`.
+        fake: generated features `(N, D)`.
+        k: neighbours for precision and recall.
+        k_density: neighbours for density and coverage.
+
+    Raises:
+        BadInput: if a set has no k-th neighbour, the widths differ or values are not finite.
+
+    References:
+        Kynkäänniemi et al. 2019, arXiv:1904.06991; Naeem et al. 2020, arXiv:2002.09797.
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise BadInput(f"features {tuple(real.shape)} and {tuple(fake.shape)} are not of the same feature network")
-    check_finite("features", real, fake)
-    centre = real.double().mean(dim=0)  # the distances come from products: centring keeps their digits
+    check_finite_rows("features", real, fake)
+    centre = real.double().mean(dim=0)  # distances come from products: centring avoids cancellation
     real, fake = ((v.double() - centre).float().cpu() for v in (real, fake))
     real_radius, fake_radius = radii(real, k), radii(fake, k)
-    wide_radius = real_radius if k_density == k else radii(real, k_density)
+    density_radius = real_radius if k_density == k else radii(real, k_density)
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
     precise, balls = 0, 0
@@ -60,7 +71,7 @@ def manifold(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> Mani
         distance = torch.cdist(real, fake[start : start + BLOCK])
         precise += int((distance <= real_radius[:, None]).any(dim=0).sum())
         recalled |= (distance <= fake_radius[start : start + BLOCK]).any(dim=1)
-        inside = distance <= wide_radius[:, None]
+        inside = distance <= density_radius[:, None]
         balls += int(inside.sum())
         covered |= inside.any(dim=1)
     return Manifold(

@@ -1,4 +1,4 @@
-"""Statistics of real images that samples are compared with, as a folder of two files."""
+"""Reference statistics of real images, as a folder of two files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, NonFinite, nearest
-from ..files import sha256, write_whole
+from ..files import sha256, write_atomic
 from .frechet import moments
 from .inception_score import class_accuracy, inception_score
 
@@ -24,13 +24,18 @@ CARD = "features.json"
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images seen through one feature network.
+    """Statistics of real images in one feature space.
 
-    name, split: what they are; features: the network's name (see `features.net_name`); count: images behind
-    `mean (D,)` and `covariance (D, D)`, float64.
-    sample: features `(M, D)` float32 of M of them in random order, for kernel and neighbour metrics.
-    histogram: images per class, empty when unlabelled. accuracy: the classifier's own on these images, or None.
-    floor: {metric: {n: value}}, what n real training images get against this reference.
+    Args:
+        name, split: of the images.
+        features: name of the feature network (see `features.net_name`).
+        count: number of images.
+        mean: `(D,)` float64.
+        covariance: `(D, D)` float64.
+        sample: features `(M, D)` float32 of M of them in random order, for kernel and neighbour metrics.
+        histogram: images per class, empty without labels.
+        accuracy: the classifier's own on these images, or None.
+        floor: the real-data baseline {metric: {n: value}}: the metrics of n real training images.
     """
 
     name: str
@@ -45,9 +50,11 @@ class Reference:
     floor: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     def floor_at(self, metric: str, n: int) -> float | None:
-        """The floor of `metric` at n samples: linear in 1/n between the counts in the table, and along the same
-        line beyond them (down to half the least and up to twice the most); a lone entry holds for every n.
-        None where nothing is known."""
+        """The real-data baseline of a metric at n samples; None if unknown.
+
+        Linear in 1/n between the counts in the table, extrapolated down to half the smallest and up to twice the
+        largest; a single entry is used for every n.
+        """
         table = sorted((int(k), v) for k, v in self.floor.get(metric, {}).items())
         if len(table) == 1:
             return table[0][1]
@@ -59,36 +66,57 @@ class Reference:
 
 
 def make_reference(
-    features: Tensor, name: str, split: str, net: str, labels: Tensor | None = None, logits: Tensor | None = None,
-    keep: int = 10_000, seed: int = 0,
-) -> Reference:  # fmt: skip
-    """Reference from the features `(N, D)` of real images; `net` names the feature network.
+    features: Tensor,
+    name: str,
+    split: str,
+    net: str,
+    labels: Tensor | None = None,
+    logits: Tensor | None = None,
+    keep: int = 10_000,
+    seed: int = 0,
+) -> Reference:
+    """Reference statistics from the features of real images.
 
-    `keep` of them (random, by `seed`) are kept for kernel and neighbour metrics, rounded as stored (`narrow`). With
-    logits `(N, K)` and labels `(N,)` over the same K classes, inception score and accuracy of these images become
-    the floors of those two; the other floors need further real images (`evaluate.floor_table`).
+    With logits and labels over the same K classes, inception score and accuracy of these images become the baseline of
+    these two metrics; the other baselines need further real images (`evaluate.floor_table`).
+
+    Args:
+        features: `(N, D)`.
+        name, split: of the images.
+        net: name of the feature network.
+        labels: `(N,)` or None.
+        logits: `(N, K)` or None.
+        keep: how many rows to store for kernel and neighbour metrics, chosen at random, rounded as in the file.
+        seed: of that choice.
     """
     mean, covariance = moments(features)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:keep]
     histogram = () if labels is None else tuple(int(n) for n in torch.bincount(labels))
-    right, floor = None, {}
+    accuracy, floor = None, {}
     if logits is not None:
         floor["inception_score"] = {len(logits): inception_score(logits)[0]}
         if labels is not None and logits.shape[1] == len(histogram):
-            right = class_accuracy(logits, labels)[0]
-            floor["accuracy"] = {len(logits): right}
+            accuracy = class_accuracy(logits, labels)[0]
+            floor["accuracy"] = {len(logits): accuracy}
     sample = narrow(features[order]).float()
-    return Reference(name, split, net, len(features), mean, covariance, sample, histogram, right, floor)
+    return Reference(name, split, net, len(features), mean, covariance, sample, histogram, accuracy, floor)
 
 
 def narrow(sample: Tensor) -> Tensor:
-    """Features as they are stored: float16, but float32 where float16 would overflow."""
+    """Features in the dtype of the file: float16, or float32 if float16 would overflow."""
     return sample.half() if float(sample.abs().max()) <= torch.finfo(torch.float16).max else sample.float()
 
 
 def save_reference(reference: Reference, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Write `reference.safetensors` and `features.json` (with `extra`) into `folder`; other files there that the
-    json names (the network's weights) keep their entries."""
+    """Write `reference.safetensors` and `features.json` into a folder.
+
+    Entries of other files in an existing `features.json` (the network's weights) are preserved.
+
+    Args:
+        reference: the statistics.
+        folder: created if it does not exist.
+        extra: further entries of `features.json`.
+    """
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -102,7 +130,7 @@ def save_reference(reference: Reference, folder: str | Path, extra: Mapping[str,
     data, old = save(tensors), card.get("files", {}).get("reference", "reference.safetensors")
     digest = hashlib.sha256(data).hexdigest()
     name = old if card["sha256"].get(old) in (None, digest) else f"reference-{digest[:8]}.safetensors"
-    write_whole(folder / name, data)  # the old file stays until the card names the new one
+    write_atomic(folder / name, data)  # the old file is needed until the card names the new one
     card["sha256"] = {key: value for key, value in card["sha256"].items() if key != old} | {name: digest}
     if name != "reference.safetensors":
         card["files"] = {**card.get("files", {}), "reference": name}
@@ -115,9 +143,14 @@ def save_reference(reference: Reference, folder: str | Path, extra: Mapping[str,
 
 
 def reference(which: str | Path) -> Reference:
-    """The reference bundled under a name ("fashion"), or the one that lies in a folder.
+    """Load reference statistics.
 
-    Raises BadInput for an unknown name, a missing or damaged file, or a hash that does not match.
+    Args:
+        which: a bundled name ("fashion") or a folder.
+
+    Raises:
+        BadInput: for an unknown name, a missing or damaged file, or a hash that does not match.
+        NonFinite: for statistics that are not finite.
     """
     folder = BUNDLED.get(str(which), Path(which))
     if not folder.is_dir():
@@ -130,15 +163,23 @@ def reference(which: str | Path) -> Reference:
         r = card["reference"]
         floor = {m: {int(n): float(v) for n, v in t.items()} for m, t in r["floor"].items()}
         return Reference(
-            r["name"], r["split"], r["features"], int(r["count"]), tensors["mean"], tensors["covariance"],
-            tensors["sample"].float(), tuple(r["histogram"]), r["accuracy"], floor,
-        )  # fmt: skip
+            name=r["name"],
+            split=r["split"],
+            features=r["features"],
+            count=int(r["count"]),
+            mean=tensors["mean"],
+            covariance=tensors["covariance"],
+            sample=tensors["sample"].float(),
+            histogram=tuple(r["histogram"]),
+            accuracy=r["accuracy"],
+            floor=floor,
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{folder / CARD} does not describe reference statistics: {error!r}") from None
 
 
 def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Tensors of `folder/stem.safetensors`, after its sha256 was compared with the one in `features.json`."""
+    """Load the tensors of `folder/stem.safetensors`; raises BadInput if its sha256 is not that in `features.json`."""
     card = _read_card(folder)
     path = folder / str(card.get("files", {}).get(stem, f"{stem}.safetensors"))
     expected = card["sha256"].get(path.name)
@@ -146,19 +187,20 @@ def load_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
         raise BadInput(f"{path} is missing")
     if expected is None:
         raise BadInput(f"{folder / CARD} has no sha256 of {path.name}")
-    if (found := sha256(path)) != expected:
-        raise BadInput(f"{path} is damaged or was replaced: sha256 {found[:12]}, expected {expected[:12]}")
+    if (actual := sha256(path)) != expected:
+        raise BadInput(f"{path} is damaged or was replaced: sha256 {actual[:12]}, expected {expected[:12]}")
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write `features.json`, whole or not at all."""
-    write_whole(folder / CARD, json.dumps(card, indent=1) + "\n")
+    """Write `features.json` atomically."""
+    write_atomic(folder / CARD, json.dumps(card, indent=1) + "\n")
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
+    """Read `features.json`; raises BadInput if it is missing or not of format 1."""
     path = folder / CARD
     try:
         card = json.loads(path.read_text(encoding="utf-8"))

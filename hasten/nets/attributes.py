@@ -1,4 +1,4 @@
-"""What the middle features of a denoising network say about the image that is coming."""
+"""Classifiers that predict attributes of the final image from the middle features of a denoising network."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def pooled(middle: Tensor, pool: int) -> Tensor:
-    """Middle features (B, C, h, w) averaged over pool x pool parts (0: as they are), (B, D) float32."""
+def pool_features(middle: Tensor, pool: int) -> Tensor:
+    """Average middle features (B, C, h, w) over a pool x pool grid (0: no pooling): (B, D) float32."""
     middle = middle.float()
     return (F.adaptive_avg_pool2d(middle, pool) if pool else middle).flatten(1)
 
 
 class Attributes(nn.Module):
-    """Linear classifiers of middle features, whose weights move with time: `(B, C, h, w), t -> logits (B, K)`.
+    """Time-dependent linear classifiers of middle features: `(B, C, h, w), t -> logits (B, K)`.
 
     `logits = W(t) pool(middle) + b(t)`, with W and b linear in t between the knots and constant beyond them; float32
-    whatever the precision around. Several attributes, each with its own number of classes, are read side by side.
+    in any autocast. There are several attributes, each with its own number of classes. With `means`, also the mean
+    features of each class, unpooled and interpolated in the same way.
 
-    Beside them, where `means`, the mean features of each class, unpooled and linear in t in the same way.
+    Args:
+        shape: (C, h, w) of the middle features.
+        classes: number of classes of each attribute by name, at least 2.
+        times: the knots, increasing, in [0, 1].
+        pool: the classifiers read features averaged over a pool x pool grid; 0: not averaged.
+        means: store the mean features of each class.
 
-    shape: (C, h, w) of the middle features. classes: number of classes of each attribute by name, at least 2.
-    times: the knots, increasing, in [0, 1]. pool: the classifiers read features that are averaged over pool x pool
-    parts of the map; 0: not averaged.
+    Raises:
+        ValueError: for shapes, class counts or knots that are not valid.
 
-    Reference: Parihar et al. 2024, arXiv:2402.18206 (there: one classifier for every sampling step).
+    References:
+        Parihar et al. 2024, arXiv:2402.18206 (there: one classifier per sampling step).
     """
 
     def __init__(
@@ -48,9 +54,12 @@ class Attributes(nn.Module):
         if not self.times or list(self.times) != sorted(set(self.times)):
             raise ValueError(f"attributes need increasing times, got {self.times}")
         self.config = {
-            "shape": list(self.shape), "classes": self.classes, "times": list(self.times), "pool": pool,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "times": list(self.times),
+            "pool": pool,
             "means": means,
-        }  # fmt: skip
+        }
         C, h, w = self.shape
         width = C * pool * pool if pool else C * h * w
         knots = len(self.times)
@@ -61,44 +70,42 @@ class Attributes(nn.Module):
         )
 
     def blend(self, t: Tensor) -> Tensor:
-        """How much each knot counts at the times `t` (n,): (n, T) float32, rows that sum to 1."""
+        """Interpolation weights of the knots at the times `t` (n,): (n, T) float32, rows that sum to 1."""
         knots = torch.tensor(self.times, dtype=torch.float64)
         t = t.detach().cpu().double().clamp(knots[0], knots[-1])
         if len(knots) == 1:
             return torch.ones(len(t), 1)
         i = torch.searchsorted(knots, t, right=True).clamp(1, len(knots) - 1)
-        share = (t - knots[i - 1]) / (knots[i] - knots[i - 1])
+        fraction = (t - knots[i - 1]) / (knots[i] - knots[i - 1])
         out = torch.zeros(len(t), len(knots), dtype=torch.float64)
-        out.scatter_(1, (i - 1)[:, None], 1 - share[:, None])
-        return out.scatter_(1, i[:, None], share[:, None]).float()
+        out.scatter_(1, (i - 1)[:, None], 1 - fraction[:, None])
+        return out.scatter_(1, i[:, None], fraction[:, None]).float()
 
     def at(self, name: str, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The classifier of one attribute at one time, as it acts on the flattened middle: (K, C h w) and (K,)."""
+        """Weight (K, C h w) and bias (K,) of one attribute's classifier at one time, for flattened middle features."""
         W, b = self.weight[name].float(), self.bias[name].float()
-        share = self.blend(torch.as_tensor(t, dtype=torch.float64).reshape(1))[0].to(W.device)
-        W, b = torch.einsum("t,tkd->kd", share, W), share @ b
+        weights = self.blend(torch.as_tensor(t, dtype=torch.float64).reshape(1))[0].to(W.device)
+        W, b = torch.einsum("t,tkd->kd", weights, W), weights @ b
         C, h, w = self.shape
         if not self.pool:
             return W, b
-        # averaging is linear: what it does to each pixel of an (h, w) map, as (pool^2, h w)
+        # pooling is linear: its matrix (pool^2, h w) from its effect on each pixel of an (h, w) map
         pixels = torch.eye(h * w, device=W.device).reshape(h * w, 1, h, w)
         averages = F.adaptive_avg_pool2d(pixels, self.pool).reshape(h * w, -1).T
         return (W.reshape(-1, C, self.pool**2) @ averages).reshape(len(W), -1), b
 
     def towards(self, name: str, t: Tensor | float) -> Tensor:
-        """Mean features of each class at one time, less the average of these: (K, C h w) float32."""
+        """Mean features of each class at one time, minus their average: (K, C h w) float32."""
         mean = self.mean[name].float()
-        share = self.blend(torch.as_tensor(t, dtype=torch.float64).reshape(1))[0].to(mean.device)
-        mean = torch.einsum("t,tkd->kd", share, mean)
+        weights = self.blend(torch.as_tensor(t, dtype=torch.float64).reshape(1))[0].to(mean.device)
+        mean = torch.einsum("t,tkd->kd", weights, mean)
         return mean - mean.mean(0)
 
     def forward(self, middle: Tensor, t: Tensor | float, name: str) -> Tensor:
-        """Logits (B, K) of an attribute; t () or (B,)."""
+        """Logits (B, K) of the attribute `name` for middle features (B, C, h, w) at times t, () or (B,)."""
         with torch.autocast(middle.device.type, enabled=False):
             t = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
-            share = self.blend(t).to(middle.device).expand(len(middle), -1)
-            each = (
-                torch.einsum("bd,tkd->btk", pooled(middle, self.pool), self.weight[name].float())
-                + self.bias[name].float()
-            )
-            return torch.einsum("bt,btk->bk", share, each)
+            weights = self.blend(t).to(middle.device).expand(len(middle), -1)
+            features = pool_features(middle, self.pool)
+            logits = torch.einsum("bd,tkd->btk", features, self.weight[name].float()) + self.bias[name].float()
+            return torch.einsum("bt,btk->bk", weights, logits)

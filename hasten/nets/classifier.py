@@ -1,4 +1,4 @@
-"""A small classifier whose features a distiller looks through; another network than the one that judges."""
+"""A small classifier for feature losses of distillers; not the network that samples are evaluated with."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Samples (B, *S) to features (B, 4 width) and logits (B, classes), both float32.
+    """Samples (B, *S) -> features (B, 4 width) and logits (B, classes), both float32.
 
-    Images (C, H, W): three scales, each a strided 3x3 convolution (the first not strided) and a residual block; the
-    features are the mean over the pixels of the last map. Other shapes: a perceptron of two layers on all numbers, the
-    features its last activations. SiLU and GroupNorm throughout: smooth in the sample, and no statistics of a batch.
+    Images (C, H, W): three scales, each a 3x3 convolution (of stride 2 from the second on) and a residual block; the
+    features are the mean over the pixels of the last map. Other shapes: a two-layer perceptron, the features its last
+    activations. SiLU and GroupNorm throughout: smooth in the sample, without batch statistics.
 
-    shape: S. classes: at least 1. width: channels of the finest scale.
+    Args:
+        shape: S.
+        classes: at least 1.
+        width: channels of the finest scale.
+
+    Raises:
+        ValueError: for an empty shape, or no classes or width.
     """
 
     def __init__(self, shape: Sequence[int], classes: int, width: int = 32) -> None:
@@ -43,24 +49,26 @@ class Classifier(nn.Module):
         self.classes = classes
         if len(shape) == 3:
             layers: list[nn.Module] = []
-            before = shape[0]
+            in_channels = shape[0]
             for scale in range(3):
                 channels = width * 2**scale
-                layers += [nn.Conv2d(before, channels, 3, stride=1 if scale == 0 else 2, padding=1), Residual(channels)]
-                before = channels
-            layers += [group_norm(before), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+                stride = 1 if scale == 0 else 2
+                layers += [nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1), Residual(channels)]
+                in_channels = channels
+            layers += [group_norm(in_channels), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         else:
-            inside = int(torch.Size(shape).numel())
-            layers = [nn.Flatten(), nn.Linear(inside, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU()]
+            size = int(torch.Size(shape).numel())
+            layers = [nn.Flatten(), nn.Linear(size, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(4 * width, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the last linear layer reads, (B, 4 width)."""
-        with torch.autocast(x.device.type, enabled=False):  # what is compared must not be rounded to half precision
+        """The input of the last linear layer, (B, 4 width) float32."""
+        with torch.autocast(x.device.type, enabled=False):  # features that are compared need full precision
             return self.trunk(x.float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, 4 width) and logits (B, classes)."""
         features = self.features(x)
         with torch.autocast(x.device.type, enabled=False):
             return features, self.head(features)

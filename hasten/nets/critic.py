@@ -1,4 +1,4 @@
-"""Critics: networks that tell real samples from made ones, from scratch or on the features of a frozen denoiser."""
+"""Critics: discriminators of real and generated samples, from scratch or on the features of a frozen denoiser."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .layers import TimeFeatures, group_norm, zero
 
-LAST = ("conv_out", "out", "proj_out", "proj_out_2", "final")  # what the last layer of a network may be called
+LAST = ("conv_out", "out", "proj_out", "proj_out_2", "final")  # attribute names of the last layer of a network
 
 
 class Condition(nn.Module):
-    """The vector (B, width) that tells a critic the time t, () or (B,) in [0, 1], and the class, (B,) or None.
+    """A critic's embedding (B, width) of the time t, () or (B,) in [0, 1], and the class, (B,) or None.
 
-    classes: 0 for none; label `classes` is "no class", and `label=None` means that for all.
+    Args:
+        classes: 0 for none; label `classes` is the null class, and `label=None` is the null class for all.
+        width: even.
     """
 
     def __init__(self, classes: int, width: int) -> None:
@@ -31,28 +33,35 @@ class Condition(nn.Module):
         self.label = nn.Embedding(classes + 1, width) if classes else None
 
     def forward(self, n: int, t: Tensor | float, label: Tensor | None = None) -> Tensor:
-        weight = self.time[1].weight
+        """The embedding of n samples."""
+        device = next(self.parameters()).device
         if not isinstance(t, Tensor):
-            t = torch.full((n,), float(t), device=weight.device)
-        emb = self.time(t.to(weight.device, torch.float32).expand(n))
+            t = torch.full((n,), float(t), device=device)
+        emb = self.time(t.to(device, torch.float32).expand(n))
         if self.label is None:
             return emb
         if label is None:
-            label = torch.full((n,), self.classes, dtype=torch.long, device=weight.device)
+            label = torch.full((n,), self.classes, dtype=torch.long, device=device)
         return emb + self.label(label)
 
 
 class FeatureHeads(nn.Module):
-    """One convolutional head a feature map: `[(B, C_k, h_k, w_k), ...], t, (B,) -> logits (B, M)`.
+    """One convolutional head per feature map: `[(B, C_k, h_k, w_k), ...], t, (B,) -> logits (B, M)`.
 
     A head is a 4x4 convolution of stride 2, GroupNorm and SiLU, h of `width` channels, and the map of logits
 
-        logit = conv3x3(h) + <P c, h> / sqrt(width)                  c: time and class
+        logit = conv3x3(h) + <P c, h> / sqrt(width)                  c: embedding of time and class
 
-    M is the number of all the pixels of all the maps. The inner product is the projection of Miyato, Koyama 2018,
-    1802.05637; heads on a diffusion network's own features: Sauer et al. 2024, 2403.12015.
+    M is the total number of pixels of the maps.
 
-    channels: C_k of each map. classes: 0 for none. width: even.
+    Args:
+        channels: C_k of each map.
+        classes: 0 for none.
+        width: even.
+
+    References:
+        Miyato, Koyama 2018, arXiv:1802.05637 (the projection); Sauer et al. 2024, arXiv:2403.12015 (heads on a
+        diffusion network's features).
     """
 
     def __init__(self, channels: Sequence[int], classes: int = 0, width: int = 64) -> None:
@@ -65,51 +74,63 @@ class FeatureHeads(nn.Module):
         self.project = nn.ModuleList(nn.Linear(width, width) for _ in channels)
 
     def forward(self, features: Sequence[Tensor], t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """Logits (B, M)."""
         c = self.condition(len(features[0]), t, label)
         logits = []
         for feature, body, out, project in zip(features, self.body, self.out, self.project, strict=True):
-            h = body(feature if feature.itemsize >= 4 else feature.float())  # of a network in half precision
-            along = (project(c)[:, :, None, None] * h).sum(1, keepdim=True) / math.sqrt(h.shape[1])
-            logits.append((out(h) + along).flatten(1))
+            h = body(feature if feature.itemsize >= 4 else feature.float())  # features in half precision
+            projection = (project(c)[:, :, None, None] * h).sum(1, keepdim=True) / math.sqrt(h.shape[1])
+            logits.append((out(h) + projection).flatten(1))
         return torch.cat(logits, 1)
 
 
 class PointCritic(nn.Module):
-    """A perceptron for points: `[(B, D_k), ...], t, (B,) -> logits (B, 1)`; it also takes one tensor (B, *S).
+    """A perceptron for points: `[(B, D_k), ...], t, (B,) -> logits (B, 1)`; also takes one tensor (B, *S).
 
-    size: D = sum D_k. classes: 0 for none. width: of its three layers, even. spectral: every layer has spectral norm 1
-    (Miyato et al. 2018, 1802.05957), which bounds the slope of the critic in x. Without it the squares of x are an
-    input too: that made samples are too narrow, which is how a denoiser's few steps begin, shows there first.
+    Args:
+        size: D = sum D_k.
+        classes: 0 for none.
+        width: of its three layers, even.
+        spectral: every layer has spectral norm 1, which bounds the gradient of the critic in x. Without it the squares
+            of x are inputs too: they reveal first that generated samples have too little variance, as those of few
+            denoising steps do.
+
+    References:
+        Miyato et al. 2018, arXiv:1802.05957 (spectral normalisation).
     """
 
     def __init__(self, size: int, classes: int = 0, width: int = 128, spectral: bool = False) -> None:
         super().__init__()
         self.condition = Condition(classes, width)
         self.squares = not spectral
-        into = size * (1 + self.squares)
-        layers = [nn.Linear(into, width), nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 1)]
+        in_features = size * (1 + self.squares)
+        layers = [nn.Linear(in_features, width), nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 1)]
         self.layers = nn.ModuleList(spectral_norm(layer) if spectral else layer for layer in layers)
         self.project = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
 
     def forward(self, x: Tensor | Sequence[Tensor], t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """Logits (B, 1)."""
         x = x.flatten(1) if isinstance(x, Tensor) else torch.cat([part.flatten(1) for part in x], 1)
         c = self.condition(len(x), t, label)
         x = torch.cat([x, x * x], 1) if self.squares else x
-        into, *hidden, out = self.layers
-        h = F.leaky_relu(into(x.to(c.dtype)), 0.2)
+        first, *hidden, last = self.layers
+        h = F.leaky_relu(first(x.to(c.dtype)), 0.2)
         for layer, project in zip(hidden, self.project, strict=True):
             h = F.leaky_relu(layer(h) + project(c), 0.2)
-        return out(h)
+        return last(h)
 
 
 class ConvCritic(nn.Module):
-    """A convolutional critic that learns from nothing: `[(B, C_k, H, W), ...], t, (B,) -> logits (B, 1)`.
+    """A convolutional critic trained from scratch: `[(B, C_k, H, W), ...], t, (B,) -> logits (B, 1)`.
 
     4x4 convolutions of stride 2 with leaky rectifiers and the condition as a shift after each, then the mean over the
-    map. It also takes one tensor. No batch statistics, so that a penalty on its slope is one a sample.
+    map. Also takes one tensor. No batch statistics, so that gradient penalties are independent between samples.
 
-    channels: sum C_k. widths: of the convolutions; the side of the image must be at least 2^len(widths).
-    spectral: as in `PointCritic`.
+    Args:
+        channels: sum C_k.
+        classes: 0 for none.
+        widths: of the convolutions; the side of the image must be at least 2^len(widths).
+        spectral: as in `PointCritic`.
     """
 
     def __init__(
@@ -118,13 +139,14 @@ class ConvCritic(nn.Module):
         super().__init__()
         emb = widths[-1]
         self.condition = Condition(classes, emb)
-        into = [channels, *widths[:-1]]
-        convs = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(into, widths, strict=True)]
+        in_channels = [channels, *widths[:-1]]
+        convs = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(in_channels, widths, strict=True)]
         self.convs = nn.ModuleList(spectral_norm(conv) if spectral else conv for conv in convs)
         self.shift = nn.ModuleList(zero(nn.Linear(emb, width)) for width in widths)
         self.out = spectral_norm(nn.Conv2d(emb, 1, 1)) if spectral else nn.Conv2d(emb, 1, 1)
 
     def forward(self, x: Tensor | Sequence[Tensor], t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """Logits (B, 1)."""
         h = x if isinstance(x, Tensor) else torch.cat(list(x), 1)
         c = self.condition(len(h), t, label)
         h = h.to(c.dtype)
@@ -134,9 +156,13 @@ class ConvCritic(nn.Module):
 
 
 def plain_critic(shape: Sequence[int], classes: int = 0, spectral: bool = False, count: int = 1) -> nn.Module:
-    """A critic from scratch for `count` samples of `shape` side by side: convolutions for (C, H, W), else a perceptron.
+    """A critic from scratch: convolutional for images (C, H, W), else a perceptron.
 
-    Called as `critic(x, t, label)` with one tensor or a list of `count`.
+    Args:
+        shape: of one sample.
+        classes: 0 for none.
+        spectral: with spectral normalisation.
+        count: how many samples it reads together: `critic(x, t, label)` takes one tensor or a list of `count`.
     """
     if len(shape) == 3:
         levels = min(3, int(math.log2(min(shape[1:]))))
@@ -145,22 +171,26 @@ def plain_critic(shape: Sequence[int], classes: int = 0, spectral: bool = False,
 
 
 class Critic:
-    """Logits of noisy samples, from heads on what a frozen denoiser's own network sees in them.
+    """Logits of noisy samples, from heads on the features of a frozen denoiser's own network.
 
-        critic(x_t (B, *S), t () or (B,), **cond) -> (B, M)          = judge(features(x_t, t, **cond), t, label)
+        critic(x_t (B, *S), t () or (B,), **cond) -> (B, M)      = head_logits(features(x_t, t, **cond), t, label)
 
-    The features are the last map of each resolution of the contracting half, finest first, and the middle of the
-    network, through its `embed` and `encode`. Only `heads` is trained (it is the module to give to an optimiser);
-    gradients pass through the network to x_t. Without that seam the features are x_t itself, and the heads a critic
-    from scratch: convolutions for images, a perceptron for points.
+    The features are the last map of each resolution of the encoder, finest first, and the middle features, from the
+    network's `embed` and `encode`. Only `heads` is trained (the module to give to an optimiser); gradients pass through
+    the network to x_t. For a network without these methods the features are x_t itself, and the heads a critic from
+    scratch: convolutional for images, a perceptron for points.
 
-    denoiser: frozen, with `net, prediction, schedule, time_input` as hasten's Denoiser. shape: S.
-    pair: it judges pairs, `critic.pair(x_s, s, x_t, t, **cond)`: the features of both, side by side.
-    classes: how many labels there are, 0 for none; None: as many as the denoiser says (`label_count`).
-    cond: what the network must be told with one sample, to look at its features once; None: label 0, where there are
-        classes.
+    Args:
+        denoiser: frozen, with `net, prediction, schedule, time_input` as hasten's Denoiser.
+        shape: S.
+        width: of the heads.
+        pair: the critic reads pairs, `critic.pair(x_s, s, x_t, t, **cond)`, the features of both concatenated.
+        classes: number of labels, 0 for none. Default: that of the denoiser (`label_count`).
+        cond: the network's conditions for one sample, to find the shapes of its features. Default: label 0 if there are
+            classes.
 
-    Sauer et al. 2024, 2403.12015 (the teacher's own features), after Sauer et al. 2023, 2311.17042.
+    References:
+        Sauer et al. 2024, arXiv:2403.12015 (the teacher's features), after Sauer et al. 2023, arXiv:2311.17042.
     """
 
     def __init__(
@@ -174,34 +204,35 @@ class Critic:
     ) -> None:
         self.denoiser = denoiser
         net = denoiser.net if hasattr(denoiser, "net") else denoiser
-        self.seam = len(shape) == 3 and all(callable(getattr(net, name, None)) for name in ("embed", "encode"))
-        classes, times = label_count(denoiser) if classes is None else classes, 2 if pair else 1
+        self.has_encoder = len(shape) == 3 and all(callable(getattr(net, name, None)) for name in ("embed", "encode"))
+        classes, count = label_count(denoiser) if classes is None else classes, 2 if pair else 1
         self.heads: nn.Module
-        if self.seam:
+        if self.has_encoder:
             first = next(net.parameters())
             with torch.no_grad():
                 if cond is None:
                     cond = {"label": torch.zeros(1, dtype=torch.long, device=first.device)} if classes else {}
-                found = self.features(torch.zeros(1, *shape, device=first.device), 0.5, **cond)
-            self.heads = FeatureHeads([times * f.shape[1] for f in found], classes, width).to(first.device)
+                features = self.features(torch.zeros(1, *shape, device=first.device), 0.5, **cond)
+            self.heads = FeatureHeads([count * f.shape[1] for f in features], classes, width).to(first.device)
         else:
-            self.heads = plain_critic(shape, classes, count=times)
+            self.heads = plain_critic(shape, classes, count=count)
 
     def __call__(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
-        return self.judge(self.features(x_t, t, **cond), t, **cond)
+        """Logits (B, M) of noisy samples."""
+        return self.head_logits(self.features(x_t, t, **cond), t, **cond)
 
     def pair(self, x_s: Tensor, s: Tensor, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """Logits (B, M) of x_s at s as what comes before x_t at t."""
-        return self.judge(self.pair_features(x_s, s, x_t, t, **cond), t, **cond)
+        """Logits (B, M) of x_s at time s as a denoised version of x_t at time t."""
+        return self.head_logits(self.pair_features(x_s, s, x_t, t, **cond), t, **cond)
 
     def pair_features(self, x_s: Tensor, s: Tensor, x_t: Tensor, t: Tensor, **cond: Any) -> list[Tensor]:
-        """The features of both samples of a pair, side by side."""
+        """The features of both samples of a pair, concatenated along the channels."""
         both = zip(self.features(x_s, s, **cond), self.features(x_t, t, **cond), strict=True)
         return [torch.cat([a, b.to(a.dtype)], 1) for a, b in both]
 
     def features(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> list[Tensor]:
-        """What the heads see: maps (B, C_k, h_k, w_k), or x_t itself."""
-        if not self.seam:
+        """The input of the heads: maps (B, C_k, h_k, w_k), or x_t itself."""
+        if not self.has_encoder:
             return [x_t]
         denoiser = self.denoiser
         t = torch.as_tensor(t, dtype=torch.float64)
@@ -210,21 +241,23 @@ class Critic:
             c_in = c_in.reshape(-1, *[1] * (x_t.ndim - 1))
         time = denoiser.time_input(t).to(x_t.device, torch.float32).expand(len(x_t))
         emb = denoiser.net.embed(time, **cond)
-        own = next((p.dtype for p in denoiser.net.parameters() if p.is_floating_point()), x_t.dtype)
-        skips, middle = denoiser.net.encode((x_t * c_in.to(x_t.device, x_t.dtype)).to(own), emb)
-        last = {tuple(skip.shape[2:]): skip for skip in skips}  # of each resolution; finest first
+        dtype = next((p.dtype for p in denoiser.net.parameters() if p.is_floating_point()), x_t.dtype)
+        skips, middle = denoiser.net.encode((x_t * c_in.to(x_t.device, x_t.dtype)).to(dtype), emb)
+        last = {tuple(skip.shape[2:]): skip for skip in skips}  # per resolution, finest first
         return [*last.values(), middle]
 
-    def judge(self, features: Sequence[Tensor], t: Tensor | float, label: Tensor | None = None, **cond: Any) -> Tensor:
+    def head_logits(
+        self, features: Sequence[Tensor], t: Tensor | float, label: Tensor | None = None, **cond: Any
+    ) -> Tensor:
         """The heads' logits (B, M), float32 or wider."""
         logits = self.heads(features, t, label)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def label_count(denoiser: Any) -> int:
-    """How many labels a denoiser tells apart, 0 for none: its network's `classes`, or those below its null label.
+    """The number of labels of a denoiser, 0 for none: its network's `classes`, or those below its null label.
 
-    The null label may be any of them, 0 too. A network of diffusers says `num_class_embeds` in its config.
+    The null label may be any label, 0 included. A network of diffusers has `num_class_embeds` in its config.
     """
     net = getattr(denoiser, "net", denoiser)
     config: Any = getattr(net, "config", None)
@@ -234,10 +267,16 @@ def label_count(denoiser: Any) -> int:
 
 
 def zeroed(net: nn.Module) -> nn.Module:
-    """The network with its last layer set to zero, in place: as a critic it begins with the logit 0 everywhere.
+    """Set the last layer of a network to zero, in place: as a critic it starts with the logit 0 everywhere.
 
-    Of a network inside another one (`net.net`, such as that of diffusers in its adapter) the inner one's is meant.
-    Raises ValueError where it has no last layer of a known name.
+    Args:
+        net: a network, or a wrapper with the network in `net.net`, such as the adapter of a diffusers model.
+
+    Returns:
+        `net`.
+
+    Raises:
+        ValueError: if it has no last layer of a known name.
     """
     inner: nn.Module | None = net
     while inner is not None:
@@ -245,6 +284,6 @@ def zeroed(net: nn.Module) -> nn.Module:
             if isinstance(layer := getattr(inner, name, None), nn.Module):
                 zero(layer)
                 return net
-        inside = getattr(inner, "net", None)
-        inner = inside if isinstance(inside, nn.Module) else None
-    raise ValueError(f"{type(net).__name__} has no last layer called {', '.join(LAST)}: use the feature heads")
+        wrapped = getattr(inner, "net", None)
+        inner = wrapped if isinstance(wrapped, nn.Module) else None
+    raise ValueError(f"{type(net).__name__} has no last layer named {', '.join(LAST)}: use the feature heads")

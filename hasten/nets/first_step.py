@@ -1,4 +1,4 @@
-"""The clean sample guessed from pure noise: the network of a first step from t = 1."""
+"""The network of a first step from t = 1: an estimate of the clean sample from pure noise."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from .unet import UNet
 class FirstStepNet(nn.Module):
     """`x1(z, c) = mean_c + U(z, c)`, an estimate of E[x | z, c] for z pure noise, `(B, *S), (B,) -> (B, *S)`.
 
-    Where z holds nothing of x the estimate depends on c alone, and for classes a table of means is all that it can be.
-    The U-Net `U`, without any time (its clock is always 0), is for what a table cannot say; it begins at zero.
-    Zhang, Yin, Li, Xie 2024, 2403.08381.
+    Where z contains nothing of x the estimate depends on c alone: a table of class means is the optimum. The U-Net `U`,
+    without time (its time input is always 0), can represent more; it is initialised to zero.
 
-    shape: S of a sample, (C, H, W) where there is a U-Net.
-    classes: 0 for none. Label `classes` is "no class"; `label=None` means that for all.
-    widths, blocks, patch: of the U-Net, see `UNet`; without widths there is none.
+    Args:
+        shape: S of a sample, (C, H, W) if there is a U-Net.
+        classes: 0 for none. Label `classes` is the null class; `label=None` is the null class for all.
+        widths, blocks, patch: of the U-Net, see `UNet`; without widths there is none.
 
-    Raises ValueError for a shape that the U-Net does not take.
+    Raises:
+        ValueError: for a shape that the U-Net does not take.
+
+    References:
+        Zhang, Yin, Li, Xie 2024, arXiv:2403.08381.
     """
 
     def __init__(
@@ -34,8 +38,12 @@ class FirstStepNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config = {
-            "shape": list(shape), "classes": classes, "widths": list(widths), "blocks": blocks, "patch": patch,
-        }  # fmt: skip
+            "shape": list(shape),
+            "classes": classes,
+            "widths": list(widths),
+            "blocks": blocks,
+            "patch": patch,
+        }
         self.classes = classes
         self.mean = nn.Parameter(torch.zeros(classes + 1, *shape))
         self.unet: UNet | None = None
@@ -45,11 +53,12 @@ class FirstStepNet(nn.Module):
             self.unet = UNet(shape[0], widths=widths, blocks=blocks, classes=classes, patch=patch)
             if shape[1] % self.unet.multiple or shape[2] % self.unet.multiple:
                 raise ValueError(
-                    f"sides {shape[1]}x{shape[2]} do not divide by {self.unet.multiple}: fewer widths, or another patch"
+                    f"sides {shape[1]}x{shape[2]} are not multiples of {self.unet.multiple}: "
+                    "use fewer widths or another patch"
                 )
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """x1 (B, *S) of noise `z` (B, *S), labels (B,) int64 in 0..classes."""
+        """x1 (B, *S) for noise `z` (B, *S) and labels (B,) int64 in 0..classes."""
         if label is None:
             label = torch.full((len(z),), self.classes, dtype=torch.long, device=z.device)
         x = self.mean[label]

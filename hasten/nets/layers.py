@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Generic, SupportsIndex, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+M = TypeVar("M", bound=nn.Module)
+
+if TYPE_CHECKING:
+
+    class ModuleListOf(nn.ModuleList, Generic[M]):
+        """`nn.ModuleList` whose items have a type."""
+
+        def __iter__(self) -> Iterator[M]: ...
+
+        @overload
+        def __getitem__(self, idx: slice) -> ModuleListOf[M]: ...
+
+        @overload
+        def __getitem__(self, idx: SupportsIndex) -> M: ...
+
+        def __getitem__(self, idx: SupportsIndex | slice) -> M | ModuleListOf[M]: ...
+
+else:
+    ModuleListOf = nn.ModuleList
+
 
 class TimeFeatures(nn.Module):
-    """Sinusoidal features of a scalar clock: `(B,) -> (B, width)`.
+    """Sinusoidal features of a scalar time: `(B,) -> (B, width)`.
 
-    Half cosines, half sines, at geometric frequencies `scale * 10000^(-k / (width/2))`
-    (Vaswani et al. 2017, 1706.03762). `scale` brings the clock to the usual 0..1000 range,
-    so a clock in [0, 1] wants `scale=1000`.
+    Half cosines, half sines, at geometric frequencies `scale * 10000^(-k / (width/2))`.
+
+    Args:
+        width: even number of features.
+        scale: brings the time to the usual range 0..1000: 1000 for a time in [0, 1].
+
+    Raises:
+        ValueError: for an odd width.
+
+    References:
+        Vaswani et al. 2017, arXiv:1706.03762.
     """
+
+    frequencies: Tensor
 
     def __init__(self, width: int, scale: float = 1000.0) -> None:
         super().__init__()
@@ -30,12 +62,23 @@ class TimeFeatures(nn.Module):
 
 
 class GuidanceFeatures(nn.Module):
-    """A guidance scale as an addition to the time's embedding, at first none: `(B,) -> (B, E)`.
+    """Embedding of a guidance scale, to be added to that of the time; initially zero: `(B,) -> (B, E)`.
 
-    `W [sin(2 pi g_j u), cos(2 pi g_j u)]`, u = (scale - low) / (high - low), g_j from 1/4 to 16 in equal ratios, W = 0
-    to begin with, so that a network starts as what it was without (Meng et al. 2023, 2210.03142). u itself is a
-    feature too, and all are multiplied by `gain`, without which Adam takes long to lead W away from zero.
+    `gain W [u, sin(2 pi g_j u), cos(2 pi g_j u)]`, u = (scale - low) / (high - low), g_j from 1/4 to 16,
+    geometric. W is
+    initialised to zero, so that a network starts as what it was without this input.
+
+    Args:
+        low, high: the range of guidance scales.
+        embedding: E.
+        count: number of frequencies.
+        gain: factor without which Adam moves W away from zero slowly.
+
+    References:
+        Meng et al. 2023, arXiv:2210.03142.
     """
+
+    frequencies: Tensor
 
     def __init__(self, low: float, high: float, embedding: int, count: int = 12, gain: float = 4.0) -> None:
         super().__init__()
@@ -50,21 +93,29 @@ class GuidanceFeatures(nn.Module):
         return self.gain * self.out(features.to(self.frequencies.dtype))
 
 
-def group_norm(channels: int, most: int = 32) -> nn.GroupNorm:
-    """GroupNorm with the largest group count up to `most` that leaves at least four channels a group."""
-    groups = next(g for g in range(min(most, max(channels // 4, 1)), 0, -1) if channels % g == 0)
+def group_norm(channels: int, max_groups: int = 32) -> nn.GroupNorm:
+    """GroupNorm with the largest number of groups, up to `max_groups`, that leaves at least four channels in each."""
+    groups = next(g for g in range(min(max_groups, max(channels // 4, 1)), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Set a layer's parameters to zero, so that a residual branch starts as the identity."""
+    """Initialise a layer's parameters to zero, so that a residual branch starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels of a feature map, `(B, C, H, W) -> (B, C, H, W)`."""
+    """Residual self-attention over the pixels of a feature map, `(B, C, H, W) -> (B, C, H, W)`.
+
+    Args:
+        channels: C.
+        head_width: channels per head.
+
+    Raises:
+        ValueError: if the channels do not divide into heads.
+    """
 
     def __init__(self, channels: int, head_width: int = 32) -> None:
         super().__init__()
@@ -87,8 +138,11 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with a scale-and-shift from the embedding: `(B, C, H, W), (B, E) -> (B, C', H, W)`.
 
-    BigGAN-style residual block as used by Dhariwal & Nichol 2021 (2105.05233); the second convolution
-    starts at zero, so the block starts as its own shortcut.
+    BigGAN-style residual block; the second convolution is initialised to zero, so that the block starts as its
+    shortcut.
+
+    References:
+        Dhariwal, Nichol 2021, arXiv:2105.05233.
     """
 
     def __init__(self, channels: int, out_channels: int, embedding: int, dropout: float = 0.0) -> None:

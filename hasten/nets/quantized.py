@@ -1,9 +1,9 @@
-"""Convolutions and linear layers of 8- and 4-bit integers: packed on disk, executed by integer kernels where there are.
+"""Convolutions and linear layers with 8- and 4-bit integer weights: packed on disk, run by integer kernels if possible.
 
-One layer is a sum over `Part`s, slices of its input channels (one, or two for a split shortcut, Li et al. 2023,
+One layer is a sum over `ChannelSlice`s of its input channels (one, or two for a split shortcut, Li et al. 2023,
 2302.04304). With u = clamp(round(x / s_x) + z_x, 0, 255) and integer weights v (v = q for 8 bits, q - z for 4),
 
-    y = bias + sum over parts of  s_x s_w  conv(u - z_x, v)  +  up down x        (the last only with a low-rank branch)
+    y = bias + sum over slices of  s_x s_w  conv(u - z_x, v)  +  up down x        (the last only with a low-rank branch)
 
 where conv runs in integers (`execution == "int8"`) or in floating point on the same integers (`"simulated"`).
 """
@@ -11,31 +11,34 @@ where conv runs in integers (`execution == "int8"`) or in floating point on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import _int8
-from ._packed import Part, Slice, check
+from ._packed import ChannelSlice, PackedSlice, check_slices
 from .copies import copy_modules
+from .layers import ModuleListOf
 
 __all__ = [
-    "Part",
+    "ChannelSlice",
     "QConv2d",
     "QLinear",
-    "described",
-    "exchange",
+    "empty_quantized",
     "execution",
-    "refusal",
-    "scales",
+    "quantization_config",
+    "replace_layers",
+    "scale_names",
     "set_group",
-    "vacant",
+    "why_not_quantizable",
 ]
 
+Q = TypeVar("Q", bound="Quantized")
 
-def refusal(layer: nn.Module) -> str | None:
-    """Why a layer cannot be made of integers here, None where it can."""
+
+def why_not_quantizable(layer: nn.Module) -> str | None:
+    """Why a layer cannot be quantized here; None if it can."""
     if isinstance(layer, nn.Linear):
         return None
     if not isinstance(layer, nn.Conv2d):
@@ -43,111 +46,132 @@ def refusal(layer: nn.Module) -> str | None:
     if layer.groups != 1:
         return f"it has {layer.groups} groups of channels, not 1"
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return f"its padding is {layer.padding!r}, {layer.padding_mode}: only counts of zeros are known"
+        return f"its padding is {layer.padding!r}, {layer.padding_mode}: only zero padding by numbers is supported"
     return None
 
 
+def quantizable(layer: nn.Module) -> nn.Conv2d | nn.Linear:
+    """The layer itself; raises ValueError if it cannot be quantized."""
+    if (reason := why_not_quantizable(layer)) or not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        raise ValueError(f"this layer cannot be quantized: {reason}")
+    return layer
+
+
 class Quantized(nn.Module):
-    """What both layers are: parts, a bias, and the group of times that is in use.
+    """Base class of both layers: slices, a bias, and the active time group.
 
-    The tensors are what is on disk; the kernels are made from them at once, and again after a move or a load. The
-    output has autocast's type where it is on, else that of the input. A gradient by x is that of the float layer with
-    the weights that the parts stand for (straight through the roundings); weights have none.
+    The tensors are those on disk; the kernels are built from them, and again after a move or a load. The output dtype
+    is autocast's where it is on, else that of the input. The gradient by x is that of the float layer with the
+    dequantized weights (straight-through estimator); weights have no gradient.
 
-    The same input gives the same bits again. But a change of 1e-6, which a compiler makes between the layers, moves
-    some values over the boundary of a step, and the layers after it carry that on: deep networks compiled and not
-    compiled agree about as well as either agrees with the float network.
+    The same input gives the same bits. But a difference of 1e-6, such as a compiler makes between the layers, moves
+    some values across a rounding boundary, and later layers amplify that: deep networks compiled and not compiled
+    agree about as well as either agrees with the float network.
+
+    Args:
+        layer: whose bias is copied.
+        parts: the slices, in the order of their channels.
     """
 
-    moves: _int8.Moves | None = None
+    geometry: _int8.ConvGeometry | None = None
 
-    def __init__(self, parts: Sequence[Part], bias: Tensor | None) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, parts: Sequence[ChannelSlice]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(Slice(part) for part in parts)
+        bias = layer.bias
+        self.parts: ModuleListOf[PackedSlice] = ModuleListOf(PackedSlice(part) for part in parts)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.group = 0
-        self.index = torch.zeros(1, dtype=torch.int64)  # the group, for compiled graphs; no buffer: those are frozen
+        self.index = torch.zeros(1, dtype=torch.int64)  # the group, for compiled graphs; not a buffer: those are frozen
         self.kernels: tuple[_int8.Kernel, ...] = ()
-        self.register_load_state_dict_post_hook(renew)
+        self.register_load_state_dict_post_hook(rebuild_kernels)
 
     @classmethod
-    def made(cls, layer: nn.Module, parts: Sequence[Part]) -> Any:
-        """The layer with these parts in place of its weight; its bias is copied.
+    def from_layer(cls: type[Q], layer: nn.Module, parts: Sequence[ChannelSlice]) -> Q:
+        """The layer with these slices in place of its weight; its bias is copied.
 
-        Raises ValueError where the layer is not of this kind or the parts do not make it up.
+        Raises:
+            ValueError: if the layer cannot be quantized or the slices do not match its weight.
         """
-        if why := refusal(layer):
-            raise ValueError(f"no {cls.__name__} can be made of this layer: {why}")
-        check(layer.weight, parts)
-        return cls(layer, parts).prepare()  # type: ignore[arg-type, call-arg]
+        layer = quantizable(layer)
+        check_slices(layer.weight, parts)
+        return cls(layer, parts).prepare()
 
-    def prepare(self) -> Quantized:
-        """Make the kernels."""
-        held = self.bias if self.parts[0].q.device.type != "meta" else None
-        if self.parts[0].q.device.type == "meta":
+    def prepare(self: Q) -> Q:
+        """Build the kernels; on the meta device there are none."""
+        device = self.parts[0].q.device
+        if device.type == "meta":
             return self
-        self.index = self.index.to(self.parts[0].q.device)
-        self.kernels = tuple(part.kernel(held if i == 0 else None, self.moves) for i, part in enumerate(self.parts))
+        self.index = self.index.to(device)
+        biases = [self.bias, *[None] * (len(self.parts) - 1)]
+        self.kernels = tuple(part.kernel(bias, self.geometry) for part, bias in zip(self.parts, biases, strict=True))
         return self
 
     @property
     def execution(self) -> str:
-        """`int8` where integer kernels run this layer, `simulated` where floating point does."""
+        """`int8` if integer kernels run this layer, `simulated` if floating point does."""
         kernels = self.kernels or self.prepare().kernels
         return "int8" if all(kernel.execution == "int8" for kernel in kernels) else "simulated"
 
     @property
-    def groups_of_times(self) -> int:
-        """How many pairs of activation scale and zero there are to choose from."""
-        return 1 if self.parts[0].act_scale is None else self.parts[0].act_scale.numel()
+    def time_groups(self) -> int:
+        """The number of time groups, each with its own activation scale and zero."""
+        return self.parts[0].time_groups
 
-    def at(self, k: int) -> None:
-        """Use the activation scales of group k of the times; a layer with one group has nothing to choose."""
-        if (count := self.groups_of_times) == 1 or k == self.group:
+    def set_group(self, group: int) -> None:
+        """Use the activation scales of this time group; without effect on a layer with one group.
+
+        Raises:
+            ValueError: if there is no such group.
+        """
+        if (count := self.time_groups) == 1 or group == self.group:
             return
-        if not 0 <= k < count:
-            raise ValueError(f"group {k} of the times was asked, the layer has groups 0..{count - 1}")
-        self.group = k
-        self.index.fill_(k)
+        if not 0 <= group < count:
+            raise ValueError(f"there is no time group {group}: this layer has groups 0..{count - 1}")
+        self.group = group
+        self.index.fill_(group)
 
     @property
     def weight(self) -> Tensor:
-        """What the parts stand for in floating point, low-rank branch included, in the float layer's shape."""
+        """The dequantized weight, low-rank branch included, in the float layer's shape."""
         return torch.cat([part.weight() for part in self.parts], dim=1)
 
-    def told(self) -> dict[str, Any]:
-        """One entry of `described`."""
-        one = self.parts[0]
+    def quantization_config(self) -> dict[str, Any]:
+        """One entry of the function of this name."""
+        first = self.parts[0]
         return {
-            "bits": one.bits, "act_bits": None if one.act_scale is None else 8,
-            "parts": [part.channels[0] for part in self.parts], "groups": self.groups_of_times,
-            "rank": 0 if one.up is None else one.up.shape[1],
-        }  # fmt: skip
+            "bits": first.bits,
+            "act_bits": None if first.act_scale is None else 8,
+            "parts": [part.channels[0] for part in self.parts],
+            "groups": self.time_groups,
+            "rank": 0 if first.up is None else first.up.shape[1],
+        }
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if kind == "meta":  # shapes and counts of operations only
-            return _int8.product(x, self.weight.to(x), self.moves, None)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        """The layer's output for x, `(B, C_in, H, W)` or `(..., C_in)`."""
+        device = x.device.type
+        if device == "meta":  # only shapes and operation counts
+            return _int8.float_product(x, self.weight.to(x), self.geometry, None)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if not self.kernels:
             self.prepare()
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device, enabled=False):
             if not (torch.is_grad_enabled() and x.requires_grad):
                 return self.run(x, dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
-            plain = _int8.product(x.to(dtype), self.weight.to(dtype), self.moves, bias)
-            return plain + (self.run(x.detach(), dtype) - plain).detach()
+            y = _int8.float_product(x.to(dtype), self.weight.to(dtype), self.geometry, bias)
+            return y + (self.run(x.detach(), dtype) - y).detach()
 
     def run(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The layer without a gradient, in this type."""
-        whole = len(self.kernels) == 1
-        axis, total = -1 if self.moves is None else 1, None
+        """The layer's output in `dtype`, without a gradient."""
+        single = len(self.kernels) == 1
+        out_dtype = dtype if single else torch.promote_types(dtype, torch.float32)
+        axis, total = -1 if self.geometry is None else 1, None
         for part, kernel in zip(self.parts, self.kernels, strict=True):
             first, last = part.channels
-            given = x if whole else x.narrow(axis, first, last - first)
-            y = kernel(given, self.group, self.index, dtype if whole else torch.promote_types(dtype, torch.float32))
-            if part.up is not None:
-                y = y + part.side(given, self.moves, y.dtype)
+            x_part = x if single else x.narrow(axis, first, last - first)
+            y = kernel(x_part, self.group, self.index, out_dtype)
+            low_rank = part.low_rank(x_part, self.geometry, y.dtype)
+            y = y if low_rank is None else y + low_rank
             total = y if total is None else total + y
         assert total is not None
         return total.to(dtype)
@@ -157,118 +181,139 @@ class Quantized(nn.Module):
         return self.prepare() if self.kernels else self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kernels": ()}  # kernels are opaque: a copy makes its own
+        return {**self.__dict__, "kernels": ()}  # kernels are opaque: a copy builds its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.prepare()
 
 
-def renew(layer: Quantized, _: Any) -> None:
-    """New kernels after a load."""
+def rebuild_kernels(layer: Quantized, _: Any) -> None:
+    """Build new kernels after `load_state_dict`."""
     layer.prepare()
 
 
 class QConv2d(Quantized):
-    """A 2-D convolution of one group, zero-padded: `(B, C_in, H, W) -> (B, C_out, H', W')`, channels last inside."""
+    """A quantized 2-D convolution with one group and zero padding: `(B, C_in, H, W) -> (B, C_out, H', W')`.
 
-    def __init__(self, layer: nn.Conv2d, parts: Sequence[Part]) -> None:
-        super().__init__(parts, layer.bias)
+    Channels are last in memory.
+    """
+
+    def __init__(self, layer: nn.Conv2d, parts: Sequence[ChannelSlice]) -> None:
+        super().__init__(layer, parts)
         self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
         self.padding, self.dilation = layer.padding, layer.dilation
-        self.moves = _int8.Moves(pair(layer.stride), pair(layer.padding), pair(layer.dilation))
+        self.geometry = _int8.ConvGeometry(_pair(layer.stride), _pair(layer.padding), _pair(layer.dilation))
 
 
 class QLinear(Quantized):
-    """A linear layer: `(..., C_in) -> (..., C_out)`."""
+    """A quantized linear layer: `(..., C_in) -> (..., C_out)`."""
 
-    def __init__(self, layer: nn.Linear, parts: Sequence[Part]) -> None:
-        super().__init__(parts, layer.bias)
+    def __init__(self, layer: nn.Linear, parts: Sequence[ChannelSlice]) -> None:
+        super().__init__(layer, parts)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
 
-def pair(value: Any) -> tuple[int, int]:
+def _pair(value: Any) -> tuple[int, int]:
+    """A pair of ints; torch's own types allow other forms."""
     a, b = value
     return int(a), int(b)
 
 
 def layers(net: nn.Module) -> Iterator[tuple[str, Quantized]]:
-    """The quantised layers of a network by name."""
+    """The quantized layers of a network, with their names."""
     for name, module in net.named_modules():
         if isinstance(module, Quantized):
             yield name, module
 
 
-def exchange(net: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of a network with the named layers replaced; the network itself stays as it was.
+def replace_layers(net: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of a network with the named layers replaced; the network itself does not change.
 
-    All other parameters and buffers are shared with it, but for the weights of convolutions that stay in floating
-    point beside integer ones: the copy has its own, channels last, so that images keep the layout that integer kernels
-    read and write. (One layer that makes them channels first costs more than an integer convolution.)
+    The copy shares all other parameters and buffers, except the weights of the remaining float convolutions beside
+    quantized ones: those are copied to channels-last, so that images stay in the layout that integer kernels read and
+    write. (One layer that returns channels-first costs more than an integer convolution.)
 
-    Raises ValueError for a name that the network does not have.
+    Args:
+        net: the network.
+        replacements: new layers by the name of the layer that they replace.
+
+    Raises:
+        ValueError: for a name that the network does not have.
     """
     modules = dict(net.named_modules())
-    if unknown := sorted(made.keys() - modules.keys()):
+    if unknown := sorted(replacements.keys() - modules.keys()):
         raise ValueError(f"the network has no layer {unknown[0]!r}")
     tensors: dict[int, Tensor] = {}
-    made_by_id = {id(modules[name]): layer for name, layer in made.items()}
-    if any(isinstance(layer, QConv2d) for layer in made.values()):
+    by_id = {id(modules[name]): layer for name, layer in replacements.items()}
+    if any(isinstance(layer, QConv2d) for layer in replacements.values()):
         for name, module in modules.items():
-            if isinstance(module, nn.Conv2d) and name not in made:
+            if isinstance(module, nn.Conv2d) and name not in replacements:
                 w = module.weight
                 own = w.detach().clone(memory_format=torch.channels_last)
                 tensors[id(w)] = nn.Parameter(own, requires_grad=w.requires_grad)
-    return copy_modules(net, tensors, made_by_id)
+    return copy_modules(net, tensors, by_id)
 
 
-def set_group(net: nn.Module, k: int) -> None:
-    """Let the network's layers that have several groups of times use group k; those with one keep it."""
+def set_group(net: nn.Module, group: int) -> None:
+    """Select a time group in every quantized layer of a network that has several."""
     for _, layer in layers(net):
-        layer.at(k)
+        layer.set_group(group)
 
 
 def execution(net: nn.Module) -> str:
-    """`int8` where every quantised layer runs in integers, `simulated` where one or more do not."""
+    """`int8` if every quantized layer runs in integers, else `simulated`."""
     return "int8" if all(layer.execution == "int8" for _, layer in layers(net)) else "simulated"
 
 
-def described(net: nn.Module) -> dict[str, dict[str, Any]]:
-    """What `vacant` needs to know: {layer name: {bits, act_bits, parts (first channels), groups, rank}}."""
-    return {name: layer.told() for name, layer in layers(net)}
+def quantization_config(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """What `empty_quantized` builds from: {layer name: {bits, act_bits, parts (first channels), groups, rank}}."""
+    return {name: layer.quantization_config() for name, layer in layers(net)}
 
 
-def scales(net: nn.Module) -> set[str]:
-    """The names of the quantised layers' scales in the network's state, which are not to be rounded."""
+def scale_names(net: nn.Module) -> set[str]:
+    """The names of the quantized layers' scales in the state dict, which must not be rounded to half precision."""
     names = ("scale", "act_scale")
     return {f"{at}.parts.{i}.{name}" for at, layer in layers(net) for i in range(len(layer.parts)) for name in names}
 
 
-def vacant(net: nn.Module, told: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """`exchange` with empty quantised layers as `described` told them, for a weights file to fill."""
-    modules, made = dict(net.named_modules()), {}
-    for name, one in told.items():
+def empty_quantized(net: nn.Module, config: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """`replace_layers` with zero-filled quantized layers, to load a weights file into.
+
+    Args:
+        net: the float network.
+        config: the result of `quantization_config`.
+
+    Raises:
+        ValueError: for a layer that is missing or cannot be quantized.
+    """
+    modules, replacements = dict(net.named_modules()), {}
+    for name, entry in config.items():
         if name not in modules:
             raise ValueError(f"the network has no layer {name!r}")
         layer = modules[name]
-        kind = QLinear if isinstance(layer, nn.Linear) else QConv2d
-        made[name] = kind.made(layer, blank(layer, one))
-    return exchange(net, made)
+        kind: type[Quantized] = QLinear if isinstance(layer, nn.Linear) else QConv2d
+        replacements[name] = kind.from_layer(layer, empty_slices(layer, entry))
+    return replace_layers(net, replacements)
 
 
-def blank(layer: nn.Module, told: Mapping[str, Any]) -> list[Part]:
-    """Parts of zeros in the shapes that `Quantized.told` told."""
-    if why := refusal(layer):
-        raise ValueError(why)
-    weight: Any = layer.weight
-    bits, acts, groups, rank = (int(told[key] or 0) for key in ("bits", "act_bits", "groups", "rank"))
-    starts, rows, parts = [int(first) for first in told["parts"]], weight.shape[0], []
+def empty_slices(layer: nn.Module, config: Mapping[str, Any]) -> list[ChannelSlice]:
+    """Zero-filled slices of a layer, in the shapes of one entry of `quantization_config`."""
+    weight = quantizable(layer).weight
+    bits, act_bits, groups, rank = (int(config[key] or 0) for key in ("bits", "act_bits", "groups", "rank"))
+    starts, rows, parts = [int(first) for first in config["parts"]], weight.shape[0], []
     for first, last in zip(starts, [*starts[1:], weight.shape[1]], strict=True):
         q = torch.zeros(rows, last - first, *weight.shape[2:], dtype=torch.uint8 if bits == 4 else torch.int8)
-        low = (torch.zeros(rows, rank), torch.zeros(rank, q[0].numel())) if rank else None
-        scale, zero = torch.ones(groups), torch.zeros(groups, dtype=torch.uint8)
-        none = torch.zeros(rows, dtype=torch.uint8) if bits == 4 else None
-        parts.append(Part((first, last), q, torch.ones(rows), none, bits, scale if acts else None,
-                          zero if acts else None, low))  # fmt: skip
+        part = ChannelSlice(
+            channels=(first, last),
+            q=q,
+            scale=torch.ones(rows),
+            zero=torch.zeros(rows, dtype=torch.uint8) if bits == 4 else None,
+            bits=bits,
+            act_scale=torch.ones(groups) if act_bits else None,
+            act_zero=torch.zeros(groups, dtype=torch.uint8) if act_bits else None,
+            low_rank=(torch.zeros(rows, rank), torch.zeros(rank, q[0].numel())) if rank else None,
+        )
+        parts.append(part)
     return parts

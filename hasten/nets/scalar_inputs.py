@@ -1,4 +1,4 @@
-"""Guidance scale and number of steps as further inputs of a network that was built without them."""
+"""Guidance scale and number of steps as additional inputs of a network that was built without them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .layers import GuidanceFeatures, TimeFeatures, zero
 
-WIDTH = 32  # channels of the adapters, for networks whose time embedding is not known
+WIDTH = 32  # channels of the adapters, for networks without a known time embedding
 
 
 def with_scalars(
@@ -21,26 +21,37 @@ def with_scalars(
     guidance: Sequence[float] | None = None,
     steps: Sequence[int] | None = None,
 ) -> ScalarInputs:
-    """`EmbeddedInputs` where the network has an embedding of the time that its halves read, else `ScalarInputs`."""
+    """`EmbeddedInputs` if the network has a time embedding that can be added to, else `ScalarInputs`.
+
+    The arguments are those of `ScalarInputs`.
+    """
     kind = ScalarInputs if embedding_width(net) is None else EmbeddedInputs
     return kind(net, shape, guidance, steps)
 
 
 class ScalarInputs(nn.Module):
-    """Any network with the guidance scale, the number of sampling steps, or both, as an input of its own.
+    """Any network with the guidance scale, the number of sampling steps, or both, as inputs.
 
-    At first it answers exactly as the network that it wraps: everything it adds starts at zero. Two small convolutional
-    (or, for points, fully connected) adapters that read the scalars and the time change its input and its output:
+    Everything that is added is initialised to zero, so that the output is at first exactly that of the wrapped network.
+    Two small convolutional (or, for points, fully connected) adapters that read the scalars and the time modify its
+    input and its output:
 
-        raw = net(x + A(x; c), time) + B(x, raw'; c)         raw': the network's answer, c: time, guidance, steps
+        raw = net(x + A(x; c), time) + B(x, raw'; c)         raw': the network's output, c: time, guidance, steps
 
     Args:
         net: called as `net(x (B, *S), time (B,), **cond) -> (B, *S)`.
-        shape: S. guidance: (low, high) of the guidance scales, None for no such input. steps: the numbers of steps
-            that can be asked for, None for no such input.
+        shape: S.
+        guidance: the range (low, high) of guidance scales, None for no such input.
+        steps: the numbers of steps that the network is trained for, None for no such input.
 
-    After Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142, whose networks have an embedding.
+    Raises:
+        ValueError: for an empty range of guidance scales.
+
+    References:
+        After Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142, whose networks have an embedding.
     """
+
+    net: Any  # a module, which may have further methods
 
     def __init__(
         self,
@@ -61,48 +72,49 @@ class ScalarInputs(nn.Module):
         self.null_label = getattr(net, "null_label", None)
         self.guidance_range = None if guidance is None else (float(guidance[0]), float(guidance[1]))
         self.step_counts = None if steps is None else tuple(int(count) for count in steps)
-        self._layers(shape, guidance, steps)
+        self._add_layers(shape, guidance, steps)
         first = next((p for p in net.parameters() if p.is_floating_point()), None)
-        for name, part in self.named_children():
-            if name != "net" and first is not None:  # as the network, through which the answers go
-                part.to(first.device, first.dtype)
+        for name, child in self.named_children():
+            if name != "net" and first is not None:
+                child.to(first.device, first.dtype)
 
-    def _layers(self, shape: Sequence[int], guidance: Any, steps: Any) -> None:
-        """What is trained beside the network."""
-        self._embeddings(WIDTH, guidance, steps)
+    def _add_layers(self, shape: Sequence[int], guidance: Any, steps: Any) -> None:
+        """Create the trainable layers."""
+        self._add_embeddings(WIDTH, guidance, steps)
         for layer in (None if self.guidance is None else self.guidance.out, self.steps):
-            if layer is not None:  # the zeros are in the last layers of the adapters
-                nn.init.normal_(layer.weight, std=0.1)  # type: ignore[arg-type]
+            if layer is not None:  # here the last layers of the adapters are zero instead
+                nn.init.normal_(layer.get_parameter("weight"), std=0.1)
         self.time = nn.Sequential(TimeFeatures(WIDTH, 1.0), nn.Linear(WIDTH, WIDTH), nn.SiLU())
         self.before, self.after = Adapter(shape, 1), Adapter(shape, 2)
 
-    def _embeddings(self, width: int, guidance: Any, steps: Any) -> None:
+    def _add_embeddings(self, width: int, guidance: Any, steps: Any) -> None:
+        """Create the embeddings of the scalars."""
         self.guidance = None if guidance is None else GuidanceFeatures(guidance[0], guidance[1], width)
         self.steps = None if steps is None else zero(nn.Embedding(len(steps), width))
 
     def forward(
         self, x: Tensor, time: Tensor, guidance: Tensor | None = None, steps: Tensor | None = None, **cond: Any
     ) -> Tensor:
-        """The raw answer (B, *S). guidance: scales (B,). steps: numbers of steps (B,)."""
+        """Raw output (B, *S) with guidance scales (B,) and numbers of steps (B,)."""
         c = self._scalars(guidance, steps)
         c = c + self.time(time).to(c)
         raw = self.net(x + self.before([x], c).to(x), time, **cond)
         return raw + self.after([x, raw], c).to(raw)
 
     def fixed(self, scale: float) -> nn.Module:
-        """The same network for one guidance scale, without that input."""
+        """A copy for one guidance scale, without that input."""
         return FixedGuidance(copy.deepcopy(self), scale)
 
     def _scalars(self, guidance: Tensor | None, steps: Tensor | None) -> Tensor:
-        """The embedding (B, E) of the scalars. ValueError where one is missing or unknown."""
+        """The embedding (B, E) of the scalars; raises ValueError if one is missing."""
         total: Tensor | None = None
         if self.guidance is not None:
             if guidance is None:
-                raise ValueError("this network needs guidance=, a scale for each sample")
+                raise ValueError("this network needs guidance=, one scale per sample")
             total = self.guidance(guidance)
         if self.steps is not None:
             if steps is None:
-                raise ValueError("this network needs steps=, a number of steps for each sample")
+                raise ValueError("this network needs steps=, one number of steps per sample")
             counts = torch.tensor(self.step_counts, device=steps.device)
             row = self.steps((steps[:, None] == counts).long().argmax(1))
             total = row if total is None else total + row
@@ -111,41 +123,49 @@ class ScalarInputs(nn.Module):
 
 
 class EmbeddedInputs(ScalarInputs):
-    """`ScalarInputs` of a network with `embed`, `encode` and `decode`, whose embedding of the time (B, E) the embedding
-    of the scalars is added to (Meng et al. 2023, 2210.03142)."""
+    """`ScalarInputs` of a network with `embed`, `encode` and `decode`: the scalars' embedding is added to the time's.
 
-    def _layers(self, shape: Sequence[int], guidance: Any, steps: Any) -> None:
+    References:
+        Meng et al. 2023, arXiv:2210.03142.
+    """
+
+    def _add_layers(self, shape: Sequence[int], guidance: Any, steps: Any) -> None:
         width = embedding_width(self.net)
         if width is None:
-            raise ValueError(f"{type(self.net).__name__} has no embedding of the time that can be added to")
-        self._embeddings(width, guidance, steps)
+            raise ValueError(f"{type(self.net).__name__} has no time embedding that can be added to")
+        self._add_embeddings(width, guidance, steps)
 
     def forward(
         self, x: Tensor, time: Tensor, guidance: Tensor | None = None, steps: Tensor | None = None, **cond: Any
     ) -> Tensor:
-        """The raw answer (B, *S). guidance: scales (B,). steps: numbers of steps (B,)."""
+        """Raw output (B, *S) with guidance scales (B,) and numbers of steps (B,)."""
         emb = self.embed(time, guidance=guidance, steps=steps, **cond)
         skips, middle = self.encode(x, emb)
         return self.decode(skips, middle, emb)
 
     def embed(self, time: Tensor, guidance: Tensor | None = None, steps: Tensor | None = None, **cond: Any) -> Any:
-        """The network's own embedding, with that of the scalars added to its time."""
-        emb, added = self.net.embed(time, **cond), self._scalars(guidance, steps)  # type: ignore[operator]
+        """The network's embedding, with that of the scalars added to that of the time."""
+        emb, added = self.net.embed(time, **cond), self._scalars(guidance, steps)
         if isinstance(emb, Tensor):
             return emb + added.to(emb)
         return type(emb)({**emb.tensors, "time": emb["time"] + added.to(emb["time"])}, emb.options)
 
     def encode(self, x: Tensor, emb: Any) -> Any:
-        """The network's own contracting half."""
-        return self.net.encode(x, emb)  # type: ignore[operator]
+        """The network's encoder."""
+        return self.net.encode(x, emb)
 
     def decode(self, skips: Any, middle: Tensor, emb: Any) -> Tensor:
-        """The network's own expanding half."""
-        return self.net.decode(skips, middle, emb)  # type: ignore[operator]
+        """The network's decoder."""
+        return self.net.decode(skips, middle, emb)
 
 
 class FixedGuidance(nn.Module):
-    """A network with a guidance scale as its input, asked for one scale always."""
+    """A network with a guidance scale as its input, at one fixed scale.
+
+    Args:
+        net: the network.
+        scale: the guidance scale.
+    """
 
     def __init__(self, net: nn.Module, scale: float) -> None:
         super().__init__()
@@ -155,14 +175,18 @@ class FixedGuidance(nn.Module):
         self.step_counts = getattr(net, "step_counts", None)
 
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
-        """The raw answer (B, *S)."""
+        """Raw output (B, *S)."""
         return self.net(x, time, guidance=torch.full((len(x),), self.scale, device=x.device), **cond)
 
 
 class Adapter(nn.Module):
-    """A residual correction (B, *S) of `count` inputs (B, *S) and a condition (B, WIDTH); zero at first.
+    """A residual correction (B, *S) from `count` inputs (B, *S) and a condition (B, WIDTH); initially zero.
 
-    Two layers, convolutions over up to three dimensions after the channels, or linear layers for points (D,).
+    Two layers: convolutions over up to three dimensions after the channels, or linear layers for points (D,).
+
+    Args:
+        shape: S.
+        count: number of inputs.
     """
 
     def __init__(self, shape: Sequence[int], count: int) -> None:
@@ -180,6 +204,7 @@ class Adapter(nn.Module):
         self.shift = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, inputs: Sequence[Tensor], c: Tensor) -> Tensor:
+        """The correction (B, *S)."""
         shape = inputs[0].shape
         if self.flat:
             inputs = [value.flatten(1) for value in inputs]
@@ -189,10 +214,10 @@ class Adapter(nn.Module):
 
 
 def embedding_width(net: nn.Module) -> int | None:
-    """E where `net.embed` gives an embedding of the time (B, E) that its two halves read; None where it does not."""
+    """E if `net.embed` returns an embedding (B, E) that its encoder and decoder read, else None."""
     if not all(callable(getattr(net, name, None)) for name in ("embed", "encode", "decode")):
         return None
-    own = getattr(net, "net", net)  # a network of diffusers lies inside its adapter
+    own = getattr(net, "net", net)  # a diffusers network is inside its adapter
     last = getattr(getattr(own, "time_embedding", None), "linear_2", None)
     if isinstance(last, nn.Linear):
         return last.out_features

@@ -1,4 +1,4 @@
-"""A small network beside a denoiser: how uncertain each pixel is."""
+"""A small network that predicts the uncertainty of each pixel of a denoiser's output."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from .layers import ResBlock, TimeFeatures, group_norm
 
 
 class SecondMoment(nn.Module):
-    """What the noise hides of each pixel: `g = C / q^2` in (0, 1), C the variance of x given x_t, pixel by pixel.
+    """`g = C / q^2` in (0, 1) for each pixel, C the variance of x given x_t.
 
         g = sigmoid(o(x_t, x0, lam) + 2 log alpha),     alpha^2 + sigma^2 = 1,
 
-    where the network learns o: e^o is about the variance of the data where noise is large, and where it is small g does
-    not depend on it, as it does not for data that fill some directions and not others. As E[eps^2 | x_t] = eps^2 + g,
-    with the eps of x0, this is the second moment of the noise.
+    where the network learns o: e^o is about the variance of the data at high noise, and at low noise g does not depend
+    on it, as for data on a subspace. As E[eps^2 | x_t] = eps^2 + g, with the eps of x0, this is the second moment of
+    the noise. Its inputs are x_t, x0, eps, the position of each pixel and the noise level.
 
-    It sees x_t, x0, eps, the place of each pixel and the level of noise.
+    Args:
+        channels: of the image.
+        width: channels of the residual blocks, all at one resolution.
+        blocks: number of residual blocks.
+        patch: side of the space-to-depth patches; height and width must be multiples of it.
+        scale: approximate standard deviation of the data.
 
-    channels: of the image. width, blocks: of the residual blocks, all at one resolution. patch: side of the
-        space-to-depth squares; height and width must divide by it. scale: deviation of the data, about.
+    References:
+        Bao, Li, Sun, Zhu, Zhang 2022, arXiv:2206.07309.
     """
 
     def __init__(self, channels: int = 1, width: int = 48, blocks: int = 3, patch: int = 2, scale: float = 0.5) -> None:
@@ -35,14 +40,23 @@ class SecondMoment(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(width, width, width) for _ in range(blocks))
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, channels * patch**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.constant_(self.conv_out.bias, 2 * math.log(scale))
+        for parameter, value in zip(self.conv_out.parameters(), (0.0, 2 * math.log(scale))):  # weight, bias
+            nn.init.constant_(parameter, value)
 
     def forward(self, x_t: Tensor, x0: Tensor, lam: Tensor) -> Tensor:
-        """g (B, C, H, W) float32. x_t: noisy, scaled so that alpha^2 + sigma^2 = 1; x0: the denoiser's; lam: (B,)."""
+        """Predict g.
+
+        Args:
+            x_t: noisy images (B, C, H, W), scaled so that alpha^2 + sigma^2 = 1.
+            x0: the denoiser's output for them.
+            lam: log(alpha / sigma), (B,).
+
+        Returns:
+            (B, C, H, W) float32.
+        """
         lam = lam.float().to(x_t.device)
         angle = torch.atan(torch.exp(-lam.clamp(-20, 20))) * (2 / math.pi)  # 0 for data, 1 for noise
-        # where noise is small the two images are equal but for it: their difference, in units of the noise, is new
+        # at low noise both images are almost equal: eps adds their difference in units of the noise
         shape = (-1, 1, 1, 1)
         sigma, alpha = torch.sigmoid(-2 * lam).sqrt().view(shape), torch.sigmoid(2 * lam).sqrt().view(shape)
         eps = (x_t - alpha * x0) / sigma.clamp(min=1e-4)

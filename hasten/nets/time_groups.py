@@ -1,4 +1,4 @@
-"""A quantised network that takes the activation scales of the time it is asked about."""
+"""A quantized network that selects its activation scales by time."""
 
 from __future__ import annotations
 
@@ -17,55 +17,60 @@ __all__ = ["TimeGroups"]
 
 
 class TimeGroups(nn.Module):
-    """`net`, with group k of its activation scales where k of the `bounds` lie below the time: `(x, time (B,)) -> raw`.
+    """`net` with the activation scales of group k, the number of `bounds` below the time: `(x, time (B,)) -> raw`.
 
-    A batch with times of several groups is run group by group. Whoever uses the seams (`embed`, then `encode`, `decode`
-    or `run`) has the group of the mean of the times that were last embedded.
+    A batch with times of several groups is run group by group. `embed`, followed by `encode`, `decode` or `run`,
+    selects the group of the mean of its times.
 
-    net: the network, or its class name and config as model.json has them. bounds: rising, in the network's own time.
+    Args:
+        net: the network, or its class name and config as in model.json.
+        bounds: ascending, in the network's own time.
+
+    Raises:
+        ValueError: for an unknown class name.
     """
+
+    net: Any  # a module, which may have further methods
 
     def __init__(self, net: nn.Module | Mapping[str, Any], bounds: Sequence[float]) -> None:
         super().__init__()
-        self.net = net if isinstance(net, nn.Module) else _built(net["class"], net["config"])
+        self.net = net if isinstance(net, nn.Module) else _build(net["class"], net["config"])
         self.bounds = tuple(float(bound) for bound in bounds)
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the network is built from."""
-        inner = getattr(self.net, "config", {})  # one's own network may have none
+        """The arguments that the network is built from."""
+        inner = getattr(self.net, "config", {})  # custom networks may have none
         return {"net": {"class": type(self.net).__name__, "config": inner}, "bounds": list(self.bounds)}
 
     def forward(self, x: Tensor, time: Tensor, *args: Any, **cond: Any) -> Any:
         """The network's raw output."""
-        if time.is_meta:  # shapes and counts of operations only
+        if time.is_meta:  # only shapes and operation counts
             return self.net(x, time, *args, **cond)
-        known = {bisect_left(self.bounds, t) for t in host_times(time)}
-        groups = list(known) if len(known) == 1 else [bisect_left(self.bounds, t) for t in time.tolist()]
+        distinct = {bisect_left(self.bounds, t) for t in host_times(time)}
+        groups = list(distinct) if len(distinct) == 1 else [bisect_left(self.bounds, t) for t in time.tolist()]
         if len(set(groups)) == 1:
             set_group(self.net, groups[0])
             return self.net(x, time, *args, **cond)
-        number, made = torch.tensor(groups, device=x.device), None
+        group_of, out = torch.tensor(groups, device=x.device), None
         for group in sorted(set(groups)):
-            rows = (number == group).nonzero().flatten()
+            rows = (group_of == group).nonzero().flatten()
             set_group(self.net, group)
-            some, told = (
-                [_rows(arg, rows, len(x)) for arg in args],
-                {k: _rows(v, rows, len(x)) for k, v in cond.items()},
-            )
-            part = self.net(x[rows], time[rows], *some, **told)
-            made = part.new_empty((len(x), *part.shape[1:])) if made is None else made
-            made[rows] = part
-        return made
+            row_args = [_select_rows(arg, rows, len(x)) for arg in args]
+            row_cond = {k: _select_rows(v, rows, len(x)) for k, v in cond.items()}
+            y = self.net(x[rows], time[rows], *row_args, **row_cond)
+            out = y.new_empty((len(x), *y.shape[1:])) if out is None else out
+            out[rows] = y
+        return out
 
     def embed(self, *args: Any, **cond: Any) -> Any:
-        """The network's `embed`; the time is the last argument without a name."""
+        """The network's `embed`; the time is the last positional argument."""
         time = cond["time"] if "time" in cond else args[-1]
         if not time.is_meta:
-            known = host_times(time)
-            mean = sum(known) / len(known) if known else float(time.float().mean())
+            times = host_times(time)
+            mean = sum(times) / len(times) if times else float(time.float().mean())
             set_group(self.net, bisect_left(self.bounds, mean))
-        return self.net.embed(*args, **cond)  # type: ignore[operator]
+        return self.net.embed(*args, **cond)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -77,20 +82,23 @@ class TimeGroups(nn.Module):
 
 
 def host_times(time: Tensor) -> tuple[float, ...]:
-    """The different numbers in a tensor of times, each as often as any other, where who made it has written them beside
-    it (`tensor.host_times`), so that nobody waits for the device to read them; () where not."""
+    """The distinct values of a tensor of times, each equally frequent, if its creator attached them.
+
+    They are read from `tensor.host_times`, which avoids a device synchronisation; () if there are none.
+    """
     return () if torch.compiler.is_compiling() else getattr(time, "host_times", ())
 
 
-def _rows(value: Any, rows: Tensor, count: int) -> Any:
+def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
+    """Rows of a tensor with one row per sample; any other value unchanged."""
     return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
 
-def _built(name: str, config: Mapping[str, Any]) -> nn.Module:
-    """A network of this folder by class name. Raises ValueError where there is none."""
+def _build(name: str, config: Mapping[str, Any]) -> nn.Module:
+    """Build a network of this folder by class name; raises ValueError if there is none."""
     package = importlib.import_module(__package__)
     for info in pkgutil.iter_modules(package.__path__):
-        found = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), name, None)
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            return found(**config)
+        cls = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), name, None)
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            return cls(**config)
     raise ValueError(f"there is no network {name!r}")

@@ -1,4 +1,4 @@
-"""What a call costs: multiply-accumulates, parameters, bytes, seconds, memory."""
+"""The cost of a call: multiply-accumulates, parameters, bytes, seconds, memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,34 @@ from torch import nn
 
 from ..errors import BadInput
 
+__all__ = [
+    "Cost",
+    "Peak",
+    "Ratio",
+    "interleave",
+    "macs",
+    "parameters",
+    "peak_memory",
+    "process_peak",
+    "ratio",
+    "resident_bytes",
+    "size_in_bytes",
+    "wall_time",
+]
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of producing `images` images once.
+    """The cost of sampling `images` images once.
 
-    nfe: network evaluations per image (a guided evaluation of two branches counts 2). macs: multiply-accumulates
-    per image. parameters, bytes: of the network. seconds: wall time of each repeat, in the order taken.
-    memory: peak bytes above what was held before (see `peak_memory`), None when it was not measured.
+    Args:
+        nfe: model evaluations per image (a guided evaluation of two branches counts 2).
+        macs: multiply-accumulates per image.
+        parameters: of the network.
+        bytes: of the network.
+        seconds: wall time of each repeat, in order.
+        images: how many were sampled.
+        memory: peak bytes above those allocated before (see `peak_memory`); None: not measured.
     """
 
     nfe: float
@@ -44,15 +64,22 @@ class Cost:
 
     @property
     def images_per_second(self) -> float:
+        """1 / `seconds_per_image`."""
         return 1 / self.seconds_per_image
 
 
 def macs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Multiply-accumulates of `call(*args, **kwargs)`: half of what torch's flop counter finds in matrix products,
-    convolutions and attention. Element-wise work and normalisation are not counted, as is usual.
+    convolutions and attention.
 
-    Attention is run as plain matrix products for the count, because fused kernels of some devices are unknown to
-    the counter. Quantised and compiled kernels are not counted: count before they are applied.
+    Element-wise operations and normalisation are not counted, as is usual. Attention runs as plain matrix products for
+    the count, because fused kernels of some devices are unknown to the counter. Quantised and compiled kernels are not
+    counted: count before they are applied.
+
+    Args:
+        call: the function to count.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -64,30 +91,51 @@ def macs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 
 def parameters(module: nn.Module) -> int:
-    """Number of weights; a weight that two layers share counts once."""
+    """The number of weights; a weight that two layers share counts once."""
     return sum(p.numel() for p in module.parameters())
 
 
 def size_in_bytes(module: nn.Module) -> int:
-    """Bytes of weights and stored buffers, in the types they are held in."""
+    """Bytes of weights and persistent buffers, in their dtypes."""
     stored = module.state_dict(keep_vars=True).values()
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in stored if isinstance(t, torch.Tensor)}.values())
 
 
 def _synchronize() -> None:
+    """Wait for CUDA, if it is used."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def wall_time(call: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> list[float]:
-    """Wall seconds of each of `repeats` calls, after `warmup` calls that are not counted; the device is awaited."""
+    """Wall seconds of each of several calls, each until the device has finished.
+
+    Args:
+        call: the function to time.
+        repeats: 1 or more.
+        warmup: calls before that are not counted, 0 or more.
+
+    Raises:
+        BadInput: for numbers outside these ranges.
+    """
     return interleave({"": call}, repeats, warmup)[""]
 
 
 def interleave(calls: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, list[float]]:
-    """Wall seconds of every call, taken in turns: A B C A B C ..., so that a busy spell of the machine hits all.
+    """Wall seconds of several functions, called in turns: A B C, C B A, A B C, ..., so that other load affects all.
 
-    Entry i of each list comes from the same turn; every other turn runs backwards. Report `ratio(times[A], times[B])`.
+    Report `ratio(times[A], times[B])`.
+
+    Args:
+        calls: the functions to time.
+        repeats: turns, 1 or more.
+        warmup: turns before that are not counted, 0 or more.
+
+    Returns:
+        The seconds of each function; entry i of each list comes from turn i.
+
+    Raises:
+        BadInput: for no functions, and numbers outside these ranges.
     """
     if not calls or repeats < 1 or warmup < 0:
         raise BadInput(f"cannot time {len(calls)} calls, {repeats} repeats, {warmup} warm-ups: need at least 1, 1, 0")
@@ -106,7 +154,7 @@ def interleave(calls: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Speed-up with its spread: median, least and most over the turns."""
+    """A speedup: median, minimum and maximum over the turns."""
 
     median: float
     low: float
@@ -117,7 +165,15 @@ class Ratio:
 
 
 def ratio(slow: list[float], fast: list[float]) -> Ratio:
-    """Turn by turn `slow[i] / fast[i]` of two lists of one `interleave`; above 1 means `fast` is faster."""
+    """The speedup `slow[i] / fast[i]` over the turns of one `interleave`; above 1 where `fast` is faster.
+
+    Args:
+        slow: seconds.
+        fast: seconds.
+
+    Raises:
+        BadInput: for lists of different lengths, or none.
+    """
     if len(slow) != len(fast) or not slow:
         raise BadInput(f"{len(slow)} and {len(fast)} times are not of the same interleaved run")
     ratios = [a / b for a, b in zip(slow, fast)]
@@ -125,7 +181,7 @@ def ratio(slow: list[float], fast: list[float]) -> Ratio:
 
 
 def resident_bytes() -> int | None:
-    """Resident memory of this process now, from /proc/self/statm; None where there is none (not Linux)."""
+    """Resident memory of this process, from /proc/self/statm; None where that does not exist (not Linux)."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError, ValueError, AttributeError):
@@ -134,7 +190,13 @@ def resident_bytes() -> int | None:
 
 @dataclass
 class Peak:
-    """Filled in when `peak_memory` ends: bytes before, at the peak, and `above` = the difference."""
+    """The result of `peak_memory`, complete when its block ends.
+
+    Attributes:
+        before: bytes at the start.
+        peak: bytes at the peak.
+        method: how they were measured.
+    """
 
     before: int = 0
     peak: int = 0
@@ -142,17 +204,22 @@ class Peak:
 
     @property
     def above(self) -> int:
+        """The difference, in bytes."""
         return max(self.peak - self.before, 0)
 
 
 @contextlib.contextmanager
 def peak_memory(device: str | torch.device = "cpu", every: float = 0.002) -> Iterator[Peak]:
-    """Peak memory inside the block: `with peak_memory() as m: work()`, then `m.above` bytes.
+    """Peak memory inside the block: `with peak_memory() as m: run()`, then `m.above` bytes.
 
-    On CUDA the allocator's own peak. On a CPU a light thread reads the resident size every `every` seconds, since
-    the kernel's peak cannot be reset between variants: bursts shorter than that are missed, and memory that
-    the allocator kept from earlier work is not seen again, so run the largest variant in a fresh process when the
-    exact figure matters. Without /proc the peak of the whole process (`ru_maxrss`) stands in; `method` says which.
+    On CUDA the allocator's own peak. On a CPU a thread reads the resident size, since the kernel's peak cannot be reset
+    between variants: shorter bursts are missed, and memory that the allocator has cached from earlier calls is not
+    counted again, so run the largest variant in a new process where the exact figure matters. Without /proc it is the
+    peak of the process (`ru_maxrss`); `method` says which.
+
+    Args:
+        device: whose memory is measured.
+        every: seconds between two readings on a CPU.
     """
     result = Peak()
     if torch.device(device).type == "cuda":
@@ -191,7 +258,7 @@ def peak_memory(device: str | torch.device = "cpu", every: float = 0.002) -> Ite
 
 
 def process_peak() -> int:
-    """Most bytes that this process ever held (`ru_maxrss`); 0 where the system does not say."""
+    """The peak resident memory of this process in bytes (`ru_maxrss`); 0 where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

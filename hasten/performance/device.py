@@ -1,4 +1,4 @@
-"""The device to work on, and what it is."""
+"""The device to run on, and its name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ import torch
 
 from ..errors import BadInput
 
+__all__ = ["device_for", "processor"]
+
 
 def device_for(text: str) -> torch.device:
-    """`cpu`, `cuda`, `cuda:1`; `auto` is the GPU where there is one. Raises BadInput for a device that is not here."""
+    """The device of a name.
+
+    Args:
+        text: "cpu", "cuda", "cuda:1"; "auto" is the GPU where there is one.
+
+    Raises:
+        BadInput: for a device that is not available.
+    """
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -25,7 +34,7 @@ def device_for(text: str) -> torch.device:
 
 
 def processor(device: torch.device) -> str:
-    """The device that does the work, as a person would name it."""
+    """The model name of the GPU, or that of the CPU and its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -1,43 +1,66 @@
-"""Devices and the links between them, as numbers for predicting what patch parallelism costs."""
+"""Devices, the links between them, and parallel layouts, as numbers that predict the cost of patch parallelism."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import BadInput, check_int
+from ..errors import BadInput, check_choice, check_int
+from ..utils.deprecation import renamed
+
+__all__ = ["A100", "NVLINK", "Device", "Link", "ParallelLayout"]
+
+__getattr__ = renamed(__name__, {"Way": "ParallelLayout"})
 
 
-def _positive(what: str, *values: float) -> None:
+def _check_positive(what: str, *values: float) -> None:
+    """Refuse values that are not above 0."""
     if any(not value > 0 for value in values):
         raise BadInput(f"{what} must be above 0, found {', '.join(f'{value:g}' for value in values)}")
 
 
-def _share(what: str, value: float) -> None:
+def _check_fraction(what: str, value: float) -> None:
+    """Refuse a value outside [0, 1]."""
     if not 0 <= value <= 1:
         raise BadInput(f"{what} must be between 0 and 1, found {value:g}")
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one device sustains: flops (two a multiply-accumulate, a second), memory_bandwidth (bytes/s), launch (s)."""
+    """What one device sustains.
+
+    Args:
+        flops: per second, two for a multiply-accumulate.
+        memory_bandwidth: bytes per second.
+        launch: seconds to start an operation, 0 to 1.
+
+    Raises:
+        BadInput: for values outside these ranges.
+    """
 
     flops: float
     memory_bandwidth: float
     launch: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive("a device's flops and memory_bandwidth", self.flops, self.memory_bandwidth)
-        _share("a device's launch, in seconds,", self.launch)
+        _check_positive("a device's flops and memory_bandwidth", self.flops, self.memory_bandwidth)
+        _check_fraction("a device's launch, in seconds,", self.launch)
 
 
 @dataclass(frozen=True)
 class Link:
-    """What one device sends to the others together.
+    """What one device sends to all others together.
 
-    bandwidth: bytes/s each way; latency: seconds of a message; contention: what a second of hidden talk takes from
-    computing, 0 (a copy engine does it) to 1 (the same cores do); skew: how long devices wait for the slowest where
-    they meet in every layer, as a share of computing, 0 to 1.
+    Args:
+        bandwidth: bytes per second each way.
+        latency: seconds of a message, 0 to 1.
+        contention: what a second of hidden communication takes from computing, 0 (a copy engine does it) to 1 (the same
+            cores do).
+        skew: how long devices wait for the slowest where they synchronise in every layer, as a fraction of computing,
+            0 to 1.
+
+    Raises:
+        BadInput: for values outside these ranges.
     """
 
     bandwidth: float
@@ -46,10 +69,10 @@ class Link:
     skew: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive("a link's bandwidth", self.bandwidth)
-        _share("a link's latency, in seconds,", self.latency)
-        _share("a link's contention", self.contention)
-        _share("a link's skew", self.skew)
+        _check_positive("a link's bandwidth", self.bandwidth)
+        _check_fraction("a link's latency, in seconds,", self.latency)
+        _check_fraction("a link's contention", self.contention)
+        _check_fraction("a link's skew", self.skew)
 
 
 # Data sheets: 312 TFLOP/s (fp16, fp32 sums), 1.555 TB/s, NVLink 300 GB/s each way; of which large work sustains about
@@ -60,15 +83,25 @@ NVLINK = Link(0.75 * 300e9, 20e-6, 24 / 108)
 
 
 @dataclass(frozen=True)
-class Way:
-    """How the work is parted; ranks = 2 n with `branches`, else n, of which each has a part of the rows.
+class ParallelLayout:
+    """How a model evaluation is divided over ranks: 2 n of them with `branches`, else n, each with a patch of the rows.
 
-    branches: the two halves of the batch on half of the ranks each (`cfg_parallel`).
-    warmup, norm, mode, keys, forecast, chunk: as of `patch_parallel`.
-    neighbours: halos go to the neighbours alone, and norms are two passes; else all ranks gather all halos, and norms
-        are written out, as in the code of the paper.
-    overlap: later evaluations go on while they talk; else each message is waited for.
-    efficiency: of a device with part of the work, against the same device with all of it, 0 to 1.
+    Args:
+        ranks: how many.
+        branches: each half of the ranks has one half of the batch (`cfg_parallel`).
+        warmup: as of `patch_parallel`, and so norm, mode, keys, forecast and chunk.
+        norm: as of `patch_parallel`.
+        mode: as of `patch_parallel`.
+        keys: as of `patch_parallel`.
+        forecast: as of `patch_parallel`.
+        chunk: as of `patch_parallel`.
+        neighbours: halos are sent to the neighbours alone, and norms are two passes; else all ranks gather all halos,
+            and norms are written out, as in the code of the paper.
+        overlap: later evaluations continue during communication; else each message is awaited.
+        efficiency: of a device with part of the work, relative to the same device with all of it, above 0 to 1.
+
+    Raises:
+        BadInput: for values that are not supported.
     """
 
     ranks: int = 2
@@ -84,15 +117,12 @@ class Way:
     efficiency: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, least in (("ranks", self.ranks, 1), ("warmup", self.warmup, 0), ("chunk", self.chunk, 1)):
-            check_int(name, value, least)
-        for name, found, choices in (
-            ("norm", self.norm, ("corrected", "stale", "full", "separate")),
-            ("mode", self.mode, ("async", "sync")), ("keys", self.keys, ("same", "bf16")),
-            ("forecast", self.forecast, (0, 1)),
-        ):  # fmt: skip
-            if found not in choices:
-                raise BadInput(f"{name} is one of {', '.join(map(str, choices))}, found {found!r}")
+        for name, value, minimum in (("ranks", self.ranks, 1), ("warmup", self.warmup, 0), ("chunk", self.chunk, 1)):
+            check_int(name, value, minimum)
+        check_choice("norm", self.norm, ("corrected", "stale", "full", "separate"))
+        check_choice("mode", self.mode, ("async", "sync"))
+        check_choice("keys", self.keys, ("same", "bf16"))
+        check_int("forecast", self.forecast, 0, 1)
         if not 0 < self.efficiency <= 1:
             raise BadInput(f"efficiency is above 0 and at most 1, found {self.efficiency}")
         if self.branches and self.ranks > 1 and self.ranks % 2:

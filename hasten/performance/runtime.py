@@ -1,4 +1,4 @@
-"""How to run a network fast on this machine: measured, not guessed."""
+"""Settings for running a network fast on this device, selected by measurement."""
 
 from __future__ import annotations
 
@@ -6,30 +6,40 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_choice
+
+__all__ = ["Runtime", "probe"]
 
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("highest", "high", "medium")
-WORTH = 1.1  # a gain below this is noise, or not worth the accuracy
-WORTH_LAYOUT = 1.25  # channels_last also loses at other sizes (2x on some CPUs), so it must win clearly
+MIN_GAIN = 1.1  # a smaller gain is noise, or not worth the accuracy
+MIN_GAIN_LAYOUT = 1.25  # channels_last is slower at other sizes (2x on some CPUs), so its gain must be clear
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Settings for running a denoiser, and what was measured about them.
+    """Settings for running a denoiser, and their measured error and speed.
 
-    dtype: "float32", or "bfloat16" for autocast (weights stay as they are). matmul: float32 matrix products,
-    "highest", "high" or "medium" (`torch.set_float32_matmul_precision`). channels_last: memory layout.
-    threads: CPU threads, 0 = leave as they are. device: "cpu" or "cuda".
-    error: relative root-mean-square error of the output against plain float32. speedup: over plain float32.
-    seconds: of one call at the probed batch. measured: seconds of each setting that was tried.
+    Args:
+        dtype: "float32", or "bfloat16" for autocast (weights stay as they are).
+        matmul: float32 matrix products, "highest", "high" or "medium" (`torch.set_float32_matmul_precision`).
+        channels_last: the memory format.
+        threads: of the CPU; 0: unchanged.
+        device: "cpu" or "cuda".
+        error: relative root-mean-square error of the output, relative to plain float32.
+        speedup: over plain float32.
+        seconds: of one call with the probed batch.
+        measured: seconds of each setting that was measured.
+
+    Raises:
+        BadInput: for an unknown dtype or precision, and a negative number of threads.
     """
 
     dtype: str = "float32"
@@ -43,16 +53,14 @@ class Runtime:
     measured: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise BadInput(f"no dtype {self.dtype!r} to run in: {nearest(str(self.dtype), DTYPES)}")
-        if self.matmul not in PRECISIONS:
-            raise BadInput(f"no matmul precision {self.matmul!r}: {nearest(str(self.matmul), PRECISIONS)}")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("matmul precision", self.matmul, PRECISIONS)
         if self.threads < 0:
-            raise BadInput(f"{self.threads} threads cannot be used: give 1 or more, or 0 to leave them as they are")
+            raise BadInput(f"{self.threads} threads cannot be used: give 1 or more, or 0 for the current number")
 
     @contextlib.contextmanager
     def apply(self) -> Iterator[Runtime]:
-        """Within the block: autocast, matmul precision and threads as set; after it, as they were before."""
+        """A context manager that sets autocast, matmul precision and threads, and restores them afterwards."""
         precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
         autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
         try:
@@ -69,12 +77,13 @@ class Runtime:
                 torch.set_num_threads(threads)
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """The module with the memory layout set (in place)."""
+        """The module itself, with its weights in the memory format."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return module.to(memory_format=layout) if _has_images(module) else module
+        to: Callable[..., nn.Module] = module.to  # torch's annotations lack memory_format
+        return to(memory_format=layout) if _has_images(module) else module
 
     def override(self, **settings: Any) -> Runtime:
-        """Other settings; those that are None are kept. What was measured is dropped when something changes."""
+        """The runtime with some settings changed, where they are not None; then without its measurements."""
         changed = {k: v for k, v in settings.items() if v is not None and v != getattr(self, k)}
         if not changed:
             return self
@@ -93,15 +102,25 @@ class Runtime:
 def probe(
     denoiser: nn.Module, x: Tensor, t: float | Tensor = 0.5, budget: float = 3.0, tolerance: float = 0.03, **cond: Any
 ) -> Runtime:
-    """The fastest settings for `denoiser(x, t, **cond)` on this machine that keep the output within `tolerance`.
+    """The fastest settings for `denoiser(x, t, **cond)` on this device with an error within `tolerance`.
 
-    x `(B, *S)` is a batch of the size that will be used: which setting wins depends on it (bfloat16 autocast
-    gains from about 16 images on a CPU, and loses at one). Tried in turns within about `budget` seconds:
-    plain float32; bfloat16 autocast; on the better of the two, matmul "medium"; then channels_last. A setting is
-    taken only for a gain of 10 % (channels_last: 25 %) in both the least and the median time, at a relative
-    error, `||y - y32|| / ||y32||`, of at most `tolerance`. A network whose one call takes more than an eighth of
-    the budget is judged on single calls, and the probe ends when the budget is spent. The call must be
-    repeatable (an accelerator with a cache is applied after the probe).
+    Measured in turns within about `budget` seconds: plain float32; bfloat16 autocast; with the faster of the two,
+    matmul "medium"; then channels_last. A setting is selected only for a gain of 10 % (channels_last: 25 %) in both the
+    minimum and the median time, at a relative error `||y - y32|| / ||y32||` of at most `tolerance`. A network whose one
+    call takes more than an eighth of the budget is measured by single calls, and the probe ends when the budget is
+    spent. The call must be repeatable (an accelerator with a cache is applied after the probe).
+
+    Args:
+        denoiser: the network to run.
+        x: (B, *S), a batch of the size that will be used, on which the result depends (bfloat16 autocast gains from
+            about 16 images on a CPU, and loses with one).
+        t: () or (B,), in [0, 1].
+        budget: seconds, above 0.
+        tolerance: of the relative error, 0 or more.
+        cond: conditions of the denoiser.
+
+    Raises:
+        BadInput: for a budget or a tolerance outside these ranges.
     """
     if budget <= 0 or not tolerance >= 0:
         raise BadInput(f"a probe needs a positive budget and tolerance, found {budget} s and {tolerance}")
@@ -123,48 +142,49 @@ def probe(
         y = run(runtime)
         return time.perf_counter() - start, y
 
-    first, truth = timed(plain)
-    if budget / 8 < first < budget / 2:  # perhaps only the first call of the process was
-        first, truth = timed(plain)
+    first, expected = timed(plain)
+    if budget / 8 < first < budget / 2:  # perhaps only because it was the first call of the process
+        first, expected = timed(plain)
     slow = first > budget / 8
     measured: dict[str, float] = {}
 
-    def contest(best: Runtime, rival: Runtime, share: float, worth: float) -> Runtime:
-        """`rival` if it is faster by `worth` and accurate; both timed in turns within `share` of the budget."""
-        taken, y = timed(rival)  # also its warm-up
-        error = float((y - truth).norm() / truth.norm().clamp(min=1e-30))
+    def faster(best: Runtime, rival: Runtime, fraction: float, min_gain: float) -> Runtime:
+        """`rival` if it is faster by `min_gain` and accurate; both timed in turns within a fraction of the budget."""
+        seconds, y = timed(rival)  # also its warm-up
+        error = float((y - expected).norm() / expected.norm().clamp(min=1e-30))
         times: dict[Runtime, list[float]] = {best: [], rival: []}
         if slow:
-            times = {best: [best.seconds or first], rival: [taken]}
-        stop = min(time.perf_counter() + share * budget, end)
+            times = {best: [best.seconds or first], rival: [seconds]}
+        stop = min(time.perf_counter() + fraction * budget, end)
         while len(times[rival]) < (1 if slow else 2) or (time.perf_counter() < stop and len(times[rival]) < 50):
             for runtime, values in times.items():
                 values.append(timed(runtime)[0])
         old, new = min(times[best]), min(times[rival])
-        measured.setdefault(_short(best), old)
-        measured[_short(rival)] = new
+        measured.setdefault(_setting_label(best), old)
+        measured[_setting_label(rival)] = new
         gain = min(old / new, statistics.median(times[best]) / statistics.median(times[rival]))
-        if not (error <= tolerance and gain >= worth):  # NaN fails as well
+        if not (error <= tolerance and gain >= min_gain):  # NaN fails as well
             return best
         speedup = (best.speedup or 1.0) * old / new
         return dataclasses.replace(rival, error=error, speedup=speedup, seconds=new)
 
-    best = contest(plain, dataclasses.replace(plain, dtype="bfloat16"), 0.35, WORTH)
+    best = faster(plain, dataclasses.replace(plain, dtype="bfloat16"), 0.35, MIN_GAIN)
     if time.perf_counter() < end:
-        best = contest(best, dataclasses.replace(best, matmul="medium"), 0.2, WORTH)
+        best = faster(best, dataclasses.replace(best, matmul="medium"), 0.2, MIN_GAIN)
     if time.perf_counter() < end and x.ndim == 4 and _has_images(denoiser):
-        best = contest(best, dataclasses.replace(best, channels_last=True), 0.2, WORTH_LAYOUT)
+        best = faster(best, dataclasses.replace(best, channels_last=True), 0.2, MIN_GAIN_LAYOUT)
     best.prepare(denoiser)
     if best.speedup is None:
-        best = dataclasses.replace(best, error=0.0, speedup=1.0, seconds=measured[_short(plain)])
+        best = dataclasses.replace(best, error=0.0, speedup=1.0, seconds=measured[_setting_label(plain)])
     return dataclasses.replace(best, measured=measured)
 
 
-def _short(runtime: Runtime) -> str:
+def _setting_label(runtime: Runtime) -> str:
+    """The key of a setting in `Runtime.measured`."""
     return f"{runtime.dtype}, {runtime.matmul}{', channels_last' if runtime.channels_last else ''}"
 
 
 def _has_images(module: nn.Module) -> bool:
-    """Whether it has 4-D weights, which a memory layout concerns; 5-D ones refuse it."""
+    """Whether a module has 4-D weights, which have a memory format, and no 5-D ones, which do not accept it."""
     dims = {p.ndim for p in module.parameters()}
     return 4 in dims and 5 not in dims

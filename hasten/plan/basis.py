@@ -1,4 +1,4 @@
-"""Coordinates in which the data are uncorrelated: what samplers that treat each direction in its own way work in."""
+"""Coordinates in which the data are uncorrelated, for samplers with coefficients for each direction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_choice
 
 __all__ = ["Basis", "Coordinates", "dct_matrix"]
 
@@ -25,12 +25,13 @@ class Basis:
 
         u = U^T (x - alpha m),     x = alpha m + U u,     Var[u_j] = v_j for the data themselves (alpha = 1)
 
-    Numbers may differ from direction to direction only where the variances do: directions of equal v_j form one group,
-    of G in all, and the coefficients of a sampler in this basis are tensors (G,), in the order of `values`.
+    Coefficients may differ between directions only where the variances do: directions of equal v_j form one group, of G
+    in total, and the coefficients of a sampler in this basis are tensors (G,), in the order of `values`.
 
-    A sampler takes and queries pixels as ever; between `u = basis.to(x, alpha)` and `basis.back(u, alpha)` it adds,
-    and multiplies by numbers and by tensors (G,). While such a sampler is traced to a `Plan`, `to` and `back` leave the
-    symbols as they are: the plan's tables are in these coordinates. Two bases of the same numbers are equal.
+    The states and queries of a sampler are pixels as always; between `u = basis.to(x, alpha)` and
+    `basis.back(u, alpha)` it adds, and multiplies by numbers and by tensors (G,). While such a sampler is traced to a
+    `Plan`, `to` and `back` return the symbols unchanged: the plan's tables are in these coordinates. Bases with equal
+    numbers are equal.
 
     Args:
         mean: m, of the shape S of a sample, float64; 0-d for kind "identity" where samples may be of any shape.
@@ -39,7 +40,9 @@ class Basis:
             variance[..., i, j] of i half waves down and j across. "matrix": u = matrix^T flatten(x - alpha m).
         matrix: (D, D) orthogonal, the directions in its columns; for kind "matrix" only.
 
-    Raises BadInput for an unknown kind, shapes that do not fit, variances that are not positive, a skew matrix.
+    Raises:
+        BadInput: for an unknown kind, shapes that do not fit, variances that are not positive, and a matrix that is not
+            orthogonal.
     """
 
     mean: Tensor
@@ -48,19 +51,18 @@ class Basis:
     matrix: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise BadInput(f"basis of kind {self.kind!r}: {nearest(self.kind, KINDS)}")
+        check_choice("kind of basis", self.kind, KINDS)
         for name in ("mean", "variance", "matrix"):
-            found = getattr(self, name)
-            if found is None:
+            value = getattr(self, name)
+            if value is None:
                 continue
             with torch.inference_mode(False):  # a basis may be used under autograd later
-                found = torch.as_tensor(found)
-                found = found.clone() if found.is_inference() else found
-                found = found.detach().to("cpu").to(torch.float64)
-            if not bool(torch.isfinite(found).all()):
+                value = torch.as_tensor(value)
+                value = value.clone() if value.is_inference() else value
+                value = value.detach().to("cpu").to(torch.float64)
+            if not bool(torch.isfinite(value).all()):
                 raise BadInput(f"basis: {name} holds a number that is not finite")
-            object.__setattr__(self, name, found)
+            object.__setattr__(self, name, value)
         S = tuple(self.mean.shape)
         if self.variance.numel() != 1 and _broadcast(tuple(self.variance.shape), S) != S:
             raise BadInput(f"basis: variance {tuple(self.variance.shape)} does not fit samples of shape {S}")
@@ -82,18 +84,19 @@ class Basis:
 
     @property
     def groups(self) -> int:
-        """G, how many different variances there are."""
+        """G, the number of different variances."""
         return len(self.values)
 
     @cached_property
     def values(self) -> Tensor:
         """(G,) float64, the variances, each once, ascending."""
         with torch.inference_mode(False):
-            return torch.unique(self.variance)
+            values: Tensor = torch.unique(self.variance)
+            return values
 
     @cached_property
     def index(self) -> Tensor:
-        """The group of each coordinate of u: whole numbers below G, of shape S (0-d where G is 1)."""
+        """The group of each coordinate of u: int64 below G, of shape S (0-d where G is 1)."""
         if self.groups == 1:
             with torch.inference_mode(False):
                 return torch.zeros((), dtype=torch.long)
@@ -105,64 +108,73 @@ class Basis:
         return Coordinates(self.coordinates(x, alpha), self) if isinstance(x, Tensor) else x
 
     def back(self, u: Any, alpha: Tensor | float = 1.0) -> Any:
-        """x = alpha m + U u, pixels (B, *S), of what `to` gave."""
+        """x = alpha m + U u, pixels (B, *S), of `Coordinates`; other values are returned unchanged."""
         return self.pixels(u.value, alpha) if isinstance(u, Coordinates) else u
 
     def coordinates(self, x: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
-        """u = U^T (x - alpha m) as a tensor (B, *S), in the dtype of x."""
-        self._fits(x)
+        """u = U^T (x - alpha m) as a tensor (B, *S), in the dtype of x.
+
+        Raises:
+            BadInput: for samples of another shape than the basis.
+        """
+        self._check_shape(x)
         if self._centred:
             x = x - self._shift(alpha, x)
-        return self._turn(x, back=False)
+        return self._transform(x, back=False)
 
     def pixels(self, u: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
         """x = alpha m + U u (B, *S), in the dtype of u."""
-        x = self._turn(u, back=True)
+        x = self._transform(u, back=True)
         return x + self._shift(alpha, x) if self._centred else x
 
     def spread(self, number: Tensor, like: Tensor) -> Tensor:
         """Numbers (G,), one for each group, as a tensor that multiplies coordinates (B, *S) such as `like`."""
         number = number.to(like.device, like.dtype)
-        return number.reshape(()) if self.groups == 1 else number[self._kept("index", like)]
+        return number.reshape(()) if self.groups == 1 else number[self._cached("index", like)]
 
-    def grouped(self, most: int) -> Basis:
-        """The basis with at most `most` different variances: where there are more, equal parts of the range of log v
-        share the geometric mean of theirs."""
-        if self.groups <= most:
+    def grouped(self, maximum: int) -> Basis:
+        """The basis with at most `maximum` different variances: where there are more, those in each of as many equal
+        intervals of log v are replaced by their geometric mean."""
+        if self.groups <= maximum:
             return self
         low, high = self.values[0].log(), self.values[-1].log()
-        part = ((self.variance.log() - low) / (high - low) * most).long().clamp(max=most - 1).flatten()
-        full = self.variance.log().flatten()
-        sums = torch.zeros(most, dtype=torch.float64).index_add(0, part, full)
-        counts = torch.zeros(most, dtype=torch.float64).index_add(0, part, torch.ones_like(full))
-        variance = (sums / counts.clamp(min=1)).exp()[part].reshape(self.variance.shape)
+        group = ((self.variance.log() - low) / (high - low) * maximum).long().clamp(max=maximum - 1).flatten()
+        logs = self.variance.log().flatten()
+        sums = torch.zeros(maximum, dtype=torch.float64).index_add(0, group, logs)
+        counts = torch.zeros(maximum, dtype=torch.float64).index_add(0, group, torch.ones_like(logs))
+        variance = (sums / counts.clamp(min=1)).exp()[group].reshape(self.variance.shape)
         return Basis(self.mean, variance, self.kind, self.matrix)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, every number to its last bit; `from_dict` is the inverse."""
-        told = {"kind": self.kind, "mean": self.mean.tolist(), "variance": self.variance.tolist()}
-        return told if self.matrix is None else {**told, "matrix": self.matrix.tolist()}
+        """JSON values, with all bits of every number; `from_dict` is the inverse."""
+        values = {"kind": self.kind, "mean": self.mean.tolist(), "variance": self.variance.tolist()}
+        return values if self.matrix is None else {**values, "matrix": self.matrix.tolist()}
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> Basis:
-        """The basis that `to_dict` wrote. Raises BadInput that says what is wrong with it."""
+    def from_dict(cls, values: dict[str, Any]) -> Basis:
+        """The basis that `to_dict` wrote.
+
+        Raises:
+            BadInput: for other values, with the first error in them.
+        """
         try:
             arrays = {
-                name: torch.tensor(told[name], dtype=torch.float64)
+                name: torch.tensor(values[name], dtype=torch.float64)
                 for name in ("mean", "variance", "matrix")
-                if name != "matrix" or name in told
+                if name != "matrix" or name in values
             }
-            kind = str(told["kind"])
+            kind = str(values["kind"])
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"basis: cannot be read: {error}") from error
         return cls(**arrays, kind=kind)
 
     @cached_property
     def _key(self) -> str:
-        told = hashlib.sha256(self.kind.encode())
-        for part in (self.mean, self.variance, self.matrix):
-            told.update(b"-" if part is None else str(tuple(part.shape)).encode() + part.numpy().tobytes())
-        return told.hexdigest()
+        """A hash of all numbers."""
+        digest = hashlib.sha256(self.kind.encode())
+        for array in (self.mean, self.variance, self.matrix):
+            digest.update(b"-" if array is None else str(tuple(array.shape)).encode() + array.numpy().tobytes())
+        return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Basis) and self._key == other._key
@@ -176,13 +188,16 @@ class Basis:
 
     @cached_property
     def _centred(self) -> bool:
+        """Whether the mean is not zero."""
         return bool((self.mean != 0).any())
 
     @cached_property
     def _matrices(self) -> dict[Any, tuple[Tensor, ...]]:
+        """Copies of the matrices, the mean and the index, by device and dtype."""
         return {}
 
-    def _fits(self, x: Tensor) -> None:
+    def _check_shape(self, x: Tensor) -> None:
+        """Raise BadInput for samples of another shape."""
         S = tuple(self.mean.shape)
         if S and tuple(x.shape[1:]) != S:
             raise BadInput(f"samples of shape {tuple(x.shape[1:])} in a basis that was made for {S}")
@@ -191,10 +206,10 @@ class Basis:
         """alpha m, for pixels such as `like`."""
         if like.device.type == "cpu":
             return (self.mean * alpha).to(like.dtype)
-        return self._kept("mean", like) * alpha  # a number on the CPU, which is not copied
+        return self._cached("mean", like) * alpha  # a number on the CPU, which is not copied
 
-    def _kept(self, name: str, like: Tensor) -> Tensor:
-        """The mean, in the dtype of `like`, or the index, on its device; each copied there once."""
+    def _cached(self, name: str, like: Tensor) -> Tensor:
+        """The mean, in the dtype of `like`, or the index, on its device; cached."""
         key = (name, like.device, like.dtype)
         if key not in self._matrices:
             with torch.inference_mode(False):
@@ -203,37 +218,44 @@ class Basis:
                 self._matrices[key] = (value.to(like.device),)
         return self._matrices[key][0]
 
-    def _turn(self, x: Tensor, back: bool) -> Tensor:
+    def _transform(self, x: Tensor, back: bool) -> Tensor:
         """U^T x, or U x where `back`."""
         if self.kind == "identity":
             return x
         key = (x.device, x.dtype)
         if key not in self._matrices:
-            with torch.inference_mode(False):  # what is kept may be used under autograd later
-                found = [self.matrix] if self.matrix is not None else [dct_matrix(n).T for n in self.mean.shape[-2:]]
-                self._matrices[key] = tuple(side.to(x.dtype).to(x.device) for side in found)
-        sides = self._matrices[key]
-        with torch.autocast(x.device.type, enabled=False):  # coordinates in bfloat16 would lose the image
+            with torch.inference_mode(False):  # cached values may be used under autograd later
+                exact = [self.matrix] if self.matrix is not None else [dct_matrix(n).T for n in self.mean.shape[-2:]]
+                self._matrices[key] = tuple(matrix.to(x.dtype).to(x.device) for matrix in exact)
+        matrices = self._matrices[key]
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 coordinates are too coarse for images
             if self.kind == "matrix":
-                return (x.flatten(1) @ (sides[0].T if back else sides[0])).reshape(x.shape)
-            rows, columns = sides
+                return (x.flatten(1) @ (matrices[0].T if back else matrices[0])).reshape(x.shape)
+            rows, columns = matrices
             return rows @ x @ columns.T if back else rows.T @ x @ columns
 
 
 class Coordinates:
-    """A batch in the coordinates of a basis, (B, *S): adds to its like, times and over numbers and tensors (G,)."""
+    """A batch (B, *S) in the coordinates of a basis. Supports addition, and multiplication and division by numbers and
+    tensors (G,).
+
+    Args:
+        value: the coordinates (B, *S).
+        basis: they are in.
+    """
 
     __slots__ = ("basis", "value")
 
     def __init__(self, value: Tensor, basis: Basis) -> None:
         self.value, self.basis = value, basis
 
-    def _with(self, other: Any, do: Callable[[Tensor, Any], Tensor]) -> Coordinates:
+    def _with(self, other: Any, operation: Callable[[Tensor, Any], Tensor]) -> Coordinates:
+        """The operation on the values of both."""
         if isinstance(other, Coordinates):
             other = other.value
         elif not (isinstance(other, (int, float)) and other == 0):  # sum() starts from it
             raise BadInput(f"coordinates add to coordinates only, not to a {type(other).__name__}")
-        return Coordinates(do(self.value, other), self.basis)
+        return Coordinates(operation(self.value, other), self.basis)
 
     def __add__(self, other: Any) -> Coordinates:
         return self._with(other, torch.add)
@@ -244,7 +266,7 @@ class Coordinates:
         return self._with(other, torch.sub)
 
     def __rsub__(self, other: Any) -> Coordinates:
-        return -self + other
+        return (-self)._with(other, torch.add)
 
     def __neg__(self) -> Coordinates:
         return Coordinates(-self.value, self.basis)
@@ -259,13 +281,13 @@ class Coordinates:
     __rmul__ = __mul__
 
     def __truediv__(self, number: Any) -> Coordinates:
-        return self * (1 / number)
+        return self.__mul__(1 / number)
 
 
 def dct_matrix(n: int) -> Tensor:
     """The orthonormal DCT-II, (n, n) float64: `C[k, i] = sqrt((2 - [k = 0]) / n) cos(pi k (2 i + 1) / (2 n))`.
 
-    `C @ x` are the coefficients of x, `C.T @ u` is x again.
+    `C @ x` are the coefficients of x, and `C.T` is the inverse of C.
     """
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     matrix = torch.cos(math.pi * k * (2 * i + 1) / (2 * n)) * math.sqrt(2 / n)
@@ -274,6 +296,7 @@ def dct_matrix(n: int) -> Tensor:
 
 
 def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The broadcast shape, or None where there is none."""
     try:
         return tuple(torch.broadcast_shapes(one, other))
     except RuntimeError:

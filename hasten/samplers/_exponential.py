@@ -38,6 +38,7 @@ class Node(NamedTuple):
 
     @property
     def clean(self) -> bool:
+        """Whether sigma is exactly 0."""
         return math.isinf(self.lam.item()) and self.lam.item() > 0
 
     @property
@@ -51,29 +52,30 @@ class Node(NamedTuple):
         return self.sigma / self.alpha
 
 
-def node(schedule: Schedule, t: Tensor) -> Node:
-    """The node at one 0-d time. lam is not asked for at an end, so that no infinite derivative enters a graph."""
+def make_node(schedule: Schedule, t: Tensor) -> Node:
+    """The node at one 0-d time. lam is not evaluated at an end, so that no infinite derivative enters the graph."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     if sigma.item() == 0 or alpha.item() == 0:
         return Node(t, alpha, sigma, torch.tensor(math.inf if sigma.item() == 0 else -math.inf, dtype=torch.float64))
     return Node(t, alpha, sigma, schedule.lam(t))
 
 
-def nodes(schedule: Schedule, times: Tensor) -> list[Node]:
-    """All nodes of a grid. Where its times require gradients one is made after the other: a vectorised call would mix
-    the ends' infinite derivatives in."""
+def make_nodes(schedule: Schedule, times: Tensor) -> list[Node]:
+    """All nodes of a grid. Where its times require gradients they are computed one by one: a vectorised call would
+    include the infinite derivatives of the ends.
+    """
     times = check_times(times).double()
     if times.requires_grad:
-        return [node(schedule, t) for t in times.unbind()]
+        return [make_node(schedule, t) for t in times.unbind()]
     alpha, sigma, lam = schedule.alpha(times), schedule.sigma(times), schedule.lam(times)
     if alpha.requires_grad or sigma.requires_grad:  # a schedule with parameters of its own
-        return [node(schedule, t) for t in times.unbind()]
+        return [make_node(schedule, t) for t in times.unbind()]
     lam = torch.where(sigma == 0, math.inf, torch.where(alpha == 0, -math.inf, lam))
     return [Node(*each) for each in zip(times.unbind(), alpha.unbind(), sigma.unbind(), lam.unbind(), strict=True)]
 
 
 class Known(NamedTuple):
-    """A network answer `x0` (B, *S) at the state `z` of a node."""
+    """A model output `x0` (B, *S) at the state `z` of a node."""
 
     node: Node
     z: Any
@@ -81,6 +83,7 @@ class Known(NamedTuple):
 
     @property
     def eps(self) -> Any:
+        """The noise in z."""
         return (1 / self.node.sigma) * self.z - (self.node.alpha / self.node.sigma) * self.x0
 
 
@@ -117,31 +120,48 @@ def from_pure(z: Any, first: Known, second: Known) -> Any:
     return (end.sigma / first.node.sigma) * z + (0.5 * end.alpha) * first.x0 + (0.5 * end.alpha) * second.x0
 
 
-def advance(z: Any, known: Sequence[Known], end: Node, *, predict: str = "x0", sde: bool = False, noise: Any = None,
-            half: str | None = None, damp: float = 1.0) -> Any:  # fmt: skip
+def advance(
+    z: Any,
+    known: Sequence[Known],
+    end: Node,
+    *,
+    predict: str = "x0",
+    sde: bool = False,
+    noise: Any = None,
+    half: str | None = None,
+    damp: float = 1.0,
+) -> Any:
     """One exponential step of order len(known) from the state `z` at known[0].node to `end`.
 
-    known: the base first, then the other interpolation nodes, on either side of it and all with finite lam unless the
-    step is of order 1. half: None for exact weights, "bh1" or "bh2" for weight H/2 or expm1(H)/2 on the difference when
-    there is one ("bh2" is also the midpoint rule of DPM-Solver). damp: factor on the second derivative (1/2 is the
-    common implementation of DPM-Solver++ 3M). sde: the stochastic form, `noise` its draw. Steps from alpha = 0 and into
-    sigma = 0 are of order 1.
+    Steps from alpha = 0 and into sigma = 0 are of order 1.
+
+    Args:
+        z: the state.
+        known: the base first, then the other interpolation nodes, on either side of it and all with finite lam unless
+            the step is of order 1.
+        end: the node to step to.
+        predict: "x0" or "eps".
+        sde: the stochastic form.
+        noise: its draw.
+        half: None for exact weights, "bh1" or "bh2" for weight H/2 or expm1(H)/2 on the difference when there is one
+            ("bh2" is also the midpoint rule of DPM-Solver).
+        damp: factor on the second derivative (1/2 is the common implementation of DPM-Solver++ 3M).
     """
     start = known[0].node
     if start.pure or end.clean:
-        if sde and not end.clean:  # the posterior of pure noise forgets z
+        if sde and not end.clean:  # the posterior of pure noise does not depend on z
             return end.alpha * known[0].x0 + end.sigma * noise
         return ddim(z, known[0], end)
     h = end.lam - start.lam
     if predict == "x0":
         H, c, base = (-2 * h if sde else -h), end.alpha, end.sigma / start.sigma
         outputs = [k.x0 for k in known]
-        spread = torch.sqrt(-torch.expm1(-2 * h)) if sde else None
+        std = torch.sqrt(-torch.expm1(-2 * h)) if sde else None
         base = base * torch.exp(-h) if sde else base
     else:
         H, c, base = h, (2 * end.sigma if sde else end.sigma), end.alpha / start.alpha
         outputs = [k.eps for k in known]
-        spread = torch.sqrt(torch.expm1(2 * h)) if sde else None
+        std = torch.sqrt(torch.expm1(2 * h)) if sde else None
     weights = [g(1, H)]
     if len(known) > 1:
         ratios = [(k.node.lam - start.lam) / h for k in known[1:]]
@@ -155,12 +175,12 @@ def advance(z: Any, known: Sequence[Known], end: Node, *, predict: str = "x0", s
     out = base * z
     for weight, output in zip(weights, outputs, strict=True):
         out = out - (c * weight) * output
-    return out if spread is None else out + (end.sigma * spread) * noise
+    return out if std is None else out + (end.sigma * std) * noise
 
 
-def usable(past: Sequence[Known], end: Node, order: int, left: int | None = None) -> int:
-    """The order a multistep method may use: at most the outputs of finite lam, at most the steps left, 1 at ends."""
+def usable_order(past: Sequence[Known], end: Node, order: int, remaining: int | None = None) -> int:
+    """The order of a multistep step: at most the outputs of finite lam, at most the remaining steps, 1 at ends."""
     if past[0].node.pure or end.clean:
         return 1
     finite = next((i for i, k in enumerate(past) if k.node.pure), len(past))
-    return min(order, finite, order if left is None else left)
+    return min(order, finite, order if remaining is None else remaining)

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, check_numbers, nearest
-from ..sampling import Query
+from ..errors import check_choices, check_numbers
+from ..sampling import Query, SamplerBase
 from ..schedules.base import Schedule
-from ._exponential import nodes
+from ._exponential import make_nodes
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(SamplerBase):
     """Ancestral sampling with a fixed variance, on any sub-grid of any schedule.
 
     From (alpha_r, sigma_r) to (alpha_s, sigma_s), with a = alpha_r/alpha_s and b = sigma_r^2 - a^2 sigma_s^2 (the
@@ -24,11 +24,15 @@ class DDPM:
 
         z_s = (a sigma_s^2/sigma_r^2) z_r + (alpha_s b/sigma_r^2) x0 + sqrt(V) xi
 
-    V = b sigma_s^2/sigma_r^2 for variance="small" (optimal for point data, equal to DDIM with eta = 1), V = b for
-    "large" (optimal for N(0, I) data; on a schedule with alpha = 1 it adds noise that a narrow distribution cannot
-    remove). No noise is added by the step into sigma = 0. Order 1 in law; NFE = steps.
+    No noise is added by the step into sigma = 0. Order 1 in law; NFE = steps.
 
-    Reference: Ho, Jain, Abbeel 2020, 2006.11239; respacing: Nichol, Dhariwal 2021, 2102.09672.
+    Args:
+        variance: "small", V = b sigma_s^2/sigma_r^2 (optimal for point data, equal to DDIM with eta = 1), or "large", V
+            = b (optimal for N(0, I) data; on a schedule with alpha = 1 it adds noise that a narrow distribution cannot
+            remove).
+
+    References:
+        Ho, Jain, Abbeel 2020, arXiv:2006.11239; respacing: Nichol, Dhariwal 2021, arXiv:2102.09672.
     """
 
     variance: str = "small"
@@ -36,23 +40,24 @@ class DDPM:
     order: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if self.variance not in ("small", "large"):
-            raise BadInput(f"DDPM(variance={self.variance!r}): {nearest(str(self.variance), ['small', 'large'])}")
+        check_choices(self, variance=("small", "large"))
         check_numbers(self)
 
     def nfe(self, steps: int) -> int:
+        """Model evaluations on a grid of `steps` steps that ends at t = 0."""
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        """The algorithm as a coroutine; see `hasten.sampling.Sampler`."""
+        path, z = make_nodes(schedule, times), x
         for r, s in zip(path, path[1:], strict=False):
             x0 = yield Query(z, r.t)
             if s.clean:
                 z = s.alpha * x0
                 continue
             a = r.alpha / s.alpha
-            keep = a * (s.sigma / r.sigma) ** 2
-            fresh = 1 - (a * s.sigma / r.sigma) ** 2  # b / sigma_r^2
-            V = fresh * (s.sigma if self.variance == "small" else r.sigma) ** 2
-            z = keep * z + (s.alpha * fresh) * x0 + torch.sqrt(V) * noise()
+            scale = a * (s.sigma / r.sigma) ** 2
+            added = 1 - (a * s.sigma / r.sigma) ** 2  # b / sigma_r^2
+            V = added * (s.sigma if self.variance == "small" else r.sigma) ** 2
+            z = scale * z + (s.alpha * added) * x0 + torch.sqrt(V) * noise()
         return z

@@ -1,4 +1,4 @@
-"""DEIS: exponential integration of the noise prediction with polynomials in a chosen variable."""
+"""DEIS: exponential integration of the noise prediction with polynomials in a selectable variable."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, check_numbers, nearest
-from ..sampling import Query
+from ..errors import BadInput, check_choices, check_numbers
+from ..sampling import Query, SamplerBase
 from ..schedules.base import Schedule
-from ._exponential import Known, Node, advance, ddim, nodes, usable
+from ._exponential import Known, Node, advance, ddim, make_nodes, usable_order
 
 
 @dataclass(frozen=True)
-class DEIS:
+class DEIS(SamplerBase):
     """Adams-Bashforth for dy/dq = eps (y = z/alpha, q = sigma/alpha) with eps interpolated by a polynomial in
     `variable`:
 
         y_t = y_0 + sum_j (int_{q_0}^{q_t} l_j dq) eps_j
 
-    variable "t" (tAB: the schedule's own time), "rho" (rhoAB: q), or "log_rho" (log q = -lam; equal to the multistep
-    DPMSolver with predict="eps", variant="taylor"). The integrals are exact for rho and log_rho, by 24 Gauss points for
-    t. The step into sigma = 0 and the one from alpha = 0 are of order 1; the answer at alpha = 0 is used later by "t"
-    only (t is finite there).
-    Order as named, 1 to 4; NFE = steps.
+    The integrals are exact for rho and log_rho, by 24 Gauss points for t. The step into sigma = 0 and the one from
+    alpha = 0 are of order 1; the output at alpha = 0 is used later by "t" only (t is finite there). Order as named; NFE
+    = steps.
 
-    Reference: Zhang, Chen 2023, 2204.13902.
+    Args:
+        order: 1 to 4.
+        variable: "t" (tAB: the schedule's own time), "rho" (rhoAB: q), or "log_rho" (log q = -lam; equal to the
+            multistep DPMSolver with predict="eps", variant="taylor").
+        lower_order_final: the order falls to 1 over the last steps.
+
+    References:
+        Zhang, Chen 2023, arXiv:2204.13902.
     """
 
     order: int = 3
@@ -41,15 +46,16 @@ class DEIS:
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3, 4):
             raise BadInput(f"DEIS(order={self.order}): order must be 1, 2, 3 or 4")
-        if self.variable not in ("t", "rho", "log_rho"):
-            raise BadInput(f"DEIS(variable={self.variable!r}): {nearest(str(self.variable), ['t', 'rho', 'log_rho'])}")
+        check_choices(self, variable=("t", "rho", "log_rho"))
         check_numbers(self)
 
     def nfe(self, steps: int) -> int:
+        """Model evaluations on a grid of `steps` steps that ends at t = 0."""
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        """The algorithm as a coroutine; see `hasten.sampling.Sampler`."""
+        path, z = make_nodes(schedule, times), x
         past: list[Known] = []
         for n, (start, end) in enumerate(pairwise(path)):
             past = [Known(start, z, (yield Query(z, start.t))), *past[: self.order - 1]]
@@ -57,7 +63,7 @@ class DEIS:
             if self.variable == "t" and not (start.pure or end.clean):
                 order = min(len(past), left)
             else:
-                order = usable(past, end, self.order, left)
+                order = usable_order(past, end, self.order, left)
             if order == 1:
                 z = ddim(z, past[0], end)
             elif self.variable == "log_rho":
@@ -96,7 +102,7 @@ class DEIS:
 @cache
 def _gauss(n: int) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre points and weights on [0, 1], from the eigenvalues of the Jacobi matrix (Golub, Welsch 1969)."""
-    with torch.inference_mode(False):  # what is kept may be used under autograd later
+    with torch.inference_mode(False):  # cached values may be used under autograd later
         k = torch.arange(1, n, dtype=torch.float64)
         off = k / torch.sqrt(4 * k**2 - 1)
         values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))

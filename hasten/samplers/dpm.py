@@ -9,16 +9,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import BadInput, check_numbers, nearest
-from ..sampling import Query
+from ..errors import BadInput, check_choices, check_numbers
+from ..sampling import Query, SamplerBase
 from ..schedules.base import Schedule
-from ._exponential import Known, Node, advance, nodes, usable
-
-_CHOICES = {"predict": ("x0", "eps"), "third": ("true", "compat"), "variant": ("midpoint", "taylor")}
+from ._exponential import Known, Node, advance, make_nodes, usable_order
 
 
 @dataclass(frozen=True)
-class DPMSolver:
+class DPMSolver(SamplerBase):
     """Exponential integrators in lam = log(alpha/sigma): DPM-Solver (predict="eps") and DPM-Solver++ (predict="x0").
 
     With m the predicted output, h the step in lam, H = -h and c = alpha_t, base = sigma_t/sigma_0 ("x0") or H = h and
@@ -26,23 +24,28 @@ class DPMSolver:
 
         z_t = base z_0 - c (g_1 m_0 + g_2 D1 + g_3 D2),     D1 = h m', D2 = h^2 m'' by divided differences
 
-    - multistep: the differences are taken from the earlier nodes, one evaluation a step. singlestep: the grid is cut
-      into groups of `order` steps (3, 3, ..., then 2 or 1 so that the evaluations number exactly `steps`); the nodes
-      inside a group are the inner stages of a Runge-Kutta step over the group, so they need not sit at 1/2 or 1/3, 2/3.
-    - variant "midpoint" puts g_1/2 for g_2 in second-order steps (singlestep third order: only the last stage is
-      differenced, which needs inner nodes near 1/3 and 2/3 in lam); "taylor" has the exact weights for any nodes.
-    - third "true": third order. "compat": half the D2 term, as in the authors' code and those that follow it: order 2,
-      but damped, and often better at 15 steps or fewer. Multistep only.
-    - sde: H = -2h and base (sigma_t/sigma_0) e^{-h} with noise sigma_t sqrt(1 - e^{-2h}) xi ("x0"), or twice the
-      weights with noise sigma_t sqrt(e^{2h} - 1) xi ("eps"). Order 1 equals DDPM with the small variance. Multistep
-      only.
-    - lower_order_final: the order falls to 1 over the last steps. The step into sigma = 0 and the one from alpha = 0
-      are of order 1 always, and a node with alpha = 0 is not interpolated through: the order rises again from the node
-      after it.
+    The step into sigma = 0 and the one from alpha = 0 are always of order 1, and a node with alpha = 0 is not
+    interpolated through: the order rises again from the node after it. Order as named, but 2 for third="compat" and, in
+    law, for sde; NFE = steps.
 
-    Order as named, but 2 for third="compat" and, in law, for sde; NFE = steps.
+    Args:
+        order: 1 to 3.
+        multistep: differences are taken from the earlier nodes, one evaluation per step. False, singlestep: the grid is
+            split into groups of `order` steps (3, 3, ..., then 2 or 1 so that the evaluations number exactly `steps`);
+            the nodes inside a group are the inner stages of a Runge-Kutta step over the group, so they need not be at
+            1/2 or 1/3, 2/3.
+        predict: "x0" or "eps".
+        sde: H = -2h and base (sigma_t/sigma_0) e^{-h} with noise sigma_t sqrt(1 - e^{-2h}) xi ("x0"), or twice the
+            weights with noise sigma_t sqrt(e^{2h} - 1) xi ("eps"). Order 1 equals DDPM with the small variance.
+            Multistep only.
+        lower_order_final: the order falls to 1 over the last steps.
+        third: "true": third order. "compat": half the D2 term, as in the authors' code and its descendants: order 2,
+            but damped, and often better at 15 steps or fewer. Multistep only.
+        variant: "midpoint" uses g_1/2 for g_2 in second-order steps (singlestep third order: only the last stage is
+            differenced, which needs inner nodes near 1/3 and 2/3 in lam); "taylor" has the exact weights for any nodes.
 
-    Reference: Lu et al. 2022, 2206.00927 and 2211.01095.
+    References:
+        Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095.
     """
 
     order: int = 2
@@ -57,11 +60,7 @@ class DPMSolver:
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
             raise BadInput(f"DPMSolver(order={self.order}): order must be 1, 2 or 3")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise BadInput(
-                    f"DPMSolver({name}={getattr(self, name)!r}): {nearest(str(getattr(self, name)), choices)}"
-                )
+        check_choices(self, predict=("x0", "eps"), third=("true", "compat"), variant=("midpoint", "taylor"))
         if self.sde and not self.multistep:
             raise BadInput("DPMSolver(sde=True, multistep=False): the stochastic form is multistep; use multistep=True")
         check_numbers(self)
@@ -72,26 +71,30 @@ class DPMSolver:
         return min(self.order, 2) if self.sde or (self.third == "compat" and self.multistep) else self.order
 
     def nfe(self, steps: int) -> int:
+        """Model evaluations on a grid of `steps` steps that ends at t = 0."""
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path = nodes(schedule, times)
+        """The algorithm as a coroutine; see `hasten.sampling.Sampler`."""
+        path = make_nodes(schedule, times)
         half = "bh2" if self.variant == "midpoint" else None
         return (yield from self._multistep(path, x, noise, half) if self.multistep else self._singlestep(path, x, half))
 
     def _multistep(
         self, path: list[Node], z: Any, noise: Callable[[], Any], half: str | None
     ) -> Generator[Query, Any, Any]:
+        """The multistep form."""
         past: list[Known] = []
         damp = 0.5 if self.third == "compat" else 1.0
         for n, (start, end) in enumerate(pairwise(path)):
             past = [Known(start, z, (yield Query(z, start.t))), *past[: self.order - 1]]
-            order = usable(past, end, self.order, len(path) - 1 - n if self.lower_order_final else None)
+            order = usable_order(past, end, self.order, len(path) - 1 - n if self.lower_order_final else None)
             draw = noise() if self.sde and not end.clean else None
             z = advance(z, past[:order], end, predict=self.predict, sde=self.sde, noise=draw, half=half, damp=damp)
         return z
 
     def _singlestep(self, path: list[Node], z: Any, half: str | None) -> Generator[Query, Any, Any]:
+        """The singlestep form."""
         first = 0
         for order in groups(len(path) - 1, self.order, path[0].pure, path[-1].clean):
             known: list[Known] = []

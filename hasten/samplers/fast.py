@@ -11,35 +11,44 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, check_numbers, nearest
-from ..sampling import Query
+from ..errors import BadInput, check_choices, check_numbers
+from ..sampling import Query, SamplerBase
 from ..schedules.base import Schedule
 from ..times import check_times, levels
-from ._exponential import Known, ddim, nodes
+from ._exponential import Known, ddim, make_nodes
 
 
 @dataclass(frozen=True)
-class FastDPM:
-    """FastDPM: sampling with a schedule of the user's, which the bijection between noise level and time carries over to
-    the model's own, fractional, times.
+class FastDPM(SamplerBase):
+    """FastDPM: sampling with another schedule, which the bijection between noise level and time maps to the model's
+    own, fractional, times.
 
         z_s = alpha_s x0 + sqrt(sigma_s^2 - V) eps + sqrt(V) xi,  V = kappa^2 (1 - e^{-2h}) sigma_s^2, h = lam_s - lam_r
 
-    kappa in [0, 1]: 0 is the paper's DDIM-rev, better for images, 1 its DDPM-rev, better for sound.
-
-    approximation="step": the chain runs on the times that it is given; with kappa = 0 that is DDIM. "var": it is given
-    only their number S, first and last positive level (the betas of the short chain are its own):
+    approximation="step": the chain uses the times of the grid; with kappa = 0 that is DDIM. "var": it uses only their
+    number S, and the first and last positive level; the betas of the short chain are its own:
 
         abar_s = prod_{i<=s} (1 - eta_i),     eta_i = eta_1 + i w            schedule="linear",   i = 0 .. S-1,
                                               eta_i = eta_1 (1 + i w)^2      schedule="quadratic",
 
-    eta_1 from the last positive level, w by bisection so that abar_S is that of the first, and the network is asked at
-    the times at which abar = alpha^2 / (alpha^2 + sigma^2) has these values. Pure noise, and what the grids clip,
-    counts as q = 150 there, as in the grids; that query itself stays at its time. Raises BadInput where no w in the
-    allowed range fits. A grid that does not end at 0 is part of a chain only, and is taken as it is.
+    eta_1 from the last positive level, w by bisection so that abar_S is that of the first, and the network is evaluated
+    at the times at which abar = alpha^2 / (alpha^2 + sigma^2) has these values. Pure noise, and levels that the grids
+    clip, count as q = 150 there, as in the grids; that evaluation itself stays at its time. A grid that does not end at
+    0 is part of a chain only, and is used as it is.
 
-    Order 1 in the largest step in lam, which "var" refines only as far as eta_1 lets it: near the clean end its levels
-    lie a factor apart that more steps do not change. NFE = steps. Reference: Kong, Ping 2021, 2106.00132.
+    Order 1 in the largest step in lam, which "var" refines only as far as eta_1 allows: near the clean end its levels
+    lie a factor apart that more steps do not change. NFE = steps.
+
+    Args:
+        approximation: "var" or "step".
+        schedule: "quadratic" or "linear".
+        kappa: in [0, 1]: 0 is the paper's DDIM-rev, better for images, 1 its DDPM-rev, better for sound.
+
+    Raises:
+        BadInput: while sampling, where no w in the allowed range fits.
+
+    References:
+        Kong, Ping 2021, arXiv:2106.00132.
     """
 
     approximation: str = "var"
@@ -49,20 +58,20 @@ class FastDPM:
     order: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for name, choices in (("approximation", ("var", "step")), ("schedule", ("linear", "quadratic"))):
-            if getattr(self, name) not in choices:
-                raise BadInput(f"FastDPM({name}={getattr(self, name)!r}): {nearest(getattr(self, name), choices)}")
+        check_choices(self, approximation=("var", "step"), schedule=("linear", "quadratic"))
         if not 0 <= self.kappa <= 1:
             raise BadInput(f"FastDPM(kappa={self.kappa}): kappa must lie in [0, 1]")
         check_numbers(self)
 
     def nfe(self, steps: int) -> int:
+        """Model evaluations on a grid of `steps` steps that ends at t = 0."""
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
+        """The algorithm as a coroutine; see `hasten.sampling.Sampler`."""
         if self.approximation == "var":
             times = var_times(schedule, times, self.schedule)
-        path, z = nodes(schedule, times), x
+        path, z = make_nodes(schedule, times), x
         for r, s in zip(path, path[1:], strict=False):
             known = Known(r, z, (yield Query(z, r.t)))
             if s.clean or self.kappa == 0:
@@ -71,25 +80,30 @@ class FastDPM:
             decay = (r.alpha * s.sigma) / (s.alpha * r.sigma)  # e^{-h}, 0 from pure noise
             V = (self.kappa * s.sigma) ** 2 * (1 - decay) * (1 + decay)
             rest = decay if self.kappa == 1 else torch.sqrt(1 - self.kappa**2 * (1 - decay) * (1 + decay))
-            keep = s.sigma * rest / r.sigma
-            z = keep * z + (s.alpha - keep * r.alpha) * known.x0 + torch.sqrt(V) * noise()
+            scale = s.sigma * rest / r.sigma
+            z = scale * z + (s.alpha - scale * r.alpha) * known.x0 + torch.sqrt(V) * noise()
         return z
 
 
 def var_times(schedule: Schedule, times: Tensor, family: str = "quadratic") -> Tensor:
-    """The times of the VAR chain with as many steps, the same first and last positive level as `times` (S + 1,); a grid
-    that does not end at 0 is returned as it is. Differentiable in both of these times."""
+    """The times of the VAR chain with as many steps and the same first and last positive level. Differentiable in both.
+
+    Args:
+        schedule: of the denoiser.
+        times: (S + 1,); a grid that does not end at 0 is returned as it is.
+        family: "quadratic" or "linear".
+    """
     check_times(times)
     S = len(times) - 1
-    if times[-1].item() != 0 or S < 3:  # part of a chain; or both levels are given and nothing is left to choose
+    if times[-1].item() != 0 or S < 3:  # part of a chain, or no level in between
         return times
     high, _ = levels(schedule, float(times[0].detach()), float(times[S - 1].detach()))
     clipped = high != float(schedule.q(times[0].detach()))
     lam0 = torch.tensor(-math.log(high), dtype=torch.float64) if clipped else schedule.lam(times[0])
     eta, abar = torch.sigmoid(-2 * schedule.lam(times[S - 1])), torch.sigmoid(2 * lam0)
     if times.requires_grad:
-        w = torch.tensor(slope(S, eta.item(), abar.item(), family), dtype=torch.float64)
-        with torch.enable_grad():  # w is a root: one Newton step has its derivatives
+        w = torch.tensor(solve_slope(S, eta.item(), abar.item(), family), dtype=torch.float64)
+        with torch.enable_grad():  # one Newton step at the root has the derivatives of w
             left = torch.log1p(-betas_of(S, eta, w.requires_grad_(), family)).sum()
             (rate,) = torch.autograd.grad(left, w, retain_graph=True)
         w = w.detach()
@@ -100,8 +114,8 @@ def var_times(schedule: Schedule, times: Tensor, family: str = "quadratic") -> T
     log_abar = torch.cumsum(torch.log1p(-betas), 0)
     # lam of abar: log(abar / (1 - abar)) / 2, noisiest first; the ends are the given times themselves
     inner = 0.5 * (log_abar - torch.log(-torch.expm1(log_abar)))
-    found = schedule.time(inner[1:-1]).flip(0)
-    return torch.cat([times[:1].double(), found, times[-2:].double()])
+    inner_times = schedule.time(inner[1:-1]).flip(0)
+    return torch.cat([times[:1].double(), inner_times, times[-2:].double()])
 
 
 def betas_of(S: int, first: Tensor | float, w: Tensor | float, family: str) -> Tensor:
@@ -113,14 +127,21 @@ def betas_of(S: int, first: Tensor | float, w: Tensor | float, family: str) -> T
 def short_chain(S: int, first: float, abar: float, family: str = "quadratic") -> Tensor:
     """Betas eta_1 .. eta_S (S,) of a family with eta_1 = `first` and prod(1 - eta) = `abar`, by bisection on w.
 
-    Raises BadInput where even w = 0 loses more than `abar`, or where a beta would have to reach 1.
+    Args:
+        S: number of steps.
+        first: eta_1.
+        abar: of the entire chain.
+        family: "quadratic" or "linear".
+
+    Raises:
+        BadInput: where w = 0 already loses more than `abar`, or where a beta would have to reach 1.
     """
-    return betas_of(S, first, slope(S, first, abar, family), family)
+    return betas_of(S, first, solve_slope(S, first, abar, family), family)
 
 
 @functools.lru_cache(maxsize=64)
-def slope(S: int, first: float, abar: float, family: str) -> float:
-    """w of `short_chain`."""
+def solve_slope(S: int, first: float, abar: float, family: str) -> float:
+    """w of `short_chain`, which documents the arguments."""
     if S < 2 or not (0 < first < 1 and 0 < abar < 1 - first):
         raise BadInput(f"a chain needs S >= 2 and 0 < eta_1 < 1 - abar < 1, found S={S}, {first:g}, {1 - abar:g}")
 

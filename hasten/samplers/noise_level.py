@@ -1,4 +1,4 @@
-"""DDIM on a list of noise levels that is made anew during sampling, from how much noise is really left."""
+"""DDIM on noise levels that are recomputed during sampling from an estimate of the actual noise level."""
 
 from __future__ import annotations
 
@@ -10,43 +10,51 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput, check_numbers, nearest
+from ..errors import BadInput, check_choices, check_numbers
 from ..predictions import spread
-from ..sampling import Query
+from ..sampling import Query, SamplerBase
 from ..schedules.base import Schedule
 from ..times import check_times
 
 FAMILIES = ("linear", "fibonacci", "times")
-MOST = 0.999  # of a beta
-LEAST_ABAR, MOST_ABAR = 1e-5, 0.9999  # an estimate outside says only that it is outside
-HALVINGS = 200  # at most; the free number may be tiny, as a Fibonacci series grows
+MAX_BETA = 0.999
+MIN_ABAR, MAX_ABAR = 1e-5, 0.9999  # estimates outside are saturated
+HALVINGS = 200  # maximum; the free parameter may be tiny, as a Fibonacci series grows
 
 
 @dataclass(frozen=True)
-class NoiseLevel:
-    """DDIM with the noise level of every sample estimated between the steps, and the rest of its steps laid out anew.
+class NoiseLevel(SamplerBase):
+    """DDIM with the noise level of every sample estimated between the steps, from which the remaining levels are
+    recomputed.
 
-    On the variance-preserving path z = sqrt(abar) x + sqrt(1 - abar) e, on to which the states of any schedule are
-    scaled, with P the model's part "noise_level" (tuned by `--method noise_level`) and n steps left after a step:
+    On the variance-preserving path z = sqrt(abar) x + sqrt(1 - abar) e, to which the states of any schedule are scaled,
+    with P the model's network "noise_level" (tuned by `--method noise_level`) and n steps remaining after a step:
 
         abar^ = P(z),    beta_0 .. beta_{n-1} of the family with prod (1 - beta_i) = abar^,    next levels
         abar_k = prod_{i<k} (1 - beta_i),  k = n - 1, ..., 1, 0
 
-    so the network is asked n times, first at abar^ and last at 1 - beta_0. Each sample has a list of its own.
+    so the network is evaluated n times, first at abar^ and last at 1 - beta_0. Each sample has its own levels.
 
-    family: "linear": beta_i = beta_0 + i w. "fibonacci": beta_{i+2} = beta_{i+1} + beta_i. In both the free number is
-        found by bisection of log prod (the paper's first-order formulas miss a product of .3 by 21 % at 6 steps), betas
-        being at most .999; an abar^ so near 1 that beta_0 forbids it is met with a smaller one. "times", not in the
-        paper: the levels of the grid, of which the part that is left is stretched in lam so that it begins at abar^.
-    The first two use of the grid its first time and its length; a start below abar = 1e-5 counts as that.
-    beta: beta_0. eta: of DDIM; 1 is ancestral sampling.
-    updates: after which steps (1 is the first) to estimate; None: all. (): never, which needs no part.
+    An estimate is ignored where it is saturated (abar^ <= 1e-5 or >= .9999): that sample's levels do not change. It is
+    at least abar before the step. Order 1, if the estimate is exact; NFE = steps; the cost of P is negligible.
 
-    An estimate is not believed where it is saturated (abar^ <= 1e-5 or >= .9999): that sample keeps its list. It is
-    never less than abar before the step. Order 1, if the estimate is exact; NFE = steps; P costs about nothing.
+    Args:
+        family: "linear": beta_i = beta_0 + i w. "fibonacci": beta_{i+2} = beta_{i+1} + beta_i. In both the free
+            parameter is found by bisection of log prod (the paper's first-order formulas miss a product of .3 by 21 %
+            at 6 steps), with betas of at most .999; an abar^ so near 1 that beta_0 excludes it is reached with a
+            smaller one. Both use only the first time of the grid and its length; a start below abar = 1e-5 counts as
+            that. "times", not in the paper: the levels of the grid, whose remaining part is stretched in lam so that it
+            begins at abar^.
+        eta: of DDIM, in [0, 1]; 1 is ancestral sampling.
+        beta: beta_0, in (0, .1).
+        updates: the steps (from 1) after which the level is estimated; None: all. (): never, which needs no network.
+        estimator: P, set by `bind`.
 
-    Reference: San Roman, Nachmani, Wolf 2021, 2104.02600. Errors: BadInput without the part, or for a grid that does
-    not end at 0.
+    Raises:
+        BadInput: while sampling, without the network, or for a grid that does not end at 0.
+
+    References:
+        San Roman, Nachmani, Wolf 2021, arXiv:2104.02600.
     """
 
     family: str = "linear"
@@ -60,8 +68,7 @@ class NoiseLevel:
     why: ClassVar[str] = "its noise levels follow an estimate made on each sample"
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise BadInput(f"noise_level: family={self.family!r}: {nearest(str(self.family), FAMILIES)}")
+        check_choices(self, family=FAMILIES)
         if not 0 <= self.eta <= 1:
             raise BadInput(f"noise_level: eta={self.eta} must lie in [0, 1]")
         if not 0 < self.beta < 0.1:
@@ -71,7 +78,11 @@ class NoiseLevel:
         check_numbers(self)
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> NoiseLevel:
-        """With the model's part "noise_level"; BadInput without it, unless `updates` is ()."""
+        """The sampler with the model's network "noise_level".
+
+        Raises:
+            BadInput: without it, unless `updates` is ().
+        """
         if self.updates == ():
             return self
         if "noise_level" not in parts:
@@ -80,9 +91,11 @@ class NoiseLevel:
         return replace(self, estimator=parts["noise_level"])
 
     def nfe(self, steps: int) -> int:
+        """Model evaluations on a grid of `steps` steps that ends at t = 0."""
         return steps
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
+        """The algorithm as a coroutine; see `hasten.sampling.Sampler`."""
         times = check_times(times.detach()).double()
         n, B = len(times) - 1, len(x)
         if times[-1] != 0:
@@ -100,26 +113,28 @@ class NoiseLevel:
             before, level, ahead = level, ahead[:, 0], ahead[:, 1:]
             z = self._step(z, x0, before, level, noise)
             if self.updates is None or n - left in self.updates:
-                seen = torch.log(self.estimator(z).detach().cpu().double())
-                sure = (seen > math.log(LEAST_ABAR)) & (seen < math.log(MOST_ABAR))
-                level = torch.where(sure, torch.maximum(seen, before), level)
-                ahead = torch.where(sure[:, None], self.levels(level, grid[n - left :]), ahead)
+                estimate = torch.log(self.estimator(z).detach().cpu().double())
+                valid = (estimate > math.log(MIN_ABAR)) & (estimate < math.log(MAX_ABAR))
+                level = torch.where(valid, torch.maximum(estimate, before), level)
+                ahead = torch.where(valid[:, None], self.levels(level, grid[n - left :]), ahead)
             t = schedule.time(lam(level))
-        return None  # not reached
+        return None  # unreachable
 
     def levels(self, start: Tensor, grid: Tensor) -> Tensor:
-        """log abar after each of the steps that are left but the last, which ends clean: (B, n - 1).
+        """log abar after each of the remaining steps but the last, which ends clean: (B, n - 1).
 
-        start: (B,), log abar now. grid: (n,), log abar of the caller's grid, now and at the times after it.
+        Args:
+            start: (B,), the current log abar.
+            grid: (n,), log abar of the grid, at the current and the later times.
         """
         if self.family == "times":
             nodes, now = lam(grid), lam(start)[:, None]
-            if torch.isinf(nodes[0]):  # pure noise is where the grid says it is
+            if torch.isinf(nodes[0]):  # pure noise stays at its time of the grid
                 return grid[None, 1:].expand(len(start), -1)
-            share = (nodes[-1] - nodes[1:]) / (nodes[-1] - nodes[0])
-            return log_abar(torch.maximum(nodes[-1] - share * (nodes[-1] - now), now))
-        made = betas(start.clamp(min=math.log(LEAST_ABAR)), len(grid), self.family, self.beta)
-        return torch.log1p(-made).cumsum(1)[:, :-1].flip(1)
+            fraction = (nodes[-1] - nodes[1:]) / (nodes[-1] - nodes[0])
+            return log_abar(torch.maximum(nodes[-1] - fraction * (nodes[-1] - now), now))
+        new_betas = betas(start.clamp(min=math.log(MIN_ABAR)), len(grid), self.family, self.beta)
+        return torch.log1p(-new_betas).cumsum(1)[:, :-1].flip(1)
 
     def _step(self, z: Tensor, x0: Tensor, start: Tensor, end: Tensor, noise: Callable[[], Tensor]) -> Tensor:
         """One DDIM step on the variance-preserving path; start and end are log abar, (B,)."""
@@ -132,10 +147,16 @@ class NoiseLevel:
 
 
 def betas(target: Tensor, n: int, family: str, beta: float) -> Tensor:
-    """beta_0 .. beta_{n-1} with `sum log(1 - beta_i) = target`, never falling: (B, n) float64.
+    """beta_0 .. beta_{n-1} with `sum log(1 - beta_i) = target`, never decreasing: (B, n) float64.
 
-    target: (B,), log abar. The family's free number, beta_1, is bisected from beta_0 up; where that gives less than the
-    target the betas of beta_1 = beta_0 are scaled down instead; where all at `MOST` give more, those.
+    The family's free parameter, beta_1, is bisected from beta_0 up; where that gives less than the target the betas of
+    beta_1 = beta_0 are scaled down instead; where all at `MAX_BETA` give more, those.
+
+    Args:
+        target: (B,), log abar.
+        n: number of steps.
+        family: "linear" or "fibonacci".
+        beta: beta_0.
     """
     if n == 1:
         return -torch.expm1(target)[:, None]
@@ -144,12 +165,12 @@ def betas(target: Tensor, n: int, family: str, beta: float) -> Tensor:
         for i in range(2, n):
             base[i], slope[i] = base[i - 1] + base[i - 2], slope[i - 1] + slope[i - 2]
 
-    least = (beta * base).clamp(max=MOST)
-    smaller = (torch.log1p(-least).sum() < target)[:, None]
+    smallest = (beta * base).clamp(max=MAX_BETA)
+    smaller = (torch.log1p(-smallest).sum() < target)[:, None]
 
     def at(u: Tensor) -> Tensor:
         u = u[:, None]
-        return torch.where(smaller, u * beta * base, beta * base + u * slope).clamp(max=MOST)
+        return torch.where(smaller, u * beta * base, beta * base + u * slope).clamp(max=MAX_BETA)
 
     low, high = torch.zeros_like(target), torch.ones_like(target)
     for _ in range(HALVINGS):

@@ -1,27 +1,28 @@
-"""A multistep sampler that leaves to each direction of the data what a Gaussian would do by itself."""
+"""A multistep sampler that integrates exactly, in each direction of the data, what a Gaussian of its variance would
+do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import BadInput, check_numbers, nearest
+from ..errors import BadInput, check_choices, check_numbers
 from ..plan.basis import Basis
-from ..sampling import Query
+from ..sampling import Query, SamplerBase
 from ..schedules.base import Schedule
-from ..times import LARGEST_Q, check_times
-from ..utils.noise import make_generator
-from ._exponential import Node, node, nodes
+from ..times import MAX_Q, check_times
+from ..utils.random import make_generator
+from ._exponential import Node, make_node, make_nodes
 
 QUADRATURE = 40
-LEAST_SCALE = 0.15  # of the RMS deviation of the data: the scale within a mode where it is less, or was not measured
+MIN_SCALE = 0.15  # of the RMS deviation of the data: the scale within a mode where it is less, or was not measured
 CHOICES = {
     "variable": ("asinh", "log_q", "atan"),
     "form": ("mean", "angle"),
@@ -33,13 +34,18 @@ CHOICES = {
 
 @dataclass(frozen=True, eq=False)
 class LocalVariance:
-    """Variances of the data around x0, seen at noise levels `levels` (L,) ascending: `values` (L, G), one a group."""
+    """Variances of the data around x0, measured at several noise levels.
+
+    Args:
+        levels: (L,), ascending.
+        values: (L, G), one per group of the basis.
+    """
 
     levels: Tensor
     values: Tensor
 
     def at(self, q: Tensor) -> Tensor:
-        """(G,) at the 0-d level q, by straight lines in log-log; beyond the levels those of the nearest."""
+        """(G,) at the 0-d level q, interpolated linearly in log-log; constant beyond the levels."""
         x, log_q = self.levels.log(), q.log()
         k = int(torch.searchsorted(x, log_q.detach()).clamp(1, len(x) - 1))
         part = ((log_q - x[k - 1]) / (x[k] - x[k - 1])).clamp(0, 1)
@@ -47,6 +53,7 @@ class LocalVariance:
 
     @cached_property
     def _key(self) -> tuple[bytes, bytes]:
+        """All numbers, for comparison."""
         return self.levels.numpy().tobytes(), self.values.numpy().tobytes()
 
     def __eq__(self, other: object) -> bool:
@@ -56,8 +63,8 @@ class LocalVariance:
         return hash(self._key)
 
 
-class Answer(NamedTuple):
-    """What is known at a node: the state u and the denoiser's answer d, both in the coordinates of the basis."""
+class Output(NamedTuple):
+    """The state u and the denoiser's output d at a node, both in the coordinates of the basis."""
 
     node: Node
     u: Any
@@ -65,44 +72,53 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Preconditioned:
-    """Teleport to the noise level where the data begin to show, then a multistep method in the coordinates of the data.
+class Preconditioned(SamplerBase):
+    """Skip ahead to the noise level where the data begin to show, then a multistep method in the coordinates of the
+    data.
 
     With the data's mean m, directions U and variances v, in u = U^T (z - alpha m), d = U^T (x0 - m), for each direction
-    on its own, q = sigma/alpha, R = sqrt(sigma^2 + alpha^2 v), g = v/(v + q^2):
+    separately, q = sigma/alpha, R = sqrt(sigma^2 + alpha^2 v), g = v/(v + q^2):
 
         exact flow of N(m, U diag(v) U^T):   u_t = (R_t/R_0) u_0
         form "mean":    u_t = R_t (u_0/R_0 + int M d(alpha/R)),        M = (d - g u/alpha)/(1 - g)
         form "angle":   u_t = R_t (u_0/R_0 + int F dphi),              F = M sigma/(R sqrt(v)),   phi = atan(q/sqrt(v))
 
-    integrals from t to 0. M is the mean of the Gaussian of variance v that would give this answer: 0 for the data
-    above, constant for a mode of variance v; F = -v-prediction for v = 1, m = 0. Both are finite at both ends.
+    integrals from t to 0. M is the mean of the Gaussian of variance v with this output: 0 for the data above, constant
+    for a mode of variance v; F = -v-prediction for v = 1, m = 0. Both are finite at both ends.
 
-    1. First the flow of the Gaussian, without an evaluation, from times[0] down to q_s = kappa sqrt(max v).
-    2. M (or F) is interpolated by Lagrange polynomials in `variable` through the last `order` answers, weights by
-       40-point Gauss-Legendre quadrature for each step and direction, float64. 3. `correct`: with the new answer the
-       last step is done again with one node more, as UniPC does. 4. The last step, into q = 0, has order 2 (log_q: 1).
-    5. Where the variances of the data *around x0* were measured at many noise levels (`local`), each step takes those
-       of its middle for v, in place of the data's own: at small q a mode is narrower than the data.
-
-    variable: "asinh": asinh(q/w), "log_q": log q, "atan": atan(q/sqrt(max v)). w: the scale within a mode, the RMS of
-    the local deviations at the lowest level, at least 0.15 of that of the data.
-    nodes: "own": len(times) - 1 of them, equal in log q from q_s to 5 w/N, then times[-1]; of `times` only the ends
-    count. "given": the times, those above q_s (and the first) moved below it, equal in log q.
-    first: "conditional" spends the first evaluation at times[0] and teleports after it: its answer is the mean of the
-    class asked for, where m is that of all classes. kappa = inf: no teleport.
-    moments: "spectrum": v of each cosine (DCT-II) coefficient. "scalar": their mean for all. "full": all of the
-    covariance, for small data. groups: as many different v at most; a plan keeps a number for each.
-    low: the last q above 0 where the nodes are our own, in place of 5 w/N.
-
-    `bind` takes from the model's statistics `mean` and `spectrum` (both (C, H, W)) and, where there are, `local_levels`
-    (L,) and `local_variance` (L, C, H, W), see `local_variance`; for "full" `mean`, `covariance` (D, D) and
-    `local_variance` (L, D) in the directions of `torch.linalg.eigh`, in its order.
+    1. First the flow of the Gaussian, without an evaluation, from times[0] down to q_s = kappa sqrt(max v) (the
+    "teleport"). 2. M (or F) is interpolated by Lagrange polynomials in `variable` through the last `order` outputs,
+    with weights by
+       40-point Gauss-Legendre quadrature for each step and direction, float64.
+    3. `correct`: with the new output the last step is repeated with one more node, as UniPC does.
+    4. The last step, into q = 0, has order 2 (log_q: 1).
+    5. Where the variances of the data *around x0* were measured at several noise levels (`local`), each step uses those
+    of
+       its midpoint for v, in place of the data's own: at small q a mode is narrower than the data.
 
     Order p, p + 1 with the correction, from exact starting values. NFE = steps.
 
-    Reference: teleport: Wang, Vastola 2024, 2412.09726. Per-direction coefficients from measured statistics: Zheng, Lu,
-    Chen, Zhu 2023 (DPM-Solver-v3), 2310.13268. Correction: Zhao, Bai, Rao, Zhou, Lu 2023 (UniPC), 2302.04867.
+    Args:
+        order: p, 1 to 4.
+        kappa: > 0; inf: no teleport.
+        variable: "asinh": asinh(q/w), "log_q": log q, "atan": atan(q/sqrt(max v)). w: the scale within a mode, the RMS
+            of the local deviations at the lowest level, at least 0.15 of that of the data.
+        correct: whether to correct.
+        form: "mean" or "angle".
+        moments: "spectrum": v of each cosine (DCT-II) coefficient. "scalar": their mean for all. "full": the full
+            covariance, for small data.
+        nodes: "own": len(times) - 1 of them, equal in log q from q_s to 5 w/N, then times[-1]; only the ends of `times`
+            matter. "given": the times, those above q_s (and the first) moved below it, equal in log q.
+        first: "teleport", or "conditional", which spends the first evaluation at times[0] and teleports after it: its
+            output is the mean of the requested class, while m is that of all classes.
+        groups: maximum number of different v; a plan stores a number for each.
+        low: the last q above 0 where nodes="own", in place of 5 w/N.
+        basis, top, local: set by `bind`.
+
+    References:
+        teleport: Wang, Vastola 2024, arXiv:2412.09726. Per-direction coefficients from measured statistics: Zheng, Lu,
+        Chen, Zhu 2023 (DPM-Solver-v3), arXiv:2310.13268. Correction: Zhao, Bai, Rao, Zhou, Lu 2023 (UniPC),
+        arXiv:2302.04867.
     """
 
     order: int = 3
@@ -128,10 +144,7 @@ class Preconditioned:
         if not self.kappa > 0 or self.groups < 1 or (self.low is not None and not self.low > 0):
             found = f"kappa={self.kappa}, groups={self.groups}, low={self.low}"
             raise BadInput(f"Preconditioned({found}): they must be positive")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                found = getattr(self, name)
-                raise BadInput(f"Preconditioned({name}={found!r}): {nearest(str(found), choices)}")
+        check_choices(self, **CHOICES)
         if self.local is not None and (self.basis is None or self.local.values.shape[1] != self.basis.groups):
             raise BadInput("Preconditioned: local variances belong to a basis, one for each of its groups")
         check_numbers(self)
@@ -142,10 +155,21 @@ class Preconditioned:
         return self.order + self.correct
 
     def nfe(self, steps: int) -> int:
+        """Model evaluations on a grid of `steps` steps that ends at t = 0."""
         return steps
 
-    def bind(self, statistics: dict[str, Tensor], parts: dict[str, Any]) -> Preconditioned:
-        """The sampler with the model's statistics. Raises BadInput where they are missing."""
+    def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> Preconditioned:
+        """The sampler with the model's statistics.
+
+        Args:
+            statistics: `mean` and `spectrum` (both (C, H, W)) and, optionally, `local_levels` (L,) and `local_variance`
+                (L, C, H, W), see `local_variance`; for moments="full" `mean`, `covariance` (D, D) and `local_variance`
+                (L, D) in the directions of `torch.linalg.eigh`, in its order.
+            parts: not used.
+
+        Raises:
+            BadInput: where they are missing.
+        """
         for key in ("mean", "covariance" if self.moments == "full" else "spectrum"):
             if key not in statistics:
                 raise BadInput(
@@ -154,9 +178,9 @@ class Preconditioned:
         mean = statistics["mean"].double()
         if self.moments == "full":
             variance, matrix = torch.linalg.eigh(statistics["covariance"].double())
-            basis = Basis(mean, _positive(variance).reshape(mean.shape), "matrix", matrix)
+            basis = Basis(mean, _clamp_positive(variance).reshape(mean.shape), "matrix", matrix)
         else:
-            variance = _positive(statistics["spectrum"].double())
+            variance = _clamp_positive(statistics["spectrum"].double())
             basis = Basis(mean, variance if self.moments == "spectrum" else variance.mean(), "dct")
         basis = basis.grouped(self.groups)
         local = None
@@ -170,6 +194,7 @@ class Preconditioned:
         return replace(self, basis=basis, top=float(variance.max().sqrt()), local=local)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
+        """The algorithm as a coroutine; see `hasten.sampling.Sampler`."""
         if self.basis is None:
             raise BadInput("preconditioned needs the mean and variances of the data: bind() them, or give basis=")
         if times.requires_grad:
@@ -177,14 +202,14 @@ class Preconditioned:
                 "preconditioned cannot be differentiated in its times: it chooses nodes and variances by them"
             )
         basis, v = self.basis, self.basis.values
-        begin, path = node(schedule, check_times(times).double()[0]), self._path(schedule, times.double())
+        begin, path = make_node(schedule, check_times(times).double()[0]), self._path(schedule, times.double())
         u = (_radius(path[0], v) / _radius(begin, v)) * basis.to(x, begin.alpha)
-        past: list[Answer] = []
+        past: list[Output] = []
         v_step, moved = v, u  # of the step before: its variances, and what it added
         for start, end in pairwise(path):
-            known = Answer(start, u, basis.to((yield Query(basis.back(u, start.alpha), start.t))))
+            known = Output(start, u, basis.to((yield Query(basis.back(u, start.alpha), start.t))))
             if self.correct and past:
-                # in terms of the state that was asked about, so that the rows of a plan stay short
+                # in terms of the evaluated state, so that the rows of a plan stay short
                 u = u - moved + self._move(past[0].node, start, [known, *past[: self.order]], v_step)
             past = [known, *past[: self.order]]
             v_step = self._variance(start, end)
@@ -201,29 +226,31 @@ class Preconditioned:
     def _scale(self) -> float:
         """w, the scale within a mode."""
         basis: Basis = self.basis  # type: ignore[assignment]
-        share = torch.bincount(basis.index.flatten(), minlength=basis.groups).double()
-        measured = 0.0 if self.local is None else float((share @ self.local.values[0] / share.sum()).sqrt())
-        return max(measured, LEAST_SCALE * float((share @ basis.values / share.sum()).sqrt()))
+        counts = torch.bincount(basis.index.flatten(), minlength=basis.groups).double()
+        measured = 0.0 if self.local is None else float((counts @ self.local.values[0] / counts.sum()).sqrt())
+        return max(measured, MIN_SCALE * float((counts @ basis.values / counts.sum()).sqrt()))
 
     def _path(self, schedule: Schedule, times: Tensor) -> list[Node]:
-        """The nodes that are asked at, and the end."""
-        path = nodes(schedule, times)
-        asked, end, top = path[:-1], path[-1], self.kappa * self._top
+        """The nodes of the evaluations, and the end."""
+        path = make_nodes(schedule, times)
+        remaining, end, top = path[:-1], path[-1], self.kappa * self._top
         q0 = math.inf if path[0].pure else path[0].q.item()
         teleports = q0 > top and (end.clean or end.q.item() < top)
-        kept = asked[:1] if not teleports or self.first == "conditional" else []
-        asked = asked[len(kept) :]
-        moved = asked if self.nodes == "own" else [n for n in asked if teleports and (n.pure or n.q.item() >= top)]
+        conditional = remaining[:1] if not teleports or self.first == "conditional" else []
+        remaining = remaining[len(conditional) :]
+        moved = (
+            remaining if self.nodes == "own" else [n for n in remaining if teleports and (n.pure or n.q.item() >= top)]
+        )
         if not moved:
-            return [*kept, *asked, end]
-        rest = asked[len(moved) :]
-        goal, high = (rest or [end])[0], top if teleports else min(q0, LARGEST_Q)
+            return [*conditional, *remaining, end]
+        rest = remaining[len(moved) :]
+        goal, high = (rest or [end])[0], top if teleports else min(q0, MAX_Q)
         low = min(self.low or 5 * self._scale / (len(path) - 1), high / 2) if goal.clean else goal.q.item()
-        above = not teleports  # a first node that is kept has the highest level itself
+        above = not teleports  # a conditional first node has the highest level itself
         count = above + len(moved) + (not goal.clean)  # to the goal itself, which stays where it is
         levels = torch.linspace(-math.log(high), -math.log(low), count, dtype=torch.float64)[above:]
-        made = [node(schedule, t) for t in schedule.time(levels[: len(moved)]).unbind()]
-        return [*kept, *made, *rest, end]
+        new_nodes = [make_node(schedule, t) for t in schedule.time(levels[: len(moved)]).unbind()]
+        return [*conditional, *new_nodes, *rest, end]
 
     def _variance(self, start: Node, end: Node) -> Tensor:
         """v of a step, (G,): the data's own, or around x0 at the level in the middle of the step."""
@@ -231,27 +258,27 @@ class Preconditioned:
             return self.basis.values  # type: ignore[union-attr]
         return self.local.at(0.5 * start.q if end.clean else torch.sqrt(start.q * end.q))
 
-    def _usable(self, past: list[Answer], end: Node) -> int:
-        """How many answers the next step is made of: those of finite q, fewer where the step ends at q = 0."""
+    def _usable(self, past: list[Output], end: Node) -> int:
+        """The number of outputs in the next step: those of finite q, fewer where the step ends at q = 0."""
         if self.variable == "log_q" and end.clean:
             return 1
-        finite = next((k for k, answer in enumerate(past) if answer.node.pure), len(past))
+        finite = next((k for k, output in enumerate(past) if output.node.pure), len(past))
         return max(1, min(finite, 2 if end.clean else self.order))
 
-    def _move(self, start: Node, end: Node, known: list[Answer], v: Tensor) -> Any:
+    def _move(self, start: Node, end: Node, known: list[Output], v: Tensor) -> Any:
         """R_end times the integral of the interpolated M or F from `end` to `start`."""
-        pure = next((k for k, answer in enumerate(known) if answer.node.pure), None)
+        pure = next((k for k, output in enumerate(known) if output.node.pure), None)
         if pure is not None and len(known) > 1:
             known = known[: pure + (pure == 1 and start.pure)]
         if len(known) > 1 and start.pure:  # the trapezoid in alpha/R
             weights = [0.5 * end.alpha / _radius(end, v)] * 2
         else:
-            weights = self._weights(start, end, [answer.node for answer in known], v)
+            weights = self._weights(start, end, [output.node for output in known], v)
         total = 0
-        for weight, answer in zip(weights, known, strict=True):
-            alpha, sigma, R = answer.node.alpha, answer.node.sigma, _radius(answer.node, v)
+        for weight, output in zip(weights, known, strict=True):
+            alpha, sigma, R = output.node.alpha, output.node.sigma, _radius(output.node, v)
             factor = weight * _radius(end, v) * ((R / sigma) ** 2 if self.form == "mean" else R / (sigma * v.sqrt()))
-            total = factor * answer.d - (factor * (alpha * v / R**2)) * answer.u + total
+            total = factor * output.d - (factor * (alpha * v / R**2)) * output.u + total
         return total
 
     def _weights(self, start: Node, end: Node, known: list[Node], v: Tensor) -> list[Tensor]:
@@ -280,7 +307,7 @@ class Preconditioned:
         return found
 
     def _where(self, q: Tensor) -> Tensor:
-        """The variable in which answers are interpolated."""
+        """The variable in which outputs are interpolated."""
         if self.variable == "log_q":
             return torch.log(q)
         return torch.asinh(q / self._scale) if self.variable == "asinh" else torch.atan(q / self._top)
@@ -295,13 +322,21 @@ def local_variance(
     seed: int = 0,
     batch: int = 64,
 ) -> Tensor:
-    """How widely the data lie around x0, at each level q, in each direction of the basis: (L, *S) float64.
+    """The variance of the data around x0, at each level q, in each direction of the basis: (L, *S) float64.
 
-        v_j(q) = q^2 mean_j (U^T (x0 - x))^2 / mean_j (U^T (y - x0))^2,        y = x + q e,  x0 the answer at y
+        v_j(q) = q^2 mean_j (U^T (x0 - x))^2 / mean_j (U^T (y - x0))^2,        y = x + q e,  x0 the output at y
 
-    For the exact denoiser the first mean is the variance of x given y, and the second q^2 less that: for Gaussian data
-    v_j is their variance at every q. Sums over `images` (n, *S), 200 of which are enough; 24 levels from below the
-    finest detail of the data to 4 times their largest deviation, ascending. label (n,). NFE: n L, without guidance.
+    For the exact denoiser the first mean is the variance of x given y, and the second q^2 minus that: for Gaussian data
+    v_j is their variance at every q. NFE: n L, without guidance.
+
+    Args:
+        denoiser: with a `schedule`.
+        images: (n, *S); 200 are enough.
+        levels: (L,), ascending; 24 from below the finest detail of the data to 4 times their largest deviation.
+        basis: the directions.
+        label: (n,), the classes.
+        seed: of the noise.
+        batch: images per evaluation.
     """
     schedule: Schedule = denoiser.schedule  # type: ignore[attr-defined]
     generator = make_generator(seed)
@@ -324,7 +359,7 @@ def _radius(at: Node, v: Tensor) -> Tensor:
     return at.alpha * v.sqrt() if at.clean else torch.sqrt(at.sigma**2 + at.alpha**2 * v)
 
 
-def _positive(v: Tensor) -> Tensor:
+def _clamp_positive(v: Tensor) -> Tensor:
     """Variances without zeros, which constant pixels have."""
     return v.clamp(min=1e-6 * float(v.max()))
 
@@ -332,7 +367,7 @@ def _positive(v: Tensor) -> Tensor:
 def _by_group(basis: Basis, table: Tensor) -> Tensor:
     """The geometric means (L, G) over each group of a table (L, D), at most the variances of the basis."""
     index = basis.index.flatten().expand(table.shape[1])
-    total = torch.zeros(len(table), basis.groups, dtype=torch.float64).index_add(1, index, _positive(table).log())
+    total = torch.zeros(len(table), basis.groups, dtype=torch.float64).index_add(1, index, _clamp_positive(table).log())
     mean = torch.exp(total / torch.bincount(index, minlength=basis.groups))
     return torch.minimum(mean, basis.values)
 
@@ -340,7 +375,7 @@ def _by_group(basis: Basis, table: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _gauss_legendre() -> tuple[Tensor, Tensor]:
     """Nodes and weights on [0, 1], by the eigenvalues of the Jacobi matrix (Golub, Welsch 1969)."""
-    with torch.inference_mode(False):  # what is kept may be used under autograd later
+    with torch.inference_mode(False):  # cached values may be used under autograd later
         k = torch.arange(1, QUADRATURE, dtype=torch.float64)
         off = k / torch.sqrt(4 * k**2 - 1)
         values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))

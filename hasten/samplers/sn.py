@@ -11,29 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
-from ..errors import BadInput, check_numbers, nearest
+from ..errors import BadInput, check_choices, check_numbers
 from ..predictions import precise, spread
-from ..sampling import Query
+from ..sampling import Query, SamplerBase
 from ..schedules.base import Schedule
-from ._exponential import Node, node, nodes
+from ._exponential import Node, make_node, make_nodes
 from .analytic import FAR, output_bound, weights
 
 
 @dataclass(frozen=True)
-class SNDPM:
+class SNDPM(SamplerBase):
     """SN-DPM: Analytic-DPM with a variance for each coordinate, learned as the second moment of the noise.
 
         z_s = alpha_s x0 + sqrt(sigma_s^2 - L) eps + sqrt(V) xi,
         V = L + (alpha_s - alpha_r sqrt(sigma_s^2 - L) / sigma_r)^2 C,
         C = (sigma_r^2 / alpha_r^2) (E[eps^2 | z_r] - eps(z_r)^2)    elementwise,
 
-    form "ddpm" or "ddim" (L, and the bounds by half_range and pixels, as in `AnalyticDPM`). It asks for the pair
-    (x0, E[eps^2 | z]), which `wrap` makes the denoiser answer with the part "second_moment"; a denoiser with a method
-    `moments` of its own is left as it is. From pure noise, where the second moment says nothing any more, it asks at
-    q = 1000 instead. On a Gaussian with independent coordinates, whatever their variances, the law of every z_s is
-    exact at any number of steps.
+    It needs the pair (x0, E[eps^2 | z]), which `wrap` adds to the denoiser by the network "second_moment"; a denoiser
+    with its own method `moments` is used as it is. From pure noise, where the second moment carries no information, it
+    is evaluated at q = 1000 instead. On a Gaussian with independent coordinates, whatever their variances, the
+    distribution of every z_s is exact at any number of steps. Order 1 in law; NFE = steps.
 
-    Order 1 in law; NFE = steps. Reference: Bao, Li, Sun, Zhu, Zhang 2022, 2206.07309.
+    Args:
+        form: "ddpm" or "ddim", which sets L as in `AnalyticDPM`.
+        half_range, pixels: bounds of C and V, as in `AnalyticDPM`.
+        net: the network "second_moment", set by `bind`.
+
+    References:
+        Bao, Li, Sun, Zhu, Zhang 2022, arXiv:2206.07309.
     """
 
     form: str = "ddpm"
@@ -46,17 +51,21 @@ class SNDPM:
     needs: ClassVar[str] = "second_moment"
 
     def __post_init__(self) -> None:
-        if self.form not in ("ddpm", "ddim"):
-            raise BadInput(f"SNDPM(form={self.form!r}): {nearest(str(self.form), ('ddpm', 'ddim'))}")
+        check_choices(self, form=("ddpm", "ddim"))
         if not self.half_range > 0 or (self.pixels is not None and not self.pixels >= 0):
             raise BadInput(f"SNDPM needs half_range > 0 and pixels >= 0, found {self.half_range}, {self.pixels}")
         check_numbers(self)
 
     def nfe(self, steps: int) -> int:
+        """Model evaluations on a grid of `steps` steps that ends at t = 0."""
         return steps
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> SNDPM:
-        """The sampler with the model's network of second moments. Raises BadInput where none was trained."""
+        """The sampler with the model's network of second moments.
+
+        Raises:
+            BadInput: where none was trained.
+        """
         if self.net is not None:
             return self
         if "second_moment" not in parts:
@@ -71,22 +80,23 @@ class SNDPM:
         if callable(getattr(denoiser, "moments", None)):
             return denoiser
         if self.net is None:
-            raise BadInput("sn needs a denoiser that answers with second moments: bind it to a model that has them")
+            raise BadInput("sn needs a denoiser with second moments: bind it to a model that has them")
         return WithMoments(denoiser, self.net)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
-        path, z = nodes(schedule, times), x
+        """The algorithm as a coroutine; see `hasten.sampling.Sampler`."""
+        path, z = make_nodes(schedule, times), x
         for k, (r, s) in enumerate(zip(path, path[1:], strict=False)):
-            asked = node(schedule, schedule.time(-math.log(FAR))) if r.pure and not s.clean else r
+            at = make_node(schedule, schedule.time(-math.log(FAR))) if r.pure and not s.clean else r
             if s.clean:
                 z = s.alpha * (yield Query(z, r.t))
                 continue
-            x0, m2 = yield Query(z, asked.t, moments=True)
-            keep, gain, L = weights(r, s, self.form)
-            V = L + gain**2 * self.variance(asked, z, x0, m2)
+            x0, m2 = yield Query(z, at.t, moments=True)
+            scale, gain, L = weights(r, s, self.form)
+            V = L + gain**2 * self.variance(at, z, x0, m2)
             if k + 2 < len(path) and path[k + 2].clean:
                 V = output_bound(V, s, self.form, self.pixels)
-            z = keep * z + gain * x0 + torch.sqrt(V).to(z.dtype) * noise()
+            z = scale * z + gain * x0 + torch.sqrt(V).to(z.dtype) * noise()
         return z
 
     def variance(self, r: Node, z: Tensor, x0: Tensor, m2: Tensor) -> Tensor:
@@ -96,7 +106,12 @@ class SNDPM:
 
 
 class WithMoments(Wrapper):
-    """A denoiser that also tells E[eps^2 | x_t], by a network that gives g = (variance of x given x_t) / q^2."""
+    """A denoiser with E[eps^2 | x_t], by a network that predicts g = (variance of x given x_t) / q^2.
+
+    Args:
+        denoiser: the inner one.
+        net: `net(x (B, *S), x0 (B, *S), lam (B,)) -> g (B, *S)`.
+    """
 
     def __init__(self, denoiser: nn.Module, net: nn.Module) -> None:
         super().__init__(denoiser)
@@ -107,7 +122,7 @@ class WithMoments(Wrapper):
         x0 = self.denoiser(x_t, t, **cond)
         t = torch.as_tensor(t)
         t = (t.cpu() if t.device.type == "mps" else t).double()
-        schedule: Schedule = self.denoiser.schedule  # type: ignore[assignment]
+        schedule: Schedule = self.denoiser.schedule
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         scaled = x_t.float() * spread(1 / torch.hypot(alpha, sigma), x_t.float())
         lam = schedule.lam(t)

@@ -1,7 +1,8 @@
-"""Begin from a degraded image: the last part of the reverse process is enough to restore it."""
+"""Start from a degraded image: the last part of the reverse process is enough to restore it."""
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..denoiser import Wrapper
-from ..errors import BadInput, HastenError, check_numbers
+from ..errors import BadInput, HastenError, check_choice, check_choices, check_numbers
 from ..predictions import spread
 from ..sampling import Noise
 from ..schedules.base import Schedule
+from ._base import Start
 
 __all__ = ["CCDF", "Consistent", "contraction", "down", "remaining", "smallest_time", "up"]
 
@@ -21,32 +23,31 @@ Task = Literal["super_resolution", "inpainting", "restoration"]
 
 
 @dataclass(frozen=True)
-class CCDF:
-    """Come closer, diffuse faster: from a cheap estimate x_init of the image, noised to the time t0 < 1,
+class CCDF(Start):
+    """Come-closer-diffuse-faster: from a cheap estimate x_init of the image, noised to the time t0 < 1,
 
         x_t0 = alpha x_init + sigma e,   e ~ N(0, I),   then the usual sampler from t0, with x0 made consistent.
 
-    Each reverse step contracts what x_init is wrong by (`contraction`), so the smallest t0 that forgets enough of it is
-    the best (`smallest_time`); the evaluations are those of a grid that begins at t0.
+    Each reverse step contracts the error of x_init (`contraction`), so the smallest t0 that removes enough of it is the
+    best (`smallest_time`); the evaluations are those of a grid that begins at t0. NFE: 0 in addition to the sampler's.
 
-    task "super_resolution": `images` are smaller by `factor`, each pixel the mean of factor x factor. x_init is their
-        bicubic enlargement, made consistent. Consistency is `x0 <- x0 + up(y - down(x0))` with down the mean over
-        squares and up their repetition: an exact projection, hence non-expansive.
-    task "inpainting": `images` of full size with NaN where unknown; x_init fills in the mean of the image's known
-        pixels, and x0 is set to what is known.
-    task "restoration": `images` of full size, x_init themselves; nothing is known exactly (stroke and sketch editing is
-        the same: SDEdit, 2108.01073).
-
-    The paper makes x_t itself consistent with y noised to the same level. For deterministic samplers that is the same:
-    x0 being consistent at every query, the known part of x_t is alpha y + sigma e, with the e of the start, at all
-    times.
+    The paper makes x_t itself consistent with y noised to the same level. For deterministic samplers that is
+    equivalent: with x0 consistent at every evaluation, the known part of x_t is alpha y + sigma e, with the initial e,
+    at all times.
 
     Args:
-        time: t0 in (0, 1), from which the grid begins. factor: of super-resolution, at least 2.
+        time: t0 in (0, 1), at which the grid begins.
+        factor: of super-resolution, at least 2.
+        task: "super_resolution": `images` are smaller by `factor`, each pixel the mean of factor x factor. x_init is
+            their bicubic enlargement, made consistent. Consistency is `x0 <- x0 + up(y - down(x0))` with down the mean
+            over squares and up their repetition: an exact projection, hence non-expansive. "inpainting": `images` of
+                full size
+            with NaN where unknown; x_init has the mean of the image's known pixels there, and x0 is set to what is
+            known. "restoration": `images` of full size, x_init themselves; nothing is known exactly (stroke and sketch
+            editing is the same: SDEdit, arXiv:2108.01073).
 
-    `begin` and `wrap` raise BadInput without images, or for images of another shape.
-
-    NFE: 0 beside the sampler's. Reference: Chung, Sim, Ye 2022, 2112.05146.
+    References:
+        Chung, Sim, Ye 2022, arXiv:2112.05146.
     """
 
     time: float = 0.5
@@ -57,20 +58,36 @@ class CCDF:
     def __post_init__(self) -> None:
         if not 0 < self.time < 1:
             raise BadInput(f"ccdf needs 0 < time < 1, found {self.time}")
-        if self.task not in ("super_resolution", "inpainting", "restoration"):
-            raise BadInput(f"ccdf: task is super_resolution, inpainting or restoration, found {self.task!r}")
+        check_choices(self, task=typing.get_args(Task))
         if self.task == "super_resolution" and self.factor < 2:
             raise BadInput(f"ccdf: super_resolution needs a factor of at least 2, found {self.factor}")
         check_numbers(self)
 
     def begin(self, denoiser: nn.Module, noise: Noise, t: Tensor, images: Tensor | None = None, **cond: Any) -> Tensor:
-        """x_t (B, *S) at time t. images: (B, C, H, W) in [-1, 1], or (B, C, H / factor, W / factor)."""
-        e, schedule = noise.initial(), denoiser.schedule
+        """x_t (B, *S) at time t.
+
+        Args:
+            denoiser: with a `schedule`.
+            noise: of the samples.
+            t: the first time of the grid.
+            images: (B, C, H, W) in [-1, 1], or (B, C, H / factor, W / factor).
+            cond: not used.
+
+        Raises:
+            BadInput: without images, or for images of another shape.
+        """
+        schedule: Any = denoiser.schedule
+        e = noise.initial()
         x_init = self.initial(images, e.shape).to(e)
-        return float(schedule.alpha(t)) * x_init + float(schedule.sigma(t)) * e  # type: ignore[union-attr,operator]
+        return float(schedule.alpha(t)) * x_init + float(schedule.sigma(t)) * e
 
     def initial(self, images: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        """x_init (B, *S) of `images`, for samples of `shape` (B, *S)."""
+        """x_init (B, *S).
+
+        Args:
+            images: as for `begin`.
+            shape: (B, *S).
+        """
         y = self._checked(images, shape)
         if self.task == "super_resolution":
             x = F.interpolate(y, scale_factor=float(self.factor), mode="bicubic", align_corners=False)
@@ -81,7 +98,11 @@ class CCDF:
         return y
 
     def wrap(self, denoiser: nn.Module, images: Tensor | None = None) -> nn.Module:
-        """The denoiser whose x0 agrees with `images`."""
+        """The denoiser whose x0 is consistent with `images`.
+
+        Raises:
+            BadInput: without images.
+        """
         if images is None:
             raise BadInput(f"ccdf begins from images, found none: give those for {self.task} (images=)")
         if self.task == "restoration":
@@ -89,15 +110,16 @@ class CCDF:
         return Consistent(denoiser, images, self.factor if self.task == "super_resolution" else 1)
 
     def _checked(self, images: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """The images in float32, their shape and values checked."""
         if images is None:
             raise BadInput(f"ccdf begins from images, found none: give those for {self.task} (images=)")
-        wanted = tuple(shape)
+        expected = tuple(shape)
         if self.task == "super_resolution":
             if len(shape) != 4 or shape[2] % self.factor or shape[3] % self.factor:
-                raise BadInput(f"super_resolution needs sides that {self.factor} divides, found samples {wanted[1:]}")
-            wanted = (*shape[:2], shape[2] // self.factor, shape[3] // self.factor)
-        if tuple(images.shape) != wanted:
-            raise BadInput(f"{self.task} needs images of shape {wanted}, found {tuple(images.shape)}")
+                raise BadInput(f"super_resolution needs sides that {self.factor} divides, found samples {expected[1:]}")
+            expected = (*shape[:2], shape[2] // self.factor, shape[3] // self.factor)
+        if tuple(images.shape) != expected:
+            raise BadInput(f"{self.task} needs images of shape {expected}, found {tuple(images.shape)}")
         if self.task == "inpainting":
             if bool(images.isnan().flatten(1).all(1).any()):
                 raise BadInput("inpainting needs at least one known pixel in every image")
@@ -109,7 +131,12 @@ class CCDF:
 class Consistent(Wrapper):
     """`x0 <- x0 + up(y - down(x0))`, y (B, C, h, w); with factor 1, `x0 <- y` where y is not NaN.
 
-    Asked about some samples only, it is told which: `rows` (R,), whole numbers.
+    An evaluation of some samples only has `rows` (R,), integers.
+
+    Args:
+        denoiser: the inner one.
+        y: the known images.
+        factor: of `down` and `up`.
     """
 
     takes_rows: ClassVar[bool] = True
@@ -120,6 +147,7 @@ class Consistent(Wrapper):
         self.factor = factor
 
     def forward(self, x_t: Tensor, t: Tensor | float, *, rows: Tensor | None = None, **cond: Any) -> Tensor:
+        """The inner denoiser's x0 (B, *S), made consistent."""
         x0 = self.denoiser(x_t, t, **cond)
         return self._consistent(x0, self._known(x0, rows))
 
@@ -128,38 +156,40 @@ class Consistent(Wrapper):
     ) -> tuple[Tensor, Tensor]:
         """x0 (B, *S) made consistent and E[eps^2 | x_t] (B, *S) around it.
 
-        What is known has no variance; the mean over a square of n = factor^2 pixels neither, which leaves a pixel of
-        variance C_i the variance (1 - 2 / n) C_i + mean(C) / n where the pixels are independent.
+        Known pixels have no variance; nor has the mean over a square of n = factor^2 pixels, so that a pixel of
+        variance C_i has the variance (1 - 2 / n) C_i + mean(C) / n where the pixels are independent.
         """
-        x0, second = self.denoiser.moments(x_t, t, **cond)  # type: ignore[operator]
+        x0, second = self.denoiser.moments(x_t, t, **cond)
         y = self._known(x0, rows)
-        made = self._consistent(x0, y)
-        before, after = (self._eps(x_t, t, x0.to(second)), self._eps(x_t, t, made.to(second)))
+        consistent = self._consistent(x0, y)
+        before, after = (self._eps(x_t, t, x0.to(second)), self._eps(x_t, t, consistent.to(second)))
         variance = (second - before**2).clamp(min=0)
         if self.factor == 1:
             variance = torch.where(y.isnan().to(variance.device), variance, 0.0)
         else:
             n = self.factor**2
             variance = (1 - 2 / n) * variance + up(down(variance, self.factor), self.factor) / n
-        return made, after**2 + variance
+        return consistent, after**2 + variance
 
     def _eps(self, x_t: Tensor, t: Tensor | float, x0: Tensor) -> Tensor:
-        schedule: Schedule = self.denoiser.schedule  # type: ignore[assignment]
+        """The noise in x_t for this x0."""
+        schedule: Schedule = self.denoiser.schedule
         return (x_t.to(x0) - spread(schedule.alpha(t), x0) * x0) / spread(schedule.sigma(t), x0)
 
     def _known(self, x0: Tensor, rows: Tensor | None) -> Tensor:
-        """y of the samples that x0 is of."""
+        """y of the samples of x0."""
         if rows is not None:
             return self.y.to(x0)[rows.to(x0.device)]
-        many, rest = divmod(len(x0), len(self.y))
-        if rest or not many:
+        repeats, rest = divmod(len(x0), len(self.y))
+        if rest or not repeats:
             raise HastenError(
-                f"this sampler asks about {len(x0)} of {len(self.y)} samples, and consistency cannot know which: "
-                "use one that asks about all"
+                f"this sampler evaluates {len(x0)} of {len(self.y)} samples, and consistency cannot know which: "
+                "use one that evaluates all"
             )
-        return self.y.to(x0).repeat(many, *[1] * (x0.ndim - 1))
+        return self.y.to(x0).repeat(repeats, *[1] * (x0.ndim - 1))
 
     def _consistent(self, x0: Tensor, y: Tensor) -> Tensor:
+        """x0, made consistent with y."""
         return torch.where(y.isnan(), x0, y) if self.factor == 1 else x0 + up(y - down(x0, self.factor), self.factor)
 
 
@@ -169,12 +199,13 @@ def down(x: Tensor, factor: int) -> Tensor:
 
 
 def up(y: Tensor, factor: int) -> Tensor:
-    """Each pixel repeated in a square, so that `down(up(y)) = y` and `up(down(x))` is an orthogonal projection."""
+    """Each pixel repeated in a square: `down(up(y)) = y`, and `up(down(x))` is an orthogonal projection."""
     return y.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def contraction(schedule: Schedule, times: Tensor, variance: Tensor | float, sampler: str = "ddpm") -> Tensor:
-    """By what each step of a grid multiplies the difference of two trajectories that share their noise: (steps, *V).
+    """The factor by which each step of a grid multiplies the difference of two trajectories with the same noise:
+    (steps, *V).
 
     For Gaussian data of `variance` v (*V), from r = times[k] down to s = times[k + 1]:
 
@@ -182,9 +213,14 @@ def contraction(schedule: Schedule, times: Tensor, variance: Tensor | float, sam
         "ddim"   s_s / s_r + (a_s - a_r s_s / s_r) g
 
     with a_{r|s} = a_r / a_s, s_{r|s}^2 = s_r^2 - a_{r|s}^2 s_s^2; in the paper the first is at most lambda < 1.
+
+    Args:
+        schedule: of the denoiser.
+        times: (steps + 1,), decreasing.
+        variance: (*V), of the data.
+        sampler: "ddpm" or "ddim".
     """
-    if sampler not in ("ddpm", "ddim"):
-        raise BadInput(f"contraction knows ddpm and ddim, found {sampler!r}")
+    check_choice("sampler", sampler, ("ddpm", "ddim"))
     v = torch.as_tensor(variance, dtype=torch.float64)
     a, s = (f(times).reshape(-1, *[1] * v.ndim) for f in (schedule.alpha, schedule.sigma))
     a_r, a_s, s_r, s_s = a[:-1], a[1:], s[:-1], s[1:]
@@ -196,47 +232,56 @@ def contraction(schedule: Schedule, times: Tensor, variance: Tensor | float, sam
 
 
 def remaining(schedule: Schedule, t: Tensor | float, variance: Tensor | float, sampler: str = "ddpm") -> Tensor:
-    """What of an error in x_init is left at the end of the reverse process from t, in the limit of many steps: (*V).
+    """The remaining fraction of an error in x_init after the reverse process from t, in the limit of many steps: (*V).
 
     alpha times the product of `contraction`: v / (v + q^2) for "ddpm", the weight of x_init in E[x | x_t];
-    sqrt(v / (v + q^2)) for "ddim", the probability-flow equation. q = sigma / alpha at t.
+    sqrt(v / (v + q^2)) for "ddim", the probability-flow ODE. q = sigma / alpha at t.
+
+    Args:
+        schedule: of the denoiser.
+        t: the time.
+        variance: (*V), of the data.
+        sampler: "ddpm" or "ddim".
     """
     v = torch.as_tensor(variance, dtype=torch.float64)
-    kept = v / (v + schedule.q(t) ** 2)
-    if sampler not in ("ddpm", "ddim"):
-        raise BadInput(f"remaining knows ddpm and ddim, found {sampler!r}")
-    return kept if sampler == "ddpm" else kept.sqrt()
+    check_choice("sampler", sampler, ("ddpm", "ddim"))
+    fraction = v / (v + schedule.q(t) ** 2)
+    return fraction if sampler == "ddpm" else fraction.sqrt()
 
 
 def smallest_time(
-    schedule: Schedule, variance: Tensor | float, error: Tensor | float, share: float, sampler: str = "ddpm"
+    schedule: Schedule, variance: Tensor | float, error: Tensor | float, fraction: float, sampler: str = "ddpm"
 ) -> float:
-    """The smallest t0 from which the squared error of x_init falls to `share` of itself: the paper's theorem 2, exactly
-    for Gaussian data.
+    """The smallest t0 from which the squared error of x_init falls to a fraction of itself: the paper's theorem 2,
+    exact for Gaussian data.
 
-        sum_j remaining_j(t0)^2 error_j = share sum_j error_j
+        sum_j remaining_j(t0)^2 error_j = fraction sum_j error_j
 
     Args:
+        schedule: of the denoiser.
         variance, error: (D,) of the data, and the mean square of x - x_init, along the same directions (principal ones
-            of what consistency does not fix). share: in (0, 1): where the error of x_init should meet another one that
-            does not fall, that other one divided by the error of x_init.
+            of what consistency does not fix).
+        fraction: in (0, 1): to make the error of x_init equal to another one that does not fall, that other one divided
+            by the error of x_init.
+        sampler: "ddpm" or "ddim".
 
-    The latest time of the schedule where nothing earlier is enough.
+    Returns:
+        t0; the latest time of the schedule where no earlier one is enough.
     """
-    if not 0 < share < 1:
-        raise BadInput(f"smallest_time needs a share in (0, 1), found {share}")
+    if not 0 < fraction < 1:
+        raise BadInput(f"smallest_time needs a fraction in (0, 1), found {fraction}")
     v, e = (torch.as_tensor(x, dtype=torch.float64) for x in (variance, error))
     if not bool((v > 0).all()) or bool((e < 0).any()) or not float(e.sum()) > 0:
         raise BadInput("smallest_time needs variance > 0 and error >= 0, not all 0")
 
-    def left(t: float) -> float:
-        kept = remaining(schedule, t, v, sampler) ** 2
-        return float((kept * e).sum() / (torch.ones_like(kept) * e).sum())
+    def error_left(t: float) -> float:
+        left = remaining(schedule, t, v, sampler) ** 2
+        return float((left * e).sum() / (torch.ones_like(left) * e).sum())
 
     low, high = 0.0, schedule.t_max
-    if left(high) > share:
+    if error_left(high) > fraction:
         return high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if left(middle) <= share else (middle, high)
+        low, high = (low, middle) if error_left(middle) <= fraction else (middle, high)
     return high

@@ -1,1 +1,1 @@
-"""Models, weights and finished batches on disk."""
+"""Models, plans, batches of images and provenance on disk."""

@@ -14,44 +14,55 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..files import reserve, write
+from ..files import check_writable, write_file
 
 
 class SavedBatches:
-    """Finished batches of images on disk, under the hash of all that they depend on, until the whole is written.
+    """Batches of images on disk, in a subfolder named by the hash of all that they depend on.
 
-    folder: holds a folder of that name; nothing else in it is looked at.
+    Args:
+        folder: holds the subfolder; other files in it are ignored.
+        metadata: all that the images depend on, as JSON can hold it.
     """
 
-    def __init__(self, folder: str | Path, told: dict[str, Any]) -> None:
-        text = json.dumps(told, sort_keys=True, default=str)
+    def __init__(self, folder: str | Path, metadata: dict[str, Any]) -> None:
+        text = json.dumps(metadata, sort_keys=True, default=str)
         self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def put(self, first: int, images: Tensor) -> None:
-        """Keep the images `first`, `first + 1`, ..., whole or not at all."""
+        """Save a batch atomically.
+
+        Args:
+            first: index of the first image.
+            images: (n, *S) on the CPU.
+        """
         stream = io.BytesIO()
         np.save(stream, images.numpy())
-        with contextlib.suppress(BadInput):  # a cache that cannot be written costs what a stop would lose, no more
-            write(reserve(self.folder / f"{first:08d}-{len(images)}.npy"), stream.getvalue())
+        with contextlib.suppress(BadInput):  # without a cache an interrupted run starts again
+            write_file(check_writable(self.folder / f"{first:08d}-{len(images)}.npy"), stream.getvalue())
 
     def get(self, first: int, count: int) -> Tensor | None:
-        """What `put` kept, or None where it is not there, or damaged."""
+        """A saved batch (count, *S), None where it is missing or damaged."""
         with contextlib.suppress(OSError, ValueError, EOFError):
-            found = np.load(self.folder / f"{first:08d}-{count}.npy")
-            if len(found) == count and found.dtype == np.float32:
-                return torch.from_numpy(found)
+            images = np.load(self.folder / f"{first:08d}-{count}.npy")
+            if len(images) == count and images.dtype == np.float32:
+                return torch.from_numpy(images)
         return None
 
     def count(self) -> int:
-        """How many images are there."""
+        """The number of images saved."""
         return sum(int(path.stem.partition("-")[2]) for path in self.folder.glob("*-*.npy"))
 
     def clear(self, last: bool = True) -> None:
-        """Remove them, once the whole is written. last: and the folder, where nobody is about to keep more in it."""
+        """Remove the batches, once the run's results are written.
+
+        Args:
+            last: remove `folder` too, if it is empty.
+        """
         with contextlib.suppress(OSError):
             for path in self.folder.glob("*.npy"):
                 path.unlink(missing_ok=True)
             self.folder.rmdir()
-        with contextlib.suppress(OSError):  # which says that something else lies in it
+        with contextlib.suppress(OSError):  # it is not empty
             if last:
                 self.folder.parent.rmdir()

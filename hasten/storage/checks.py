@@ -1,4 +1,4 @@
-"""Whether one's own network is the same when it is built again from what model.json would hold of it."""
+"""Checks of user networks before any work: whether they can be trained, and saved so that they load the same."""
 
 from __future__ import annotations
 
@@ -10,65 +10,73 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput
-from ..nets.quantized import described
-from .weights import WRAPPERS, identity, is_diffusers, is_ours, own_class, refusal
+from ..nets.quantized import quantization_config
+from .weights import is_diffusers, is_hasten_network, network_identity, save_refusal, user_class, wrapped_network
 
 FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, NotImplementedError, AssertionError)
-SEED = 20240229  # of the sample that is shown to both
+SEED = 20240229  # of the sample on which both networks are compared
 
 
 def check_reopens(name: str, net: nn.Module, denoiser: Denoiser | None, shape: tuple[int, ...], labels: bool) -> None:
-    """Refuse a network that could not be saved so that it opens again as the same function.
+    """Refuse a network that could not be saved so that it loads as the same function.
 
-    Of one's own network its class and `config` are saved beside the tensors. What changes the answer and is in neither
-    (an argument with a default, a buffer that is not kept, a layer exchanged by hand) would be lost without a word: so
-    the network is built again, given its tensors, and both are asked about one sample (denoiser: the one around it;
-    None: they are not). A network that cannot be asked so is not compared.
+    Of a user's network the class and `config` are saved beside the tensors. What changes its output and is in neither
+    (an argument with a default, a non-persistent buffer, a layer replaced by hand) would be lost silently: so the
+    network is built again from its config, given the same tensors, and both outputs are compared on one sample. A
+    network that fails on that sample is not compared.
 
-    Raises BadInput with what to do.
+    Args:
+        name: of the model, for messages.
+        net: the network.
+        denoiser: the denoiser around it; None: the outputs are not compared.
+        shape: S of a sample.
+        labels: whether it takes labels.
+
+    Raises:
+        BadInput: with what to do.
     """
-    if why := refusal(net):
+    if why := save_refusal(net):
         raise BadInput(f"{name} cannot be saved: {why}")
-    inside = net
-    while is_ours(inside) and type(inside).__name__ in WRAPPERS:
-        inside = inside.net  # type: ignore[assignment]
-    if denoiser is None or is_ours(inside) or is_diffusers(inside) or described(inside):
-        return  # integer layers are made by hasten, of a network that was compared
-    again = built_again(inside)
+    inner = net
+    while (wrapped := wrapped_network(inner)) is not None:
+        inner = wrapped
+    if denoiser is None or is_hasten_network(inner) or is_diffusers(inner) or quantization_config(inner):
+        return  # integer layers are hasten's, made from a network that was compared
+    again = rebuild(inner)
     try:
-        first = answer(denoiser, inside, shape, labels)
+        first = probe_output(denoiser, inner, shape, labels)
     except FAILURES:
         return
-    kind = type(inside).__name__
+    kind = type(inner).__name__
     try:
-        second = answer(denoiser, again, shape, labels)
+        second = probe_output(denoiser, again, shape, labels)
     except FAILURES as e:
         raise BadInput(
             f"{name} cannot be saved: {kind}, built again from its config, fails ({first_line(e)}): its config does "
             "not describe it"
         ) from e
     scale = float(first.abs().max())
-    slack = 1e-4 if all(w.itemsize >= 4 for w in inside.state_dict().values() if w.is_floating_point()) else 0.05
-    if not bool(((first - second).abs() <= slack * max(scale, 1e-6)).all()) and bool(first.isfinite().all()):
+    tolerance = 1e-4 if all(w.itemsize >= 4 for w in inner.state_dict().values() if w.is_floating_point()) else 0.05
+    if not bool(((first - second).abs() <= tolerance * max(scale, 1e-6)).all()) and bool(first.isfinite().all()):
         raise BadInput(
-            f"{name} cannot be saved: {kind}, built again from its config with the same tensors, answers otherwise "
-            f"(by {float((first - second).abs().max()):.3g} of {scale:.3g}): what changes its answer belongs into "
+            f"{name} cannot be saved: {kind}, built again from its config with the same tensors, has another output "
+            f"(by {float((first - second).abs().max()):.3g} of {scale:.3g}): what changes its output belongs into "
             "net.config, as its constructor's keyword arguments, or into a buffer that is saved (persistent=True)"
         )
 
 
-def built_again(net: nn.Module) -> nn.Module:
-    """The network as `load` would make it, on the device of this one."""
-    told = identity(net)
+def rebuild(net: nn.Module) -> nn.Module:
+    """The network as `load` would build it, on the same device."""
+    description = network_identity(net)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED + 1)  # buffers that are drawn must not agree by luck
-        again = own_class(told["module"], told["class"], [type(net)])(**told["config"])
+        torch.manual_seed(SEED + 1)  # random buffers must not agree by chance
+        again = user_class(description["module"], description["class"], [type(net)])(**description["config"])
     again.load_state_dict(net.state_dict())
     return again.to(device_of(net))
 
 
-def answer(denoiser: Denoiser, net: nn.Module, shape: tuple[int, ...], labels: bool) -> Tensor:
-    """What a network says about two samples of noise, in the middle of the schedule, float32. It is left as it is."""
+def probe_output(denoiser: Denoiser, net: nn.Module, shape: tuple[int, ...], labels: bool) -> Tensor:
+    """The raw output, float32, for two samples of noise in the middle of the schedule; `net` is left unchanged."""
     device = device_of(net)
     around = copy.copy(denoiser)  # `replace` would set the network's mode
     around._modules = {**denoiser._modules, "net": net}
@@ -79,10 +87,17 @@ def answer(denoiser: Denoiser, net: nn.Module, shape: tuple[int, ...], labels: b
         return around.raw(x, 0.5, **cond).float()
 
 
-def check_runs(name: str, denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Tensor]) -> None:
-    """Refuse a network that cannot be trained: without weights, that cannot be copied, or that fails on a sample.
+def check_trainable(name: str, denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Tensor]) -> None:
+    """Refuse a network that cannot be trained: without parameters, that cannot be copied, or that fails on a sample.
 
-    cond: what it is told with two samples.
+    Args:
+        name: of the model, for messages.
+        denoiser: with the network.
+        shape: S of a sample.
+        cond: conditions of two samples.
+
+    Raises:
+        BadInput: with the reason.
     """
     net = denoiser.net
     if next((p for p in net.parameters() if p.is_floating_point() or p.is_complex()), None) is None:
@@ -90,7 +105,7 @@ def check_runs(name: str, denoiser: Denoiser, shape: tuple[int, ...], cond: dict
     try:
         with evaluating(denoiser), torch.random.fork_rng(devices=[]):
             x = torch.zeros(2, *shape, device=device_of(denoiser))
-            denoiser.raw(x, 0.5, **cond)  # with gradients, as in training: it may keep what cannot be copied
+            denoiser.raw(x, 0.5, **cond)  # with gradients, as in training: it may cache what cannot be copied
     except torch.OutOfMemoryError:
         raise
     except FAILURES as e:

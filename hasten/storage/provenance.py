@@ -1,4 +1,4 @@
-"""What a file or record says of where it came from: hashes of models, versions, the command."""
+"""Provenance of a file or record: hashes of models and tensors, versions, date, command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from ..adapters.model_like import ModelLike
 
 
-def fingerprint(model: ModelLike) -> str:
-    """sha256 of weights, parts and statistics as they are now, and of what gives the weights their meaning."""
+def model_hash(model: ModelLike) -> str:
+    """sha256 of a model's weights, parts and statistics as they are now, and of its schedule, prediction and config."""
     import torch
 
     digest = hashlib.sha256()
-    tensors = {**model.denoiser.state_dict(), **model.statistics}
+    tensors: dict[str, Any] = {**model.denoiser.state_dict(), **model.statistics}
     for part, net in sorted(model.parts.items()):
         tensors |= {f"{part}.{name}": value for name, value in net.state_dict().items()}
     for name, value in tensors.items():
@@ -31,15 +31,15 @@ def fingerprint(model: ModelLike) -> str:
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     for part in ("schedule", "prediction", "clock", "null_label", "guidance_range"):
         digest.update(repr(getattr(model.denoiser, part, None)).encode())
-    net = getattr(model.denoiser, "net", None)
-    digest.update(f"{type(net).__name__} {model.classes} {model.codec}".encode())
-    config = getattr(net, "config", None)  # of a network of ours; those of diffusers hold paths and versions
+    network = getattr(model.denoiser, "net", None)
+    digest.update(f"{type(network).__name__} {model.classes} {model.codec}".encode())
+    config = getattr(network, "config", None)  # of hasten's networks; those of diffusers hold paths and versions
     digest.update(json.dumps(config, sort_keys=True, default=str).encode() if type(config) is dict else b"")
     return digest.hexdigest()
 
 
-def hash_of(*tensors: torch.Tensor) -> str:
-    """16 hexadecimal digits of tensors."""
+def tensor_hash(*tensors: torch.Tensor) -> str:
+    """16 hexadecimal digits of the sha256 of tensors."""
     import torch
 
     digest = hashlib.sha256()
@@ -49,13 +49,19 @@ def hash_of(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def now() -> str:
-    """The date and time, UTC, to the minute."""
+def utc_now() -> str:
+    """Date and time, UTC, to the minute."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def command_line(verb: str, argument: str, options: Mapping[str, object]) -> str:
-    """The command line that does this again; options that are None or False are left out, lists repeated."""
+    """The command line that reproduces a run.
+
+    Args:
+        verb: the subcommand.
+        argument: its positional argument.
+        options: by Python name; those that are None or False are omitted, lists are repeated.
+    """
     words = ["hasten", verb, argument]
     for key, value in options.items():
         if value is None or value is False:
@@ -68,7 +74,7 @@ def command_line(verb: str, argument: str, options: Mapping[str, object]) -> str
 
 
 def versions() -> str:
-    """The versions that a result depends on."""
+    """The versions of hasten and torch."""
     import torch
 
     from .. import __version__

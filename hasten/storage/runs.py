@@ -1,4 +1,4 @@
-"""Runs that were recorded in a folder before."""
+"""Run files: the settings of an unfinished run, from which it resumes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..files import contents, difference
+from ..files import describe_contents, first_difference
 
 
-def earlier(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
-    """What an unfinished run wrote down in `file`, if it was asked the same as `run`; None if there is none.
+def unfinished_run(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
+    """The record of an unfinished run with the same settings.
 
-    Raises BadInput where it was asked for something else, where the file is damaged, and where its folder holds a
-    model that no such run made. read: is given what was found, and raises where it cannot be used.
+    Args:
+        file: the run file.
+        run: the settings requested now.
+        read: called with the record; raises where it cannot be used.
+
+    Returns:
+        The record, None where there is none.
+
+    Raises:
+        BadInput: where the settings differ, where the file is damaged, and where its folder holds a model without one.
     """
     out = file.parent
     if not file.is_file():
-        if found := contents(out):
-            raise BadInput(f"{out} holds {found} already: choose another folder")
+        if present := describe_contents(out):
+            raise BadInput(f"{out} holds {present} already: choose another folder")
         return None
     try:
         known = json.loads(file.read_text())
-        different = difference(known, run)
+        different = first_difference(known, run)
         if different is None:
             read(known)
             return known
@@ -32,5 +40,5 @@ def earlier(file: Path, run: dict[str, Any], read: Callable[[dict[str, Any]], ob
         raise BadInput(f"cannot read {file}: {e}") from e
     key, old, new = different
     raise BadInput(
-        f"{out} is a run with {key} {old}, asked for {new}: ask for the same, write to another folder, or remove it"
+        f"{out} is a run with {key} {old}, requested {new}: use the same, write to another folder, or remove it"
     )

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_int
-from ..images import given_images
+from ..images import to_image_tensor
 from ..inversion import encode
 from ..model.model import Label, Model
+from ..plan.config import SamplingConfig
 from ..plan.draw import draw
+from ..progress import fraction_of
 from ..samplers.ddim import invert
-from ..sampling import Noise, part
+from ..sampling import Noise
 from ..times import Trailing
 
 __all__ = ["Restyled", "restyle"]
@@ -99,7 +101,7 @@ def restyle(
     check_int("batch_size", batch_size, 1)
     check_int("seed", seed, 0)
     check_int("iterations", iterations, 0)
-    images = given_images(images, encoder.shape)
+    images = to_image_tensor(images, encoder.shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(encoder.shape) or encoder.shape != decoder.shape:
         raise BadInput(
             f"images, encoder and decoder must have one shape, found {tuple(images.shape)[1:]}, {tuple(encoder.shape)} "
@@ -113,24 +115,32 @@ def restyle(
     encoding: Any = EvaluationCounter(encoder.denoiser)
     decoding: Any = EvaluationCounter(decoder.denoiser)
     to_noise = NoiseEncoder(replace(encoder, denoiser=encoding), encode_steps, encode_guidance_scale, iterations)
-    config = replace(decoder, denoiser=decoding).way(sampler, times, decode_steps, guidance_scale)
+    config = SamplingConfig(sampler, times, decode_steps, guidance_scale)
+    resolved = replace(decoder, denoiser=decoding).resolve(config)
     sources, targets = (
         required_labels(encoder, count, from_label, "from_label"),
         required_labels(decoder, count, to_label, "to_label"),
     )
-    first_time = config.times[0] if config.plan is None or config.plan.begin is None else config.plan.begin
+    first_time = resolved.times[0] if resolved.plan is None or resolved.plan.begin is None else resolved.plan.begin
     start = float(decoder.denoiser.schedule.prior_std(first_time))
     noises, outputs = [], []
     for first in range(0, count, batch_size):
         rows = slice(first, min(first + batch_size, count))
-        tick = part(progress, first, count, batch_size)
+        tick = fraction_of(progress, first, count, batch_size)
         z = to_noise(images[rows].to(encoder.device, torch.float32), None if sources is None else sources[rows], tick)
         noises.append(z.cpu())
         step_noise = Noise(range(seed + rows.start, seed + rows.stop), decoder.shape, torch.float32, decoder.device)
         cond = {} if targets is None else {"label": targets[rows].to(decoder.device)}
         x = start * z.to(decoder.device)
         x = draw(
-            config.denoiser, config.sampler, config.times, step_noise, x=x, plan=config.plan, progress=tick, cond=cond
+            resolved.denoiser,
+            resolved.sampler,
+            resolved.times,
+            step_noise,
+            x=x,
+            plan=resolved.plan,
+            progress=tick,
+            cond=cond,
         )
         outputs.append(x.float().clamp(-1, 1).cpu())
     return Restyled(torch.cat(outputs), torch.cat(noises), encoding.rows / count, decoding.rows / count)

@@ -4,6 +4,6 @@ from .data import Batches, Data, open_data, to_float
 from .ema import Ema
 from .fit import Fit
 from .losses import DenoisingLoss
-from .player import TrainedModule
+from .trained_module import TrainedModule
 
 __all__ = ["Batches", "Data", "DenoisingLoss", "Ema", "Fit", "TrainedModule", "open_data", "to_float"]

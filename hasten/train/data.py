@@ -1,4 +1,4 @@
-"""Training data: `open_data` finds out what a path holds, `Batches` deals it out in a repeatable order."""
+"""Training data: `open_data` opens a folder, zip or array, `Batches` iterates over it in a reproducible order."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from .arrays import open_array, open_npz
 from .folders import SPLITS, file_tree, folder_tree, open_tree, zip_tree
 from .labels import MAYBE
-from .notes import counted, listed, note
+from .messages import join_names, pluralize, print_once
 from .sources import Data, find_idx, open_idx, open_npy
 from .tree import SUFFIXES
 
 __all__ = ["Batches", "Data", "open_data", "to_float"]
 
 
-FLIPS = 2_654_435_769  # where the seeds of the mirroring begin; those of a CPU repeat after 2**32
+FLIP_SEED_OFFSET = 2_654_435_769  # keeps the seeds of flips apart from those of epochs; CPU seeds repeat after 2**32
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]: `x / 127.5 - 1`; what has a floating type already is no image and stays as it is."""
+    """uint8 -> float32 in [-1, 1]: `x / 127.5 - 1`. Tensors of a floating type are only cast to float32."""
     if images.is_floating_point():
         return images.float()
     return images.float().div_(127.5).sub_(1.0)
@@ -39,42 +39,46 @@ def open_data(
     label: str | None = None,
     report: bool = True,
 ) -> Data:
-    """The images, and labels if any, of a path:
+    """Open the images, and labels if any, of a path:
 
-    - a folder or a zip of images, or one image. Labels come from a file beside them, or from class sub-folders:
-      `labels.csv` (a column such as `file` or `filename`, and one such as `label` or `class`; parted by `,` `;` or a
-      tab), `metadata.csv` or `metadata.jsonl` (`file_name` and `label`), `dataset.json` of the StyleGAN and EDM tools
-      (`{"labels": [[file, class], ...]}`). Both must say the same. Sub-folders `train`, `test`, `val` are splits;
+    - a folder or a zip of images, or one image. Labels come from a file next to them, or from class sub-folders:
+      `labels.csv` (a column such as `file` or `filename`, and one such as `label` or `class`; separated by `,` `;` or
+      a tab), `metadata.csv` or `metadata.jsonl` (`file_name` and `label`), `dataset.json` of the StyleGAN and EDM tools
+      (`{"labels": [[file, class], ...]}`). Both must agree. Sub-folders `train`, `test`, `val` are splits;
     - a folder of IDX files under their usual names (`train-images-idx3-ubyte`, gzipped or not), or one such file;
     - `.npy` or `.npz` (`images`, `labels`; `x_train`, `y_train`; `train_images`, `train_labels`; ...):
-      (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3. Their range is taken from the whole array, see
-      `arrays.value_range`: uint8, floats in [-1, 1], [0, 1] or 0..255, booleans, integers 0..255, 16 bits.
+      (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3. Their value range is detected from the whole array, see
+      `arrays.detect_value_range`: uint8, floats in [-1, 1], [0, 1] or 0..255, booleans, integers 0..255, 16 bits.
 
-    Images are decoded at once, and refused by name where one cannot be read; above 1 GiB they are decoded when asked
-    for, and one that cannot be read is replaced by the next of its class, which is said.
+    Images are decoded at once, and an unreadable one is an error; above 1 GiB they are decoded on demand, and an
+    unreadable one is replaced by the next of its class, with a message.
 
     Args:
-        split: `train` (all the images where the source has no splits), `test`, `val`, or None for all of a folder.
-        size: side or (height, width): images are cropped in the middle and resized. Needed when they differ in size.
-        channels: 1 or 3; by default what the source has.
-        label: the column of the file of labels, or the array of an `.npz`, to use; `folders`: the class folders;
+        path: of the data.
+        split: `train` (all images if the source has no splits), `test`, `val`, or None for all of a folder.
+        size: side or (height, width) in pixels: images are center-cropped and resized. Required if their sizes differ.
+        channels: 1 or 3. Default: those of the source.
+        label: the column of the label file, or the array of an `.npz`, to use; `folders`: the class folders;
             `none`: no labels.
-        report: print on stderr, once, what was found and what of it is not used.
+        report: print on stderr, once, what the data holds and what of it is not used.
+
+    Returns:
+        The data, with class names and labels if there are any.
 
     Raises:
-        BadInput: in one line, naming the file, where something is missing, empty, damaged or does not fit; where there
-            are labels that cannot be used; where two sources of labels differ.
+        BadInput: in one line that names the file, if something is missing, empty, damaged or inconsistent; if there
+            are labels that cannot be used; if two sources of labels differ.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise BadInput(
-            f"data is the path of a folder, zip or array, got {type(path).__name__}: images in memory are given as "
+            f"data is the path of a folder, zip or array, got {type(path).__name__}: pass images in memory as "
             "hasten.train.Data.of(images), uint8 (n, C, H, W)"
         )
     if not str(path):
         raise BadInput("the path of the data is empty (. is the current folder)")
     path = Path(path)
-    if split is not None and split not in SPLITS:
-        raise BadInput(f"unknown split {split!r} (choices: {', '.join(SPLITS)})")
+    if split is not None:
+        check_choice("split", split, SPLITS)
     if channels not in (None, 1, 3) or isinstance(channels, bool):
         raise BadInput(f"channels must be 1 or 3, got {channels}")
     pair: tuple[int, int] | None = None
@@ -87,22 +91,22 @@ def open_data(
         raise BadInput(f"there is no file or folder {path}")
     data = _open(path, split, pair, channels, label)
     if report:
-        for line in (data.found, *data.notes, *_beside(path, data.labels is not None)):
-            note(f"{path}: {line}")
+        for line in (data.summary, *data.messages, *_unused_files(path, data.labels is not None)):
+            print_once(f"{path}: {line}")
     return data
 
 
-def _beside(path: Path, labelled: bool) -> list[str]:
-    """Notes on image files and on what may be labels beside the array of a folder."""
+def _unused_files(path: Path, labelled: bool) -> list[str]:
+    """Messages about image files, and possible label files, in a folder whose arrays are read."""
     if not path.is_dir() or not (find_idx(path) or (path / "images.npy").is_file()):
         return []
     files = [p.name for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
     names = [name for name in files if name.lower().endswith(SUFFIXES)]
     tables = [n for n in files if MAYBE.search(n) and not n.endswith(".npy") or "idx1" in n and not labelled]
-    notes = [f"not used as labels, the arrays are read: {listed(tables)}"] if tables else []
+    messages = [f"not used as labels, the arrays are read: {join_names(tables)}"] if tables else []
     if names:
-        notes.append(f"the arrays are read, not {counted(len(names), 'image')} beside them, such as {names[0]}")
-    return notes
+        messages.append(f"the arrays are read, not {pluralize(len(names), 'image')} next to them, such as {names[0]}")
+    return messages
 
 
 def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels: int | None, label: str | None) -> Data:
@@ -110,10 +114,10 @@ def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels:
     if path.is_dir():
         idx = find_idx(path)
         if idx:
-            asked = split or "train"
-            if asked not in idx:
-                raise BadInput(f"{path} has no IDX file of the split {asked!r}: it has {', '.join(idx)}")
-            return open_array(*open_idx(idx[asked]), str(idx[asked]), pair, channels, label)
+            split = split or "train"
+            if split not in idx:
+                raise BadInput(f"{path} has no IDX file of the split {split!r}: it has {', '.join(idx)}")
+            return open_array(*open_idx(idx[split]), str(idx[split]), pair, channels, label)
         if (path / "images.npy").is_file():
             path = path / "images.npy"
         else:
@@ -124,28 +128,36 @@ def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels:
     if name.endswith(".zip"):
         return open_tree(zip_tree(path), split, pair, channels, label)
     if name.endswith(".npy"):
-        images, labels, notes = open_npy(path)
-        return open_array(images, labels, str(path), pair, channels, label, notes=notes)
+        images, labels, messages = open_npy(path)
+        return open_array(images, labels, str(path), pair, channels, label, messages=messages)
     if name.endswith(".npz"):
         return open_npz(path, split, pair, channels, label)
     if "idx3" in name or name.endswith((".gz", "ubyte")):
         return open_array(*open_idx(path), str(path), pair, channels, label)
     if name.endswith(SUFFIXES):
         return open_tree(file_tree(path), None, pair, channels, None)
-    raise BadInput(f"{path} is no source of images: give a folder, a .zip, an IDX file, a .npy or a .npz")
+    raise BadInput(f"{path} is no source of images: use a folder, a .zip, an IDX file, a .npy or a .npz")
 
 
 class Batches:
-    """Batches of `data` without end; batch k is a function of `(seed, k)` alone, so a run can go on where it stopped.
+    """An endless sequence of batches; batch k is a function of `(seed, k)` only, so that a run can be resumed.
 
-    Each epoch is a permutation drawn from `(seed, epoch)`; the epochs are laid end to end and cut into batches, so
-    no image is dropped and a batch may span two epochs. A batch is `{"x": float32 (B, C, H, W) in [-1, 1],
-    "label": int64 (B,)}`, without `label` where the data has none.
+    Each epoch is a random permutation seeded by `(seed, epoch)`; epochs are concatenated and split into batches, so no
+    image is dropped and a batch may span two epochs. A batch is `{"x": float32 (B, C, H, W) in [-1, 1],
+    "label": int64 (B,)}`, without `label` if the data has none. `batches[k]` is batch k; iteration starts at
+    `start_step`.
 
-    batch_size: images in a batch over all ranks. rank, world: this process takes the rank-th of `world` equal parts.
-    flip: mirror each image left to right with probability 1/2, also drawn from `(seed, k)`.
+    Args:
+        data: the images and labels.
+        batch_size: images in a batch over all ranks; a multiple of `world`.
+        seed: of the order and the flips.
+        start_step: first batch of an iteration, >= 0.
+        rank: which of the `world` equal parts of each batch to take, 0 to world - 1.
+        world: number of parts.
+        flip: mirror each image horizontally with probability 1/2, seeded by `(seed, k)`.
 
-    `batches[k]` is batch k; iteration starts at `start_step`.
+    Raises:
+        BadInput: if a number is out of range.
     """
 
     def __init__(
@@ -169,13 +181,15 @@ class Batches:
         self._order: tuple[int, Tensor] | None = None
 
     def _generator(self, k: int) -> torch.Generator:
+        """A generator seeded by `(seed, k)`."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + k) % 2**63)
 
     def shard(self, rank: int, world: int) -> Batches:
-        """Part `rank` of `world` of every batch."""
+        """Batches that are part `rank` of `world` equal parts of these."""
         return Batches(self.data, self.batch_size, self.seed, self.start_step, rank, world, self.flip)
 
     def _permutation(self, epoch: int) -> Tensor:
+        """The order of an epoch, int64 (len(data),)."""
         cached = self._order
         if cached is None or cached[0] != epoch:
             cached = epoch, torch.randperm(len(self.data), generator=self._generator(epoch))
@@ -183,7 +197,7 @@ class Batches:
         return cached[1]
 
     def indices(self, step: int) -> Tensor:
-        """The images of batch `step` over all ranks, int64 (batch_size,)."""
+        """The indices of the images of batch `step` over all ranks, int64 (batch_size,)."""
         if step < 0:
             raise IndexError(f"batches are counted from 0, got {step}")
         n, parts = len(self.data), []
@@ -196,12 +210,13 @@ class Batches:
         return torch.cat(parts)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        share = self.batch_size // self.world
-        part = slice(self.rank * share, (self.rank + 1) * share)
+        """Batch `step`."""
+        count = self.batch_size // self.world
+        part = slice(self.rank * count, (self.rank + 1) * count)
         indices = self.indices(step)[part]
         x = to_float(self.data.images(indices))
         if self.flip:
-            mirrored = torch.rand(self.batch_size, generator=self._generator(FLIPS + step))[part] < 0.5
+            mirrored = torch.rand(self.batch_size, generator=self._generator(FLIP_SEED_OFFSET + step))[part] < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         return {"x": x} if self.data.labels is None else {"x": x, "label": self.data.labels[indices]}
 
@@ -212,23 +227,24 @@ class Batches:
             step += 1
 
 
-class Slices:
-    """Part `part` of `parts` of whatever batches there are."""
+class BatchSlices:
+    """Batches that are part `rank` of `world` equal parts of `batches`, any object like `Batches`."""
 
-    def __init__(self, batches: Any, part: int, parts: int) -> None:
-        self.batches, self.part, self.parts = batches, part, parts
+    def __init__(self, batches: Any, rank: int, world: int) -> None:
+        self.batches, self.rank, self.world = batches, rank, world
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
+        """Batch `step`. Raises BadInput if it cannot be divided evenly."""
         batch = self.batches[step]
         n = min(len(value) for value in batch.values())
-        if n % self.parts:
-            raise BadInput(f"a batch of {n} cannot be divided into {self.parts} parts (processes, times accumulate)")
-        part = slice(self.part * n // self.parts, (self.part + 1) * n // self.parts)
+        if n % self.world:
+            raise BadInput(f"a batch of {n} cannot be divided into {self.world} parts (processes, times accumulate)")
+        part = slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
         return {key: value[part] for key, value in batch.items()}
 
 
-def share_of(batches: Any, part: int, parts: int) -> Any:
-    """Part `part` of `parts` of every batch; together they are the batch."""
-    if parts == 1:
+def shard_batches(batches: Any, rank: int, world: int) -> Any:
+    """Part `rank` of `world` equal parts of `batches`, by their own method `shard` if they have one."""
+    if world == 1:
         return batches
-    return batches.shard(part, parts) if hasattr(batches, "shard") else Slices(batches, part, parts)
+    return batches.shard(rank, world) if hasattr(batches, "shard") else BatchSlices(batches, rank, world)

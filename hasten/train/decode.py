@@ -1,4 +1,4 @@
-"""Image files: what Pillow can read here, their headers, and the decoding of one to 8 bits."""
+"""Image files: the formats that Pillow supports here, headers, and decoding to 8 bits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .sources import crop
+from .sources import center_crop
 from .tree import SUFFIXES, Tree
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What Pillow and zipfile raise for a file that is damaged, or of a kind that they cannot read.
+# The exceptions of Pillow and zipfile for files that are damaged or not supported.
 BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, IndexError, KeyError,
     TypeError, OverflowError, RuntimeError, NotImplementedError,
@@ -31,12 +31,12 @@ GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
 class Unreadable(BadInput):
-    """An image file that cannot be read, or whose values cannot be brought to 8 bits without a guess."""
+    """An image file that cannot be read, or whose values have no unambiguous conversion to 8 bits."""
 
 
 @functools.cache
-def readable() -> tuple[str, ...]:
-    """The suffixes of `SUFFIXES` whose format this Pillow can decode (with the package pillow_heif, HEIC too)."""
+def readable_suffixes() -> tuple[str, ...]:
+    """The entries of `SUFFIXES` whose format Pillow can decode here (with the package pillow_heif, HEIC too)."""
     from PIL import Image, features
 
     Image.init()
@@ -45,18 +45,25 @@ def readable() -> tuple[str, ...]:
 
         pillow_heif.register_heif_opener()
     needs = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000", "JPEG": "jpg"}
-    formats, able = Image.registered_extensions(), set()
+    formats, supported = Image.registered_extensions(), set()
     for suffix in SUFFIXES:
         kind = formats.get(suffix, "")
         with suppress(ValueError):  # a feature that this Pillow does not know
             if kind in Image.OPEN and (kind not in needs or features.check(needs[kind])):
-                able.add(suffix)
-    return tuple(suffix for suffix in SUFFIXES if suffix in able)
+                supported.add(suffix)
+    return tuple(suffix for suffix in SUFFIXES if suffix in supported)
 
 
 @dataclass(frozen=True)
 class Header:
-    """Of an image as it will be decoded, upright. pages: it holds more than one."""
+    """Size and kind of an image as it is decoded, upright.
+
+    Args:
+        height: in pixels.
+        width: in pixels.
+        grey: whether it has a single channel.
+        pages: whether it holds several pages or frames.
+    """
 
     height: int
     width: int
@@ -65,30 +72,33 @@ class Header:
 
 
 @contextmanager
-def opened(tree: Tree, name: str, whole: bool = True) -> Iterator[Image]:
-    """An image file opened by its header; what goes wrong inside becomes Unreadable with the file's name.
+def open_image(tree: Tree, name: str, header_only: bool = False) -> Iterator[Image]:
+    """Open an image file; exceptions of decoding inside become Unreadable, which names the file.
 
-    whole: read all of it first, which checks the sum that a zip keeps; else no more than the header needs.
+    Args:
+        tree: where the file is.
+        name: of the file.
+        header_only: do not read the whole file first, which would verify the checksum of a zip.
     """
     from PIL import Image
 
     try:
-        with io.BytesIO(tree.read(name)) if whole else tree.open(name) as stream, Image.open(stream) as image:
+        with tree.open(name) if header_only else io.BytesIO(tree.read(name)) as stream, Image.open(stream) as image:
             yield image
     except BadInput:
         raise
     except (*BROKEN, Image.DecompressionBombError) as e:
-        reason = "not an image, or cut short" if isinstance(e, Image.UnidentifiedImageError) else str(e)
+        reason = "not an image, or truncated" if isinstance(e, Image.UnidentifiedImageError) else str(e)
         raise Unreadable(f"cannot read {tree.where(name)}: {reason or type(e).__name__}") from e
 
 
-def header(tree: Tree, name: str) -> Header:
-    """The header of an image file; its pixels are not read."""
-    with opened(tree, name, whole=False) as image:
+def read_header(tree: Tree, name: str) -> Header:
+    """The header of an image file; its pixels are not decoded."""
+    with open_image(tree, name, header_only=True) as image:
         turned = orientation(image) >= 5
         grey = image.mode in GREY
         if turned and image.format == "TIFF":
-            image.load()  # Pillow turns TIFF itself, some versions when it is loaded
+            image.load()  # Pillow applies the orientation of TIFF itself, some versions on load
             turned = False
         width, height = image.size[::-1] if turned else image.size
         pages = image.format != "MPO" and bool(getattr(image, "is_animated", False))
@@ -96,67 +106,87 @@ def header(tree: Tree, name: str) -> Header:
 
 
 def orientation(image: Image) -> int:
-    """The EXIF orientation, 1 to 8, from what the header holds."""
+    """The EXIF orientation, 1 to 8, from the header."""
     from PIL import Image as pillow
 
-    try:  # the method of a PNG file would load the pixels first
-        found = pillow.Image.getexif(image).get(0x0112, 1)
+    try:  # the override of PNG files would decode the pixels first
+        value = pillow.Image.getexif(image).get(0x0112, 1)
     except BROKEN:
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def decode(tree: Tree, name: str, shape: tuple[int, int, int], resize: bool) -> Tensor:
-    """One image as uint8 (C, H, W): upright, transparency on white, other depths reduced to 8 bits (`eight_bits`)."""
+    """Decode one image: upright, transparency on white, other bit depths converted to 8 bits (`to_eight_bits`).
+
+    Args:
+        tree: where the file is.
+        name: of the file.
+        shape: (C, H, W) of the result, C of 1 or 3.
+        resize: center-crop and resize to the shape; otherwise an image of another size is an error.
+
+    Returns:
+        uint8 (C, H, W).
+
+    Raises:
+        Unreadable: if the file is damaged, of another size, or of an ambiguous value range.
+    """
     import numpy as np
     from PIL import Image
 
     channels, height, width = shape
-    with opened(tree, name) as image:
+    with open_image(tree, name) as image:
         deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-        picture = eight_bits(tree, name, upright(image))
+        picture = to_eight_bits(tree, name, upright(image))
         if deep and picture.mode in ("RGB", "RGBA", "LA"):
             colours = [band for band in picture.getbands() if band != "A"]
-            high = max(picture.getchannel(band).getextrema()[1] for band in colours)
-            if 0 < high < 16:  # type: ignore[operator]
-                raise Unreadable(f"{tree.where(name)} holds few of its 16 bits: scale its values to 0..65535")
+            high = max(int(np.asarray(picture.getchannel(band)).max()) for band in colours)
+            if 0 < high < 16:
+                raise Unreadable(f"{tree.where(name)} uses few of its 16 bits: scale its values to 0..65535")
         if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("L" if channels == 1 else "RGB")
-    picture = crop(picture, height, width) if resize else picture
+    picture = center_crop(picture, height, width) if resize else picture
     if picture.size != (width, height):
-        raise Unreadable(f"{tree.where(name)} is {picture.width}x{picture.height}, others are {width}x{height}: "
-                       "give a size to bring all to one")  # fmt: skip
+        raise Unreadable(
+            f"{tree.where(name)} is {picture.width}x{picture.height}, others are {width}x{height}: "
+            "set size to resize all images"
+        )
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
 
 def upright(image: Image) -> Image:
-    """The image turned as its EXIF data say."""
+    """The image with its EXIF orientation applied."""
     from PIL import ImageOps
 
     image.load()
-    turn = image.format != "TIFF" and orientation(image) > 1  # Pillow has turned a TIFF
+    turn = image.format != "TIFF" and orientation(image) > 1  # Pillow has applied that of a TIFF
     return (ImageOps.exif_transpose(image) or image) if turn else image
 
 
-def alpha(tree: Tree, name: str) -> Tensor | None:
-    """The opacity of an image, uint8 (H, W), upright; None for an image without transparency."""
+def read_alpha(tree: Tree, name: str) -> Tensor | None:
+    """The opacity of an image, uint8 (H, W), upright; None without transparency."""
     import numpy as np
 
-    with opened(tree, name) as image:
+    with open_image(tree, name) as image:
         picture = upright(image)
         if picture.mode not in ("LA", "PA", "RGBA", "La", "RGBa") and "transparency" not in picture.info:
             return None
         return torch.from_numpy(np.array(picture.convert("RGBA").getchannel("A")))
 
 
-def eight_bits(tree: Tree, name: str, image: Image) -> Image:
-    """An image of one deep channel with 8 bits.
+def to_eight_bits(tree: Tree, name: str, image: Image) -> Image:
+    """Convert an image of one channel of more than 8 bits to 8 bits.
 
-    16 bits: the upper 8; refused where all values are below 4096 and not 0, as are 10 or 12 bits kept in 16.
-    32-bit integers: values of 0..255 only. Floats: [0, 1] times 255, or 0..255, the same in all images of a set.
+    - 16 bits: the upper 8. An error if all values are below 4096 and not 0, as for 10 or 12 bits stored in 16.
+    - 32-bit integers: values in 0..255 only.
+    - floats: [0, 1] times 255, or 0..255, the same range in all images of a set.
+
+    Raises:
+        Unreadable: for values out of range.
+        BadInput: for floats of another range than in the images before.
     """
     import numpy as np
     from PIL import Image
@@ -168,13 +198,15 @@ def eight_bits(tree: Tree, name: str, image: Image) -> Image:
     if image.mode == "F":
         if not np.isfinite(pixels).all() or low < 0 or high > 255:
             raise Unreadable(f"{where} holds floats from {low:.4g} to {high:.4g}: they must lie in [0, 1] or 0..255")
-        rule = "[0, 1]" if high <= 1 else "0..255"
+        value_range = "[0, 1]" if high <= 1 else "0..255"
         if high > 0:
-            other = next((known for known in tree.ranges if known != rule), None)
-            tree.ranges.setdefault(rule, name)
+            other = next((known for known in tree.ranges if known != value_range), None)
+            tree.ranges.setdefault(value_range, name)
             if other is not None:
-                raise BadInput(f"{where} holds floats in {rule}, {tree.where(tree.ranges[other])} in {other}: "
-                               "bring all to one range")  # fmt: skip
+                raise BadInput(
+                    f"{where} holds floats in {value_range}, {tree.where(tree.ranges[other])} in {other}: "
+                    "scale all images to one range"
+                )
         scaled: Any = np.rint(pixels * (255.0 if high <= 1 else 1.0))
     elif image.mode != "I" or image.format in ("PNG", "PPM") or "I;16" in str(getattr(image, "tile", "")):
         if 0 < high < 4096:

@@ -1,4 +1,4 @@
-"""Averages of a module's weights over its training."""
+"""Exponential moving averages (EMA) of a module's weights."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import BadInput, nearest
-from .shards import local
+from ..errors import BadInput, check_choice
+from .shards import local_shard
+
+KINDS = ("power", "constant")
 
 
 @dataclass(frozen=True)
 class Ema:
-    """How a player's weights are averaged: `ema <- beta ema + (1 - beta) weights`, once a step of the player.
+    """The decay of the averaged weights: `ema <- beta ema + (1 - beta) weights`, at each step of the trained module.
 
-    `power`: `beta = (1 - 1/step)^(gamma + 1)`. After n steps, weights i have the share
-        `beta_n ... beta_{i+1} (1 - beta_i)`, about `(gamma + 1) i^gamma / n^(gamma + 1)`: the width stays a fixed part
-        of the run, near `1 / (gamma + 2)` of it for large gamma, and the first step's weights leave no trace
-        (Karras et al. 2024, 2312.02696).
-    `constant`: `beta = min(decay, step / (step + 9))`; the second term keeps the early weights from staying.
+    `power`: `beta = (1 - 1/step)^(gamma + 1)`. After n steps, the weights of step i contribute the fraction
+        `beta_n ... beta_{i+1} (1 - beta_i)`, about `(gamma + 1) i^gamma / n^(gamma + 1)`: the width is a fixed fraction
+        of the run, near `1 / (gamma + 2)` for large gamma, and the initial weights contribute nothing.
+    `constant`: `beta = min(decay, step / (step + 9))`; the second term is a warm-up that forgets the early weights.
 
-    gamma > -1; decay in [0, 1). BadInput otherwise.
+    Args:
+        kind: `power` or `constant`.
+        gamma: exponent of `power`, > -1.
+        decay: of `constant`, in [0, 1).
+
+    Raises:
+        BadInput: for an unknown kind, or a value out of range.
+
+    References:
+        Karras et al. 2024, arXiv:2312.02696 (power).
     """
 
     kind: str = "power"
@@ -29,8 +39,7 @@ class Ema:
     decay: float = 0.999
 
     def __post_init__(self) -> None:
-        if self.kind not in ("power", "constant"):
-            raise BadInput(f"unknown EMA kind {self.kind!r}: {nearest(self.kind, ('power', 'constant'))}")
+        check_choice("EMA kind", self.kind, KINDS)
         if not self.gamma > -1 or not 0 <= self.decay < 1:
             raise BadInput(f"EMA needs gamma > -1 and decay in [0, 1), got {self.gamma} and {self.decay}")
 
@@ -42,9 +51,9 @@ class Ema:
 
 
 @torch.no_grad()
-def average(ema: nn.Module, module: nn.Module, beta: float) -> None:
-    """Move the parameters of `ema` by `1 - beta` of the way to those of `module`; copy the buffers."""
-    old, new = ([local(p.detach()) for p in one.parameters()] for one in (ema, module))
-    torch._foreach_lerp_(old, new, 1 - beta)
-    for kept, now in zip(ema.buffers(), module.buffers(), strict=True):
-        kept.copy_(now)
+def update_ema(ema: nn.Module, module: nn.Module, beta: float) -> None:
+    """Update the parameters of `ema` in place to `beta ema + (1 - beta) module`, and copy the buffers."""
+    averages, weights = ([local_shard(p.detach()) for p in one.parameters()] for one in (ema, module))
+    torch._foreach_lerp_(averages, weights, 1 - beta)
+    for average, buffer in zip(ema.buffers(), module.buffers(), strict=True):
+        average.copy_(buffer)

@@ -1,10 +1,11 @@
-"""What tells one training set from another: its size, shape, classes, labels and pixels."""
+"""Fingerprints of data sets: size, shape, classes, labels and pixels, to recognise the data of a resumed run."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,75 +15,82 @@ import torch
 from ..errors import BadInput
 from .sources import Data
 
-SAMPLE = 64  # images that are decoded of a set that is too large to be held in memory
-ROWS = 4096
-HEAD = 2**16  # bytes of a single file that are looked at
-PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "ppm", "jp2", "heic")
-READ = tuple(f".{end}" for end in (*PICTURES, "npy", "npz", "gz", "csv", "json", "jsonl")) + ("ubyte",)
-FILES = 4096  # of a folder, of which the first bytes are read
-DEEP = 16  # folders in one another
+SAMPLE = 64  # images decoded of a set that is too large for memory
+ROWS = 4096  # images hashed at a time
+HEAD = 2**16  # bytes hashed of a single file
+IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "ppm", "jp2", "heic")
+SUFFIXES = (*(f".{suffix}" for suffix in (*IMAGES, "npy", "npz", "gz", "csv", "json", "jsonl")), "ubyte")
+FILES = 4096  # maximum number of files of a folder whose first bytes are hashed
+DEPTH = 16  # maximum depth of folders, since links may be circular
 
-_known: WeakKeyDictionary[Data, dict[str, Any]] = WeakKeyDictionary()
+_described: WeakKeyDictionary[Data, dict[str, Any]] = WeakKeyDictionary()
 
 
 def describe_data(data: Data) -> dict[str, Any]:
-    """`{"images", "shape", "classes", "labels", "pixels"}` of a training set, ready for JSON.
+    """The fingerprint of a data set, ready for JSON.
 
-    labels and pixels are 16 hexadecimal digits, labels None where there are none. The pixels are all the images where
-    they are held in memory; of larger sets they are some images, and the names and sizes of all files.
+    Returns:
+        `{"images", "shape", "classes", "labels", "pixels"}`. labels and pixels are digests of 16 hexadecimal digits,
+        labels None if there are none. The pixels are those of all images for data in memory; for larger data they are
+        those of some images, with the names and sizes of all files.
     """
-    if data not in _known:
+    if data not in _described:
         labels = None if data.labels is None else _digest([data.labels.numpy().tobytes()])
-        _known[data] = {
-            "images": len(data), "shape": list(data.shape),
+        _described[data] = {
+            "images": len(data),
+            "shape": list(data.shape),
             "classes": None if data.classes is None else list(data.classes),
-            "labels": labels, "pixels": _some(data) if data.lazy else _all(data),
-        }  # fmt: skip
-    return _known[data]
+            "labels": labels,
+            "pixels": _sampled_pixels(data) if data.lazy else _all_pixels(data),
+        }
+    return _described[data]
 
 
-def _all(data: Data) -> str:
-    """The pixels of all images."""
+def _all_pixels(data: Data) -> str:
+    """The digest of the pixels of all images."""
     n = len(data)
     return _digest(data.images(range(k, min(k + ROWS, n))).contiguous().numpy().tobytes() for k in range(0, n, ROWS))
 
 
-def _some(data: Data) -> str:
-    """The pixels of a few images, and what the files of all are called and how large they are."""
+def _sampled_pixels(data: Data) -> str:
+    """The digest of the pixels of some images, and of the names and sizes of all files."""
     pieces = [listing(Path(data.source)).encode()] if data.source else []
     for k in sorted(set(torch.linspace(0, len(data) - 1, SAMPLE).round().long().tolist())):
         try:
             pieces.append(data.images([k]).contiguous().numpy().tobytes())
-        except BadInput:  # one that cannot be read
+        except BadInput:  # unreadable
             pieces.append(b"unreadable")
     return _digest(pieces)
 
 
 def listing(path: Path) -> str:
-    """Names, sizes and first bytes of the files in a folder; names, sizes and checksums of those in a zip; the size and
-    the first bytes of another file. Of folders with very many files the first bytes are read of some."""
+    """One line for each file of a folder, zip or single file, which changes when its content does.
+
+    Of a folder: names, sizes and digests of the first bytes (for at most `FILES` of the files). Of a zip: names, sizes
+    and checksums. Of another file: its size and the digest of its first bytes.
+    """
     if path.is_dir():
-        found = []
+        entries: list[Path] = []
         for place, folders, files in os.walk(path, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if len(Path(place).relative_to(path).parts) > DEEP:  # links that lead in circles
+            if len(Path(place).relative_to(path).parts) > DEPTH:
                 folders.clear()
-            files = [name for name in sorted(files) if not name.startswith(".") and name.lower().endswith(READ)]
-            found += [file for name in files if (file := Path(place, name)).is_file()]
-        lines = [f"{file.relative_to(path).as_posix()} {file.stat().st_size}" for file in found]
-        for k in range(0, len(found), len(found) // FILES + 1):
-            lines[k] += f" {head(found[k], 4096)}"
+            names = [name for name in sorted(files) if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+            entries += [file for name in names if (file := Path(place, name)).is_file()]
+        lines = [f"{file.relative_to(path).as_posix()} {file.stat().st_size}" for file in entries]
+        for k in range(0, len(entries), len(entries) // FILES + 1):
+            lines[k] += f" {head_digest(entries[k], 4096)}"
         return "\n".join(lines)
     if not path.is_file():
         return ""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return "\n".join(f"{each.filename} {each.file_size} {each.CRC}" for each in archive.infolist())
-    return f"{path.stat().st_size} {head(path, HEAD)}"
+    return f"{path.stat().st_size} {head_digest(path, HEAD)}"
 
 
-def head(path: Path, size: int) -> str:
-    """The first bytes of a file, as 16 hexadecimal digits; nothing where it cannot be read."""
+def head_digest(path: Path, size: int) -> str:
+    """The digest of the first `size` bytes of a file; "" if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return _digest([file.read(size)])
@@ -90,8 +98,8 @@ def head(path: Path, size: int) -> str:
         return ""
 
 
-def _digest(pieces: Any) -> str:
-    """16 hexadecimal digits of byte strings."""
+def _digest(pieces: Iterable[bytes]) -> str:
+    """The digest of byte strings, 16 hexadecimal digits."""
     total = hashlib.blake2b(digest_size=8)
     for piece in pieces:
         total.update(len(piece).to_bytes(8, "little"))

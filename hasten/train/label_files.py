@@ -1,4 +1,4 @@
-"""Labels that lie beside images in a file: labels.csv, metadata.csv and metadata.jsonl, dataset.json."""
+"""Label files next to images: labels.csv, metadata.csv and metadata.jsonl, dataset.json."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
 from .decode import BROKEN
-from .names import normal
-from .notes import listed
+from .messages import join_names
+from .names import normalize_name
 from .tree import SUFFIXES
 
 if TYPE_CHECKING:
@@ -21,34 +21,45 @@ if TYPE_CHECKING:
 
 TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.jsonl")
 NAMES = (*TABLES, "dataset.json")
-# Names of columns, compared in lower case without spaces around; the first that is there counts.
-FILE = ("file", "filename", "file_name", "file name", "filepath", "file_path", "path", "image", "image_file",
-        "image_name", "image_path", "img", "img_name", "image_id", "id")  # fmt: skip
+# Names of columns, compared in lower case and stripped; the first one that is there is used.
+FILE = (
+    "file", "filename", "file_name", "file name", "filepath", "file_path", "path", "image", "image_file", "image_name",
+    "image_path", "img", "img_name", "image_id", "id",
+)  # fmt: skip
 CLASS = ("label", "labels", "class", "class_name", "classname", "class_label", "category", "target", "y", "name")
 TEXT = ("text", "caption", "captions", "prompt", "description", "additional_feature")
 
 
 @dataclass
-class Found:
-    """What a file of labels holds: by image, the class name. labels: None where it gives none.
+class LabelFile:
+    """The content of a label file.
 
-    notes: what of it is not used.
+    Args:
+        name: of the file.
+        labels: image -> class name, or None without classes.
+        messages: what of the file is not used.
     """
 
-    place: str
+    name: str
     labels: dict[str, str] | None
-    notes: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
 
-def read(tree: Tree, place: str, column: str | None) -> Found:
-    """The labels of one file; `column`: the one asked for, by default the first of `CLASS` that is there.
+def read_label_file(tree: Tree, place: str, column: str | None) -> LabelFile:
+    """Read the labels of one file.
 
-    Without one of these a metadata file gives labels only by a single other column whose values repeat; labels.csv is
-    refused. Raises BadInput for what cannot be read, rows without a label, and two labels of one image.
+    Args:
+        tree: the files.
+        place: name of the label file.
+        column: of the classes. Default: the first of `CLASS` that is there; in a metadata file without one of these, a
+            single other column whose values repeat.
+
+    Raises:
+        BadInput: if the file cannot be read or lacks the column, for rows without a label, or two labels of one image.
     """
     if place.lower().endswith("dataset.json"):
         return read_json(tree, place, column)
-    header, rows = table(tree, place)
+    header, rows = read_rows(tree, place)
     where = tree.where(place)
     if header is None:
         file, value = 0, 1
@@ -58,21 +69,21 @@ def read(tree: Tree, place: str, column: str | None) -> Found:
             raise BadInput(f"{where} has no header, and so no column {column!r}")
         unused: list[str] = []
     else:
-        plain = [name.strip().lower() for name in header]
-        file = next((plain.index(name) for name in FILE if name in plain and name != (column or "").lower()), -1)
+        columns = [name.strip().lower() for name in header]
+        file = next((columns.index(name) for name in FILE if name in columns and name != (column or "").lower()), -1)
         if file < 0:
             raise BadInput(
                 f"{where} has no column 'file' (columns: {', '.join(header)}; also read: {', '.join(FILE[1:])})"
             )
-        found = class_column(tree, place, header, plain, rows, file, column)
-        unused = [name for k, name in enumerate(header) if k not in (file, found)]
-        if found is None:
-            return Found(place, None, [f"{place} gives no classes: {unused_columns(unused)}"])
-        value = found
+        index = class_column(tree, place, header, columns, rows, file, column)
+        unused = [name for k, name in enumerate(header) if k not in (file, index)]
+        if index is None:
+            return LabelFile(place, None, [f"{place} has no classes: {unused_columns(unused)}"])
+        value = index
         if place.lower().endswith(".jsonl"):
             odd = next((row for row in rows if row[value][:1] in ("[", "{")), None)
             if odd:
-                raise BadInput(f"{where}: a label is a name or a number, found {odd[value][:80]} (one class an image)")
+                raise BadInput(f"{where}: a label is a name or a number, got {odd[value][:80]} (one class an image)")
     short = next((row for row in rows if len(row) <= max(file, value) or not row[value].strip()), None)
     if short:
         raise BadInput(f"{where}: the row {','.join(short)!r} has no label")
@@ -80,39 +91,39 @@ def read(tree: Tree, place: str, column: str | None) -> Found:
     if long:
         raise BadInput(f"{where}: the row {','.join(long)!r} has more columns than the header ({len(header or ())})")
     labels = by_image(tree, place, [(row[file], row[value]) for row in rows])
-    return Found(place, labels, [f"{place}: {unused_columns(unused)}"] if any(map(str.strip, unused)) else [])
+    return LabelFile(place, labels, [f"{place}: {unused_columns(unused)}"] if any(map(str.strip, unused)) else [])
 
 
 def unused_columns(names: list[str]) -> str:
-    """How columns that are passed over are named."""
+    """A message about the columns that are not used."""
     text = [name for name in names if name.strip().lower() in TEXT]
     rest = [name for name in names if name not in text]
-    said = [f"captions ({', '.join(text)}) are not supported yet and not used"] if text else []
+    messages = [f"captions ({', '.join(text)}) are not supported yet and not used"] if text else []
     rest = [name for name in rest if name.strip()]  # pandas writes its index under no name
-    said += [f"columns not used: {listed(rest)} (choose one with label)"] if rest else []
-    return "; ".join(said) or "it has no other column than the file names"
+    messages += [f"columns not used: {join_names(rest)} (choose one with label)"] if rest else []
+    return "; ".join(messages) or "it has no other column than the file names"
 
 
 def class_column(
-    tree: Tree, place: str, header: list[str], plain: list[str], rows: list[list[str]], file: int, column: str | None
+    tree: Tree, place: str, header: list[str], columns: list[str], rows: list[list[str]], file: int, column: str | None
 ) -> int | None:
-    """Which column holds the class; None for a metadata file that has none."""
+    """The index of the column of classes; None for a metadata file without one."""
     if column is not None:
         match = [k for k, name in enumerate(header) if name.strip() == column] or [
-            k for k, name in enumerate(plain) if name == column.strip().lower()
+            k for k, name in enumerate(columns) if name == column.strip().lower()
         ]
         if not match:
             raise BadInput(f"{tree.where(place)} has no column {column!r} (columns: {', '.join(header)})")
         return match[0]
-    known = next((plain.index(name) for name in CLASS if name in plain and plain.index(name) != file), None)
+    known = next((columns.index(name) for name in CLASS if name in columns and columns.index(name) != file), None)
     if known is not None:
         return known
     if "metadata" not in PurePosixPath(place).name.lower():
         raise BadInput(
             f"{tree.where(place)} has no column 'label' (columns: {', '.join(header)}; also read: "
-            f"{', '.join(CLASS[1:])}): name the one to use with label, or 'none' for none"
+            f"{', '.join(CLASS[1:])}): set label to the one to use, or to 'none'"
         )
-    others = [k for k in range(len(header)) if k != file and plain[k] not in TEXT]
+    others = [k for k in range(len(header)) if k != file and columns[k] not in TEXT]
     if len(others) == 1:
         values = [row[others[0]].strip() for row in rows if len(row) > others[0]]
         if values and all(values) and len(set(values)) <= len(values) / 2 and not any("." in v for v in values):
@@ -120,8 +131,8 @@ def class_column(
     return None
 
 
-def table(tree: Tree, place: str) -> tuple[list[str] | None, list[list[str]]]:
-    """The header (None where the first row names a file already) and the rows that are not empty."""
+def read_rows(tree: Tree, place: str) -> tuple[list[str] | None, list[list[str]]]:
+    """The header (None if the first row names a file already) and the rows that are not empty."""
     where, text = tree.where(place), text_of(tree, place)
     if place.lower().endswith(".jsonl"):
         return json_lines(where, text)
@@ -135,7 +146,7 @@ def table(tree: Tree, place: str) -> tuple[list[str] | None, list[list[str]]]:
     if not rows:
         raise BadInput(f"{where} is empty: remove it, or write a header file,label and a row for each image")
     if len(rows[0]) < 2:
-        raise BadInput(f"{where} has one column only, {rows[0][0]!r}: columns are parted by , ; or a tab")
+        raise BadInput(f"{where} has one column only, {rows[0][0]!r}: columns are separated by , ; or a tab")
     names_file = rows[0][0].strip().lower().endswith(SUFFIXES) or resolve(tree, place)(rows[0][0]) in tree.names
     return (None, rows) if names_file else (rows[0], rows[1:])
 
@@ -162,32 +173,32 @@ def json_lines(where: str, text: str) -> tuple[list[str], list[list[str]]]:
     return header, [[cell(record.get(key)) for key in header] for record in records]
 
 
-def read_json(tree: Tree, place: str, column: str | None) -> Found:
-    """The `dataset.json` of the dataset tools of StyleGAN and EDM: {"labels": [[file, class], ...]}, or null."""
+def read_json(tree: Tree, place: str, column: str | None) -> LabelFile:
+    """Read the `dataset.json` of the dataset tools of StyleGAN and EDM: {"labels": [[file, class], ...]}, or null."""
     where = tree.where(place)
     try:
         content = json.loads(text_of(tree, place))
     except (ValueError, RecursionError) as e:
         raise BadInput(f"cannot read {where}: {e}") from e
     if not isinstance(content, dict) or "labels" not in content:
-        return Found(place, None, [f"{place} is not used: it has no entry 'labels'"])
+        return LabelFile(place, None, [f"{place} is not used: it has no entry 'labels'"])
     labels = content["labels"]
     if labels and not isinstance(labels, (list, dict)):
-        raise BadInput(f"{where}: labels are pairs [file, integer or name], found {str(labels)[:80]}")
+        raise BadInput(f"{where}: labels are pairs [file, integer or name], got {str(labels)[:80]}")
     if not labels or column is not None and column.lower() not in CLASS:
-        return Found(place, None, [f"{place} gives no classes"] if not labels else [])
+        return LabelFile(place, None, [f"{place} has no classes"] if not labels else [])
     pairs = list(labels.items()) if isinstance(labels, dict) else labels
     for pair in pairs:
         fits = isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
         if not fits or isinstance(pair[1], bool) or not isinstance(pair[1], (int, str)):
-            raise BadInput(f"{where}: labels are pairs [file, integer or name], found {str(pair)[:80]}")
+            raise BadInput(f"{where}: labels are pairs [file, integer or name], got {str(pair)[:80]}")
     rest = [key for key in content if key != "labels"]
-    return Found(place, by_image(tree, place, [(file, str(one)) for file, one in pairs]),
-                 [f"{place}: entries not used: {listed(rest)}"] if rest else [])  # fmt: skip
+    labelled = by_image(tree, place, [(file, str(one)) for file, one in pairs])
+    return LabelFile(place, labelled, [f"{place}: entries not used: {join_names(rest)}"] if rest else [])
 
 
 def text_of(tree: Tree, place: str) -> str:
-    """A file as text: UTF-8, or UTF-16 with its mark, as spreadsheets write it."""
+    """The text of a file: UTF-8, or UTF-16 with a byte order mark, as spreadsheets write it."""
     try:
         raw = tree.read(place)
         return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -198,40 +209,39 @@ def text_of(tree: Tree, place: str) -> str:
 
 
 def resolve(tree: Tree, place: str) -> Callable[[str], str]:
-    """A function from a file name as the labels spell it to one of the tree.
+    """A function from a file name in the label file `place` to one of the tree.
 
-    A name is relative to where the labels lie, with or without its suffix; a bare name may lie in any folder if it is
-    the only one.
+    Names are relative to the label file, with or without suffix; a bare name may be in any folder if it is unique.
     """
     base = place[: len(place) - len(PurePosixPath(place).name)]
     known = set(tree.names)
-    spelled: dict[str, list[str]] = {}  # with composed accents, without a suffix, or without folders
+    spellings: dict[str, list[str]] = {}  # in normal form, without suffix, or without folders
     for name in tree.names:
         if name.lower().endswith(SUFFIXES):
-            path = PurePosixPath(normal(name))
+            path = PurePosixPath(normalize_name(name))
             for short in {str(path), str(path.with_suffix("")), f"*/{path.name}", f"*/{path.stem}"}:
-                spelled.setdefault(short, []).append(name)
+                spellings.setdefault(short, []).append(name)
 
-    def find(file: str) -> str:
+    def resolve_name(file: str) -> str:
         path = file.strip().replace("\\", "/")
         while path.startswith("./"):
             path = path[2:]
         if base + path in known:
             return base + path
-        for short in (normal(base + path), f"*/{normal(path)}"):
-            if len(spelled.get(short, ())) == 1:
-                return spelled[short][0]
+        for short in (normalize_name(base + path), f"*/{normalize_name(path)}"):
+            if len(spellings.get(short, ())) == 1:
+                return spellings[short][0]
         return base + path
 
-    return find
+    return resolve_name
 
 
 def by_image(tree: Tree, place: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
-    """Image -> class name, for files as the labels spell them."""
-    find = resolve(tree, place)
+    """Image -> class name, of (file, label) pairs as the label file `place` spells them."""
+    resolve_name = resolve(tree, place)
     labels: dict[str, str] = {}
     for file, label in pairs:
-        name, label = find(file), normal(label)
+        name, label = resolve_name(file), normalize_name(label)
         if not label.isprintable():
             raise BadInput(
                 f"{tree.where(place)}: the label {label!r} of {file} holds characters that cannot be printed"
@@ -239,8 +249,8 @@ def by_image(tree: Tree, place: str, pairs: list[tuple[str, str]]) -> dict[str, 
         if labels.setdefault(name, label) != label:
             raise BadInput(f"{tree.where(place)} names {file} twice, as {labels[name]!r} and as {label!r}")
     known = set(tree.names)
-    lost = [name for name in labels if name not in known]
-    if lost:
-        more = f", and {len(lost) - 1:,} more" if len(lost) > 1 else ""
-        raise BadInput(f"{tree.where(place)} names {lost[0]}, which is not there{more}")
+    missing = [name for name in labels if name not in known]
+    if missing:
+        more = f", and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise BadInput(f"{tree.where(place)} names {missing[0]}, which does not exist{more}")
     return labels

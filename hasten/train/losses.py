@@ -1,9 +1,9 @@
-"""Denoising losses: how a time is drawn, what the network is asked for, and how much each time counts.
+"""Denoising losses: the distribution of times, the target of the network, and the weight of each time.
 
 The error of the clean sample and that of the raw output differ by the prediction's own factor,
 `x0_hat - x = c_out (F - target)`, so a weight `w` on `||x0_hat - x||^2` is a weight `w c_out^2` on `||F - target||^2`.
-That is how every weight below is applied: the network is never divided by a small number. With SNR = alpha^2 / sigma^2,
-the plain error of the raw output has these weights on the squared error of x: eps SNR; v 1 + SNR (variance
+Every weight below is applied in this form, which never divides by a small number. With SNR = alpha^2 / sigma^2,
+the unweighted error of the raw output has these weights on the squared error of x: eps SNR; v 1 + SNR (variance
 preserving); x0 1; flow (alpha + sigma)^2 / sigma^2; edm (q^2 + s^2) / (q s)^2 with q = sigma / alpha (times alpha^-2
 where alpha is not 1, s = sigma_data).
 """
@@ -38,10 +38,19 @@ Weight = Callable[[Tensor, Tensor], Tensor]
 
 
 def stratified(n: int, device: torch.device | str = "cpu") -> Tensor:
-    """`n` float64 numbers in [0, 1), one in each of `n` equal strata, in random order; for MPS on the CPU.
+    """`n` numbers in [0, 1), one in each of `n` equal strata, in random order.
 
-    One shared offset `u` gives `(i + u) / n`, which lowers the variance of a loss averaged over times
-    (Kingma et al. 2021, 2107.00630, section I.1).
+    One shared offset `u` gives `(i + u) / n`, which lowers the variance of a loss averaged over times.
+
+    Args:
+        n: number of strata.
+        device: of the result; the CPU in place of MPS, which has no float64.
+
+    Returns:
+        float64 (n,).
+
+    References:
+        Kingma et al. 2021, arXiv:2107.00630, section I.1.
     """
     exact = float64_device(torch.device(device))
     grid = (torch.arange(n, dtype=torch.float64, device=exact) + torch.rand((), dtype=torch.float64, device=exact)) / n
@@ -49,21 +58,21 @@ def stratified(n: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU for one that has no float64 (MPS)."""
+    """The device itself, or the CPU for a device without float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def narrowed(value: Tensor, device: torch.device) -> Tensor:
-    """A float64 tensor on a device; for one without float64, made float32 before it is moved."""
+def cast_to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A float64 tensor on the device; cast to float32 first for a device without float64 (MPS)."""
     return (value.float() if device.type == "mps" and value.dtype == torch.float64 else value).to(device)
 
 
-# ---- which times ----
+# ---- distributions of times ----
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """t uniform between the schedule's `t_min` and `t_max`."""
+    """Times uniform between the schedule's `t_min` and `t_max`."""
 
     def __call__(self, schedule: Schedule, u: Tensor) -> Tensor:
         """Times of the quantiles `u`, float64 (B,) in [0, 1)."""
@@ -72,9 +81,14 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """`t = sigmoid(mean + std z)`, z standard normal, within `t_min` and `t_max`: the middle times count most.
+    """`t = sigmoid(mean + std z)`, z standard normal, clamped to `t_min` and `t_max`: most times are in the middle.
 
-    Esser et al. 2024, 2403.03206, section 3.1 (theirs: mean 0, std 1, for flow).
+    Args:
+        mean: of logit(t).
+        std: of logit(t).
+
+    References:
+        Esser et al. 2024, arXiv:2403.03206, section 3.1 (theirs: mean 0, std 1, for flow).
     """
 
     mean: float = 0.0
@@ -87,9 +101,14 @@ class LogitNormal:
 
 @dataclass(frozen=True)
 class LogNormal:
-    """`ln(sigma / alpha) = mean + std z`, z standard normal, within the schedule's ends.
+    """`ln(sigma / alpha) = mean + std z`, z standard normal, clamped to the schedule's `t_min` and `t_max`.
 
-    Karras et al. 2022, 2206.00364, table 1 (theirs: mean -1.2, std 1.2, for images in [-1, 1]).
+    Args:
+        mean: of ln(sigma / alpha).
+        std: of ln(sigma / alpha).
+
+    References:
+        Karras et al. 2022, arXiv:2206.00364, table 1 (theirs: mean -1.2, std 1.2, for images in [-1, 1]).
     """
 
     mean: float = -1.2
@@ -102,50 +121,66 @@ class LogNormal:
 
 
 def normal_quantile(u: Tensor) -> Tensor:
-    """The standard normal quantile of `u`, finite at 0 too."""
+    """The standard normal quantile of `u`, finite at 0 and 1 too."""
     return torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
 
 
-# ---- how much each time counts: weights on ||x0_hat - x||^2 as functions of (alpha, sigma), float64 (B,) ----
+# ---- weights on ||x0_hat - x||^2 as functions of (alpha, sigma), float64 (B,) ----
 
 
 def x0_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """1: every time counts the same in x."""
+    """1: equal weights of the error in x."""
     return torch.ones_like(alpha)
 
 
 def snr_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """`SNR`: every time counts the same in eps (Ho et al. 2020, 2006.11239, equation 14)."""
+    """`SNR`: equal weights of the error in eps (Ho et al. 2020, arXiv:2006.11239, equation 14)."""
     return (alpha / sigma) ** 2
 
 
 def v_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """`1 + SNR`: every time counts the same in v (Salimans & Ho 2022, 2202.00512, section 4)."""
+    """`1 + SNR`: equal weights of the error in v (Salimans, Ho 2022, arXiv:2202.00512, section 4)."""
     return 1 + (alpha / sigma) ** 2
 
 
 def truncated_snr_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """`max(SNR, 1)` (Salimans & Ho 2022, 2202.00512, section 4)."""
+    """`max(SNR, 1)` (Salimans, Ho 2022, arXiv:2202.00512, section 4)."""
     return ((alpha / sigma) ** 2).clamp_min(1.0)
 
 
 @dataclass(frozen=True)
 class MinSNR:
-    """`min(SNR, gamma)`: almost clean samples do not drown the rest (Hang et al. 2023, 2303.09556, section 3.4)."""
+    """`min(SNR, gamma)`, so that almost clean samples do not dominate.
+
+    Args:
+        gamma: maximum weight.
+
+    References:
+        Hang et al. 2023, arXiv:2303.09556, section 3.4.
+    """
 
     gamma: float = 5.0
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The weights, float64 (B,)."""
         return ((alpha / sigma) ** 2).clamp_max(self.gamma)
 
 
 @dataclass(frozen=True)
 class EDMWeight:
-    """`(q^2 + s^2) / (q s)^2`, q = sigma / alpha, s = sigma_data (Karras et al. 2022, 2206.00364, table 1)."""
+    """`(q^2 + s^2) / (q s)^2` with q = sigma / alpha and s = sigma_data.
+
+    Args:
+        sigma_data: standard deviation of the data.
+
+    References:
+        Karras et al. 2022, arXiv:2206.00364, table 1.
+    """
 
     sigma_data: float = 0.5
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The weights, float64 (B,)."""
         q = sigma / alpha
         return (q**2 + self.sigma_data**2) / (q * self.sigma_data) ** 2
 
@@ -155,20 +190,23 @@ class EDMWeight:
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    """Weighted mean squared error of the network's raw output against its parameterisation's target.
+    """Weighted mean squared error of the network's raw output against its prediction target.
 
-    `L = E_{t, eps} w(t) c_out(t)^2 || F(c_in (alpha x + sigma eps), t) - target(x, eps, t) ||^2 / d`, where `w` weighs
+    `L = E_{t, eps} w(t) c_out(t)^2 || F(c_in (alpha x + sigma eps), t) - target(x, eps, t) ||^2 / d`, where `w` weights
     the squared error of x. Without a weight the factor `w c_out^2` is 1: for v-prediction, `w = 1 + SNR`.
 
-    label_drop: share of labels replaced by the null class, so that the network can be guided
-        (Ho & Salimans 2022, 2207.12598).
-    times: the distribution of t, `Uniform`, `LogitNormal` or `LogNormal`.
-    weight: on the squared error of x, a function of (alpha, sigma): `x0_weight`, `snr_weight`, `v_weight`,
-        `truncated_snr_weight`, `MinSNR(gamma)`, `EDMWeight(sigma_data)`; None for the prediction's own.
-    spread: draw the times stratified over the batch, or independently.
+    Args:
+        label_drop: probability that a label is replaced by the null class, for classifier-free guidance; in [0, 1].
+        times: the distribution of t, `Uniform`, `LogitNormal` or `LogNormal`.
+        weight: on the squared error of x, a function of (alpha, sigma): `x0_weight`, `snr_weight`, `v_weight`,
+            `truncated_snr_weight`, `MinSNR(gamma)`, `EDMWeight(sigma_data)`; None for the prediction's own.
+        spread: stratify the times over the batch; otherwise they are independent.
 
-    `loss(denoiser, batch)`: batch `{"x": (B, *S), "label": int64 (B,)}`, the label optional; a scalar float32.
-    BadInput where labels should be dropped and the denoiser has no null label.
+    Raises:
+        BadInput: if `label_drop` is out of range.
+
+    References:
+        Ho, Salimans 2022, arXiv:2207.12598 (label dropout).
     """
 
     label_drop: float = 0.1
@@ -178,9 +216,21 @@ class DenoisingLoss:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_drop <= 1:
-            raise BadInput(f"label_drop is a share in [0, 1], got {self.label_drop}")
+            raise BadInput(f"label_drop is a fraction in [0, 1], got {self.label_drop}")
 
     def __call__(self, denoiser: Denoiser, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            denoiser: whose network is trained.
+            batch: `{"x": (B, *S), "label": int64 (B,)}`, the label optional.
+
+        Returns:
+            A scalar, float32.
+
+        Raises:
+            BadInput: if labels are to be dropped and the denoiser has no null label.
+        """
         x = batch["x"]
         cond = {}
         if "label" in batch:
@@ -190,7 +240,9 @@ class DenoisingLoss:
         u = stratified(n, exact) if self.spread else torch.rand(n, dtype=torch.float64, device=exact)
         t = self.times(denoiser.schedule, u)
         eps = torch.randn_like(x)
-        alpha, sigma = (narrowed(each(t), x.device) for each in (denoiser.schedule.alpha, denoiser.schedule.sigma))
+        alpha, sigma = (
+            cast_to_device(each(t), x.device) for each in (denoiser.schedule.alpha, denoiser.schedule.sigma)
+        )
         shape = (-1,) + (1,) * (x.ndim - 1)
         x_t = (alpha.view(shape) * x + sigma.view(shape) * eps).to(x.dtype)
         raw = denoiser.raw(x_t, t, **cond)
@@ -201,7 +253,7 @@ class DenoisingLoss:
         return (factor.float().to(x.device) * error.flatten(1).mean(1)).mean()
 
     def drop(self, label: Tensor, null: int | None) -> Tensor:
-        """`label` int64 (B,) with a share `label_drop` replaced by the null label."""
+        """`label` int64 (B,), each entry replaced by the null label with probability `label_drop`."""
         if not self.label_drop:
             return label
         if null is None:
@@ -211,10 +263,10 @@ class DenoisingLoss:
         return torch.where(torch.rand(len(label), device=label.device) < self.label_drop, null, label)
 
     def factor(self, denoiser: Denoiser, t: Tensor) -> Tensor:
-        """`w c_out^2`, float64 (B,): what multiplies the squared error of the raw output at the times `t` (B,)."""
+        """`w c_out^2`, float64 (B,): the weight of the squared error of the raw output at the times `t` (B,)."""
         if self.weight is None:
             return torch.ones_like(t, dtype=torch.float64)
-        # At t_min a weight may be infinite and c_out zero; just inside, their product is what it tends to.
+        # At t_min a weight may be infinite and c_out zero; just inside, their product is close to its limit.
         width = denoiser.schedule.t_max - denoiser.schedule.t_min
         inside = t.clamp(denoiser.schedule.t_min + 1e-6 * width, denoiser.schedule.t_max - 1e-6 * width)
         alpha, sigma = denoiser.schedule.alpha(inside), denoiser.schedule.sigma(inside)

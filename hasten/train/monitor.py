@@ -1,4 +1,4 @@
-"""What a person sees of a training run, and how they stop it: log lines, a bar, event files, signals."""
+"""Monitoring of a training run: log entries, the progress bar, TensorBoard event files, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,23 @@ from torch import Tensor
 from ..errors import HastenError
 from ..utils.environment import is_terminal
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class Meter:
-    """Losses and gradient norms between two log lines, kept on the device so that no step waits for it."""
+    """Mean losses and gradient norms since the last log entry, on the device so that no step synchronises with it.
+
+    Args:
+        names: of the trained modules.
+        step: the first step.
+        device: of the losses.
+    """
 
     def __init__(self, names: Iterable[str], step: int, device: torch.device) -> None:
         self.sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in names}
         self.counts = dict.fromkeys(self.sums, 0)
-        self.bad = {name: torch.full((), -1, device=device) for name in self.sums}
+        self.nonfinite_step = {name: torch.full((), -1, device=device) for name in self.sums}
         self.latest = torch.zeros(())
         self.since, self.logged = time.monotonic(), step
 
@@ -36,27 +46,26 @@ class Meter:
         return float(self.latest)
 
     def add(self, step: int, name: str, loss: Tensor, norm: Tensor) -> None:
-        """Take in one step of one player."""
+        """Add the loss and gradient norm of one step of the trained module `name`."""
         self.latest = loss
         pair = torch.stack([loss.double(), norm.double()])
         self.sums[name] += pair
         self.counts[name] += 1
-        self.bad[name] = torch.where((self.bad[name] < 0) & ~pair.isfinite().all(), step, self.bad[name])
+        first = self.nonfinite_step[name]
+        self.nonfinite_step[name] = torch.where((first < 0) & ~pair.isfinite().all(), step, first)
 
-    def refuse(self, checkpoint: Path) -> None:
-        """Raise where a loss or a gradient was not finite."""
-        for name, step in self.bad.items():
+    def raise_if_not_finite(self, checkpoint: Path) -> None:
+        """Raise HastenError if a loss or a gradient was not finite since the start."""
+        for name, step in self.nonfinite_step.items():
             if int(step) >= 0:
-                kept = (
-                    f"{checkpoint}, written before, is kept" if checkpoint.exists() else "no checkpoint was written yet"
-                )
+                saved = f"{checkpoint} was saved before" if checkpoint.exists() else "no checkpoint was written yet"
                 raise HastenError(
-                    f"{name}: the loss or its gradient is not finite at step {int(step)}; {kept}. Try a lower lr, "
+                    f"{name}: the loss or its gradient is not finite at step {int(step)}; {saved}. Try a lower lr, "
                     "a longer warmup, or fp32"
                 )
 
     def line(self, step: int, seconds: float, lr_factor: float) -> dict[str, Any]:
-        """The next line of the log, and a new start for the means."""
+        """The next log entry; the means start anew after it."""
         now, steps = time.monotonic(), step - self.logged
         line: dict[str, Any] = {"step": step, "seconds": round(seconds, 1)}
         line["steps_per_second"] = round(steps / max(now - self.since, 1e-9), 3)
@@ -72,20 +81,23 @@ class Meter:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM add to. A second one interrupts at once. Only the main thread may listen."""
-    told: list[int] = []
+    """Yield a list to which SIGINT and SIGTERM are appended; a second signal raises KeyboardInterrupt.
+
+    Outside the main thread no signals are handled.
+    """
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield received
         return
 
-    def on_signal(number: int, frame: object) -> None:
-        if told:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if received:
             raise KeyboardInterrupt("stopped at once; the last checkpoint is kept")
-        told.append(number)
+        received.append(number)
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield told
+        yield received
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -93,7 +105,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def progress_bar(show: bool, title: str) -> Iterator[Callable[[float, int, float], None]]:
-    """A bar on stderr with steps a second, time to go and loss; nothing where stderr is no terminal."""
+    """Yield `(progress, step, loss) -> None`, which updates a progress bar on stderr if that is a terminal."""
     if not show or not is_terminal(sys.stderr):
         yield lambda done, step, loss: None
         return
@@ -104,21 +116,24 @@ def progress_bar(show: bool, title: str) -> Iterator[Callable[[float, int, float
     columns = (BarColumn(), *(TextColumn(field) for field in fields), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}", markup=False), *columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=1.0, step=0, rate=0.0, loss=math.nan)
-        seen: deque[tuple[float, int]] = deque(maxlen=100)
+        recent: deque[tuple[float, int]] = deque(maxlen=100)
 
         def update(done: float, step: int, loss: float) -> None:
-            seen.append((time.monotonic(), step))
-            (then, first), (now, last) = seen[0], seen[-1]
+            recent.append((time.monotonic(), step))
+            (then, first), (now, last) = recent[0], recent[-1]
             bar.update(task, completed=done, step=step, loss=loss, rate=(last - first) / max(now - then, 1e-9))
 
         yield update
 
 
 @contextlib.contextmanager
-def event_files(out: Path, step: int, wanted: bool) -> Iterator[Any]:
-    """TensorBoard's writer, or None. What it wrote after `step` is marked as superseded."""
+def event_files(out: Path, step: int, enabled: bool) -> Iterator[SummaryWriter | None]:
+    """Yield a TensorBoard writer in `out/tensorboard`; None if not `enabled` or not installed.
+
+    Events of an earlier run after `step` are marked as superseded.
+    """
     try:
-        if not wanted:
+        if not enabled:
             raise ImportError
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

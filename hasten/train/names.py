@@ -1,4 +1,4 @@
-"""Class names: their order, how one is looked up, and how the classes of data are matched to those of a model."""
+"""Class names: sorting, lookup, and matching the classes of data with those of a model."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ import operator
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput, nearest
-from .notes import listed
+from .messages import join_names, print_once
 
 if TYPE_CHECKING:
     from .sources import Data
 
-__all__ = ["class_index", "class_of", "index_map", "label_indices", "match_labels", "natural", "normal", "split_labels"]
+__all__ = [
+    "class_index",
+    "class_of",
+    "index_map",
+    "label_indices",
+    "match_labels",
+    "natural_key",
+    "normalize_name",
+    "split_labels",
+]
 
 
-def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """A sort key with "2" before "10"; a total order, so it is the same in every process: "01" before "1"."""
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """A sort key with "2" before "10". The order is total ("01" before "1"), hence the same in every process."""
     key = []
     for part in re.split(r"([0-9]+)", name):
         digits = part.lstrip("0")
@@ -29,52 +39,62 @@ def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     return [one for one in key if one[2] or one[0] == 0], name
 
 
-def normal(name: str) -> str:
-    """Composed accents (some file systems store them apart) and no space around."""
+def normalize_name(name: str) -> str:
+    """The name in Unicode normal form C (some file systems store accents decomposed), stripped."""
     return unicodedata.normalize("NFC", name).strip()
 
 
-def folded(name: str) -> str:
-    """`normal`, in one case."""
-    return normal(name).casefold()
+def casefold_name(name: str) -> str:
+    """`normalize_name`, case-folded."""
+    return normalize_name(name).casefold()
 
 
 def is_number(name: str) -> bool:
-    """Whether a name is ASCII digits alone."""
-    return re.fullmatch(r"[0-9]+", normal(name)) is not None
+    """Whether a name consists of ASCII digits only."""
+    return re.fullmatch(r"[0-9]+", normalize_name(name)) is not None
 
 
-def find(name: str, names: Sequence[str]) -> int | None:
-    """The index of a name: the same one, else the only one that differs in case alone, else the only equal number.
+def find_class(name: str, names: Sequence[str]) -> int | None:
+    """The index of a name: an equal one, else one that differs in case only, else the only equal number; or None.
 
-    Raises BadInput where several differ in case alone.
+    Raises:
+        BadInput: if several names differ from it in case only.
     """
-    for key in (normal, folded):
-        found = [k for k, other in enumerate(names) if key(other) == key(name)]
-        if key is folded and len(found) > 1:
-            raise BadInput(f"class {name!r} could be {' or '.join(names[k] for k in found)}: give it in its own case")
-        if found:
-            return found[0]
+    for key in (normalize_name, casefold_name):
+        matches = [k for k, other in enumerate(names) if key(other) == key(name)]
+        if key is casefold_name and len(matches) > 1:
+            raise BadInput(
+                f"class {name!r} could be {' or '.join(names[k] for k in matches)}: write it in its own case"
+            )
+        if matches:
+            return matches[0]
     if is_number(name):
-        found = [k for k, other in enumerate(names) if is_number(other) and value(other) == value(name)]
-        return found[0] if len(found) == 1 else None
+        matches = [k for k, other in enumerate(names) if is_number(other) and number_key(other) == number_key(name)]
+        return matches[0] if len(matches) == 1 else None
     return None
 
 
-def value(name: str) -> str:
-    """The digits of a number, without leading zeros."""
-    return normal(name).lstrip("0") or "0"
+def number_key(name: str) -> str:
+    """The digits of a number without leading zeros."""
+    return normalize_name(name).lstrip("0") or "0"
 
 
 def class_index(label: Any, classes: Sequence[str], null_label: int | None, owner: str) -> int:
-    """The index of a class by name (in any case, also where the name is a number), "none": of the null label.
+    """The index of a class.
 
-    An integer, or digits, that is no name is an index, but only where no class is named by a number.
-    Raises BadInput with the choices otherwise.
+    Args:
+        label: a class name in any case, `none` for the null label, or an index (an integer or digits, if no class is
+            named by a number).
+        classes: the names of the classes.
+        null_label: the index of the null label, or None.
+        owner: name of the model, for messages.
+
+    Raises:
+        BadInput: for an unknown label, with the choices.
     """
     names = list(classes)
     if isinstance(label, str):
-        text = normal(label)
+        text = normalize_name(label)
     else:
         try:
             if isinstance(label, bool) or type(label).__name__ in ("bool_", "bool"):
@@ -82,125 +102,153 @@ def class_index(label: Any, classes: Sequence[str], null_label: int | None, owne
             text = str(operator.index(label))
         except TypeError:
             raise BadInput(f"unknown label {label!r} for {owner}: it is neither a class name nor an integer") from None
-    found = find(text, names)
-    if found is not None:
-        return found
+    index = find_class(text, names)
+    if index is not None:
+        return index
     if text.lower() == "none":
         if null_label is None:
             raise BadInput(f"{owner} was trained without a null label: it needs a class for every image")
         return null_label
-    if is_number(text) and len(value(text)) < 10 and int(text) < len(names) and not any(map(is_number, names)):
+    if is_number(text) and len(number_key(text)) < 10 and int(text) < len(names) and not any(map(is_number, names)):
         return int(text)
     if isinstance(label, str) and not is_number(text):
         raise BadInput(f"unknown label {label!r} for {owner}: {nearest(label, names)}")
     choices = names if any(map(is_number, names)) else [f"{k} {name}" for k, name in enumerate(names)]
-    raise BadInput(f"unknown label {text} for {owner}: choices: {listed(choices, 20)}")
+    raise BadInput(f"unknown label {text} for {owner}: choices: {join_names(choices, 20)}")
 
 
 def label_indices(n: int, label: Any, classes: Sequence[str], null_label: int | None, owner: str) -> Tensor:
-    """Labels of `n` images, (n,) int64.
+    """The labels of `n` images, int64 (n,).
 
-    label: None: classes in turn. A name or an integer (`class_index`), or a sequence of them, taken in turn. A tensor
-        or a NumPy array of integers, () or (m,): indices as the network takes them, the null label included.
+    Args:
+        n: number of images.
+        label: None to cycle through the classes; a name or an integer (`class_index`), or a sequence of them to cycle
+            through; or a tensor or NumPy array of integers, () or (m,), of indices as the network takes them, the null
+            label included.
+        classes: the names of the classes.
+        null_label: the index of the null label, or None.
+        owner: name of the model, for messages.
+
+    Raises:
+        BadInput: for unknown labels, indices out of range, or none at all.
     """
     if label is None:
-        chosen = list(range(len(classes)))
+        indices = list(range(len(classes)))
     elif isinstance(label, Tensor) or hasattr(label, "dtype") and getattr(label.dtype, "kind", "") in "iufcb":
-        given = torch.as_tensor(label).reshape(-1) if getattr(label, "ndim", 0) < 2 else None
-        if given is None or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        flat = torch.as_tensor(label).reshape(-1) if getattr(label, "ndim", 0) < 2 else None
+        if flat is None or flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool:
             raise BadInput(f"labels must be integers (m,), got {label.dtype} {tuple(label.shape)}")
         if getattr(label, "ndim", 0) == 0 and not isinstance(label, Tensor):
-            chosen = [class_index(label, classes, null_label, owner)]  # a NumPy number is as an int
+            indices = [class_index(label, classes, null_label, owner)]  # a NumPy scalar is like an int
         else:
-            chosen = given.tolist()
-            wrong = next((k for k in chosen if not 0 <= k < len(classes) and k != null_label), None)
+            indices = flat.tolist()
+            wrong = next((k for k in indices if not 0 <= k < len(classes) and k != null_label), None)
             if wrong is not None:
                 raise BadInput(
                     f"label index {wrong} is not one of {owner}: indices in a tensor are 0 to {len(classes) - 1}"
                     + ("" if null_label is None else f", and {null_label} for no class")
                 )
     elif isinstance(label, str):
-        chosen = [class_index(label, classes, null_label, owner)]
+        indices = [class_index(label, classes, null_label, owner)]
     elif hasattr(label, "__iter__"):
-        chosen = [class_index(one, classes, null_label, owner) for one in label]
+        indices = [class_index(one, classes, null_label, owner) for one in label]
     else:
-        chosen = [class_index(label, classes, null_label, owner)]
-    if not chosen:
-        raise BadInput("label is an empty list: give one class or more")
-    return torch.tensor([chosen[k % len(chosen)] for k in range(n)], dtype=torch.long)
+        indices = [class_index(label, classes, null_label, owner)]
+    if not indices:
+        raise BadInput("label is an empty list: it needs one class or more")
+    return torch.tensor([indices[k % len(indices)] for k in range(n)], dtype=torch.long)
 
 
 def split_labels(text: str, classes: Sequence[str] | None) -> str | list[str]:
-    """A comma-separated list of labels as its entries; a class name may hold commas itself, the longest name wins.
+    """Split a comma-separated list of labels. Class names may contain commas; the longest match is taken.
 
-    A text without commas, and one that is a class name as a whole, comes back as it is.
+    A text without commas, or that is a class name itself, is returned unchanged.
     """
-    known = {folded(name) for name in classes or ()}
-    if "," not in text or folded(text) in known:
+    known = {casefold_name(name) for name in classes or ()}
+    if "," not in text or casefold_name(text) in known:
         return text
-    parts, chosen = text.split(","), []
+    parts, labels = text.split(","), []
     while parts:
-        longest = next((k for k in range(len(parts), 1, -1) if folded(",".join(parts[:k])) in known), 1)
-        chosen.append(",".join(parts[:longest]).strip())
+        longest = next((k for k in range(len(parts), 1, -1) if casefold_name(",".join(parts[:k])) in known), 1)
+        labels.append(",".join(parts[:longest]).strip())
         parts = parts[longest:]
-    return chosen
+    return labels
 
 
 def index_map(names: Sequence[str], classes: Sequence[str], source: str, owner: str) -> list[int]:
     """For every class of the data the index of the model's class of that name.
 
-    Names match in any case. Numbers match numbers by value, and are indices where the model's classes have other names.
-    Raises BadInput with both lists otherwise: classes are never matched by their order or count.
+    Names match in any case. Numbers match numbers by value, and are indices if the model's classes are not numbers.
+    Classes are never matched by their order or number.
+
+    Args:
+        names: the classes of the data.
+        classes: the classes of the model.
+        source: the data, for messages.
+        owner: the model, for messages.
+
+    Raises:
+        BadInput: with both lists, if a class is not found or two match the same.
     """
-    found = [find(name, classes) for name in names]
+    indices = [find_class(name, classes) for name in names]
     if all(map(is_number, names)) and not any(map(is_number, classes)):
-        found = [int(value(name)) if len(value(name)) < 10 else None for name in names]
-        found = [k if k is not None and k < len(classes) else None for k in found]
-    lost = [name for name, k in zip(names, found, strict=True) if k is None]
-    if lost:
+        indices = [int(number_key(name)) if len(number_key(name)) < 10 else None for name in names]
+        indices = [k if k is not None and k < len(classes) else None for k in indices]
+    unknown = [name for name, k in zip(names, indices, strict=True) if k is None]
+    if unknown:
         raise BadInput(
-            f"{source} has classes that {owner} does not have: {listed(lost)}; classes of the data: {listed(names)}; "
-            f"of {owner}: {listed(classes)}. Name the folders or labels as the model's classes"
+            f"{source} has classes that {owner} does not have: {join_names(unknown)}; classes of the data: "
+            f"{join_names(names)}; of {owner}: {join_names(classes)}. Name the folders or labels as the model's classes"
         )
-    if len(set(found)) < len(found):
-        raise BadInput(f"{source}: two of its classes, {listed(names)}, are one class of {owner}: {listed(classes)}")
-    return [k for k in found if k is not None]
+    if len(set(indices)) < len(indices):
+        raise BadInput(
+            f"{source}: two of its classes, {join_names(names)}, are one class of {owner}: {join_names(classes)}"
+        )
+    return [k for k in indices if k is not None]
 
 
 def class_of(index: int, classes: Sequence[str], names: Sequence[str]) -> int | None:
-    """The class among `names` that is class `index` of `classes`: by name, or by index where all `names` are numbers
-    and none of `classes` is."""
-    found = find(classes[index], names)
-    if found is None and all(map(is_number, names)) and not any(map(is_number, classes)):
-        found = find(str(index), names)
-    return found
+    """The index in `names` of class `index` of `classes`, or None.
+
+    Classes match by name, or by index if all `names` are numbers and none of `classes` is.
+    """
+    match = find_class(classes[index], names)
+    if match is None and all(map(is_number, names)) and not any(map(is_number, classes)):
+        match = find_class(str(index), names)
+    return match
 
 
 def match_labels(data: Data, classes: Sequence[str] | None, owner: str, required: bool = True) -> Data:
-    """Data with its labels as indices of the model's `classes`, matched by name (`index_map`).
+    """The data with labels that are indices of a model's classes, matched by name (`index_map`).
 
-    A model without classes gets no labels. Data without labels: refused if `required`, else they stay so.
+    Args:
+        data: the data. Its labels are dropped if the model has no classes.
+        classes: of the model, or None.
+        owner: the model, for messages.
+        required: data without labels is an error, if the model has classes.
+
+    Raises:
+        BadInput: if labels are missing, or classes do not match.
     """
-    from dataclasses import replace
-
-    from .notes import note
 
     if classes is None:
         if data.labels is None:
             return data
-        note(f"{data.source}: its {len(data.classes or ())} classes are not used, {owner} has none")
+        print_once(f"{data.source}: its {len(data.classes or ())} classes are not used, {owner} has none")
         return replace(data, labels=None, classes=None)
     if data.labels is None:
         if required:
             raise BadInput(
-                f"{owner} has {len(classes)} classes, {data.source} has no labels: images are needed with the labels "
-                "that the model knows"
+                f"{owner} has {len(classes)} classes, {data.source} has no labels: it needs images with labels of "
+                "these classes"
             )
-        note(f"{data.source}: no labels, though {owner} has {len(classes)} classes")
+        print_once(f"{data.source}: no labels, though {owner} has {len(classes)} classes")
         return data
     index = torch.tensor(index_map(data.classes or (), classes, data.source, owner))
     labels = index[data.labels]
     empty = [name for k, name in enumerate(classes) if k not in set(labels.unique().tolist())]
     if empty:
-        note(f"{data.source}: no images of {len(empty)} of the {len(classes)} classes of {owner}: {listed(empty)}")
+        print_once(
+            f"{data.source}: no images of {len(empty)} of the {len(classes)} classes of {owner}: {join_names(empty)}"
+        )
     return replace(data, labels=labels, classes=tuple(classes))

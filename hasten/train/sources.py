@@ -1,4 +1,4 @@
-"""Images of one size, and how they are read from IDX and NumPy files."""
+"""The data set class, and readers of IDX and NumPy files."""
 
 from __future__ import annotations
 
@@ -16,27 +16,36 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .notes import counted, listed
+from .messages import join_names, pluralize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MEMORY = 2**30  # bytes of decoded images that are kept in memory; above that they are decoded when asked for
+MEMORY = 2**30  # maximum bytes of decoded images in memory; larger data is decoded on demand
 LABELS = re.compile(r"label|target|class|(^|_)y($|_)", re.IGNORECASE)  # names of arrays that may be labels
 IDX = re.compile(r"^(.*[-_])?(train|t10k|test)[-_]images[-_.]idx3[-_]ubyte(\.gz)?$")
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A set of equally large images: `len(data)`, `data.shape`, `data.images(indices)`.
+    """A data set of images of one size: `len(data)`, `data.shape`, `data.images(indices)`.
 
-    shape: (C, H, W). fetch: list of indices -> uint8 (n, C, H, W).
-    labels: int64 (len,) in 0..len(classes)-1, or None. classes: their names, or None.
-    source: where it came from, for messages. lazy: images are decoded when they are asked for.
-    origin: where the labels came from. skipped: which files were passed over. notes: what else is there and not used,
-    or was taken in one of several senses. `found` puts them in words.
-    alpha: index -> the opacity of an image, uint8 (H, W), or None where it has none; for image files alone.
-    unreadable: images that were asked for, could not be read and were replaced by others.
+    Args:
+        size: number of images, >= 1.
+        shape: (C, H, W) of each.
+        fetch: list of n indices -> uint8 (n, C, H, W).
+        labels: int64 (size,) in 0..len(classes)-1, or None.
+        classes: the names of the classes, or None.
+        source: the path, for messages.
+        lazy: images are decoded on demand.
+        origin: where the labels come from, for messages.
+        skipped: the files that were skipped, for messages.
+        messages: what else is there and not used, or is ambiguous and how it was read.
+        alpha: index -> the opacity of an image, uint8 (H, W), or None without transparency; for image files only.
+        unreadable: indices of images that could not be read and were replaced by others.
+
+    Raises:
+        BadInput: without images, or if the number of labels differs.
     """
 
     size: int
@@ -48,7 +57,7 @@ class Data:
     lazy: bool = False
     origin: str = ""
     skipped: str = ""
-    notes: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     alpha: Callable[[int], Tensor | None] | None = field(default=None, repr=False)
     unreadable: set[int] = field(default_factory=set, repr=False, compare=False)
 
@@ -67,38 +76,50 @@ class Data:
         source: str = "",
         **details: Any,
     ) -> Data:
-        """Data in memory: `images` uint8 (n, C, H, W); `labels` integers (n,), named by number by default."""
+        """Data in memory.
+
+        Args:
+            images: uint8 (n, C, H, W).
+            labels: integers (n,) in 0..K-1, or None.
+            classes: K names. Default: "0", "1", ...
+            source: a name for messages.
+            details: further fields.
+
+        Raises:
+            BadInput: if images or labels are of another shape, type or range.
+        """
         if images.ndim != 4 or images.dtype != torch.uint8:
             raise BadInput(f"images must be uint8 (n, C, H, W), got {images.dtype} {tuple(images.shape)}")
         shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-        labels, names = checked_labels(labels, classes, len(images), source)
+        labels, names = check_labels(labels, classes, len(images), source)
         return cls(len(images), shape, lambda indices: images[indices], labels, names, source, **details)
 
     @property
-    def found(self) -> str:
-        """What the data hold, in a line: number, size and colour of the images, classes and where they are from."""
+    def summary(self) -> str:
+        """One line: number, size and color of the images, the classes and the origin of the labels."""
         channels, height, width = self.shape
         colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
-        line = f"{counted(self.size, 'image')} {width} x {height} {colour}, "
+        line = f"{pluralize(self.size, 'image')} {width} x {height} {colour}, "
         if self.labels is None:
             line += "no labels"
         else:
             names = self.classes or ()
-            line += f"{len(names):,} classes{f' from {self.origin}' if self.origin else ''} ({listed(names)})"
+            line += f"{len(names):,} classes{f' from {self.origin}' if self.origin else ''} ({join_names(names)})"
         return f"{line}, {self.skipped}" if self.skipped else line
 
     def __len__(self) -> int:
+        """The number of images."""
         return self.size
 
     def images(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The images of `indices`, uint8 (n, C, H, W). Raises BadInput, naming the file, where one cannot be read."""
+        """The images of `indices`, uint8 (n, C, H, W). Raises BadInput, which names the file, if one is unreadable."""
         return self.fetch(indices.tolist() if isinstance(indices, Tensor) else list(indices))
 
 
-def checked_labels(
+def check_labels(
     labels: Any, classes: Sequence[str] | None, n: int, source: str
 ) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Labels as int64 (n,) in 0..K-1, and the K names; BadInput where they are something else."""
+    """Labels as int64 (n,) in 0..K-1, and the K class names. Raises BadInput for anything else."""
     if labels is None:
         return None, None
     labels = torch.as_tensor(labels)
@@ -114,28 +135,28 @@ def checked_labels(
     return labels, tuple(classes) if classes is not None else tuple(str(k) for k in range(count))
 
 
-def crop(image: Image, height: int, width: int) -> Image:
-    """The largest centred rectangle of the asked proportions, brought to the asked size with Pillow's Lanczos."""
+def center_crop(image: Image, height: int, width: int) -> Image:
+    """The largest centered crop of the aspect ratio height:width, resized to (height, width) by Lanczos resampling."""
     from PIL import Image, ImageOps
 
     return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def find_idx(folder: Path) -> dict[str, Path]:
-    """Split -> file of images, for the IDX files of a folder under their usual names."""
-    found: dict[str, Path] = {}
+    """Split -> image file, for the IDX files of a folder under their usual names."""
+    files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         match = IDX.match(path.name)
         if match:
             split = "train" if match[2] == "train" else "test"
-            other = found.setdefault(split, path)
+            other = files.setdefault(split, path)
             if other.name.removesuffix(".gz") != path.name.removesuffix(".gz"):
                 raise BadInput(f"{folder} holds several sets, {other.name} and {path.name}: name the file to use")
-    return found
+    return files
 
 
 def read_idx(path: Path) -> Any:
-    """A NumPy array of an IDX file of bytes (big-endian header `0 0 8 rank`, then `rank` sizes), gzipped or not."""
+    """The uint8 array of an IDX file (big-endian header `0 0 8 rank`, then `rank` sizes), gzipped or not."""
     import numpy as np
 
     try:
@@ -143,7 +164,7 @@ def read_idx(path: Path) -> Any:
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as e:
-        raise BadInput(f"cannot read {path}: {e} (the file may be cut short)") from e
+        raise BadInput(f"cannot read {path}: {e} (the file may be truncated)") from e
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 4:
         raise BadInput(f"{path} is not an IDX file of bytes: it starts with {raw[:4].hex(' ') or 'nothing'}")
     rank = raw[3]
@@ -151,37 +172,38 @@ def read_idx(path: Path) -> Any:
     shape = struct.unpack(f">{rank}I", raw[4:start]) if len(raw) >= start else (-1,)
     need = start + int(np.prod(shape, dtype=object))
     if len(raw) != need or len(raw) < start:
-        raise BadInput(f"{path} should hold {need} bytes for sizes {shape} but holds {len(raw)}: it may be cut short")
+        raise BadInput(f"{path} should hold {need} bytes for sizes {shape} but holds {len(raw)}: it may be truncated")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
 def open_idx(path: Path) -> tuple[Any, Any]:
-    """Images (n, H, W) of an IDX file, and the labels (n,) that lie beside it under their usual name, or None."""
+    """The images (n, H, W) of an IDX file, and the labels (n,) of the label file next to it, or None."""
     images = read_idx(path)
     if images.ndim not in (3, 4):
         raise BadInput(f"{path} holds an array of shape {images.shape}, not images (n, H, W)")
 
-    def plain(name: str) -> str:
+    def stem(name: str) -> str:
         return re.sub(r"(labels)[-_.]idx1|(images)[-_.]idx[34]", "labels", name.removesuffix(".gz").lower())
 
-    beside = (p for p in sorted(path.parent.iterdir()) if "idx1" in p.name.lower() and p.is_file())
-    place = next((p for p in beside if plain(p.name) == plain(path.name) and p != path), None)
-    return images, None if place is None else read_idx(place)
+    candidates = (p for p in sorted(path.parent.iterdir()) if "idx1" in p.name.lower() and p.is_file())
+    labels = next((p for p in candidates if stem(p.name) == stem(path.name) and p != path), None)
+    return images, None if labels is None else read_idx(labels)
 
 
 def open_npy(path: Path) -> tuple[Any, Any, list[str]]:
-    """Images, labels or None of an `.npy`, and notes; the labels lie beside it: `images` becomes `labels`, `x` `y`."""
+    """Images, labels or None, and messages of an `.npy`. Labels are next to it: `labels.npy` of `images.npy`."""
     swaps = (("images", "labels"), ("image", "label"), ("Images", "Labels"), ("X", "y"), ("x", "y"))
     names = dict.fromkeys(path.name.replace(*swap) for swap in swaps)
     partner = next((path.with_name(n) for n in names if n != path.name and path.with_name(n).is_file()), None)
     images = read_npy(path)
     if partner is not None:
         return images, read_npy(partner), []
-    beside = [p.name for p in sorted(path.parent.glob("*.npy")) if p != path and LABELS.search(p.stem)]
-    return images, None, [f"{', '.join(beside)} beside it not used"] if beside else []
+    unused = [p.name for p in sorted(path.parent.glob("*.npy")) if p != path and LABELS.search(p.stem)]
+    return images, None, [f"{', '.join(unused)} next to it not used"] if unused else []
 
 
 def read_npy(path: Path) -> Any:
+    """The memory-mapped array of an `.npy`. Raises BadInput if it is damaged or holds anything else."""
     import numpy as np
 
     try:
@@ -192,5 +214,5 @@ def read_npy(path: Path) -> Any:
     except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as e:
         if "Python objects" in str(e) or "allow_pickle" in str(e):
             raise BadInput(f"cannot read {path}: it holds Python objects, not numbers") from e
-        raise BadInput(f"cannot read {path}: {e} (the file may be cut short)") from e
+        raise BadInput(f"cannot read {path}: {e} (the file may be truncated)") from e
     raise BadInput(f"{path} holds several arrays: name it .npz")

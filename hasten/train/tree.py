@@ -1,4 +1,4 @@
-"""A folder, a zip or a file as a list of names and ways to read them."""
+"""A folder, a zip or a file as a list of file names with functions to read them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from ..errors import BadInput
-from .notes import counted
+from .messages import pluralize
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff",
@@ -24,28 +24,35 @@ HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$)|@eaDir(/|$))")
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder or a zip as a sorted list of file names and ways to read one.
+    """A folder or a zip as a sorted list of file names.
 
-    notes: what was passed over. folders: all of them, empty ones too. ranges: of float images, the first file of each
-    range.
+    Args:
+        root: the path, for messages.
+        names: the files, relative to the root.
+        read: name -> content.
+        open: name -> binary stream.
+        messages: what was skipped.
+        folders: all of them, empty ones too.
+        ranges: the value ranges of float images found so far, with the first file of each.
     """
 
     root: str
     names: tuple[str, ...]
     read: Callable[[str], bytes] = field(repr=False)
     open: Callable[[str], IO[bytes]] = field(repr=False)
-    notes: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     ranges: dict[str, str] = field(default_factory=dict, repr=False)
 
     def where(self, name: str) -> str:
+        """The path of a file, for messages."""
         return f"{self.root}/{name}" if name else self.root
 
 
 def folder_tree(path: Path) -> Tree:
-    """Every file below `path`, hidden ones left out; links are followed, but for those to a folder that holds them."""
+    """Every file below `path` but hidden ones; links are followed, except circular ones."""
     names: list[str] = []
-    notes: list[str] = []
+    messages: list[str] = []
     inside: list[str] = []
 
     def failed(error: OSError) -> None:
@@ -61,7 +68,7 @@ def folder_tree(path: Path) -> Tree:
                 folders.remove(name)
             elif real in chain:
                 folders.remove(name)
-                notes.append(f"{os.path.relpath(inner, path)} links to a folder that holds it: not followed")
+                messages.append(f"{os.path.relpath(inner, path)} links to a folder that holds it: not followed")
             else:
                 above[inner] = (*chain, real)
                 inside.append(os.path.relpath(inner, path).replace(os.sep, "/"))
@@ -74,25 +81,31 @@ def folder_tree(path: Path) -> Tree:
                 names.append(relative)
             elif name.lower().endswith(SUFFIXES):
                 link = os.path.islink(file) and not os.path.exists(file)
-                notes.append(f"{relative} {'links to a file that is not there' if link else 'is no file'}: skipped")
-    return Tree(str(path), tuple(sorted(names)), lambda name: (path / name).read_bytes(),
-                lambda name: (path / name).open("rb"), tuple(notes), tuple(sorted(inside)))  # fmt: skip
+                messages.append(f"{relative} {'links to a missing file' if link else 'is no file'}: skipped")
+    return Tree(
+        str(path),
+        tuple(sorted(names)),
+        lambda name: (path / name).read_bytes(),
+        lambda name: (path / name).open("rb"),
+        tuple(messages),
+        tuple(sorted(inside)),
+    )
 
 
 def file_tree(path: Path) -> Tree:
-    """One image file, as the file of an empty name."""
+    """A single image file, whose name is empty."""
     return Tree(str(path), ("",), lambda name: path.read_bytes(), lambda name: path.open("rb"))
 
 
 def zip_tree(path: Path) -> Tree:
-    """Every member of a zip, hidden ones and those of macOS left out.
+    """Every member of a zip but hidden ones and those of macOS.
 
-    Names are brought to one form: `/` between folders, no leading `/`, `.` or `..`, UTF-8 where they can be read so.
+    Names are normalised: `/` between folders, no leading `/`, `.` or `..`, and UTF-8 if they decode as such.
     """
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as e:
-        raise BadInput(f"{path} is not a zip file that can be read ({e}): it may be cut short") from e
+        raise BadInput(f"{path} is not a zip file that can be read ({e}): it may be truncated") from e
     members: dict[str, zipfile.ZipInfo] = {}
     inside: set[str] = set()
     links = repeated = 0
@@ -113,17 +126,23 @@ def zip_tree(path: Path) -> Tree:
             continue
         repeated += name in members
         members[name] = info
-    able = {0, 8, 12, 14} | {getattr(zipfile, "ZIP_ZSTANDARD", 0)}
+    supported = {0, 8, 12, 14} | {getattr(zipfile, "ZIP_ZSTANDARD", 0)}
     for name, info in members.items():
         if info.flag_bits & 1:
             raise BadInput(f"{path} is encrypted ({name}): unpack it and name the folder")
-        if info.compress_type not in able:
+        if info.compress_type not in supported:
             kind = getattr(zipfile, "compressor_names", {}).get(info.compress_type, "unknown")
             raise BadInput(
-                f"{path}: {name} is compressed in a way that Python cannot read (method {info.compress_type}, {kind}): "
+                f"{path}: {name} has a compression that Python cannot read (method {info.compress_type}, {kind}): "
                 "unpack it and name the folder, or pack it again with deflate"
             )
-    notes = [f"skipped: {counted(links, 'symbolic link')} in the zip"] if links else []
-    notes += [f"in the zip twice, of which the last is used: {counted(repeated, 'name')}"] if repeated else []
-    return Tree(str(path), tuple(sorted(members)), lambda name: archive.read(members[name]),
-                lambda name: archive.open(members[name]), tuple(notes), tuple(sorted(inside)))  # fmt: skip
+    messages = [f"skipped: {pluralize(links, 'symbolic link')} in the zip"] if links else []
+    messages += [f"in the zip twice, the last is used: {pluralize(repeated, 'name')}"] if repeated else []
+    return Tree(
+        str(path),
+        tuple(sorted(members)),
+        lambda name: archive.read(members[name]),
+        lambda name: archive.open(members[name]),
+        tuple(messages),
+        tuple(sorted(inside)),
+    )

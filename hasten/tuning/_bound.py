@@ -1,4 +1,4 @@
-"""The variational bound of a chain of denoising steps, from one number a time: the denoiser's squared error."""
+"""The variational bound of a chain of denoising steps, from the denoiser's squared error at each time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, nearest
+from ..errors import BadInput, check_choice
 from ..schedules.base import Schedule
 from ..times import check_times
-from ._task import Task, Tuned
+from ._task import Tuned, Tuner, TuningTask
 from .moments import Moments
 
 __all__ = ["BITS", "Bits", "Bound", "edge_costs", "variational_bound"]
 
 BITS = 1 / math.log(2)  # nats to bits
-LEVEL = 2 / 255  # the width of one of 256 grey levels in [-1, 1]
+LEVEL = 2 / 255  # width of one of 256 grey levels in [-1, 1]
 VARIANCES = ("small", "large", "analytic")
 
 
@@ -31,7 +31,7 @@ def edge_costs(
     decoder: float | None = None,
     width: float = LEVEL,
 ) -> Tensor:
-    """What each possible step of a chain costs: (T + 1, T + 1) float64, row s, column r, in nats per dimension.
+    """The cost of each possible step of a chain, (T + 1, T + 1) float64, row s, column r, in nats per dimension.
 
     The negative evidence lower bound of a chain 0 = t_0 < t_i < ... < t_T is the sum of the costs of its steps (plus a
     constant of the prior, see `variational_bound`). The step from r down to s >= 1 costs the divergence between the
@@ -40,8 +40,8 @@ def edge_costs(
 
         L(s, r) = (bt / V - log(bt / V) - 1 + g^2 MSE_r / V) / 2
                 = f e^(2 lam_s) MSE_r / 2              V = bt                    "small"
-                = log(1 + f e^(2 lam_s) MSE_r) / 2     V = bt + g^2 MSE_r        "analytic", the least of all V
-        and as it stands with                          V = sigma_r^2 f           "large"
+                = log(1 + f e^(2 lam_s) MSE_r) / 2     V = bt + g^2 MSE_r        "analytic", the minimum over V
+        and without simplification with                V = sigma_r^2 f           "large"
 
     and the step into s = 0 costs the log likelihood of a Gaussian decoder of variance D around x0,
 
@@ -52,18 +52,21 @@ def edge_costs(
     s >= r are +inf.
 
     Args:
+        schedule: of the diffusion.
         times: (T + 1,), ascending, times[0] = 0.
         mse: (T + 1,), E||x - x0(z_t)||^2 per dimension at each time; mse[0] is not used.
-        decoder: standard deviation of the decoder. width: of the bins that the data lie in; 2/255 for images of 256
-            levels in [-1, 1].
+        variance: "small", "large" or "analytic".
+        decoder: standard deviation of the decoder. Default: the best one for each r.
+        width: of the bins of the data; 2/255 for images of 256 levels in [-1, 1].
 
-    Raises BadInput for times or errors of another form, or an unknown variance.
+    Raises:
+        BadInput: for times or errors of another form, or an unknown variance.
 
-    Reference: Watson, Ho, Norouzi, Chan 2021, 2106.03802, section 3; variances: Ho, Jain, Abbeel 2020, 2006.11239;
-    Bao, Li, Zhu, Zhang 2022, 2201.06503.
+    References:
+        Watson, Ho, Norouzi, Chan 2021, arXiv:2106.03802, section 3; variances: Ho, Jain, Abbeel 2020, arXiv:2006.11239;
+        Bao, Li, Zhu, Zhang 2022, arXiv:2201.06503.
     """
-    if variance not in VARIANCES:
-        raise BadInput(f"edge_costs(variance={variance!r}): {nearest(str(variance), VARIANCES)}")
+    check_choice("edge_costs variance", variance, VARIANCES)
     times, mse = times.double(), mse.double()
     if times.ndim != 1 or len(times) < 2 or times[0] != 0 or not bool((times[1:] > times[:-1]).all()):
         raise BadInput("edge_costs needs two or more ascending times, the first 0")
@@ -96,16 +99,19 @@ def decoder_cost(mse: Tensor, decoder: float | None, width: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Bound:
-    """No tuning but a measurement: the likelihood bound of the chain on this sampler's grid, on real images.
+class Bound(Tuner):
+    """A measurement, not a tuning: the likelihood bound of the chain on this sampler's grid, on real images.
 
     Figures, bits per dimension: `small`, `large` and `analytic`, the bounds with DDPM's variances and with the best one
-    for each step, with the squared errors of the denoiser measured at the very times of the grid; and `sampler`, that
-    of the sampler's own variances where it tells them (`analytic` with form=ddpm).
+    for each step, with the denoiser's squared errors at the times of the grid; and `sampler`, that of the sampler's own
+    variances if it has them (`analytic` with form=ddpm).
 
-    images: how many, where the task does not say. width: of the data's grey levels.
+    Args:
+        images: how many if the task has no `n`.
+        width: of the data's grey levels.
 
-    Reference: Watson, Ho, Norouzi, Chan 2021, 2106.03802; Bao, Li, Zhu, Zhang 2022, 2201.06503.
+    References:
+        Watson, Ho, Norouzi, Chan 2021, arXiv:2106.03802; Bao, Li, Zhu, Zhang 2022, arXiv:2201.06503.
     """
 
     needs_data: ClassVar[bool] = True
@@ -113,28 +119,35 @@ class Bound:
     width: float = LEVEL
 
     @torch.no_grad()
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
+        """Measure the bounds; raises BadInput without images."""
         if task.images is None:
             raise BadInput("bound needs real images: name their folder with --data")
         x, labels = task.images(max(task.n or self.images, 16))
         x, labels = x.cpu(), None if task.labels(1) is None else labels
-        look, errors = Moments(precision="fp32"), []
+        moments, errors = Moments(precision="fp32"), []
         for k, t in enumerate(task.times[:-1]):
-            errors.append(look.look(task, t, x, labels, x.double().mean(0))[1])
+            errors.append(moments.measure(task, t, x, labels, x.double().mean(0))[1])
             task.tick("bound", k + 1, task.steps, errors[-1])
         mse, power = torch.tensor(errors, dtype=torch.float64), float(x.double().square().mean())
-        kinds: dict[str, str | Tensor] = {name: name for name in VARIANCES}
+        variances: dict[str, str | Tensor] = {name: name for name in VARIANCES}
         if hasattr(task.sampler, "variances") and task.sampler.form == "ddpm":
-            kinds["sampler"] = task.sampler.variances(task.schedule, task.times)
-        return Tuned(figures={
-            name: variational_bound(task.schedule, task.times, mse, kind, power=power, width=self.width).total
-            for name, kind in kinds.items()
-        })  # fmt: skip
+            variances["sampler"] = task.sampler.variances(task.schedule, task.times)
+        figures = {
+            name: variational_bound(task.schedule, task.times, mse, variance, power=power, width=self.width).total
+            for name, variance in variances.items()
+        }
+        return Tuned(figures=figures)
 
 
 class Bits(NamedTuple):
-    """A bound on the negative log likelihood, in bits per dimension, and its parts: of the prior, of the steps between
-    noisy times, noisiest first, and of the decoder."""
+    """The terms of a bound on the negative log likelihood, in bits per dimension.
+
+    Args:
+        prior: of the noisiest time.
+        steps: of the steps between noisy times, noisiest first.
+        decoder: of the last step.
+    """
 
     prior: float
     steps: tuple[float, ...]
@@ -142,6 +155,7 @@ class Bits(NamedTuple):
 
     @property
     def total(self) -> float:
+        """The bound."""
         return self.prior + sum(self.steps) + self.decoder
 
 
@@ -155,21 +169,26 @@ def variational_bound(
     decoder: float | None = None,
     width: float = LEVEL,
 ) -> Bits:
-    """The evidence lower bound of the chain that samples on this grid, as `Bits`, bits per dimension.
+    """The evidence lower bound of the chain that samples on this grid, in bits per dimension.
 
         bound = KL(q(z_T | x) | N(0, alpha_T^2 + sigma_T^2)) + sum of L(s, r) over the grid's steps,
 
-    with L of `edge_costs`. Smaller is better; with an exact denoiser and `"analytic"` it is the least that a Gaussian
-    chain on these times can have, and for Gaussian data with equal variances the entropy itself.
+    with L of `edge_costs`. Smaller is better; with an exact denoiser and `"analytic"` it is the minimum over Gaussian
+    chains on these times, and for Gaussian data with equal variances the entropy itself.
 
     Args:
-        times: (K + 1,), descending, ending at 0: what `Model.sample` runs on.
+        schedule: of the diffusion.
+        times: (K + 1,), descending, ending at 0: the grid that `Model.sample` uses.
         mse: (K,), E||x - x0(z_t)||^2 per dimension at times[:-1].
-        variance: "small", "large", "analytic", or the variances V of the K - 1 noisy steps, noisiest first, (K - 1,)
-            or (K - 1, *S), all > 0. The analytic one is made from `mse` here: what a sampler that was told
-            another number achieves is found by passing its variances.
-        power: E||x||^2 per dimension, for the prior. decoder, width: see `edge_costs`; the decoder is the same
-            for all variances, so that a difference between them comes from the noisy steps.
+        variance: "small", "large", "analytic", or the variances V of the K - 1 noisy steps, noisiest first, (K - 1,) or
+            (K - 1, *S), all > 0. "analytic" is computed from `mse`; for a sampler that uses another estimate pass its
+            variances.
+        power: E||x||^2 per dimension, for the prior.
+        decoder, width: see `edge_costs`; the decoder is the same for all variances, so that a difference between them
+            comes from the noisy steps.
+
+    Raises:
+        BadInput: for a chain that does not end at 0, or errors or variances of another number.
     """
     times = check_times(times).double()
     if times[-1] != 0:
@@ -193,7 +212,14 @@ def variational_bound(
 def step_costs(schedule: Schedule, times: Tensor, mse: Tensor, variance: Tensor) -> Tensor:
     """`L(s, r)` of the steps between noisy times of a descending grid for given variances, nats per dimension.
 
-    mse: (K,) or (K, *S); variance: (K - 1,) or (K - 1, *S), then averaged over S. Returns (K - 1,).
+    Args:
+        schedule: of the diffusion.
+        times: (K + 1,), descending.
+        mse: (K,) or (K, *S).
+        variance: (K - 1,) or (K - 1, *S), then averaged over S.
+
+    Returns:
+        (K - 1,).
     """
     K = len(times) - 1
     if len(variance) != K - 1 or not bool((variance > 0).all()):
@@ -201,8 +227,8 @@ def step_costs(schedule: Schedule, times: Tensor, mse: Tensor, variance: Tensor)
     lam, sigma2 = schedule.lam(times), schedule.sigma(times) ** 2
     f = -torch.expm1(2 * (lam[:-2] - lam[1:-1]))
     bt, g2 = sigma2[1:-1] * f, (schedule.alpha(times[1:-1]) * f) ** 2
-    wide = (-1, *[1] * (max(variance.ndim, mse.ndim) - 1))
-    variance, mse = (value if value.ndim == len(wide) else value.reshape(wide) for value in (variance, mse))
-    bt, g2 = bt.reshape(wide), g2.reshape(wide)
+    shape = (-1, *[1] * (max(variance.ndim, mse.ndim) - 1))
+    variance, mse = (value if value.ndim == len(shape) else value.reshape(shape) for value in (variance, mse))
+    bt, g2 = bt.reshape(shape), g2.reshape(shape)
     cost = 0.5 * (bt / variance - torch.log(bt / variance) - 1 + g2 * mse[:-1] / variance)
     return cost.flatten(1).mean(1) if cost.ndim > 1 else cost

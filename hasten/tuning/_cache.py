@@ -1,4 +1,4 @@
-"""Results of tuning that are remembered: one JSON file for each question that was ever asked."""
+"""Cached tuning results: one JSON file per key."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ..files import write_whole
+from ..files import write_atomic
 from ..utils.environment import cache_folder
 
 
-def remembered(key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make()` gave for this key, from hasten's folder of the user's cache where it is there, bit for bit.
+def cached_result(key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `compute()` for this key, from the tuning cache if it is there, bit for bit.
+
+    A cache that cannot be read or written costs time, never the result.
 
     Args:
         key: all that the result depends on, with a version number of the method; JSON.
-        make: gives a dict that JSON can hold (Python floats survive it exactly).
+        compute: returns a dict of JSON values (Python floats survive JSON exactly).
 
-    A cache that cannot be read or written costs time, never the result.
+    Returns:
+        The result.
     """
     text = json.dumps(key, sort_keys=True)
-    place = cache_folder() / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    path = cache_folder() / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        told = json.loads(place.read_text())
-        if told["key"] == json.loads(text):
-            return told["value"]
-    value = json.loads(json.dumps(make()))
+        entry = json.loads(path.read_text())
+        if entry["key"] == json.loads(text):
+            return entry["value"]
+    value = json.loads(json.dumps(compute()))
     with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps({"key": json.loads(text), "value": value}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({"key": json.loads(text), "value": value}))
     return value

@@ -1,4 +1,4 @@
-"""A family of random Gaussian mixtures with their exact denoiser: what steps are tuned on when the model is unknown."""
+"""Random Gaussian mixtures with their exact denoiser, to tune steps on independently of a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ __all__ = ["Family", "draw_family"]
 
 @dataclass(frozen=True)
 class _Ranges:
-    """M mixtures in D dimensions with up to K modes, each of `rows` samples. Standard deviations along the axes fall as
-    `(j + 1)^-a`, a up to `slope`; a mode is `within` times as wide as all; the whole has the deviation asked for, times
-    a random factor of at most `exp(spread)`."""
+    """Ranges of the random parameters: M mixtures in D dimensions with up to K modes, `rows` samples each.
+
+    Standard deviations along the axes decrease as `(j + 1)^-a`, a up to `slope`; the width of a mode relative to the
+    mixture is in `within`; the mixture has the requested deviation times a random factor of at most `exp(spread)`.
+    """
 
     M: int = 16
     D: int = 12
@@ -30,12 +32,14 @@ class _Ranges:
 
 
 class Family(nn.Module):
-    """M mixtures at once: row m n + i of a batch (M n, D) is sample i of mixture m.
+    """The exact denoiser of M mixtures at once: row m n + i of a batch (M n, D) is sample i of mixture m.
 
     `x0 = sum_k p_k [mu_k + alpha V_k / c_k (x_t - alpha mu_k)]`, c_k = alpha^2 V_k + sigma^2, as `GaussianMixture`.
 
     Args:
-        weights: (M, K). means, variances: (M, K, D).
+        weights: (M, K).
+        means, variances: (M, K, D).
+        schedule: of the diffusion.
     """
 
     def __init__(self, weights: Tensor, means: Tensor, variances: Tensor, schedule: Schedule) -> None:
@@ -45,10 +49,11 @@ class Family(nn.Module):
 
     @property
     def size(self) -> int:
-        """Mixtures, M."""
+        """The number of mixtures, M."""
         return len(self.means)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """x0 (M n, D) of x_t (M n, D) at the time t ()."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         x = x_t.reshape(self.size, -1, x_t.shape[-1])
         c = alpha**2 * self.variances + sigma**2
@@ -59,7 +64,7 @@ class Family(nn.Module):
         return x0.reshape(x_t.shape)
 
     def sample(self, rows: int, generator: torch.Generator) -> Tensor:
-        """(M rows, D) samples of the data."""
+        """Draw `rows` samples of each mixture, (M rows, D)."""
         M, _, D = self.means.shape
         k = torch.multinomial(self.log_weights.exp(), rows, replacement=True, generator=generator)
         m = torch.arange(M)[:, None]
@@ -70,9 +75,16 @@ class Family(nn.Module):
 def draw_family(
     schedule: Schedule, std: float, seed: int, ranges: _Ranges | None = None
 ) -> tuple[Family, Tensor, Tensor]:
-    """Random mixtures, and samples of their data (M rows, D) with standard normal noise of that shape.
+    """Draw random mixtures.
 
-    std: root mean square deviation of a coordinate, in the range of the network.
+    Args:
+        schedule: of the diffusion.
+        std: root mean square deviation of a coordinate, in the units of the network.
+        seed: of the draws.
+        ranges: of the parameters. Default: `_Ranges()`.
+
+    Returns:
+        The mixtures, samples of their data (M rows, D) and standard normal noise of that shape.
     """
     r = _Ranges() if ranges is None else ranges
     g = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The nodes of a grid as numbers that can be optimised."""
+"""The nodes of a time grid as unconstrained parameters."""
 
 from __future__ import annotations
 
@@ -13,72 +13,85 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..schedules.base import Schedule
-from ..times import FAR_Q, LARGEST_Q, TimeGrid
+from ..times import FAR_Q, MAX_Q, TimeGrid
 
-__all__ = ["Enough", "Nodes"]
-
-
-class Enough(Exception):
-    """The held-out noises say that the search has gone far enough."""
+__all__ = ["EarlyStop", "GridNodes"]
 
 
-class Nodes:
-    """The N + 1 nodes of a grid in lam, as a function of N numbers u: the gaps are their softmax."""
+class EarlyStop(Exception):
+    """Raised by a callback to end the optimisation."""
+
+
+class GridNodes:
+    """The N + 1 nodes of a grid in lam, as a function of N parameters u: the gaps are their softmax.
+
+    Args:
+        schedule: of the diffusion.
+        times: (N + 1,), whose ends are fixed.
+        low: for a grid that ends at t = 0, the time whose lam is the last node. Default: `schedule.t_min`.
+    """
 
     def __init__(self, schedule: Schedule, times: Tensor, low: float | None) -> None:
         self.schedule, self.start, self.end = schedule, float(times[0]), float(times[-1])
         low = schedule.t_min if low is None else low
         self.low = self.end if self.end > 0 else min(low, self.start / 2)
         first = float(schedule.lam(self.start))
-        self.first = -math.log(LARGEST_Q) if first < -math.log(FAR_Q) else first
+        self.first = -math.log(MAX_Q) if first < -math.log(FAR_Q) else first
         self.last = float(schedule.lam(self.low))
 
     def grid(self, grid: TimeGrid, steps: int) -> Tensor:
-        """The times (steps + 1,) of a fixed grid between the same ends."""
+        """The times (steps + 1,) of a fixed time grid between the same ends."""
         low = self.low if self.end == 0 and not grid.reaches_zero else None
         return dataclasses.replace(grid, start=self.start, end=self.end, low=low)(self.schedule, steps)
 
     def times(self, lam: Tensor) -> Tensor:
-        """lam (N + 1,) -> times, whose ends are exactly those asked for."""
+        """Times (N + 1,) of lam (N + 1,), with exactly the ends of the grid."""
         ends = lam.new_tensor([self.start]), lam.new_tensor([self.end])
         return torch.cat([ends[0], self.schedule.time(lam[1:-1]), ends[1]])
 
-    def inside(self, times: Tensor) -> Tensor:
-        """times -> lam (N + 1,) with ends `first`, `last` and gaps of at least a thousandth of the mean one."""
+    def project(self, times: Tensor) -> Tensor:
+        """lam (N + 1,) of times, with ends `first`, `last` and gaps of at least a thousandth of the mean gap."""
         ends = times.new_tensor([self.first]), times.new_tensor([self.last])
         lam = torch.cat([ends[0], self.schedule.lam(times[1:-1]), ends[1]])
-        least = 1e-3 * (self.last - self.first) / (len(lam) - 1)
-        gaps = lam.diff().clamp(min=least)
+        min_gap = 1e-3 * (self.last - self.first) / (len(lam) - 1)
+        gaps = lam.diff().clamp(min=min_gap)
         return self.first + (self.last - self.first) * torch.cat([gaps.new_zeros(1), gaps.cumsum(0)]) / gaps.sum()
 
-    def of(self, u: Tensor) -> Tensor:
-        """u (N,) -> times (N + 1,); differentiable."""
+    def from_params(self, u: Tensor) -> Tensor:
+        """Times (N + 1,) of the parameters u (N,), differentiable."""
         lam = self.first + (self.last - self.first) * torch.softmax(u, 0).cumsum(0)
         return self.times(torch.cat([lam.new_tensor([self.first]), lam]))
 
     def descend(
         self,
-        slope: Callable[[Tensor], tuple[float, Tensor]],
+        objective: Callable[[Tensor], tuple[float, Tensor]],
         start: Tensor,
         iterations: int,
-        watch: Callable[[Tensor, int], None] = lambda u, done: None,
+        callback: Callable[[Tensor, int], None] = lambda u, done: None,
     ) -> tuple[float, Tensor]:
-        """The least value seen of a function of u, and its times: L-BFGS from the times `start`.
+        """Minimise a function of u by L-BFGS.
 
-        slope(u) -> value and gradient. watch(u, iterations made) is called after each and may raise `Enough`.
+        Args:
+            objective: u -> value and gradient.
+            start: times (N + 1,) to start from.
+            iterations: at most.
+            callback: called as `callback(u, iterations done)` after each; may raise `EarlyStop`.
+
+        Returns:
+            The smallest value and its times.
         """
         from scipy.optimize import minimize
 
-        u0 = torch.log(self.inside(start).diff())
+        u0 = torch.log(self.project(start).diff())
         u0 = (u0 - u0.mean()).clamp(-4, 4)
         seen: list[tuple[float, np.ndarray]] = []
         done = 0
 
-        def objective(u: np.ndarray) -> tuple[float, np.ndarray]:
+        def evaluate(u: np.ndarray) -> tuple[float, np.ndarray]:
             try:
                 with torch.enable_grad():
-                    value, gradient = slope(torch.from_numpy(u.copy()).requires_grad_())
-            except BadInput:  # nodes so close that their times are one, or a table that is not finite
+                    value, gradient = objective(torch.from_numpy(u.copy()).requires_grad_())
+            except BadInput:  # nodes so close that their times coincide, or a plan that is not finite
                 value, gradient = math.inf, torch.zeros(len(u))
             if not math.isfinite(value) or not bool(torch.isfinite(gradient).all()):
                 return 1e3, np.zeros(len(u))
@@ -88,10 +101,17 @@ class Nodes:
         def after(u: np.ndarray) -> None:
             nonlocal done
             done += 1
-            watch(torch.from_numpy(u.copy()), done)
+            callback(torch.from_numpy(u.copy()), done)
 
-        with contextlib.suppress(Enough):
-            minimize(objective, u0.numpy(), jac=True, method="L-BFGS-B", bounds=[(-5.0, 5.0)] * len(u0), callback=after,
-                     options={"maxiter": iterations, "maxcor": 15})  # fmt: skip
+        with contextlib.suppress(EarlyStop):
+            minimize(
+                evaluate,
+                u0.numpy(),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[(-5.0, 5.0)] * len(u0),
+                callback=after,
+                options={"maxiter": iterations, "maxcor": 15},
+            )
         value, u = min(seen, key=lambda pair: pair[0])
-        return value, self.of(torch.from_numpy(u))
+        return value, self.from_params(torch.from_numpy(u))

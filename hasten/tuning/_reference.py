@@ -1,8 +1,9 @@
-"""A model's own fine trajectories: what a few-step plan is fitted to."""
+"""A model's own fine trajectories, the target that a plan of few steps is fitted to."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,33 +14,48 @@ from ..samplers.unipc import UniPC
 from ..schedules.base import Schedule
 from ..times import UniformLambda
 
-__all__ = ["Fine", "fine_trajectories"]
+__all__ = ["FineTrajectories", "fine_trajectories"]
 
 
-class Fine:
-    """Fine solutions of the probability-flow equation from some noises, to be read at any time in between.
+class FineTrajectories:
+    """Fine solutions of the probability-flow ODE from given noises, which can be interpolated in time.
 
-    start: (B, *S), at times[0]. end: (B, *S), at t = 0, or where the grid ends. cond: of the samples. states, answers:
-    (M, B, *S) at times (M,), the queries of the fine solver; None where only the ends were kept.
+    Args:
+        schedule: of the model.
+        times: (M,), descending, of the stored states.
+        start: (B, *S), the states at times[0].
+        end: (B, *S), the states at t = 0, or at the end of the grid.
+        cond: conditions of the samples.
+        states, x0: (M, B, *S), the states and model outputs at `times`; None if only the ends were stored.
     """
 
-    def __init__(self, schedule: Schedule, times: Tensor, start: Tensor, end: Tensor, cond: dict[str, Any],
-                 states: Tensor | None, answers: Tensor | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        schedule: Schedule,
+        times: Tensor,
+        start: Tensor,
+        end: Tensor,
+        cond: dict[str, Any],
+        states: Tensor | None,
+        x0: Tensor | None,
+    ) -> None:
         self.schedule, self.times, self.start, self.end, self.cond = schedule, times, start, end, cond
-        self.states, self.answers = states, answers
+        self.states, self.x0 = states, x0
         self.angles = torch.atan2(schedule.sigma(times), schedule.alpha(times))
 
     def __len__(self) -> int:
         return len(self.start)
 
-    def rows(self, part: slice) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """start, end and conditions of some of the samples."""
-        return self.start[part], self.end[part], {key: value[part] for key, value in self.cond.items()}
+    def select(self, samples: slice) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Start, end and conditions of some of the samples."""
+        return self.start[samples], self.end[samples], {key: value[samples] for key, value in self.cond.items()}
 
-    def at(self, t: Tensor, part: slice) -> Tensor:
-        """The states of some samples at a 0-d time within the fine grid, by cubic Hermite interpolation of
-        Y = x_t / sqrt(alpha^2 + sigma^2) in phi = atan(sigma / alpha), where dY/dphi = (Y cos phi - x0) / sin phi."""
-        assert self.states is not None and self.answers is not None
+    def at(self, t: Tensor, samples: slice) -> Tensor:
+        """The states (n, *S) of some samples at a time within the fine grid.
+
+        By cubic Hermite interpolation of Y = x_t / sqrt(alpha^2 + sigma^2) in phi = atan(sigma / alpha), where
+        dY/dphi = (Y cos phi - x0) / sin phi.
+        """
         alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
         phi = math.atan2(sigma, alpha)
         i = int((self.angles >= phi - 1e-12).sum()) - 1
@@ -47,24 +63,44 @@ class Fine:
         p0, p1 = float(self.angles[i]), float(self.angles[i + 1])
         h = p1 - p0
         w = min(max((phi - p0) / h, 0.0), 1.0)
-        (y0, d0), (y1, d1) = self._slope(i, part), self._slope(i + 1, part)
+        (y0, d0), (y1, d1) = self._derivative(i, samples), self._derivative(i + 1, samples)
         value = (1 + 2 * w) * (1 - w) ** 2 * y0 + w**2 * (3 - 2 * w) * y1
         value = value + h * w * (1 - w) ** 2 * d0 - h * w**2 * (1 - w) * d1
         return value * math.hypot(alpha, sigma)
 
-    def _slope(self, i: int, part: slice) -> tuple[Tensor, Tensor]:
-        assert self.states is not None and self.answers is not None
+    def _derivative(self, i: int, samples: slice) -> tuple[Tensor, Tensor]:
+        """Y and dY/dphi at node i."""
+        assert self.states is not None and self.x0 is not None, "only the ends were stored"
         t, phi = self.times[i], float(self.angles[i])
-        y = self.states[i, part] / float(self.schedule.prior_std(t))
-        return y, (y * math.cos(phi) - self.answers[i, part]) / math.sin(phi)
+        y = self.states[i, samples] / float(self.schedule.prior_std(t))
+        return y, (y * math.cos(phi) - self.x0[i, samples]) / math.sin(phi)
 
 
 @torch.no_grad()
-def fine_trajectories(denoiser: Any, x: Tensor, cond: dict[str, Any], *, start: float, low: float, end: float,
-                      steps: int, batch: int, keep: bool, tick: Any) -> Fine:  # fmt: skip
-    """`steps` of UniPC-3, equal in lam from `start` to `low`, then (where end = 0) one to the clean image.
+def fine_trajectories(
+    denoiser: Any,
+    x: Tensor,
+    cond: dict[str, Any],
+    *,
+    start: float,
+    low: float,
+    end: float,
+    steps: int,
+    batch: int,
+    keep: bool,
+    tick: Callable[[int, int], None],
+) -> FineTrajectories:
+    """`steps` of UniPC-3, equal in lam from `start` to `low`, then (if end = 0) one to the clean image.
 
-    x: (B, *S), noise of the level of `start`. keep: the path too, not only its end. tick: `tick(done, total)`.
+    Args:
+        denoiser: the model.
+        x: (B, *S), noise at the level of `start`.
+        cond: conditions of the samples.
+        start, low, end: times; `low` is the last positive time if end = 0.
+        steps: of the fine grid.
+        batch: samples per model evaluation.
+        keep: store the trajectories too, not only their ends.
+        tick: called as `tick(done, total)`.
     """
     schedule = denoiser.schedule
     if end > 0:
@@ -73,26 +109,36 @@ def fine_trajectories(denoiser: Any, x: Tensor, cond: dict[str, Any], *, start: 
         times = UniformLambda(start=start, low=low)(schedule, steps)
     solver: Any = UniPC(3)
     compiled = plan(solver, schedule, times)
-    ends, states, answers = [], [], []
+    ends, states, outputs = [], [], []
     for first in range(0, len(x), batch):
-        part = slice(first, first + batch)
-        given = {key: value[part] for key, value in cond.items()}
-        path: list[Tensor] = []
-        said: list[Tensor] = []
+        samples = slice(first, first + batch)
+        batch_states: list[Tensor] = []
+        batch_outputs: list[Tensor] = []
 
-        def ask(x_t: Tensor, t: Tensor, path: list[Tensor] = path, said: list[Tensor] = said, **given: Any) -> Tensor:
-            x0 = denoiser(x_t, t, **given)
+        def record(
+            x_t: Tensor,
+            t: Tensor,
+            states: list[Tensor] = batch_states,
+            outputs: list[Tensor] = batch_outputs,
+            **cond: Any,
+        ) -> Tensor:
+            x0 = denoiser(x_t, t, **cond)
             if keep:
-                path.append(x_t)
-                said.append(x0)
+                states.append(x_t)
+                outputs.append(x0)
             return x0
 
-        ends.append(compiled(ask, x[part], **given))
+        ends.append(compiled(record, x[samples], **{key: value[samples] for key, value in cond.items()}))
         if keep:
-            states.append(torch.stack(path))
-            answers.append(torch.stack(said))
+            states.append(torch.stack(batch_states))
+            outputs.append(torch.stack(batch_outputs))
         tick(min(first + batch, len(x)), len(x))
-    return Fine(
-        schedule, compiled.times[:-1], x, torch.cat(ends), cond,
-        torch.cat(states, 1) if keep else None, torch.cat(answers, 1) if keep else None,
-    )  # fmt: skip
+    return FineTrajectories(
+        schedule,
+        compiled.times[:-1],
+        x,
+        torch.cat(ends),
+        cond,
+        torch.cat(states, 1) if keep else None,
+        torch.cat(outputs, 1) if keep else None,
+    )

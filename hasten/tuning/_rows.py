@@ -1,4 +1,4 @@
-"""The free numbers of a deterministic plan, and the plan that they make: consistent whatever the numbers are."""
+"""A parametrisation of deterministic plans that are consistent for all parameters."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..errors import BadInput
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
-from ..times import LARGEST_Q
+from ..times import MAX_Q
 
-__all__ = ["Rows", "coordinate", "time_at"]
+__all__ = ["PlanParametrization", "coordinate", "time_at"]
 
 KNEE = 2.0  # of the coordinate: linear in 1/q above it, in log q below
 SMALLEST_Q = 1e-3
 
 
 def coordinate(schedule: Schedule, t: Tensor) -> Tensor:
-    """`u = log(1 + 2 / q)` of times t: like 2/q where noise prevails, like -log q near the image, 0 at pure noise."""
+    """`u = log(1 + 2 / q)` of times t: like 2/q at high noise, like -log q at low noise, 0 at pure noise."""
     return torch.log1p(KNEE / schedule.q(t))
 
 
@@ -30,9 +30,15 @@ def time_at(schedule: Schedule, u: Tensor) -> Tensor:
     return schedule.time(torch.log(torch.expm1(u) / KNEE))
 
 
-class Numbers(NamedTuple):
-    """What a plan is made from. query: (K,) times that the network is told. level: (K+1,) times whose alpha and sigma
-    the states have. gain: () of the first state. D: (K, K), strictly lower: coefficients of x0_j - x0_k in row k."""
+class PlanCoefficients(NamedTuple):
+    """The numbers that determine a plan.
+
+    Args:
+        query: (K,), times passed to the network.
+        level: (K+1,), times whose alpha and sigma the states have.
+        gain: (), factor of the first state.
+        D: (K, K), strictly lower triangular, coefficients of x0_j - x0_k in row k.
+    """
 
     query: Tensor
     level: Tensor
@@ -40,31 +46,43 @@ class Numbers(NamedTuple):
     D: Tensor
 
 
-class Rows:
-    """Plans of K queries whose every row is exact for constant x0, as functions of one float64 vector `theta` (P,).
+class PlanParametrization:
+    """Plans of K model evaluations, exact for constant x0, as functions of one float64 vector `theta` (P,).
 
-    State k has a level s_k, and is `alpha(s_k) x + sigma(s_k) eps` whenever all answers are x and the start is
-    `alpha(s_0) x + sigma(s_0) eps`: that is, with any numbers D,
+    State k has a level s_k: if all model outputs are x and the start is `alpha(s_0) x + sigma(s_0) eps`, it is
+    `alpha(s_k) x + sigma(s_k) eps`. That is, with any numbers D,
 
         x_{k+1} = a_k x_k + b_k x0_k + sum_{j<k} D[k, j] (x0_j - x0_k),
         a_k = sigma(s_{k+1}) / sigma(s_k),    b_k = alpha(s_{k+1}) - a_k alpha(s_k).
 
-    s_0 is the time that the noise was made for and s_K the end of the grid: neither is free. Free are the other levels
-    and D (`answers` bounds how many answers a row uses). With `shift` the times
-    that the network is told are free beside the levels, otherwise they are the levels. With `teleport` the first
-    query's time is free too, and the first state is `gain` times the start: what the first step of a solver finds out
-    about pure noise is known beforehand, so the plan may begin where it matters, asking about the noise as if it were
-    the state at a lower level.
+    s_0 is the time of the initial noise and s_K the end of the grid; both are fixed. Free are the other levels and D.
+    With `shift` the times passed to the network are free as well, otherwise they are the levels. With `teleport`
+    (skip-ahead) the first time is free too, and the first state is `gain` times the start: what a solver's first step
+    learns from pure noise is known beforehand, so the plan may evaluate the noise as if it were the state at a lower
+    level.
 
     Args:
-        base: deterministic, with states at the levels of its times.
-        top: s_0; the start is noise times `prior_std(top)`. By default the time of the base's first query.
+        base: a deterministic plan, with states at the levels of its times.
+        top: s_0; the start is noise times `prior_std(top)`. Default: the first time of the base.
+        teleport: free the first time.
+        shift: free the other times passed to the network.
+        answers: how many model outputs a row uses. Default: all.
+
+    Raises:
+        BadInput: for a plan that draws noise or does not have this form.
     """
 
-    def __init__(self, base: Plan, *, top: float | None = None, teleport: bool = True, shift: bool = True,
-                 answers: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        base: Plan,
+        *,
+        top: float | None = None,
+        teleport: bool = True,
+        shift: bool = True,
+        answers: int | None = None,
+    ) -> None:
         if base.stochastic:
-            raise BadInput(f"{base.sampler} draws noise as it goes: only a deterministic plan can be fitted")
+            raise BadInput(f"{base.sampler} draws noise in its steps: only a deterministic plan can be fitted")
         self.schedule = schedule_from_dict(base.schedule)
         self.sampler, self.spec = base.sampler, base.schedule
         self.K, self.teleport, self.shift = base.nfe, teleport, shift
@@ -72,75 +90,88 @@ class Rows:
         self.end = base.times[-1].detach()
         self.lowest = float(coordinate(self.schedule, self.top))
         if self.lowest == 0:
-            self.lowest = math.log1p(KNEE / LARGEST_Q)
+            self.lowest = math.log1p(KNEE / MAX_Q)
         self.highest = math.log1p(KNEE / SMALLEST_Q)
         self.first = base.times[0].detach()
         K = self.K
         used = torch.ones(K, K, dtype=torch.bool).tril(-1)
         self.free = used if answers is None else used & ~torch.ones(K, K, dtype=torch.bool).tril(-answers)
-        # how D follows from theta: row k is base + z @ frame[k]; see `whiten`
+        # row k of D is base[k] + z @ frames[k], z a part of theta; see `whiten`
         self.frames: list[Tensor] = [torch.eye(int(row.sum()), dtype=torch.float64) for row in self.free]
         self.base = self._differences(base)
         u = coordinate(self.schedule, base.times[:-1].detach()).clamp(self.lowest, self.highest)
-        parts = {"level": u[1:].clone(), "query": u[0 if teleport else 1 :].clone() if shift else u[:teleport].clone()}
-        parts["gain"] = torch.zeros(int(teleport), dtype=torch.float64)
-        parts["D"] = torch.zeros(int(self.free.sum()), dtype=torch.float64)
-        self.sizes = {name: len(part) for name, part in parts.items()}
-        self.initial = torch.cat(list(parts.values()))
+        blocks = {
+            "level": u[1:].clone(),
+            "query": u[0 if teleport else 1 :].clone() if shift else u[:teleport].clone(),
+            "gain": torch.zeros(int(teleport), dtype=torch.float64),
+            "D": torch.zeros(int(self.free.sum()), dtype=torch.float64),
+        }
+        self.sizes = {name: len(block) for name, block in blocks.items()}
+        self.initial = torch.cat(list(blocks.values()))
 
-    def parts(self, theta: Tensor) -> dict[str, Tensor]:
-        """The pieces of `theta` by name: coordinates of the levels and queries, log gain, weights."""
+    def split(self, theta: Tensor) -> dict[str, Tensor]:
+        """The blocks of `theta` by name: coordinates of the levels and times, log gain, weights."""
         return dict(zip(self.sizes, theta.split(list(self.sizes.values())), strict=True))
 
     def bounds(self) -> list[tuple[float | None, float | None]]:
-        """Lower and upper bounds of theta, for an optimiser that knows them."""
+        """Lower and upper bounds of theta, as `scipy.optimize.minimize` takes them."""
         times = self.sizes["level"] + self.sizes["query"]
         return [(self.lowest, self.highest)] * times + [(None, None)] * (len(self.initial) - times)
 
-    def numbers(self, theta: Tensor) -> Numbers:
-        """theta as times and weights, differentiable."""
-        part = self.parts(theta)
-        inner = time_at(self.schedule, part["level"])
+    def coefficients(self, theta: Tensor) -> PlanCoefficients:
+        """Times and weights of theta, differentiable."""
+        block = self.split(theta)
+        inner = time_at(self.schedule, block["level"])
         level = torch.cat([self.top[None], inner, self.end[None]])
-        asked = time_at(self.schedule, part["query"])
-        first = asked[:1] if self.teleport else self.first[None]
-        rest = asked[int(self.teleport) :] if self.shift else inner
-        rows, z = [], part["D"].split([len(frame) for frame in self.frames])
+        query = time_at(self.schedule, block["query"])
+        first = query[:1] if self.teleport else self.first[None]
+        rest = query[int(self.teleport) :] if self.shift else inner
+        rows, z = [], block["D"].split([len(frame) for frame in self.frames])
         for k, frame in enumerate(self.frames):
             rows.append(torch.zeros_like(self.base[k]).masked_scatter(self.free[k], z[k] @ frame))
         D = self.base + torch.stack(rows)
-        return Numbers(torch.cat([first, rest]), level, torch.exp(part["gain"].sum()), D)
+        return PlanCoefficients(torch.cat([first, rest]), level, torch.exp(block["gain"].sum()), D)
 
     def plan(self, theta: Tensor) -> Plan:
         """The plan of theta, differentiable; float64."""
-        return self.compose(self.numbers(theta))
+        return self.compose(self.coefficients(theta))
 
-    def compose(self, n: Numbers) -> Plan:
-        """The plan of these numbers."""
+    def compose(self, n: PlanCoefficients) -> Plan:
+        """The plan of these coefficients, differentiable; float64."""
         a, b = self.steps(n.level)
         start = n.gain * self.schedule.prior_std(n.query[0]) / self.schedule.prior_std(self.top)
         a = torch.cat([a[:1] / start, a[1:]])
         B = n.D + torch.diag(b - n.D.sum(1))
         zero = torch.zeros(self.K, self.K, dtype=torch.float64)
         return Plan(
-            times=torch.cat([n.query, self.end[None]]), start=start.reshape(1), a=a, A=zero, B=B, C=zero[:, :0],
-            sampler=f"fitted:{self.sampler}", schedule=self.spec,
+            times=torch.cat([n.query, self.end[None]]),
+            start=start.reshape(1),
+            a=a,
+            A=zero,
+            B=B,
+            C=zero[:, :0],
+            sampler=f"fitted:{self.sampler}",
+            schedule=self.spec,
             begin=float(self.top) if self.teleport else None,
-        )  # fmt: skip
+        )
 
     def steps(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """a (K,) and the sum of the answers' coefficients (K,) that levels (K+1,) imply."""
+        """a (K,) and b (K,), the sum of the coefficients of the model outputs, of levels (K+1,)."""
         alpha, sigma = self.schedule.alpha(level), self.schedule.sigma(level)
         a = sigma[1:] / sigma[:-1]
         return a, alpha[1:] - a * alpha[:-1]
 
     def whiten(self, theta: Tensor, grams: list[Tensor]) -> Tensor:
-        """Measure D anew, so that one unit of each moves a state by one RMS unit and no two move it alike.
+        """Change the basis of D so that its parameters move a state by one RMS unit each, in uncorrelated directions.
 
-        theta keeps its plan: what is returned is the same numbers in the new frame. grams: for each row, the mean
-        products (k, k) of x0_j - x0_k, j < k, per entry.
+        Args:
+            theta: parameters.
+            grams: for each row, the mean products (k, k) of x0_j - x0_k, j < k, per entry.
+
+        Returns:
+            The parameters of the same plan in the new basis.
         """
-        n = self.numbers(theta.detach())
+        n = self.coefficients(theta.detach())
         for k, gram in enumerate(grams):
             use = self.free[k, :k]
             if use.any():
@@ -149,8 +180,8 @@ class Rows:
                 self.frames[k] = torch.linalg.inv(torch.linalg.cholesky(gram + ridge * torch.eye(len(gram))))
         return self.theta_of(n)
 
-    def theta_of(self, n: Numbers) -> Tensor:
-        """The vector that makes these numbers, for what is free of them; D becomes the new base."""
+    def theta_of(self, n: PlanCoefficients) -> Tensor:
+        """The parameters of these coefficients; D becomes the new base."""
         self.base = n.D.detach().clone()
         level, query = (coordinate(self.schedule, t).clamp(self.lowest, self.highest) for t in (n.level[1:-1], n.query))
         query = query[0 if self.teleport else 1 :] if self.shift else query[: int(self.teleport)]
@@ -159,43 +190,49 @@ class Rows:
         return torch.cat([level, query, gain, zero]).detach()
 
     def _differences(self, base: Plan) -> Tensor:
-        """D of a base plan; raises BadInput where it is not of this form."""
+        """D of a base plan; raises BadInput if it does not have this form."""
         K = self.K
         X = base.A + torch.diag(base.a)
-        start, answers = torch.zeros(K + 1, dtype=torch.float64), torch.zeros(K + 1, K, dtype=torch.float64)
+        # coefficients of the initial noise and of the model outputs in each state
+        start, outputs = torch.zeros(K + 1, dtype=torch.float64), torch.zeros(K + 1, K, dtype=torch.float64)
         start[0] = base.start[0]
         for k in range(K):
             start[k + 1] = X[k, : k + 1] @ start[: k + 1]
-            answers[k + 1] = X[k, : k + 1] @ answers[: k + 1] + base.B[k]
+            outputs[k + 1] = X[k, : k + 1] @ outputs[: k + 1] + base.B[k]
         sigma = self.schedule.sigma(base.times)
         if not torch.allclose(start, sigma / sigma[0], atol=1e-6):
-            raise BadInput(
-                f"{base.sampler} is not a solver of the probability-flow equation: its plan cannot be fitted"
-            )
+            raise BadInput(f"{base.sampler} is not a solver of the probability-flow ODE: its plan cannot be fitted")
         a, _ = self.steps(base.times)
-        return torch.where(self.free, answers[1:] - a[:, None] * answers[:-1], 0.0)
+        return torch.where(self.free, outputs[1:] - a[:, None] * outputs[:-1], 0.0)
 
 
-def grams(answers: list[Any]) -> list[Tensor]:
-    """For each row k, the mean products (k, k) per entry of x0_j - x0_k, j < k, of answers (B, *S) each."""
-    stacked = torch.stack([answer.flatten() for answer in answers])
-    found = []
-    for k in range(len(answers)):
+def difference_grams(x0: list[Any]) -> list[Tensor]:
+    """For each row k, the mean products (k, k) per entry of x0_j - x0_k, j < k, of model outputs (B, *S)."""
+    stacked = torch.stack([output.flatten() for output in x0])
+    grams = []
+    for k in range(len(x0)):
         off = stacked[:k] - stacked[k]
-        found.append((off @ off.T).cpu().double() / stacked.shape[1])
-    return found
+        grams.append((off @ off.T).cpu().double() / stacked.shape[1])
+    return grams
 
 
-def follow(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The K + 1 states and K answers of a plan without A and C, from `x` (B, *S), differentiable in all its numbers.
+def run_plan(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Run a plan without A and C, differentiably in all its coefficients, including those that are 0.
 
-    Unlike `Plan.__call__`, it gives the coefficients that are 0 their gradients too.
+    Args:
+        plan: the plan.
+        denoiser: the model.
+        x: initial noise (B, *S).
+        cond: conditions of the samples.
+
+    Returns:
+        The K + 1 states and K model outputs.
     """
-    states, answers = [x * plan.start[0]], []
+    states, outputs = [x * plan.start[0]], []
     for k in range(plan.nfe):
-        answers.append(denoiser(states[k], plan.times[k], **cond))
+        outputs.append(denoiser(states[k], plan.times[k], **cond))
         state = plan.a[k] * states[k]
         for j in range(k + 1):
-            state = state + plan.B[k, j] * answers[j]
+            state = state + plan.B[k, j] * outputs[j]
         states.append(state)
-    return states, answers
+    return states, outputs

@@ -1,4 +1,4 @@
-"""Fitting a plan without gradients of the network: least squares row by row, and a pattern search."""
+"""Fit a plan without gradients of the network: least squares row by row, and a pattern search of the times."""
 
 from __future__ import annotations
 
@@ -8,86 +8,102 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._reference import Fine
-from ._rows import Numbers, Rows, coordinate, time_at
+from ._reference import FineTrajectories
+from ._rows import PlanCoefficients, PlanParametrization, coordinate, time_at
 
-__all__ = ["search", "sweep"]
+__all__ = ["pattern_search", "fit_rows"]
 
 
-def sweep(
-    rows: Rows, n: Numbers, fine: Fine, part: slice, denoiser: Any, batch: int, ridge: float
-) -> tuple[Numbers, Tensor]:
-    """The D that brings each next state closest to the fine trajectories, one row after the other; the results.
+def fit_rows(
+    rows: PlanParametrization,
+    n: PlanCoefficients,
+    fine: FineTrajectories,
+    samples: slice,
+    denoiser: Any,
+    batch: int,
+    ridge: float,
+) -> tuple[PlanCoefficients, Tensor]:
+    """Fit D by least squares, one row after the other, so that each next state is closest to the fine trajectories.
 
-    Row k: with the answers x0_j (j <= k) that the plan with the rows before it gets, least squares of
+    Row k: with the model outputs x0_j (j <= k) of the plan with the rows before it, least squares of
 
         a_k x_k + b_k x0_k + sum_{j<k} D[k, j] (x0_j - x0_k)   against   x(s_{k+1}),
 
-    the fine state of the same noise: what earlier rows did wrong is made good where it can be.
+    the fine state of the same noise; a row so corrects errors of earlier rows.
 
     Args:
-        part: of the fine trajectories. batch: samples in the network at once.
-        ridge: weight of the distance from the base's D, relative to the mean square of what they multiply.
+        rows: the parametrisation.
+        n: the coefficients.
+        fine: the fine trajectories.
+        samples: of the fine trajectories.
+        denoiser: the model.
+        batch: samples per model evaluation.
+        ridge: weight of the distance from the base's D, relative to the mean square of its factors.
 
     Returns:
-        n with this D, and the plan's results for the samples of `part` (B, *S).
+        n with this D, and the plan's results (B, *S) for the samples.
     """
     plan, (_, b) = rows.compose(n), rows.steps(n.level)
-    start, end, cond = fine.rows(part)
+    start, end, cond = fine.select(samples)
     x, D = start * plan.start[0], rows.base.clone()
-    answers: list[Tensor] = []
+    outputs: list[Tensor] = []
     for k in range(rows.K):
-        pieces = [
+        batches = [
             denoiser(x[i : i + batch], n.query[k], **{c: v[i : i + batch] for c, v in cond.items()})
             for i in range(0, len(x), batch)
         ]
-        answers.append(torch.cat(pieces).to(x.dtype))
+        outputs.append(torch.cat(batches).to(x.dtype))
         free = rows.free[k].nonzero().flatten().tolist()
         if free:
-            aim = end if k + 1 == rows.K else fine.at(n.level[k + 1], part)
-            left = (aim - plan.a[k] * x - b[k] * answers[k]).flatten().double()
-            off = torch.stack([(answers[j] - answers[k]).flatten().double() for j in free])
-            gram, right = (off @ off.T).cpu(), (off @ left).cpu()
+            target = end if k + 1 == rows.K else fine.at(n.level[k + 1], samples)
+            residual = (target - plan.a[k] * x - b[k] * outputs[k]).flatten().double()
+            off = torch.stack([(outputs[j] - outputs[k]).flatten().double() for j in free])
+            gram, right = (off @ off.T).cpu(), (off @ residual).cpu()
             penalty = (ridge * gram.diagonal().mean() + 1e-30) * torch.eye(len(free), dtype=torch.float64)
             D[k, free] = torch.linalg.solve(gram + penalty, right + penalty @ D[k, free])
-        x = plan.a[k] * x + (b[k] - D[k].sum()) * answers[k]
+        x = plan.a[k] * x + (b[k] - D[k].sum()) * outputs[k]
         for j in free:
-            x = x + D[k, j] * answers[j]
+            x = x + D[k, j] * outputs[j]
     return n._replace(D=D), x
 
 
-def search(
-    rows: Rows,
-    n: Numbers,
-    value: Callable[[Numbers], tuple[Numbers, float]],
+def pattern_search(
+    rows: PlanParametrization,
+    n: PlanCoefficients,
+    value: Callable[[PlanCoefficients], tuple[PlanCoefficients, float]],
     rounds: int,
-    watch: Callable[[int, Numbers], bool],
+    callback: Callable[[int, PlanCoefficients], bool],
     step: float = 0.3,
 ) -> None:
-    """Times by a pattern search: each in turn is moved up and down; where nothing helps, the moves are halved.
+    """Pattern search of the times: each in turn is moved up and down; if nothing helps, the moves are halved.
 
-    Moves are in the coordinate of `Rows`; a query moves together with the level that it belongs to.
+    Moves are in `coordinate`; the time passed to the network moves together with the level of its state.
 
-    value: `value(numbers) -> (numbers with D fitted, loss)`. watch: told the best after each round; True
-    ends the search.
+    Args:
+        rows: the parametrisation.
+        n: the coefficients to start from.
+        value: `value(coefficients) -> (coefficients with D fitted, loss)`.
+        rounds: at most.
+        callback: called as `callback(rounds done, best coefficients)`; True ends the search.
+        step: size of the first moves.
     """
     n, best = value(n)
     for done in range(rounds):
         improved = False
         for k in range(0 if rows.teleport else 1, rows.K):
             for move in (step, -step):
-                there, loss = value(_moved(rows, n, k, move))
+                candidate, loss = value(_moved(rows, n, k, move))
                 if loss < best:
-                    n, best, improved = there, loss, True
+                    n, best, improved = candidate, loss, True
                     break
-        if watch(done + 1, n):
+        if callback(done + 1, n):
             return
         if not improved:
             step /= 2
 
 
-def _moved(rows: Rows, n: Numbers, k: int, move: float) -> Numbers:
-    """Query k, and from the second on its level, elsewhere."""
+def _moved(rows: PlanParametrization, n: PlanCoefficients, k: int, move: float) -> PlanCoefficients:
+    """The coefficients with time k, and from the second on its level, moved by `move`."""
     query, level = n.query.clone(), n.level.clone()
     for times in (query, level)[: 1 if k == 0 else 2]:
         u = coordinate(rows.schedule, times[k]) + move

@@ -1,16 +1,17 @@
-"""What a tuner is given, and what it gives back."""
+"""The input and output of tuning methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..nets.critic import label_count
 from ..plan.table import Plan
-from ..progress import Tick, ignore
+from ..progress import ProgressFn, no_progress
 from ..sampling import Noise
 from ..schedules.base import Schedule
 
@@ -18,15 +19,21 @@ Images = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
 @dataclass
-class Task:
-    """A model and a way of sampling it that shall be made better.
+class TuningTask:
+    """A model and a sampling configuration to improve.
 
-    denoiser: as it will be sampled: under guidance where there is any; has `.schedule`.
-    sampler: bound to the model. times: (steps + 1,) float64, the grid to start from. shape: S, of one sample.
-    labels: gives the labels of n samples, classes in turn; None without classes.
-    images: gives n real images (n, *S) in [-1, 1], always the same for the same n, and their labels; None without data.
-    seed: of calibration sample 0; sample k has `seed + k`. n: samples to calibrate on; None: the tuner's own number.
-    identity: of the weights, for what is remembered. tick: `tick(what, done, total, value)`, progress.
+    Args:
+        denoiser: as it is sampled, with guidance if any; has `.schedule`.
+        sampler: bound to the model.
+        times: (steps + 1,) float64, the grid to start from.
+        shape: S, of one sample.
+        labels: returns the labels of n samples, classes in turn; None without classes.
+        images: returns n real images (n, *S) in [-1, 1], always the same for the same n, and their labels; None without
+            data.
+        seed: of calibration sample 0; sample k has `seed + k`.
+        n: number of calibration samples. Default: the method's own.
+        identity: of the weights, for the cache.
+        tick: progress, `tick(what, done, total, value)`.
     """
 
     denoiser: nn.Module
@@ -38,21 +45,37 @@ class Task:
     seed: int = 0
     n: int | None = None
     identity: str = ""
-    tick: Tick = ignore
+    tick: ProgressFn = no_progress
 
     @property
     def schedule(self) -> Schedule:
-        """Of the denoiser."""
-        return self.denoiser.schedule  # type: ignore[return-value]
+        """The schedule of the denoiser."""
+        schedule = self.denoiser.schedule
+        assert isinstance(schedule, Schedule)
+        return schedule
+
+    @property
+    def null_label(self) -> int | None:
+        """The denoiser's label of "no class", 0 included; None if it has none."""
+        return getattr(self.denoiser, "null_label", None)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of a table with a row for each label and one more, the last, for "no class".
+
+        A null label above all others is that last row; any other null label has a row of its own.
+        """
+        count, null = label_count(self.denoiser), self.null_label
+        return count - 1 if null is not None and null == count - 1 else count
 
     @property
     def steps(self) -> int:
-        """Steps of the grid."""
+        """The number of steps of the grid."""
         return len(self.times) - 1
 
     @property
     def device(self) -> torch.device:
-        """Where the network is; the CPU for a denoiser without weights."""
+        """The device of the network; the CPU for a denoiser without weights."""
         return next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
 
     def noise(self, first: int, count: int, dtype: torch.dtype = torch.float32) -> Noise:
@@ -60,17 +83,20 @@ class Task:
         return Noise(range(self.seed + first, self.seed + first + count), self.shape, dtype, self.device)
 
     def cond(self, count: int, first: int = 0) -> dict[str, Any]:
-        """The conditions of those samples, ready to be passed to the denoiser: sample k has class k modulo C."""
+        """Keyword arguments of the denoiser for samples `first` to `first + count - 1`; sample k has class k mod C."""
         labels = self.labels(first + count)
         return {} if labels is None else {"label": labels[first:].to(self.device)}
 
 
 @dataclass
 class Tuned:
-    """What tuning found.
+    """The result of tuning.
 
-    plan: to sample with. statistics: float64 tensors by name; parts: small networks of `hasten.nets` by name; both are
-    kept with the model. figures: what was reached, JSON scalars.
+    Args:
+        plan: to sample with.
+        statistics: float64 tensors by name, saved with the model.
+        parts: small networks of `hasten.nets` by name, saved with the model.
+        figures: measurements, JSON scalars.
     """
 
     plan: Plan | None = None
@@ -80,8 +106,14 @@ class Tuned:
 
 
 class Tuner(Protocol):
-    """What every file of `tuning/` holds: a frozen dataclass of this form. `needs_data`: it needs images."""
+    """A tuning method: a frozen dataclass of this form in each file of `tuning/`. `needs_data`: it needs images."""
 
-    needs_data: ClassVar[bool]
+    needs_data: ClassVar[bool] = False
 
-    def tune(self, task: Task) -> Tuned: ...
+    def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> Tuner:
+        """The method with the statistics and parts of a model that it uses."""
+        return self
+
+    def tune(self, task: TuningTask) -> Tuned:
+        """Tune a model."""
+        ...

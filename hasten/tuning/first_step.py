@@ -1,4 +1,4 @@
-"""Training of the network that takes the first step from pure noise."""
+"""Train the network that takes the first step from pure noise."""
 
 from __future__ import annotations
 
@@ -13,34 +13,40 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.first_step import FirstStepNet
-from ..utils.noise import global_seed, make_generator
-from ._task import Task, Tuned
+from ..utils.random import global_seed, make_generator
+from ._task import Tuned, Tuner, TuningTask
 
 __all__ = ["FirstStep"]
 
 
 @dataclass(frozen=True)
-class FirstStep:
+class FirstStep(Tuner):
     """The part "first_step" of a model, x1(z, c), for the start `singdiffusion`, by the loss
 
         E || x - x1(e, c) ||^2,   e ~ N(0, I) independent of the image x of class c
 
-    which is the usual loss at alpha = 0. Its minimum is E[x | c]: e tells nothing of x. For classes that is a table of
-    means, found here in one pass over the images and exactly, the row of "no class" being the mean of all. With
-    `widths` the table is followed by the paper's network, a U-Net without time, trained on the loss by AdamW and
-    averaged.
+    which is the usual loss at alpha = 0. Its minimum is E[x | c], independent of e. For classes that is a table of
+    means, computed exactly in one pass over the images; the row of "no class" is the mean of all. With `widths` the
+    paper's network, a U-Net without time, is added and trained with AdamW; its weights are averaged.
+
+    `task.n` images are used, by default 10,000; the last tenth is held out. Without labels every class gets the mean of
+    all. Figures: the held-out loss per dimension of the table and of the network, and `distance`, the root mean square
+    of x1 minus the means of the held-out classes.
 
     Args:
         widths, blocks, patch: of the U-Net (`UNet`); () for the table alone.
         table: False leaves the table at zero, so that the U-Net learns everything, as in the paper.
-        minutes: training ends after this time or after `steps`, whichever comes first; lr falls along a half cosine.
-        label_drop: share of labels that are replaced by "no class" in training.
+        minutes: training ends after this time or after `steps`, whichever comes first.
+        steps: of training.
+        batch_size: images per step.
+        lr: learning rate, with cosine decay.
+        label_drop: fraction of labels replaced by "no class" in training, in [0, 1].
 
-    Images: `task.n` of the data, by default 10,000; the last tenth is held out. Without labels every class gets the
-    mean of all. Figures: the loss on what is held out, per dimension, of the table and of the network, and `distance`,
-    the root mean square of x1 minus the means of the held-out classes.
+    Raises:
+        BadInput: for options out of range.
 
-    Reference: Zhang, Yin, Li, Xie 2024, 2403.08381.
+    References:
+        Zhang, Yin, Li, Xie 2024, arXiv:2403.08381.
     """
 
     widths: tuple[int, ...] = ()
@@ -58,22 +64,25 @@ class FirstStep:
         if not self.minutes > 0 or self.steps < 1 or self.batch_size < 1 or not self.lr > 0:
             raise BadInput("first_step needs minutes, steps, batch_size and lr above 0")
         if not 0 <= self.label_drop <= 1:
-            raise BadInput(f"first_step: label_drop is a share in [0, 1], found {self.label_drop}")
+            raise BadInput(f"first_step: label_drop must be in [0, 1], found {self.label_drop}")
         if not self.table and not self.widths:
             raise BadInput("first_step without a table needs widths, such as widths=(32,64)")
         check_numbers(self)
 
-    def tune(self, task: Task) -> Tuned:
-        """Raises BadInput without images, or for images that the U-Net does not take."""
+    def tune(self, task: TuningTask) -> Tuned:
+        """Train the part "first_step".
+
+        Raises:
+            BadInput: without images, or for images that the U-Net does not take.
+        """
         if task.images is None:
             raise BadInput("first_step learns from images: give --data, a folder of them")
         x, label = task.images(task.n or 10_000)
         if len(x) < 10:
             raise BadInput(f"first_step needs at least 10 images, found {len(x)}")
-        null = getattr(task.denoiser, "null_label", None)
-        classes = int(null or 0)
-        known = classes and label is not None
-        label = label.cpu() if known and label is not None else torch.full((len(x),), classes, dtype=torch.long)
+        classes = task.classes
+        labelled = classes and label is not None
+        label = label.cpu() if labelled and label is not None else torch.full((len(x),), classes, dtype=torch.long)
         x, held = x.float().cpu(), max(len(x) // 10, 1)
         try:
             with global_seed(task.seed):
@@ -83,23 +92,23 @@ class FirstStep:
         means = class_means(x[:-held], label[:-held], classes)
         if self.table:
             net.mean.data.copy_(means)
-        plain = FirstStepNet(task.shape, classes)
-        plain.mean.data.copy_(means)
-        figures: dict[str, Any] = {"images": len(x) - held, "loss_table": loss_on(plain, x[-held:], label[-held:])}
+        table = FirstStepNet(task.shape, classes)
+        table.mean.data.copy_(means)
+        figures: dict[str, Any] = {"images": len(x) - held, "loss_table": loss_on(table, x[-held:], label[-held:])}
         if self.widths:
             net, figures["steps"] = self._train(net, x[:-held], label[:-held], task)
             figures["loss"] = loss_on(net, x[-held:], label[-held:])
-            figures["distance"] = distance(net, class_means(x[-held:], label[-held:], classes))
-        figures["distance_table"] = distance(plain, class_means(x[-held:], label[-held:], classes))
+            figures["distance"] = distance_to_means(net, class_means(x[-held:], label[-held:], classes))
+        figures["distance_table"] = distance_to_means(table, class_means(x[-held:], label[-held:], classes))
         return Tuned(parts={"first_step": net.eval().requires_grad_(False)}, figures=figures)
 
-    def _train(self, net: FirstStepNet, x: Tensor, label: Tensor, task: Task) -> tuple[FirstStepNet, int]:
-        """The averaged network, and the steps that were taken."""
+    def _train(self, net: FirstStepNet, x: Tensor, label: Tensor, task: TuningTask) -> tuple[FirstStepNet, int]:
+        """Train; returns the averaged network and the number of steps."""
         device = task.device
         net, x, label = net.to(device).train(), x.to(device), label.to(device)
         averaged = copy.deepcopy(net)
         optimiser = torch.optim.AdamW(net.parameters(), self.lr, betas=(0.9, 0.99))
-        generator, begun, step, done = make_generator(task.seed), time.monotonic(), 0, 0.0
+        generator, start, step, done = make_generator(task.seed), time.monotonic(), 0, 0.0
         while done < 1:
             rows = torch.randint(len(x), (self.batch_size,), generator=generator).to(device)
             noise = torch.randn(self.batch_size, *task.shape, generator=generator).to(device)
@@ -110,18 +119,18 @@ class FirstStep:
             loss.backward()
             optimiser.step()
             step += 1
-            keep = min(1 - 1 / step, 0.99)
+            decay = min(1 - 1 / step, 0.99)
             with torch.no_grad():
                 for old, new in zip(averaged.parameters(), net.parameters()):
-                    old.lerp_(new, 1 - keep)
-            done = min(max(step / self.steps, (time.monotonic() - begun) / (60 * self.minutes)), 1.0)
+                    old.lerp_(new, 1 - decay)
+            done = min(max(step / self.steps, (time.monotonic() - start) / (60 * self.minutes)), 1.0)
             if step % 20 == 0 or done >= 1:
                 task.tick("first step", min(round(done * self.steps), self.steps), self.steps, float(loss.detach()))
         return averaged.cpu(), step
 
 
 def class_means(x: Tensor, label: Tensor, classes: int) -> Tensor:
-    """The mean of each class and, last, of all images: (classes + 1, *S), in the dtype of x.
+    """The mean of each class and, last, of all images: (classes + 1, *S), in the dtype of x (n, *S).
 
     A class without images gets the mean of all.
     """
@@ -132,19 +141,19 @@ def class_means(x: Tensor, label: Tensor, classes: int) -> Tensor:
 
 @torch.no_grad()
 def loss_on(net: FirstStepNet, x: Tensor, label: Tensor, seed: int = 0) -> float:
-    """The mean over images and dimensions of (x - x1(e, c))^2, with one fixed noise an image."""
+    """The mean over images and dimensions of (x - x1(e, c))^2, with one noise per image, drawn with `seed`."""
     generator, total = make_generator(seed), 0.0
     net = net.eval()
     for first in range(0, len(x), 256):
-        part = x[first : first + 256]
-        noise = torch.randn(part.shape, generator=generator)
-        total += float((net(noise, label[first : first + 256]) - part).square().sum())
+        batch = x[first : first + 256]
+        noise = torch.randn(batch.shape, generator=generator)
+        total += float((net(noise, label[first : first + 256]) - batch).square().sum())
     return total / x.numel()
 
 
 @torch.no_grad()
-def distance(net: nn.Module, means: Tensor, draws: int = 16, seed: int = 0) -> float:
-    """Root mean square of x1(e, c) minus the mean of class c, over `draws` noises and all classes and "no class"."""
+def distance_to_means(net: nn.Module, means: Tensor, draws: int = 16, seed: int = 0) -> float:
+    """Root mean square of x1(e, c) minus the mean of class c, over `draws` noises, all classes and "no class"."""
     generator = make_generator(seed)
     label = torch.arange(len(means)).repeat_interleave(draws)
     noise = torch.randn(len(label), *means.shape[1:], generator=generator)

@@ -1,4 +1,4 @@
-"""Training of the network that tells how much noise a state holds."""
+"""Train the network that estimates the noise level of a state."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_numbers
 from ..nets.noise_level import NoiseLevelNet
-from ..utils.noise import global_seed, make_generator
-from ._task import Task, Tuned
+from ..utils.random import global_seed, make_generator
+from ._task import Tuned, Tuner, TuningTask
 
 __all__ = ["NoiseLevel"]
 
@@ -23,22 +23,31 @@ LOWEST, HIGHEST = -4.6, 4.6  # of lam = log(abar / (1 - abar)) / 2: abar from 1e
 
 
 @dataclass(frozen=True)
-class NoiseLevel:
+class NoiseLevel(Tuner):
     """The part "noise_level" of a model, abar^ = P(z), for the sampler `noise_level`, by the loss
 
         E (log(1 - abar) - log(1 - P(z)))^2,    z = sqrt(abar) x + sqrt(1 - abar) e,    x an image of the data
 
-    with a level drawn for each image, uniform in lam = log(abar / (1 - abar)) / 2 from -4.6 to 4.6. Neither the model
-    nor its schedule takes part: on any schedule the sampler shows the network the state scaled to
-    alpha^2 + sigma^2 = 1. AdamW, a rate that falls along half a cosine, averaged weights.
+    with a level for each image, uniform in lam = log(abar / (1 - abar)) / 2 from -4.6 to 4.6. It does not depend on the
+    model or its schedule: the sampler passes states scaled to alpha^2 + sigma^2 = 1. Trained with AdamW and cosine
+    decay; the weights are averaged.
 
-    minutes: training ends after this time or after `steps`, whichever comes first. images: how many of the data, where
-        the task does not say; the last tenth is held out. width: of `NoiseLevelNet`.
-
-    Figures: on the held-out images `loss`; `error_log_sigma2`, the root mean square error of log(1 - abar) where
+    Figures, on held-out images: `loss`; `error_log_sigma2`, the root mean square error of log(1 - abar) where
     abar >= .5; `error_abar`, the root mean square error of abar.
 
-    Reference: San Roman, Nachmani, Wolf 2021, 2104.02600 (of whose network the architecture is not kept).
+    Args:
+        minutes: training ends after this time or after `steps`, whichever comes first.
+        steps: of training.
+        images: how many of the data if the task has no `n`; the last tenth is held out.
+        batch_size: images per step.
+        lr: learning rate.
+        width: of `NoiseLevelNet`.
+
+    Raises:
+        BadInput: for options out of range.
+
+    References:
+        San Roman, Nachmani, Wolf 2021, arXiv:2104.02600 (with another network).
     """
 
     needs_data: ClassVar[bool] = True
@@ -54,8 +63,12 @@ class NoiseLevel:
             raise BadInput(f"noise_level needs minutes, steps, batch_size, lr and width above 0, found {self}")
         check_numbers(self)
 
-    def tune(self, task: Task) -> Tuned:
-        """Raises BadInput without images, or for samples that are no images (C, H, W)."""
+    def tune(self, task: TuningTask) -> Tuned:
+        """Train the part "noise_level".
+
+        Raises:
+            BadInput: without images, or for samples that are not images (C, H, W).
+        """
         if task.images is None:
             raise BadInput("noise_level learns from images: give --data, a folder of them")
         if len(task.shape) != 3:
@@ -75,18 +88,17 @@ class NoiseLevel:
         figures |= {key: float(f"{value:.4g}") for key, value in errors(net, held, task.seed).items()}
         return Tuned(parts={"noise_level": net.cpu().eval().requires_grad_(False)}, figures=figures)
 
-    def _train(self, net: NoiseLevelNet, x: Tensor, task: Task) -> tuple[NoiseLevelNet, int]:
-        """The averaged network, and the steps that were taken."""
+    def _train(self, net: NoiseLevelNet, x: Tensor, task: TuningTask) -> tuple[NoiseLevelNet, int]:
+        """Train; returns the averaged network and the number of steps."""
         averaged = copy.deepcopy(net)
         optimiser = torch.optim.AdamW(net.parameters(), self.lr, betas=(0.9, 0.99))
-        generator, begun, step, done = make_generator(task.seed), time.monotonic(), 0, 0.0
+        generator, start, step, done = make_generator(task.seed), time.monotonic(), 0, 0.0
         while done < 1:
             rows = torch.randint(len(x), (self.batch_size,), generator=generator)
             z, lam = noisy(x[rows.to(x.device)], generator)
             loss = (log_sigma2(net, z) - F.logsigmoid(-2 * lam)).square().mean()
-            optimiser.param_groups[0]["lr"] = (
-                self.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
-            )
+            warmup = min(1.0, (step + 1) / 100)
+            optimiser.param_groups[0]["lr"] = self.lr * warmup * 0.5 * (1 + math.cos(math.pi * done))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -95,14 +107,14 @@ class NoiseLevel:
             with torch.no_grad():
                 for old, new in zip(averaged.parameters(), net.parameters()):
                     old.lerp_(new, 1 - min(1 - 1 / step, 0.995))
-            done = min(max(step / self.steps, (time.monotonic() - begun) / (60 * self.minutes)), 1.0)
+            done = min(max(step / self.steps, (time.monotonic() - start) / (60 * self.minutes)), 1.0)
             if step % 20 == 0 or done >= 1:
                 task.tick("noise level", min(round(done * self.steps), self.steps), self.steps, float(loss.detach()))
         return averaged, step
 
 
 def noisy(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """z (B, C, H, W) of images x at levels lam (B,) of their own, uniform; drawn on the CPU."""
+    """Noisy images z (B, C, H, W) of x at random levels, and these levels lam (B,), uniform; drawn on the CPU."""
     lam = LOWEST + (HIGHEST - LOWEST) * torch.rand(len(x), generator=generator)
     e = torch.randn(x.shape, generator=generator).to(x.device)
     lam = lam.to(x.device)
@@ -117,17 +129,17 @@ def log_sigma2(net: NoiseLevelNet, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def errors(net: NoiseLevelNet, x: Tensor, seed: int) -> dict[str, float]:
-    """The figures of `NoiseLevel` on images x, four levels an image."""
+    """The figures of `NoiseLevel` on images x, with four levels per image."""
     generator = make_generator(seed + 1)
-    found, truth = [], []
-    for part in x.repeat(4, 1, 1, 1).split(256):
-        z, lam = noisy(part, generator)
-        found.append(log_sigma2(net, z))
-        truth.append(F.logsigmoid(-2 * lam))
-    seen, true = torch.cat(found).double(), torch.cat(truth).double()
-    off, clear = (seen - true).square(), true <= math.log(0.5)
+    predictions, targets = [], []
+    for batch in x.repeat(4, 1, 1, 1).split(256):
+        z, lam = noisy(batch, generator)
+        predictions.append(log_sigma2(net, z))
+        targets.append(F.logsigmoid(-2 * lam))
+    predicted, true = torch.cat(predictions).double(), torch.cat(targets).double()
+    squares, low_noise = (predicted - true).square(), true <= math.log(0.5)
     return {
-        "loss": float(off.mean()),
-        "error_log_sigma2": float(off[clear].mean().sqrt()),
-        "error_abar": float((torch.exp(seen) - torch.exp(true)).square().mean().sqrt()),
+        "loss": float(squares.mean()),
+        "error_log_sigma2": float(squares[low_noise].mean().sqrt()),
+        "error_abar": float((torch.exp(predicted) - torch.exp(true)).square().mean().sqrt()),
     }

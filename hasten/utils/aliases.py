@@ -1,7 +1,7 @@
-"""Names that diffusers, k-diffusion and the interfaces built on them give to samplers and time grids.
+"""Names of samplers and time grids in diffusers, k-diffusion and the interfaces built on them.
 
-Where one is the same method it is read as that, with the identity beside it; where hasten has only a relative, the
-error says which.
+Where one is the same method it is an alias, with the identity in a comment; where hasten has only a similar method, the
+error names that.
 """
 
 from __future__ import annotations
@@ -75,10 +75,12 @@ RELATIVES = {
 }
 
 
-def plain(name: str) -> str:
-    """A name in lower case, its words joined by underscores: `"DPM++ 2M"` is `"dpmpp_2m"`. A class of diffusers is its
-    words without the last, `"EulerDiscreteScheduler"` is `"euler_discrete"`, and a function of k-diffusion is without
-    its `sample_` or `k_`."""
+def normalize_name(name: str) -> str:
+    """A name in lower case, its words joined by underscores.
+
+    `"DPM++ 2M"` is `"dpmpp_2m"`. A class of diffusers is its words without the last, `"EulerDiscreteScheduler"` is
+    `"euler_discrete"`, and a function of k-diffusion is without its `sample_` or `k_`.
+    """
     name = name.strip().replace("++", "pp")
     if name.endswith("Scheduler"):
         name = re.sub(
@@ -88,22 +90,39 @@ def plain(name: str) -> str:
 
 
 def own_name(name: str, names: Collection[str]) -> str | None:
-    """The one of hasten's `names` that is meant by this in other case or with other joints, as `"DDIM"`."""
-    bare = plain(name).removesuffix("_discrete").replace("_", "")
+    """The one of hasten's names that this is in another case or with other separators, as `"DDIM"`.
+
+    Args:
+        name: to look up.
+        names: hasten's.
+    """
+    bare = normalize_name(name).removesuffix("_discrete").replace("_", "")
     return next((one for one in names if one.replace("_", "") == bare), None)
 
 
 def alias_of(folder: str, name: str) -> str | None:
-    """The method that this name means, as `pick` reads it; None where the name is no alias."""
+    """The method with this name elsewhere, as `pick` reads it; None where the name is no alias.
+
+    Args:
+        folder: of the methods.
+        name: to look up.
+    """
     known = ALIASES.get(folder, {})
-    return known.get(plain(name)) or known.get(plain(name).removesuffix("_discrete"))
+    return known.get(normalize_name(name)) or known.get(normalize_name(name).removesuffix("_discrete"))
 
 
 def hint_for(folder: str, name: str) -> str | None:
-    """A relative of a method that there is not, for the error; None where none is known."""
-    asked = plain(name)
+    """A similar method for a name that hasten does not have, for the error message; None where there is none.
+
+    Args:
+        folder: of the methods.
+        name: to look up.
+    """
+    normalized = normalize_name(name)
     for end, grid in (("_karras", "karras"), ("_exponential", "lambda"), ("_simple", "trailing")):
-        meant = alias_of(folder, asked.removesuffix(end)) or asked.removesuffix(end)
-        if folder == "samplers" and asked.endswith(end):
-            return f"sampler {meant} with times {grid}"
-    return RELATIVES.get(folder, {}).get(asked) or RELATIVES.get(folder, {}).get(asked.removesuffix("_discrete"))
+        method = alias_of(folder, normalized.removesuffix(end)) or normalized.removesuffix(end)
+        if folder == "samplers" and normalized.endswith(end):
+            return f"sampler {method} with times {grid}"
+    return RELATIVES.get(folder, {}).get(normalized) or RELATIVES.get(folder, {}).get(
+        normalized.removesuffix("_discrete")
+    )

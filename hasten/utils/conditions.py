@@ -1,4 +1,4 @@
-"""The conditions of a network, kept apart from the options of the function that passes them on."""
+"""The conditions of a network, separated from the options of the function that passes them on."""
 
 from __future__ import annotations
 
@@ -30,48 +30,52 @@ def conditions_of(
     keywords: dict[str, Any],
     denoiser: Any = None,
 ) -> dict[str, Any]:
-    """What a denoiser is given as keywords: `cond`, and the keywords that are not options.
+    """The keyword arguments of a denoiser: `cond`, and the keywords that are not options.
 
-    A keyword passes as a condition where it is "label" or "guidance", or the network names it in its `forward`. Other
-    keywords are refused where they resemble an option or are plain numbers (`step=8`); others still pass, with
-    a DeprecationWarning: conditions of any name go in `cond`.
+    A keyword is a condition where it is "label" or "guidance", or the network names it in its `forward`. Other keywords
+    are refused where they resemble an option or are numbers (`step=8`); the rest are accepted with a
+    DeprecationWarning: conditions of any name go in `cond`.
 
     Args:
-        what: the function that was called, for the message. options: the names of its own arguments.
-        cond: name -> value. keywords: the rest of the call.
+        what: name of the function, for the message.
+        options: the names of its own arguments.
+        cond: name -> value.
+        keywords: the other keyword arguments of the call.
+        denoiser: that gets them.
 
     Raises:
         BadInput: for a keyword that is no condition, or one that `cond` names as well.
     """
-    found = {} if cond is None else dict(cond) if isinstance(cond, Mapping) else None
-    if found is None:
+    conditions = {} if cond is None else dict(cond) if isinstance(cond, Mapping) else None
+    if conditions is None:
         raise BadInput(f"{what}: cond must be a dict of the network's conditions, found {type(cond).__name__}")
     for name, value in keywords.items():
-        if name in found:
+        if name in conditions:
             raise BadInput(f"{what}: the condition {name!r} is given twice, in cond and as a keyword")
-        if name not in COMMON and name not in named(denoiser):
+        if name not in COMMON and name not in named_conditions(denoiser):
             _refuse_options(what, options, name, value)
             warnings.warn(
                 f"{what}({name}=...): pass the network's own conditions as cond={{{name!r}: ...}}",
                 DeprecationWarning,
                 stacklevel=3,
             )
-        found[name] = value
-    takes = denoiser.condition_names() if hasattr(type(denoiser), "condition_names") else None
-    for name in found:
+        conditions[name] = value
+    accepted = denoiser.condition_names() if hasattr(type(denoiser), "condition_names") else None
+    for name in conditions:
         if not isinstance(name, str):
             raise BadInput(f"{what}: the names of conditions must be texts, found {name!r}")
-        if takes is not None and name not in takes and name not in RESERVED:
-            raise BadInput(f"{what}: the network takes no condition {name!r}: {nearest(name, sorted(takes))}")
+        if accepted is not None and name not in accepted and name not in RESERVED:
+            raise BadInput(f"{what}: the network takes no condition {name!r}: {nearest(name, sorted(accepted))}")
     for name in RESERVED:
-        if name in found:
+        if name in conditions:
             raise BadInput(
                 f"{what}: a condition cannot be called {name!r}, which is an argument of the denoiser itself"
             )
-    return found
+    return conditions
 
 
 def _refuse_options(what: str, options: Collection[str], name: str, value: Any) -> None:
+    """Raise BadInput for a keyword that looks like a misspelled option."""
     known = [option for option in (*options, *ELSEWHERE) if option != "self"]
     instead = f"(a condition of the network goes in cond={{{name!r}: ...}})"
     if name in known or difflib.get_close_matches(name, known, n=1, cutoff=0.75):
@@ -80,7 +84,7 @@ def _refuse_options(what: str, options: Collection[str], name: str, value: Any) 
         raise BadInput(f"{what} has no option {name}={value!r}: {nearest(name, options)} {instead}")
 
 
-def named(denoiser: Any) -> frozenset[str]:
+def named_conditions(denoiser: Any) -> frozenset[str]:
     """The conditions that the network inside a denoiser names in its `forward`, or a function in its signature."""
     while isinstance(denoiser, nn.Module) and isinstance(inner := getattr(denoiser, "denoiser", None), nn.Module):
         denoiser = inner

@@ -1,4 +1,4 @@
-"""What surrounds the process: its launcher, its standard streams, its cache folder, and the end of its memory."""
+"""The environment of the process: its launcher, standard streams, cache folder, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -11,27 +11,40 @@ from typing import Any
 
 from ..errors import BadInput
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and torch.distributed needs
-# What torch, its libraries and Python say where memory ends, in lower case.
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun, needed by torch.distributed
+# Messages of torch, its libraries and Python where memory runs out, in lower case.
 MEMORY = (
-    "out of memory", "defaultcpuallocator", "can't allocate memory", "cannot allocate memory", "bad_alloc",
-    "alloc_failed", "unable to allocate",
-)  # fmt: skip
+    "out of memory",
+    "defaultcpuallocator",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+    "unable to allocate",
+)
 
 
 def launched() -> int:
-    """How many processes the launcher (torchrun) started; 1 without one.
+    """The number of processes that the launcher (torchrun) started; 1 without one.
 
     A cluster may leave RANK and WORLD_SIZE in the environment of a shell that no launcher started: without MASTER_ADDR
-    and MASTER_PORT there is nobody to join, and the process works alone.
+    and MASTER_PORT there is no process group to join, and the process runs alone.
     """
     if not all(os.environ.get(name) for name in LAUNCHER):
         return 1
-    return number("WORLD_SIZE", 1)
+    return env_int("WORLD_SIZE", 1)
 
 
-def number(name: str, default: int) -> int:
-    """A whole number from the environment."""
+def env_int(name: str, default: int) -> int:
+    """An integer from the environment.
+
+    Args:
+        name: of the variable.
+        default: where it is not set.
+
+    Raises:
+        BadInput: for other text.
+    """
     text = os.environ.get(name) or str(default)
     try:
         return int(text)
@@ -40,7 +53,7 @@ def number(name: str, default: int) -> int:
 
 
 def without_launcher() -> str | None:
-    """A line for where the environment speaks of several processes and names no launcher; else None."""
+    """A warning where the environment names several processes but no launcher; else None."""
     missing = [name for name in LAUNCHER if not os.environ.get(name)]
     world = os.environ.get("WORLD_SIZE", "1")
     if not missing or "WORLD_SIZE" in missing or world in ("1", "0"):
@@ -51,7 +64,7 @@ def without_launcher() -> str | None:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a standard stream is there and is a terminal."""
+    """Whether a standard stream is open and a terminal."""
     try:
         return stream is not None and stream.isatty()
     except (ValueError, OSError):  # closed
@@ -59,37 +72,38 @@ def is_terminal(stream: Any) -> bool:
 
 
 def open_standard_streams() -> None:
-    """Give a process whose standard streams are closed (cron, services) empty ones.
+    """Open the closed standard streams of a process (cron, services) on the null device.
 
-    Without this the next file that is opened takes the number of a closed stream, and receives what libraries print.
-    Characters that the encoding of stdout lacks are written as escapes in place of an error.
+    Otherwise the next file to be opened gets the descriptor of a closed stream, and receives what libraries print.
+    Characters that the encoding of stdout lacks are then written as escapes rather than raising an error.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
             with contextlib.suppress(OSError):
-                found = os.open(os.devnull, os.O_RDWR)
-                if found != descriptor:
-                    os.dup2(found, descriptor)
-                    os.close(found)
+                opened = os.open(os.devnull, os.O_RDWR)
+                if opened != descriptor:
+                    os.dup2(opened, descriptor)
+                    os.close(opened)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     with contextlib.suppress(AttributeError, ValueError, OSError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        stdout: Any = sys.stdout
+        stdout.reconfigure(errors="backslashreplace")
 
 
 def cache_folder() -> Path:
-    """Hasten's folder in the user's cache: $HASTEN_CACHE, or `hasten` in $XDG_CACHE_HOME or in ~/.cache.
+    """The cache folder: $HASTEN_CACHE, or `hasten` in $XDG_CACHE_HOME or in ~/.cache.
 
-    Without a home it is a folder of the user's own in the system's temporary folder.
+    Without a home directory it is a folder of the user's own in the system's temporary folder.
     """
     own = os.environ.get("HASTEN_CACHE", "").strip()
     if own:
         return Path(os.path.expanduser(own))
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # as the standard wants it
+    if not os.path.isabs(base):  # as the XDG standard requires
         home = os.path.expanduser("~")
         base = os.path.join(home, ".cache") if os.path.isabs(home) and home != os.sep else ""
     if base:
@@ -103,7 +117,7 @@ def cache_folder() -> Path:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on the CPU or on a GPU."""
+    """Whether an error means that memory has run out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()

@@ -1,4 +1,4 @@
-"""NaN and infinity: refused, with the place where they began."""
+"""Checks for NaN and infinity, with the location of the first one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import NonFinite
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether no entry is NaN or infinity. One pass over the numbers and no copy of their size."""
+    """Whether no entry is NaN or infinity, in one pass and without a copy."""
     if not (x.is_floating_point() or x.is_complex()) or not x.numel():
         return True
     x = x.detach()
@@ -25,7 +25,12 @@ def is_finite(x: Tensor) -> bool:
 
 
 def check_finite(what: str, value: Any) -> None:
-    """Refuse a number, a tensor, or a mapping or list of them that holds NaN or infinity; `what` begins the message."""
+    """Raise NonFinite for a number, a tensor, or a mapping or list of them with NaN or infinity.
+
+    Args:
+        what: begins the message.
+        value: to check.
+    """
     if isinstance(value, Mapping):
         for key, each in value.items():
             check_finite(f"{what}: {key}", each)
@@ -40,7 +45,12 @@ def check_finite(what: str, value: Any) -> None:
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]], infinity: bool = True) -> str | None:
-    """The name of the first tensor that holds NaN or, unless `infinity` is False, infinity; None if there is none."""
+    """The name of the first tensor with NaN or infinity; None if there is none.
+
+    Args:
+        tensors: (name, tensor).
+        infinity: False: only NaN counts.
+    """
     for name, value in tensors:
         if isinstance(value, Tensor) and not is_finite(value) and (infinity or bool(torch.isnan(value).any())):
             return name
@@ -48,12 +58,17 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]], infinity: bool = Tru
 
 
 def not_finite(net: nn.Module) -> str | None:
-    """The name of the first parameter that is not finite, or buffer that holds NaN (a mask may hold -inf)."""
+    """The name of the first parameter that is not finite, or buffer with NaN (a mask may have -inf); else None."""
     return first_non_finite(net.named_parameters()) or first_non_finite(net.named_buffers(), infinity=False)
 
 
 def check_weights(net: nn.Module, where: str) -> None:
-    """Refuse a network with a weight that is not finite, by its name; `where` begins the message."""
+    """Raise NonFinite for a network with a weight that is not finite, naming it.
+
+    Args:
+        net: to check.
+        where: begins the message.
+    """
     if name := not_finite(net):
         raise NonFinite(f"{where}: the tensor {name} holds NaN or infinity: the file is damaged or training diverged")
 
@@ -61,7 +76,14 @@ def check_weights(net: nn.Module, where: str) -> None:
 def check_images(
     x: Tensor, seeds: Iterable[int] | None = None, where: Callable[[], str] | None = None, what: str = "images"
 ) -> None:
-    """Refuse images (n, ...) that hold NaN or infinity: which, by number or by seed, and where they began."""
+    """Raise NonFinite for images with NaN or infinity, naming them by number or by seed.
+
+    Args:
+        x: (n, ...).
+        seeds: of the images.
+        where: computes where it began, for the message.
+        what: the images are.
+    """
     if is_finite(x):
         return
     bad = (~torch.isfinite(x.detach().float()).flatten(1).all(dim=1)).nonzero().flatten().tolist()

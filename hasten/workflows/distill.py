@@ -7,10 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
@@ -19,8 +19,8 @@ from ..distillers._dry_run import DryRun, StagePlan, allocate, time_limits
 from ..distillers._notices import run_notices
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, HastenError, check_int
-from ..files import refuse_inside, reserve, write, writes
-from ..images import grid, png
+from ..files import check_writable, holds_lock, refuse_inside, write_file
+from ..images import encode_png, make_image_grid
 from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
@@ -28,82 +28,124 @@ from ..performance.autotune import format_runtime, parse_runtime
 from ..performance.cost import process_peak
 from ..pick import format_spec, pick
 from ..plan.table import plan as compile_plan
-from ..storage.checks import check_runs
+from ..progress import ignore_messages
+from ..storage.checks import check_trainable
 from ..storage.model_folder import check_savable
-from ..storage.provenance import fingerprint, now
-from ..storage.runs import earlier
-from ..train import open_data
-from ..train.data import Batches, Data, to_float
+from ..storage.provenance import model_hash, utc_now
+from ..storage.runs import unfinished_run
+from ..train.data import Batches, Data
 from ..train.fingerprint import describe_data
-from ..train.names import match_labels
-from ..utils.noise import kept_random_state
+from ..utils.config import Config
+from ..utils.random import preserve_rng_state
+from ._distill_data import labels_only, training_data
 
 RUN = "run.json"
-BLANK_IMAGES = 1024  # samples of the data set without real images
 PREVIEW_IMAGES = 64  # images in the preview of a stage
 PREVIEW_BATCH = 16  # of them per evaluation of the network
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@writes("out", unless="dry_run")
-@kept_random_state()
+
+@dataclass(frozen=True)
+class DistillConfig(Config):
+    """How to distil a model.
+
+    Args:
+        method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`.
+        steps, minutes, nfe_budget: the budget of the whole run, whichever is reached first; 30 minutes if none is
+            given: steps of training; time; model evaluations of one image, in floating-point operations.
+        guidance_scale: of the students; None: the model's recommended one. `guided` learns a range.
+        batch_size: images a step. seed: of everything that is random.
+        precision: `fp32`, `bf16` (autocast), or `auto`: what is faster on this device.
+        grad_accumulation: parts of a batch that are computed one after another, to need less memory.
+        fsdp: shard the student (and not the teacher) among the processes of torchrun, for methods whose student is
+            evaluated as a whole.
+    """
+
+    method: str = "guided"
+    steps: int | None = None
+    minutes: float | None = None
+    nfe_budget: float | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 128
+    seed: int = 0
+    precision: str = "auto"
+    grad_accumulation: int = 1
+    fsdp: bool = False
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "evaluations": "nfe_budget",
+        "runtime": "precision",
+        "accumulate": "grad_accumulation",
+        "shard": "fsdp",
+    }
+
+
+class DistillOptions(TypedDict, total=False):
+    """The fields of `DistillConfig` as keyword arguments."""
+
+    say: Callable[[str], None]  # the old name of `log`
+    method: str
+    steps: int | None
+    minutes: float | None
+    nfe_budget: float | None
+    guidance_scale: float | None
+    batch_size: int
+    seed: int
+    precision: str
+    grad_accumulation: int
+    fsdp: bool
+
+
+@holds_lock("out", unless="dry_run")
+@preserve_rng_state()
 def distill_model(
     model: Model,
     out: str | Path,
-    method: str = "guided",
+    config: DistillConfig | str | None = None,
     data: str | Path | Data | torch.Tensor | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    evaluations: float | None = None,
-    guidance_scale: float | None = None,
-    batch_size: int = 128,
-    seed: int = 0,
-    runtime: str = "auto",
+    *,
+    init: Model | None = None,
     dry_run: bool = False,
     show: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = ignore_messages,
     command: str = "",
-    accumulate: int = 1,
-    shard: bool = False,
-    init: Model | None = None,
+    **options: Unpack[DistillOptions],
 ) -> dict[str, Any]:
     """Train students of a model and save them: each stage's in `out/<stage>`, the last one also in `out` itself.
 
     First every stage runs for a moment, which measures its cost and divides the budget; the plan is saved in
     `out/run.json`, so that the same call, repeated after an interruption, ends with the same students. (But with
-    `minutes` a stage that turns out slower than in the trial by more than a tenth ends early, by the clock.)
+    `minutes` a stage that turns out slower than in the trial by more than a tenth ends early, by the clock.) Under
+    torchrun, the processes share every batch, and the generation of pairs; the main one writes, and all must see
+    `out`.
 
     Args:
-        model: the teacher.
-        out: folder of the run. Under torchrun, the processes share every batch, and the generation of pairs; the main
-            process writes, and all must see `out`.
-        method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`.
+        config: method, budget and optimiser, or the method alone as text; None: the defaults. options: fields of it.
         data: what `open_data` reads; optional for methods that train on the teacher's own samples (`needs_data` is
             false): all classes then get equal parts. For samples other than images: a tensor (n, *shape), or a `Data`
             with labels. Images for a latent model are encoded.
-        steps, minutes, evaluations: the budget of the whole run, of which the smallest counts (Default: 30 minutes):
-            training steps; time; model evaluations of one image, in floating-point operations.
-        batch_size: samples in a batch.
-        guidance_scale: of the students (None: the model's recommended one); `guided` learns a range by itself.
-        seed: of the run.
-        runtime: `fp32`, `bf16` (autocast), or `auto`: the faster one on this device.
-        dry_run: only report the cost.
-        show: progress bars on a terminal.
-        say: called with a line at every stage.
-        command: the command line, for the students' model cards.
-        accumulate: parts of a batch that are computed one after another, to save memory.
-        shard: shard the student over the processes (and not the teacher), for methods that evaluate it as a whole.
         init: initial weights of the first student, in place of the teacher's: another model of the same shape, classes
             and schedule, such as an earlier student (to improve it by adversarial training or distribution matching).
+        dry_run: only report what it would cost. show: progress bars on a terminal. log: called with a line at every
+            stage. command: for the models' cards.
 
     Returns:
-        A dict: folder, method, stages, evaluations, seconds, memory_bytes (maximum of the trial), students (their names
-            and
-        folders).
+        A dict: folder, method, stages, evaluations, seconds, memory_bytes (maximum of the trial),
+        students (their names and folders).
 
     Raises:
         BadInput: before anything runs, for arguments that do not fit.
         KeyboardInterrupt: at Ctrl-C; the run can be resumed.
     """
+    if isinstance(config, str):  # the method
+        config = DistillConfig(method=config)
+    log = options.pop("say", log)
+    config = DistillConfig.of(config, options)
+    method, steps, minutes, evaluations = config.method, config.steps, config.minutes, config.nfe_budget
+    batch_size, seed, runtime, accumulate = config.batch_size, config.seed, config.precision, config.grad_accumulation
+    guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
     distiller: Distiller = pick("distillers", method)
     check_models(model, init, distiller, method)
     ranks = Ranks.start(str(model.device))
@@ -127,13 +169,13 @@ def distill_model(
         if first is not None and first.net_takes_guidance:
             first = at_scale(first, scale)
     refuse_inside(out, data)
-    source = class_labels_only(model) if data is None else training_samples(model, data)
+    source = labels_only(model) if data is None else training_data(model, data)
     run = {
-        "schema": 1, "method": format_spec(distiller), "teacher": fingerprint(model), "guidance_scale": scale,
+        "schema": 1, "method": format_spec(distiller), "teacher": model_hash(model), "guidance_scale": scale,
         "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
-    } | ({} if init is None else {"init": fingerprint(init)})  # fmt: skip
-    precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
+    } | ({} if init is None else {"init": model_hash(init)})  # fmt: skip
+    precision = ranks.on_main_process(lambda: distill_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
         first.requires_grad_(False).eval().to(model.device)
@@ -148,10 +190,10 @@ def distill_model(
         print(f"hasten: {line}", file=sys.stderr)
 
     def planned() -> dict[str, Any]:
-        known = earlier(out / RUN, run, read_stages) if not dry_run else None
+        known = unfinished_run(out / RUN, run, read_stages) if not dry_run else None
         if known is not None and runtime != "auto" and known["precision"] != precision:
             raise BadInput(
-                f"{out} is a run with runtime {known['precision']}, got {precision}: use the same, write to another "
+                f"{out} is a run with precision {known['precision']}, got {precision}: use the same, write to another "
                 "folder, or remove it"
             )
         if known is None:
@@ -163,7 +205,7 @@ def distill_model(
             known = {**run, "precision": precision, "stages": [asdict(s) for s in trial.stages],
                      "minutes": limits, "memory_bytes": peak_bytes(model.device)}  # fmt: skip
             if not dry_run:
-                write(reserve(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
+                write_file(check_writable(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
         return known
 
     known = ranks.on_main_process(planned)
@@ -212,12 +254,10 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
                 f"{one.name} is quantised or exported, which cannot be trained: use the model it was made from"
             )
         if one.denoiser.step_counts is not None:
-            raise BadInput(
-                f"{one.name} is one network for several numbers of steps, which no method can distil further"
-            )
+            raise BadInput(f"{one.name} is one network for several step counts, which no method can distil further")
     check_savable(model if init is None else init, network=not distiller.adds_inputs)
     for one in (model,) if init is None else (model, init):
-        check_runs(one.name, one.denoiser, one.shape, one.cond(2))
+        check_trainable(one.name, one.denoiser, one.shape, one.cond(2))
     before = model.card.get("distilled", {})
     if before and not (before.get("any_time") or before.get("stage") == "guidance"):
         needed, k = distiller.teacher_steps, before["steps"]
@@ -256,44 +296,6 @@ def at_scale(denoiser: Any, scale: float) -> Any:
     return denoiser.replace(net=net, guidance_range=(scale, scale))
 
 
-def training_samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
-    """Real samples of the model's shape, with labels as the model's classes."""
-    if isinstance(data, torch.Tensor):
-        values = data
-        data = Data(len(values), tuple(values.shape[1:]), lambda rows: values[rows], source="the tensor")  # type: ignore
-    if isinstance(data, Data):
-        if tuple(data.shape) != tuple(model.shape):
-            raise BadInput(f"{model.name} makes samples of shape {tuple(model.shape)}, data has {tuple(data.shape)}")
-        return match_labels(data, model.classes, model.name)
-    if len(model.shape) != 3 or model.codec == "raw":
-        raise BadInput(
-            f"{model.name} makes samples of shape {tuple(model.shape)}, which no images are: give data as a tensor "
-            "(n, *shape) or a Data, in Python"
-        )
-    if model.decoder is None:
-        return training_images(model, data)
-    latents = model.decoder
-    images = training_images(replace(model, shape=latents.pixels(model.shape)), data)
-    return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))  # type: ignore
-
-
-def training_images(model: Model, data: str | Path) -> Data:
-    """The images of `data`, with labels as the model's classes, matched by name."""
-    channels, height, width = model.shape
-    source = open_data(data, size=(height, width), channels=channels)
-    return match_labels(source, model.classes, model.name)
-
-
-def class_labels_only(model: Model) -> Data:
-    """The data set of a method that trains on the model's own samples: all classes in equal parts, and blank images."""
-    known = [k for k in range(len(model.classes or ())) if k != model.denoiser.null_label]
-    size = len(known) * -(-BLANK_IMAGES // len(known)) if known else BLANK_IMAGES
-    labels = torch.tensor(known).repeat(size // len(known)) if known else None
-    blank = torch.zeros(1, *model.shape, dtype=torch.uint8)
-    shape: Any = model.shape
-    return Data(size, shape, lambda indices: blank.expand(len(indices), *model.shape), labels, model.classes)
-
-
 class Saver:
     """Saves students, and previews of their samples, where they do not exist already."""
 
@@ -317,7 +319,7 @@ class Saver:
             return
         try:
             images, columns = sample_grid(model)
-            write(reserve(picture), png(grid(images, columns)))
+            write_file(check_writable(picture), encode_png(make_image_grid(images, columns)))
         except (HastenError, RuntimeError) as e:  # a failed preview must not lose the student
             first = (str(e).splitlines() or [type(e).__name__])[0]
             print(f"hasten: no preview {picture}: {first}; {folder} is saved", file=sys.stderr)
@@ -337,7 +339,7 @@ class Saver:
             "distilled": {
                 "teacher": self.teacher.name, "teacher_sha256": self.teacher.sha256, "stage": name,
                 **{key: self.result[key] for key in ("method", "stages", "evaluations", "precision")},
-                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": now(),
+                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": utc_now(),
                 "command": self.command, **({"any_time": True} if student.any_time else {}),
             },
         }  # fmt: skip
@@ -378,14 +380,14 @@ def describe_stage(stage: StagePlan) -> str:
     return f"{stage.name}: {what} of {stage.evaluations:.3g} evaluations, about {last}"
 
 
-def resolve_precision(model: Model, runtime: str, batch_size: int) -> str:
+def distill_precision(model: Model, runtime: str, batch_size: int) -> str:
     """`fp32` or `bf16`, as requested or as a timing of the network decides."""
     if runtime != "auto":
         precision, *rest = format_runtime(parse_runtime(runtime)).split("+")
         if rest:
             raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
         return precision
-    return model.runtime_for("auto", min(batch_size, 64)).split("+")[0]
+    return model.precision_for("auto", min(batch_size, 64)).split("+")[0]
 
 
 def peak_bytes(device: torch.device) -> int:

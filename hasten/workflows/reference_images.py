@@ -1,4 +1,4 @@
-"""Statistics of a user's own real images: made once, with a real-data baseline, and kept in the cache."""
+"""Reference statistics of a user's own real images, with a real-data baseline, cached on disk."""
 
 from __future__ import annotations
 
@@ -18,101 +18,130 @@ from ..errors import BadInput, HastenError
 from ..metrics import Reference, extract, feature_net, floor_table, make_reference, net_name, save_reference
 from ..metrics import reference as load_reference
 from ..metrics.references import BUNDLED
+from ..train.data import open_data
 from ..utils.environment import cache_folder
 
 VERSION = 1
-LEAST = 20  # images: two halves of ten
+MINIMUM_IMAGES = 20  # two halves of ten
 BATCH = 256
 
 
-def is_images(place: str | Path) -> bool:
-    """Whether a reference is real images, not statistics of them."""
-    folder = Path(place)
-    return str(place) not in BUNDLED and folder.exists() and not (folder / "features.json").is_file()
+def is_images(path: str | Path) -> bool:
+    """Whether a reference is a set of real images, not statistics of them."""
+    folder = Path(path)
+    return str(path) not in BUNDLED and folder.exists() and not (folder / "features.json").is_file()
 
 
-def judge(
+def resolve_reference(
     reference: str | Path | Reference | None,
     features: str | nn.Module | None,
     shape: Sequence[int],
     device: torch.device,
     ranks: Ranks,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[Reference | None, nn.Module | None]:
-    """What samples of `shape` are judged by: statistics and the network behind them, on `device`; None without any.
+    """Resolve the reference that samples are evaluated against, and the feature network of it.
 
-    reference: statistics, their bundled name or folder; or a folder, zip or array of real images, seen through
-        `features`, with every process taking them from the cache where the first of the machine put them.
-    Raises BadInput where the two do not go together, or cannot judge such samples.
+    Args:
+        reference: statistics, their bundled name or folder; or a folder, zip or array of real images, whose features
+            are extracted by `features` once and cached.
+        features: the feature network or its name. Default: that of the statistics.
+        shape: (C, H, W) of the samples.
+        device: of the feature network.
+        ranks: the processes; the main process of each machine fills the cache.
+        report: receives a line about new statistics.
+
+    Returns:
+        The statistics, and the feature network on `device`; None and None without a reference.
+
+    Raises:
+        BadInput: if the two do not fit together, or such samples cannot be evaluated.
     """
     if reference is None:
         if features is not None:
-            raise BadInput("features are for a reference: give --reference, such as a folder of real images")
+            raise BadInput("features need a reference: give --reference, such as a folder of real images")
         return None, None
     if not (len(shape) == 3 and shape[0] in (1, 3)):
-        raise BadInput(f"samples of shape {tuple(shape)} are no grey or RGB images: a reference cannot judge them")
+        raise BadInput(f"samples of shape {tuple(shape)} are no grey or RGB images: they have no reference")
     if not isinstance(reference, Reference) and is_images(reference):
         if features is None:
-            raise BadInput(f"{reference} holds images: give --features, the network to look at them with")
-        net = looking(features, shape).to(device)
+            raise BadInput(f"{reference} holds images: give --features, the network that extracts their features")
+        net = check_feature_net(features, shape).to(device)
         with ranks.main_process_first():
-            return of_images(Path(reference), net, shape, say), net
-    known = reference if isinstance(reference, Reference) else load_reference(reference)
-    net = looking(features or known.features, shape).to(device)
-    if net_name(net) != known.features:
-        raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
-    return known, net
+            return cached_reference(Path(reference), net, shape, report), net
+    statistics = reference if isinstance(reference, Reference) else load_reference(reference)
+    net = check_feature_net(features or statistics.features, shape).to(device)
+    if net_name(net) != statistics.features:
+        raise BadInput(f"the reference holds {statistics.features} features, not those of {net_name(net)}")
+    return statistics, net
 
 
-def looking(features: str | nn.Module, shape: Sequence[int]) -> nn.Module:
-    """The feature network, where it can look at such images."""
+def check_feature_net(features: str | nn.Module, shape: Sequence[int]) -> nn.Module:
+    """The feature network. Raises BadInput if it does not support samples of `shape`."""
     net = feature_net(features)
     if net_name(net) == "fashion" and shape[0] != 1:
         raise BadInput(
-            "the features of fashion are for grey garments: for colour images use --features efficientnet_lite0 "
+            "the features of fashion are for grey garments: for RGB images use --features efficientnet_lite0 "
             "(or inception)"
         )
     return net
 
 
-def of_images(place: Path, net: nn.Module, shape: Sequence[int], say: Callable[[str], None]) -> Reference:
-    """The reference that a folder, zip or array of real images makes, from the cache where it is there.
+def cached_reference(path: Path, net: nn.Module, shape: Sequence[int], report: Callable[[str], None]) -> Reference:
+    """The reference statistics of a folder, zip or array of real images, cached on disk.
 
-    Its baseline (`floor`) is the distance of one random half of the images to the other, at several counts.
+    Its real-data baseline (`floor`) is the distance of one random half of the images to the other, for several counts.
+
+    Args:
+        path: of the images.
+        net: the feature network.
+        shape: (C, H, W) that the images are resized to.
+        report: receives a line if the statistics are new.
+
+    Raises:
+        BadInput: if there are too few images, or they cannot be read.
     """
-    from ..train.data import open_data
-
-    key = {"files": listed(place), "features": net_name(net), "shape": list(shape), "version": VERSION}
+    key = {"files": file_states(path), "features": net_name(net), "shape": list(shape), "version": VERSION}
     text = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    kept = cache_folder() / "references" / text
-    if (kept / "features.json").is_file():
+    cached = cache_folder() / "references" / text
+    if (cached / "features.json").is_file():
         try:
-            return replace(load_reference(kept), name=place.name)
-        except HastenError:  # cut off or of an old version: made again
-            shutil.rmtree(kept, ignore_errors=True)
+            return replace(load_reference(cached), name=path.name)
+        except HastenError:  # incomplete or of an old version: computed again
+            shutil.rmtree(cached, ignore_errors=True)
     channels, height, width = shape
-    data = open_data(place, size=(height, width), channels=channels)
-    if len(data) < LEAST:
-        raise BadInput(f"{place} holds {len(data)} images: a reference needs at least {LEAST}, better 2,000 or more")
-    numbers = [range(first, min(first + BATCH, len(data))) for first in range(0, len(data), BATCH)]
-    found = [extract(net, data.images(part)) for part in numbers]
-    features = torch.cat([seen for seen, _ in found])
-    logits = None if found[0][1] is None else torch.cat([given for _, given in found if given is not None])
-    made = make_reference(features, place.name, "all", net_name(net), None, logits)
-    made = replace(made, floor={**made.floor, **baseline(features)})
-    say(f"reference: {len(data)} images of {place}, seen by {net_name(net)}; kept in {kept}")
-    part = kept.parent / f".{text}.{os.getpid()}.tmp"
+    data = open_data(path, size=(height, width), channels=channels)
+    if len(data) < MINIMUM_IMAGES:
+        raise BadInput(
+            f"{path} holds {len(data)} images: a reference needs at least {MINIMUM_IMAGES}, better 2,000 or more"
+        )
+    batches = [range(first, min(first + BATCH, len(data))) for first in range(0, len(data), BATCH)]
+    extracted = [extract(net, data.images(batch)) for batch in batches]
+    features = torch.cat([batch for batch, _ in extracted])
+    logits = None if extracted[0][1] is None else torch.cat([batch for _, batch in extracted if batch is not None])
+    statistics = make_reference(features, path.name, "all", net_name(net), None, logits)
+    statistics = replace(statistics, floor={**statistics.floor, **real_baseline(features)})
+    report(f"reference: {len(data)} images of {path}, features of {net_name(net)}; cached in {cached}")
+    temporary = cached.parent / f".{text}.{os.getpid()}.tmp"
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        save_reference(made, part)
-        os.replace(part, kept)
-    except OSError:  # no cache, or another process was faster: next time it is made again
-        shutil.rmtree(part, ignore_errors=True)
-    return made
+        temporary.mkdir(parents=True, exist_ok=True)
+        save_reference(statistics, temporary)
+        os.replace(temporary, cached)
+    except OSError:  # no cache, or another process was faster
+        shutil.rmtree(temporary, ignore_errors=True)
+    return statistics
 
 
-def baseline(features: Tensor, seed: int = 0) -> dict[str, dict[int, float]]:
-    """{metric: {n: value}} that n real images get against others of the same set: one random half against the other."""
+def real_baseline(features: Tensor, seed: int = 0) -> dict[str, dict[int, float]]:
+    """The metrics of real images against others of the same set: one random half against the other.
+
+    Args:
+        features: of all the images, (n, d).
+        seed: of the halves.
+
+    Returns:
+        {metric: {count of images: value}}.
+    """
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     one, two = features[order[: len(order) // 2]], features[order[len(order) // 2 :]]
     counts = sorted({len(two) // k for k in (1, 2, 4, 8, 16) if len(two) // k >= 10})
@@ -121,10 +150,10 @@ def baseline(features: Tensor, seed: int = 0) -> dict[str, dict[int, float]]:
     return table
 
 
-def listed(place: Path) -> list[list[object]]:
-    """Name, size and time of change of every file, which stand for what is in them."""
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+def file_states(path: Path) -> list[list[object]]:
+    """Name, size and modification time of every file, as a proxy for the content."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return [
-        ["" if path == place else path.relative_to(place).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
-        for path in files
+        ["" if file == path else file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
     ]

@@ -1,275 +1,223 @@
-"""Many images on several processes: whole batches are dealt, so that the images are those of one process."""
+"""`sample_to_files`: images of a model in PNG files that say inside how they were made."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import __version__
-from ..distributed.heartbeat import peer_errors
-from ..distributed.ranks import Piece, ProcessLost, Ranks
-from ..errors import BadInput, check_int
-from ..images import given_images
-from ..metrics import Measure, Reference, evaluate_features, evaluate_images, extract, feature_net, net_name
-from ..metrics.fashion import CLASSES as FASHION
+from .. import images as pictures
+from ..distributed.ranks import Ranks
+from ..errors import BadInput, NonFinite, check_int
+from ..files import check_writable, is_writing_process, locked, refuse_inside, write_file
 from ..model.model import Label, Model
-from ..pick import format_spec, pick
+from ..pick import pick
+from ..plan.config import SamplingConfig
+from ..progress import ignore_messages
 from ..sampling import Progress
-from ..storage.batches import SavedBatches
-from ..storage.provenance import fingerprint
+from ..storage.provenance import versions
+from ..train.start_images import read_images
+from ..utils.config import Config
+from .distribute import idle_processes, sample_many, saved_batches, sharing
 
-JOINT = frozenset({"space", "branches"})  # claims of accelerators that share one sampling among the processes
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from ..plan.config import SamplingOptions
 
-def kept(
-    folder: str | Path, ranks: Ranks, model: Model, n: int, label: Label, seed: int, batch_size: int,
-    setting: dict[str, Any], images: Tensor | None = None,
-) -> SavedBatches | None:  # fmt: skip
-    """Where this run keeps its batches. None for one process, unless `folder` has some of a run of several."""
-    if ranks.world == 1 and not Path(folder).exists():
-        return None
-    shared = sharing(setting.get("accelerators", ()), ranks) is not None
-    return SavedBatches(
-        folder, sampling_metadata(model, n, label, seed, batch_size, setting, images, ranks.world if shared else 1)
-    )
-
-
-def sample_many(
-    model: Model,
-    n: int,
-    label: Label = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    *,
-    ranks: Ranks,
-    keep: SavedBatches | None = None,
-    everywhere: bool = False,
-    accelerated: Sequence[Any] = (),
-    progress: Progress | None = None,
-    images: Tensor | None = None,
-    **setting: Any,
-) -> Tensor | None:
-    """`model.sample(n, ...)` on all processes of a run: the same images, bit for bit where each has as many threads.
-
-    Batch b, the images b `batch_size` and on, is sampled whole by whoever is free, so the rounding of its sums is that
-    of one process; guides that look at a batch see the same one. Where an accelerator claims "space" or "branches", the
-    processes that share an image sample their batches together. (n below `batch_size` times the processes leaves some
-    without work.)
-
-    ranks: `Ranks.start(device)`; all call this with the same arguments. keep: where batches are kept as they are
-    finished, and looked for. everywhere: all processes get the images, not the first alone (the others get None).
-    accelerated: accelerators that are in the model already.
-    The other arguments are those of `Model.sample`; `runtime` must not be `auto`, which processes could take
-    differently: `ranks.on_main_process(lambda: model.runtime_for(...))`.
-
-    Raises ProcessLost where another process ends early, KeyboardInterrupt when stopped: both say what is kept.
-    """
-    check_int("batch_size", batch_size, 1)
-    images = None if images is None else given_images(images, model.shape if model.decoder is None else None)
-    if ranks.world == 1 and (keep is None or not keep.folder.exists()):
-        return model.sample(n, label, seed, batch_size=batch_size, progress=progress, images=images, **setting)
-    starts = range(0, n, batch_size)
-    team = sharing((*accelerated, *setting.get("accelerators", ())), ranks)
-    leads = team is None or team.leads
-    mine = [keep.get(first, min(batch_size, n - first)) if keep and leads else None for first in starts]
-    found = {number: made for number, made in enumerate(mine) if made is not None}
-
-    def drawn(number: int) -> Piece:
-        first, count = starts[number], min(batch_size, n - starts[number])
-        if number in found:
-            return (found[number],)
-        named = part_of(model, n, label, slice(first, first + count))
-        given = None if images is None else images[first : first + count]
-        made = model.sample(count, named, seed + first, batch_size=batch_size, images=given, **setting)
-        if keep is not None and leads:
-            keep.put(first, made)
-        return (made,)
-
-    with saying(keep, n):
-        if team is None:
-            pieces = ranks.distribute(len(starts), drawn, found, everywhere, progress)
-        else:
-            pieces = together(ranks, team, len(starts), drawn, found, everywhere, progress)
-    made = [piece[0] for piece in pieces if piece is not None]
-    return torch.cat(made) if everywhere or ranks.is_main_process else None
+__all__ = ["SampleRequest", "sample_to_files"]
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """Processes that sample a batch together: group `number` of `count`. leads: whether this one keeps what they draw,
-    and gives it to the others of the run."""
+class SampleRequest(Config):
+    """Which images to sample, and how to write them.
 
-    number: int
-    count: int
-    leads: bool
+    Args:
+        n: number of images, at least 1.
+        label: of the images, see `Model.labels`; of a model that takes prompts, a prompt or a list of them.
+        seed: of image 0; image k uses `seed + k`.
+        batch_size: images in the network at once.
+        images: a folder, zip, array or image file, or a tensor (n, C, H, W), that an initialisation begins from.
+        mask: for inpainting: an image, or as many as are sampled, whose white pixels are filled in.
+        separate_files: write one PNG file an image, named by its seed, rather than a grid.
+        columns: images in a row of the grid; None: one of each class where all classes take turns, else a square.
+    """
 
+    n: int = 16
+    label: Label = None
+    seed: int = 0
+    batch_size: int = 64
+    images: Any = None
+    mask: str | Path | None = None
+    separate_files: bool = False
+    columns: int | None = None
 
-def sharing(accelerators: Sequence[Any], ranks: Ranks) -> Sharing | None:
-    """With whom this process samples; None where each samples by itself."""
-    chosen = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
-    claims = {claim for one in chosen for claim in one.claims}
-    if ranks.world == 1 or not claims & JOINT:
-        return None
-    row = ranks.world // 2 if claims >= JOINT else ranks.world  # the two halves of the processes have a branch each
-    size = min([row, *(one.size for one in chosen if "space" in one.claims and getattr(one, "size", None))])
-    return Sharing(ranks.rank % row // size, row // size, ranks.rank < row and ranks.rank % size == 0)
-
-
-def together(
-    ranks: Ranks, team: Sharing, count: int, drawn: Callable[[int], Piece], found: Iterable[int], everywhere: bool,
-    progress: Progress | None,
-) -> list[Piece | None]:  # fmt: skip
-    """As `Ranks.distribute`, but a number is taken by a whole group, whose leaders alone have found some already."""
-    owners = ranks.owners(found)
-    mine = {number: drawn(number) for number, rank in owners.items() if rank == ranks.rank}
-    missing = [number for number in range(count) if number not in owners]
-    for turn, number in enumerate(missing[team.number :: team.count], 1):
-        with peer_errors(sure=False):
-            made = drawn(number)
-        if team.leads:
-            mine[number] = made
-        if progress is not None:
-            progress(min(len(owners) + turn * team.count, count), count)
-    ranks.barrier()
-    return ranks.collect(count, mine, everywhere)
+    def __post_init__(self) -> None:
+        check_int("n", self.n, 1)
+        check_int("batch_size", self.batch_size, 1)
 
 
-def part_of(model: Model, n: int, label: Label, part: slice) -> Label:
-    """The labels, or the prompts, of some of `n` images, as `Model.sample` takes them."""
-    if model.conditioning is not None:
-        texts = getattr(model.conditioning, "texts", None)
-        return label if texts is None else texts(n, label)[part]
-    labels = model.labels(n, label)
-    return None if labels is None else labels[part]
-
-
-def sampling_metadata(
+def sample_to_files(
     model: Model,
-    n: int,
-    label: Label,
-    seed: int,
-    batch_size: int,
-    setting: dict[str, Any],
-    images: Tensor | None = None,
-    processes: int = 1,
+    out: str | Path,
+    request: SampleRequest | None = None,
+    config: SamplingConfig | None = None,
+    *,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = ignore_messages,
+    command: Callable[[dict[str, Any]], str] | None = None,
+    **options: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
-    """All that the images depend on, for `Kept`. processes: which share an image."""
-    way = model.way(**{key: value for key, value in setting.items() if key != "runtime"})
-    spelled = {key: value if isinstance(value, (str, int, float, type(None))) else names(value)
-               for key, value in setting.items() if key != "plan"}  # fmt: skip
-    return {
-        "hasten": __version__, "torch": torch.__version__, "device": model.device.type, "model": model.name,
-        "weights": fingerprint(model), "beside": [beside(model.conditioning), beside(model.decoder)],
-        "plan": None if way.plan is None else way.plan.to_json(), "setting": spelled,
-        "label": label.tolist() if isinstance(label, Tensor) else label,
-        "n": n, "seed": seed, "batch_size": batch_size, "processes": processes,
-        "images": None if images is None else hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(),
-    }  # fmt: skip
+    """Sample images into a PNG grid, or into one file each, that say inside how they were made.
+
+    The same arguments give the same bytes. A run on several processes that is stopped is resumed by the same call.
+
+    Args:
+        out: the PNG file, or with `separate_files` the folder.
+        request: which images; None: 16 of all classes in turn.
+        config: how to sample; None: as the model recommends. options: fields of it.
+        ranks: the processes of the run, `Ranks.start()`; None: this one alone.
+        progress: called with (done, in all). warn: called with a line for what the user should know.
+        command: gives, for the settings, the command line that the files hold; None: a Python call.
+
+    Returns:
+        A dict: files, model, sha256, the sampling settings, n, seeds, labels, seconds, images_per_second. Empty in
+        other processes than the main one.
+
+    Raises:
+        BadInput: before anything is sampled, for what cannot be.
+    """
+    request = SampleRequest() if request is None else request
+    ranks = Ranks(model.device) if ranks is None else ranks
+    config = SamplingConfig.of(config, options)
+    lock = request.separate_files and is_writing_process()
+    with locked(out) if lock else contextlib.nullcontext():
+        return _sample_to_files(
+            model, Path(out), request, config, ranks, progress, warn, command or (lambda settings: "")
+        )
 
 
-def names(methods: Any) -> Any:
-    """Methods as they are spelled."""
-    if isinstance(methods, (list, tuple)):
-        return [names(one) for one in methods]
-    return methods if isinstance(methods, str) else format_spec(methods)
-
-
-def beside(part: Any) -> str | None:
-    """What lies beside the network, a decoder or text encoders, in a few digits."""
-    if part is None:
-        return None
-    digest = hashlib.sha256(type(part).__name__.encode())
-    held = {**vars(part), **getattr(getattr(part, "pipe", None), "components", {})}
-    for name, value in sorted(held.items()):
-        if isinstance(value, nn.Module):
-            for key, tensor in value.state_dict().items():
-                digest.update(f"{name}.{key}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, (str, int, float, tuple)):
-            digest.update(f"{name} {value}".encode())
-    return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def saying(keep: SavedBatches | None, n: int) -> Iterator[None]:
-    """An early end tells how many images are kept."""
-
-    def line(what: str) -> str:
-        if keep is None:
-            return what
-        return f"{what}; {keep.count()} of {n} images are kept in {keep.folder}: the same command goes on from there"
-
-    try:
-        yield
-    except ProcessLost as e:
-        raise ProcessLost(line(str(e))) from e
-    except KeyboardInterrupt as e:
-        raise KeyboardInterrupt(line(str(e) or "stopped")) from e
-
-
-def evaluate_distributed(
-    images: Tensor,
-    labels: Tensor | None,
-    features: str | nn.Module,
-    known: Reference | None,
-    seeds: range,
+def _sample_to_files(
+    model: Model,
+    out: Path,
+    request: SampleRequest,
+    config: SamplingConfig,
     ranks: Ranks,
-    classes: Sequence[str] | None = None,
-) -> dict[str, Measure] | None:
-    """`evaluate_images` with the looking done by all processes, each with all the images (N, C, H, W) in [-1, 1].
+    progress: Progress | None,
+    warn: Callable[[str], None],
+    command: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    n, seed, batch_size = request.n, request.seed, request.batch_size
+    check_output(out, request.separate_files, request.images)
+    if model.codec == "raw":
+        raise BadInput(
+            f"{model.name} makes samples of shape {model.shape}, which are no images: "
+            "draw them in Python, hasten.load(folder).sample(n)"
+        )
+    labels = model.labels(n, request.label)
+    precision = ranks.on_main_process(lambda: model.precision_for(config.precision or "fp32", min(n, batch_size)))
+    resolved = model.resolve(config, precision=precision)
+    shared = sharing(config.accelerators, ranks) is not None
+    if ranks.world == 1 and sharing(config.accelerators, replace(ranks, world=2)) is not None:
+        warn("what shares an image among processes does nothing in one: start several with torchrun")
+    if not shared and (line := idle_processes(ranks, n, batch_size)):
+        warn(line)
+    source = starting_images(model, request, config)
+    folder = (
+        out if request.separate_files else out.parent
+    ) / f".{'images' if request.separate_files else out.name}.kept"
+    fields = {"n": n, "label": request.label, "seed": seed, "batch_size": batch_size, "images": source}
+    saved = saved_batches(folder, ranks, model, resolved, fields)
+    began = time.perf_counter()
+    try:
+        x = sample_many(
+            model, n, request.label, seed, batch_size, ranks=ranks, config=resolved, keep=saved, progress=progress,
+            images=source,
+        )  # fmt: skip
+    except NonFinite as e:
+        if request.separate_files or e.images is None or e.images.ndim != 4 or not ranks.is_main_process:
+            raise
+        crossed = pictures.make_image_grid(pictures.mark_non_finite(e.images), request.columns)
+        write_file(out, pictures.encode_png(crossed, {"failed": str(e)}))
+        raise NonFinite(f"{e} ({out} has a cross in their place)") from e
+    seconds = time.perf_counter() - began
+    files: list[Path] = []
+    if x is not None:
+        text = {
+            "command": command(resolved.settings()),
+            "model": f"{model.name} {model.sha256}",
+            "versions": versions(),
+        }
+        text |= {"processes": str(ranks.world)} if shared else {}  # which may differ in the last digits, or by more
+        files = write_images(x, out, model, request, None if labels is None else labels.tolist(), text)
+    ranks.barrier()
+    if saved is not None:
+        saved.clear()
+    if x is None:  # the main process has them all
+        return {}
+    return {
+        "files": [str(f) for f in files],
+        "model": model.name,
+        "sha256": model.sha256,
+        **resolved.settings(),
+        "n": n,
+        "seeds": [seed, seed + n - 1],
+        "labels": None if labels is None else labels.tolist(),
+        "seconds": seconds,
+        "images_per_second": n / seconds,
+        **({"processes": ranks.world} if ranks.world > 1 else {}),
+    }
 
-    known: needed by the first process alone, which gets the figures; the others get None. classes: what `labels` are
-    indices of, matched by name to the classes of the feature network (None: these are the same).
+
+def check_output(out: Path, separate_files: bool, images: Any = None) -> None:
+    """Refuse, before any work, an output that could not be written, or that lies in what is read."""
+    if out.suffix.lower() != ".png" and not separate_files:
+        raise BadInput(
+            f"the grid is a PNG file: --out must end in .png, got {str(out)!r} (or --separate-files and a folder)"
+        )
+    if isinstance(images, (str, Path)):
+        refuse_inside(out, images, "--out")
+    check_writable(out / "0.png" if separate_files else out)
+
+
+def starting_images(model: Model, request: SampleRequest, config: SamplingConfig) -> Tensor | None:
+    """The images (n, C, h, w) that an initialisation begins from; what is to be filled in is NaN."""
+    if request.mask is not None and request.images is None:
+        raise BadInput("a mask belongs to --images, of which it says what to fill in")
+    if not isinstance(request.images, (str, Path)):
+        return request.images  # type: ignore[no-any-return]
+    start = config.start
+    start = pick("starts", start) if isinstance(start, str) else start
+    unknown = getattr(start, "task", None) == "inpainting"
+    if request.mask is not None and not unknown:
+        raise BadInput("a mask is for inpainting: --start ccdf:task=inpainting,time=0.5")
+    mask = None if request.mask is None else Path(request.mask)
+    return read_images(Path(request.images), request.n, model.shape[0], unknown, mask)
+
+
+def write_images(
+    x: Tensor, out: Path, model: Model, request: SampleRequest, labels: Sequence[int] | None, text: dict[str, str]
+) -> list[Path]:
+    """Write images (n, C, H, W) as a grid or one by one, and return the files.
+
+    text: what all files say inside; nothing of when and where, so that the same arguments give the same bytes.
     """
-    labels = labels if classes is None else classifier_labels(labels, classes, features)
-    if ranks.world == 1:
-        assert known is not None
-        return evaluate_images(images, labels, features, known, seeds, device=ranks.device)
-    net, size = feature_net(features), 256
-    net = net.to(ranks.device) if isinstance(features, str) else net
-    if known is not None and net_name(net) != known.features:
-        raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
+    n, seed, columns = request.n, request.seed, request.columns
 
-    def look(number: int) -> tuple[Tensor, ...]:
-        seen, logits = extract(net, images[number * size : (number + 1) * size], size)
-        return (seen,) if logits is None else (seen, logits)
+    def metadata(first: int, last: int) -> dict[str, str]:
+        seeds = f"{seed + first}" if first == last else f"{seed + first}-{seed + last}"
+        own = [] if labels is None else labels[first : last + 1]
+        return {**text, "seeds": seeds, "labels": ",".join(map(str, own))}
 
-    found = ranks.distribute(-(-len(images) // size), look)
-    if not ranks.is_main_process or known is None:
-        return None
-    columns = [torch.cat(column) for column in zip(*[piece for piece in found if piece is not None])]
-    return evaluate_features(columns[0], known, columns[1] if len(columns) > 1 else None, labels, seeds)
-
-
-def classifier_labels(labels: Tensor | None, classes: Sequence[str], features: str | nn.Module) -> Tensor | None:
-    """Labels (n,) of a model's `classes` as those of a classifier, matched by name.
-
-    None, which is printed, where class accuracy cannot be measured: it does not know them all, or an image has none.
-    """
-    from ..train.names import class_of, is_number
-    from ..train.notes import listed, note
-
-    names = FASHION if features == "fashion" else getattr(features, "classes", None)
-    if labels is None:
-        return None
-    used = sorted(set(labels.tolist()))
-    if used and used[-1] >= len(classes):
-        note("class accuracy is not measured: some images were drawn without a class")
-        return None
-    if names is None or isinstance(names, int):
-        return labels
-    index = {k: class_of(k, classes, names) for k in used}
-    if all(map(is_number, classes)) and None in index.values() and len(classes) == len(names):
-        index = {k: class_of(int(classes[k]), names, names) if int(classes[k]) < len(names) else None for k in used}
-    lost = [classes[k] for k, found in index.items() if found is None]
-    if lost:
-        note(f"class accuracy is not measured: the feature network does not know the classes {listed(lost)}")
-        return None
-    return torch.tensor([index[k] for k in labels.tolist()])
+    if request.separate_files:
+        contents = ((seed + k, pictures.encode_png(pictures.to_pil(x[k]), metadata(k, k))) for k in range(n))
+        return [write_file(out / f"{number:06d}.png", data) for number, data in contents]
+    if columns is None and request.label is None and model.classes is not None and n > len(model.classes):
+        columns = len(model.classes)
+    return [write_file(out, pictures.encode_png(pictures.make_image_grid(x, columns), metadata(0, n - 1)))]

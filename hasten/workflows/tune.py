@@ -1,4 +1,4 @@
-"""Run a tuner on a model and save the model with what it found."""
+"""Tune a model with one method and save it with the result."""
 
 from __future__ import annotations
 
@@ -8,131 +8,168 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_int
-from ..files import refuse_inside, reserve, writes
+from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
-from ..performance.autotune import parse_runtime
 from ..pick import format_spec, pick
-from ..progress import Tick, ignore
-from ..storage.atomic import digest, refuse_other_model
+from ..plan.config import SamplingConfig, SamplingOptions
+from ..progress import ProgressFn, no_progress
+from ..storage.atomic import refuse_other_model, short_hash
 from ..storage.model_folder import check_savable
-from ..storage.provenance import fingerprint, now
+from ..storage.provenance import model_hash, utc_now
 from ..storage.weights import is_half
 from ..train.fingerprint import listing
-from ..tuning import Task, Tuned
+from ..tuning import Tuned, Tuner, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
-from ..utils.noise import LARGEST_SEED
+from ..utils.random import MAX_SEED
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-@writes("out")
+@holds_lock("out")
 def tune_model(
     model: Model,
     out: str | Path,
     method: str = "optimized_steps",
-    sampler: Any = None,
-    times: Any = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
+    sampling: SamplingConfig | None = None,
+    *,
     data: str | Path | None = None,
     n: int | None = None,
     seed: int = 1_000_000,
-    runtime: str = "fp32",
     command: str = "",
+    **options: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
     """Tune a model with one method of `hasten.tuning` and save it in `out`; a plan becomes the recommended one.
 
     `model` itself stays as it is: what is saved is a copy of its description, with the same network.
+    `out/sampling.toml` is the `SamplingConfig` that samples with what was found.
 
-    method: as `pick` spells it. data: what `open_data` reads. n: samples to calibrate on (None: the method's own
-    number). seed: of calibration sample 0. The other arguments are those of `Model.sample`: what is to be improved.
+    Args:
+        method: as `pick` spells it.
+        sampling: what is to be improved; None: what the model recommends. options: fields of it.
+        data: what `open_data` reads. n: samples to calibrate on; None: the method's own number.
+        seed: of calibration sample 0. command: for the model's card.
 
-    Returns a dict: folder, method, plan (its name), statistics and parts (their names), figures, seconds.
-    Raises BadInput before anything has run where something cannot be, and keeps what `out` holds until all is done.
+    Returns:
+        A dict: folder, method, plan (its name), statistics and parts (their names), figures, seconds.
+
+    Raises:
+        BadInput: before anything is computed, for what cannot be. What `out` holds is kept until all is done.
     """
-    tuner = pick("tuning", method)
-    if getattr(tuner, "needs_data", False) and data is None:
+    config = SamplingConfig.of(sampling, options)
+    sampler, times, steps, guidance_scale = config.sampler, config.times, config.steps, config.guidance_scale
+    runtime = config.precision or "fp32"
+    for field in ("guides", "start", "plan", "accelerators"):
+        if getattr(config, field):
+            raise BadInput(f"tuning improves a sampler with its times under guidance: leave {field} out")
+    tuner: Tuner = pick("tuning", method)
+    if tuner.needs_data and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     n = None if n is None else check_int("n", n, 1)
-    seed = check_int("seed", seed, 0, LARGEST_SEED - (10**7 if n is None else n))
+    seed = check_int("seed", seed, 0, MAX_SEED - (10**7 if n is None else n))
     check_savable(model)
     check_weights(model.denoiser, model.name)
     model = replace(model)
     out = Path(out)
     refuse_inside(out, data)
-    reserve(out / "model.json")
+    check_writable(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
-    if hasattr(tuner, "bind"):
-        tuner = tuner.bind(model.statistics, model.parts)
+    tuner = tuner.bind(model.statistics, model.parts)
     sampler, times = (
-        own if asked is None else asked for asked, own in ((sampler, model.sampler), (times, model.times))
+        default if value is None else value for value, default in ((sampler, model.sampler), (times, model.times))
     )
-    way = model.way(sampler, times, model.steps if steps is None and isinstance(times, str) else steps, scale)
-    identity = digest(
-        fingerprint(model), format_spec(tuner), str(sampler), str(times), steps or model.steps, scale, n, seed, runtime,
+    count = model.steps if steps is None and isinstance(times, str) else steps
+    resolved = model.resolve(sampler=sampler, times=times, steps=count, guidance_scale=scale, precision=runtime)
+    identity = short_hash(
+        model_hash(model),
+        format_spec(tuner),
+        str(sampler),
+        str(times),
+        steps or model.steps,
+        scale,
+        n,
+        seed,
+        runtime,
         None if data is None else listing(Path(data)),
-    )  # fmt: skip
+    )
     refuse_other_model(out, model, identity)
-    task = Task(
-        denoiser=way.denoiser, sampler=way.sampler, times=way.times, shape=model.shape, labels=model.labels,
-        images=None if data is None else real(model, data), seed=seed, n=n, identity=fingerprint(model),
-    )  # fmt: skip
-    machine = parse_runtime(model.runtime_for(runtime, 64), model.device.type)
+    task = TuningTask(
+        denoiser=resolved.denoiser,
+        sampler=resolved.sampler,
+        times=resolved.times,
+        shape=model.shape,
+        labels=model.labels,
+        images=None if data is None else calibration_images(model, data),
+        seed=seed,
+        n=n,
+        identity=model_hash(model),
+    )
     began = time.perf_counter()
-    with watched() as task.tick, machine.apply():
-        machine.prepare(model.denoiser)
-        found = tuner.tune(task)
+    with tuning_progress() as task.tick, resolved.runtime.apply():
+        resolved.runtime.prepare(model.denoiser)
+        result = tuner.tune(task)
     seconds = time.perf_counter() - began
     for what in ("figures", "statistics"):
-        check_finite(f"{method} found {what} that are not finite", getattr(found, what))
-    for part, net in found.parts.items():
+        check_finite(f"{method}: the {what} are not finite", getattr(result, what))
+    for part, net in result.parts.items():
         check_weights(net, f"{method}: the network {part} that it trained")
-    name = keep(model, found, method, scale)
+    name = attach_result(model, result, method, scale)
     record = {
         "method": format_spec(tuner),
         "plan": name,
-        "statistics": sorted(found.statistics),
-        "parts": sorted(found.parts),
+        "statistics": sorted(result.statistics),
+        "parts": sorted(result.parts),
         "guidance_scale": scale,
-        "figures": found.figures,
-        "date": now(),
+        "figures": result.figures,
+        "date": utc_now(),
         "command": command,
         "identity": identity,
     }
     model.card = {**model.card, "tuned": [*model.card.get("tuned", []), record]}
     model.save(out, half=is_half(model))
+    if name is not None:
+        SamplingConfig(plan=name, guidance_scale=scale, precision=config.precision).save(out / "sampling.toml")
     return {"folder": str(out), **record, "seconds": seconds}
 
 
-def keep(model: Model, found: Tuned, method: str, scale: float) -> str | None:
-    """Give the model what was found; the name of the plan, if there is one."""
-    model.statistics = {**model.statistics, **found.statistics}
-    model.parts = {**model.parts, **found.parts}
-    if found.plan is None:
+def attach_result(model: Model, result: Tuned, method: str, scale: float) -> str | None:
+    """Add the result of tuning to a model, in place; returns the name of the plan if there is one."""
+    model.statistics = {**model.statistics, **result.statistics}
+    model.parts = {**model.parts, **result.parts}
+    if result.plan is None:
         return None
-    name = f"{method.partition(':')[0]}-{found.plan.nfe}" + (f"-g{scale:g}" if scale != 1 else "")
-    model.plans = {**model.plans, name: found.plan}
-    model.plan, model.steps, model.guidance_scale = found.plan, found.plan.nfe, scale
+    name = f"{method.partition(':')[0]}-{result.plan.nfe}" + (f"-g{scale:g}" if scale != 1 else "")
+    model.plans = {**model.plans, name: result.plan}
+    model.plan, model.steps, model.guidance_scale = result.plan, result.plan.nfe, scale
     return name
 
 
-def real(model: Model, data: str | Path) -> Images:
-    """Real images in an order of their own, which does not depend on how many are asked for, and their labels as the
-    model's classes, matched by name."""
+def calibration_images(model: Model, data: str | Path) -> Images:
+    """Real images for `TuningTask.images`, in a fixed random order, with labels matched to the model's classes by name.
+
+    Args:
+        model: whose shape, classes and decoder (the images are encoded for it) are used.
+        data: what `open_data` reads.
+
+    Raises:
+        BadInput: for a model of other shapes than images, or data that cannot be read.
+    """
     from ..train import open_data
     from ..train.data import to_float
     from ..train.names import match_labels
 
     if len(model.shape) != 3:
-        raise BadInput(f"{model.name} makes samples of shape {model.shape}, which no images are: leave data out")
-    latents = model.decoder  # of a model of latents, which the images are encoded for
-    channels, height, width = model.shape if latents is None else latents.pixels(model.shape)
+        raise BadInput(f"{model.name} generates samples of shape {model.shape}, not images: omit data")
+    decoder = model.decoder  # of a latent model
+    channels, height, width = model.shape if decoder is None else decoder.pixels(model.shape)
     source = open_data(data, size=(height, width), channels=channels)
     source = match_labels(source, model.classes, model.name, required=False)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
@@ -140,27 +177,31 @@ def real(model: Model, data: str | Path) -> Images:
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         if n > len(source):
             raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
-        chosen = order[:n]
-        labels = None if source.labels is None else source.labels[chosen]
-        x = to_float(source.images(chosen))
-        return (x if latents is None else latents.encode(x)).to(model.device), labels
+        indices = order[:n]
+        labels = None if source.labels is None else source.labels[indices]
+        x = to_float(source.images(indices))
+        return (x if decoder is None else decoder.encode(x)).to(model.device), labels
 
     return images
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Tick]:
-    """Progress with the time left on stderr, while that is a terminal."""
+def tuning_progress() -> Iterator[ProgressFn]:
+    """Progress bars on stderr with the remaining time, if that is a terminal."""
     if not is_terminal(sys.stderr):
-        yield ignore
+        yield no_progress
         return
     from rich import progress
     from rich.console import Console
 
     columns = (
-        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TextColumn("left"), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[value]}"),
-    )  # fmt: skip
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[value]}"),
+    )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The models that travel with hasten, and the statistics they are measured against."""
+"""The bundled models and reference statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Card:
-    """One bundled model: its name, its folder, and a line on what it is, how it was made and its licence."""
+    """One bundled model.
+
+    Args:
+        name: of the model and its folder.
+        summary: one line.
+        recipe: how it was trained.
+        licence: of its weights.
+    """
 
     name: str
     summary: str
@@ -25,18 +32,18 @@ class Card:
 
     @property
     def folder(self) -> Path:
-        """Where its model.json and weights lie."""
+        """The folder with its model.json and weights."""
         return HERE / self.name
 
     @property
     def size(self) -> int:
-        """Bytes of everything in the folder."""
+        """Total size of the folder in bytes."""
         return sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
 
 
 def cards() -> dict[str, Card]:
-    """The bundled models by name; only those whose files are here."""
+    """The bundled models by name, those that are installed."""
     with open(HERE / "zoo.toml", "rb") as f:
         table = tomllib.load(f)
-    found = {name: Card(name, **entry) for name, entry in table.items()}
-    return {name: card for name, card in found.items() if (card.folder / "model.json").is_file()}
+    known = {name: Card(name, **entry) for name, entry in table.items()}
+    return {name: card for name, card in known.items() if (card.folder / "model.json").is_file()}

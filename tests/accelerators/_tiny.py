@@ -53,8 +53,8 @@ class Transformer(nn.Module):
     def run(self, first: int, last: int, tokens: Tensor, emb: Any) -> Tensor:
         for k in range(first, last):
             self.ran[k] += 1
-            told = emb[0].cos() + emb[1]["label"]
-            tokens = tokens + torch.tanh(self.blocks[k](tokens) + told[:, None])
+            info = emb[0].cos() + emb[1]["label"]
+            tokens = tokens + torch.tanh(self.blocks[k](tokens) + info[:, None])
         return tokens
 
     def finish(self, tokens: Tensor, emb: Any) -> Tensor:
@@ -74,8 +74,8 @@ def compiled(sampler: Any, steps: int, schedule: Schedule | None = None) -> Plan
     return plan(sampler, schedule, UniformTime(start=0.98)(schedule, steps))
 
 
-def ahead(plan: Plan, denoiser: Denoiser | None = None, scale: float = 1.0) -> SamplingContext:
-    """What a model would tell of a sampling by this plan."""
+def context_of(plan: Plan, denoiser: Denoiser | None = None, scale: float = 1.0) -> SamplingContext:
+    """The context that a model would give for a sampling by this plan."""
 
     def calls(n: int, seed: int) -> Any:
         recorder = Recorder(denoiser)  # type: ignore[arg-type]
@@ -94,5 +94,5 @@ def sampled(
     return draw(guided, None, plan.times, noise, plan=plan, label=label, **cond)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative(result: Tensor, expected: Tensor) -> float:
+    return float((result - expected).norm() / expected.norm())

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import pytest
 from torch import nn
 
-from hasten.accelerators import COMPILE, EXCHANGE, WRAP, Conflict, SamplingContext, accelerate
+from hasten.accelerators import COMPILE, EXCHANGE, WRAP, Conflict, SamplingContext, accelerate, with_defaults
+from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.errors import BadInput
 
 
@@ -23,7 +24,7 @@ class Swap:
     stage: ClassVar[int] = EXCHANGE
     claims: ClassVar[frozenset[str]] = frozenset({"arithmetic"})
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
         return Layer(denoiser, "swap")
 
 
@@ -32,7 +33,7 @@ class Compile:
     stage: ClassVar[int] = COMPILE
     claims: ClassVar[frozenset[str]] = frozenset({"graph"})
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
         return Layer(denoiser, "compile")
 
 
@@ -42,18 +43,18 @@ class Cache:
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
 
-    def apply(self, denoiser: nn.Module, ahead: SamplingContext) -> nn.Module:
-        return Layer(denoiser, f"cache of {len(ahead.required('cache'))}")
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
+        return Layer(denoiser, f"cache of {len(context.required('cache'))}")
 
 
 def names(module: Any) -> list[str]:
     return [*names(module.inner), module.name] if isinstance(module, Layer) else []
 
 
-def test_stages_decide_the_order_and_the_denoiser_is_kept() -> None:
+def test_accelerators_apply_in_the_order_of_their_stages() -> None:
     net = nn.Identity()
-    made = accelerate(net, [Cache(), Swap(), Compile()], SamplingContext(times=(1.0, 0.5)))
-    assert names(made) == ["swap", "compile", "cache of 2"]
+    built = accelerate(net, [Cache(), Swap(), Compile()], SamplingContext(times=(1.0, 0.5)))
+    assert names(built) == ["swap", "compile", "cache of 2"]
     assert accelerate(net, []) is net
 
 
@@ -62,8 +63,40 @@ def test_a_conflict_names_both() -> None:
         accelerate(nn.Identity(), [Cache(), Swap(), Cache(3)], SamplingContext(times=(1.0,)))
 
 
-def test_what_is_not_known_is_said_in_the_name_of_who_needs_it() -> None:
+def test_missing_context_is_an_error_in_the_accelerators_name() -> None:
     with pytest.raises(BadInput, match="cache must know the times"):
         accelerate(nn.Identity(), [Cache()])
-    with pytest.raises(BadInput, match="quantize must see some samplings first"):
+    with pytest.raises(BadInput, match="quantize needs calibration samples"):
         SamplingContext().calibration("quantize", 4, 0)
+
+
+@dataclass(frozen=True)
+class Bare:
+    """An accelerator that derives from nothing and defines nothing but what it does."""
+
+    def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
+        return Layer(denoiser, "bare")
+
+
+@dataclass(frozen=True)
+class Old(Bare):
+    """One with a minimum under its old name."""
+
+    least_queries: ClassVar[int] = 12
+
+
+def test_a_class_of_ones_own_has_the_defaults_of_what_it_does_not_define() -> None:
+    bare = with_defaults(Bare())
+    assert (bare.stage, bare.claims, bare.min_queries, bare.inject, bare.size) == (WRAP, frozenset(), 0, 0.0, None)
+    plan: Any = object()
+    assert bare.plan(plan, None) is plan  # type: ignore[arg-type]
+    assert names(accelerate(nn.Identity(), [Bare(), Swap()])) == ["swap", "bare"]
+    assert with_defaults(Old()).min_queries == 12 and with_defaults(Cache()).claims == Cache.claims
+    own = EncoderPropagation(inject=0.003)
+    assert with_defaults(own) is own and own.size is None and own.min_queries == 9
+
+
+def test_the_old_name_of_the_context_is_accepted() -> None:
+    net, context = nn.Identity(), SamplingContext(times=(1.0, 0.5))
+    with pytest.warns(DeprecationWarning, match="context="):
+        assert names(accelerate(net, [Cache()], ahead=context)) == ["cache of 2"]

@@ -24,7 +24,7 @@ from hasten.pick import pick
 from hasten.samplers import DDIM
 
 from ._ranks import together
-from ._tiny import ahead, compiled, denoiser_of, relative, sampled, unet
+from ._tiny import compiled, context_of, denoiser_of, relative, sampled, unet
 
 PLAN = compiled(DDIM(), 12)
 
@@ -36,7 +36,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def branches(rank: int, ranks: int) -> dict[str, Any]:
     """Two processes: guidance and batches of all kinds."""
-    net, found = unet(attention=(1,)), {}
+    net, result = unet(attention=(1,)), {}
     plain = denoiser_of(net)
     halved: Any = accelerate(plain, [CfgParallel()])
     sizes = []
@@ -45,34 +45,34 @@ def branches(rank: int, ranks: int) -> dict[str, Any]:
         x_t, label, t = noise(B, 2, 8, 8, seed=B), torch.arange(B) % 3, torch.linspace(0.1, 0.9, B)
         expected = plain(x_t, t, label=label), plain.raw(x_t, t, label=label)
         sizes.clear()
-        answers = halved(x_t, t, label=label), halved.raw(x_t, t, label=label)
-        found[f"batch {B}"] = sizes[:], [relative(a, e) for a, e in zip(answers, expected)], answers[0], halved.traffic
+        outputs = halved(x_t, t, label=label), halved.raw(x_t, t, label=label)
+        result[f"batch {B}"] = sizes[:], [relative(a, e) for a, e in zip(outputs, expected)], outputs[0], halved.traffic
     x_t, label = noise(3, 2, 8, 8), torch.tensor([0, 2, 1])
     for name, guide in (("guided", CFG(scale=3.0)), ("interval", CFG(scale=3.0, interval=(0.5, 2.0)))):
         for t in (0.9, 0.5, 0.1):
-            found[f"{name} {t}"] = relative(
+            result[f"{name} {t}"] = relative(
                 guide.wrap(halved)(x_t, t, label=label), guide.wrap(plain)(x_t, t, label=label)
             )
-    cached = accelerate(plain, [CfgParallel(), DeepCache(every=3)], ahead(PLAN, plain))
-    alone = accelerate(plain, [DeepCache(every=3)], ahead(PLAN, plain))
-    found["deep_cache"] = relative(sampled(cached, PLAN), sampled(alone, PLAN))
-    found["samples"] = relative(sampled(halved, PLAN), sampled(plain, PLAN))
+    cached = accelerate(plain, [CfgParallel(), DeepCache(every=3)], context_of(PLAN, plain))
+    alone = accelerate(plain, [DeepCache(every=3)], context_of(PLAN, plain))
+    result["deep_cache"] = relative(sampled(cached, PLAN), sampled(alone, PLAN))
+    result["samples"] = relative(sampled(halved, PLAN), sampled(plain, PLAN))
     with torch.enable_grad():
         try:
             halved(noise(2, 2, 8, 8).requires_grad_(), 0.5)
         except BadInput as error:
-            found["gradient"] = str(error)
-    return found
+            result["gradient"] = str(error)
+    return result
 
 
 @torch.no_grad()
 def both(rank: int, ranks: int) -> dict[str, Any]:
     """Four processes: two for each branch, which share its images."""
-    net, found = unet(widths=(8, 16, 16), attention=(1,)), {}
+    net, result = unet(widths=(8, 16, 16), attention=(1,)), {}
     plain = denoiser_of(net)
     exact: Any = accelerate(plain, [CfgParallel(), PatchParallel(mode="sync")])
     ready = accelerate(plain, [PatchParallel(mode="sync", size=2)])
-    found["ranks"] = exact.pair.ranks, exact.net.exchange.team.ranks
+    result["ranks"] = exact.pair.ranks, exact.net.exchange.group.ranks
     label, guide, late = (
         torch.tensor([0, 2, 1]),
         CFG(scale=3.0),
@@ -83,15 +83,15 @@ def both(rank: int, ranks: int) -> dict[str, Any]:
     for k, t in enumerate((0.9, 0.8, 0.7, 0.6)):
         x_t = noise(3, 2, 16, 8, seed=k)
         expected = guide.wrap(plain)(x_t, t, label=label)
-        answers = [guide.wrap(one)(x_t, t, label=label) for one in (exact, ready, late)]
-        errors.append([relative(answer, expected) for answer in answers])
-        found[f"answer {k}"] = answers
-    found["errors"], found["traffic"] = errors, (exact.traffic, exact.net.traffic)
+        outputs = [guide.wrap(one)(x_t, t, label=label) for one in (exact, ready, late)]
+        errors.append([relative(output, expected) for output in outputs])
+        result[f"answer {k}"] = outputs
+    result["errors"], result["traffic"] = errors, (exact.traffic, exact.net.traffic)
     try:
         CfgParallel().apply(plain, SamplingContext())
     except BadInput as error:
-        found["alone"] = str(error)
-    return found
+        result["alone"] = str(error)
+    return result
 
 
 def gone(rank: int, ranks: int, file: str) -> None:
@@ -119,66 +119,69 @@ def freed(rank: int, ranks: int) -> list[float]:
             x_t = noise(1, 2, 8, 8, seed=turn)
             if rank == 1:  # it talks a little later than the other is done
                 fast.net.exchange.finish = lambda finish=finish: (time.sleep(0.2), finish())
-            answer = fast(x_t, 0.5)
+            output = fast(x_t, 0.5)
             if k == 0:
-                errors.append(relative(answer, plain(x_t, 0.5)))
+                errors.append(relative(output, plain(x_t, 0.5)))
         del fast, finish
         gc.collect()
     return errors
 
 
-def test_two_processes_answer_as_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_output_of_one(tmp_path: Path) -> None:
     ranks = together(branches, 2, tmp_path)
-    for me, found in enumerate(ranks):
+    for me, result in enumerate(ranks):
         for B in (1, 2, 3, 6):
-            sizes, errors, answer, traffic = found[f"batch {B}"]
+            sizes, errors, output, traffic = result[f"batch {B}"]
             assert sizes == [-(-B // 2)] * 2 and max(errors) < 1e-6, B
-            assert torch.equal(answer, ranks[1 - me][f"batch {B}"][2])  # the same on both, to the bit
+            assert torch.equal(output, ranks[1 - me][f"batch {B}"][2])  # the same on both, to the bit
             assert traffic == {"rows": 4 * -(-B // 2) * 2 * 8 * 8}
         for name in ("guided", "interval"):
-            assert max(found[f"{name} {t}"] for t in (0.9, 0.5, 0.1)) < 1e-5
-        assert found["deep_cache"] < 1e-4 and found["samples"] < 1e-4 and "no gradient" in found["gradient"]
+            assert max(result[f"{name} {t}"] for t in (0.9, 0.5, 0.1)) < 1e-5
+        assert result["deep_cache"] < 1e-4 and result["samples"] < 1e-4 and "no gradient" in result["gradient"]
 
 
 def test_patches_and_branches_together(tmp_path: Path) -> None:
     ranks = together(both, 4, tmp_path)
-    assert [found["ranks"] for found in ranks] == [
-        ((0, 2), (0, 1)), ((1, 3), (0, 1)), ((0, 2), (2, 3)), ((1, 3), (2, 3)),
-    ]  # fmt: skip
-    for found in ranks:
-        for k, (exact, ready, late) in enumerate(found["errors"]):
+    assert [result["ranks"] for result in ranks] == [
+        ((0, 2), (0, 1)),
+        ((1, 3), (0, 1)),
+        ((0, 2), (2, 3)),
+        ((1, 3), (2, 3)),
+    ]
+    for result in ranks:
+        for k, (exact, ready, late) in enumerate(result["errors"]):
             assert exact < 1e-5 and ready < 1e-5
             assert late < 1e-5 if k < 2 else 1e-4 < late < 1  # warm-up + 1 evaluations are exact
-            assert all(torch.equal(mine, first) for mine, first in zip(found[f"answer {k}"], ranks[0][f"answer {k}"]))
-        assert found["traffic"][0] == {"rows": 4 * 3 * 2 * 16 * 8}  # half of the doubled batch, all its rows
-        assert found["traffic"][1]["rows"] == 4 * 3 * 2 * 8 * 8
-        assert "cfg_parallel takes 2 processes, or 2 n beside patch_parallel, found 4" in found["alone"]
+            assert all(torch.equal(mine, first) for mine, first in zip(result[f"answer {k}"], ranks[0][f"answer {k}"]))
+        assert result["traffic"][0] == {"rows": 4 * 3 * 2 * 16 * 8}  # half of the doubled batch, all its rows
+        assert result["traffic"][1]["rows"] == 4 * 3 * 2 * 8 * 8
+        assert "cfg_parallel takes 2 processes, or 2 n with patch_parallel, found 4" in result["alone"]
 
 
-def test_a_process_that_is_gone_ends_the_others(tmp_path: Path) -> None:
-    said, begin = tmp_path / "said", time.monotonic()
+def test_a_lost_process_ends_the_others(tmp_path: Path) -> None:
+    message, begin = tmp_path / "said", time.monotonic()
     with pytest.raises(ProcessRaisedException, match="RuntimeError"):
-        together(gone, 2, tmp_path, str(said), seconds=60)
+        together(gone, 2, tmp_path, str(message), seconds=60)
     assert time.monotonic() - begin < 55  # no hang
-    query, _, error = said.read_text().partition(" ")
+    query, _, error = message.read_text().partition(" ")
     assert int(query) >= 3 and any(word in error.lower() for word in ("closed", "reset", "peer")), error
 
 
-def test_a_network_that_is_freed_waits_for_what_is_on_its_way(tmp_path: Path) -> None:
+def test_a_freed_network_waits_for_its_messages(tmp_path: Path) -> None:
     for errors in together(freed, 2, tmp_path, seconds=40):
         assert len(errors) == 3 and max(errors) < 1e-5
 
 
 def test_in_one_process_nothing_changes() -> None:
     plain = denoiser_of(unet(attention=(1,)))
-    fast: Any = accelerate(plain, [CfgParallel(), PatchParallel()], ahead(PLAN, plain))
+    fast: Any = accelerate(plain, [CfgParallel(), PatchParallel()], context_of(PLAN, plain))
     assert torch.equal(sampled(fast, PLAN), sampled(plain, PLAN))
     assert fast.null_label == 3 and fast.traffic == {"rows": 0}
     assert pick("accelerators", "cfg_parallel").claims == {"branches"}
     assert CfgParallel.stage > PatchParallel.stage
 
 
-def test_processes_that_were_not_joined_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_were_not_joined_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
     for accelerator in (CfgParallel(), PatchParallel()):
@@ -186,12 +189,12 @@ def test_processes_that_were_not_joined_are_told_so(monkeypatch: pytest.MonkeyPa
             accelerate(denoiser_of(unet()), [accelerator])
 
 
-def test_accelerators_are_told_what_the_others_claim() -> None:
+def test_accelerators_read_the_claims_of_the_others() -> None:
     class Asks:
         stage, claims = 15, frozenset({"mine"})
 
-        def apply(self, denoiser: Any, ahead: SamplingContext) -> Any:
-            self.told = ahead.claimed
+        def apply(self, denoiser: Any, context: SamplingContext) -> Any:
+            self.told = context.claimed
             return denoiser
 
     one = Asks()

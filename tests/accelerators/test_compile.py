@@ -29,7 +29,7 @@ def denoiser(seed: int = 0, **more: Any) -> Denoiser:
     return Denoiser(net.eval().requires_grad_(False), VPCosine(), "v")
 
 
-def asked(rows: int = 2, side: int = 8) -> tuple[Tensor, Tensor]:
+def sample_inputs(rows: int = 2, side: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows)
     return torch.randn(rows, 1, side, side, generator=generator), torch.arange(rows) % 4
 
@@ -38,11 +38,11 @@ def off(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def test_the_answers_are_the_networks_and_nothing_of_it_is_changed_or_copied() -> None:
+def test_outputs_are_the_networks_and_its_weights_are_shared() -> None:
     plain = denoiser()
     before = copy.deepcopy(plain.net.state_dict())
     fast = accelerate(plain, [TRACED])
-    x, label = asked()
+    x, label = sample_inputs()
     with torch.no_grad():
         for t in (0.9, 0.3):
             assert off(fast(x, t, label=label), plain(x, t, label=label)) < 1e-5
@@ -55,9 +55,9 @@ def test_the_answers_are_the_networks_and_nothing_of_it_is_changed_or_copied() -
     assert fast.net.config == plain.net.config and fast.net.multiple == 1
 
 
-def test_the_seams_are_there_compiled_and_agree_with_the_whole() -> None:
+def test_split_points_are_compiled_and_agree_with_the_network() -> None:
     fast, plain = accelerate(denoiser(), [TRACED]), denoiser()
-    x, label = asked()
+    x, label = sample_inputs()
     with torch.no_grad():
         emb = fast.net.embed(torch.full((2,), 0.5), label=label)
         skips, middle = fast.net.encode(x, emb)
@@ -92,7 +92,7 @@ class Tokens(nn.Module):
         return self.finish(self.run(0, 3, tokens, emb), emb)
 
 
-def test_a_transformer_has_its_seams() -> None:
+def test_a_transformer_has_its_split_points() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 1, 4, 4)
     tokens = Tokens().requires_grad_(False)
@@ -105,7 +105,7 @@ def test_a_transformer_has_its_seams() -> None:
     assert [one.part for one in fast.net.built].count("run") == 3
 
 
-def test_a_network_without_seams_is_compiled_whole() -> None:
+def test_a_network_without_split_points_is_compiled_as_one() -> None:
     x, plain = torch.randn(3, 1, 4, 4), Denoiser(Scaled(2.0), VPCosine(), "v")
     whole = accelerate(plain, [TRACED])
     with torch.no_grad():
@@ -121,14 +121,14 @@ def test_graphs_do_not_multiply() -> None:
     compiled = torch._dynamo.utils.counters["stats"]
     with torch.no_grad():
         for rows in (4, 4, 3, 2, 4, 5):
-            x, label = asked(rows)
+            x, label = sample_inputs(rows)
             for fast in (few, one):
                 assert off(fast(x, 0.6, label=label), plain(x, 0.6, label=label)) < 1e-5
-        seen = compiled["unique_graphs"]
+        recorded = compiled["unique_graphs"]
         for rows in (6, 7):
-            x, label = asked(rows)
+            x, label = sample_inputs(rows)
             few(x, 0.2, label=label), one(x, 0.2, label=label)
-    assert compiled["unique_graphs"] == seen  # nothing new was compiled
+    assert compiled["unique_graphs"] == recorded  # nothing new was compiled
     assert sorted({b.rows for b in few.net.built}) == [3, 4] and len(few.net.built) == 6
     assert {b.rows for b in one.net.built} == {0} and len(one.net.built) == 3
 
@@ -160,7 +160,7 @@ def test_many_networks_of_a_class_do_not_share_a_limit() -> None:
 def test_autocast_from_outside_and_gradients_work() -> None:
     plain = denoiser()
     fast = accelerate(plain, [TRACED])
-    x, label = asked()
+    x, label = sample_inputs()
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             half, truth = fast(x, 0.5, label=label), plain(x, 0.5, label=label)
@@ -171,20 +171,20 @@ def test_autocast_from_outside_and_gradients_work() -> None:
     assert given.grad is not None and bool(given.grad.abs().sum() > 0)
 
 
-def test_cold_and_warm_seconds_are_told() -> None:
+def test_cold_and_warm_seconds_are_measured() -> None:
     fast = accelerate(denoiser(), [TRACED])
     assert fast.net.cold_seconds == 0 and fast.net.warm_seconds == 0
-    x, label = asked()
+    x, label = sample_inputs()
     with torch.no_grad():
         fast(x, 0.5, label=label)
     assert 0 < fast.net.warm_seconds < fast.net.cold_seconds
     warm = fast.net.warm_seconds
     with torch.no_grad():
-        fast(*asked(3)[:1], 0.5)
+        fast(*sample_inputs(3)[:1], 0.5)
     assert fast.net.warm_seconds == warm  # of the size that came first
 
 
-def test_what_cannot_be_compiled_is_said_in_a_line() -> None:
+def test_what_cannot_be_compiled_is_a_one_line_error() -> None:
     from torch._inductor import config
 
     with pytest.raises(BadInput, match="no backend 'inducto': did you mean 'inductor'"):
@@ -206,17 +206,17 @@ def test_what_cannot_be_compiled_is_said_in_a_line() -> None:
         accelerate(Denoiser(net, VPCosine(), "v"), [Compile()])
 
 
-def test_it_is_spelled_as_any_accelerator() -> None:
+def test_it_is_picked_by_name() -> None:
     assert pick("accelerators", "compile:dynamic=true,graphs=2") == Compile(dynamic=True, graphs=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scaled", "unet"])
-def test_inductor_with_frozen_weights_gives_the_same_answers(kind: str) -> None:
+def test_inductor_with_frozen_weights_gives_the_same_outputs(kind: str) -> None:
     plain = denoiser() if kind == "unet" else Denoiser(Scaled(2.0), VPCosine(), "v")
     fast = accelerate(plain, [Compile(graphs=1)])
     with torch.no_grad():
         for rows in (2, 2, 3):
-            x, _ = asked(rows)
+            x, _ = sample_inputs(rows)
             assert off(fast(x, 0.6), plain(x, 0.6)) < 1e-5
     assert fast.net.cold_seconds > 2 * fast.net.warm_seconds

@@ -16,13 +16,13 @@ from hasten.performance.cost import macs
 from hasten.pick import pick
 from hasten.samplers import DDIM
 
-from ._tiny import LABEL, SHAPE, Transformer, ahead, compiled, denoiser_of, random_, relative, sampled, unet
+from ._tiny import LABEL, SHAPE, Transformer, compiled, context_of, denoiser_of, random_, relative, sampled, unet
 
 DDIM20 = compiled(DDIM(), 20)
 
 
 def cached(denoiser: Denoiser, plan: Any = DDIM20, **options: Any) -> Any:
-    return DeepCache(**options).apply(denoiser, ahead(plan, denoiser))
+    return DeepCache(**options).apply(denoiser, context_of(plan, denoiser))
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def cached(denoiser: Denoiser, plan: Any = DDIM20, **options: Any) -> Any:
         {"widths": (8, 16), "blocks": 3},
     ],
 )
-def test_the_parts_are_the_whole(shape: dict[str, Any]) -> None:
+def test_the_parts_compose_to_the_network(shape: dict[str, Any]) -> None:
     """Whatever the branch: bit for bit, and with the layers that the cut says."""
     net = random_(UNet(1, **shape))
     x, time = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.7])
@@ -57,7 +57,7 @@ def test_the_parts_are_the_whole(shape: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("branch", [None, 0])
-def test_with_every_query_a_key_it_is_the_plain_sampler(branch: int | None) -> None:
+def test_with_key_steps_alone_it_is_the_plain_sampler(branch: int | None) -> None:
     plain = denoiser_of(unet())
     for name in ("ddim", "heun", "dpm:order=2", "ddpm"):
         plan = compiled(pick("samplers", name), 12)
@@ -67,7 +67,7 @@ def test_with_every_query_a_key_it_is_the_plain_sampler(branch: int | None) -> N
 
 
 @torch.no_grad()
-def test_answers_are_those_of_the_formula() -> None:
+def test_outputs_are_those_of_the_formula() -> None:
     net = unet()
     plain, times = denoiser_of(net), DDIM20.times
     x = torch.randn(20, 3, *SHAPE, generator=torch.Generator().manual_seed(3))
@@ -83,17 +83,17 @@ def test_answers_are_those_of_the_formula() -> None:
     for forecast in (0, 1):
         fast = cached(plain, every=4, forecast=forecast)
         for k in range(12):
-            found, i = fast(x[k], times[k], label=LABEL), k - k % 4
+            result, i = fast(x[k], times[k], label=LABEL), k - k % 4
             up_input = deep(i)
             if forecast and i >= 8:
                 up_input = up_input + (angle[k] - angle[i]) / (angle[i] - angle[i - 4]) * (up_input - deep(i - 4))
             raw = net.shallow_decode(net.shallow_encode(x[k], emb(k)), up_input.float(), emb(k))
             expected = schedule.alpha(times[k]) * x[k] - schedule.sigma(times[k]) * raw
-            torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result, expected.float(), rtol=1e-4, atol=1e-5)
         assert (fast.encoder_calls, fast.decoder_calls, fast.queries) == (3, 12, 12)
 
 
-def test_cost_is_what_the_model_says() -> None:
+def test_cost_is_what_the_formula_predicts() -> None:
     net = unet(widths=(16, 32), attention=(0, 1))
     plain = denoiser_of(net)
     x, time = torch.randn(3, *SHAPE), torch.full((3,), 0.5)
@@ -101,12 +101,12 @@ def test_cost_is_what_the_model_says() -> None:
     for branch in (0, 1):
         share = macs(net.deep, net.shallow_encode(x, emb, branch), emb) / macs(net, x, time, LABEL)
         fast = cached(plain, branch=branch, every=4)
-        found = macs(sampled, plain, DDIM20) / macs(sampled, fast, DDIM20)
-        assert found == pytest.approx(fast.expected_speedup(share), rel=0.01)
-        assert found > 1.3
+        result = macs(sampled, plain, DDIM20) / macs(sampled, fast, DDIM20)
+        assert result == pytest.approx(fast.expected_speedup(share), rel=0.01)
+        assert result > 1.3
 
 
-def test_more_keys_are_better() -> None:
+def test_more_key_steps_are_better() -> None:
     plain = denoiser_of(unet(attention=(1,)))
     target = sampled(plain, DDIM20, seed=50)
 
@@ -117,7 +117,7 @@ def test_more_keys_are_better() -> None:
     assert 0 < uniform[2] < uniform[4] < uniform[8]
 
 
-def test_keys_by_budget_and_around_a_center() -> None:
+def test_key_steps_by_budget_and_around_a_center() -> None:
     plain = denoiser_of(unet(attention=(1,)))
     for options, count in (({"every": 4}, 5), ({"every": 2, "budget": 7}, 7)):
         keys = cached(plain, keys="found", samples=3, **options).keys
@@ -126,19 +126,19 @@ def test_keys_by_budget_and_around_a_center() -> None:
     assert len(around) == 5 and around[0] == 0 and min(abs(key - 6) for key in around) <= 1
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_unsupported_options_and_networks_raise() -> None:
     plain = denoiser_of(unet())
-    with pytest.raises(BadInput, match="deep_cache needs 9 queries|deep_cache reuses .* found 8"):
+    with pytest.raises(BadInput, match="deep_cache reuses .* found 8"):
         cached(plain, compiled(DDIM(), 8))
-    with pytest.raises(BadInput, match="11 of 20 queries would hang on key 0"):
+    with pytest.raises(BadInput, match="11 of 20 model evaluations would depend on key step 0"):
         cached(plain, every=11)
-    with pytest.raises(BadInput, match="Transformer has no shallow part: what works is a U-Net with embed"):
+    with pytest.raises(BadInput, match="Transformer has no shallow part: supported is a U-Net with embed"):
         cached(denoiser_of(random_(Transformer())))
     with pytest.raises(BadInput, match="branch must be 0 to 1, found 2"):
         cached(plain, branch=2)
     with pytest.raises(BadInput, match="every and samples are 1 or more"):
         DeepCache(every=0)
-    with pytest.raises(BadInput, match="made for t = 0.98 at query 0"):
+    with pytest.raises(BadInput, match="made for t = 0.98 at model evaluation 0"):
         cached(plain)(torch.zeros(1, *SHAPE), 0.3)
 
 
@@ -152,9 +152,11 @@ class Foreign(nn.Module):
         self.net = unet()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(super().__getattr__("net"), name) if name in ("embed", "deep", "shallow_decode") else (
-            super().__getattr__(name)
-        )  # fmt: skip
+        return (
+            getattr(super().__getattr__("net"), name)
+            if name in ("embed", "deep", "shallow_decode")
+            else (super().__getattr__(name))
+        )
 
     def shallow_encode(self, x: torch.Tensor, emb: torch.Tensor) -> Any:
         return self.net.shallow_encode(x, emb)

@@ -22,19 +22,19 @@ from hasten.samplers import DDIM
 from hasten.sampling import Noise
 from hasten.schedules import VPCosine
 
-from ._tiny import LABEL, SHAPE, Transformer, ahead, compiled, denoiser_of, random_, relative, sampled, unet
+from ._tiny import LABEL, SHAPE, Transformer, compiled, context_of, denoiser_of, random_, relative, sampled, unet
 
 DDIM20 = compiled(DDIM(), 20)
 
 
 def propagated(denoiser: Denoiser, plan: Any = DDIM20, **options: Any) -> Any:
-    return EncoderPropagation(**options).apply(denoiser, ahead(plan, denoiser))
+    return EncoderPropagation(**options).apply(denoiser, context_of(plan, denoiser))
 
 
 @pytest.mark.parametrize("parallel", [1, 4])
 @pytest.mark.parametrize("forecast", [0, 1])
 @pytest.mark.parametrize("net", [unet(attention=(1,)), random_(Transformer())])
-def test_with_every_query_a_key_it_is_the_plain_sampler(net: nn.Module, parallel: int, forecast: int) -> None:
+def test_with_key_steps_alone_it_is_the_plain_sampler(net: nn.Module, parallel: int, forecast: int) -> None:
     plain = denoiser_of(net)
     fast = propagated(plain, keys=tuple(range(20)), parallel=parallel, forecast=forecast)
     assert torch.equal(sampled(fast, DDIM20), sampled(plain, DDIM20))
@@ -43,7 +43,7 @@ def test_with_every_query_a_key_it_is_the_plain_sampler(net: nn.Module, parallel
 
 @pytest.mark.parametrize("forecast", [0, 1])
 @pytest.mark.parametrize("net", [unet(attention=(1,)), random_(Transformer())])
-def test_decoding_ahead_is_decoding_when_asked(net: nn.Module, forecast: int) -> None:
+def test_decoding_in_one_batch_is_decoding_one_by_one(net: nn.Module, forecast: int) -> None:
     plain = denoiser_of(net)
     fasts = [propagated(plain, parallel=parallel, forecast=forecast) for parallel in (1, 3, 99)]
     serial, chunks, groups = (sampled(fast, DDIM20) for fast in fasts)
@@ -68,7 +68,7 @@ def test_every_sampler_in_order() -> None:
 
 
 @torch.no_grad()
-def test_answers_are_those_of_the_formula() -> None:
+def test_outputs_are_those_of_the_formula() -> None:
     """A hold, then a line in the angle; each with the embedding and x_t of the query itself."""
     net = unet()
     plain, times = denoiser_of(net), DDIM20.times
@@ -83,20 +83,20 @@ def test_answers_are_those_of_the_formula() -> None:
     for forecast in (0, 1):
         fast = propagated(plain, keys=keys, forecast=forecast)
         for k in range(12):
-            found = fast(x[k], times[k], label=LABEL)
+            result = fast(x[k], times[k], label=LABEL)
             i = max(key for key in keys if key <= k)
-            kept = features(i)
+            saved = features(i)
             if forecast and i >= 5:  # before, the key before the last is the first query
                 p = keys[keys.index(i) - 1]
                 angle = torch.atan2(VPCosine().sigma(times), VPCosine().alpha(times))
                 r = float((angle[k] - angle[i]) / (angle[i] - angle[p]))
-                kept = [new + r * (new - old) for old, new in zip(features(p), kept)]
-            raw = net.decode(kept[:-1], kept[-1], net.embed(clock[k].expand(3), LABEL))
+                saved = [new + r * (new - old) for old, new in zip(features(p), saved)]
+            raw = net.decode(saved[:-1], saved[-1], net.embed(clock[k].expand(3), LABEL))
             alpha, sigma = VPCosine().alpha(times[k]), VPCosine().sigma(times[k])
-            torch.testing.assert_close(found, (alpha * x[k] - sigma * raw).float(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result, (alpha * x[k] - sigma * raw).float(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_change_of_conditions_or_batch_is_a_key() -> None:
+def test_a_change_of_conditions_or_batch_is_a_key_step() -> None:
     plain = denoiser_of(unet())
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     for parallel in (1, 9):
@@ -115,7 +115,7 @@ def test_a_change_of_conditions_or_batch_is_a_key() -> None:
         torch.testing.assert_close(fast(x, times[0], label=LABEL), plain(x, times[0], label=LABEL))
 
 
-def test_cost_is_what_the_model_says() -> None:
+def test_cost_is_what_the_formula_predicts() -> None:
     """Multiply-accumulates of whole samplings against 1 / (1 - f (1 - k / N)), serial and parallel."""
     net = unet(widths=(16, 32), attention=(0, 1))
     plain = denoiser_of(net)
@@ -125,9 +125,9 @@ def test_cost_is_what_the_model_says() -> None:
     whole = macs(net, x, time, LABEL)
     for parallel in (1, 4):
         fast = propagated(plain, parallel=parallel)
-        found = macs(sampled, plain, DDIM20) / macs(sampled, fast, DDIM20)
-        assert found == pytest.approx(fast.expected_speedup(encoder / whole), rel=0.01)
-        assert found > 1.2
+        result = macs(sampled, plain, DDIM20) / macs(sampled, fast, DDIM20)
+        assert result == pytest.approx(fast.expected_speedup(encoder / whole), rel=0.01)
+        assert result > 1.2
 
 
 def test_first_blocks_of_a_transformer() -> None:
@@ -185,7 +185,7 @@ def test_injection_is_the_papers_loop(name: str) -> None:
     assert EncoderPropagation().plan(DDIM20, plain) is DDIM20
 
 
-def test_found_keys_beat_the_patterns() -> None:
+def test_searched_key_steps_beat_the_patterns() -> None:
     plain = denoiser_of(unet(attention=(1,)))
     target = sampled(plain, DDIM20, seed=100)
     errors = {}
@@ -197,41 +197,41 @@ def test_found_keys_beat_the_patterns() -> None:
     assert errors["found"] < 0.8 * errors["paper"] and errors["found"] < 1.1 * errors["uniform"], errors
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_unsupported_options_and_networks_raise() -> None:
     plain = denoiser_of(unet())
     few = compiled(DDIM(), 8)
     for keys in ("paper", "found", (0, 4)):
-        with pytest.raises(BadInput, match="needs 9 queries or more, found 8"):
+        with pytest.raises(BadInput, match="needs 9 model evaluations or more, found 8"):
             propagated(plain, few, keys=keys)
-    with pytest.raises(BadInput, match="11 of 20 queries would hang on key 0"):
+    with pytest.raises(BadInput, match="11 of 20 model evaluations would depend on key step 0"):
         propagated(plain, keys=(0, 11))
-    with pytest.raises(BadInput, match="times of all queries"):
+    with pytest.raises(BadInput, match="times of all model evaluations"):
         EncoderPropagation().apply(plain, SamplingContext())
-    with pytest.raises(BadInput, match="must see some samplings"):
-        EncoderPropagation(keys="found").apply(plain, SamplingContext(times=ahead(DDIM20).times))
-    with pytest.raises(BadInput, match="Still has no seam: what works"):
+    with pytest.raises(BadInput, match="needs calibration samples"):
+        EncoderPropagation(keys="found").apply(plain, SamplingContext(times=context_of(DDIM20).times))
+    with pytest.raises(BadInput, match="Still has no split point: supported are"):
         propagated(denoiser_of(Still()))
     with pytest.raises(BadInput, match="found Still"):
-        EncoderPropagation().apply(Still(), ahead(DDIM20))
+        EncoderPropagation().apply(Still(), context_of(DDIM20))
     with pytest.raises(BadInput, match="did you mean 'uniform'"):
         propagated(plain, keys="unifrom")
     with pytest.raises(BadInput, match="forecast is 0"):
         EncoderPropagation(forecast=2)
     with pytest.raises(Conflict, match="both claim 'features'"):
-        accelerate(plain, [EncoderPropagation(), DeepCache()], ahead(DDIM20))
+        accelerate(plain, [EncoderPropagation(), DeepCache()], context_of(DDIM20))
     with pytest.raises(HastenError, match="cannot be steered"):
         propagated(plain).features(torch.zeros(1, *SHAPE), DDIM20.times[0])
 
 
-def test_another_sampling_than_the_one_told_is_refused() -> None:
+def test_another_sampling_than_the_planned_one_raises() -> None:
     fast = propagated(denoiser_of(unet()))
-    with pytest.raises(BadInput, match=r"made for t = 0.98 at query 0, found t = 0.5"):
+    with pytest.raises(BadInput, match=r"made for t = 0.98 at model evaluation 0, found t = 0.5"):
         fast(torch.zeros(1, *SHAPE), 0.5)
     other = compiled(DDIM(), 21)
-    with pytest.raises(BadInput, match="at query 1, found t = "):
+    with pytest.raises(BadInput, match="at model evaluation 1, found t = "):
         sampled(fast, other)
     sampled(fast, DDIM20)
-    with pytest.raises(BadInput, match="made for 20 queries and is asked for more"):
+    with pytest.raises(BadInput, match="made for 20 model evaluations, found one more"):
         fast(torch.zeros(1, *SHAPE), 0.0)
     x = torch.zeros(2, *SHAPE)
     fast.reset()
@@ -240,7 +240,7 @@ def test_another_sampling_than_the_one_told_is_refused() -> None:
     fast(x, torch.tensor([0.98, 0.98], dtype=torch.float64))
 
 
-def test_the_denoiser_is_left_as_it_was_and_half_precision_works() -> None:
+def test_the_denoiser_is_not_changed_and_half_precision_works() -> None:
     plain = denoiser_of(unet())
     before = {key: value.clone() for key, value in plain.state_dict().items()}
     fast = propagated(plain, forecast=1, parallel=4)
@@ -253,25 +253,25 @@ def test_the_denoiser_is_left_as_it_was_and_half_precision_works() -> None:
 
 def test_on_a_model() -> None:
     model = hasten.load("fashion")
-    told: dict[str, Any] = {"n": 2, "sampler": "ddim", "times": "trailing", "steps": 20, "guidance_scale": 2.0}
-    plain = model.sample(**told)
+    info: dict[str, Any] = {"n": 2, "sampler": "ddim", "times": "trailing", "steps": 20, "guidance_scale": 2.0}
+    plain = model.sample(**info)
     spelled = "encoder_propagation:keys=(0,1,2,4,6,9,12,15,18),parallel=4,forecast=1"
     assert pick("accelerators", spelled).keys == (0, 1, 2, 4, 6, 9, 12, 15, 18)
-    fast = model.sample(**told, accelerators=(spelled,))
+    fast = model.sample(**info, accelerators=(spelled,))
     assert 0 < relative(fast, plain) < 0.15
 
 
 @pytest.mark.slow
-def test_found_keys_beat_the_papers_on_the_bundled_teacher() -> None:
+def test_searched_key_steps_beat_the_papers_on_the_bundled_teacher() -> None:
     """50 DDIM steps, 9 keys, final samples of other seeds than the search saw."""
     model = hasten.load("fashion")
-    told: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": 50, "guidance_scale": 1.0}
-    found: Any = model.way(**told, accelerators=("encoder_propagation:keys=found,samples=4,seed=1000",)).denoiser
-    assert len(found.keys) == 9
-    keys = f"keys=({','.join(map(str, found.keys))})"
-    plain = model.sample(10, **told)
+    info: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": 50, "guidance_scale": 1.0}
+    result: Any = model.way(**info, accelerators=("encoder_propagation:keys=found,samples=4,seed=1000",)).denoiser
+    assert len(result.keys) == 9
+    keys = f"keys=({','.join(map(str, result.keys))})"
+    plain = model.sample(10, **info)
     paper, hold, line = (
-        relative(model.sample(10, **told, accelerators=(f"encoder_propagation:{options}",)), plain)
+        relative(model.sample(10, **info, accelerators=(f"encoder_propagation:{options}",)), plain)
         for options in ("keys=paper", keys, f"{keys},forecast=1")
     )
     assert hold < 0.85 * paper and line < 0.8 * hold, (line, hold, paper)

@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.accelerators._caching.keys import PAPER, amount, around, checked, named, paper, shortest, uniform
-from hasten.accelerators._caching.search import costs, shares, spectrum
+from hasten.accelerators._caching.keys import (
+    PAPER,
+    cheapest_key_steps,
+    check_key_steps,
+    key_step_count,
+    key_steps_around,
+    paper_key_steps,
+    resolve_key_steps,
+    uniform_key_steps,
+)
+from hasten.accelerators._caching.search import error_gains, main_directions, reuse_costs
 from hasten.errors import BadInput
 from hasten.plan import plan
 from hasten.samplers import DDIM
@@ -18,48 +27,48 @@ from hasten.schedules import VPCosine, VPLinear
 from hasten.times import UniformTime
 
 
-def test_the_papers_keys_in_proportion() -> None:
-    assert paper(50) == PAPER == (0, 1, 2, 3, 5, 10, 15, 25, 35)
-    assert paper(20) == (0, 1, 2, 4, 6, 10, 14)
-    assert paper(100) == (0, 2, 4, 6, 10, 20, 30, 50, 70)
+def test_the_papers_key_steps_in_proportion() -> None:
+    assert paper_key_steps(50) == PAPER == (0, 1, 2, 3, 5, 10, 15, 25, 35)
+    assert paper_key_steps(20) == (0, 1, 2, 4, 6, 10, 14)
+    assert paper_key_steps(100) == (0, 2, 4, 6, 10, 20, 30, 50, 70)
     for n in range(9, 300):
-        assert checked(paper(n), n, "x") == paper(n)
+        assert check_key_steps(paper_key_steps(n), n, "x") == paper_key_steps(n)
 
 
-def test_uniform_and_centred_keys() -> None:
-    assert uniform(10, 4) == (0, 4, 8)
-    assert around(50, 10, 0, 1.0) == tuple(range(0, 50, 5))
-    keys = around(50, 10, 15, 1.4)
+def test_uniform_and_centered_key_steps() -> None:
+    assert uniform_key_steps(10, 4) == (0, 4, 8)
+    assert key_steps_around(50, 10, 0, 1.0) == tuple(range(0, 50, 5))
+    keys = key_steps_around(50, 10, 15, 1.4)
     gaps = [b - a for a, b in itertools.pairwise(keys)]
     assert keys[0] == 0 and len(keys) == 10 and keys[-1] < 50
     nearest_gap = min(range(len(gaps)), key=lambda k: abs((keys[k] + keys[k + 1]) / 2 - 15))
     assert gaps[nearest_gap] == min(gaps) < max(gaps)
-    assert len(around(20, 15, 10, 3.0)) >= 15  # the power gives way
+    assert len(key_steps_around(20, 15, 10, 3.0)) >= 15  # the power gives way
     with pytest.raises(BadInput, match="center from 0 to 19"):
-        around(20, 5, 20, 1.4)
+        key_steps_around(20, 5, 20, 1.4)
 
 
-def test_budget_is_a_number_or_a_share() -> None:
-    assert amount(9, 50) == 9 and amount(0.18, 50) == 9 and amount(0.5, 9) == 4
+def test_budget_is_a_number_or_a_fraction() -> None:
+    assert key_step_count(9, 50) == 9 and key_step_count(0.18, 50) == 9 and key_step_count(0.5, 9) == 4
     for wrong in (0, -1, 51, 2.5):
         with pytest.raises(BadInput, match="budget"):
-            amount(wrong, 50)
+            key_step_count(wrong, 50)
 
 
-def test_keys_that_cannot_be() -> None:
-    assert checked((4, 0, 7, 4), 9, "x") == (0, 4, 7)
+def test_invalid_key_steps_raise() -> None:
+    assert check_key_steps((4, 0, 7, 4), 9, "x") == (0, 4, 7)
     for keys in ((), (1, 2), (0, 9), (-1, 0)):
-        with pytest.raises(BadInput, match="x: keys are queries from 0"):
-            checked(keys, 9, "x")
-    with pytest.raises(BadInput, match="9 queries or more, found 8"):
-        checked(range(8), 8, "x")
-    with pytest.raises(BadInput, match="11 of 20 queries would hang on key 4"):
-        checked((0, 4, 15), 20, "x")
+        with pytest.raises(BadInput, match="x: key steps are numbers from 0"):
+            check_key_steps(keys, 9, "x")
+    with pytest.raises(BadInput, match="9 model evaluations or more, found 8"):
+        check_key_steps(range(8), 8, "x")
+    with pytest.raises(BadInput, match="11 of 20 model evaluations would depend on key step 4"):
+        check_key_steps((0, 4, 15), 20, "x")
     with pytest.raises(BadInput, match="did you mean 'paper'"):
-        named("papr", 20, ("paper", "uniform", "found"))
+        resolve_key_steps("papr", 20, ("paper", "uniform", "found"))
 
 
-def test_shortest_is_what_brute_force_finds() -> None:
+def test_cheapest_key_steps_are_those_of_brute_force() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 4):
         N = 9
@@ -72,13 +81,13 @@ def test_shortest_is_what_brute_force_finds() -> None:
             return sum(float(cost[i, e]) for i, e in zip(keys, (*keys[1:], N)))
 
         every = [(0, *rest) for rest in itertools.combinations(range(1, N), count - 1)]
-        assert shortest(cost, count) == min(every, key=total)
-    with pytest.raises(BadInput, match="1 keys cannot cover 9 queries"):
-        shortest(cost, 1)
+        assert cheapest_key_steps(cost, count) == min(every, key=total)
+    with pytest.raises(BadInput, match="1 key steps cannot cover 9 model evaluations"):
+        cheapest_key_steps(cost, 1)
 
 
 @pytest.mark.parametrize("schedule", [VPCosine(), VPLinear()])
-def test_share_is_what_an_error_does_to_the_end_of_ddim(schedule: object) -> None:
+def test_gain_is_the_derivative_of_the_final_ddim_sample(schedule: object) -> None:
     """On Gaussian data, where the network is linear: move one answer and look at the result."""
     times = UniformTime()(schedule, 12)
     compiled = plan(DDIM(), schedule, times)
@@ -86,21 +95,21 @@ def test_share_is_what_an_error_does_to_the_end_of_ddim(schedule: object) -> Non
     for v in (0.01, 1.0, 30.0):
 
         def ends(moved: int | None, v: float = v) -> Tensor:
-            asked = iter(range(12))
+            requested = iter(range(12))
 
             def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
                 a, s = schedule.alpha(t), schedule.sigma(t)
-                return a * v / (a * a * v + s * s) * x_t + (0.5 if next(asked) == moved else 0.0)
+                return a * v / (a * a * v + s * s) * x_t + (0.5 if next(requested) == moved else 0.0)
 
             return compiled(denoiser, x)
 
-        found = torch.stack([((ends(j) - ends(None)) / 0.5).mean() for j in range(12)])
-        torch.testing.assert_close(found, shares(times[:-1].tolist(), schedule, v), rtol=1e-6, atol=1e-9)
+        result = torch.stack([((ends(j) - ends(None)) / 0.5).mean() for j in range(12)])
+        torch.testing.assert_close(result, error_gains(times[:-1].tolist(), schedule, v), rtol=1e-6, atol=1e-9)
 
 
-def test_queries_at_one_time_share_it() -> None:
-    once = shares([1.0, 0.6, 0.3], VPCosine(), 1.0)
-    twice = shares([1.0, 0.6, 0.6, 0.3], VPCosine(), 1.0)
+def test_evaluations_at_one_time_divide_the_gain() -> None:
+    once = error_gains([1.0, 0.6, 0.3], VPCosine(), 1.0)
+    twice = error_gains([1.0, 0.6, 0.6, 0.3], VPCosine(), 1.0)
     torch.testing.assert_close(twice[1] + twice[2], once[1])
     torch.testing.assert_close(twice[[0, 3]], once[[0, 2]])
 
@@ -109,7 +118,7 @@ def test_main_directions_of_a_batch() -> None:
     x = torch.zeros(4, 1, 2, 2)
     x[:, 0, 0, 0] = torch.tensor([3.0, -3.0, 3.0, -3.0])
     x[:, 0, 1, 1] = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    directions, variance, left = spectrum(x)
+    directions, variance, left = main_directions(x)
     torch.testing.assert_close(directions.abs(), torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]]))
     torch.testing.assert_close(variance, torch.tensor([9.0, 1.0]))
     assert left == pytest.approx(1e-4)
@@ -120,19 +129,19 @@ def test_costs_add_errors_of_a_group_as_vectors() -> None:
     N, count = 10, 3
     times = torch.linspace(1, 0.1, N).tolist()
     error = torch.randn(N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    asked = []
+    requested = []
 
     def key(j: int) -> tuple[int, Tensor]:
         return j, torch.full((1, 1), 0.1 * j, dtype=torch.float64)
 
-    def reuse(kept: int, j: int) -> Tensor:
-        asked.append((kept, j))
-        return torch.full((1, 1), 0.1 * j, dtype=torch.float64) + error[kept, j]
+    def reuse(saved: int, j: int) -> Tensor:
+        requested.append((saved, j))
+        return torch.full((1, 1), 0.1 * j, dtype=torch.float64) + error[saved, j]
 
-    cost = costs(count, times, VPCosine(), key, reuse)
-    share = shares(times, VPCosine(), 1e-4)
+    cost = reuse_costs(count, times, VPCosine(), key, reuse)
+    share = error_gains(times, VPCosine(), 1e-4)
     longest = 5  # half of the queries is the limit here
-    assert set(asked) == {(i, j) for i in range(N) for j in range(i + 1, min(i + longest, N))}
+    assert set(requested) == {(i, j) for i in range(N) for j in range(i + 1, min(i + longest, N))}
     for i, e in itertools.product(range(N), range(N + 1)):
         if i < e <= i + longest:
             expected = float(sum(share[j] * error[i, j] for j in range(i + 1, e))) ** 2

@@ -60,31 +60,36 @@ def pruned(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("net", "exchanged"),
     [
-        (ReadsDtype(), 2), (ReadsAttributes(), 2), (Functional(), 2), (Two(parametrizations.weight_norm), 1),
-        (Two(parametrizations.spectral_norm), 1), (Two(nn.utils.weight_norm), 1), (Two(pruned), 1),
+        (ReadsDtype(), 2),
+        (ReadsAttributes(), 2),
+        (Functional(), 2),
+        (Two(parametrizations.weight_norm), 1),
+        (Two(parametrizations.spectral_norm), 1),
+        (Two(nn.utils.weight_norm), 1),
+        (Two(pruned), 1),
     ],
     ids=["dtype", "attributes", "functional", "weight_norm", "spectral_norm", "old_weight_norm", "pruned"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("options", [{}, {"rounding": "adaround", "iterations": 2}], ids=["nearest", "adaround"])
-def test_such_a_network_is_quantised(net: nn.Module, exchanged: int, options: dict[str, Any]) -> None:
+def test_unusual_networks_are_quantised(net: nn.Module, exchanged: int, options: dict[str, Any]) -> None:
     denoiser = Denoiser(net, VPCosine(offset=0.0), V()).eval().requires_grad_(False)
     model = Model(denoiser, "x", (4, 8, 8), None, sampler="ddim", times="uniform", steps=3)
     plain, method = model.sample(2), Quantize(images=2, steps=2, **options)
-    made = method.apply(model.denoiser, ahead_of(model))
-    assert len(list(layers(made.net))) == exchanged
-    drawn = model.sample(2, accelerators=[method])
-    assert 0 < float((drawn - plain).norm() / plain.norm()) < 0.05
+    built = method.apply(model.denoiser, context_of(model))
+    assert len(list(layers(built.net))) == exchanged
+    samples = model.sample(2, accelerators=[method])
+    assert 0 < float((samples - plain).norm() / plain.norm()) < 0.05
 
 
-def ahead_of(model: Model) -> Any:
+def context_of(model: Model) -> Any:
     from hasten.accelerators import SamplingContext
 
     return SamplingContext(None, lambda n, seed: model.calls(n, seed))
 
 
-def test_a_network_of_computed_weights_alone_is_refused_in_a_line() -> None:
+def test_a_network_of_computed_weights_alone_is_a_one_line_error() -> None:
     net = Two(parametrizations.weight_norm)
     net.b = parametrizations.weight_norm(net.b)
     model = Model(Denoiser(net.eval(), VPCosine(offset=0.0), V()), "x", (4, 8, 8), None, sampler="ddim", steps=2)
-    with pytest.raises(BadInput, match="no Conv2d or Linear to exchange"):
+    with pytest.raises(BadInput, match="no Conv2d or Linear to quantize"):
         model.sample(1, accelerators=[Quantize(images=1, steps=1)])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hasten.accelerators import accelerate
 from hasten.accelerators._compile import CompiledNet
-from hasten.accelerators._patches.attention import Text
+from hasten.accelerators._patches.attention import TextVersion
 from hasten.accelerators._patches.exchange import Exchange
 from hasten.accelerators._patches.swap import Patched
 from hasten.accelerators.deep_cache import DeepCache
@@ -21,22 +21,22 @@ from hasten.performance.profile import work_of
 from hasten.samplers import DDIM
 
 from ..pretend import Pretended, put
-from ._tiny import LABEL, SHAPE, ahead, compiled, denoiser_of, unet
+from ._tiny import LABEL, SHAPE, compiled, context_of, denoiser_of, unet
 
 
 @pytest.mark.parametrize(
-    "way",
+    "method",
     [
         DeepCache(every=3, forecast=1),
         EncoderPropagation(keys="uniform", every=3, parallel=3),
         Quantize(images=1, steps=2),
     ],
-    ids=lambda way: type(way).__name__,
+    ids=lambda method: type(method).__name__,
 )
 @torch.no_grad()
-def test_guided_queries_do_not_wait(way: object) -> None:
+def test_guided_evaluations_do_not_synchronise(method: object) -> None:
     plan, plain = compiled(DDIM(), 12), denoiser_of(unet())
-    guided = CFG(scale=2.0).wrap(accelerate(plain, [way], ahead(plan, plain)))
+    guided = CFG(scale=2.0).wrap(accelerate(plain, [method], context_of(plan, plain)))
     with Pretended() as device:
         put(guided)
         x, label = torch.zeros(len(LABEL), *SHAPE).to("cuda"), LABEL.to("cuda")
@@ -51,7 +51,7 @@ def test_guided_queries_do_not_wait(way: object) -> None:
 
 
 @torch.no_grad()
-def test_doubled_conditions_are_made_anew_where_they_change() -> None:
+def test_doubled_conditions_are_recomputed_where_they_change() -> None:
     guided, x, label = CFG(scale=2.0).wrap(denoiser_of(unet())), torch.zeros(3, *SHAPE), LABEL.clone()
     first = guided(x, 0.5, label=label)
     assert torch.equal(guided(x, 0.5, label=label), first)
@@ -63,18 +63,18 @@ def test_doubled_conditions_are_made_anew_where_they_change() -> None:
 
 
 @torch.no_grad()
-def test_the_work_of_a_quantised_network_is_found_without_memory() -> None:
+def test_the_workload_of_a_quantised_network_needs_no_memory() -> None:
     plan, plain = compiled(DDIM(), 12), denoiser_of(unet())
-    made = accelerate(plain, [Quantize(images=1, steps=2, groups=2)], ahead(plan, plain))
+    built = accelerate(plain, [Quantize(images=1, steps=2, groups=2)], context_of(plan, plain))
     label = torch.zeros(2, dtype=torch.long)
     x = torch.randn(2, *SHAPE)
     for value in (0.9, 0.1):  # the group of a time is the same, read from the device or not
         time = torch.full((2,), value * 20)
-        read = made.net(x, time, label=label)
+        read = built.net(x, time, label=label)
         time.host_times = (value * 20,)  # type: ignore[attr-defined]
-        assert torch.equal(made.net(x, time, label=label), read)
-    found, expected = (work_of(one.net, (2, *SHAPE), label=label) for one in (made, plain))
-    assert found.macs == expected.macs
+        assert torch.equal(built.net(x, time, label=label), read)
+    result, expected = (work_of(one.net, (2, *SHAPE), label=label) for one in (built, plain))
+    assert result.macs == expected.macs
 
 
 class Linear(nn.Module):
@@ -92,12 +92,12 @@ class Linear(nn.Module):
         return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
 
 
-def test_patches_know_a_lora_of_linear_layers() -> None:
+def test_patches_support_a_lora_of_linear_layers() -> None:
     def patched(wrap: type) -> nn.Module:
         net = unet()
         block = next(module for module in net.modules() if isinstance(getattr(module, "modulation", None), nn.Linear))
         block.modulation = wrap(block.modulation)
-        return Patched(net, Exchange(ProcessGroup((0, 1), 0), "sync", "full", 0, "same", 60), Text()).net
+        return Patched(net, Exchange(ProcessGroup((0, 1), 0), "sync", "full", 0, "same", 60), TextVersion()).net
 
     class Other(Linear):
         __module__ = "somewhere.else"
@@ -108,7 +108,7 @@ def test_patches_know_a_lora_of_linear_layers() -> None:
 
 
 @torch.no_grad()
-def test_the_first_call_of_a_graph_leaves_its_inputs_alone() -> None:
+def test_the_first_call_of_a_graph_does_not_change_its_inputs() -> None:
     """It is run twice, to time the second: a network that writes into what it is given would answer differently."""
 
     class InPlace(nn.Module):

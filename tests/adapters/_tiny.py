@@ -1,4 +1,4 @@
-"""A small model for the exporters: a U-Net with classes and attention, no layer at zero."""
+"""A small model for the exporters: a U-Net with classes and attention, without zero layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hasten.schedules import VPCosine
 
 
 def tiny(**more: object) -> Model:
-    """Images of 8 x 8, three classes, drawn in six steps at a guidance scale of 1.5; or classes=None."""
+    """Images of 8 x 8, three classes, sampled in six steps at a guidance scale of 1.5; or classes=None."""
     torch.manual_seed(0)
     more = {"classes": 3, **more}
     net = UNet(1, widths=(16, 32), embedding=32, **{k: v for k, v in more.items() if v is not None})  # type: ignore
@@ -27,6 +27,6 @@ def tiny(**more: object) -> Model:
     return Model(denoiser, "tiny", (1, 8, 8), ("a", "b", "c"), sampler="ddim", steps=6, guidance_scale=1.5)
 
 
-def off(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     """`||a - b|| / ||b||`."""
     return float((a - b).norm() / b.norm())

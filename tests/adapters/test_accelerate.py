@@ -21,12 +21,12 @@ from hasten.errors import BadInput
 from . import tiny
 
 STEPS = 10
-TOLD: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+CALL: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
 TRAILING = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
 
 
 class Watched(Wrapper):
-    """The denoiser itself, that counts, and holds every query to the time that was foretold."""
+    """The denoiser itself, which counts evaluations and checks their times against those of the context."""
 
     def __init__(self, denoiser: Denoiser, times: tuple[float, ...]) -> None:
         super().__init__(denoiser)
@@ -55,8 +55,8 @@ class Watch:
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
-        return Watched(denoiser, ahead.required("watch"))
+    def apply(self, denoiser: Any, context: SamplingContext) -> nn.Module:
+        return Watched(denoiser, context.required("watch"))
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Twin:
     scale: float = 1.0
     stage: ClassVar[int] = EXCHANGE
     claims: ClassVar[frozenset[str]] = frozenset({"arithmetic"})
-    made: ClassVar[list[int]] = []
+    applied: ClassVar[list[int]] = []
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
-        self.made.append(1)
+    def apply(self, denoiser: Any, context: SamplingContext) -> nn.Module:
+        self.applied.append(1)
         net = copy.deepcopy(denoiser.net)
         with torch.no_grad():
             for p in net.parameters():
@@ -79,12 +79,12 @@ class Twin:
 
 @dataclass(frozen=True)
 class OnlyX0:
-    """Through x0: an accelerator without a `raw` of its own."""
+    """An accelerator of x0, without its own `raw`."""
 
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset()
 
-    def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
+    def apply(self, denoiser: Any, context: SamplingContext) -> nn.Module:
         class Through(Wrapper):
             def forward(self, x_t: Tensor, t: Any, **cond: Any) -> Tensor:
                 return self.denoiser(x_t, t, **cond)
@@ -105,8 +105,8 @@ def generator() -> torch.Generator:
 
 
 def cases() -> dict[str, Any]:
-    """Name: (pipeline, what it is called with)."""
-    text = {**TOLD, "prompt": ["a cat", "the dog"], "latents": start(2)}
+    """Name: (pipeline, keyword arguments of its call)."""
+    text = {**CALL, "prompt": ["a cat", "the dog"], "latents": start(2)}
     masked = torch.zeros(1, 1, 16, 16)
     masked[..., :8] = 1
     return {
@@ -119,33 +119,33 @@ def cases() -> dict[str, Any]:
         "sdxl": lambda: (tiny.sdxl_pipeline(), text),
         "sd3": lambda: (tiny.sd3_pipeline(), text),
         "dit": lambda: (tiny.dit_pipeline(), {"class_labels": [1, 2], "num_inference_steps": STEPS, "generator": generator(), "output_type": "np"}),
-        "img2img": lambda: (tiny.sd_pipeline("StableDiffusionImg2ImgPipeline"), {**TOLD, "prompt": "a cat", "image": image(), "strength": 0.6, "generator": generator()}),
-        "inpaint": lambda: (tiny.sd_pipeline("StableDiffusionInpaintPipeline", unet=tiny.unet2d_condition(in_channels=9)), {**TOLD, "prompt": "a cat", "image": image() * 2 - 1, "mask_image": masked, "height": 16, "width": 16, "generator": generator()}),
-        "controlnet": lambda: (tiny.sd_pipeline("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet()), {**TOLD, "prompt": "a cat", "image": image(), "latents": start(), "height": 16, "width": 16}),
+        "img2img": lambda: (tiny.sd_pipeline("StableDiffusionImg2ImgPipeline"), {**CALL, "prompt": "a cat", "image": image(), "strength": 0.6, "generator": generator()}),
+        "inpaint": lambda: (tiny.sd_pipeline("StableDiffusionInpaintPipeline", unet=tiny.unet2d_condition(in_channels=9)), {**CALL, "prompt": "a cat", "image": image() * 2 - 1, "mask_image": masked, "height": 16, "width": 16, "generator": generator()}),
+        "controlnet": lambda: (tiny.sd_pipeline("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet()), {**CALL, "prompt": "a cat", "image": image(), "latents": start(), "height": 16, "width": 16}),
     }  # fmt: skip
 
 
-def result(pipe: Any, told: dict[str, Any]) -> Tensor:
-    told = {**told, **({"generator": generator()} if "generator" in told else {})}
-    return torch.as_tensor(pipe(**told).images)
+def result(pipe: Any, call: dict[str, Any]) -> Tensor:
+    call = {**call, **({"generator": generator()} if "generator" in call else {})}
+    return torch.as_tensor(pipe(**call).images)
 
 
 @pytest.mark.parametrize("name", cases())
 def test_identity_is_the_pipeline_to_the_bit(name: str) -> None:
-    pipe, told = cases()[name]()
+    pipe, call = cases()[name]()
     slot = "unet" if hasattr(pipe, "unet") else "transformer"
     original = getattr(pipe, slot)
-    theirs = result(pipe, told)
+    theirs = result(pipe, call)
     fast = accelerate_pipeline(pipe, [Watch(), Twin()], steps=STEPS)
-    assert torch.equal(result(fast, told), theirs)
-    assert torch.equal(result(fast, told), theirs)  # again: nobody has to reset anything
+    assert torch.equal(result(fast, call), theirs)
+    assert torch.equal(result(fast, call), theirs)  # again, without an explicit reset
     net = getattr(fast, slot)
-    assert net._run.resets == 2 + 1 * (net._run.resets == 3)  # once made, then once for each sampling
+    assert net._run.resets == 2 + 1 * (net._run.resets == 3)  # once when set up, then once per sampling
     assert len(net._run.seen) % 2 == 0 and len(net._run.seen) >= 2 * 6
-    assert getattr(pipe, slot) is original and torch.equal(result(pipe, told), theirs)
+    assert getattr(pipe, slot) is original and torch.equal(result(pipe, call), theirs)
 
 
-def test_what_stands_in_behaves_as_the_network(tmp_path: Path) -> None:
+def test_the_accelerated_network_behaves_as_the_original(tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 
     pipe = tiny.sd_pipeline()
@@ -157,76 +157,76 @@ def test_what_stands_in_behaves_as_the_network(tmp_path: Path) -> None:
     assert {p.data_ptr() for p in net.parameters()} == {p.data_ptr() for p in original.parameters()}
     fast.scheduler.set_timesteps(STEPS)
     x, t, text = start(), fast.scheduler.timesteps[0], torch.randn(1, 5, 16)
-    told = original(x, t, text)
-    assert type(net(x, t, text)) is type(told) and torch.equal(net(x, t, text).sample, told.sample)
-    assert torch.equal(net(x, timestep=t, encoder_hidden_states=text, return_dict=False)[0], told.sample)
+    output = original(x, t, text)
+    assert type(net(x, t, text)) is type(output) and torch.equal(net(x, t, text).sample, output.sample)
+    assert torch.equal(net(x, timestep=t, encoder_hidden_states=text, return_dict=False)[0], output.sample)
     with pytest.raises(TypeError, match="nonsense"):
         net(x, t, text, nonsense=1)
-    fast.save_pretrained(tmp_path)  # as the pipeline that it was
+    fast.save_pretrained(tmp_path)  # as the original pipeline
     again = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path))
     assert type(again.unet) is type(original)
-    assert torch.equal(again.unet(x, t, text).sample, told.sample)
+    assert torch.equal(again.unet(x, t, text).sample, output.sample)
     twin = copy.deepcopy(fast)
     assert torch.equal(
-        result(twin, {**TOLD, "prompt": "a cat", "latents": start()}),
-        result(pipe, {**TOLD, "prompt": "a cat", "latents": start()}),
+        result(twin, {**CALL, "prompt": "a cat", "latents": start()}),
+        result(pipe, {**CALL, "prompt": "a cat", "latents": start()}),
     )
     other = tiny.quiet(StableDiffusionImg2ImgPipeline(**fast.components, requires_safety_checker=False))
-    told_image = {**TOLD, "prompt": "a cat", "image": image(), "strength": 0.5, "generator": generator()}
+    image_call = {**CALL, "prompt": "a cat", "image": image(), "strength": 0.5, "generator": generator()}
     plain = tiny.quiet(StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False))
-    assert torch.equal(result(other, told_image), result(plain, told_image))
+    assert torch.equal(result(other, image_call), result(plain, image_call))
 
 
 def test_other_steps_and_schedulers_are_followed() -> None:
-    """Layers are swapped once; what looks ahead is made for each list of times."""
+    """Layers are replaced once; accelerators that depend on the times are set up per list of times."""
     pipe = tiny.sd_pipeline()
-    Twin.made.clear()
+    Twin.applied.clear()
     fast = accelerate_pipeline(pipe, [Watch(), Twin()], steps=STEPS)
-    told = {**TOLD, "prompt": "a cat", "latents": start()}
+    call = {**CALL, "prompt": "a cat", "latents": start()}
     for steps in (STEPS, 4, STEPS, 7):
-        now = {**told, "num_inference_steps": steps}
+        now = {**call, "num_inference_steps": steps}
         assert torch.equal(result(fast, now), result(pipe, now))
-    assert len(Twin.made) == 1
+    assert len(Twin.applied) == 1
     fast.scheduler = as_scheduler("unipc", like=pipe)
-    ours = result(fast, told)
+    ours = result(fast, call)
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
     pipe.scheduler = as_scheduler("unipc", like=pipe)
-    assert torch.equal(ours, result(pipe, told))
-    cut = {**told, "callback_on_step_end": lambda p, i, t, k: setattr(p, "_interrupt", i == 2) or k}
-    fast(**cut)  # a sampling that is broken off
-    assert torch.equal(result(fast, told), ours)
+    assert torch.equal(ours, result(pipe, call))
+    interrupted = {**call, "callback_on_step_end": lambda p, i, t, k: setattr(p, "_interrupt", i == 2) or k}
+    fast(**interrupted)  # a sampling that ends early
+    assert torch.equal(result(fast, call), ours)
     flow = as_scheduler("ddim", like=tiny.sd3_pipeline())
     fast.scheduler = flow
     with pytest.raises(BadInput, match="of another kind"):
-        result(fast, told)
+        result(fast, call)
 
 
-def test_weights_that_were_exchanged_are_used() -> None:
+def test_replaced_weights_are_used() -> None:
     pipe = tiny.sd_pipeline()
-    told = {**TOLD, "prompt": "a cat", "latents": start()}
-    theirs = result(pipe, told)
-    assert (result(accelerate_pipeline(pipe, Twin(0.9), STEPS), told) - theirs).abs().max() > 1e-3
-    close = result(accelerate_pipeline(pipe, OnlyX0(), STEPS), told)
+    call = {**CALL, "prompt": "a cat", "latents": start()}
+    theirs = result(pipe, call)
+    assert (result(accelerate_pipeline(pipe, Twin(0.9), STEPS), call) - theirs).abs().max() > 1e-3
+    close = result(accelerate_pipeline(pipe, OnlyX0(), STEPS), call)
     assert 0 < (close - theirs).abs().max() < 1e-4
-    assert torch.equal(result(pipe, told), theirs)
+    assert torch.equal(result(pipe, call), theirs)
 
 
 def test_calibration_sees_the_pipeline() -> None:
     """`SamplingContext.calls` of a pipeline: guidance's two branches, prompts and times of its own scheduler."""
-    found: list[Any] = []
+    seen_contexts: list[Any] = []
 
     @dataclass(frozen=True)
     class Look:
         stage: ClassVar[int] = WRAP
         claims: ClassVar[frozenset[str]] = frozenset()
 
-        def apply(self, denoiser: Any, ahead: SamplingContext) -> nn.Module:
-            found.append((ahead.required("look"), ahead.calibration("look", 3, 0), ahead.claimed))
+        def apply(self, denoiser: Any, context: SamplingContext) -> nn.Module:
+            seen_contexts.append((context.required("look"), context.calibration("look", 3, 0), context.claimed))
             return denoiser
 
     pipe = tiny.sd_pipeline(scheduler=tiny.scheduler(**TRAILING))
     accelerate_pipeline(pipe, [Look(), Twin()], steps=4, prompts=["a cat", "the dog"])
-    times, calls, claimed = found[0]
+    times, calls, claimed = seen_contexts[0]
     assert claimed == {"arithmetic"}
     assert times == tuple(times_like(pipe.scheduler, 4)[:-1].tolist())
     assert [t for _, t, _ in calls] == list(times)
@@ -268,34 +268,34 @@ def test_refusals() -> None:
 def test_encoder_propagation_in_pipelines() -> None:
     propagation = pytest.importorskip("hasten.accelerators.encoder_propagation").EncoderPropagation
     for name in ("sd", "ddpm", "sdxl", "controlnet", "dit", "sd3", "heun"):
-        pipe, told = cases()[name]()
-        theirs = result(pipe, told)
+        pipe, call = cases()[name]()
+        theirs = result(pipe, call)
         slot = "unet" if hasattr(pipe, "unet") else "transformer"
         queries = {"heun": 2 * STEPS - 1}.get(name, STEPS)
         every = accelerate_pipeline(pipe, propagation(keys=tuple(range(queries))), STEPS)
-        assert torch.allclose(result(every, told), theirs, atol=1e-6), name
+        assert torch.allclose(result(every, call), theirs, atol=1e-6), name
         keys = tuple(range(0, queries, 2))
         some = accelerate_pipeline(pipe, propagation(keys=keys), STEPS)
-        ours = result(some, told)
+        ours = result(some, call)
         assert getattr(some, slot)._run.encoder_calls == len(keys), name  # a ControlNet's residuals make no keys
         change = float((ours - theirs).norm() / theirs.norm())
         assert 1e-6 < change < 0.9, (name, change)
         together = accelerate_pipeline(pipe, propagation(keys=keys, parallel=4), STEPS)
-        assert torch.allclose(result(together, told), ours, atol=1e-4), name
+        assert torch.allclose(result(together, call), ours, atol=1e-4), name
 
 
-def test_deep_cache_and_found_keys_in_pipelines() -> None:
+def test_deep_cache_and_searched_key_steps_in_pipelines() -> None:
     cache = pytest.importorskip("hasten.accelerators.deep_cache").DeepCache
     propagation = pytest.importorskip("hasten.accelerators.encoder_propagation").EncoderPropagation
     for name in ("sd", "controlnet"):
-        pipe, told = cases()[name]()
-        theirs = result(pipe, told)
+        pipe, call = cases()[name]()
+        theirs = result(pipe, call)
         every = accelerate_pipeline(pipe, cache(keys=tuple(range(STEPS))), STEPS)
-        assert torch.allclose(result(every, told), theirs, atol=1e-6)
+        assert torch.allclose(result(every, call), theirs, atol=1e-6)
         some = accelerate_pipeline(pipe, cache(every=2), STEPS)
-        assert 1e-6 < float((result(some, told) - theirs).norm() / theirs.norm()) < 0.9
+        assert 1e-6 < float((result(some, call) - theirs).norm() / theirs.norm()) < 0.9
         assert some.unet._run.encoder_calls == STEPS // 2
-    pipe, told = cases()["sd"]()
-    found = accelerate_pipeline(pipe, propagation(keys="found", budget=0.5, samples=2), STEPS, prompts="a cat")
-    result(found, told)
-    assert len(found.unet._run.keys) == 5 and found.unet._run.keys[0] == 0
+    pipe, call = cases()["sd"]()
+    searched = accelerate_pipeline(pipe, propagation(keys="found", budget=0.5, samples=2), STEPS, prompts="a cat")
+    result(searched, call)
+    assert len(searched.unet._run.keys) == 5 and searched.unet._run.keys[0] == 0

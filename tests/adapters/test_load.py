@@ -12,6 +12,7 @@ from torch import Tensor
 import hasten
 from hasten.adapters.diffusers import times_like
 from hasten.errors import BadInput
+from hasten.images import read_png_text
 from hasten.pick import format_spec
 from hasten.schedules import Discrete, Flow
 from hasten.times import Explicit
@@ -27,11 +28,11 @@ def start(shape: tuple[int, ...], n: int = 2, seed: int = 7) -> Tensor:
     return hasten.Noise(range(seed, seed + n), shape).initial()
 
 
-def ours(pipe: Any, sampler: str, steps: int = STEPS, **told: Any) -> Tensor:
+def ours(pipe: Any, sampler: str, steps: int = STEPS, **call: Any) -> Tensor:
     model = hasten.load(pipe)
     times = times_like(pipe.scheduler, steps)
-    law = format_spec(Explicit(tuple(times.tolist())))
-    return model.sample(2, seed=7, sampler=sampler, times=law, steps=len(times) - 1, **told)
+    times_spec = format_spec(Explicit(tuple(times.tolist())))
+    return model.sample(2, seed=7, sampler=sampler, times=times_spec, steps=len(times) - 1, **call)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def test_stable_diffusion_is_the_pipeline(scheduler: Any, sampler: str) -> None:
     assert (other - mine).abs().max() > 1e-3  # the prompt matters
 
 
-def test_reading_of_the_scheduler() -> None:
+def test_spec_of_the_scheduler() -> None:
     model = hasten.load(tiny.sd_pipeline(scheduler=tiny.scheduler("PNDMScheduler", prediction_type="v_prediction")))
     schedule = model.denoiser.schedule
     assert isinstance(schedule, Discrete) and len(schedule.alphas_cumprod) == 1000
@@ -92,9 +93,9 @@ def test_reading_of_the_scheduler() -> None:
 
 def test_prompts_do_not_depend_on_the_batch() -> None:
     model = hasten.load(tiny.sd_pipeline())
-    told: dict[str, Any] = {"sampler": "unipc", "steps": 3, "seed": 3}
-    all_of_them = model.sample(3, ["a cat", "the dog", "a cat"], **told)
-    assert torch.allclose(model.sample(3, ["a cat", "the dog"], batch_size=1, **told), all_of_them, atol=1e-5)
+    call: dict[str, Any] = {"sampler": "unipc", "steps": 3, "seed": 3}
+    all_of_them = model.sample(3, ["a cat", "the dog", "a cat"], **call)
+    assert torch.allclose(model.sample(3, ["a cat", "the dog"], batch_size=1, **call), all_of_them, atol=1e-5)
     one = model.sample(1, "the dog", sampler="unipc", steps=3, seed=4)
     assert torch.allclose(one, all_of_them[1:2], atol=1e-5)
     with pytest.raises(BadInput, match="takes prompts"):
@@ -104,17 +105,21 @@ def test_prompts_do_not_depend_on_the_batch() -> None:
 def test_negative_prompts_reach_the_unconditional_branch() -> None:
     pipe = tiny.sd_pipeline(scheduler=tiny.scheduler(**TRAILING))
     theirs = pipe(
-        "a cat", negative_prompt="a big dog", latents=start((4, 8, 8), 1), num_inference_steps=STEPS,
-        guidance_scale=4.0, output_type="pt",
-    ).images  # fmt: skip
+        "a cat",
+        negative_prompt="a big dog",
+        latents=start((4, 8, 8), 1),
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        output_type="pt",
+    ).images
     model = hasten.load(pipe)
     model.conditioning.negative = "a big dog"
     times = times_like(pipe.scheduler, STEPS)
-    law = format_spec(Explicit(tuple(times.tolist())))
-    mine = model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=4.0)
+    times_spec = format_spec(Explicit(tuple(times.tolist())))
+    mine = model.sample(1, "a cat", 7, "ddim", times_spec, STEPS, guidance_scale=4.0)
     close(mine, pixels(theirs))
     model.conditioning.negative = None
-    assert (model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=4.0) - mine).abs().max() > 1e-3
+    assert (model.sample(1, "a cat", 7, "ddim", times_spec, STEPS, guidance_scale=4.0) - mine).abs().max() > 1e-3
 
 
 def test_sdxl() -> None:
@@ -149,29 +154,29 @@ def test_unconditional_pixels(kind: str) -> None:
 
 
 def test_ancestral_sampling_has_the_moments_of_the_pipeline() -> None:
-    """DDPM draws noise in another order than hasten, so its images differ; one network, same law."""
+    """DDPM draws noise in another order than hasten, so its images differ; the distribution is the same."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
     pipe = tiny.quiet(DDPMPipeline(tiny.unet2d(), DDPMScheduler(clip_sample=False, timestep_spacing="trailing")))
     theirs = pipe(64, generator=torch.Generator().manual_seed(0), num_inference_steps=8, output_type="np").images
     model = hasten.load(pipe)
-    law = format_spec(Explicit(tuple(times_like(pipe.scheduler, 8).tolist())))
-    mine = model.sample(64, seed=100, sampler="ddpm", times=law, steps=8).numpy() / 2 + 0.5
+    times_spec = format_spec(Explicit(tuple(times_like(pipe.scheduler, 8).tolist())))
+    mine = model.sample(64, seed=100, sampler="ddpm", times=times_spec, steps=8).numpy() / 2 + 0.5
     assert abs(mine.mean() - theirs.mean()) < 0.02 and abs(mine.std() - theirs.std()) < 0.02
 
 
 def test_dit_has_classes_by_name() -> None:
     pipe = tiny.dit_pipeline(scheduler=tiny.scheduler(beta_schedule="linear", **TRAILING))
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
-    told: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": STEPS, "output_type": "np"}
-    theirs = torch.from_numpy(pipe([1, 0], generator=generators, **told).images).permute(0, 3, 1, 2)
+    call: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": STEPS, "output_type": "np"}
+    theirs = torch.from_numpy(pipe([1, 0], generator=generators, **call).images).permute(0, 3, 1, 2)
     model = hasten.load(pipe)
     assert model.classes is not None and len(model.classes) == 1000 and model.classes[:3] == ("fish", "cat", "2")
     assert model.denoiser.null_label == 1000 and model.guidance_scale == 4.0
     close(ours(pipe, "ddim", label=["cat", "fish"], guidance_scale=2.0), pixels(theirs))
 
 
-def test_a_latent_consistency_network_is_told_its_scale() -> None:
+def test_a_latent_consistency_network_has_its_scale_as_input() -> None:
     """One evaluation a step: no second branch, the scale goes into the network."""
     unet = tiny.unet2d_condition(time_cond_proj_dim=16)
     pipe = tiny.sd_pipeline(unet=unet, scheduler=tiny.scheduler(**TRAILING))
@@ -211,18 +216,17 @@ def test_vae_shift_and_channel_scales() -> None:
 
 def test_folder_and_command_line(tmp_path: Path) -> None:
     from hasten.cli import main
-    from hasten.images import read_text
 
     pipe = tiny.sd_pipeline()
     pipe.save_pretrained(tmp_path / "pipe")
     model = hasten.load(tmp_path / "pipe")
     assert model.name == "pipe" and model.device.type == "cpu"
-    told: dict[str, Any] = {"steps": 3, "seed": 1, "guidance_scale": 2.0}
-    assert torch.allclose(model.sample(1, "a cat", **told), hasten.load(pipe).sample(1, "a cat", **told), atol=1e-6)
+    call: dict[str, Any] = {"steps": 3, "seed": 1, "guidance_scale": 2.0}
+    assert torch.allclose(model.sample(1, "a cat", **call), hasten.load(pipe).sample(1, "a cat", **call), atol=1e-6)
     png = tmp_path / "cat.png"
     command = ["sample", str(tmp_path / "pipe"), "--label", "a photo of the cat, red", "--out", str(png), "--n", "2"]
-    assert main([*command, "--steps", "2", "--runtime", "fp32"]) == 0
-    assert "a photo of the cat, red" in read_text(png)["command"]
+    assert main([*command, "--steps", "2", "--precision", "fp32"]) == 0
+    assert "a photo of the cat, red" in read_png_text(png)["command"]
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -230,7 +234,7 @@ def test_refusals(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match="neither alphas_cumprod nor a flow"):
         hasten.load(DDPMPipeline(tiny.unet2d(), EDMEulerScheduler()))
-    with pytest.raises(BadInput, match="wants an image beside the noisy one"):
+    with pytest.raises(BadInput, match="needs an image beside the noisy one"):
         hasten.load(tiny.sd_pipeline(unet=tiny.unet2d_condition(in_channels=9)))
     with pytest.raises(BadInput, match="found Linear"):
         hasten.load(torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Pipelines that `load` takes, and those that it refuses by name because it would leave out a part of them."""
+"""Pipelines that `load` supports, and those that it refuses by name because it would drop a part of them."""
 
 from __future__ import annotations
 
@@ -29,32 +29,40 @@ def start(n: int = 1, seed: int = 7) -> Tensor:
 def sdxl(kind: str, refiner: bool = False) -> Any:
     import diffusers
 
-    told: dict[str, Any] = {
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "transformer_layers_per_block": (1, 1),
-        "cross_attention_dim": 16 if refiner else 32, "projection_class_embeddings_input_dim": 16 + (5 if refiner else 6) * 4,
-    }  # fmt: skip
+    config: dict[str, Any] = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "transformer_layers_per_block": (1, 1),
+        "cross_attention_dim": 16 if refiner else 32,
+        "projection_class_embeddings_input_dim": 16 + (5 if refiner else 6) * 4,
+    }
     return tiny.quiet(
         getattr(diffusers, kind)(
-            vae=tiny.vae(), text_encoder=None if refiner else tiny.text_encoder(), text_encoder_2=tiny.text_encoder(True, 4),
-            tokenizer=None if refiner else tiny.tokenizer(), tokenizer_2=tiny.tokenizer(),
-            unet=tiny.unet2d_condition(**told), add_watermarker=False, requires_aesthetics_score=refiner,
+            vae=tiny.vae(),
+            text_encoder=None if refiner else tiny.text_encoder(),
+            text_encoder_2=tiny.text_encoder(True, 4),
+            tokenizer=None if refiner else tiny.tokenizer(),
+            tokenizer_2=tiny.tokenizer(),
+            unet=tiny.unet2d_condition(**config),
+            add_watermarker=False,
+            requires_aesthetics_score=refiner,
             scheduler=tiny.scheduler(timestep_spacing="trailing"),
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("refiner", [False, True])
 @pytest.mark.parametrize("kind", ["StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"])
-def test_sdxl_image_pipelines_have_the_sizes_that_they_give_themselves(kind: str, refiner: bool) -> None:
-    """What the network is told of sizes, crops and aesthetic scores, in both branches, as the pipeline tells it."""
+def test_sdxl_image_pipelines_have_their_own_sizes(kind: str, refiner: bool) -> None:
+    """Sizes, crops and aesthetic scores in both branches are those of the pipeline."""
     pipe, heard = sdxl(kind, refiner), []
     handle = pipe.unet.register_forward_pre_hook(
         lambda net, args, named: heard.append(named["added_cond_kwargs"]), with_kwargs=True
     )
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    told: dict[str, Any] = {"image": image, "strength": 1.0, "num_inference_steps": 2, "output_type": "latent"}
-    told |= {"mask_image": torch.ones(1, 1, 16, 16), "height": 16, "width": 16} if "Inpaint" in kind else {}
-    pipe("a cat", guidance_scale=3.0, **told)
+    call: dict[str, Any] = {"image": image, "strength": 1.0, "num_inference_steps": 2, "output_type": "latent"}
+    call |= {"mask_image": torch.ones(1, 1, 16, 16), "height": 16, "width": 16} if "Inpaint" in kind else {}
+    pipe("a cat", guidance_scale=3.0, **call)
     handle.remove()
     model = hasten.load(pipe)
     cond = model.conditions(1, "a cat")
@@ -69,19 +77,19 @@ def test_sdxl_image_pipelines_have_the_sizes_that_they_give_themselves(kind: str
 
 def test_sd3_with_dynamic_shifting_is_loaded_with_the_shift_of_its_size() -> None:
     pipe = tiny.sd3_pipeline(use_dynamic_shifting=True)
-    told: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "pt"}
-    theirs = pipe("a cat", latents=start(), **told).images
+    call: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "pt"}
+    theirs = pipe("a cat", latents=start(), **call).images
     model = hasten.load(pipe)
     assert isinstance(model.denoiser.schedule, Flow) and 1 < model.denoiser.schedule.shift < 1.65
     mu = float(torch.log(torch.tensor(model.denoiser.schedule.shift)))
     law = format_spec(Explicit(tuple(times_like(pipe.scheduler, STEPS, mu=mu).tolist())))
     ours = model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=3.0)
     assert torch.allclose(ours, theirs * 2 - 1, atol=1e-5)
-    keys = tuple(range(9))  # every query
+    keys = tuple(range(9))  # every evaluation
     fast = hasten.accelerate(pipe, [EncoderPropagation(keys=keys)], steps=9)
-    told["num_inference_steps"] = 9
-    theirs = pipe("a cat", latents=start(), **told).images
-    assert torch.allclose(fast("a cat", latents=start(), **told).images, theirs, atol=1e-5)
+    call["num_inference_steps"] = 9
+    theirs = pipe("a cat", latents=start(), **call).images
+    assert torch.allclose(fast("a cat", latents=start(), **call).images, theirs, atol=1e-5)
 
 
 def test_no_guidance_keeps_the_prompt() -> None:
@@ -111,23 +119,41 @@ def deepfloyd(second: bool = False) -> Any:
     more: dict[str, Any] = {"class_embed_type": "timestep", "in_channels": 6} if second else {"in_channels": 3}
     unet = tiny.seeded(
         lambda: diffusers.UNet2DConditionModel(
-            sample_size=8, out_channels=6, layers_per_block=1, block_out_channels=(32, 64), cross_attention_dim=32,
-            encoder_hid_dim=32, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), attention_head_dim=8,
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn", addition_embed_type="text", addition_embed_type_num_heads=2,
-            cross_attention_norm="group_norm", resnet_time_scale_shift="scale_shift", act_fn="gelu", **more,
+            sample_size=8,
+            out_channels=6,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            cross_attention_dim=32,
+            encoder_hid_dim=32,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            attention_head_dim=8,
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            cross_attention_norm="group_norm",
+            resnet_time_scale_shift="scale_shift",
+            act_fn="gelu",
+            **more,
         )
-    )  # fmt: skip
+    )
     encoder = T5EncoderModel(T5Config(vocab_size=100, d_model=32, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval()
     table = diffusers.DDPMScheduler(variance_type="learned_range", thresholding=True)
     parts = {"image_noising_scheduler": diffusers.DDPMScheduler()} if second else {}
     kind = diffusers.IFSuperResolutionPipeline if second else diffusers.IFPipeline
     return tiny.quiet(
         kind(
-            tokenizer=None, text_encoder=encoder, unet=unet, scheduler=table, safety_checker=None, feature_extractor=None,
-            watermarker=None, requires_safety_checker=False, **parts,
+            tokenizer=None,
+            text_encoder=encoder,
+            unet=unet,
+            scheduler=table,
+            safety_checker=None,
+            feature_extractor=None,
+            watermarker=None,
+            requires_safety_checker=False,
+            **parts,
         )
-    )  # fmt: skip
+    )
 
 
 def refused() -> dict[str, Any]:
@@ -136,9 +162,14 @@ def refused() -> dict[str, Any]:
 
     def image_encoder() -> Any:
         config = CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
             projection_dim=16,
-        )  # fmt: skip
+        )
         return CLIPVisionModelWithProjection(config)
 
     def ip() -> Any:
@@ -154,7 +185,7 @@ def refused() -> dict[str, Any]:
         )
 
     def own() -> Any:
-        """A pipeline of a user's with one network more."""
+        """A user's pipeline with another network."""
         from diffusers import StableDiffusionPipeline
 
         class Mine(StableDiffusionPipeline):
@@ -165,30 +196,56 @@ def refused() -> dict[str, Any]:
         return Mine(**tiny.sd_pipeline().components, requires_safety_checker=False)
 
     return {
-        "controlnet": (lambda: tiny.sd_pipeline("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet()), "has a controlnet"),
-        "controlnet_img2img": (lambda: tiny.sd_pipeline("StableDiffusionControlNetImg2ImgPipeline", controlnet=tiny.controlnet()), "has a controlnet"),
-        "adapter": (lambda: tiny.sd_pipeline("StableDiffusionAdapterPipeline", adapter=adapter()), "has a adapter|has an adapter"),
+        "controlnet": (
+            lambda: tiny.sd_pipeline("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet()),
+            "has a controlnet",
+        ),
+        "controlnet_img2img": (
+            lambda: tiny.sd_pipeline("StableDiffusionControlNetImg2ImgPipeline", controlnet=tiny.controlnet()),
+            "has a controlnet",
+        ),
+        "adapter": (
+            lambda: tiny.sd_pipeline("StableDiffusionAdapterPipeline", adapter=adapter()),
+            "has a adapter|has an adapter",
+        ),
         "pag": (lambda: tiny.sd_pipeline("StableDiffusionPAGPipeline"), "StableDiffusionPAGPipeline does more"),
         "sag": (lambda: tiny.sd_pipeline("StableDiffusionSAGPipeline"), "StableDiffusionSAGPipeline does more"),
-        "pix2pix": (lambda: tiny.sd_pipeline("StableDiffusionInstructPix2PixPipeline", unet=tiny.unet2d_condition(in_channels=8)), "beside the noisy one"),
-        "inpaint": (lambda: tiny.sd_pipeline("StableDiffusionInpaintPipeline", unet=tiny.unet2d_condition(in_channels=9)), "beside the noisy one"),
-        "eight of eight": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(in_channels=8, out_channels=8)), "takes 8 channels and samples have 4"),
+        "pix2pix": (
+            lambda: tiny.sd_pipeline(
+                "StableDiffusionInstructPix2PixPipeline", unet=tiny.unet2d_condition(in_channels=8)
+            ),
+            "beside the noisy one",
+        ),
+        "inpaint": (
+            lambda: tiny.sd_pipeline("StableDiffusionInpaintPipeline", unet=tiny.unet2d_condition(in_channels=9)),
+            "beside the noisy one",
+        ),
+        "eight of eight": (
+            lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(in_channels=8, out_channels=8)),
+            "takes 8 channels and samples have 4",
+        ),
         "variation": (variation, "ImageVariationPipeline does more"),
-        "if second stage": (lambda: deepfloyd(True), "does more than ask its unet"),
-        "class embedding": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(class_embed_type="timestep")), "class embedding .'timestep'."),
-        "noise level": (lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(num_class_embeds=7)), "7 classes beside text"),
+        "if second stage": (lambda: deepfloyd(True), "does more than sample its unet"),
+        "class embedding": (
+            lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(class_embed_type="timestep")),
+            "class embedding .'timestep'.",
+        ),
+        "noise level": (
+            lambda: tiny.sd_pipeline(unet=tiny.unet2d_condition(num_class_embeds=7)),
+            "7 classes beside text",
+        ),
         "sizes": (lambda: tiny.sd_pipeline(unet=tiny.sdxl_unet()), "'text_time'"),
         "ip adapter": (ip, "unload_ip_adapter"),
         "without encoders": (lambda: tiny.sd_pipeline(text_encoder=None, tokenizer=None), "no text encoder"),
         "mine": (own, "has a styler"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", refused())
-def test_what_load_would_leave_out_is_refused_by_name(name: str) -> None:
-    make, said = refused()[name]
+def test_what_load_would_drop_is_refused_by_name(name: str) -> None:
+    make, messages = refused()[name]
     pipe = make()
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(BadInput, match=messages) as caught:
         hasten.load(pipe)
     assert "\n" not in str(caught.value) and ("as_scheduler" in str(caught.value))
 
@@ -207,10 +264,10 @@ def test_what_is_loaded() -> None:
     assert hasten.load(mine).card["pipeline"] == "Mine"
 
 
-def test_an_encoder_that_answers_otherwise_is_refused_in_a_line() -> None:
+def test_an_unsupported_encoder_is_refused_in_a_line() -> None:
     pipe = tiny.sd_pipeline()
     pipe.encode_prompt = lambda prompt, device: None  # type: ignore[method-assign]
-    with pytest.raises(BadInput, match="encode_prompt cannot be asked as hasten does .TypeError"):
+    with pytest.raises(BadInput, match="encode_prompt cannot be called as hasten does .TypeError"):
         hasten.load(pipe).sample(1, "a cat", steps=2)
 
 

@@ -1,4 +1,4 @@
-"""What pipelines give to `set_timesteps` and `step` beside steps and samples: taken, or refused by name."""
+"""Arguments of `set_timesteps` and `step` beside steps and samples: used, or refused by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import hasten
 from hasten.adapters.diffusers import as_scheduler, times_like
-from hasten.adapters.diffusers.schedules import mu_of, reading
+from hasten.adapters.diffusers.schedules import mu_of, read_scheduler
 from hasten.errors import BadInput
 from hasten.plan import plan
 from hasten.samplers import DDIM
@@ -34,10 +34,10 @@ def keywords() -> dict[str, set[str]]:
     """Every keyword that a pipeline of the installed diffusers gives to step and set_timesteps, by method."""
     import diffusers
 
-    found: dict[str, set[str]] = defaultdict(set)
+    names: dict[str, set[str]] = defaultdict(set)
     for file in (Path(diffusers.__file__).parent / "pipelines").rglob("*.py"):
         text = file.read_text()
-        found["step"] |= set(re.findall(r'extra_step_kwargs\["(\w+)"\]', text))
+        names["step"] |= set(re.findall(r'extra_step_kwargs\["(\w+)"\]', text))
         for match in CALL.finditer(text):
             if text[: match.start()].endswith("def "):
                 continue
@@ -48,11 +48,11 @@ def keywords() -> dict[str, set[str]]:
             call = ast.parse(text[match.start() : end], mode="eval").body
             assert isinstance(call, ast.Call)
             method = "step" if match[1].endswith("step") else "set_timesteps"
-            found[method] |= {word.arg for word in call.keywords if word.arg}
-    return found
+            names[method] |= {word.arg for word in call.keywords if word.arg}
+    return names
 
 
-def test_every_keyword_of_every_pipeline_is_taken_or_refused_by_name() -> None:
+def test_every_keyword_of_every_pipeline_is_used_or_refused_by_name() -> None:
     known = keywords()
     assert {"eta", "generator", "use_clipped_model_output", "per_token_timesteps"} <= known["step"]
     assert {"mu", "sigmas", "timesteps", "original_inference_steps", "device"} <= known["set_timesteps"]
@@ -61,15 +61,15 @@ def test_every_keyword_of_every_pipeline_is_taken_or_refused_by_name() -> None:
         takes = inspect.signature(getattr(scheduler, method)).parameters
         for name in sorted(known[method] - set(takes)):
             scheduler.set_timesteps(4)
-            told = (x, scheduler.timesteps[0], x) if method == "step" else (4,)
-            getattr(scheduler, method)(*told, **{name: None})
+            options = (x, scheduler.timesteps[0], x) if method == "step" else (4,)
+            getattr(scheduler, method)(*options, **{name: None})
             scheduler.set_timesteps(4)
-            with pytest.raises(BadInput, match=rf"{method}\({name}=.* is not known to hasten's scheduler"):
-                getattr(scheduler, method)(*told, **{name: 17.25})
-            assert method == "set_timesteps" or scheduler._run is None  # before anything was done
+            with pytest.raises(BadInput, match=rf"{method}\({name}=.* is not supported by hasten's scheduler"):
+                getattr(scheduler, method)(*options, **{name: 17.25})
+            assert method == "set_timesteps" or scheduler._trajectory is None  # before anything was done
 
 
-def test_step_refuses_noise_that_is_the_samplers() -> None:
+def test_step_refuses_options_of_the_samplers_noise() -> None:
     x = torch.zeros(1, 2)
     for sampler, eta, fine in [
         ("ddim", 0.0, True),
@@ -84,17 +84,17 @@ def test_step_refuses_noise_that_is_the_samplers() -> None:
         else:
             with pytest.raises(BadInput, match="as_scheduler.'ddim:eta=1'"):
                 scheduler.step(x, scheduler.timesteps[0], x, eta=eta)
-    for name, neutral, asked in [("s_churn", 0.0, 1.0), ("s_tmax", math.inf, 5.0), ("s_noise", 1.0, 1.01)]:
+    for name, neutral, evaluated in [("s_churn", 0.0, 1.0), ("s_tmax", math.inf, 5.0), ("s_noise", 1.0, 1.01)]:
         scheduler.set_timesteps(4)
         scheduler.step(x, scheduler.timesteps[0], x, **{name: neutral})
         with pytest.raises(BadInput, match=f"step.{name}="):
-            scheduler.step(x, scheduler.timesteps[1], x, **{name: asked})
+            scheduler.step(x, scheduler.timesteps[1], x, **{name: evaluated})
     with pytest.raises(BadInput, match="use_clipped_model_output=True"):
         scheduler.step(x, scheduler.timesteps[1], x, use_clipped_model_output=True)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 2.5, True, "four"])
-def test_steps_are_whole_numbers(steps: Any) -> None:
+def test_steps_are_integers(steps: Any) -> None:
     scheduler = as_scheduler("ddim", like=tiny.scheduler())
     with pytest.raises(BadInput, match="num_inference_steps must be a whole number of at least 1"):
         scheduler.set_timesteps(steps)
@@ -124,7 +124,7 @@ def test_the_shift_of_a_size(time_shift_type: str) -> None:
         assert torch.allclose(ours.timesteps, theirs.timesteps, atol=1e-3)
         assert torch.allclose(ours.sigmas, theirs.sigmas, atol=1e-6)
         theirs.set_timesteps(5, mu=mu)
-        own = reading(theirs, mu=mu).timestep(times_like(theirs, 5, mu=mu)[:-1])
+        own = read_scheduler(theirs, mu=mu).timestep(times_like(theirs, 5, mu=mu)[:-1])
         assert torch.allclose(own, theirs.timesteps.double(), atol=1e-2)
         theirs.set_timesteps(sigmas=sigmas, mu=mu)
         assert torch.allclose(times_like(ours, 5, mu=mu), ours.grid)
@@ -133,9 +133,9 @@ def test_the_shift_of_a_size(time_shift_type: str) -> None:
         for t, other in zip(ours.timesteps, theirs.timesteps):
             a, b = ours.step(a.sin(), t, a).prev_sample, theirs.step(b.sin(), other, b).prev_sample
         assert torch.allclose(a, b, atol=1e-5)
-    with pytest.warns(UserWarning, match="not given mu: mu=0.5 is used"):
+    with pytest.warns(UserWarning, match="called without mu: mu=0.5 is used"):
         ours.set_timesteps(5)
-    with pytest.raises(BadInput, match="depend on the size of the image"):
+    with pytest.raises(BadInput, match="depend on the image size"):
         times_like(theirs, 5)
     with pytest.raises(BadInput, match="lie in .0, 1."):
         ours.set_timesteps(sigmas=[2.0, 1.0], mu=1.0)
@@ -154,23 +154,23 @@ def test_mu_without_a_shift_that_depends_on_it() -> None:
     assert torch.equal(flow.timesteps, want)
     with pytest.raises(BadInput, match="mu=1.0. is for flows"):
         as_scheduler("ddim", like=tiny.scheduler()).set_timesteps(4, mu=1.0)
-    made = plan(DDIM(), Flow(2.0), torch.tensor([1.0, 0.5, 0.0]).double())
-    held = as_scheduler(made, like=tiny.sd3_pipeline(use_dynamic_shifting=True))
-    held.set_timesteps(2, mu=math.log(2.0))
+    result = plan(DDIM(), Flow(2.0), torch.tensor([1.0, 0.5, 0.0]).double())
+    scheduled = as_scheduler(result, like=tiny.sd3_pipeline(use_dynamic_shifting=True))
+    scheduled.set_timesteps(2, mu=math.log(2.0))
     with pytest.raises(BadInput, match="another shift than 2.718"):
-        held.set_timesteps(2, mu=1.0)
+        scheduled.set_timesteps(2, mu=1.0)
 
 
 def test_sd3_with_dynamic_shifting_is_the_pipeline() -> None:
-    """The pipeline makes mu of the size of the image, and hasten's scheduler takes it."""
+    """The pipeline computes mu from the image size, and hasten's scheduler uses it."""
     pipe = tiny.sd3_pipeline(use_dynamic_shifting=True)
-    told: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    theirs, visited = pipe("a cat", latents=noise, **told).images, pipe.scheduler.timesteps
+    theirs, visited = pipe("a cat", latents=noise, **options).images, pipe.scheduler.timesteps
     mu = mu_of(pipe.scheduler, 4 * 4)
     assert mu is not None and mu < 0.5
     pipe.scheduler = as_scheduler("ddim", times_like(pipe.scheduler, 4, mu=mu), like=pipe)
-    ours = pipe("a cat", latents=noise, **told).images
+    ours = pipe("a cat", latents=noise, **options).images
     assert torch.allclose(pipe.scheduler.timesteps, visited, atol=1e-2)
     assert torch.allclose(ours, theirs, atol=1e-4)
 
@@ -209,20 +209,22 @@ def stepped(scheduler: Any, x: Tensor, output: Tensor) -> Tensor:
 
 
 def test_clipping_and_thresholding_are_those_of_like() -> None:
-    """x0 is held as the scheduler that is replaced holds it, unless said otherwise; leftovers of others do not count."""
+    """x0 is clipped as by the replaced scheduler, unless clip= says otherwise; entries of other schedulers do not count."""
     from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
     x, output = 3 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 3, 4, 4)
-    for told in (
-        {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 2.0}, {"clip_sample": False},
+    for options in (
+        {"clip_sample": True},
+        {"clip_sample": True, "clip_sample_range": 2.0},
+        {"clip_sample": False},
         {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
-    ):  # fmt: skip
-        theirs = DDPMScheduler(**told)
+    ):
+        theirs = DDPMScheduler(**options)
         ours = as_scheduler("ddim", "trailing", like=theirs)
         theirs.set_timesteps(4)
         ours.set_timesteps(timesteps=theirs.timesteps)
         want = theirs.step(output, theirs.timesteps[1], x).pred_original_sample
-        assert torch.allclose(ours.step(output, ours.timesteps[1], x).pred_original_sample, want, atol=1e-5), told
+        assert torch.allclose(ours.step(output, ours.timesteps[1], x).pred_original_sample, want, atol=1e-5), options
         again = type(ours).from_config(as_scheduler("ddim", like=ours).config)
         assert torch.equal(stepped(again, x, output), stepped(as_scheduler("ddim", like=theirs), x, output))
     theirs = DDPMScheduler(clip_sample=True)
@@ -232,7 +234,7 @@ def test_clipping_and_thresholding_are_those_of_like() -> None:
     assert as_scheduler("ddim", like=EulerDiscreteScheduler.from_config(theirs.config)).config.clip is None
 
 
-def test_learned_variances_are_left_out() -> None:
+def test_learned_variances_are_dropped() -> None:
     scheduler, x = as_scheduler("ddim", like=tiny.scheduler()), torch.randn(2, 4, 8, 8)
     output = torch.randn(2, 8, 8, 8)
     scheduler.set_timesteps(4)
@@ -257,8 +259,8 @@ def test_what_pipelines_read_of_a_scheduler() -> None:
     assert not hasattr(ours, "sigmas")  # of a table they mean other things to pipelines
     ours.set_timesteps(3)
     x = torch.ones(1, 2)
-    made = [ours.step(0.1 * x, t, x, return_dict=False) for t in ours.timesteps]
-    assert all(len(pair) == 2 for pair in made) and torch.equal(*made[-1])  # (latents, denoised)
+    result = [ours.step(0.1 * x, t, x, return_dict=False) for t in ours.timesteps]
+    assert all(len(pair) == 2 for pair in result) and torch.equal(*result[-1])  # (latents, denoised)
 
 
 def flux() -> Any:
@@ -267,24 +269,37 @@ def flux() -> Any:
 
     transformer = tiny.seeded(
         lambda: diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=False,
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=False,
         )
-    )  # fmt: skip
+    )
     table = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     return tiny.quiet(diffusers.FluxPipeline(scheduler=table, vae=tiny.vae(), transformer=transformer, **nothing))
 
 
 def test_flux_is_the_pipeline() -> None:
-    """The shift of the size of the image, and the times that as_scheduler was given, not those of the pipeline."""
+    """The shift of the image size, and the times passed to as_scheduler, not those of the pipeline."""
 
     def drawn(pipe: Any) -> Tensor:
         seeds = [torch.Generator().manual_seed(k) for k in range(3)]
         return pipe(
-            prompt_embeds=torch.randn(1, 5, 32, generator=seeds[0]), num_inference_steps=4, height=16, width=16,
-            pooled_prompt_embeds=torch.randn(1, 16, generator=seeds[1]), generator=seeds[2], output_type="latent",
-        ).images  # fmt: skip
+            prompt_embeds=torch.randn(1, 5, 32, generator=seeds[0]),
+            num_inference_steps=4,
+            height=16,
+            width=16,
+            pooled_prompt_embeds=torch.randn(1, 16, generator=seeds[1]),
+            generator=seeds[2],
+            output_type="latent",
+        ).images
 
     pipe = flux()
     theirs, visited = drawn(pipe), pipe.scheduler.timesteps
@@ -304,23 +319,26 @@ def test_text_to_video_zero_runs(sampler: str) -> None:
     parts = {key: value for key, value in tiny.sd_pipeline().components.items() if key != "image_encoder"}
     pipe = tiny.quiet(kind(**parts, requires_safety_checker=False))
     pipe.scheduler = as_scheduler(sampler, like=pipe)
-    told = {"video_length": 2, "num_inference_steps": 10, "t0": 4, "t1": 6, "height": 16, "width": 16}
-    made = pipe("a cat", generator=torch.Generator().manual_seed(0), output_type="latent", **told).images
-    assert made.shape == (2, 4, 8, 8) and torch.isfinite(torch.as_tensor(made)).all()
+    options = {"video_length": 2, "num_inference_steps": 10, "t0": 4, "t1": 6, "height": 16, "width": 16}
+    result = pipe("a cat", generator=torch.Generator().manual_seed(0), output_type="latent", **options).images
+    assert result.shape == (2, 4, 8, 8) and torch.isfinite(torch.as_tensor(result)).all()
 
 
 def test_latent_consistency_pipelines_run() -> None:
-    """They decode what `step` calls denoised: at the last query the result, also of a multistep sampler."""
+    """They decode `denoised`: after the last evaluation the result, also of a multistep sampler."""
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
     pipe = tiny.sd_pipeline(
-        "LatentConsistencyModelPipeline", unet=tiny.unet2d_condition(time_cond_proj_dim=8),
+        "LatentConsistencyModelPipeline",
+        unet=tiny.unet2d_condition(time_cond_proj_dim=8),
         scheduler=LCMScheduler.from_config(tiny.SD_TABLE),
-    )  # fmt: skip
+    )
     assert isinstance(pipe, LatentConsistencyModelPipeline)
-    told: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "height": 16, "width": 16}
+    options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "height": 16, "width": 16}
     for sampler in ("consistency", "unipc"):
         pipe.scheduler = as_scheduler(sampler, like=pipe)
-        made = pipe("a cat", generator=torch.Generator().manual_seed(0), original_inference_steps=50, **told).images
-        assert torch.isfinite(made).all() and pipe.scheduler.timesteps[0] == 999.0
+        result = pipe(
+            "a cat", generator=torch.Generator().manual_seed(0), original_inference_steps=50, **options
+        ).images
+        assert torch.isfinite(result).all() and pipe.scheduler.timesteps[0] == 999.0
     assert hasten.as_scheduler("ddim", like=pipe).config.original_inference_steps == 50

@@ -17,9 +17,13 @@ pytest.importorskip("transformers")
 
 WORDS = ["a", "photo", "of", "the", "cat", "dog", "blue", "red", "big"]
 SD_TABLE = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
-    "set_alpha_to_one": False, "clip_sample": False,
-}  # fmt: skip
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
 
 
 def seeded(make: Any, seed: int = 0) -> Any:
@@ -36,10 +40,16 @@ def unet2d(**changes: Any) -> nn.Module:
     from diffusers import UNet2DModel
 
     config = {
-        "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (16, 32), "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 8, "attention_head_dim": 8,
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 8,
+        "attention_head_dim": 8,
+    }
     return seeded(lambda: UNet2DModel(**{**config, **changes}))
 
 
@@ -47,27 +57,43 @@ def unet2d_condition(**changes: Any) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     config = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 16,
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "norm_num_groups": 8,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+    }
     return seeded(lambda: UNet2DConditionModel(**{**config, **changes}))
 
 
 def sdxl_unet() -> nn.Module:
     return unet2d_condition(
-        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=16 + 6 * 4, transformer_layers_per_block=(1, 1),
-    )  # fmt: skip
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
+        transformer_layers_per_block=(1, 1),
+    )
 
 
 def dit(**changes: Any) -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
     config = {
-        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 3,
-        "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 1000,
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 1000,
+    }
     return seeded(lambda: DiTTransformer2DModel(**{**config, **changes}))
 
 
@@ -76,11 +102,19 @@ def sd3_transformer() -> nn.Module:
 
     return seeded(
         lambda: SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            out_channels=4,
             pos_embed_max_size=16,
         )
-    )  # fmt: skip
+    )
 
 
 def controlnet() -> nn.Module:
@@ -88,22 +122,33 @@ def controlnet() -> nn.Module:
 
     return seeded(
         lambda: ControlNetModel(
-            block_out_channels=(16, 32), layers_per_block=1, in_channels=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=8, attention_head_dim=4,
-            cross_attention_dim=16, conditioning_embedding_out_channels=(8, 16),
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            in_channels=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=4,
+            cross_attention_dim=16,
+            conditioning_embedding_out_channels=(8, 16),
         ),
         seed=5,
-    )  # fmt: skip
+    )
 
 
 def vae(channels: int = 4, **changes: Any) -> nn.Module:
     from diffusers import AutoencoderKL
 
     config = {
-        "block_out_channels": (8, 8), "in_channels": 3, "out_channels": 3, "norm_num_groups": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "latent_channels": channels, "sample_size": 16, "scaling_factor": 0.5,
-    }  # fmt: skip
+        "block_out_channels": (8, 8),
+        "in_channels": 3,
+        "out_channels": 3,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": channels,
+        "sample_size": 16,
+        "scaling_factor": 0.5,
+    }
     return seeded(lambda: AutoencoderKL(**{**config, **changes}), seed=2)
 
 
@@ -135,10 +180,17 @@ def text_encoder(projected: bool = False, seed: int = 1) -> nn.Module:
 
     words = tokenizer()
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=12, projection_dim=16, bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        projection_dim=16,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
     return seeded(lambda: (CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed)
 
 
@@ -164,9 +216,15 @@ def sd_pipeline(kind: str = "StableDiffusionPipeline", unet: nn.Module | None = 
     import diffusers
 
     parts = {
-        "vae": vae(), "text_encoder": text_encoder(), "tokenizer": tokenizer(), "unet": unet or unet2d_condition(),
-        "scheduler": scheduler(), "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
-    }  # fmt: skip
+        "vae": vae(),
+        "text_encoder": text_encoder(),
+        "tokenizer": tokenizer(),
+        "unet": unet or unet2d_condition(),
+        "scheduler": scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
     return quiet(getattr(diffusers, kind)(**{**parts, **more}))
 
 
@@ -175,10 +233,16 @@ def sdxl_pipeline() -> Any:
 
     return quiet(
         StableDiffusionXLPipeline(
-            vae=vae(), text_encoder=text_encoder(), text_encoder_2=text_encoder(True, 4), tokenizer=tokenizer(),
-            tokenizer_2=tokenizer(), unet=sdxl_unet(), scheduler=scheduler(), add_watermarker=False,
+            vae=vae(),
+            text_encoder=text_encoder(),
+            text_encoder_2=text_encoder(True, 4),
+            tokenizer=tokenizer(),
+            tokenizer_2=tokenizer(),
+            unet=sdxl_unet(),
+            scheduler=scheduler(),
+            add_watermarker=False,
         )
-    )  # fmt: skip
+    )
 
 
 def sd3_pipeline(**changes: Any) -> Any:
@@ -186,11 +250,17 @@ def sd3_pipeline(**changes: Any) -> Any:
 
     return quiet(
         StableDiffusion3Pipeline(
-            transformer=sd3_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **changes), vae=vae(shift_factor=0.1),
-            text_encoder=text_encoder(True), tokenizer=tokenizer(), text_encoder_2=text_encoder(True, 4),
-            tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=None,
+            transformer=sd3_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **changes),
+            vae=vae(shift_factor=0.1),
+            text_encoder=text_encoder(True),
+            tokenizer=tokenizer(),
+            text_encoder_2=text_encoder(True, 4),
+            tokenizer_2=tokenizer(),
+            text_encoder_3=None,
+            tokenizer_3=None,
         )
-    )  # fmt: skip
+    )
 
 
 def dit_pipeline(scheduler: Any = None) -> Any:

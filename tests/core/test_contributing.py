@@ -13,7 +13,7 @@ RUN = """
 import sys, pytest, hasten, hasten.samplers
 hasten.samplers.__path__.append(sys.argv[1])  # as if the file lay in the folder
 sampler = hasten.pick("samplers", "euler")
-assert type(sampler).__name__ == "Euler" and "euler" in hasten.pick.names("samplers")
+assert type(sampler).__name__ == "Euler" and "euler" in hasten.pick.method_names("samplers")
 images = hasten.load("fashion").sample(1, sampler="euler", steps=2)
 assert (images - hasten.load("fashion").sample(1, sampler="ddim", steps=2)).abs().max() < 1e-5
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", "Euler", "tests/samplers/test_contract.py"]))

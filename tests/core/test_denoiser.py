@@ -74,7 +74,7 @@ def test_the_table_of_times_is_emptied() -> None:
     denoiser, x = Denoiser(Net(), VPLinear(), "v"), torch.zeros(1, 1)
     for k in range(CACHED_TIMES + 50):
         denoiser.raw(x, (k + 1) / (CACHED_TIMES + 60))
-    assert len(denoiser._at) <= CACHED_TIMES
+    assert len(denoiser._cache) <= CACHED_TIMES
 
 
 class Doubled(Wrapper):

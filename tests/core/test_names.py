@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hasten
 from hasten.errors import BadInput
-from hasten.pick import _class, format_spec, names, pick
+from hasten.pick import _class, format_spec, method_names, pick
 from hasten.plan import Plan, plan
 from hasten.predictions import V, prediction_from
 from hasten.samplers import DDIM, DDPM, DEIS, PLMS, Consistency, DPMSolver, Preconditioned
@@ -141,7 +141,7 @@ MAY = {"clip", "kappa", "churn_max", "high"}
 OWN = [
     (folder, name, field)
     for folder in ("samplers", "times", "guides", "starts", "tuning")
-    for name in names(folder)
+    for name in method_names(folder)
     for field in numeric(_class(folder, name))
 ]
 
@@ -162,7 +162,7 @@ def test_no_method_takes_what_is_no_number(folder: str, name: str, field: str) -
 
 @pytest.mark.parametrize("folder", ["samplers", "times", "accelerators", "distillers", "tuning"])
 def test_no_option_on_the_command_line_is_nan(folder: str) -> None:
-    for name in names(folder):
+    for name in method_names(folder):
         cls = _class(folder, name)
         for field in numeric(cls):
             if "float" in str(typing.get_type_hints(cls)[field]) and "tuple" not in str(

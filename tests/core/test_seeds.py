@@ -20,8 +20,8 @@ from hasten.samplers import DDIM, DDPM, PredictorCorrector, UniPC
 from hasten.sampling import Noise
 from hasten.schedules import VPCosine, VPLinear
 from hasten.times import UniformLambda
-from hasten.tuning import Task
-from hasten.utils.noise import global_seed, make_generator
+from hasten.tuning import TuningTask
+from hasten.utils.random import global_seed, make_generator
 from hasten.workflows.train import train_model
 
 
@@ -109,7 +109,7 @@ def test_tuners_touch_no_global_generator(spec: str) -> None:
     with global_seed(0):
         net = UNet(1, widths=(16, 32), classes=2).eval().requires_grad_(False)
         data = torch.rand(60, 1, 8, 8) * 2 - 1
-    task = Task(
+    task = TuningTask(
         denoiser=Denoiser(net, schedule, "v"), sampler=UniPC(2), times=UniformLambda()(schedule, 4), shape=(1, 8, 8),
         labels=lambda n: torch.arange(n) % 2, images=lambda n: (data[:n], torch.arange(60)[:n] % 2), seed=5, n=40,
     )  # fmt: skip
@@ -125,11 +125,11 @@ def test_training_and_distilling_leave_the_numbers_outside(tmp_path: Path) -> No
     np.save(data, (np.arange(40 * 64) % 251).astype(np.uint8).reshape(40, 8, 8))
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    setting: dict[str, Any] = {"steps": 1, "widths": (16, 16), "patch": 1, "batch_size": 4, "runtime": "fp32"}
+    setting: dict[str, Any] = {"steps": 1, "widths": (16, 16), "patch": 1, "batch_size": 4, "precision": "fp32"}
     train_model(data, tmp_path / "model", **setting)
     assert torch.equal(before, torch.get_rng_state())
     hasten.distill_model(
         hasten.load(tmp_path / "model"), tmp_path / "student", "consistency:steps=1", data=data, batch_size=4, minutes=0.01,
-        runtime="fp32",
+        precision="fp32",
     )  # fmt: skip
     assert torch.equal(before, torch.get_rng_state())

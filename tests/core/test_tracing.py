@@ -15,7 +15,7 @@ from hasten.errors import BadInput
 from hasten.exact import m2, m64
 from hasten.plan import Plan, plan
 from hasten.plan.basis import Basis
-from hasten.plan.draw import compiled, draw
+from hasten.plan.draw import compile_plan, draw
 from hasten.samplers import DDIM, DDPM, DEIS, FastDPM, Heun, Preconditioned, PredictorCorrector, UniPC
 from hasten.sampling import Noise, walk
 from hasten.schedules import EDM, Discrete, Flow, VPCosine, VPLinear
@@ -44,18 +44,18 @@ def test_the_work_of_tracing_grows_no_faster_than_what_it_writes() -> None:
     import hasten.plan.tracing as tracing
 
     calls = 0
-    original = tracing.drop
+    original = tracing._drop_rounding
 
     def counted(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         return original(*args)
 
-    tracing.drop = counted  # type: ignore[assignment]
+    tracing._drop_rounding = counted  # type: ignore[assignment]
     try:
         plan(DDPM(), VPLinear(), UniformTime()(VPLinear(), 40))
     finally:
-        tracing.drop = original
+        tracing._drop_rounding = original
     assert calls <= 40 + 1
 
 
@@ -162,7 +162,7 @@ def test_a_parameter_of_a_sampler_gets_its_gradient() -> None:
             return (eta * (yield from super().steps(schedule, x, times, noise))) * np.float64(2.0)
 
     for _ in range(2):
-        made = compiled(Scaled(), VPLinear(), UniformTime()(VPLinear(), 3))
+        made = compile_plan(Scaled(), VPLinear(), UniformTime()(VPLinear(), 3))
         assert made.B.requires_grad
         (gradient,) = torch.autograd.grad(made.B.sum(), eta)
         assert float(gradient) == pytest.approx(2 * float(plan(DDIM(), VPLinear(), made.times).B[-1].sum()))

@@ -133,7 +133,7 @@ def test_times_of_a_denoiser_may_be_lists(t: Any) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 10**9}, {"n": 10**30}, {"plan": {}}, {"runtime": None}, {"runtime": torch.float16}, {"progress": 5},
+    [{"steps": 10**9}, {"n": 10**30}, {"plan": {}}, {"precision": torch.float16}, {"progress": 5},
      {"callback": "x"}, {"accelerators": [5]}, {"guides": [5]}, {"guidance_scale": "2"}, {"guidance_scale": True},
      {"guidance_scale": torch.tensor([1.0, 2.0])}, {"sampler": "nosuch"}],
     ids=str,

@@ -10,7 +10,7 @@ import pytest
 
 from hasten.distillers import Student
 from hasten.distillers._dry_run import DryRun, allocate
-from hasten.pick import format_spec, names, pick
+from hasten.pick import format_spec, method_names, pick
 from tests.distillers._images import image_task
 from tests.distillers._toy import task
 
@@ -20,7 +20,7 @@ IMAGES = {"dsno"}
 OPTIONS = {"dsno": "pairs=16", "denoising_student": "pairs=64", "reflow": "pairs=64"}
 
 
-@pytest.mark.parametrize("name", names("distillers"))
+@pytest.mark.parametrize("name", method_names("distillers"))
 def test_it_is_a_frozen_dataclass_with_a_reference_and_a_test(name: str) -> None:
     method = pick("distillers", name)
     assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen  # type: ignore[attr-defined]
@@ -30,7 +30,7 @@ def test_it_is_a_frozen_dataclass_with_a_reference_and_a_test(name: str) -> None
     assert pick("distillers", format_spec(method)) == method
 
 
-@pytest.mark.parametrize("name", names("distillers"))
+@pytest.mark.parametrize("name", method_names("distillers"))
 def test_a_dry_run_measures_the_cost_of_each_stage(name: str, tmp_path: Path) -> None:
     job = image_task(tmp_path) if name in IMAGES else task(tmp_path, batch_size=32)
     keys = ("teacher", "denoiser", "batches", "shape", "out")

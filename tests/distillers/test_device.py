@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.denoiser import Denoiser
 from hasten.distillers import DistillTask
 from hasten.nets.unet import UNet
-from hasten.pick import names, pick
+from hasten.pick import method_names, pick
 from hasten.schedules import Discrete, VPCosine
 from hasten.train.losses import DenoisingLoss, LogNormal
 from tests.pretend import Pretended, PretendedTensor, put
@@ -99,7 +99,7 @@ SPELLED = {
 }
 METHODS = [
     "progressive:steps=(2,)", "progressive:steps=(2,),order=2", "encoder:steps=(2,)", "adversarial:r1=0",
-    *(name for name in names("distillers") if name not in SPELLED),
+    *(name for name in method_names("distillers") if name not in SPELLED),
     "guided:steps=(2,)", "guided:steps=(2,),kind=stochastic", "guided:steps=(4,2),shared=true",
     "reflow:pairs=16", "reflow:pairs=16,steps=2,coupling=ot_class", "diffusion_gan",
     "diffusion_gan:critic=heads,times=all", "diffusion_gan:posterior=true", "dmd:steps=4",

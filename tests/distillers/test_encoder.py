@@ -15,7 +15,16 @@ from hasten.denoiser import Denoiser
 from hasten.distillers.encoder import Encoder
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
-from hasten.inversion import encode, eps_fn, increasing_times, inversion_step, inverted, noise_in, own_eps_fn, raw_noise
+from hasten.inversion import (
+    encode,
+    eps_to_raw,
+    increasing_times,
+    inversion_step,
+    invert_along,
+    make_eps_fn,
+    raw_to_eps,
+    teacher_eps_fn,
+)
 from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import EDM as EDMPrediction
@@ -68,8 +77,8 @@ def test_one_jump_with_the_target_lands_where_the_steps_do(steps: int, m: int) -
     assert float(t.min()) == 0 and float(s.max()) == 1
     x = model.sample(len(i), torch.Generator().manual_seed(1))
     z = model.schedule.alpha(t)[:, None] * x + model.schedule.sigma(t)[:, None] * normals(len(i), 2)
-    end, noise = inverted(eps_fn(model), model.schedule, z, times)
-    target = raw_noise(model, z, t, noise)
+    end, noise = invert_along(make_eps_fn(model), model.schedule, z, times)
+    target = eps_to_raw(model, z, t, noise)
     assert torch.isfinite(target).all() and torch.isfinite(noise).all()
     torch.testing.assert_close(inversion_step(model.schedule, z, noise, t, s), end, rtol=0, atol=1e-12)
     d = (angle(model, s) - angle(model, t))[:, None]
@@ -87,10 +96,10 @@ def test_the_target_at_the_image_is_small_steps_own() -> None:
     model = mixture()
     x = model.sample(50, torch.Generator().manual_seed(0)).float()
     zero = torch.zeros(50, dtype=F64)
-    _, noise = inverted(eps_fn(model), model.schedule, x, [zero, zero + 1e-4, zero + 2e-4])
-    target = raw_noise(model, x, zero, noise)
+    _, noise = invert_along(make_eps_fn(model), model.schedule, x, [zero, zero + 1e-4, zero + 2e-4])
+    target = eps_to_raw(model, x, zero, noise)
     assert target.dtype == torch.float32 and target.abs().max() < 1e-2
-    _, far = inverted(eps_fn(model), model.schedule, x, [zero, zero + 0.5, zero + 1])
+    _, far = invert_along(make_eps_fn(model), model.schedule, x, [zero, zero + 0.5, zero + 1])
     assert torch.isfinite(far).all() and far.std() > 0.3
 
 
@@ -114,10 +123,10 @@ def test_the_noise_is_read_from_every_kind_of_network(prediction: Prediction, sc
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     z = alpha[:, None] * x + sigma[:, None] * e
     denoiser.net.output = prediction.target(x, e, alpha, sigma)
-    noise = eps_fn(denoiser)(z, t)
+    noise = make_eps_fn(denoiser)(z, t)
     torch.testing.assert_close(noise, e, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(raw_noise(denoiser, z, t, e), denoiser.net.output, rtol=1e-9, atol=1e-9)
-    assert noise_in(denoiser, z.float(), t, denoiser.net.output.float()).dtype == torch.float32
+    torch.testing.assert_close(eps_to_raw(denoiser, z, t, e), denoiser.net.output, rtol=1e-9, atol=1e-9)
+    assert raw_to_eps(denoiser, z.float(), t, denoiser.net.output.float()).dtype == torch.float32
 
 
 def test_guidance_is_the_same_in_what_is_said_as_in_x0() -> None:
@@ -127,9 +136,9 @@ def test_guidance_is_the_same_in_what_is_said_as_in_x0() -> None:
     guided = CFG(scale=2.5).wrap(model)
     wanted = (z - alpha * guided(z, t, label=label)) / sigma
     each = torch.tensor([2.5, 2.5, 1.0, 1.0])
-    task_like = own_eps_fn(guided, model, 2.5)
+    task_like = teacher_eps_fn(guided, model, 2.5)
     torch.testing.assert_close(task_like(z, t, label=label), wanted, rtol=1e-10, atol=1e-10)
-    mixed = eps_fn(model, each)(z, t, label=label)
+    mixed = make_eps_fn(model, each)(z, t, label=label)
     plain = (z - alpha * model(z, t, label=label)) / sigma
     torch.testing.assert_close(mixed, torch.where(each[:, None] > 1, wanted, plain), rtol=1e-7, atol=1e-7)
 
@@ -197,7 +206,7 @@ def test_a_saved_encoder_is_a_model(tmp_path: Path) -> None:
     teacher = Model(Denoiser(net, VPCosine(offset=0.0), V()), "tiny", (1, 4, 4), ("a", "b"), guidance_scale=2.0)
     np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(0, 255, (16, 4, 4), dtype=np.uint8), labels=np.arange(16) % 2)  # fmt: skip
     out = tmp_path / "run"
-    result = distill_model(teacher, out, "encoder:steps=(4,2)", tmp_path / "data.npz", steps=4, batch_size=8, show=False, runtime="fp32")  # fmt: skip
+    result = distill_model(teacher, out, "encoder:steps=(4,2)", tmp_path / "data.npz", steps=4, batch_size=8, show=False, precision="fp32")  # fmt: skip
     assert [s["name"] for s in result["stages"]] == ["encode4", "encode2"] and not list(out.glob("*.png"))
     assert result["stages"][0]["evaluations"] == pytest.approx(8 * (2 * 2 + 3), rel=0.1)
     for folder, steps in ((out, 2), (out / "encode4", 4)):
@@ -227,7 +236,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(BadInput, match="predicts x0"):
         increasing_times(Denoiser(FixedOutput(), VPCosine(), X0()), 4)
     with pytest.raises(BadInput, match="label"):
-        eps_fn(mixture(), 2.0)(normals(2, 2), torch.tensor([0.5, 0.5], dtype=F64))
+        make_eps_fn(mixture(), 2.0)(normals(2, 2), torch.tensor([0.5, 0.5], dtype=F64))
     ranged = type("Net", (FixedOutput,), {"guidance_range": (1.0, 3.0)})()
     with pytest.raises(BadInput, match="1 to 3"):
         Encoder(guidance=(1.0, 5.0)).span(Denoiser(ranged, VPCosine(), V()))

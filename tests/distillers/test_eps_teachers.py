@@ -10,7 +10,7 @@ import torch
 from hasten.denoiser import Denoiser
 from hasten.distillers._notices import run_notices
 from hasten.distillers._targets import output_weight, resolve_weight
-from hasten.pick import names, pick
+from hasten.pick import method_names, pick
 
 from ._eps import TABLE, table_task
 from ._toy import Small, energy, sample, truth
@@ -35,9 +35,9 @@ def test_auto_is_the_plain_error_of_eps_and_snr_plus_one_of_the_rest(prediction:
 
 def test_every_method_with_a_weight_of_the_times_leaves_it_to_the_prediction() -> None:
     weighted = {"progressive", "tract", "guided", "encoder", "rcfd"}
-    assert {name for name in names("distillers") if getattr(pick("distillers", name), "weight", None) == "auto"} == (
-        weighted
-    )
+    assert {
+        name for name in method_names("distillers") if getattr(pick("distillers", name), "weight", None) == "auto"
+    } == (weighted)
 
 
 @pytest.mark.parametrize("method", ["progressive:steps=(4,2),lr=0.001", "tract:phases=(8,2),lr=0.001"])

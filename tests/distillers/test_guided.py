@@ -118,7 +118,7 @@ def test_the_unet_takes_its_count_of_steps() -> None:
     mixed = net(x, t, steps=torch.tensor([4, 1]))
     assert torch.allclose(mixed[0], four[0], atol=1e-6) and torch.allclose(mixed[1], one[1], atol=1e-6)
     assert not torch.allclose(four, one, atol=1e-3)
-    with pytest.raises(ValueError, match="knows \\(4, 1\\) steps"):
+    with pytest.raises(ValueError, match="takes \\(4, 1\\) steps"):
         net(x, t, steps=torch.full((2,), 2))
     with pytest.raises(ValueError, match="needs steps="):
         net(x, t)

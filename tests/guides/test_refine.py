@@ -10,8 +10,8 @@ import torch
 from hasten.errors import BadInput
 from hasten.exact import Gaussian, m2, m64
 from hasten.guides import CFG, DynamicThreshold, Interval, Rescale
-from hasten.guides.cfg import Guided
-from hasten.pick import format_spec, names, pick
+from hasten.guides.cfg import GuidedDenoiser
+from hasten.pick import format_spec, method_names, pick
 from hasten.plan.draw import draw
 from hasten.samplers import UniPC
 from hasten.sampling import Count, Noise
@@ -72,7 +72,7 @@ def test_they_find_guidance_under_other_wrappers_and_leave_the_original_alone() 
     expected = DynamicThreshold(0.9, 0.5).wrap(CFG(3.0, (0.1, 2.0), 0.5).wrap(model))
     assert torch.equal(both(z, 0.4, label=LABEL), expected(z, 0.4, label=LABEL))
     assert torch.equal(outer(z, 0.4, label=LABEL), before) and outer.denoiser is inner
-    assert isinstance(inner, Guided) and inner.guide == CFG(3.0)
+    assert isinstance(inner, GuidedDenoiser) and inner.guide == CFG(3.0)
 
 
 @pytest.mark.parametrize("least", [1.0, 0.25])
@@ -115,7 +115,7 @@ def test_threshold_keeps_strong_guidance_in_range() -> None:
 
 
 def test_spelled() -> None:
-    assert {"cfg", "interval", "rescale", "dynamic_threshold", "distribution"} <= set(names("guides"))
+    assert {"cfg", "interval", "rescale", "dynamic_threshold", "distribution"} <= set(method_names("guides"))
     assert pick("guides", "interval:low=0.2,high=1.5") == Interval(0.2, 1.5)
     assert format_spec(Interval(0.2, 1.5)) == "interval:low=0.2,high=1.5"
     assert pick("guides", "rescale:amount=0.5") == Rescale(0.5)

@@ -54,8 +54,15 @@ def test_images_are_measured_against_it_and_every_figure_says_how() -> None:
     labels = torch.arange(200) % 10
     found = evaluate_images(images, labels, seeds=range(5, 205), bootstrap=5)
     assert list(found) == [
-        "frechet", "kid", "precision", "recall", "density", "coverage", "inception_score", "accuracy",
-    ]  # fmt: skip
+        "frechet",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "inception_score",
+        "accuracy",
+    ]
     distance = found["frechet"]
     assert distance.value > 10 * reference("fashion").floor_at("frechet", 1000)  # noise is no garment
     assert distance.interval is not None and distance.interval[0] < distance.value < distance.interval[1]
@@ -68,7 +75,7 @@ def test_images_are_measured_against_it_and_every_figure_says_how() -> None:
 
 
 def test_a_perfect_generator_sits_at_its_floor_and_a_worse_one_above(normal: Reference) -> None:
-    known = replace(normal, floor=floor_table(torch.randn(2000, 4), normal, counts=(500, 1000), most=2))
+    known = replace(normal, floor=floor_table(torch.randn(2000, 4), normal, counts=(500, 1000), max_runs=2))
     good = evaluate_features(torch.randn(700, 4), known)["frechet"]
     bad = evaluate_features(torch.randn(700, 4) * 1.3, known)["frechet"]
     assert good.floor is not None and good.floor == known.floor_at("frechet", 700)

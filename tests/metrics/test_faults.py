@@ -24,12 +24,12 @@ from hasten.metrics import (
     reference_from_images,
     save_reference,
 )
-from hasten.metrics.difference import difference
+from hasten.metrics.difference import image_difference
 from hasten.metrics.frechet import frechet_distance
 from hasten.metrics.inception_score import class_accuracy, inception_score
 from hasten.metrics.kid import kid, polynomial_mmd2
 from hasten.metrics.precision_recall import manifold
-from hasten.workflows.sample import evaluate_distributed
+from hasten.workflows.evaluate import evaluate_distributed
 
 
 def test_features_beyond_half_precision_are_kept(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_network_whose_features_are_not_finite_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1) / 0.0
 
-    with pytest.raises(BadInput, match="broken gave features that are not finite"):
+    with pytest.raises(BadInput, match="broken returned features that are not finite"):
         extract(Broken(), 2 * torch.rand(12, 1, 4, 4) - 1)
 
 
@@ -69,7 +69,7 @@ def test_fashion_features_refuse_pictures_in_colour() -> None:
 
 
 def test_the_names_that_the_help_offers_are_known(tmp_path: Path) -> None:
-    words = (evaluate_command.__doc__ or "").partition("features: The network that looks at the images:")[2]
+    words = (evaluate_command.__doc__ or "").partition("features: Feature network:")[2]
     offered = words.partition(". Left out")[0].replace(" or ", ", ").split(", ")
     offered = [name.strip() for name in offered]
     assert offered == ["fashion", "efficientnet_lite0", "inception"]
@@ -145,9 +145,13 @@ def test_no_figure_is_made_of_what_is_not_finite(value: float) -> None:
     bad[3, 1] = bad[5, 0] = value
     covariance = torch.eye(4)
     for figure in (
-        lambda: kid(bad, good), lambda: manifold(good, bad), lambda: manifold(bad, good), lambda: inception_score(bad, 2),
-        lambda: class_accuracy(bad, torch.zeros(12, dtype=torch.long)), lambda: difference(bad, good),
-    ):  # fmt: skip
+        lambda: kid(bad, good),
+        lambda: manifold(good, bad),
+        lambda: manifold(bad, good),
+        lambda: inception_score(bad, 2),
+        lambda: class_accuracy(bad, torch.zeros(12, dtype=torch.long)),
+        lambda: image_difference(bad, good),
+    ):
         with pytest.raises(BadInput, match="2 of 12 .* hold NaN or infinity"):
             figure()
     with pytest.raises(BadInput, match="hold NaN or infinity"):

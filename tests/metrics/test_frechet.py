@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hasten.errors import BadInput
-from hasten.metrics.frechet import Moments, frechet_distance, frechet_interval, moments, root
+from hasten.metrics.frechet import RunningMoments, frechet_distance, frechet_interval, moments, root
 
 
 def spd(width: int, seed: int) -> torch.Tensor:
@@ -48,8 +48,8 @@ def test_root_squares_back() -> None:
 
 def test_streaming_moments_equal_numpy_far_from_the_origin() -> None:
     x = torch.randn(301, 6, dtype=torch.float64) @ torch.randn(6, 6).double() + 1e5
-    parts = [Moments().add(x[:100]).add(x[100:101]), Moments().add(x[101:101]).add(x[101:])]
-    mean, covariance = parts[0].merge(parts[1]).merge(Moments()).result()
+    parts = [RunningMoments().add(x[:100]).add(x[100:101]), RunningMoments().add(x[101:101]).add(x[101:])]
+    mean, covariance = parts[0].merge(parts[1]).merge(RunningMoments()).result()
     assert parts[0].count == 301
     np.testing.assert_allclose(mean.numpy(), x.numpy().mean(0), rtol=1e-14)
     np.testing.assert_allclose(covariance.numpy(), np.cov(x.numpy(), rowvar=False), rtol=1e-9)
@@ -75,5 +75,5 @@ def test_bad_input_is_told() -> None:
         moments(torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]))
     with pytest.raises(BadInput, match="width 3 and 4"):
         frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
-    with pytest.raises(BadInput, match="width 4 cannot join"):
-        Moments().add(torch.zeros(2, 3)).add(torch.zeros(2, 4))
+    with pytest.raises(BadInput, match="width 4 cannot be added"):
+        RunningMoments().add(torch.zeros(2, 3)).add(torch.zeros(2, 4))

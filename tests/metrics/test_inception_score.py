@@ -37,7 +37,7 @@ def test_accuracy_and_its_interval() -> None:
 
 
 def test_bad_input_is_told() -> None:
-    with pytest.raises(BadInput, match="split into 10 parts"):
+    with pytest.raises(BadInput, match="divided into 10 splits"):
         inception_score(torch.zeros(5, 3))
     with pytest.raises(BadInput, match="do not belong"):
         class_accuracy(torch.zeros(5, 3), torch.zeros(4))

@@ -32,7 +32,7 @@ def test_features_are_one_map_a_resolution_and_the_middle() -> None:
     middle, _ = teacher.features(x, t, label=label)
     torch.testing.assert_close(maps[-1], middle)  # the denoiser's own seam
     assert critic(x, t, label=label).shape == (5, 4 * 4 + 2 * 2 + 2 * 2)
-    torch.testing.assert_close(critic(x, t, label=label), critic.judge(maps, t, label=label))
+    torch.testing.assert_close(critic(x, t, label=label), critic.head_logits(maps, t, label=label))
 
 
 def test_features_scale_the_input_as_the_prediction_wants_it() -> None:

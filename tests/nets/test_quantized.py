@@ -14,7 +14,16 @@ from torch.nn import functional as F
 from hasten.nets import _int8
 from hasten.nets._packed import pack4, unpack4
 from hasten.nets.layers import ResBlock
-from hasten.nets.quantized import Part, QConv2d, QLinear, described, exchange, refusal, set_group, vacant
+from hasten.nets.quantized import (
+    ChannelSlice,
+    QConv2d,
+    QLinear,
+    empty_quantized,
+    quantization_config,
+    replace_layers,
+    set_group,
+    why_not_quantizable,
+)
 from tests.nets.test_unet import lively
 
 
@@ -42,7 +51,7 @@ def rounded(layer, bits=8, borders=(), acts=((0.03, 120),), rank=0, seed=0):
             )
         x_scale = torch.tensor([scale_ * (1 + 0.3 * i) for scale_, _ in acts]) if acts else None
         x_zero = torch.tensor([zero_ for _, zero_ in acts]) if acts else None
-        parts.append(Part((first, last), q, scale, zero, bits, x_scale, x_zero, low_rank))
+        parts.append(ChannelSlice((first, last), q, scale, zero, bits, x_scale, x_zero, low_rank))
     return parts
 
 
@@ -111,8 +120,8 @@ def test_layers_do_what_the_formula_says(name, bits, borders):
     layer = LAYERS[name]()
     linear = isinstance(layer, nn.Linear)
     parts = rounded(layer, bits, borders, ACTS)
-    made = (QLinear if linear else QConv2d).made(layer, parts)
-    again = vacant(nn.Sequential(LAYERS[name]()), described(nn.Sequential(made)))
+    made = (QLinear if linear else QConv2d).from_layer(layer, parts)
+    again = empty_quantized(nn.Sequential(LAYERS[name]()), quantization_config(nn.Sequential(made)))
     again.load_state_dict(nn.Sequential(made).state_dict())
     for batch in (1, 3):
         x = images(batch, layer.weight.shape[1])
@@ -133,20 +142,20 @@ def test_layers_do_what_the_formula_says(name, bits, borders):
         assert 1e-3 < off(made(x), layer(x)) < (0.02 if bits == 8 else 0.2)
 
 
-@pytest.mark.parametrize("kind", [_int8.OneDnn, _int8.Simulated, _int8.IntMm])
+@pytest.mark.parametrize("kind", [_int8.OneDnnKernel, _int8.SimulatedKernel, _int8.IntMmKernel])
 @pytest.mark.parametrize("layer", [nn.Linear(16, 24), nn.Conv2d(16, 24, 1), nn.Conv2d(16, 24, 3, padding=1)])
 def test_every_kernel_gives_the_same_sums(kind, layer):
-    if kind is _int8.OneDnn and not _int8.onednn_works():
+    if kind is _int8.OneDnnKernel and not _int8.onednn_works():
         pytest.skip("this CPU has no VNNI")
-    moves = None if isinstance(layer, nn.Linear) else _int8.Moves(padding=layer.padding)
+    geometry = None if isinstance(layer, nn.Linear) else _int8.ConvGeometry(padding=layer.padding)
     (part,) = rounded(layer, 8)
-    if kind is _int8.IntMm and not _int8.IntMm.fits(part.q, moves):
+    if kind is _int8.IntMmKernel and not _int8.IntMmKernel.fits(part.q, geometry):
         assert layer.weight.shape[-1] == 3
         return
-    kernel = kind(part.q, part.scale, layer.bias, moves, part.act_scale.tolist(), part.act_zero.tolist())
+    kernel = kind(part.q, part.scale, layer.bias, geometry, part.act_scale.tolist(), part.act_zero.tolist())
     index = torch.zeros(1, dtype=torch.int64)
     for batch in (1, 3):
-        x = images(batch, 16) if moves else images(batch, 16)[:, :, 0].transpose(1, 2)
+        x = images(batch, 16) if geometry else images(batch, 16)[:, :, 0].transpose(1, 2)
         assert off(kernel(x, 0, index, torch.float32), reference(layer, [part], x)) <= 1e-5
 
 
@@ -154,10 +163,10 @@ def test_bytes_are_the_formulas_in_every_layout():
     x = images(2, 6).mul(3)
     x[0, 0] = (torch.arange(81).view(9, 9) - 40) * 0.125 / 2  # half steps
     for given in (x, x.contiguous(memory_format=torch.channels_last), x[:, 2:5], x.bfloat16()):
-        u = _int8.to_bytes(given, 0.125, 121)
+        u = _int8.quantize_uint8(given, 0.125, 121)
         assert u.dtype == torch.uint8 and u.shape == given.shape
         assert torch.equal(u.double(), (given.double() * 8 + 121).round().clamp(0, 255))
-        tensors = _int8.to_bytes(given, torch.tensor(0.125), torch.tensor(121))
+        tensors = _int8.quantize_uint8(given, torch.tensor(0.125), torch.tensor(121))
         assert torch.equal(tensors, u)
 
 
@@ -174,18 +183,18 @@ def test_codes_of_four_bits_come_back(shape):
 @pytest.mark.parametrize("layer", [conv(padding=1, stride=2), nn.Linear(10, 12)])
 def test_low_rank_branch_and_weights_only(layer, acts, rank):
     parts = rounded(layer, 4, (4,), acts, rank)
-    made = (QLinear if isinstance(layer, nn.Linear) else QConv2d).made(layer, parts)
-    x = images(2) if made.moves else images(2)[:, :, 0].transpose(1, 2)
+    made = (QLinear if isinstance(layer, nn.Linear) else QConv2d).from_layer(layer, parts)
+    x = images(2) if made.geometry else images(2)[:, :, 0].transpose(1, 2)
     with torch.no_grad():
         assert off(made(x), reference(layer, parts, x)) <= 1e-5
         assert off(plain(layer, x, made.weight), plain(layer, x, layer.weight)) < (0.5 if not rank else 9)
-    assert made.execution == "simulated" if acts is None else made.told()["rank"] == rank
+    assert made.execution == "simulated" if acts is None else made.quantization_config()["rank"] == rank
 
 
 def test_output_type_follows_autocast_and_input():
     layer = conv(padding=1)
     for bits, borders in ((8, ()), (4, (3,))):
-        made = QConv2d.made(layer, rounded(layer, bits, borders))
+        made = QConv2d.from_layer(layer, rounded(layer, bits, borders))
         x = images(2)
         with torch.no_grad():
             full = made(x)
@@ -202,7 +211,7 @@ def test_output_type_follows_autocast_and_input():
 
 def test_gradient_by_the_input_goes_straight_through():
     layer = conv(padding=1)
-    made = QConv2d.made(layer, rounded(layer))
+    made = QConv2d.from_layer(layer, rounded(layer))
     x = images(2).requires_grad_()
     y = made(x)
     (found,) = torch.autograd.grad(y.square().sum(), x)
@@ -220,21 +229,27 @@ def test_parts_that_do_not_fit_are_refused():
         (good[:1], "cover 3 of the layer's 10"),
         (good[1:], "expected"),
         (rounded(layer, 8, (3,))[:1] + good[1:], "same bits"),
-        ([Part((0, 10), torch.full((12, 10, 3, 3), 16), torch.ones(12), torch.zeros(12), 4, None, None)], "0..15"),
-        ([Part((0, 10), torch.zeros(12, 10, 3, 3), torch.ones(12), None, 3, None, None)], "3 bits"),
+        (
+            [ChannelSlice((0, 10), torch.full((12, 10, 3, 3), 16), torch.ones(12), torch.zeros(12), 4, None, None)],
+            "0..15",
+        ),
+        ([ChannelSlice((0, 10), torch.zeros(12, 10, 3, 3), torch.ones(12), None, 3, None, None)], "3 bits"),
     ):
         with pytest.raises(ValueError, match=said):
-            QConv2d.made(layer, parts)
-    for other, said in ((nn.Conv2d(4, 4, 3, groups=2), "groups"), (nn.Conv1d(4, 4, 3), "Conv1d"),
-                        (nn.Conv2d(4, 4, 3, padding="same"), "padding")):  # fmt: skip
-        assert said in refusal(other)
+            QConv2d.from_layer(layer, parts)
+    for other, said in (
+        (nn.Conv2d(4, 4, 3, groups=2), "groups"),
+        (nn.Conv1d(4, 4, 3), "Conv1d"),
+        (nn.Conv2d(4, 4, 3, padding="same"), "padding"),
+    ):
+        assert said in why_not_quantizable(other)
     with pytest.raises(ValueError, match="groups"):
-        QConv2d.made(nn.Conv2d(4, 4, 3, groups=2), good)
-    made = QConv2d.made(layer, rounded(layer, acts=ACTS))
+        QConv2d.from_layer(nn.Conv2d(4, 4, 3, groups=2), good)
+    made = QConv2d.from_layer(layer, rounded(layer, acts=ACTS))
     with pytest.raises(ValueError, match="0..2"):
         set_group(made, 3)
     with pytest.raises(ValueError, match="no layer 'absent'"):
-        exchange(nn.Sequential(layer), {"absent": made})
+        replace_layers(nn.Sequential(layer), {"absent": made})
 
 
 def test_block_with_a_split_shortcut_and_its_copies():
@@ -243,15 +258,17 @@ def test_block_with_a_split_shortcut_and_its_copies():
     x[:, 7:] *= 9  # what a split is for
     before = {name: value.clone() for name, value in block.state_dict().items()}
     made = {
-        "shortcut": QConv2d.made(block.shortcut, rounded(block.shortcut, 8, (7,), ((0.2, 128),))),
-        "modulation": QLinear.made(block.modulation, rounded(block.modulation)),
+        "shortcut": QConv2d.from_layer(block.shortcut, rounded(block.shortcut, 8, (7,), ((0.2, 128),))),
+        "modulation": QLinear.from_layer(block.modulation, rounded(block.modulation)),
     }
-    fast = exchange(block, made)
+    fast = replace_layers(block, made)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
     assert isinstance(block.shortcut, nn.Conv2d) and fast.shortcut is made["shortcut"]
     assert fast.norm1.weight is block.norm1.weight and fast.conv1.bias is block.conv1.bias
     assert fast.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert list(described(fast)) == ["modulation", "shortcut"] and described(fast)["shortcut"]["parts"] == [0, 7]
+    assert list(quantization_config(fast)) == ["modulation", "shortcut"] and quantization_config(fast)["shortcut"][
+        "parts"
+    ] == [0, 7]
     with torch.no_grad():
         expected = fast(x, emb)
         assert off(expected, block(x, emb)) < 0.05
@@ -265,8 +282,8 @@ def integers(net, bits=8, **options):
     for name, layer in net.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             kind = QLinear if isinstance(layer, nn.Linear) else QConv2d
-            made[name] = kind.made(layer, rounded(layer, bits, **options))
-    return exchange(net, made)
+            made[name] = kind.from_layer(layer, rounded(layer, bits, **options))
+    return replace_layers(net, made)
 
 
 def test_what_is_compiled_is_one_graph_for_all_groups():
@@ -295,7 +312,10 @@ def test_integer_convolution_is_faster():
     if not _int8.onednn_works():
         pytest.skip("this CPU has no VNNI")
     layer = conv(256, 256, padding=1)
-    made, x = QConv2d.made(layer, rounded(layer)), images(16, 256, 16).contiguous(memory_format=torch.channels_last)
+    made, x = (
+        QConv2d.from_layer(layer, rounded(layer)),
+        images(16, 256, 16).contiguous(memory_format=torch.channels_last),
+    )
     threads, least = torch.get_num_threads(), {}
     torch.set_num_threads(1)
     try:

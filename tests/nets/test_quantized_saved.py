@@ -13,12 +13,12 @@ import hasten
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.nets import _int8
-from hasten.nets.quantized import QConv2d, described, exchange, execution, set_group
+from hasten.nets.quantized import QConv2d, execution, quantization_config, replace_layers, set_group
 from hasten.nets.time_groups import TimeGroups
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.storage.weights import describe_network, restored, store
+from hasten.storage.weights import describe_network, network_from_description, write_weights
 from tests.nets.test_quantized import ACTS, images, integers, rounded
 from tests.nets.test_unet import lively
 
@@ -29,7 +29,7 @@ def test_bytes_on_disk_of_a_network_of_36_million(tmp_path):
     count = sum(p.numel() for p in net.parameters())
     assert 3e7 < count < 5e7
     for bits, share in ((4, 0.14), (8, 0.27)):
-        store(integers(net, bits), tmp_path / "weights")
+        write_weights(integers(net, bits), tmp_path / "weights")
         assert (tmp_path / "weights").stat().st_size <= share * 4 * count
 
 
@@ -60,7 +60,9 @@ def test_a_saved_model_is_the_same_in_another_process(model, tmp_path):
     assert torch.equal(found, expected)
     assert kind == execution(model.denoiser.net) == ("int8" if _int8.onednn_works() else "simulated")
     (row,) = json.loads((tmp_path / "saved" / "model.json").read_text())["net"]["quantized"]
-    assert row["bits"] == 4 and row["act_bits"] == 8 and len(row["layers"]) == len(described(model.denoiser.net))
+    assert (
+        row["bits"] == 4 and row["act_bits"] == 8 and len(row["layers"]) == len(quantization_config(model.denoiser.net))
+    )
 
 
 def test_half_precision_keeps_the_scales(model, tmp_path):
@@ -84,8 +86,12 @@ def test_a_damaged_file_is_refused_in_one_line(model, tmp_path):
     hasten.load(tmp_path / "saved")
     description = tmp_path / "saved" / "model.json"
     text = description.read_text()
-    for wrong in (text.replace('"conv_in"', '"conv_inn"'), text.replace('"bits": 4', '"bits": 8'),
-                  text.replace('"groups": 1', '"rank": 0'), text.replace('"parts"', '"part"')):  # fmt: skip
+    for wrong in (
+        text.replace('"conv_in"', '"conv_inn"'),
+        text.replace('"bits": 4', '"bits": 8'),
+        text.replace('"groups": 1', '"rank": 0'),
+        text.replace('"parts"', '"part"'),
+    ):
         assert wrong != text
         description.write_text(wrong)
         with pytest.raises(BadInput) as refused:
@@ -97,8 +103,8 @@ def test_a_network_is_told_and_restored():
     net = lively(UNet(channels=1, widths=(16, 32), attention=(1,)))
     assert "quantized" not in describe_network(net)
     some = {name: QConv2d.made(getattr(net, name), rounded(getattr(net, name), 8, acts=ACTS)) for name in ("conv_out",)}
-    fast = exchange(net, some)
-    again = restored(json.loads(json.dumps(describe_network(fast))))
+    fast = replace_layers(net, some)
+    again = network_from_description(json.loads(json.dumps(describe_network(fast))))
     again.load_state_dict(fast.state_dict())
     x, t = images(1, 1, 8), torch.tensor([0.4])
     with torch.no_grad():
@@ -109,7 +115,7 @@ def test_a_network_is_told_and_restored():
 
 def test_a_network_with_groups_of_times_is_told_too():
     net = TimeGroups(integers(lively(UNet(channels=1, widths=(16, 32))), acts=ACTS), (0.3, 0.6))
-    again = restored(json.loads(json.dumps(describe_network(net))))
+    again = network_from_description(json.loads(json.dumps(describe_network(net))))
     again.load_state_dict(net.state_dict())
     x = images(1, 1, 8)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from hasten.exact import g8
 from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
-from hasten.samplers.adaptive import AdaptiveSDE, _Path, span
+from hasten.samplers.adaptive import AdaptiveSDE, _Path, integration_interval
 from hasten.sampling import Count, Noise, walk
 from hasten.schedules import VPLinear
 from tests.samplers.problems import ALL, F64, ends, mixture
@@ -89,7 +89,7 @@ def test_redrawn_noise_inflates_the_variance() -> None:
 def test_the_path_is_brownian_motion() -> None:
     """Increments over whatever pieces, revealed in whatever order, have the covariance min(s, t); no draw is lost."""
     n, g = 20000, torch.Generator().manual_seed(1)
-    path = _Path(torch.zeros(n, 1, dtype=F64), lambda: torch.randn(n, 1, generator=g, dtype=F64), keep=True)
+    path = _Path(torch.zeros(n, 1, dtype=F64), lambda: torch.randn(n, 1, generator=g, dtype=F64), store=True)
     rows = torch.arange(n)
 
     def reveal(h: float) -> Tensor:
@@ -144,7 +144,7 @@ def test_where_it_begins_and_stops() -> None:
         (5e-4, 0.0): (5e-4, 5e-4),
         (0.9, 0.4): (0.9, 0.4),
     }.items():
-        assert tuple(map(float, span(schedule, torch.tensor(grid, dtype=F64)))) == expected
+        assert tuple(map(float, integration_interval(schedule, torch.tensor(grid, dtype=F64)))) == expected
     # nothing to integrate: the answer itself
     times, x = torch.tensor([5e-4, 0.0], dtype=F64), torch.ones(2, 8, dtype=F64)
     counted = Count(g8(schedule))
@@ -170,7 +170,7 @@ def test_a_sample_keeps_its_own_pace(retry: str) -> None:
 
 def test_draws_are_dropped_when_all_have_used_them() -> None:
     drawn = iter(torch.arange(100, dtype=F64)[:, None].expand(100, 3))
-    path = _Path(torch.zeros(3, dtype=F64), lambda: next(drawn), keep=False)
+    path = _Path(torch.zeros(3, dtype=F64), lambda: next(drawn), store=False)
     one = torch.ones(3, dtype=F64)
     path.reveal(torch.tensor([0, 2]), one[:2])
     assert path.reveal(torch.tensor([0]), one[:1]).item() == 1.0

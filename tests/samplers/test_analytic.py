@@ -108,9 +108,9 @@ def test_the_moments_of_the_sheet() -> None:
 
 
 def node_at(schedule: Schedule, t: Tensor) -> Any:
-    from hasten.samplers._exponential import node
+    from hasten.samplers._exponential import make_node
 
-    return node(schedule, t)
+    return make_node(schedule, t)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hasten.denoiser import Denoiser
 from hasten.plan import plan
 from hasten.samplers import DDIM, DDPM, DEIS, DPMSolver, Heun, UniPC
-from hasten.samplers._exponential import Known, advance, node
+from hasten.samplers._exponential import Known, advance, make_node
 from hasten.schedules import Discrete
 from tests.samplers.problems import F64, mixture, mixture_ode, normals, rms
 
@@ -247,11 +247,11 @@ def test_third_order_sde_has_the_right_sign() -> None:
     curve = ((lam - lam[2]) / (lam[3] - lam[2])) ** 2
     grid = torch.linspace(0, 1, 201, dtype=F64)
     h = lam[3] - lam[2]
-    end = node(schedule, (index[3].double() + 1) / 1000)
+    end = make_node(schedule, (index[3].double() + 1) / 1000)
     kernel = 2 * h * end.alpha * torch.exp(2 * h * (grid - 1)) * grid**2
     exact = (kernel[0] + kernel[-1] + 4 * kernel[1:-1:2].sum() + 2 * kernel[2:-1:2].sum()) / 600
     zero = torch.zeros((), dtype=F64)
-    known = [Known(node(schedule, (index[k].double() + 1) / 1000), zero, curve[k]) for k in (2, 1, 0)]
+    known = [Known(make_node(schedule, (index[k].double() + 1) / 1000), zero, curve[k]) for k in (2, 1, 0)]
     ours = advance(zero, known, end, sde=True, noise=zero)
     assert ours.item() == pytest.approx(exact.item(), rel=1e-8)
     scheduler.set_timesteps(timesteps=index.tolist())

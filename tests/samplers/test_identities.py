@@ -13,7 +13,7 @@ from hasten.errors import BadInput
 from hasten.exact import Gaussian, g8
 from hasten.plan import Plan, plan
 from hasten.samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC, invert
-from hasten.samplers._exponential import Known, advance, g, node
+from hasten.samplers._exponential import Known, advance, g, make_node
 from hasten.schedules import Discrete, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import UniformLambda
 from tests.samplers.problems import ALL, F64, Basis, between, drive, ends, mixture, normals, rms
@@ -77,8 +77,8 @@ def test_a_step_integrates_polynomials_exactly(order: int, sde: bool, predict: s
     import numpy as np
 
     schedule, lam0 = VPLinear(), -0.4
-    known = [node(schedule, schedule.time(lam0 - k * 0.7 * h)) for k in range(order)]
-    end = node(schedule, schedule.time(lam0 + h))
+    known = [make_node(schedule, schedule.time(lam0 - k * 0.7 * h)) for k in range(order)]
+    end = make_node(schedule, schedule.time(lam0 + h))
     points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(40))
     lam = known[0].lam + (end.lam - known[0].lam) * (points + 1) / 2
     weights = weights * (end.lam - known[0].lam) / 2
@@ -105,8 +105,8 @@ def test_deis_weights_integrate_polynomials_exactly(order: int, variable: str) -
     import numpy as np
 
     schedule, times = VPLinear(), torch.tensor([0.9, 0.85, 0.7, 0.6, 0.35], dtype=F64)
-    past = [Known(node(schedule, t), None, None) for t in times[4 - order : 4].flip(0)]
-    weights = DEIS(order, variable)._weights(schedule, past, node(schedule, times[-1]))
+    past = [Known(make_node(schedule, t), None, None) for t in times[4 - order : 4].flip(0)]
+    weights = DEIS(order, variable)._weights(schedule, past, make_node(schedule, times[-1]))
     points, gauss = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(100))
     if variable == "t":
         low, high = times[3], times[4]
@@ -322,7 +322,7 @@ def test_inversion_from_clean_to_pure_noise(schedule: Schedule) -> None:
     if schedule.alpha(times[-2]) > 0.5:  # the step into sigma = 0 forgets z, so go back to the node before it
         z = invert(model, x0, times, iterations=200)
         target = drive(DDIM(), schedule, model, z, times[:-1])[0]
-        last = node(schedule, times[-2])
+        last = make_node(schedule, times[-2])
         gain = last.alpha * 0.25 / (last.alpha**2 * 0.25 + last.sigma**2)
         answer = 0.3 + gain * (target - last.alpha * 0.3)
         torch.testing.assert_close(answer, x0, rtol=0, atol=1e-7)

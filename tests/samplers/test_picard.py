@@ -167,7 +167,7 @@ def test_images_keep_their_dtype() -> None:
 
 
 def test_it_says_why_it_is_not_a_table() -> None:
-    with pytest.raises(HastenError, match="picard cannot be compiled to a plan: how often it asks about a step"):
+    with pytest.raises(HastenError, match="picard cannot be compiled to a plan: the number of evaluations of a step"):
         plan(Picard(), VPLinear(), ends(VPLinear(), 4))
     assert Picard().nfe(10) is None
     assert format_spec(Picard("ddpm", window=20, form="recursion")) == "picard:base=ddpm,window=20,form=recursion"

@@ -17,7 +17,7 @@ from hasten.exact import g8, m2
 from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
-from hasten.samplers.probability_flow import ProbabilityFlow, together
+from hasten.samplers.probability_flow import ProbabilityFlow, run_in_lockstep
 from hasten.sampling import Count, Noise, walk
 from hasten.schedules import VPLinear
 from tests.samplers.problems import ALL, F64, ends, mixture
@@ -155,7 +155,7 @@ def test_together() -> None:
     def path(k: int, ask: Any) -> list[int]:
         return [ask(k + turn) for turn in range(k)]
 
-    assert together(path, 4, answer) == [[], [10], [20, 30], [30, 40, 50]]
+    assert run_in_lockstep(path, 4, answer) == [[], [10], [20, 30], [30, 40, 50]]
     assert rounds == [[1, 2, 3], [2, 3], [3]]
 
     def breaks(k: int, ask: Any) -> None:
@@ -164,7 +164,7 @@ def test_together() -> None:
         raise ValueError("path 2")
 
     with pytest.raises(ValueError, match="path 2"):
-        together(breaks, 4, answer)
+        run_in_lockstep(breaks, 4, answer)
     assert settled()
 
 

@@ -15,7 +15,7 @@ from hasten.nets.second_moment import SecondMoment as Net
 from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
-from hasten.samplers._exponential import nodes
+from hasten.samplers._exponential import make_nodes
 from hasten.samplers.analytic import AnalyticDPM, weights
 from hasten.samplers.sn import SNDPM, WithMoments
 from hasten.sampling import Noise, walk
@@ -78,7 +78,7 @@ def test_each_coordinate_of_a_gaussian_is_exact(form: str, K: int, schedule: Sch
     base = g8(schedule)
     model = GaussianMoments(torch.zeros(8, dtype=F64), base.variance, schedule)
     times = torch.linspace(schedule.t_max, 0, K + 1, dtype=F64)
-    path = nodes(schedule, times)
+    path = make_nodes(schedule, times)
     v = path[0].alpha ** 2 * model.variance + path[0].sigma ** 2
     draws: list[Tensor] = []
 
@@ -114,7 +114,7 @@ def divergences(model: MixtureMoments, times: Tensor, n: int = 2000) -> tuple[fl
     """Mean divergence per dimension of the steps of a chain, nats: with the variance of each coordinate, with the best
     single one, and with the small one, on the same data and noise."""
     schedule = model.schedule
-    path = nodes(schedule, times)
+    path = make_nodes(schedule, times)
     g = torch.Generator().manual_seed(0)
     x = model.sample(n, g)
     own = scalar = small = 0.0
@@ -218,16 +218,16 @@ def test_the_wrapped_network_answers_with_moments() -> None:
 def test_the_network_learns_the_variance_of_each_pixel() -> None:
     """Trained on images whose halves differ by a factor of 100 in variance, it tells them apart at every noise level,
     and its loss on held-out images is far below that of the best single variance, near what is possible."""
-    from hasten.tuning._task import Task
-    from hasten.tuning.second_moment import SecondMoment, leap, nats
+    from hasten.tuning._task import TuningTask
+    from hasten.tuning.second_moment import SecondMomentTuner, added_noise, nats
 
     schedule = VPCosine(offset=0.0)
     model = images(schedule)
-    task = Task(
+    task = TuningTask(
         denoiser=model, sampler=None, times=torch.tensor([1.0, 0.0]), shape=(1, 8, 8),
         images=lambda n: (model.sample(n, torch.Generator().manual_seed(0)).float(), None),
     )  # fmt: skip
-    tuned = SecondMoment(steps=250, batch=32, images=2048, width=16, blocks=1).tune(task)
+    tuned = SecondMomentTuner(steps=250, batch=32, images=2048, width=16, blocks=1).tune(task)
     net, figures = tuned.parts["second_moment"], tuned.figures
     assert figures["steps"] == 250 and net.config["width"] == 16
     left = []
@@ -238,12 +238,14 @@ def test_the_network_learns_the_variance_of_each_pixel() -> None:
         z = a * x + s * torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
         C = q**2 * net(z, model(z, schedule.time(lam[0].double())), lam)
         exact = model.variance * q**2 / (model.variance + q**2)
-        k = float(leap(torch.tensor(q**2), rho))
+        k = float(added_noise(torch.tensor(q**2), rho))
         left.append((torch.log((C.double() + k) / (exact + k))).square().mean().sqrt().item())
     assert max(left[:2]) < 0.5 and left[2] < 0.05, left
     assert figures["nats"] < figures["nats_scalar"] - 0.05, figures
     assert nats(torch.tensor(0.04), torch.tensor(0.04)) < nats(torch.tensor(0.04), torch.tensor(0.08))
     with pytest.raises(BadInput, match="--data"):
-        SecondMoment().tune(Task(denoiser=model, sampler=None, times=torch.tensor([1.0, 0.0]), shape=(1, 8, 8)))
+        SecondMomentTuner().tune(
+            TuningTask(denoiser=model, sampler=None, times=torch.tensor([1.0, 0.0]), shape=(1, 8, 8))
+        )
     with pytest.raises(BadInput, match="sides"):
-        SecondMoment(patch=3).tune(task)
+        SecondMomentTuner(patch=3).tune(task)

@@ -18,7 +18,7 @@ from hasten.sampling import Noise
 from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
 from hasten.starts import Auxiliary
 from hasten.starts.ccdf import contraction
-from hasten.storage.weights import build
+from hasten.storage.weights import build_network
 from hasten.times import UniformLambda
 
 SCHEDULES: list[Schedule] = [VPCosine(offset=0.0), VPLinear(), Flow(), EDM()]
@@ -125,7 +125,7 @@ def test_an_image_depends_on_its_seed_alone() -> None:
     whole = start.begin(model, Noise(range(8), (3,)), t, label=label)
     part = start.begin(model, Noise([6, 2], (3,)), t, label=label[[6, 2]])
     assert torch.equal(whole[[6, 2]], part) and whole.dtype == torch.float32
-    copy = build("MixtureDensity", net.config)  # type: ignore[arg-type]
+    copy = build_network("MixtureDensity", net.config)  # type: ignore[arg-type]
     copy.load_state_dict(net.state_dict())
     assert torch.equal(Auxiliary(copy).begin(model, Noise(range(8), (3,)), t, label=label), whole)
     assert Auxiliary().time is None and start.time == 0.5
@@ -133,12 +133,12 @@ def test_an_image_depends_on_its_seed_alone() -> None:
 
 def test_it_survives_half_precision(tmp_path: Path) -> None:
     """A model that is kept in fp16 keeps its parts so: the samples move by about that much, none jumps."""
-    from hasten.storage.weights import fill, sha256, store
+    from hasten.storage.weights import load_weights, sha256, write_weights
 
     net = random_density(D=6, rank=4, components=5)
-    store(net, tmp_path / "net.safetensors", half=True)
-    copy = build("MixtureDensity", net.config)  # type: ignore[arg-type]
-    fill(copy, tmp_path / "net.safetensors", sha256(tmp_path / "net.safetensors"))
+    write_weights(net, tmp_path / "net.safetensors", half=True)
+    copy = build_network("MixtureDensity", net.config)  # type: ignore[arg-type]
+    load_weights(copy, tmp_path / "net.safetensors", sha256(tmp_path / "net.safetensors"))
     noise, label = torch.randn(20_000, 6, dtype=torch.float64), torch.arange(20_000) % 3
     moved = (copy.sample(noise, label) - net.sample(noise, label)).abs().amax(1)  # type: ignore[operator]
     assert float((moved > 0.05).double().mean()) < 2e-3  # at the borders between components

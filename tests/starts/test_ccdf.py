@@ -178,7 +178,7 @@ def test_several_states_of_each_sample() -> None:
     wrapped = Consistent(data, y, 4)
     x = torch.randn(6, 1, 4, 4)
     assert torch.allclose(wrapped(x, 0.5).mean((1, 2, 3)), torch.tensor([0.0, 1, 0, 1, 0, 1]), atol=1e-6)
-    with pytest.raises(HastenError, match="asks about 1 of 2 samples"):
+    with pytest.raises(HastenError, match="evaluates 1 of 2 samples"):
         wrapped(x[:1], 0.5)
 
 

@@ -16,7 +16,7 @@ import hasten
 from hasten.cli.restyle import restyle as command
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
-from hasten.images import read_text, to_uint8
+from hasten.images import read_png_text, to_uint8
 from hasten.metrics.features import extract, feature_net
 from hasten.model import Model
 from hasten.nets.unet import UNet
@@ -134,7 +134,7 @@ def test_the_command_writes_sources_above_results(tmp_path: Path, capsys: pytest
     for row, images in enumerate((source, result.images)):
         for k in range(3):
             assert (pixels[10 * row : 10 * row + 8, 10 * k : 10 * k + 8] == to_uint8(images)[k, ..., 0]).all()
-    assert "--from-label a --to-label b" in read_text(out)["command"]
+    assert "--from-label a --to-label b" in read_png_text(out)["command"]
     assert "5 network evaluations" not in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Augmentation: exact shifts, the size of the cut, gradients, and one policy for real and made."""
+"""Augmentation: exact shifts, the size of the cutout, gradients, the same policy for real and generated images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hasten.errors import BadInput
 from hasten.train.augment import Augment
 
 
-def test_points_and_an_empty_policy_pass_unchanged() -> None:
+def test_points_and_an_empty_policy_are_unchanged() -> None:
     points, images = torch.randn(5, 2), torch.randn(5, 3, 8, 8)
     assert Augment()(points) is points
     assert torch.equal(Augment(0, 0, 0)(images), images)
 
 
-def test_brightness_adds_one_number_an_image() -> None:
+def test_brightness_adds_one_number_per_image() -> None:
     torch.manual_seed(0)
     x = torch.randn(400, 2, 4, 4)
     added = Augment(0.5, 0, 0)(x) - x
@@ -24,7 +24,7 @@ def test_brightness_adds_one_number_an_image() -> None:
     assert level.abs().max() <= 0.5 and level.std().item() == pytest.approx(0.5 / 3**0.5, rel=0.1)
 
 
-def test_translation_moves_the_image_and_repeats_its_border() -> None:
+def test_translation_shifts_the_image_and_repeats_its_border() -> None:
     torch.manual_seed(1)
     x = torch.arange(64.0).view(1, 1, 8, 8).expand(300, 1, 8, 8)
     y = Augment(0, 0.25, 0)(x)
@@ -38,29 +38,29 @@ def test_translation_moves_the_image_and_repeats_its_border() -> None:
     assert len(seen) == 25
 
 
-def test_the_cut_is_a_rectangle_of_half_the_side_at_most() -> None:
+def test_cutout_is_a_rectangle_of_at_most_half_the_side() -> None:
     torch.manual_seed(2)
     y = Augment(0, 0, 0.5)(torch.ones(500, 1, 8, 8))[:, 0] == 0
     heights, widths = y.any(2).sum(1), y.any(1).sum(1)
     assert torch.equal(y.flatten(1).sum(1), heights * widths)  # a full rectangle
     assert heights.max() == widths.max() == 4 and heights.min() == 2  # at least half of it is inside
-    share = y.float().mean(0)
-    assert share.min() > 0.05  # corners are cut too
+    fraction = y.float().mean(0)
+    assert fraction.min() > 0.05  # corners are cut out too
 
 
-def test_gradients_arrive_at_the_pixels_that_are_seen() -> None:
+def test_gradients_reach_the_visible_pixels() -> None:
     torch.manual_seed(3)
     x = torch.randn(6, 1, 8, 8, requires_grad=True)
     y = Augment()(x)
     (g,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(g.sum((1, 2, 3)), (g.sum((1, 2, 3))).round())  # whole numbers: how often each pixel is shown
+    assert torch.equal(g.sum((1, 2, 3)), (g.sum((1, 2, 3))).round())  # integers: how often each pixel is shown
     assert (g >= 0).all() and (g == 0).any() and g.sum() > 0
     with torch.no_grad():
         shown = (Augment()(x) != 0).float().mean()
     assert 0.6 < shown < 1
 
 
-def test_the_same_seed_changes_real_and_made_alike() -> None:
+def test_the_same_seed_augments_real_and_generated_alike() -> None:
     a, b = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     torch.manual_seed(7)
     one = Augment()(a)
@@ -74,6 +74,6 @@ def test_the_same_seed_changes_real_and_made_alike() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"brightness": -1.0}, {"translation": 1.5}, {"cutout": -0.1}])
-def test_impossible_policies_are_refused(wrong: dict[str, float]) -> None:
+def test_invalid_policies_raise(wrong: dict[str, float]) -> None:
     with pytest.raises(BadInput, match="translation and cutout"):
         Augment(**wrong)

@@ -1,4 +1,4 @@
-"""Minibatch optimal transport: the plan is optimal, and nothing but the noise moves."""
+"""Minibatch optimal transport: the plan is optimal, and only the noise is permuted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hasten.errors import BadInput
 from hasten.train.coupling import couple
 
 
-def draws(n: int, *shape: int) -> tuple[Tensor, Tensor]:
+def random_pairs(n: int, *shape: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(3)
     return torch.randn(n, *shape, generator=g) * 0.5 + 2, torch.randn(n, *shape, generator=g)
 
@@ -22,32 +22,32 @@ def cost(x: Tensor, noise: Tensor) -> float:
 
 
 def test_in_one_dimension_it_is_sorting() -> None:
-    x, noise = draws(200, 1)
+    x, noise = random_pairs(200, 1)
     paired = couple(x, noise)
     order = x[:, 0].argsort()
     assert torch.equal(paired[order, 0], noise[:, 0].sort().values)
 
 
-def test_it_is_the_best_of_all_pairings() -> None:
-    x, noise = draws(6, 1, 2, 2)
+def test_the_assignment_is_the_optimal_permutation() -> None:
+    x, noise = random_pairs(6, 1, 2, 2)
     x = 2 * (x - 2)
     costs = [cost(x, noise[list(order)]) for order in itertools.permutations(range(6))]
     assert cost(x, couple(x, noise)) == pytest.approx(min(costs))
     assert min(costs) < 0.9 * sum(costs) / len(costs)  # the others are worse
 
 
-def test_the_noise_is_permuted_and_nothing_is_lost() -> None:
-    x, noise = draws(128, 3)
+def test_the_noise_is_permuted() -> None:
+    x, noise = random_pairs(128, 3)
     before = x.clone()
     paired = couple(x, noise)
     assert torch.equal(x, before)
     assert torch.equal(paired[:, 0].sort().values, noise[:, 0].sort().values)
     row = (noise == paired[:, None][5]).all(1).nonzero()
-    assert len(row) == 1 and torch.equal(noise[row[0, 0]], paired[5])  # whole rows
+    assert len(row) == 1 and torch.equal(noise[row[0, 0]], paired[5])  # entire rows
     assert couple(x, noise, "none") is noise
 
 
-def test_within_classes_the_noise_does_not_tell_the_class() -> None:
+def test_within_classes_the_noise_is_independent_of_the_class() -> None:
     """Two classes far apart along the first axis. Paired over the batch, each gets one side of the noise."""
     g = torch.Generator().manual_seed(0)
     label = torch.randint(2, (512,), generator=g)
@@ -67,8 +67,8 @@ def test_within_classes_the_noise_does_not_tell_the_class() -> None:
     assert torch.equal(couple(x, noise, "ot_class"), couple(x, noise, "ot"))  # no labels: one class
 
 
-def test_refusals() -> None:
-    x, noise = draws(4, 2)
+def test_bad_arguments() -> None:
+    x, noise = random_pairs(4, 2)
     with pytest.raises(BadInput, match="unknown coupling 'otclass': did you mean"):
         couple(x, noise, "otclass")
     with pytest.raises(BadInput, match="as much noise as data"):

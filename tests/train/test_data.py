@@ -1,4 +1,4 @@
-"""Sources of images and the order in which they are dealt out."""
+"""Sources of images, and the order of batches."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_class_folders_give_labels_in_natural_order(tmp_path: Path) -> None:
     assert data.classes == ("2", "10", "cat")
     assert data.shape == (3, 6, 5)
     for k in range(6):
-        found = data.images([k])[0].permute(1, 2, 0).numpy()
-        source = next(i for i in range(6) if np.array_equal(arrays[i], found))
+        image = data.images([k])[0].permute(1, 2, 0).numpy()
+        source = next(i for i in range(6) if np.array_equal(arrays[i], image))
         assert data.labels is not None and int(data.labels[k]) == source // 2
 
 
@@ -139,7 +139,7 @@ def test_numpy(tmp_path: Path) -> None:
 def test_size_and_channels(tmp_path: Path) -> None:
     save(tmp_path / "a.png", pixels(1, 8, 12)[0])
     save(tmp_path / "b.png", pixels(1, 8, 8)[0])
-    with pytest.raises(BadInput, match=r"a.png is 12x8 and b.png is 8x8; give a size"):
+    with pytest.raises(BadInput, match=r"a.png is 12x8 and b.png is 8x8; set size"):
         open_data(tmp_path)
     assert open_data(tmp_path, size=4).shape == (3, 4, 4)
     assert open_data(tmp_path, size=(4, 6), channels=1).shape == (1, 4, 6)
@@ -154,7 +154,7 @@ def test_size_and_channels(tmp_path: Path) -> None:
     assert data.shape == (3, 3, 3) and torch.equal(data.images([0])[0, 0], data.images([0])[0, 2])
 
 
-def test_modes_are_brought_to_eight_bits(tmp_path: Path) -> None:
+def test_modes_are_converted_to_eight_bits(tmp_path: Path) -> None:
     deep = np.array([[0, 256 * 200], [256 * 100 + 255, 65535]], np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert open_data(tmp_path).images([0])[0, 0].tolist() == [[0, 200], [100, 255]]
@@ -208,7 +208,7 @@ def test_missing_and_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 @pytest.mark.parametrize("damage", ["cut", "junk", "empty"])
-def test_a_damaged_image_is_named(tmp_path: Path, suffix: str, damage: str) -> None:
+def test_a_damaged_image_is_named_in_the_error(tmp_path: Path, suffix: str, damage: str) -> None:
     for k, array in enumerate(pixels(3, 40, 40)):
         save(tmp_path / f"{k}{suffix}", array)
     bad = tmp_path / f"1{suffix}"
@@ -234,11 +234,11 @@ def test_damaged_zip(tmp_path: Path) -> None:
     flipped = bytearray(raw)
     flipped[200] ^= 255  # inside the stored bytes of good.png: the checksum no longer holds
     (tmp_path / "c.zip").write_bytes(flipped)
-    with pytest.raises(BadInput, match=r"cannot read .*c.zip/cut.png.*; also refused: good.png"):
+    with pytest.raises(BadInput, match=r"cannot read .*c.zip/cut.png.*; also unreadable: good.png"):
         open_data(tmp_path / "c.zip")
 
 
-def test_loose_images_beside_classes(tmp_path: Path) -> None:
+def test_loose_images_next_to_classes(tmp_path: Path) -> None:
     save(tmp_path / "a/0.png", pixels(1)[0])
     save(tmp_path / "b/0.png", pixels(1)[0])
     save(tmp_path / "stray.png", pixels(1)[0])
@@ -246,12 +246,12 @@ def test_loose_images_beside_classes(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
-def test_csv_that_does_not_fit(tmp_path: Path) -> None:
+def test_csv_that_does_not_match_the_images(tmp_path: Path) -> None:
     for k, array in enumerate(pixels(2)):
         save(tmp_path / f"{k}.png", array)
     for text, message in (
         ("file,label\n0.png,a\n", "2 images but no label for 1 of them, such as 1.png"),
-        ("file,label\n0.png,a\n1.png,b\n9.png,b\n", "names 9.png, which is not there"),
+        ("file,label\n0.png,a\n1.png,b\n9.png,b\n", "names 9.png, which does not exist"),
         ("file,label\n0.png,a\n1.png\n", "the row '1.png' has no label"),
         ("index,label\n0,a\n", "no column 'file'"),
     ):
@@ -265,7 +265,7 @@ def test_damaged_idx(tmp_path: Path) -> None:
     write_idx(good, pixels(3, channels=1)[..., 0])
     raw = good.read_bytes()
     good.write_bytes(raw[:-20])
-    with pytest.raises(BadInput, match=r"cannot read .*train-images-idx3-ubyte.gz.*cut short"):
+    with pytest.raises(BadInput, match=r"cannot read .*train-images-idx3-ubyte.gz.*truncated"):
         open_data(tmp_path)
     good.write_bytes(gzip.compress(gzip.decompress(raw)[:-7]))
     with pytest.raises(BadInput, match=r"should hold 106 bytes for sizes \(3, 6, 5\) but holds 99"):
@@ -327,9 +327,9 @@ def values(batch: dict[str, torch.Tensor]) -> list[int]:
 
 def test_an_epoch_is_a_permutation() -> None:
     batches = Batches(numbered(10), 4, seed=3)
-    dealt = [v for k in range(5) for v in values(batches[k])]
-    assert sorted(dealt[:10]) == sorted(dealt[10:]) == list(range(10))
-    assert dealt[:10] != dealt[10:]
+    order = [v for k in range(5) for v in values(batches[k])]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
     for k in range(5):
         assert batches[k]["label"].tolist() == [v % 3 for v in values(batches[k])]
     assert batches[0]["x"].dtype == torch.float32 and batches[0]["label"].dtype == torch.int64
@@ -337,27 +337,27 @@ def test_an_epoch_is_a_permutation() -> None:
 
 
 def test_a_batch_depends_on_seed_and_number_only() -> None:
-    there = Batches(numbered(10), 4, seed=3, flip=True)
-    walked = iter(there)
-    long_run = [next(walked) for _ in range(9)]
+    batches = Batches(numbered(10), 4, seed=3, flip=True)
+    iterator = iter(batches)
+    long_run = [next(iterator) for _ in range(9)]
     torch.manual_seed(99)  # the global stream has no part in it
     resumed = iter(Batches(numbered(10), 4, seed=3, start_step=5, flip=True))
     for k in range(5, 9):
         assert torch.equal(next(resumed)["x"], long_run[k]["x"])
-    assert values(there[2]) == values(long_run[2])
-    assert [values(Batches(numbered(10), 4, seed=4)[k]) for k in range(3)] != [values(there[k]) for k in range(3)]
+    assert values(batches[2]) == values(long_run[2])
+    assert [values(Batches(numbered(10), 4, seed=4)[k]) for k in range(3)] != [values(batches[k]) for k in range(3)]
     state = torch.get_rng_state()
-    there[7]
+    batches[7]
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_ranks_share_out_the_global_batch() -> None:
+def test_ranks_split_the_global_batch() -> None:
     data = Data.of(torch.randint(0, 256, (11, 1, 2, 2), dtype=torch.uint8), torch.arange(11) % 2)
-    whole = Batches(data, 6, seed=1, flip=True)
+    global_batches = Batches(data, 6, seed=1, flip=True)
     parts = [Batches(data, 6, seed=1, rank=r, world=3, flip=True) for r in range(3)]
     for k in range(4):
         for key in ("x", "label"):
-            assert torch.equal(torch.cat([p[k][key] for p in parts]), whole[k][key])
+            assert torch.equal(torch.cat([p[k][key] for p in parts]), global_batches[k][key])
     with pytest.raises(BadInput, match="multiple of the 3 processes"):
         Batches(data, 4, world=3)
 
@@ -366,8 +366,8 @@ def test_flip_mirrors_about_half() -> None:
     image = torch.tensor([[0, 255]], dtype=torch.uint8).view(1, 1, 1, 2)
     data = Data.of(image)
     flipped = Batches(data, 64, flip=True)
-    share = torch.cat([flipped[k]["x"][:, 0, 0, 0] for k in range(16)]).gt(0).float().mean()
-    assert abs(float(share) - 0.5) < 0.07  # 1,024 draws: 4.5 standard deviations
+    fraction = torch.cat([flipped[k]["x"][:, 0, 0, 0] for k in range(16)]).gt(0).float().mean()
+    assert abs(float(fraction) - 0.5) < 0.07  # 1,024 images: 4.5 standard deviations
     assert (Batches(data, 64)[0]["x"][:, 0, 0, 0] == -1).all()
 
 
@@ -375,7 +375,7 @@ def test_range() -> None:
     assert Batches(numbered(256), 256)[0]["x"].aminmax() == (-1.0, 1.0)
 
 
-def test_data_of_checks_what_it_is_given() -> None:
+def test_data_of_checks_its_arguments() -> None:
     with pytest.raises(BadInput, match="uint8"):
         Data.of(torch.zeros(2, 1, 4, 4))
     with pytest.raises(BadInput, match="2 images but 3 labels"):

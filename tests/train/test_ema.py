@@ -1,4 +1,4 @@
-"""Averages of the weights against their closed forms."""
+"""Exponential moving averages of the weights against their closed forms."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from hasten.errors import BadInput
-from hasten.train.ema import Ema, average
+from hasten.train.ema import Ema, update_ema
 
 
 def test_power_ema_is_the_power_weighted_mean() -> None:
-    """beta_i = (1 - 1/i)^(g+1) gives weights i the share ((i/n)^(g+1) - ((i-1)/n)^(g+1)) of the mean at n."""
+    """beta_i = (1 - 1/i)^(g+1) gives weights i the fraction ((i/n)^(g+1) - ((i-1)/n)^(g+1)) of the mean at n."""
     values, gamma = torch.randn(30, dtype=torch.float64), 3.0
     module, ema = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
     module.register_buffer("count", torch.zeros(()))
@@ -19,7 +19,7 @@ def test_power_ema_is_the_power_weighted_mean() -> None:
     for i, value in enumerate(values, 1):
         nn.init.constant_(module.weight, float(value))
         module.count.fill_(i)  # type: ignore[operator]
-        average(ema, module, Ema("power", gamma=gamma).beta(i))
+        update_ema(ema, module, Ema("power", gamma=gamma).beta(i))
     edges = (torch.arange(31, dtype=torch.float64) / 30) ** (gamma + 1)
     assert float(ema.weight.detach()) == pytest.approx(float((edges.diff() * values).sum()), abs=1e-12)
     assert int(ema.count) == 30  # type: ignore[arg-type]

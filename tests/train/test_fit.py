@@ -1,4 +1,4 @@
-"""The training loop: budgets, averages, checkpoints, exact resume, and what stops it."""
+"""The training loop: budgets, averages, checkpoints, exact resume, interruption."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from hasten.errors import BadInput, HastenError
 from hasten.train.checkpoint import read_log
 from hasten.train.data import Batches, Data
 from hasten.train.ema import Ema
-from hasten.train.fit import Fit, drawn
-from hasten.train.player import TrainedModule
-
-
-def data(n: int = 40) -> Data:
-    g = torch.Generator().manual_seed(0)
-    return Data.of(torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=g))
+from hasten.train.fit import Fit
+from hasten.train.rng import step_seed
+from hasten.train.trained_module import TrainedModule
+from tests.factories import noise_data, weights
 
 
 def net() -> nn.Module:
@@ -31,8 +28,8 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.2), nn.SiLU(), nn.Linear(8, 16))
 
 
-def player(module: nn.Module, name: str = "net", **options: object) -> TrainedModule:
-    """Denoises with fresh noise at every step, so that a resumed run must find the same random numbers."""
+def trained_module(module: nn.Module, name: str = "net", **options: object) -> TrainedModule:
+    """Denoises with new noise at every step, so that a resumed run must have the same random numbers."""
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         noisy = batch["x"] + torch.randn_like(batch["x"])
@@ -45,16 +42,12 @@ def fit(**options: object) -> Fit:
     return Fit(**{"warmup": 4, "tensorboard": False, "log_steps": 5, **options})  # type: ignore[arg-type]
 
 
-def weights(module: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
-
-
 class Stop(Exception):
-    """Stands for a process that was killed: nothing is saved on the way out."""
+    """Simulates a killed process: nothing is saved."""
 
 
 class Killed(Batches):
-    """Batches of which number `at` never arrives."""
+    """Batches that raise `Stop` at batch `at`."""
 
     at = 10
 
@@ -66,89 +59,114 @@ class Killed(Batches):
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_resume_is_exact_bit_for_bit(tmp_path: Path, optimiser: str) -> None:
-    def players() -> list[TrainedModule]:
+    def modules() -> list[TrainedModule]:
         module, critic = net(), nn.Linear(16, 1)
         score = TrainedModule(
             "critic", critic, lambda b: critic(b["x"].flatten(1) + torch.randn(16)).square().mean(), every=3
         )
-        return [player(module, optimiser=optimiser), score]
+        return [trained_module(module, optimiser=optimiser), score]
 
     def batches(kind: type[Batches] = Batches) -> Batches:
-        return kind(data(), 8, seed=5, flip=True)
+        return kind(noise_data(40, 4), 8, seed=5, flip=True)
 
-    whole = players()
-    emas = fit(steps=20, seed=7)(whole, batches(), tmp_path / "whole")
+    full = modules()
+    emas = fit(steps=20, seed=7)(full, batches(), tmp_path / "full")
 
-    killed = players()
+    killed = modules()
     with pytest.raises(Stop):
-        # Saving after every step, then dying inside step 10 without a word.
+        # Saves after every step, then stops in step 10 without saving.
         fit(steps=20, seed=7, save_seconds=0)(killed, batches(Killed), tmp_path / "cut")
     torch.manual_seed(12345)
-    again = players()
+    again = modules()
     with torch.no_grad():
         for p in again:
             for w in p.module.parameters():
-                w.normal_()  # all of it must come from the checkpoint
+                w.normal_()  # everything must come from the checkpoint
     resumed = fit(steps=20, seed=7)(again, batches(), tmp_path / "cut")
 
-    for a, b in zip(whole, again, strict=True):
+    for a, b in zip(full, again, strict=True):
         assert torch.equal(weights(a.module), weights(b.module))
         assert torch.equal(weights(emas[a.name]), weights(resumed[a.name]))
     assert not torch.equal(weights(killed[0].module), weights(again[0].module))
-    left, right = (torch.load(tmp_path / d / "checkpoint.pt") for d in ("whole", "cut"))
+    left, right = (torch.load(tmp_path / d / "checkpoint.pt") for d in ("full", "cut"))
     assert left["step"] == right["step"] == 20
     for name in ("net", "critic"):
         a, b = (c["players"][name]["optimiser"]["state"] for c in (left, right))
         assert a and all(torch.equal(torch.as_tensor(a[i][k]), torch.as_tensor(b[i][k])) for i in a for k in a[i])
-    # The log is one curve: no step twice, and the same losses where a whole window was resumed.
-    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("whole", "cut")]
+    # The log is one curve: no step twice, and the same losses in a window after the resume.
+    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("full", "cut")]
     assert [[line["step"] for line in log] for log in logs] == [[5, 10, 15, 20]] * 2
     assert logs[0][-1]["net"] == logs[1][-1]["net"]
 
 
-def test_a_run_may_be_lengthened_and_a_finished_one_returns_at_once(tmp_path: Path) -> None:
-    fit(steps=6, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "a")
-    longer = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "a")["net"]
-    straight = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "b")["net"]
+def test_a_run_may_be_extended_and_a_finished_one_returns_at_once(tmp_path: Path) -> None:
+    fit(steps=6, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")
+    longer = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")[
+        "net"
+    ]
+    straight = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")[
+        "net"
+    ]
     assert torch.equal(weights(longer), weights(straight))
-    again = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "b")["net"]
+    again = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")[
+        "net"
+    ]
     assert torch.equal(weights(again), weights(straight))
 
 
-def test_a_checkpoint_without_the_run_it_belongs_to_is_read(tmp_path: Path) -> None:
-    straight = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "b")["net"]
-    fit(steps=6, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "a")
+def test_a_checkpoint_without_settings_is_loaded(tmp_path: Path) -> None:
+    straight = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "b")[
+        "net"
+    ]
+    fit(steps=6, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")
     saved = torch.load(tmp_path / "a/checkpoint.pt")
     del saved["run"]
     torch.save(saved, tmp_path / "a/checkpoint.pt")
-    resumed = fit(steps=12, decay="constant")([player(net())], Batches(data(), 8), tmp_path / "a")["net"]
+    resumed = fit(steps=12, decay="constant")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "a")[
+        "net"
+    ]
     assert torch.equal(weights(resumed), weights(straight))
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    fit(steps=2)([player(net())], Batches(data(), 8), tmp_path)
-    for other, batches, players, message in (
-        (fit(steps=4, seed=1), Batches(data(), 8), [player(net())], "a run with seed 0, this one has 1"),
-        (fit(steps=4), Batches(data(), 4), [player(net())], "batch_size 8, this one has 4"),
-        (fit(steps=4), Batches(data(9), 8), [player(net())], "images 40, this one has 9"),
-        (fit(steps=4), Batches(data(), 8), [player(net(), "student")], "trains net, this run student"),
-        (fit(steps=4), Batches(data(), 8), [player(nn.Linear(2, 2))], "does not fit this network"),
-        (fit(steps=4), Batches(data(), 8), [player(net(), optimiser="muon")], "optimiser adamw, this one has muon"),
+def test_a_checkpoint_of_another_run_raises(tmp_path: Path) -> None:
+    fit(steps=2)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
+    for other, batches, modules, message in (
+        (
+            fit(steps=4, seed=1),
+            Batches(noise_data(40, 4), 8),
+            [trained_module(net())],
+            "a run with seed 0, this one has 1",
+        ),
+        (fit(steps=4), Batches(noise_data(40, 4), 4), [trained_module(net())], "batch_size 8, this one has 4"),
+        (fit(steps=4), Batches(noise_data(9, 4), 8), [trained_module(net())], "images 40, this one has 9"),
+        (
+            fit(steps=4),
+            Batches(noise_data(40, 4), 8),
+            [trained_module(net(), "student")],
+            "trains net, this run student",
+        ),
+        (fit(steps=4), Batches(noise_data(40, 4), 8), [trained_module(nn.Linear(2, 2))], "does not fit this network"),
+        (
+            fit(steps=4),
+            Batches(noise_data(40, 4), 8),
+            [trained_module(net(), optimiser="muon")],
+            "optimiser adamw, this one has muon",
+        ),
     ):
         with pytest.raises(BadInput, match=message) as error:
-            other(players, batches, tmp_path)
+            other(modules, batches, tmp_path)
         assert "\n" not in str(error.value)
     path = tmp_path / "checkpoint.pt"
     raw = path.read_bytes()
     for broken in (raw[: len(raw) // 2], b"", b"junk"):
         path.write_bytes(broken)
         with pytest.raises(BadInput, match=r"cannot read the checkpoint .*checkpoint.pt"):
-            fit(steps=4)([player(net())], Batches(data(), 8), tmp_path)
+            fit(steps=4)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
         assert path.read_bytes() == broken
 
 
-def test_a_failed_write_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(steps=2)([player(net())], Batches(data(), 8), tmp_path)
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(steps=2)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     save = torch.save
 
@@ -158,7 +176,7 @@ def test_a_failed_write_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(HastenError, match=r"cannot write the checkpoint .*No space left"):
-        fit(steps=4)([player(net())], Batches(data(), 8), tmp_path)
+        fit(steps=4)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     monkeypatch.setattr(torch, "save", save)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
@@ -167,7 +185,7 @@ def test_a_failed_write_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path, bad: float) -> None:
     module = net()
-    sound = player(module).loss
+    sound = trained_module(module).loss
     seen = 0
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
@@ -176,22 +194,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return sound(batch) * (bad if seen == 6 else 1.0)
 
     with pytest.raises(
-        HastenError, match=r"net: the loss or its gradient is not finite at step 5; .*checkpoint.pt.*kept"
+        HastenError, match=r"net: the loss or its gradient is not finite at step 5; .*checkpoint.pt was saved before"
     ):
-        fit(steps=20, save_seconds=0)([TrainedModule("net", module, loss)], Batches(data(), 8), tmp_path)
+        fit(steps=20, save_seconds=0)([TrainedModule("net", module, loss)], Batches(noise_data(40, 4), 8), tmp_path)
     assert seen == 6
     saved = torch.load(tmp_path / "checkpoint.pt")
     assert saved["step"] == 5
     assert all(w.isfinite().all() for part in ("module", "ema") for w in saved["players"]["net"][part].values())
     with pytest.raises(HastenError, match="no checkpoint was written yet"):
-        fit(steps=2)([TrainedModule("net", module, lambda b: sound(b) * bad)], Batches(data(), 8), tmp_path / "other")
+        fit(steps=2)(
+            [TrainedModule("net", module, lambda b: sound(b) * bad)], Batches(noise_data(40, 4), 8), tmp_path / "other"
+        )
     assert not (tmp_path / "other/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    straight = fit(steps=12)([player(net())], Batches(data(), 8), tmp_path / "whole")["net"]
-    cut = player(net())
+def test_a_signal_writes_a_checkpoint_from_which_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    straight = fit(steps=12)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "full")["net"]
+    cut = trained_module(net())
     inner, steps = cut.loss, iter(range(12))
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
@@ -202,23 +222,23 @@ def test_a_signal_writes_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path,
     cut.loss = loss
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt, match=r"stopped after 7 steps; .*checkpoint.pt is written"):
-        fit(steps=12)([cut], Batches(data(), 8), tmp_path / "cut")
+        fit(steps=12)([cut], Batches(noise_data(40, 4), 8), tmp_path / "cut")
     assert signal.getsignal(number) is before
     assert torch.load(tmp_path / "cut/checkpoint.pt")["step"] == 7
-    resumed = fit(steps=12)([player(net())], Batches(data(), 8), tmp_path / "cut")["net"]
+    resumed = fit(steps=12)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "cut")["net"]
     assert torch.equal(weights(resumed), weights(straight))
 
 
 # ---- averages, rates, budgets ----
 
 
-def test_the_loop_averages_with_the_player_s_own_steps(tmp_path: Path) -> None:
+def test_the_ema_counts_the_updates_of_each_module(tmp_path: Path) -> None:
     module = nn.Linear(16, 1)
     p = TrainedModule("net", module, lambda b: module(b["x"].flatten(1)).square().mean(), every=2)
     seen: list[Tensor] = []
     inner = p.loss
     p.loss = lambda b: (seen.append(weights(module).clone()), inner(b))[1]
-    ema = fit(steps=6, ema=Ema("power", gamma=1.0))([p], Batches(data(), 8), tmp_path)["net"]
+    ema = fit(steps=6, ema=Ema("power", gamma=1.0))([p], Batches(noise_data(40, 4), 8), tmp_path)["net"]
     after = [*seen[1:], weights(module)]  # after the steps 0, 2, 4
     assert len(after) == 3
     expected = (1 * after[0] + 3 * after[1] + 5 * after[2]) / 9  # shares (i^2 - (i-1)^2) / 3^2
@@ -236,12 +256,12 @@ def test_rate_and_progress() -> None:
 
 def test_the_clock_ends_a_run(tmp_path: Path) -> None:
     began = time.monotonic()
-    fit(minutes=0.3 / 60)([player(net())], Batches(data(), 8), tmp_path)
+    fit(minutes=0.3 / 60)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     assert 0.3 <= time.monotonic() - began < 10
     saved = torch.load(tmp_path / "checkpoint.pt")
     assert 0.3 <= saved["seconds"] < 5 and saved["step"] > 1
     step = saved["step"]
-    fit(minutes=0.3 / 60)([player(net())], Batches(data(), 8), tmp_path)  # its time is spent
+    fit(minutes=0.3 / 60)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)  # its budget is used up
     assert torch.load(tmp_path / "checkpoint.pt")["step"] == step
 
 
@@ -250,7 +270,7 @@ def test_the_first_step_is_adamw_s_with_clipping(tmp_path: Path) -> None:
     module = nn.Linear(4, 1, bias=False)
     nn.init.ones_(module.weight)
     p = TrainedModule("net", module, lambda b: 1e3 * module.weight.sum(), lr=0.01, weight_decay=0.1)
-    fit(steps=1, warmup=0, decay="constant")([p], Batches(data(), 8), tmp_path)
+    fit(steps=1, warmup=0, decay="constant")([p], Batches(noise_data(40, 4), 8), tmp_path)
     assert torch.allclose(module.weight, torch.full((1, 4), 1 - 0.01 * 0.1 - 0.01), atol=1e-6)
     log = read_log(tmp_path / "log.jsonl")
     assert log[-1]["net_gradient"] == pytest.approx(2e3)
@@ -261,9 +281,9 @@ def test_the_first_step_is_adamw_s_with_clipping(tmp_path: Path) -> None:
 def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
     module = net()
     kinds = []
-    inner = player(module).loss
+    inner = trained_module(module).loss
     p = TrainedModule("net", module, lambda b: (kinds.append(module(b["x"]).dtype), inner(b))[1])
-    fit(steps=30, precision="bf16", warmup=0)([p], Batches(data(), 8), tmp_path)
+    fit(steps=30, precision="bf16", warmup=0)([p], Batches(noise_data(40, 4), 8), tmp_path)
     assert set(kinds) == {torch.bfloat16}
     assert weights(module).dtype == torch.float32
     log = read_log(tmp_path / "log.jsonl")
@@ -272,7 +292,7 @@ def test_bf16_trains_float32_weights(tmp_path: Path) -> None:
 
 def test_log_and_event_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    fit(steps=12, tensorboard=True)([player(net())], Batches(data(), 8), tmp_path)
+    fit(steps=12, tensorboard=True)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
     assert set(lines[0]) == {"step", "seconds", "steps_per_second", "net", "net_gradient", "lr_factor"}
@@ -292,29 +312,29 @@ def test_bad_settings(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=message):
             Fit(**options)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="unknown optimiser 'adam': did you mean 'adamw'"):
-        player(net(), optimiser="adam")
+        trained_module(net(), optimiser="adam")
     with pytest.raises(BadInput, match="different names"):
-        fit(steps=1)([player(net()), player(net())], Batches(data(), 8), tmp_path)
+        fit(steps=1)([trained_module(net()), trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path)
     with pytest.raises(HastenError, match="loss must be a scalar"):
-        fit(steps=1)([TrainedModule("net", net(), lambda b: b["x"])], Batches(data(), 8), tmp_path)
+        fit(steps=1)([TrainedModule("net", net(), lambda b: b["x"])], Batches(noise_data(40, 4), 8), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"cannot write in .*file"):
-        fit(steps=1)([player(net())], Batches(data(), 8), tmp_path / "file")
+        fit(steps=1)([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "file")
     if not torch.cuda.is_available():
-        with pytest.raises(BadInput, match="device cuda was asked for"):
-            fit(steps=1, device="cuda")([player(net())], Batches(data(), 8), tmp_path / "g")
+        with pytest.raises(BadInput, match="device cuda is not available"):
+            fit(steps=1, device="cuda")([trained_module(net())], Batches(noise_data(40, 4), 8), tmp_path / "g")
 
 
-def test_lazy_data_is_fetched_ahead_in_order(tmp_path: Path) -> None:
-    eager = data()
+def test_lazy_data_is_prefetched_in_order(tmp_path: Path) -> None:
+    eager = noise_data(40, 4)
     lazy = Data(len(eager), eager.shape, eager.fetch, lazy=True)
-    a = fit(steps=8)([player(net())], Batches(eager, 8), tmp_path / "a")["net"]
-    b = fit(steps=8)([player(net())], Batches(lazy, 8), tmp_path / "b")["net"]
+    a = fit(steps=8)([trained_module(net())], Batches(eager, 8), tmp_path / "a")["net"]
+    b = fit(steps=8)([trained_module(net())], Batches(lazy, 8), tmp_path / "b")["net"]
     assert torch.equal(weights(a), weights(b))
 
 
-def test_no_two_processes_and_steps_draw_the_same() -> None:
-    seeds = [drawn(seed, step, rank) for seed in (0, 1) for rank in range(4) for step in range(0, 200_000, 20_011)]
+def test_seeds_of_processes_and_steps_differ() -> None:
+    seeds = [step_seed(seed, step, rank) for seed in (0, 1) for rank in range(4) for step in range(0, 200_000, 20_011)]
     torch.manual_seed(0)
     first = [torch.randn(2, generator=torch.Generator().manual_seed(s)).tolist() for s in seeds]
     assert len({tuple(pair) for pair in first}) == len(seeds)
@@ -322,7 +342,7 @@ def test_no_two_processes_and_steps_draw_the_same() -> None:
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_the_learning_rate_follows_the_schedule(tmp_path: Path, optimiser: str) -> None:
-    """With a constant gradient each step of Adam is its learning rate: the way is the sum of the rates."""
+    """With a constant gradient each step of Adam is its learning rate: the distance is the sum of the rates."""
     module = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(module.weight)
     module = nn.Sequential(module, nn.LayerNorm(1))
@@ -331,14 +351,14 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path, optimiser: str) 
     fit = Fit(steps=20, warmup=5, clip=None, tensorboard=False)
     p = TrainedModule("net", module, lambda b: norm.weight.sum() + 0 * module[0].weight.sum(), lr=0.01, weight_decay=0.0,
                optimiser=optimiser)  # fmt: skip
-    fit([p], Batches(data(), 4), tmp_path)
+    fit([p], Batches(noise_data(40, 4), 4), tmp_path)
     rates = [fit.rate(k, k / 20) for k in range(20)]
     assert float(norm.weight.detach()) == pytest.approx(-0.01 * sum(rates), rel=1e-4)
     assert min(rates[-3:]) < 0.1 < max(rates) and rates[0] == pytest.approx(0.2)
     assert [line["lr_factor"] for line in read_log(tmp_path / "log.jsonl")][-1] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_matmul_precision_and_layout_are_used_in_training_and_put_back(tmp_path: Path) -> None:
+def test_matmul_precision_and_memory_format_are_set_in_training_and_restored(tmp_path: Path) -> None:
     module, seen = nn.Conv2d(1, 4, 3, padding=1), []
 
     def loss(batch: dict[str, Tensor]) -> Tensor:

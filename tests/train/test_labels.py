@@ -1,4 +1,4 @@
-"""Where the labels of images come from: what is read, and what is refused in place of being passed over."""
+"""The labels of images: the sources that are read, and errors for unusable ones."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from hasten.errors import BadInput
 from hasten.train.data import Data, open_data
+from tests.factories import write_image
 
 NAMES = ("a.png", "b.png", "c.png")
-
-
-def pic(path: Path, value: int = 100) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (4, 4), value).save(path)
 
 
 @pytest.fixture
 def flat(tmp_path: Path) -> Path:
     for k, name in enumerate(NAMES):
-        pic(tmp_path / name, 10 * k)
+        write_image(tmp_path / name, 10 * k)
     return tmp_path
 
 
@@ -32,7 +27,7 @@ def classes_of(data: Data) -> list[str] | None:
     return None if data.labels is None or data.classes is None else [data.classes[k] for k in data.labels.tolist()]
 
 
-WANTED = ["cat", "dog", "cat"]
+EXPECTED = ["cat", "dog", "cat"]
 READ = {
     "comma": ("labels.csv", "file,label\na.png,cat\nb.png,dog\nc.png,cat\n"),
     "semicolon": ("labels.csv", "file;label\na.png;cat\nb.png;dog\nc.png;cat\n"),
@@ -46,22 +41,22 @@ READ = {
     "windows": ("labels.csv", "\ufefffilename,label\r\n.\\a.png,cat\r\n.\\b.png,dog\r\n.\\c.png,cat\r\n"),
     "hugging face csv": ("metadata.csv", "file_name,label\na.png,cat\nb.png,dog\nc.png,cat\n"),
     "hugging face jsonl": ("metadata.jsonl", "".join(
-        json.dumps({"file_name": n, "text": "x", "label": c}) + "\n" for n, c in zip(NAMES, WANTED))),
-    "dataset tools": ("dataset.json", json.dumps({"labels": [[n, c] for n, c in zip(NAMES, WANTED)]})),
+        json.dumps({"file_name": n, "text": "x", "label": c}) + "\n" for n, c in zip(NAMES, EXPECTED))),
+    "dataset tools": ("dataset.json", json.dumps({"labels": [[n, c] for n, c in zip(NAMES, EXPECTED)]})),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", READ)
-def test_files_of_labels_are_read(flat: Path, way: str) -> None:
-    name, text = READ[way]
+@pytest.mark.parametrize("case", READ)
+def test_label_files_are_read(flat: Path, case: str) -> None:
+    name, text = READ[case]
     (flat / name).write_text(text, newline="")
-    assert classes_of(open_data(flat)) == WANTED
+    assert classes_of(open_data(flat)) == EXPECTED
 
 
 REFUSED = {
     "empty": ("labels.csv", "", "is empty"),
     "one column": ("labels.csv", "a.png\nb.png\n", "one column only"),
-    "gone": ("labels.csv", "gone.png,cat\na.png,cat\nb.png,dog\nc.png,cat\n", "names gone.png, which is not there"),
+    "gone": ("labels.csv", "gone.png,cat\na.png,cat\nb.png,dog\nc.png,cat\n", "names gone.png, which does not exist"),
     "no class column": ("labels.csv", "file,age\na.png,1\nb.png,2\nc.png,3\n", "no column 'label'.*file, age"),
     "twice": ("labels.csv", "file,label\na.png,cat\na.png,dog\nb.png,dog\nc.png,cat\n", "a.png twice"),
     "a label is missing": ("labels.csv", "file,label\na.png,cat\nb.png,\nc.png,cat\n", "has no label"),
@@ -74,45 +69,45 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("way", REFUSED)
-def test_labels_that_cannot_be_used_are_refused(flat: Path, way: str) -> None:
-    name, text, message = REFUSED[way]
+@pytest.mark.parametrize("case", REFUSED)
+def test_unusable_labels_raise(flat: Path, case: str) -> None:
+    name, text, message = REFUSED[case]
     (flat / name).write_bytes(text if isinstance(text, bytes) else text.encode())  # type: ignore[union-attr]
     with pytest.raises(BadInput, match=message):
         open_data(flat)
     assert open_data(flat, label="none").labels is None
 
 
-def test_what_is_not_used_is_said(flat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_files_and_columns_are_reported(flat: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (flat / "metadata.csv").write_text("file_name,text,score\na.png,x,1\nb.png,y,2\nc.png,z,3\n")
     (flat / "notes.txt").write_text("x")
     (flat / "raw.heic").write_bytes(b"x")
     (flat / "other.csv").write_text("a,b\n")
     data = open_data(flat)
     assert data.labels is None
-    said = capsys.readouterr().err
-    assert "3 images 4 x 4 grey, no labels, " in said
-    assert "captions (text) are not supported yet" in said and "columns not used: score" in said
-    assert "other.csv not read: labels are read from labels.csv" in said and ".txt 1" in said
+    output = capsys.readouterr().err
+    assert "3 images 4 x 4 grey, no labels, " in output
+    assert "captions (text) are not supported yet" in output and "columns not used: score" in output
+    assert "other.csv not read: labels are read from labels.csv" in output and ".txt 1" in output
     open_data(flat)
     assert capsys.readouterr().err == ""  # once
     data = open_data(flat, label="score")
     assert classes_of(data) == ["1", "2", "3"]
 
 
-def test_bare_names_may_lie_in_a_folder(tmp_path: Path) -> None:
+def test_bare_names_are_found_in_folders(tmp_path: Path) -> None:
     for name in NAMES:
-        pic(tmp_path / "images" / name)
-    (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"{n},{c}\n" for n, c in zip(NAMES, WANTED)))
-    assert classes_of(open_data(tmp_path)) == WANTED
-    pic(tmp_path / "images/more/a.png")
-    with pytest.raises(BadInput, match=r"names a.png, which is not there"):
+        write_image(tmp_path / "images" / name)
+    (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"{n},{c}\n" for n, c in zip(NAMES, EXPECTED)))
+    assert classes_of(open_data(tmp_path)) == EXPECTED
+    write_image(tmp_path / "images/more/a.png")
+    with pytest.raises(BadInput, match=r"names a.png, which does not exist"):
         open_data(tmp_path)
 
 
-def test_classes_without_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_without_images_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("cat", "dog"):
-        pic(tmp_path / name / "0.png")
+        write_image(tmp_path / name / "0.png")
     (tmp_path / "eel").mkdir()
     (tmp_path / "fox").mkdir()
     (tmp_path / "fox/0.heic").write_bytes(b"x")
@@ -121,7 +116,7 @@ def test_classes_without_images_are_said(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_single_other_column_of_metadata_is_a_class_where_its_values_repeat(flat: Path) -> None:
-    pic(flat / "d.png")
+    write_image(flat / "d.png")
     rows = "a.png,x\nb.png,y\nc.png,x\nd.png,y\n"
     (flat / "metadata.csv").write_text("file_name,kind\n" + rows)
     assert classes_of(open_data(flat)) == ["x", "y", "x", "y"]
@@ -131,7 +126,7 @@ def test_a_single_other_column_of_metadata_is_a_class_where_its_values_repeat(fl
 
 def test_labels_and_class_folders_must_agree(tmp_path: Path) -> None:
     for k, name in enumerate(("cat/0.png", "cat/1.png", "dog/2.png")):
-        pic(tmp_path / name, 10 * k)
+        write_image(tmp_path / name, 10 * k)
     labels = tmp_path / "labels.csv"
     for text in ("cat/0.png,dog\ncat/1.png,cat\ndog/2.png,dog\n", "cat/0.png,x\ncat/1.png,y\ndog/2.png,y\n"):
         labels.write_text("file,label\n" + text)
@@ -146,29 +141,29 @@ def test_labels_and_class_folders_must_agree(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
-def test_shards_of_the_dataset_tools_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted, pairs = [3, 1, 0, 2, 1, 3], []
+def test_shards_of_the_dataset_tools_are_not_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected, pairs = [3, 1, 0, 2, 1, 3], []
     with zipfile.ZipFile(tmp_path / "edm.zip", "w") as archive:
-        for k, label in enumerate(wanted):
-            pic(tmp_path / "one.png", 10 * k)
+        for k, label in enumerate(expected):
+            write_image(tmp_path / "one.png", 10 * k)
             name = f"{k // 3:05d}/img{k:08d}.png"
             archive.write(tmp_path / "one.png", name)
             pairs.append([name, label])
         archive.writestr("dataset.json", json.dumps({"labels": pairs}))
     data = open_data(tmp_path / "edm.zip")
-    assert data.labels is not None and data.labels.tolist() == wanted and data.classes == ("0", "1", "2", "3")
+    assert data.labels is not None and data.labels.tolist() == expected and data.classes == ("0", "1", "2", "3")
     capsys.readouterr()
     with zipfile.ZipFile(tmp_path / "edm.zip") as archive:
         archive.extractall(tmp_path / "out")
-    assert open_data(tmp_path / "out").labels.tolist() == wanted  # type: ignore[union-attr]
+    assert open_data(tmp_path / "out").labels.tolist() == expected  # type: ignore[union-attr]
     (tmp_path / "out/dataset.json").write_text('{"labels": null}')
     open_data(tmp_path / "out")
-    assert "if they are shards, give label 'none'" in capsys.readouterr().err
+    assert "if they are shards, set label to 'none'" in capsys.readouterr().err
 
 
-def test_labels_of_a_split_lie_in_it_or_above(tmp_path: Path) -> None:
+def test_label_files_of_a_split_are_in_it_or_above(tmp_path: Path) -> None:
     for name in ("train/0.png", "train/1.png", "test/0.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     (tmp_path / "labels.csv").write_text("file,label\ntrain/0.png,x\ntrain/1.png,y\ntest/0.png,y\n")
     assert classes_of(open_data(tmp_path)) == ["x", "y"] and classes_of(open_data(tmp_path, split="test")) == ["y"]
     (tmp_path / "labels.csv").unlink()
@@ -197,21 +192,19 @@ ARRAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ARRAYS)
-def test_labels_in_arrays(tmp_path: Path, way: str) -> None:
-    arrays, wanted = ARRAYS[way]
+@pytest.mark.parametrize("case", ARRAYS)
+def test_labels_in_arrays(tmp_path: Path, case: str) -> None:
+    arrays, expected = ARRAYS[case]
     np.savez(tmp_path / "a.npz", **arrays)
-    assert classes_of(open_data(tmp_path / "a.npz")) == wanted
+    assert classes_of(open_data(tmp_path / "a.npz")) == expected
 
 
-def test_classes_from_1_are_no_more_than_there_are(tmp_path: Path) -> None:
+def test_integer_labels_from_1_have_no_class_0(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=X, labels=Y + 1)
     assert open_data(tmp_path / "a.npz").classes == ("1", "2", "3")
 
 
-def test_arrays_that_are_not_used_are_said_and_labels_never_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unused_arrays_are_reported_and_unused_labels_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "a.npz", images=X, kind=Y // 2)
     with pytest.raises(BadInput, match="'kind' could hold labels"):
         open_data(tmp_path / "a.npz")
@@ -226,14 +219,14 @@ def test_arrays_that_are_not_used_are_said_and_labels_never_are(
     np.save(tmp_path / "pictures.npy", X)
     np.save(tmp_path / "labels.npy", Y)
     open_data(tmp_path / "pictures.npy")
-    assert "labels.npy beside it not used" in capsys.readouterr().err
+    assert "labels.npy next to it not used" in capsys.readouterr().err
 
 
-def test_images_beside_an_array_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_next_to_an_array_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "images.npy", X)
-    pic(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     assert len(open_data(tmp_path)) == 6
-    assert "not 1 image beside them, such as a.png" in capsys.readouterr().err
+    assert "not 1 image next to them, such as a.png" in capsys.readouterr().err
     open_data(tmp_path, split=None, size=3, report=False)
     assert capsys.readouterr().err == ""
 

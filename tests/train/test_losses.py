@@ -17,16 +17,16 @@ from hasten.train.losses import DenoisingLoss, LogitNormal, LogNormal, Uniform
 
 
 class Affine(nn.Module):
-    """Something that is wrong by a known amount: `a x_t + b t`, and it remembers what it was asked."""
+    """A network with a known error, `a x_t + b t`, that records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(0.7))
         self.null_label = 10
-        self.asked: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.inputs: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        self.asked.append((x.detach(), time, label))
+        self.inputs.append((x.detach(), time, label))
         return self.a * x + self.b * time.view(-1, 1, 1, 1)
 
 
@@ -53,9 +53,9 @@ def losses_at(denoiser: Denoiser, loss: DenoisingLoss, n: int = 64) -> tuple[flo
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm"])
 @pytest.mark.parametrize("weight", ["x0_weight", "v_weight", "MinSNR"])
-def test_a_weight_weighs_the_error_of_x(schedule: Schedule, prediction: str, weight: str) -> None:
-    chosen = getattr(losses, weight)
-    loss = DenoisingLoss(times=LogitNormal(std=0.7), weight=chosen() if isinstance(chosen, type) else chosen)
+def test_a_weight_multiplies_the_squared_error_of_x(schedule: Schedule, prediction: str, weight: str) -> None:
+    function = getattr(losses, weight)
+    loss = DenoisingLoss(times=LogitNormal(std=0.7), weight=function() if isinstance(function, type) else function)
     ours, direct = losses_at(Denoiser(Affine(), schedule, prediction), loss)
     assert ours == pytest.approx(direct, rel=1e-4)
 
@@ -71,7 +71,7 @@ def test_a_weight_weighs_the_error_of_x(schedule: Schedule, prediction: str, wei
         ("edm", losses.EDMWeight(0.5), EDM()),  # EDM's lambda(sigma) c_out(sigma)^2 = 1
     ],
 )
-def test_a_prediction_s_own_weight_leaves_the_raw_error_alone(prediction: str, weight: Any, schedule: Schedule) -> None:
+def test_the_prediction_s_own_weight_is_the_plain_raw_error(prediction: str, weight: Any, schedule: Schedule) -> None:
     denoiser = Denoiser(Affine(), schedule, prediction)
     loss = DenoisingLoss(weight=weight)
     t = torch.linspace(schedule.t_min, schedule.t_max, 101, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_stratified_has_one_in_each_stratum_in_random_order() -> None:
     assert sorted((u * 50).floor().int().tolist()) == list(range(50))
     assert not torch.equal(u, u.sort().values)
     means = torch.stack([losses.stratified(8).mean() for _ in range(500)])
-    # The mean moves by offset / n only: variance 1 / (12 n^2). Independent draws would have 1 / (12 n).
+    # The mean moves by offset / n only: variance 1 / (12 n^2). Independent times would have 1 / (12 n).
     assert float(means.var()) == pytest.approx(1 / (12 * 64), rel=0.2)
 
 
@@ -154,26 +154,26 @@ def test_logit_normal_and_log_normal_have_their_moments() -> None:
 # ---- labels ----
 
 
-def test_labels_are_dropped_at_the_stated_share() -> None:
+def test_labels_are_dropped_at_the_stated_rate() -> None:
     net = Affine()
     denoiser = Denoiser(net, VPCosine(), "v")
     torch.manual_seed(0)
     label = torch.arange(4000) % 10
     batch = {"x": torch.zeros(4000, 1, 1, 1), "label": label}
     DenoisingLoss(label_drop=0.1)(denoiser, batch)
-    seen = net.asked[-1][2]
+    seen = net.inputs[-1][2]
     assert seen is not None
     dropped = seen == 10
     assert abs(float(dropped.float().mean()) - 0.1) < 4 * math.sqrt(0.09 / 4000)
     assert torch.equal(seen[~dropped], label[~dropped]) and torch.equal(batch["label"], label)
     DenoisingLoss(label_drop=0.0)(denoiser, batch)
-    assert torch.equal(net.asked[-1][2], label)  # type: ignore[arg-type]
+    assert torch.equal(net.inputs[-1][2], label)  # type: ignore[arg-type]
     DenoisingLoss()(denoiser, {"x": batch["x"]})
-    assert net.asked[-1][2] is None
+    assert net.inputs[-1][2] is None
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(BadInput, match="share in"):
+    with pytest.raises(BadInput, match="fraction in"):
         DenoisingLoss(label_drop=1.5)
     net = Affine()
     del net.null_label

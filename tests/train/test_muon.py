@@ -1,4 +1,4 @@
-"""Muon: what it promises of its steps, and that its AdamW half is torch's."""
+"""Muon: its updates are orthogonal, and its AdamW half matches torch's."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.train.muon import Muon, orthogonal, split
+from hasten.train.muon import Muon, orthogonalize, split_parameters
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 144), (96, 24), (3, 24, 40)])
 def test_singular_values_of_a_step_are_near_one(shape):
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(shape, generator=generator)
-    s = torch.linalg.svdvals(orthogonal(g))
+    s = torch.linalg.svdvals(orthogonalize(g))
     assert 0.5 < s.min() and s.max() < 1.4
 
 
@@ -22,19 +22,19 @@ def test_the_step_keeps_the_singular_vectors():
     u, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
     v, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
     g = u @ torch.diag(torch.linspace(0.2, 2.0, 24)) @ v.T
-    inner = u.T @ orthogonal(g) @ v  # U^T (U S' V^T) V is diagonal
+    inner = u.T @ orthogonalize(g) @ v  # U^T (U S' V^T) V is diagonal
     assert (inner - torch.diag(torch.diagonal(inner))).abs().max() < 0.06
     assert torch.diagonal(inner).min() > 0.5
 
 
-def test_a_batch_of_matrices_is_each_matrix_by_itself():
+def test_a_batch_of_matrices_matches_each_matrix_alone():
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(3, 20, 50, generator=generator)
-    together, alone = orthogonal(g), torch.stack([orthogonal(m) for m in g])
+    together, alone = orthogonalize(g), torch.stack([orthogonalize(m) for m in g])
     torch.testing.assert_close(together, alone, atol=0.02, rtol=0.02)  # bfloat16
 
 
-def test_the_rest_is_trained_by_adamw_exactly():
+def test_other_parameters_are_trained_as_by_adamw():
     torch.manual_seed(0)
     start = [torch.randn(7), torch.randn(3, 5)]
     ours, theirs = [[nn.Parameter(p.clone()) for p in start] for _ in range(2)]
@@ -50,7 +50,7 @@ def test_the_rest_is_trained_by_adamw_exactly():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-def test_a_kernel_moves_by_the_rate_times_the_gain_in_every_direction():
+def test_a_kernel_moves_by_the_scaled_rate_in_every_direction():
     """With momentum 0 and no decay a step is lr sqrt(out / in) times an orthogonal matrix."""
     p = nn.Parameter(torch.zeros(64, 4, 2, 2))
     optimiser = Muon([p], [], lr=0.1, momentum=0.0, weight_decay=0.0)
@@ -60,7 +60,7 @@ def test_a_kernel_moves_by_the_rate_times_the_gain_in_every_direction():
     assert 0.5 < s.min() and s.max() < 1.4
 
 
-def test_split_leaves_vectors_embeddings_and_the_edges_to_adamw():
+def test_vectors_embeddings_and_outer_layers_are_for_adamw():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -68,11 +68,11 @@ def test_split_leaves_vectors_embeddings_and_the_edges_to_adamw():
             self.conv_in, self.hidden, self.conv_out = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 1, 3)
 
     net = Net()
-    matrices, others = split(net)
+    matrices, others = split_parameters(net)
     assert [id(p) for p in matrices] == [id(net.hidden.weight)]
     assert len(others) == len(list(net.parameters())) - 1
 
 
-def test_vectors_are_refused():
+def test_vectors_raise():
     with pytest.raises(ValueError, match="matrices and kernels"):
         Muon([nn.Parameter(torch.zeros(3))], [])

@@ -1,4 +1,4 @@
-"""Class names: their order, how one is chosen, and how data's classes become a model's."""
+"""Class names: sorting, lookup, and matching the classes of data with those of a model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from hasten.errors import BadInput
 from hasten.train.data import Data
-from hasten.train.names import class_index, index_map, label_indices, match_labels, natural, split_labels
+from hasten.train.names import class_index, index_map, label_indices, match_labels, natural_key, split_labels
 
 
-def test_the_order_is_total_and_numbers_go_by_value() -> None:
+def test_the_order_is_total_and_numeric() -> None:
     names = ["10", "9", "2", "02", "1", "01", "①", "②", "²", "a10", "a9", "a", "", "9" * 5000, "b"]
-    expected = sorted(names, key=natural)
+    expected = sorted(names, key=natural_key)
     for seed in range(20):
         random.Random(seed).shuffle(names)
-        assert sorted(names, key=natural) == expected
+        assert sorted(names, key=natural_key) == expected
     assert [n for n in expected if n in ("01", "1", "02", "2", "9", "10")] == ["01", "1", "02", "2", "9", "10"]
     assert expected.index("a9") < expected.index("a10")
 
@@ -34,7 +34,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("classes", "label", "index"), CASES)
-def test_a_name_comes_first_then_an_index(classes: tuple[str, ...], label: object, index: int) -> None:
+def test_names_take_precedence_over_indices(classes: tuple[str, ...], label: object, index: int) -> None:
     assert class_index(label, classes, 9, "m") == index
 
 
@@ -49,7 +49,7 @@ def test_a_name_comes_first_then_an_index(classes: tuple[str, ...], label: objec
         (("Cat", "cAt"), "cat", "could be Cat or cAt"),
     ],
 )
-def test_no_guess_where_a_label_is_not_clear(classes: tuple[str, ...], label: object, message: str) -> None:
+def test_ambiguous_labels_raise(classes: tuple[str, ...], label: object, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         class_index(label, classes, None, "m")
 

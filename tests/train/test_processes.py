@@ -1,4 +1,4 @@
-"""Training as a process of its own: stopped by a signal, and several together."""
+"""Training in processes of their own: stopped by a signal, and several at once."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ torch.manual_seed(1)
 module = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.SiLU(), nn.Linear(8, 16))
 g = torch.Generator().manual_seed(0)
 data = Data.of(torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8, generator=g))
-player = TrainedModule("net", module, lambda b: (module(b["x"]) - b["x"].flatten(1)).square().mean())
+trained = TrainedModule("net", module, lambda b: (module(b["x"]) - b["x"].flatten(1)).square().mean())
 other = nn.Linear(16, 1)
 if mode == "ranks":
-    # Each process starts elsewhere, which must be mended.
+    # Each process starts from other weights, which must be synchronised.
     import os
     torch.manual_seed(int(os.environ.get("RANK", 0)))
     nn.init.normal_(other.weight)
-players = [player, TrainedModule("other", other, lambda b: other(b["x"].flatten(1)).square().mean())]
+modules = [trained, TrainedModule("other", other, lambda b: other(b["x"].flatten(1)).square().mean())]
 fit = Fit(steps=10**9 if mode == "endless" else 12, warmup=4, log_steps=5, tensorboard=False)
 try:
-    emas = fit(players, Batches(data, 8), out)
+    emas = fit(modules, Batches(data, 8), out)
 except KeyboardInterrupt as stop:
     print(stop)
     sys.exit(130)
@@ -50,7 +50,7 @@ def start(out: Path, mode: str, **environment: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_terminated_process_says_one_line(tmp_path: Path) -> None:
+def test_a_terminated_process_prints_one_line(tmp_path: Path) -> None:
     process = start(tmp_path, "endless")
     try:
         deadline = time.monotonic() + 60
@@ -68,7 +68,7 @@ def test_a_terminated_process_says_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_at_the_same_global_batch(tmp_path: Path) -> None:
+def test_two_processes_match_one_at_the_same_global_batch(tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What is found in folders and zips: links, names, splits, kinds of files, and files that cannot be read."""
+"""Folders and zips: links, names, splits, file formats, and unreadable files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ from PIL import Image, features
 
 from hasten.errors import BadInput
 from hasten.train.data import Batches, open_data
-
-
-def pic(path: Path, value: int = 100) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (4, 4), value).save(path)
-    return path
+from tests.factories import write_image
 
 
 def member(archive: zipfile.ZipFile, name: str, value: int = 100) -> None:
@@ -38,24 +33,24 @@ def test_linked_class_folders_are_followed_and_loops_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for k, name in enumerate(("cat", "dog", "eel")):
-        pic(tmp_path / "real" / name / "0.png", 50 * k)
+        write_image(tmp_path / "real" / name / "0.png", 50 * k)
     data = tmp_path / "data"
-    pic(data / "cat/0.png", 200)
+    write_image(data / "cat/0.png", 200)
     for name in ("dog", "eel"):
         (data / name).symlink_to(tmp_path / "real" / name)
     (data / "cat/up").symlink_to(data)
     (data / "cat/gone.png").symlink_to(tmp_path / "nowhere.png")
-    found = open_data(data)
-    assert found.classes == ("cat", "dog", "eel") and len(found) == 3
-    said = capsys.readouterr().err
-    assert "cat/up links to a folder that holds it" in said and "gone.png links to a file that is not there" in said
+    linked = open_data(data)
+    assert linked.classes == ("cat", "dog", "eel") and len(linked) == 3
+    output = capsys.readouterr().err
+    assert "cat/up links to a folder that holds it" in output and "gone.png links to a missing file" in output
     (tmp_path / "all").symlink_to(data)
     assert len(open_data(tmp_path / "all")) == 3
 
 
-def test_the_order_of_classes_is_that_of_every_process(tmp_path: Path) -> None:
+def test_the_order_of_classes_is_the_same_in_every_process(tmp_path: Path) -> None:
     for name in ("1", "01", "001", "①", "²"):
-        pic(tmp_path / name / "0.png")
+        write_image(tmp_path / name / "0.png")
     code = f"from hasten.train import open_data; print(open_data({str(tmp_path)!r}).classes)"
     orders = set()
     for seed in "01":
@@ -65,9 +60,9 @@ def test_the_order_of_classes_is_that_of_every_process(tmp_path: Path) -> None:
     assert orders == {"('001', '01', '1', '²', '①')\n"}
 
 
-def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
-    pic(tmp_path / unicodedata.normalize("NFD", "café") / "0.png")
-    pic(tmp_path / "tea/0.png")
+def test_composed_and_decomposed_names_are_the_same(tmp_path: Path) -> None:
+    write_image(tmp_path / unicodedata.normalize("NFD", "café") / "0.png")
+    write_image(tmp_path / "tea/0.png")
     assert open_data(tmp_path).classes == (unicodedata.normalize("NFC", "café"), "tea")
 
 
@@ -82,37 +77,37 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("way", SPLITS)
-def test_splits_and_what_lies_beside_them_are_no_classes(
-    tmp_path: Path, way: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("case", SPLITS)
+def test_splits_and_folders_next_to_them_are_not_classes(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts, classes, count = SPLITS[way]
+    parts, classes, count = SPLITS[case]
     for part in parts:
         for name in ("cat", "dog"):
-            pic(tmp_path / part / name / "0.png")
+            write_image(tmp_path / part / name / "0.png")
     data = open_data(tmp_path)
     assert data.classes == classes and len(data) == count
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for part in parts[1:]:
-        assert part in said or part == "__MACOSX"
+        assert part in output or part == "__MACOSX"
 
 
-def test_more_ways_to_lay_out_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_layouts_of_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a/train/cat/0.png", "a/train/dog/0.png", "a/test/0.png", "a/preview.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     data = open_data(tmp_path / "a")
     assert len(data) == 2 and data.classes == ("cat", "dog")
-    assert "1 image beside the folders, such as preview.png" in capsys.readouterr().err
+    assert "1 image next to the folders, such as preview.png" in capsys.readouterr().err
     for name in ("b/cat/train/0.png", "b/cat/test/1.png", "b/dog/train/2.png", "b/dog/test/3.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     assert len(open_data(tmp_path / "b")) == len(open_data(tmp_path / "b", split="test")) == 2
     assert open_data(tmp_path / "b").classes == ("cat", "dog")
     for name in ("c/train/0.png", "c/training/0.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     with pytest.raises(BadInput, match="several folders of the split 'train', train, training"):
         open_data(tmp_path / "c")
     for name in ("d/test/0.png", "d/val/0.png"):
-        pic(tmp_path / name)
+        write_image(tmp_path / name)
     with pytest.raises(BadInput, match="no split 'train': it has test, val"):
         open_data(tmp_path / "d")
 
@@ -120,7 +115,7 @@ def test_more_ways_to_lay_out_splits(tmp_path: Path, capsys: pytest.CaptureFixtu
 # ---- zips ----
 
 
-def test_zip_names_of_other_systems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zip_names_of_other_operating_systems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
         for name in ("cat\\1.png", "cat\\2.png", "dog\\3.png"):
             member(archive, name)
@@ -131,7 +126,7 @@ def test_zip_names_of_other_systems(tmp_path: Path, capsys: pytest.CaptureFixtur
             member(archive, name, 10 * k)
     data = open_data(tmp_path / "s.zip")
     assert len(data) == 3 and data.classes == ("abs", "ok", "up")
-    assert "in the zip twice, of which the last is used: 1 name" in capsys.readouterr().err
+    assert "in the zip twice, the last is used: 1 name" in capsys.readouterr().err
     with zipfile.ZipFile(tmp_path / "u.zip", "w") as archive:
         for name in ("日本/a.png", "кот/b.png"):
             member(archive, name)
@@ -145,7 +140,7 @@ def test_zip_names_of_other_systems(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(("flag", "method", "message"), [(1, None, "encrypted"), (0, 9, "method 9, deflate64")])
-def test_zips_that_python_cannot_read(tmp_path: Path, flag: int, method: int | None, message: str) -> None:
+def test_zips_that_python_cannot_read_raise(tmp_path: Path, flag: int, method: int | None, message: str) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         member(archive, "a.png")
     raw = bytearray((tmp_path / "a.zip").read_bytes())
@@ -160,16 +155,16 @@ def test_zips_that_python_cannot_read(tmp_path: Path, flag: int, method: int | N
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_zips_of_every_method_that_it_can(tmp_path: Path, method: int) -> None:
+def test_zips_of_every_supported_compression(tmp_path: Path, method: int) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
-        archive.write(pic(tmp_path / "0.png"), "0.png")
+        archive.write(write_image(tmp_path / "0.png"), "0.png")
     assert open_data(tmp_path / "a.zip").images([0]).unique().tolist() == [100]
 
 
 # ---- kinds of files ----
 
 
-def test_every_kind_that_pillow_reads(tmp_path: Path) -> None:
+def test_every_format_that_pillow_reads(tmp_path: Path) -> None:
     kinds = {".png": "PNG", ".jfif": "JPEG", ".bmp": "BMP", ".ppm": "PPM", ".pgm": "PPM", ".tif": "TIFF"}
     kinds |= {".jp2": "JPEG2000"} if features.check("jpg_2000") else {}
     kinds |= {".webp": "WEBP"} if features.check("webp") else {}
@@ -183,7 +178,7 @@ def test_every_kind_that_pillow_reads(tmp_path: Path) -> None:
     assert (data.images(range(len(data))).int() - 100).abs().max() <= 3
 
 
-def test_pages_that_are_not_read_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unread_pages_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pages = [Image.new("L", (4, 4), v) for v in (50, 100)]
     for name in ("a.gif", "b.tif"):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
@@ -193,7 +188,7 @@ def test_pages_that_are_not_read_are_said(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
 @pytest.mark.parametrize("turn", [1, 3, 6, 8])
-def test_images_are_turned_upright_whatever_their_format(tmp_path: Path, suffix: str, turn: int) -> None:
+def test_the_exif_orientation_is_applied_in_every_format(tmp_path: Path, suffix: str, turn: int) -> None:
     pixels = np.zeros((8, 16), np.uint8)
     pixels[:4, :8] = 255  # the upper left corner
     upright = {1: pixels, 3: pixels[::-1, ::-1], 6: np.rot90(pixels, -1), 8: np.rot90(pixels)}[turn]
@@ -204,7 +199,7 @@ def test_images_are_turned_upright_whatever_their_format(tmp_path: Path, suffix:
     data = open_data(tmp_path)
     assert data.shape[1:] == upright.shape
     assert np.abs(data.images([0])[0, 0].numpy().astype(int) - upright).mean() < 6
-    Image.fromarray(np.ascontiguousarray(upright)).save(tmp_path / "b.png")  # beside one that lies upright
+    Image.fromarray(np.ascontiguousarray(upright)).save(tmp_path / "b.png")  # next to one that is upright
     assert len(open_data(tmp_path)) == 2
 
 
@@ -221,19 +216,19 @@ def lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_an_unreadable_image_of_a_large_set_never_stops_a_run(lazy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_image_of_large_data_is_replaced(lazy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = open_data(lazy)
-    kept = before.images(range(8))
+    original = before.images(range(8))
     file = lazy / "b/3.png"
     file.write_bytes(file.read_bytes()[:-40])
     data = open_data(lazy)
     assert data.lazy and len(data) == 8
     images = data.images(range(8))
     bad = 4 + 1  # of the order a/0, a/2, ..., b/1, b/3
-    assert torch.equal(images[bad], kept[bad + 1])  # the next of its class
-    assert all(torch.equal(images[k], kept[k]) for k in range(8) if k != bad)
-    said = capsys.readouterr().err
-    assert "cannot read" in said and "b/3.png" in said and "b/5.png is used in its place" in said
+    assert torch.equal(images[bad], original[bad + 1])  # the next of its class
+    assert all(torch.equal(images[k], original[k]) for k in range(8) if k != bad)
+    output = capsys.readouterr().err
+    assert "cannot read" in output and "b/3.png" in output and "b/5.png is used instead" in output
     first, again = Batches(data, 4, seed=1), Batches(open_data(lazy), 4, seed=1)
     assert all(torch.equal(first[k]["x"], again[k]["x"]) for k in range(6))
     for k in (1, 5, 7):
@@ -242,16 +237,16 @@ def test_an_unreadable_image_of_a_large_set_never_stops_a_run(lazy: Path, capsys
         data.images([bad])
 
 
-def test_a_doubtful_image_of_a_large_set_is_replaced_as_well(lazy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_ambiguous_image_of_large_data_is_replaced(lazy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.full((16, 16), 300, np.uint16)).save(lazy / "b/5.png")  # 12 bits in 16?
     images = open_data(lazy).images(range(8))
     assert torch.equal(images[6], images[7])
     assert "no value above 300" in capsys.readouterr().err
 
 
-def test_headers_are_read_and_no_pixels(lazy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_headers_are_read(lazy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> bytes:
-        raise AssertionError("a whole file was read")
+        raise AssertionError("an entire file was read")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", refuse)
@@ -259,10 +254,10 @@ def test_headers_are_read_and_no_pixels(lazy: Path, monkeypatch: pytest.MonkeyPa
     assert open_data(lazy, size=8).shape == (1, 8, 8)
 
 
-def test_all_unreadable_images_of_a_small_set_are_named(tmp_path: Path) -> None:
+def test_all_unreadable_images_of_small_data_are_named(tmp_path: Path) -> None:
     for k in range(4):
-        file = pic(tmp_path / f"{k}.png")
+        file = write_image(tmp_path / f"{k}.png")
         if k % 2:
             file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(BadInput, match=r"cannot read .*1.png.*; also refused: 3.png"):
+    with pytest.raises(BadInput, match=r"cannot read .*1.png.*; also unreadable: 3.png"):
         open_data(tmp_path)

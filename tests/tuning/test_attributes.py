@@ -15,7 +15,7 @@ from hasten.pick import pick
 from hasten.samplers import UniPC
 from hasten.schedules import VPCosine
 from hasten.times import UniformLambda
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning.attributes import AttributePredictor
 from tests.guides.test_features import unet
 
@@ -64,9 +64,15 @@ def test_it_is_made_again_from_its_config() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [((6, 7), {"a": 2}, [0.5]), ((6, 7, 5), {"a": 1}, [0.5]), ((6, 7, 5), {}, [0.5]), ((6, 7, 5), {"a": 2}, [0.5, 0.1]),
-     ((6, 7, 5), {"a": 2}, []), ((6, 7, 5), {"a": 2}, [0.5], 6)],
-)  # fmt: skip
+    [
+        ((6, 7), {"a": 2}, [0.5]),
+        ((6, 7, 5), {"a": 1}, [0.5]),
+        ((6, 7, 5), {}, [0.5]),
+        ((6, 7, 5), {"a": 2}, [0.5, 0.1]),
+        ((6, 7, 5), {"a": 2}, []),
+        ((6, 7, 5), {"a": 2}, [0.5], 6),
+    ],
+)
 def test_a_part_that_cannot_be(arguments: Any) -> None:
     with pytest.raises(ValueError, match="attributes need"):
         Attributes(*arguments)
@@ -96,13 +102,18 @@ def pictures(n: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def task(**changes: Any) -> Task:
+def task(**changes: Any) -> TuningTask:
     denoiser = Denoiser(unet(classes=4), VPCosine(offset=0.0), "v")
     settings: dict[str, Any] = {
-        "denoiser": denoiser, "sampler": UniPC(), "times": UniformLambda()(denoiser.schedule, 3), "shape": (1, 8, 8),
-        "labels": lambda n: torch.arange(n) % 4, "images": pictures, "n": 800,
-    }  # fmt: skip
-    return Task(**(settings | changes))
+        "denoiser": denoiser,
+        "sampler": UniPC(),
+        "times": UniformLambda()(denoiser.schedule, 3),
+        "shape": (1, 8, 8),
+        "labels": lambda n: torch.arange(n) % 4,
+        "images": pictures,
+        "n": 800,
+    }
+    return TuningTask(**(settings | changes))
 
 
 def noise_says(part: nn.Module) -> float:
@@ -221,7 +232,7 @@ def test_a_classifier_without_classes_is_refused(monkeypatch: pytest.MonkeyPatch
     import hasten.metrics.features as features
 
     monkeypatch.setattr(features, "feature_net", lambda name: nn.Flatten())
-    with pytest.raises(BadInput, match="knows no classes"):
+    with pytest.raises(BadInput, match="has no classes"):
         AttributePredictor(steps=2).tune(task(images=lambda n: (pictures(n)[0], None), n=100))
 
 
@@ -233,8 +244,8 @@ def test_spelled() -> None:
 @pytest.mark.parametrize(
     "make, says",
     [
-        (lambda: AttributePredictor(("clas",)), "no attribute 'clas'.*class"),
-        (lambda: AttributePredictor(()), "one attribute or more"),
+        (lambda: AttributePredictor(("clas",)), "unknown attribute 'clas'.*class"),
+        (lambda: AttributePredictor(()), "at least one attribute"),
         (lambda: AttributePredictor(("group",)), "groups="),
         (lambda: AttributePredictor(views=0), "views"),
         (lambda: AttributePredictor(("group",), groups=((0,), (9,))).tune(task(n=50)), "every class of 'group'"),

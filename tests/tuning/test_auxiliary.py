@@ -16,16 +16,48 @@ from hasten.nets.density import MixtureDensity
 from hasten.samplers import DDIM
 from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
 from hasten.starts import Auxiliary
-from hasten.tuning import Task
-from hasten.tuning.auxiliary import AuxiliaryDensity, divergence, fit, fit_mixture, score_cost
+from hasten.tuning import TuningTask
+from hasten.tuning.auxiliary import AuxiliaryDensity, fit_density, fit_mixture, kl_divergence, score_cost
 
 
-def task(data: Any, labels: Any = None, n: int = 4000, seed: int = 0) -> Task:
+def task(data: Any, labels: Any = None, n: int = 4000, seed: int = 0) -> TuningTask:
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         x = data.sample(n, torch.Generator().manual_seed(n)).float()
         return x, None if labels is None else labels(x)
 
-    return Task(data, DDIM(), torch.tensor([1.0, 0.0]), tuple(data.sample(1).shape[1:]), images=images, n=n, seed=seed)
+    return TuningTask(
+        data, DDIM(), torch.tensor([1.0, 0.0]), tuple(data.sample(1).shape[1:]), images=images, n=n, seed=seed
+    )
+
+
+@pytest.mark.parametrize("null_label", [None, 0, 2])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_every_label_has_its_density_whatever_the_null_label_is(null_label: int | None, labelled: bool) -> None:
+    """The model gets labels that it knows: those of the images, else its null label; each label has a density."""
+    seen: list[Tensor | None] = []
+
+    class Labelled(Wrapper):
+        classes = 2 if null_label == 2 else 3
+
+        def forward(self, x_t: Tensor, t: Any, label: Tensor | None = None) -> Tensor:
+            seen.append(label)
+            return self.denoiser(x_t, t)
+
+    data = g8(VPLinear())
+    model = Labelled(data)
+    model.null_label = null_label  # type: ignore[assignment]
+    low = 1 if null_label == 0 else 0
+    given = task(data, (lambda x: low + (x[:, 0] > 0).long()) if labelled else None, n=600)
+    given.denoiser = model
+    nu = AuxiliaryDensity(levels=(1.0, 2.0), rank=4).tune(given).parts["auxiliary"]
+    if labelled:
+        assert all(label is not None and set(label.tolist()) == {low, low + 1} for label in seen)
+    else:
+        assert all((label is None) if null_label is None else bool((label == null_label).all()) for label in seen)
+    centre = nu.centre[[low, low + 1]]  # type: ignore[index]
+    assert bool((centre[0, 0] < -0.1) & (centre[1, 0] > 0.1)) == labelled
+    for null in (nu.classes, *(() if null_label is None else (null_label,))):
+        assert torch.equal(nu.centre[null], nu.centre[nu.classes])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("schedule", [VPCosine(offset=0.0), VPLinear(), Flow(), EDM()], ids=lambda s: type(s).__name__)
@@ -89,11 +121,11 @@ def test_more_components_are_more_likely() -> None:
     found = {}
     for K in (1, 10):
         nu = MixtureDensity((64,), rank=20, components=K)
-        fit(nu, x[:5000], 0.1, None)
-        found[K] = divergence(nu, z[5000:], None, 0.1)
+        fit_density(nu, x[:5000], 0.1, None)
+        found[K] = kl_divergence(nu, z[5000:], None, 0.1)
     assert found[10] < found[1] - 0.1
     off, one = x[:5000] - x[:5000].mean(0), MixtureDensity((64,), rank=64)
-    fit(one, x[:5000], 0.1, None)
+    fit_density(one, x[:5000], 0.1, None)
     L = one.basis @ one.factor[0, 0]
     assert (L @ L.T - off.T @ off / 5000 - 0.01 * torch.eye(64, dtype=torch.float64)).abs().max() < 1e-10
 
@@ -142,7 +174,7 @@ def test_images_without_labels_and_guidance() -> None:
 def test_what_it_refuses() -> None:
     data = g8(VPLinear(beta_max=1.0))  # ends at q = .86
     with pytest.raises(BadInput, match="--data"):
-        AuxiliaryDensity().tune(Task(data, DDIM(), torch.tensor([1.0, 0.0]), (8,)))
+        AuxiliaryDensity().tune(TuningTask(data, DDIM(), torch.tensor([1.0, 0.0]), (8,)))
     with pytest.raises(BadInput, match="ends at the level 0.8"):
         AuxiliaryDensity(levels=(0.5, 2.0)).tune(task(data))
     for wrong in ({"levels": ()}, {"levels": (0.0,)}, {"level": -1.0}, {"rank": 0}, {"components": 0}):

@@ -16,7 +16,7 @@ from hasten.samplers.analytic import AnalyticDPM
 from hasten.schedules import EDM, VE, Discrete, Flow, Schedule, SubVP, VPCosine, VPLinear
 from hasten.times import UniformLambda, UniformTime
 from hasten.tuning._bound import BITS, Bound, decoder_cost, edge_costs, step_costs, variational_bound
-from hasten.tuning._task import Task
+from hasten.tuning._task import TuningTask
 
 F64 = torch.float64
 SCHEDULES = [VPLinear(), VPCosine(), VPCosine(offset=0.0), SubVP(), VE(), EDM(), Flow(), Discrete.linear()]
@@ -159,11 +159,13 @@ def test_it_is_measured_on_images_at_the_times_of_the_grid() -> None:
     """Of a Gaussian with equal variances the analytic bound is the entropy, whatever the sampler's grid."""
     schedule, v = VPCosine(offset=0.0), 0.04
     model = Gaussian(torch.zeros(1, 4, 4, dtype=F64), torch.full((1, 4, 4), v, dtype=F64), schedule)
-    task = Task(
-        denoiser=model, sampler=AnalyticDPM(moments="mse", mse=lambda t: posterior_variance(schedule, t, v), pixels=0),
-        times=UniformTime(low=0.02)(schedule, 5), shape=(1, 4, 4),
+    task = TuningTask(
+        denoiser=model,
+        sampler=AnalyticDPM(moments="mse", mse=lambda t: posterior_variance(schedule, t, v), pixels=0),
+        times=UniformTime(low=0.02)(schedule, 5),
+        shape=(1, 4, 4),
         images=lambda n: (model.sample(n, torch.Generator().manual_seed(0)), None),
-    )  # fmt: skip
+    )
     figures = Bound(images=4000, width=0.0).tune(task).figures
     entropy = 0.5 * math.log(2 * math.pi * math.e * v) * BITS
     assert figures["analytic"] == pytest.approx(entropy, abs=0.02)

@@ -16,7 +16,7 @@ from hasten.pick import pick
 from hasten.samplers import DDPM, UniPC
 from hasten.schedules import EDM, Discrete, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import Karras, Quadratic, UniformLambda, UniformTime
-from hasten.tuning import Task
+from hasten.tuning import TuningTask
 from hasten.tuning._bound import edge_costs, variational_bound
 from hasten.tuning.dynamic_programming import DynamicProgramming, candidate_times, shortest_paths
 
@@ -95,14 +95,14 @@ def test_of_a_gaussian_with_the_optimal_variance_all_chains_are_as_good(schedule
     torch.testing.assert_close(paths.cost[2:, -1], paths.cost[1, -1].expand(39), rtol=1e-9, atol=1e-9)
 
 
-def mixture_task(schedule: Schedule, steps: int, n: int = 1000) -> Task:
+def mixture_task(schedule: Schedule, steps: int, n: int = 1000) -> TuningTask:
     model = m2(schedule)
 
     def images(count: int) -> tuple[Tensor, None]:
         return model.sample(count, torch.Generator().manual_seed(0)), None
 
     times = UniformTime()(schedule, steps)
-    return Task(denoiser=model, sampler=DDPM(), times=times, shape=(2,), images=images, n=n)
+    return TuningTask(denoiser=model, sampler=DDPM(), times=times, shape=(2,), images=images, n=n)
 
 
 @cache

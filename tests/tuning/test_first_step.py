@@ -12,9 +12,9 @@ from hasten.nets.first_step import FirstStepNet
 from hasten.samplers import DDIM
 from hasten.schedules import Discrete
 from hasten.starts import SingDiffusion
-from hasten.storage.weights import build
-from hasten.tuning import Task
-from hasten.tuning.first_step import FirstStep, class_means, distance
+from hasten.storage.weights import build_network
+from hasten.tuning import TuningTask
+from hasten.tuning.first_step import FirstStep, class_means, distance_to_means
 
 TABLE = Discrete.scaled_linear()
 
@@ -29,11 +29,11 @@ def patterns(n: int) -> tuple[Tensor, Tensor]:
     return means[label] + 0.2 * torch.randn(n, 1, 8, 8, generator=generator), label
 
 
-def task(images: object = patterns, labelled: bool = True, seed: int = 0) -> Task:
+def task(images: object = patterns, labelled: bool = True, seed: int = 0) -> TuningTask:
     model = Gaussian(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), TABLE)
     if labelled:
         model.null_label = 3  # type: ignore[assignment]
-    return Task(
+    return TuningTask(
         model, DDIM(), torch.tensor([1.0, 0.0], dtype=torch.float64), (1, 8, 8), images=images, n=900, seed=seed
     )  # type: ignore[arg-type]
 
@@ -48,6 +48,30 @@ def test_the_table_is_the_minimum() -> None:
     assert tuned.figures["distance_table"] < 0.05 and "loss" not in tuned.figures
     z = torch.randn(4, 1, 8, 8)
     assert torch.equal(net(z, None), net(z, torch.full((4,), 3)))
+
+
+@pytest.mark.parametrize("null_label", [None, 0, 2, 3, 4])
+def test_every_label_has_its_mean_whatever_the_null_label_is(null_label: int | None) -> None:
+    """A model with three classes and its null label: none, one of theirs (which no image then has), or above them.
+
+    Each label that an image has gets the mean of its class, and the null label the mean of all.
+    """
+
+    def images(n: int) -> tuple[Tensor, Tensor]:
+        x, label = patterns(n)
+        return (x, label) if null_label not in (0, 2) else (x, label + (label >= null_label).long())
+
+    given = task(images, labelled=False)
+    given.denoiser.net = torch.nn.Module()  # type: ignore[assignment]
+    given.denoiser.net.classes = 4 if null_label in (0, 2) else 3  # type: ignore[assignment]
+    given.denoiser.null_label = null_label  # type: ignore[assignment]
+    net = FirstStep().tune(given).parts["first_step"]
+    x, label = images(900)
+    z = torch.randn(1, 1, 8, 8)
+    for c in label.unique():
+        assert (net(z, c[None])[0] - x[:810][label[:810] == c].mean(0)).abs().max() < 1e-6
+    for null in (None, *(() if null_label is None else (torch.tensor([null_label]),))):
+        assert (net(z, null)[0] - x[:810].mean(0)).abs().max() < 1e-6
 
 
 def test_the_network_learns_the_means_from_noise_alone() -> None:
@@ -66,7 +90,7 @@ def test_the_network_learns_the_means_from_noise_alone() -> None:
     short = FirstStep(widths=(8, 16), patch=1, table=False, steps=3, batch_size=8, minutes=600.0)
     one, two = (short.tune(task()).parts["first_step"].state_dict().values() for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two))
-    copy = build("FirstStepNet", net.config)  # type: ignore[arg-type]
+    copy = build_network("FirstStepNet", net.config)  # type: ignore[arg-type]
     copy.load_state_dict(net.state_dict())
     z, label = torch.randn(6, 1, 8, 8), torch.arange(6) % 4
     assert torch.equal(copy.eval()(z, label), net(z, label))
@@ -86,10 +110,10 @@ def test_an_unlabelled_model_has_one_row() -> None:
 
 def test_a_model_with_classes_and_images_without() -> None:
     """Every class has the mean of all."""
-    assert distance(FirstStepNet((2,), 2), torch.zeros(3, 2)) == 0.0
+    assert distance_to_means(FirstStepNet((2,), 2), torch.zeros(3, 2)) == 0.0
     data = m2(TABLE, labels=[0, 0, 0, 1, 1, 1])
     x = data.sample(4000, torch.Generator().manual_seed(0)).float()
-    given = Task(data, DDIM(), torch.tensor([1.0, 0.0]), (2,), images=lambda n: (x[:n], None), n=4000)
+    given = TuningTask(data, DDIM(), torch.tensor([1.0, 0.0]), (2,), images=lambda n: (x[:n], None), n=4000)
     fitted = FirstStep().tune(given).parts["first_step"]
     assert torch.allclose(fitted.mean.data, x[:3600].mean(0).expand(3, 2), atol=1e-6)  # type: ignore[union-attr,operator]
 
@@ -97,7 +121,7 @@ def test_a_model_with_classes_and_images_without() -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(BadInput, match="--data"):
         FirstStep().tune(task(None))
-    with pytest.raises(BadInput, match="do not divide"):
+    with pytest.raises(BadInput, match="not multiples"):
         FirstStep(widths=(8, 8, 8), patch=4).tune(task())
     for wrong in ({"minutes": 0.0}, {"label_drop": 2.0}, {"table": False}, {"steps": 0}):
         with pytest.raises(BadInput):

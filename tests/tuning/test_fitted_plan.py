@@ -21,25 +21,28 @@ from hasten.samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC
 from hasten.sampling import Noise
 from hasten.schedules import EDM, Discrete, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import UniformLambda, UniformTime
-from hasten.tuning import Task
-from hasten.tuning._finish import finish, statistics
+from hasten.tuning import TuningTask
+from hasten.tuning._finish import fit_last_row, image_statistics
 from hasten.tuning._reference import fine_trajectories
-from hasten.tuning._rows import Rows, follow, grams
-from hasten.tuning._sweep import sweep
+from hasten.tuning._rows import PlanParametrization, difference_grams, run_plan
+from hasten.tuning._sweep import fit_rows
 from hasten.tuning.fitted_plan import FittedPlan, _Fit
 
 F64 = torch.float64
 SCHEDULES = {
-    "VPLinear": VPLinear(), "VPCosine0": VPCosine(offset=0.0), "Flow": Flow(), "EDM": EDM(),
+    "VPLinear": VPLinear(),
+    "VPCosine0": VPCosine(offset=0.0),
+    "Flow": Flow(),
+    "EDM": EDM(),
     "Discrete": Discrete.linear(),
-}  # fmt: skip
+}
 over_schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
 
 
-def task(model: Any, steps: int, sampler: Any = None, **options: Any) -> Task:
+def task(model: Any, steps: int, sampler: Any = None, **options: Any) -> TuningTask:
     times = UniformLambda()(model.schedule, steps)
     shape = options.pop("shape", (2,))
-    return Task(model, sampler or UniPC(2), times, shape, **{"n": 128, "seed": 1000, **options})
+    return TuningTask(model, sampler or UniPC(2), times, shape, **{"n": 128, "seed": 1000, **options})
 
 
 def fitted(model: Any, steps: int, options: dict[str, Any], **about: Any) -> tuple[Plan, dict[str, Any]]:
@@ -52,7 +55,7 @@ def assert_consistent(made: Plan, schedule: Schedule, level: Tensor, top: float)
     """Where every answer is x, state k is alpha(s_k) x + sigma(s_k) eps of the same eps, and the result is x."""
     x, eps = torch.tensor([1.0, -0.7, 0.0], dtype=F64), torch.tensor([0.3, 0.0, 1.0], dtype=F64)
     start = float(schedule.alpha(top)) * x + float(schedule.sigma(top)) * eps
-    states, _ = follow(made, lambda z, t: x, start)
+    states, _ = run_plan(made, lambda z, t: x, start)
     for k in range(1, made.nfe + 1):
         expected = schedule.alpha(level[k]) * x + schedule.sigma(level[k]) * eps
         torch.testing.assert_close(states[k], expected, rtol=1e-12, atol=1e-12 * max(1.0, float(schedule.sigma(top))))
@@ -70,19 +73,19 @@ def test_every_row_is_exact_for_constant_x0_whatever_the_numbers(schedule: Sched
     """Sums of the coefficients, to 1e-12, at random numbers; and the step from pure noise and into t = 0 are finite."""
     torch.manual_seed(0)
     top = schedule.t_max
-    rows = Rows(plan(UniPC(3), schedule, UniformLambda()(schedule, 6)), top=top, **options)
+    rows = PlanParametrization(plan(UniPC(3), schedule, UniformLambda()(schedule, 6)), top=top, **options)
     for scale in (0.0, 0.1, 1.0):
         theta = rows.initial + scale * torch.randn(len(rows.initial), dtype=F64)
         theta = torch.minimum(theta.clamp(min=rows.lowest), torch.tensor(rows.highest)) if scale else theta
         made = rows.plan(theta)
-        assert_consistent(made, schedule, rows.numbers(theta).level, top)
+        assert_consistent(made, schedule, rows.coefficients(theta).level, top)
         assert made.times[-1] == 0 and made.a[-1] == 0
         if "answers" in options:
             assert not made.B.tril(-2).any()
         if not options.get("teleport", True):
             assert made.times[0] == schedule.t_max and made.start[0] == 1
         if not options.get("shift", True):
-            assert torch.equal(made.times[1:], rows.numbers(theta).level[1:])
+            assert torch.equal(made.times[1:], rows.coefficients(theta).level[1:])
 
 
 @over_schedules
@@ -90,7 +93,7 @@ def test_every_row_is_exact_for_constant_x0_whatever_the_numbers(schedule: Sched
 def test_it_begins_as_the_sampler_itself(sampler: Any, schedule: Schedule) -> None:
     """The initial numbers are the base sampler's plan, also where that keeps a history of noise predictions."""
     compiled = plan(sampler, schedule, UniformTime()(schedule, 5))
-    rows = Rows(compiled, teleport=False)
+    rows = PlanParametrization(compiled, teleport=False)
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=F64) * schedule.prior_std(compiled.times[0])
     model = m2(schedule)
     torch.testing.assert_close(rows.plan(rows.initial)(model, x), compiled(model, x), rtol=1e-9, atol=1e-9)
@@ -99,34 +102,36 @@ def test_it_begins_as_the_sampler_itself(sampler: Any, schedule: Schedule) -> No
 @over_schedules
 def test_the_gradient_is_the_difference_quotient(schedule: Schedule) -> None:
     """With respect to every free number, those of coefficients that are 0 included, and after whitening."""
-    rows = Rows(plan(UniPC(2), schedule, UniformLambda(start=0.9, low=0.05)(schedule, 4)), top=schedule.t_max)
+    rows = PlanParametrization(
+        plan(UniPC(2), schedule, UniformLambda(start=0.9, low=0.05)(schedule, 4)), top=schedule.t_max
+    )
     model = m2(schedule)
     fit = _Fit(FittedPlan(held_out=2, fine=12, warm=0), task(model, 4, n=6))
-    x, _, _ = fit.fine.rows(fit.cal)
-    said = follow(rows.plan(rows.initial), model, x)[1]
-    theta = rows.whiten(rows.initial, grams(said)) + 0.01
+    x, _, _ = fit.fine.select(fit.calibration)
+    said = run_plan(rows.plan(rows.initial), model, x)[1]
+    theta = rows.whiten(rows.initial, difference_grams(said)) + 0.01
     _, gradient = fit.gradient(rows, theta.clone())
     for k in range(len(theta)):
         step = torch.zeros_like(theta)
         step[k] = 1e-5
-        up, down = (fit.loss(rows.plan(theta + s), fit.cal) for s in (step, -step))
+        up, down = (fit.loss(rows.plan(theta + s), fit.calibration) for s in (step, -step))
         assert float(gradient[k]) == pytest.approx((up - down) / 2e-5, rel=2e-4, abs=1e-7)
 
 
 def test_whitening_keeps_the_plan_and_measures_in_states() -> None:
     """One unit of a weight moves the next state by one RMS unit, and no two weights of a row move it alike."""
     model = m2(VPLinear())
-    rows = Rows(plan(UniPC(2), model.schedule, UniformLambda(low=0.02)(model.schedule, 5)))
+    rows = PlanParametrization(plan(UniPC(2), model.schedule, UniformLambda(low=0.02)(model.schedule, 5)))
     x = Noise(range(500), (2,), dtype=F64).initial()
-    states, said = follow(rows.plan(rows.initial), model, x)
-    theta = rows.whiten(rows.initial, grams(said))
-    torch.testing.assert_close(follow(rows.plan(theta), model, x)[0][-1], states[-1])
+    states, said = run_plan(rows.plan(rows.initial), model, x)
+    theta = rows.whiten(rows.initial, difference_grams(said))
+    torch.testing.assert_close(run_plan(rows.plan(theta), model, x)[0][-1], states[-1])
     weights = len(theta) - rows.sizes["D"]
     moved = []
     for k in range(3):  # the three weights of row 3, after 1 of row 1 and 2 of row 2
         step = theta.clone()
         step[weights + 3 + k] += 1e-3
-        moved.append(((follow(rows.plan(step), model, x)[0][4] - states[4]) / 1e-3).flatten())
+        moved.append(((run_plan(rows.plan(step), model, x)[0][4] - states[4]) / 1e-3).flatten())
     gram = torch.stack(moved) @ torch.stack(moved).T / x.numel()
     torch.testing.assert_close(gram[:2, :2], torch.eye(2, dtype=F64), rtol=0, atol=5e-2)
     # answers that are almost collinear are measured less finely, so that their numbers stay small
@@ -136,8 +141,9 @@ def test_whitening_keeps_the_plan_and_measures_in_states() -> None:
 def test_fine_trajectories_can_be_read_in_between() -> None:
     model = g8(VPCosine(offset=0.0))
     x = Noise(range(16), (8,), dtype=F64).initial()
-    fine = fine_trajectories(model, x, {}, start=1.0, low=0.01, end=0.0, steps=64, batch=8, keep=True,
-                             tick=lambda *_: None)  # fmt: skip
+    fine = fine_trajectories(
+        model, x, {}, start=1.0, low=0.01, end=0.0, steps=64, batch=8, keep=True, tick=lambda *_: None
+    )
     for t in (0.98, 0.7, 0.333, 0.05):
         read = fine.at(torch.tensor(t, dtype=F64), slice(0, 16))
         torch.testing.assert_close(read, model.endpoint(x, 1.0, t), rtol=0, atol=2e-4)
@@ -149,18 +155,18 @@ def test_least_squares_rows_are_the_least_squares() -> None:
     model = m2(VPLinear())
     fit = _Fit(FittedPlan(gradient="frozen", held_out=8, fine=48), task(model, 4, n=64))
     rows = fit.rows(UniformLambda(start=0.9, low=0.02)(model.schedule, 4))
-    numbers, result = sweep(rows, rows.numbers(rows.initial), fit.fine, fit.cal, model, 64, 0.0)
+    numbers, result = fit_rows(rows, rows.coefficients(rows.initial), fit.fine, fit.calibration, model, 64, 0.0)
     made = rows.compose(numbers)
-    start, end, _ = fit.fine.rows(fit.cal)
-    torch.testing.assert_close(follow(made, model, start)[0][-1], result)
+    start, end, _ = fit.fine.select(fit.calibration)
+    torch.testing.assert_close(run_plan(made, model, start)[0][-1], result)
     for k in range(1, 4):
-        aim = end if k == 3 else fit.fine.at(numbers.level[k + 1], fit.cal)
-        best = (follow(made, model, start)[0][k + 1] - aim).square().mean()
+        aim = end if k == 3 else fit.fine.at(numbers.level[k + 1], fit.calibration)
+        best = (run_plan(made, model, start)[0][k + 1] - aim).square().mean()
         for j, sign in itertools.product(range(k), (1, -1)):
             D = numbers.D.clone()
             D[k, j] += sign * 1e-3
             other = rows.compose(numbers._replace(D=D))
-            assert (follow(other, model, start)[0][k + 1] - aim).square().mean() > best
+            assert (run_plan(other, model, start)[0][k + 1] - aim).square().mean() > best
 
 
 # ---- the fit ------------------------------------------------------------------------------------------------------
@@ -237,8 +243,14 @@ def test_a_small_network(gradient: str) -> None:
     for p in net.parameters():
         p.data += 0.15 * torch.randn_like(p)
     model = Denoiser(net, VPCosine(offset=0.0), V())
-    about = Task(model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 4), (1, 8, 8), n=12,
-                 labels=lambda n: torch.arange(n) % 3)  # fmt: skip
+    about = TuningTask(
+        model,
+        UniPC(2),
+        UniformLambda(low=0.05)(model.schedule, 4),
+        (1, 8, 8),
+        n=12,
+        labels=lambda n: torch.arange(n) % 3,
+    )
     before = [p.clone() for p in net.parameters()]
     tuned = FittedPlan(gradient=gradient, held_out=12, fine=16, iterations=6, warm=1, check=2, batch=8).tune(about)
     assert tuned.figures["held_out_rms"] < 0.7 * tuned.figures["held_out_rms_of_sampler"]
@@ -260,11 +272,11 @@ def test_the_finish_gives_results_the_contrast_of_real_images() -> None:
 
     def off(row: Tensor) -> float:
         result = torch.einsum("j,j...->...", row.float(), answers)
-        return float((statistics(result) - statistics(real)).square().sum())
+        return float((image_statistics(result) - image_statistics(real)).square().sum())
 
-    row = finish(answers, last, free, real, 0.1)
+    row = fit_last_row(answers, last, free, real, 0.1)
     assert float(row.sum()) == pytest.approx(1.0, abs=1e-12) and off(row) < off(last) / 10
-    torch.testing.assert_close(finish(answers, last, free, real, 1e9), last, rtol=0, atol=1e-3)
+    torch.testing.assert_close(fit_last_row(answers, last, free, real, 1e9), last, rtol=0, atol=1e-3)
 
 
 def test_the_finish_keeps_the_plan_consistent() -> None:
@@ -272,8 +284,9 @@ def test_the_finish_keeps_the_plan_consistent() -> None:
     net = UNet(channels=1, widths=(8, 8), embedding=16)
     model = Denoiser(net, VPCosine(offset=0.0), V())
     real = torch.rand(64, 1, 8, 8) * 2 - 1
-    about = Task(model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 3), (1, 8, 8), n=4,
-                 images=lambda n: (real, None))  # fmt: skip
+    about = TuningTask(
+        model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 3), (1, 8, 8), n=4, images=lambda n: (real, None)
+    )
     options = {"gradient": "frozen", "held_out": 4, "fine": 8, "iterations": 1, "batch": 250}
     plain, done = (FittedPlan(**options, **more).tune(about).plan for more in ({}, {"finish": 3.0}))
     assert plain is not None and done is not None
@@ -289,7 +302,7 @@ def test_one_and_two_evaluations(steps: int) -> None:
 
 def test_an_end_above_zero_is_kept() -> None:
     model = m2(VPLinear())
-    about = Task(model, UniPC(2), UniformLambda(end=0.2)(model.schedule, 4), (2,), n=32)
+    about = TuningTask(model, UniPC(2), UniformLambda(end=0.2)(model.schedule, 4), (2,), n=32)
     tuned = FittedPlan(held_out=16, fine=48, iterations=20).tune(about)
     assert tuned.plan is not None and tuned.plan.times[-1] == 0.2 and tuned.plan.a[-1] > 0
     assert tuned.figures["held_out_rms"] < 0.5 * tuned.figures["held_out_rms_of_sampler"]

@@ -15,8 +15,8 @@ from hasten.exact import Gaussian, GaussianMixture
 from hasten.guides.cfg import CFG
 from hasten.samplers.analytic import AnalyticDPM
 from hasten.schedules import EDM, Flow, Schedule, VPCosine, VPLinear
-from hasten.tuning._task import Task
-from hasten.tuning.moments import Moments, dct, measured, regressed_mean, spectrum
+from hasten.tuning._task import TuningTask
+from hasten.tuning.moments import Moments, dct, dct_spectrum, regressed_mean, statistic_at
 
 F64 = torch.float64
 SHAPE = (2, 4, 6)
@@ -27,11 +27,11 @@ def gaussian(schedule: Schedule) -> Gaussian:
     return Gaussian(0.3 * torch.cos(j), 0.3 / (j + 1) ** 0.5, schedule)
 
 
-def task(model: Any, **more: Any) -> Task:
+def task(model: Any, **more: Any) -> TuningTask:
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         return model.sample(n, torch.Generator().manual_seed(3)).float(), None
 
-    return Task(denoiser=model, sampler=None, times=torch.tensor([1.0, 0.0]), shape=SHAPE, images=images, **more)
+    return TuningTask(denoiser=model, sampler=None, times=torch.tensor([1.0, 0.0]), shape=SHAPE, images=images, **more)
 
 
 @pytest.mark.parametrize("schedule", [VPCosine(offset=0.0), VPLinear(), Flow(), EDM()], ids=lambda s: type(s).__name__)
@@ -63,7 +63,9 @@ def test_what_is_known_to_vanish_is_regressed_out() -> None:
     ours, plain, told = [], [], []
     x = model.sample(400, torch.Generator().manual_seed(0)).float()
     for seed in range(20):
-        value, _, error = Moments(images=400).look(task(model, seed=seed * 7_000_000), t, x, None, x.double().mean(0))
+        value, _, error = Moments(images=400).measure(
+            task(model, seed=seed * 7_000_000), t, x, None, x.double().mean(0)
+        )
         ours.append(value - truth)
         told.append(error)
         e = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
@@ -90,7 +92,7 @@ def test_the_spectrum_is_that_of_an_orthonormal_cosine_transform() -> None:
 
     x = torch.randn(50, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=F64)
     expected = torch.from_numpy(dctn(x.numpy(), type=2, norm="ortho", axes=(-2, -1))).square().mean(0)
-    torch.testing.assert_close(spectrum(x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dct_spectrum(x), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(dct(7) @ dct(7).T, torch.eye(7, dtype=F64), rtol=0, atol=1e-12)
     model = gaussian(VPCosine(offset=0.0))
     found = Moments(times=2, images=500).tune(task(model)).statistics
@@ -122,7 +124,7 @@ def test_a_sampler_bound_to_them_keeps_the_variance() -> None:
     assert ratios["small"] < 0.75 and ratios["large"] > 1.25, ratios
     # the two measurements are of the same quantity, at any time
     at = torch.linspace(0.02, 0.97, 7, dtype=F64)
-    one, two = (measured(statistics, name, schedule, at) for name in ("gamma", "mse"))
+    one, two = (statistic_at(statistics, name, schedule, at) for name in ("gamma", "mse"))
     torch.testing.assert_close(one, two, rtol=0.03, atol=0)
 
 
@@ -137,10 +139,14 @@ def test_classes_are_told_and_guidance_is_left_out() -> None:
         return means[label[:n]] + 0.1 * noise, label[:n]
 
     def run(denoiser: Any, classes: bool) -> dict[str, Tensor]:
-        told = Task(
-            denoiser=denoiser, sampler=None, times=torch.tensor([1.0, 0.0]), shape=SHAPE, images=images,
+        told = TuningTask(
+            denoiser=denoiser,
+            sampler=None,
+            times=torch.tensor([1.0, 0.0]),
+            shape=SHAPE,
+            images=images,
             labels=(lambda n: torch.arange(n) % 2) if classes else (lambda n: None),
-        )  # fmt: skip
+        )
         return Moments(times=4, images=64).tune(told).statistics
 
     conditional, pooled, guided = run(model, True), run(model, False), run(CFG(4.0).wrap(model), True)
@@ -152,7 +158,7 @@ def test_classes_are_told_and_guidance_is_left_out() -> None:
 def test_refusals() -> None:
     model = gaussian(VPCosine(offset=0.0))
     with pytest.raises(BadInput, match="--data"):
-        Moments().tune(Task(denoiser=model, sampler=None, times=torch.tensor([1.0, 0.0]), shape=SHAPE))
+        Moments().tune(TuningTask(denoiser=model, sampler=None, times=torch.tensor([1.0, 0.0]), shape=SHAPE))
     with pytest.raises(BadInput, match="times >= 2"):
         Moments(times=1)
     with pytest.raises(BadInput, match="mixed"):

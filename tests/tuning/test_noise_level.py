@@ -17,8 +17,8 @@ from hasten.pick import pick
 from hasten.samplers.noise_level import NoiseLevel as Sampler
 from hasten.sampling import Noise, walk
 from hasten.schedules import Flow
-from hasten.storage.weights import build
-from hasten.tuning import Task, Tuned
+from hasten.storage.weights import build_network
+from hasten.tuning import Tuned, TuningTask
 from hasten.tuning.noise_level import HIGHEST, LOWEST, NoiseLevel, errors, log_sigma2, noisy
 
 F64 = torch.float64
@@ -29,14 +29,14 @@ def gaussian() -> Gaussian:
     return Gaussian(torch.zeros(SHAPE), torch.full(SHAPE, V), Flow())
 
 
-def task(n: int = 2000) -> Task:
+def task(n: int = 2000) -> TuningTask:
     """Images of independent pixels N(0, .25): what the level is can be read off the mean square alone."""
 
     def images(count: int) -> tuple[Tensor, None]:
         return gaussian().sample(count, torch.Generator().manual_seed(0)).float(), None
 
     times = torch.linspace(1, 0, 11, dtype=F64)
-    return Task(denoiser=gaussian(), sampler=Sampler(updates=()), times=times, shape=SHAPE, images=images, n=n)
+    return TuningTask(denoiser=gaussian(), sampler=Sampler(updates=()), times=times, shape=SHAPE, images=images, n=n)
 
 
 QUICK = NoiseLevel(minutes=10, steps=400, batch_size=64, lr=3e-3, width=4)
@@ -69,7 +69,7 @@ def test_the_network_and_its_loss() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(net(z), found, rtol=0, atol=0)  # in full precision all the same
     assert sum(p.numel() for p in NoiseLevelNet().parameters()) <= 100_000
-    again = build("NoiseLevelNet", net.config)
+    again = build_network("NoiseLevelNet", net.config)
     again.load_state_dict(net.state_dict())
     assert torch.equal(again(z), found)
 

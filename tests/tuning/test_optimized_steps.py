@@ -20,8 +20,8 @@ from hasten.plan import plan
 from hasten.samplers import DDIM, DEIS, DPMSolver, Heun, UniPC
 from hasten.schedules import EDM, Discrete, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import CosineAngle, Karras, Quadratic, Trailing, UniformLambda, UniformTime
-from hasten.tuning import Task
-from hasten.tuning._objective import Bound, Gaps, minimise, orders
+from hasten.tuning import TuningTask
+from hasten.tuning._objective import ErrorBound, Gaps, minimise, orders
 from hasten.tuning.optimized_steps import OptimizedSteps
 
 F64 = torch.float64
@@ -40,8 +40,8 @@ def ripple(N: int, first: float = FIRST, last: float = LAST) -> np.ndarray:
     return lam
 
 
-def task(denoiser: nn.Module, sampler: Any, times: Tensor, **options: Any) -> Task:
-    return Task(denoiser, sampler, times, options.pop("shape", (2,)), **options)
+def task(denoiser: nn.Module, sampler: Any, times: Tensor, **options: Any) -> TuningTask:
+    return TuningTask(denoiser, sampler, times, options.pop("shape", (2,)), **options)
 
 
 class Still(nn.Module):
@@ -59,7 +59,7 @@ class Still(nn.Module):
     ("N", "J"), [(5, 239.726483), (6, 167.195764), (8, 52.215623), (10, 30.167728), (15, 13.641034)]
 )
 def test_values_of_the_bound(N: int, J: float) -> None:
-    assert Bound(orders(N, 3), p=2, trunc=3)(ripple(N))[0] == pytest.approx(J, abs=1e-6)
+    assert ErrorBound(orders(N, 3), p=2, trunc=3)(ripple(N))[0] == pytest.approx(J, abs=1e-6)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -70,7 +70,7 @@ def test_weights_are_the_integrals(order: int, N: int) -> None:
     lam, (points, mass) = ripple(N), np.polynomial.legendre.leggauss(40)
     seen = 0
     assert orders(6, 3) == [1, 2, 3, 3, 2, 1] and orders(4, 2, lower_order_final=False) == [1, 2, 2, 2]
-    for nodes, ends, w, _ in Bound(orders(N, order)).weights(lam):
+    for nodes, ends, w, _ in ErrorBound(orders(N, order)).weights(lam):
         for row, end, found in zip(nodes, ends, w):
             a, b = lam[row[0]], lam[end]
             x, at = a + (b - a) * (points + 1) / 2, lam[row]
@@ -127,7 +127,7 @@ def test_the_closed_form_is_the_traced_plan(sampler: Any, schedule: Schedule, tr
     times = schedule.time(torch.from_numpy(ripple(N, *ends)))
     times.requires_grad_()
     lam, rows = traced(sampler, schedule, times)
-    bound = Bound(orders(N, sampler.order), p=2, trunc=trunc)
+    bound = ErrorBound(orders(N, sampler.order), p=2, trunc=trunc)
     numbers = lam.detach().numpy()
     for nodes, ends_, w, _ in bound.weights(numbers):
         for row, end, found in zip(nodes, ends_, w):
@@ -147,11 +147,11 @@ def test_the_closed_form_is_the_traced_plan(sampler: Any, schedule: Schedule, tr
 def test_gradients_are_difference_quotients(order: int, trunc: int) -> None:
     """Of the bound in the nodes, and of the nodes in the numbers that the search moves."""
     N = 9
-    bound, gaps = Bound(orders(N, order), p=1, trunc=trunc), Gaps(FIRST, LAST)
+    bound, gaps = ErrorBound(orders(N, order), p=1, trunc=trunc), Gaps(FIRST, LAST)
     d = 0.3 * np.random.default_rng(0).standard_normal(N - 1)
     lam, by_d = gaps(d)
     gradient = bound(lam)[1] @ by_d
-    assert Gaps.numbers(lam) == pytest.approx(d, abs=1e-12)
+    assert Gaps.params(lam) == pytest.approx(d, abs=1e-12)
     for i, step in enumerate(1e-6 * np.eye(N - 1)):
         difference = (bound(gaps(d + step)[0])[0] - bound(gaps(d - step)[0])[0]) / 2e-6
         assert gradient[i] == pytest.approx(difference, rel=1e-6, abs=1e-6 * np.abs(gradient).max())
@@ -178,7 +178,7 @@ def test_minima(schedule: Schedule, p: float, N: int, J: float, inside: list[flo
     assert tuned.plan is not None and tuned.plan.times[0] == times[0] and tuned.plan.times[-1] == times[-1]
     lam = schedule.lam(tuned.plan.times)
     assert bool((lam.diff() > 0).all())
-    assert Bound(orders(N, 3), p, 3)(lam.numpy())[0] == pytest.approx(tuned.figures["J"], rel=1e-9)
+    assert ErrorBound(orders(N, 3), p, 3)(lam.numpy())[0] == pytest.approx(tuned.figures["J"], rel=1e-9)
     if inside is not None:
         assert lam[1:-1].tolist() == pytest.approx(inside, abs=1e-3)
 
@@ -196,7 +196,7 @@ def test_the_whole_problem_takes_less_than_two_seconds() -> None:
 def test_steps_that_cancel_are_kept_out() -> None:
     """Without truncation J has its least value where two long first steps cancel; `growth` keeps gaps alike."""
     N = 8
-    bound, start = Bound(orders(N, 3), 1, 0), [np.linspace(FIRST, LAST, N + 1)]
+    bound, start = ErrorBound(orders(N, 3), 1, 0), [np.linspace(FIRST, LAST, N + 1)]
     free = minimise(bound, FIRST, LAST, start, 50.0)
     kept = minimise(bound, FIRST, LAST, start, 1.6)
     assert free[0] < kept[0] < bound(start[0])[0]
@@ -234,8 +234,8 @@ def test_times_of_every_schedule(schedule: Schedule, end: float, steps: int) -> 
         (DEIS(), "bound", "objective=local"),
         (DPMSolver(2, multistep=False), "bound", "multistep"),
         (UniPC(3, predict="eps"), "bound", "predict x0"),
-        (DDIM(eta=1.0), "local", "draw no noise"),
-        (DPMSolver(2, sde=True), "bound", "draw no noise"),
+        (DDIM(eta=1.0), "local", "deterministic samplers"),
+        (DPMSolver(2, sde=True), "bound", "deterministic samplers"),
     ],
 )
 def test_samplers_that_it_is_not_for(sampler: Any, objective: Any, words: str) -> None:

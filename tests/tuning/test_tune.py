@@ -18,19 +18,19 @@ from hasten.nets.unet import UNet
 from hasten.plan import plan
 from hasten.samplers import DDIM
 from hasten.times import UniformTime
-from hasten.tuning import Task, Tuned, remembered
+from hasten.tuning import Tuned, Tuner, TuningTask, cached_result
 from hasten.workflows import tune
 from tests.test_model import tiny
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Tuner):
     """A tuner that finds one of everything and keeps what it was given."""
 
     needs_data: ClassVar[bool] = False
-    given: ClassVar[list[Task]] = []
+    given: ClassVar[list[TuningTask]] = []
 
-    def tune(self, task: Task) -> Tuned:
+    def tune(self, task: TuningTask) -> Tuned:
         self.given.append(task)
         task.tick("looking", 1, 1, 0.5)
         found = plan(DDIM(), task.schedule, UniformTime()(task.schedule, task.steps))
@@ -45,7 +45,7 @@ class NeedsData(Probe):
 
 
 @pytest.fixture
-def probe(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+def probe(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
     methods = {"probe": Probe(), "needy": NeedsData()}
     real = tune.pick
     monkeypatch.setattr(tune, "pick", lambda folder, text: methods.get(text) or real(folder, text))
@@ -54,7 +54,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
 
 
 def test_what_is_found_lies_in_the_folder_and_sample_uses_it(
-    probe: list[Task], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    probe: list[TuningTask], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(tiny().save(tmp_path / "a"))
     assert main(["tune", folder, "--method", "probe", "--steps", "3", "--guidance-scale", "2", "--json"]) == 0
@@ -75,7 +75,7 @@ def test_what_is_found_lies_in_the_folder_and_sample_uses_it(
         assert torch.equal(p, q)
 
 
-def test_a_task_says_what_is_to_be_tuned(probe: list[Task], tmp_path: Path) -> None:
+def test_a_task_says_what_is_to_be_tuned(probe: list[TuningTask], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     model = tiny()
@@ -90,7 +90,7 @@ def test_a_task_says_what_is_to_be_tuned(probe: list[Task], tmp_path: Path) -> N
         task.images(31)
 
 
-def test_weights_that_were_half_stay_half(probe: list[Task], tmp_path: Path) -> None:
+def test_weights_that_were_half_stay_half(probe: list[TuningTask], tmp_path: Path) -> None:
     tiny().save(tmp_path / "a", half=True)
     size = (tmp_path / "a" / "weights.safetensors").stat().st_size
     tune.tune_model(hasten.load(tmp_path / "a"), tmp_path / "b", "probe", steps=2)
@@ -109,7 +109,7 @@ def test_weights_that_were_half_stay_half(probe: list[Task], tmp_path: Path) -> 
     ],
 )
 def test_what_cannot_be_is_one_line(
-    probe: list[Task], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+    probe: list[TuningTask], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     folder = str(tiny().save(tmp_path / "a"))
     before = sorted(tmp_path.rglob("*"))
@@ -141,7 +141,7 @@ def test_plans_that_cannot_be(asked: dict[str, Any], said: str) -> None:
         model.sample(1, **asked)
 
 
-def test_damaged_statistics_and_parts_are_refused(probe: list[Task], tmp_path: Path) -> None:
+def test_damaged_statistics_and_parts_are_refused(probe: list[TuningTask], tmp_path: Path) -> None:
     tune.tune_model(tiny(), tmp_path / "a", "probe", steps=2)
     for name in ("statistics.safetensors", "parts/helper.safetensors"):
         file = tmp_path / "a" / name
@@ -164,9 +164,22 @@ def test_what_was_found_is_remembered_bit_for_bit(tmp_path: Path) -> None:
         return {"times": [0.1 + 0.2, 1 / 3]}
 
     key = {"schedule": {"name": "Flow"}, "steps": 3}
-    first, second = remembered(key, make), remembered(dict(reversed(key.items())), make)
+    first, second = cached_result(key, make), cached_result(dict(reversed(key.items())), make)
     assert first == second == {"times": [0.1 + 0.2, 1 / 3]} and len(made) == 1
-    assert remembered({**key, "steps": 4}, make) == first and len(made) == 2
+    assert cached_result({**key, "steps": 4}, make) == first and len(made) == 2
     for file in (tmp_path / "cache" / "tuning").iterdir():
         file.write_text("{")
-    assert remembered(key, make) == first and len(made) == 3
+    assert cached_result(key, make) == first and len(made) == 3
+
+
+def test_old_names_are_forwarded() -> None:
+    import hasten.metrics
+    import hasten.tuning
+
+    for module, old, new in (
+        (hasten.tuning, "Task", "TuningTask"),
+        (hasten.tuning, "remembered", "cached_result"),
+        (hasten.metrics, "Moments", "RunningMoments"),
+    ):
+        with pytest.warns(DeprecationWarning, match=new):
+            assert getattr(module, old) is getattr(module, new)

@@ -1,4 +1,4 @@
-"""Which layers get more bits: those whose few bits cost the network's answer most, for their size."""
+"""Which layers get more bits: those whose few bits change the network's output most, for their size."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ __all__ = ["most_sensitive"]
 
 
 def most_sensitive(sizes: Mapping[str, int], budget: float, error: Callable[[str], float]) -> list[str]:
-    """The layers of greatest squared error a weight, whole layers of no more than `budget` weights in all.
+    """The layers of largest squared error per weight, within a budget of weights.
 
-    sizes: weights of each layer. error: of the network's answer when this layer alone is rounded, relative. Errors of
-    layers are taken to add up in squares, as those of independent roundings do; what is chosen is then the greedy
-    answer to the knapsack, which leaves out a layer that no longer fits and goes on with the next.
+    Errors of layers are assumed to add up in squares, as those of independent roundings do; the result is then the
+    greedy solution of the knapsack problem, which skips a layer that no longer fits and continues with the next.
+
+    Args:
+        sizes: the number of weights of each layer.
+        budget: the maximum number of weights in all.
+        error: of the network's output when this layer alone is rounded, relative.
+
+    Returns:
+        Names of layers, the most sensitive first.
     """
     gain = {name: error(name) ** 2 / size for name, size in sizes.items()}
-    chosen: list[str] = []
+    layers: list[str] = []
     for name in sorted(sizes, key=lambda name: -gain[name]):
         if sizes[name] <= budget and gain[name] > 0:
-            chosen.append(name)
+            layers.append(name)
             budget -= sizes[name]
-    return chosen
+    return layers

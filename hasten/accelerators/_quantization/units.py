@@ -1,4 +1,4 @@
-"""The blocks of a network in the order in which it runs them, and what they are given."""
+"""The blocks of a network in the order in which they run, and their recorded inputs and outputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...errors import BadInput
-from .simulated import takes
+from .fake_quant import is_quantizable
+
+__all__ = [
+    "Batch",
+    "ConcatTracker",
+    "NetworkTrace",
+    "UnitInputs",
+    "detach_tree",
+    "raw_of_batch",
+    "record_unit",
+    "tensor_bytes",
+    "trace_layers",
+]
 
 # Modules that are reconstructed as one: hasten's own and those of `diffusers`. Everything else goes layer by layer.
 BLOCKS = {
@@ -24,11 +36,13 @@ Batch = tuple[Tensor, Tensor, dict[str, Any]]  # x_t (B, *S), t (B,), conditions
 
 
 @dataclass
-class Traced:
+class NetworkTrace:
     """What one run of a network shows.
 
-    layers: names of the convolutions and linear layers that ran, in their order. splits: of those that read
-        `cat([h, skip])` directly, the number of channels of h. units: (name, its layers), in the order of the run.
+    Attributes:
+        layers: names of the convolutions and linear layers, in the order of the run.
+        splits: of those whose input is `cat([h, skip])`, the number of channels of h.
+        units: (name, its layers), in the order of the run.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -36,55 +50,60 @@ class Traced:
     units: list[tuple[str, list[str]]] = field(default_factory=list)
 
 
-class Joins(TorchFunctionMode):
-    """Remembers which tensors are two others side by side, along which dimension, and how long the first is."""
+class ConcatTracker(TorchFunctionMode):
+    """Records which tensors are concatenations of two, along which dimension, and the length of the first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[int, tuple[Tensor, int, int]] = {}  # the tensor is kept, so that its id stays its own
+        self.concats: dict[int, tuple[Tensor, int, int]] = {}  # with the tensor, so that its id stays its own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(made, Tensor):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
             tensors = args[0] if args else (kwargs or {})["tensors"]
             dim = args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)
             if len(tensors) == 2:
-                self.found[id(made)] = made, dim % made.ndim, tensors[0].shape[dim]
-        return made
+                self.concats[id(result)] = result, dim % result.ndim, tensors[0].shape[dim]
+        return result
 
 
 @torch.no_grad()
-def trace(denoiser: nn.Module, net: nn.Module, batch: Batch) -> Traced:
-    """Run the network once on a small batch and see its layers, its units and what is joined before which layer.
+def trace_layers(denoiser: nn.Module, net: nn.Module, batch: Batch) -> NetworkTrace:
+    """Run a network once and record its layers, its units, and the concatenations that layers read.
 
     A layer is split where its input, of three dimensions or more, is the very tensor that a `torch.cat` of two along
-    the channels has made: in U-Nets, the shortcuts of the expanding half.
+    the channels returned: in U-Nets, the layers of the decoder that read a skip connection.
+
+    Args:
+        denoiser: of the network.
+        net: the network.
+        batch: a small one.
     """
-    seen, joins = Traced(), Joins()
-    names = {module: name for name, module in net.named_modules() if takes(module)}
+    trace, tracker = NetworkTrace(), ConcatTracker()
+    names: dict[nn.Module, str] = {module: name for name, module in net.named_modules() if is_quantizable(module)}
 
-    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-        name = names[module]  # type: ignore[index]
-        if name in seen.layers:
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = names[module]
+        if name in trace.layers:
             return
-        seen.layers.append(name)
-        made, dim, first = joins.found.get(id(args[0]), (None, 0, 0)) if args else (None, 0, 0)
+        trace.layers.append(name)
+        concat, dim, first = tracker.concats.get(id(args[0]), (None, 0, 0)) if args else (None, 0, 0)
         channels = 1 if isinstance(module, nn.Conv2d) else args[0].ndim - 1
-        if made is not None and made.ndim >= 3 and dim == channels:
-            seen.splits[name] = first
+        if concat is not None and concat.ndim >= 3 and dim == channels:
+            trace.splits[name] = first
 
-    handles = [module.register_forward_pre_hook(look) for module in names]
+    handles = [module.register_forward_pre_hook(record) for module in names]
     try:
-        with joins:
-            ask(denoiser, batch)
+        with tracker:
+            raw_of_batch(denoiser, batch)
     finally:
         for handle in handles:
             handle.remove()
     units: dict[str, list[str]] = {}
-    for name in seen.layers:
+    for name in trace.layers:
         units.setdefault(_unit(net, name), []).append(name)
-    seen.units = list(units.items())
-    return seen
+    trace.units = list(units.items())
+    return trace
 
 
 def _unit(net: nn.Module, name: str) -> str:
@@ -97,20 +116,27 @@ def _unit(net: nn.Module, name: str) -> str:
     return name
 
 
-def ask(denoiser: Any, batch: Batch) -> Tensor:
-    """What the network of a denoiser says to a batch."""
+def raw_of_batch(denoiser: Any, batch: Batch) -> Tensor:
+    """The raw output (B, *S) of a denoiser's network.
+
+    Args:
+        denoiser: with `raw`.
+        batch: x_t (B, *S), t (B,), conditions.
+    """
     x, t, cond = batch
     return denoiser.raw(x, t, **cond)
 
 
 class _Stop(Exception):
-    """The unit that was wanted has run."""
+    """The unit has run."""
 
 
 @contextmanager
-def _watched(unit: nn.Module, keep: Callable[..., None]) -> Iterator[None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
-        keep(args, kwargs, made)
+def _stop_after(unit: nn.Module, record: Callable[..., None]) -> Iterator[None]:
+    """Within the block `record(args, kwargs, output)` is called after the unit, whose run is then stopped."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        record(args, kwargs, output)
         raise _Stop
 
     handle = unit.register_forward_hook(hook, with_kwargs=True)
@@ -121,55 +147,67 @@ def _watched(unit: nn.Module, keep: Callable[..., None]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def given(denoiser: nn.Module, unit: nn.Module, batch: Batch) -> tuple[Any, list[Tensor]]:
-    """What a unit is given at its first call on a batch, all positional and keyword arguments, and what it makes: the
-    tensors in its answer. The network is run no further.
+def record_unit(denoiser: nn.Module, unit: nn.Module, batch: Batch) -> tuple[Any, list[Tensor]]:
+    """The inputs and outputs of a unit at its first call for a batch. The network is run no further.
 
-    Raises BadInput where the unit does not run.
+    Args:
+        denoiser: of the network.
+        unit: a module of the network.
+        batch: the network's input.
+
+    Returns:
+        The positional and keyword arguments, (args, kwargs), and the tensors in the output.
+
+    Raises:
+        BadInput: where the unit does not run.
     """
-    found: list[Any] = []
-    with _watched(unit, lambda args, kwargs, made: found.append(((args, kwargs), made))), suppress(_Stop):
-        ask(denoiser, batch)
-    if not found:
+    calls: list[Any] = []
+    with _stop_after(unit, lambda args, kwargs, output: calls.append(((args, kwargs), output))), suppress(_Stop):
+        raw_of_batch(denoiser, batch)
+    if not calls:
         raise BadInput(f"quantize: {type(unit).__name__} does not run for every batch, so it cannot be reconstructed")
-    return found[0][0], [leaf for leaf in tree_flatten(found[0][1])[0] if isinstance(leaf, Tensor)]
+    return calls[0][0], [leaf for leaf in tree_flatten(calls[0][1])[0] if isinstance(leaf, Tensor)]
 
 
-class Rows:
-    """The arguments of a unit's calls, put together so that rows can be drawn from all of them.
+class UnitInputs:
+    """The arguments of several calls of a unit, concatenated, so that rows can be drawn from all of them.
 
-    What has as many entries as the first tensor goes row by row; all else is taken from the first call.
+    Tensors with as many rows as the first one are indexed by row; all else is taken from the first call.
+
+    Args:
+        calls: (args, kwargs) of each call.
     """
 
     def __init__(self, calls: list[Any]) -> None:
         flat = [tree_flatten(call) for call in calls]
         self.spec = flat[0][1]
-        self.rows = [_length(leaves) for leaves, _ in flat]
+        self.rows = [_row_count(leaves) for leaves, _ in flat]
         self.leaves: list[Any] = []
-        self.each: list[bool] = []
+        self.by_row: list[bool] = []
         for k, first in enumerate(flat[0][0]):
-            each = isinstance(first, Tensor) and first.ndim > 0 and len(first) == self.rows[0]
-            self.leaves.append(torch.cat([leaves[k] for leaves, _ in flat]) if each else first)
-            self.each.append(each)
+            by_row = isinstance(first, Tensor) and first.ndim > 0 and len(first) == self.rows[0]
+            self.leaves.append(torch.cat([leaves[k] for leaves, _ in flat]) if by_row else first)
+            self.by_row.append(by_row)
 
     def __len__(self) -> int:
         return sum(self.rows)
 
     def take(self, index: Tensor) -> Any:
-        """The arguments of these rows, as the unit takes them."""
-        leaves = [leaf[index] if each else leaf for leaf, each in zip(self.leaves, self.each)]
-        return torch.utils._pytree.tree_unflatten(leaves, self.spec)
+        """The arguments (args, kwargs) of these rows."""
+        leaves = [leaf[index] if by_row else leaf for leaf, by_row in zip(self.leaves, self.by_row)]
+        return tree_unflatten(leaves, self.spec)
 
 
-def size(tree: Any) -> int:
+def tensor_bytes(tree: Any) -> int:
     """Bytes of all tensors in a tree."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
 
 
-def detached(tree: Any) -> Any:
-    """The same tree with tensors that nobody writes into later."""
+def detach_tree(tree: Any) -> Any:
+    """The same tree with detached clones of its tensors, which later in-place changes do not reach."""
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def _length(leaves: list[Any]) -> int:
+def _row_count(leaves: list[Any]) -> int:
+    """The rows of the first tensor."""
     return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)

@@ -1,4 +1,4 @@
-"""`diffusers`, both ways: pipelines as models of hasten, samplers of hasten as schedulers, accelerated pipelines."""
+"""Adapters for `diffusers`: pipelines as models, samplers as schedulers, accelerated pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Accelerated`: the network of a pipeline, running under accelerators."""
+"""`Accelerated`: a pipeline's network under accelerators."""
 
 from __future__ import annotations
 
@@ -12,193 +12,213 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...accelerators import WRAP, Call, ordered
+from ...accelerators import WRAP, Call, ordered, with_defaults
 from ...errors import BadInput
 from ...pick import format_spec
 from ...times import Explicit
-from .calls import PLACES
-from .network import Given, attach, hooks_of, patch_of, separate, uncompiled
-from .recorded import drawn_calls, recorded
-from .runner import Runner
+from .accelerated_forward import AcceleratedForward
+from .calibration import record_model_calls, record_pipeline_calls
+from .calls import argument_reader
+from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
 from .wrap import split_network
 
 __all__ = ["Accelerated"]
 
 
 class Accelerated:
-    """What is added to the class of a network of `diffusers` that runs under accelerators: see `accelerated`.
+    """Mixin for the class of a network of `diffusers` that runs under accelerators: see `accelerated`.
 
-    The network stays what it was, an instance of its class with its own modules: LoRA layers, attention processors,
-    FreeU, IP-Adapters, hooks, `state_dict`, `to` work on it as ever, and are seen at the next query.
+    The network stays an instance of its class with its own modules: LoRA layers, attention processors, FreeU,
+    IP-Adapters, hooks, `state_dict` and `to` work as ever, and take effect at the next evaluation.
     """
 
-    runner: Runner
+    accelerated_forward: AcceleratedForward
 
     @property
     def _run(self) -> Any:
-        """The denoiser that answered last."""
-        return self.runner.run
+        """The accelerated denoiser that was evaluated last."""
+        return self.accelerated_forward.denoiser
 
     @staticmethod
-    def put_into(
+    def wrap_pipeline(
         pipe: Any, slot: str, net: nn.Module, accelerators: Sequence[Any], steps: int, seed: int, prompts: Any
     ) -> Any:
-        """A copy of the pipeline with such a network in `slot`."""
-        given = vars(pipe).get(slot)
-        if isinstance(given, Accelerated):
-            raise BadInput("this pipeline is accelerated already: give all accelerators together, to the original one")
-        if isinstance(given, nn.Module) and uncompiled(given) is not given:
+        """A copy of the pipeline with the accelerated network in `slot`."""
+        component = vars(pipe).get(slot)
+        if isinstance(component, Accelerated):
+            raise BadInput(
+                "this pipeline is accelerated already: pass all accelerators together, with the original pipeline"
+            )
+        if isinstance(component, nn.Module) and uncompiled(component) is not component:
             warnings.warn(
                 f"the {slot} was compiled by torch.compile: hasten takes the {type(net).__name__} inside it, "
                 'which runs uncompiled; add the accelerator "compile" for a compiled one',
                 stacklevel=4,
             )
         module, new = accelerated(net, accelerators, pipe.scheduler), copy.copy(pipe)
-        vars(new)[slot] = module  # past the pipeline's own __setattr__: its description stays, it is saved as it was
-        runner: Runner = vars(module)["runner"]
-        runner.owner = weakref.ref(new)
-        runner.calls = lambda times, whole: sampled(pipe, times, whole, prompts, seed)
-        runner.prepare(steps)
+        vars(new)[slot] = module  # not by setattr, which would change the pipeline's config: it is saved as before
+        forward: AcceleratedForward = vars(module)["accelerated_forward"]
+        forward.owner = weakref.ref(new)
+        forward.calls = lambda times, all_times: pipeline_calls(pipe, times, all_times, prompts, seed)
+        forward.prepare(steps)
         if getattr(new, "_all_hooks", None):
-            new.maybe_free_model_hooks()  # the offloading hooks of the original, for these parts
+            new.maybe_free_model_hooks()  # installs the original's offloading hooks
         return new
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        runner = vars(self).get("runner")
-        if runner is None:
+        forward = vars(self).get("accelerated_forward")
+        if forward is None:
             return super()._apply(fn, recurse)  # type: ignore[misc]
-        outdated = runner.layers.outdated()
+        outdated = forward.layers.outdated()
         super()._apply(fn, recurse)  # type: ignore[misc]
-        runner.moved(fn, outdated)
+        forward.moved(fn, outdated)
         return self
 
     def __copy__(self) -> Any:
-        made = object.__new__(type(self))
-        vars(made).update(vars(self))
-        return made
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise BadInput(
-            f"a {type(self).__name__} under accelerators cannot be pickled: pickle or save the pipeline that "
-            "accelerate was given, and call hasten.accelerate(pipe, ...) again after loading"
+            f"a {type(self).__name__} under accelerators cannot be pickled: pickle or save the original "
+            "pipeline, and call hasten.accelerate(pipe, ...) again after loading"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        runner: Runner = vars(self)["runner"]
-        inner = copy.deepcopy(runner.plain_copy(), memo)
-        return runner.copied(inner, memo)
+        forward: AcceleratedForward = vars(self)["accelerated_forward"]
+        inner = copy.deepcopy(forward.plain_copy(), memo)
+        return forward.copied(inner, memo)
 
 
 def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> nn.Module:
-    """A copy of a network of `diffusers`, on the same memory, that answers under accelerators.
+    """A copy of a network of `diffusers`, sharing its weights, that runs under accelerators.
 
-    Accelerators see it as a denoiser, of which the pipeline is given the raw output: without any, to the bit that of
-    the network.
+    Accelerators see it as a denoiser, whose raw output the pipeline gets; without any this equals the network's output
+    bit for bit.
 
-    Raises BadInput for a network without split points, and for a `forward` that was replaced where an accelerator
-    would not run it.
+    Args:
+        net: the network.
+        accelerators: to apply.
+        scheduler: of its pipeline.
+
+    Raises:
+        BadInput: for a network without split points, and for a replaced `forward` that an accelerator would bypass.
     """
-    split_network(net)  # before anything: refuses what is not known
-    check_text(net)
-    accelerators, patch = ordered(accelerators), patch_of(net)
+    split_network(net)  # first: refuses unknown networks
+    check_text_conditioning(net)
+    accelerators, patch = ordered(accelerators), replaced_forward(net)
     for one in accelerators:
-        if getattr(one, "inject", 0):
+        if with_defaults(one).inject:
             raise BadInput(
-                f"{format_spec(one)}: a pipeline's scheduler injects nothing: leave inject out, or load a Model"
+                f"{format_spec(one)}: a pipeline's scheduler injects no noise: remove inject, or load a Model"
             )
-        if patch is not None and one.stage < WRAP:
+        if patch is not None and with_defaults(one).stage < WRAP:
             raise BadInput(
                 f"the forward of this {type(net).__name__} was replaced ({_name(patch)}), and {format_spec(one)} "
-                "would not run it: take the patch off first"
+                "would not run it: remove the patch first"
             )
     if patch is not None:
         warnings.warn(
-            f"the forward of this {type(net).__name__} was replaced ({_name(patch)}): it is run as it is, without "
-            f"{', '.join(map(format_spec, accelerators))}; take the patch off to accelerate the network",
+            f"the forward of this {type(net).__name__} was replaced ({_name(patch)}): it runs unchanged, without "
+            f"{', '.join(map(format_spec, accelerators))}; remove the patch to accelerate the network",
             stacklevel=5,
         )
     own = separate(net)
-    module: Any = _of_kind(own)
-    runner = Runner(module, accelerators, scheduler)
-    runner.patch, runner.hooks, runner.original = patch, hooks_of(net), net if patch or hooks_of(net) else None
-    if not runner.hooks and patch is None:  # else both have the same layers
-        runner.given = Given(net)
-    attach(module, net)
+    module: Any = _as_accelerated(own)
+    forward = AcceleratedForward(module, accelerators, scheduler)
+    forward.patch, forward.hooks = patch, diffusers_hooks(net)
+    forward.original = net if patch or forward.hooks else None
+    if not forward.hooks and patch is None:  # else both have the same layers
+        forward.original_network = OriginalNetwork(net)
+    copy_offload_hook(module, net)
     return module
 
 
-def check_text(net: nn.Module) -> None:
-    """Raises BadInput for a network that attends to an image in place of a text, which the split points do not know."""
+def check_text_conditioning(net: nn.Module) -> None:
+    """Refuse a network that attends to an image instead of a text, which has no split points.
+
+    Raises:
+        BadInput: for such a network.
+    """
     config: Any = getattr(net, "config", {})
     if config.get("encoder_hid_dim_type") == "image_proj" or str(config.get("addition_embed_type")).startswith("image"):
         raise BadInput(
-            f"this {type(net).__name__} is given an image embedding in place of a text (Kandinsky 2.2), which "
+            f"this {type(net).__name__} is conditioned on an image embedding instead of a text (Kandinsky 2.2), which "
             "accelerators do not support: use hasten.as_scheduler in its pipeline"
         )
 
 
-def _of_kind(net: nn.Module) -> nn.Module:
-    """The same object as an instance of the accelerated class: both share all that they hold."""
-    module = object.__new__(kind_for(type(net)))  # type: ignore[arg-type]
+def _as_accelerated(net: nn.Module) -> nn.Module:
+    """An instance of the accelerated class that shares all attributes with `net`."""
+    kind: Any = type(net)
+    module: Any = object.__new__(accelerated_class(kind))
     module.__dict__ = vars(net)
     return module
 
 
 def _name(forward: Any) -> str:
+    """The qualified name of a function."""
     return f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', type(forward).__name__)}"
 
 
 @cache
-def kind_for(kind: Any) -> type[Accelerated]:
-    """The class of accelerated networks of this class: a subclass of its name, its `forward` of the same signature."""
+def accelerated_class(kind: Any) -> type[Accelerated]:
+    """A subclass of a network class, of the same name, whose `forward` of the same signature is accelerated."""
 
     @torch.compiler.disable
-    def outside_graphs(runner: Runner, args: Any, kwargs: Any, compiling: bool) -> Any:
-        if compiling and "torch.compile" not in runner.warned:
-            runner.warned.add("torch.compile")
+    def outside_graphs(inner: AcceleratedForward, args: Any, kwargs: Any, compiling: bool) -> Any:
+        if compiling and "torch.compile" not in inner.warned:
+            inner.warned.add("torch.compile")
             warnings.warn(
-                f"a {kind.__name__} under accelerators is not compiled by torch.compile and runs as it is: give "
-                'hasten.accelerate the accelerator "compile" too',
+                f"a {kind.__name__} under accelerators is not compiled by torch.compile and runs uncompiled: "
+                'pass the accelerator "compile" to hasten.accelerate',
                 stacklevel=2,
             )
-        return runner.answer(args, kwargs)
+        return inner.forward(args, kwargs)
 
-    @wraps(kind.forward)  # type: ignore[attr-defined]
+    @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return outside_graphs(self.runner, args, kwargs, torch.compiler.is_compiling())
+        return outside_graphs(self.accelerated_forward, args, kwargs, torch.compiler.is_compiling())
 
-    held = {
+    attributes = {
         "forward": forward,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    return type(kind.__name__, (Accelerated, kind), held)
+    return type(kind.__name__, (Accelerated, kind), attributes)
 
 
-def sampled(
-    pipe: Any, times: tuple[float, ...], whole: tuple[float, ...], prompts: Any, seed: int
+def pipeline_calls(
+    pipe: Any, times: tuple[float, ...], all_times: tuple[float, ...], prompts: Any, seed: int
 ) -> Callable[[int, int], list[Call]] | None:
-    """`SamplingContext.calls` for a pipeline: what its network is given at `times`
-    when DDIM samples on the `whole` times.
+    """`SamplingContext.calls` for a pipeline: the inputs of its network when DDIM samples.
 
-    None where the network wants more than hasten can give it by itself (an image to inpaint).
+    Args:
+        pipe: the pipeline.
+        times: at which the inputs are wanted.
+        all_times: of the sampling.
+        prompts: of the images, or a function that calls the pipeline.
+        seed: of the first image.
+
+    Returns:
+        None where the network has conditions that hasten cannot provide (an image to inpaint).
     """
     from .library import network_of
     from .pipelines import load_pipeline
 
     if callable(prompts):
         net = network_of(pipe)[1]
-        place = PLACES[next(kind.__name__ for kind in type(net).__mro__ if kind.__name__ in PLACES)]
-        return recorded(pipe, prompts, net, place, seed)
+        return record_pipeline_calls(pipe, prompts, net, argument_reader(type(net)), seed)
     try:
         model = load_pipeline(pipe)
     except BadInput:
         return None
 
     def calls(n: int, first: int) -> list[Call]:
-        grid = torch.unique(torch.tensor([*whole, 0.0], dtype=torch.float64)).flip(0)
-        told: Any = {"sampler": "ddim", "times": format_spec(Explicit(tuple(grid.tolist()))), "steps": len(grid) - 1}
-        return drawn_calls(model, n, prompts, seed + first, times, told)
+        grid = torch.unique(torch.tensor([*all_times, 0.0], dtype=torch.float64)).flip(0)
+        config: Any = {"sampler": "ddim", "times": format_spec(Explicit(tuple(grid.tolist()))), "steps": len(grid) - 1}
+        return record_model_calls(model, n, prompts, seed + first, times, config)
 
     return calls

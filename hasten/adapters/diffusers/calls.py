@@ -1,4 +1,4 @@
-"""The arguments of each network's `forward` as x, a time and hasten's names for the conditions; and its answer."""
+"""Conversion of the arguments of each network's `forward` to (x, time, conditions), and of its output."""
 
 from __future__ import annotations
 
@@ -10,69 +10,87 @@ from torch import Tensor, nn
 
 from ...errors import BadInput
 
-__all__ = ["PASSING", "PLACES", "answer", "raw_of"]
+__all__ = ["RESIDUAL_PREFIXES", "argument_reader", "network_output", "raw_output"]
 
-PASSING = ("down_residual_", "mid_residual", "adapter_")
-Place = Callable[[dict[str, Any]], tuple[Tensor, Any, dict[str, Any]]]
+RESIDUAL_PREFIXES = ("down_residual_", "mid_residual", "adapter_")
+ArgumentReader = Callable[[dict[str, Any]], tuple[Tensor, Any, dict[str, Any]]]
 
 
-def answer(net: nn.Module, raw: Tensor) -> Any:
-    """The output object of the network's own forward."""
+def network_output(net: nn.Module, raw: Tensor) -> Any:
+    """The output object of the network's own forward.
+
+    Raises:
+        BadInput: for an unknown network.
+    """
     module = importlib.import_module(type(net).__module__)
     for name in ("UNet2DOutput", "UNet2DConditionOutput", "Transformer2DModelOutput"):
         if hasattr(module, name):
             return getattr(module, name)(sample=raw)
-    raise BadInput(f"the output of {type(net).__name__} is not known: call it with return_dict=False")
+    raise BadInput(f"the output class of {type(net).__name__} is unknown: call it with return_dict=False")
 
 
-# From the arguments of each network's forward: x, the time, and hasten's names for the conditions (see `_seams`).
+# From the arguments of each network's forward to x, the time, and conditions as `split_network` names them.
 
 
-def of_unet(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
-    return given["sample"], given["timestep"], present({"label": given["class_labels"]})
+def unet_arguments(arguments: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Of `UNet2DModel`."""
+    return arguments["sample"], arguments["timestep"], present({"label": arguments["class_labels"]})
 
 
-def of_conditional_unet(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+def conditional_unet_arguments(arguments: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Of `UNet2DConditionModel`."""
     cond: dict[str, Any] = {
-        "text": given["encoder_hidden_states"], "label": given["class_labels"],
-        "timestep_cond": given["timestep_cond"], "mask": given["attention_mask"],
-        "text_mask": given["encoder_attention_mask"], "mid_residual": given["mid_block_additional_residual"],
-    }  # fmt: skip
-    for name, value in (given["added_cond_kwargs"] or {}).items():
+        "text": arguments["encoder_hidden_states"],
+        "label": arguments["class_labels"],
+        "timestep_cond": arguments["timestep_cond"],
+        "mask": arguments["attention_mask"],
+        "text_mask": arguments["encoder_attention_mask"],
+        "mid_residual": arguments["mid_block_additional_residual"],
+    }
+    for name, value in (arguments["added_cond_kwargs"] or {}).items():
         several = value if isinstance(value, (list, tuple)) else None
         cond |= {f"added_{name}": value} if several is None else numbered(f"added_{name}", several)
-    down, within = given["down_block_additional_residuals"], given["down_intrablock_additional_residuals"]
+    down, within = arguments["down_block_additional_residuals"], arguments["down_intrablock_additional_residuals"]
     if down is not None and cond["mid_residual"] is None and within is None:
-        down, within = None, down  # an old way to hand over a T2I-Adapter's
+        down, within = None, down  # the former argument for a T2I-Adapter's
     cond |= numbered("down_residual", down or ()) | numbered("adapter", within or ())
-    options = dict(given["cross_attention_kwargs"] or {})
+    options = dict(arguments["cross_attention_kwargs"] or {})
     if options.pop("scale", 1.0) != 1.0:
-        raise BadInput("a LoRA scale cannot be given to an accelerated network: pipe.fuse_lora(lora_scale=...) before")
-    return given["sample"], given["timestep"], present({**cond, "attention_options": options or None})
+        raise BadInput("an accelerated network takes no LoRA scale: call pipe.fuse_lora(lora_scale=...) before")
+    return arguments["sample"], arguments["timestep"], present({**cond, "attention_options": options or None})
 
 
-def of_dit(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
-    if given["cross_attention_kwargs"]:
-        raise BadInput("cross_attention_kwargs are not known to an accelerated DiT")
-    return given["hidden_states"], given["timestep"], present({"label": given["class_labels"]})
+def dit_arguments(arguments: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Of `DiTTransformer2DModel`."""
+    if arguments["cross_attention_kwargs"]:
+        raise BadInput("cross_attention_kwargs are not supported by an accelerated DiT")
+    return arguments["hidden_states"], arguments["timestep"], present({"label": arguments["class_labels"]})
 
 
-def of_joint_dit(given: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+def joint_dit_arguments(arguments: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Of `SD3Transformer2DModel`."""
     for name in ("block_controlnet_hidden_states", "joint_attention_kwargs", "skip_layers"):
-        if given.get(name):
-            raise BadInput(f"{name} is not known to an accelerated SD3 transformer")
-    cond = {"text": given["encoder_hidden_states"], "added_text_embeds": given["pooled_projections"]}
-    return given["hidden_states"], given["timestep"], present(cond)
+        if arguments.get(name):
+            raise BadInput(f"{name} is not supported by an accelerated SD3 transformer")
+    cond = {"text": arguments["encoder_hidden_states"], "added_text_embeds": arguments["pooled_projections"]}
+    return arguments["hidden_states"], arguments["timestep"], present(cond)
 
 
-PLACES: dict[str, Place] = {
-    "UNet2DModel": of_unet, "UNet2DConditionModel": of_conditional_unet, "DiTTransformer2DModel": of_dit,
-    "SD3Transformer2DModel": of_joint_dit,
-}  # fmt: skip
+ARGUMENT_READERS: dict[str, ArgumentReader] = {
+    "UNet2DModel": unet_arguments,
+    "UNet2DConditionModel": conditional_unet_arguments,
+    "DiTTransformer2DModel": dit_arguments,
+    "SD3Transformer2DModel": joint_dit_arguments,
+}
 
 
-def raw_of(denoiser: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-    """The raw output of an accelerated denoiser; of one that only says x0, what it amounts to (up to rounding)."""
+def argument_reader(kind: type[nn.Module]) -> ArgumentReader:
+    """The conversion of the arguments of `forward` for a class of networks with split points."""
+    return ARGUMENT_READERS[next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)]
+
+
+def raw_output(denoiser: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+    """The raw output of an accelerated denoiser, converted from x0 (up to rounding) where it has no `raw`."""
     if hasattr(type(denoiser), "raw"):
         return denoiser.raw(x, t, **cond)
     _, skip, scale = denoiser.prediction.coefficients(denoiser.schedule.alpha(t), denoiser.schedule.sigma(t))
@@ -80,8 +98,10 @@ def raw_of(denoiser: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
 
 
 def present(cond: dict[str, Any]) -> dict[str, Any]:
+    """The conditions that are not None."""
     return {name: value for name, value in cond.items() if value is not None}
 
 
 def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """{name_0: values[0], name_1: values[1], ...}."""
     return {f"{name}_{k}": value for k, value in enumerate(values)}

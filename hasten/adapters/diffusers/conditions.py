@@ -1,4 +1,4 @@
-"""Both sides of a latent network: prompts before it (`Prompts`), the image decoder after it (`Latents`)."""
+"""Text conditions of a network (`Prompts`), and the image autoencoder of a latent one (`Latents`)."""
 
 from __future__ import annotations
 
@@ -15,85 +15,118 @@ __all__ = ["Latents", "Prompts"]
 
 
 class Prompts:
-    """Conditions of a text-to-image network, made by the pipeline's own `encode_prompt`.
+    """Conditions of a text-to-image network, computed by the pipeline's own `encode_prompt`.
 
     Args:
         pipe: the pipeline.
-        size: height and width of the images in pixels, which SDXL is told.
-        negative: the prompt of guidance's unconditional branch; None: what the pipeline takes for it.
+        size: height and width of the images in pixels, conditions of SDXL.
+        negative: the prompt of guidance's unconditional branch. Default: the pipeline's.
     """
 
     def __init__(self, pipe: Any, size: tuple[int, int], negative: str | None = None) -> None:
         self.pipe, self.size, self.negative = pipe, size, negative
 
     def texts(self, n: int, prompt: Any = None) -> list[str]:
-        """The prompts of n images: one for all, or a sequence, of which image k gets entry `k % len`; None is ""."""
-        given = [prompt] if prompt is None or isinstance(prompt, str) else prompt
-        if not isinstance(given, Sequence) or not given or not all(p is None or isinstance(p, str) for p in given):
+        """The prompts of n images.
+
+        Args:
+            n: images.
+            prompt: one for all, or a sequence of which image k gets entry `k % len`; None means "".
+
+        Raises:
+            BadInput: for anything else.
+        """
+        prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+        if (
+            not isinstance(prompts, Sequence)
+            or not prompts
+            or not all(p is None or isinstance(p, str) for p in prompts)
+        ):
             raise BadInput(f"this model takes prompts: a text or several, found {prompt!r}")
-        return [given[k % len(given)] or "" for k in range(n)]
+        return [prompts[k % len(prompts)] or "" for k in range(n)]
 
     @torch.no_grad()
     def cond(self, n: int, prompt: Any = None, seed: int = 0) -> dict[str, Tensor]:
-        """What the network is told with n images (n, ...), and with `null_` before the name what stands for it in the
-        unconditional branch of guidance."""
+        """The conditions of n images.
+
+        Args:
+            n: images.
+            prompt: see `texts`.
+            seed: not used.
+
+        Returns:
+            Each (n, ...) by name; `null_NAME` replaces NAME in guidance's unconditional branch.
+        """
         texts = self.texts(n, prompt)
-        known = {text: self._encoded(text) for text in dict.fromkeys(texts)}  # one by one: no prompt changes another
+        known = {
+            text: self._encoded(text) for text in dict.fromkeys(texts)
+        }  # one by one: no prompt depends on the others
         return {key: torch.cat([known[text][key] for text in texts]) for key in known[texts[0]]}
 
     def to(self, device: Any) -> Prompts:
-        """With the text encoders moved."""
+        """Move the text encoders to a device, in place."""
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
             if getattr(self.pipe, name, None) is not None:
                 getattr(self.pipe, name).to(device)
         return self
 
     def _encoded(self, text: str) -> dict[str, Tensor]:
-        """One prompt, everything (1, ...)."""
+        """The conditions of one prompt, each (1, ...)."""
         encoder = getattr(self.pipe, "text_encoder", None) or self.pipe.text_encoder_2
-        told: dict[str, Any] = {
-            "prompt": text, "device": encoder.device, "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": True, "negative_prompt": self.negative,
-        }  # fmt: skip
-        wanted = inspect.signature(self.pipe.encode_prompt).parameters
-        told |= {name: None for name in ("prompt_2", "prompt_3") if name in wanted}
+        arguments: dict[str, Any] = {
+            "prompt": text,
+            "device": encoder.device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": True,
+            "negative_prompt": self.negative,
+        }
+        takes = inspect.signature(self.pipe.encode_prompt).parameters
+        arguments |= {name: None for name in ("prompt_2", "prompt_3") if name in takes}
         try:
-            made = self.pipe.encode_prompt(**told)
+            output = self.pipe.encode_prompt(**arguments)
         except (TypeError, ValueError, AttributeError) as error:
-            raise self._unknown("encode_prompt", error) from error
-        if not isinstance(made, tuple) or len(made) not in (2, 4):
-            raise BadInput(f"{type(self.pipe).__name__}.encode_prompt answers in a form that hasten does not know")
+            raise self._unsupported("encode_prompt", error) from error
+        if not isinstance(output, tuple) or len(output) not in (2, 4):
+            raise BadInput(f"{type(self.pipe).__name__}.encode_prompt returns a form that hasten does not know")
         names = ("text", "null_text", "added_text_embeds", "null_added_text_embeds")
-        found = dict(zip(names, made))
+        conditions = dict(zip(names, output))
         if hasattr(self.pipe, "_get_add_time_ids"):
-            found |= self._sizes(found)
-        return found
+            conditions |= self._sizes(conditions)
+        return conditions
 
-    def _sizes(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """SDXL's original size, crop and target size (1, 6): those of an uncropped image of this size. Of a refiner
-        the aesthetic score stands in place of the target size (1, 5), another one in the unconditional branch."""
+    def _sizes(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """SDXL's original size, crop and target size (1, 6), those of an uncropped image of this size.
+
+        A refiner has the aesthetic score in place of the target size (1, 5), another one in the unconditional branch.
+        """
         takes = inspect.signature(self.pipe._get_add_time_ids).parameters
         call = inspect.signature(type(self.pipe).__call__).parameters
-        told: dict[str, Any] = {
-            "original_size": self.size, "crops_coords_top_left": (0, 0), "target_size": self.size,
-            "negative_original_size": self.size, "negative_crops_coords_top_left": (0, 0),
-            "negative_target_size": self.size, "dtype": found["text"].dtype,
-            "text_encoder_projection_dim": found["added_text_embeds"].shape[-1],
-        }  # fmt: skip
-        told |= {name: call[name].default for name in ("aesthetic_score", "negative_aesthetic_score") if name in call}
+        arguments: dict[str, Any] = {
+            "original_size": self.size,
+            "crops_coords_top_left": (0, 0),
+            "target_size": self.size,
+            "negative_original_size": self.size,
+            "negative_crops_coords_top_left": (0, 0),
+            "negative_target_size": self.size,
+            "dtype": conditions["text"].dtype,
+            "text_encoder_projection_dim": conditions["added_text_embeds"].shape[-1],
+        }
+        scores = ("aesthetic_score", "negative_aesthetic_score")
+        arguments |= {name: call[name].default for name in scores if name in call}
         try:
-            made = self.pipe._get_add_time_ids(**{name: value for name, value in told.items() if name in takes})
+            output = self.pipe._get_add_time_ids(**{key: value for key, value in arguments.items() if key in takes})
         except (TypeError, ValueError, AttributeError) as error:
-            raise self._unknown("_get_add_time_ids", error) from error
+            raise self._unsupported("_get_add_time_ids", error) from error
         names = ("added_time_ids", "null_added_time_ids")
-        pairs = zip(names, made if isinstance(made, tuple) else (made,))
-        return {name: ids.to(found["text"].device, found["text"].dtype) for name, ids in pairs}
+        pairs = zip(names, output if isinstance(output, tuple) else (output,))
+        return {name: ids.to(conditions["text"].device, conditions["text"].dtype) for name, ids in pairs}
 
-    def _unknown(self, method: str, error: Exception) -> BadInput:
-        said = " ".join(str(error).split())[:200]
+    def _unsupported(self, method: str, error: Exception) -> BadInput:
+        """The error for a pipeline whose method fails as hasten calls it."""
+        message = " ".join(str(error).split())[:200]
         return BadInput(
-            f"{type(self.pipe).__name__}.{method} cannot be asked as hasten does ({type(error).__name__}: {said}): use "
-            "the pipeline itself, with hasten.as_scheduler(...) or hasten.accelerate(pipe, ...)"
+            f"{type(self.pipe).__name__}.{method} cannot be called as hasten does ({type(error).__name__}: {message}): "
+            "use the pipeline itself, with hasten.as_scheduler(...) or hasten.accelerate(pipe, ...)"
         )
 
 
@@ -102,7 +135,7 @@ class Latents:
 
     Args:
         vae: the autoencoder.
-        rows: images decoded at once.
+        rows: images per batch of the decoder and encoder.
     """
 
     def __init__(self, vae: Any, rows: int = 4) -> None:
@@ -110,18 +143,18 @@ class Latents:
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Images (n, 3, H, W), float32, of latents (n, C, h, w)."""
+        """Images (n, 3, H, W), float32, from latents (n, C, h, w)."""
         scale, shift = self._scales(z.float())
         z = z.float() / scale + shift
         dtype = self.vae.dtype
-        widen = dtype == torch.float16 and bool(self.vae.config.get("force_upcast", False))
-        if widen:  # it overflows in half precision
+        upcast = dtype == torch.float16 and bool(self.vae.config.get("force_upcast", False))
+        if upcast:  # it overflows in half precision
             self.vae.to(torch.float32)
         try:
             parts = z.to(self.vae.device, self.vae.dtype).split(self.rows)
             return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts]).to(z.device)
         finally:
-            if widen:
+            if upcast:
                 self.vae.to(dtype)
 
     def pixels(self, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -131,20 +164,20 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (n, C, h, w), float32, of images (n, 3, H, W): the mode, without noise."""
+        """Latents (n, C, h, w), float32, from images (n, 3, H, W): the mode of the posterior."""
         parts = images.to(self.vae.device, self.vae.dtype).split(self.rows)
-        made = [self.vae.encode(part) for part in parts]
-        z = torch.cat([m.latent_dist.mode() if hasattr(m, "latent_dist") else m.latents for m in made]).float()
+        outputs = [self.vae.encode(part) for part in parts]
+        z = torch.cat([o.latent_dist.mode() if hasattr(o, "latent_dist") else o.latents for o in outputs]).float()
         scale, shift = self._scales(z)
         return ((z - shift) * scale).to(images.device)
 
     def to(self, device: Any) -> Latents:
-        """With the autoencoder moved."""
+        """Move the autoencoder to a device, in place."""
         self.vae.to(device)
         return self
 
     def _scales(self, z: Tensor) -> tuple[Any, Any]:
-        """Scaling and shift, numbers or a number for each channel."""
+        """Scaling and shift: numbers, or tensors (1, C, 1, 1)."""
         config = self.vae.config
         scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
         mean, std = config.get("latents_mean"), config.get("latents_std")

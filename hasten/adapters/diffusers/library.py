@@ -1,4 +1,4 @@
-"""The packages that the adapters need and hasten does not."""
+"""Access to the package `diffusers`, and to the network of a pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ OLDEST = (0, 30)
 
 
 def diffusers() -> Any:
-    """The package `diffusers`. Raises BadInput where it is missing or too old."""
+    """The package `diffusers`.
+
+    Raises:
+        BadInput: where it is missing or too old.
+    """
     try:
         library = importlib.import_module("diffusers")
     except ImportError as error:
@@ -32,25 +36,24 @@ def diffusers() -> Any:
 
 @contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """Within it diffusers and transformers draw no progress bars of their own, which would run through the lines of who
-    loads; those of downloads stay."""
+    """Disable the loading bars of diffusers and transformers within the block; those of downloads stay."""
     logs = []
     for name in ("diffusers.utils.logging", "transformers.utils.logging"):
         try:
             logs.append(importlib.import_module(name))
         except ImportError:
             continue
-    shown = [log for log in logs if log.is_progress_bar_enabled()]
-    hub = importlib.import_module("huggingface_hub.utils")  # diffusers needs it; transformers switches its bars too
+    enabled = [log for log in logs if log.is_progress_bar_enabled()]
+    hub = importlib.import_module("huggingface_hub.utils")  # its bars are switched by transformers too
     downloads = not hub.are_progress_bars_disabled()
-    for log in shown:
+    for log in enabled:
         log.disable_progress_bar()
     if downloads:
         hub.enable_progress_bars()
     try:
         yield
     finally:
-        for log in shown:
+        for log in enabled:
             log.enable_progress_bar()
         if not downloads:
             hub.disable_progress_bars()
@@ -59,13 +62,17 @@ def without_loading_bars() -> Iterator[None]:
 INDEX = "model_index.json"
 
 
-def is_pipeline(thing: Any) -> bool:
-    """Whether a thing is a pipeline of `diffusers` (which is not imported to find out)."""
-    return any(kind.__name__ == "DiffusionPipeline" for kind in type(thing).__mro__)
+def is_pipeline(value: Any) -> bool:
+    """Whether a value is a pipeline of `diffusers`, which is not imported for the check."""
+    return any(kind.__name__ == "DiffusionPipeline" for kind in type(value).__mro__)
 
 
 def network_of(pipe: Any) -> tuple[str, nn.Module]:
-    """The slot of a pipeline that holds its network, and the network, the one inside of `torch.compile`'s."""
+    """The name of a pipeline's component that is its network, and the network, without `torch.compile`'s wrapper.
+
+    Raises:
+        BadInput: where it has neither a unet nor a transformer.
+    """
     for slot in ("unet", "transformer"):
         if isinstance(net := getattr(pipe, slot, None), nn.Module):
             return slot, uncompiled(net)

@@ -1,4 +1,4 @@
-"""Networks of `diffusers` as model.json describes them."""
+"""Descriptions of networks of `diffusers` in model.json."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from ...errors import BadInput
 from ...nets.quantized import layers
 from .library import diffusers
-from .seams import SplitNetwork
+from .split_network import SplitNetwork
 from .wrap import split_network
 
 
 def network_refusal(net: Any) -> str | None:
-    """Why the network inside an adapter cannot be built again from its config; None where it can."""
+    """Why the network of a `SplitNetwork` cannot be built again from its config; None where it can."""
     name = type(net.net).__name__
     if getattr(diffusers(), name, None) is not type(net.net):
         return f"its network is a {name} that diffusers {diffusers().__version__} does not have under that name"
@@ -35,14 +35,18 @@ def network_refusal(net: Any) -> str | None:
 
 
 def network_config(net: Any) -> dict[str, Any]:
-    """What model.json holds of a network of diffusers."""
+    """The description of a network of diffusers in model.json."""
     config = {key: value for key, value in json.loads(net.net.to_json_string()).items() if not key.startswith("_")}
-    found = {"class": type(net.net).__name__, "library": "diffusers", "config": config}
-    return found | ({"whole": True} if net.whole else {})
+    description = {"class": type(net.net).__name__, "library": "diffusers", "config": config}
+    return description | ({"whole": True} if net.with_variance else {})
 
 
 def network_from(description: dict[str, Any]) -> SplitNetwork:
-    """The network that `network_config` described, with random weights. Only kinds that hasten has an adapter for."""
+    """The network of a description by `network_config`, with random weights.
+
+    Raises:
+        BadInput: for a class without split points.
+    """
     from . import transformers as _transformers
     from . import unets as _unets
 

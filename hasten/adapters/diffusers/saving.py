@@ -1,12 +1,12 @@
-"""Models around a network of `diffusers` on disk: as a folder of a pipeline, or as a hasten folder.
+"""Saving models with a network of `diffusers`: as a pipeline's folder, or as a hasten folder.
 
-A *pipeline folder* is what `pipe.save_pretrained` writes, with the model's network and a scheduler that samples as the
-model does, and hasten's model.json beside it: diffusers opens it, and so does hasten. The scheduler is a class of
-diffusers where one makes exactly the model's steps (`stock_scheduler`), else hasten's `PlanScheduler`, for which the
-process must have imported hasten before diffusers opens the folder.
+A *pipeline folder* is written by `pipe.save_pretrained`, with the model's network and a scheduler that samples as the
+model does, and hasten's model.json beside it: both diffusers and hasten load it. The scheduler is a class of diffusers
+where one takes exactly the model's steps (`stock_scheduler`), else hasten's `PlanScheduler`, for which the process must
+have imported hasten before diffusers loads the folder.
 
 What no class of diffusers can express is saved as a *hasten folder*: a network with added inputs (guidance, steps),
-integer layers, an encoder of images, a prediction that diffusers does not know. hasten alone opens it.
+integer layers, an encoder of images, a prediction that diffusers does not have. Only hasten loads it.
 """
 
 from __future__ import annotations
@@ -26,33 +26,48 @@ from ...schedules.discrete import Discrete
 from ..model_like import ModelLike
 from .library import diffusers
 from .schedules import PREDICTIONS, FlowDenoiser
-from .seams import SplitNetwork
+from .split_network import SplitNetwork
 
 DECODER = "decoder"
 
 
 def fits_pipeline(model: ModelLike, network: bool = True) -> bool:
-    """Whether the model can be saved as a folder of its pipeline. network: the network stays one of diffusers."""
+    """Whether the model can be saved as the folder of its pipeline.
+
+    Args:
+        model: to save.
+        network: its network stays one of diffusers.
+    """
     denoiser = model.denoiser
-    read = isinstance(denoiser, FlowDenoiser) or (denoiser.clock == "index" and isinstance(denoiser.schedule, Discrete))
+    expressible = isinstance(denoiser, FlowDenoiser) or (
+        denoiser.clock == "index" and isinstance(denoiser.schedule, Discrete)
+    )
     return (
         network
         and model.pipeline is not None
         and isinstance(denoiser.net, SplitNetwork)
         and next(layers(denoiser.net), None) is None
-        and read
+        and expressible
         and denoiser.prediction.name in PREDICTIONS.values()
         and model.card.get("distilled", {}).get("figures", {}).get("direction") != "encode"
     )
 
 
 def save_pipeline(model: ModelLike, folder: Path) -> dict[str, Any]:
-    """Write the pipeline with the model's network and scheduler; what model.json says of `net` and of `weights`."""
+    """Write the pipeline with the model's network and scheduler.
+
+    Args:
+        model: to save.
+        folder: to write.
+
+    Returns:
+        `net` and `file` (of the weights) for model.json.
+    """
     from .library import network_of
 
     slot, _ = network_of(model.pipeline)
     net = model.denoiser.net
-    pipe = copy.copy(model.pipeline)  # which shares its parts; what is set on the copy stays there
+    pipe = copy.copy(model.pipeline)  # which shares its components; setattr on it leaves the original unchanged
     setattr(pipe, slot, net.net)
     pipe.scheduler = scheduler_of(model)
     pipe.save_pretrained(str(folder), max_shard_size="1000GB")
@@ -65,7 +80,7 @@ def save_pipeline(model: ModelLike, folder: Path) -> dict[str, Any]:
 
 
 def save_decoder(model: ModelLike, folder: Path) -> None:
-    """Write the image decoder of a model of latents beside its network."""
+    """Write the image decoder of a latent model beside its network."""
     if model.decoder is not None:
         model.decoder.vae.save_pretrained(str(folder / DECODER))
 
@@ -86,15 +101,15 @@ def open_decoder(folder: Path) -> Any:
 def scheduler_of(model: ModelLike) -> Any:
     """A scheduler that samples as the model does: of diffusers, of hasten, or, where neither can, the pipeline's.
 
-    A model that recommends what it did when it was loaded keeps the pipeline's.
+    A model whose recommended method is unchanged since it was loaded has the pipeline's.
     """
     from .scheduler import as_scheduler
 
     changed = model.plan is not None or "distilled" in model.card
     if not changed:
         return model.pipeline.scheduler
-    if (found := stock_scheduler(model)) is not None:
-        return found
+    if (stock := stock_scheduler(model)) is not None:
+        return stock
     try:
         if model.plan is not None:
             return as_scheduler(model.plan, like=model)
@@ -102,23 +117,23 @@ def scheduler_of(model: ModelLike) -> Any:
     except BadInput:
         if "distilled" in model.card:
             raise
-        return model.pipeline.scheduler  # the network is the same: its scheduler samples it as well as before
+        return model.pipeline.scheduler  # the network is unchanged, so its scheduler fits
 
 
 def stock_scheduler(model: ModelLike) -> Any:
     """A scheduler of diffusers whose steps are exactly those of the model's plan, None where there is none.
 
-    On the trailing grid of n steps, where n divides the table: DDIMScheduler for DDIM, DDPMScheduler for DDPM with the
-    small variance, LCMScheduler for the multistep consistency sampler. A plan of one step is DDIM's whatever it is.
+    On the trailing grid of n steps, where n divides the table's length: DDIMScheduler for DDIM, DDPMScheduler for DDPM
+    with the small variance, LCMScheduler for the multistep consistency sampler. Any plan of one step is DDIM's.
     """
     plan, denoiser, library = model.plan, model.denoiser, diffusers()
     theirs = {ours: name for name, ours in PREDICTIONS.items()}.get(denoiser.prediction.name)
     table = denoiser.schedule
     if plan is None or not isinstance(table, Discrete) or theirs not in ("epsilon", "v_prediction", "sample"):
         return None
-    config = denoiser.net.config
+    config: Any = denoiser.net.config
     if config.out_channels not in (None, config.in_channels) and hasattr(model.pipeline, "unet"):
-        return None  # a learned variance, which only the pipeline of a DiT takes off before the scheduler
+        return None  # a learned variance, which only the DiT pipeline removes before the scheduler
     size, n = len(table.alphas_cumprod), plan.nfe
     trailing = torch.arange(size, 0, -size / n, dtype=torch.float64)[:n] - 1
     if size % n or n == size or plan.basis is not None or float(plan.times[-1]) != 0 or len(plan.times) != n + 1:
@@ -129,29 +144,34 @@ def stock_scheduler(model: ModelLike) -> Any:
     if name is None:
         return None
     common: dict[str, Any] = {
-        **table_config(model), "prediction_type": theirs, "timestep_spacing": "trailing", "clip_sample": False,
-        "thresholding": False, "steps_offset": 1,  # which this spacing does not use, and some pipelines complain of 0
-    }  # fmt: skip
+        **table_config(model),
+        "prediction_type": theirs,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "thresholding": False,
+        "steps_offset": 1,  # not used by this spacing, but some pipelines warn about 0
+    }
     if name == "DDIMScheduler":
-        made = library.DDIMScheduler(**common, set_alpha_to_one=True)
+        scheduler = library.DDIMScheduler(**common, set_alpha_to_one=True)
     elif name == "LCMScheduler":
         common.pop("timestep_spacing")  # its own grid is the trailing one
-        made = library.LCMScheduler(**common, set_alpha_to_one=True, original_inference_steps=n, timestep_scaling=1e8)
+        common |= {"original_inference_steps": n, "timestep_scaling": 1e8}
+        scheduler = library.LCMScheduler(**common, set_alpha_to_one=True)
     else:
-        made = library.DDPMScheduler(**common, variance_type="fixed_small")
-    same = torch.allclose(made.alphas_cumprod.double(), torch.tensor(table.alphas_cumprod).double(), atol=1e-6)
-    return made if same else None
+        scheduler = library.DDPMScheduler(**common, variance_type="fixed_small")
+    same = torch.allclose(scheduler.alphas_cumprod.double(), torch.tensor(table.alphas_cumprod).double(), atol=1e-6)
+    return scheduler if same else None
 
 
 def sampler_name(model: ModelLike) -> str | None:
-    """The class of diffusers that makes the steps of the model's plan on its times, found by comparing plans."""
+    """The class of diffusers that takes the steps of the model's plan on its times, found by comparing plans."""
     from ...pick import pick
     from ...plan.table import plan as compile_plan
 
     plan = model.plan
     assert plan is not None
-    for spelled, name in (("ddim", "DDIMScheduler"), ("consistency", "LCMScheduler"), ("ddpm", "DDPMScheduler")):
-        other = compile_plan(pick("samplers", spelled), model.denoiser.schedule, plan.times)
+    for spec, name in (("ddim", "DDIMScheduler"), ("consistency", "LCMScheduler"), ("ddpm", "DDPMScheduler")):
+        other = compile_plan(pick("samplers", spec), model.denoiser.schedule, plan.times)
         pairs = [(getattr(plan, key), getattr(other, key)) for key in ("start", "a", "A", "B", "C")]
         if all(one.shape == two.shape and torch.allclose(one, two, atol=1e-7) for one, two in pairs):
             return name
@@ -159,31 +179,32 @@ def sampler_name(model: ModelLike) -> str | None:
 
 
 def table_config(model: ModelLike) -> dict[str, Any]:
-    """The table of the model's schedule, as a scheduler of diffusers takes it: by its own settings or by its betas."""
-    table, theirs = model.denoiser.schedule, dict(model.pipeline.scheduler.config)
+    """Config of a scheduler of diffusers with the table of the model's schedule: the pipeline's own, or betas."""
+    table: Any = model.denoiser.schedule
+    theirs = dict(model.pipeline.scheduler.config)
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     known: Any = {key: theirs[key] for key in keys if theirs.get(key) is not None}
     known |= {"rescale_betas_zero_snr": True} if theirs.get("rescale_betas_zero_snr") else {}
-    wanted: Tensor = torch.tensor(table.alphas_cumprod, dtype=torch.float64)  # type: ignore[attr-defined]
+    expected: Tensor = torch.tensor(table.alphas_cumprod, dtype=torch.float64)
     try:
-        same = torch.allclose(diffusers().DDPMScheduler(**known).alphas_cumprod.double(), wanted, atol=1e-7)
+        same = torch.allclose(diffusers().DDPMScheduler(**known).alphas_cumprod.double(), expected, atol=1e-7)
     except (TypeError, ValueError, NotImplementedError):
         same = False
     if same:
         return known
-    before = torch.cat([torch.ones(1, dtype=torch.float64), wanted[:-1]])
-    return {"num_train_timesteps": len(wanted), "trained_betas": (1 - wanted / before).tolist()}
+    before = torch.cat([torch.ones(1, dtype=torch.float64), expected[:-1]])
+    return {"num_train_timesteps": len(expected), "trained_betas": (1 - expected / before).tolist()}
 
 
 def readme(model: ModelLike, pipe: Any) -> str:
-    """What the folder is and how it is opened."""
+    """The README.md of a pipeline folder."""
     lines = [f"# {model.name}", "", str(model.card.get("summary", f"A {type(pipe).__name__}, saved by hasten.")), ""]
     steps = model.plan.nfe if model.plan is not None else model.steps
     ours = type(pipe.scheduler).__name__ == "PlanScheduler"
     lines += ["With diffusers:", "", "```python", *(["import hasten  # its scheduler"] if ours else [])]
     lines += ["from diffusers import DiffusionPipeline", "", "pipe = DiffusionPipeline.from_pretrained(FOLDER)"]
     alone = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters and "distilled" in model.card
-    more = ", guidance_scale=1" if alone else ""  # the student has its guidance inside
+    more = ", guidance_scale=1" if alone else ""  # the student has its guidance built in
     lines += [f"images = pipe(..., num_inference_steps={steps}{more}).images", "```", ""]
     lines += ["With hasten: `hasten sample FOLDER`, or `hasten.load(FOLDER).sample(4)`.", ""]
     return "\n".join(lines)

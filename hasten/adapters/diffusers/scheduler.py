@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...denoiser import Denoiser
-from ...errors import BadInput
+from ...errors import BadInput, check_choice
 from ...pick import format_spec
 from ...plan.table import Plan
 from ...schedules.base import Schedule
@@ -21,8 +21,9 @@ from ...schedules.discrete import Discrete
 from ...schedules.serialize import schedule_from_dict
 from ...times import Explicit
 from .library import diffusers, is_pipeline
-from .schedules import PREDICTIONS, FlowDenoiser, alike, reading
+from .schedules import PREDICTIONS, FlowDenoiser, read_scheduler, schedules_agree
 
+# Entries of a scheduler's config that say what the network was trained for.
 TABLE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type", "shift", "use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type",
@@ -44,27 +45,33 @@ def as_scheduler(
         pipe.scheduler = hasten.as_scheduler("unipc:order=3", times="angle", like=pipe)
         pipe("a photo of a cat", num_inference_steps=8)
 
-    It takes exactly the steps it is asked for, at fractional network times, with a generator for each sample if the
-    pipeline is given a list; `save_pretrained`, `from_pretrained` and `from_config` work. A process that opens such a
-    pipeline's folder must have imported hasten (`import hasten`) before it calls `from_pretrained`.
+    It takes exactly `num_inference_steps` steps, at fractional timesteps, with one generator per sample if the pipeline
+    gets a list; `save_pretrained`, `from_pretrained` and `from_config` work. A process that loads such a pipeline's
+    folder must have imported hasten (`import hasten`) before it calls `from_pretrained`.
 
     Args:
         method: a linear sampler, as an object or a text; or a `Plan`, as an object or a .json file.
-        times: a time grid, as an object, a text, or the times themselves (steps + 1, from noise to the end); by
-            default "angle". A plan has its own.
-        like: what the network was made for: a pipeline, a scheduler, a scheduler's config, or a `Model` or `Denoiser`.
-            May be left out with a plan, given `prediction`.
-        prediction: "eps", "v", "x0" or "flow", in place of what `like` says.
-        clip: hold x0 to [-clip, clip], for networks of pixels; None: as `like` does, which may also have dynamic
-            thresholding; False: not. The whole step is made from the held x0, as DDIMScheduler does with
+        times: a time grid, as an object, a text, or the times themselves (steps + 1, from noise to the end). Default:
+            "angle". A plan has its own.
+        like: what the network was trained for: a pipeline, a scheduler, a scheduler's config, a `Model` or a
+            `Denoiser`. Optional with a plan and `prediction`.
+        prediction: "eps", "v", "x0" or "flow". Default: that of `like`.
+        clip: clip x0 to [-clip, clip], for networks of pixels; False: do not. Default: as `like` does, which may also
+            have dynamic thresholding. The step uses the clipped x0 throughout, as DDIMScheduler does with
             `use_clipped_model_output=True` (and not without it): where x0 is never beyond, the two agree.
 
-    A flow whose shift depends on the size of the image (`use_dynamic_shifting`) takes it from the pipeline. What
-    pipelines give to `set_timesteps` and `step` beside is taken, or refused by name.
-    """
-    from .scheduler_class import scheduler_class
+    A flow whose shift depends on the image size (`use_dynamic_shifting`) gets it from the pipeline. Other arguments of
+    `set_timesteps` and `step` are used, or refused by name.
 
-    kind, config = scheduler_class(), described(like)
+    Returns:
+        A `PlanScheduler`.
+
+    Raises:
+        BadInput: for a method that a pipeline cannot run, and where `like` and the method do not fit.
+    """
+    from .scheduler_class import plan_scheduler
+
+    kind, config = plan_scheduler(), network_settings(like)
     if not isinstance(method, (str, Path, Plan)) and (isinstance(method, type) or not is_dataclass(method)):
         raise BadInput(f"as_scheduler takes a sampler, as an object or a text, or a Plan, found {method!r}")
     if isinstance(method, (str, Path)) and str(method).endswith(".json"):
@@ -74,16 +81,16 @@ def as_scheduler(
             raise BadInput(f"cannot read {method}: {error.strerror or error}") from error
     if isinstance(method, Plan):
         if times is not None:
-            raise BadInput("a plan holds its times: leave times out")
+            raise BadInput("a plan has its own times: remove times=")
         known = schedule_from_dict(method.schedule)
         if not isinstance(known, (Discrete, Flow)):
             raise BadInput(f"a plan on {type(known).__name__}: the networks of diffusers know tables and flows")
         if like is None:
-            config = scheduled(known)
+            config = schedule_settings(known)
         elif not (
-            config.get("use_dynamic_shifting")  # whose shift is known later
+            config.get("use_dynamic_shifting")  # the shift is known later
             and isinstance(known, Flow)
-            or alike(known, kind(**config).hasten_schedule, method.times)
+            or schedules_agree(known, kind(**config).hasten_schedule, method.times)
         ):
             raise BadInput("the plan was made for another schedule than that of this pipeline")
         config["plan"] = method.to_json()
@@ -97,9 +104,7 @@ def as_scheduler(
         config["times"] = times or "angle"
     if prediction is not None:
         names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-        if prediction not in names:
-            raise BadInput(f"unknown prediction {prediction!r} (choices: {', '.join(names)})")
-        config["prediction_type"] = names[prediction]
+        config["prediction_type"] = names[check_choice("prediction", prediction, names)]
     elif like is None:
         raise BadInput("as_scheduler needs like=, a pipeline or scheduler, or with a plan prediction=")
     if clip is not None:
@@ -110,9 +115,16 @@ def as_scheduler(
     return kind(**config)
 
 
-def described(like: Any) -> dict[str, Any]:
-    """The part of a scheduler's configuration that says what the network was made for."""
-    from .scheduler_class import scheduler_class
+def network_settings(like: Any) -> dict[str, Any]:
+    """The entries of a scheduler's config that say what the network was trained for.
+
+    Args:
+        like: see `as_scheduler`.
+
+    Raises:
+        BadInput: for other objects and unsupported networks.
+    """
+    from .scheduler_class import plan_scheduler
 
     if like is None:
         return {}
@@ -121,41 +133,45 @@ def described(like: Any) -> dict[str, Any]:
     if isinstance(like, Denoiser) or hasattr(like, "prediction") and hasattr(like, "clock"):
         theirs = {ours: theirs for theirs, ours in PREDICTIONS.items()}
         if like.clock != "index" and not isinstance(like, FlowDenoiser):
-            raise BadInput(f"a scheduler of diffusers tells the network an index or sigma, this one wants {like.clock}")
-        return {**scheduled(like.schedule), "prediction_type": theirs[like.prediction.name]}
+            raise BadInput(
+                f"the time input of networks of diffusers is an index or sigma, that of this one is {like.clock}"
+            )
+        return {**schedule_settings(like.schedule), "prediction_type": theirs[like.prediction.name]}
     scheduler = like.scheduler if is_pipeline(like) else like
     if hasattr(scheduler, "config"):
-        read, config = reading(scheduler), dict(scheduler.config)
+        spec, config = read_scheduler(scheduler), dict(scheduler.config)
     elif isinstance(scheduler, Mapping):
-        read, config = None, dict(scheduler)
+        spec, config = None, dict(scheduler)
     else:
         raise BadInput(f"like= takes a pipeline, a scheduler, its config, a Model or a Denoiser, found {like!r}")
-    kept = {key: config[key] for key in TABLE if key in config} | clipping(scheduler, config)
-    if kept.get("trained_betas") is not None:
-        kept["trained_betas"] = [float(beta) for beta in kept["trained_betas"]]
-    if "FlowMatch" in str(config.get("_class_name") or type(scheduler).__name__) and not kept.get("use_flow_sigmas"):
-        # which tells pipelines (Flux) that the scheduler has noise levels of its own
-        kept |= {"use_flow_sigmas": True, "flow_shift": kept.get("shift") or 1.0}
-    if read is None:
-        return kept
-    kept["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[read.prediction]
+    settings = {key: config[key] for key in TABLE if key in config} | clipping_settings(scheduler, config)
+    if settings.get("trained_betas") is not None:
+        settings["trained_betas"] = [float(beta) for beta in settings["trained_betas"]]
+    if "FlowMatch" in str(config.get("_class_name") or type(scheduler).__name__) and not settings.get(
+        "use_flow_sigmas"
+    ):
+        # by which pipelines (Flux) see that the scheduler has its own noise levels
+        settings |= {"use_flow_sigmas": True, "flow_shift": settings.get("shift") or 1.0}
+    if spec is None:
+        return settings
+    settings["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[spec.prediction]
     try:
-        same = scheduler_class()(**kept).hasten_schedule == read.schedule
-    except NotImplementedError:  # betas of a kind that only that scheduler knows
+        same = plan_scheduler()(**settings).hasten_schedule == spec.schedule
+    except NotImplementedError:  # a kind of betas that only that scheduler has
         same = False
     if same:
-        return kept
-    more = {key: kept[key] for key in ("prediction_type", "clip", *THRESHOLDING) if key in kept}
-    return {**scheduled(read.schedule), **more}
+        return settings
+    more = {key: settings[key] for key in ("prediction_type", "clip", *THRESHOLDING) if key in settings}
+    return {**schedule_settings(spec.schedule), **more}
 
 
-def clipping(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """How a scheduler holds x0 within bounds: `clip`, or the arguments of dynamic thresholding; {} where it does not.
+def clipping_settings(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """How a scheduler clips x0: `clip`, or the arguments of dynamic thresholding; {} where it does not.
 
-    Configurations carry what other schedulers wanted, so only what this scheduler itself takes counts.
+    A config may have entries of other schedulers, so only arguments of this scheduler's class count.
     """
     if "clip" in config:
-        return {key: config[key] for key in ("clip", *THRESHOLDING) if key in config}  # one of ours
+        return {key: config[key] for key in ("clip", *THRESHOLDING) if key in config}  # a PlanScheduler
     kind = (
         type(scheduler) if hasattr(scheduler, "config") else getattr(diffusers(), str(config.get("_class_name")), None)
     )
@@ -167,8 +183,8 @@ def clipping(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def scheduled(schedule: Schedule) -> dict[str, Any]:
-    """The configuration that only a schedule gives."""
+def schedule_settings(schedule: Schedule) -> dict[str, Any]:
+    """The entries of a config for a schedule alone."""
     if isinstance(schedule, Discrete):
         return {"num_train_timesteps": len(schedule.alphas_cumprod), "plan_schedule": schedule.to_dict()}
     return {"num_train_timesteps": 1000, "plan_schedule": schedule.to_dict()}

@@ -1,4 +1,4 @@
-"""Which query of a sampling a pipeline is at, by its scheduler's timesteps and without waiting for the device."""
+"""Which evaluation of a sampling a pipeline is at, from its scheduler's timesteps, without a device synchronisation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ __all__ = ["Timeline"]
 
 
 class Timeline:
-    """The queries of one sampling after another.
+    """Counts the evaluations of consecutive samplings.
 
     Attributes:
-        values: the scheduler's timesteps, in the network's own time.
-        begin: the place in them where the sampling began; -1 where its first time is none of them.
-        regular: whether the network has been asked once at each of them, in order. It is not where a pipeline asks
-            twice a step, goes back, or has another scheduler than the one that is followed.
+        values: the scheduler's timesteps, as numbers.
+        begin: the index of the timestep where the sampling began; -1 where its first time is none of them.
+        done: evaluations since then.
+        regular: whether the network was evaluated once at each timestep, in order. It is not where a pipeline evaluates
+            twice per step, goes back, or has another scheduler.
     """
 
     def __init__(self) -> None:
@@ -27,66 +28,81 @@ class Timeline:
         self.values: list[float] = []
         self.begin, self.done, self.regular = -1, 0, True
 
-    def ask(self, scheduler: Any, timestep: Any) -> bool:
-        """Count one query at this timestep (a number, () or (B,)). Returns whether a sampling begins with it."""
-        table, fresh = scheduler.timesteps, scheduler.timesteps is not self.table
-        if fresh:
-            self.table, self.values = table, numbers(table)
+    def advance(self, scheduler: Any, timestep: Any) -> bool:
+        """Count one evaluation.
+
+        Args:
+            scheduler: of the pipeline.
+            timestep: a number, () or (B,).
+
+        Returns:
+            Whether a sampling begins with it.
+        """
+        table = scheduler.timesteps
+        if table is not self.table:
+            self.table, self.values = table, as_floats(table)
             self.begin, self.done = -1, 0
             self.regular = getattr(scheduler, "num_inference_steps", 0) is not None  # its set_timesteps was called
-        place = place_in(timestep, table)
-        value = None if place is not None else one_number(timestep)
-        if self.done and self._open():
+        index = index_in_table(timestep, table)
+        value = None if index is not None else single_timestep(timestep)
+        if self.done and self._unfinished():
             expected = self.begin + self.done
-            if self.begin >= 0 and (place == expected if value is None else near(self.values[expected], value)):
+            if self.begin >= 0 and (index == expected if value is None else is_close(self.values[expected], value)):
                 self.done += 1
                 return False
             self.regular = False
-        if place is None:
-            place = self._found(value, getattr(scheduler, "begin_index", None))  # type: ignore[arg-type]
-        self.begin, self.done = place, 1
+        if value is not None:
+            index = self._nearest_index(value, getattr(scheduler, "begin_index", None))
+        self.begin, self.done = -1 if index is None else index, 1
         return True
 
-    def _open(self) -> bool:
-        """Whether the sampling is not over."""
+    def _unfinished(self) -> bool:
+        """Whether timesteps remain."""
         return self.begin < 0 or self.begin + self.done < len(self.values)
 
-    def _found(self, value: float, begin: Any) -> int:
-        if isinstance(begin, int) and 0 <= begin < len(self.values) and near(self.values[begin], value):
+    def _nearest_index(self, value: float, begin: Any) -> int:
+        """The index of a time in `values`, `begin` where several are equal; -1 where it is none of them."""
+        if isinstance(begin, int) and 0 <= begin < len(self.values) and is_close(self.values[begin], value):
             return begin
-        return next((k for k, known in enumerate(self.values) if near(known, value)), -1)
+        return next((k for k, known in enumerate(self.values) if is_close(known, value)), -1)
 
 
-def near(known: float, value: float) -> bool:
+def is_close(known: float, value: float) -> bool:
+    """Whether two times are equal up to rounding."""
     return abs(known - value) <= 1e-6 * max(1.0, abs(value))
 
 
-def numbers(timesteps: Any) -> list[float]:
-    """The numbers of a tensor; copied first and widened then, since not every device has float64."""
+def as_floats(timesteps: Any) -> list[float]:
+    """The numbers of a tensor; moved to the CPU before the cast, since not every device has float64."""
     return torch.as_tensor(timesteps).detach().cpu().double().flatten().tolist()
 
 
-def one_number(timestep: Any) -> float:
-    """The time that all the batch is asked at."""
-    found = numbers(timestep)
-    if any(value != found[0] for value in found):
-        raise BadInput("an accelerated network must be asked at one time for all its batch")
-    return found[0]
+def single_timestep(timestep: Any) -> float:
+    """The timestep of all samples of the batch.
+
+    Raises:
+        BadInput: where they differ.
+    """
+    values = as_floats(timestep)
+    if any(value != values[0] for value in values):
+        raise BadInput("an accelerated network must be evaluated at one time for all samples of a batch")
+    return values[0]
 
 
-def place_in(timestep: Any, table: Any) -> int | None:
-    """Which entry of a table (N,) a timestep is, where it is a view of one; None where that cannot be told."""
+def index_in_table(timestep: Any, table: Any) -> int | None:
+    """The index in a table (N,) of a timestep that is a view of one of its entries; else None."""
     if not isinstance(timestep, Tensor) or not isinstance(table, Tensor) or table.ndim != 1:
         return None
     if not _same_memory(timestep, table) or timestep.dtype != table.dtype or not timestep.numel():
         return None
     if any(size > 1 and stride for size, stride in zip(timestep.shape, timestep.stride())):
         return None  # several entries
-    place, rest = divmod(timestep.storage_offset() - table.storage_offset(), table.stride(0) or 1)
-    return place if not rest and 0 <= place < len(table) else None
+    index, rest = divmod(int(timestep.storage_offset()) - int(table.storage_offset()), table.stride(0) or 1)
+    return index if not rest and 0 <= index < len(table) else None
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share their storage."""
     base = b if b._base is None else b._base
     if a._base is not None and a._base is base:
         return True

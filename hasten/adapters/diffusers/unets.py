@@ -1,4 +1,4 @@
-"""Seams for the U-Nets of `diffusers`: `embed`, `encode` and `decode`, and the shallow part where there is one."""
+"""Split points of the U-Nets of `diffusers`: `embed`, `encode`, `decode`, and the shallow part of some."""
 
 from __future__ import annotations
 
@@ -9,71 +9,74 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import BadInput
-from .seams import Emb, SplitNetwork, dtype_of, guidance_features
+from .split_network import Embeddings, SplitNetwork, dtype_of, guidance_features
 
-__all__ = ["KINDS", "ConditionalUNet", "UNet"]
+__all__ = ["KINDS", "SplitConditionalUNet", "SplitUNet"]
 
-# Down blocks that are residual blocks, with or without attention, and then a downsampler: they can be cut before it.
-CUTTABLE = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"}
+# Down blocks of residual blocks, with or without attention, and a downsampler, before which they can be split.
+SHALLOW_BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"}
 CONDITIONS = ("text", "label", "guidance", "timestep_cond", "mask", "text_mask", "mid_residual", "attention_options")
 PREFIXES = ("added_", "down_residual_", "adapter_")
-Aside = dict[str, Any]  # what the contracting half carries beside its features: adapters still to come, an image
+Carry = dict[str, Any]  # state of the contracting half beside its features: remaining adapters, NCSN++'s image
 
 
-class _UNet(SplitNetwork):
-    """What both kinds share: the order of the parts. Subclasses say how each part is called."""
+class _SplitUNet(SplitNetwork):
+    """The order of the parts, which both kinds share. Subclasses call each part with its arguments."""
 
-    def embed(self, time: Tensor, **cond: Any) -> Emb:
-        """Time (B,) and conditions as the blocks read them."""
+    def embed(self, time: Tensor, **cond: Any) -> Embeddings:
+        """Embeddings of time (B,) and conditions."""
         raise NotImplementedError
 
-    def encode(self, x: Tensor, emb: Emb) -> tuple[list[Tensor], Tensor]:
-        """The contracting half and the middle: (skips, middle), with what a ControlNet adds to them."""
-        aside: Aside = {"adapters": emb.several("adapter")}
-        x = self._stem(x, emb, aside)
+    def encode(self, x: Tensor, emb: Embeddings) -> tuple[list[Tensor], Tensor]:
+        """The contracting half and the middle block: (skips, middle), with a ControlNet's residuals."""
+        carry: Carry = {"adapters": emb.several("adapter")}
+        x = self._stem(x, emb, carry)
         skips = [x]
-        for block in self.net.down_blocks:
-            x, more = self._down(block, x, emb, aside)
+        for block in self._parts.down_blocks:
+            x, more = self._down(block, x, emb, carry)
             skips += more
-        return self._controlled(skips, emb), self._middle(x, emb, aside)
+        return self._controlled(skips, emb), self._middle(x, emb, carry)
 
-    def decode(self, skips: list[Tensor], middle: Tensor, emb: Emb) -> Tensor:
-        """The expanding half: what `encode` returned, under an embedding that may be of another time -> raw."""
-        return self._head(*self._ups(list(skips), middle, emb, 0, len(self.net.up_blocks)), emb)
+    def decode(self, skips: list[Tensor], middle: Tensor, emb: Embeddings) -> Tensor:
+        """The expanding half: raw output from `encode`'s features, with embeddings that may be of another time."""
+        return self._head(*self._ups(list(skips), middle, emb, 0, len(self._parts.up_blocks)), emb)
 
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
         """Raw output (B, *S) at noisy x (B, *S)."""
         emb = self.embed(time, **cond)
         return self.decode(*self.encode(x, emb), emb)
 
-    def _ups(self, skips: list[Tensor], x: Tensor, emb: Emb, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-        """The up blocks first..last-1, which take from the end of `skips`; and NCSN++'s image that grows beside x."""
-        beside: Tensor | None = None
+    def _ups(
+        self, skips: list[Tensor], x: Tensor, emb: Embeddings, first: int, last: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The up blocks first to last - 1, which take skips from the end of the list; also NCSN++'s output image."""
+        image: Tensor | None = None
         doublings = 2 ** getattr(self.net, "num_upsamplers", 0)
         uneven = any(side % doublings for side in skips[0].shape[-2:])
-        blocks = list(self.net.up_blocks)[first:last]
+        blocks = list(self._parts.up_blocks)[first:last]
         if blocks and getattr(blocks[0], "b1", None):
-            x = x.clone()  # FreeU multiplies it where it lies, and it may be kept for the next query
+            x = x.clone()  # FreeU scales it in place, and it may be cached for the next evaluation
         for block in blocks:
             count = len(block.resnets)
             mine = tuple(skips[-count:])
             del skips[-count:]
-            x, beside = self._up(block, x, mine, emb, skips[-1].shape[2:] if uneven and skips else None, beside)
-        return x, beside
+            x, image = self._up(block, x, mine, emb, skips[-1].shape[2:] if uneven and skips else None, image)
+        return x, image
 
-    def _controlled(self, skips: list[Tensor], emb: Emb, first: int = 0) -> list[Tensor]:
-        """Skips, of which the first is number `first`, with the residuals of a ControlNet."""
+    def _controlled(self, skips: list[Tensor], emb: Embeddings, first: int = 0) -> list[Tensor]:
+        """The skips, of which the first has index `first`, with the residuals of a ControlNet."""
         if emb["mid_residual"] is None:
             return skips
         return [skip + residual for skip, residual in zip(skips, emb.several("down_residual")[first:])]
 
-    # the shallow part, which only some have: see `_Shallow`
+    # the shallow part, public in `_Shallow`
 
-    def _shallow_encode(self, x: Tensor, emb: Emb) -> list[Tensor]:
+    def _shallow_encode(self, x: Tensor, emb: Embeddings) -> list[Tensor]:
+        """See `_Shallow.shallow_encode`."""
         if emb.several("adapter"):
-            raise BadInput("the shallow part of this U-Net is not known under a T2I-Adapter: leave DeepCache or it out")
+            raise BadInput("DeepCache does not support a T2I-Adapter on this U-Net: remove one of them")
         x = self._stem(x, emb, {"adapters": []})
-        block, first = self.net.down_blocks[0], [x]
+        block, first = self._parts.down_blocks[0], [x]
         for k, resnet in enumerate(block.resnets):
             x = resnet(x, emb["time"])
             if getattr(block, "attentions", None) is not None:
@@ -81,53 +84,62 @@ class _UNet(SplitNetwork):
             first.append(x)
         return first
 
-    def _deep(self, first: list[Tensor], emb: Emb) -> Tensor:
-        x, block, aside = first[-1], self.net.down_blocks[0], Aside(adapters=[])
+    def _deep(self, first: list[Tensor], emb: Embeddings) -> Tensor:
+        """See `_Shallow.deep`."""
+        x, block = first[-1], self._parts.down_blocks[0]
+        carry: Carry = {"adapters": []}
         resnet = getattr(block, "downsample_type", "") == "resnet"
         for downsampler in block.downsamplers:
             x = downsampler(x, temb=emb["time"]) if resnet else downsampler(x)
         skips = [x]
-        for down in list(self.net.down_blocks)[1:]:
-            x, more = self._down(down, x, emb, aside)
+        for down in list(self._parts.down_blocks)[1:]:
+            x, more = self._down(down, x, emb, carry)
             skips += more
-        middle = self._middle(x, emb, aside)
+        middle = self._middle(x, emb, carry)
         skips = self._controlled(skips, emb, len(first))
-        return self._ups([*first, *skips], middle, emb, 0, len(self.net.up_blocks) - 1)[0]
+        return self._ups([*first, *skips], middle, emb, 0, len(self._parts.up_blocks) - 1)[0]
 
-    def _shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Emb) -> Tensor:
-        last = len(self.net.up_blocks)
+    def _shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Embeddings) -> Tensor:
+        """See `_Shallow.shallow_decode`."""
+        last = len(self._parts.up_blocks)
         return self._head(*self._ups(self._controlled(list(first), emb), up_input, emb, last - 1, last), emb)
 
-    # how each part is called
+    # calls of the parts
 
-    def _attention(self, attention: nn.Module, x: Tensor, emb: Emb) -> Tensor:
+    def _attention(self, attention: nn.Module, x: Tensor, emb: Embeddings) -> Tensor:
+        """Apply an attention layer."""
         return attention(x)
 
-    def _stem(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _stem(self, x: Tensor, emb: Embeddings, carry: Carry) -> Tensor:
+        """The input convolution."""
         raise NotImplementedError
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Emb, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A down block: its output and its skips."""
         raise NotImplementedError
 
-    def _middle(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _middle(self, x: Tensor, emb: Embeddings, carry: Carry) -> Tensor:
+        """The middle block."""
         raise NotImplementedError
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Emb, size: Any, beside: Tensor | None
+        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """An up block: its output and NCSN++'s image."""
         raise NotImplementedError
 
-    def _head(self, x: Tensor, beside: Tensor | None, emb: Emb) -> Tensor:
+    def _head(self, x: Tensor, image: Tensor | None, emb: Embeddings) -> Tensor:
+        """The output layers."""
         raise NotImplementedError
 
 
-class UNet(_UNet):
-    """Seams of `UNet2DModel`. Conditions: `label`."""
+class SplitUNet(_SplitUNet):
+    """`UNet2DModel` with split points. Conditions: `label`."""
 
-    def embed(self, time: Tensor, **cond: Any) -> Emb:
-        """The embedding of time and class, and the time itself (by which NCSN++ divides)."""
-        self._known(cond, ("label",))
-        net, label, dtype = self.net, cond.get("label"), dtype_of(self.net)
+    def embed(self, time: Tensor, **cond: Any) -> Embeddings:
+        """The embedding of time and class, and the time itself (by which NCSN++ divides its output)."""
+        self._check_conditions(cond, ("label",))
+        net, label, dtype = self._parts, cond.get("label"), dtype_of(self.net)
         time = time.long() if isinstance(net.time_proj, nn.Embedding) else time
         emb = net.time_embedding(net.time_proj(time).to(dtype))
         if net.class_embedding is not None:
@@ -136,83 +148,85 @@ class UNet(_UNet):
             label = net.time_proj(label).to(dtype) if net.config.class_embed_type == "timestep" else label
             emb = emb + net.class_embedding(label).to(dtype)
         elif label is not None:
-            raise BadInput(f"this {type(net).__name__} has no classes, so label= means nothing to it")
-        return Emb({"time": emb, "clock": time})
+            raise BadInput(f"this {type(net).__name__} has no classes: do not pass label=")
+        return Embeddings({"time": emb, "clock": time})
 
-    def _stem(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _stem(self, x: Tensor, emb: Embeddings, carry: Carry) -> Tensor:
         x = 2 * x - 1.0 if self.config.center_input_sample else x
-        aside["image"] = x  # which NCSN++ halves beside its features
-        return self.net.conv_in(x)
+        carry["image"] = x  # which NCSN++ downsamples along with its features
+        return self._parts.conv_in(x)
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Emb, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not hasattr(block, "skip_conv"):
             return block(hidden_states=x, temb=emb["time"])
-        x, more, aside["image"] = block(hidden_states=x, temb=emb["time"], skip_sample=aside["image"])
+        x, more, carry["image"] = block(hidden_states=x, temb=emb["time"], skip_sample=carry["image"])
         return x, more
 
-    def _middle(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
-        return x if self.net.mid_block is None else self.net.mid_block(x, emb["time"])
+    def _middle(self, x: Tensor, emb: Embeddings, carry: Carry) -> Tensor:
+        return x if self._parts.mid_block is None else self._parts.mid_block(x, emb["time"])
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Emb, size: Any, beside: Tensor | None
+        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if hasattr(block, "skip_conv"):
-            return block(x, skips, emb["time"], beside)
-        return block(x, skips, emb["time"]), beside
+            return block(x, skips, emb["time"], image)
+        return block(x, skips, emb["time"]), image
 
-    def _head(self, x: Tensor, beside: Tensor | None, emb: Emb) -> Tensor:
-        x = self.net.conv_out(self.net.conv_act(self.net.conv_norm_out(x)))
-        x = x if beside is None else x + beside
+    def _head(self, x: Tensor, image: Tensor | None, emb: Embeddings) -> Tensor:
+        x = self._parts.conv_out(self._parts.conv_act(self._parts.conv_norm_out(x)))
+        x = x if image is None else x + image
         if self.config.time_embedding_type == "fourier":
             x = x / emb["clock"].reshape(len(x), *[1] * (x.ndim - 1))
-        return self._kept(x)
+        return self._without_variance(x)
 
 
-class ConditionalUNet(_UNet):
-    """Seams of `UNet2DConditionModel` (Stable Diffusion 1, 2, XL and their kin).
+class SplitConditionalUNet(_SplitUNet):
+    """`UNet2DConditionModel` (Stable Diffusion 1, 2, XL, ...) with split points.
 
-    Conditions: see `_seams`; `attention_options` is its `cross_attention_kwargs`, without tensors.
+    Conditions: see `split_network`; `attention_options` is its `cross_attention_kwargs`, without tensors.
     """
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:
-        """Of a network that reads its guidance scale (a latent consistency model); 1 is no guidance."""
+        """The range of a guidance scale that is an input (of a latent consistency model), else None; 1: no guidance."""
         return None if self.config.time_cond_proj_dim is None else (1.0, 15.0)
 
-    def embed(self, time: Tensor, **cond: Any) -> Emb:
-        """All that the blocks read but x."""
-        cond = {**cond, **self.beside.conditions}
-        self._known(cond, CONDITIONS, PREFIXES)
-        net, dtype = self.net, dtype_of(self.net)
-        text, told = cond.get("text"), cond.get("timestep_cond")
+    def embed(self, time: Tensor, **cond: Any) -> Embeddings:
+        """Embeddings of all that the blocks read except x."""
+        cond = {**cond, **self.side_inputs.conditions}
+        self._check_conditions(cond, CONDITIONS, PREFIXES)
+        net, dtype = self._parts, dtype_of(self.net)
+        text, timestep_cond = cond.get("text"), cond.get("timestep_cond")
         if text is None:
-            raise BadInput(f"{type(net).__name__} needs text=, what its text encoder makes of a prompt (B, L, D)")
+            raise BadInput(f"{type(net).__name__} needs text=, the text encoder's output for a prompt (B, L, D)")
         options = cond.get("attention_options") or {}
         if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(options)):
-            raise BadInput(f"cross_attention_kwargs with tensors are not known to the seams, found {sorted(options)}")
-        like = time.new_empty((len(time), 0), dtype=dtype)  # these want a sample for its length, dtype and device
-        if told is None and cond.get("guidance") is not None:
-            told = guidance_features(cond["guidance"], int(self.config.time_cond_proj_dim)).to(dtype)
-        emb = net.time_embedding(net.get_time_embed(sample=like, timestep=time), told)
+            raise BadInput(
+                f"cross_attention_kwargs with tensors are not supported with split points, found {sorted(options)}"
+            )
+        like = time.new_empty((len(time), 0), dtype=dtype)  # only its length, dtype and device are used
+        if timestep_cond is None and cond.get("guidance") is not None:
+            timestep_cond = guidance_features(cond["guidance"], int(self.config.time_cond_proj_dim)).to(dtype)
+        emb = net.time_embedding(net.get_time_embed(sample=like, timestep=time), timestep_cond)
         classes = net.get_class_embed(sample=like, class_labels=cond.get("label"))
         if classes is not None:
             emb = torch.cat([emb, classes], dim=-1) if self.config.class_embeddings_concat else emb + classes
         added = _added(cond)
-        more, hint = net.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added), None
+        augmented, hint = net.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added), None
         if self.config.addition_embed_type == "image_hint":
-            more, hint = more
-        emb = emb if more is None else emb + more
+            augmented, hint = augmented
+        emb = emb if augmented is None else emb + augmented
         emb = emb if net.time_embed_act is None else net.time_embed_act(emb)
         text = net.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
-        text, beside = (text[0], text[1]) if isinstance(text, tuple) else (text, ())
-        kept = {key: value for key, value in cond.items() if key.startswith(("down_residual_", "adapter_"))}
-        images = {f"image_{k}": image for k, image in enumerate(beside)}
+        text, image_embeds = (text[0], text[1]) if isinstance(text, tuple) else (text, ())
+        residuals = {key: value for key, value in cond.items() if key.startswith(("down_residual_", "adapter_"))}
+        images = {f"image_{k}": image for k, image in enumerate(image_embeds)}
         masks = {key: _bias(cond.get(key), dtype) for key in ("mask", "text_mask")}
-        told_all = {"time": emb, "text": text, "hint": hint, "mid_residual": cond.get("mid_residual")}
-        return Emb({**told_all, **masks, **images, **kept}, dict(options))
+        tensors = {"time": emb, "text": text, "hint": hint, "mid_residual": cond.get("mid_residual")}
+        return Embeddings({**tensors, **masks, **images, **residuals}, dict(options))
 
-    def _reading(self, emb: Emb) -> dict[str, Any]:
-        """What blocks with cross-attention are given."""
+    def _attention_arguments(self, emb: Embeddings) -> dict[str, Any]:
+        """Keyword arguments of blocks with cross-attention."""
         text, images = emb["text"], emb.several("image")
         return {
             "encoder_hidden_states": (text, images) if images else text,
@@ -221,103 +235,103 @@ class ConditionalUNet(_UNet):
             "cross_attention_kwargs": dict(emb.options) or None,
         }
 
-    def _attention(self, attention: nn.Module, x: Tensor, emb: Emb) -> Tensor:
-        if not getattr(self.net.down_blocks[0], "has_cross_attention", False):
+    def _attention(self, attention: nn.Module, x: Tensor, emb: Embeddings) -> Tensor:
+        if not getattr(self._parts.down_blocks[0], "has_cross_attention", False):
             return attention(x, **emb.options)
-        return attention(x, **self._reading(emb), return_dict=False)[0]
+        return attention(x, **self._attention_arguments(emb), return_dict=False)[0]
 
-    def _stem(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
+    def _stem(self, x: Tensor, emb: Embeddings, carry: Carry) -> Tensor:
         x = 2 * x - 1.0 if self.config.center_input_sample else x
-        return self.net.conv_in(x if emb["hint"] is None else torch.cat([x, emb["hint"]], dim=1))
+        return self._parts.conv_in(x if emb["hint"] is None else torch.cat([x, emb["hint"]], dim=1))
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Emb, aside: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
-        adapter = aside["adapters"].pop(0) if aside["adapters"] else None
+    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
+        adapter = carry["adapters"].pop(0) if carry["adapters"] else None
         if getattr(block, "has_cross_attention", False):
             more = {} if adapter is None else {"additional_residuals": adapter}
-            return block(hidden_states=x, temb=emb["time"], **self._reading(emb), **more)
+            return block(hidden_states=x, temb=emb["time"], **self._attention_arguments(emb), **more)
         x, skips = block(hidden_states=x, temb=emb["time"])
         if adapter is not None:
-            x += adapter  # in place, as diffusers does: the last skip is this very tensor
+            x += adapter  # in place, as in diffusers: the last skip is the same tensor
         return x, skips
 
-    def _middle(self, x: Tensor, emb: Emb, aside: Aside) -> Tensor:
-        block = self.net.mid_block
+    def _middle(self, x: Tensor, emb: Embeddings, carry: Carry) -> Tensor:
+        block = self._parts.mid_block
         if block is not None:
             crossed = getattr(block, "has_cross_attention", False)
-            x = block(x, emb["time"], **self._reading(emb)) if crossed else block(x, emb["time"])
-            if aside["adapters"] and x.shape == aside["adapters"][0].shape:
-                x = x + aside["adapters"].pop(0)
+            x = block(x, emb["time"], **self._attention_arguments(emb)) if crossed else block(x, emb["time"])
+            if carry["adapters"] and x.shape == carry["adapters"][0].shape:
+                x = x + carry["adapters"].pop(0)
         return x if emb["mid_residual"] is None else x + emb["mid_residual"]
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Emb, size: Any, beside: Tensor | None
+        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        told = {"hidden_states": x, "temb": emb["time"], "res_hidden_states_tuple": skips, "upsample_size": size}
+        arguments = {"hidden_states": x, "temb": emb["time"], "res_hidden_states_tuple": skips, "upsample_size": size}
         crossed = getattr(block, "has_cross_attention", False)
-        return (block(**told, **self._reading(emb)) if crossed else block(**told)), beside
+        return (block(**arguments, **self._attention_arguments(emb)) if crossed else block(**arguments)), image
 
-    def _head(self, x: Tensor, beside: Tensor | None, emb: Emb) -> Tensor:
-        if self.net.conv_norm_out is not None:
-            x = self.net.conv_act(self.net.conv_norm_out(x))
-        return self._kept(self.net.conv_out(x))
+    def _head(self, x: Tensor, image: Tensor | None, emb: Embeddings) -> Tensor:
+        if self._parts.conv_norm_out is not None:
+            x = self._parts.conv_act(self._parts.conv_norm_out(x))
+        return self._without_variance(self._parts.conv_out(x))
 
 
-class _Shallow(_UNet):
-    """DeepCache's seam: forward == shallow_decode(s, deep(s, emb), emb) with s = shallow_encode(x, emb)."""
+class _Shallow(_SplitUNet):
+    """DeepCache's split point: forward == shallow_decode(s, deep(s, emb), emb) with s = shallow_encode(x, emb)."""
 
-    def shallow_encode(self, x: Tensor, emb: Emb) -> list[Tensor]:
-        """All of the first down block but its end: the skips of the last up block, without a ControlNet's part."""
+    def shallow_encode(self, x: Tensor, emb: Embeddings) -> list[Tensor]:
+        """The first down block before its downsampler: the last up block's skips, without a ControlNet's."""
         return self._shallow_encode(x, emb)
 
-    def deep(self, first: list[Tensor], emb: Emb) -> Tensor:
-        """Everything between: what enters the last up block."""
+    def deep(self, first: list[Tensor], emb: Embeddings) -> Tensor:
+        """Everything deeper: the input of the last up block."""
         return self._deep(first, emb)
 
-    def shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Emb) -> Tensor:
-        """The last up block and the head -> raw."""
+    def shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Embeddings) -> Tensor:
+        """The last up block and the output layers: raw output."""
         return self._shallow_decode(first, up_input, emb)
 
 
-class ShallowUNet(UNet, _Shallow):
-    """`UNet` whose first down block can be cut."""
+class SplitShallowUNet(SplitUNet, _Shallow):
+    """`SplitUNet` whose first down block can be split."""
 
 
-class ShallowConditionalUNet(ConditionalUNet, _Shallow):
-    """`ConditionalUNet` whose first down block can be cut."""
+class SplitShallowConditionalUNet(SplitConditionalUNet, _Shallow):
+    """`SplitConditionalUNet` whose first down block can be split."""
 
 
-def unet(net: Any, whole: bool = False) -> SplitNetwork:
-    """The seams of a `UNet2DModel`."""
-    return (ShallowUNet if _can_be_cut(net) else UNet)(net, whole)
+def unet(net: Any, with_variance: bool = False) -> SplitNetwork:
+    """A `UNet2DModel` with split points."""
+    return (SplitShallowUNet if _has_shallow_split(net) else SplitUNet)(net, with_variance)
 
 
-def conditional_unet(net: Any, whole: bool = False) -> SplitNetwork:
-    """The seams of a `UNet2DConditionModel`."""
-    return (ShallowConditionalUNet if _can_be_cut(net) else ConditionalUNet)(net, whole)
+def conditional_unet(net: Any, with_variance: bool = False) -> SplitNetwork:
+    """A `UNet2DConditionModel` with split points."""
+    return (SplitShallowConditionalUNet if _has_shallow_split(net) else SplitConditionalUNet)(net, with_variance)
 
 
 KINDS = {"UNet2DModel": unet, "UNet2DConditionModel": conditional_unet}
 
 
-def _can_be_cut(net: Any) -> bool:
-    """Whether the last up block needs what the first down block makes before its downsampler, and nothing else."""
+def _has_shallow_split(net: Any) -> bool:
+    """Whether the last up block's skips are exactly the first down block's features before its downsampler."""
     block = net.down_blocks[0]
     fits = len(net.up_blocks[-1].resnets) == len(block.resnets) + 1
-    return type(block).__name__ in CUTTABLE and bool(getattr(block, "downsamplers", None)) and fits
+    return type(block).__name__ in SHALLOW_BLOCKS and bool(getattr(block, "downsamplers", None)) and fits
 
 
 def _added(cond: dict[str, Any]) -> dict[str, Any] | None:
-    """`added_cond_kwargs`: added_NAME, of which added_image_embeds_0, _1, ... are a list."""
-    found: dict[str, Any] = {}
+    """`added_cond_kwargs` of the conditions added_NAME; added_NAME_0, _1, ... are a list."""
+    added: dict[str, Any] = {}
     for key in sorted(key for key in cond if key.startswith("added_")):
         name, _, number = key.removeprefix("added_").rpartition("_")
         if number.isdigit():
-            found.setdefault(name, []).append(cond[key])
+            added.setdefault(name, []).append(cond[key])
         else:
-            found[key.removeprefix("added_")] = cond[key]
-    return found or None
+            added[key.removeprefix("added_")] = cond[key]
+    return added or None
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask of 0 and 1 as what is added to the scores of attention, (B, 1, L)."""
+    """A mask (B, L) of 0 and 1 as an additive bias of attention scores, (B, 1, L)."""
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)

@@ -7,16 +7,24 @@ from typing import Any
 from torch import nn
 
 from ...errors import BadInput
-from .seams import SplitNetwork
+from .split_network import SplitNetwork
 
 
-def split_network(net: nn.Module, whole: bool = False) -> SplitNetwork:
-    """The seams for a network of `diffusers`. Raises BadInput for a kind that has none here."""
+def split_network(net: nn.Module, with_variance: bool = False) -> SplitNetwork:
+    """A network of `diffusers` with split points.
+
+    Args:
+        net: the network.
+        with_variance: see `SplitNetwork`.
+
+    Raises:
+        BadInput: for a class whose parts are not known.
+    """
     from . import transformers as _transformers
     from . import unets as _unets
 
     kinds: dict[str, Any] = {**_unets.KINDS, **_transformers.KINDS}
     for base in type(net).__mro__:
         if base.__name__ in kinds:
-            return kinds[base.__name__](net, whole)
-    raise BadInput(f"no seams are known for {type(net).__name__}; those of {', '.join(kinds)} are")
+            return kinds[base.__name__](net, with_variance)
+    raise BadInput(f"no split points are known for {type(net).__name__}; those of {', '.join(kinds)} are")

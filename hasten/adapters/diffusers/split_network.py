@@ -1,0 +1,171 @@
+"""Networks of `diffusers` with split points: the common base class; `unets` and `transformers` have the subclasses.
+
+A split network has the module of `diffusers` as its `net`, unchanged and not copied, and calls its parts. Its calling
+convention is that of every network of hasten: `net(x (B, *S), time (B,), **conditions) -> raw (B, *S)`.
+
+Conditions, all with the batch first, have the same names in all subclasses:
+    label (B,)                  classes
+    text (B, L, D)              output of the text encoder; text_mask (B, L) of 0 and 1
+    mask (B, L)                 of the image tokens, 0 and 1
+    added_NAME                  further conditions: pooled text, sizes and crops (SDXL), image embeddings
+    guidance (B,)               the guidance scale, an input of some distilled networks
+    timestep_cond (B, D)        the same, embedded
+    down_residual_K, mid_residual    a ControlNet's residuals for skip K and for the middle
+    adapter_K                   a T2I-Adapter's residual inside down block K
+    null_NAME                   replaces NAME in guidance's unconditional branch; no network reads it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...errors import BadInput, HastenError, nearest
+
+__all__ = ["Embeddings", "SplitNetwork", "dtype_of", "guidance_features"]
+
+
+class Embeddings:
+    """Embedded time and conditions of a network.
+
+    `tree_map` of torch's pytree maps over the tensors, so that they can be repeated or split along the batch.
+
+    Args:
+        tensors: by name, the batch first; those that are None are dropped.
+        options: values without a batch.
+    """
+
+    def __init__(self, tensors: dict[str, Any], options: dict[str, Any] | None = None) -> None:
+        self.tensors = {name: value for name, value in tensors.items() if value is not None}
+        self.options = options or {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tensors.get(name)
+
+    def several(self, name: str) -> list[Any]:
+        """The list of tensors name_0, name_1, ..."""
+        values: list[Any] = []
+        while (value := self.tensors.get(f"{name}_{len(values)}")) is not None:
+            values.append(value)
+        return values
+
+
+def _flatten(emb: Embeddings) -> tuple[list[Any], Any]:
+    """Flatten for torch's pytree."""
+    return list(emb.tensors.values()), (tuple(emb.tensors), emb.options)
+
+
+def _unflatten(values: Any, context: Any) -> Embeddings:
+    """Unflatten for torch's pytree."""
+    return Embeddings(dict(zip(context[0], values)), context[1])
+
+
+pytree.register_pytree_node(Embeddings, _flatten, _unflatten)
+
+
+class SideInputs:
+    """Conditions that reach a network without its callers (ControlNet residuals); copies of the network share them."""
+
+    def __init__(self) -> None:
+        self.conditions: dict[str, Any] = {}
+
+    @contextmanager
+    def using(self, conditions: dict[str, Any]) -> Iterator[None]:
+        """Within the block the network, and its copies, read these conditions too, whoever evaluates them."""
+        before, self.conditions = self.conditions, conditions
+        try:
+            yield
+        finally:
+            self.conditions = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SideInputs:
+        return self
+
+
+class SplitNetwork(nn.Module):
+    """A network of `diffusers` with hasten's calling convention.
+
+    Args:
+        net: the module of `diffusers`, left unchanged.
+        with_variance: return all channels, including those of a learned variance, which a denoiser drops.
+    """
+
+    def __init__(self, net: nn.Module, with_variance: bool = False) -> None:
+        super().__init__()
+        self.net = net
+        self.with_variance = with_variance
+        self.side_inputs = SideInputs()
+
+    @property
+    def null_conditions(self) -> bool:
+        """Whether guidance's unconditional branch has conditions `null_NAME`: for networks conditioned on text."""
+        return hasattr(self.config, "cross_attention_dim") or hasattr(self.config, "joint_attention_dim")
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the module of `diffusers`."""
+        return self.net.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the network computes; its weights may be stored in another (layer-wise casting)."""
+        return dtype_of(self.net)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the sample."""
+        return int(self.config.in_channels)
+
+    @property
+    def _parts(self) -> Any:
+        """The module of `diffusers`, untyped: its parts are attributes of its class."""
+        return self.net
+
+    def _without_variance(self, raw: Tensor) -> Tensor:
+        """The output without the channels of a learned variance."""
+        return raw if self.with_variance or raw.shape[1] != 2 * self.channels else raw[:, : self.channels]
+
+    def _check_conditions(self, cond: dict[str, Any], names: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> None:
+        """Refuse conditions that the network would silently ignore."""
+        for key in cond:
+            if key not in names and not key.startswith(("null_", *prefixes)):
+                raise BadInput(f"{type(self.net).__name__} takes no condition {key!r}: {nearest(key, names)}")
+
+
+def dtype_of(net: nn.Module) -> torch.dtype:
+    """The dtype in which a network computes: its `dtype` where it has one, else that of its weights."""
+    dtype = getattr(net, "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+
+
+def guidance_features(scale: Tensor, width: int) -> Tensor:
+    """The embedding of the guidance scale of a latent consistency model.
+
+    Sines, then cosines, of 1000 (s - 1) 10000^(-k / (width/2 - 1)).
+
+    Args:
+        scale: (B,), s.
+        width: of the embedding, at least 4.
+
+    Returns:
+        (B, width), float32.
+
+    Raises:
+        HastenError: for a smaller width.
+
+    References:
+        Luo et al. 2023, arXiv:2310.04378.
+    """
+    half = width // 2
+    if half < 2:
+        raise HastenError(f"a guidance embedding needs a width of at least 4, found {width}")
+    rates = torch.exp(torch.arange(half, device=scale.device, dtype=torch.float32) * -(9.210340371976184 / (half - 1)))
+    angles = (scale.float()[:, None] - 1) * 1000 * rates[None]
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))

@@ -1,0 +1,81 @@
+"""A module that is trained, with its loss and optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput, check_choice
+from .muon import Muon, split_parameters
+
+OPTIMISERS = ("adamw", "muon")
+
+
+@dataclass
+class TrainedModule:
+    """A module, its loss, and its optimiser's settings. A training loop trains one or several.
+
+    Args:
+        name: names its state in the checkpoint and its loss in the log.
+        module: the module; its parameters that require gradients are trained.
+        loss: `batch -> scalar`, a closure over the module. Batches are on the module's device. Random numbers must come
+            from torch's global generator, which makes a resumed run exact.
+        lr: AdamW's peak learning rate, > 0.
+        betas: AdamW's.
+        weight_decay: decoupled, `w <- w - lr weight_decay w`, of every trained parameter.
+        optimiser: `adamw`, or `muon` for hidden matrices with AdamW at `lr` for the rest (see `train.muon`).
+        muon_lr: Muon's peak learning rate.
+        every: the module is updated on the steps that are multiples of this, >= 1.
+
+    Raises:
+        BadInput: for an unknown optimiser, or a value out of range.
+
+    References:
+        Loshchilov, Hutter 2019, arXiv:1711.05101 (AdamW).
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[dict[str, Tensor]], Tensor]
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    optimiser: str = "adamw"
+    muon_lr: float = 0.02
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("optimiser", self.optimiser, OPTIMISERS)
+        if not self.lr > 0 or self.every < 1:
+            raise BadInput(f"{self.name}: lr must be positive and every at least 1, got {self.lr} and {self.every}")
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A new optimiser of the module's trainable parameters. Raises BadInput if they have fewer than 32 bits."""
+        for name, p in self.module.named_parameters():
+            if p.requires_grad and p.is_floating_point() and p.itemsize < 4:
+                raise BadInput(
+                    f"{self.name}: the weights {name} are {str(p.dtype).removeprefix('torch.')}, where small updates "
+                    "are lost: train float32 weights (module.float()); precision='bf16' computes in bf16 with them"
+                )
+        if self.optimiser == "muon":
+            matrices, others = split_parameters(self.module)
+            return Muon(
+                matrices, others, self.muon_lr, adam_lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+            )
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        fused = all(p.is_floating_point() for p in parameters)  # the fused kernel does not support complex numbers
+        return torch.optim.AdamW(parameters, self.lr, self.betas, weight_decay=self.weight_decay, fused=fused)
+
+
+@runtime_checkable
+class OncePerStep(Protocol):
+    """A module whose loss updates some state once in a step, not once for each micro-batch.
+
+    `again` is set to True while the loss of the second and later micro-batches of a step is computed.
+    """
+
+    again: bool

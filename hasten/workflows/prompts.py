@@ -1,0 +1,55 @@
+"""Prompts of a model that takes them, and the shape of what a model samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import BadInput
+from ..model.model import Model
+
+
+def prompts_for(model: Model, prompts: Sequence[str] | str | None, where: str) -> list[str] | None:
+    """The prompts of a comparison or evaluation, of which image k gets `k mod their number`; None for other models.
+
+    Raises:
+        BadInput: for a model of prompts without any (the empty one must be explicit, ""), and the other way round.
+    """
+    if model.conditioning is None:
+        if prompts:
+            raise BadInput(f"{model.name} takes no prompts: leave out --prompt, --prompts and the prompts of {where}")
+        return None
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+    if not texts:
+        raise BadInput(
+            f"{model.name} takes prompts: give --prompt TEXT (several times for several), --prompts FILE with one a "
+            "line, or prompts = [...] in the set of variants"
+        )
+    if not all(isinstance(text, str) for text in texts):
+        raise BadInput(f"prompts must be texts, got {texts!r}")
+    return texts
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts in a text file, one a line; empty lines are passed over."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"cannot read the prompts in {file}: {getattr(e, 'strerror', None) or e}") from e
+    if not (prompts := [line for line in lines if line]):
+        raise BadInput(f"{file} holds no prompts: write one a line")
+    return prompts
+
+
+def image_shape(model: Model) -> tuple[int, ...]:
+    """The shape of what `sample` gives: that of the decoded image for a model of latents."""
+    if model.decoder is None:
+        return tuple(model.shape)
+    return tuple(model.decoder.decode(torch.zeros(1, *model.shape, device=model.device)).shape[1:])
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether samples of this shape can be looked at: grey or RGB images."""
+    return len(shape) == 3 and shape[0] in (1, 3)
