@@ -66,7 +66,7 @@ def real() -> Reference:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock(0.01)
-    monkeypatch.setattr(budget, "clock", clock)
+    monkeypatch.setattr(budget, "monotonic_seconds", clock)
     monkeypatch.setattr(runner, "set_faster_threads", lambda: 1)
     monkeypatch.setattr(comparison.report, "write_report", lambda out, *_: out / "report.html")
     return clock

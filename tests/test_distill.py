@@ -118,7 +118,7 @@ def test_a_dry_run_reports_the_cost_and_writes_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "dry"
-    assert main(command_line(place, out, "--nfe-budget", "1e5", "--dry-run", "--json")) == 0
+    assert main(command_line(place, out, "--evaluations", "1e5", "--dry-run", "--json")) == 0
     report = json.loads(capsys.readouterr().out)
     assert not out.exists()
     costs = {stage["name"]: stage["evaluations"] / 8 for stage in report["stages"]}

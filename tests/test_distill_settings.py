@@ -18,7 +18,7 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.workflows.distill import distill_model, labels_only
+from hasten.workflows.distill import class_labels_only, distill_model
 
 
 class Stop(Exception):
@@ -80,7 +80,7 @@ def run(model: Model, data: Path | None, out: Path, **settings: Any) -> None:
 def test_training_uses_the_requested_precision(
     runtime: str, data: Path, tmp_path: Path, recorded: dict[str, Any]
 ) -> None:
-    run(tiny(), data, tmp_path / "out", precision=runtime)
+    run(tiny(), data, tmp_path / "out", runtime=runtime)
     assert recorded["precision"] == recorded["task"]["precision"] == recorded["trial"]["precision"] == runtime
     assert json.loads((tmp_path / "out" / "run.json").read_text())["precision"] == runtime
 
@@ -90,7 +90,7 @@ def test_a_run_resumes_in_the_precision_it_began_in(
 ) -> None:
     """What a timing finds may differ from day to day."""
     for captured, began in (("bf16", "bf16"), ("fp32", "bf16")):
-        monkeypatch.setattr(module, "distill_precision", lambda *a, captured=captured: captured)
+        monkeypatch.setattr(module, "resolve_precision", lambda *a, captured=captured: captured)
         run(tiny(), data, tmp_path / "out")
         assert recorded["precision"] == began
 
@@ -117,10 +117,10 @@ def test_a_task_has_classes_codec_and_the_minutes_of_its_stages(
 
 def test_models_that_draw_their_own_images_have_no_null_label_among_their_classes() -> None:
     for null, wanted in ((None, {0, 1, 2}), (0, {1, 2}), (1, {0, 2}), (3, {0, 1, 2})):
-        labels = labels_only(tiny(null=null)).labels
+        labels = class_labels_only(tiny(null=null)).labels
         assert labels is not None and set(labels.tolist()) == wanted
         assert len(set(torch.bincount(labels)[sorted(wanted)].tolist())) == 1, "in equal parts"
-    assert len(set(labels_only(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
+    assert len(set(class_labels_only(tiny(classes=100)).labels.tolist())) == 100  # type: ignore[union-attr]
 
 
 def test_notices_about_half_precision_and_split_batches(

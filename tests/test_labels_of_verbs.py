@@ -19,7 +19,7 @@ from hasten.images import read_png_text, to_image_tensor
 from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
-from hasten.workflows.distill import real_images
+from hasten.workflows.distill import training_images
 from hasten.workflows.distribute import part_of
 from hasten.workflows.evaluate import classifier_labels, evaluate_distributed
 from hasten.workflows.tune import calibration_images
@@ -42,7 +42,7 @@ def folders(fashion: Model, tmp_path: Path) -> Path:
 
 
 def test_every_command_labels_an_image_by_its_folder(fashion: Model, folders: Path) -> None:
-    data = real_images(fashion, folders)
+    data = training_images(fashion, folders)
     assert data.labels is not None
     assert (data.images(range(10))[:, 0, 0, 0] // 20).tolist() == data.labels.tolist()
     x, labels = calibration_images(fashion, folders)(10)
@@ -55,7 +55,7 @@ def test_other_classes_raise_with_both_lists(fashion: Model, tmp_path: Path) -> 
     for k in range(10):
         (tmp_path / f"animal{k}").mkdir()
         Image.new("L", (28, 28), 20 * k).save(tmp_path / f"animal{k}" / "0.png")
-    for read in (lambda: real_images(fashion, tmp_path), lambda: calibration_images(fashion, tmp_path)):
+    for read in (lambda: training_images(fashion, tmp_path), lambda: calibration_images(fashion, tmp_path)):
         with pytest.raises(BadInput, match=r"animal0.*t-shirt"):
             read()
     with pytest.raises(BadInput, match="no class 'bag': its classes are animal0"):
@@ -64,7 +64,7 @@ def test_other_classes_raise_with_both_lists(fashion: Model, tmp_path: Path) -> 
 
 def test_numbers_of_data_are_indices_of_named_classes(fashion: Model, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.array([9, 0, 3, 3]))
-    data = real_images(fashion, tmp_path / "a.npz")
+    data = training_images(fashion, tmp_path / "a.npz")
     assert data.labels is not None and data.labels.tolist() == [9, 0, 3, 3]
 
 

@@ -104,7 +104,7 @@ def test_guidance_is_the_line_through_both_branches(model: Model) -> None:
         ({"sampler": "unipcc"}, "unipc"),
         ({"sampler": "unipc:ordr=2"}, "order"),
         ({"times": "karas"}, "karras"),
-        ({"precision": "fp16"}, "runtime"),
+        ({"precision": "fp16"}, "unknown precision"),
         ({"label": "no such thing"}, "label"),
     ],
 )

@@ -175,7 +175,7 @@ class Local:
         (lambda: nn.Sequential(nn.LazyLinear(1)), "is lazy and has seen no sample yet"),
     ],
 )
-def test_what_cannot_be_opened_again_is_refused(make: Any, message: str | None) -> None:
+def test_networks_that_cannot_be_reloaded_are_refused(make: Any, message: str | None) -> None:
     before = torch.get_rng_state()
     why = weights.save_refusal(make())
     if message is None:
@@ -217,7 +217,7 @@ def test_a_decoder_of_ones_own_is_refused_before_work(tmp_path: Path) -> None:
         tune_model(model, tmp_path / "o", "optimized_steps", steps=4)
 
 
-def test_what_an_own_config_says_is_not_taken_for_ours() -> None:
+def test_the_config_of_a_custom_network_is_not_mistaken_for_ours() -> None:
     from hasten.adapters._export import exported_config
 
     assert "channels" in exported_config(UNet(1, widths=(8,))) and exported_config(Any1(3, 2)) == {"null_label": 2}

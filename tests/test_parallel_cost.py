@@ -28,7 +28,7 @@ CORE = Device(1e10, 1e10)
 
 
 def problem(name: str) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
-    """A network, the shape of a batch whose rows do not part evenly in two, what it is told."""
+    """A network, the shape of a batch whose rows do not divide evenly by two, its conditions."""
     if name in ("hasten", "patch2"):
         patch = 1 if name == "hasten" else 2
         net = unet(widths=(8, 16, 16), attention=(1,), patch=patch)

@@ -1,4 +1,4 @@
-"""The quantize verb: what it writes, a run that is killed and goes on, and what is refused."""
+"""The quantize verb: what it writes, a killed run that resumes, and errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_saved_model_is_sampled_like_any_other(
     assert main(["quantize", folder, "--out", str(tmp_path / "q"), "--images", "5"]) == 1
     assert "is a run with method quantize:images=4, requested quantize:images=5" in capsys.readouterr().err
     assert main(["quantize", folder, "--out", str(tmp_path / "q"), "--images", "4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["error"] == card["error"]  # done before: told again
+    assert json.loads(capsys.readouterr().out)["error"] == card["error"]  # done before: read from the model card
 
 
 def test_groups_and_a_branch_are_saved_too(folder: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hasten.performance.runtime import Runtime, probe
 
 
 class Pretend(nn.Module):
-    """Takes as many seconds as it is told, in plain float32 and otherwise; errs by `error` under autocast."""
+    """Takes given numbers of seconds, in plain float32 and otherwise; has an error of `error` under autocast."""
 
     def __init__(self, plain: float, autocast: float, medium: float = 1.0, error: float = 0.01) -> None:
         super().__init__()

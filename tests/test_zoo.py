@@ -32,12 +32,12 @@ def test_every_card_of_the_zoo_has_its_files_and_they_are_small() -> None:
 
 
 def test_the_model_names_statistics_that_are_bundled(model: Model) -> None:
-    known = reference(model.card["reference"])
-    assert known.count == 10_000 and known.floor_at("frechet", 2000)
-    assert model.classes is not None and len(known.histogram) == len(model.classes)
+    expected = reference(model.card["reference"])
+    assert expected.count == 10_000 and expected.floor_at("frechet", 2000)
+    assert model.classes is not None and len(expected.histogram) == len(model.classes)
 
 
-def test_its_images_are_of_the_class_asked_for(model: Model, fine: Tensor) -> None:
+def test_its_images_are_of_the_requested_class(model: Model, fine: Tensor) -> None:
     _, logits = extract(feature_net("fashion"), fine)
     right = (logits.argmax(1) == model.labels(40)).float().mean()
     assert right >= 0.85

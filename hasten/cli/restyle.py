@@ -73,7 +73,7 @@ def restyle(
     from .. import images as pictures
     from ..errors import check_int
     from ..files import check_writable, refuse_inside, write_file
-    from ..tasks.style_transfer import is_encoder, required_labels
+    from ..tasks.style_transfer import RestyleConfig, is_encoder, required_labels
     from ..tasks.style_transfer import restyle as run
 
     check_int("n", n, 1)
@@ -96,10 +96,18 @@ def restyle(
         source = (down if is_encoder(up) else up).sample(n, from_label, seed, batch_size=batch_size)
     began = time.perf_counter()
     with progress(f"restyling {n} images") as tick:
-        result = run(
-            up, down, source, from_label, to_label, encode_steps, decode_steps, guidance_scale, encode_guidance_scale,
-            sampler, times, iterations, seed, batch_size, tick,
-        )  # fmt: skip
+        config = RestyleConfig(
+            encode_steps,
+            decode_steps,
+            guidance_scale,
+            encode_guidance_scale,
+            sampler,
+            times,
+            iterations,
+            seed,
+            batch_size,
+        )
+        result = run(up, down, source, from_label, to_label, config, progress=tick)
     seconds = time.perf_counter() - began
     options = {
         "decoder": decoder, "from_label": from_label, "to_label": to_label, "images": images, "n": n, "seed": seed,

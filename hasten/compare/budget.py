@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 Parameters = ParamSpec("Parameters")
 
 
-def clock() -> float:
+def monotonic_seconds() -> float:
     """Seconds of a monotonic clock."""
     return time.perf_counter()
 
@@ -53,10 +53,10 @@ def set_faster_threads(rounds: int = 3) -> int:
     for _ in range(rounds):
         for count, each in seconds.items():
             torch.set_num_threads(count)
-            start = clock()
+            start = monotonic_seconds()
             for _ in range(4):
                 torch.nn.functional.conv2d(x, weight, padding=1).relu_()
-            each.append(clock() - start)
+            each.append(monotonic_seconds() - start)
         if max(map(sum, seconds.values())) > 3 * min(map(sum, seconds.values())):  # no doubt
             break
     best = min(seconds, key=lambda count: statistics.median(seconds[count]))
@@ -76,7 +76,7 @@ class TimeBudget:
     """
 
     seconds: float
-    start: float = field(default_factory=lambda: clock())
+    start: float = field(default_factory=lambda: monotonic_seconds())
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < math.inf:
@@ -90,7 +90,7 @@ class TimeBudget:
     @property
     def remaining(self) -> float:
         """Seconds left, negative once they are spent."""
-        return self.seconds - (clock() - self.start)
+        return self.seconds - (monotonic_seconds() - self.start)
 
 
 @dataclass

@@ -101,8 +101,8 @@ class BudgetedComparison(Comparison):
                 return
         for state in self.states:
             stored = record.get("rows", {}).get(state.job.key, {})
-            if stored and all(self.saved(state.job).get(k * self.batch, self.batch) is not None
-                              for k in range(stored["batches"])):  # fmt: skip
+            saved, numbers = self.saved(state.job), range(stored.get("batches", 0))
+            if stored and all(saved.get(k * self.batch, self.batch) is not None for k in numbers):
                 vars(state).update(stored)
         self.first_pass()
         self.catch_up()
@@ -217,12 +217,12 @@ class BudgetedComparison(Comparison):
 
     def measure_overhead(self, state: RowState) -> None:
         """Time the evaluation of a row and the report, for which time is reserved."""
-        start = timer.clock()
+        start = timer.monotonic_seconds()
         self.evaluate_images(self.jobs[state.index], self.images(state.job, self.protocol["n"]), 0)
         self.macs(state.job, state.nfe)
-        evaluated = timer.clock()
+        evaluated = timer.monotonic_seconds()
         self.write_report(False)
-        self.evaluation_seconds, self.report_seconds = evaluated - start, 1.3 * (timer.clock() - evaluated)
+        self.evaluation_seconds, self.report_seconds = evaluated - start, 1.3 * (timer.monotonic_seconds() - evaluated)
 
     def catch_up(self) -> None:
         """Sample as many images of rows that an earlier run skipped as the others have, while time allows."""
@@ -235,7 +235,7 @@ class BudgetedComparison(Comparison):
 
     def timing_rounds(self) -> None:
         """Sample a batch of every row in turns, again and again, while all of them fit into the time."""
-        rows, shown = self.rows, timer.clock()
+        rows, shown = self.rows, timer.monotonic_seconds()
         while self.images_per_row < self.limit:
             if MARGIN * sum(state.latest for state in rows) > self.room(len(rows)):
                 return
@@ -247,8 +247,8 @@ class BudgetedComparison(Comparison):
                 state.batches += 1
             for state in rows:
                 state.seconds.append(seconds[state.index])
-            if timer.clock() - shown > 10:
-                shown = timer.clock()
+            if timer.monotonic_seconds() - shown > 10:
+                shown = timer.monotonic_seconds()
                 self.progress.say(f"{self.images_per_row} images a row, {max(self.budget.remaining, 0):.0f} s left")
             self.save_record()
 
@@ -319,11 +319,11 @@ class BudgetedComparison(Comparison):
         cuda = self.model.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self.model.device)
-        start = timer.clock()
+        start = timer.monotonic_seconds()
         images = self.sample_batch(job, number)
         if cuda:
             torch.cuda.synchronize(self.model.device)
-        seconds = timer.clock() - start
+        seconds = timer.monotonic_seconds() - start
         self.saved(job).put(number * self.batch, images)
         return seconds
 

@@ -200,15 +200,17 @@ def number_marks(axis: Any, rows: Sequence[Row], cost: str, quality: str) -> Non
     for row, (x, y) in zip(rows, points, strict=True):
         text = str(row["number"])
         wide, high = 5.5 * len(text) + 1, 9
-        places = [place for far in (7, 15) for place in (
-            (far, 3), (far, -11), (-far - wide, 3), (-far - wide, -11), (-wide / 2, far), (-wide / 2, -far - 9)
-        )]  # fmt: skip
+        places: list[tuple[float, float]] = []
+        for far in (7, 15):
+            left = -far - wide
+            places += [(far, 3), (far, -11), (left, 3), (left, -11), (-wide / 2, far), (-wide / 2, -far - 9)]
 
         def covered(place: tuple[float, float], x: float = x, y: float = y, wide: float = wide) -> float:
             left, low = x + place[0], y + place[1]
-            boxes = (max(0.0, min(left + wide, b[2]) - max(left, b[0])) * max(0.0, min(low + 9, b[3]) - max(low, b[1]))
-                     for b in occupied)  # fmt: skip
-            return sum(boxes)
+            area = 0.0
+            for x0, y0, x1, y1 in occupied:
+                area += max(0.0, min(left + wide, x1) - max(left, x0)) * max(0.0, min(low + 9, y1) - max(low, y0))
+            return area
 
         dx, dy = min(places, key=covered)
         occupied.append((x + dx, y + dy, x + dx + wide, y + dy + high))

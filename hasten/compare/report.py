@@ -323,10 +323,16 @@ def write_report(
         image_grid(rows, images, heads).save(out / "grid.png")
     front, best, quality = front_rows(rows), recommended_row(rows), quality_metric(rows) == "frechet"
     shown = [
-        {"row": row, "number": i + 1, "cells": format_cells(row), "front": i in front, "best": row is best,
-         "strip": data_uri(image_strip(images[row["key"]], 84)) if row["key"] in images else ""}
-        for i, row in enumerate(rows)
-    ]  # fmt: skip
+        {
+            "row": row,
+            "number": number,
+            "cells": format_cells(row),
+            "front": number - 1 in front,
+            "best": row is best,
+            "strip": data_uri(image_strip(images[row["key"]], 84)) if row["key"] in images else "",
+        }
+        for number, row in enumerate(rows, 1)
+    ]
     small = plot_quality(rows, narrow=True)
     first = next((row for row in rows if not row.get("failed")), rows[0])
     baselines = first["protocol"].get("floors") or {}
@@ -334,16 +340,23 @@ def write_report(
     page = Environment(loader=PackageLoader("hasten.compare"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     what = f"{'Fréchet distance' if quality else 'PSNR'} against {CAPTIONS[axis]}, a numbered mark a row of the table"
     text = page.get_template("report.html.j2").render(
-        shown=shown, headline=headline(rows), heads=heads, note=note, best=best,
+        shown=shown,
+        headline=headline(rows),
+        heads=heads,
+        note=note,
+        best=best,
         failed=[row for row in rows if row.get("failed")],
         figure="" if figure is None else figure_svg(figure, "wide", what),
         small="" if small is None else figure_svg(small, "small", what),
         swept=figure_svg(swept, "sweep", "Fréchet distance against class accuracy") if swept is not None else "",
-        protocol={**first["protocol"], "floors": baselines}, cost=CAPTIONS[axis], quality=quality, near=NEAR_DB,
+        protocol={**first["protocol"], "floors": baselines},
+        cost=CAPTIONS[axis],
+        quality=quality,
+        near=NEAR_DB,
         command=sample_command(best) if best is not None else "",
         width=image_strip(next(iter(images.values())), 84).width if images else 0,
         real=format_cells({**dict.fromkeys(rows[0]), **baselines, "guidance_scale": 1.0, "nfe": 0}),
-    )  # fmt: skip
+    )
     path = out / "report.html"
     write_atomic(path, text)
     return path

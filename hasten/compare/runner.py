@@ -57,7 +57,7 @@ class CompareConfig(Config):
         features: The feature network, needed for a reference of images. Default: the reference's own.
         prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: those of the set.
         repeats: Disjoint blocks of n seeds: figures are then means, with the deviation of one block.
-        minutes: Time budget in minutes of wall time. The number of images per row is then chosen by the measured
+        minutes: Time budget in minutes of wall time. The number of images per row is then variant_set by the measured
             speed, from 64 to `n`, and is the same in every row; rows are timed while they are sampled, in turns. Where
             not all rows can have 64 images, the last ones of the set are skipped, for a second run to measure.
     """
@@ -137,20 +137,20 @@ def compare(
     if budget is not None:
         set_faster_threads()
     model = model if isinstance(model, Model) else load(model)
-    chosen = load_variants(config.variants, model.times, model.guidance_scale)
+    variant_set = load_variants(config.variants, model.times, model.guidance_scale)
     seed = config.seed
-    n = chosen.n if config.n is None else config.n
-    rounds = chosen.rounds if config.rounds is None else config.rounds
+    n = variant_set.n if config.n is None else config.n
+    rounds = variant_set.rounds if config.rounds is None else config.rounds
     for name, value in {"n": n, "rounds": rounds}.items():
         check_int(name, value, MINIMUM[name])
     for name in ("timing_batch", "batch_size", "seed", "repeats"):
         check_int(name, getattr(config, name), MINIMUM[name])
     if budget is not None and (ranks.world > 1 or config.repeats > 1):
         raise BadInput("minutes is for one process and one block of seeds: give n in its place")
-    label = prompts_for(model, chosen.prompts if config.prompts is None else config.prompts, chosen.source)
+    label = prompts_for(model, variant_set.prompts if config.prompts is None else config.prompts, variant_set.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
-        chosen = chosen.without_guidance_below_one()
-    rows = prepare(model, chosen, ranks, label)
+        variant_set = variant_set.without_guidance_below_one()
+    rows = prepare(model, variant_set, ranks, label)
     progress = ProgressReporter(0, ranks.is_main_process)
     shape = image_shape(model)
     real = config.reference or (model.card.get("reference") if is_image(shape) else None)
@@ -163,7 +163,7 @@ def compare(
         "schema": SCHEMA,
         "model": model.name,
         "model_hash": model_hash(model),
-        "set": chosen.source,
+        "set": variant_set.source,
         "n": n,
         "seeds": [seed, seed + n * config.repeats - 1],
         "batch_size": config.batch_size,
@@ -190,7 +190,7 @@ def compare(
     def create_jobs(protocol: Mapping[str, Any]) -> list[tools.Job]:
         """The rows with their keys, which depend on the number of images."""
         statistics = None if known is None else tensor_hash(known.mean, known.covariance, known.sample)
-        settings = {"against": chosen.reference.method, **{key: protocol[key] for key in KEY_SETTINGS}}
+        settings = {"against": variant_set.reference.method, **{key: protocol[key] for key in KEY_SETTINGS}}
         settings |= {"statistics": statistics} | ({} if label is None else {"prompts": label})
         return tools.create_jobs(rows, settings, ranks)
 

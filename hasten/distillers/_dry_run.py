@@ -92,9 +92,9 @@ class DryRun(DistillTask):
         for _ in range(TIMED_STEPS):
             shared = dict(batch)
             for p in modules:
-                start = device_time(device)
+                start = synchronized_clock(device)
                 self._train_step(p, shared, optimisers[p.name])
-                seconds += (device_time(device) - start) / TIMED_STEPS / p.every
+                seconds += (synchronized_clock(device) - start) / TIMED_STEPS / p.every
         parts = self.accumulate, self.processes * self.accumulate
         self.stages.append(StagePlan(name, evaluations * parts[1], seconds * parts[0], budget_weight))
         return {p.name: copy.deepcopy(p.module).eval().requires_grad_(False) for p in modules}
@@ -106,10 +106,10 @@ class DryRun(DistillTask):
         self._folders.append(tempfile.TemporaryDirectory(prefix="hasten-"))
         small = min(count, self.batch_size)
         device = next(self.denoiser.parameters(), torch.zeros(())).device
-        start = device_time(device)
+        start = synchronized_clock(device)
         with count_flops() as flops:
             pairs = make_pairs(self, Path(self._folders[-1].name) / name, small, **options)
-        seconds = (device_time(device) - start) / small / self.processes
+        seconds = (synchronized_clock(device) - start) / small / self.processes
         evaluations = flops() / self.unit_flops(self.batches[0]) / small
         self.stages.append(StagePlan(f"pairs {name}", evaluations, seconds, pairs=count))
         return pairs
@@ -159,7 +159,7 @@ def count_flops() -> Iterator[Any]:
         yield lambda: total
 
 
-def device_time(device: torch.device) -> float:
+def synchronized_clock(device: torch.device) -> float:
     """Seconds, read when the device has finished its work: launches alone take no time."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()

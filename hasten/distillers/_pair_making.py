@@ -89,7 +89,7 @@ def make_pairs(
     dtype = dtype or ("uint8" if task.codec == "image" and len(task.shape) == 3 else "float32")
     check_choice("dtype of pairs", dtype, DTYPES)
     check_choice("labels of pairs", labels, LABELS)
-    method, time_grid = pair_sampler(sampler), pair_times(times)
+    method, time_grid = deterministic_sampler(sampler), resolve_times(times)
     grid = time_grid(teacher.schedule, steps)
     if states and format_spec(method).partition(":")[0] not in STATE_SAMPLERS:
         raise BadInput(
@@ -220,13 +220,13 @@ def states_on_grid(grid: Tensor, states: Sequence[float]) -> list[float]:
     return [min(inside, key=lambda t: abs(t - state)) for state in states]
 
 
-def pair_sampler(sampler: Any) -> Any:
+def deterministic_sampler(sampler: Any) -> Any:
     """A deterministic sampler by its name, or the sampler itself."""
     if not isinstance(sampler, str):
         return sampler
     return pick("samplers", check_choice("sampler of pairs", sampler, SAMPLERS))
 
 
-def pair_times(times: Any) -> Any:
+def resolve_times(times: Any) -> Any:
     """A time grid by its name, or the grid itself."""
     return pick("times", times) if isinstance(times, str) else times

@@ -101,9 +101,9 @@ class Encoder(Distiller):
         """The loss of the student of n steps whose teacher takes m for each; teacher None: the task's own."""
         grid, span = DeviceTimes(increasing_times(task.denoiser, n * m)), self.span(task.denoiser)
         teacher_eps: EpsFn = (
-            teacher_eps_fn(task.teacher, task.denoiser, task.guidance_scale)
-            if teacher is None
-            else make_eps_fn(teacher)
+            make_eps_fn(teacher)
+            if teacher is not None
+            else (teacher_eps_fn(task.teacher, task.denoiser, task.guidance_scale))
         )
 
         def loss_fn(batch: dict[str, Tensor]) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from ..progress import fraction_of
 from ..samplers.ddim import invert
 from ..sampling import Noise
 from ..times import Trailing
+from ..utils.config import Config
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Restyled", "restyle"]
 
@@ -46,23 +50,63 @@ class Restyled(NamedTuple):
         return self.encode_evaluations + self.decode_evaluations
 
 
+@dataclass(frozen=True)
+class RestyleConfig(Config):
+    """How to encode and decode.
+
+    Args:
+        encode_steps, decode_steps: None: those of the models. A distilled encoder has its own number only.
+        guidance_scale: of the decoder; None: its recommended one.
+        encode_guidance_scale: of the encoder; None: 1, or the nearest that a distilled one takes: guidance makes the
+            noise less like N(0, I).
+        sampler, times: of the decoder, as for `Model.sample`. A deterministic sampler preserves the layout, a
+            stochastic one loses some of it.
+        iterations: of the inversion of a model that is no distilled encoder, see `samplers.ddim.invert`.
+        seed: of the noise of a stochastic sampler.
+        batch_size: images at once.
+    """
+
+    encode_steps: int | None = None
+    decode_steps: int | None = None
+    guidance_scale: float | None = None
+    encode_guidance_scale: float | None = None
+    sampler: Any = None
+    times: Any = None
+    iterations: int = 0
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_int("batch_size", self.batch_size, 1)
+        check_int("seed", self.seed, 0)
+        check_int("iterations", self.iterations, 0)
+
+
+class RestyleOptions(TypedDict, total=False):
+    """The fields of `RestyleConfig` as keyword arguments."""
+
+    encode_steps: int | None
+    decode_steps: int | None
+    guidance_scale: float | None
+    encode_guidance_scale: float | None
+    sampler: Any
+    times: Any
+    iterations: int
+    seed: int
+    batch_size: int
+
+
 @torch.no_grad()
 def restyle(
     encoder: Model,
     decoder: Model,
-    images: Tensor,
+    images: Any,
     from_label: Label = None,
     to_label: Label = None,
-    encode_steps: int | None = None,
-    decode_steps: int | None = None,
-    guidance_scale: float | None = None,
-    encode_guidance_scale: float | None = None,
-    sampler: str | None = None,
-    times: str | None = None,
-    iterations: int = 0,
-    seed: int = 0,
-    batch_size: int = 64,
+    config: RestyleConfig | None = None,
+    *,
     progress: Progress | None = None,
+    **options: Unpack[RestyleOptions],
 ) -> Restyled:
     """Images of domain A as images of domain B with the same layout: z_1 = encode_A(x), x' = decode_B(z_1).
 
@@ -77,15 +121,7 @@ def restyle(
             which then encodes by DDIM inversion and decodes by any sampler. They may be one model.
         images: (n, C, H, W) in [-1, 1].
         from_label, to_label: class of the images and of the result, as for `Model.labels`.
-        encode_steps, decode_steps: None: those of the models. A distilled encoder has its own number only.
-        guidance_scale: of the decoder; None: its recommended one.
-        encode_guidance_scale: of the encoder; None: 1, or the nearest that a distilled one takes: guidance makes the
-            noise less like N(0, I).
-        sampler, times: of the decoder, as for `Model.sample`. A deterministic sampler preserves the layout, a
-            stochastic one loses some of it.
-        iterations: of the inversion of a model that is no distilled encoder, see `samplers.ddim.invert`.
-        seed: of the noise of a stochastic sampler.
-        batch_size: images at once.
+        config: how to encode and decode; None: as the models recommend. options: fields of it.
         progress: called with the number of finished network calls and their total.
 
     Returns:
@@ -98,9 +134,8 @@ def restyle(
         Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142, for distilled encoders.
         Su, Song, Meng, Ermon 2022, arXiv:2203.08382, for DDIM in both directions.
     """
-    check_int("batch_size", batch_size, 1)
-    check_int("seed", seed, 0)
-    check_int("iterations", iterations, 0)
+    config = RestyleConfig.of(config, options)
+    iterations, seed, batch_size = config.iterations, config.seed, config.batch_size
     images = to_image_tensor(images, encoder.shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(encoder.shape) or encoder.shape != decoder.shape:
         raise BadInput(
@@ -114,9 +149,11 @@ def restyle(
     count = len(images)
     encoding: Any = EvaluationCounter(encoder.denoiser)
     decoding: Any = EvaluationCounter(decoder.denoiser)
-    to_noise = NoiseEncoder(replace(encoder, denoiser=encoding), encode_steps, encode_guidance_scale, iterations)
-    config = SamplingConfig(sampler, times, decode_steps, guidance_scale)
-    resolved = replace(decoder, denoiser=decoding).resolve(config)
+    to_noise = NoiseEncoder(
+        replace(encoder, denoiser=encoding), config.encode_steps, config.encode_guidance_scale, iterations
+    )
+    how = SamplingConfig(config.sampler, config.times, config.decode_steps, config.guidance_scale)
+    resolved = replace(decoder, denoiser=decoding).resolve(how)
     sources, targets = (
         required_labels(encoder, count, from_label, "from_label"),
         required_labels(decoder, count, to_label, "to_label"),

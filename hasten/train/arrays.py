@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +44,6 @@ def open_npz(
     Raises:
         BadInput: if the file cannot be read, has no images, or has an unused array that looks like their labels.
     """
-    import numpy as np
-
     label = label.lower() if label and label.lower() == "none" else label
     try:
         if not zipfile.is_zipfile(path) and path.read_bytes()[:6] == b"\x93NUMPY":
@@ -130,8 +129,6 @@ def image_key(keys: dict[str, str], split: str | None, path: Path) -> tuple[str,
 
 def looks_like_labels(array: Any, n: int, name: str) -> bool:
     """Whether an array may hold the labels of n images: by its name, or as (n,) or (n, 1) with values that repeat."""
-    import numpy as np
-
     if not array.ndim or len(array) != n or array.ndim > 2 or array.dtype.kind not in "iubUf":
         return False
     if LABELS.search(name):
@@ -160,8 +157,6 @@ def parse_labels(labels: Any, n: int, source: str, names: Sequence[str] | None) 
     Raises:
         BadInput: for labels of another form or range, or equal class names.
     """
-    import numpy as np
-
     messages: list[str] = []
     if not labels.ndim:
         raise BadInput(f"{source}: labels must be integers (n,), got a single {labels.dtype}")
@@ -207,8 +202,6 @@ def detect_value_range(images: Any, source: str) -> tuple[str, list[str]]:
     Raises:
         BadInput: for any other range, such as integers 0 and 1 only.
     """
-    import numpy as np
-
     kind = images.dtype
     if kind == np.uint8 and images.size > sources.MEMORY:
         return "bytes", []
@@ -244,8 +237,6 @@ def detect_value_range(images: Any, source: str) -> tuple[str, list[str]]:
 
 def scale_to_uint8(images: Any, value_range: str) -> Any:
     """Scale values of a range of `detect_value_range` to uint8."""
-    import numpy as np
-
     if value_range == "bytes":
         return images.astype(np.uint8, copy=False)
     if value_range == "bits":
@@ -282,7 +273,6 @@ def open_array(
     Raises:
         BadInput: for arrays of another shape or range, and for another `label`, since an array has no columns.
     """
-    import numpy as np
     from PIL import Image
 
     if label is not None and label.lower() != "none":

@@ -7,19 +7,17 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError
 from ..files import append_json_line, atomic_open, first_difference, read_json_lines, write_atomic
 from ..utils.environment import is_out_of_memory
 from . import shards
-
-if TYPE_CHECKING:
-    from ..distributed.ranks import Ranks
-    from .trained_module import TrainedModule
+from .trained_module import TrainedModule
 
 
 class TrainingState:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +132,6 @@ def decode(tree: Tree, name: str, shape: tuple[int, int, int], resize: bool) -> 
     Raises:
         Unreadable: if the file is damaged, of another size, or of an ambiguous value range.
     """
-    import numpy as np
     from PIL import Image
 
     channels, height, width = shape
@@ -168,8 +168,6 @@ def upright(image: Image) -> Image:
 
 def read_alpha(tree: Tree, name: str) -> Tensor | None:
     """The opacity of an image, uint8 (H, W), upright; None without transparency."""
-    import numpy as np
-
     with open_image(tree, name) as image:
         picture = upright(image)
         if picture.mode not in ("LA", "PA", "RGBA", "La", "RGBa") and "transparency" not in picture.info:
@@ -188,7 +186,6 @@ def to_eight_bits(tree: Tree, name: str, image: Image) -> Image:
         Unreadable: for values out of range.
         BadInput: for floats of another range than in the images before.
     """
-    import numpy as np
     from PIL import Image
 
     if not image.mode.startswith(("I", "F")):

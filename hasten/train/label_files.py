@@ -8,16 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import BadInput
 from .decode import BROKEN
 from .messages import join_names
 from .names import normalize_name
-from .tree import SUFFIXES
-
-if TYPE_CHECKING:
-    from .tree import Tree
+from .tree import SUFFIXES, Tree
 
 TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.jsonl")
 NAMES = (*TABLES, "dataset.json")
@@ -147,7 +144,7 @@ def read_rows(tree: Tree, place: str) -> tuple[list[str] | None, list[list[str]]
         raise BadInput(f"{where} is empty: remove it, or write a header file,label and a row for each image")
     if len(rows[0]) < 2:
         raise BadInput(f"{where} has one column only, {rows[0][0]!r}: columns are separated by , ; or a tab")
-    names_file = rows[0][0].strip().lower().endswith(SUFFIXES) or resolve(tree, place)(rows[0][0]) in tree.names
+    names_file = rows[0][0].strip().lower().endswith(SUFFIXES) or resolved_names(tree, place)(rows[0][0]) in tree.names
     return (None, rows) if names_file else (rows[0], rows[1:])
 
 
@@ -208,7 +205,7 @@ def text_of(tree: Tree, place: str) -> str:
         raise BadInput(f"cannot read {tree.where(place)}: {e}") from e
 
 
-def resolve(tree: Tree, place: str) -> Callable[[str], str]:
+def resolved_names(tree: Tree, place: str) -> Callable[[str], str]:
     """A function from a file name in the label file `place` to one of the tree.
 
     Names are relative to the label file, with or without suffix; a bare name may be in any folder if it is unique.
@@ -238,7 +235,7 @@ def resolve(tree: Tree, place: str) -> Callable[[str], str]:
 
 def by_image(tree: Tree, place: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
     """Image -> class name, of (file, label) pairs as the label file `place` spells them."""
-    resolve_name = resolve(tree, place)
+    resolve_name = resolved_names(tree, place)
     labels: dict[str, str] = {}
     for file, label in pairs:
         name, label = resolve_name(file), normalize_name(label)

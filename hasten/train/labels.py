@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 from ..errors import BadInput
 from . import label_files
 from .messages import join_names
 from .names import is_number, normalize_name
-
-if TYPE_CHECKING:
-    from .tree import Tree
+from .tree import Tree
 
 # Files that may hold labels, but are named otherwise than those that are read.
 MAYBE = re.compile(

@@ -7,16 +7,14 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput, nearest
 from .messages import join_names, print_once
-
-if TYPE_CHECKING:
-    from .sources import Data
+from .sources import Data
 
 __all__ = [
     "class_index",

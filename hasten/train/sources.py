@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,8 +158,6 @@ def find_idx(folder: Path) -> dict[str, Path]:
 
 def read_idx(path: Path) -> Any:
     """The uint8 array of an IDX file (big-endian header `0 0 8 rank`, then `rank` sizes), gzipped or not."""
-    import numpy as np
-
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
@@ -204,8 +203,6 @@ def open_npy(path: Path) -> tuple[Any, Any, list[str]]:
 
 def read_npy(path: Path) -> Any:
     """The memory-mapped array of an `.npy`. Raises BadInput if it is damaged or holds anything else."""
-    import numpy as np
-
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(array, np.ndarray):

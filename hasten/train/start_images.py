@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,8 +95,6 @@ def transparent_mask(data: Data, k: int, path: Path) -> Tensor:
 
 def open_with_missing(path: Path, channels: int) -> tuple[Data | None, Tensor | None]:
     """The data of an `.npy` of floats with some NaN, and the mask of these, bool (n, 1, H, W); None for other paths."""
-    import numpy as np
-
     if not (path.is_file() and path.name.lower().endswith(".npy")):
         return None, None
     images: Any = open_npy(path)[0]

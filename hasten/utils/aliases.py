@@ -75,7 +75,7 @@ RELATIVES = {
 }
 
 
-def normalize_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name in lower case, its words joined by underscores.
 
     `"DPM++ 2M"` is `"dpmpp_2m"`. A class of diffusers is its words without the last, `"EulerDiscreteScheduler"` is
@@ -96,7 +96,7 @@ def own_name(name: str, names: Collection[str]) -> str | None:
         name: to look up.
         names: hasten's.
     """
-    bare = normalize_name(name).removesuffix("_discrete").replace("_", "")
+    bare = plain_name(name).removesuffix("_discrete").replace("_", "")
     return next((one for one in names if one.replace("_", "") == bare), None)
 
 
@@ -108,7 +108,7 @@ def alias_of(folder: str, name: str) -> str | None:
         name: to look up.
     """
     known = ALIASES.get(folder, {})
-    return known.get(normalize_name(name)) or known.get(normalize_name(name).removesuffix("_discrete"))
+    return known.get(plain_name(name)) or known.get(plain_name(name).removesuffix("_discrete"))
 
 
 def hint_for(folder: str, name: str) -> str | None:
@@ -118,7 +118,7 @@ def hint_for(folder: str, name: str) -> str | None:
         folder: of the methods.
         name: to look up.
     """
-    normalized = normalize_name(name)
+    normalized = plain_name(name)
     for end, grid in (("_karras", "karras"), ("_exponential", "lambda"), ("_simple", "trailing")):
         method = alias_of(folder, normalized.removesuffix(end)) or normalized.removesuffix(end)
         if folder == "samplers" and normalized.endswith(end):

@@ -8,40 +8,39 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
-from ..distillers import Distiller, DistillTask, Student
+from ..distillers import Distiller, DistillTask
 from ..distillers._dry_run import DryRun, StagePlan, allocate, time_limits
 from ..distillers._notices import run_notices
 from ..distributed.ranks import ProcessLost, Ranks
-from ..errors import BadInput, HastenError, check_int
+from ..errors import BadInput, check_int
 from ..files import check_writable, holds_lock, refuse_inside, write_file
-from ..images import encode_png, make_image_grid
 from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
 from ..performance.autotune import format_runtime, parse_runtime
 from ..performance.cost import process_peak
 from ..pick import format_spec, pick
-from ..plan.table import plan as compile_plan
 from ..progress import ignore_messages
 from ..storage.checks import check_trainable
 from ..storage.model_folder import check_savable
-from ..storage.provenance import model_hash, utc_now
+from ..storage.provenance import model_hash
 from ..storage.runs import unfinished_run
-from ..train.data import Batches, Data
+from ..train import open_data
+from ..train.data import Batches, Data, to_float
 from ..train.fingerprint import describe_data
+from ..train.names import match_labels
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
-from ._distill_data import labels_only, training_data
+from .students import Saver
 
 RUN = "run.json"
-PREVIEW_IMAGES = 64  # images in the preview of a stage
-PREVIEW_BATCH = 16  # of them per evaluation of the network
+BLANK_IMAGES = 1024  # samples of the data set without real images
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,7 +54,7 @@ class DistillConfig(Config):
         method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`.
         steps, minutes, nfe_budget: the budget of the whole run, whichever is reached first; 30 minutes if none is
             given: steps of training; time; model evaluations of one image, in floating-point operations.
-        guidance_scale: of the students; None: the model's recommended one. `guided` learns a range.
+        guidance_scale: that the students give; None: the model's recommended one. `guided` learns a range.
         batch_size: images a step. seed: of everything that is random.
         precision: `fp32`, `bf16` (autocast), or `auto`: what is faster on this device.
         grad_accumulation: parts of a batch that are computed one after another, to need less memory.
@@ -115,29 +114,29 @@ def distill_model(
 ) -> dict[str, Any]:
     """Train students of a model and save them: each stage's in `out/<stage>`, the last one also in `out` itself.
 
-    First every stage runs for a moment, which measures its cost and divides the budget; the plan is saved in
-    `out/run.json`, so that the same call, repeated after an interruption, ends with the same students. (But with
+    First every stage is tried for a moment, which gives its cost and divides the budget; the result is saved in
+    `out/run.json`, so that the same call, repeated after a stop or a kill, ends with the same students. (But with
     `minutes` a stage that turns out slower than in the trial by more than a tenth ends early, by the clock.) Under
-    torchrun, the processes share every batch, and the generation of pairs; the main one writes, and all must see
-    `out`.
+    torchrun, the processes share every batch, and the pairs that some methods make; the main one writes, and all must
+    see `out`.
 
     Args:
         config: method, budget and optimiser, or the method alone as text; None: the defaults. options: fields of it.
-        data: what `open_data` reads; optional for methods that train on the teacher's own samples (`needs_data` is
-            false): all classes then get equal parts. For samples other than images: a tensor (n, *shape), or a `Data`
-            with labels. Images for a latent model are encoded.
-        init: initial weights of the first student, in place of the teacher's: another model of the same shape, classes
-            and schedule, such as an earlier student (to improve it by adversarial training or distribution matching).
+        data: what `open_data` reads; may be omitted for methods that train on the teacher's own samples (`needs_data`
+            is false): the classes then have equal parts. For samples that are no images: a tensor (n, *shape), or a
+            `Data` with labels. Images for a model of latents are encoded.
+        init: what the first student begins as, in place of the teacher: another model of the same shape, classes and
+            schedule, such as an earlier student (adversarial and distribution matching refine one so).
         dry_run: only report what it would cost. show: progress bars on a terminal. log: called with a line at every
             stage. command: for the models' cards.
 
     Returns:
-        A dict: folder, method, stages, evaluations, seconds, memory_bytes (maximum of the trial),
+        A dict: folder, method, stages, evaluations, seconds, memory_bytes (of the largest moment of the trial),
         students (their names and folders).
 
     Raises:
-        BadInput: before anything runs, for arguments that do not fit.
-        KeyboardInterrupt: at Ctrl-C; the run can be resumed.
+        BadInput: before anything is computed, for what cannot be.
+        KeyboardInterrupt: at Ctrl-C, with what is saved.
     """
     if isinstance(config, str):  # the method
         config = DistillConfig(method=config)
@@ -146,7 +145,7 @@ def distill_model(
     method, steps, minutes, evaluations = config.method, config.steps, config.minutes, config.nfe_budget
     batch_size, seed, runtime, accumulate = config.batch_size, config.seed, config.precision, config.grad_accumulation
     guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
-    distiller: Distiller = pick("distillers", method)
+    distiller = pick("distillers", method)
     check_models(model, init, distiller, method)
     ranks = Ranks.start(str(model.device))
     check_int("batch_size", batch_size, 1)
@@ -169,13 +168,13 @@ def distill_model(
         if first is not None and first.net_takes_guidance:
             first = at_scale(first, scale)
     refuse_inside(out, data)
-    source = labels_only(model) if data is None else training_data(model, data)
+    source = class_labels_only(model) if data is None else training_samples(model, data)
     run = {
         "schema": 1, "method": format_spec(distiller), "teacher": model_hash(model), "guidance_scale": scale,
         "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     } | ({} if init is None else {"init": model_hash(init)})  # fmt: skip
-    precision = ranks.on_main_process(lambda: distill_precision(model, runtime, batch_size))
+    precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
         first.requires_grad_(False).eval().to(model.device)
@@ -193,16 +192,16 @@ def distill_model(
         known = unfinished_run(out / RUN, run, read_stages) if not dry_run else None
         if known is not None and runtime != "auto" and known["precision"] != precision:
             raise BadInput(
-                f"{out} is a run with precision {known['precision']}, got {precision}: use the same, write to another "
+                f"{out} is a run with runtime {known['precision']}, got {precision}: use the same, write to another "
                 "folder, or remove it"
             )
         if known is None:
-            trial = DryRun(**common, processes=ranks.world)
-            distiller.distill(trial)
-            allocate(trial.stages, steps, minutes, evaluations)
-            # a stage that is much slower than in the trial ends early, so that the run takes no more minutes
-            limits = {} if minutes is None else time_limits(trial.stages, minutes)
-            known = {**run, "precision": precision, "stages": [asdict(s) for s in trial.stages],
+            rehearsal = DryRun(**common, processes=ranks.world)
+            distiller.distill(rehearsal)
+            allocate(rehearsal.stages, steps, minutes, evaluations)
+            # a stage that is much slower than it was in the trial ends early, so that the minutes are kept
+            limits = {} if minutes is None else time_limits(rehearsal.stages, minutes)
+            known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
                      "minutes": limits, "memory_bytes": peak_bytes(model.device)}  # fmt: skip
             if not dry_run:
                 write_file(check_writable(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
@@ -254,7 +253,9 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
                 f"{one.name} is quantised or exported, which cannot be trained: use the model it was made from"
             )
         if one.denoiser.step_counts is not None:
-            raise BadInput(f"{one.name} is one network for several step counts, which no method can distil further")
+            raise BadInput(
+                f"{one.name} is one network for several numbers of steps, which no method can distil further"
+            )
     check_savable(model if init is None else init, network=not distiller.adds_inputs)
     for one in (model,) if init is None else (model, init):
         check_trainable(one.name, one.denoiser, one.shape, one.cond(2))
@@ -296,75 +297,42 @@ def at_scale(denoiser: Any, scale: float) -> Any:
     return denoiser.replace(net=net, guidance_range=(scale, scale))
 
 
-class Saver:
-    """Saves students, and previews of their samples, where they do not exist already."""
-
-    def __init__(
-        self, teacher: Model, out: Path, result: dict[str, Any], scale: float, command: str, say: Callable[[str], None]
-    ) -> None:
-        self.teacher, self.out, self.result, self.scale = teacher, out, result, scale
-        self.command, self.say = command, say
-
-    def __call__(self, name: str | None, student: Student) -> None:
-        """Save the student of the stage `name`; None: the last one, into the run's own folder."""
-        folder = self.out if name is None else self.out / name
-        model = self.model(name, student)
-        self.result["students"][name or "."] = str(folder)
-        if not (folder / "model.json").is_file():
-            model.save(folder)
-            if name is not None:
-                self.say(f"{name}: {folder} is saved")
-        picture = self.out / f"{name}.png"
-        if name is None or picture.is_file() or student.figures.get("direction") == "encode" or not drawable(model):
-            return
-        try:
-            images, columns = sample_grid(model)
-            write_file(check_writable(picture), encode_png(make_image_grid(images, columns)))
-        except (HastenError, RuntimeError) as e:  # a failed preview must not lose the student
-            first = (str(e).splitlines() or [type(e).__name__])[0]
-            print(f"hasten: no preview {picture}: {first}; {folder} is saved", file=sys.stderr)
-
-    def model(self, name: str | None, student: Student) -> Model:
-        """The student as a model, with its plan and its origin on its card."""
-        span = student.guidance or (self.scale, self.scale)
-        denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage uses the original
-        if not denoiser.net_takes_guidance:
-            denoiser = denoiser.replace(guidance_range=span)
-        sampler = pick("samplers", student.sampler)
-        times = pick("times", student.times)(denoiser.schedule, student.steps)
-        plan = compile_plan(sampler, denoiser.schedule, times) if sampler.linear else None
-        card: dict[str, Any] = {
-            **{key: self.teacher.card[key] for key in ("data", "licence", "reference") if key in self.teacher.card},
-            "summary": f"student of {self.teacher.name} for {student.steps} evaluations",
-            "distilled": {
-                "teacher": self.teacher.name, "teacher_sha256": self.teacher.sha256, "stage": name,
-                **{key: self.result[key] for key in ("method", "stages", "evaluations", "precision")},
-                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": utc_now(),
-                "command": self.command, **({"any_time": True} if student.any_time else {}),
-            },
-        }  # fmt: skip
-        return Model(
-            denoiser, self.out.resolve().name + ("" if name is None else f"-{name}"), self.teacher.shape,
-            self.teacher.classes, self.teacher.codec, student.sampler, student.times, student.steps,
-            min(max(self.scale, span[0]), span[1]), plan=plan, parts=student.parts, card=card,
-            decoder=self.teacher.decoder, pipeline=self.teacher.pipeline,
-        )  # fmt: skip
+def training_samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
+    """Real samples of the model's shape, with the labels that it knows: `real_images`, where they are images."""
+    if isinstance(data, torch.Tensor):
+        values = data
+        data = Data(len(values), tuple(values.shape[1:]), lambda rows: values[rows], source="the tensor")  # type: ignore
+    if isinstance(data, Data):
+        if tuple(data.shape) != tuple(model.shape):
+            raise BadInput(f"{model.name} makes samples of shape {tuple(model.shape)}, data has {tuple(data.shape)}")
+        return match_labels(data, model.classes, model.name)
+    if len(model.shape) != 3 or model.codec == "raw":
+        raise BadInput(
+            f"{model.name} makes samples of shape {tuple(model.shape)}, which no images are: give data as a tensor "
+            "(n, *shape) or a Data, in Python"
+        )
+    if model.decoder is None:
+        return training_images(model, data)
+    latents = model.decoder
+    images = training_images(replace(model, shape=latents.pixels(model.shape)), data)
+    return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))  # type: ignore
 
 
-def drawable(model: Model) -> bool:
-    """Whether the model generates images."""
-    return model.decoder is not None or (model.codec == "image" and model.shape[0] in (1, 3, 4))
+def training_images(model: Model, data: str | Path) -> Data:
+    """The images of `data`, with labels as the model's classes, matched by name."""
+    channels, height, width = model.shape
+    source = open_data(data, size=(height, width), channels=channels)
+    return match_labels(source, model.classes, model.name)
 
 
-def sample_grid(model: Model) -> tuple[torch.Tensor, int | None]:
-    """At most 64 images of a model, and the columns of their grid: one a class, or None."""
-    if model.classes is None:
-        return model.sample(PREVIEW_IMAGES, batch_size=PREVIEW_BATCH), None
-    columns = len(model.classes)
-    if columns <= PREVIEW_IMAGES:
-        n = columns * (PREVIEW_IMAGES // columns)
-        return model.sample(n, batch_size=PREVIEW_BATCH), columns
-    return model.sample(PREVIEW_IMAGES, label=list(range(PREVIEW_IMAGES)), batch_size=PREVIEW_BATCH), None
+def class_labels_only(model: Model) -> Data:
+    """What a method gets that trains on the model's own samples alone: its classes in equal parts, and blank images."""
+    known = [k for k in range(len(model.classes or ())) if k != model.denoiser.null_label]
+    size = len(known) * -(-BLANK_IMAGES // len(known)) if known else BLANK_IMAGES
+    labels = torch.tensor(known).repeat(size // len(known)) if known else None
+    blank = torch.zeros(1, *model.shape, dtype=torch.uint8)
+    shape: Any = model.shape
+    return Data(size, shape, lambda indices: blank.expand(len(indices), *model.shape), labels, model.classes)
 
 
 def read_stages(known: dict[str, Any]) -> list[StagePlan]:
@@ -380,8 +348,8 @@ def describe_stage(stage: StagePlan) -> str:
     return f"{stage.name}: {what} of {stage.evaluations:.3g} evaluations, about {last}"
 
 
-def distill_precision(model: Model, runtime: str, batch_size: int) -> str:
-    """`fp32` or `bf16`, as requested or as a timing of the network decides."""
+def resolve_precision(model: Model, runtime: str, batch_size: int) -> str:
+    """`fp32` or `bf16`, as asked or as a timing of the network finds."""
     if runtime != "auto":
         precision, *rest = format_runtime(parse_runtime(runtime)).split("+")
         if rest:
@@ -391,7 +359,7 @@ def distill_precision(model: Model, runtime: str, batch_size: int) -> str:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Maximum bytes in use: of the GPU, or of this process."""
+    """The most bytes that were in use: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_peak()

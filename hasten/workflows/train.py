@@ -153,7 +153,7 @@ def train_model(
     ranks = Ranks.start(device)
     previous = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
     torch.manual_seed(seed)
-    net = build_network(source, config.widths, config.blocks, config.patch)
+    net = unet_for(source, config.widths, config.blocks, config.patch)
     # without label dropout the null label is not trained
     dropped = config.label_drop if source.labels is not None else 0.0
     denoiser = Denoiser(net, VPCosine(offset=0.0), V())
@@ -205,7 +205,7 @@ def train_model(
     return model
 
 
-def build_network(data: Data, widths: Sequence[int] | None, blocks: int, patch: int | None) -> UNet:
+def unet_for(data: Data, widths: Sequence[int] | None, blocks: int, patch: int | None) -> UNet:
     """A U-Net for these images. By default it has one more resolution for every doubling of the side beyond 32."""
     channels, height, width = data.shape
     side = max(height, width)

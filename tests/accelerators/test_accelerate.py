@@ -1,4 +1,4 @@
-"""Putting accelerators together: order, conflicts, and what they are told."""
+"""Combining accelerators: order, conflicts, context, defaults."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def both(rank: int, ranks: int) -> dict[str, Any]:
 
 
 def gone(rank: int, ranks: int, file: str) -> None:
-    """A process that ends in the middle: the other is told so."""
+    """A process that ends during a sampling: the other raises."""
     plain = denoiser_of(unet())
     fast = accelerate(plain, [PatchParallel(warmup=0)])
     for k in range(6):
@@ -110,7 +110,7 @@ def gone(rank: int, ranks: int, file: str) -> None:
 
 @torch.no_grad()
 def freed(rank: int, ranks: int) -> list[float]:
-    """Networks that are thrown away while what the other said last is on its way to them."""
+    """Networks that are freed while messages of the other process are on their way to them."""
     plain, errors = denoiser_of(unet()), []
     for turn in range(3):
         fast: Any = accelerate(plain, [PatchParallel(warmup=0)])

@@ -1,4 +1,4 @@
-"""Compiled networks: the same answers, the same seams, graphs that do not multiply, and what is said where it fails."""
+"""Compiled networks: the same outputs, the same split points, a limited number of graphs, and errors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_split_points_are_compiled_and_agree_with_the_network() -> None:
 
 
 class Tokens(nn.Module):
-    """The seams of a transformer."""
+    """A transformer with split points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_graphs_do_not_multiply() -> None:
 
 
 class Scaled(nn.Module):
-    """A network without seams."""
+    """A network without split points."""
 
     def __init__(self, by: float) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def cached(denoiser: Denoiser, plan: Any = DDIM20, **options: Any) -> Any:
     ],
 )
 def test_the_parts_compose_to_the_network(shape: dict[str, Any]) -> None:
-    """Whatever the branch: bit for bit, and with the layers that the cut says."""
+    """For every branch: bit for bit, and with the layers of its split point."""
     net = random_(UNet(1, **shape))
     x, time = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.7])
     emb, whole = net.embed(time), net(x, time)

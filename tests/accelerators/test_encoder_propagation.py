@@ -69,7 +69,7 @@ def test_every_sampler_in_order() -> None:
 
 @torch.no_grad()
 def test_outputs_are_those_of_the_formula() -> None:
-    """A hold, then a line in the angle; each with the embedding and x_t of the query itself."""
+    """Reused, then linearly extrapolated in the angle; each with the embedding and x_t of the evaluation itself."""
     net = unet()
     plain, times = denoiser_of(net), DDIM20.times
     x = torch.randn(20, 3, *SHAPE, generator=torch.Generator().manual_seed(3))
@@ -86,7 +86,7 @@ def test_outputs_are_those_of_the_formula() -> None:
             result = fast(x[k], times[k], label=LABEL)
             i = max(key for key in keys if key <= k)
             saved = features(i)
-            if forecast and i >= 5:  # before, the key before the last is the first query
+            if forecast and i >= 5:  # before, the key step before the last is the first evaluation
                 p = keys[keys.index(i) - 1]
                 angle = torch.atan2(VPCosine().sigma(times), VPCosine().alpha(times))
                 r = float((angle[k] - angle[i]) / (angle[i] - angle[p]))
@@ -116,7 +116,7 @@ def test_a_change_of_conditions_or_batch_is_a_key_step() -> None:
 
 
 def test_cost_is_what_the_formula_predicts() -> None:
-    """Multiply-accumulates of whole samplings against 1 / (1 - f (1 - k / N)), serial and parallel."""
+    """Multiply-accumulates of samplings against 1 / (1 - f (1 - k / N)), serial and parallel."""
     net = unet(widths=(16, 32), attention=(0, 1))
     plain = denoiser_of(net)
     x, time = torch.randn(3, *SHAPE), torch.full((3,), 0.5)
@@ -145,7 +145,7 @@ def test_first_blocks_of_a_transformer() -> None:
 
 
 class Still(nn.Module):
-    """A network that says 0."""
+    """A network with output 0."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -167,7 +167,7 @@ def test_injection_into_a_still_network_is_a_recursion(until: float) -> None:
 
 @pytest.mark.parametrize("name", ["v", "eps", "flow"])
 def test_injection_is_the_papers_loop(name: str) -> None:
-    """The network's own output is kept, the state is moved, and the update is made from both."""
+    """The network's own output is unchanged, the state is shifted, and the update uses both."""
     plain, amount, until = denoiser_of(unet(classes=0), name), 0.02, 0.5
     schedule, prediction = plain.schedule, prediction_from(name)
     times = DDIM20.times

@@ -140,7 +140,7 @@ def test_costs_add_errors_of_a_group_as_vectors() -> None:
 
     cost = reuse_costs(count, times, VPCosine(), key, reuse)
     share = error_gains(times, VPCosine(), 1e-4)
-    longest = 5  # half of the queries is the limit here
+    longest = 5  # half of the evaluations is the limit here
     assert set(requested) == {(i, j) for i in range(N) for j in range(i + 1, min(i + longest, N))}
     for i, e in itertools.product(range(N), range(N + 1)):
         if i < e <= i + longest:

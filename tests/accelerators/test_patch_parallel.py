@@ -1,4 +1,4 @@
-"""Patches on four processes against one: exact where it says so, and off in the right order where it does not."""
+"""Patches on four processes against one: exact evaluations, and the order of the error of others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def problem(name: str, dtype: torch.dtype) -> tuple[Any, int, int, dict[str, Tensor]]:
-    """A network, its channels, its multiple of rows, and what it is told with two images."""
+    """A network, its channels, its multiple of rows, and conditions for two images."""
     if name in ("hasten", "patch2"):
         patch = 1 if name == "hasten" else 2
         net = unet(widths=(8, 16, 16), attention=(1,), patch=patch)
@@ -96,16 +96,16 @@ def exact(ranks: int) -> dict[Any, Any]:
 
 @torch.no_grad()
 def late(ranks: int) -> dict[Any, Any]:
-    """Mean relative errors of what the network says, after the first evaluation of a path from noise to an image."""
+    """Mean relative errors of raw outputs, after the first evaluation of a path from noise to an image."""
     net, schedule = unet(widths=(16, 32, 32), attention=(1,)), VPCosine()
     plain, result = denoiser_of(net), {}
     x0, eps, label = noise(1, 2, 16, 16, seed=1), noise(1, 2, 16, 16, seed=2), torch.tensor([1])
     methods = {8: MODES, 16: dict(list(MODES.items())[:4])}
-    both: dict[str, Any] = {"full": {"norm": "full"}, "full, drawn on": {"norm": "full", "forecast": 1}}
+    both: dict[str, Any] = {"full": {"norm": "full"}, "full, extrapolated": {"norm": "full", "forecast": 1}}
     methods |= {32: both, 64: both}
     for T, modes in methods.items():
         times = [0.95 - 0.9 * k / (T - 1) for k in range(T)]
-        if T == 32:  # three of the coarsest rows each, for with fewer nothing is drawn on
+        if T == 32:  # three of the coarsest rows each, for with fewer nothing is extrapolated
             x0, eps = noise(1, 2, 48, 16, seed=1), noise(1, 2, 48, 16, seed=2)
         path = [float(schedule.alpha(t)) * x0 + float(schedule.sigma(t)) * eps for t in times]
         expected = [plain.raw(x_t, t, label=label) for x_t, t in zip(path, times)]
@@ -252,10 +252,12 @@ def test_stale_features_have_first_order_errors(recorded: list[dict[str, Any]]) 
 
 
 def test_extrapolated_features_have_second_order_errors(recorded: list[dict[str, Any]]) -> None:
-    """Half the step: half the error where others' features are held, a quarter of it where they are drawn on."""
-    held_out, samples = ([recorded[0]["late"][T, name][1] for T in (32, 64)] for name in ("full", "full, drawn on"))
-    assert 1.7 < held_out[0] / held_out[1] < 2.3 and 3 < samples[0] / samples[1] < 6
-    assert samples[1] < 0.5 * held_out[1]
+    """Half the step: half the error where others' features are reused, a quarter of it where they are extrapolated."""
+    reused, extrapolated = (
+        [recorded[0]["late"][T, name][1] for T in (32, 64)] for name in ("full", "full, extrapolated")
+    )
+    assert 1.7 < reused[0] / reused[1] < 2.3 and 3 < extrapolated[0] / extrapolated[1] < 6
+    assert extrapolated[1] < 0.5 * reused[1]
 
 
 def expected_traffic(me: int, ranks: int, B: int = 2) -> dict[str, int]:

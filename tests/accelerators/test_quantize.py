@@ -74,7 +74,7 @@ def test_learned_rounding_beats_nearest_on_held_out_inputs() -> None:
 
 
 def bimodal(n: int, seed: int) -> Tensor:
-    """What a shortcut of a U-Net's expanding half is given: 16 strong channels beside 16 weak ones."""
+    """Inputs like those of a layer with a skip connection: 16 strong channels and 16 weak ones."""
     x = torch.randn(n, 32, 8, 8, generator=torch.Generator().manual_seed(seed))
     return x * torch.cat([torch.full((16,), 20.0), torch.full((16,), 0.2)])[:, None, None]
 
@@ -204,7 +204,7 @@ def test_the_teacher_in_eight_bits_keeps_its_x0(teacher: Any) -> None:
 
 @pytest.mark.slow
 def test_calibration_over_all_times_beats_the_first_ones(teacher: Any) -> None:
-    """Ranges from the noisiest quarter of the queries fit the last ones worse than ranges from all of them."""
+    """Ranges from the noisiest quarter of the time steps fit the last ones worse than ranges from all of them."""
     model, calls, held_out = teacher
     method = Quantize(images=6)
     late = method.samples(model.denoiser, held_out[-3:])

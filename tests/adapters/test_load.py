@@ -116,10 +116,12 @@ def test_negative_prompts_reach_the_unconditional_branch() -> None:
     model.conditioning.negative = "a big dog"
     times = times_like(pipe.scheduler, STEPS)
     times_spec = format_spec(Explicit(tuple(times.tolist())))
-    mine = model.sample(1, "a cat", 7, "ddim", times_spec, STEPS, guidance_scale=4.0)
+    mine = model.sample(1, "a cat", 7, sampler="ddim", times=times_spec, steps=STEPS, guidance_scale=4.0)
     close(mine, pixels(theirs))
     model.conditioning.negative = None
-    assert (model.sample(1, "a cat", 7, "ddim", times_spec, STEPS, guidance_scale=4.0) - mine).abs().max() > 1e-3
+    assert (
+        model.sample(1, "a cat", 7, sampler="ddim", times=times_spec, steps=STEPS, guidance_scale=4.0) - mine
+    ).abs().max() > 1e-3
 
 
 def test_sdxl() -> None:

@@ -82,8 +82,8 @@ def test_sd3_with_dynamic_shifting_is_loaded_with_the_shift_of_its_size() -> Non
     model = hasten.load(pipe)
     assert isinstance(model.denoiser.schedule, Flow) and 1 < model.denoiser.schedule.shift < 1.65
     mu = float(torch.log(torch.tensor(model.denoiser.schedule.shift)))
-    law = format_spec(Explicit(tuple(times_like(pipe.scheduler, STEPS, mu=mu).tolist())))
-    ours = model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=3.0)
+    times_spec = format_spec(Explicit(tuple(times_like(pipe.scheduler, STEPS, mu=mu).tolist())))
+    ours = model.sample(1, "a cat", 7, sampler="ddim", times=times_spec, steps=STEPS, guidance_scale=3.0)
     assert torch.allclose(ours, theirs * 2 - 1, atol=1e-5)
     keys = tuple(range(9))  # every evaluation
     fast = hasten.accelerate(pipe, [EncoderPropagation(keys=keys)], steps=9)
@@ -95,13 +95,17 @@ def test_sd3_with_dynamic_shifting_is_loaded_with_the_shift_of_its_size() -> Non
 def test_no_guidance_keeps_the_prompt() -> None:
     """A scale of 0 is what turbo models are published with: the prompt, once a step."""
     pipe = tiny.sd_pipeline(scheduler=tiny.scheduler(timestep_spacing="trailing"))
-    law = format_spec(Explicit(tuple(times_like(pipe.scheduler, STEPS).tolist())))
+    times_spec = format_spec(Explicit(tuple(times_like(pipe.scheduler, STEPS).tolist())))
     theirs = pipe("a cat", latents=start(), num_inference_steps=STEPS, guidance_scale=0.0, output_type="pt").images
     model = hasten.load(pipe)
-    ours = model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=0.0)
+    ours = model.sample(1, "a cat", 7, sampler="ddim", times=times_spec, steps=STEPS, guidance_scale=0.0)
     assert torch.allclose(ours, theirs * 2 - 1, atol=1e-5)
-    assert torch.equal(ours, model.sample(1, "a cat", 7, "ddim", law, STEPS, guidance_scale=1.0))
-    assert (ours - model.sample(1, "the dog", 7, "ddim", law, STEPS, guidance_scale=0.0)).abs().max() > 1e-3
+    assert torch.equal(
+        ours, model.sample(1, "a cat", 7, sampler="ddim", times=times_spec, steps=STEPS, guidance_scale=1.0)
+    )
+    assert (
+        ours - model.sample(1, "the dog", 7, sampler="ddim", times=times_spec, steps=STEPS, guidance_scale=0.0)
+    ).abs().max() > 1e-3
     with pytest.raises(BadInput, match="finite"):
         model.sample(1, "a cat", steps=2, guidance_scale=float("nan"))
 

@@ -201,7 +201,7 @@ def test_group_offload(kind: str, late: bool) -> None:
     fast = fast or accelerate_pipeline(pipe, CACHE, steps=STEPS)
     assert torch.equal(sample_latents(fast), expected)
     if kind == "leaf_level" and not late:
-        with pytest.raises(BadInput, match="hooks on their forward"):
+        with pytest.raises(BadInput, match="whose forward has hooks"):
             accelerate_pipeline(pipe, QUANTIZE, steps=STEPS)
 
 
@@ -294,6 +294,26 @@ def chimera(rank: int, ranks: int) -> list[str]:
             )
         )
     return results
+
+
+def controlled(rank: int, ranks: int) -> list[float]:
+    """Relative errors of the latents of a ControlNet pipeline whose network is shared between processes."""
+    errors = []
+    for accelerator in ("patch_parallel:mode=sync", "cfg_parallel"):
+        pipe = tiny.sd_pipeline("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet())
+        image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        call = {**CALL, "num_inference_steps": 4, "image": image, "height": 16, "width": 16, "latents": start()}
+        fast = accelerate_pipeline(pipe, accelerator, steps=4)
+        shared, plain = fast(**call).images, pipe(**call).images
+        uncontrolled = pipe(**call, controlnet_conditioning_scale=0.0).images
+        errors += [relative_error(shared, plain), relative_error(uncontrolled, plain)]
+    return errors
+
+
+def test_processes_share_the_residuals_of_a_controlnet(tmp_path: Path) -> None:
+    for errors in together(controlled, 2, tmp_path):
+        assert errors[0] < 1e-4 and errors[2] < 1e-4, errors
+        assert errors[1] > 1e-2 and errors[3] > 1e-2, "the residuals do not matter here"
 
 
 def test_processes_with_different_noise_are_refused(tmp_path: Path) -> None:

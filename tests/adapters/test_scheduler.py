@@ -94,7 +94,7 @@ def test_equals_hasten(sampler: str) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]  # one for each sample, as hasten has it
     theirs = pipe(prompts, generator=generators, **CALL).images
     assert float(pipe.scheduler.timesteps[1]) % 1 > 0  # fractional network times
-    ours = model.sample(2, prompts, 7, sampler, "angle", STEPS, guidance_scale=3.0)
+    ours = model.sample(2, prompts, 7, sampler=sampler, times="angle", steps=STEPS, guidance_scale=3.0)
     assert ours.abs().max() < 1
     close(theirs, ours * 100, 2e-5)
     again = [torch.Generator().manual_seed(8)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hasten.plan import plan
 from hasten.samplers import DEIS, PLMS, Heun, PredictorCorrector
-from hasten.samplers.adaptive import AdaptiveSDE, _Run, _slope
+from hasten.samplers.adaptive import AdaptiveSDE, _drift, _Run
 from hasten.sampling import Query, walk
 from hasten.schedules import EDM, VE, Discrete, Schedule, VPLinear
 from hasten.times import UniformLambda, UniformTime
@@ -107,11 +107,11 @@ def test_the_tolerance_of_the_adaptive_step_remembers_the_first_order_state() ->
     rows, u_end = torch.arange(3), 1e-3
 
     def slope(x: Tensor, u: Tensor) -> Tensor:
-        return _slope(x, 0.3 * x, u)
+        return _drift(x, 0.3 * x, u)
 
     run.begin(rows, slope(run.x, run.u), u_end)
     first = run.guess.clone()
-    run.judge(rows, slope(run.guess, run.u - run.h), u_end)
+    run.finish(rows, slope(run.guess, run.u - run.h), u_end)
     assert bool((~run.trying).all()), "the step is accepted"
     assert torch.equal(run.before, first) and not torch.allclose(run.x, first)
 

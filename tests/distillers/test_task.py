@@ -256,14 +256,14 @@ def test_the_minutes_of_the_stages_are_a_tenth_more_than_the_budget() -> None:
 def test_times_are_read_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: waits.append(1))
-    assert dry_run.device_time(torch.device("cpu")) > 0 and not waits
-    assert dry_run.device_time(torch.device("cuda")) > 0 and waits
+    assert dry_run.synchronized_clock(torch.device("cpu")) > 0 and not waits
+    assert dry_run.synchronized_clock(torch.device("cuda")) > 0 and waits
 
 
 def test_every_time_of_a_dry_run_is_read_that_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a clock that only advances with synchronisation, the cost of each loss is exact."""
     ticks = iter(range(10_000))
-    monkeypatch.setattr(dry_run, "device_time", lambda device: float(next(ticks)))
+    monkeypatch.setattr(dry_run, "synchronized_time", lambda device: float(next(ticks)))
     job = task(tmp_path, batch_size=32)
     measured = DryRun(job.teacher, job.denoiser, job.batches, job.shape, tmp_path, show=False)
     pick("distillers", "denoising_student:pairs=32,pair_steps=2").distill(measured)

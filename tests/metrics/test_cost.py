@@ -51,9 +51,9 @@ def test_calls_are_timed_in_turns() -> None:
 
 
 def test_a_ratio_has_a_spread() -> None:
-    found = ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
-    assert (found.low, found.median, found.high) == (2, 3, 4)
-    assert str(found) == "3.00x (2.00 to 4.00)"
+    result = ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
+    assert (result.low, result.median, result.high) == (2, 3, 4)
+    assert str(result) == "3.00x (2.00 to 4.00)"
     with pytest.raises(BadInput, match="not of the same"):
         ratio([1.0], [1.0, 2.0])
 

@@ -36,24 +36,24 @@ def normal() -> Reference:
     return make_reference(torch.randn(3000, 4), "normal", "test", "means", keep=300)
 
 
-def test_the_bundled_reference_is_whole() -> None:
-    known = reference("fashion")
-    assert known.features == "fashion" and known.split == "test" and known.count == 10_000
-    assert known.mean.dtype == known.covariance.dtype == torch.float64
-    assert known.sample.shape == (10_000, 128) and known.histogram == (1000,) * 10
-    assert known.accuracy is not None and known.accuracy > 0.92
-    torch.testing.assert_close(known.sample.double().mean(0), known.mean, atol=1e-4, rtol=1e-3)
-    table = known.floor["frechet"]
+def test_the_bundled_reference_is_complete() -> None:
+    expected = reference("fashion")
+    assert expected.features == "fashion" and expected.split == "test" and expected.count == 10_000
+    assert expected.mean.dtype == expected.covariance.dtype == torch.float64
+    assert expected.sample.shape == (10_000, 128) and expected.histogram == (1000,) * 10
+    assert expected.accuracy is not None and expected.accuracy > 0.92
+    torch.testing.assert_close(expected.sample.double().mean(0), expected.mean, atol=1e-4, rtol=1e-3)
+    table = expected.floor["frechet"]
     assert sorted(table) == [1000, 2000, 5000, 10_000]
     assert table[1000] > table[2000] > table[5000] > table[10_000] > 0
-    assert table[2000] < known.floor_at("frechet", 1500) < table[1000]
+    assert table[2000] < expected.floor_at("frechet", 1500) < table[1000]
 
 
 def test_images_are_measured_against_it_and_every_figure_says_how() -> None:
     images = torch.rand(200, 1, 28, 28) * 2 - 1
     labels = torch.arange(200) % 10
-    found = evaluate_images(images, labels, seeds=range(5, 205), bootstrap=5)
-    assert list(found) == [
+    result = evaluate_images(images, labels, seeds=range(5, 205), bootstrap=5)
+    assert list(result) == [
         "frechet",
         "kid",
         "precision",
@@ -63,22 +63,22 @@ def test_images_are_measured_against_it_and_every_figure_says_how() -> None:
         "inception_score",
         "accuracy",
     ]
-    distance = found["frechet"]
+    distance = result["frechet"]
     assert distance.value > 10 * reference("fashion").floor_at("frechet", 1000)  # noise is no garment
     assert distance.interval is not None and distance.interval[0] < distance.value < distance.interval[1]
-    assert found["precision"].value < 0.2 and found["accuracy"].value < 0.5
-    for measure in found.values():
+    assert result["precision"].value < 0.2 and result["accuracy"].value < 0.5
+    for measure in result.values():
         assert (measure.features, measure.reference) == ("fashion", "Fashion-MNIST test")
         assert (measure.count, measure.seeds) == (200, "5-204")
-    assert found["precision"].reference_count == 200 and distance.reference_count == 10_000
+    assert result["precision"].reference_count == 200 and distance.reference_count == 10_000
     assert "accuracy" not in evaluate_images(images, bootstrap=0)
 
 
 def test_a_perfect_generator_sits_at_its_floor_and_a_worse_one_above(normal: Reference) -> None:
-    known = replace(normal, floor=floor_table(torch.randn(2000, 4), normal, counts=(500, 1000), max_runs=2))
-    good = evaluate_features(torch.randn(700, 4), known)["frechet"]
-    bad = evaluate_features(torch.randn(700, 4) * 1.3, known)["frechet"]
-    assert good.floor is not None and good.floor == known.floor_at("frechet", 700)
+    expected = replace(normal, floor=floor_table(torch.randn(2000, 4), normal, counts=(500, 1000), max_runs=2))
+    good = evaluate_features(torch.randn(700, 4), expected)["frechet"]
+    bad = evaluate_features(torch.randn(700, 4) * 1.3, expected)["frechet"]
+    assert good.floor is not None and good.floor == expected.floor_at("frechet", 700)
     assert 0.3 < good.floors < 3
     assert bad.floors > 5
     assert (good.better, bad.features, bad.reference_count) == ("lower", "means", 3000)
@@ -86,12 +86,12 @@ def test_a_perfect_generator_sits_at_its_floor_and_a_worse_one_above(normal: Ref
 
 def test_floor_is_linear_in_one_over_n(normal: Reference) -> None:
     table = {n: 0.1 + 50 / n for n in (1000, 2000, 5000)}
-    known = replace(normal, floor={"frechet": table, "accuracy": {10: 0.9}})
+    expected = replace(normal, floor={"frechet": table, "accuracy": {10: 0.9}})
     for n in (500, 1000, 1300, 2000, 3000, 5000, 10_000):
-        assert known.floor_at("frechet", n) == pytest.approx(0.1 + 50 / n)
-    assert known.floor_at("frechet", 499) is None and known.floor_at("frechet", 10_001) is None
-    assert known.floor_at("accuracy", 77) == 0.9
-    assert known.floor_at("kid", 1000) is None
+        assert expected.floor_at("frechet", n) == pytest.approx(0.1 + 50 / n)
+    assert expected.floor_at("frechet", 499) is None and expected.floor_at("frechet", 10_001) is None
+    assert expected.floor_at("accuracy", 77) == 0.9
+    assert expected.floor_at("kid", 1000) is None
 
 
 def test_a_reference_survives_its_folder(tmp_path: Path, normal: Reference) -> None:
@@ -105,7 +105,7 @@ def test_a_reference_survives_its_folder(tmp_path: Path, normal: Reference) -> N
     assert json.loads((tmp_path / "r" / "features.json").read_text())["note"] == "mine"
 
 
-def test_damage_is_found(tmp_path: Path, normal: Reference) -> None:
+def test_damage_is_detected(tmp_path: Path, normal: Reference) -> None:
     with pytest.raises(BadInput, match="did you mean 'fashion'"):
         reference("fashoin")
     with pytest.raises(BadInput, match=r"holds no features\.json"):
@@ -141,10 +141,10 @@ def test_features_of_different_networks_never_meet(normal: Reference) -> None:
 
 def test_own_images_and_own_network() -> None:
     images = torch.rand(1300, 1, 4, 4) * 2 - 1
-    known = reference_from_images(images[:300], "squares", "all", Means(), others=images[300:])
-    assert sorted(known.floor["frechet"]) == [1000]
-    measure = evaluate_images(images[300:], features=Means(), reference=known, bootstrap=0)["frechet"]
-    assert measure.reference == "squares all" and measure.floor == pytest.approx(known.floor["frechet"][1000])
+    expected = reference_from_images(images[:300], "squares", "all", Means(), others=images[300:])
+    assert sorted(expected.floor["frechet"]) == [1000]
+    measure = evaluate_images(images[300:], features=Means(), reference=expected, bootstrap=0)["frechet"]
+    assert measure.reference == "squares all" and measure.floor == pytest.approx(expected.floor["frechet"][1000])
     assert measure.value < 0.05
 
 

@@ -32,16 +32,16 @@ from hasten.metrics.precision_recall import manifold
 from hasten.workflows.evaluate import evaluate_distributed
 
 
-def test_features_beyond_half_precision_are_kept(tmp_path: Path) -> None:
+def test_features_beyond_half_precision_are_stored(tmp_path: Path) -> None:
     x, y = (3e5 * torch.randn(400, 4, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
-    made = make_reference(x, "big", "all", "net", keep=300)
-    save_reference(made, tmp_path)
+    output = make_reference(x, "big", "all", "net", keep=300)
+    save_reference(output, tmp_path)
     read = reference(tmp_path)
-    assert torch.equal(read.sample, made.sample) and read.sample.dtype == torch.float32
-    for known in (made, read):
-        found = evaluate_features(y, known, bootstrap=0)
-        assert all(torch.isfinite(torch.tensor(m.value)) for m in found.values())
-        assert found["precision"].value > 0.8 and found["coverage"].value > 0.8
+    assert torch.equal(read.sample, output.sample) and read.sample.dtype == torch.float32
+    for expected in (output, read):
+        result = evaluate_features(y, expected, bootstrap=0)
+        assert all(torch.isfinite(torch.tensor(m.value)) for m in result.values())
+        assert result["precision"].value > 0.8 and result["coverage"].value > 0.8
     small = make_reference(x / 1e5, "small", "all", "net", keep=300)
     assert torch.equal(small.sample, small.sample.half().float()), "what fits is stored as before"
 
@@ -69,8 +69,8 @@ def test_fashion_features_refuse_pictures_in_colour() -> None:
 
 
 def test_the_names_that_the_help_offers_are_known(tmp_path: Path) -> None:
-    words = (evaluate_command.__doc__ or "").partition("features: Feature network:")[2]
-    offered = words.partition(". Left out")[0].replace(" or ", ", ").split(", ")
+    message = (evaluate_command.__doc__ or "").partition("features: Feature network:")[2]
+    offered = message.partition(". Default")[0].replace(" or ", ", ").split(", ")
     offered = [name.strip() for name in offered]
     assert offered == ["fashion", "efficientnet_lite0", "inception"]
     for name in (*offered, "efficientnet", "efficientnet@64", "inception_v3"):
@@ -89,21 +89,21 @@ def test_the_kernel_distance_takes_subsets_of_a_thousand() -> None:
 
 
 @pytest.mark.parametrize("width, asked, repeats", [(4, 100, 100), (512, 30, 30), (513, 100, 10), (513, 3, 3)])
-def test_an_interval_has_the_repeats_that_were_asked_for(
+def test_an_interval_has_the_requested_repeats(
     width: int, asked: int, repeats: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten where the covariance is wider than 512, as many as asked for elsewhere."""
-    seen = []
+    recorded = []
 
     def spy(features: Tensor, mean: Tensor, covariance: Tensor, repeats: int) -> tuple[float, float]:
-        seen.append(repeats)
+        recorded.append(repeats)
         return 0.0, 1.0
 
     monkeypatch.setattr(evaluation, "frechet_interval", spy)
     monkeypatch.setattr(evaluation, "frechet_distance", lambda *a: 0.5)
-    known = make_reference(torch.randn(12, width), "x", "all", "net")
-    assert evaluate_features(torch.randn(12, width), known, bootstrap=asked)["frechet"].interval == (0.0, 1.0)
-    assert seen == [repeats]
+    expected = make_reference(torch.randn(12, width), "x", "all", "net")
+    assert evaluate_features(torch.randn(12, width), expected, bootstrap=asked)["frechet"].interval == (0.0, 1.0)
+    assert recorded == [repeats]
 
 
 class Seen(nn.Module):
@@ -126,21 +126,19 @@ class Seen(nn.Module):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
-def test_a_named_network_looks_at_images_on_the_device_that_is_given(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_named_network_runs_on_the_given_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, images = Seen(), 2 * torch.rand(600, 1, 4, 4) - 1
     monkeypatch.setattr(evaluation, "feature_net", lambda which: net)
-    known = make_reference(images.flatten(1)[:, :3], "x", "all", "seen")
-    evaluate_images(images, features="seen", reference=known, bootstrap=0, device=device)
-    evaluate_distributed(images, None, "seen", known, range(600), Ranks(torch.device(device)))
+    expected = make_reference(images.flatten(1)[:, :3], "x", "all", "seen")
+    evaluate_images(images, features="seen", reference=expected, bootstrap=0, device=device)
+    evaluate_distributed(images, None, "seen", expected, range(600), Ranks(torch.device(device)))
     assert net.sent == 2 * [torch.device(device)] and net.sizes == 2 * [256, 256, 88]
-    evaluate_images(images, features=net, reference=known, bootstrap=0, device=device)
+    evaluate_images(images, features=net, reference=expected, bootstrap=0, device=device)
     assert len(net.sent) == 2, "a network of one's own stays where it is"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_no_figure_is_made_of_what_is_not_finite(value: float) -> None:
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
     good, bad = torch.randn(12, 4), torch.randn(12, 4)
     bad[3, 1] = bad[5, 0] = value
     covariance = torch.eye(4)

@@ -68,8 +68,8 @@ def test_images_in_memory_count_as_the_files_they_become(fashion: nn.Module) -> 
 def test_other_sizes_are_resized(fashion: nn.Module) -> None:
     coarse = torch.rand(3, 1, 5, 5) * 2 - 1
     small, large = (F.interpolate(coarse, size=n, mode="bicubic").clamp(-1, 1) for n in (28, 56))
-    found, expected = extract(fashion, large)[0], extract(fashion, small)[0]
-    assert (found - expected).norm() < 0.05 * expected.norm()
+    result, expected = extract(fashion, large)[0], extract(fashion, small)[0]
+    assert (result - expected).norm() < 0.05 * expected.norm()
 
 
 def test_any_module_will_do_and_its_name_tells_its_weights() -> None:
@@ -101,7 +101,7 @@ def test_images_that_are_none_are_refused(fashion: nn.Module, images: torch.Tens
         extract(fashion, images)
 
 
-def test_a_network_that_keeps_its_map_is_refused() -> None:
+def test_a_network_without_pooling_is_refused() -> None:
     with pytest.raises(BadInput, match="expected \\(B, D\\)"):
         extract(nn.Conv2d(1, 2, 3), torch.zeros(1, 1, 8, 8))
 
@@ -132,9 +132,9 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_efficientnet_takes_the_published_state_dict(tmp_path: Path) -> None:
-    made = EfficientNetLite0()
-    assert sum(p.numel() for p in made.parameters()) == 4_652_008  # as published
-    state = made.state_dict()
+    output = EfficientNetLite0()
+    assert sum(p.numel() for p in output.parameters()) == 4_652_008  # as published
+    state = output.state_dict()
     assert state["_blocks.3._depthwise_conv.weight"].shape == (144, 1, 5, 5)
     assert state["_blocks.15._project_conv.weight"].shape == (320, 1152, 1, 1)
     path = tmp_path / "made.pth"
@@ -171,10 +171,10 @@ def test_inception_takes_the_published_state_dict() -> None:
     assert shapes["Mixed_7a.branch7x7x3_3.conv.weight"] == (192, 192, 7, 1)
     assert shapes["Mixed_7c.branch3x3dbl_3b.conv.weight"] == (384, 384, 3, 1)
     assert shapes["fc.weight"] == (1008, 2048)
-    seen = {}
-    net.Mixed_6e.register_forward_hook(lambda m, i, o: seen.update(e=o.shape))
+    recorded = {}
+    net.Mixed_6e.register_forward_hook(lambda m, i, o: recorded.update(e=o.shape))
     features, logits = extract(net, torch.rand(1, 1, 32, 32) * 2 - 1)
-    assert seen["e"] == (1, 768, 17, 17)
+    assert recorded["e"] == (1, 768, 17, 17)
     assert features.shape == (1, 2048) and logits is not None
     torch.testing.assert_close(logits, features @ net.fc.weight.T)  # no bias, as in the original score
 

@@ -35,10 +35,10 @@ def test_singular_covariances_need_no_added_diagonal() -> None:
     u, v, zero = torch.randn(40).double(), torch.randn(40).double(), torch.zeros(40).double()
     expected = float(u @ u + v @ v - 2 * (u @ v).abs())  # tr (C1 C2)^1/2 = |u.v| for rank one
     assert frechet_distance(zero, torch.outer(u, u), zero, torch.outer(v, v)) == pytest.approx(expected, abs=1e-5)
-    few = moments(torch.randn(10, 64))  # rank 9 in 64 dimensions
-    assert frechet_distance(*few, *few) == pytest.approx(0, abs=1e-5)
+    small = moments(torch.randn(10, 64))  # rank 9 in 64 dimensions
+    assert frechet_distance(*small, *small) == pytest.approx(0, abs=1e-5)
     point = torch.zeros(64, 64).double()
-    assert frechet_distance(*few, few[0], point) == pytest.approx(float(torch.trace(few[1])), rel=1e-9)
+    assert frechet_distance(*small, small[0], point) == pytest.approx(float(torch.trace(small[1])), rel=1e-9)
 
 
 def test_root_squares_back() -> None:
@@ -68,7 +68,7 @@ def test_interval_has_the_width_of_a_repeat_with_other_seeds() -> None:
     assert frechet_interval(draws[0], mean, covariance, seed=3) == frechet_interval(draws[0], mean, covariance, seed=3)
 
 
-def test_bad_input_is_told() -> None:
+def test_bad_input() -> None:
     with pytest.raises(BadInput, match="at least 2 samples, found 1"):
         moments(torch.zeros(1, 3))
     with pytest.raises(BadInput, match="not finite"):

@@ -36,7 +36,7 @@ def test_accuracy_and_its_interval() -> None:
     assert low < 0.5
 
 
-def test_bad_input_is_told() -> None:
+def test_bad_input() -> None:
     with pytest.raises(BadInput, match="divided into 10 splits"):
         inception_score(torch.zeros(5, 3))
     with pytest.raises(BadInput, match="do not belong"):

@@ -33,7 +33,7 @@ def test_is_unbiased_where_the_plain_estimate_is_not() -> None:
     assert float(p.mean()) > 8 * error
 
 
-def test_subsets_average_to_the_whole_and_repeat() -> None:
+def test_subsets_average_to_the_total_and_repeat() -> None:
     x, y = torch.randn(600, 8), torch.randn(500, 8) * 1.3 + 0.5
     mean, deviation = kid(x, y, subsets=40, size=200)
     assert abs(mean - polynomial_mmd2(x, y)) < 4 * deviation / 40**0.5 + 1e-3
@@ -41,7 +41,7 @@ def test_subsets_average_to_the_whole_and_repeat() -> None:
     assert kid(x[:50], y, subsets=1, size=1000)[1] == 0.0  # every sample of the smaller side, one subset
 
 
-def test_bad_input_is_told() -> None:
+def test_bad_input() -> None:
     with pytest.raises(BadInput, match="2 samples on each side"):
         polynomial_mmd2(torch.zeros(1, 3), torch.zeros(5, 3))
     with pytest.raises(BadInput, match="same feature network"):

@@ -22,9 +22,9 @@ def test_equals_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     recall = sum(any(near(f, r) <= ball(fake, j, 3) for j, f in enumerate(fake)) for r in real) / 30
     density = sum(near(f, r) <= ball(real, i, 5) for f in fake for i, r in enumerate(real)) / (5 * 25)
     coverage = sum(any(near(f, r) <= ball(real, i, 5) for f in fake) for i, r in enumerate(real)) / 30
-    found = manifold(real, fake)
-    assert (found.precision, found.recall) == (pytest.approx(precision), pytest.approx(recall))
-    assert (found.density, found.coverage) == (pytest.approx(density), pytest.approx(coverage))
+    result = manifold(real, fake)
+    assert (result.precision, result.recall) == (pytest.approx(precision), pytest.approx(recall))
+    assert (result.density, result.coverage) == (pytest.approx(density), pytest.approx(coverage))
 
 
 def test_radius_leaves_out_the_sample_itself_but_not_its_copies() -> None:
@@ -51,7 +51,7 @@ def test_far_from_the_origin_the_distances_keep_their_digits() -> None:
     assert near == far
 
 
-def test_bad_input_is_told() -> None:
+def test_bad_input() -> None:
     with pytest.raises(BadInput, match="3 samples have no 3-th neighbour"):
         manifold(torch.zeros(3, 2), torch.zeros(9, 2))
     with pytest.raises(BadInput, match="same feature network"):

@@ -65,12 +65,12 @@ def reference(layer, parts, x, group=0):
         v = part.q.double() - (0 if part.zero is None else part.zero.double().view(view))
         w = v * part.scale.double().view(view)
         if part.act_scale is None:
-            given = piece.double()
+            inputs = piece.double()
         else:
             s, z = part.act_scale[group], int(part.act_zero[group])
             u = (piece.double() * (1 / s).double() + z).float().round().clamp(0, 255).double()
-            given = (u - z) * s.double()
-        total = total + plain(layer, given, w)
+            inputs = (u - z) * s.double()
+        total = total + plain(layer, inputs, w)
         if part.low_rank is not None:
             total = total + plain(layer, piece.double(), (part.low_rank[0] @ part.low_rank[1]).double().view(w.shape))
     if layer.bias is None:
@@ -116,30 +116,30 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("borders", [(), (3,)], ids=["whole", "split"])
-def test_layers_do_what_the_formula_says(name, bits, borders):
+def test_layers_implement_the_formula(name, bits, borders):
     layer = LAYERS[name]()
     linear = isinstance(layer, nn.Linear)
     parts = rounded(layer, bits, borders, ACTS)
-    made = (QLinear if linear else QConv2d).from_layer(layer, parts)
-    again = empty_quantized(nn.Sequential(LAYERS[name]()), quantization_config(nn.Sequential(made)))
-    again.load_state_dict(nn.Sequential(made).state_dict())
+    output = (QLinear if linear else QConv2d).from_layer(layer, parts)
+    again = empty_quantized(nn.Sequential(LAYERS[name]()), quantization_config(nn.Sequential(output)))
+    again.load_state_dict(nn.Sequential(output).state_dict())
     for batch in (1, 3):
         x = images(batch, layer.weight.shape[1])
         shapes = [x[:, :, 0, 0], x.permute(0, 2, 3, 1), x[:, :, 0].transpose(1, 2)] if linear else [x, x[..., :7]]
-        for given in shapes:
+        for inputs in shapes:
             for group in range(len(ACTS)):
-                set_group(made, group)
+                set_group(output, group)
                 set_group(again, group)
-                expected = reference(layer, parts, given, group)
+                expected = reference(layer, parts, inputs, group)
                 with torch.no_grad():
-                    found = made(given)
-                    assert found.dtype == torch.float32 and found.shape == expected.shape
-                    assert off(found, expected) <= 1e-5
-                    assert torch.equal(again(given), found)
-    set_group(made, 0)
+                    result = output(inputs)
+                    assert result.dtype == torch.float32 and result.shape == expected.shape
+                    assert off(result, expected) <= 1e-5
+                    assert torch.equal(again(inputs), result)
+    set_group(output, 0)
     x = images(2, layer.weight.shape[1])[..., 0, 0] if linear else images(2, layer.weight.shape[1])
     with torch.no_grad():  # an approximation of the layer, and not the layer
-        assert 1e-3 < off(made(x), layer(x)) < (0.02 if bits == 8 else 0.2)
+        assert 1e-3 < off(output(x), layer(x)) < (0.02 if bits == 8 else 0.2)
 
 
 @pytest.mark.parametrize("kind", [_int8.OneDnnKernel, _int8.SimulatedKernel, _int8.IntMmKernel])
@@ -162,11 +162,11 @@ def test_every_kernel_gives_the_same_sums(kind, layer):
 def test_bytes_are_the_formulas_in_every_layout():
     x = images(2, 6).mul(3)
     x[0, 0] = (torch.arange(81).view(9, 9) - 40) * 0.125 / 2  # half steps
-    for given in (x, x.contiguous(memory_format=torch.channels_last), x[:, 2:5], x.bfloat16()):
-        u = _int8.quantize_uint8(given, 0.125, 121)
-        assert u.dtype == torch.uint8 and u.shape == given.shape
-        assert torch.equal(u.double(), (given.double() * 8 + 121).round().clamp(0, 255))
-        tensors = _int8.quantize_uint8(given, torch.tensor(0.125), torch.tensor(121))
+    for inputs in (x, x.contiguous(memory_format=torch.channels_last), x[:, 2:5], x.bfloat16()):
+        u = _int8.quantize_uint8(inputs, 0.125, 121)
+        assert u.dtype == torch.uint8 and u.shape == inputs.shape
+        assert torch.equal(u.double(), (inputs.double() * 8 + 121).round().clamp(0, 255))
+        tensors = _int8.quantize_uint8(inputs, torch.tensor(0.125), torch.tensor(121))
         assert torch.equal(tensors, u)
 
 
@@ -183,49 +183,49 @@ def test_codes_of_four_bits_come_back(shape):
 @pytest.mark.parametrize("layer", [conv(padding=1, stride=2), nn.Linear(10, 12)])
 def test_low_rank_branch_and_weights_only(layer, acts, rank):
     parts = rounded(layer, 4, (4,), acts, rank)
-    made = (QLinear if isinstance(layer, nn.Linear) else QConv2d).from_layer(layer, parts)
-    x = images(2) if made.geometry else images(2)[:, :, 0].transpose(1, 2)
+    output = (QLinear if isinstance(layer, nn.Linear) else QConv2d).from_layer(layer, parts)
+    x = images(2) if output.geometry else images(2)[:, :, 0].transpose(1, 2)
     with torch.no_grad():
-        assert off(made(x), reference(layer, parts, x)) <= 1e-5
-        assert off(plain(layer, x, made.weight), plain(layer, x, layer.weight)) < (0.5 if not rank else 9)
-    assert made.execution == "simulated" if acts is None else made.quantization_config()["rank"] == rank
+        assert off(output(x), reference(layer, parts, x)) <= 1e-5
+        assert off(plain(layer, x, output.weight), plain(layer, x, layer.weight)) < (0.5 if not rank else 9)
+    assert output.execution == "simulated" if acts is None else output.quantization_config()["rank"] == rank
 
 
 def test_output_type_follows_autocast_and_input():
     layer = conv(padding=1)
     for bits, borders in ((8, ()), (4, (3,))):
-        made = QConv2d.from_layer(layer, rounded(layer, bits, borders))
+        output = QConv2d.from_layer(layer, rounded(layer, bits, borders))
         x = images(2)
         with torch.no_grad():
-            full = made(x)
+            full = output(x)
             with torch.autocast("cpu", torch.bfloat16):
-                low = made(x)
+                low = output(x)
             assert low.dtype == torch.bfloat16 and 0 < off(low, full) < 3e-3
             for dtype in (torch.bfloat16, torch.float16):
-                assert made(x.to(dtype)).dtype == dtype
-                assert off(made(x.to(dtype)), made(x.to(dtype).float())) < 3e-3
-            moved = copy.deepcopy(made).to(torch.bfloat16)
+                assert output(x.to(dtype)).dtype == dtype
+                assert off(output(x.to(dtype)), output(x.to(dtype).float())) < 3e-3
+            moved = copy.deepcopy(output).to(torch.bfloat16)
             assert moved.parts[0].scale.dtype == torch.float32
             assert off(moved(x), full) < 3e-3  # only the bias is coarser
 
 
 def test_gradient_by_the_input_goes_straight_through():
     layer = conv(padding=1)
-    made = QConv2d.from_layer(layer, rounded(layer))
+    output = QConv2d.from_layer(layer, rounded(layer))
     x = images(2).requires_grad_()
-    y = made(x)
-    (found,) = torch.autograd.grad(y.square().sum(), x)
-    z = plain(layer, x, made.weight)
+    y = output(x)
+    (result,) = torch.autograd.grad(y.square().sum(), x)
+    z = plain(layer, x, output.weight)
     (expected,) = torch.autograd.grad((z * 2 * y.detach()).sum(), x)
-    assert off(found, expected) < 1e-5
+    assert off(result, expected) < 1e-5
     with torch.no_grad():
-        assert off(made(x), y) < 1e-6
+        assert off(output(x), y) < 1e-6
 
 
-def test_parts_that_do_not_fit_are_refused():
+def test_slices_that_do_not_match_are_refused():
     layer = conv(padding=1)
     good = rounded(layer, 4, (3,))
-    for parts, said in (
+    for parts, outputs in (
         (good[:1], "cover 3 of the layer's 10"),
         (good[1:], "expected"),
         (rounded(layer, 8, (3,))[:1] + good[1:], "same bits"),
@@ -235,21 +235,21 @@ def test_parts_that_do_not_fit_are_refused():
         ),
         ([ChannelSlice((0, 10), torch.zeros(12, 10, 3, 3), torch.ones(12), None, 3, None, None)], "3 bits"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=outputs):
             QConv2d.from_layer(layer, parts)
-    for other, said in (
+    for other, outputs in (
         (nn.Conv2d(4, 4, 3, groups=2), "groups"),
         (nn.Conv1d(4, 4, 3), "Conv1d"),
         (nn.Conv2d(4, 4, 3, padding="same"), "padding"),
     ):
-        assert said in why_not_quantizable(other)
+        assert outputs in why_not_quantizable(other)
     with pytest.raises(ValueError, match="groups"):
         QConv2d.from_layer(nn.Conv2d(4, 4, 3, groups=2), good)
-    made = QConv2d.from_layer(layer, rounded(layer, acts=ACTS))
+    output = QConv2d.from_layer(layer, rounded(layer, acts=ACTS))
     with pytest.raises(ValueError, match="0..2"):
-        set_group(made, 3)
+        set_group(output, 3)
     with pytest.raises(ValueError, match="no layer 'absent'"):
-        replace_layers(nn.Sequential(layer), {"absent": made})
+        replace_layers(nn.Sequential(layer), {"absent": output})
 
 
 def test_block_with_a_split_shortcut_and_its_copies():
@@ -257,13 +257,13 @@ def test_block_with_a_split_shortcut_and_its_copies():
     x, emb = images(2, 12, 8), torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
     x[:, 7:] *= 9  # what a split is for
     before = {name: value.clone() for name, value in block.state_dict().items()}
-    made = {
+    output = {
         "shortcut": QConv2d.from_layer(block.shortcut, rounded(block.shortcut, 8, (7,), ((0.2, 128),))),
         "modulation": QLinear.from_layer(block.modulation, rounded(block.modulation)),
     }
-    fast = replace_layers(block, made)
+    fast = replace_layers(block, output)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
-    assert isinstance(block.shortcut, nn.Conv2d) and fast.shortcut is made["shortcut"]
+    assert isinstance(block.shortcut, nn.Conv2d) and fast.shortcut is output["shortcut"]
     assert fast.norm1.weight is block.norm1.weight and fast.conv1.bias is block.conv1.bias
     assert fast.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert list(quantization_config(fast)) == ["modulation", "shortcut"] and quantization_config(fast)["shortcut"][
@@ -278,15 +278,15 @@ def test_block_with_a_split_shortcut_and_its_copies():
 
 def integers(net, bits=8, **options):
     """The network with all its layers made of integers."""
-    made = {}
+    output = {}
     for name, layer in net.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             kind = QLinear if isinstance(layer, nn.Linear) else QConv2d
-            made[name] = kind.from_layer(layer, rounded(layer, bits, **options))
-    return replace_layers(net, made)
+            output[name] = kind.from_layer(layer, rounded(layer, bits, **options))
+    return replace_layers(net, output)
 
 
-def test_what_is_compiled_is_one_graph_for_all_groups():
+def test_one_compiled_graph_serves_all_groups():
     net = integers(lively(ResBlock(12, 8, 6)), acts=ACTS)
     x, emb = images(2, 12, 8), torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
     graphs = []
@@ -297,14 +297,14 @@ def test_what_is_compiled_is_one_graph_for_all_groups():
 
     torch._dynamo.reset()
     compiled = torch.compile(net, backend=counted, fullgraph=True)
-    found = []
+    result = []
     with torch.no_grad():
         for group in (0, 1, 2, 0):
             set_group(net, group)
-            found.append(compiled(x, emb))
-            assert off(found[-1], net(x, emb)) < 2e-3  # a rounding may fall to the other side
+            result.append(compiled(x, emb))
+            assert off(result[-1], net(x, emb)) < 2e-3  # a rounding may fall to the other side
     assert len(graphs) == 1
-    assert off(found[1], found[0]) > 0.05 and torch.equal(found[3], found[0])
+    assert off(result[1], result[0]) > 0.05 and torch.equal(result[3], result[0])
 
 
 @pytest.mark.slow
@@ -312,19 +312,19 @@ def test_integer_convolution_is_faster():
     if not _int8.onednn_works():
         pytest.skip("this CPU has no VNNI")
     layer = conv(256, 256, padding=1)
-    made, x = (
+    output, x = (
         QConv2d.from_layer(layer, rounded(layer)),
         images(16, 256, 16).contiguous(memory_format=torch.channels_last),
     )
-    threads, least = torch.get_num_threads(), {}
+    threads, minimum = torch.get_num_threads(), {}
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
             for _ in range(10):
-                for name, run in (("float", layer), ("integer", made)):
-                    began = time.thread_time()
+                for name, run in (("float", layer), ("integer", output)):
+                    start = time.thread_time()
                     run(x)
-                    least[name] = min(time.thread_time() - began, least.get(name, 1e9))
+                    minimum[name] = min(time.thread_time() - start, minimum.get(name, 1e9))
     finally:
         torch.set_num_threads(threads)
-    assert least["float"] >= 1.5 * least["integer"]
+    assert minimum["float"] >= 1.5 * minimum["integer"]

@@ -28,9 +28,9 @@ def test_bytes_on_disk_of_a_network_of_36_million(tmp_path):
     net = lively(UNet(channels=3, widths=(128, 256, 256, 256), blocks=2, attention=(1,)))
     count = sum(p.numel() for p in net.parameters())
     assert 3e7 < count < 5e7
-    for bits, share in ((4, 0.14), (8, 0.27)):
+    for bits, fraction in ((4, 0.14), (8, 0.27)):
         write_weights(integers(net, bits), tmp_path / "weights")
-        assert (tmp_path / "weights").stat().st_size <= share * 4 * count
+        assert (tmp_path / "weights").stat().st_size <= fraction * 4 * count
 
 
 @pytest.fixture
@@ -53,11 +53,11 @@ torch.save((y, execution(model.denoiser.net)), sys.argv[2])
 def test_a_saved_model_is_the_same_in_another_process(model, tmp_path):
     model.save(tmp_path / "saved")
     subprocess.run([sys.executable, "-c", READ, tmp_path / "saved", tmp_path / "out"], check=True, timeout=120)
-    found, kind = torch.load(tmp_path / "out")
+    result, kind = torch.load(tmp_path / "out")
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         expected = model.denoiser(x, torch.tensor(0.6), label=torch.tensor([0, 2, 1]))
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     assert kind == execution(model.denoiser.net) == ("int8" if _int8.onednn_works() else "simulated")
     (row,) = json.loads((tmp_path / "saved" / "model.json").read_text())["net"]["quantized"]
     assert (
@@ -76,13 +76,13 @@ def test_half_precision_keeps_the_scales(model, tmp_path):
 def test_a_damaged_file_is_refused_in_one_line(model, tmp_path):
     model.save(tmp_path / "saved")
     file = tmp_path / "saved" / "weights.safetensors"
-    whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+    full = file.read_bytes()
+    for damaged in (full[: len(full) // 2], full[:-1] + bytes([full[-1] ^ 1]), b""):
         file.write_bytes(damaged)
         with pytest.raises(BadInput, match="is not the file that model.json names") as refused:
             hasten.load(tmp_path / "saved")
         assert "\n" not in str(refused.value)
-    file.write_bytes(whole)
+    file.write_bytes(full)
     hasten.load(tmp_path / "saved")
     description = tmp_path / "saved" / "model.json"
     text = description.read_text()
@@ -99,10 +99,10 @@ def test_a_damaged_file_is_refused_in_one_line(model, tmp_path):
         assert "\n" not in str(refused.value)
 
 
-def test_a_network_is_told_and_restored():
+def test_a_network_is_described_and_restored():
     net = lively(UNet(channels=1, widths=(16, 32), attention=(1,)))
     assert "quantized" not in describe_network(net)
-    some = {name: QConv2d.made(getattr(net, name), rounded(getattr(net, name), 8, acts=ACTS)) for name in ("conv_out",)}
+    some = {name: QConv2d.from_layer(getattr(net, name), rounded(getattr(net, name), 8, acts=ACTS)) for name in ("conv_out",)}
     fast = replace_layers(net, some)
     again = network_from_description(json.loads(json.dumps(describe_network(fast))))
     again.load_state_dict(fast.state_dict())
@@ -113,11 +113,11 @@ def test_a_network_is_told_and_restored():
         assert torch.equal(again(x, t), fast(x, t))
 
 
-def test_a_network_with_groups_of_times_is_told_too():
+def test_a_network_with_time_groups_is_described_too():
     net = TimeGroups(integers(lively(UNet(channels=1, widths=(16, 32))), acts=ACTS), (0.3, 0.6))
     again = network_from_description(json.loads(json.dumps(describe_network(net))))
     again.load_state_dict(net.state_dict())
     x = images(1, 1, 8)
     with torch.no_grad():
-        found = [net(x, torch.tensor([t])) for t in (0.5, 0.9)]
-        assert all(torch.equal(again(x, torch.tensor([t])), y) for t, y in zip((0.5, 0.9), found, strict=True))
+        result = [net(x, torch.tensor([t])) for t in (0.5, 0.9)]
+        assert all(torch.equal(again(x, torch.tensor([t])), y) for t, y in zip((0.5, 0.9), result, strict=True))

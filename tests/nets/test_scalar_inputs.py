@@ -36,25 +36,25 @@ SHAPES = [(2,), (3, 5), (3, 8, 8), (2, 3, 4, 4), (2, 2, 2, 2, 2)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_at_first_it_is_the_plain_network(shape: tuple[int, ...]) -> None:
     net, x, time = Line(), torch.randn(3, *shape), torch.rand(3)
-    made = with_scalars(net, shape, guidance=(1, 5), steps=(4, 2))
-    assert type(made) is ScalarInputs
+    output = with_scalars(net, shape, guidance=(1, 5), steps=(4, 2))
+    assert type(output) is ScalarInputs
     for steps in (4, 2):
-        description = made(x, time, guidance=torch.tensor([1.0, 2.0, 5.0]), steps=torch.full((3,), steps))
+        description = output(x, time, guidance=torch.tensor([1.0, 2.0, 5.0]), steps=torch.full((3,), steps))
         assert torch.equal(description, net(x, time))
 
 
 def test_of_a_network_with_an_embedding_too() -> None:
     net = filled(UNet(1, widths=(8, 16), classes=2, embedding=16)).eval()
-    made = with_scalars(net, (1, 8, 8), guidance=(1, 5)).eval()
+    output = with_scalars(net, (1, 8, 8), guidance=(1, 5)).eval()
     x, time, label, scale = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 2]), torch.tensor([1.0, 4.0])
-    assert type(made) is EmbeddedInputs and made.null_label == 2 and made.guidance_range == (1.0, 5.0)
-    assert torch.equal(made(x, time, guidance=scale, label=label), net(x, time, label=label))
-    filled(made.guidance)
-    changed = made(x, time, guidance=scale, label=label)
+    assert type(output) is EmbeddedInputs and output.null_label == 2 and output.guidance_range == (1.0, 5.0)
+    assert torch.equal(output(x, time, guidance=scale, label=label), net(x, time, label=label))
+    filled(output.guidance)
+    changed = output(x, time, guidance=scale, label=label)
     assert not torch.allclose(changed, net(x, time, label=label), atol=1e-3)
     # the parts are those of the network that the scale is added to, as in a U-Net that was built with the input
     built = UNet(**{**net.config, "guidance": (1, 5)}).eval()
-    built.load_state_dict({**net.state_dict(), **{f"guidance.{k}": v for k, v in made.guidance.state_dict().items()}})
+    built.load_state_dict({**net.state_dict(), **{f"guidance.{k}": v for k, v in output.guidance.state_dict().items()}})
     torch.testing.assert_close(changed, built(x, time, guidance=scale, label=label))
 
 

@@ -44,11 +44,11 @@ def test_forward_is_decode_of_encode_and_leaves_the_skips_alone(inputs):
     assert all(torch.equal(a, b) for a, b in zip(before, (*skips, middle), strict=True))
 
 
-def test_decoding_kept_features_at_another_time_differs_only_through_the_embedding(inputs):
+def test_decoding_cached_features_at_another_time_differs_only_through_the_embedding(inputs):
     net = small()
     x, t, label = inputs
-    kept = net.encode(x, net.embed(t, label))
-    later = net.decode(*kept, net.embed(t * 0.9, label))
+    saved = net.encode(x, net.embed(t, label))
+    later = net.decode(*saved, net.embed(t * 0.9, label))
     assert not torch.allclose(later, net(x, t, label))
     assert not torch.allclose(later, net(x, t * 0.9, label))
 

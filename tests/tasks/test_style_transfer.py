@@ -54,17 +54,17 @@ def encoding(model: Model, steps: int) -> Model:
 def test_there_and_back_is_the_image() -> None:
     """The inverse of every step is solved for, so that the same steps down return the source."""
     model, x = tiny(), torch.rand(3, 1, 8, 8) * 1.6 - 0.8
-    result = restyle(model, model, x, "a", "a", 4, 4, iterations=10)
+    result = restyle(model, model, x, "a", "a", encode_steps=4, decode_steps=4, iterations=10)
     torch.testing.assert_close(result.images, x, rtol=0, atol=1e-5)
     assert (result.encode_evaluations, result.decode_evaluations) == (10 * 4 + 3, 4)
-    other = restyle(model, model, x, "a", "b", 4, 4, iterations=10)
+    other = restyle(model, model, x, "a", "b", encode_steps=4, decode_steps=4, iterations=10)
     assert torch.equal(other.noise, result.noise) and (other.images - x).abs().max() > 1e-3
 
 
 def test_the_class_changes_and_the_layout_stays(fashion: Model, boots: Tensor) -> None:
     """Boots to bags with the bundled teacher: the classifier calls them bags, and they are nearer to their own source
     than to the others."""
-    result = restyle(fashion, fashion, boots, "ankle boot", "bag", 8, 8, 2.0)
+    result = restyle(fashion, fashion, boots, "ankle boot", "bag", encode_steps=8, decode_steps=8, guidance_scale=2.0)
     _, logits = extract(feature_net("fashion"), result.images)
     assert logits is not None
     assert int((logits.argmax(1) == fashion.class_index("bag")).sum()) >= 3, logits.argmax(1)
@@ -76,14 +76,26 @@ def test_the_class_changes_and_the_layout_stays(fashion: Model, boots: Tensor) -
 
 def test_a_distilled_encoder_makes_its_own_steps() -> None:
     model, x = tiny(), torch.rand(5, 1, 8, 8) * 2 - 1
-    result = restyle(encoding(model, 6), model, x, "a", "b", None, 3, 2.0, batch_size=2)
+    result = restyle(
+        encoding(model, 6), model, x, "a", "b", encode_steps=None, decode_steps=3, guidance_scale=2.0, batch_size=2
+    )
     assert (result.encode_evaluations, result.decode_evaluations) == (6, 6)
-    whole = restyle(encoding(model, 6), model, x, "a", "b", None, 3, 2.0)
+    whole = restyle(encoding(model, 6), model, x, "a", "b", encode_steps=None, decode_steps=3, guidance_scale=2.0)
     torch.testing.assert_close(result.images, whole.images, rtol=0, atol=1e-5)
     ranged = tiny(guidance=(2.0, 5.0))  # at the scale nearest to 1, in one evaluation a step
-    result = restyle(encoding(ranged, 6), ranged, x, "a", "b", None, 3, 4.0)
+    result = restyle(encoding(ranged, 6), ranged, x, "a", "b", encode_steps=None, decode_steps=3, guidance_scale=4.0)
     assert (result.encode_evaluations, result.decode_evaluations) == (6, 3)
-    report = restyle(encoding(ranged, 6), ranged, x, "a", "b", None, 3, 4.0, encode_guidance_scale=2.0)
+    report = restyle(
+        encoding(ranged, 6),
+        ranged,
+        x,
+        "a",
+        "b",
+        encode_steps=None,
+        decode_steps=3,
+        guidance_scale=4.0,
+        encode_guidance_scale=2.0,
+    )
     assert torch.equal(result.noise, report.noise)
 
 
@@ -92,8 +104,8 @@ def test_models_of_two_schedules_meet_in_the_noise() -> None:
     one, x = tiny(), torch.rand(3, 1, 8, 8) * 2 - 1
     other = replace(one, denoiser=Denoiser(one.denoiser.net, Flow(), V()))
     for up, down in ((one, other), (other, one)):
-        result = restyle(up, down, x, "a", "b", 4, 4)
-        again = restyle(up, up, x, "a", "b", 4, 4)
+        result = restyle(up, down, x, "a", "b", encode_steps=4, decode_steps=4)
+        again = restyle(up, up, x, "a", "b", encode_steps=4, decode_steps=4)
         assert torch.isfinite(result.images).all() and torch.equal(result.noise, again.noise)
 
 
@@ -101,7 +113,7 @@ def test_what_cannot_be_is_refused() -> None:
     model, x = tiny(), torch.zeros(2, 1, 8, 8)
     enc = encoding(model, 6)
     with pytest.raises(BadInput, match="encodes in 6 steps, got 5"):
-        restyle(enc, model, x, "a", "b", 5)
+        restyle(enc, model, x, "a", "b", encode_steps=5)
     with pytest.raises(BadInput, match="enc can only encode"):
         restyle(model, enc, x, "a", "b")
     with pytest.raises(BadInput, match="one shape"):
@@ -128,7 +140,7 @@ def test_the_command_writes_sources_above_results(tmp_path: Path, capsys: pytest
     assert (report["encode_evaluations"], report["decode_evaluations"], report["evaluations"]) == (3, 2, 5)
     model = hasten.load(folder)
     source = model.sample(3, "a", 0)
-    result = restyle(model, model, source, "a", "b", 3, 2)
+    result = restyle(model, model, source, "a", "b", encode_steps=3, decode_steps=2)
     pixels = np.asarray(Image.open(out))
     assert pixels.shape == (18, 28)
     for row, images in enumerate((source, result.images)):

@@ -79,7 +79,7 @@ def distilled(out: Path, accumulate: int, method: str, steps: int, shard: bool =
     np.savez(out.parent / f"{out.name}.npz", images=data().images(range(20)).numpy()[:, 0], labels=np.arange(20) % 2)
     distill_model(
         teacher(), out, method, data=out.parent / f"{out.name}.npz", steps=steps, batch_size=8, precision="fp32",
-        show=False, accumulate=accumulate, shard=shard,
+        show=False, grad_accumulation=accumulate, fsdp=shard,
     )  # fmt: skip
 
 
@@ -201,19 +201,19 @@ def test_random_numbers_of_a_micro_batch_are_independent_of_the_others() -> None
         assert seen[part] == [float(torch.rand(())) for _ in range(2)]
 
 
-def test_an_ema_target_is_updated_once_per_step() -> None:
-    target = EMATarget(teacher().denoiser)
-    target.advance()
+def test_a_shadow_moves_once_a_step() -> None:
+    shadow = EMATarget(teacher().denoiser)
+    shadow.advance()
     with torch.no_grad():
-        for p in target.student.parameters():
+        for p in shadow.student.parameters():
             p.add_(1)
-    assert target.completed_steps() == 1 and target.update(0.5, corrected=False) == 1
-    target.again = True
-    moved = [p.clone() for p in target.copy.parameters()]
-    assert target.completed_steps() == 1 and target.update(0.5, corrected=False) == 1 and int(target.count) == 2
-    assert all(torch.equal(a, b) for a, b in zip(moved, target.copy.parameters(), strict=True))
-    target.again = False
-    assert target.update(0.5, corrected=False) == 2
+    assert shadow.completed_steps() == 1 and shadow.update(0.5, corrected=False) == 1
+    shadow.again = True
+    moved = [p.clone() for p in shadow.copy.parameters()]
+    assert shadow.completed_steps() == 1 and shadow.update(0.5, corrected=False) == 1 and int(shadow.count) == 2
+    assert all(torch.equal(a, b) for a, b in zip(moved, shadow.copy.parameters(), strict=True))
+    shadow.again = False
+    assert shadow.update(0.5, corrected=False) == 2
 
 
 @pytest.mark.slow

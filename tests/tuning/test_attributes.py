@@ -53,7 +53,7 @@ def test_weights_are_linear_in_time_and_constant_beyond() -> None:
     assert torch.equal(Attributes((2, 1, 1), {"a": 2}, [0.5], 0).blend(t), torch.ones(3, 1))
 
 
-def test_it_is_made_again_from_its_config() -> None:
+def test_it_is_rebuilt_from_its_config() -> None:
     part, middle = random_part(), torch.randn(4, 6, 7, 5)
     again = Attributes(**part.config)
     again.load_state_dict({key: value.half() for key, value in part.state_dict().items()})
@@ -123,11 +123,11 @@ def noise_says(part: nn.Module) -> float:
     return float(torch.softmax(part(noise, t, "group"), 1)[:, 0].mean())
 
 
-def test_it_learns_what_the_features_hold() -> None:
+def test_it_learns_the_information_in_the_features() -> None:
     """Random features of pictures that a line can tell apart: read well near the image, not at all in pure noise."""
-    told: list[str] = []
+    record: list[str] = []
     tuned = AttributePredictor(("class", "group", "brightness"), groups=((0, 1), (2, 3)), steps=300).tune(
-        task(tick=lambda what, done, total, value: told.append(what))
+        task(tick=lambda what, done, total, value: record.append(what))
     )
     part, figures = tuned.parts["attributes"], tuned.figures
     assert part.classes == {"class": 4, "group": 2, "brightness": 2}
@@ -135,7 +135,7 @@ def test_it_learns_what_the_features_hold() -> None:
     assert figures["class accuracy t 0.8-1.0"] < figures["class accuracy t 0.0-0.2"] - 0.2
     assert figures["images"] == 800 and figures["source"] == "data"
     assert figures["group commonest"] == pytest.approx(0.75, abs=0.1)
-    assert {"encode", "train class", "train group", "train brightness"} <= set(told)
+    assert {"encode", "train class", "train group", "train brightness"} <= set(record)
     # the part alone, on new images, and the priors of pure noise
     images, labels = (value[800:] for value in pictures(1000))
     middle, _ = task().denoiser.features(images, 0.05)
@@ -145,17 +145,17 @@ def test_it_learns_what_the_features_hold() -> None:
 
 def test_class_means_are_the_means() -> None:
     """At a time near a knot: the mean of the middle features of that class, measured on its own."""
-    given = task(n=1500)
-    part = AttributePredictor(("group",), groups=((0, 1), (2, 3)), steps=2, views=4).tune(given).parts["attributes"]
+    inputs = task(n=1500)
+    part = AttributePredictor(("group",), groups=((0, 1), (2, 3)), steps=2, views=4).tune(inputs).parts["attributes"]
     images, labels = pictures(1500)
     t = part.times[3]
-    alpha, sigma = (float(f(t)) for f in (given.schedule.alpha, given.schedule.sigma))
-    middle, _ = given.denoiser.features(alpha * images + sigma * torch.randn_like(images), t)
+    alpha, sigma = (float(f(t)) for f in (inputs.schedule.alpha, inputs.schedule.sigma))
+    middle, _ = inputs.denoiser.features(alpha * images + sigma * torch.randn_like(images), t)
     direct = torch.stack([middle[labels < 2].mean(0), middle[labels >= 2].mean(0)]).flatten(1)
-    apart = direct[1] - direct[0]
+    distance = direct[1] - direct[0]
     towards = part.towards("group", t)
-    assert torch.allclose(towards.sum(0), torch.zeros_like(apart), atol=1e-4)
-    assert ((towards[1] - towards[0]) - apart).norm() < 0.25 * apart.norm()
+    assert torch.allclose(towards.sum(0), torch.zeros_like(distance), atol=1e-4)
+    assert ((towards[1] - towards[0]) - distance).norm() < 0.25 * distance.norm()
     assert AttributePredictor(steps=2, views=1, means=False).tune(task(n=100)).parts["attributes"].means is False
 
 
@@ -205,13 +205,13 @@ class Told(nn.Module):
         return self.decode(*self.encode(x, emb), emb)
 
 
-def test_what_the_model_is_told() -> None:
+def test_the_labels_that_the_model_gets() -> None:
     net = Told()
-    given = task(denoiser=Denoiser(net, VPCosine(offset=0.0), "v"), n=100)
-    AttributePredictor(steps=2, views=1).tune(given)
+    inputs = task(denoiser=Denoiser(net, VPCosine(offset=0.0), "v"), n=100)
+    AttributePredictor(steps=2, views=1).tune(inputs)
     assert torch.cat(net.seen).eq(4).all()
     net.seen.clear()
-    AttributePredictor(steps=2, views=1, conditional=True).tune(given)
+    AttributePredictor(steps=2, views=1, conditional=True).tune(inputs)
     assert torch.equal(torch.cat(net.seen), pictures(100)[1])
 
 
@@ -221,8 +221,8 @@ def test_without_data_the_model_makes_images_and_a_classifier_labels_them(monkey
     asked: list[str] = []
     monkeypatch.setattr(features, "feature_net", lambda name: asked.append(name) or Corners())
     net = Told()
-    given = task(denoiser=Denoiser(net, VPCosine(offset=0.0), "v"), images=None, n=150)
-    tuned = AttributePredictor(("class", "brightness"), classifier="corners", steps=20).tune(given)
+    inputs = task(denoiser=Denoiser(net, VPCosine(offset=0.0), "v"), images=None, n=150)
+    tuned = AttributePredictor(("class", "brightness"), classifier="corners", steps=20).tune(inputs)
     assert asked == ["corners"] and tuned.figures["source"] == "generated"
     assert tuned.figures["labels"] == "classifier corners" and torch.cat(net.seen).eq(4).all()
     assert tuned.parts["attributes"].classes["brightness"] == 2
@@ -237,8 +237,8 @@ def test_a_classifier_without_classes_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_spelled() -> None:
-    found = pick("tuning", "attributes:attributes=(class,group),groups=((0,2),(5,7,9)),knots=6")
-    assert found == AttributePredictor(("class", "group"), groups=((0, 2), (5, 7, 9)), knots=6)
+    result = pick("tuning", "attributes:attributes=(class,group),groups=((0,2),(5,7,9)),knots=6")
+    assert result == AttributePredictor(("class", "group"), groups=((0, 2), (5, 7, 9)), knots=6)
 
 
 @pytest.mark.parametrize(

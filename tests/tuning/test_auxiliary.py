@@ -34,26 +34,26 @@ def task(data: Any, labels: Any = None, n: int = 4000, seed: int = 0) -> TuningT
 @pytest.mark.parametrize("labelled", [True, False])
 def test_every_label_has_its_density_whatever_the_null_label_is(null_label: int | None, labelled: bool) -> None:
     """The model gets labels that it knows: those of the images, else its null label; each label has a density."""
-    seen: list[Tensor | None] = []
+    recorded: list[Tensor | None] = []
 
     class Labelled(Wrapper):
         classes = 2 if null_label == 2 else 3
 
         def forward(self, x_t: Tensor, t: Any, label: Tensor | None = None) -> Tensor:
-            seen.append(label)
+            recorded.append(label)
             return self.denoiser(x_t, t)
 
     data = g8(VPLinear())
     model = Labelled(data)
     model.null_label = null_label  # type: ignore[assignment]
     low = 1 if null_label == 0 else 0
-    given = task(data, (lambda x: low + (x[:, 0] > 0).long()) if labelled else None, n=600)
-    given.denoiser = model
-    nu = AuxiliaryDensity(levels=(1.0, 2.0), rank=4).tune(given).parts["auxiliary"]
+    inputs = task(data, (lambda x: low + (x[:, 0] > 0).long()) if labelled else None, n=600)
+    inputs.denoiser = model
+    nu = AuxiliaryDensity(levels=(1.0, 2.0), rank=4).tune(inputs).parts["auxiliary"]
     if labelled:
-        assert all(label is not None and set(label.tolist()) == {low, low + 1} for label in seen)
+        assert all(label is not None and set(label.tolist()) == {low, low + 1} for label in recorded)
     else:
-        assert all((label is None) if null_label is None else bool((label == null_label).all()) for label in seen)
+        assert all((label is None) if null_label is None else bool((label == null_label).all()) for label in recorded)
     centre = nu.centre[[low, low + 1]]  # type: ignore[index]
     assert bool((centre[0, 0] < -0.1) & (centre[1, 0] > 0.1)) == labelled
     for null in (nu.classes, *(() if null_label is None else (null_label,))):
@@ -99,11 +99,11 @@ class Wrong(Wrapper):
 def test_a_wrong_score_makes_an_early_start_pay_and_a_wrong_density_a_late_one() -> None:
     schedule = VPCosine(offset=0.0)
     data = m64(schedule)
-    asked = AuxiliaryDensity(levels=(0.3, 1.0, 3.0, 10.0), rank=64, components=1)
+    config = AuxiliaryDensity(levels=(0.3, 1.0, 3.0, 10.0), rank=64, components=1)
     wrong = task(data, n=8000)
     wrong.denoiser = Wrong(data)
-    exact = asked.tune(task(data, n=8000)).figures
-    spoiled = asked.tune(wrong).figures
+    exact = config.tune(task(data, n=8000)).figures
+    spoiled = config.tune(wrong).figures
     assert spoiled["level"] < exact["level"]  # ten components are not one: with the exact score, start late
     assert spoiled["cost_noise"] - exact["cost_noise"] > spoiled["cost_1"] - exact["cost_1"]
     assert exact["divergence_0.3"] > exact["divergence_10"]
@@ -118,12 +118,12 @@ def test_more_components_are_more_likely() -> None:
     schedule = VPCosine(offset=0.0)
     x = m64(schedule).sample(6000, torch.Generator().manual_seed(0))
     z = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = {}
+    result = {}
     for K in (1, 10):
         nu = MixtureDensity((64,), rank=20, components=K)
         fit_density(nu, x[:5000], 0.1, None)
-        found[K] = kl_divergence(nu, z[5000:], None, 0.1)
-    assert found[10] < found[1] - 0.1
+        result[K] = kl_divergence(nu, z[5000:], None, 0.1)
+    assert result[10] < result[1] - 0.1
     off, one = x[:5000] - x[:5000].mean(0), MixtureDensity((64,), rank=64)
     fit_density(one, x[:5000], 0.1, None)
     L = one.basis @ one.factor[0, 0]
@@ -149,8 +149,8 @@ def test_classes_have_densities_of_their_own() -> None:
     schedule = VPCosine(offset=0.0)
     data = Gaussian(torch.zeros(4), torch.ones(4), schedule)
     data.null_label = 2  # type: ignore[assignment]
-    given = task(data, labels=lambda x: (x[:, 0] > 0).long())
-    nu = AuxiliaryDensity(levels=(0.2,), rank=2, components=1).tune(given).parts["auxiliary"]
+    inputs = task(data, labels=lambda x: (x[:, 0] > 0).long())
+    nu = AuxiliaryDensity(levels=(0.2,), rank=2, components=1).tune(inputs).parts["auxiliary"]
     mean = nu.centre[:, 0] / float(schedule.alpha(nu.time))  # type: ignore[index,operator,arg-type]
     half = math.sqrt(2 / math.pi)
     assert (mean - torch.tensor([-half, half, 0.0])).abs().max() < 0.06
@@ -162,16 +162,16 @@ def test_images_without_labels_and_guidance() -> None:
     from hasten.guides import CFG
 
     data = m2(VPCosine(offset=0.0), labels=[0, 0, 0, 1, 1, 1])
-    asked = AuxiliaryDensity(levels=(0.5, 1.0), rank=2, components=2)
+    config = AuxiliaryDensity(levels=(0.5, 1.0), rank=2, components=2)
     plain, guided = task(data, n=1000), task(data, n=1000)
     guided.denoiser = CFG(scale=5.0).wrap(data)
-    one, two = asked.tune(plain), asked.tune(guided)
+    one, two = config.tune(plain), config.tune(guided)
     nu = one.parts["auxiliary"]
     assert torch.equal(nu.mean[0], nu.mean[2]) and torch.equal(nu.factor[1], nu.factor[2])  # type: ignore[index]
     assert one.figures == two.figures
 
 
-def test_what_it_refuses() -> None:
+def test_bad_input() -> None:
     data = g8(VPLinear(beta_max=1.0))  # ends at q = .86
     with pytest.raises(BadInput, match="--data"):
         AuxiliaryDensity().tune(TuningTask(data, DDIM(), torch.tensor([1.0, 0.0]), (8,)))

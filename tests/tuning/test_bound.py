@@ -47,8 +47,8 @@ def test_the_published_check_of_sixteen_steps(K: int, value: float, path: tuple[
     schedule = Discrete.from_betas(torch.linspace(1e-3, 0.5, 16, dtype=F64))
     times = torch.arange(17, dtype=F64) / 16
     costs = edge_costs(schedule, times, posterior_variance(schedule, times, 0.25), decoder=0.05, width=0.0)
-    found, best = shortest(costs, K)
-    assert found == pytest.approx(value, abs=5e-7) and best == path
+    result, best = shortest(costs, K)
+    assert result == pytest.approx(value, abs=5e-7) and best == path
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
@@ -78,14 +78,14 @@ def test_of_an_exact_gaussian_it_is_the_entropy(schedule: Schedule, steps: int) 
     v = 0.25
     times = UniformTime(low=0.02)(schedule, steps)
     mse = posterior_variance(schedule, times[:-1], v)
-    found = variational_bound(schedule, times, mse, "analytic", power=v, width=0.0)
+    result = variational_bound(schedule, times, mse, "analytic", power=v, width=0.0)
     a2, s2 = float(schedule.alpha(times[0])) ** 2, float(schedule.sigma(times[0])) ** 2
     wrong_prior = 0.5 * ((a2 * v + s2) / (a2 + s2) - 1 - math.log((a2 * v + s2) / (a2 + s2)))
     entropy = 0.5 * math.log(2 * math.pi * math.e * v)
-    assert found.total == pytest.approx((entropy + wrong_prior) * BITS, abs=1e-9)
+    assert result.total == pytest.approx((entropy + wrong_prior) * BITS, abs=1e-9)
     for other in ("small", "large"):
         more = variational_bound(schedule, times, mse, other, power=v, width=0.0).total
-        assert more > found.total + 1e-4 if steps > 1 else more == pytest.approx(found.total)
+        assert more > result.total + 1e-4 if steps > 1 else more == pytest.approx(result.total)
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])

@@ -61,8 +61,8 @@ def test_it_is_brute_force(seed: int) -> None:
     paths = shortest_paths(costs, T + 1)
     for end in range(1, T + 1):
         for K in range(1, T + 2):
-            ways = [(0, *inner, end) for inner in combinations(range(1, end), K - 1)]
-            priced = [(sum(costs[s, r].item() for s, r in zip(way, way[1:])), list(way)) for way in ways]
+            methods = [(0, *inner, end) for inner in combinations(range(1, end), K - 1)]
+            priced = [(sum(costs[s, r].item() for s, r in zip(method, method[1:])), list(method)) for method in methods]
             value, best = min(priced, default=(math.inf, []))
             assert paths.cost[K, end].item() == pytest.approx(value, rel=1e-14)
             if math.isfinite(value):
@@ -79,8 +79,8 @@ def test_it_is_brute_force_on_the_bound(variance: str, schedule: Schedule) -> No
     costs = edge_costs(schedule, grid, posterior_variance(schedule, grid), variance)
     paths = shortest_paths(costs, 5)
     for K in range(1, 6):
-        ways = [(0, *inner, 11) for inner in combinations(range(1, 11), K - 1)]
-        prices = [sum(costs[s, r].item() for s, r in zip(way, way[1:])) for way in ways]
+        methods = [(0, *inner, 11) for inner in combinations(range(1, 11), K - 1)]
+        prices = [sum(costs[s, r].item() for s, r in zip(method, method[1:])) for method in methods]
         assert paths.cost[K, -1].item() == pytest.approx(min(prices), rel=1e-12)
         path = paths.nodes(K)
         assert sum(costs[s, r].item() for s, r in zip(path, path[1:])) == pytest.approx(min(prices), rel=1e-12)
@@ -142,19 +142,19 @@ def test_no_grid_on_the_same_candidates_has_a_better_bound(name: str, variance: 
     costs = tuner.costs(schedule, grid, mse)
     paths = shortest_paths(costs, 24)
     for N in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24):
-        for law in (UniformTime(), Quadratic(), Karras(), UniformLambda(), UniformLambda(low=0.03)):
-            path = snapped(grid, law(schedule, N).flip(0))
+        for spacing in (UniformTime(), Quadratic(), Karras(), UniformLambda(), UniformLambda(low=0.03)):
+            path = snapped(grid, spacing(schedule, N).flip(0))
             assert len(set(path)) == N + 1
             price = sum(costs[s, r].item() for s, r in zip(path, path[1:]))
-            assert paths.cost[N, -1].item() <= price + 1e-12, (N, law)
-    found = tuner.tune(task)
-    assert found.plan is not None
-    torch.testing.assert_close(found.plan.times, grid[paths.nodes(24)].flip(0), rtol=0, atol=0)
-    others = [v for k, v in found.figures.items() if k.startswith("bits_per_dimension_")]
-    assert len(others) == 5 and found.figures["bits_per_dimension"] < min(others)
+            assert paths.cost[N, -1].item() <= price + 1e-12, (N, spacing)
+    result = tuner.tune(task)
+    assert result.plan is not None
+    torch.testing.assert_close(result.plan.times, grid[paths.nodes(24)].flip(0), rtol=0, atol=0)
+    others = [v for k, v in result.figures.items() if k.startswith("bits_per_dimension_")]
+    assert len(others) == 5 and result.figures["bits_per_dimension"] < min(others)
 
 
-def test_the_tuner_measures_once_and_keeps_what_it_measured() -> None:
+def test_the_tuner_measures_once_and_saves_the_measurement() -> None:
     schedule = SCHEDULES["VPCosine0"]
     first = DynamicProgramming(levels=0, points=20).tune(mixture_task(schedule, 8))
     assert sorted(first.statistics) == ["mse", "mse_times"] and first.plan is not None
@@ -184,8 +184,8 @@ def test_the_measured_error_is_the_error() -> None:
 def test_any_sampler_of_the_task_gets_the_grid() -> None:
     task = mixture_task(SCHEDULES["Flow"], 6)
     task.sampler = UniPC(3)
-    found = DynamicProgramming("analytic", levels=0).bind(measured("Flow"), {}).tune(task)
-    assert found.plan is not None and found.plan.sampler == "unipc:order=3"
+    result = DynamicProgramming("analytic", levels=0).bind(measured("Flow"), {}).tune(task)
+    assert result.plan is not None and result.plan.sampler == "unipc:order=3"
 
 
 def test_it_is_spelled() -> None:

@@ -61,11 +61,11 @@ def test_every_label_has_its_mean_whatever_the_null_label_is(null_label: int | N
         x, label = patterns(n)
         return (x, label) if null_label not in (0, 2) else (x, label + (label >= null_label).long())
 
-    given = task(images, labelled=False)
-    given.denoiser.net = torch.nn.Module()  # type: ignore[assignment]
-    given.denoiser.net.classes = 4 if null_label in (0, 2) else 3  # type: ignore[assignment]
-    given.denoiser.null_label = null_label  # type: ignore[assignment]
-    net = FirstStep().tune(given).parts["first_step"]
+    inputs = task(images, labelled=False)
+    inputs.denoiser.net = torch.nn.Module()  # type: ignore[assignment]
+    inputs.denoiser.net.classes = 4 if null_label in (0, 2) else 3  # type: ignore[assignment]
+    inputs.denoiser.null_label = null_label  # type: ignore[assignment]
+    net = FirstStep().tune(inputs).parts["first_step"]
     x, label = images(900)
     z = torch.randn(1, 1, 8, 8)
     for c in label.unique():
@@ -78,14 +78,14 @@ def test_the_network_learns_the_means_from_noise_alone() -> None:
     """As in the paper, without a table: the excess of the held-out loss over its minimum falls below a tenth of what
     one constant image for all leaves."""
     asked = FirstStep(widths=(8, 16), patch=1, table=False, steps=150, batch_size=32, lr=5e-3, minutes=600.0)
-    seen = []
-    given = task()
-    given.tick = lambda what, done, total, value: seen.append((what, done, total))
-    tuned = asked.tune(given)
+    recorded = []
+    inputs = task()
+    inputs.tick = lambda what, done, total, value: recorded.append((what, done, total))
+    tuned = asked.tune(inputs)
     x, _ = patterns(900)
-    least, constant = tuned.figures["loss_table"], float((x - x.mean(0)).square().mean())
-    assert tuned.figures["steps"] == 150 and seen[-1][1:] == (150, 150)
-    assert tuned.figures["loss"] - least < 0.1 * (constant - least)
+    minimum, constant = tuned.figures["loss_table"], float((x - x.mean(0)).square().mean())
+    assert tuned.figures["steps"] == 150 and recorded[-1][1:] == (150, 150)
+    assert tuned.figures["loss"] - minimum < 0.1 * (constant - minimum)
     net = tuned.parts["first_step"]
     short = FirstStep(widths=(8, 16), patch=1, table=False, steps=3, batch_size=8, minutes=600.0)
     one, two = (short.tune(task()).parts["first_step"].state_dict().values() for _ in range(2))
@@ -113,12 +113,12 @@ def test_a_model_with_classes_and_images_without() -> None:
     assert distance_to_means(FirstStepNet((2,), 2), torch.zeros(3, 2)) == 0.0
     data = m2(TABLE, labels=[0, 0, 0, 1, 1, 1])
     x = data.sample(4000, torch.Generator().manual_seed(0)).float()
-    given = TuningTask(data, DDIM(), torch.tensor([1.0, 0.0]), (2,), images=lambda n: (x[:n], None), n=4000)
-    fitted = FirstStep().tune(given).parts["first_step"]
+    inputs = TuningTask(data, DDIM(), torch.tensor([1.0, 0.0]), (2,), images=lambda n: (x[:n], None), n=4000)
+    fitted = FirstStep().tune(inputs).parts["first_step"]
     assert torch.allclose(fitted.mean.data, x[:3600].mean(0).expand(3, 2), atol=1e-6)  # type: ignore[union-attr,operator]
 
 
-def test_what_it_refuses() -> None:
+def test_bad_input() -> None:
     with pytest.raises(BadInput, match="--data"):
         FirstStep().tune(task(None))
     with pytest.raises(BadInput, match="not multiples"):

@@ -51,16 +51,16 @@ def fitted(model: Any, steps: int, options: dict[str, Any], **about: Any) -> tup
     return tuned.plan, tuned.figures
 
 
-def assert_consistent(made: Plan, schedule: Schedule, level: Tensor, top: float) -> None:
+def assert_consistent(output: Plan, schedule: Schedule, level: Tensor, top: float) -> None:
     """Where every answer is x, state k is alpha(s_k) x + sigma(s_k) eps of the same eps, and the result is x."""
     x, eps = torch.tensor([1.0, -0.7, 0.0], dtype=F64), torch.tensor([0.3, 0.0, 1.0], dtype=F64)
     start = float(schedule.alpha(top)) * x + float(schedule.sigma(top)) * eps
-    states, _ = run_plan(made, lambda z, t: x, start)
-    for k in range(1, made.nfe + 1):
+    states, _ = run_plan(output, lambda z, t: x, start)
+    for k in range(1, output.nfe + 1):
         expected = schedule.alpha(level[k]) * x + schedule.sigma(level[k]) * eps
         torch.testing.assert_close(states[k], expected, rtol=1e-12, atol=1e-12 * max(1.0, float(schedule.sigma(top))))
     torch.testing.assert_close(
-        made(lambda z, t: x, start), x, rtol=0, atol=1e-12 * max(1.0, float(schedule.sigma(top)))
+        output(lambda z, t: x, start), x, rtol=0, atol=1e-12 * max(1.0, float(schedule.sigma(top)))
     )
 
 
@@ -77,15 +77,15 @@ def test_every_row_is_exact_for_constant_x0_whatever_the_numbers(schedule: Sched
     for scale in (0.0, 0.1, 1.0):
         theta = rows.initial + scale * torch.randn(len(rows.initial), dtype=F64)
         theta = torch.minimum(theta.clamp(min=rows.lowest), torch.tensor(rows.highest)) if scale else theta
-        made = rows.plan(theta)
-        assert_consistent(made, schedule, rows.coefficients(theta).level, top)
-        assert made.times[-1] == 0 and made.a[-1] == 0
+        output = rows.plan(theta)
+        assert_consistent(output, schedule, rows.coefficients(theta).level, top)
+        assert output.times[-1] == 0 and output.a[-1] == 0
         if "answers" in options:
-            assert not made.B.tril(-2).any()
+            assert not output.B.tril(-2).any()
         if not options.get("teleport", True):
-            assert made.times[0] == schedule.t_max and made.start[0] == 1
+            assert output.times[0] == schedule.t_max and output.start[0] == 1
         if not options.get("shift", True):
-            assert torch.equal(made.times[1:], rows.coefficients(theta).level[1:])
+            assert torch.equal(output.times[1:], rows.coefficients(theta).level[1:])
 
 
 @over_schedules
@@ -108,8 +108,8 @@ def test_the_gradient_is_the_difference_quotient(schedule: Schedule) -> None:
     model = m2(schedule)
     fit = _Fit(FittedPlan(held_out=2, fine=12, warm=0), task(model, 4, n=6))
     x, _, _ = fit.fine.select(fit.calibration)
-    said = run_plan(rows.plan(rows.initial), model, x)[1]
-    theta = rows.whiten(rows.initial, difference_grams(said)) + 0.01
+    outputs = run_plan(rows.plan(rows.initial), model, x)[1]
+    theta = rows.whiten(rows.initial, difference_grams(outputs)) + 0.01
     _, gradient = fit.gradient(rows, theta.clone())
     for k in range(len(theta)):
         step = torch.zeros_like(theta)
@@ -123,8 +123,8 @@ def test_whitening_keeps_the_plan_and_measures_in_states() -> None:
     model = m2(VPLinear())
     rows = PlanParametrization(plan(UniPC(2), model.schedule, UniformLambda(low=0.02)(model.schedule, 5)))
     x = Noise(range(500), (2,), dtype=F64).initial()
-    states, said = run_plan(rows.plan(rows.initial), model, x)
-    theta = rows.whiten(rows.initial, difference_grams(said))
+    states, outputs = run_plan(rows.plan(rows.initial), model, x)
+    theta = rows.whiten(rows.initial, difference_grams(outputs))
     torch.testing.assert_close(run_plan(rows.plan(theta), model, x)[0][-1], states[-1])
     weights = len(theta) - rows.sizes["D"]
     moved = []
@@ -156,12 +156,12 @@ def test_least_squares_rows_are_the_least_squares() -> None:
     fit = _Fit(FittedPlan(gradient="frozen", held_out=8, fine=48), task(model, 4, n=64))
     rows = fit.rows(UniformLambda(start=0.9, low=0.02)(model.schedule, 4))
     numbers, result = fit_rows(rows, rows.coefficients(rows.initial), fit.fine, fit.calibration, model, 64, 0.0)
-    made = rows.compose(numbers)
+    output = rows.compose(numbers)
     start, end, _ = fit.fine.select(fit.calibration)
-    torch.testing.assert_close(run_plan(made, model, start)[0][-1], result)
+    torch.testing.assert_close(run_plan(output, model, start)[0][-1], result)
     for k in range(1, 4):
         aim = end if k == 3 else fit.fine.at(numbers.level[k + 1], fit.calibration)
-        best = (run_plan(made, model, start)[0][k + 1] - aim).square().mean()
+        best = (run_plan(output, model, start)[0][k + 1] - aim).square().mean()
         for j, sign in itertools.product(range(k), (1, -1)):
             D = numbers.D.clone()
             D[k, j] += sign * 1e-3
@@ -177,13 +177,13 @@ def test_a_gaussian_is_solved(gradient: str) -> None:
     """G8 has a closed form: with 5 evaluations the fitted plan is 30 times closer to it than its sampler, on the
     samples it was fitted on and, since every eigen-direction has its own exact factor, on any others."""
     model = g8(VPLinear())
-    made, _ = fitted(model, 5, {"gradient": gradient, "held_out": 32}, shape=(8,), n=64)
+    output, _ = fitted(model, 5, {"gradient": gradient, "held_out": 32}, shape=(8,), n=64)
     x = Noise(range(200), (8,), dtype=F64).initial()
     exact = model.endpoint(x, 1.0)
     plain = draw(model, UniPC(2), UniformLambda()(model.schedule, 5), Noise(range(200), (8,), dtype=F64))
-    after, before = ((result - exact).square().mean().sqrt() for result in (made(model, x), plain))
+    after, before = ((result - exact).square().mean().sqrt() for result in (output(model, x), plain))
     assert after < before / 30, (float(after), float(before))
-    _, variances = made.marginals(model.mean, model.variance, (torch.zeros(8, dtype=F64), torch.ones(8, dtype=F64)))
+    _, variances = output.marginals(model.mean, model.variance, (torch.zeros(8, dtype=F64), torch.ones(8, dtype=F64)))
     torch.testing.assert_close(variances[-1].sqrt(), model.variance.sqrt(), rtol=5e-3, atol=0)
 
 
@@ -195,38 +195,40 @@ def test_a_mixture_on_other_noises(gradient: str, schedule: Schedule, times: int
     """Five evaluations on M2: closer to the true end than the sampler on its grid, by this factor at least; the rows
     are consistent to 1e-12 after the fit, and the plan survives JSON."""
     model = m2(schedule)
-    made, figures = fitted(model, 5, {"gradient": gradient, "held_out": 64, "iterations": 40})
+    output, figures = fitted(model, 5, {"gradient": gradient, "held_out": 64, "iterations": 40})
     test = Noise(range(128), (2,), dtype=F64)
     exact = model.ode(test.initial() * schedule.prior_std(schedule.t_max), schedule.t_max, rtol=1e-7, atol=1e-8)
     plain = draw(model, UniPC(2), UniformLambda()(schedule, 5), test)
-    after, before = ((end - exact).square().mean().sqrt() for end in (draw(model, None, None, test, plan=made), plain))
+    after, before = (
+        (end - exact).square().mean().sqrt() for end in (draw(model, None, None, test, plan=output), plain)
+    )
     assert after < before / times, (float(after), float(before))
     assert figures["held_out_rms"] < figures["held_out_rms_of_start"] < figures["held_out_rms_of_sampler"]
-    back = Plan.from_json(made.to_json())
-    assert back.sampler == "fitted:unipc" and back.to_json() == made.to_json() and back.nfe == 5
-    assert torch.equal(draw(model, None, None, test, plan=back), draw(model, None, None, test, plan=made))
+    back = Plan.from_json(output.to_json())
+    assert back.sampler == "fitted:unipc" and back.to_json() == output.to_json() and back.nfe == 5
+    assert torch.equal(draw(model, None, None, test, plan=back), draw(model, None, None, test, plan=output))
 
 
 def test_rows_are_consistent_after_a_fit() -> None:
     schedule = VPCosine(offset=0.0)
-    made, _ = fitted(m2(schedule), 4, {"held_out": 16, "iterations": 10, "fine": 32}, n=32)
-    alpha = torch.cat([torch.zeros(1, dtype=F64), schedule.alpha(made.times[1:])])
+    output, _ = fitted(m2(schedule), 4, {"held_out": 16, "iterations": 10, "fine": 32}, n=32)
+    alpha = torch.cat([torch.zeros(1, dtype=F64), schedule.alpha(output.times[1:])])
     # levels from the noise part alone: sigma(s_k) is what is left of the start
-    left = torch.cumprod(torch.cat([made.start, made.a]), 0)
+    left = torch.cumprod(torch.cat([output.start, output.a]), 0)
     level = schedule.time(0.5 * torch.log1p(-(left**2)) - torch.log(left))
     level[0], level[-1] = 1.0, 0.0
     assert len(alpha) == len(level) and bool((level[1:] < level[:-1]).all())
-    assert_consistent(made, schedule, level, 1.0)
+    assert_consistent(output, schedule, level, 1.0)
 
 
 def test_the_held_out_samples_stop_it() -> None:
     """Two samples to fit on: the calibration loss falls on and on, the held-out one does not, and the fit stops long
     before its last iteration and gives the best that the held-out samples saw."""
-    model, seen = m2(VPLinear()), []
+    model, recorded = m2(VPLinear()), []
     options = FittedPlan(held_out=64, iterations=400, check=2, patience=3, fine=32, batch=256, warm=0)
-    about = task(model, 6, n=2, tick=lambda what, done, total, value: seen.append((what, done, value)))
+    about = task(model, 6, n=2, tick=lambda what, done, total, value: recorded.append((what, done, value)))
     tuned = options.tune(about)
-    plans = [(done, value) for what, done, value in seen if what == "plan"]
+    plans = [(done, value) for what, done, value in recorded if what == "plan"]
     assert 0 < tuned.figures["iterations"] < 200 and tuned.figures["iterations"] == plans[-1][0]
     # tau is set twice, so that values of the two halves are compared with their own best only
     assert plans[-1][1] > min(value for _, value in plans)
@@ -296,8 +298,8 @@ def test_the_finish_keeps_the_plan_consistent() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_one_and_two_evaluations(steps: int) -> None:
-    made, figures = fitted(m2(VPLinear()), steps, {"held_out": 16, "fine": 32, "iterations": 10}, n=32)
-    assert made.nfe == steps and figures["held_out_rms"] < figures["held_out_rms_of_sampler"]
+    output, figures = fitted(m2(VPLinear()), steps, {"held_out": 16, "fine": 32, "iterations": 10}, n=32)
+    assert output.nfe == steps and figures["held_out_rms"] < figures["held_out_rms_of_sampler"]
 
 
 def test_an_end_above_zero_is_kept() -> None:
@@ -319,6 +321,6 @@ def test_an_end_above_zero_is_kept() -> None:
         ({}, DDPM(), "deterministic"),
     ],
 )
-def test_what_cannot_be_is_said(options: dict[str, Any], sampler: Any, words: str) -> None:
+def test_bad_input(options: dict[str, Any], sampler: Any, words: str) -> None:
     with pytest.raises(BadInput, match=words):
         FittedPlan(**{"fine": 8, "held_out": 2, **options}).tune(task(m2(VPLinear()), 3, sampler, n=2))

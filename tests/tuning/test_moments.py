@@ -37,44 +37,44 @@ def task(model: Any, **more: Any) -> TuningTask:
 @pytest.mark.parametrize("schedule", [VPCosine(offset=0.0), VPLinear(), Flow(), EDM()], ids=lambda s: type(s).__name__)
 def test_of_a_gaussian_they_are_the_closed_form(schedule: Schedule) -> None:
     model = gaussian(schedule)
-    found = Moments(times=12, images=2000).tune(task(model)).statistics
-    t, v = found["gamma_times"], model.variance.flatten()
-    assert all(value.dtype == F64 for value in found.values()) and bool((t.diff() > 0).all())
-    assert t[-1] == schedule.t_max and torch.equal(t, found["mse_times"])
+    result = Moments(times=12, images=2000).tune(task(model)).statistics
+    t, v = result["gamma_times"], model.variance.flatten()
+    assert all(value.dtype == F64 for value in result.values()) and bool((t.diff() > 0).all())
+    assert t[-1] == schedule.t_max and torch.equal(t, result["mse_times"])
     a2, s2 = schedule.alpha(t)[:, None] ** 2, schedule.sigma(t)[:, None] ** 2
     gamma, mse = (s2 / (a2 * v + s2)).mean(1), (v * s2 / (a2 * v + s2)).mean(1)
     n = 2000 * 48
-    torch.testing.assert_close(found["gamma"], gamma, rtol=5 * math.sqrt(2 / n), atol=1e-4)
-    torch.testing.assert_close(found["mse"], mse, rtol=8 * math.sqrt(2 / n), atol=0)
+    torch.testing.assert_close(result["gamma"], gamma, rtol=5 * math.sqrt(2 / n), atol=1e-4)
+    torch.testing.assert_close(result["mse"], mse, rtol=8 * math.sqrt(2 / n), atol=0)
     # what is wanted is C = q^2 (1 - gamma): right to a few per cent up to q = 150, where a gamma wrong by 1e-3 is useless
     inside = torch.isfinite(schedule.lam(t)) & (schedule.q(t) > 0.05)
-    C = schedule.q(t)[inside] ** 2 * (1 - found["gamma"][inside])
+    C = schedule.q(t)[inside] ** 2 * (1 - result["gamma"][inside])
     torch.testing.assert_close(C, mse[inside], rtol=0.05, atol=0)
     if schedule.zero_snr and schedule.t_max == 1:
-        assert found["gamma"][-1].item() == pytest.approx(1.0, abs=1e-12)
+        assert result["gamma"][-1].item() == pytest.approx(1.0, abs=1e-12)
 
 
-def test_what_is_known_to_vanish_is_regressed_out() -> None:
+def test_control_variates_are_regressed_out() -> None:
     """Against the plain mean at q = 10, 20 seeds: the estimate of 1 - gamma scatters by a tenth or less, around the
     truth, and the standard error that is told is the scatter."""
     schedule = VPCosine(offset=0.0)
     model, t = gaussian(schedule), schedule.time(-math.log(10.0))
     truth = (schedule.sigma(t) ** 2 / (schedule.alpha(t) ** 2 * model.variance + schedule.sigma(t) ** 2)).mean().item()
-    ours, plain, told = [], [], []
+    ours, plain, record = [], [], []
     x = model.sample(400, torch.Generator().manual_seed(0)).float()
     for seed in range(20):
         value, _, error = Moments(images=400).measure(
             task(model, seed=seed * 7_000_000), t, x, None, x.double().mean(0)
         )
         ours.append(value - truth)
-        told.append(error)
+        record.append(error)
         e = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
         z = schedule.alpha(t) * x + schedule.sigma(t) * e
         eps = (z - schedule.alpha(t) * model(z, t)) / schedule.sigma(t)
         plain.append(eps.square().mean().item() - truth)
     assert np.std(ours) < 0.1 * np.std(plain)
     assert abs(np.mean(ours)) < 4 * np.std(ours) / math.sqrt(20) + 0.02 * (1 - truth)
-    assert 0.5 < np.mean(told) / np.std(ours) < 2
+    assert 0.5 < np.mean(record) / np.std(ours) < 2
 
 
 def test_the_regressed_mean() -> None:
@@ -95,11 +95,11 @@ def test_the_spectrum_is_that_of_an_orthonormal_cosine_transform() -> None:
     torch.testing.assert_close(dct_spectrum(x), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(dct(7) @ dct(7).T, torch.eye(7, dtype=F64), rtol=0, atol=1e-12)
     model = gaussian(VPCosine(offset=0.0))
-    found = Moments(times=2, images=500).tune(task(model)).statistics
+    result = Moments(times=2, images=500).tune(task(model)).statistics
     real = model.sample(500, torch.Generator().manual_seed(3)).float().double()
-    torch.testing.assert_close(found["mean"], real.mean(0))
-    assert found["spectrum"].shape == SHAPE
-    assert found["spectrum"].sum().item() == pytest.approx((real - real.mean(0)).square().sum((1, 2, 3)).mean().item())
+    torch.testing.assert_close(result["mean"], real.mean(0))
+    assert result["spectrum"].shape == SHAPE
+    assert result["spectrum"].sum().item() == pytest.approx((real - real.mean(0)).square().sum((1, 2, 3)).mean().item())
 
 
 def test_a_sampler_bound_to_them_keeps_the_variance() -> None:
@@ -118,8 +118,8 @@ def test_a_sampler_bound_to_them_keeps_the_variance() -> None:
     samplers = {"gamma": AnalyticDPM(), "mse": AnalyticDPM("ddim", "mse"), "small": DDPM(), "large": DDPM("large")}
     for name, sampler in samplers.items():
         bound = sampler.bind(statistics, {}) if hasattr(sampler, "bind") else sampler
-        made = draw(model, bound, times, Noise(range(3000), SHAPE, dtype=F64))
-        ratios[name] = (made.var().item() + left.item()) / 0.25
+        output = draw(model, bound, times, Noise(range(3000), SHAPE, dtype=F64))
+        ratios[name] = (output.var().item() + left.item()) / 0.25
     assert abs(ratios["gamma"] - 1) < 0.02 and abs(ratios["mse"] - 1) < 0.02, ratios
     assert ratios["small"] < 0.75 and ratios["large"] > 1.25, ratios
     # the two measurements are of the same quantity, at any time
@@ -128,7 +128,7 @@ def test_a_sampler_bound_to_them_keeps_the_variance() -> None:
     torch.testing.assert_close(one, two, rtol=0.03, atol=0)
 
 
-def test_classes_are_told_and_guidance_is_left_out() -> None:
+def test_classes_are_used_and_guidance_is_not() -> None:
     schedule = VPCosine(offset=0.0)
     means = torch.stack([torch.full(SHAPE, -0.5), torch.full(SHAPE, 0.5)])
     model = GaussianMixture(torch.ones(2), means, torch.full_like(means, 0.01), schedule, labels=[0, 1])
@@ -139,7 +139,7 @@ def test_classes_are_told_and_guidance_is_left_out() -> None:
         return means[label[:n]] + 0.1 * noise, label[:n]
 
     def run(denoiser: Any, classes: bool) -> dict[str, Tensor]:
-        told = TuningTask(
+        record = TuningTask(
             denoiser=denoiser,
             sampler=None,
             times=torch.tensor([1.0, 0.0]),
@@ -147,7 +147,7 @@ def test_classes_are_told_and_guidance_is_left_out() -> None:
             images=images,
             labels=(lambda n: torch.arange(n) % 2) if classes else (lambda n: None),
         )
-        return Moments(times=4, images=64).tune(told).statistics
+        return Moments(times=4, images=64).tune(record).statistics
 
     conditional, pooled, guided = run(model, True), run(model, False), run(CFG(4.0).wrap(model), True)
     assert conditional["mse"][-1].item() == pytest.approx(0.01, rel=0.1)

@@ -55,42 +55,42 @@ def test_levels_are_uniform_in_lam_and_states_have_variance_one_of_unit_data() -
     assert float(lam.var()) == pytest.approx((HIGHEST - LOWEST) ** 2 / 12, rel=0.03)
     assert float(z.square().mean()) == pytest.approx(1, abs=0.01)
     # and z holds sqrt(abar) of x
-    share = (z * x).mean((1, 2, 3)) / x.square().mean((1, 2, 3))
-    assert float((share - torch.sigmoid(2 * lam).sqrt()).mean()) == pytest.approx(0, abs=0.01)
+    fraction = (z * x).mean((1, 2, 3)) / x.square().mean((1, 2, 3))
+    assert float((fraction - torch.sigmoid(2 * lam).sqrt()).mean()) == pytest.approx(0, abs=0.01)
 
 
 def test_the_network_and_its_loss() -> None:
     torch.manual_seed(0)
     net = NoiseLevelNet(3, 4)
     z = torch.randn(5, 3, 9, 7)
-    found = net(z)
-    assert found.shape == (5,) and bool(((found > 0) & (found < 1)).all())
-    torch.testing.assert_close(log_sigma2(net, z), torch.log1p(-found))
+    result = net(z)
+    assert result.shape == (5,) and bool(((result > 0) & (result < 1)).all())
+    torch.testing.assert_close(log_sigma2(net, z), torch.log1p(-result))
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(net(z), found, rtol=0, atol=0)  # in full precision all the same
+        torch.testing.assert_close(net(z), result, rtol=0, atol=0)  # in full precision all the same
     assert sum(p.numel() for p in NoiseLevelNet().parameters()) <= 100_000
     again = build_network("NoiseLevelNet", net.config)
     again.load_state_dict(net.state_dict())
-    assert torch.equal(again(z), found)
+    assert torch.equal(again(z), result)
 
 
 def test_it_learns_the_level() -> None:
     """A constant is .44 off in abar; the oracle of these 144 pixels, from the mean square, .083."""
-    found = tuned()
-    assert sorted(found.parts) == ["noise_level"] and found.plan is None
-    assert found.figures["steps"] == 400 and found.figures["images"] == 1800
+    result = tuned()
+    assert sorted(result.parts) == ["noise_level"] and result.plan is None
+    assert result.figures["steps"] == 400 and result.figures["images"] == 1800
     lam = torch.linspace(LOWEST, HIGHEST, 1000, dtype=F64)
     assert float(torch.sigmoid(2 * lam).std()) == pytest.approx(0.443, abs=0.002)
-    assert found.figures["error_abar"] < 0.12
+    assert result.figures["error_abar"] < 0.12
     held = task().images(2000)[0][-200:]  # type: ignore[misc]
-    net = found.parts["noise_level"]
+    net = result.parts["noise_level"]
     assert isinstance(net, NoiseLevelNet) and not any(p.requires_grad for p in net.parameters())
     measured = errors(net, held, task().seed)
-    assert measured["error_abar"] == pytest.approx(found.figures["error_abar"], rel=1e-3)
-    assert measured["loss"] == pytest.approx(found.figures["loss"], rel=1e-3)
+    assert measured["error_abar"] == pytest.approx(result.figures["error_abar"], rel=1e-3)
+    assert measured["loss"] == pytest.approx(result.figures["loss"], rel=1e-3)
 
 
-def test_sampling_gains_by_what_was_learned() -> None:
+def test_the_trained_network_improves_sampling() -> None:
     """Variance of 1000 samples by 10 steps on linear betas: the truth is .25, the unadjusted list falls short of it."""
     sampler = Sampler().bind({}, tuned().parts)
     x = Noise(range(1000), SHAPE).initial()
@@ -110,12 +110,12 @@ def test_the_seed_decides() -> None:
 
 
 def test_progress_and_time_limit() -> None:
-    seen = []
-    given = task(50)
-    given.tick = lambda what, done, total, value: seen.append((what, done, total, value))
-    found = NoiseLevel(minutes=0.01, steps=10**6, width=2).tune(given)
-    assert found.figures["steps"] < 10**5
-    what, done, total, value = seen[-1]
+    recorded = []
+    inputs = task(50)
+    inputs.tick = lambda what, done, total, value: recorded.append((what, done, total, value))
+    result = NoiseLevel(minutes=0.01, steps=10**6, width=2).tune(inputs)
+    assert result.figures["steps"] < 10**5
+    what, done, total, value = recorded[-1]
     assert what == "noise level" and done == total == 10**6 and math.isfinite(value)
 
 

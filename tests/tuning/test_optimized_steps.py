@@ -68,20 +68,20 @@ def test_weights_are_the_integrals(order: int, N: int) -> None:
     """Against 40 Gauss points; and they sum to the integral of e^lam. N = 40 has steps so short that the moments by
     parts would cancel."""
     lam, (points, mass) = ripple(N), np.polynomial.legendre.leggauss(40)
-    seen = 0
+    recorded = 0
     assert orders(6, 3) == [1, 2, 3, 3, 2, 1] and orders(4, 2, lower_order_final=False) == [1, 2, 2, 2]
     for nodes, ends, w, _ in ErrorBound(orders(N, order)).weights(lam):
-        for row, end, found in zip(nodes, ends, w):
+        for row, end, result in zip(nodes, ends, w):
             a, b = lam[row[0]], lam[end]
             x, at = a + (b - a) * (points + 1) / 2, lam[row]
             basis = [
                 np.prod([(x - o) / (at[j] - o) for i, o in enumerate(at) if i != j], axis=0) for j in range(len(row))
             ]
             exact = [(np.exp(x) * (l * np.ones_like(x))) @ mass * (b - a) / 2 for l in basis]
-            assert found == pytest.approx(exact, rel=1e-12, abs=1e-12 * np.exp(b))
-            assert abs(found.sum() / (np.exp(b) - np.exp(a)) - 1) < 1e-13 * max(1, np.abs(found).sum() / found.sum())
-            seen += 1
-    assert seen == N
+            assert result == pytest.approx(exact, rel=1e-12, abs=1e-12 * np.exp(b))
+            assert abs(result.sum() / (np.exp(b) - np.exp(a)) - 1) < 1e-13 * max(1, np.abs(result).sum() / result.sum())
+            recorded += 1
+    assert recorded == N
 
 
 def traced(sampler: Any, schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,9 +130,9 @@ def test_the_closed_form_is_the_traced_plan(sampler: Any, schedule: Schedule, tr
     bound = ErrorBound(orders(N, sampler.order), p=2, trunc=trunc)
     numbers = lam.detach().numpy()
     for nodes, ends_, w, _ in bound.weights(numbers):
-        for row, end, found in zip(nodes, ends_, w):
+        for row, end, result in zip(nodes, ends_, w):
             expected = np.zeros(N)
-            expected[row] = found
+            expected[row] = result
             assert rows[end - 1].detach().numpy() == pytest.approx(expected, abs=1e-12 * np.exp(numbers[end]))
     J = traced_J(lam, rows, sampler.order, 2, trunc)
     value, gradient = bound(numbers)
@@ -183,7 +183,7 @@ def test_minima(schedule: Schedule, p: float, N: int, J: float, inside: list[flo
         assert lam[1:-1].tolist() == pytest.approx(inside, abs=1e-3)
 
 
-def test_the_whole_problem_takes_less_than_two_seconds() -> None:
+def test_the_full_problem_takes_less_than_two_seconds() -> None:
     """Processor seconds of one core, over the numbers of steps that the paper has."""
     taken = {}
     for N in (4, 8, 10, 12, 15):
@@ -193,15 +193,15 @@ def test_the_whole_problem_takes_less_than_two_seconds() -> None:
     assert max(taken.values()) < 2, taken
 
 
-def test_steps_that_cancel_are_kept_out() -> None:
+def test_steps_that_cancel_are_avoided() -> None:
     """Without truncation J has its least value where two long first steps cancel; `growth` keeps gaps alike."""
     N = 8
     bound, start = ErrorBound(orders(N, 3), 1, 0), [np.linspace(FIRST, LAST, N + 1)]
     free = minimise(bound, FIRST, LAST, start, 50.0)
-    kept = minimise(bound, FIRST, LAST, start, 1.6)
-    assert free[0] < kept[0] < bound(start[0])[0]
+    saved = minimise(bound, FIRST, LAST, start, 1.6)
+    assert free[0] < saved[0] < bound(start[0])[0]
     assert np.diff(free[1]).max() / np.diff(free[1]).mean() > 3
-    ratio = np.exp(np.abs(np.diff(np.log(np.diff(kept[1]))))).max()
+    ratio = np.exp(np.abs(np.diff(np.log(np.diff(saved[1]))))).max()
     assert ratio <= 1.6 * (1 + 1e-9)
 
 
@@ -222,8 +222,8 @@ def test_times_of_every_schedule(schedule: Schedule, end: float, steps: int) -> 
     for sampler in (DPMSolver(3), UniPC(2)):
         tuned = OptimizedSteps(restarts=0, starts=("lambda",)).tune(task(Still(schedule), sampler, times))
         assert tuned.plan is not None and tuned.plan.nfe == steps
-        found = tuned.plan.times
-        assert found[0] == times[0] and found[-1] == end and bool((found.diff() < 0).all())
+        result = tuned.plan.times
+        assert result[0] == times[0] and result[-1] == end and bool((result.diff() < 0).all())
         if steps > 2:
             assert tuned.figures["J"] < tuned.figures["J_lambda"]
 
@@ -302,27 +302,27 @@ def test_std_is_that_of_the_images() -> None:
 
     times = UniformLambda()(VPLinear(), 4)
     tuner = OptimizedSteps(objective="local", iterations=1, starts=ONE)
-    given = tuner.tune(task(Still(VPLinear()), UniPC(2), times, images=images))
-    assert given.figures["std"] == pytest.approx(0.3, abs=0.02)
+    inputs = tuner.tune(task(Still(VPLinear()), UniPC(2), times, images=images))
+    assert inputs.figures["std"] == pytest.approx(0.3, abs=0.02)
     assert tuner.tune(task(Still(VPLinear()), UniPC(2), times)).figures["std"] == 0.5
 
 
 def test_steps_tuned_on_the_models_own_trajectories() -> None:
     """On noises that were not used, less than half the error of the times given, and progress to the end."""
     schedule = VPCosine(offset=0.0)
-    model, sampler, told = m2(schedule), UniPC(2), []
+    model, sampler, record = m2(schedule), UniPC(2), []
     times = UniformLambda()(schedule, 5)
-    given = task(model, sampler, times, n=48, tick=lambda *what: told.append(what))
-    tuned = OptimizedSteps(objective="trajectory", iterations=8, searches=2, chunk=48, starts=ONE).tune(given)
+    inputs = task(model, sampler, times, n=48, tick=lambda *what: record.append(what))
+    tuned = OptimizedSteps(objective="trajectory", iterations=8, searches=2, chunk=48, starts=ONE).tune(inputs)
     assert tuned.plan is not None
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((64, 2)))
     exact = model.ode(x * schedule.prior_std(1.0), 1.0, rtol=1e-8, atol=1e-9)
     assert error(model, sampler, tuned.plan.times, x, exact) < 0.5 * error(model, sampler, times, x, exact)
     assert tuned.figures["held_out"] < tuned.figures["held_out_given"]
-    kinds = list(dict.fromkeys(what for what, *_ in told))
+    kinds = list(dict.fromkeys(what for what, *_ in record))
     assert kinds == ["fine trajectory", "starts", "trajectory"]
     for kind in kinds:
-        done = [(done, total) for what, done, total, _ in told if what == kind]
+        done = [(done, total) for what, done, total, _ in record if what == kind]
         assert done[-1][0] == done[-1][1] and all(a[0] <= b[0] for a, b in pairwise(done))
 
 
@@ -345,8 +345,8 @@ def test_gradients_go_through_the_network() -> None:
     """float32, labels, several chunks; the weights collect no gradient."""
     denoiser = Denoiser(Small(), VPCosine(offset=0.0), "v")
     times = UniformTime()(denoiser.schedule, 4)
-    given = task(denoiser, UniPC(2), times, shape=(4,), n=12, labels=lambda n: torch.arange(n) % 3)
-    tuned = OptimizedSteps(objective="trajectory", iterations=6, chunk=5, fine=20, starts=ONE).tune(given)
+    inputs = task(denoiser, UniPC(2), times, shape=(4,), n=12, labels=lambda n: torch.arange(n) % 3)
+    tuned = OptimizedSteps(objective="trajectory", iterations=6, chunk=5, fine=20, starts=ONE).tune(inputs)
     assert tuned.figures["held_out"] < tuned.figures["held_out_given"]
     assert all(p.grad is None for p in denoiser.parameters())
 
@@ -359,21 +359,21 @@ class Louder(Wrapper):
 # ---- what is remembered ---------------------------------------------------------------------------------------------
 
 
-def test_a_second_time_costs_nothing_and_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_returns_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = Flow()
     times = UniformLambda()(schedule, 5)
-    few = {"iterations": 1, "starts": ONE, "fine": 16}
+    small = {"iterations": 1, "starts": ONE, "fine": 16}
     still, model = task(Still(schedule), UniPC(3), times), task(m2(schedule), UniPC(3), times, n=4, identity="m2")
-    cases = [(OptimizedSteps(), still), (OptimizedSteps("local", **few), still)]
-    cases += [(OptimizedSteps("trajectory", **few), model)]
-    first = [tuner.tune(given) for tuner, given in cases]
+    cases = [(OptimizedSteps(), still), (OptimizedSteps("local", **small), still)]
+    cases += [(OptimizedSteps("trajectory", **small), model)]
+    first = [tuner.tune(inputs) for tuner, inputs in cases]
 
     def fail(*_: Any) -> Any:
         raise AssertionError("solved again")
 
     monkeypatch.setattr(OptimizedSteps, "_solve", fail)
-    for (tuner, given), before in zip(cases, first):
-        again = tuner.tune(given)
+    for (tuner, inputs), before in zip(cases, first):
+        again = tuner.tune(inputs)
         assert again.plan is not None and before.plan is not None
         assert torch.equal(again.plan.times, before.plan.times) and again.figures == before.figures
         assert again.plan.to_json() == before.plan.to_json()
@@ -391,7 +391,7 @@ def test_a_second_time_costs_nothing_and_gives_the_same_bits(monkeypatch: pytest
             other[0].tune(other[1])
 
 
-def test_a_plan_of_one_step_has_nothing_to_choose() -> None:
+def test_a_plan_of_one_step_has_no_free_node() -> None:
     times = torch.tensor([1.0, 0.0], dtype=F64)
     tuned = OptimizedSteps("local").tune(task(Still(VPLinear()), UniPC(2), times))
     assert tuned.plan is not None and torch.equal(tuned.plan.times, times)

@@ -1,4 +1,4 @@
-"""The tune verb: what it is given, what it leaves in the model's folder, and what is refused."""
+"""The tune verb: its task, the saved model, and bad input."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from tests.test_model import tiny
 
 @dataclass(frozen=True)
 class Probe(Tuner):
-    """A tuner that finds one of everything and keeps what it was given."""
+    """A tuner that returns one result of each kind and records its tasks."""
 
     needs_data: ClassVar[bool] = False
-    given: ClassVar[list[TuningTask]] = []
+    tasks: ClassVar[list[TuningTask]] = []
 
     def tune(self, task: TuningTask) -> Tuned:
-        self.given.append(task)
+        self.tasks.append(task)
         task.tick("looking", 1, 1, 0.5)
-        found = plan(DDIM(), task.schedule, UniformTime()(task.schedule, task.steps))
+        result = plan(DDIM(), task.schedule, UniformTime()(task.schedule, task.steps))
         torch.manual_seed(1)
         part = UNet(channels=1, widths=(8,), embedding=8)
-        return Tuned(found, {"gamma": torch.rand(4, dtype=torch.float64)}, {"helper": part}, {"error": 0.25})
+        return Tuned(result, {"gamma": torch.rand(4, dtype=torch.float64)}, {"helper": part}, {"error": 0.25})
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
     methods = {"probe": Probe(), "needy": NeedsData()}
     real = tune.pick
     monkeypatch.setattr(tune, "pick", lambda folder, text: methods.get(text) or real(folder, text))
-    Probe.given.clear()
-    return Probe.given
+    Probe.tasks.clear()
+    return Probe.tasks
 
 
-def test_what_is_found_lies_in_the_folder_and_sample_uses_it(
+def test_the_result_is_saved_and_used_by_sample(
     probe: list[TuningTask], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(tiny().save(tmp_path / "a"))
     assert main(["tune", folder, "--method", "probe", "--steps", "3", "--guidance-scale", "2", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["plan"], told["statistics"], told["parts"]) == ("probe-3-g2", ["gamma"], ["helper"])
+    record = json.loads(capsys.readouterr().out)
+    assert (record["plan"], record["statistics"], record["parts"]) == ("probe-3-g2", ["gamma"], ["helper"])
     model = hasten.load(folder)
     assert (model.steps, model.guidance_scale, list(model.plans)) == (3, 2.0, ["probe-3-g2"])
     assert model.card["tuned"][0]["figures"] == {"error": 0.25}
@@ -75,7 +75,7 @@ def test_what_is_found_lies_in_the_folder_and_sample_uses_it(
         assert torch.equal(p, q)
 
 
-def test_a_task_says_what_is_to_be_tuned(probe: list[TuningTask], tmp_path: Path) -> None:
+def test_the_task_describes_the_sampling_configuration(probe: list[TuningTask], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     model = tiny()
@@ -84,8 +84,8 @@ def test_a_task_says_what_is_to_be_tuned(probe: list[TuningTask], tmp_path: Path
     assert (task.steps, task.n, task.shape, task.seed) == (4, 6, (1, 8, 8), 50)
     assert task.noise(2, 3).seeds == (52, 53, 54)
     assert task.cond(2, first=2)["label"].tolist() == [2, 0]
-    few, more = task.images(5)[0], task.images(9)[0]
-    assert few.shape == (5, 1, 8, 8) and torch.equal(few, more[:5]) and few.abs().max() <= 1
+    small, more = task.images(5)[0], task.images(9)[0]
+    assert small.shape == (5, 1, 8, 8) and torch.equal(small, more[:5]) and small.abs().max() <= 1
     with pytest.raises(BadInput, match="holds 30 images, asked for 31"):
         task.images(31)
 
@@ -108,7 +108,7 @@ def test_weights_that_were_half_stay_half(probe: list[TuningTask], tmp_path: Pat
         (["--method", "probe", "--data", "nowhere"], "there is no file or folder nowhere"),
     ],
 )
-def test_what_cannot_be_is_one_line(
+def test_bad_input_is_a_one_line_error(
     probe: list[TuningTask], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     folder = str(tiny().save(tmp_path / "a"))
@@ -133,7 +133,7 @@ def test_a_bundled_model_is_not_written_into(capsys: pytest.CaptureFixture[str])
         ({"plan": "nowhere.json"}, "cannot read nowhere.json"),
     ],
 )
-def test_plans_that_cannot_be(asked: dict[str, Any], said: str) -> None:
+def test_bad_plans(asked: dict[str, Any], said: str) -> None:
     model = tiny()
     schedule = model.denoiser.schedule
     model.plans = {"probe-3": plan(DDIM(), schedule, UniformTime()(schedule, 3))}
@@ -145,31 +145,31 @@ def test_damaged_statistics_and_parts_are_refused(probe: list[TuningTask], tmp_p
     tune.tune_model(tiny(), tmp_path / "a", "probe", steps=2)
     for name in ("statistics.safetensors", "parts/helper.safetensors"):
         file = tmp_path / "a" / name
-        kept = file.read_bytes()
-        file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        saved = file.read_bytes()
+        file.write_bytes(saved[:-1] + bytes([saved[-1] ^ 1]))
         with pytest.raises(BadInput, match="is not the file that model.json names"):
             hasten.load(tmp_path / "a")
         file.unlink()
         with pytest.raises(BadInput, match="is missing"):
             hasten.load(tmp_path / "a")
-        file.write_bytes(kept)
+        file.write_bytes(saved)
     hasten.load(tmp_path / "a")
 
 
-def test_what_was_found_is_remembered_bit_for_bit(tmp_path: Path) -> None:
-    made = []
+def test_results_are_cached_bit_for_bit(tmp_path: Path) -> None:
+    output = []
 
     def make() -> dict[str, Any]:
-        made.append(1)
+        output.append(1)
         return {"times": [0.1 + 0.2, 1 / 3]}
 
     key = {"schedule": {"name": "Flow"}, "steps": 3}
     first, second = cached_result(key, make), cached_result(dict(reversed(key.items())), make)
-    assert first == second == {"times": [0.1 + 0.2, 1 / 3]} and len(made) == 1
-    assert cached_result({**key, "steps": 4}, make) == first and len(made) == 2
+    assert first == second == {"times": [0.1 + 0.2, 1 / 3]} and len(output) == 1
+    assert cached_result({**key, "steps": 4}, make) == first and len(output) == 2
     for file in (tmp_path / "cache" / "tuning").iterdir():
         file.write_text("{")
-    assert cached_result(key, make) == first and len(made) == 3
+    assert cached_result(key, make) == first and len(output) == 3
 
 
 def test_old_names_are_forwarded() -> None:

@@ -241,7 +241,7 @@ def layers_to_quantize(net: nn.Module, layers: Sequence[str], exclude: Sequence[
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise BadInput(
-                f"quantize: keep={pattern} names nothing in {type(net).__name__}: {nearest(pattern, modules)}"
+                f"quantize: the pattern {pattern!r} names nothing in {type(net).__name__}: {nearest(pattern, modules)}"
             )
 
     def excluded(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Faults that no other test would see: answers that a graph overwrites, small integer products, directions, groups."""
+"""Faults that no other test sees: overwritten outputs of a graph, small integer products, main directions, groups."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def as_graphs_do(plain: Any) -> Any:
 
 
 def test_outputs_of_a_graph_are_not_overwritten() -> None:
-    """Accelerators keep answers from one query to the next: they must not be those of the last call."""
+    """Accelerators cache outputs from one evaluation to the next, which the next call must not overwrite."""
     part = CompiledPart("forward", lambda x: 2 * x, as_graphs_do, [], 4, False, True)
     first = part(torch.ones(2))  # which builds the graph
     second = part(torch.full((2,), 3.0))
@@ -91,7 +91,7 @@ def test_reuse_costs_weigh_the_main_directions() -> None:
     assert float(variance[0]) == pytest.approx(4.0) and float(directions[0, 0].abs()) == pytest.approx(1.0)
 
     def end(axis: int, errors: float, v: float) -> float:
-        """How far the last sample moves when the answer of query `where` is off by `wrong`, by running DDIM twice."""
+        """How far the last sample moves when x0 of evaluation `where` is off by `errors`, by running DDIM twice."""
         ends = []
         for extra in (0.0, errors):
             x = torch.tensor(0.7, dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_split_points_use_the_group_of_their_time(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["quantize", "encoder_propagation:keys=found", "deep_cache:keys=found"])
 def test_calibration_seeds_are_not_the_users(name: str) -> None:
-    """Samplings that are looked at first have seeds beyond those of 100,000 images from any of the usual first seeds."""
+    """Calibration images have seeds beyond those of 100,000 images from any of the usual first seeds."""
     requested = []
 
     class Stop(Exception):

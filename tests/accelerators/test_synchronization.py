@@ -1,4 +1,4 @@
-"""Accelerated denoisers do not wait for the device, and know what stands around layers."""
+"""Accelerated denoisers do not synchronise with the device; special layers and first calls."""
 
 from __future__ import annotations
 

@@ -1,0 +1,95 @@
+"""Finished students of a distillation: saved with their plan, card and a preview."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distillers import Student
+from ..errors import HastenError
+from ..files import check_writable, write_file
+from ..images import encode_png, make_image_grid
+from ..model.model import Model
+from ..pick import pick
+from ..plan.table import plan as compile_plan
+from ..storage.provenance import utc_now
+
+PREVIEW_IMAGES = 64  # images in the preview of a stage
+
+PREVIEW_BATCH = 16  # of them per evaluation of the network
+
+
+class Saver:
+    """Saves students, and previews of their samples, where they do not exist already."""
+
+    def __init__(
+        self, teacher: Model, out: Path, result: dict[str, Any], scale: float, command: str, say: Callable[[str], None]
+    ) -> None:
+        self.teacher, self.out, self.result, self.scale = teacher, out, result, scale
+        self.command, self.say = command, say
+
+    def __call__(self, name: str | None, student: Student) -> None:
+        """Save the student of the stage `name`; None: the last one, into the run's own folder."""
+        folder = self.out if name is None else self.out / name
+        model = self.model(name, student)
+        self.result["students"][name or "."] = str(folder)
+        if not (folder / "model.json").is_file():
+            model.save(folder)
+            if name is not None:
+                self.say(f"{name}: {folder} is saved")
+        picture = self.out / f"{name}.png"
+        if name is None or picture.is_file() or student.figures.get("direction") == "encode" or not drawable(model):
+            return
+        try:
+            images, columns = sample_grid(model)
+            write_file(check_writable(picture), encode_png(make_image_grid(images, columns)))
+        except (HastenError, RuntimeError) as e:  # the student is saved, and worth more than its picture
+            first = (str(e).splitlines() or [type(e).__name__])[0]
+            print(f"hasten: no preview {picture}: {first}; {folder} is saved", file=sys.stderr)
+
+    def model(self, name: str | None, student: Student) -> Model:
+        """The student as a model, with its plan and its origin on its card."""
+        span = student.guidance or (self.scale, self.scale)
+        denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage uses the original
+        if not denoiser.net_takes_guidance:
+            denoiser = denoiser.replace(guidance_range=span)
+        sampler = pick("samplers", student.sampler)
+        times = pick("times", student.times)(denoiser.schedule, student.steps)
+        plan = compile_plan(sampler, denoiser.schedule, times) if sampler.linear else None
+        card: dict[str, Any] = {
+            **{key: self.teacher.card[key] for key in ("data", "licence", "reference") if key in self.teacher.card},
+            "summary": f"student of {self.teacher.name} for {student.steps} evaluations",
+            "distilled": {
+                "teacher": self.teacher.name, "teacher_sha256": self.teacher.sha256, "stage": name,
+                **{key: self.result[key] for key in ("method", "stages", "evaluations", "precision")},
+                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": utc_now(),
+                "command": self.command, **({"any_time": True} if student.any_time else {}),
+            },
+        }  # fmt: skip
+        return Model(
+            denoiser, self.out.resolve().name + ("" if name is None else f"-{name}"), self.teacher.shape,
+            self.teacher.classes, self.teacher.codec, student.sampler, student.times, student.steps,
+            min(max(self.scale, span[0]), span[1]), plan=plan, parts=student.parts, card=card,
+            decoder=self.teacher.decoder, pipeline=self.teacher.pipeline,
+        )  # fmt: skip
+
+
+def drawable(model: Model) -> bool:
+    """Whether the model generates images."""
+    return model.decoder is not None or (model.codec == "image" and model.shape[0] in (1, 3, 4))
+
+
+def sample_grid(model: Model) -> tuple[torch.Tensor, int | None]:
+    """At most 64 images of a model and how many go in a row: a column for each class, or, of many classes, one each."""
+    if model.classes is None:
+        return model.sample(PREVIEW_IMAGES, batch_size=PREVIEW_BATCH), None
+    columns = len(model.classes)
+    if columns <= PREVIEW_IMAGES:
+        n = columns * (PREVIEW_IMAGES // columns)
+        return model.sample(n, batch_size=PREVIEW_BATCH), columns
+    return model.sample(PREVIEW_IMAGES, label=list(range(PREVIEW_IMAGES)), batch_size=PREVIEW_BATCH), None
