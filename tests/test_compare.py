@@ -83,7 +83,7 @@ def run(variant_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def start(model: Model | None = None, page: bool = False, **others: Any) -> list[dict[str, Any]]:
         monkeypatch.setattr(comparison.report, "write_report", write if page else lambda out, *_: out / "report.html")
-        options: dict[str, Any] = {"reference": real(), "features": Corner(), "runtime": "fp32", "timing_batch": 3}
+        options: dict[str, Any] = {"reference": real(), "features": Corner(), "precision": "fp32", "timing_batch": 3}
         options |= {"out": tmp_path / "out", "show": False, "variants": variant_file, **others}
         return compare(tiny_model() if model is None else model, **options)
 
