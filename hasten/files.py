@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from .errors import BadInput
 from .utils.atomic import atomic_open, is_abandoned, remove_leftovers, temporary_path, try_lock, write_atomic
@@ -229,7 +229,7 @@ def holds_lock(argument: str, only: str | None = None, unless: str | None = None
             with locked(folder):
                 return function(*args, **options)
 
-        return run  # type: ignore[return-value]
+        return cast(Function, run)
 
     return decorate
 

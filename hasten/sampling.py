@@ -1,4 +1,4 @@
-"""Running a sampler: the model evaluations it asks for (`Query`), and the loop that makes them (`walk`).
+"""Running a sampler: its requests for model evaluations (`Query`), and the loop that makes them (`walk`).
 
 A sampler is a frozen dataclass whose `steps` is the paper's algorithm as a coroutine. It never sees the network: it
 yields the noisy sample and its time, and is sent the network's estimate of the clean one.
@@ -39,7 +39,7 @@ Self = TypeVar("Self", bound="Bindable")
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A model evaluation that a sampler asks for: the state `x` (B, *S) at time `t`.
+    """A model evaluation requested by a sampler: the state `x` (B, *S) at time `t`.
 
     Without `rows`, an `x` of W B rows is W states of every sample at once: row w B + b belongs to sample b.
 

@@ -42,8 +42,16 @@ CUDA, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("c
 aten = torch.ops.aten
 PACKAGE = f"{(Path(__file__).parent.parent / 'hasten').as_posix()}/"
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
-WAITING = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select,
-           aten.unique_dim, aten._unique2}  # fmt: skip
+WAITING = {
+    aten._local_scalar_dense,
+    aten.item,
+    aten.is_nonzero,
+    aten.equal,
+    aten.nonzero,
+    aten.masked_select,
+    aten.unique_dim,
+    aten._unique2,
+}
 _active: list[Pretended] = []
 
 
@@ -254,8 +262,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if wanted is not None:
         kwargs = {**kwargs, "device": CPU}
     kwargs.pop("pin_memory", None)
-    made = func(*tree_map_only(PretendedTensor, lambda x: x.held, args),
-                **tree_map_only(PretendedTensor, lambda x: x.held, kwargs))  # fmt: skip
+    made = func(
+        *tree_map_only(PretendedTensor, lambda x: x.held, args),
+        **tree_map_only(PretendedTensor, lambda x: x.held, kwargs),
+    )
     known = {id(tensor.held): tensor for tensor in there}
 
     def placed(tensor: Tensor) -> Tensor:

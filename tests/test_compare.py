@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from hasten import SamplingConfig
 from hasten.compare import compare, comparison, jobs, variants
 from hasten.compare import runner as engine
 from hasten.compare.counting import count_evaluations
@@ -82,7 +83,7 @@ def run(variant_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def start(model: Model | None = None, page: bool = False, **others: Any) -> list[dict[str, Any]]:
         monkeypatch.setattr(comparison.report, "write_report", write if page else lambda out, *_: out / "report.html")
-        options: dict[str, Any] = {"reference": real(), "features": Corner(), "runtime": "fp32", "timing_batch": 3}
+        options: dict[str, Any] = {"reference": real(), "features": Corner(), "precision": "fp32", "timing_batch": 3}
         options |= {"out": tmp_path / "out", "show": False, "variants": variant_file, **others}
         return compare(tiny_model() if model is None else model, **options)
 
@@ -248,6 +249,16 @@ def test_a_second_run_reuses_finished_rows(run: Any, monkeypatch: pytest.MonkeyP
     assert run() == first
     assert calls == []
     assert "7 of 7 rows are finished" in capsys.readouterr().err
+
+
+def test_each_row_leaves_a_config_that_samples_as_it_did(run: Any, tmp_path: Path) -> None:
+    rows = run()
+    configs = sorted((tmp_path / "out" / "configs").glob("*.toml"))
+    assert len(configs) == len(rows)
+    methods = {(row["sampler"], row["times"], row["steps"], row["guidance_scale"]) for row in rows}
+    read = [SamplingConfig.load(path) for path in configs]
+    assert {(one.sampler, one.times, one.steps, one.guidance_scale) for one in read} == methods
+    assert {one.precision for one in read} == {rows[0]["protocol"]["dtype"]}
 
 
 def test_other_settings_are_other_rows(run: Any, variant_file: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def run(tmp_path: Path, clock: Clock) -> Any:
     def start(minutes: float, model: Model | None = None, **options: Any) -> dict[str, dict[str, Any]]:
         model = tiny_model() if model is None else model
         clock.watch(model.denoiser.net)
-        options = {"reference": real(), "features": Corner(), "runtime": "fp32", "show": False, **options}
+        options = {"reference": real(), "features": Corner(), "precision": "fp32", "show": False, **options}
         rows = compare(model, tmp_path / "set.toml", out=tmp_path / "out", minutes=minutes, **options)
         return {row["name"]: row for row in rows}
 
@@ -103,6 +103,7 @@ def test_the_number_of_images_follows_from_the_budget(run: Any, clock: Clock, ca
         assert row["protocol"]["floors"]["frechet"] > 0
     said = capsys.readouterr().err
     assert f"{n} images a row, timed in {protocol['rounds']} rounds; {n} real images have a distance of" in said
+    assert ("samples are too few for precision" in said) == (n < 200)
     first = next(line for line in said.splitlines() if line.startswith("["))
     assert first.startswith("[1/6] DDIM, 2 steps: 4 NFE, 40 ms an image, distance") and "(real images" in first
 
@@ -113,7 +114,7 @@ def test_a_fast_model_gets_all_images_and_they_are_those_of_a_run_without_a_budg
     clock.cost = 1e-6
     rows = run(1.0, n=96)
     assert rows["best"]["protocol"]["n"] == 96
-    options: dict[str, Any] = {"n": 96, "reference": real(), "features": Corner(), "runtime": "fp32", "show": False}
+    options: dict[str, Any] = {"n": 96, "reference": real(), "features": Corner(), "precision": "fp32", "show": False}
     plain = {
         row["name"]: row for row in compare(tiny_model(), tmp_path / "set.toml", out=tmp_path / "plain", **options)
     }
@@ -156,6 +157,7 @@ def test_the_last_rows_are_skipped_and_a_second_run_measures_them(
     images = clock.images
     assert run(2.0) == more
     assert clock.images - images <= 200  # `prepare` and nothing else
+    assert "they share some" not in capsys.readouterr().err
     assert not list((tmp_path / "out" / "samples" / "kept").glob("*/*"))
 
 

@@ -54,13 +54,16 @@ class Corners(nn.Module):
 
 # Options with which a tuner is quick.
 TUNERS: dict[str, dict[str, Any]] = {
-    "attributes": {"steps": 4, "views": 1}, "auxiliary": {"iterations": 2, "rank": 4},
-    "dynamic_programming": {"candidates": 20, "images": 16, "points": 8}, "first_step": {"steps": 2, "batch_size": 4},
+    "attributes": {"steps": 4, "views": 1},
+    "auxiliary": {"iterations": 2, "rank": 4},
+    "dynamic_programming": {"candidates": 20, "images": 16, "points": 8},
+    "first_step": {"steps": 2, "batch_size": 4},
     "fitted_plan": {"fine": 5, "iterations": 1, "held_out": 2, "batch": 4, "warm": 1},
-    "moments": {"images": 16, "times": 8}, "noise_level": {"steps": 2, "images": 16, "batch_size": 4},
+    "moments": {"images": 16, "times": 8},
+    "noise_level": {"steps": 2, "images": 16, "batch_size": 4},
     "optimized_steps": {"objective": "trajectory", "fine": 5, "iterations": 1, "restarts": 1, "starts": ("lambda",)},
     "second_moment": {"steps": 2, "images": 32, "batch": 4, "width": 8},
-}  # fmt: skip
+}
 
 
 SAMPLES = {
@@ -190,9 +193,10 @@ def test_a_start(name: str) -> None:
 # ---- accelerators ----
 
 ACCELERATORS = {
-    "deep_cache": "deep_cache:every=3", "encoder_propagation": "encoder_propagation:keys=uniform,every=3",
+    "deep_cache": "deep_cache:every=3",
+    "encoder_propagation": "encoder_propagation:keys=uniform,every=3",
     "quantize": "quantize:images=2,steps=2,ranges=minmax",
-}  # fmt: skip
+}
 # compile needs real kernels; the others need other processes
 ELSEWHERE = {"compile", "patch_parallel", "cfg_parallel"}
 
@@ -228,10 +232,13 @@ def test_a_tuner(name: str) -> None:
 # ---- distillers ----
 
 DISTILLERS = {
-    "dsno": "dsno:pairs=16", "denoising_student": "denoising_student:pairs=16", "reflow": "reflow:pairs=16",
-    "progressive": "progressive:steps=(2,)", "guided": "guided:steps=(2,)",
+    "dsno": "dsno:pairs=16",
+    "denoising_student": "denoising_student:pairs=16",
+    "reflow": "reflow:pairs=16",
+    "progressive": "progressive:steps=(2,)",
+    "guided": "guided:steps=(2,)",
     "adversarial": "adversarial:r1=0",  # the pretended device has no second derivative of group norm
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", method_names("distillers"))

@@ -80,7 +80,7 @@ def run(model: Model, data: Path | None, out: Path, **settings: Any) -> None:
 def test_training_uses_the_requested_precision(
     runtime: str, data: Path, tmp_path: Path, recorded: dict[str, Any]
 ) -> None:
-    run(tiny(), data, tmp_path / "out", runtime=runtime)
+    run(tiny(), data, tmp_path / "out", precision=runtime)
     assert recorded["precision"] == recorded["task"]["precision"] == recorded["trial"]["precision"] == runtime
     assert json.loads((tmp_path / "out" / "run.json").read_text())["precision"] == runtime
 
@@ -126,7 +126,7 @@ def test_models_that_draw_their_own_images_have_no_null_label_among_their_classe
 def test_notices_about_half_precision_and_split_batches(
     data: Path, tmp_path: Path, recorded: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tiny(), data, tmp_path / "out", precision="fp32", method="mmd:steps=1,features=random", accumulate=2)
+    run(tiny(), data, tmp_path / "out", precision="fp32", method="mmd:steps=1,features=random", grad_accumulation=2)
     captured = capsys.readouterr()
     assert (
         "hasten: mmd compares the samples of a batch" in captured.err

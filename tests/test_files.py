@@ -33,10 +33,7 @@ def test_a_file_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_path: Path) 
     path.write_bytes(b"old")
     for place in ("os.fsync", "os.replace"):
         name = place.removeprefix("os.")
-        code = (
-            f"os.{name} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-            f"files.write_atomic({str(path)!r}, b'new')"
-        )  # fmt: skip
+        code = f"os.{name} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfiles.write_atomic({str(path)!r}, b'new')"
         assert child(code) == signal.SIGKILL
         assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 3
@@ -204,7 +201,9 @@ def test_the_first_difference_of_two_descriptions() -> None:
     known = {"seed": 0, "data": {"images": 4, "classes": ["a", "b"]}, "extra": 1}
     assert files.first_difference(known, {"seed": 0, "data": {"images": 4, "classes": ("a", "b")}}) is None
     assert files.first_difference(known, {"seed": 0, "data": {"images": 4, "classes": ["x"]}}) == (
-        "data.classes", '["a", "b"]', '["x"]',
-    )  # fmt: skip
+        "data.classes",
+        '["a", "b"]',
+        '["x"]',
+    )
     assert files.first_difference(known, {"lr": 0.1}) == ("lr", "null", "0.1")
     assert files.first_difference(known, {"lr": 0.1}, missing=False) is None

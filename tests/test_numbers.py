@@ -57,9 +57,19 @@ def test_what_was_meant_is_said() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["heun:churn=nan", "heun:churn=1e999", "heun:churn=1e308", "heun:churn=-1e20", "adaptive:e_abs=1e308", "sa:tau=nan",
-     "sa:tau=1e308", "predictor_corrector:corrections=99999999999999999999", "dpm:order=1e3", "dpm:order=2.5"],
-)  # fmt: skip
+    [
+        "heun:churn=nan",
+        "heun:churn=1e999",
+        "heun:churn=1e308",
+        "heun:churn=-1e20",
+        "adaptive:e_abs=1e308",
+        "sa:tau=nan",
+        "sa:tau=1e308",
+        "predictor_corrector:corrections=99999999999999999999",
+        "dpm:order=1e3",
+        "dpm:order=2.5",
+    ],
+)
 def test_numbers_inside_a_method_are_checked(text: str) -> None:
     name, _, option = text.partition(":")
     with pytest.raises(HastenError, match=f"{name}.*{option.partition('=')[0]}"):

@@ -105,9 +105,14 @@ def test_a_run_resets_once_asks_as_declared_and_passes_conditions_on(sampler: An
     ticks: list[tuple[int, int]] = []
     label = torch.tensor([0, 1, 3, 2])
     x = draw(
-        outer, sampler, UniformLambda(), Noise(range(4), (2,)), steps=6, label=label,
+        outer,
+        sampler,
+        UniformLambda(),
+        Noise(range(4), (2,)),
+        steps=6,
+        label=label,
         progress=lambda done, total: ticks.append((done, total)),
-    )  # fmt: skip
+    )
     assert x.shape == (4, 2) and spy.resets == 1 and len(spy.seen) == 6
     assert ticks == [(k, 6) for k in range(1, 7)]
     for t, cond in spy.seen:
@@ -256,9 +261,14 @@ def test_a_sampler_that_is_driven_from_outside_is_asked_to_solve() -> None:
 
     seen: list[tuple[int, int]] = []
     found = walk(
-        Driven(), Labelled(), torch.zeros(3, 2), torch.tensor([1.0, 0.0]), label=torch.tensor([3, 4, 5]), note="kept",
+        Driven(),
+        Labelled(),
+        torch.zeros(3, 2),
+        torch.tensor([1.0, 0.0]),
+        label=torch.tensor([3, 4, 5]),
+        note="kept",
         progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+    )
     assert found[:, 0].tolist() == [7, 8, 9] and seen == [(1, 1), (2, 2)]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..files import write_file
-from ..metrics import extract
+from ..metrics import extract, without_neighbours
 from ..metrics.frechet import frechet_distance, moments
 from ..performance import cost
 from ..progress import ProgressReporter
@@ -122,7 +122,7 @@ class BudgetedComparison(Comparison):
             reused = f"{len(self.rows)} of {len(self.jobs)} rows have their first images in {self.out}"
             self.progress.say(f"{reused}, which are reused")
         pending = [self.states[k] for k in self.order() if not self.states[k].batches]
-        count, measured = 0, bool(self.states[0].batches)
+        count, measured = 0, False
         while queue := self.affordable(pending):
             state, count = queue[0], count + 1
             pending = [other for other in pending if other is not state]
@@ -137,7 +137,7 @@ class BudgetedComparison(Comparison):
             number = f"[{count}/{count + len(pending)}]"
             real = "" if baseline is None else f" (real images {baseline:.3g})"
             self.progress.say(f"{number} {row['name']}: {tools.summary(row)}{real}, {self.protocol['n']} images")
-            if not measured and state.index == 0:
+            if not measured:
                 measured = True
                 self.measure_overhead(state)
             self.save_record()
@@ -218,7 +218,7 @@ class BudgetedComparison(Comparison):
     def measure_overhead(self, state: RowState) -> None:
         """Time the evaluation of a row and the report, for which time is reserved."""
         start = timer.monotonic_seconds()
-        self.evaluate_images(self.jobs[state.index], self.images(state.job, self.protocol["n"]), 0)
+        self.measure_quality(self.images(state.job, self.protocol["n"]), 0)
         self.macs(state.job, state.nfe)
         evaluated = timer.monotonic_seconds()
         self.write_report(False)
@@ -264,6 +264,8 @@ class BudgetedComparison(Comparison):
             self.reference = replace(self.reference, floor={**self.reference.floor, **floors})
         real = f"; {n} real images have a distance of {baseline['frechet']:.3g}" if "frechet" in baseline else ""
         self.progress.say(f"{n} images a row, timed in {max(rounds, 1)} round{'s' * (rounds > 1)}{real}")
+        if self.reference is not None and (line := without_neighbours(n, self.reference)):
+            self.progress.say(line)
         timing: Timing = {}
         for state in rows:
             seconds = state.seconds if rounds else [state.first]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..images import to_uint8
-from ..metrics import Reference
+from ..metrics import Measure, Reference
 from ..metrics.difference import image_difference
 from ..model.model import Label, Model
 from ..performance import cost
@@ -30,6 +30,7 @@ from ..workflows.evaluate import evaluate_distributed
 from ..workflows.prompts import is_image
 from . import jobs as tools
 from . import report
+from .configs import write_configs
 from .counting import count_evaluations, start_nfe
 from .jobs import Job, sample_images, sampling_arguments
 from .results import QUALITY, ResultStore
@@ -293,10 +294,7 @@ class Comparison:
 
     def evaluate_images(self, job: Job, images: Tensor, block: int) -> dict[str, Any] | None:
         """The quality figures of a row's images in a block; stores the images that later rows and the page need."""
-        n, first, measures = len(images), self.first_seed(block), None
-        if self.net is not None:
-            labels, names, seeds = self.model.labels(n), self.model.classes, range(first, first + n)
-            measures = evaluate_distributed(images, labels, self.net, self.reference, seeds, self.ranks, names)
+        measures = self.measure_quality(images, block)
         if not self.ranks.is_main_process:
             return None
         figures: dict[str, Any] = dict.fromkeys(QUALITY)
@@ -308,6 +306,14 @@ class Comparison:
         if job.variant.role != "reference":
             figures |= self.difference_to_reference(images, block)
         return figures
+
+    def measure_quality(self, images: Tensor, block: int) -> dict[str, Measure] | None:
+        """The measures of images by the feature network; None without one, and in all processes but the main one."""
+        if self.net is None:
+            return None
+        n, first = len(images), self.first_seed(block)
+        labels, names, seeds = self.model.labels(n), self.model.classes, range(first, first + n)
+        return evaluate_distributed(images, labels, self.net, self.reference, seeds, self.ranks, names)
 
     def store_images(self, job: Job, images: Tensor, block: int) -> None:
         """Store all images of the reference, for the other rows, and the first images of each row, for the page."""
@@ -340,6 +346,7 @@ class Comparison:
         names = self.label if isinstance(self.label, list) else self.model.classes
         heads = [" ".join(names[k % len(names)].split()) for k in range(GRID_COLUMNS)] if names else []
         page = report.write_report(self.results.out, rows, images, heads, self.missing_note(len(rows)))
+        write_configs(self.results.out, rows)
         if show:
             from rich.console import Console
 

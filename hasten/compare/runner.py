@@ -196,8 +196,10 @@ def compare(
 
     state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label)
     run = Comparison(*state) if budget is None else BudgetedComparison(*state, budget, create_jobs)
-    warnings = [] if known is None or budget is not None else [without_neighbours(n, known)]
-    warnings += [] if store is None else tools.seed_overlap_warnings(store, protocol["seeds"])
+    warnings: list[str | None] = []
+    if budget is None:  # otherwise n is not known yet
+        warnings += [] if known is None else [without_neighbours(n, known)]
+        warnings += [] if store is None else tools.seed_overlap_warnings(store, protocol["seeds"])
     for line in filter(None, warnings):
         progress.say(line)
     try:

@@ -331,5 +331,6 @@ def check_batch_keys(batches: Any) -> None:
     reserved = sorted(set(RESERVED_KEYS) & set(batches[0]))
     if reserved:
         others = ", ".join(key for key in RESERVED_KEYS if key != reserved[0])
-        raise BadInput(f"batches have the key {reserved[0]!r}, which distillers use themselves: rename it (to none of "
-                       f"{others})")  # fmt: skip
+        raise BadInput(
+            f"batches have the key {reserved[0]!r}, which distillers use themselves: rename it (to none of {others})"
+        )

@@ -78,8 +78,9 @@ class DSNO(Distiller):
     def distill(self, task: DistillTask) -> Student:
         """Generate the paths and train the stage `student`."""
         student: Any = self.student(task)
-        pairs = task.pairs("paths", self.pairs, steps=self.pair_steps, sampler=self.sampler, times=self.times,
-                           states=self.states)  # fmt: skip
+        pairs = task.pairs(
+            "paths", self.pairs, steps=self.pair_steps, sampler=self.sampler, times=self.times, states=self.states
+        )
         modules = [task.trained_module("student", student, self.loss_fn(task, student), self.lr)]
         batches = pairs.batches(task.batch_size, task.seed)
         # not clipped, as in the paper: with the weights above the last state alone would decide the norm

@@ -1,4 +1,4 @@
-"""What the guides share."""
+"""Base class of the guides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the multistep and Runge-Kutta samplers share: nodes, the functions g_k, and one exponential step.
+"""Common parts of the multistep and Runge-Kutta samplers: nodes, the functions g_k, and one exponential step.
 
 Every sampler of this folder integrates one of two exact forms of the probability-flow equation,
 with lam = log(alpha/sigma):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_choices, check_numbers
 from ..plan.basis import Basis
-from ..sampling import Query, SamplerBase
+from ..sampling import Query, SamplerBase, schedule_of
 from ..schedules.base import Schedule
 from ..times import MAX_Q, check_times
 from ..utils.random import make_generator
@@ -185,23 +185,21 @@ class Preconditioned(SamplerBase):
         basis = basis.grouped(self.groups)
         local = None
         if "local_variance" in statistics and "local_levels" in statistics:
-            found = statistics["local_variance"].double().flatten(1)
+            variances = statistics["local_variance"].double().flatten(1)
             if self.moments == "scalar":
                 q2 = statistics["local_levels"].double().square()[:, None]
-                error = (found * q2 / (found + q2)).mean(1, keepdim=True)
-                found = error * q2 / (q2 - error)
-            local = LocalVariance(statistics["local_levels"].double(), _by_group(basis, found))
+                error = (variances * q2 / (variances + q2)).mean(1, keepdim=True)
+                variances = error * q2 / (q2 - error)
+            local = LocalVariance(statistics["local_levels"].double(), _by_group(basis, variances))
         return replace(self, basis=basis, top=float(variance.max().sqrt()), local=local)
 
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Generator[Query, Any, Any]:
         """The algorithm as a coroutine; see `hasten.sampling.Sampler`."""
-        if self.basis is None:
-            raise BadInput("preconditioned needs the mean and variances of the data: bind() them, or give basis=")
+        basis, v = self._basis, self._basis.values
         if times.requires_grad:
             raise BadInput(
                 "preconditioned cannot be differentiated in its times: it chooses nodes and variances by them"
             )
-        basis, v = self.basis, self.basis.values
         begin, path = make_node(schedule, check_times(times).double()[0]), self._path(schedule, times.double())
         u = (_radius(path[0], v) / _radius(begin, v)) * basis.to(x, begin.alpha)
         past: list[Output] = []
@@ -217,15 +215,22 @@ class Preconditioned(SamplerBase):
             u = (_radius(end, v_step) / _radius(start, v_step)) * u + moved
         return basis.back(u, path[-1].alpha)
 
+    @property
+    def _basis(self) -> Basis:
+        """The basis of a bound sampler."""
+        if self.basis is None:
+            raise BadInput("preconditioned needs the mean and variances of the data: bind() them, or give basis=")
+        return self.basis
+
     @cached_property
     def _top(self) -> float:
         """The largest standard deviation of the data."""
-        return self.top or float(self.basis.values[-1].sqrt())  # type: ignore[union-attr]
+        return self.top or float(self._basis.values[-1].sqrt())
 
     @cached_property
     def _scale(self) -> float:
         """w, the scale within a mode."""
-        basis: Basis = self.basis  # type: ignore[assignment]
+        basis = self._basis
         counts = torch.bincount(basis.index.flatten(), minlength=basis.groups).double()
         measured = 0.0 if self.local is None else float((counts @ self.local.values[0] / counts.sum()).sqrt())
         return max(measured, MIN_SCALE * float((counts @ basis.values / counts.sum()).sqrt()))
@@ -255,7 +260,7 @@ class Preconditioned(SamplerBase):
     def _variance(self, start: Node, end: Node) -> Tensor:
         """v of a step, (G,): the data's own, or around x0 at the level in the middle of the step."""
         if self.local is None or start.pure:
-            return self.basis.values  # type: ignore[union-attr]
+            return self._basis.values
         return self.local.at(0.5 * start.q if end.clean else torch.sqrt(start.q * end.q))
 
     def _usable(self, past: list[Output], end: Node) -> int:
@@ -300,11 +305,11 @@ class Preconditioned(SamplerBase):
         if self.form == "mean":
             measure = measure * torch.tanh(s) / root
         at, seen = self._where(root * torch.sinh(s)), [self._where(n.q) for n in known]
-        found = []
+        weights = []
         for i, own in enumerate(seen):
             others = [(at - other) / (own - other) for j, other in enumerate(seen) if j != i]
-            found.append((math.prod(others[1:], start=others[0]) * measure).sum(0))
-        return found
+            weights.append((math.prod(others[1:], start=others[0]) * measure).sum(0))
+        return weights
 
     def _where(self, q: Tensor) -> Tensor:
         """The variable in which outputs are interpolated."""
@@ -338,7 +343,7 @@ def local_variance(
         seed: of the noise.
         batch: images per evaluation.
     """
-    schedule: Schedule = denoiser.schedule  # type: ignore[attr-defined]
+    schedule = schedule_of(denoiser)
     generator = make_generator(seed)
     rows = []
     for t, q in zip(schedule.time(-torch.log(levels.double())), levels.double(), strict=True):

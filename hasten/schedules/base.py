@@ -1,4 +1,4 @@
-"""`Schedule`: how much of the data and how much noise there is at a time."""
+"""`Schedule`: the weights of the data and of the noise at a time."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from ..utils.registry import is_own, path_of
 
 @dataclass(frozen=True)
 class Schedule:
-    """One family of `(alpha, sigma)`; subclasses give the three curves inside (0, 1) and the inverse of `lam`.
+    """One family of `(alpha, sigma)`; subclasses define the three curves inside (0, 1) and the inverse of `lam`.
 
-    Subclasses define `_alpha`, `_sigma`, `_lam` (called with 0 < t < 1, or t = 1 where `zero_snr` is False) and
-    `_time` (called with finite lam). `t_min` is the smallest time worth a network evaluation, `t_max` the time
-    that sampling starts from: what a grid uses unless it is told otherwise.
+    Subclasses define `_alpha`, `_sigma`, `_lam` (called with 0 < t < 1, or t = 1 where `zero_snr` is False) and `_time`
+    (called with finite lam).
     """
 
     @property
     def t_min(self) -> float:
+        """The smallest time worth a network evaluation: by default the last positive time of a grid."""
         return 1e-3
 
     @property
     def t_max(self) -> float:
+        """The time at which sampling starts: by default the first time of a grid."""
         return 1.0
 
     @property
     def zero_snr(self) -> bool:
-        """True where alpha(1) = 0 exactly: the last time holds nothing of the image."""
+        """Whether alpha(1) = 0 exactly: x_1 is pure noise."""
         return False
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        """Weight of the image, in [0, 1]."""
+        """Weight of the image at times `t` of any shape, in [0, 1]."""
         t, start, end, inside = self._ends(t)
         return torch.where(start, 1.0, torch.where(end, 0.0, self._alpha(inside)))
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """Standard deviation of the noise, >= 0."""
+        """Standard deviation of the noise at times `t` of any shape, >= 0."""
         t, start, end, inside = self._ends(t)
         sigma = torch.where(start, 0.0, self._sigma(inside))
         return torch.where(end, 1.0, sigma) if self.zero_snr else sigma
@@ -63,7 +64,8 @@ class Schedule:
         return torch.where(finite, t, (lam < 0).double())
 
     def prior_std(self, t: Tensor | float) -> Tensor:
-        """Standard deviation of `x_t` for data of unit variance, `sqrt(alpha^2 + sigma^2)`: the scale to start from."""
+        """Standard deviation of `x_t` for data of unit variance, `sqrt(alpha^2 + sigma^2)`: the scale of the initial
+        state."""
         return torch.hypot(self.alpha(t), self.sigma(t))
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +77,7 @@ class Schedule:
         return {"name": name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
 
     def _ends(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """t, where it is the clean end, where it is pure noise, and t with both replaced by a harmless value."""
+        """t, whether it is the clean end, whether it is pure noise, and t with both replaced by a harmless value."""
         t = _float64(t)
         start = t <= 0
         end = t >= 1 if self.zero_snr else torch.zeros_like(start)
@@ -83,19 +85,24 @@ class Schedule:
         return t, start, end, torch.where(start | end, 0.5, t)
 
     def _alpha(self, t: Tensor) -> Tensor:
+        """`alpha` inside (0, 1)."""
         raise NotImplementedError
 
     def _sigma(self, t: Tensor) -> Tensor:
+        """`sigma` inside (0, 1)."""
         raise NotImplementedError
 
     def _lam(self, t: Tensor) -> Tensor:
+        """`lam` inside (0, 1)."""
         return torch.log(self._alpha(t)) - torch.log(self._sigma(t))
 
     def _time(self, lam: Tensor) -> Tensor:
+        """`time` of finite lam."""
         raise NotImplementedError
 
 
 def _float64(value: Tensor | float) -> Tensor:
+    """The value as a float64 tensor."""
     return torch.as_tensor(value, dtype=torch.float64)
 
 

@@ -33,8 +33,14 @@ __all__ = [
 class VPLinear(Schedule):
     """`log alpha = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2`, `sigma^2 = 1 - alpha^2`.
 
-    The continuous form of DDPM's linear betas; a network trained on the 1000-entry table wants `Discrete.linear()`,
-    which differs by 3 % in log alpha at the noisy end. Song et al. 2021, arXiv:2011.13456.
+    The continuous form of DDPM's linear betas; a network trained on the 1000-entry table needs `Discrete.linear()`,
+    which differs by 3 % in log alpha at the noisy end.
+
+    Args:
+        beta_min, beta_max: 0 <= beta_min <= beta_max.
+
+    References:
+        Song et al. 2021, arXiv:2011.13456.
     """
 
     beta_min: float = 0.1
@@ -60,9 +66,14 @@ class VPLinear(Schedule):
 
 @dataclass(frozen=True)
 class SubVP(Schedule):
-    """The alpha of `VPLinear` with `sigma = 1 - alpha^2`: less noise on the way than a variance-preserving path.
+    """The alpha of `VPLinear` with `sigma = 1 - alpha^2`: less noise at intermediate times than a variance-preserving
+    path.
 
-    Song et al. 2021, arXiv:2011.13456.
+    Args:
+        beta_min, beta_max: 0 <= beta_min <= beta_max.
+
+    References:
+        Song et al. 2021, arXiv:2011.13456.
     """
 
     beta_min: float = 0.1
@@ -138,7 +149,13 @@ class VPCosine(Schedule):
 class VE(Schedule):
     """`alpha = 1`, `sigma = sigma_min (sigma_max / sigma_min)^u`, u from 0 at `t_min = .001` to 1 at t = 1.
 
-    Below `t_min` sigma falls linearly to 0, so that a sampler can finish clean. Song et al. 2021, arXiv:2011.13456.
+    Below `t_min` sigma falls linearly to 0, so that a sampler can end clean.
+
+    Args:
+        sigma_min, sigma_max: 0 < sigma_min < sigma_max.
+
+    References:
+        Song et al. 2021, arXiv:2011.13456.
     """
 
     sigma_min: float = 0.01
@@ -168,7 +185,13 @@ class EDM(Schedule):
     """`alpha = 1`, `sigma = (sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho`, u as in `VE`.
 
     Uniform times are then the nodes of the paper; below `t_min = .001` sigma falls linearly to 0.
-    Karras, Aittala, Aila, Laine 2022, arXiv:2206.00364.
+
+    Args:
+        sigma_min, sigma_max: 0 < sigma_min < sigma_max.
+        rho: exponent, > 0.
+
+    References:
+        Karras, Aittala, Aila, Laine 2022, arXiv:2206.00364.
     """
 
     sigma_min: float = 0.002
@@ -198,7 +221,11 @@ class EDM(Schedule):
 class Flow(Schedule):
     """`alpha = 1 - t'`, `sigma = t'`, `t' = shift t / (1 + (shift - 1) t)`: the straight path of rectified flow.
 
-    `shift` multiplies q (3 for large images). Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
+    Args:
+        shift: multiplies q, > 0 (3 for large images).
+
+    References:
+        Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
     """
 
     shift: float = 1.0
@@ -229,11 +256,13 @@ class Flow(Schedule):
 
 
 def _require(holds: bool, rule: str, found: Schedule) -> None:
+    """Raise BadInput unless a rule on the fields of a schedule holds."""
     if not holds:
         raise BadInput(f"{type(found).__name__} needs {rule}, found {found}")
 
 
 def _linear_log_alpha(b0: float, b1: float, t: Tensor) -> Tensor:
+    """log alpha of linear betas."""
     return -t * (0.25 * (b1 - b0) * t + 0.5 * b0)
 
 

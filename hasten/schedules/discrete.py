@@ -1,4 +1,4 @@
-"""Schedules given as a table of `alphas_cumprod`, as DDPM and Stable Diffusion networks have; see `schedules`."""
+"""Schedules defined by a table of `alphas_cumprod`, as for DDPM and Stable Diffusion networks; see `schedules`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, check_int
+from ..errors import BadInput, check_choices, check_int
 from .base import Schedule, _vp_log_alpha
 
 CONVENTIONS = ("log_alpha", "log_q")
@@ -18,16 +18,19 @@ CONVENTIONS = ("log_alpha", "log_q")
 
 @dataclass(frozen=True)
 class Discrete(Schedule):
-    """A variance-preserving table `alphas_cumprod[i] = alpha^2`, i = 0 .. N-1, read at any time in between.
+    """A variance-preserving table `alphas_cumprod[i] = alpha^2`, i = 0 .. N-1, interpolated at any time.
 
-    Entry i lies at `t = (i + 1) / N`, so t = 0 is the clean image and t = 1 the last entry. Between the entries,
-    `convention` says what is linear in t: `"log_alpha"` (as DPM-Solver's authors do) or `"log_q"`, q = sigma / alpha
-    (as k-diffusion and diffusers do). Where neither is finite (the last entry of a zero-terminal-SNR table, and for
-    log_q the way from entry 0 to the clean image) alpha, respectively q, is linear instead.
+    Entry i is at `t = (i + 1) / N`, so t = 0 is the clean image and t = 1 the last entry. Where the interpolated
+    quantity is not finite (the last entry of a zero-terminal-SNR table, and for log_q the interval from entry 0 to the
+    clean image) alpha, respectively q, is linear instead.
 
     Args:
         alphas_cumprod: N >= 2 numbers in (0, 1), strictly decreasing; the last may be 0.
-        convention: one of `"log_alpha"`, `"log_q"`.
+        convention: the quantity that is linear in t between the entries: `"log_alpha"` (as in DPM-Solver's code) or
+            `"log_q"`, q = sigma / alpha (as in k-diffusion and diffusers).
+
+    Raises:
+        BadInput: for an invalid table or convention.
     """
 
     alphas_cumprod: tuple[float, ...] = ()
@@ -39,8 +42,7 @@ class Discrete(Schedule):
         except (TypeError, ValueError):
             raise BadInput(f"alphas_cumprod must be a list of numbers, found {_shown(self.alphas_cumprod)}") from None
         object.__setattr__(self, "alphas_cumprod", table)
-        if self.convention not in CONVENTIONS:
-            raise BadInput(f"Discrete has no convention {self.convention!r} (choices: {', '.join(CONVENTIONS)})")
+        check_choices(self, convention=CONVENTIONS)
         if len(table) < 2:
             raise BadInput(f"Discrete needs at least 2 entries in alphas_cumprod, found {len(table)}")
         for i, (before, now) in enumerate(zip((1.0, *table), table)):
@@ -51,7 +53,15 @@ class Discrete(Schedule):
 
     @classmethod
     def from_betas(cls, betas: Iterable[float] | Tensor, convention: str = "log_alpha") -> Discrete:
-        """The table `cumprod(1 - beta)`, in float64."""
+        """The table `cumprod(1 - beta)`, in float64.
+
+        Args:
+            betas: numbers in (0, 1], one per step.
+            convention: as for the class.
+
+        Raises:
+            BadInput: for other betas.
+        """
         try:
             betas = torch.as_tensor(betas if isinstance(betas, Tensor) else list(betas), dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
@@ -66,7 +76,16 @@ class Discrete(Schedule):
     def linear(
         cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02, convention: str = "log_alpha"
     ) -> Discrete:
-        """DDPM's betas, equally spaced. Ho, Jain, Abbeel 2020, arXiv:2006.11239."""
+        """DDPM's betas, equally spaced.
+
+        Args:
+            steps: N, at least 2.
+            first, last: the first and the last beta.
+            convention: as for the class.
+
+        References:
+            Ho, Jain, Abbeel 2020, arXiv:2006.11239.
+        """
         return cls.from_betas(
             torch.linspace(first, last, check_int("steps", steps, 2), dtype=torch.float64), convention
         )
@@ -75,7 +94,16 @@ class Discrete(Schedule):
     def scaled_linear(
         cls, steps: int = 1000, first: float = 0.00085, last: float = 0.012, convention: str = "log_alpha"
     ) -> Discrete:
-        """Stable Diffusion's betas: the square roots are equally spaced. Rombach et al. 2022, arXiv:2112.10752."""
+        """Stable Diffusion's betas: the square roots are equally spaced.
+
+        Args:
+            steps: N, at least 2.
+            first, last: the first and the last beta.
+            convention: as for the class.
+
+        References:
+            Rombach et al. 2022, arXiv:2112.10752.
+        """
         return cls.from_betas(
             torch.linspace(first**0.5, last**0.5, check_int("steps", steps, 2), dtype=torch.float64) ** 2, convention
         )
@@ -84,7 +112,17 @@ class Discrete(Schedule):
     def cosine(
         cls, steps: int = 1000, offset: float = 0.008, largest: float = 0.999, convention: str = "log_alpha"
     ) -> Discrete:
-        """Improved DDPM's cosine, with betas no larger than `largest`. Nichol, Dhariwal 2021, arXiv:2102.09672."""
+        """Improved DDPM's cosine, with clipped betas.
+
+        Args:
+            steps: N, at least 2.
+            offset: of the cosine.
+            largest: maximum beta.
+            convention: as for the class.
+
+        References:
+            Nichol, Dhariwal 2021, arXiv:2102.09672.
+        """
         steps = check_int("steps", steps, 2)
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((t + offset) / (1 + offset) * (math.pi / 2)) ** 2
@@ -99,24 +137,25 @@ class Discrete(Schedule):
         return self.alphas_cumprod[-1] == 0.0
 
     def index(self, t: Tensor | float) -> Tensor:
-        """The fractional table index `N t - 1`, at least 0: what the network was trained to be told."""
+        """The fractional table index `N t - 1`, at least 0: the time input of networks trained on the table."""
         size = len(self.alphas_cumprod)
         return (torch.as_tensor(t, dtype=torch.float64) * size - 1).clamp(0, size - 1)
 
     @cached_property
     def _nodes(self) -> tuple[Tensor, Tensor]:
         """log alpha and lam at t = 0, 1/N, ..., 1 (the first lam is +inf, the last of each may be -inf)."""
-        with torch.inference_mode(False):  # what is kept may be used under autograd later
+        with torch.inference_mode(False):  # cached values may be used under autograd later
             table = torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64)
             log_alpha = 0.5 * torch.log(table)
             return log_alpha, log_alpha - 0.5 * torch.log1p(-table)
 
     @cached_property
     def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        """The nodes by device."""
         return {}
 
     def _nodes_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The nodes on a device, copied to it once."""
+        """The nodes on a device, cached."""
         if device.type == "cpu":
             return self._nodes
         if device not in self._copies:
@@ -146,6 +185,7 @@ class Discrete(Schedule):
     @staticmethod
     def _steps(nodes: Tensor) -> Tensor:
         # an infinite step is never used, but must not put NaN into the backward pass of torch.where
+        """Differences of the nodes."""
         return torch.nan_to_num(nodes[1:] - nodes[:-1], nan=1.0, posinf=1.0, neginf=1.0)
 
     def _alpha(self, t: Tensor) -> Tensor:
@@ -172,25 +212,35 @@ class Discrete(Schedule):
 
 
 def rescale_zero_snr(schedule: Discrete) -> Discrete:
-    """The same table shifted and scaled in alpha so that its last entry is exactly 0 and its first one unchanged.
+    """The table shifted and scaled in alpha so that its last entry is exactly 0 and its first one unchanged.
 
-    `A'_i = (A_i - A_{N-1}) A_0 / (A_0 - A_{N-1})`, `A = sqrt(alphas_cumprod)`. A network that predicts eps says
-    nothing about the image at the last entry; v-, x0- and flow-prediction do. Lin et al. 2023, arXiv:2305.08891.
+    `A'_i = (A_i - A_{N-1}) A_0 / (A_0 - A_{N-1})`, `A = sqrt(alphas_cumprod)`. The output of a network that predicts
+    eps does not determine the image at the last entry; that of v-, x0- and flow-prediction does.
+
+    Args:
+        schedule: the table.
+
+    Raises:
+        BadInput: for another schedule.
+
+    References:
+        Lin, Liu, Li, Yang 2023, arXiv:2305.08891.
     """
     if not isinstance(schedule, Discrete):
         raise BadInput(f"rescale_zero_snr needs a Discrete table, found {type(schedule).__name__}")
     table = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64)
     alpha = table.sqrt()
     scaled = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
-    scaled[0] = table[0]  # the formula keeps it; rounding does not
+    scaled[0] = table[0]  # exactly, whatever the rounding
     return replace(schedule, alphas_cumprod=tuple(scaled.tolist()))
 
 
 def _vp_lam(log_alpha: Tensor) -> Tensor:
+    """lam of a variance-preserving log alpha."""
     return log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))
 
 
 def _shown(value: object) -> str:
-    """A value in a message, not too long."""
+    """A value in a message, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""What the initialisations share."""
+"""Base class of the initialisations."""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ def restyle(
             which then encodes by DDIM inversion and decodes by any sampler. They may be one model.
         images: (n, C, H, W) in [-1, 1].
         from_label, to_label: class of the images and of the result, as for `Model.labels`.
-        config: how to encode and decode; None: as the models recommend. options: fields of it.
+        config: steps, scales and sampler; None: as the models recommend.
+        options: fields of it.
         progress: called with the number of finished network calls and their total.
 
     Returns:
@@ -152,8 +153,8 @@ def restyle(
     to_noise = NoiseEncoder(
         replace(encoder, denoiser=encoding), config.encode_steps, config.encode_guidance_scale, iterations
     )
-    how = SamplingConfig(config.sampler, config.times, config.decode_steps, config.guidance_scale)
-    resolved = replace(decoder, denoiser=decoding).resolve(how)
+    sampling = SamplingConfig(config.sampler, config.times, config.decode_steps, config.guidance_scale)
+    resolved = replace(decoder, denoiser=decoding).resolve(sampling)
     sources, targets = (
         required_labels(encoder, count, from_label, "from_label"),
         required_labels(decoder, count, to_label, "to_label"),

@@ -1,1 +1,1 @@
-"""What several packages share."""
+"""Helpers of several packages."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import re
 import shutil
@@ -127,10 +128,9 @@ def try_lock(descriptor: int) -> bool | None:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            import msvcrt
-
+            msvcrt: Any = importlib.import_module("msvcrt")  # Windows
             os.lseek(descriptor, 2**30, os.SEEK_SET)  # beyond what others read
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         return True
     except ImportError:
         return None

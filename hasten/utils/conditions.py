@@ -17,10 +17,31 @@ __all__ = ["conditions_of"]
 RESERVED = ("x_t", "t")  # the arguments of a denoiser
 COMMON = ("label", "guidance")  # what hasten's own networks are given
 ELSEWHERE = (
-    "batch_size", "callback", "cfg", "cond", "eta", "generator", "guidance_scale", "guides", "images", "n", "noise",
-    "num_inference_steps", "num_steps", "order", "plan", "progress", "sampler", "schedule", "scheduler", "seed",
-    "start", "steps", "timesteps", "times",
-)  # fmt: skip
+    "batch_size",
+    "callback",
+    "cfg",
+    "cond",
+    "eta",
+    "generator",
+    "guidance_scale",
+    "guides",
+    "images",
+    "n",
+    "noise",
+    "num_inference_steps",
+    "num_steps",
+    "order",
+    "plan",
+    "progress",
+    "sampler",
+    "schedule",
+    "scheduler",
+    "seed",
+    "start",
+    "steps",
+    "timesteps",
+    "times",
+)
 
 
 def conditions_of(

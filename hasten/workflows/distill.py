@@ -52,8 +52,8 @@ class DistillConfig(Config):
 
     Args:
         method: as `pick` spells it, such as `"guided:steps=(16,8,4,2,1)"`.
-        steps, minutes, nfe_budget: the budget of the whole run, whichever is reached first; 30 minutes if none is
-            given: steps of training; time; model evaluations of one image, in floating-point operations.
+        steps, minutes, nfe_budget: the budget of the whole run, whichever is reached first (default: 30 minutes):
+            training steps; time; model evaluations of one image, in floating-point operations.
         guidance_scale: that the students give; None: the model's recommended one. `guided` learns a range.
         batch_size: images a step. seed: of everything that is random.
         precision: `fp32`, `bf16` (autocast), or `auto`: what is faster on this device.
@@ -170,21 +170,37 @@ def distill_model(
     refuse_inside(out, data)
     source = class_labels_only(model) if data is None else training_samples(model, data)
     run = {
-        "schema": 1, "method": format_spec(distiller), "teacher": model_hash(model), "guidance_scale": scale,
-        "seed": seed, "batch_size": batch_size, "images": len(source), "data": describe_data(source),
+        "schema": 1,
+        "method": format_spec(distiller),
+        "teacher": model_hash(model),
+        "guidance_scale": scale,
+        "seed": seed,
+        "batch_size": batch_size,
+        "images": len(source),
+        "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
-    } | ({} if init is None else {"init": model_hash(init)})  # fmt: skip
+    } | ({} if init is None else {"init": model_hash(init)})
     precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
         first.requires_grad_(False).eval().to(model.device)
     common: dict[str, Any] = {
-        "teacher": teacher, "denoiser": denoiser, "batches": Batches(source, batch_size, seed=seed),
-        "shape": model.shape, "out": out, "guidance_scale": scale, "seed": seed, "precision": precision,
-        "device": str(model.device), "show": show and ranks.is_main_process, "accumulate": accumulate, "shard": shard,
-        "classes": None if model.classes is None else len(model.classes), "codec": model.codec,
+        "teacher": teacher,
+        "denoiser": denoiser,
+        "batches": Batches(source, batch_size, seed=seed),
+        "shape": model.shape,
+        "out": out,
+        "guidance_scale": scale,
+        "seed": seed,
+        "precision": precision,
+        "device": str(model.device),
+        "show": show and ranks.is_main_process,
+        "accumulate": accumulate,
+        "shard": shard,
+        "classes": None if model.classes is None else len(model.classes),
+        "codec": model.codec,
         "init": first,
-    }  # fmt: skip
+    }
     for line in run_notices(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.is_main_process else ():
         print(f"hasten: {line}", file=sys.stderr)
 
@@ -196,13 +212,18 @@ def distill_model(
                 "folder, or remove it"
             )
         if known is None:
-            rehearsal = DryRun(**common, processes=ranks.world)
-            distiller.distill(rehearsal)
-            allocate(rehearsal.stages, steps, minutes, evaluations)
-            # a stage that is much slower than it was in the trial ends early, so that the minutes are kept
-            limits = {} if minutes is None else time_limits(rehearsal.stages, minutes)
-            known = {**run, "precision": precision, "stages": [asdict(s) for s in rehearsal.stages],
-                     "minutes": limits, "memory_bytes": peak_bytes(model.device)}  # fmt: skip
+            trial = DryRun(**common, processes=ranks.world)
+            distiller.distill(trial)
+            allocate(trial.stages, steps, minutes, evaluations)
+            # a stage that is much slower than in the trial ends early, so that the run takes no more minutes
+            limits = {} if minutes is None else time_limits(trial.stages, minutes)
+            known = {
+                **run,
+                "precision": precision,
+                "stages": [asdict(s) for s in trial.stages],
+                "minutes": limits,
+                "memory_bytes": peak_bytes(model.device),
+            }
             if not dry_run:
                 write_file(check_writable(out / RUN), (json.dumps(known, indent=2) + "\n").encode())
         return known
@@ -210,10 +231,16 @@ def distill_model(
     known = ranks.on_main_process(planned)
     stages = read_stages(known)
     result = {
-        "folder": str(out), "method": run["method"], "guidance_scale": scale, "stages": known["stages"],
-        "evaluations": sum(s.evaluations * s.steps for s in stages), "precision": known["precision"],
-        "seconds": sum(s.seconds * s.steps for s in stages), "memory_bytes": known["memory_bytes"], "students": {},
-    }  # fmt: skip
+        "folder": str(out),
+        "method": run["method"],
+        "guidance_scale": scale,
+        "stages": known["stages"],
+        "evaluations": sum(s.evaluations * s.steps for s in stages),
+        "precision": known["precision"],
+        "seconds": sum(s.seconds * s.steps for s in stages),
+        "memory_bytes": known["memory_bytes"],
+        "students": {},
+    }
     for stage in stages if ranks.is_main_process else ():
         say(describe_stage(stage))
     if dry_run:
@@ -298,10 +325,11 @@ def at_scale(denoiser: Any, scale: float) -> Any:
 
 
 def training_samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
-    """Real samples of the model's shape, with the labels that it knows: `real_images`, where they are images."""
+    """Real samples of the model's shape, with labels as the model's classes."""
     if isinstance(data, torch.Tensor):
         values = data
-        data = Data(len(values), tuple(values.shape[1:]), lambda rows: values[rows], source="the tensor")  # type: ignore
+        shape: Any = tuple(values.shape[1:])
+        data = Data(len(values), shape, lambda rows: values[rows], source="the tensor")
     if isinstance(data, Data):
         if tuple(data.shape) != tuple(model.shape):
             raise BadInput(f"{model.name} makes samples of shape {tuple(model.shape)}, data has {tuple(data.shape)}")
@@ -315,7 +343,7 @@ def training_samples(model: Model, data: str | Path | Data | torch.Tensor) -> Da
         return training_images(model, data)
     latents = model.decoder
     images = training_images(replace(model, shape=latents.pixels(model.shape)), data)
-    return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))  # type: ignore
+    return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))
 
 
 def training_images(model: Model, data: str | Path) -> Data:
@@ -349,7 +377,7 @@ def describe_stage(stage: StagePlan) -> str:
 
 
 def resolve_precision(model: Model, runtime: str, batch_size: int) -> str:
-    """`fp32` or `bf16`, as asked or as a timing of the network finds."""
+    """`fp32` or `bf16`, as requested or as a timing of the network decides."""
     if runtime != "auto":
         precision, *rest = format_runtime(parse_runtime(runtime)).split("+")
         if rest:
@@ -359,7 +387,7 @@ def resolve_precision(model: Model, runtime: str, batch_size: int) -> str:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes that were in use: of the GPU, or of this process."""
+    """Maximum bytes in use: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_peak()

@@ -65,18 +65,34 @@ class Saver:
             **{key: self.teacher.card[key] for key in ("data", "licence", "reference") if key in self.teacher.card},
             "summary": f"student of {self.teacher.name} for {student.steps} evaluations",
             "distilled": {
-                "teacher": self.teacher.name, "teacher_sha256": self.teacher.sha256, "stage": name,
+                "teacher": self.teacher.name,
+                "teacher_sha256": self.teacher.sha256,
+                "stage": name,
                 **{key: self.result[key] for key in ("method", "stages", "evaluations", "precision")},
-                "steps": student.steps, "guidance_scale": list(span), "figures": student.figures, "date": utc_now(),
-                "command": self.command, **({"any_time": True} if student.any_time else {}),
+                "steps": student.steps,
+                "guidance_scale": list(span),
+                "figures": student.figures,
+                "date": utc_now(),
+                "command": self.command,
+                **({"any_time": True} if student.any_time else {}),
             },
-        }  # fmt: skip
+        }
         return Model(
-            denoiser, self.out.resolve().name + ("" if name is None else f"-{name}"), self.teacher.shape,
-            self.teacher.classes, self.teacher.codec, student.sampler, student.times, student.steps,
-            min(max(self.scale, span[0]), span[1]), plan=plan, parts=student.parts, card=card,
-            decoder=self.teacher.decoder, pipeline=self.teacher.pipeline,
-        )  # fmt: skip
+            denoiser,
+            self.out.resolve().name + ("" if name is None else f"-{name}"),
+            self.teacher.shape,
+            self.teacher.classes,
+            self.teacher.codec,
+            student.sampler,
+            student.times,
+            student.steps,
+            min(max(self.scale, span[0]), span[1]),
+            plan=plan,
+            parts=student.parts,
+            card=card,
+            decoder=self.teacher.decoder,
+            pipeline=self.teacher.pipeline,
+        )
 
 
 def drawable(model: Model) -> bool:
@@ -85,7 +101,7 @@ def drawable(model: Model) -> bool:
 
 
 def sample_grid(model: Model) -> tuple[torch.Tensor, int | None]:
-    """At most 64 images of a model and how many go in a row: a column for each class, or, of many classes, one each."""
+    """At most 64 images of a model, and the columns of their grid: one a class, or None."""
     if model.classes is None:
         return model.sample(PREVIEW_IMAGES, batch_size=PREVIEW_BATCH), None
     columns = len(model.classes)

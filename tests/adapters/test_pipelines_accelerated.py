@@ -145,7 +145,7 @@ def test_few_evaluations_run_without_reuse() -> None:
         assert relative_error(images(fast, 0.8), images(pipe, 0.8)) > 1e-4
     with pytest.warns(UserWarning, match="has 8 model evaluations"):
         assert torch.equal(images(fast, 0.4), images(pipe, 0.4))
-    with pytest.raises(BadInput, match="9 queries or more"):
+    with pytest.raises(BadInput, match="9 model evaluations or more"):
         accelerate_pipeline(pipe, CACHE, steps=8)
 
 

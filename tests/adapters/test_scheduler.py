@@ -270,3 +270,21 @@ def test_clip_half_precision_and_custom_timesteps() -> None:
     for wrong, messages in [("adaptive", "cannot run inside a pipeline"), ("nonsense", "unknown sampler")]:
         with pytest.raises(BadInput, match=messages):
             as_scheduler(wrong, like=tiny.scheduler())
+
+
+def test_a_sampling_config_is_a_scheduler_too() -> None:
+    pipe = tiny.ddpm_pipeline()
+    config = hasten.SamplingConfig("unipc:order=3", "karras", 4, 1.0)
+    with pytest.warns(UserWarning, match=r"pipe\(..., num_inference_steps=4, guidance_scale=1\)"):
+        scheduler = as_scheduler(config, like=pipe)
+    expected = as_scheduler("unipc:order=3", "karras", like=pipe)
+    assert dict(scheduler.config) == dict(expected.config)
+    for wrong, words in (
+        (hasten.SamplingConfig("ddim", guides="rescale"), "has no guides"),
+        (hasten.SamplingConfig(plan="few"), "give the plan 'few' itself"),
+        (hasten.SamplingConfig(steps=None), "names no sampler"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            as_scheduler(wrong, like=pipe)
+    with pytest.raises(BadInput, match="remove times="):
+        as_scheduler(hasten.SamplingConfig("ddim"), "karras", like=pipe)

@@ -57,11 +57,18 @@ def ways(denoiser: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        ({"step": 8}, "no option"), ({"guidance_scale": 3.0}, "guidance_scale"), ({"eta": 0.5}, "eta"),
-        ({"progres": print}, "'progress'"), ({"seed": 1}, "seed"), ({"callbak": print}, "callback"),
-        ({"cfg": True}, "cfg"), ({"cond": [1]}, "dict"), ({"cond": {"t": 1}}, "'t'"), ({"foo": 3}, "foo=3"),
+        ({"step": 8}, "no option"),
+        ({"guidance_scale": 3.0}, "guidance_scale"),
+        ({"eta": 0.5}, "eta"),
+        ({"progres": print}, "'progress'"),
+        ({"seed": 1}, "seed"),
+        ({"callbak": print}, "callback"),
+        ({"cfg": True}, "cfg"),
+        ({"cond": [1]}, "dict"),
+        ({"cond": {"t": 1}}, "'t'"),
+        ({"foo": 3}, "foo=3"),
     ],
-)  # fmt: skip
+)
 def test_a_mistyped_option_is_refused(way: str, wrong: dict[str, Any], says: str) -> None:
     net = Net()
     with pytest.raises(BadInput, match=says) as e:
@@ -136,9 +143,12 @@ def test_methods_as_objects() -> None:
     setting = model.setting(sampler=hasten.DPMSolver(3), times=Karras(rho=5.0), steps=3)
     assert setting["sampler"] == "dpm:order=3" and setting["times"] == "karras:rho=5"
     for wrong, says in (
-        ({"times": Karras}, r"Karras\(\)"), ({"times": 3}, "grid"), ({"sampler": hasten.UniPC}, r"UniPC\(\)"),
-        ({"sampler": 3}, "sampler must be"), ({"times": times, "steps": 9}, "3 steps, asked for 9"),
-    ):  # fmt: skip
+        ({"times": Karras}, r"Karras\(\)"),
+        ({"times": 3}, "grid"),
+        ({"sampler": hasten.UniPC}, r"UniPC\(\)"),
+        ({"sampler": 3}, "sampler must be"),
+        ({"times": times, "steps": 9}, "3 steps, asked for 9"),
+    ):
         with pytest.raises(BadInput, match=says):
             model.sample(1, **wrong)
 

@@ -48,9 +48,18 @@ def degraded(task: str, B: int) -> Tensor:
 
 @pytest.mark.parametrize("task", ["inpainting", "super_resolution"])
 @pytest.mark.parametrize(
-    "sampler", [DDIM(), SNDPM(pixels=0.0), SNDPM("ddim"), Picard(window=3), Picard(), AdaptiveSDE(0.1),
-                ProbabilityFlow(1e-3, 1e-3)], ids=str,
-)  # fmt: skip
+    "sampler",
+    [
+        DDIM(),
+        SNDPM(pixels=0.0),
+        SNDPM("ddim"),
+        Picard(window=3),
+        Picard(),
+        AdaptiveSDE(0.1),
+        ProbabilityFlow(1e-3, 1e-3),
+    ],
+    ids=str,
+)
 def test_every_answer_is_consistent(sampler: Any, task: str) -> None:
     """Samples at their own paces are told apart: with images of different brightness a mix-up would show."""
     B = 3
@@ -63,8 +72,10 @@ def test_every_answer_is_consistent(sampler: Any, task: str) -> None:
     seen = made[..., :2] if task == "inpainting" else down(made, 2)
     known = images[..., :2] if task == "inpainting" else images
     assert (seen - known).abs().max() < 1e-5
-    alone = [walk(sampler, start.wrap(Exact(), images[k : k + 1]), x[k : k + 1], times, noise.rows(slice(k, k + 1)))
-             for k in range(B)]  # fmt: skip
+    alone = [
+        walk(sampler, start.wrap(Exact(), images[k : k + 1]), x[k : k + 1], times, noise.rows(slice(k, k + 1)))
+        for k in range(B)
+    ]
     assert (torch.cat(alone) - made).abs().max() < 1e-4
 
 

@@ -25,8 +25,12 @@ def test_the_example_of_a_sampler_passes_the_contract(tmp_path: Path) -> None:
     assert code is not None and "class Euler" in code[1]
     (tmp_path / "euler.py").write_text(code[1])
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10

@@ -25,19 +25,31 @@ from hasten.times import Karras, Trailing, UniformLambda, UniformTime
 @pytest.mark.parametrize(
     "name, means",
     [
-        ("euler", DDIM()), ("Euler a", DDIM(eta=1.0)), ("euler_ancestral", DDIM(eta=1.0)), ("dpmpp_2m", DPMSolver()),
-        ("DPM++ 2M SDE", DPMSolver(sde=True)), ("dpmpp_3m_sde", DPMSolver(3, sde=True)), ("pndm", PLMS()),
-        ("dpm_solver", DPMSolver(predict="eps")), ("dpm-solver++", DPMSolver()), ("lcm", Consistency()),
-        ("lms", DEIS(4, "rho", False)), ("dpmpp_2m:order=3", DPMSolver(3)),
+        ("euler", DDIM()),
+        ("Euler a", DDIM(eta=1.0)),
+        ("euler_ancestral", DDIM(eta=1.0)),
+        ("dpmpp_2m", DPMSolver()),
+        ("DPM++ 2M SDE", DPMSolver(sde=True)),
+        ("dpmpp_3m_sde", DPMSolver(3, sde=True)),
+        ("pndm", PLMS()),
+        ("dpm_solver", DPMSolver(predict="eps")),
+        ("dpm-solver++", DPMSolver()),
+        ("lcm", Consistency()),
+        ("lms", DEIS(4, "rho", False)),
+        ("dpmpp_2m:order=3", DPMSolver(3)),
     ],
-)  # fmt: skip
+)
 def test_samplers_that_others_call_differently(name: str, means: Any) -> None:
     assert pick("samplers", name) == means
 
 
 def test_grids_that_others_call_differently() -> None:
-    for name, means in (("linspace", UniformTime()), ("trailing", Trailing()), ("karras", Karras()),
-                        ("exponential", UniformLambda())):  # fmt: skip
+    for name, means in (
+        ("linspace", UniformTime()),
+        ("trailing", Trailing()),
+        ("karras", Karras()),
+        ("exponential", UniformLambda()),
+    ):
         assert pick("times", name) == means
     for folder, name, near in (("times", "leading", "trailing"), ("samplers", "dpmpp_sde", "dpm:sde=true")):
         with pytest.raises(BadInput, match=near):
@@ -131,10 +143,13 @@ def test_samplers_of_ones_own_are_spelled_by_where_they_are() -> None:
 def numeric(cls: type) -> list[str]:
     hints = typing.get_type_hints(cls)
     return [
-        f.name for f in dataclasses.fields(cls)
-        if f.init and not f.metadata.get("bound") and any(kind in str(hints[f.name]) for kind in ("float", "int"))
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.init
+        and not f.metadata.get("bound")
+        and any(kind in str(hints[f.name]) for kind in ("float", "int"))
         and "Literal" not in str(hints[f.name])
-    ]  # fmt: skip
+    ]
 
 
 MAY = {"clip", "kappa", "churn_max", "high"}

@@ -99,11 +99,14 @@ def test_seeding_inside_leaves_the_numbers_outside() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        "first_step", "noise_level:steps=2,batch_size=4",
-        "second_moment:steps=3,images=40,batch=4,width=16,blocks=1", "moments:times=4,images=16",
-        "attributes:steps=5,views=1,knots=3", "auxiliary:rank=8,iterations=3,levels=(2,5)",
+        "first_step",
+        "noise_level:steps=2,batch_size=4",
+        "second_moment:steps=3,images=40,batch=4,width=16,blocks=1",
+        "moments:times=4,images=16",
+        "attributes:steps=5,views=1,knots=3",
+        "auxiliary:rank=8,iterations=3,levels=(2,5)",
     ],
-)  # fmt: skip
+)
 def test_tuners_touch_no_global_generator(spec: str) -> None:
     schedule = VPCosine(offset=0.0)
     with global_seed(0):
@@ -129,7 +132,12 @@ def test_training_and_distilling_leave_the_numbers_outside(tmp_path: Path) -> No
     train_model(data, tmp_path / "model", **setting)
     assert torch.equal(before, torch.get_rng_state())
     hasten.distill_model(
-        hasten.load(tmp_path / "model"), tmp_path / "student", "consistency:steps=1", data=data, batch_size=4, minutes=0.01,
+        hasten.load(tmp_path / "model"),
+        tmp_path / "student",
+        "consistency:steps=1",
+        data=data,
+        batch_size=4,
+        minutes=0.01,
         precision="fp32",
-    )  # fmt: skip
+    )
     assert torch.equal(before, torch.get_rng_state())

@@ -23,9 +23,15 @@ from hasten.times import UniformLambda, UniformTime
 from tests.samplers.problems import CASES, LINEAR, label
 
 F64 = torch.float64
-DIFFERENTIABLE = [*LINEAR, FastDPM(kappa=1.0), FastDPM(approximation="step"), FastDPM(schedule="linear", kappa=0.5),
-                  PredictorCorrector("euler_maruyama", 0), PredictorCorrector("ancestral", 0),
-                  PredictorCorrector("reverse_diffusion", 0)]  # fmt: skip
+DIFFERENTIABLE = [
+    *LINEAR,
+    FastDPM(kappa=1.0),
+    FastDPM(approximation="step"),
+    FastDPM(schedule="linear", kappa=0.5),
+    PredictorCorrector("euler_maruyama", 0),
+    PredictorCorrector("ancestral", 0),
+    PredictorCorrector("reverse_diffusion", 0),
+]
 
 
 def test_a_thousand_steps_are_traced_in_a_second() -> None:

@@ -44,10 +44,18 @@ def compiled(**changes: Any) -> Any:
 @pytest.mark.parametrize("call", [drawn, walked, compiled])
 @pytest.mark.parametrize(
     "wrong",
-    [{"sampler": UniPC}, {"sampler": 5}, {"sampler": Karras()}, {"sampler": "nosuch"}, {"times": Karras},
-     {"times": 5}, {"times": ["a"]}, {"times": [0.0, 1.0]}],
+    [
+        {"sampler": UniPC},
+        {"sampler": 5},
+        {"sampler": Karras()},
+        {"sampler": "nosuch"},
+        {"times": Karras},
+        {"times": 5},
+        {"times": ["a"]},
+        {"times": [0.0, 1.0]},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_wrong_sampler_or_time(call: Callable[..., Any], wrong: dict[str, Any]) -> None:
     with pytest.raises(BadInput):
         call(**wrong)
@@ -56,10 +64,19 @@ def test_a_wrong_sampler_or_time(call: Callable[..., Any], wrong: dict[str, Any]
 @pytest.mark.parametrize("call", [drawn, walked])
 @pytest.mark.parametrize(
     "wrong",
-    [{"x": 5}, {"x": np.zeros((3, 2))}, {"x": torch.zeros(3, 2, dtype=torch.int64)}, {"progress": 5},
-     {"callback": "x"}, {"cond": {1: 2}}, {"cond": {"nope": torch.ones(3)}}, {"cond": {"x_t": 1}}, {"Label": torch.ones(3)}],
+    [
+        {"x": 5},
+        {"x": np.zeros((3, 2))},
+        {"x": torch.zeros(3, 2, dtype=torch.int64)},
+        {"progress": 5},
+        {"callback": "x"},
+        {"cond": {1: 2}},
+        {"cond": {"nope": torch.ones(3)}},
+        {"cond": {"x_t": 1}},
+        {"Label": torch.ones(3)},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_wrong_state_function_or_condition(call: Callable[..., Any], wrong: dict[str, Any]) -> None:
     with pytest.raises(BadInput):
         call(**wrong)
@@ -103,17 +120,36 @@ def test_samples_that_are_not_finite_are_an_error_that_says_where() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: Denoiser(None, VPLinear(), "v"), lambda: Denoiser(Net, VPLinear(), "v"), lambda: Denoiser(Net(), VPLinear, "v"),
-     lambda: Denoiser(Net(), VPLinear(), "v", clock=None), lambda: Denoiser(Net(), VPLinear(), "v", guidance_range=(1,)),
-     lambda: Denoiser(Net(), VPLinear(), "v", guidance_range=(3, 1)), lambda: Denoiser(Net(), VPLinear(), "v", null_label=-1),
-     lambda: Denoiser(Net(), VPLinear(), {"name": "edm", "sigma_data": "a"}), lambda: DENOISER(np.ones((3, 2)), 0.5),
-     lambda: DENOISER(torch.ones(3, 2), None), lambda: DENOISER(torch.ones(3, 2), "a"),
-     lambda: VPLinear(beta_max=float("inf")), lambda: VPLinear(beta_min="a"), lambda: Flow(shift=float("inf")),
-     lambda: Flow(shift="3"), lambda: hasten.EDM(sigma_max=float("inf")), lambda: hasten.VE(sigma_max=float("inf")),
-     lambda: Discrete(None), lambda: Discrete((0.9, "a")), lambda: Discrete.linear(1.5), lambda: Discrete.from_betas(5),
-     lambda: Discrete.from_betas([0.1, -0.1]), lambda: hasten.rescale_zero_snr(VPLinear()), lambda: Noise([0], 5),
-     lambda: Noise([0], (-1,)), lambda: Noise([0], (1.5,)), lambda: Noise([0], (2,), torch.int64)],
-)  # fmt: skip
+    [
+        lambda: Denoiser(None, VPLinear(), "v"),
+        lambda: Denoiser(Net, VPLinear(), "v"),
+        lambda: Denoiser(Net(), VPLinear, "v"),
+        lambda: Denoiser(Net(), VPLinear(), "v", clock=None),
+        lambda: Denoiser(Net(), VPLinear(), "v", guidance_range=(1,)),
+        lambda: Denoiser(Net(), VPLinear(), "v", guidance_range=(3, 1)),
+        lambda: Denoiser(Net(), VPLinear(), "v", null_label=-1),
+        lambda: Denoiser(Net(), VPLinear(), {"name": "edm", "sigma_data": "a"}),
+        lambda: DENOISER(np.ones((3, 2)), 0.5),
+        lambda: DENOISER(torch.ones(3, 2), None),
+        lambda: DENOISER(torch.ones(3, 2), "a"),
+        lambda: VPLinear(beta_max=float("inf")),
+        lambda: VPLinear(beta_min="a"),
+        lambda: Flow(shift=float("inf")),
+        lambda: Flow(shift="3"),
+        lambda: hasten.EDM(sigma_max=float("inf")),
+        lambda: hasten.VE(sigma_max=float("inf")),
+        lambda: Discrete(None),
+        lambda: Discrete((0.9, "a")),
+        lambda: Discrete.linear(1.5),
+        lambda: Discrete.from_betas(5),
+        lambda: Discrete.from_betas([0.1, -0.1]),
+        lambda: hasten.rescale_zero_snr(VPLinear()),
+        lambda: Noise([0], 5),
+        lambda: Noise([0], (-1,)),
+        lambda: Noise([0], (1.5,)),
+        lambda: Noise([0], (2,), torch.int64),
+    ],
+)
 def test_wrong_parts(make: Callable[[], Any]) -> None:
     with pytest.raises(BadInput) as caught:
         make()
@@ -133,11 +169,22 @@ def test_times_of_a_denoiser_may_be_lists(t: Any) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 10**9}, {"n": 10**30}, {"plan": {}}, {"precision": torch.float16}, {"progress": 5},
-     {"callback": "x"}, {"accelerators": [5]}, {"guides": [5]}, {"guidance_scale": "2"}, {"guidance_scale": True},
-     {"guidance_scale": torch.tensor([1.0, 2.0])}, {"sampler": "nosuch"}],
+    [
+        {"steps": 10**9},
+        {"n": 10**30},
+        {"plan": {}},
+        {"precision": torch.float16},
+        {"progress": 5},
+        {"callback": "x"},
+        {"accelerators": [5]},
+        {"guides": [5]},
+        {"guidance_scale": "2"},
+        {"guidance_scale": True},
+        {"guidance_scale": torch.tensor([1.0, 2.0])},
+        {"sampler": "nosuch"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_wrong_argument_of_sample(wrong: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=next(iter(wrong)).rstrip("s")):
         Model(DENOISER, "points", (2,)).sample(**{"n": 1, "steps": 1, **wrong})
@@ -159,11 +206,22 @@ def test_one_guide_by_itself_none_and_numbers_of_numpy() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("DDIM", "ddim"), ("UniPC", "unipc"), ("DDIMScheduler", "ddim"), ("EulerDiscreteScheduler", "ddim"),
-     ("EulerAncestralDiscreteScheduler", "ddim:eta=1"), ("DPMSolverMultistepScheduler", "dpm"), ("sample_euler", "ddim"),
-     ("k_euler", "ddim"), ("UniPCMultistepScheduler", "unipc"), ("HeunDiscreteScheduler", "heun"),
-     ("LMSDiscreteScheduler", "lms"), ("LCMScheduler", "consistency"), ("FlowMatchEulerDiscreteScheduler", "ddim")],
-)  # fmt: skip
+    [
+        ("DDIM", "ddim"),
+        ("UniPC", "unipc"),
+        ("DDIMScheduler", "ddim"),
+        ("EulerDiscreteScheduler", "ddim"),
+        ("EulerAncestralDiscreteScheduler", "ddim:eta=1"),
+        ("DPMSolverMultistepScheduler", "dpm"),
+        ("sample_euler", "ddim"),
+        ("k_euler", "ddim"),
+        ("UniPCMultistepScheduler", "unipc"),
+        ("HeunDiscreteScheduler", "heun"),
+        ("LMSDiscreteScheduler", "lms"),
+        ("LCMScheduler", "consistency"),
+        ("FlowMatchEulerDiscreteScheduler", "ddim"),
+    ],
+)
 def test_classes_of_diffusers_and_functions_of_k_diffusion(name: str, meant: str) -> None:
     assert pick("samplers", name) == pick("samplers", meant)
 

@@ -88,7 +88,7 @@ def test_without_the_convolutions_it_is_the_plain_network_at_each_time(patch: in
         for m, clock in enumerate(CLOCKS):
             assert torch.allclose(path[:, m], plain(z, torch.full((3,), clock), label), atol=1e-5)
         assert torch.equal(temporal(z, ones, label), path[:, -1])
-    with pytest.raises(ValueError, match="answers at clock 1 alone"):
+    with pytest.raises(ValueError, match="evaluated at time 1 only"):
         temporal(z, 0.5 * ones, label)
 
 
@@ -99,7 +99,7 @@ def test_states_see_one_another_through_the_convolutions_alone() -> None:
     def reach() -> Tensor:
         """Whether state m depends on the embedding of state n."""
         emb = temporal.embed(ones).detach().requires_grad_(True)
-        path = temporal._whole(*temporal.encode(z, emb), emb)
+        path = temporal._decode_all(*temporal.encode(z, emb), emb)
         rows = [torch.autograd.grad(path[:, m].square().sum(), emb, retain_graph=True)[0] for m in range(4)]
         return torch.stack([g.unflatten(0, (2, 4)).abs().amax((0, 2)) for g in rows]) > 0
 

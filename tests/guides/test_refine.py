@@ -41,8 +41,10 @@ def test_interval_everywhere_is_plain_and_inside_it_counts() -> None:
     assert inside == 5
     results = {}
     for name, guide, expected in (
-        ("plain", None, 24), ("everywhere", Interval(), 24), ("some", Interval(low, high), 12 + inside),
-    ):  # fmt: skip
+        ("plain", None, 24),
+        ("everywhere", Interval(), 24),
+        ("some", Interval(low, high), 12 + inside),
+    ):
         counted = Count(m2(schedule, labels=LABELS))
         guided = CFG(2.0).wrap(counted)
         guided = guided if guide is None else guide.wrap(guided)
@@ -59,7 +61,10 @@ def test_rescale_replaces_that_of_the_guidance() -> None:
     cond = model(z, 0.5, label=LABEL)
     full = Rescale(1.0).wrap(CFG(5.0).wrap(model))(z, 0.5, label=LABEL)
     assert (full.std(1) - cond.std(1)).abs().max() < 1e-12
-    assert torch.equal(Rescale(0.7).wrap(CFG(5.0).wrap(model))(z, 0.5, label=LABEL), CFG(5.0, rescale=0.7).wrap(model)(z, 0.5, label=LABEL))  # fmt: skip
+    assert torch.equal(
+        Rescale(0.7).wrap(CFG(5.0).wrap(model))(z, 0.5, label=LABEL),
+        CFG(5.0, rescale=0.7).wrap(model)(z, 0.5, label=LABEL),
+    )
 
 
 def test_they_find_guidance_under_other_wrappers_and_leave_the_original_alone() -> None:

@@ -102,7 +102,10 @@ def test_a_damaged_file_is_refused_in_one_line(model, tmp_path):
 def test_a_network_is_described_and_restored():
     net = lively(UNet(channels=1, widths=(16, 32), attention=(1,)))
     assert "quantized" not in describe_network(net)
-    some = {name: QConv2d.from_layer(getattr(net, name), rounded(getattr(net, name), 8, acts=ACTS)) for name in ("conv_out",)}
+    some = {
+        name: QConv2d.from_layer(getattr(net, name), rounded(getattr(net, name), 8, acts=ACTS))
+        for name in ("conv_out",)
+    }
     fast = replace_layers(net, some)
     again = network_from_description(json.loads(json.dumps(describe_network(fast))))
     again.load_state_dict(fast.state_dict())

@@ -33,6 +33,8 @@ ALL = {
     "ZeroSNR": rescale_zero_snr(Discrete.scaled_linear()),
 }
 
+# one of each kind of end: variance preserving, alpha = 1, pure noise of a formula, pure noise of a table
+ENDS = {name: ALL[name] for name in ("VPLinear", "EDM", "Flow", "ZeroSNR")}
 
 # alpha = 1, so y = z, and any level at hand: for the reference solutions
 VE_WIDE = VE(sigma_min=1e-4, sigma_max=1e5)
@@ -111,8 +113,14 @@ def no_noise() -> Tensor:
     raise AssertionError("a deterministic sampler drew noise")
 
 
-def drive(sampler: Any, schedule: Schedule, denoise: Callable[[Any, Tensor], Any], x: Any, times: Tensor,
-          noise: Callable[[], Any] = no_noise) -> tuple[Any, list[Tensor]]:  # fmt: skip
+def drive(
+    sampler: Any,
+    schedule: Schedule,
+    denoise: Callable[[Any, Tensor], Any],
+    x: Any,
+    times: Tensor,
+    noise: Callable[[], Any] = no_noise,
+) -> tuple[Any, list[Tensor]]:
     """Run the coroutine itself; the result and the times it asked for. Independent of the library's own loops."""
     coroutine = sampler.steps(schedule, x, times, noise)
     asked = []

@@ -16,7 +16,7 @@ from hasten.exact import g8
 from hasten.pick import format_spec
 from hasten.plan import plan
 from hasten.plan.draw import draw
-from hasten.samplers.adaptive import AdaptiveSDE, _Path, integration_interval
+from hasten.samplers.adaptive import AdaptiveSDE, _drift, _Path, _Run, integration_interval
 from hasten.sampling import Count, Noise, walk
 from hasten.schedules import VPLinear
 from tests.samplers.problems import ALL, F64, ends, mixture
@@ -208,3 +208,24 @@ def test_it_says_why_it_is_not_a_table() -> None:
 def test_bad_options(options: Any, word: str) -> None:
     with pytest.raises(BadInput, match=word):
         AdaptiveSDE(**options)
+
+
+def test_the_tolerance_of_the_adaptive_step_remembers_the_first_order_state() -> None:
+    """2105.14080, algorithm 1: delta = max(e_abs, e_rel max(|x'|, |x'_prev|)), x'_prev the Euler state, not x''."""
+    g = torch.Generator().manual_seed(0)
+    run = _Run(
+        AdaptiveSDE(e_rel=0.5),
+        torch.randn(3, 8, generator=g, dtype=F64),
+        0.8,
+        lambda: torch.randn(3, 8, generator=g, dtype=F64),
+    )
+    rows, u_end = torch.arange(3), 1e-3
+
+    def drift(x: Tensor, u: Tensor) -> Tensor:
+        return _drift(x, 0.3 * x, u)
+
+    run.begin(rows, drift(run.x, run.u), u_end)
+    first = run.predicted.clone()
+    run.finish(rows, drift(run.predicted, run.u - run.h), u_end)
+    assert bool((~run.trying).all()), "the step is accepted"
+    assert torch.equal(run.before, first) and not torch.allclose(run.x, first)

@@ -9,16 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.errors import BadInput
-from hasten.exact import Gaussian, g8
+from hasten.exact import g8
 from hasten.plan import Plan, plan
-from hasten.samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC, invert
+from hasten.samplers import DDIM, DDPM, DEIS, PLMS, DPMSolver, Heun, UniPC
 from hasten.samplers._exponential import Known, advance, g, make_node
-from hasten.schedules import Discrete, Flow, Schedule, VPCosine, VPLinear
-from hasten.times import UniformLambda
-from tests.samplers.problems import ALL, F64, Basis, between, drive, ends, mixture, normals, rms
+from hasten.schedules import Flow, Schedule, VPLinear
+from tests.samplers.problems import ENDS, F64, between, drive, ends, mixture, normals
 
-over_schedules = pytest.mark.parametrize("schedule", ALL.values(), ids=list(ALL))
+over_ends = pytest.mark.parametrize("schedule", ENDS.values(), ids=list(ENDS))
 
 
 def same(one: Plan, two: Plan, first: int = 0) -> None:
@@ -41,33 +39,17 @@ TWINS = [
 ]
 
 
-@over_schedules
+@over_ends
 @pytest.mark.parametrize("twins", TWINS, ids=[f"{type(a).__name__}-{type(b).__name__}-{a.order}" for a, b in TWINS])
 def test_two_names_for_one_table(twins: tuple[Any, Any], schedule: Schedule) -> None:
     one, two = (plan(s, schedule, ends(schedule, 8)) for s in twins)
     same(one, two)
 
 
-def test_bh1_and_bh2_differ_only_where_one_difference_is_used() -> None:
-    """So, from order 3 on, in the first three rows only (warm-up, and the corrections that look back at it)."""
-    times = between(VPLinear(), 20.0, 0.05, 9)
-    for order in (3, 4):
-        one, two = (plan(UniPC(order, v, lower_order_final=False), VPLinear(), times) for v in ("bh1", "bh2"))
-        same(one, two, first=3)
-        assert (one.B - two.B)[:3].abs().max() > 1e-3
-
-
-def test_third_order_matters_only_in_third_order_steps() -> None:
-    times = between(VPLinear(), 20.0, 0.05, 6)
-    true, compat = (plan(DPMSolver(3, third=k), VPLinear(), times) for k in ("true", "compat"))
-    difference = (true.B - compat.B).abs().amax(1)
-    assert (difference[[0, 1, 4, 5]] == 0).all() and (difference[[2, 3]] > 1e-4).all()
-
-
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("sde", [False, True])
 @pytest.mark.parametrize("predict", ["x0", "eps"])
-@pytest.mark.parametrize("h", [1e-5, 0.3, 2.5])
+@pytest.mark.parametrize("h", [1e-5, 2.5])
 def test_a_step_integrates_polynomials_exactly(order: int, sde: bool, predict: str, h: float) -> None:
     """z_t - base z_0 is the kernel's integral of m(lam) for polynomials of degree < order, by 40-point Gauss
     quadrature.
@@ -96,63 +78,6 @@ def test_a_step_integrates_polynomials_exactly(order: int, sde: bool, predict: s
         got = advance(zero, answers, end, predict=predict, sde=sde, noise=zero)
         exact = (weights * kernel * ((lam - lam0) / h) ** degree).sum()
         torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-11 * h)
-
-
-@pytest.mark.parametrize("variable", ["t", "rho"])
-@pytest.mark.parametrize("order", [2, 3, 4])
-def test_deis_weights_integrate_polynomials_exactly(order: int, variable: str) -> None:
-    """sum_j w_j p(node j) = int p dq for polynomials p of degree < order in the variable, over wide steps."""
-    import numpy as np
-
-    schedule, times = VPLinear(), torch.tensor([0.9, 0.85, 0.7, 0.6, 0.35], dtype=F64)
-    past = [Known(make_node(schedule, t), None, None) for t in times[4 - order : 4].flip(0)]
-    weights = DEIS(order, variable)._weights(schedule, past, make_node(schedule, times[-1]))
-    points, gauss = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(100))
-    if variable == "t":
-        low, high = times[3], times[4]
-        at = (low + (high - low) * (points + 1) / 2).requires_grad_()
-        (rate,) = torch.autograd.grad((schedule.sigma(at) / schedule.alpha(at)).sum(), at)  # dq/dt
-        place = [k.node.t for k in past]
-    else:
-        low, high = schedule.q(times[3]), schedule.q(times[4])
-        at, rate, place = low + (high - low) * (points + 1) / 2, torch.ones_like(points), [k.node.q for k in past]
-    for degree in range(order):
-        exact = (gauss * rate * at.detach() ** degree).sum() * (high - low) / 2
-        found = sum(w * p**degree for w, p in zip(weights, place))
-        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-13)
-
-
-def test_singlestep_is_the_papers_formula() -> None:
-    """2S with its node at 1/2 and 3S with nodes at 1/3 and 2/3 in lam, as DPM-Solver++ writes them."""
-    schedule, lam0, h = VPLinear(), -0.6, 0.8
-    z, answers = torch.tensor(0.7, dtype=F64), [torch.tensor(v, dtype=F64) for v in (0.3, -0.2, 0.5)]
-
-    def run(sampler: Any, fractions: list[float]) -> Tensor:
-        replies = iter(answers)
-        times = schedule.time(lam0 + h * torch.tensor([0.0, *fractions, 1.0], dtype=F64))
-        return drive(sampler, schedule, lambda z, t: next(replies), z, times)[0]
-
-    def base(r: float) -> tuple[Tensor, Tensor]:  # alpha, and the first-order step, at lam0 + r h
-        (a, s), s0 = (
-            (f(schedule.time(lam0 + r * h)) for f in (schedule.alpha, schedule.sigma)),
-            schedule.sigma(schedule.time(lam0)),
-        )
-        return a, s / s0 * z - a * math.expm1(-r * h) * answers[0]
-
-    (alpha, first), (m0, m1, m2) = base(1.0), answers
-    two = first - alpha * math.expm1(-h) * (m1 - m0)
-    torch.testing.assert_close(run(DPMSolver(2, multistep=False), [0.5]), two, rtol=1e-12, atol=0)
-    three = first + alpha * (math.expm1(-h) / h + 1) * (m2 - m0) * 3 / 2
-    replies = run_groups_of_three(schedule, lam0, h, z, answers)
-    torch.testing.assert_close(replies, three, rtol=1e-12, atol=0)
-
-
-def run_groups_of_three(schedule: Schedule, lam0: float, h: float, z: Tensor, answers: list[Tensor]) -> Tensor:
-    """The state after the first group of a 5-step grid, whose groups are 3 and 2."""
-    times = schedule.time(lam0 + h * torch.tensor([0.0, 1 / 3, 2 / 3, 1.0, 1.2, 1.4], dtype=F64))
-    coroutine = DPMSolver(3, multistep=False).steps(schedule, z, times, lambda: z)
-    next(coroutine)
-    return [coroutine.send(answer) for answer in answers][-1].x
 
 
 def test_the_first_step_from_pure_noise_is_a_trapezoid() -> None:
@@ -212,66 +137,6 @@ def test_a_plan_is_differentiable_in_its_times(sampler: Any) -> None:
 # ---- the law of the stochastic samplers ---------------------------------------------------------------------------
 
 
-def plan_variances(table: Plan, schedule: Schedule, v: float) -> Tensor:
-    """Variance at every node of N(0, v) data under the plan with the exact linear denoiser, from the table alone."""
-    K, M = len(table.a), table.C.shape[1]
-    state = torch.zeros(1 + M, dtype=F64)
-    state[0] = torch.sqrt(schedule.alpha(table.times[0]) ** 2 * v + schedule.sigma(table.times[0]) ** 2)
-    states, answers, variances = [state], [], []
-    for k in range(K):
-        alpha, sigma = schedule.alpha(table.times[k]), schedule.sigma(table.times[k])
-        answers.append(alpha * v / (alpha**2 * v + sigma**2) * states[k])
-        draws = torch.cat([torch.zeros(1, dtype=F64), table.C[k]])
-        old = sum((table.A[k, j] * states[j] for j in range(k)), torch.zeros(1 + M, dtype=F64))
-        states.append(table.a[k] * states[k] + old + sum(table.B[k, j] * answers[j] for j in range(k + 1)) + draws)
-        variances.append(states[-1].pow(2).sum())
-    return torch.stack(variances)
-
-
-@pytest.mark.parametrize(
-    ("count", "large", "small", "deterministic"),
-    [(100, 0.258652, 0.218981, 0.236041), (20, 0.298455, 0.150507, 0.185283), (10, 0.358521, 0.104222, 0.130759),
-     (5, 0.558423, 0.043970, 0.050644)],
-)  # fmt: skip
-def test_ddpm_variance_on_a_gaussian(count: int, large: float, small: float, deterministic: float) -> None:
-    """On N(.3, .25): known values at the end, and at every node the closed recursion of the variance."""
-    schedule, v = Discrete.linear(), 0.25
-    index = torch.linspace(999, 0, count, dtype=F64).round()
-    times = torch.cat([(index + 1) / 1000, torch.zeros(1, dtype=F64)])
-    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    for sampler, final in ((DDPM("large"), large), (DDPM(), small), (DDIM(), deterministic), (DDIM(eta=1.0), small)):
-        found = plan_variances(plan(sampler, schedule, times), schedule, v)
-        assert found[-1].item() == pytest.approx(final, abs=1.5e-6)
-        if not isinstance(sampler, DDPM):
-            continue
-        expected, now = [], alpha[0] ** 2 * v + sigma[0] ** 2
-        for r in range(count):
-            s, gain = r + 1, alpha[r] * v / (alpha[r] ** 2 * v + sigma[r] ** 2)
-            beta = sigma[r] ** 2 - (alpha[r] / alpha[s] * sigma[s]) ** 2
-            mean = alpha[r] / alpha[s] * sigma[s] ** 2 / sigma[r] ** 2 + alpha[s] * beta / sigma[r] ** 2 * gain
-            added = beta if sampler.variance == "large" else beta * sigma[s] ** 2 / sigma[r] ** 2
-            now = mean**2 * now + (0 if s == count else added)
-            expected.append(now)
-        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=0)
-
-
-def test_churn_keeps_the_marginal_of_a_gaussian() -> None:
-    """However much is stirred, many steps end at the data's variance; without churn_noise = 1 they do not."""
-
-    def variance(sampler: Heun, steps: int) -> float:
-        schedule, v, basis = ALL["EDM"], 0.25, Basis()
-        times = between(schedule, 40.0, 0.05, steps)
-
-        def denoise(z: Tensor, t: Tensor) -> Tensor:
-            return v / (v + schedule.sigma(t) ** 2) * z
-
-        z, _ = drive(sampler, schedule, denoise, math.sqrt(40.0**2 + v) * basis(), times, basis)
-        return z.pow(2).sum().item() / (v + 0.05**2) - 1
-
-    assert abs(variance(Heun(churn=40.0), 300)) < 3e-3
-    assert variance(Heun(churn=40.0, churn_noise=1.1), 300) > 0.05
-
-
 # ---- solvers see only q = sigma/alpha -----------------------------------------------------------------------------
 
 
@@ -288,43 +153,4 @@ def test_only_the_noise_level_counts(sampler: Any) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
 
 
-def test_singlestep_evaluates_inside_its_groups() -> None:
-    """Every node of the grid is evaluated once, and none in a group but the first enters the next group's table row."""
-    schedule = VPLinear()
-    times = UniformLambda()(schedule, 8)
-    table = plan(DPMSolver(3, multistep=False), schedule, times)  # groups 3, 3, 1, 1
-    torch.testing.assert_close(table.times[:8], times[:8], rtol=0, atol=0)
-    assert (table.B[5, :3] == 0).all() and (table.B[2, :3].abs() > 0).sum() >= 2
-
-
 # ---- inversion ----------------------------------------------------------------------------------------------------
-
-
-def test_inversion() -> None:
-    """Up and down again on N(.3, .25): the naive way is off by O(1/steps), the fixed point by rounding."""
-    schedule = Discrete.linear()
-    model = Gaussian(torch.full((1,), 0.3, dtype=F64), torch.full((1,), 0.25, dtype=F64), schedule)
-    x0 = torch.tensor([[-1.0], [0.1], [0.9]], dtype=F64)
-    naive = []
-    for steps in (25, 50, 100):
-        times = torch.linspace(1.0, 1e-3, steps + 1, dtype=F64)
-        back = {n: drive(DDIM(), schedule, model, invert(model, x0, times, n), times)[0] for n in (0, 60)}
-        assert rms(back[60], x0) < 1e-7
-        naive.append(rms(back[0], x0))
-    assert naive[2] > 1e-3 and 0.8 < math.log2(naive[1] / naive[2]) < 1.2
-
-
-@pytest.mark.parametrize("schedule", [Flow(), VPCosine(offset=0.0), VPLinear()], ids=["Flow", "VPCosine0", "VPLinear"])
-def test_inversion_from_clean_to_pure_noise(schedule: Schedule) -> None:
-    model = Gaussian(torch.full((1,), 0.3, dtype=F64), torch.full((1,), 0.25, dtype=F64), schedule)
-    x0, times = torch.tensor([[-0.4], [0.9]], dtype=F64), ends(schedule, 12)
-    assert torch.isfinite(invert(model, x0, times)).all()
-    if schedule.alpha(times[-2]) > 0.5:  # the step into sigma = 0 forgets z, so go back to the node before it
-        z = invert(model, x0, times, iterations=200)
-        target = drive(DDIM(), schedule, model, z, times[:-1])[0]
-        last = make_node(schedule, times[-2])
-        gain = last.alpha * 0.25 / (last.alpha**2 * 0.25 + last.sigma**2)
-        answer = 0.3 + gain * (target - last.alpha * 0.3)
-        torch.testing.assert_close(answer, x0, rtol=0, atol=1e-7)
-    with pytest.raises(BadInput):
-        invert(model, x0, times, iterations=-1)

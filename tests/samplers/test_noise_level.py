@@ -91,9 +91,7 @@ def final_variance(sampler: NoiseLevel, n: int, schedule: Any = None, scale: flo
     return walk(sampler, model, x, times).square().mean().item()
 
 
-@pytest.mark.parametrize(
-    ("n", "plain", "adjusted"), [(6, 0.108, 0.168), (10, 0.144, 0.214), (20, 0.187, 0.245)]
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "plain", "adjusted"), [(6, 0.108, 0.168), (10, 0.144, 0.214), (20, 0.187, 0.245)])
 def test_variance_of_a_gaussian_with_an_oracle(n: int, plain: float, adjusted: float) -> None:
     """N(0, .25 I), d = 4096, linear betas from 1e-4 to the product of the linear table, DDIM: before and after (.25 is
     the truth). The adjusted ones of the sheet are met to .004: they depend on what is done while the estimate is

@@ -53,9 +53,14 @@ def test_exact_on_a_gaussian(schedule: Schedule) -> None:
         times = ends(schedule, steps)
         wanted = model.endpoint(x, times[0])
         for change in (
-            {}, {"form": "angle"}, {"nodes": "given"}, {"kappa": math.inf}, {"first": "conditional"},
-            {"local": local, "variable": "log_q"}, {"nodes": "given", "first": "conditional", "order": 1},
-        ):  # fmt: skip
+            {},
+            {"form": "angle"},
+            {"nodes": "given"},
+            {"kappa": math.inf},
+            {"first": "conditional"},
+            {"local": local, "variable": "log_q"},
+            {"nodes": "given", "first": "conditional", "order": 1},
+        ):
             sampler = replace(Preconditioned(basis=basis), **change)
             found, asked = drive(sampler, schedule, model, x, times)
             assert (found - wanted).abs().max() < 1e-10, change
@@ -117,11 +122,20 @@ def slopes(sampler: Preconditioned, schedule: Schedule, counts: tuple[int, int] 
 @pytest.mark.parametrize(
     "form, variable, order, correct",
     [
-        *[("mean", "asinh", order, correct) for order in (1, 2, 3) for correct in (False, True) if order > 1 or not correct],
-        ("angle", "asinh", 2, False), ("angle", "asinh", 2, True), ("angle", "atan", 3, False),
-        ("mean", "log_q", 2, True), ("angle", "log_q", 3, True), ("mean", "atan", 2, False),
+        *[
+            ("mean", "asinh", order, correct)
+            for order in (1, 2, 3)
+            for correct in (False, True)
+            if order > 1 or not correct
+        ],
+        ("angle", "asinh", 2, False),
+        ("angle", "asinh", 2, True),
+        ("angle", "atan", 3, False),
+        ("mean", "log_q", 2, True),
+        ("angle", "log_q", 3, True),
+        ("mean", "atan", 2, False),
     ],
-)  # fmt: skip
+)
 def test_order_of_convergence(form: str, variable: str, order: int, correct: bool) -> None:
     sampler = Preconditioned(order, variable=variable, correct=correct, form=form)
     assert sampler.convergence == order + correct
@@ -155,8 +169,15 @@ def test_one_variance_without_teleport_is_adams_on_v_prediction(c: float) -> Non
             assert (F + (alpha * (R * Y - alpha * x0) / schedule.sigma(t) - schedule.sigma(t) * x0)).abs().max() < 1e-12
         Y = Y + h * (F if k < 2 and before is None else 1.5 * F - 0.5 * before if k > 1 else F)
         before = F if k else None
-    sampler = Preconditioned(2, math.inf, "atan", correct=False, form="angle", nodes="given",
-                             basis=Basis(torch.zeros((), dtype=F64), torch.tensor(c**2)))  # fmt: skip
+    sampler = Preconditioned(
+        2,
+        math.inf,
+        "atan",
+        correct=False,
+        form="angle",
+        nodes="given",
+        basis=Basis(torch.zeros((), dtype=F64), torch.tensor(c**2)),
+    )
     # the times are rounded, and near t = 1 the angle moves far for that
     assert (walk(sampler, model, x, times) - c * Y).abs().max() < 1e-9
 

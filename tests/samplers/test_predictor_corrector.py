@@ -87,7 +87,10 @@ def variance_errors(sampler: Any, schedule: Any, times: Tensor) -> Tensor:
     return plan(sampler, schedule, times).marginals(exact.mean, exact.variance)[1][-1] / exact.variance - 1
 
 
-@pytest.mark.parametrize(("predictor", "steps", "bar"), [("euler_maruyama", 100, 0.086), ("euler_maruyama", 1000, 0.047), ("reverse_diffusion", 1000, 0.056)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("predictor", "steps", "bar"),
+    [("euler_maruyama", 100, 0.086), ("euler_maruyama", 1000, 0.047), ("reverse_diffusion", 1000, 0.056)],
+)
 def test_variance_of_a_gaussian(predictor: str, steps: int, bar: float) -> None:
     """The bars are estimates from samples; the errors are .034, .001 and .012."""
     errors = variance_errors(PredictorCorrector(predictor, 0), VPLinear(), UniformTime()(VPLinear(), steps))
@@ -177,7 +180,7 @@ def test_a_sample_does_not_see_its_neighbours() -> None:
 
 
 def test_it_says_why_it_is_not_a_table() -> None:
-    with pytest.raises(HastenError, match="cannot be compiled to a plan: the length of a correction follows the norm"):
+    with pytest.raises(HastenError, match="cannot be compiled to a plan: the step of a correction follows the norm"):
         plan(PredictorCorrector(), VPLinear(), ends(VPLinear(), 4))
 
 
@@ -206,3 +209,21 @@ def test_it_runs_where_nothing_is_recorded(guard: Any) -> None:
 
 def test_it_is_spelled() -> None:
     assert format_spec(PredictorCorrector("ancestral", 2)) == "predictor_corrector:predictor=ancestral,corrections=2"
+
+
+def test_the_length_of_a_correction() -> None:
+    """2011.13456, algorithm 5: step = 2 alpha_i (snr |xi| / |score|)^2, alpha_i = 1 - beta_i = (alpha_s / alpha_s')^2."""
+    schedule, snr = Discrete.linear(), 0.16
+    times = torch.tensor([0.9, 0.7, 0.4, 0.0], dtype=F64)
+    coroutine = PredictorCorrector(snr=snr).steps(
+        schedule, torch.ones(1, 6, dtype=F64), times, lambda: torch.zeros(1, 6, dtype=F64)
+    )
+    query = next(coroutine)
+    query = coroutine.send(0.2 * query.x)  # the corrector asks at s = .7
+    z, x0 = query.x, 0.1 * query.x
+    assert float(query.t) == pytest.approx(0.7)
+    corrected = coroutine.send(x0).x
+    score = (schedule.alpha(0.7) * x0 - z) / schedule.sigma(0.7) ** 2
+    one_minus_beta = (schedule.alpha(0.7) / schedule.alpha(0.4)) ** 2
+    step = 2 * one_minus_beta * snr**2 / score.square().mean()  # |xi|^2 is its mean, the dimension
+    torch.testing.assert_close(corrected, z + step * score, rtol=1e-9, atol=1e-12)

@@ -97,15 +97,17 @@ def test_the_weights_are_the_integrals_of_the_paper(order: int, corrector: int, 
     times = schedule.time(torch.tensor([-3.0, -2.2, -1.9, -0.7, -0.1, 0.3, 1.6, 2.0], dtype=F64))
     rng = np.random.default_rng(1)
     draws, phases = rng.standard_normal(7).tolist(), rng.standard_normal(7).tolist()
-    expected = reference(
-        schedule, times, tau, order, corrector, 0.8, lambda z, k: math.sin(3 * z + phases[k]), draws
-    )  # fmt: skip
+    expected = reference(schedule, times, tau, order, corrector, 0.8, lambda z, k: math.sin(3 * z + phases[k]), draws)
     left, count = iter(draws), iter(phases)
     solver = SASolver(order, corrector, tau, **EVERYWHERE, lower_order_final=False)
     found, _ = drive(
-        solver, schedule, lambda z, t: torch.sin(3 * z + next(count)), torch.tensor(0.8, dtype=F64), times,
+        solver,
+        schedule,
+        lambda z, t: torch.sin(3 * z + next(count)),
+        torch.tensor(0.8, dtype=F64),
+        times,
         lambda: torch.tensor(next(left), dtype=F64),
-    )  # fmt: skip
+    )
     assert found.item() == pytest.approx(expected, rel=1e-11)
 
 
@@ -221,8 +223,14 @@ def test_gradients_in_the_times(solver: Any, schedule: Any) -> None:
 
     def run(times: Tensor) -> Tensor:
         noises = iter(draws)
-        return drive(solver, schedule, lambda z, t: torch.sin(z), torch.ones((), dtype=F64), times,
-                     lambda: torch.tensor(next(noises), dtype=F64))[0]  # fmt: skip
+        return drive(
+            solver,
+            schedule,
+            lambda z, t: torch.sin(z),
+            torch.ones((), dtype=F64),
+            times,
+            lambda: torch.tensor(next(noises), dtype=F64),
+        )[0]
 
     times = ends(schedule, 6)
     times[1:-1] -= 3.3e-4  # off the table's entries, where a Discrete schedule has kinks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ...denoiser import Denoiser
 from ...errors import BadInput, check_choice
 from ...pick import format_spec
+from ...plan.config import SamplingConfig
 from ...plan.table import Plan
 from ...schedules.base import Schedule
 from ...schedules.continuous import Flow
@@ -33,6 +35,32 @@ TABLE = (
 THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
+def from_config(config: SamplingConfig, times: Any) -> tuple[Any, Any]:
+    """The sampler or plan of a config and its times.
+
+    Raises:
+        BadInput: for what a scheduler cannot do: guides, an initialisation, accelerators, a plan of a model by name.
+    """
+    for name in ("guides", "start", "accelerators"):
+        if getattr(config, name):
+            raise BadInput(
+                f"a scheduler of diffusers has no {name}: use hasten.load and Model.sample, or leave {name} out"
+            )
+    if times is not None:
+        raise BadInput("the config has its own times: remove times=")
+    passed = [f"num_inference_steps={config.steps}"] if config.steps is not None else []
+    passed += [f"guidance_scale={config.guidance_scale:g}"] if config.guidance_scale is not None else []
+    if passed:
+        warnings.warn(f"steps and guidance are arguments of the pipeline: pipe(..., {', '.join(passed)})", stacklevel=3)
+    if config.plan is not None:
+        if not isinstance(config.plan, Plan) and not str(config.plan).endswith(".json"):
+            raise BadInput(f"give the plan {config.plan!r} itself, model.plans[{config.plan!r}], or its .json file")
+        return config.plan, None
+    if config.sampler is None:
+        raise BadInput("the config names no sampler: a scheduler needs one")
+    return config.sampler, config.times
+
+
 def as_scheduler(
     method: Plan | Any,
     times: Any = None,
@@ -50,7 +78,8 @@ def as_scheduler(
     folder must have imported hasten (`import hasten`) before it calls `from_pretrained`.
 
     Args:
-        method: a linear sampler, as an object or a text; or a `Plan`, as an object or a .json file.
+        method: a linear sampler, as an object or a text; a `Plan`, as an object or a .json file; or a `SamplingConfig`
+            with one of these, whose steps and guidance scale the call of the pipeline takes.
         times: a time grid, as an object, a text, or the times themselves (steps + 1, from noise to the end). Default:
             "angle". A plan has its own.
         like: what the network was trained for: a pipeline, a scheduler, a scheduler's config, a `Model` or a
@@ -71,6 +100,8 @@ def as_scheduler(
     """
     from .scheduler_class import plan_scheduler
 
+    if isinstance(method, SamplingConfig):
+        method, times = from_config(method, times)
     kind, config = plan_scheduler(), network_settings(like)
     if not isinstance(method, (str, Path, Plan)) and (isinstance(method, type) or not is_dataclass(method)):
         raise BadInput(f"as_scheduler takes a sampler, as an object or a text, or a Plan, found {method!r}")
