@@ -99,6 +99,22 @@ def test_the_python_of_a_page_runs(page: Path, tiny_hub: None, monkeypatch: pyte
         assert vars(module)["image"].size == (16, 16) and vars(module)["fast"] is not vars(module)["pipe"]
 
 
+def test_the_distiller_of_the_documents_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As if it lay in the folder: it is found by name, trains, and its student is saved and samples."""
+    import hasten
+    import hasten.distillers
+    from hasten.nets.unet import UNet
+
+    (code,) = (block for block in blocks(ROOT / "docs" / "extending.md") if "class Direct" in block)
+    (tmp_path / "direct.py").write_text(code)
+    monkeypatch.setattr(hasten.distillers, "__path__", [*hasten.distillers.__path__, str(tmp_path)])
+    denoiser = hasten.Denoiser(UNet(1, widths=(8,)).eval(), VPCosine(), prediction="v")
+    data = torch.randn(16, 1, 8, 8).clamp(-1, 1)
+    options: dict[str, Any] = {"steps": 4, "batch_size": 4, "precision": "fp32", "show": False}
+    hasten.distill_model(hasten.Model(denoiser, "tiny", (1, 8, 8)), tmp_path / "out", "direct", data, **options)
+    assert hasten.load(tmp_path / "out").sample(2).shape == (2, 1, 8, 8)
+
+
 def test_the_first_screen_is_short() -> None:
     """One sentence, the installation, eight lines of Python, a table and a plot within sixty lines."""
     text = (ROOT / "README.md").read_text()
