@@ -1,4 +1,4 @@
-"""hasten makes diffusion models fast, and shows on one page what each way costs and what quality is left.
+"""hasten makes diffusion models fast, and shows on one page what each method costs and what quality is left.
 
     import hasten
     model = hasten.load("fashion")

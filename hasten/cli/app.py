@@ -46,7 +46,7 @@ def app() -> App:
 
     verbs = App(
         name="hasten",
-        help="Make diffusion models fast, and see what each way costs and what quality is left.",
+        help="Make diffusion models fast, and measure what each method costs and what quality is left.",
         version=__version__,
         default_parameter=Parameter(negative=()),
         result_action="return_value",
