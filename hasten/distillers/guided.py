@@ -12,6 +12,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, check_choice
 from ..times import Trailing
 from ..train.losses import stratified
+from ..utils.deprecation import renamed
 from ._ema_target import EMATarget
 from ._targets import (
     DeviceTimes,
@@ -258,3 +259,6 @@ class GuidedDistillation(Distiller):
             return prediction_loss(student, z, times[0], target, self.weight, **cond)
 
         return loss_fn
+
+
+__getattr__ = renamed(__name__, {"Guided": "GuidedDistillation"})

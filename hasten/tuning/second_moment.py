@@ -14,6 +14,7 @@ from ..errors import BadInput, check_numbers
 from ..nets.second_moment import SecondMoment as Net
 from ..predictions import spread
 from ..times import MAX_Q
+from ..utils.deprecation import renamed
 from ..utils.random import global_seed, make_generator
 from ._task import Tuned, Tuner, TuningTask
 from .moments import unwrap_denoiser
@@ -164,3 +165,6 @@ def nats(square: Tensor, C: Tensor, k: Tensor | float = 0.0) -> Tensor:
         k: the variance of the added noise.
     """
     return 0.5 * ((square + k) / (C + FLOOR + k) + torch.log(C + FLOOR + k))
+
+
+__getattr__ = renamed(__name__, {"SecondMoment": "SecondMomentTuner"})
