@@ -173,7 +173,7 @@ def test_rows_hold_cost_quality_and_protocol(run: Any, tmp_path: Path) -> None:
     assert ddim["equal_cost"] == "UniPC" and of(rows, "UniPC")["is_equal_cost"]
     assert ddim["frechet_over_equal_cost"] == pytest.approx(ddim["frechet"] / of(rows, "UniPC")["frechet"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "results.jsonl", "report.html", "front.png", "grid.png", "timing.json", "samples"}  # fmt: skip
+        "results.jsonl", "report.html", "front.png", "grid.png", "timing.json", "samples", "configs"}  # fmt: skip
 
 
 def test_the_difference_is_to_the_references_images_of_the_same_seeds(run: Any) -> None:

@@ -182,7 +182,7 @@ def test_what_trains_on_the_teachers_samples_needs_no_images(
 def test_the_budget_is_divided_by_share_and_cost() -> None:
     stages = [
         StagePlan("a", 100, 2.0),
-        StagePlan("b", 200, 4.0, budget_weight=2.0),
+        StagePlan("b", 200, 4.0, share=2.0),
         StagePlan("pairs", 10, 0.1, pairs=50),
     ]
     allocate(stages, steps=None, minutes=None, evaluations=10_000)

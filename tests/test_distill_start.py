@@ -181,7 +181,7 @@ def test_a_failed_preview_loses_no_student(
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(module, "sample_grid", fails)
+    monkeypatch.setattr("hasten.workflows.students.sample_grid", fails)
     distill_model(tiny(3), tmp_path / "o", "progressive:steps=(4,2)", data(tmp_path, 3), **COMMON)
     for name in ("steps4", "steps2", "."):
         assert hasten.load(tmp_path / "o" / name).sample(1).shape == (1, 1, 8, 8)

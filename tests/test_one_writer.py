@@ -192,9 +192,9 @@ def test_a_distillation_goes_on_with_its_own_data_and_format_only(
     capsys.readouterr()
     for asked, message in (
         (command(place, "distill", out, "other"), "data.pixels"),
-        ([*command(place, "distill", out), "--precision", "bf16"], "a run with runtime fp32, asked for bf16"),
+        ([*command(place, "distill", out), "--precision", "bf16"], "a run with runtime fp32, got bf16"),
         ([*command(place, "distill", out), "--precision", "fp32+high"], "does not use +high"),
-        ([*command(place, "distill", out), "--seed", "1"], "a run with seed 0, asked for 1"),
+        ([*command(place, "distill", out), "--seed", "1"], "a run with seed 0, requested 1"),
     ):
         words = [
             w

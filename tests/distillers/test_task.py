@@ -263,7 +263,7 @@ def test_times_are_read_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch)
 def test_every_time_of_a_dry_run_is_read_that_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a clock that only advances with synchronisation, the cost of each loss is exact."""
     ticks = iter(range(10_000))
-    monkeypatch.setattr(dry_run, "synchronized_time", lambda device: float(next(ticks)))
+    monkeypatch.setattr(dry_run, "synchronized_clock", lambda device: float(next(ticks)))
     job = task(tmp_path, batch_size=32)
     measured = DryRun(job.teacher, job.denoiser, job.batches, job.shape, tmp_path, show=False)
     pick("distillers", "denoising_student:pairs=32,pair_steps=2").distill(measured)

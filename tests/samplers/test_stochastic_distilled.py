@@ -90,7 +90,7 @@ def test_the_forgotten_ratio_does_not(steps: int, monkeypatch: pytest.MonkeyPatc
     def wrong(low: stochastic_distilled.Node, high: stochastic_distilled.Node) -> Tensor:
         return torch.sqrt(high.sigma**2 - low.sigma**2)
 
-    monkeypatch.setattr(stochastic_distilled, "fresh", wrong)
+    monkeypatch.setattr(stochastic_distilled, "renoise_std", wrong)
     assert moments_off(steps) > 0.1
 
 
