@@ -176,7 +176,6 @@ def test_many_classes_have_a_picture(tmp_path: Path, classes: int) -> None:
 def test_a_failed_preview_loses_no_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import hasten.workflows.distill as module
 
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory\nand more")
