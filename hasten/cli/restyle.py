@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadInput
 from ..progress import progress
 from ..storage.provenance import command_line, versions
-from ._common import open_model
+from ._common import open_model, sampling_config
 from ._processes import on_main_process
 from .terminal import print_result
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model.model import Model
+    from ..plan.config import SamplingConfig
 
 
 @on_main_process
@@ -32,6 +33,7 @@ def restyle(
     seed: int = 0,
     encode_steps: int | None = None,
     decode_steps: int | None = None,
+    config: Path | None = None,
     sampler: str | None = None,
     times: str | None = None,
     guidance_scale: float | None = None,
@@ -58,6 +60,7 @@ def restyle(
         seed: Of the first image that is sampled; also of the noise that a stochastic sampler adds.
         encode_steps: Number of steps of the encoder. Default: the model's own, as for the next three.
         decode_steps: Number of steps of the decoder's time grid.
+        config: A SamplingConfig file (TOML or JSON) of the decoder; the options here override its fields.
         sampler: Of the decoder, such as ddim.
         times: Time grid of the decoder.
         guidance_scale: Scale of classifier-free guidance of the decoder. Default: the model's recommended one.
@@ -82,6 +85,8 @@ def restyle(
         raise BadInput(f"the grid is a PNG file: --out must end in .png, got {str(out)!r}")
     refuse_inside(out, images, "--out")
     check_writable(out)
+    how = decoder_config(config, sampler=sampler, times=times, steps=decode_steps, guidance_scale=guidance_scale)
+    decode_steps, sampler, times, guidance_scale = how.steps, how.sampler, how.times, how.guidance_scale
     up = open_model(encoder, device)
     down = up if decoder is None else open_model(decoder, device)
     if is_encoder(down):
@@ -96,7 +101,7 @@ def restyle(
         source = (down if is_encoder(up) else up).sample(n, from_label, seed, batch_size=batch_size)
     began = time.perf_counter()
     with progress(f"restyling {n} images") as tick:
-        config = RestyleConfig(
+        request = RestyleConfig(
             encode_steps,
             decode_steps,
             guidance_scale,
@@ -107,7 +112,7 @@ def restyle(
             seed,
             batch_size,
         )
-        result = run(up, down, source, from_label, to_label, config, progress=tick)
+        result = run(up, down, source, from_label, to_label, request, progress=tick)
     seconds = time.perf_counter() - began
     options = {
         "decoder": decoder, "from_label": from_label, "to_label": to_label, "images": images, "n": n, "seed": seed,
@@ -132,6 +137,15 @@ def restyle(
     line = f"{out}: {n} images in {result.evaluations:g} network evaluations each, {seconds:.2f} s"
     print_result(summary, line, json)
     return summary
+
+
+def decoder_config(file: Path | None, **options: Any) -> SamplingConfig:
+    """The config of the decoder. Raises BadInput for what style transfer does not use."""
+    config = sampling_config(file, None, **options)
+    for name in ("guides", "start", "plan", "accelerators", "precision"):
+        if getattr(config, name):
+            raise BadInput(f"{file}: restyle uses no {name}: remove it")
+    return config
 
 
 def of_class(path: Path, n: int, model: Model, label: str | None) -> Tensor:

@@ -148,6 +148,13 @@ def test_the_command_writes_sources_above_results(tmp_path: Path, capsys: pytest
             assert (pixels[10 * row : 10 * row + 8, 10 * k : 10 * k + 8] == to_uint8(images)[k, ..., 0]).all()
     assert "--from-label a --to-label b" in read_png_text(out)["command"]
     assert "5 network evaluations" not in capsys.readouterr().out
+    hasten.SamplingConfig(steps=2).save(tmp_path / "how.toml")
+    again = {"from_label": "a", "to_label": "b", "out": tmp_path / "again.png", "n": 3, "encode_steps": 3}
+    assert command(folder, **again, config=tmp_path / "how.toml")["decode_evaluations"] == 2
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), pixels)
+    hasten.SamplingConfig(guides="rescale").save(tmp_path / "how.toml")
+    with pytest.raises(BadInput, match="restyle uses no guides"):
+        command(folder, **again, config=tmp_path / "how.toml")
 
 
 def test_the_command_takes_images_of_the_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
