@@ -69,7 +69,7 @@ def with_checked_numbers(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def number_type(hint: Any) -> type | None:
-    """int or float, of an option that is such a number or left out; None of another."""
+    """int or float, of an option that is such a number or None; None of another."""
     kinds = {kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)}
     return next(iter(kinds)) if kinds in ({int}, {float}) else None
 

@@ -18,7 +18,7 @@ from ..loading import load
 from ..model.model import Label, Model
 from ..model.resolve import RECOMMENDED
 from ..storage.provenance import model_hash
-from ..workflows.sample import sharing
+from ..workflows.distribute import sharing
 from .counting import count_evaluations, start_nfe
 from .results import QUALITY, ResultStore
 from .variants import Variant, VariantSet

@@ -264,7 +264,7 @@ class Model:
         """Deprecated: `resolve`."""
         warnings.warn("Model.way is now called resolve", DeprecationWarning, stacklevel=2)
         names = ("sampler", "times", "steps", "guidance_scale", "guides", "start", "plan", "accelerators")
-        return self.resolve(None, **{**dict(zip(names, arguments)), **options})  # type: ignore[arg-type]
+        return self.resolve(None, **{**dict(zip(names, arguments)), **options})
 
     def setting(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Deprecated: `resolve(...).settings()`."""

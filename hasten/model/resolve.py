@@ -242,7 +242,8 @@ def grid_of(schedule: Schedule, times: Any, steps: int | None, default: int, beg
         grid = replace(grid, start=begin, low=low)
     if steps is None and not isinstance(grid, Explicit):
         steps = default
-    return grid(schedule, steps)
+    result: Tensor = grid(schedule, steps)
+    return result
 
 
 def method_text(method: Any) -> Any:

@@ -152,7 +152,8 @@ def in_groups(
         if progress is not None:
             progress(min(len(owners) + turn * group.count, count), count)
     ranks.barrier()
-    return ranks.collect(count, mine, everywhere)
+    pieces: list[Piece | None] = ranks.collect(count, mine, everywhere)
+    return pieces
 
 
 def part_of(model: Model, n: int, label: Label, part: slice) -> Label:

@@ -206,7 +206,7 @@ def evaluate_distributed(
     net, size = feature_net(features), 256
     net = net.to(ranks.device) if isinstance(features, str) else net
     if known is not None and net_name(net) != known.features:
-        raise BadInput(f"the reference holds {known.features} features: {net_name(net)} cannot judge against it")
+        raise BadInput(f"the reference holds {known.features} features: {net_name(net)} gives others")
 
     def extract_batch(number: int) -> tuple[Tensor, ...]:
         seen, logits = extract(net, images[number * size : (number + 1) * size], size)
