@@ -12,6 +12,7 @@ import torch
 import hasten
 from hasten import DPMSolver, EvaluateConfig, Karras, QuantizeConfig, SamplingConfig, TrainConfig, UniPC
 from hasten.cli import main
+from hasten.compare.runner import CompareConfig
 from hasten.errors import BadInput
 from hasten.images import read_png_text
 from hasten.workflows.distill import DistillConfig
@@ -29,7 +30,7 @@ CONFIGS = [
 def test_a_config_is_read_back_from_text_toml_and_json(config: SamplingConfig, tmp_path: Path) -> None:
     config.save(tmp_path / "c.toml")
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
-    (tmp_path / "more.toml").write_text(f"title = 'x'\n[sampling]\n{config.to_toml()}")
+    (tmp_path / "more.toml").write_text(f"[sampling]\n{config.to_toml()}[train]\nsteps = 3\n")
     for again in (
         SamplingConfig.parse(str(config)),
         SamplingConfig.of(str(config), {}) if str(config) else config,
@@ -166,6 +167,34 @@ def test_a_file_of_options_for_each_verb(tmp_path: Path, capsys: pytest.CaptureF
         assert "bad.toml" in err and "'stepz'" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps = 3\n[sampling]\nsampler = 'ddim'\n", "'steps' stands beside .sampling."),
+        ("steps = '8'\n", "c.toml: steps cannot be '8'"),
+        ("precision = 16\n", "c.toml: precision cannot be 16"),
+        ("steps = 0\n", "c.toml: .*steps"),
+        ("steps = \n", "not valid TOML"),
+    ],
+)
+def test_nothing_in_a_file_is_ignored_or_taken_for_something_else(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(BadInput, match=words):
+        SamplingConfig.load(tmp_path / "c.toml", "sampling")
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, DistillConfig, QuantizeConfig, EvaluateConfig, CompareConfig])
+def test_types_of_options_in_files_are_checked(kind: Any) -> None:
+    assert kind.from_dict({"seed": 3}).seed == 3
+    for wrong in ("3", 1.5, True, [3]):
+        with pytest.raises(BadInput, match="seed cannot be"):
+            kind.from_dict({"seed": wrong})
+    if hasattr(kind, "minutes"):
+        assert kind.from_dict({"minutes": 2}).minutes == 2
+        with pytest.raises(BadInput, match="minutes cannot be"):
+            kind.from_dict({"minutes": "2"})
+
+
 def test_old_flags_work_with_a_line_of_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["sample", "fashion", "--n", "1", "--sampler", "ddim", "--steps", "1"]
     assert main([*asked, "--runtime", "fp32", "--single", "--out", str(tmp_path / "old")]) == 0
@@ -182,8 +211,8 @@ def test_evaluate_model_is_the_verb(tmp_path: Path, capsys: pytest.CaptureFixtur
     result = hasten.evaluate_model(model, EvaluateConfig(n=20), sampler="ddim", steps=1, precision="fp32")
     assert main(["evaluate", "fashion", "--n", "20", "--sampler", "ddim", "--steps", "1", "--precision", "fp32",
                  "--json"]) == 0  # fmt: skip
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     result.pop("summary")
-    assert told["measures"].keys() == result["measures"].keys() and told["seeds"] == [0, 19]
-    for name, measure in told["measures"].items():
+    assert report["measures"].keys() == result["measures"].keys() and report["seeds"] == [0, 19]
+    for name, measure in report["measures"].items():
         assert measure["value"] == pytest.approx(result["measures"][name]["value"], rel=1e-6)

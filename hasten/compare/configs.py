@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable, write_file
 from ..plan.config import SamplingConfig
 
 __all__ = ["row_config", "write_configs"]
@@ -30,6 +31,11 @@ def row_config(row: Mapping[str, Any]) -> SamplingConfig:
 
 def write_configs(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write `configs/ROW.toml` for each row: `hasten sample MODEL --config` samples as the row did."""
+    written: set[str] = set()
     for row in rows:
-        name = re.sub(r"[^a-z0-9.]+", "-", row["name"].lower()).strip("-") or row["key"]
-        row_config(row).save(out / "configs" / f"{name}.toml")
+        name = re.sub(r"[^a-z0-9.]+", "-", row["name"].lower()).strip("-")
+        name = row["key"] if not name or name in written else name
+        written.add(name)
+        model = row.get("model") or row["protocol"]["model"]
+        text = f"# of the model {model}\n{row_config(row).to_toml()}"
+        write_file(check_writable(out / "configs" / f"{name}.toml"), text.encode())

@@ -121,7 +121,7 @@ class SamplingConfig(Config):
 
     def digest(self) -> str:
         """16 hexadecimal digits: the same for the same methods, however they are spelled."""
-        return SamplingConfig(**{**self._fields(), **self._canonical()})._digest()
+        return Config.digest(self.replace(**self._canonical()))
 
     def to_toml(self) -> str:
         """The config as TOML. Raises BadInput for a `Plan` object: save that as a .json file and name it."""
@@ -163,9 +163,6 @@ class SamplingConfig(Config):
                 values[name] = value
         return cls.from_dict(values)
 
-    def _fields(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.names()}
-
     def _canonical(self) -> dict[str, Any]:
         """Methods that are given as texts, as `format_spec` writes them."""
         changed: dict[str, Any] = {}
@@ -176,9 +173,6 @@ class SamplingConfig(Config):
             elif name in ("guides", "accelerators"):
                 changed[name] = [format_spec(pick(folder, one)) if isinstance(one, str) else one for one in value]
         return changed
-
-    def _digest(self) -> str:
-        return super().digest()
 
 
 def as_list(folder: str, methods: Any) -> list[Any]:

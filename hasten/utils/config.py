@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import os
+import types
+import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +18,7 @@ from ..errors import BadInput, nearest
 
 __all__ = ["Config", "read_table", "to_toml"]
 
+TABLES = ("sampling", "train", "distill")  # one file may hold the options of several commands
 Self = TypeVar("Self", bound="Config")
 
 
@@ -88,9 +91,14 @@ class Config:
     @classmethod
     def from_dict(cls: type[Self], values: Mapping[str, Any], where: str = "") -> Self:
         """The inverse of `to_dict`. Raises BadInput for unknown fields, prefixed with `where`."""
+        options = cls.checked(values, where)
+        hints = typing.get_type_hints(cls)
         try:
-            return cls(**cls.checked(values, where))
-        except TypeError as error:
+            for name, value in options.items():
+                if not has_type(value, hints[name]):
+                    raise BadInput(f"{name} cannot be {value!r}")
+            return cls(**options)
+        except (BadInput, TypeError) as error:
             raise BadInput(f"{where or cls.__name__}: {error}") from error
 
     def digest(self) -> str:
@@ -120,10 +128,30 @@ class Config:
 
         Args:
             table: of the file, where it holds more than this config; the top level if there is no such table.
+
+        Raises:
+            BadInput: for a file that cannot be read, and for an option beside the table, which nothing would read.
         """
         values = read_table(path)
         inner = values.get(table) if table is not None else None
-        return cls.from_dict(inner if isinstance(inner, dict) else values, str(path))
+        if not isinstance(inner, dict):
+            return cls.from_dict(values, str(path))
+        if stray := [name for name, value in values.items() if name not in TABLES or not isinstance(value, dict)]:
+            raise BadInput(f"{path}: {stray[0]!r} stands beside [{table}]: move it into the table, or remove it")
+        return cls.from_dict(inner, str(path))
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value of a file can be an option of this type; types that a file cannot hold are not checked."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(has_type(value, one) for one in typing.get_args(hint))
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, (list, tuple))
+    checks: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,), Path: (str, Path)}
+    if hint in checks:
+        return isinstance(value, checks[hint]) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, type(None)) else True
 
 
 def to_plain(value: Any) -> Any:
