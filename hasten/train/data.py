@@ -144,8 +144,8 @@ class Batches:
 
     Each epoch is a random permutation seeded by `(seed, epoch)`; epochs are concatenated and split into batches, so no
     image is dropped and a batch may span two epochs. A batch is `{"x": float32 (B, C, H, W) in [-1, 1],
-    "label": int64 (B,)}`, without `label` if the data has none. `batches[k]` is batch k; iteration starts at
-    `start_step`.
+    "label": int64 (B,)}`, without `label` if the data has none, with the data's further conditions if it has any.
+    `batches[k]` is batch k; iteration starts at `start_step`.
 
     Args:
         data: the images and labels.
@@ -218,7 +218,8 @@ class Batches:
         if self.flip:
             mirrored = torch.rand(self.batch_size, generator=self._generator(FLIP_SEED_OFFSET + step))[part] < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        return {"x": x} if self.data.labels is None else {"x": x, "label": self.data.labels[indices]}
+        batch = {"x": x} if self.data.labels is None else {"x": x, "label": self.data.labels[indices]}
+        return batch if self.data.conditions is None else {**batch, **self.data.conditions(indices.tolist())}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         step = self.start_step

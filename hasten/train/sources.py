@@ -44,6 +44,9 @@ class Data:
         messages: what else is there and not used, or is ambiguous and how it was read.
         alpha: index -> the opacity of an image, uint8 (H, W), or None without transparency; for image files only.
         unreadable: indices of images that could not be read and were replaced by others.
+        captions: the text of each image, or None.
+        conditions: list of n indices -> what a network is conditioned on beside labels, each (n, ...) by name, such as
+            the embedded captions `text`; or None.
 
     Raises:
         BadInput: without images, or if the number of labels differs.
@@ -61,12 +64,16 @@ class Data:
     messages: tuple[str, ...] = ()
     alpha: Callable[[int], Tensor | None] | None = field(default=None, repr=False)
     unreadable: set[int] = field(default_factory=set, repr=False, compare=False)
+    captions: tuple[str, ...] | None = field(default=None, repr=False)
+    conditions: Callable[[list[int]], dict[str, Tensor]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise BadInput(f"{self.source or 'the data'} holds no images")
         if self.labels is not None and len(self.labels) != self.size:
             raise BadInput(f"{self.source or 'the data'}: {self.size} images but {len(self.labels)} labels")
+        if self.captions is not None and len(self.captions) != self.size:
+            raise BadInput(f"{self.source or 'the data'}: {self.size} images but {len(self.captions)} captions")
 
     @classmethod
     def of(
