@@ -47,6 +47,8 @@ class Data:
         captions: the text of each image, or None.
         conditions: list of n indices -> what a network is conditioned on beside labels, each (n, ...) by name, such as
             the embedded captions `text`; or None.
+        null_conditions: what replaces a condition NAME where it is dropped, (1, ...) each, as `null_NAME`; or None.
+        caption_problem: why the captions that there are cannot be used, for messages.
 
     Raises:
         BadInput: without images, or if the number of labels differs.
@@ -66,6 +68,8 @@ class Data:
     unreadable: set[int] = field(default_factory=set, repr=False, compare=False)
     captions: tuple[str, ...] | None = field(default=None, repr=False)
     conditions: Callable[[list[int]], dict[str, Tensor]] | None = field(default=None, repr=False)
+    null_conditions: dict[str, Tensor] | None = field(default=None, repr=False)
+    caption_problem: str = ""
 
     def __post_init__(self) -> None:
         if self.size < 1:
