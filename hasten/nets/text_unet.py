@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_int
 from .layers import ModuleListOf
-from .text_unet_blocks import DownRow, Level, MiddleRow, UpRow
+from .text_unet_blocks import DownLevel, Level, MiddleLevel, UpLevel
 
 __all__ = ["Level", "TextUNet", "mobile", "mobile_table", "sd_like", "sd_like_table"]
 
-Row = Level | Mapping[str, Any]
+LevelLike = Level | Mapping[str, Any]
 Table = tuple[list[Level], Level]
 
 
@@ -66,8 +66,8 @@ class TextUNet(nn.Module):
 
     def __init__(
         self,
-        levels: Sequence[Row],
-        middle: Row,
+        levels: Sequence[LevelLike],
+        middle: LevelLike,
         in_channels: int = 4,
         out_channels: int | None = None,
         cross_attention_dim: int = 768,
@@ -90,15 +90,15 @@ class TextUNet(nn.Module):
         shared = 4 * rows[0].width, cross_attention_dim, norm_num_groups  # time, text, groups
         self.time_embedding = TextTimeEmbedding(rows[0].width, shared[0])
         widths = [rows[0].width] + [row.width for row in rows]  # of the input of each level, and of the middle
-        self.down_blocks: ModuleListOf[DownRow] = ModuleListOf(
-            DownRow(row, widths[k], *shared, row is rows[-1]) for k, row in enumerate(rows)
+        self.down_blocks: ModuleListOf[DownLevel] = ModuleListOf(
+            DownLevel(row, widths[k], *shared, row is rows[-1]) for k, row in enumerate(rows)
         )
-        self.mid_block = MiddleRow(center, widths[-1], *shared)
-        self.up_blocks: ModuleListOf[UpRow] = ModuleListOf()
+        self.mid_block = MiddleLevel(center, widths[-1], *shared)
+        self.up_blocks: ModuleListOf[UpLevel] = ModuleListOf()
         c = center.width
         for k, row in reversed(list(enumerate(rows))):
             skips = ([widths[k]] + [row.width] * row.down_blocks)[-row.up_blocks :]
-            self.up_blocks.append(UpRow(row, c, skips, *shared, k == 0))
+            self.up_blocks.append(UpLevel(row, c, skips, *shared, k == 0))
             c = row.width
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, c)
         self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
@@ -173,7 +173,7 @@ class TextUNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def as_level(row: Row) -> Level:
+def as_level(row: LevelLike) -> Level:
     """A row of the table as a `Level`.
 
     Raises:

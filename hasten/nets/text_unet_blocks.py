@@ -231,7 +231,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
 
 
-class Row(nn.Module):
+class LevelBlocks(nn.Module):
     """Residual blocks, each followed by a transformer where the level has them: base class of a level's parts.
 
     Args:
@@ -260,11 +260,11 @@ class Row(nn.Module):
         return self.attentions[k](x, text) if k < len(self.attentions) else x
 
 
-class DownRow(Row):
+class DownLevel(LevelBlocks):
     """A level of the encoder: its input, time and text -> the skips that the decoder reads, the last one its output.
 
     Args:
-        level, channels, time_width, text_width, groups: see `Row`.
+        level, channels, time_width, text_width, groups: see `LevelBlocks`.
         last: there is no coarser level.
     """
 
@@ -280,12 +280,12 @@ class DownRow(Row):
         return features[-self.read :]
 
 
-class MiddleRow(Row):
+class MiddleLevel(LevelBlocks):
     """The middle: residual blocks, one transformer, residual blocks."""
 
     def __init__(self, level: Level, channels: int, time_width: int, text_width: int, groups: int) -> None:
-        self_blocks = level.down_blocks + level.up_blocks
-        super().__init__(level, [channels] + [level.width] * (self_blocks - 1), time_width, text_width, groups)
+        count = level.down_blocks + level.up_blocks
+        super().__init__(level, [channels] + [level.width] * (count - 1), time_width, text_width, groups)
         self.before = level.down_blocks
 
     def count_transformers(self, level: Level, blocks: int) -> int:
@@ -299,11 +299,11 @@ class MiddleRow(Row):
         return x
 
 
-class UpRow(Row):
+class UpLevel(LevelBlocks):
     """A level of the decoder: its input and its skips, of which each residual block reads one, the last first.
 
     Args:
-        level, time_width, text_width, groups: see `Row`.
+        level, time_width, text_width, groups: see `LevelBlocks`.
         channels: of its input.
         skips: channels of its skips.
         last: there is no finer level.
