@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hasten.nets.text_unet import TextUNet, mobile
 
-WIDTHS, HEADS = (48, 96, 144), (2, 4, 6)
+WIDTHS, HEADS = (48, 96, 128), (2, 4, 4)
 
 
 def emoji_mobile() -> TextUNet:
