@@ -16,12 +16,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from ...errors import BadInput, check_choice
-from ...nets.text_unet import TextUNet, as_level, sd_like_table
+from ...nets.text_unet import TextUNet, sd_like_table
 
 __all__ = ["MobileUNet2DConditionModel"]
 
 
-class MobileUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin, TextUNet):  # type: ignore[misc]
+class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """`hasten.nets.text_unet.TextUNet` in place of a pipeline's `UNet2DConditionModel`.
 
     `StableDiffusionPipeline(unet=...)` runs with it, `save_pretrained` writes it, and LoRA layers load into it. Saved
@@ -65,6 +65,11 @@ class MobileUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Text
         plain = {key: self._settings[key] for key in ("levels", "middle", "out_channels")}
         self.register_to_config(**plain)
 
+    @property
+    def config(self) -> Any:
+        """The constructor's arguments."""
+        return self._internal_dict
+
     @classmethod
     def from_text_unet(cls, net: TextUNet, sample_size: int | Sequence[int]) -> MobileUNet2DConditionModel:
         """The same network with the same weights, which it shares with `net`.
@@ -74,7 +79,7 @@ class MobileUNet2DConditionModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Text
             sample_size: height and width of the samples, one number where they are equal.
         """
         with torch.device("meta"):
-            new = cls(sample_size, **TextUNet.config.fget(net))  # type: ignore[attr-defined]
+            new = cls(sample_size, **net.config)
         new.load_state_dict(net.state_dict(keep_vars=True), assign=True)
         return new.train(net.training)
 
