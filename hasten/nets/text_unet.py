@@ -240,7 +240,8 @@ def mobile_table(widths: Sequence[int], heads: int | Sequence[int] = 8, transfor
 
     No attention at the finest level, cross-attention only at the second; self- and cross-attention with one projection
     for keys and values in the coarser ones and the middle, which has most transformer blocks; swish gates and smaller
-    feed-forward layers; separable convolutions below the finest level; one residual block per level and half.
+    feed-forward layers; separable convolutions below the finest level; one residual block in each level of the encoder
+    and two in the decoder, one in the coarsest level.
 
     Args:
         widths: of the levels, the finest first.
@@ -253,14 +254,14 @@ def mobile_table(widths: Sequence[int], heads: int | Sequence[int] = 8, transfor
     References:
         Zhao et al. 2023, arXiv:2311.16567.
     """
-    every = _heads(widths, heads)
     levels = []
-    for k, (width, h) in enumerate(zip(widths, every)):
-        row = Level(width, h, 1, 1, shared_kv=True, ff_factor=6, activation="silu")
+    for k, (width, h) in enumerate(zip(widths, _heads(widths, heads))):
+        row = Level(width, h, 1, 2 if k + 1 < len(widths) else 1, shared_kv=True, ff_factor=6, activation="silu")
         row = replace(row, convolution="dense" if k == 0 else "separable", self_attention=k > 1)
         levels.append(replace(row, transformer_blocks=0 if k == 0 else 1))
     deepest = levels[-1]
-    return levels, replace(deepest, self_attention=True, transformer_blocks=transformer_blocks)
+    middle = replace(deepest, self_attention=True, transformer_blocks=transformer_blocks, up_blocks=1)
+    return levels, middle
 
 
 def sd_like(widths: Sequence[int], heads: int | Sequence[int] = 8, layers: int = 2, **sizes: Any) -> TextUNet:
