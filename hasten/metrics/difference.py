@@ -10,6 +10,7 @@ from ..errors import BadInput
 from .measure import check_finite_rows
 
 PEAK_DB = 100.0  # of equal images
+WINDOW = 11  # side of the window of structural similarity
 
 
 def image_difference(images: Tensor, others: Tensor) -> dict[str, float]:
@@ -36,7 +37,7 @@ def image_difference(images: Tensor, others: Tensor) -> dict[str, float]:
     return {"psnr": float(psnr.mean()), "rms": float(mse.mean().sqrt())}
 
 
-def structural_similarity(images: Tensor, others: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
+def structural_similarity(images: Tensor, others: Tensor, window: int = WINDOW, sigma: float = 1.5) -> Tensor:
     """SSIM of each image with the other: the mean over positions and channels of
 
         (2 m n + c1) (2 C + c2) / ((m^2 + n^2 + c1) (V + W + c2)),    c1 = 0.01^2, c2 = 0.03^2
@@ -57,7 +58,8 @@ def structural_similarity(images: Tensor, others: Tensor, window: int = 11, sigm
         BadInput: if the shapes differ, or for images smaller than the window.
 
     References:
-        Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment: from error visibility to structural similarity".
+        Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment: from error visibility to structural
+        similarity".
     """
     if images.shape != others.shape or images.ndim != 4:
         raise BadInput(f"images of shape {tuple(images.shape)} and {tuple(others.shape)} cannot be compared one by one")

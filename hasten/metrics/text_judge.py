@@ -77,6 +77,11 @@ class TextJudge(nn.Module):
             parts.append(self.text_vectors(encoded["input_ids"].to(device), mask.to(device)).float().cpu())
         return torch.cat(parts)
 
+    def truncated(self, texts: Sequence[str]) -> int:
+        """How many texts are longer than what the judge reads."""
+        tokens = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return sum(len(each) > self.length for each in tokens)
+
     @torch.no_grad()
     def image_vectors(self, features: Tensor) -> Tensor:
         """`project` on the device of the weights; (n, E) float32 on the CPU."""
