@@ -124,7 +124,7 @@ def open_captioned(
     judge = load_judge(judge)
     judge = judge if device is None else judge.to(device)
     held_out = open_split(path, split, shape)
-    captions = captions_of(held_out, path, split)
+    captions = captions_of(held_out, path)
     if len(held_out) < MINIMUM_IMAGES:
         raise BadInput(
             f"{path}: the split {split!r} holds {len(held_out)} captioned pictures: a reference needs at least "
@@ -167,19 +167,15 @@ def open_split(path: str | Path, split: str, shape: Sequence[int]) -> Data:
     return open_data(path, split, (height, width), channels, label="none", report=False)
 
 
-def captions_of(data: Data, path: str | Path, split: str) -> tuple[str, ...]:
-    """The captions of pictures. Raises BadInput where there are none."""
+def captions_of(data: Data, path: str | Path) -> tuple[str, ...]:
+    """The captions of pictures. Raises BadInput where there are none, or where those that are there cannot be used."""
     if data.captions is not None:
         return data.captions
-    folder = Path(path) / split if (Path(path) / split).is_dir() else Path(path)
-    file = folder / "metadata.jsonl"
-    if not file.is_file():
-        raise BadInput(
-            f"{path} has no captions in the split {split!r}: write metadata.jsonl beside the pictures, one line "
-            '{"file_name": ..., "text": ...} each'
-        )
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return tuple(row["text"] for row in sorted(rows, key=lambda row: row["file_name"]))
+    raise BadInput(
+        data.caption_problem
+        or f"{path} has no captions to use as prompts: write metadata.jsonl (file_name and text), or a .txt beside each "
+        "image"
+    )
 
 
 def train_prompts(path: str | Path, n: int = 64, seed: int = 0) -> tuple[str, ...]:
@@ -188,7 +184,7 @@ def train_prompts(path: str | Path, n: int = 64, seed: int = 0) -> tuple[str, ..
     Empty where there are no training pictures or captions.
     """
     try:
-        captions = captions_of(open_data(path, "train", 8, 3, label="none", report=False), path, "train")
+        captions = captions_of(open_data(path, "train", 8, 3, label="none", report=False), path)
     except BadInput:
         return ()
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed)).tolist()
