@@ -3,9 +3,10 @@
 A layer keeps its place, name and weights in the network; it gets two further parameters, `lora_A` and `lora_B`:
 
     linear:       y = W x + b + s B (A x)          A (r, in), B (out, r)
-    convolution:  y = W * x + b + s B * (A * x)    A (r, in, kh, kw) with the layer's stride and padding, B (out, r, 1, 1)
+    convolution:  y = W * x + b + s B * (A * x)    A (r, in, kh, kw), B (out, r, 1, 1)
 
-with s = alpha / rank times a multiplier. B is zero at the start, so that the network is at first unchanged.
+with the stride and padding of the layer in A, and s = alpha / rank times a multiplier. B is zero at the start, so that
+the network is at first unchanged.
 
 References:
     Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen 2021, arXiv:2106.09685.
