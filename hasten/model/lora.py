@@ -24,7 +24,7 @@ from ..pick import pick
 from ..plan.table import plan as compile_plan
 from ..predictions import prediction_from
 from ..storage.lora_files import LoRAFile, base_hash, read_lora
-from ..storage.lora_names import flat, from_original, is_original
+from ..storage.lora_names import flat, from_original
 
 __all__ = ["load_lora_weights", "lora_file", "parse_lora_argument", "resolve_layers"]
 
@@ -144,10 +144,8 @@ def resolve_layers(net: nn.Module, factors: Mapping[str, LowRank], path: str = "
     """
     modules = {name: one for name, one in net.named_modules() if hasattr(one, "weight")}
     by_flat = {flat(name): name for name in modules}
-    names = {name: flat(name) for name in factors}
-    if is_original(names.values()):
-        count = int(getattr(getattr(net, "config", None), "layers_per_block", 2))
-        names = {name: from_original(one, count) for name, one in names.items()}
+    count = getattr(getattr(net, "config", None), "layers_per_block", 2)
+    names = {name: from_original(flat(name), count if isinstance(count, int) else max(count)) for name in factors}
     found = {name: by_flat[one] for name, one in names.items() if one in by_flat}
     if missing := [name for name in factors if name not in found]:
         raise BadInput(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, check_choice
 from ..files import check_writable, write_file
 from ..nets.lora import LowRank, innermost
-from .lora_names import dotted, kohya_key, split_kohya
+from .lora_names import OUTSIDE, dotted, kohya_key, split_kohya
 
 FORMATS = ("diffusers", "kohya")
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
@@ -35,6 +35,8 @@ ENDINGS = {
     ".lora_B.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
     ".alpha": "alpha",
@@ -215,7 +217,7 @@ def split_key(key: str, path: str) -> tuple[str, str, str]:
     ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
     stem = key.removesuffix(ending or "")
     if ending is not None and (found := split_kohya(stem)) is not None:
-        return found[0], dotted(found[1]), ENDINGS[ending]
+        return found[0], dotted(OUTSIDE.get(found[1], found[1])), ENDINGS[ending]
     component, _, name = stem.partition(".")
     for part in ("to_q", "to_k", "to_v", "to_out"):  # of older diffusers: attn1.processor.to_q_lora.down.weight
         for direction in ("down", "up"):

@@ -12,7 +12,6 @@ kohya's names have `_` for every dot. For SDXL, kohya's trainers name blocks as 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 KOHYA = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te_": "text_encoder", "lora_te2_": "text_encoder_2"}
 # parts of names that have `_` themselves, the longest first
@@ -39,7 +38,8 @@ OUTSIDE = {  # of the blocks, in the original code of SDXL
     "label_emb_0_0": "add_embedding_linear_1",
     "label_emb_0_2": "add_embedding_linear_2",
 }
-ORIGINAL = ("input_blocks_", "middle_block_", "output_blocks_")
+# the layers of those names that diffusers reads under the original ones alone
+LABELS = {ours: original for original, ours in OUTSIDE.items() if original.startswith("label_emb")}
 
 
 def kohya_key(component: str, layer: str) -> str:
@@ -50,7 +50,8 @@ def kohya_key(component: str, layer: str) -> str:
         layer: its name in the component.
     """
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}[component]
-    return prefix + layer.replace(".", "_")
+    name = layer.replace(".", "_")
+    return prefix + (LABELS.get(name, name) if component == "unet" else name)
 
 
 def split_kohya(key: str) -> tuple[str, str] | None:
@@ -71,11 +72,6 @@ def dotted(name: str) -> str:
 def flat(name: str) -> str:
     """A name of diffusers or transformers with `_` for its dots, by which both spellings are compared."""
     return name.replace(".", "_").removeprefix("text_model_")
-
-
-def is_original(names: Iterable[str]) -> bool:
-    """Whether names, with `_` for dots, are those of the original code's blocks."""
-    return any(name.startswith(ORIGINAL) for name in names)
 
 
 def from_original(name: str, layers: int) -> str:
