@@ -15,6 +15,7 @@ from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..nets.critic import label_count
+from ..nets.lora import add_lora, base_parameters, lora_layers
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
@@ -136,6 +137,8 @@ class DistillTask:
         codec: of the samples, as a model has it. Only samples of `"image"` lie in [-1, 1] and may be stored as uint8.
         minutes: maximum minutes of training, by stage; a stage that is slower than planned ends early.
         tensorboard: write event files beside the logs of the stages, where the package is installed.
+        lora: rank of the low-rank factors that students train in place of their weights; None: all weights.
+        lora_targets: the layers that get them, see `nets.lora.target_layers`.
     """
 
     teacher: nn.Module
@@ -159,6 +162,8 @@ class DistillTask:
     codec: str | None = None
     minutes: dict[str, float] = field(default_factory=dict)
     tensorboard: bool = True
+    lora: int | None = None
+    lora_targets: str | None = None
 
     @property
     def initial(self) -> Denoiser:
@@ -176,7 +181,9 @@ class DistillTask:
         return self.batches.batch_size
 
     def student(self, of: Denoiser | None = None, **changes: Any) -> Denoiser:
-        """A trainable copy of a denoiser.
+        """A trainable copy of a denoiser; with `lora`, one of which only low-rank factors are trained.
+
+        The copy of a denoiser with factors goes on training these: they stay relative to the weights of the first.
 
         Args:
             of: the denoiser to copy; None: `initial`.
@@ -186,10 +193,26 @@ class DistillTask:
         """
         source = self.initial if of is None else of
         if not changes:
-            return copy.deepcopy(source).requires_grad_(True)
+            return copy.deepcopy(source).requires_grad_(True) if self.lora is None else self.lora_student(source)
         net = with_scalar_inputs(source.net, self.shape, **changes)
         replaced = {"guidance_range": None} if "guidance" in changes else {}
         return source.replace(net=net, **replaced).requires_grad_(True)
+
+    def lora_student(self, source: Denoiser) -> Denoiser:
+        """A copy of a denoiser of which only low-rank factors are trained."""
+        student = copy.deepcopy(source, {id(p): p for p in base_parameters(source)}).requires_grad_(False)
+        layers = lora_layers(student.net)
+        if not layers:
+            assert self.lora is not None
+            add_lora(student.net, self.lora, targets=self.lora_targets, seed=self.seed)
+        for layer in layers.values():
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.requires_grad_(True)
+        return student
+
+    def full_copy(self, of: Denoiser) -> Denoiser:
+        """A copy of a denoiser of which all weights are trained in any case: of critics."""
+        return copy.deepcopy(of).requires_grad_(True)
 
     @property
     def label_count(self) -> int:
