@@ -163,7 +163,8 @@ def main() -> None:
     training = verbs.add_parser("train")
     training.add_argument("--cache", type=Path, required=True)
     training.add_argument("--out", type=Path, required=True)
-    training.add_argument("--minutes", type=float, default=95.0)
+    training.add_argument("--minutes", type=float)
+    training.add_argument("--steps", type=int)
     training.add_argument("--preset", choices=("sd_like", "mobile"), default="sd_like")
     args = parser.parse_args()
     if args.verb == "encode":
@@ -174,7 +175,7 @@ def main() -> None:
     print(sum(p.numel() for p in net.parameters()), "parameters", flush=True)
     loss = Loss(net, cache["null_text"])
     trained = TrainedModule("unet", net, loss, lr=1.5e-3, optimiser="muon", muon_lr=0.015)
-    fit = Fit(minutes=args.minutes, precision="fp32", ema=Ema("power", gamma=12.0), seed=SEED)
+    fit = Fit(args.steps, args.minutes, precision="fp32", ema=Ema("power", gamma=12.0), seed=SEED)
     batches = Cached(cache["train_latents"], cache["train_text"], BATCH, SEED)
     averaged: Any = fit([trained], batches, args.out, settings={"preset": args.preset})["unet"]
     report = {split: validation(averaged, cache, split) for split in ("train", "test", "val")}
