@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..accelerators import Call
 from ..accelerators._calls import model_calls
+from ..adapters.diffusers.autoencoders import replace_decoder
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, check_int
 from ..images import to_image_tensor
@@ -93,6 +94,20 @@ class Model:
             key: one and one.to(device) for key, one in (("conditioning", self.conditioning), ("decoder", self.decoder))
         }
         return replace(self, denoiser=self.denoiser.to(device), parts=parts, **beside)
+
+    def with_decoder(self, folder: str | Path) -> Model:
+        """The same model of latents with another image decoder, such as a light one (`distill_decoder`).
+
+        Args:
+            folder: of an autoencoder of diffusers with the same encoder, or of an `AutoencoderTiny`.
+
+        Raises:
+            BadInput: for a model without an autoencoder, and for an autoencoder of other latents.
+        """
+        if self.decoder is None:
+            raise BadInput(f"{self.name} is no model of latents: it has no image decoder to replace")
+        decoder, pipeline = replace_decoder(self.decoder, self.pipeline, folder)
+        return replace(self, decoder=decoder, pipeline=pipeline)
 
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.
