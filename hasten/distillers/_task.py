@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
-from ..errors import BadInput
 from ..nets.critic import label_count
+from ..nets.lora import add_lora, base_parameters, lora_layers
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
 from ..train.fit import Fit
 from ..train.trained_module import TrainedModule
+from ._batch_keys import check_batch_keys
 from ._conditions import ConditionSource, both_branches, condition_source, unconditional
 from ._memory import checkpoint_gradients, to_float32
 from ._pair_making import make_pairs
@@ -28,8 +29,6 @@ from ._scalar_inputs import with_scalar_inputs
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 STUDENT_FILE = "student.safetensors"
-# keys of a batch through which the losses of one step pass values to one another
-RESERVED_KEYS = ("fake", "t", "z", "chain", "advantage", "k")
 
 
 @dataclass
@@ -144,6 +143,8 @@ class DistillTask:
         codec: of the samples, as a model has it. Only samples of `"image"` lie in [-1, 1] and may be stored as uint8.
         minutes: maximum minutes of training, by stage; a stage that is slower than planned ends early.
         tensorboard: write event files beside the logs of the stages, where the package is installed.
+        lora: rank of the low-rank factors that students train in place of their weights; None: all weights.
+        lora_targets: the layers that get them, see `nets.lora.target_layers`.
         conditions: names of the conditions in a batch beside `label`, such as `text`; None: those of the data.
         null_conditions: what takes the place of each in guidance's unconditional branch, (1, ...) by name. The teacher
             has its own.
@@ -172,6 +173,8 @@ class DistillTask:
     codec: str | None = None
     minutes: dict[str, float] = field(default_factory=dict)
     tensorboard: bool = True
+    lora: int | None = None
+    lora_targets: str | None = None
     conditions: tuple[str, ...] | None = None
     null_conditions: dict[str, Tensor] = field(default_factory=dict)
     gradient_checkpointing: bool = False
@@ -198,7 +201,9 @@ class DistillTask:
         return self.batches.batch_size
 
     def student(self, of: Denoiser | None = None, **changes: Any) -> Denoiser:
-        """A trainable copy of a denoiser.
+        """A trainable copy of a denoiser; with `lora`, one of which only low-rank factors are trained.
+
+        The copy of a denoiser with factors goes on training these: they stay relative to the weights of the first.
 
         Args:
             of: the denoiser to copy; None: `initial`.
@@ -208,6 +213,8 @@ class DistillTask:
         """
         source = self.initial if of is None else of
         if not changes:
+            if self.lora is not None:
+                return self.lora_student(source)
             copied = copy.deepcopy(source)
         else:
             net = with_scalar_inputs(source.net, self.shape, **changes)
@@ -216,6 +223,27 @@ class DistillTask:
         if self.gradient_checkpointing:
             checkpoint_gradients(copied.net)
         return copied.requires_grad_(True)
+
+    def lora_student(self, source: Denoiser) -> Denoiser:
+        """A copy of a denoiser of which only low-rank factors are trained."""
+        student = copy.deepcopy(source, {id(p): p for p in base_parameters(source)}).requires_grad_(False)
+        layers = lora_layers(student.net)
+        if not layers:
+            assert self.lora is not None
+            add_lora(student.net, self.lora, targets=self.lora_targets, seed=self.seed)
+        for layer in layers.values():
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.requires_grad_(True)
+        if self.gradient_checkpointing:
+            checkpoint_gradients(student.net)
+        return student
+
+    def full_copy(self, of: Denoiser) -> Denoiser:
+        """A copy of a denoiser of which all weights are trained in any case: of critics."""
+        copied = copy.deepcopy(of).requires_grad_(True)
+        if self.gradient_checkpointing:
+            checkpoint_gradients(copied.net)
+        return copied
 
     @property
     def label_count(self) -> int:
@@ -365,17 +393,3 @@ class DistillTask:
             options: of `make_pairs`.
         """
         return make_pairs(self, self.out / "pairs" / name, count, **options)
-
-
-def check_batch_keys(batches: Any) -> None:
-    """Refuse batches with keys that distillers use to pass values between losses.
-
-    Raises:
-        BadInput: naming the key.
-    """
-    reserved = sorted(set(RESERVED_KEYS) & set(batches[0]))
-    if reserved:
-        others = ", ".join(key for key in RESERVED_KEYS if key != reserved[0])
-        raise BadInput(
-            f"batches have the key {reserved[0]!r}, which distillers use themselves: rename it (to none of {others})"
-        )

@@ -75,7 +75,7 @@ class DMD(Distiller):
         """Train the stage `dmd`."""
         torch.manual_seed(task.seed)  # the critic's first weights
         student = task.student()
-        fake = FakeScore(task.student(task.denoiser), task.shape, task.label_count, task.one_cond())
+        fake = FakeScore(task.full_copy(task.denoiser), task.shape, task.label_count, task.one_cond())
         modules = [
             task.trained_module("fake", fake, self.fake_loss(task, student, fake), self.fake_lr, betas=(0.0, 0.999)),
             task.trained_module(
