@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
-from ..errors import BadInput
 from ..nets.critic import label_count
 from ..nets.lora import add_lora, base_parameters, lora_layers
 from ..train.checkpoint import load_modules, save_modules
@@ -21,6 +20,7 @@ from ..train.data import Batches
 from ..train.ema import Ema
 from ..train.fit import Fit
 from ..train.trained_module import TrainedModule
+from ._batch_keys import check_batch_keys
 from ._conditions import ConditionSource, both_branches, condition_source, unconditional
 from ._memory import checkpoint_gradients, to_float32
 from ._pair_making import make_pairs
@@ -29,8 +29,6 @@ from ._scalar_inputs import with_scalar_inputs
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 STUDENT_FILE = "student.safetensors"
-# keys of a batch through which the losses of one step pass values to one another
-RESERVED_KEYS = ("fake", "t", "z", "chain", "advantage", "k")
 
 
 @dataclass
@@ -395,17 +393,3 @@ class DistillTask:
             options: of `make_pairs`.
         """
         return make_pairs(self, self.out / "pairs" / name, count, **options)
-
-
-def check_batch_keys(batches: Any) -> None:
-    """Refuse batches with keys that distillers use to pass values between losses.
-
-    Raises:
-        BadInput: naming the key.
-    """
-    reserved = sorted(set(RESERVED_KEYS) & set(batches[0]))
-    if reserved:
-        others = ", ".join(key for key in RESERVED_KEYS if key != reserved[0])
-        raise BadInput(
-            f"batches have the key {reserved[0]!r}, which distillers use themselves: rename it (to none of {others})"
-        )
