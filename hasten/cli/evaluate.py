@@ -15,6 +15,7 @@ from .terminal import print_result
 def evaluate(
     model: str,
     *,
+    lora: list[str] | None = None,
     n: int = 2000,
     reference: str | None = None,
     features: str | None = None,
@@ -44,6 +45,8 @@ def evaluate(
 
     Args:
         model: A bundled name (see models) or a folder.
+        lora: A LoRA file that is merged into the weights, or FILE:SCALE; may be given several times. That of a student
+            brings its steps, sampler and guidance scale.
         n: Number of images; at least 10, better 2000 or more.
         reference: Bundled statistics, a folder of statistics, or a folder, zip or array of real images, whose
             statistics are computed once. Default: the one that the model names.
@@ -78,7 +81,7 @@ def evaluate(
         n=n, reference=reference, features=features, seed=seed, repeats=repeats, batch_size=batch_size
     )
     ranks = processes(device)
-    loaded = open_shared(model, ranks)
+    loaded = open_shared(model, ranks, lora=lora)
     if loaded.conditioning is not None and texts is None and label is not None:
         texts = [label]  # as for sample
     how = sampling_config(

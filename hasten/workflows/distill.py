@@ -24,7 +24,7 @@ from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
 from ..performance.autotune import format_runtime, parse_runtime
-from ..performance.cost import process_peak
+from ..performance.cost import peak_bytes
 from ..pick import format_spec, pick
 from ..progress import ignore_messages
 from ..storage.checks import check_trainable
@@ -37,6 +37,7 @@ from ..train.fingerprint import describe_data
 from ..train.names import match_labels
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
+from .lora import check_lora
 from .students import Saver
 
 RUN = "run.json"
@@ -60,6 +61,10 @@ class DistillConfig(Config):
         grad_accumulation: parts of a batch that are computed one after another, to need less memory.
         fsdp: shard the student (and not the teacher) among the processes of torchrun, for methods whose student is
             evaluated as a whole.
+        lora: rank of a LoRA that is trained in place of all weights, and saved as a file of its own beside the model;
+            None: all weights.
+        lora_targets: the layers that the LoRA adapts: `attention`, `conv`, `all`, or names of modules, comma-separated;
+            None: `attention` where the network has such layers, else `all`.
     """
 
     method: str = "guided"
@@ -72,6 +77,8 @@ class DistillConfig(Config):
     precision: str = "auto"
     grad_accumulation: int = 1
     fsdp: bool = False
+    lora: int | None = None
+    lora_targets: str | None = None
 
     renamed: ClassVar[Mapping[str, str]] = {
         "evaluations": "nfe_budget",
@@ -95,6 +102,8 @@ class DistillOptions(TypedDict, total=False):
     precision: str
     grad_accumulation: int
     fsdp: bool
+    lora: int | None
+    lora_targets: str | None
 
 
 @holds_lock("out", unless="dry_run")
@@ -147,6 +156,7 @@ def distill_model(
     guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
     distiller = pick("distillers", method)
     check_models(model, init, distiller, method)
+    check_lora(model if init is None else init, distiller, config.lora, config.lora_targets, config.fsdp)
     ranks = Ranks.start(str(model.device))
     check_int("batch_size", batch_size, 1)
     check_int("accumulate", accumulate, 1)
@@ -180,6 +190,8 @@ def distill_model(
         "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     } | ({} if init is None else {"init": model_hash(init)})
+    if config.lora is not None:
+        run |= {"lora": config.lora, "lora_targets": config.lora_targets}
     precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
@@ -200,6 +212,8 @@ def distill_model(
         "classes": None if model.classes is None else len(model.classes),
         "codec": model.codec,
         "init": first,
+        "lora": config.lora,
+        "lora_targets": config.lora_targets,
     }
     for line in run_notices(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.is_main_process else ():
         print(f"hasten: {line}", file=sys.stderr)
@@ -246,7 +260,7 @@ def distill_model(
     if dry_run:
         return result
     common["precision"] = known["precision"]
-    saver = Saver(model, out, result, scale, command, say)
+    saver = Saver(model, out, result, scale, command, say, base=init)
     save = saver if ranks.is_main_process else (lambda name, student: None)
     task = DistillTask(
         **common,
@@ -384,10 +398,3 @@ def resolve_precision(model: Model, runtime: str, batch_size: int) -> str:
             raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
         return precision
     return model.precision_for("auto", min(batch_size, 64)).split("+")[0]
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Maximum bytes in use: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return process_peak()

@@ -14,9 +14,13 @@ from ..distillers import Student
 from ..errors import HastenError
 from ..files import check_writable, write_file
 from ..images import encode_png, make_image_grid
+from ..model.lora import lora_file
 from ..model.model import Model
+from ..nets.lora import lora_factors, merge_lora, remove_lora
 from ..pick import pick
 from ..plan.table import plan as compile_plan
+from ..storage.lora_files import FILE as LORA_FILE
+from ..storage.lora_files import write_lora
 from ..storage.provenance import utc_now
 
 PREVIEW_IMAGES = 64  # images in the preview of a stage
@@ -28,8 +32,16 @@ class Saver:
     """Saves students, and previews of their samples, where they do not exist already."""
 
     def __init__(
-        self, teacher: Model, out: Path, result: dict[str, Any], scale: float, command: str, say: Callable[[str], None]
+        self,
+        teacher: Model,
+        out: Path,
+        result: dict[str, Any],
+        scale: float,
+        command: str,
+        say: Callable[[str], None],
+        base: Model | None = None,
     ) -> None:
+        self.base = teacher if base is None else base  # which a LoRA changes
         self.teacher, self.out, self.result, self.scale = teacher, out, result, scale
         self.command, self.say = command, say
 
@@ -40,6 +52,8 @@ class Saver:
         self.result["students"][name or "."] = str(folder)
         if not (folder / "model.json").is_file():
             model.save(folder)
+            if factors := lora_factors(student.denoiser.net):
+                write_lora(lora_file(self.base, factors, model), folder / LORA_FILE)
             if name is not None:
                 self.say(f"{name}: {folder} is saved")
         picture = self.out / f"{name}.png"
@@ -56,6 +70,8 @@ class Saver:
         """The student as a model, with its plan and its origin on its card."""
         span = student.guidance or (self.scale, self.scale)
         denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage uses the original
+        merge_lora(denoiser.net)
+        factors = remove_lora(denoiser.net)
         if not denoiser.net_takes_guidance:
             denoiser = denoiser.replace(guidance_range=span)
         sampler = pick("samplers", student.sampler)
@@ -75,6 +91,7 @@ class Saver:
                 "date": utc_now(),
                 "command": self.command,
                 **({"any_time": True} if student.any_time else {}),
+                **({"lora": {"rank": next(iter(factors.values())).rank, "layers": len(factors)}} if factors else {}),
             },
         }
         return Model(
