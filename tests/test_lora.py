@@ -54,8 +54,7 @@ def test_training_writes_a_lora_that_gives_the_student(students: Path) -> None:
         assert (again.steps, again.sampler, again.times) == (steps, "ddim", "trailing")
         assert (again.sample(2) - student.sample(2)).abs().max() < 1e-5
         assert (again.sample(2) - base.sample(2, sampler="ddim", times="trailing", steps=steps)).abs().max() > 1e-3
-        for name, one in lora_factors(again.denoiser.net).items():
-            raise AssertionError(f"{name} {one} should be merged")
+        assert not lora_factors(again.denoiser.net) and not lora_factors(student.denoiser.net)  # merged
     before, after = base.denoiser.net.net.state_dict(), last.denoiser.net.net.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{name}.weight" for name in file.components["unet"]}
@@ -67,7 +66,7 @@ def test_checkpoints_of_stages_are_small(students: Path) -> None:
 
     for folder in (students / "stages").iterdir():
         with safe_open(folder / "student.safetensors", "pt") as file:
-            assert file.keys() and all("lora_" in name for name in file.keys())
+            assert file.keys() and all("lora_" in name for name in file.keys())  # noqa: SIM118
 
 
 def test_a_run_resumes_as_it_was_and_refuses_another_rank(students: Path, data: Path, tmp_path: Path) -> None:
@@ -83,12 +82,19 @@ def test_a_run_resumes_as_it_was_and_refuses_another_rank(students: Path, data: 
         assert torch.equal(factors.up, two.components["unet"][name].up)
 
 
-def test_stock_diffusers_loads_it(students: Path) -> None:
-    pipe, student = tiny.ddpm_pipeline(), hasten.load(students)
-    pipe.unet.load_lora_adapter(str(students), weight_name=FILE, prefix="unet")
+def test_peft_computes_the_same(students: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors import safe_open
+
+    unet, student = tiny.ddpm_pipeline().unet, hasten.load(students)
+    with safe_open(students / FILE, "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+        state = {key.removeprefix("unet."): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    inject_adapter_in_model(LoraConfig(**{key.removeprefix("unet."): value for key, value in config.items()}), unet)
+    assert not set_peft_model_state_dict(unet, state).unexpected_keys
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, theirs = (net(x, torch.tensor(500)).sample for net in (student.denoiser.net.net, pipe.unet))
+        ours, theirs = (net(x, torch.tensor(500)).sample for net in (student.denoiser.net.net, unet))
     assert (ours - theirs).abs().max() < 1e-5
 
 
@@ -110,7 +116,7 @@ def test_what_cannot_be_trained_is_refused(data: Path, tmp_path: Path, options: 
         )
 
 
-@pytest.mark.parametrize("method", ["consistency", "dmd", "diffusion_gan:steps=1", "tract:steps=(2,)"])
+@pytest.mark.parametrize("method", ["consistency", "dmd", "diffusion_gan:steps=1", "tract"])
 def test_other_methods_train_one(data: Path, tmp_path: Path, method: str) -> None:
     """Critics keep all their weights: only the student's are frozen."""
     base = hasten.load(tiny.ddpm_pipeline())
@@ -123,7 +129,7 @@ def test_other_methods_train_one(data: Path, tmp_path: Path, method: str) -> Non
 def test_hastens_own_network(tmp_path: Path, data: Path) -> None:
     from .factories import tiny_model
 
-    base = tiny_model()
+    base = tiny_model(classes=None)
     samples = torch.randn(8, *base.shape)
     distill_model(base, tmp_path / "out", "progressive:steps=(2,)", samples, lora=2, **COMMON)
     again = base.with_lora(tmp_path / "out" / FILE)
@@ -236,14 +242,21 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "no LoRA file" in run(*wrong, code=1)
 
 
-def test_quantize_merges_first(students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny.ddpm_pipeline().save_pretrained(tmp_path / "base")
-    words = ["quantize", tmp_path / "base", "--lora", students / FILE, "--out", tmp_path / "q", "--images", 2]
+def test_quantize_merges_first(tmp_path: Path) -> None:
+    pipe = tiny.ddpm_pipeline()
+    pipe.save_pretrained(tmp_path / "base")
+    base, draw = hasten.load(pipe), torch.Generator().manual_seed(0)
+    factors = {
+        name: LowRank(torch.randn(2, layer.in_features, generator=draw), torch.randn(layer.out_features, 2), 0.4)
+        for name, layer in target_layers(base.denoiser.net.net, "attention").items()
+    }
+    file = write_lora(lora_file(base, factors), tmp_path / "x.safetensors")
+    words = ["quantize", tmp_path / "base", "--lora", file, "--out", tmp_path / "q", "--images", 2]
     assert main([str(word) for word in words]) == 0
-    quantized, student = hasten.load(tmp_path / "q"), hasten.load(students)
-    assert quantized.steps == student.steps == 2
-    error = (quantized.sample(2) - student.sample(2)).abs().mean()
-    plain = hasten.load(tmp_path / "base").sample(2, sampler="ddim", times="trailing", steps=2)
-    assert error < 0.3 * (plain - student.sample(2)).abs().mean()
+    quantized, merged = hasten.load(tmp_path / "q"), base.with_lora(file)
+    x, t = torch.randn(4, 3, 8, 8, generator=draw), torch.tensor(0.5)
+    with torch.no_grad():
+        one, two, plain = (model.denoiser.raw(x, t) for model in (quantized, merged, base))
+    assert (one - two).norm() < 0.3 * (plain - two).norm()
     with pytest.raises(BadInput, match="is quantised or exported"):
-        quantized.with_lora(students / FILE)
+        quantized.with_lora(file)
