@@ -45,7 +45,7 @@ def check_lora(
     if distiller is not None and distiller.adds_inputs:
         raise BadInput(
             f"{pick_name(distiller)} gives its students' networks further inputs or another class, which a LoRA cannot "
-            "hold: use a method that keeps the network, such as progressive, consistency, tract or dmd"
+            "hold: use a method that keeps the network, such as progressive, guided with guidance=none, tract or dmd"
         )
     if sharded:
         raise BadInput("a LoRA is trained without fsdp: its factors and their optimiser are small")
