@@ -173,8 +173,8 @@ def captions_of(data: Data, path: str | Path) -> tuple[str, ...]:
         return data.captions
     raise BadInput(
         data.caption_problem
-        or f"{path} has no captions to use as prompts: write metadata.jsonl (file_name and text), or a .txt beside each "
-        "image"
+        or f"{path} has no captions to use as prompts: write metadata.jsonl (file_name and text), or a .txt beside "
+        "each image"
     )
 
 
