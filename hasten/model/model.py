@@ -54,6 +54,7 @@ class Model:
     conditioning: of a model that takes prompts where others take labels: `cond(n, prompt, seed)` gives what the network
         is conditioned on (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
     pipeline: of diffusers, with which the network was loaded and can be saved again.
+    calibration_prompts: of a model that takes prompts: those on which accelerators are calibrated; none: the empty one.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
@@ -76,6 +77,7 @@ class Model:
     conditioning: Any = None
     decoder: Any = None
     pipeline: Any = None
+    calibration_prompts: tuple[str, ...] = ()
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
