@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import hasten
-from hasten.adapters.diffusers.memory import enable_gradient_checkpointing
 from hasten.cli.app import main
 from hasten.denoiser import Denoiser
+from hasten.distillers._memory import checkpoint_gradients
 from hasten.errors import BadInput
 from hasten.train.data import Data
 from hasten.train.losses import DenoisingLoss
@@ -216,7 +216,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(kind: str) ->
         net = model.denoiser.net.requires_grad_(True)
         count = [0]
         if on:
-            enable_gradient_checkpointing(net)
+            checkpoint_gradients(net)
         block = net.net.transformer_blocks[0] if kind == "sd3" else net.net.down_blocks[0].resnets[0]
         block.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         cond = model.conditioning.cond(2, ["a cat", "a dog"])

@@ -41,8 +41,6 @@ def train(
     seed: int | None = None,
     precision: str | None = None,
     kind: str = "model",
-    base: str | None = None,
-    init: str | None = None,
     factor: int | None = None,
     latent_channels: int | None = None,
     perceptual: str | None = None,
@@ -72,7 +70,9 @@ def train(
         label: The column of the file of labels (or the array of an .npz) that holds the class; folders for the class
             folders, none to train without classes.
         base: A text-to-image pipeline (a folder, a hub id, or a bundled name) whose network is trained on the captions.
-        init: base continues from the weights of the pipeline's network, random trains it from scratch. Default: base.
+            For kind decoder: the autoencoder's folder, or that of a pipeline that has one.
+        init: With --base, base to continue from the network's weights, or random to train it from scratch. Default:
+            base. For kind autoencoder: the one to continue from, its folder or that of a pipeline.
         caption: The column that holds the captions; txt for the files beside the images, none to read none.
         cache: The folder of the latents and text embeddings of --base. Default: encoded in the folder of the run.
         cache_dtype: Their numbers, fp16 or fp32. Default: fp16.
@@ -93,8 +93,6 @@ def train(
             latents of --base. An autoencoder has the options minutes, steps, size, channels, widths, blocks,
             batch_size, lr, flip, grad_accumulation, seed, precision and those below, and more in --config
             (AutoencoderConfig, DecoderConfig).
-        base: For kind decoder: the autoencoder's folder, or that of a diffusers pipeline that has one.
-        init: For kind autoencoder: the one to continue from, its folder or that of a pipeline.
         factor: For kind autoencoder: how often the image's side is the latent's, a power of two. Default: 4, from 128
             pixels 8.
         latent_channels: For kind autoencoder. Default: 8.
@@ -113,7 +111,7 @@ def train(
     except ValueError as e:
         raise BadInput(f"widths are whole numbers, comma-separated, such as 64,128, got {widths!r}") from e
     parts = {
-        "base": base, "init": init, "factor": factor, "latent_channels": latent_channels, "perceptual": perceptual,
+        "factor": factor, "latent_channels": latent_channels, "perceptual": perceptual,
         "gan_weight": gan_weight,
     }  # fmt: skip
     options = explicit_options(

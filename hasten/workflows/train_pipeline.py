@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..adapters.diffusers.library import network_of
-from ..adapters.diffusers.memory import enable_gradient_checkpointing
 from ..denoiser import Denoiser
+from ..distillers._memory import checkpoint_gradients, to_float32
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, check_choice
 from ..loading import load
@@ -80,7 +80,8 @@ def train_pipeline(
     ranks = Ranks.start(device)
     with ranks.main_process_first():
         model = base if isinstance(base, Model) else load(base, "cpu" if isinstance(base, (str, Path)) else None)
-    model = replace(model, denoiser=copy.deepcopy(model.denoiser).float())
+    model = replace(model, denoiser=copy.deepcopy(model.denoiser))
+    to_float32(model.denoiser)
     check_base(model)
     source = captioned_data(data, model, config)
     previous = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
@@ -102,7 +103,7 @@ def train_pipeline(
     if config.init == "random":
         initialise(denoiser.net)
     if config.gradient_checkpointing:
-        enable_gradient_checkpointing(denoiser.net)
+        checkpoint_gradients(denoiser.net)
     precision = previous.get("precision") if config.precision == "auto" else None
     precision = precision or ranks.on_main_process(lambda: fastest_precision(model, encoded, config, ranks.device))
     loss = DenoisingLoss(label_drop=config.label_drop, null_conditions=encoded.null_conditions)
@@ -132,6 +133,8 @@ def train_pipeline(
     fresh: dict[str, Any] = {"plan": None, "plans": {}, "statistics": {}, "parts": {}}  # those of other weights
     pipeline = copy.copy(model.pipeline)  # which shares its components; the original is unchanged
     averaged = averaged.eval().requires_grad_(False).cpu()
+    if config.gradient_checkpointing:
+        checkpoint_gradients(averaged.net, False)
     setattr(pipeline, network_of(pipeline)[0], averaged.net.net)
     result = replace(
         model,
