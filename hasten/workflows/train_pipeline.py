@@ -115,7 +115,9 @@ def train_pipeline(
     assert isinstance(averaged, Denoiser)
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
         return load(saved)  # with what was added to it since, such as plans
-    card = {key: model.card[key] for key in ("pipeline", "network", "scheduler", "parameters") if key in model.card}
+    card: dict[str, Any] = {
+        key: model.card[key] for key in ("pipeline", "network", "scheduler", "parameters") if key in model.card
+    }
     card |= {
         "data": source.source,
         "images": len(source),
@@ -221,7 +223,7 @@ def fastest_precision(model: Model, data: Data, config: TrainConfig, device: tor
         return format_runtime(parse_runtime(config.precision))
     size = min(config.batch_size, 16)
     assert data.conditions is not None
-    cond = {name: value.to(device) for name, value in data.conditions([0] * size).items()}
+    cond: dict[str, Any] = {name: value.to(device) for name, value in data.conditions([0] * size).items()}
     x = torch.randn(size, *data.shape, device=device)
     identity = f"train {type(model.denoiser.net).__name__} {sum(p.numel() for p in model.denoiser.parameters())}"
     return format_runtime(autotune(model.denoiser.to(device), x, identity, **cond)).split("+")[0]
