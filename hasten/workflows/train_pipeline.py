@@ -34,6 +34,7 @@ __all__ = ["train_pipeline"]
 
 INITS = ("base", "random")
 LR = {"base": 1e-5, "random": 1e-4}
+KEPT = ("pipeline", "network", "scheduler", "parameters")  # of the card of the base
 # Fields of `TrainConfig` that describe a new network of pixels.
 NEW_NETWORK = ("channels", "label", "widths", "blocks", "patch")
 
