@@ -19,6 +19,8 @@ from hasten.model.lora import lora_file
 from hasten.nets.lora import LowRank, lora_factors, target_layers
 from hasten.nets.quantized import layers
 from hasten.storage.lora_files import FILE, read_lora, write_lora
+from hasten.train.data import Data
+from hasten.workflows import students as students_module
 from hasten.workflows.distill import distill_model
 from hasten.workflows.lora import extract_lora
 
@@ -135,6 +137,33 @@ def test_hastens_own_network(tmp_path: Path, data: Path) -> None:
     distill_model(base, tmp_path / "out", "progressive:steps=(2,)", samples, lora=2, **COMMON)
     again = base.with_lora(tmp_path / "out" / FILE)
     assert (again.sample(2) - hasten.load(tmp_path / "out").sample(2)).abs().max() < 1e-5
+
+
+def test_a_student_of_prompts_in_a_stock_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of hasten, and of diffusers with the base pipeline, the LoRA file and no guidance, are equal."""
+    from diffusers import DDIMScheduler
+
+    monkeypatch.setattr(students_module, "PREVIEW_PROMPTS", 1)
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = Data.of(pixels, captions=("a cat", "a dog") * 4)
+    base, out = hasten.load(tiny.sd_pipeline()), tmp_path / "out"
+    method = "guided:steps=(2,),guidance=none,lr=0.03"
+    distill_model(base, out, method, data, lora=2, lora_targets="attention,conv", guidance_scale=3.0, **COMMON)
+    model = base.with_lora(out / FILE)
+    assert model.steps == 2 and model.denoiser.guidance_range == (3.0, 3.0) and model.guidance_scale == 3.0
+    with pytest.raises(BadInput, match="distilled for guidance_scale"):
+        model.sample(1, "a cat", guidance_scale=7.0)
+    ours = model.sample(1, "a cat", seed=0)
+    assert (ours - base.sample(1, "a cat", sampler="ddim", times="trailing", steps=2)).abs().max() > 1e-3
+    pipe = tiny.sd_pipeline()
+    pipe.load_lora_weights(str(out / FILE))
+    changes = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
+    latents = hasten.Noise(range(1), model.shape).initial()
+    theirs = pipe("a cat", latents=latents, num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
+    assert (2 * theirs - 1 - ours).abs().max() < 1e-3
+    again = hasten.load(out)
+    assert (again.sample(1, "a cat", seed=0) - ours).abs().max() < 1e-5
 
 
 def prompt_student(scale: float = 3.0) -> tuple[Model, Model]:
