@@ -308,6 +308,12 @@ def remove_lora(net: nn.Module) -> dict[str, LowRank]:
     return factors
 
 
+def fold_lora(net: nn.Module) -> dict[str, LowRank]:
+    """Merge the factors into the weights and make the layers plain ones, in place; returns the factors."""
+    merge_lora(net)
+    return remove_lora(net)
+
+
 def merge_factors(net: nn.Module, factors: Mapping[str, LowRank], scale: float = 1.0) -> None:
     """Add `scale` times low-rank changes to the weights of layers, by name, in place.
 
