@@ -68,7 +68,7 @@ class LowRank:
 class LoRALayer(nn.Module):
     """What `LoRALinear` and `LoRAConv2d` have in common."""
 
-    weight: nn.Parameter
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_alpha: float
