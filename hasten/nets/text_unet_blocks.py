@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import BadInput, check_choice, check_int
 from .layers import ModuleListOf
@@ -234,11 +235,16 @@ class Upsample(nn.Module):
 class LevelBlocks(nn.Module):
     """Residual blocks, each followed by a transformer where the level has them: base class of a level's parts.
 
+    With `gradient_checkpointing = True` each block's activations are computed again in the backward pass, in place of
+    being stored.
+
     Args:
         level: its row of the table.
         channels: of the input of each residual block.
         time_width, text_width, groups: of the network.
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, level: Level, channels: Sequence[int], time_width: int, text_width: int, groups: int) -> None:
         super().__init__()
@@ -255,9 +261,19 @@ class LevelBlocks(nn.Module):
         return blocks
 
     def block(self, k: int, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
-        """Residual block k and its transformer."""
-        x = self.resnets[k](x, time)
-        return self.attentions[k](x, text) if k < len(self.attentions) else x
+        """Residual block k and the transformer after it."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._block, k, x, time, text, use_reentrant=False)
+        return self._block(k, x, time, text)
+
+    def _block(self, k: int, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        """`block` without checkpointing."""
+        x, place = self.resnets[k](x, time), self.transformer_after(k)
+        return x if place is None else self.attentions[place](x, text)
+
+    def transformer_after(self, k: int) -> int | None:
+        """The index of the transformer after residual block k, None where there is none."""
+        return k if k < len(self.attentions) else None
 
 
 class DownLevel(LevelBlocks):
@@ -291,11 +307,12 @@ class MiddleLevel(LevelBlocks):
     def count_transformers(self, level: Level, blocks: int) -> int:
         return 1
 
+    def transformer_after(self, k: int) -> int | None:
+        return 0 if k == self.before - 1 and len(self.attentions) else None
+
     def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
-        for k, block in enumerate(self.resnets):
-            x = block(x, time)
-            if k == self.before - 1 and len(self.attentions):
-                x = self.attentions[0](x, text)
+        for k in range(len(self.resnets)):
+            x = self.block(k, x, time, text)
         return x
 
 
