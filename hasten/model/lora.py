@@ -33,9 +33,7 @@ NETWORKS = ("unet", "transformer")  # components that are the denoising network
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def load_lora_weights(
-    model: M, lora: str | Path | LoRAFile | Sequence[str | Path | LoRAFile], scale: float = 1.0
-) -> M:
+def load_lora_weights(model: M, lora: str | Path | LoRAFile | Sequence[str | Path | LoRAFile], scale: float = 1.0) -> M:
     """A copy of a model with LoRAs merged into its weights, and into its text encoders' where a file has such parts.
 
     The LoRA of a student brings its steps, sampler, times and built-in guidance scale with it; the model then

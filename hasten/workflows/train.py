@@ -87,7 +87,8 @@ def train_model(
         refuse_inside(config.cache, data, "cache")
     if base is not None:
         return train_pipeline(data, Path(out), config, base, device=device, name=name, show=show)
-    for key, unset in (("init", "base"), ("cache", None), ("gradient_checkpointing", False)):
+    others = dict.fromkeys(("cache", "lora", "lora_targets"))
+    for key, unset in {"init": "base", "gradient_checkpointing": False, **others}.items():
         if getattr(config, key) != unset:
             raise BadInput(f"{key} is for a network of diffusers: set base to the pipeline to train")
     steps, minutes, seed, batch_size = config.steps, config.minutes, config.seed, config.batch_size
