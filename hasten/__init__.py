@@ -39,8 +39,9 @@ _HOMES = {
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
     **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
     **dict.fromkeys(["accelerate", "as_scheduler", "times_like"], "adapters.diffusers"),
-    # diffusers looks both up where a pipeline was saved with such a scheduler
+    # diffusers looks these up where a pipeline was saved with such a scheduler or network
     **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),
+    **dict.fromkeys(["MobileUNet2DConditionModel", "ModelMixin"], "adapters.diffusers.text_unet_class"),
     **dict.fromkeys(["DistillConfig", "distill_model"], "workflows.distill"),
     **dict.fromkeys(["QuantizeConfig", "quantize_model"], "workflows.quantize"),
     **dict.fromkeys(["tune_model"], "workflows.tune"),

@@ -15,7 +15,8 @@ from .terminal import print_result
 def evaluate(
     model: str,
     *,
-    n: int = 2000,
+    lora: list[str] | None = None,
+    n: int | None = None,
     reference: str | None = None,
     features: str | None = None,
     seed: int = 0,
@@ -31,6 +32,10 @@ def evaluate(
     label: str | None = None,
     prompt: list[str] | None = None,
     prompts: Path | None = None,
+    data: Path | None = None,
+    split: str = "test",
+    judge: str | None = None,
+    images_per_prompt: int = 4,
     repeats: int = 1,
     batch_size: int = 64,
     precision: str | None = None,
@@ -44,10 +49,12 @@ def evaluate(
 
     Args:
         model: A bundled name (see models) or a folder.
-        n: Number of images; at least 10, better 2000 or more.
+        lora: A LoRA file that is merged into the weights, or FILE:SCALE; may be given several times. That of a student
+            brings its steps, sampler and guidance scale.
+        n: Number of images; at least 10, better 2000 or more. Default: one of each caption of the data, otherwise 2000.
         reference: Bundled statistics, a folder of statistics, or a folder, zip or array of real images, whose
             statistics are computed once. Default: the one that the model names.
-        features: Feature network: fashion, efficientnet_lite0 or inception. Default: the reference's.
+        features: Feature network: fashion, efficientnet_lite0, inception or a judge's folder. Default: the reference's.
         seed: Seed of the first image; image k has seed + k.
         config: A SamplingConfig file (TOML or JSON); the options below override its fields.
         sampler: As for sample; so are the next three.
@@ -61,6 +68,12 @@ def evaluate(
         label: As for sample; none is no class. Default: all classes in turn.
         prompt: Text prompt, of a model that takes prompts; given several times, image k gets number k mod their count.
         prompts: A text file of prompts, one a line, in place of prompt.
+        data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions are the prompts,
+            the pictures the reference.
+        split: Of the data, the pictures that are held out: test, val or train.
+        judge: What features are of, and what compares images with prompts: a folder of contrastive towers or of a
+            CLIPModel of transformers. Default: the one that the model names.
+        images_per_prompt: Images of each prompt from which diversity is measured; 1 leaves it out.
         repeats: Number of blocks of n seeds: figures are then means with their standard deviation.
         batch_size: Images in the network at once.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
@@ -69,16 +82,17 @@ def evaluate(
 
     Returns:
         The settings, and under `measures` each figure with its features, reference, count, real-data baseline and
-        interval.
+        interval. Of prompts also prompt_match, diversity and nearest.
     """
     from ..workflows.evaluate import EvaluateConfig, evaluate_model
 
     texts = prompts_of(prompt, prompts)
     request = EvaluateConfig(
-        n=n, reference=reference, features=features, seed=seed, repeats=repeats, batch_size=batch_size
-    )
+        n=n, reference=reference, features=features, seed=seed, repeats=repeats, batch_size=batch_size,
+        data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,
+    )  # fmt: skip
     ranks = processes(device)
-    loaded = open_shared(model, ranks)
+    loaded = open_shared(model, ranks, lora=lora)
     if loaded.conditioning is not None and texts is None and label is not None:
         texts = [label]  # as for sample
     how = sampling_config(

@@ -21,6 +21,7 @@ def sample(
     n: int = 16,
     label: str | None = None,
     prompt: list[str] | None = None,
+    lora: list[str] | None = None,
     seed: int = 0,
     config: Path | None = None,
     sampler: str | None = None,
@@ -54,6 +55,8 @@ def sample(
         label: Class name or index, or several, comma-separated, used in turn; none is no class. A number that is the
             name of a class is that class. Default: all classes in turn.
         prompt: Text prompt, of a model that takes prompts; given several times, image k gets number k mod their count.
+        lora: A LoRA file that is merged into the weights, or FILE:SCALE; may be given several times. That of a student
+            brings its steps, sampler and guidance scale.
         seed: Seed of the first image; image k has seed + k.
         config: A SamplingConfig file (TOML or JSON); the options below override its fields.
         sampler: Such as ddim, unipc or dpm:order=2,sde=true. Default: the model's recommended one,
@@ -86,7 +89,7 @@ def sample(
     check_int("batch_size", batch_size, 1)
     check_output(out, separate_files, images)
     ranks = processes(device)
-    loaded = open_shared(model, ranks, sound=False)
+    loaded = open_shared(model, ranks, sound=False, lora=lora)
     loaded = loaded if decoder is None else loaded.with_decoder(decoder)
     how = sampling_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
@@ -104,8 +107,8 @@ def sample(
         flags = {"guides": "guide", "accelerators": "accelerate"}
         options = {flags.get(key, key): value for key, value in settings.items()}
         return command_line("sample", model, {
-            "label": label, "prompt": prompt, **options, "images": images, "mask": mask, "decoder": decoder,
-            "n": n, "seed": seed, "separate_files": separate_files, "columns": columns,
+            "label": label, "prompt": prompt, "lora": lora, **options, "images": images, "mask": mask,
+            "decoder": decoder, "n": n, "seed": seed, "separate_files": separate_files, "columns": columns,
         })  # fmt: skip
 
     with progress(f"sampling {n} images") as tick:

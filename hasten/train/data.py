@@ -38,13 +38,15 @@ def open_data(
     channels: int | None = None,
     label: str | None = None,
     report: bool = True,
+    caption: str | None = None,
 ) -> Data:
-    """Open the images, and labels if any, of a path:
+    """Open the images, and labels and captions if any, of a path:
 
     - a folder or a zip of images, or one image. Labels come from a file next to them, or from class sub-folders:
       `labels.csv` (a column such as `file` or `filename`, and one such as `label` or `class`; separated by `,` `;` or
       a tab), `metadata.csv` or `metadata.jsonl` (`file_name` and `label`), `dataset.json` of the StyleGAN and EDM tools
-      (`{"labels": [[file, class], ...]}`). Both must agree. Sub-folders `train`, `test`, `val` are splits;
+      (`{"labels": [[file, class], ...]}`). Both must agree. Captions come from a column `text`, `caption` or `prompt`
+      of the same metadata files, or from a `.txt` beside each image. Sub-folders `train`, `test`, `val` are splits;
     - a folder of IDX files under their usual names (`train-images-idx3-ubyte`, gzipped or not), or one such file;
     - `.npy` or `.npz` (`images`, `labels`; `x_train`, `y_train`; `train_images`, `train_labels`; ...):
       (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3. Their value range is detected from the whole array, see
@@ -61,13 +63,15 @@ def open_data(
         label: the column of the label file, or the array of an `.npz`, to use; `folders`: the class folders;
             `none`: no labels.
         report: print on stderr, once, what the data holds and what of it is not used.
+        caption: the column of captions of a metadata file; `txt`: the files beside the images; `none`: no captions.
+            Default: those that there are, or none, with a message, if they are incomplete or contradict one another.
 
     Returns:
-        The data, with class names and labels if there are any.
+        The data, with class names and labels, and with captions, if there are any.
 
     Raises:
         BadInput: in one line that names the file, if something is missing, empty, damaged or inconsistent; if there
-            are labels that cannot be used; if two sources of labels differ.
+            are labels, or captions as requested, that cannot be used; if two sources of them differ.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise BadInput(
@@ -89,7 +93,9 @@ def open_data(
         pair = sides
     if not os.path.exists(path):
         raise BadInput(f"there is no file or folder {path}")
-    data = _open(path, split, pair, channels, label)
+    data = _open(path, split, pair, channels, label, caption)
+    if caption is not None and caption.lower() != "none" and data.captions is None:
+        raise BadInput(f"{path} is an array: captions ({caption}) are those of a folder or a zip of images")
     if report:
         for line in (data.summary, *data.messages, *_unused_files(path, data.labels is not None)):
             print_once(f"{path}: {line}")
@@ -109,7 +115,14 @@ def _unused_files(path: Path, labelled: bool) -> list[str]:
     return messages
 
 
-def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels: int | None, label: str | None) -> Data:
+def _open(
+    path: Path,
+    split: str | None,
+    pair: tuple[int, int] | None,
+    channels: int | None,
+    label: str | None,
+    caption: str | None,
+) -> Data:
     """`open_data` with its arguments checked."""
     if path.is_dir():
         idx = find_idx(path)
@@ -121,12 +134,12 @@ def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels:
         if (path / "images.npy").is_file():
             path = path / "images.npy"
         else:
-            return open_tree(folder_tree(path), split, pair, channels, label)
+            return open_tree(folder_tree(path), split, pair, channels, label, caption)
     name = path.name.lower()
     if split not in (None, "train") and name.endswith(".npy"):
         raise BadInput(f"{path} is one array and has no split {split!r}")
     if name.endswith(".zip"):
-        return open_tree(zip_tree(path), split, pair, channels, label)
+        return open_tree(zip_tree(path), split, pair, channels, label, caption)
     if name.endswith(".npy"):
         images, labels, messages = open_npy(path)
         return open_array(images, labels, str(path), pair, channels, label, messages=messages)
@@ -135,7 +148,7 @@ def _open(path: Path, split: str | None, pair: tuple[int, int] | None, channels:
     if "idx3" in name or name.endswith((".gz", "ubyte")):
         return open_array(*open_idx(path), str(path), pair, channels, label)
     if name.endswith(SUFFIXES):
-        return open_tree(file_tree(path), None, pair, channels, None)
+        return open_tree(file_tree(path), None, pair, channels, None, caption)
     raise BadInput(f"{path} is no source of images: use a folder, a .zip, an IDX file, a .npy or a .npz")
 
 

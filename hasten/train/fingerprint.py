@@ -1,4 +1,4 @@
-"""Fingerprints of data sets: size, shape, classes, labels and pixels, to recognise the data of a resumed run."""
+"""Fingerprints of data sets (shape, classes, labels, captions, pixels), to recognise the data of a resumed run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def describe_data(data: Data) -> dict[str, Any]:
     """The fingerprint of a data set, ready for JSON.
 
     Returns:
-        `{"images", "shape", "classes", "labels", "pixels"}`. labels and pixels are digests of 16 hexadecimal digits,
-        labels None if there are none. The pixels are those of all images for data in memory; for larger data they are
-        those of some images, with the names and sizes of all files.
+        `{"images", "shape", "classes", "labels", "captions", "pixels"}`. The last three are digests of 16 hexadecimal
+        digits; labels and captions are None if there are none. The pixels are those of all images for data in memory;
+        for larger data they are those of some images, with the names and sizes of all files.
     """
     if data not in _described:
         labels = None if data.labels is None else _digest([data.labels.numpy().tobytes()])
@@ -41,6 +41,7 @@ def describe_data(data: Data) -> dict[str, Any]:
             "shape": list(data.shape),
             "classes": None if data.classes is None else list(data.classes),
             "labels": labels,
+            "captions": None if data.captions is None else _digest(text.encode() for text in data.captions),
             "pixels": _sampled_pixels(data) if data.lazy else _all_pixels(data),
         }
     return _described[data]

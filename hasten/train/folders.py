@@ -1,4 +1,4 @@
-"""Data of a folder or a zip of images: splits, labels, common shape, decoding."""
+"""Data of a folder or a zip of images: splits, labels, captions, common shape, decoding."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from .captions import find_captions
 from .decode import Header, Unreadable, decode, read_alpha, read_header, readable_suffixes
 from .labels import find_labels
 from .messages import join_names, pluralize, print_once
@@ -42,9 +43,14 @@ TRIES = 100  # candidates to replace an unreadable image
 
 
 def open_tree(
-    tree: Tree, split: str | None, size: tuple[int, int] | None, channels: int | None, label: str | None
+    tree: Tree,
+    split: str | None,
+    size: tuple[int, int] | None,
+    channels: int | None,
+    label: str | None,
+    caption: str | None = None,
 ) -> Data:
-    """Data of a folder, a zip or one file, with labels from a label file or from the class sub-folders.
+    """Data of a folder, a zip or one file, with labels from a label file or the class sub-folders, and captions.
 
     Args:
         tree: the files.
@@ -52,9 +58,10 @@ def open_tree(
         size: (height, width) in pixels, or None for that of the images.
         channels: 1, 3 or None for those of the images.
         label: a column of the label file, `folders`, `none`, or None for the labels that there are.
+        caption: a column of the metadata file, `txt`, `none`, or None for the captions that there are.
 
     Raises:
-        BadInput: if there are no images, or labels, sizes or splits are inconsistent.
+        BadInput: if there are no images, or labels, captions, sizes or splits are inconsistent.
         Unreadable: if images are damaged and the data is held in memory.
     """
     suffixes = readable_suffixes()
@@ -65,8 +72,10 @@ def open_tree(
     parts, messages = choose_split(tree, names, split)
     names = [name for _, part in parts for name in part]
     skipped = [name for name in tree.names if not name.lower().endswith(suffixes) and name]
-    labels, origin, used, more = find_labels(tree, parts, label)
-    skipped = [name for name in skipped if name not in used]
+    captions = find_captions(tree, parts, caption)
+    labels, origin, used, more = find_labels(tree, parts, label, captions)
+    skipped = [name for name in skipped if name not in used and name not in captions.files]
+    more += [f"captions are not used: {captions.problem}"] if captions.problem else []
     headers = read_headers(tree, names)
     shape = common_shape(tree, names, headers, size, channels)
     c, h, w = shape
@@ -91,6 +100,8 @@ def open_tree(
         "origin": origin,
         "skipped": f"{pluralize(len(skipped), 'file')} skipped: {summarize_suffixes(skipped)}" if skipped else "",
         "messages": tuple(messages),
+        "captions": None if captions.texts is None else tuple(captions.texts[name] for name in names),
+        "caption_problem": captions.problem,
         "alpha": lambda k: read_alpha(tree, names[k]),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -42,7 +42,20 @@ class LabelFile:
     messages: list[str] = field(default_factory=list)
 
 
-def read_label_file(tree: Tree, place: str, column: str | None) -> LabelFile:
+def find_label_files(tree: Tree, prefixes: Sequence[str]) -> list[str]:
+    """The label files in the folders of the images and in their parents."""
+    files: dict[str, None] = {}
+    by_lower = {name.lower(): name for name in tree.names}
+    for prefix in prefixes:
+        parents = [prefix, *(f"{parent}/" if str(parent) != "." else "" for parent in PurePosixPath(prefix).parents)]
+        for folder in dict.fromkeys(parents):
+            for name in NAMES:
+                if (folder + name).lower() in by_lower:
+                    files[by_lower[(folder + name).lower()]] = None
+    return list(files)
+
+
+def read_label_file(tree: Tree, place: str, column: str | None, caption: str | None = None) -> LabelFile:
     """Read the labels of one file.
 
     Args:
@@ -50,6 +63,7 @@ def read_label_file(tree: Tree, place: str, column: str | None) -> LabelFile:
         place: name of the label file.
         column: of the classes. Default: the first of `CLASS` that is there; in a metadata file without one of these, a
             single other column whose values repeat.
+        caption: the column that is read as captions, if any.
 
     Raises:
         BadInput: if the file cannot be read or lacks the column, for rows without a label, or two labels of one image.
@@ -72,10 +86,12 @@ def read_label_file(tree: Tree, place: str, column: str | None) -> LabelFile:
             raise BadInput(
                 f"{where} has no column 'file' (columns: {', '.join(header)}; also read: {', '.join(FILE[1:])})"
             )
-        index = class_column(tree, place, header, columns, rows, file, column)
-        unused = [name for k, name in enumerate(header) if k not in (file, index)]
+        readable = [name if header[k] != caption else "" for k, name in enumerate(columns)]
+        index = class_column(tree, place, header, readable, rows, file, column)
+        unused = [name for k, name in enumerate(header) if k not in (file, index) and name != caption]
         if index is None:
-            return LabelFile(place, None, [f"{place} has no classes: {unused_columns(unused)}"])
+            silent = caption is not None and not any(map(str.strip, unused))
+            return LabelFile(place, None, [] if silent else [f"{place} has no classes: {unused_columns(unused)}"])
         value = index
         if place.lower().endswith(".jsonl"):
             odd = next((row for row in rows if row[value][:1] in ("[", "{")), None)
@@ -95,7 +111,7 @@ def unused_columns(names: list[str]) -> str:
     """A message about the columns that are not used."""
     text = [name for name in names if name.strip().lower() in TEXT]
     rest = [name for name in names if name not in text]
-    messages = [f"captions ({', '.join(text)}) are not supported yet and not used"] if text else []
+    messages = [f"captions ({', '.join(text)}) are not used"] if text else []
     rest = [name for name in rest if name.strip()]  # pandas writes its index under no name
     messages += [f"columns not used: {join_names(rest)} (choose one with label)"] if rest else []
     return "; ".join(messages) or "it has no other column than the file names"
@@ -245,9 +261,14 @@ def by_image(tree: Tree, place: str, pairs: list[tuple[str, str]]) -> dict[str, 
             )
         if labels.setdefault(name, label) != label:
             raise BadInput(f"{tree.where(place)} names {file} twice, as {labels[name]!r} and as {label!r}")
+    check_names(tree, place, labels)
+    return labels
+
+
+def check_names(tree: Tree, place: str, names: Iterable[str]) -> None:
+    """Raise BadInput if the label file `place` names files that do not exist."""
     known = set(tree.names)
-    missing = [name for name in labels if name not in known]
+    missing = [name for name in names if name not in known]
     if missing:
         more = f", and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise BadInput(f"{tree.where(place)} names {missing[0]}, which does not exist{more}")
-    return labels

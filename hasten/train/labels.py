@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from ..errors import BadInput
 from . import label_files
+from .captions import Captions
 from .messages import join_names
 from .names import is_number, normalize_name
 from .tree import Tree
@@ -20,7 +20,7 @@ MAYBE = re.compile(
 
 
 def find_labels(
-    tree: Tree, parts: list[tuple[str, list[str]]], column: str | None
+    tree: Tree, parts: list[tuple[str, list[str]]], column: str | None, captions: Captions
 ) -> tuple[dict[str, str] | None, str, set[str], list[str]]:
     """Find the labels of image files.
 
@@ -28,6 +28,7 @@ def find_labels(
         tree: the files.
         parts: (common folder, names of the images) of each split.
         column: of a label file; `folders`: the class folders; `none`: no labels; None: whatever there is.
+        captions: of the images, whose files and columns are no labels.
 
     Returns:
         The class of every image by its name, or None; the origin of the labels; the label files; messages.
@@ -39,23 +40,25 @@ def find_labels(
     names = [name for _, part in parts for name in part]
     if column == "none" or names == [""]:
         return None, "", set(), []
-    files = find_label_files(tree, [prefix for prefix, _ in parts])
-    folders = folder_labels(tree, parts, bool(files) or column not in (None, "folders"))
+    files = label_files.find_label_files(tree, [prefix for prefix, _ in parts])
+    captioned = captions.texts is not None  # as images of any folders may be
+    folders = folder_labels(tree, parts, bool(files) or captioned or column not in (None, "folders"))
     messages = []
     if column == "folders":
         return folders, "folders", set(), [f"{name} is not used" for name in files]
-    tables = [label_files.read_label_file(tree, name, column) for name in files]
+    tables = [label_files.read_label_file(tree, name, column, captions.columns.get(name)) for name in files]
     messages += [line for table in tables for line in table.messages]
     labelled = [table for table in tables if table.labels is not None]
     if column is not None and not labelled:
         raise BadInput(f"{tree.root} has no {' or '.join(label_files.TABLES)} to take the column {column!r} from")
     if not labelled:
-        if folders is None and files:
+        if folders is None and files and not captioned:
             folder_labels(tree, parts, False)
         if folders and all(re.fullmatch(r"[0-9]{5,}", name) for name in set(folders.values())):
             shown = join_names(sorted(set(folders.values())))
             messages.append(f"the folders {shown} are read as classes; if they are shards, set label to 'none'")
-        others = [] if folders else [n for n in tree.names if n not in files and MAYBE.search(PurePosixPath(n).name)]
+        known = {*files, *captions.files}
+        others = [] if folders else [n for n in tree.names if n not in known and MAYBE.search(PurePosixPath(n).name)]
         if others:
             messages.append(f"{join_names(others)} not read: labels are read from {', '.join(label_files.NAMES)}")
         return folders, "folders", {table.name for table in tables}, messages
@@ -72,19 +75,6 @@ def find_labels(
     if folders is not None and column is None:
         messages += check_class_folders(where, labels, folders)
     return {name: labels[name] for name in names}, origin, {table.name for table in tables}, messages
-
-
-def find_label_files(tree: Tree, prefixes: Sequence[str]) -> list[str]:
-    """The label files in the folders of the images and in their parents."""
-    files: dict[str, None] = {}
-    by_lower = {name.lower(): name for name in tree.names}
-    for prefix in prefixes:
-        parents = [prefix, *(f"{parent}/" if str(parent) != "." else "" for parent in PurePosixPath(prefix).parents)]
-        for folder in dict.fromkeys(parents):
-            for name in label_files.NAMES:
-                if (folder + name).lower() in by_lower:
-                    files[by_lower[(folder + name).lower()]] = None
-    return list(files)
 
 
 def folder_labels(tree: Tree, parts: list[tuple[str, list[str]]], lenient: bool) -> dict[str, str] | None:

@@ -47,6 +47,8 @@ class Data:
         captions: the text of each image, or None.
         conditions: list of n indices -> what a network is conditioned on beside labels, each (n, ...) by name, such as
             the embedded captions `text`; or None.
+        null_conditions: what replaces a condition NAME where it is dropped, (1, ...) each, as `null_NAME`; or None.
+        caption_problem: why the captions that there are cannot be used, for messages.
 
     Raises:
         BadInput: without images, or if the number of labels differs.
@@ -66,6 +68,8 @@ class Data:
     unreadable: set[int] = field(default_factory=set, repr=False, compare=False)
     captions: tuple[str, ...] | None = field(default=None, repr=False)
     conditions: Callable[[list[int]], dict[str, Tensor]] | None = field(default=None, repr=False)
+    null_conditions: dict[str, Tensor] | None = field(default=None, repr=False)
+    caption_problem: str = ""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -104,16 +108,19 @@ class Data:
 
     @property
     def summary(self) -> str:
-        """One line: number, size and color of the images, the classes and the origin of the labels."""
+        """One line: number, size and color of the images, the classes and the origin of the labels, captions."""
         channels, height, width = self.shape
         colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
         line = f"{pluralize(self.size, 'image')} {width} x {height} {colour}, "
-        if self.labels is None:
-            line += "no labels"
-        else:
+        parts = []
+        if self.labels is not None:
             names = self.classes or ()
-            line += f"{len(names):,} classes{f' from {self.origin}' if self.origin else ''} ({join_names(names)})"
-        return f"{line}, {self.skipped}" if self.skipped else line
+            where = f" from {self.origin}" if self.origin else ""
+            parts.append(f"{len(names):,} classes{where} ({join_names(names)})")
+        if self.captions is not None:
+            empty = sum(not text for text in self.captions)
+            parts.append(f"with captions ({empty:,} empty)" if empty else "with captions")
+        return line + ", ".join([*(parts or ["no labels"]), *([self.skipped] if self.skipped else [])])
 
     def __len__(self) -> int:
         """The number of images."""

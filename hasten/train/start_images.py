@@ -38,12 +38,12 @@ def read_images(path: Path, n: int, channels: int, unknown: bool = False, mask: 
     """
     data, missing = open_with_missing(path, channels) if unknown and mask is None else (None, None)
     if data is None:
-        data = open_data(path, split=None, channels=channels, label="none")
+        data = open_data(path, split=None, channels=channels, label="none", caption="none")
     x = to_float(first_images(data, path, n))
     if not unknown:
         return x
     if mask is not None:
-        masks = open_data(mask, split=None, channels=1, label="none")
+        masks = open_data(mask, split=None, channels=1, label="none", caption="none")
         if masks.shape[1:] != data.shape[1:]:
             raise BadInput(f"the mask {mask} is {size_text(masks)}, the images of {path} are {size_text(data)}")
         hidden = first_images(masks, mask, n) >= 128

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ from ..train.names import class_of, is_number
 from ..utils.config import Config
 from ..utils.environment import cache_folder
 from .distribute import idle_processes, sample_many, saved_batches
+from .prompt_figures import IMAGES_PER_PROMPT, PromptDetails, captions_for
 from .prompts import image_shape, prompts_for
 from .reference_images import resolve_reference
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateConfig", "evaluate_distributed", "evaluate_model"]
 
+IMAGES = 2000
 Bars = Callable[[str], "AbstractContextManager[Progress | None]"]
 
 
@@ -51,28 +54,39 @@ class EvaluateConfig(Config):
     """Which images to sample, and what to measure them against.
 
     Args:
-        n: number of images, at least 10; better 2000 or more.
+        n: number of images, at least 10; better 2000 or more. None: one of each caption of `data`, otherwise 2000.
         reference: bundled statistics, a folder of statistics, or a folder, zip or array of real images, whose
             statistics are computed once; None: the one that the model's card names.
         features: name of the feature network, or the network itself; None: the reference's.
         seed: of image 0; image k uses `seed + k`.
         label: of the images, see `Model.labels`.
-        prompts: of a model that takes prompts: image k gets number k mod their count.
+        prompts: of a model that takes prompts: image k gets number k mod their count. None: the captions of `data`.
+        data: of a model that takes prompts: a folder or zip of pictures with captions, which are the reference.
+        split: of `data`, the pictures that are held out.
+        judge: the features, and what compares images with prompts, see `metrics.text_judge.load_judge`; None: the one
+            that the model's card names.
+        images_per_prompt: from how many images of each prompt the diversity within a prompt is measured; 1: it is not.
         repeats: blocks of n seeds, one after the other: figures are then means, with the deviation of a block.
         batch_size: images in the network at once.
     """
 
-    n: int = 2000
+    n: int | None = None
     reference: Any = None
     features: Any = None
     seed: int = 0
     label: Label = None
     prompts: Sequence[str] | None = None
+    data: str | Path | None = None
+    split: str = "test"
+    judge: Any = None
+    images_per_prompt: int = IMAGES_PER_PROMPT
     repeats: int = 1
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_int("n", self.n, 10)
+        if self.n is not None:
+            check_int("n", self.n, 10)
+        check_int("images_per_prompt", self.images_per_prompt, 1)
         check_int("batch_size", self.batch_size, 1)
         check_int("repeats", self.repeats, 1)
 
@@ -95,6 +109,10 @@ def evaluate_model(
     A figure can be compared with its real-data baseline, which is what as many real images get, and with figures of
     the same features, reference and count.
 
+    A model that takes prompts is measured with the captions of `data` against its pictures, in the features of a judge:
+    also how often the right caption is retrieved (prompt match), how much the images of a prompt differ (diversity),
+    and whether images are nearer to training pictures than unseen real ones are.
+
     Args:
         evaluation: which images and which reference; None: 2000 images and the model's own reference.
         config: how to sample; None: as the model recommends. options: fields of it.
@@ -104,7 +122,8 @@ def evaluate_model(
 
     Returns:
         A dict: model, sha256, the sampling settings, n, seeds, and `measures`, by name a dict of value, features,
-        reference, count, baseline and interval. Empty in other processes than the main one.
+        reference, count, baseline and interval; of a judge also `judge`, `prompt_match`, `diversity` and `nearest`.
+        Empty in other processes than the main one.
 
     Raises:
         BadInput: before anything is sampled, for what cannot be.
@@ -115,23 +134,33 @@ def evaluate_model(
     """
     evaluation = EvaluateConfig() if evaluation is None else evaluation
     ranks = Ranks(model.device) if ranks is None else ranks
-    n, seed, batch_size, repeats = evaluation.n, evaluation.seed, evaluation.batch_size, evaluation.repeats
-    prompts = prompts_for(model, evaluation.prompts, "the evaluation")
+    tell = warn if ranks.is_main_process else ignore_messages
+    seed, batch_size, repeats = evaluation.seed, evaluation.batch_size, evaluation.repeats
+    chosen = (evaluation.data, evaluation.split, evaluation.judge)
+    captioned = captions_for(model, chosen, (evaluation.reference, evaluation.features), ranks, tell)
+    given = len(captioned.captions) if captioned is not None and evaluation.prompts is None else IMAGES
+    n = max(given, 10) if evaluation.n is None else evaluation.n
+    if captioned is not None:
+        captioned = captioned.with_baseline(n)
+    known_prompts = captioned.prompts(n) if captioned is not None and evaluation.prompts is None else evaluation.prompts
+    prompts = prompts_for(model, known_prompts, "the evaluation")
     label: Label = evaluation.label if prompts is None else prompts
     reference = evaluation.reference or model.card.get("reference")
-    if reference is None:
+    if captioned is None and reference is None:
         raise BadInput(f"{model.name} names no reference: give --reference, such as a folder of real images")
     config = SamplingConfig.of(config, options)
     precision = ranks.on_main_process(lambda: model.precision_for(config.precision or "fp32", min(n, batch_size)))
     resolved = model.resolve(config, precision=precision)
     labels = None if model.conditioning is not None else model.labels(n, label)
-    tell = warn if ranks.is_main_process else ignore_messages
-    known, net = resolve_reference(reference, evaluation.features, image_shape(model), model.device, ranks, tell)
-    assert known is not None and net is not None
+    if captioned is None:
+        known, net = resolve_reference(reference, evaluation.features, image_shape(model), model.device, ranks, tell)
+        assert known is not None and net is not None
+    else:
+        known, net = captioned.reference, captioned.judge
     for line in (without_neighbours(n, known), idle_processes(ranks, n, batch_size)):
         if line:
             tell(line)
-    blocks = []
+    blocks, details = [], PromptDetails()
     for block in range(repeats):
         first = seed + block * n
         request = {"n": n, "label": label, "seed": first, "batch_size": batch_size}
@@ -143,7 +172,16 @@ def evaluate_model(
                 progress=tick,
             )  # fmt: skip
         assert x is not None
-        blocks.append(evaluate_distributed(x, labels, net, known, range(first, first + n), ranks, model.classes))
+        seeds = range(first, first + n)
+        if captioned is None:
+            blocks.append(evaluate_distributed(x, labels, net, known, seeds, ranks, model.classes))
+        else:
+
+            def extra(count: int, texts: Sequence[str], start: int) -> Tensor | None:
+                return sample_many(model, count, list(texts), start, batch_size, ranks=ranks, config=resolved)
+
+            measured = details.measure(captioned, x, prompts or [], seeds, extra, evaluation.images_per_prompt)
+            blocks.append(measured if ranks.is_main_process else None)
         ranks.barrier()
         if saved is not None:
             saved.clear()
@@ -159,10 +197,12 @@ def evaluate_model(
         "seeds": [seed, seed + repeats * n - 1],
         **({"prompts": prompts} if prompts else {}),
         "measures": {name: measure.to_dict() for name, measure in measures.items()},
+        **details.to_dict(),
         "summary": [
             f"{measure}, deviation {deviation[name]:.2g} over {repeats} blocks" if name in deviation else str(measure)
             for name, measure in measures.items()
-        ],
+        ]
+        + details.lines,
         **({"repeats": repeats, "deviation": deviation} if repeats > 1 else {}),
         **({"blocks": [{name: m.value for name, m in each.items()} for each in finished]} if repeats > 1 else {}),
         **({"processes": ranks.world} if ranks.world > 1 else {}),

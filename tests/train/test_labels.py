@@ -86,8 +86,8 @@ def test_unused_files_and_columns_are_reported(flat: Path, capsys: pytest.Captur
     data = open_data(flat)
     assert data.labels is None
     output = capsys.readouterr().err
-    assert "3 images 4 x 4 grey, no labels, " in output
-    assert "captions (text) are not supported yet" in output and "columns not used: score" in output
+    assert "3 images 4 x 4 grey, with captions, " in output and data.captions == ("x", "y", "z")
+    assert "captions (text)" not in output and "columns not used: score" in output
     assert "other.csv not read: labels are read from labels.csv" in output and ".txt 1" in output
     open_data(flat)
     assert capsys.readouterr().err == ""  # once
