@@ -134,7 +134,8 @@ def test_prompts_alone_from_the_command_line(tmp_path: Path, capsys: pytest.Capt
     ):
         capsys.readouterr()
         assert main(["distill", str(tmp_path / "sd"), *arguments, *rest[:-1], str(tmp_path / "no")]) == 1
-        assert any(part in capsys.readouterr().err.strip().splitlines()[-1] for part in message.split("|"))
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert any(part in error for part in message.split("|")), error
     assert not (tmp_path / "no").exists()
 
 
@@ -185,7 +186,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(tmp_path: Path, m
 
 def test_a_scale_that_is_an_input_can_be_built_in() -> None:
     """An LCM's network at one scale is a network without that input, up to rounding."""
-    from hasten.adapters.diffusers import split_network
+    from hasten.adapters.diffusers.wrap import split_network
 
     net: Any = split_network(tiny.unet2d_condition())
     ranged = net.with_guidance()

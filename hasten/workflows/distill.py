@@ -37,7 +37,7 @@ from ..train.fingerprint import describe_data
 from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
-from .distill_data import null_conditions, training_data
+from .distill_data import null_conditions, shared_training_data, training_data
 from .students import Saver
 
 RUN = "run.json"
@@ -179,7 +179,7 @@ def distill_model(
         if first is not None and first.net_takes_guidance:
             first = at_scale(first, scale)
     refuse_inside(out, data if isinstance(data, (str, Path)) else None)
-    source = training_data(model, data, None if dry_run else out)
+    source = shared_training_data(ranks, lambda: training_data(model, data, None if dry_run else out))
     captions = condition_source(Batches(source, 1))
     null = null_conditions(model, source)
     if null:
