@@ -105,7 +105,8 @@ def test_half_precision_is_trained_in_float32(tmp_path: Path, dtype: torch.dtype
     assert pipe.unet.dtype == dtype and hasten.load(tmp_path / "o").denoiser.net.dtype == torch.float32
     from diffusers import DiffusionPipeline
 
-    opened = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path / "o"))
+    assert f"torch_dtype={dtype})" in (tmp_path / "o" / "README.md").read_text()
+    opened = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path / "o", torch_dtype=dtype))
     assert opened("a cat", num_inference_steps=1, guidance_scale=1.0, output_type="pt").images.isfinite().all()
     assert hasten.load(tmp_path / "o").sample(1, "a cat").isfinite().all()
 
@@ -144,7 +145,8 @@ def test_what_a_pipeline_has_no_place_for_is_refused(tmp_path: Path) -> None:
     for method, message in (
         ("guided:shared=true", "has no place for"),
         ("encoder", "cannot be saved: pipelines make images from noise"),
-        ("rcfd", "a classifier needs images with labels"),
+        ("rcfd", "takes prompts: use rcfd:features=random,beta=0"),
+        ("mmd", "takes prompts: use mmd:features=random"),
     ):
         with pytest.raises(BadInput, match=message):
             distill_model(model, tmp_path / "o", method, data(), **COMMON)
@@ -177,7 +179,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(tmp_path: Path, m
         patch.setattr(DistillTask, "fit", stopped)
         with pytest.raises(KeyboardInterrupt):
             distill_model(hasten.load(tiny.sd_pipeline()), tmp_path / "two", method, data(), **COMMON)
-    with pytest.raises(BadInput, match="captions"):  # the same images under other captions are another run
+    with pytest.raises(BadInput, match="another data"):  # the same images under other captions are another run
         distill_model(hasten.load(tiny.sd_pipeline()), tmp_path / "two", method, data(captions=TEXTS[::-1]), **COMMON)
     distill_model(hasten.load(tiny.sd_pipeline()), tmp_path / "two", method, data(), **COMMON)
     one, two = (hasten.load(tmp_path / name).denoiser.state_dict() for name in ("one", "two"))

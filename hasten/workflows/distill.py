@@ -341,6 +341,9 @@ def check_prompts(model: Model, distiller: Distiller, method: str) -> None:
     name = method.partition(":")[0]
     if distiller.direction == "encode":
         raise BadInput(f"{name}: an encoder of a model with prompts cannot be saved: pipelines make images from noise")
+    if distiller.needs_labels:
+        random = "rcfd:features=random,beta=0" if name == "rcfd" else f"{name}:features=random"
+        raise BadInput(f"{name} trains a classifier on labelled images, {model.name} takes prompts: use {random}")
     if not distiller.adds_inputs:
         return
     if not distiller.adds_guidance_only:
