@@ -1,8 +1,8 @@
 """Train the U-Net of the bundled pipeline `emoji` on latents and text embeddings that are computed once.
 
-    python -m recipes.emoji_unet encode --data data/emoji --vae runs/emoji/vae/vae --text runs/emoji/text --out runs/emoji/cache.pt
-    python -m recipes.emoji_unet train --cache runs/emoji/cache.pt --out runs/emoji/unet --minutes 95
-    python -m recipes.emoji_unet train --cache runs/emoji/cache.pt --out runs/emoji/mobile --minutes 95 --preset mobile
+    python -m recipes.emoji_unet encode --data data/emoji --vae RUNS/vae/vae --text RUNS/text --out RUNS/cache.pt
+    python -m recipes.emoji_unet train --cache RUNS/cache.pt --out RUNS/unet --minutes 92
+    python -m recipes.emoji_unet train --cache RUNS/cache.pt --out RUNS/mobile --steps 7500 --preset mobile
 
 `sd_like` is a plain `UNet2DConditionModel` of diffusers, `mobile` the preset of the same name (Zhao et al. 2023,
 arXiv:2311.16567). v-prediction on diffusers' `squaredcos_cap_v2` table, 10 % of the captions replaced by the empty one.

@@ -46,21 +46,24 @@ def model_calls(model: Any, n: int, seed: int, setting: dict[str, Any]) -> list[
     """The model evaluations of n images of a model.
 
     Args:
-        model: a `Model`.
+        model: a `Model`; one of prompts is sampled with its `calibration_prompts`, image k with number k mod their
+            count.
         n: how many images are sampled.
         seed: of the first of them.
         setting: arguments of `Model.sample`.
     """
     classes = len(model.classes or ())
+    prompts = tuple(getattr(model, "calibration_prompts", ()))
 
     def sample(first: int, rows: int) -> list[Call]:
         recorder = Recorder(model.denoiser)
-        labels = {"label": [(first + k) % classes for k in range(rows)]} if classes else {}
+        choices = range(classes) if classes else prompts if model.conditioning is not None else ()
+        labels = {"label": [choices[(first + k) % len(choices)] for k in range(rows)]} if choices else {}
         recorded: Any = replace(model, denoiser=recorder, decoder=None)
         recorded.sample(rows, seed=seed + first, batch_size=rows, **{**labels, **setting})
         return recorder.calls
 
-    if model.conditioning is not None:
+    if model.conditioning is not None and not any(prompts):
         warn_empty_prompt(model.name)
     return in_batches(n, model.shape, sample)
 

@@ -27,6 +27,9 @@ def compare(
     features: str | None = None,
     prompt: list[str] | None = None,
     prompts: Path | None = None,
+    data: Path | None = None,
+    split: str = "test",
+    judge: str | None = None,
     repeats: int = 1,
     minutes: float | None = None,
     precision: str = "auto",
@@ -40,7 +43,7 @@ def compare(
     Args:
         model: A bundled name (see models) or a folder.
         out: The folder to write.
-        variants: The set of variants: demo, full, or a TOML file.
+        variants: The set of variants: demo, full, text_to_image, everything, or a TOML file.
         n: Images per variant. Default: that of the set.
         seed: Seed of the first image; image k has seed + k in every variant.
         rounds: Timing rounds, each of which times every variant in turn. Default: that of the set.
@@ -51,6 +54,11 @@ def compare(
         features: The feature network: fashion, efficientnet_lite0, inception. Default: that of the reference.
         prompt: Text prompt, of a model that takes prompts; given several times, image k gets number k mod their count.
         prompts: A text file of prompts in their place, one per line.
+        data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions are the prompts,
+            the pictures the reference; accelerators are calibrated on the captions of the training pictures.
+        split: Of the data, the pictures that are held out: test, val or train.
+        judge: What features are of, and what compares images with prompts: a folder of contrastive towers or of a
+            CLIPModel of transformers. Default: the one that the model names.
         repeats: Disjoint blocks of n seeds: figures are then means with their deviation.
         minutes: Time budget. Default: none. The measured speed then decides the number of images, n at most; the last
             variants are skipped where 64 images of each would take longer.
@@ -73,9 +81,13 @@ def compare(
         "reference": reference,
         "features": features,
         "minutes": minutes,
+        "data": None if data is None else str(data),
+        "judge": judge,
     }
     more = {"precision": None if precision == "auto" else precision, "prompt": prompt, "prompts": prompts, "out": out}
-    command = command_line("compare", model, {**options, "repeats": None if repeats == 1 else repeats, **more})
+    more |= {"repeats": None if repeats == 1 else repeats, "split": None if data is None else split}
+    command = command_line("compare", model, {**options, **more})
+    options |= {"split": split}
     options |= {"prompts": prompts_of(prompt, prompts), "repeats": repeats, "precision": precision}
     ranks = processes(device)
     loaded = open_shared(model, ranks)

@@ -29,6 +29,8 @@ def distill(
     batch_size: int | None = None,
     grad_accumulation: int | None = None,
     fsdp: bool = False,
+    lora: int | None = None,
+    lora_targets: str | None = None,
     gradient_checkpointing: bool = False,
     optimizer: str | None = None,
     seed: int | None = None,
@@ -62,6 +64,10 @@ def distill(
         batch_size: Images a step. Default: 128.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
         fsdp: Shard the network among the processes of torchrun, where it is too large for one.
+        lora: Rank of a LoRA that is trained in place of all weights, such as 16. It is written as a file of its own,
+            which diffusers loads, beside the model with the LoRA merged.
+        lora_targets: The layers that it adapts: attention, conv, all, or names of modules, comma-separated. Default:
+            attention where the network has such layers, else all.
         gradient_checkpointing: Compute activations again in the backward pass, to need less memory (networks of
             diffusers).
         optimizer: adamw, muon, or to need less memory on CUDA, with bitsandbytes: adamw8bit, paged-adamw8bit. Default:
@@ -83,7 +89,8 @@ def distill(
     options = explicit_options(
         method=method, minutes=minutes, steps=steps, nfe_budget=nfe_budget, guidance_scale=guidance_scale,
         batch_size=batch_size, grad_accumulation=grad_accumulation, fsdp=fsdp or None, seed=seed, precision=precision,
-        gradient_checkpointing=gradient_checkpointing or None, optimizer=optimizer,
+        gradient_checkpointing=gradient_checkpointing or None, optimizer=optimizer, lora=lora,
+        lora_targets=lora_targets,
     )  # fmt: skip
     request = (DistillConfig() if config is None else DistillConfig.load(config, "distill")).replace(**options)
     ranks = processes(device)

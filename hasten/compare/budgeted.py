@@ -26,12 +26,14 @@ from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
 from ..storage.provenance import utc_now
 from ..workflows.distribute import part_of
+from ..workflows.prompt_figures import IMAGES_PER_PROMPT
 from . import budget as timer
 from . import jobs as tools
 from .budget import RowState, TimeBudget, real_data_baseline
 from .comparison import Comparison, Timing
 from .counting import count_evaluations, start_nfe
 from .jobs import Job, sample_images
+from .parts import time_parts
 from .results import QUALITY
 
 MINIMUM_IMAGES = 64  # below, a Fréchet distance says little
@@ -64,6 +66,7 @@ class BudgetedComparison(Comparison):
         self.baselines: dict[int, dict[str, float]] = {}
         self.evaluation_seconds = 0.0  # of a row, once it was measured
         self.report_seconds = REPORT
+        self.parts: dict[str, dict[str, float]] = {}  # seconds of text encoder and decoder, by row
         self.progress = ProgressReporter(0, True)
 
     def set_images(self, n: int, suffix: str = "") -> None:
@@ -269,7 +272,8 @@ class BudgetedComparison(Comparison):
         timing: Timing = {}
         for state in rows:
             seconds = state.seconds if rounds else [state.first]
-            timing[self.jobs[state.index].key] = {"nfe": state.nfe, "seconds": seconds}
+            parts = self.parts.get(state.job.variant.name, {})
+            timing[self.jobs[state.index].key] = {"nfe": state.nfe, "seconds": seconds, "parts": parts}
         self.results.put_timing(self.timing_settings, timing)
         for state in rows:
             job = self.jobs[state.index]
@@ -288,6 +292,11 @@ class BudgetedComparison(Comparison):
         if all(self.is_finished(job) for job in self.jobs):
             for state in self.states:
                 self.saved(state.job).clear()
+
+    def measure_diversity(self, job: Job, images: Tensor, block: int) -> dict[str, Any]:
+        """The diversity of a row, where its images hold enough of each prompt: nothing is sampled for it."""
+        enough = isinstance(self.label, list) and len(images) >= IMAGES_PER_PROMPT * len(self.label)
+        return super().measure_diversity(job, images, block) if enough else {}
 
     def missing_note(self, finished: int) -> str:
         """A line on the rows that are missing in the report, and on those that were skipped."""
@@ -322,7 +331,8 @@ class BudgetedComparison(Comparison):
         if cuda:
             torch.cuda.synchronize(self.model.device)
         start = timer.monotonic_seconds()
-        images = self.sample_batch(job, number)
+        with time_parts(job.model, self.parts.setdefault(job.variant.name, {})):
+            images = self.sample_batch(job, number)
         if cuda:
             torch.cuda.synchronize(self.model.device)
         seconds = timer.monotonic_seconds() - start

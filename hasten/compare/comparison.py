@@ -25,6 +25,7 @@ from ..pick import pick
 from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
 from ..storage.provenance import utc_now
+from ..workflows.captioned import CaptionedSet
 from ..workflows.distribute import sample_many, sharing
 from ..workflows.evaluate import evaluate_distributed
 from ..workflows.prompts import is_image
@@ -33,6 +34,8 @@ from . import report
 from .configs import write_configs
 from .counting import count_evaluations, start_nfe
 from .jobs import Job, sample_images, sampling_arguments
+from .parts import seconds_by_part, time_parts
+from .prompt_rows import diversity_figures, mean_ssim, prompt_figures
 from .results import QUALITY, ResultStore
 
 GRID_COLUMNS = 10  # images of each row on the page
@@ -54,6 +57,7 @@ class Comparison:
         out: The folder of the comparison.
         ranks: The processes that share the work.
         label: The prompts of a model that takes prompts.
+        captioned: Captioned pictures that these are measured against.
     """
 
     model: Model
@@ -65,6 +69,7 @@ class Comparison:
     out: Path
     ranks: Ranks
     label: Label = None
+    captioned: CaptionedSet | None = None
 
     def __post_init__(self) -> None:
         self.failures: dict[str, str] = {}  # why rows failed, by key
@@ -164,12 +169,12 @@ class Comparison:
 
     # ---- sampling ----
 
-    def sample(self, job: Job, count: int, block: int = 0) -> Tensor:
+    def sample(self, job: Job, count: int, block: int = 0, parts: dict[str, float] | None = None) -> Tensor:
         """The first `count` images of a block of seeds: image k has the block's first seed + k and, in a model of C
-        classes, class k mod C."""
-        p = self.protocol
-        seed = self.first_seed(block)
-        return sample_images(job.model, job.variant, count, seed, p["batch_size"], p["dtype"], self.label)
+        classes, class k mod C. The seconds of text encoder and decoder are added to `parts`."""
+        p, seed = self.protocol, self.first_seed(block)
+        with time_parts(job.model, {} if parts is None else parts):
+            return sample_images(job.model, job.variant, count, seed, p["batch_size"], p["dtype"], self.label)
 
     def sample_distributed(self, job: Job, count: int, block: int = 0) -> Tensor:
         """As `sample`, shared by all processes, each of which gets the images; batches are saved until the row is
@@ -214,7 +219,8 @@ class Comparison:
             except Exception as error:
                 self.record_failure(job, error)
         jobs = [job for job in jobs if job.key in timing]
-        calls = {job.key: functools.partial(self.sample, job, batch) for job in jobs}
+        parts: dict[str, dict[str, float]] = {job.key: timing[job.key].setdefault("parts", {}) for job in jobs}
+        calls = {job.key: functools.partial(self.sample, job, batch, parts=parts[job.key]) for job in jobs}
         with contextlib.ExitStack() as stack:
             for model in {id(job.model.denoiser): job.model for job in jobs}.values():
                 stack.enter_context(count_evaluations(model, progress))
@@ -236,9 +242,11 @@ class Comparison:
         """The figures of a row that come from the timing."""
         own, reference = timing[key], timing[self.jobs[0].key]
         ratio = cost.ratio(reference["seconds"], own["seconds"])
+        seconds = statistics.median(own["seconds"]) / self.protocol["timing_batch"]
         return {
             "nfe": own["nfe"],
-            "seconds_per_image": statistics.median(own["seconds"]) / self.protocol["timing_batch"],
+            "seconds_per_image": seconds,
+            "seconds_by_part": seconds_by_part(own.get("parts"), seconds),
             "speedup": ratio.median,
             "speedup_low": ratio.low,
             "speedup_high": ratio.high,
@@ -294,7 +302,7 @@ class Comparison:
 
     def evaluate_images(self, job: Job, images: Tensor, block: int) -> dict[str, Any] | None:
         """The quality figures of a row's images in a block; stores the images that later rows and the page need."""
-        measures = self.measure_quality(images, block)
+        measures, more = self.measure_quality(images, block), self.measure_diversity(job, images, block)
         if not self.ranks.is_main_process:
             return None
         figures: dict[str, Any] = dict.fromkeys(QUALITY)
@@ -302,6 +310,10 @@ class Comparison:
             figures |= {key: measure.value for key, measure in measures.items()}
             figures["frechet_low"], figures["frechet_high"] = measures["frechet"].interval or (None, None)
             figures["floors"] = {key: measure.floor for key, measure in measures.items()}
+        if self.captioned is not None and isinstance(self.label, list):
+            figures |= {**prompt_figures(self.captioned, images, self.label), **more}
+            match = self.captioned.match
+            figures["floors"] = {**figures.get("floors", {}), "prompt_match": None if match is None else match.value}
         self.store_images(job, images, block)
         if job.variant.role != "reference":
             figures |= self.difference_to_reference(images, block)
@@ -315,6 +327,13 @@ class Comparison:
         labels, names, seeds = self.model.labels(n), self.model.classes, range(first, first + n)
         return evaluate_distributed(images, labels, self.net, self.reference, seeds, self.ranks, names)
 
+    def measure_diversity(self, job: Job, images: Tensor, block: int) -> dict[str, Any]:
+        """The diversity of a row within a prompt; empty without a judge, and in all processes but the main one."""
+        if self.captioned is None or not isinstance(self.label, list):
+            return {}
+        seed = self.first_seed(block)
+        return diversity_figures(self.captioned, job, images, self.label, seed, self.protocol, self.ranks)
+
     def store_images(self, job: Job, images: Tensor, block: int) -> None:
         """Store all images of the reference, for the other rows, and the first images of each row, for the page."""
         if job.variant.role == "reference":
@@ -322,12 +341,13 @@ class Comparison:
         if block == 0 and is_image(images.shape[1:]):
             self.results.save_images(job.key, to_uint8(images[:GRID_COLUMNS]).transpose(0, 3, 1, 2))
 
-    def difference_to_reference(self, images: Tensor, block: int) -> dict[str, float]:
-        """PSNR and RMS to the reference's images of the same seeds."""
+    def difference_to_reference(self, images: Tensor, block: int) -> dict[str, Any]:
+        """PSNR, RMS and structural similarity to the reference's images of the same seeds."""
         stored = self.results.load_images(self.reference_name(block))
         if stored is None:
             raise BadInput(f"the images of the reference in {self.out / 'samples'} are missing: run the command again")
-        return image_difference(images.half().float(), torch.from_numpy(stored).float())
+        own, others = images.half().float(), torch.from_numpy(stored).float()
+        return {**image_difference(own, others), "ssim": mean_ssim(own, others)}
 
     # ---- report ----
 

@@ -6,25 +6,31 @@ import contextlib
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .. import zoo
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, NonFinite
 from ..loading import load
 from ..model.model import Label, Model
 from ..model.resolve import RECOMMENDED
+from ..progress import ignore_messages
 from ..storage.provenance import model_hash
-from ..workflows.distribute import sharing
+from ..workflows.distribute import part_digest, sharing
 from .counting import count_evaluations, start_nfe
 from .results import QUALITY, ResultStore
 from .variants import Variant, VariantSet
 
 # The fields of a row that are None where it failed.
-COSTS = ("nfe", "seconds_per_image", "speedup", "speedup_low", "speedup_high", "macs_per_image", "peak_memory")
+COSTS = (
+    "nfe", "seconds_per_image", "seconds_by_part", "speedup", "speedup_low", "speedup_high", "macs_per_image",
+    "peak_memory",
+)  # fmt: skip
 
 PreparedRow = tuple[Variant, Variant | None, Model]
 
@@ -51,7 +57,13 @@ class Job:
         return self.variant.nfe or 2 * self.model.steps
 
 
-def prepare(model: Model, variants: VariantSet, ranks: Ranks | None = None, label: Label = None) -> list[PreparedRow]:
+def prepare(
+    model: Model,
+    variants: VariantSet,
+    ranks: Ranks | None = None,
+    label: Label = None,
+    report: Callable[[str], None] = ignore_messages,
+) -> list[PreparedRow]:
     """Each row of a set, the row at equal cost, and the model with the row's plan and guidance as its own.
 
     A row whose cost is not declared samples one image to count its evaluations.
@@ -61,19 +73,27 @@ def prepare(model: Model, variants: VariantSet, ranks: Ranks | None = None, labe
         variants: The rows.
         ranks: The processes of the run; other models are then read by the main process first.
         label: The prompts of a model that takes prompts.
+        report: Receives a line for each optional row that is skipped.
 
     Raises:
         BadInput: with the row's name, for what this model cannot run, before any row has run.
     """
     models: dict[Any, Model] = {}
-    others: dict[str | None, Model] = {None: model}
+    others: dict[tuple[str | None, ...], Model] = {(None, None, None): model}
+    variants = variants.for_model(location_of(model))
+
+    def base_of(v: Variant) -> Model:
+        files = (v.model, v.lora, v.decoder)
+        if files not in others:
+            where = f"{variants.source}: {v.name!r}"
+            with ranks.main_process_first() if ranks is not None else contextlib.nullcontext():
+                base = model if v.model is None else load_other_model(v.model, model, where)
+                others[files] = with_files(base, v, where)
+        return others[files]
 
     def prepared(v: Variant) -> Model:
         if v.method not in models:
-            if v.model not in others:
-                with ranks.main_process_first() if ranks is not None else contextlib.nullcontext():
-                    others[v.model] = load_other_model(str(v.model), model, f"{variants.source}: {v.name!r}")
-            base = others[v.model]
+            base = base_of(v)
             try:
                 how = base.resolve(v.config)
             except (HastenError, ValueError) as e:
@@ -86,6 +106,14 @@ def prepare(model: Model, variants: VariantSet, ranks: Ranks | None = None, labe
             models[v.method] = replace(resolved, guidance_scale=v.guidance_scale)
         return models[v.method]
 
+    def runs(v: Variant) -> bool:
+        try:
+            prepared(v)
+        except BadInput as e:
+            report(f"skipped: {e}")
+            return False
+        return True
+
     def measured_nfe(v: Variant) -> float | None:
         try:
             with count_evaluations(prepared(v)) as count:
@@ -96,7 +124,41 @@ def prepare(model: Model, variants: VariantSet, ranks: Ranks | None = None, labe
             raise BadInput(f"{variants.source}: {v.name!r}: {e}") from e
         return count[0] + start_nfe(prepared(v), v)
 
+    variants = replace(variants, variants=tuple(v for v in variants.variants if not v.optional or runs(v)))
     return [(v, equal, prepared(v)) for v, equal in variants.rows(measured_nfe)]
+
+
+def location_of(model: Model) -> str:
+    """Where a model was loaded from: its bundled name, the folder of its pipeline, or just its name."""
+    if model.name in zoo.cards():
+        return model.name
+    folder = str(getattr(getattr(model.pipeline, "config", None), "_name_or_path", ""))
+    return folder if folder and Path(folder).is_dir() else model.name
+
+
+def find_file(name: str) -> Path:
+    """A file or folder by its path, or by its path in the folder of the bundled models."""
+    return Path(name) if Path(name).exists() or not (zoo.HERE / name).exists() else zoo.HERE / name
+
+
+def with_files(model: Model, variant: Variant, where: str) -> Model:
+    """A model with the LoRA and the image decoder of a row.
+
+    Raises:
+        BadInput: with `where`, if they are missing or do not fit.
+    """
+    for key in ("lora", "decoder"):
+        name = getattr(variant, key)
+        if name is None:
+            continue
+        path = find_file(name)
+        if not path.exists() and not (key == "lora" and Path(name.rpartition(":")[0]).is_file()):  # FILE:SCALE
+            raise BadInput(f"{where}: {key}: there is no file or folder {name}")
+        try:
+            model = model.with_lora(str(path)) if key == "lora" else model.with_decoder(path)
+        except HastenError as e:
+            raise BadInput(f"{where}: {key}: {e}") from e
+    return model
 
 
 def load_other_model(name: str, model: Model, where: str) -> Model:
@@ -137,7 +199,8 @@ def create_jobs(rows: Sequence[PreparedRow], settings: Mapping[str, Any], ranks:
     jobs = []
     for variant, equal, model in rows:
         own: dict[str, Any] = {} if variant.sampler or model.plan is None else {"plan": model.plan.to_json()}
-        own |= {} if variant.model is None else {"weights": model_hash(model)}
+        own |= {} if variant.model is None and variant.lora is None else {"weights": model_hash(model)}
+        own |= {} if variant.decoder is None else {"decoder": part_digest(model.decoder)}
         own |= {} if sharing(variant.accelerators, ranks) is None else {"processes": ranks.world}
         text = json.dumps({**settings, "method": variant.method, **own}, sort_keys=True)
         jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], model))
@@ -152,13 +215,15 @@ def method_fields(job: Job) -> dict[str, Any]:
         "name": v.name,
         "role": v.role,
         "sampler": v.sampler or "plan",
-        "times": v.times or v.plan or v.model,
+        "times": v.times or v.plan or v.model or v.lora,
         "steps": job.model.steps,
         "guidance_scale": v.guidance_scale,
         "guides": list(v.guides),
         "start": v.start,
         "plan": v.plan,
         "model": v.model,
+        "lora": v.lora,
+        "decoder": v.decoder,
         "accelerators": list(v.accelerators),
     }
 
@@ -181,6 +246,7 @@ def summary(row: Mapping[str, Any]) -> str:
     if row.get("failed"):
         return f"failed: {row['failed']}"
     quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
+    quality += "" if row.get("prompt_match") is None else f", prompt match {row['prompt_match']:.1%}"
     return f"{row['nfe']:g} NFE, {row['seconds_per_image'] * 1e3:.3g} ms an image{quality}"
 
 

@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NEAR = 1.15  # the recommended row is the cheapest whose distance is within 15 % of the reference's
+NEAR_MATCH = 0.9  # and whose prompt match, where it was measured, is 90 % of the reference's or more
 
 
 def recommended_row(rows: Sequence[Row]) -> Row | None:
-    """The recommended row: the cheapest within 15 % of the reference's distance; where no distance was measured, the
-    fastest with 35 dB PSNR or more to the reference's images.
+    """The recommended row: the cheapest within 15 % of the reference's distance, and with 90 % of its prompt match or
+    more where that was measured; where no distance was measured, the fastest with 35 dB PSNR or more to the reference's
+    images.
 
     Returns:
         One of `rows`; None where no row qualifies.
@@ -59,6 +61,8 @@ def recommended_row(rows: Sequence[Row]) -> Row | None:
         near = [row for row in others if row.get("psnr") is not None and row["psnr"] >= NEAR_DB]
         return max(near, key=lambda row: row["speedup"], default=None)
     near = [row for row in others if row.get("frechet") is not None and row["frechet"] <= NEAR * reference["frechet"]]
+    if reference.get("prompt_match") is not None:
+        near = [row for row in near if (row.get("prompt_match") or 0) >= NEAR_MATCH * reference["prompt_match"]]
     return min(near, key=lambda row: (row[cost], row["frechet"]), default=None)
 
 
@@ -94,7 +98,7 @@ def sample_command(row: Row) -> str:
     words = shlex.split(row["protocol"].get("command") or "")
     model = row.get("model") or (words[2] if len(words) > 2 else row["protocol"]["model"])
     planned = row.get("plan") is not None
-    own = row["sampler"] == "plan" and not planned  # another model with its recommended method
+    own = row["sampler"] == "plan" and not planned  # another model, or a LoRA, with its recommended method
     options: dict[str, object] = {"plan": row.get("plan")}
     if not planned:
         options |= {"sampler": None if own else row["sampler"], "times": None if own else row["times"]}
@@ -105,6 +109,7 @@ def sample_command(row: Row) -> str:
         "start": row.get("start"),
     }
     options["accelerate"] = list(row.get("accelerators") or ())
+    options |= {"lora": row.get("lora"), "decoder": row.get("decoder")}
     if prompts := row["protocol"].get("prompts"):
         options["prompt"] = prompts[0]
     return command_line("sample", model, options)
@@ -160,8 +165,19 @@ def format_cells(row: Row) -> dict[str, str]:
         "psnr": show("psnr", ".1f"),
         "psnr_spread": spread_of("psnr", ".2f"),
         "rms": show("rms", ".3f"),
+        "ssim": show("ssim", ".3f"),
+        "match": show("prompt_match", ".1%"),
+        "match_spread": "" if row.get("prompt_match_error") is None else f"± {row['prompt_match_error']:.1%}",
+        "diversity": show("diversity", ".3g"),
+        "diversity_spread": "" if row.get("diversity_error") is None else f"± {row['diversity_error']:.2g}",
+        "parts": format_parts(row.get("seconds_by_part")),
         "memory": show("peak_memory", ".0f", 2**-20),
     }
+
+
+def format_parts(parts: Mapping[str, float] | None) -> str:
+    """Milliseconds of an image by part: text encoder, network, image decoder."""
+    return "" if parts is None else " + ".join(f"{1e3 * parts[name]:.3g}" for name in ("text", "network", "decoder"))
 
 
 def results_table(rows: Sequence[Row], width: int = 160) -> Table:
@@ -171,10 +187,13 @@ def results_table(rows: Sequence[Row], width: int = 160) -> Table:
 
     columns = {  # heading: (cell, minimum width of the terminal)
         "guidance": ("guidance", 120), "NFE": ("nfe", 0), "s/image": ("seconds", 0), "speed-up": ("speedup", 0),
-        "Fréchet": ("frechet", 0), "95 %": ("frechet_spread", 100), "KID e3": ("kid", 150),
+        "ms text + net + decoder": ("parts", 130), "Fréchet": ("frechet", 0), "95 %": ("frechet_spread", 100),
+        "prompt match": ("match", 80), "diversity": ("diversity", 120), "KID e3": ("kid", 150),
         "precision": ("precision", 150), "recall": ("recall", 120), "accuracy": ("accuracy", 100), "PSNR": ("psnr", 80),
+        "SSIM": ("ssim", 130),
     }  # fmt: skip
-    shown = {head: cell for head, (cell, minimum) in columns.items() if width >= minimum}
+    absent = absent_columns(rows)
+    shown = {head: cell for head, (cell, minimum) in columns.items() if width >= minimum and cell not in absent}
     result = Table(header_style="bold", row_styles=["", "on grey7"], pad_edge=False, box=None)
     result.add_column("", width=1)
     result.add_column("variant", overflow="fold", min_width=20)
@@ -191,6 +210,13 @@ def results_table(rows: Sequence[Row], width: int = 160) -> Table:
     for row in failed:
         result.add_row("", Text(f"{row['name']} failed: {row['failed']}"), style="red")
     return result
+
+
+def absent_columns(rows: Sequence[Row]) -> set[str]:
+    """The cells that are about models of prompts, or of classes, where no row has them."""
+    fields = {"match": "prompt_match", "diversity": "diversity", "parts": "seconds_by_part"}
+    missing = {cell for cell, key in fields.items() if all(row.get(key) is None for row in rows)}
+    return missing | ({"ssim"} if "match" in missing else {"accuracy"})
 
 
 def front_rows(rows: Sequence[Row]) -> set[int]:
@@ -352,6 +378,7 @@ def write_report(
         protocol={**first["protocol"], "floors": baselines},
         cost=CAPTIONS[axis],
         quality=quality,
+        absent=absent_columns(rows),
         near=NEAR_DB,
         command=sample_command(best) if best is not None else "",
         width=image_strip(next(iter(images.values())), 84).width if images else 0,

@@ -18,7 +18,7 @@ SCHEMA = 1
 # The fields of a row that are None where quality was not measured.
 QUALITY = (
     "frechet", "frechet_low", "frechet_high", "kid", "precision", "recall", "density", "coverage", "inception_score",
-    "accuracy", "psnr", "rms",
+    "accuracy", "psnr", "rms", "ssim", "prompt_match", "prompt_match_error", "diversity", "diversity_error",
 )  # fmt: skip
 
 

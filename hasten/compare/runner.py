@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -22,6 +22,8 @@ from ..performance.device import processor
 from ..progress import ProgressReporter
 from ..storage.provenance import command_line, model_hash, tensor_hash, utc_now
 from ..utils.config import Config
+from ..workflows.captioned import train_prompts
+from ..workflows.prompt_figures import captions_for
 from ..workflows.prompts import image_shape, is_image, prompts_for
 from ..workflows.reference_images import resolve_reference
 from . import jobs as tools
@@ -45,7 +47,8 @@ class CompareConfig(Config):
     """What to compare, on how many images.
 
     Args:
-        variants: A bundled set ("demo", "full", ...) or a TOML file, see docs/variants.md. Default: "demo".
+        variants: A bundled set ("demo", "full", ...) or a TOML file, see docs/variants.md; "everything" is
+            "text_to_image" for a model that takes prompts, "full" for another. Default: "demo".
         n: Images per row, at least 10. Default: the set's own. With `minutes`, the maximum.
         seed: The seed of image 0; image k has `seed + k`.
         rounds: Timing rounds; each samples one batch with every row in turn. Default: the set's own.
@@ -55,7 +58,13 @@ class CompareConfig(Config):
         reference: Statistics of real images, or a folder, zip or array of images, of which they are computed once.
             Default: those that the model names; without any, quality is not measured.
         features: The feature network, needed for a reference of images. Default: the reference's own.
-        prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: those of the set.
+        prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: the captions of `data`,
+            or those of the set.
+        data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions of `split` are the
+            prompts and its pictures the reference; accelerators are calibrated on those of the training pictures.
+        split: Of `data`, the pictures that are held out.
+        judge: The features, and what compares images with prompts, see `metrics.text_judge.load_judge`. Default: the
+            one that the model's card names.
         repeats: Disjoint blocks of n seeds: figures are then means, with the deviation of one block.
         minutes: Time budget in minutes of wall time. The number of images per row is then variant_set by the measured
             speed, from 64 to `n`, and is the same in every row; rows are timed while they are sampled, in turns. Where
@@ -72,6 +81,9 @@ class CompareConfig(Config):
     reference: Any = None
     features: Any = None
     prompts: Sequence[str] | str | None = None
+    data: str | Path | None = None
+    split: str = "test"
+    judge: Any = None
     repeats: int = 1
     minutes: float | None = None
 
@@ -91,6 +103,9 @@ class CompareOptions(TypedDict, total=False):
     reference: str | Path | Reference | None
     features: str | nn.Module | None
     prompts: Sequence[str] | str | None
+    data: str | Path | None
+    split: str
+    judge: Any
     repeats: int
     minutes: float | None
 
@@ -124,7 +139,8 @@ def compare(
     Returns:
         The rows, a dict for each variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and
         high), peak_memory (bytes), frechet (with low and high), kid, precision, recall, coverage, accuracy, psnr, rms,
-        protocol. A row that could not be measured has `failed`, the reason. With repeats, `deviation` and `blocks`.
+        ssim, protocol; of a model of prompts also seconds_by_part, and with a judge prompt_match and diversity. A row
+        that could not be measured has `failed`, the reason. With repeats, `deviation` and `blocks`.
 
     Raises:
         BadInput: for a set, model or folder that cannot be used, before any row has run.
@@ -137,7 +153,10 @@ def compare(
     if budget is not None:
         set_faster_threads()
     model = model if isinstance(model, Model) else load(model)
-    variant_set = load_variants(config.variants, model.times, model.guidance_scale)
+    source = config.variants
+    if source == "everything":
+        source = "full" if model.conditioning is None else "text_to_image"
+    variant_set = load_variants(source, model.times, model.guidance_scale)
     seed = config.seed
     n = variant_set.n if config.n is None else config.n
     rounds = variant_set.rounds if config.rounds is None else config.rounds
@@ -147,18 +166,32 @@ def compare(
         check_int(name, getattr(config, name), MINIMUM[name])
     if budget is not None and (ranks.world > 1 or config.repeats > 1):
         raise BadInput("minutes is for one process and one block of seeds: give n in its place")
-    label = prompts_for(model, variant_set.prompts if config.prompts is None else config.prompts, variant_set.source)
+    progress = ProgressReporter(0, ranks.is_main_process)
+    chosen = (config.data, config.split, config.judge)
+    captioned = captions_for(model, chosen, (config.reference, config.features), ranks, progress.say)
+    captions = None if captioned is None else captioned.prompts(n)
+    texts = config.prompts if config.prompts is not None else captions or variant_set.prompts
+    label = prompts_for(model, texts, variant_set.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
         variant_set = variant_set.without_guidance_below_one()
-    rows = prepare(model, variant_set, ranks, label)
-    progress = ProgressReporter(0, ranks.is_main_process)
-    shape = image_shape(model)
-    real = config.reference or (model.card.get("reference") if is_image(shape) else None)
-    known, net = resolve_reference(real, config.features, shape, model.device, ranks, progress.say)
+    calibration = () if config.data is None else train_prompts(config.data)
+    if label is not None and not model.calibration_prompts:
+        model = replace(model, calibration_prompts=calibration or tuple(dict.fromkeys(label)))
+    rows = prepare(model, variant_set, ranks, label, progress.say)
+    known: Reference | None
+    net: nn.Module | None
+    if captioned is not None:
+        captioned = captioned.with_baseline(n)
+        known, net = captioned.reference, captioned.judge
+    else:
+        shape = image_shape(model)
+        real = config.reference or (model.card.get("reference") if is_image(shape) else None)
+        known, net = resolve_reference(real, config.features, shape, model.device, ranks, progress.say)
     size = min(n, config.batch_size)
     precision = ranks.on_main_process(functools.partial(model.precision_for, config.precision, size))
     store = ResultStore(Path(out)) if ranks.is_main_process else None
-    arguments = {"variants": config.variants, "n": n, "seed": seed, "minutes": config.minutes, "out": out}
+    arguments = {"variants": config.variants, "data": config.data, "n": n, "seed": seed, "minutes": config.minutes}
+    arguments |= {"out": out}
     protocol: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model.name,
@@ -186,15 +219,21 @@ def compare(
     }
     if label is not None:
         protocol["prompts"] = label
+    if captioned is not None:
+        protocol["judge"] = captioned.judge.features
+    if model.conditioning is not None:
+        where = "captions of the training pictures" if calibration else "of the prompts above"
+        protocol["calibration"] = f"{len(model.calibration_prompts)} {where}"
 
     def create_jobs(protocol: Mapping[str, Any]) -> list[tools.Job]:
         """The rows with their keys, which depend on the number of images."""
         statistics = None if known is None else tensor_hash(known.mean, known.covariance, known.sample)
         settings = {"against": variant_set.reference.method, **{key: protocol[key] for key in KEY_SETTINGS}}
         settings |= {"statistics": statistics} | ({} if label is None else {"prompts": label})
+        settings |= {"calibration": calibration} if calibration else {}
         return tools.create_jobs(rows, settings, ranks)
 
-    state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label)
+    state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label, captioned)
     run = Comparison(*state) if budget is None else BudgetedComparison(*state, budget, create_jobs)
     warnings: list[str | None] = []
     if budget is None:  # otherwise n is not known yet

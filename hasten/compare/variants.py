@@ -22,10 +22,17 @@ A set of variants is a TOML file (bundled ones are in `variant_sets`):
     name = "student"
     model = ["runs/g/steps4", "runs/g/steps1"]   # other models of the same images: bundled names or folders
 
+    [[variant]]
+    name = "8 steps, light decoder"
+    lora = "eight_steps.safetensors"  # merged into the weights; decoder: another image decoder, a folder
+    decoder = "runs/decoder"
+    optional = true                   # skipped, with a line, where the files are not there
+
 The defaults of sampler, times, steps and guidance_scale of a variant are the reference's; the defaults of times and
 guidance_scale of the reference are the model's. `guides` (a list) and `start` default to none. For a variant with
-another `model`, sampler, times and steps default to that model's own, as in `hasten sample MODEL --steps 4`, and only
-guidance_scale to the reference's. See docs/variants.md.
+another `model` or a `lora`, sampler, times and steps default to that model's own, as in `hasten sample MODEL
+--steps 4`, and only guidance_scale to the reference's. In a model, lora or decoder, `{model}` is the name or folder of
+the command's model. See docs/variants.md.
 """
 
 from __future__ import annotations
@@ -41,8 +48,10 @@ from ..errors import BadInput, HastenError, nearest
 from ..plan.config import SamplingConfig
 
 FOLDER = Path(__file__).resolve().parent / "variant_sets"
-KEYS = ("name", "model", "sampler", "times", "steps", "guidance_scale", "guides", "start", "plan", "accelerators")
-LISTED = ("model", "sampler", "times", "steps", "guidance_scale", "start", "plan")
+FILES = ("model", "lora", "decoder")
+METHOD = ("sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators", "decoder")
+KEYS = ("name", *METHOD, "model", "lora", "plan", "optional")
+LISTED = (*FILES, "sampler", "times", "steps", "guidance_scale", "start", "plan")
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,9 @@ class Variant:
         plan: A plan of the model by name, or a .json file.
         model: Another model than that of the comparison, by name or folder.
         accelerators: Accelerators.
+        lora: A LoRA file that is merged into the weights.
+        decoder: Another image decoder of a model of latents, a folder.
+        optional: Skipped where the model cannot run it, such as without its files.
         role: "reference" (which the others are measured against), "variant", or "equal-cost" (the reference with fewer
             steps).
     """
@@ -74,6 +86,9 @@ class Variant:
     plan: str | None = None
     model: str | None = None
     accelerators: tuple[str, ...] = ()
+    lora: str | None = None
+    decoder: str | None = None
+    optional: bool = False
     role: str = "variant"
 
     @property
@@ -96,6 +111,7 @@ class Variant:
         from ..pick import format_spec
 
         more = (self.guides, self.start, self.accelerators, *([] if self.model is None else [self.model]))
+        more += tuple((name, getattr(self, name)) for name in ("lora", "decoder") if getattr(self, name) is not None)
         if not self.sampler and self.plan is None:
             return "model", self.guidance_scale, *more, *([self.times, self.steps] if self.times or self.steps else [])
         if self.plan is not None:
@@ -110,7 +126,7 @@ class Variant:
     def nfe(self) -> float | None:
         """Declared network evaluations per image, of which a guided one counts 2 and an accelerated one 1; None where
         it depends on the model or on the images."""
-        if self.model is not None or self.plan is not None or self.guides or self.start is not None:
+        if any(one is not None for one in (self.model, self.lora, self.plan, self.start)) or self.guides:
             return None
         queries = _cached_pick("samplers", self.sampler).nfe(self.steps)
         return None if queries is None else queries * (1 if self.guidance_scale == 1 else 2)
@@ -141,6 +157,15 @@ class VariantSet:
         first = replace(self.reference, guidance_scale=max(self.reference.guidance_scale, 1.0))
         others = tuple(replace(v, guidance_scale=max(v.guidance_scale, 1.0)) for v in self.variants)
         return replace(self, reference=first, variants=others)
+
+    def for_model(self, location: str) -> VariantSet:
+        """The same set with `location` in the place of `{model}` in the names of models, LoRAs and decoders."""
+
+        def filled(v: Variant) -> Variant:
+            texts = {key: text for key in FILES if (text := getattr(v, key)) is not None}
+            return replace(v, **{key: text.replace("{model}", location) for key, text in texts.items()})
+
+        return replace(self, variants=tuple(map(filled, self.variants)))
 
     def rows(
         self, nfe: Callable[[Variant], float | None] = lambda variant: variant.nfe
@@ -245,7 +270,7 @@ def parse_variants(
     if not isinstance(data.get("variant", []), list) or not all(isinstance(v, dict) for v in data.get("variant", [])):
         raise BadInput(f"{source}: write each variant as a [[variant]] table")
     head = {"name": "reference", "times": times, "guidance_scale": guidance_scale, **data["reference"]}
-    for key in ("plan", "start", "guides", "model"):
+    for key in ("plan", "start", "guides", *FILES, "optional"):
         if key in head:
             raise BadInput(f"{source}: [reference]: the reference is a sampler with steps: it takes no {key}")
     reference = _expand_lists(head, f"{source}: [reference]", lists=False)[0]
@@ -261,9 +286,9 @@ def parse_variants(
             if both := [key for key in ("sampler", "times", "steps") if key in table]:
                 raise BadInput(f"{where}: a plan holds its sampler, times and steps: remove {both[0]} or the plan")
             table = {"sampler": "", "times": "", "steps": 0, "guidance_scale": head["guidance_scale"], **table}
-        elif "model" in table and "sampler" not in table:
+        elif ("model" in table or "lora" in table) and "sampler" not in table:
             table = {"sampler": "", "times": "", "steps": None, "guidance_scale": head["guidance_scale"], **table}
-        elif not set(table) & {"sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators"}:
+        elif not set(table) & set(METHOD):
             raise BadInput(f"{where}: it sets nothing of the method, so it is the reference again")
         variants += _expand_lists({**rest, **table}, where)
     seen = {reference.name}
@@ -290,6 +315,8 @@ def _expand_lists(table: Mapping[str, Any], where: str, lists: bool = True) -> l
             raise BadInput(f"{where}: has no {key}")
     if not isinstance(table["name"], str) or not table["name"].strip():
         raise BadInput(f"{where}: name must be text, got {table['name']!r}")
+    if not isinstance(table.get("optional", False), bool):
+        raise BadInput(f"{where}: optional must be true or false, got {table['optional']!r}")
     texts = {key: table.get(key, []) for key in ("guides", "accelerators")}
     for key, value in texts.items():
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
@@ -305,12 +332,7 @@ def _expand_lists(table: Mapping[str, Any], where: str, lists: bool = True) -> l
         fields = {**dict(zip(LISTED, combination, strict=True)), **{key: tuple(value) for key, value in texts.items()}}
         _check_values(fields, where)
         name = " ".join(table["name"].split())
-        if len(choices["model"]) > 1:
-            name += f" {fields['model']}"
-        if len(choices["sampler"]) > 1:
-            name += f" {fields['sampler']}"
-        if len(choices["plan"]) > 1:
-            name += f" {fields['plan']}"
+        name += "".join(f" {fields[key]}" for key in (*FILES, "sampler", "plan") if len(choices[key]) > 1)
         if len(choices["start"]) > 1:
             name += f", from {fields['start']}"
         if len(choices["times"]) > 1:
@@ -320,15 +342,17 @@ def _expand_lists(table: Mapping[str, Any], where: str, lists: bool = True) -> l
         if len(choices["guidance_scale"]) > 1:
             name += f", guidance {fields['guidance_scale']:g}"
         fields |= {"steps": fields["steps"] or 0, "guidance_scale": float(fields["guidance_scale"])}
-        result.append(Variant(name=name, **fields))
+        result.append(Variant(name=name, optional=table.get("optional", False), **fields))
     return result
 
 
 def _check_values(values: Mapping[str, Any], where: str) -> None:
     """Raise BadInput for a value that no model accepts."""
-    if values["model"] is not None and not isinstance(values["model"], str):
-        raise BadInput(f"{where}: model must be text, got {values['model']!r}")
-    own = values["model"] is not None and values["sampler"] == ""  # its defaults are the other model's
+    for key in FILES:
+        if values[key] is not None and not isinstance(values[key], str):
+            raise BadInput(f"{where}: {key} must be text, got {values[key]!r}")
+    other = values["model"] is not None or values["lora"] is not None
+    own = other and values["sampler"] == ""  # its defaults are the other model's
     planned = values["plan"] is not None or own
     if values["plan"] is not None and not isinstance(values["plan"], str):
         raise BadInput(f"{where}: plan must be text, got {values['plan']!r}")

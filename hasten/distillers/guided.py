@@ -183,10 +183,9 @@ class GuidedDistillation(Distiller):
 
     def sample_scales(self, teacher: Denoiser, x: Tensor) -> dict[str, Tensor]:
         """The input `guidance`: a random scale for each sample, uniform in the range, (B,) float32; {} if built in."""
-        if not teacher.net_takes_guidance:
+        low, high = teacher.guidance_range or (1.0, 1.0)
+        if low == high:
             return {}
-        assert teacher.guidance_range is not None
-        low, high = teacher.guidance_range
         return {"guidance": low + (high - low) * torch.rand(len(x), device=x.device)}
 
     def path(self, first: bool) -> Any:

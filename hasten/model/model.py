@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..accelerators import Call
 from ..accelerators._calls import model_calls
+from ..adapters.diffusers.autoencoders import replace_decoder
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, check_int
 from ..images import to_image_tensor
@@ -53,6 +54,7 @@ class Model:
     conditioning: of a model that takes prompts where others take labels: `cond(n, prompt, seed)` gives what the network
         is conditioned on (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
     pipeline: of diffusers, with which the network was loaded and can be saved again.
+    calibration_prompts: of a model that takes prompts: those on which accelerators are calibrated; none: the empty one.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
@@ -75,6 +77,7 @@ class Model:
     conditioning: Any = None
     decoder: Any = None
     pipeline: Any = None
+    calibration_prompts: tuple[str, ...] = ()
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +96,20 @@ class Model:
             key: one and one.to(device) for key, one in (("conditioning", self.conditioning), ("decoder", self.decoder))
         }
         return replace(self, denoiser=self.denoiser.to(device), parts=parts, **beside)
+
+    def with_decoder(self, folder: str | Path) -> Model:
+        """The same model of latents with another image decoder, such as a light one (`distill_decoder`).
+
+        Args:
+            folder: of an autoencoder of diffusers with the same encoder, or of an `AutoencoderTiny`.
+
+        Raises:
+            BadInput: for a model without an autoencoder, and for an autoencoder of other latents.
+        """
+        if self.decoder is None:
+            raise BadInput(f"{self.name} is no model of latents: it has no image decoder to replace")
+        decoder, pipeline = replace_decoder(self.decoder, self.pipeline, folder)
+        return replace(self, decoder=decoder, pipeline=pipeline)
 
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.

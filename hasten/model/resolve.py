@@ -130,7 +130,8 @@ def accelerate_model(
     """
     times = None if plan is None else tuple(plan.times[:-1].tolist())
     plain = config.replace(accelerators=(), guides=(), start=None, precision=None)
-    key = (model.denoiser, tuple(map(repr, methods)), times, repr(plain), model.device)
+    prompts = tuple(getattr(model, "calibration_prompts", ()))
+    key = (model.denoiser, tuple(map(repr, methods)), times, repr(plain), prompts, model.device)
     result = cache.pop(key, None)
     if result is None:
         if len(cache) >= CACHED:

@@ -35,6 +35,7 @@ class TrainedModule:
             is full: both of bitsandbytes, on CUDA.
         muon_lr: Muon's peak learning rate.
         every: the module is updated on the steps that are multiples of this, >= 1.
+        start: the fraction of the budget before which it is not updated, in [0, 1).
 
     Raises:
         BadInput: for an unknown optimiser, or a value out of range.
@@ -52,11 +53,14 @@ class TrainedModule:
     optimiser: str = "adamw"
     muon_lr: float = 0.02
     every: int = 1
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("optimiser", self.optimiser, OPTIMISERS)
         if not self.lr > 0 or self.every < 1:
             raise BadInput(f"{self.name}: lr must be positive and every at least 1, got {self.lr} and {self.every}")
+        if not 0 <= self.start < 1:
+            raise BadInput(f"{self.name}: start is a fraction of the budget in [0, 1), got {self.start}")
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A new optimiser of the module's trainable parameters. Raises BadInput if they have fewer than 32 bits."""

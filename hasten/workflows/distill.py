@@ -25,7 +25,7 @@ from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
 from ..performance.autotune import format_runtime, parse_runtime
-from ..performance.cost import process_peak
+from ..performance.cost import peak_bytes
 from ..pick import format_spec, pick
 from ..progress import ignore_messages
 from ..storage.checks import check_trainable
@@ -38,6 +38,7 @@ from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
 from .distill_data import null_conditions, training_data
+from .lora import check_lora
 from .students import Saver
 
 RUN = "run.json"
@@ -60,6 +61,8 @@ class DistillConfig(Config):
         grad_accumulation: parts of a batch that are computed one after another, to need less memory.
         fsdp: shard the student (and not the teacher) among the processes of torchrun, for methods whose student is
             evaluated as a whole.
+        lora: rank of a LoRA that is trained in place of all weights, and saved in a file of its own; None: no LoRA.
+        lora_targets: layers of the LoRA, see `hasten.nets.lora.target_layers`.
         gradient_checkpointing: compute activations again in the backward pass, to need less memory; for networks of
             diffusers.
         optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
@@ -75,6 +78,8 @@ class DistillConfig(Config):
     precision: str = "auto"
     grad_accumulation: int = 1
     fsdp: bool = False
+    lora: int | None = None
+    lora_targets: str | None = None
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
 
@@ -100,6 +105,8 @@ class DistillOptions(TypedDict, total=False):
     precision: str
     grad_accumulation: int
     fsdp: bool
+    lora: int | None
+    lora_targets: str | None
     gradient_checkpointing: bool
     optimizer: str
 
@@ -155,6 +162,7 @@ def distill_model(
     guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
     distiller = pick("distillers", method)
     check_models(model, init, distiller, method)
+    check_lora(model if init is None else init, distiller, config.lora, config.lora_targets, config.fsdp)
     ranks = Ranks.start(str(model.device))
     check_int("batch_size", batch_size, 1)
     check_int("accumulate", accumulate, 1)
@@ -195,6 +203,8 @@ def distill_model(
         "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     } | ({} if init is None else {"init": model_hash(init)})
+    if config.lora is not None:
+        run |= {"lora": config.lora, "lora_targets": config.lora_targets}
     run |= {} if captions is None else {"captions": captions.digest()}
     run |= {} if config.optimizer == "adamw" else {"optimizer": config.optimizer}
     precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
@@ -217,6 +227,8 @@ def distill_model(
         "classes": None if model.classes is None else len(model.classes),
         "codec": model.codec,
         "init": first,
+        "lora": config.lora,
+        "lora_targets": config.lora_targets,
         "null_conditions": null,
         "gradient_checkpointing": config.gradient_checkpointing,
         "optimizer": config.optimizer,
@@ -266,7 +278,7 @@ def distill_model(
     if dry_run:
         return result
     common["precision"] = known["precision"]
-    saver = Saver(model, out, result, scale, command, say, source.captions)
+    saver = Saver(model, out, result, scale, command, say, source.captions, init)
     save = saver if ranks.is_main_process else (lambda name, student: None)
     task = DistillTask(
         **common,
@@ -383,10 +395,3 @@ def resolve_precision(model: Model, runtime: str, batch_size: int) -> str:
             raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
         return precision
     return model.precision_for("auto", min(batch_size, 64)).split("+")[0]
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Maximum bytes in use: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return process_peak()

@@ -15,9 +15,13 @@ from ..distillers._memory import checkpoint_gradients
 from ..errors import HastenError
 from ..files import check_writable, write_file
 from ..images import encode_png, make_image_grid
+from ..model.lora import lora_file
 from ..model.model import Model
+from ..nets.lora import lora_factors, merge_lora, remove_lora
 from ..pick import pick
 from ..plan.table import plan as compile_plan
+from ..storage.lora_files import FILE as LORA_FILE
+from ..storage.lora_files import write_lora
 from ..storage.provenance import utc_now
 
 PREVIEW_IMAGES = 64  # images in the preview of a stage
@@ -39,7 +43,9 @@ class Saver:
         command: str,
         say: Callable[[str], None],
         captions: Sequence[str] | None = None,
+        base: Model | None = None,
     ) -> None:
+        self.base = teacher if base is None else base  # which a LoRA changes
         self.teacher, self.out, self.result, self.scale = teacher, out, result, scale
         self.command, self.say = command, say
         self.prompts = preview_prompts(captions) if teacher.conditioning is not None else None
@@ -51,6 +57,8 @@ class Saver:
         self.result["students"][name or "."] = str(folder)
         if not (folder / "model.json").is_file():
             model.save(folder)
+            if factors := lora_factors(student.denoiser.net):
+                write_lora(lora_file(self.base, factors, model), folder / LORA_FILE)
             if name is not None:
                 self.say(f"{name}: {folder} is saved")
         picture = self.out / f"{name}.png"
@@ -67,6 +75,8 @@ class Saver:
         """The student as a model, with its plan and its origin on its card."""
         span = student.guidance or (self.scale, self.scale)
         denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage uses the original
+        merge_lora(denoiser.net)
+        factors = remove_lora(denoiser.net)
         if getattr(getattr(denoiser.net, "net", None), "is_gradient_checkpointing", False):
             checkpoint_gradients(denoiser.net, False)
         if not denoiser.net_takes_guidance:
@@ -88,6 +98,7 @@ class Saver:
                 "date": utc_now(),
                 "command": self.command,
                 **({"any_time": True} if student.any_time else {}),
+                **({"lora": {"rank": next(iter(factors.values())).rank, "layers": len(factors)}} if factors else {}),
             },
         }
         return Model(
