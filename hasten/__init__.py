@@ -39,8 +39,9 @@ _HOMES = {
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
     **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
     **dict.fromkeys(["accelerate", "as_scheduler", "times_like"], "adapters.diffusers"),
-    # diffusers looks both up where a pipeline was saved with such a scheduler
+    # diffusers looks these up where a pipeline was saved with such a scheduler or network
     **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),
+    **dict.fromkeys(["MobileUNet2DConditionModel", "ModelMixin"], "adapters.diffusers.text_unet_class"),
     **dict.fromkeys(["DistillConfig", "distill_model"], "workflows.distill"),
     **dict.fromkeys(["QuantizeConfig", "quantize_model"], "workflows.quantize"),
     **dict.fromkeys(["tune_model"], "workflows.tune"),
@@ -50,19 +51,21 @@ _HOMES = {
     **dict.fromkeys(["SampleRequest", "sample_to_files"], "workflows.sample"),
     **dict.fromkeys(["EvaluateConfig", "evaluate_model"], "workflows.evaluate"),
     **dict.fromkeys(["TrainConfig", "train_model"], "workflows.train"),
+    **dict.fromkeys(["AutoencoderConfig", "train_autoencoder"], "workflows.autoencoder"),
+    **dict.fromkeys(["DecoderConfig", "distill_decoder"], "workflows.decoder"),
     **dict.fromkeys(["SamplingConfig"], "plan.config"),
 }  # fmt: skip
 __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM",
-    "Auxiliary", "BadInput", "Consistency", "CosineAngle", "DPMSolver", "Denoiser", "Discrete", "DistillConfig",
-    "Distribution", "DynamicThreshold", "EvaluateConfig", "Explicit", "FastDPM", "Flow", "HastenError", "Heun",
-    "Interval", "Karras", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned",
-    "PredictorCorrector", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks", "Rescale",
-    "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled", "SubVP",
-    "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
-    "Wrapper", "accelerate", "as_scheduler", "distill_model", "draw", "evaluate_model", "invert", "load", "pick",
-    "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files", "times_like", "train_model",
-    "tune_model", "walk",
+    "AutoencoderConfig", "Auxiliary", "BadInput", "Consistency", "CosineAngle", "DPMSolver", "DecoderConfig",
+    "Denoiser", "Discrete", "DistillConfig", "Distribution", "DynamicThreshold", "EvaluateConfig", "Explicit",
+    "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras", "Model", "Noise", "NoiseLevel", "Picard", "Plan",
+    "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks",
+    "Rescale", "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled",
+    "SubVP", "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
+    "Wrapper", "accelerate", "as_scheduler", "distill_decoder", "distill_model", "draw", "evaluate_model", "invert",
+    "load", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files", "times_like",
+    "train_autoencoder", "train_model", "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -106,6 +109,8 @@ if TYPE_CHECKING:
     from .schedules.discrete import Discrete, rescale_zero_snr
     from .starts import CCDF, Auxiliary, SingDiffusion
     from .times import CosineAngle, Explicit, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
+    from .workflows.autoencoder import AutoencoderConfig, train_autoencoder
+    from .workflows.decoder import DecoderConfig, distill_decoder
     from .workflows.distill import DistillConfig, distill_model
     from .workflows.distribute import sample_many
     from .workflows.evaluate import EvaluateConfig, evaluate_model

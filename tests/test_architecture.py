@@ -42,7 +42,12 @@ HIGHER = {
 FORWARDERS = {"hasten.ranks", "hasten.parallel_cost", "hasten.distill", "hasten.adapters._scheduler"}
 ROOT_MODULES = 18
 # Functions that may have more than ten parameters: the loops take the conditions of any network as keywords.
-LIMITS = {"draw": 11, "draw_unchecked": 11, "walk": 11}
+LIMITS = {
+    "draw": 11,
+    "draw_unchecked": 11,
+    "walk": 11,
+    "hasten.adapters.diffusers.text_unet.forward": 14,  # the arguments of diffusers' own
+}
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
@@ -55,7 +60,7 @@ FRIENDS = {
     "guides": {"train"},
 }  # fmt: skip
 # Modules that import a slow or optional package at their top, and are themselves imported in functions only.
-IMPORTED_LAZILY = {"hasten.adapters.diffusers.plan_scheduler"}
+IMPORTED_LAZILY = {"hasten.adapters.diffusers.plan_scheduler", "hasten.adapters.diffusers.text_unet"}
 METHODS = {"samplers", "guides", "starts", "tuning", "distillers", "accelerators", "train"}
 # Never at the top of a module: they are slow to import, or optional.
 LAZY = {
@@ -238,7 +243,7 @@ def test_no_public_function_has_more_than_ten_parameters() -> None:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 a = node.args
                 count = len([*a.posonlyargs, *a.args, *a.kwonlyargs]) + bool(a.vararg) + bool(a.kwarg)
-                if count - (id(node) in methods) > LIMITS.get(node.name, 10):
+                if count - (id(node) in methods) > LIMITS.get(f"{module}.{node.name}", LIMITS.get(node.name, 10)):
                     wrong.append(f"{module}.{node.name}: {count}")
     assert not wrong, wrong
 

@@ -18,7 +18,8 @@ from hasten.model import Model
 from hasten.nets.unet import UNet
 from hasten.predictions import V
 from hasten.schedules import VPCosine
-from hasten.workflows.distill import class_labels_only, distill_model
+from hasten.workflows.distill import distill_model
+from hasten.workflows.distill_data import class_labels_only
 
 
 class Stop(Exception):

@@ -140,10 +140,10 @@ def test_the_commands_of_the_documents_are_commands() -> None:
 
     fenced = (block for page in PAGES for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.S | re.M))
     text = "\n".join(fenced).replace("\\\n", " ")
-    lines = re.findall(r"^(?:torchrun .* -- )?hasten ([a-z]+)(.*)$", text, re.M)
+    lines = re.findall(r"^(?:torchrun .* -- )?hasten ([a-z-]+)(.*)$", text, re.M)
     assert len(lines) >= 20
     for verb, rest in lines:
-        known = inspect.signature(getattr(commands, verb)).parameters
+        known = inspect.signature(getattr(commands, verb.replace("-", "_"))).parameters
         for option in re.findall(r"--([\w-]+)", rest.split("#")[0]):
             assert option.replace("-", "_") in known, (verb, option)
         out = re.findall(r"--out (\S+)", rest)

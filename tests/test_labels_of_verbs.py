@@ -19,7 +19,7 @@ from hasten.images import read_png_text, to_image_tensor
 from hasten.metrics import extract, feature_net, reference
 from hasten.metrics.fashion import CLASSES
 from hasten.model import Model
-from hasten.workflows.distill import training_images
+from hasten.workflows.distill_data import training_images
 from hasten.workflows.distribute import part_of
 from hasten.workflows.evaluate import classifier_labels, evaluate_distributed
 from hasten.workflows.tune import calibration_images

@@ -38,12 +38,14 @@ def test_every_number_has_a_range() -> None:
 
 @pytest.mark.parametrize(("verb", "name", "kind"), NUMBERS, ids=[f"{v}-{n}" for v, n, _ in NUMBERS])
 def test_no_verb_takes_what_is_no_such_number(verb: str, name: str, kind: type) -> None:
-    needed = {"train": ["data"], "restyle": ["fashion"], "show": ["fashion"]}.get(verb, ["fashion"])
-    needed += ["--out", "never"] if verb in ("train", "quantize", "export", "tune") else []
+    needed = {"train": ["data"], "restyle": ["fashion"], "show": ["fashion"], "extract_lora": ["fashion", "x"]}.get(
+        verb, ["fashion"]
+    )
+    needed += ["--out", "never"] if verb in ("train", "quantize", "export", "tune", "extract_lora") else []
     wrong = ["inf", "nan", "1e999", "x", "0x10", "9" * 5000, "-" + "9" * 400, ""]
     wrong += ["10.5", "1e3", "1_0", "٣"] if kind is int else ["-1e300"]
     for text in wrong:
-        code, out, said = cli(verb, *needed, f"--{name.replace('_', '-')}={text}")
+        code, out, said = cli(verb.replace("_", "-"), *needed, f"--{name.replace('_', '-')}={text}")
         assert code in (1, 2) and not out, (text, code, said)
         assert len(said.splitlines()) == 1 and len(said) < 300, said
         assert (f"--{name.replace('_', '-')}" in said or f"hasten: {name} must be" in said) and "must be" in said

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from ..plan.config import SamplingConfig
 
 
-def open_model(name: str, device: str) -> Model:
-    """`load`, on a device as it is typed."""
+def open_model(name: str, device: str, lora: list[str] | None = None) -> Model:
+    """`load`, on a device as it is typed, with LoRAs (`FILE` or `FILE:SCALE`) merged into the weights."""
     from ..loading import load
     from ..performance.device import device_for
     from ..utils.finite import check_weights
 
     loaded = load(name, device_for(device))
+    loaded = loaded.with_lora(lora) if lora else loaded
     check_weights(loaded.denoiser, name)
     return loaded
 
@@ -39,9 +40,10 @@ def processes(device: str) -> Ranks:
     return Ranks(device_for(device))
 
 
-def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
+def open_shared(name: str, ranks: Ranks, sound: bool = True, lora: list[str] | None = None) -> Model:
     """`load` on every process's own device; what must be fetched, one process of a machine fetches.
 
+    lora: merged into the weights, each `FILE` or `FILE:SCALE`.
     sound: refuse weights that are not finite (else a warning has named one).
     """
     from ..loading import load
@@ -49,6 +51,7 @@ def open_shared(name: str, ranks: Ranks, sound: bool = True) -> Model:
 
     with ranks.main_process_first():
         loaded = load(name, ranks.device)
+    loaded = loaded.with_lora(lora) if lora else loaded
     if sound:
         check_weights(loaded.denoiser, name)
     return loaded

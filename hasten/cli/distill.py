@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import BadInput
 from ..storage.provenance import command_line
 from ._common import explicit_options, open_shared, processes
 from ._processes import on_all_processes
@@ -16,6 +17,7 @@ def distill(
     model: str,
     *,
     data: Path | None = None,
+    prompts: Path | None = None,
     out: Path = Path("students"),
     config: Path | None = None,
     method: str | None = None,
@@ -27,6 +29,10 @@ def distill(
     batch_size: int | None = None,
     grad_accumulation: int | None = None,
     fsdp: bool = False,
+    lora: int | None = None,
+    lora_targets: str | None = None,
+    gradient_checkpointing: bool = False,
+    optimizer: str | None = None,
     seed: int | None = None,
     precision: str | None = None,
     device: str = "auto",
@@ -42,7 +48,9 @@ def distill(
     Args:
         model: The teacher: a bundled name (see models) or a folder.
         data: Folder, zip or array of real images, with the teacher's labels. Some methods (reflow, dsno,
-            denoising_student) do without: they train on samples of the teacher.
+            denoising_student) do without: they train on samples of the teacher. For a model of prompts: images with
+            captions (metadata.jsonl with file_name and text, or a .txt beside each image).
+        prompts: Text file with a prompt a line, in place of data: for methods that do without images.
         out: The folder to write.
         config: A DistillConfig file (TOML or JSON); the options below override its fields.
         method: Such as guided:steps=(16,8,4,2,1), progressive:steps=(8,4,2,1), tract, consistency or reflow. Default:
@@ -56,6 +64,14 @@ def distill(
         batch_size: Images a step. Default: 128.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
         fsdp: Shard the network among the processes of torchrun, where it is too large for one.
+        lora: Rank of a LoRA that is trained in place of all weights, such as 16. It is written as a file of its own,
+            which diffusers loads, beside the model with the LoRA merged.
+        lora_targets: The layers that it adapts: attention, conv, all, or names of modules, comma-separated. Default:
+            attention where the network has such layers, else all.
+        gradient_checkpointing: Compute activations again in the backward pass, to need less memory (networks of
+            diffusers).
+        optimizer: adamw, muon, or to need less memory on CUDA, with bitsandbytes: adamw8bit, paged-adamw8bit. Default:
+            adamw.
         seed: Of everything that is random. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
         device: auto, cpu, cuda or cuda:1.
@@ -66,18 +82,27 @@ def distill(
         The folder, the stages and what they cost, the students.
     """
     from ..workflows.distill import DistillConfig, distill_model
+    from ..workflows.prompts import read_prompts
 
+    if data is not None and prompts is not None:
+        raise BadInput("--data has its own captions: give --data or --prompts")
     options = explicit_options(
         method=method, minutes=minutes, steps=steps, nfe_budget=nfe_budget, guidance_scale=guidance_scale,
         batch_size=batch_size, grad_accumulation=grad_accumulation, fsdp=fsdp or None, seed=seed, precision=precision,
+        gradient_checkpointing=gradient_checkpointing or None, optimizer=optimizer, lora=lora,
+        lora_targets=lora_targets,
     )  # fmt: skip
     request = (DistillConfig() if config is None else DistillConfig.load(config, "distill")).replace(**options)
     ranks = processes(device)
     loaded = open_shared(model, ranks)
+    texts = None if prompts is None else read_prompts(prompts)
     result = distill_model(
-        loaded, out, request, data=data, init=None if init is None else open_shared(init, ranks), dry_run=dry_run,
+        loaded, out, request, data=data if texts is None else texts, dry_run=dry_run,
+        init=None if init is None else open_shared(init, ranks),
         log=(lambda line: None) if json else lambda line: print(line, flush=True),
-        command=command_line("distill", model, {"data": data, "out": out, "init": init, **request.to_dict()}),
+        command=command_line("distill", model, {
+            "data": data, "prompts": prompts, "out": out, "init": init, **request.to_dict(),
+        }),
     )  # fmt: skip
     cost = f"{result['evaluations']:.3g} model evaluations"
     if dry_run:

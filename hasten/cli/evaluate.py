@@ -15,6 +15,7 @@ from .terminal import print_result
 def evaluate(
     model: str,
     *,
+    lora: list[str] | None = None,
     n: int | None = None,
     reference: str | None = None,
     features: str | None = None,
@@ -48,6 +49,8 @@ def evaluate(
 
     Args:
         model: A bundled name (see models) or a folder.
+        lora: A LoRA file that is merged into the weights, or FILE:SCALE; may be given several times. That of a student
+            brings its steps, sampler and guidance scale.
         n: Number of images; at least 10, better 2000 or more. Default: one of each caption of the data, otherwise 2000.
         reference: Bundled statistics, a folder of statistics, or a folder, zip or array of real images, whose
             statistics are computed once. Default: the one that the model names.
@@ -89,7 +92,7 @@ def evaluate(
         data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,
     )  # fmt: skip
     ranks = processes(device)
-    loaded = open_shared(model, ranks)
+    loaded = open_shared(model, ranks, lora=lora)
     if loaded.conditioning is not None and texts is None and label is not None:
         texts = [label]  # as for sample
     how = sampling_config(

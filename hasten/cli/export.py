@@ -15,6 +15,7 @@ def export(
     model: str,
     *,
     out: Path,
+    lora: list[str] | None = None,
     to: Literal["openvino", "onnx"] = "openvino",
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     opset: int | None = None,
@@ -30,6 +31,8 @@ def export(
     Args:
         model: A bundled name (see models) or a folder.
         out: The folder to write, with the graph beside its model.json.
+        lora: A LoRA file that is merged into the weights, or FILE:SCALE; may be given several times. That of a student
+            brings its steps, sampler and guidance scale.
         to: openvino, the fastest on processors, or onnx, the most widely read.
         precision: fp32 is exact; fp16 halves the file; int8 is faster and less exact, and the error is reported. bf16
             is chosen when an openvino model is sampled (--precision bf16), not here.
@@ -47,7 +50,7 @@ def export(
     check_int("seed", seed, 0)
     if opset is not None and to != "onnx":
         raise BadInput(f"--opset is ONNX's: leave it out with --to {to}")
-    loaded = open_model(model, "cpu")
+    loaded = open_model(model, "cpu", lora)
     if to == "onnx":
         from ..adapters import onnx
 

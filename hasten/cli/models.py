@@ -6,20 +6,24 @@ import json as jsonlib
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from ..errors import BadInput, nearest
 from ._processes import on_main_process
 from .terminal import plain_value, print_result
 
 
 @on_main_process
-def models(*, json: bool = False) -> list[dict[str, Any]]:
+def models(*, path: str | None = None, json: bool = False) -> list[dict[str, Any]]:
     """List the bundled models.
 
     Args:
+        path: Name of one of them: print the path of its folder and nothing else.
         json: Print the list as JSON.
 
     Returns:
         Name, size in bytes, summary, recipe, licence and folder of each.
+
+    Raises:
+        BadInput: If no bundled model has the name.
     """
     from .. import zoo
 
@@ -34,6 +38,12 @@ def models(*, json: bool = False) -> list[dict[str, Any]]:
         }
         for card in zoo.cards().values()
     ]
+    if path is not None:
+        if path not in zoo.cards():
+            raise BadInput(f"no bundled model {path!r}: {nearest(path, zoo.cards())}")
+        cards = [m for m in cards if m["name"] == path]
+        print_result(cards, cards[0]["folder"], json)
+        return cards
     lines = [f"{m['name']:<12} {m['bytes'] / 1e6:6.1f} MB  {m['summary']}" for m in cards]
     print_result(cards, "\n".join(lines) or "no models are bundled with this copy", json)
     return cards

@@ -16,6 +16,7 @@ def quantize(
     model: str,
     *,
     out: Path,
+    lora: list[str] | None = None,
     weight_bits: int = 8,
     act_bits: int = 8,
     rounding: str | None = None,
@@ -47,6 +48,8 @@ def quantize(
     Args:
         model: A bundled name (see models) or a folder.
         out: The folder to write.
+        lora: A LoRA file that is merged into the weights before, or FILE:SCALE; may be given several times. That of a
+            student brings its steps, sampler and guidance scale.
         weight_bits: Bits of the weights, 8 or 4.
         act_bits: Bits of the activations, 8; or 0 for floating point, which only makes the file smaller.
         rounding: nearest (seconds) or adaround (learned, block by block). Default: adaround for 4 bits.
@@ -77,7 +80,7 @@ def quantize(
     """
     from ..workflows.quantize import QuantizeConfig, quantize_model
 
-    loaded = open_model(model, device)
+    loaded = open_model(model, device, lora)
     options = {
         "weight_bits": weight_bits, "act_bits": act_bits, "rounding": rounding, "learn_step_sizes": learn_step_sizes,
         "minutes": minutes, "iterations": iterations, "rank": rank, "time_groups": time_groups,
@@ -93,7 +96,7 @@ def quantize(
         sampling_config(config, None, **sampling),
         log=(lambda line: None) if json else lambda line: print(line, flush=True),
         command=command_line(
-            "quantize", model, {"out": out, **options, "no_split": no_split, "config": config, **sampling}
+            "quantize", model, {"out": out, "lora": lora, **options, "no_split": no_split, "config": config, **sampling}
         ),
     )
     lines = [

@@ -21,6 +21,7 @@ def sample(
     n: int = 16,
     label: str | None = None,
     prompt: list[str] | None = None,
+    lora: list[str] | None = None,
     seed: int = 0,
     config: Path | None = None,
     sampler: str | None = None,
@@ -33,6 +34,7 @@ def sample(
     images: Path | None = None,
     mask: Path | None = None,
     accelerate: list[str] | None = None,
+    decoder: Path | None = None,
     separate_files: bool = False,
     columns: int | None = None,
     batch_size: int = 64,
@@ -53,6 +55,8 @@ def sample(
         label: Class name or index, or several, comma-separated, used in turn; none is no class. A number that is the
             name of a class is that class. Default: all classes in turn.
         prompt: Text prompt, of a model that takes prompts; given several times, image k gets number k mod their count.
+        lora: A LoRA file that is merged into the weights, or FILE:SCALE; may be given several times. That of a student
+            brings its steps, sampler and guidance scale.
         seed: Seed of the first image; image k has seed + k.
         config: A SamplingConfig file (TOML or JSON); the options below override its fields.
         sampler: Such as ddim, unipc or dpm:order=2,sde=true. Default: the model's recommended one,
@@ -67,6 +71,7 @@ def sample(
         mask: For inpainting: an image, or as many as are sampled, whose white pixels are filled in. Default: where the
             images are transparent.
         accelerate: An accelerator, such as encoder_propagation or quantize:weights=8; may be given several times.
+        decoder: Folder of another image decoder for the latents, such as a light one (train --kind decoder).
         separate_files: Write one file an image, named by its seed.
         columns: Images in a row of the grid. Default: one of each class where all classes are used in turn, else a
             square.
@@ -84,7 +89,8 @@ def sample(
     check_int("batch_size", batch_size, 1)
     check_output(out, separate_files, images)
     ranks = processes(device)
-    loaded = open_shared(model, ranks, sound=False)
+    loaded = open_shared(model, ranks, sound=False, lora=lora)
+    loaded = loaded if decoder is None else loaded.with_decoder(decoder)
     how = sampling_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
         plan=plan, accelerators=accelerate, precision=precision,
@@ -101,8 +107,8 @@ def sample(
         flags = {"guides": "guide", "accelerators": "accelerate"}
         options = {flags.get(key, key): value for key, value in settings.items()}
         return command_line("sample", model, {
-            "label": label, "prompt": prompt, **options, "images": images, "mask": mask, "n": n, "seed": seed,
-            "separate_files": separate_files, "columns": columns,
+            "label": label, "prompt": prompt, "lora": lora, **options, "images": images, "mask": mask,
+            "decoder": decoder, "n": n, "seed": seed, "separate_files": separate_files, "columns": columns,
         })  # fmt: skip
 
     with progress(f"sampling {n} images") as tick:

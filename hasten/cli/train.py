@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import BadInput
 from ._common import explicit_options, processes
 from ._processes import on_all_processes
+from ._train_kinds import train_kind
 from .terminal import print_result
 
 
@@ -33,6 +34,13 @@ def train(
     fsdp: bool = False,
     seed: int | None = None,
     precision: str | None = None,
+    kind: str = "model",
+    base: str | None = None,
+    init: str | None = None,
+    factor: int | None = None,
+    latent_channels: int | None = None,
+    perceptual: str | None = None,
+    gan_weight: float | None = None,
     device: str = "auto",
     json: bool = False,
 ) -> dict[str, Any]:
@@ -65,6 +73,17 @@ def train(
         seed: Of the weights, the order of the images and the noise. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which takes what is faster on this device. With +high (TF32 on GPUs),
             +medium or +channels_last, such as fp32+high, also the precision of matrix products and the memory layout.
+        kind: model, a diffusion model; autoencoder, of images for latent diffusion; decoder, a light one for the
+            latents of --base. An autoencoder has the options minutes, steps, size, channels, widths, blocks,
+            batch_size, lr, flip, grad_accumulation, seed, precision and those below, and more in --config
+            (AutoencoderConfig, DecoderConfig).
+        base: For kind decoder: the autoencoder's folder, or that of a diffusers pipeline that has one.
+        init: For kind autoencoder: the one to continue from, its folder or that of a pipeline.
+        factor: For kind autoencoder: how often the image's side is the latent's, a power of two. Default: 4, from 128
+            pixels 8.
+        latent_channels: For kind autoencoder. Default: 8.
+        perceptual: For an autoencoder or decoder: file or folder with the weights of LPIPS or its shift-tolerant form.
+        gan_weight: For an autoencoder or decoder: weight of a patch discriminator. Default: 0, none.
         device: auto, cpu, cuda or cuda:1.
         json: Print the result as JSON.
 
@@ -77,11 +96,19 @@ def train(
         channel_list = [int(w) for w in widths.split(",")] if widths else None
     except ValueError as e:
         raise BadInput(f"widths are whole numbers, comma-separated, such as 64,128, got {widths!r}") from e
+    parts = {
+        "base": base, "init": init, "factor": factor, "latent_channels": latent_channels, "perceptual": perceptual,
+        "gan_weight": gan_weight,
+    }  # fmt: skip
     options = explicit_options(
         steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list, blocks=blocks,
         patch=patch, batch_size=batch_size, lr=lr, label_drop=label_drop, flip=flip or None, precision=precision,
         seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None,
     )  # fmt: skip
+    if kind != "model":
+        return train_kind(kind, data, out, config, {**options, **parts}, device, json)
+    if stray := next((name for name, value in parts.items() if value is not None), None):
+        raise BadInput(f"--{stray.replace('_', '-')} is for --kind autoencoder or decoder")
     request = (TrainConfig() if config is None else TrainConfig.load(config, "train")).replace(**options)
     model = train_model(data, out, request, device=str(processes(device).device))
     result = {

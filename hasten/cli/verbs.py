@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from .compare import compare
+from .convert_lora import convert_lora
 from .distill import distill
 from .evaluate import evaluate
 from .export import export
+from .extract_lora import extract_lora
+from .merge_lora import merge_lora
 from .models import models, show
 from .quantize import quantize
 from .restyle import restyle
@@ -13,5 +16,8 @@ from .sample import sample
 from .train import train
 from .tune import tune
 
-VERBS = (sample, compare, distill, quantize, tune, restyle, export, train, evaluate, models, show)
+VERBS = (
+    sample, compare, distill, quantize, tune, restyle, export, train, evaluate, models, show,
+    extract_lora, merge_lora, convert_lora,
+)  # fmt: skip
 __all__ = [verb.__name__ for verb in VERBS]

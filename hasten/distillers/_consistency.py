@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..predictions import spread
 from ..schedules.base import Schedule
-from ..times import MAX_Q, CosineAngle, Karras, TimeGrid
+from ..times import MAX_Q, CosineAngle, Karras, TimeGrid, Trailing
 from ._targets import ddim_step, time_nodes
 
 MAX_Q_RATIO = 5.0
-TIME_GRIDS: dict[str, TimeGrid] = {"karras": Karras(), "angle": CosineAngle()}
+TIME_GRIDS: dict[str, TimeGrid] = {"karras": Karras(), "angle": CosineAngle(), "trailing": Trailing()}
 
 
 def level(schedule: Schedule, t: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from ..errors import BadInput
 from ..train.data import shard_batches
 from ..train.fit import Ema
 from ..train.trained_module import TrainedModule
-from ._task import DistillTask, check_batch_keys
+from ._batch_keys import check_batch_keys
+from ._task import DistillTask
 
 TIMED_STEPS = 2  # training steps that are timed, after one whose operations are counted
 

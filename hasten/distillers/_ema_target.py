@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
+from ..train.ema import copy_for_average
 
 
 class StepCounter(nn.Module):
@@ -59,7 +58,7 @@ class EMATarget(StepCounter):
 
     def __init__(self, student: Denoiser) -> None:
         super().__init__(student)
-        self.copy = copy.deepcopy(student).eval().requires_grad_(False)
+        self.copy = copy_for_average(student)
 
     @torch.no_grad()
     def update(self, momentum: float, corrected: bool = True) -> int:

@@ -31,7 +31,7 @@ def trained_classifier(task: DistillTask, budget_weight: float, width: int = 32,
     if "label" not in task.batches[0]:
         raise BadInput(
             "a classifier needs images with labels of the model's classes: this model has no classes, or the data has "
-            "no labels (mmd:features=random works without them)"
+            "no labels (mmd:features=random and rcfd:features=random,beta=0 work without them)"
         )
     net = random_classifier(task, width)
 

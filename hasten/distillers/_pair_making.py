@@ -17,8 +17,9 @@ from ..pick import format_spec, pick
 from ..plan.draw import draw
 from ..progress import steps_progress
 from ..sampling import Noise
+from ._conditions import ConditionSource
 from ._pair_store import DESCRIPTION, teacher_fingerprint, to_storage, verify_blocks, write_block, write_description
-from ._pairs import FIRST_SEED, SEED_RANGES, SEED_SPAN, Pairs, pair_labels
+from ._pairs import FIRST_SEED, SEED_RANGES, SEED_SPAN, Pairs, pair_captions, pair_labels
 
 DTYPES = ("uint8", "float16", "float32")
 SAMPLERS = ("ddim", "unipc", "dpm", "deis", "heun")  # deterministic: the sample is a function of the noise
@@ -41,6 +42,9 @@ class PairSource(Protocol):
 
     @property
     def label_count(self) -> int: ...
+
+    @property
+    def condition_source(self) -> ConditionSource | None: ...
 
 
 @torch.no_grad()
@@ -69,8 +73,8 @@ def make_pairs(
         states: times of the grid, above 0, at which intermediate states are stored (ddim, dpm, deis), as float16.
         dtype: of the stored samples: `"uint8"` (images, rounded to 1/127.5 and clipped to [-1, 1]), `"float16"` or
             `"float32"`; None: uint8 for images, float32 for others, such as latents.
-        labels: `"turns"`, pair k of class k % C, or `"random"`. There are labels where the task's batches have them; a
-            null label among them is not used.
+        labels: `"turns"`, pair k of class k % C, or `"random"`; of captions likewise, in a random order. There are
+            labels where the task's batches have them; a null label among them is not used.
         teacher: to sample from; None: the task's.
         batch_size: samples per evaluation of the network.
         block: samples in a file.
@@ -116,6 +120,9 @@ def make_pairs(
     null = getattr(task.denoiser, "null_label", None)
     if null is not None and null < config["classes"]:
         config["null_label"] = null
+    captions = task.condition_source
+    if captions is not None:
+        config |= {"captions": len(captions), "captions_digest": captions.digest()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -128,7 +135,7 @@ def make_pairs(
             if number < len(blocks) and blocks[number]["rows"] >= rows:
                 tick(number * block + rows)
                 continue
-            files = sample_block(task, teacher, method, grid, config, number, rows, tick)
+            files = sample_block(task, teacher, method, grid, config, number, rows, tick, captions)
             if files is None:  # the main process has them
                 continue
             entry = {
@@ -140,7 +147,7 @@ def make_pairs(
     ranks.barrier()
     if not (folder / DESCRIPTION).is_file():
         raise BadInput(f"process {ranks.rank} does not see {folder}: all processes must share the folder")
-    return Pairs(folder, config, 0, count)
+    return Pairs(folder, config, 0, count, captions)
 
 
 def sample_block(
@@ -152,6 +159,7 @@ def sample_block(
     number: int,
     rows: int,
     tick: Callable[[int], None],
+    captions: ConditionSource | None = None,
 ) -> dict[str, np.ndarray] | None:
     """The arrays of block `number`. Its batches start where it does, so they do not depend on earlier runs.
 
@@ -164,7 +172,10 @@ def sample_block(
     def batch(index: int) -> tuple[Tensor, ...]:
         indices = torch.arange(index * size, min((index + 1) * size, rows)) + number * config["block"]
         seeds = (indices + config["seed"]).tolist()
-        cond = {"label": pair_labels(config, indices).to(device)} if config["classes"] else {}
+        cond = {"label": pair_labels(config, indices)} if config["classes"] else {}
+        if captions is not None:
+            cond |= captions(pair_captions(config, indices))
+        cond = {key: value.to(device) for key, value in cond.items()}
         recorder = StateRecorder(teacher, config["states"])
         with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
             x = draw(recorder, method, grid, Noise(seeds, config["shape"], device=device), cond=cond)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,26 @@ class Pairs:
     An entry is a dict, with a first dimension unless k is one number:
     `x` the teacher's sample (*S), float32, images in [-1, 1]; `noise` (*S), standard normal, which times
     `schedule.prior_std(t_max)` is what the teacher started from; `label` int64, where there are classes; `states`
-    (T, *S), the noisy samples at the times `config["states"]` of the teacher's path, where there are any.
+    (T, *S), the noisy samples at the times `config["states"]` of the teacher's path, where there are any; and the
+    conditions of its caption, of which the store keeps the index alone.
 
     Args:
         folder: of the store.
         config: its settings.
         start, stop: first pair, and the one after the last.
+        conditions: of captions, by index (n,) int64; None: there are none.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], start: int, stop: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        start: int,
+        stop: int,
+        conditions: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    ) -> None:
         self.folder, self.config, self.start, self.stop = folder, config, start, stop
+        self.conditions = conditions
         self._maps: OrderedDict[str, Any] = OrderedDict()  # the files used last; each holds a descriptor
         self._noise_blocks: dict[int, Any] = {}
         # generating noise takes as long as a small network: cached, where there is room for all of it
@@ -68,7 +78,7 @@ class Pairs:
         stop = len(self) if stop is None else stop
         if not 0 <= start < stop <= len(self):
             raise BadInput(f"a subset of {len(self)} pairs needs 0 <= start < stop <= {len(self)}, got {start}, {stop}")
-        subset = Pairs(self.folder, self.config, self.start + start, self.start + stop)
+        subset = Pairs(self.folder, self.config, self.start + start, self.start + stop, self.conditions)
         subset._maps, subset._noise_blocks, subset._caches_noise = self._maps, self._noise_blocks, self._caches_noise
         return subset
 
@@ -85,6 +95,8 @@ class Pairs:
         batch["noise"] = self._read("noise", rows) if self._caches_noise else self._noise(rows)
         if self.config["classes"]:
             batch["label"] = pair_labels(self.config, rows)
+        if self.conditions is not None:
+            batch |= self.conditions(pair_captions(self.config, rows))
         if self.config["states"]:
             batch["states"] = self._read("states", rows).float()
         return batch
@@ -202,3 +214,18 @@ def pair_labels(config: dict[str, Any], indices: Tensor) -> Tensor:
         here = blocks == block
         out[here] = random_labels[indices[here] % config["block"]]
     return out
+
+
+def pair_captions(config: dict[str, Any], indices: Tensor) -> Tensor:
+    """The indices of the captions of pairs, int64: all in turns, in a random order, or a random one for each pair.
+
+    Args:
+        config: settings of the store.
+        indices: of the pairs, int64.
+    """
+    count = int(config["captions"])
+    chosen = pair_labels({**config, "classes": count, "null_label": None}, indices)
+    if config["labels"] != "turns":
+        return chosen
+    seed = FIRST_SEED + SEED_RANGES * SEED_SPAN + SEED_RANGES * 500_000 + config["seed"] // SEED_SPAN
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[chosen]

@@ -15,8 +15,11 @@ from ..nets.scalar_inputs import ScalarInputs, with_scalars
 def with_scalar_inputs(net: nn.Module, shape: Sequence[int], **inputs: Any) -> nn.Module:
     """A copy of the network, with its weights, that takes `guidance` or `steps` as inputs; new weights are zero."""
     config, arguments = getattr(net, "config", None), inspect.signature(type(net).__init__).parameters
+    if set(inputs) == {"guidance"} and hasattr(net, "with_guidance"):
+        extended: nn.Module = net.with_guidance()
+        return extended
     if isinstance(net, ScalarInputs):
-        extended: nn.Module = with_scalars(copy.deepcopy(net.net), shape, **{**scalar_inputs_of(net), **inputs})
+        extended = with_scalars(copy.deepcopy(net.net), shape, **{**scalar_inputs_of(net), **inputs})
     elif isinstance(config, Mapping) and all(name in arguments for name in inputs):
         extended = type(net)(**{**config, **inputs})
     else:

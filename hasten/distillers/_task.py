@@ -13,21 +13,22 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
-from ..errors import BadInput
 from ..nets.critic import label_count
+from ..nets.lora import add_lora, base_parameters, lora_layers
 from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
 from ..train.fit import Fit
 from ..train.trained_module import TrainedModule
+from ._batch_keys import check_batch_keys
+from ._conditions import ConditionSource, both_branches, condition_source, unconditional
+from ._memory import checkpoint_gradients, to_float32
 from ._pair_making import make_pairs
 from ._pairs import Pairs
 from ._scalar_inputs import with_scalar_inputs
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 STUDENT_FILE = "student.safetensors"
-# keys of a batch through which the losses of one step pass values to one another
-RESERVED_KEYS = ("fake", "t", "z", "chain", "advantage", "k")
 
 
 @dataclass
@@ -100,6 +101,12 @@ class Distiller(Protocol):
         return False
 
     @property
+    def adds_guidance_only(self) -> bool:
+        """Whether the only input that `adds_inputs` speaks of is the guidance scale, which a text-conditioned U-Net of
+        diffusers can have."""
+        return False
+
+    @property
     def direction(self) -> str:
         """`"decode"`: the students map noise to data; `"encode"`: data to noise."""
         return "decode"
@@ -118,7 +125,7 @@ class DistillTask:
     Args:
         teacher: frozen; `teacher(x_t, t, **cond) -> x0` is the target, guidance included.
         denoiser: frozen; the network without guidance, from which students are copied.
-        batches: `batches[k]` is a batch `{"x": (B, *S) float32, "label": (B,) int64}`.
+        batches: `batches[k]` is a batch `{"x": (B, *S) float32, "label": (B,) int64}`, with further conditions by name.
         shape: S of one sample, (C, H, W) for images.
         out: folder of the run.
         guidance_scale: of `teacher`.
@@ -136,6 +143,13 @@ class DistillTask:
         codec: of the samples, as a model has it. Only samples of `"image"` lie in [-1, 1] and may be stored as uint8.
         minutes: maximum minutes of training, by stage; a stage that is slower than planned ends early.
         tensorboard: write event files beside the logs of the stages, where the package is installed.
+        lora: rank of the low-rank factors that students train in place of their weights; None: all weights.
+        lora_targets: the layers that get them, see `nets.lora.target_layers`.
+        conditions: names of the conditions in a batch beside `label`, such as `text`; None: those of the data.
+        null_conditions: what takes the place of each in guidance's unconditional branch, (1, ...) by name. The teacher
+            has its own.
+        gradient_checkpointing: students and critics compute activations again in the backward pass, for less memory.
+        optimizer: of everything trained, see `TrainedModule`.
     """
 
     teacher: nn.Module
@@ -159,6 +173,17 @@ class DistillTask:
     codec: str | None = None
     minutes: dict[str, float] = field(default_factory=dict)
     tensorboard: bool = True
+    lora: int | None = None
+    lora_targets: str | None = None
+    conditions: tuple[str, ...] | None = None
+    null_conditions: dict[str, Tensor] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+
+    def __post_init__(self) -> None:
+        if self.conditions is None:
+            source = self.condition_source
+            self.conditions = () if source is None else source.names
 
     @property
     def initial(self) -> Denoiser:
@@ -176,7 +201,9 @@ class DistillTask:
         return self.batches.batch_size
 
     def student(self, of: Denoiser | None = None, **changes: Any) -> Denoiser:
-        """A trainable copy of a denoiser.
+        """A trainable copy of a denoiser; with `lora`, one of which only low-rank factors are trained.
+
+        The copy of a denoiser with factors goes on training these: they stay relative to the weights of the first.
 
         Args:
             of: the denoiser to copy; None: `initial`.
@@ -186,10 +213,37 @@ class DistillTask:
         """
         source = self.initial if of is None else of
         if not changes:
-            return copy.deepcopy(source).requires_grad_(True)
-        net = with_scalar_inputs(source.net, self.shape, **changes)
-        replaced = {"guidance_range": None} if "guidance" in changes else {}
-        return source.replace(net=net, **replaced).requires_grad_(True)
+            if self.lora is not None:
+                return self.lora_student(source)
+            copied = copy.deepcopy(source)
+        else:
+            net = with_scalar_inputs(source.net, self.shape, **changes)
+            replaced = {"guidance_range": changes["guidance"]} if "guidance" in changes else {}
+            copied = source.replace(net=net, **replaced)
+        if self.gradient_checkpointing:
+            checkpoint_gradients(copied.net)
+        return copied.requires_grad_(True)
+
+    def lora_student(self, source: Denoiser) -> Denoiser:
+        """A copy of a denoiser of which only low-rank factors are trained."""
+        student = copy.deepcopy(source, {id(p): p for p in base_parameters(source)}).requires_grad_(False)
+        layers = lora_layers(student.net)
+        if not layers:
+            assert self.lora is not None
+            add_lora(student.net, self.lora, targets=self.lora_targets, seed=self.seed)
+        for layer in layers.values():
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.requires_grad_(True)
+        if self.gradient_checkpointing:
+            checkpoint_gradients(student.net)
+        return student
+
+    def full_copy(self, of: Denoiser) -> Denoiser:
+        """A copy of a denoiser of which all weights are trained in any case: of critics."""
+        copied = copy.deepcopy(of).requires_grad_(True)
+        if self.gradient_checkpointing:
+            checkpoint_gradients(copied.net)
+        return copied
 
     @property
     def label_count(self) -> int:
@@ -215,8 +269,43 @@ class DistillTask:
         return {key: value[:1].to(device) for key, value in self.cond(self.batches[0]).items()}
 
     def cond(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The conditions in a batch that are passed to the networks: its labels, where it has any."""
-        return {"label": batch["label"]} if "label" in batch else {}
+        """The conditions in a batch that are passed to the networks: its labels and the embeddings of its prompts."""
+        return {key: batch[key] for key in ("label", *(self.conditions or ())) if key in batch}
+
+    @property
+    def condition_source(self) -> ConditionSource | None:
+        """The embedded captions of the data, by index; None where it has none."""
+        return condition_source(self.batches)
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the plain network can be evaluated without its conditions, as guidance needs."""
+        return self.denoiser.null_label is not None or bool(self.null_conditions)
+
+    def branches(self, evaluate: Callable[..., Tensor], z: Tensor, t: Tensor, **cond: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain network with and without the conditions, in one batch of 2 B.
+
+        Args:
+            evaluate: `task.denoiser` for x0, `task.denoiser.raw` for its own output.
+            z: (B, *S).
+            t: (B,).
+            cond: conditions of B rows.
+
+        Returns:
+            Both outputs, each (B, *S).
+        """
+        return both_branches(evaluate, z, t, cond, unconditional(cond, self.denoiser.null_label, self.null_conditions))
+
+    def teacher_at(self, scale: Tensor) -> Callable[..., Tensor]:
+        """The teacher at a guidance scale of each sample (B,): `teacher(z, t, **cond) -> x0`."""
+        if self.denoiser.net_takes_guidance:
+            return lambda z, t, **cond: self.denoiser(z, t, **cond, guidance=scale)
+
+        def guided(z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+            conditional, plain = self.branches(self.denoiser, z, t, **cond)
+            return plain + scale.view(-1, *[1] * (z.ndim - 1)).to(z.dtype) * (conditional - plain)
+
+        return guided
 
     def trained_module(
         self, name: str, module: nn.Module, loss: Loss, lr: float, every: int = 1, **options: Any
@@ -232,7 +321,8 @@ class DistillTask:
             options: further arguments of `TrainedModule`.
         """
         to_float32(module)
-        return TrainedModule(name, module, loss, **{"lr": lr, "every": every, "weight_decay": 0.0, **options})
+        defaults = {"lr": lr, "every": every, "weight_decay": 0.0, "optimiser": self.optimizer}
+        return TrainedModule(name, module, loss, **{**defaults, **options})
 
     def fit(
         self,
@@ -303,34 +393,3 @@ class DistillTask:
             options: of `make_pairs`.
         """
         return make_pairs(self, self.out / "pairs" / name, count, **options)
-
-
-def to_float32(module: nn.Module) -> nn.Module:
-    """Make parameters and buffers of fewer than 32 bits float32, in place, and return the module.
-
-    Training steps are smaller than the resolution of half precision: the weights would not move, or drift.
-
-    Raises:
-        BadInput: for 8-bit weights, which the network's hooks would cast back at every call.
-    """
-    for name, p in module.named_parameters():
-        if p.is_floating_point() and p.itemsize < 2:
-            raise BadInput(
-                f"the weights {name} are {str(p.dtype).removeprefix('torch.')} (layer-wise casting), which cannot be "
-                "trained: load the network in float32, bfloat16 or float16"
-            )
-    return module._apply(lambda value: value.float() if value.is_floating_point() and value.itemsize < 4 else value)
-
-
-def check_batch_keys(batches: Any) -> None:
-    """Refuse batches with keys that distillers use to pass values between losses.
-
-    Raises:
-        BadInput: naming the key.
-    """
-    reserved = sorted(set(RESERVED_KEYS) & set(batches[0]))
-    if reserved:
-        others = ", ".join(key for key in RESERVED_KEYS if key != reserved[0])
-        raise BadInput(
-            f"batches have the key {reserved[0]!r}, which distillers use themselves: rename it (to none of {others})"
-        )

@@ -58,6 +58,7 @@ class Consistency(Distiller):
     t_min to its t_max, and the clean end below them, so that no smallest level remains. A start at pure noise, where q
     is infinite, stays a node of its own and counts as q = 150 in grids and weights.
 
+    LCM (text): nodes=50, grid=trailing, solver=euler, guidance=(2,14), momentum=.95.
     CD: momentum=0 (32 pixels) or nodes=40, momentum=.95 (64 pixels). CT: mode=training, curriculum=root, first=2,
     nodes=150, momentum=.9. Improved CT: mode=training, curriculum=doubling, nodes=1280, weight=gap, levels=lognormal,
     momentum=0. ECT: mode=training, curriculum=ect, weight=gap, momentum=0. All papers evaluate an average of the
@@ -78,7 +79,9 @@ class Consistency(Distiller):
         noise: mean and standard deviation of log q.
         momentum: of f-, an EMA of the student; 0 for the student itself, which is less stable in short runs; `"root"`
             moves it towards 1 as N grows.
-        grid: `"karras"` (rho 7) or `"angle"`.
+        grid: `"karras"` (rho 7), `"angle"`, or `"trailing"`, equally spaced in time, on which the sampler runs too.
+        guidance: the guidance scales (low, high) that the student takes as an input, uniform in training; None: the
+            run's scale is built in.
         lr: peak learning rate.
         steps: of the recommended sampler.
 
@@ -89,6 +92,7 @@ class Consistency(Distiller):
         Song, Dhariwal, Chen, Sutskever 2023, arXiv:2303.01469.
         Song, Dhariwal 2024, arXiv:2310.14189.
         Geng, Pokle, Luo, Lin, Kolter 2024, arXiv:2406.14548.
+        Luo, Tan, Huang, Li, Zhao 2023, arXiv:2310.04378 (LCM).
     """
 
     mode: str = "distillation"
@@ -104,6 +108,7 @@ class Consistency(Distiller):
     noise: tuple[float, float] = (-1.1, 2.0)
     momentum: float = 0.9
     grid: str = "karras"
+    guidance: tuple[float, float] | None = None
     lr: float = 3e-4
     steps: int = 2
     needs_data: ClassVar[bool] = True
@@ -122,24 +127,56 @@ class Consistency(Distiller):
             )
         if not 0 <= self.momentum < 1 or not self.c >= 0 or not self.noise[1] > 0:
             raise BadInput("consistency needs momentum in [0, 1), c of at least 0, and a deviation of noise above 0")
+        if self.guidance is not None and (self.mode == "training" or not self.guidance[0] < self.guidance[1]):
+            raise BadInput(
+                f"consistency needs guidance=(low,high) with low < high, and a teacher to learn it from "
+                f"(mode=distillation), got {self.guidance} and mode={self.mode}"
+            )
 
     @property
     def teacher_steps(self) -> int | None:
         """In mode "training" the teacher only provides initial weights."""
         return 0 if self.mode == "training" else None
 
+    @property
+    def keeps_guidance_range(self) -> bool:
+        """The scale is an input where there is a range."""
+        return self.guidance is not None
+
+    @property
+    def adds_inputs(self) -> bool:
+        """The scale, where there is a range."""
+        return self.guidance is not None
+
+    @property
+    def adds_guidance_only(self) -> bool:
+        """The scale is the only further input."""
+        return True
+
     def distill(self, task: DistillTask) -> Student:
         """Train the one stage `consistency` and return its student."""
-        student = anchored(task.student())
+        student = anchored(self.initial_student(task))
         module: StepCounter = EMATarget(student) if self.momentum else StepCounter(student)
         # weights by the gap span orders of magnitude, which clipping would undo
         clip = 1.0 if self.weight == "one" else None
         modules = [task.trained_module("student", module, self.loss_fn(task, module), self.lr)]
         trained: Any = task.fit("consistency", modules, clip=clip)["student"]
         guidance = (1.0, 1.0) if self.mode == "training" else None
-        result = Student(trained.student, "consistency", "angle", self.steps, guidance=guidance)
+        times = "trailing" if self.grid == "trailing" else "angle"
+        result = Student(trained.student, "consistency", times, self.steps, guidance=guidance)
         task.save_student("consistency", result)
         return result
+
+    def initial_student(self, task: DistillTask) -> Denoiser:
+        """A copy of the network, with the scale as an input where there is a range."""
+        if self.guidance is None:
+            return task.student()
+        if task.denoiser.guidance_range is None and not task.guidable:
+            raise BadInput(
+                "consistency: guidance=(low,high) needs a model with a null label or prompt, that is, trained with "
+                "label dropout: leave guidance out"
+            )
+        return task.student(guidance=task.denoiser.guidance_range or self.guidance)
 
     def loss_fn(
         self, task: DistillTask, module: StepCounter, name: str = "consistency"
@@ -159,17 +196,23 @@ class Consistency(Distiller):
             t, s = self.sample_times(schedule, len(x), k, total, time_device(x))
             eps = torch.randn_like(x)
             z = noised(schedule, x, t, eps)
+            teacher: Callable[..., Tensor] = task.teacher
+            inputs = cond
+            if student.net_takes_guidance:
+                low, high = student.guidance_range or (1.0, 1.0)
+                scale = low + (high - low) * torch.rand(len(x), device=x.device)
+                teacher, inputs = task.teacher_at(scale), {**cond, "guidance": scale}
             seed = int(torch.randint(2**62, ())) if stochastic else None
             with same_dropout(seed):
-                prediction = student(z, t, **cond)
+                prediction = student(z, t, **inputs)
             with torch.no_grad(), same_dropout(seed):
                 if self.mode == "training":
                     z_s = noised(schedule, x, s, eps)
                 else:
-                    z_s = SOLVERS[self.solver](task.teacher, schedule, z, t, s, **cond)
+                    z_s = SOLVERS[self.solver](teacher, schedule, z, t, s, **cond)
                 target_model = module.copy if isinstance(module, EMATarget) else student
                 # at the clean end f is the identity by definition, free of rounding
-                target = torch.where(spread((s == 0).double(), z) > 0, z_s, target_model(z_s, s, **cond))
+                target = torch.where(spread((s == 0).double(), z) > 0, z_s, target_model(z_s, s, **inputs))
             distances = pair_distance(prediction, target, self.metric, self.c)
             if self.weight == "one":
                 return distances.mean()

@@ -118,7 +118,7 @@ class DiffusionGAN(Distiller):
                 return r1_penalty(lambda maps: heads.head_logits(maps, inputs[-1], **cond), maps)
 
             return (heads.pair if self.posterior else heads), heads.heads, penalty
-        copied = task.student(task.denoiser)
+        copied = task.full_copy(task.denoiser)
         try:
             zeroed(copied.net)
         except ValueError as e:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..denoiser import Denoiser
 from ..errors import BadInput
-from ..nets.critic import FeatureHeads, label_count, plain_critic
+from ..nets.critic import FeatureHeads, label_count, plain_critic, text_width
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
@@ -75,7 +75,7 @@ class DMD(Distiller):
         """Train the stage `dmd`."""
         torch.manual_seed(task.seed)  # the critic's first weights
         student = task.student()
-        fake = FakeScore(task.student(task.denoiser), task.shape, task.label_count, task.one_cond())
+        fake = FakeScore(task.full_copy(task.denoiser), task.shape, task.label_count, task.one_cond())
         modules = [
             task.trained_module("fake", fake, self.fake_loss(task, student, fake), self.fake_lr, betas=(0.0, 0.999)),
             task.trained_module(
@@ -169,14 +169,14 @@ class FakeScore(nn.Module):
                 cond = {"label": torch.zeros(1, dtype=torch.long, device=device)} if classes else {}
             with torch.no_grad():
                 middle, _ = denoiser.features(torch.zeros(1, *shape, device=device), 0.5, **cond)
-            self.head = FeatureHeads([middle.shape[1]], classes).to(device)
+            self.head = FeatureHeads([middle.shape[1]], classes, text=text_width(cond)).to(device)
         else:
-            self.head = plain_critic(shape, classes)
+            self.head = plain_critic(shape, classes, text=text_width(cond))
 
     def logits(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """Logits (B, M) of z (B, *S) at t (B,): high for noised data."""
         features = self.denoiser.features(z, t, **cond)[0] if self.has_features else z
-        return self.head([features], t, cond.get("label")).float()
+        return self.head([features], t, **cond).float()
 
 
 def score_difference(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:

@@ -34,11 +34,11 @@ KINDS = ("deterministic", "stochastic")
 
 @dataclass(frozen=True)
 class GuidedDistillation(Distiller):
-    """One student for a range of guidance scales s, then students of it that need few steps.
+    """One student for a range of guidance scales s, or for one, then students of it that need few steps.
 
     Stage one, `guidance`: the student, a copy of the conditional network with s as a further input, is trained towards
     `x0 = x0_uncond + s (x0_cond - x0_uncond)` at all times, s uniform in the range, one for each sample. It halves the
-    cost at any number of steps, with any sampler.
+    cost at any number of steps, with any sampler. With `guidance=none` s is the run's scale and no input.
 
     Stage two, one stage for each entry N of `steps`, from the student before, with s an input of both:
 
@@ -50,14 +50,15 @@ class GuidedDistillation(Distiller):
       one (`stochastic_distilled`).
 
     A model that takes the scale as an input already, such as the student of stage one, begins with stage two.
-    Paper: scales 1 to 5 for pixels, N from 1024. Cost: 5 model evaluations a training step and image, m + 3 in stage
-    two.
+    Paper: scales 1 to 5 for pixels, 2 to 14 for text, N from 1024. Cost: 5 model evaluations a training step
+    and image, m + 3 in stage two.
 
     Args:
         steps: decreasing, each a divisor of the one before.
         start: steps of the student of stage one that the first of them learns from, a multiple of the first (0: twice
             as many).
-        guidance: the scales (low, high); the papers' w is s - 1.
+        guidance: the scales (low, high); the papers' w is s - 1. None: the run's scale (`guidance_scale`) alone, in a
+            network without that input.
         kind: `"deterministic"` or `"stochastic"`.
         lr, weight, order: as in `progressive`.
         first: training of stage one, relative to another stage's.
@@ -68,7 +69,7 @@ class GuidedDistillation(Distiller):
             train it. Deterministic only.
 
     Raises:
-        BadInput: for a model without a null label, steps that do not nest, and options that do not go together.
+        BadInput: for a model without a null label or prompt, steps that do not nest, options that do not go together.
 
     References:
         Meng, Rombach, Gao, Kingma, Ermon, Ho, Salimans 2023, arXiv:2210.03142.
@@ -77,7 +78,7 @@ class GuidedDistillation(Distiller):
 
     steps: tuple[int, ...] = (16, 8, 4, 2, 1)
     start: int = 0
-    guidance: tuple[float, float] = (1.0, 5.0)
+    guidance: tuple[float, float] | None = (1.0, 5.0)
     kind: str = "deterministic"
     lr: float = 1e-3
     weight: str = "auto"
@@ -86,8 +87,6 @@ class GuidedDistillation(Distiller):
     shared: bool = False
     order: int = 1
     needs_data: ClassVar[bool] = True
-    keeps_guidance_range: ClassVar[bool] = True
-    adds_inputs: ClassVar[bool] = True  # the scale
 
     def __post_init__(self) -> None:
         check_nested_steps("guided", self.steps, self.start)
@@ -95,8 +94,25 @@ class GuidedDistillation(Distiller):
         check_choice("kind of guided", self.kind, KINDS)
         if self.shared and self.kind != "deterministic":
             raise BadInput("guided: shared=true, one network for all step counts, needs kind=deterministic")
-        if not self.guidance[0] < self.guidance[1]:
-            raise BadInput(f"guided needs guidance=(low,high) with low < high, got {self.guidance}")
+        if self.guidance is not None and not self.guidance[0] < self.guidance[1]:
+            raise BadInput(
+                f"guided needs guidance=(low,high) with low < high, or none for one scale, got {self.guidance}"
+            )
+
+    @property
+    def keeps_guidance_range(self) -> bool:
+        """The scale is an input, unless it is built in."""
+        return self.guidance is not None
+
+    @property
+    def adds_inputs(self) -> bool:
+        """The scale, and with `shared` the number of steps."""
+        return self.guidance is not None or self.shared
+
+    @property
+    def adds_guidance_only(self) -> bool:
+        """All but `shared`."""
+        return not self.shared
 
     @property
     def teacher_steps(self) -> int:
@@ -106,8 +122,7 @@ class GuidedDistillation(Distiller):
     def distill(self, task: DistillTask) -> Student:
         """Train the stages `guidance`, `steps16`, ... and return the last student."""
         teacher, teacher_steps = self.merged(task), self.teacher_steps
-        span = teacher.guidance_range
-        assert span is not None
+        span = teacher.guidance_range or (task.guidance_scale, task.guidance_scale)
         if self.shared:
             return self.train_shared(task, teacher, teacher_steps)
         sampler = "ddim" if self.kind == "deterministic" else "stochastic_distilled"
@@ -125,15 +140,15 @@ class GuidedDistillation(Distiller):
         return result
 
     def merged(self, task: DistillTask) -> Denoiser:
-        """The student of stage one; the model itself where it takes the scale as its input."""
-        if task.denoiser.net_takes_guidance:
+        """The student of stage one; the model itself where the scale is its input, or built in."""
+        if task.denoiser.guidance_range is not None:
             return task.denoiser
-        if task.denoiser.null_label is None:
+        if not task.guidable:
             raise BadInput(
                 "guided needs a model with a null label, that is, trained with label dropout: progressive, tract and "
                 "consistency work without one"
             )
-        student = task.student(guidance=self.guidance)
+        student = task.student() if self.guidance is None else task.student(guidance=self.guidance)
         modules = [task.trained_module("student", student, self.guidance_loss(task, student), self.lr)]
         trained = task.fit("guidance", modules, budget_weight=self.first)["student"]
         assert isinstance(trained, Denoiser)
@@ -144,35 +159,34 @@ class GuidedDistillation(Distiller):
         """The initial student of `teacher`: its copy, or the task's `init` with the teacher's range of scales."""
         if task.init is None or teacher is not task.denoiser:
             return task.student(teacher, **inputs)
+        if not teacher.net_takes_guidance:
+            return task.student(task.init, **inputs)
         return task.student(task.init, guidance=teacher.guidance_range, **inputs)
 
     def guidance_loss(self, task: DistillTask, student: Denoiser) -> Loss:
         """The loss of stage one."""
-        (low, high), null = self.guidance, task.denoiser.null_label
-        assert null is not None
+        low, high = self.guidance or (task.guidance_scale, task.guidance_scale)
 
         def loss_fn(batch: dict[str, Tensor]) -> Tensor:
-            x, label = batch["x"], batch["label"]
+            x, cond = batch["x"], task.cond(batch)
             t = task.schedule.t_max * stratified(len(x), time_device(x)).clamp_min(task.schedule.t_min)
             z = noised(task.schedule, x, t)
             scale = low + (high - low) * torch.rand(len(x), device=x.device)
             with torch.no_grad():
-                both = torch.cat([label, torch.full_like(label, null)])
-                conditional, unconditional = task.denoiser.raw(torch.cat([z, z]), torch.cat([t, t]), label=both).chunk(
-                    2
-                )
+                conditional, unconditional = task.branches(task.denoiser.raw, z, t, **cond)
                 target = unconditional + scale.view(-1, *[1] * (z.ndim - 1)).to(z.dtype) * (conditional - unconditional)
-            raw = student.raw(z, t, label=label, guidance=scale)
+            raw = student.raw(z, t, **cond, **({"guidance": scale} if student.net_takes_guidance else {}))
             error = (raw - target).float().square().flatten(1).mean(1)
             return (output_weight(student, t, self.weight).to(x.device, torch.float32) * error).mean()
 
         return loss_fn
 
-    def sample_scales(self, teacher: Denoiser, x: Tensor) -> Tensor:
-        """A random scale for each sample, uniform in the range, (B,) float32."""
-        assert teacher.guidance_range is not None
-        low, high = teacher.guidance_range
-        return low + (high - low) * torch.rand(len(x), device=x.device)
+    def sample_scales(self, teacher: Denoiser, x: Tensor) -> dict[str, Tensor]:
+        """The input `guidance`: a random scale for each sample, uniform in the range, (B,) float32; {} if built in."""
+        low, high = teacher.guidance_range or (1.0, 1.0)
+        if low == high:
+            return {}
+        return {"guidance": low + (high - low) * torch.rand(len(x), device=x.device)}
 
     def path(self, first: bool) -> Any:
         """The teacher's steps from node to node: of second order where it is not a student of few steps."""
@@ -181,9 +195,7 @@ class GuidedDistillation(Distiller):
     def deterministic_loss(self, task: DistillTask, teacher: Denoiser, student: Denoiser, n: int, m: int) -> Loss:
         """The loss of the deterministic student of n steps whose teacher takes m for each."""
         path = self.path(first=n == self.steps[0])
-        return halving_loss(
-            task, teacher, student, n, m, path, self.weight, lambda x: {"guidance": self.sample_scales(teacher, x)}
-        )
+        return halving_loss(task, teacher, student, n, m, path, self.weight, lambda x: self.sample_scales(teacher, x))
 
     def budget_weight(self, n: int) -> float:
         """The training of the student of n steps, relative to another stage's."""
@@ -203,7 +215,7 @@ class GuidedDistillation(Distiller):
 
         def loss_fn(batch: dict[str, Tensor]) -> Tensor:
             module.update(0.9)
-            x, inputs = batch["x"], {**task.cond(batch), "guidance": self.sample_scales(merged, batch["x"])}
+            x, inputs = batch["x"], {**task.cond(batch), **self.sample_scales(merged, batch["x"])}
             which = self.assign_counts(len(x))
             # rows sorted by count on the CPU, so that nothing waits for their numbers
             order, amounts = which.argsort(stable=True).to(x.device), torch.bincount(which, minlength=len(counts))
@@ -248,7 +260,7 @@ class GuidedDistillation(Distiller):
         jumps, last = 2 * m // stride, -(-m // stride)  # fewer from the last node of the student
 
         def loss_fn(batch: dict[str, Tensor]) -> Tensor:
-            x, cond = batch["x"], {**task.cond(batch), "guidance": self.sample_scales(teacher, batch["x"])}
+            x, cond = batch["x"], {**task.cond(batch), **self.sample_scales(teacher, batch["x"])}
             nodes = grid.at(x)
             i = m * torch.randint(1, n + 1, (len(x),), device=nodes.device)
             moves = [torch.where(i > m, k, max(k - (jumps - last), 0)) for k in range(jumps + 1)]

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from ..nets.classifier import Classifier
 from ..predictions import spread
 from ..times import Trailing
-from ._features import trained_classifier
+from ._features import random_classifier, trained_classifier
 from ._targets import DeviceTimes, ddim_path, noised, output_weight, raw_target, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 from .progressive import Progressive, check_nested_steps
 
 __all__ = ["Rcfd"]
+
+FEATURES = ("classifier", "random")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Rcfd(Distiller):
         plain: students of at least so many steps are distilled without the classifier.
         tau, beta, gamma, pixel: as above.
         weight: of the pixel term and of the stages without the classifier, see `_targets.prediction_loss`.
+        features: of a `"classifier"`, or of the same network with `"random"` weights, without labels (with beta=0).
         share: of the budget, training of the classifier relative to a stage; it is the first stage, `classifier`, on
             the task's labelled images.
         width: of the classifier.
@@ -66,6 +69,7 @@ class Rcfd(Distiller):
     gamma: float = 0.75
     pixel: float = 0.1
     weight: str = "auto"
+    features: str = "classifier"
     share: float = 0.3
     width: int = 32
     lr: float = 3e-4
@@ -74,6 +78,9 @@ class Rcfd(Distiller):
 
     def __post_init__(self) -> None:
         check_nested_steps("rcfd", self.steps, self.start)
+        check_choice("features of rcfd", self.features, FEATURES)
+        if self.features == "random" and self.beta:
+            raise BadInput("rcfd: the terms of beta need the classes of a classifier: with features=random use beta=0")
         if not self.tau > 0 or not self.beta >= 0 or not 0 <= self.gamma <= 1 or not self.pixel >= 0:
             raise BadInput("rcfd needs tau above 0, beta and pixel of at least 0, and gamma in [0, 1]")
         if min(self.steps) >= self.plain:
@@ -96,7 +103,10 @@ class Rcfd(Distiller):
 
     def distill(self, task: DistillTask) -> Student:
         """Train the stages `classifier`, then `steps8`, `steps4`, ..., and return the last student."""
-        net = trained_classifier(task, self.share, self.width).eval().requires_grad_(False)
+        if self.features == "classifier":
+            net = trained_classifier(task, self.share, self.width).eval().requires_grad_(False)
+        else:
+            net = random_classifier(task, self.width).eval().requires_grad_(False)
         common = Progressive(self.steps, self.start, self.lr, self.weight, self.last)
         teacher: Any = task.teacher
         source, teacher_steps = task.initial, self.teacher_steps

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..errors import BadInput, check_choice
-from ..nets.critic import plain_critic
+from ..nets.critic import plain_critic, text_width
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
@@ -84,9 +84,9 @@ class SFTPG(Distiller):
     def distill(self, task: DistillTask) -> Student:
         """Train the stage `policy`."""
         torch.manual_seed(task.seed)  # the critic's first weights
-        student, classes = task.student(), task.label_count
-        critic = plain_critic(task.shape, classes, spectral=self.bound == "spectral")
-        value = plain_critic(task.shape, classes)
+        student, classes, text = task.student(), task.label_count, text_width(task.one_cond())
+        critic = plain_critic(task.shape, classes, spectral=self.bound == "spectral", text=text)
+        value = plain_critic(task.shape, classes, text=text)
         chain, picks = DDPMChain(student, task.schedule, self.steps, self.last), min(self.picks, self.steps)
 
         def chains(batch: dict[str, Tensor]) -> Tensor:

@@ -209,7 +209,7 @@ def read_judge(folder: Path, which: str) -> TextJudge:
         return TowersJudge(ContrastiveTowers.load(folder).float(), load_tokenizer(folder, folder / "tokenizer"))
     if not folder.is_dir():
         raise BadInput(f"no judge {which!r}: not a folder; {nearest(which, BUNDLED_JUDGES)}")
-    config = read_json(folder / "config.json")
+    config = read_json_file(folder / "config.json")
     if config.get("model_type") != "clip":
         raise BadInput(
             f"{folder} is no judge: it holds neither {TOWERS} nor the config.json of a CLIPModel of transformers"
@@ -241,7 +241,7 @@ def load_tokenizer(judge: Path, folder: Path) -> Any:
 def pixel_statistics(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation of a saved image processor; those of CLIP where there is none."""
     for name in ("preprocessor_config.json", "processor_config.json"):
-        saved = read_json(folder / name)
+        saved = read_json_file(folder / name)
         saved = saved.get("image_processor") or saved
         if "image_mean" in saved and "image_std" in saved:
             return saved["image_mean"], saved["image_std"]
@@ -249,7 +249,7 @@ def pixel_statistics(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     return CLIP_MEAN, CLIP_STD
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..accelerators import Call
 from ..accelerators._calls import model_calls
+from ..adapters.diffusers.autoencoders import replace_decoder
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, check_int
 from ..images import to_image_tensor
@@ -23,9 +24,11 @@ from ..plan.table import Plan
 from ..progress import fraction_of
 from ..sampling import Callback, Noise, Progress, wrap_denoiser
 from ..storage import model_folder
+from ..storage.lora_files import LoRAFile
 from ..train.names import class_index, label_indices
 from ..utils.random import MAX_SEED
 from .finite import check_sample
+from .lora import load_lora_weights
 from .resolve import Resolved, accelerate_model, guided, resolve
 
 if TYPE_CHECKING:
@@ -93,6 +96,20 @@ class Model:
             key: one and one.to(device) for key, one in (("conditioning", self.conditioning), ("decoder", self.decoder))
         }
         return replace(self, denoiser=self.denoiser.to(device), parts=parts, **beside)
+
+    def with_decoder(self, folder: str | Path) -> Model:
+        """The same model of latents with another image decoder, such as a light one (`distill_decoder`).
+
+        Args:
+            folder: of an autoencoder of diffusers with the same encoder, or of an `AutoencoderTiny`.
+
+        Raises:
+            BadInput: for a model without an autoencoder, and for an autoencoder of other latents.
+        """
+        if self.decoder is None:
+            raise BadInput(f"{self.name} is no model of latents: it has no image decoder to replace")
+        decoder, pipeline = replace_decoder(self.decoder, self.pipeline, folder)
+        return replace(self, decoder=decoder, pipeline=pipeline)
 
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.
@@ -282,6 +299,20 @@ class Model:
         run's), the files take their names one by one, the description last, and nothing else in it is touched.
         """
         return model_folder.save(self, Path(folder), half)
+
+    def with_lora(self, lora: str | Path | LoRAFile | Sequence[str | Path | LoRAFile], scale: float = 1.0) -> Model:
+        """A copy with LoRAs merged into its weights; that of a student brings its steps, sampler and guidance scale.
+
+        Args:
+            lora: a safetensors file in the layout of diffusers and peft or with kohya's names, or several; a file may
+                be followed by its scale, `"style.safetensors:0.7"`.
+            scale: factor of the change of the weights, for files that name none.
+
+        Raises:
+            BadInput: for a LoRA of another model, one with parts that this model has no place for, and the LoRA of a
+                student where the model is a student.
+        """
+        return load_lora_weights(self, lora, scale)
 
     def describe(self) -> dict[str, Any]:
         """What `model.json` holds, but for the hashes of the files, which are known once they are written."""

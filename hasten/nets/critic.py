@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,32 +17,56 @@ LAST = ("conv_out", "out", "proj_out", "proj_out_2", "final")  # attribute names
 
 
 class Condition(nn.Module):
-    """A critic's embedding (B, width) of the time t, () or (B,) in [0, 1], and the class, (B,) or None.
+    """A critic's embedding (B, width) of the time t, () or (B,) in [0, 1], the class, (B,) or None, and the text.
 
     Args:
         classes: 0 for none; label `classes` is the null class, and `label=None` is the null class for all.
         width: even.
+        text: D of `pooled_text`, 0 for none.
     """
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, classes: int, width: int, text: int = 0) -> None:
         super().__init__()
         self.classes = classes
         self.time = nn.Sequential(
             TimeFeatures(width, 20.0), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
         self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.text = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, width)) if text else None
 
-    def forward(self, n: int, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+    def forward(self, n: int, t: Tensor | float, label: Tensor | None = None, **cond: Tensor) -> Tensor:
         """The embedding of n samples."""
         device = next(self.parameters()).device
         if not isinstance(t, Tensor):
             t = torch.full((n,), float(t), device=device)
         emb = self.time(t.to(device, torch.float32).expand(n))
+        if self.text is not None and (pooled := pooled_text(cond)) is not None:
+            emb = emb + self.text(pooled)
         if self.label is None:
             return emb
         if label is None:
             label = torch.full((n,), self.classes, dtype=torch.long, device=device)
         return emb + self.label(label)
+
+
+def pooled_text(cond: Mapping[str, Tensor]) -> Tensor | None:
+    """The text of a batch as one vector a sample, float32 (B, D): the mean over the tokens of `text` (B, L, E), beside
+    the text encoder's own pooled embedding where there is one (`added_text_embeds`); None without text.
+    """
+    parts = []
+    if (text := cond.get("text")) is not None:
+        weights = torch.ones(text.shape[:2], device=text.device) if cond.get("text_mask") is None else cond["text_mask"]
+        weights = weights.float()[..., None]
+        parts.append((text.float() * weights).sum(1) / weights.sum(1).clamp_min(1))
+    if (pooled := cond.get("added_text_embeds")) is not None:
+        parts.append(pooled.float())
+    return torch.cat(parts, 1) if parts else None
+
+
+def text_width(cond: Mapping[str, Tensor] | None) -> int:
+    """D of `pooled_text` for these conditions, 0 without text."""
+    pooled = None if cond is None else pooled_text(cond)
+    return 0 if pooled is None else pooled.shape[1]
 
 
 class FeatureHeads(nn.Module):
@@ -58,24 +82,27 @@ class FeatureHeads(nn.Module):
         channels: C_k of each map.
         classes: 0 for none.
         width: even.
+        text: D of `pooled_text`, 0 for none.
 
     References:
         Miyato, Koyama 2018, arXiv:1802.05637 (the projection); Sauer et al. 2024, arXiv:2403.12015 (heads on a
         diffusion network's features).
     """
 
-    def __init__(self, channels: Sequence[int], classes: int = 0, width: int = 64) -> None:
+    def __init__(self, channels: Sequence[int], classes: int = 0, width: int = 64, text: int = 0) -> None:
         super().__init__()
-        self.condition = Condition(classes, width)
+        self.condition = Condition(classes, width, text)
         self.body = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, width, 4, stride=2, padding=1), group_norm(width), nn.SiLU()) for c in channels
         )
         self.out = nn.ModuleList(nn.Conv2d(width, 1, 3, padding=1) for _ in channels)
         self.project = nn.ModuleList(nn.Linear(width, width) for _ in channels)
 
-    def forward(self, features: Sequence[Tensor], t: Tensor | float, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Sequence[Tensor], t: Tensor | float, label: Tensor | None = None, **cond: Any
+    ) -> Tensor:
         """Logits (B, M)."""
-        c = self.condition(len(features[0]), t, label)
+        c = self.condition(len(features[0]), t, label, **cond)
         logits = []
         for feature, body, out, project in zip(features, self.body, self.out, self.project, strict=True):
             h = body(feature if feature.itemsize >= 4 else feature.float())  # features in half precision
@@ -94,24 +121,27 @@ class PointCritic(nn.Module):
         spectral: every layer has spectral norm 1, which bounds the gradient of the critic in x. Without it the squares
             of x are inputs too: they reveal first that generated samples have too little variance, as those of few
             denoising steps do.
+        text: D of `pooled_text`, 0 for none.
 
     References:
         Miyato et al. 2018, arXiv:1802.05957 (spectral normalisation).
     """
 
-    def __init__(self, size: int, classes: int = 0, width: int = 128, spectral: bool = False) -> None:
+    def __init__(self, size: int, classes: int = 0, width: int = 128, spectral: bool = False, text: int = 0) -> None:
         super().__init__()
-        self.condition = Condition(classes, width)
+        self.condition = Condition(classes, width, text)
         self.squares = not spectral
         in_features = size * (1 + self.squares)
         layers = [nn.Linear(in_features, width), nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 1)]
         self.layers = nn.ModuleList(spectral_norm(layer) if spectral else layer for layer in layers)
         self.project = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
 
-    def forward(self, x: Tensor | Sequence[Tensor], t: Tensor | float, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | Sequence[Tensor], t: Tensor | float, label: Tensor | None = None, **cond: Any
+    ) -> Tensor:
         """Logits (B, 1)."""
         x = x.flatten(1) if isinstance(x, Tensor) else torch.cat([part.flatten(1) for part in x], 1)
-        c = self.condition(len(x), t, label)
+        c = self.condition(len(x), t, label, **cond)
         x = torch.cat([x, x * x], 1) if self.squares else x
         first, *hidden, last = self.layers
         h = F.leaky_relu(first(x.to(c.dtype)), 0.2)
@@ -130,32 +160,41 @@ class ConvCritic(nn.Module):
         channels: sum C_k.
         classes: 0 for none.
         widths: of the convolutions; the side of the image must be at least 2^len(widths).
-        spectral: as in `PointCritic`.
+        spectral, text: as in `PointCritic`.
     """
 
     def __init__(
-        self, channels: int, classes: int = 0, widths: Sequence[int] = (32, 64, 128), spectral: bool = False
+        self,
+        channels: int,
+        classes: int = 0,
+        widths: Sequence[int] = (32, 64, 128),
+        spectral: bool = False,
+        text: int = 0,
     ) -> None:
         super().__init__()
         emb = widths[-1]
-        self.condition = Condition(classes, emb)
+        self.condition = Condition(classes, emb, text)
         in_channels = [channels, *widths[:-1]]
         convs = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(in_channels, widths, strict=True)]
         self.convs = nn.ModuleList(spectral_norm(conv) if spectral else conv for conv in convs)
         self.shift = nn.ModuleList(zero(nn.Linear(emb, width)) for width in widths)
         self.out = spectral_norm(nn.Conv2d(emb, 1, 1)) if spectral else nn.Conv2d(emb, 1, 1)
 
-    def forward(self, x: Tensor | Sequence[Tensor], t: Tensor | float, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | Sequence[Tensor], t: Tensor | float, label: Tensor | None = None, **cond: Any
+    ) -> Tensor:
         """Logits (B, 1)."""
         h = x if isinstance(x, Tensor) else torch.cat(list(x), 1)
-        c = self.condition(len(h), t, label)
+        c = self.condition(len(h), t, label, **cond)
         h = h.to(c.dtype)
         for conv, shift in zip(self.convs, self.shift, strict=True):
             h = F.leaky_relu(conv(h) + shift(c)[:, :, None, None], 0.2)
         return self.out(h).mean((2, 3))
 
 
-def plain_critic(shape: Sequence[int], classes: int = 0, spectral: bool = False, count: int = 1) -> nn.Module:
+def plain_critic(
+    shape: Sequence[int], classes: int = 0, spectral: bool = False, count: int = 1, text: int = 0
+) -> nn.Module:
     """A critic from scratch: convolutional for images (C, H, W), else a perceptron.
 
     Args:
@@ -163,11 +202,12 @@ def plain_critic(shape: Sequence[int], classes: int = 0, spectral: bool = False,
         classes: 0 for none.
         spectral: with spectral normalisation.
         count: how many samples it reads together: `critic(x, t, label)` takes one tensor or a list of `count`.
+        text: D of `pooled_text`, 0 for none.
     """
     if len(shape) == 3:
         levels = min(3, int(math.log2(min(shape[1:]))))
-        return ConvCritic(count * shape[0], classes, (32, 64, 128)[:levels] if levels else (32,), spectral)
-    return PointCritic(count * math.prod(shape), classes, spectral=spectral)
+        return ConvCritic(count * shape[0], classes, (32, 64, 128)[:levels] if levels else (32,), spectral, text)
+    return PointCritic(count * math.prod(shape), classes, spectral=spectral, text=text)
 
 
 class Critic:
@@ -206,6 +246,7 @@ class Critic:
         net = denoiser.net if hasattr(denoiser, "net") else denoiser
         self.has_encoder = len(shape) == 3 and all(callable(getattr(net, name, None)) for name in ("embed", "encode"))
         classes, count = label_count(denoiser) if classes is None else classes, 2 if pair else 1
+        text = text_width(cond)
         self.heads: nn.Module
         if self.has_encoder:
             first = next(net.parameters())
@@ -213,9 +254,9 @@ class Critic:
                 if cond is None:
                     cond = {"label": torch.zeros(1, dtype=torch.long, device=first.device)} if classes else {}
                 features = self.features(torch.zeros(1, *shape, device=first.device), 0.5, **cond)
-            self.heads = FeatureHeads([count * f.shape[1] for f in features], classes, width).to(first.device)
+            self.heads = FeatureHeads([count * f.shape[1] for f in features], classes, width, text).to(first.device)
         else:
-            self.heads = plain_critic(shape, classes, count=count)
+            self.heads = plain_critic(shape, classes, count=count, text=text)
 
     def __call__(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """Logits (B, M) of noisy samples."""
@@ -250,7 +291,7 @@ class Critic:
         self, features: Sequence[Tensor], t: Tensor | float, label: Tensor | None = None, **cond: Any
     ) -> Tensor:
         """The heads' logits (B, M), float32 or wider."""
-        logits = self.heads(features, t, label)
+        logits = self.heads(features, t, label, **cond)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 

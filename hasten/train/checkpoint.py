@@ -17,6 +17,7 @@ from ..errors import BadInput, HastenError
 from ..files import append_json_line, atomic_open, first_difference, read_json_lines, write_atomic
 from ..utils.environment import is_out_of_memory
 from . import shards
+from .ema import copy_for_average
 from .trained_module import TrainedModule
 
 
@@ -43,7 +44,7 @@ class TrainingState:
         for t in trained:
             t.module.to(device).train()
         self.modules: dict[str, nn.Module] = {t.name: t.module for t in trained}
-        self.emas = {t.name: copy.deepcopy(t.module).requires_grad_(False).eval() for t in trained}
+        self.emas = {t.name: copy_for_average(t.module) for t in trained}
         self.unsharded: dict[str, nn.Module] = {}
         for module in (*self.modules.values(), *self.emas.values()):
             ranks.broadcast_parameters(module)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import BadInput, check_choice
+from ..nets.lora import base_parameters
 from .shards import local_shard
 
 KINDS = ("power", "constant")
@@ -48,6 +51,12 @@ class Ema:
         if self.kind == "power":
             return (1 - 1 / step) ** (self.gamma + 1)
         return min(self.decay, step / (step + 9))
+
+
+def copy_for_average(module: nn.Module) -> nn.Module:
+    """A frozen copy of a module in eval mode. It shares the base weights of networks with a LoRA."""
+    shared: dict[int, Any] = {id(p): p for p in base_parameters(module)}
+    return copy.deepcopy(module, shared).requires_grad_(False).eval()
 
 
 @torch.no_grad()

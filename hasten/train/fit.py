@@ -130,6 +130,7 @@ class Fit:
         settings["players"] = {t.name: {name: getattr(t, name) for name in names} for t in trained}
         for t in trained:
             settings["players"][t.name] |= {"muon_lr": t.muon_lr} if t.optimiser == "muon" else {}
+            settings["players"][t.name] |= {"start": t.start} if t.start else {}
         return json.loads(json.dumps(settings))
 
     def __call__(
@@ -208,7 +209,7 @@ class Fit:
                     for load in loaders
                 ]
                 for t in trained:
-                    if state.step % t.every == 0:
+                    if state.step % t.every == 0 and done >= t.start:
                         meter.add(state.step, t.name, *self._update(t, state, micro_batches, rng, done, ranks))
                 state.step += 1
                 done = self.progress(state.step, state.seconds)

@@ -18,7 +18,7 @@ from ..errors import BadInput, nearest
 
 __all__ = ["Config", "read_table", "to_toml"]
 
-TABLES = ("sampling", "train", "distill")  # one file may hold the options of several commands
+TABLES = ("sampling", "train", "distill", "autoencoder", "decoder")  # one file may hold the options of several commands
 Self = TypeVar("Self", bound="Config")
 
 

@@ -20,7 +20,7 @@ from ..metrics import Reference, extract, floor_table, make_reference, save_refe
 from ..metrics import reference as load_reference
 from ..metrics.prompt_match import CANDIDATES, PromptMatch, prompt_match
 from ..metrics.references import CARD
-from ..metrics.text_judge import BUNDLED_JUDGES, TextJudge, load_judge, read_json
+from ..metrics.text_judge import BUNDLED_JUDGES, TextJudge, load_judge, read_json_file
 from ..progress import ignore_messages
 from ..train.data import Data, open_data
 from ..utils.environment import cache_folder
@@ -247,7 +247,7 @@ def bundled_captions(judge: str | Path, device: torch.device | None = None) -> C
     statistics = load_reference(folder)
     if statistics.features != net.name:
         raise BadInput(f"{folder}: the statistics are of {statistics.features}, the judge is {net.name}")
-    match = read_json(folder / CARD).get("prompt_match")
+    match = read_json_file(folder / CARD).get("prompt_match")
     captions = tuple(read_prompts(folder / CAPTIONS))
     return CaptionedSet(
         net if device is None else net.to(device), captions, statistics, None if match is None else PromptMatch(**match)

@@ -7,40 +7,41 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
 from ..distillers import Distiller, DistillTask
+from ..distillers._conditions import NullConditions, condition_source
 from ..distillers._dry_run import DryRun, StagePlan, allocate, time_limits
 from ..distillers._notices import run_notices
 from ..distributed.ranks import ProcessLost, Ranks
-from ..errors import BadInput, check_int
+from ..errors import BadInput, check_choice, check_int
 from ..files import check_writable, holds_lock, refuse_inside, write_file
 from ..model.model import Model
 from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
 from ..performance.autotune import format_runtime, parse_runtime
-from ..performance.cost import process_peak
+from ..performance.cost import peak_bytes
 from ..pick import format_spec, pick
 from ..progress import ignore_messages
 from ..storage.checks import check_trainable
 from ..storage.model_folder import check_savable
 from ..storage.provenance import model_hash
 from ..storage.runs import unfinished_run
-from ..train import open_data
-from ..train.data import Batches, Data, to_float
+from ..train.data import Batches, Data
 from ..train.fingerprint import describe_data
-from ..train.names import match_labels
+from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
+from .distill_data import null_conditions, training_data
+from .lora import check_lora
 from .students import Saver
 
 RUN = "run.json"
-BLANK_IMAGES = 1024  # samples of the data set without real images
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,6 +61,11 @@ class DistillConfig(Config):
         grad_accumulation: parts of a batch that are computed one after another, to need less memory.
         fsdp: shard the student (and not the teacher) among the processes of torchrun, for methods whose student is
             evaluated as a whole.
+        lora: rank of a LoRA that is trained in place of all weights, and saved in a file of its own; None: no LoRA.
+        lora_targets: layers of the LoRA, see `hasten.nets.lora.target_layers`.
+        gradient_checkpointing: compute activations again in the backward pass, to need less memory; for networks of
+            diffusers.
+        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
     """
 
     method: str = "guided"
@@ -72,6 +78,10 @@ class DistillConfig(Config):
     precision: str = "auto"
     grad_accumulation: int = 1
     fsdp: bool = False
+    lora: int | None = None
+    lora_targets: str | None = None
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
 
     renamed: ClassVar[Mapping[str, str]] = {
         "evaluations": "nfe_budget",
@@ -95,6 +105,10 @@ class DistillOptions(TypedDict, total=False):
     precision: str
     grad_accumulation: int
     fsdp: bool
+    lora: int | None
+    lora_targets: str | None
+    gradient_checkpointing: bool
+    optimizer: str
 
 
 @holds_lock("out", unless="dry_run")
@@ -103,7 +117,7 @@ def distill_model(
     model: Model,
     out: str | Path,
     config: DistillConfig | str | None = None,
-    data: str | Path | Data | torch.Tensor | None = None,
+    data: str | Path | Data | torch.Tensor | Sequence[str] | None = None,
     *,
     init: Model | None = None,
     dry_run: bool = False,
@@ -124,7 +138,8 @@ def distill_model(
         config: method, budget and optimiser, or the method alone as text; None: the defaults. options: fields of it.
         data: what `open_data` reads; may be omitted for methods that train on the teacher's own samples (`needs_data`
             is false): the classes then have equal parts. For samples that are no images: a tensor (n, *shape), or a
-            `Data` with labels. Images for a model of latents are encoded.
+            `Data` with labels. Images for a model of latents are encoded. Models of prompts need captioned images, or,
+            for methods that train on the teacher's own samples, a list of prompts.
         init: what the first student begins as, in place of the teacher: another model of the same shape, classes and
             schedule, such as an earlier student (adversarial and distribution matching refine one so).
         dry_run: only report what it would cost. show: progress bars on a terminal. log: called with a line at every
@@ -147,12 +162,16 @@ def distill_model(
     guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
     distiller = pick("distillers", method)
     check_models(model, init, distiller, method)
+    check_lora(model if init is None else init, distiller, config.lora, config.lora_targets, config.fsdp)
     ranks = Ranks.start(str(model.device))
     check_int("batch_size", batch_size, 1)
     check_int("accumulate", accumulate, 1)
     check_int("seed", seed, 0)
-    if data is None and distiller.needs_data:
-        raise BadInput(f"{method} needs real images: set data, such as the folder that the model was trained on")
+    check_choice("optimizer", config.optimizer, OPTIMISERS)
+    check_eight_bit(config.optimizer, model.device)
+    if distiller.needs_data and (data is None or isinstance(data, (list, tuple))):
+        more = "" if model.conditioning is None else ", with captions"
+        raise BadInput(f"{method} needs real images{more}: set data, such as the folder that the model was trained on")
     if (steps, minutes, evaluations) == (None, None, None):
         minutes = 30.0
     for name, value in (("steps", steps), ("minutes", minutes), ("evaluations", evaluations)):
@@ -167,8 +186,12 @@ def distill_model(
             denoiser = teacher = at_scale(denoiser, scale)
         if first is not None and first.net_takes_guidance:
             first = at_scale(first, scale)
-    refuse_inside(out, data)
-    source = class_labels_only(model) if data is None else training_samples(model, data)
+    refuse_inside(out, data if isinstance(data, (str, Path)) else None)
+    source = training_data(model, data, None if dry_run else out)
+    captions = condition_source(Batches(source, 1))
+    null = null_conditions(model, source)
+    if null:
+        teacher = NullConditions(teacher, null).eval()
     run = {
         "schema": 1,
         "method": format_spec(distiller),
@@ -180,6 +203,10 @@ def distill_model(
         "data": describe_data(source),
         "budget": {"steps": steps, "minutes": minutes, "evaluations": evaluations},
     } | ({} if init is None else {"init": model_hash(init)})
+    if config.lora is not None:
+        run |= {"lora": config.lora, "lora_targets": config.lora_targets}
+    run |= {} if captions is None else {"captions": captions.digest()}
+    run |= {} if config.optimizer == "adamw" else {"optimizer": config.optimizer}
     precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
@@ -200,6 +227,11 @@ def distill_model(
         "classes": None if model.classes is None else len(model.classes),
         "codec": model.codec,
         "init": first,
+        "lora": config.lora,
+        "lora_targets": config.lora_targets,
+        "null_conditions": null,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "optimizer": config.optimizer,
     }
     for line in run_notices(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.is_main_process else ():
         print(f"hasten: {line}", file=sys.stderr)
@@ -246,7 +278,7 @@ def distill_model(
     if dry_run:
         return result
     common["precision"] = known["precision"]
-    saver = Saver(model, out, result, scale, command, say)
+    saver = Saver(model, out, result, scale, command, say, source.captions, init)
     save = saver if ranks.is_main_process else (lambda name, student: None)
     task = DistillTask(
         **common,
@@ -270,11 +302,6 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
     """Refuse, before anything runs, models that cannot be distilled so or whose students could not be saved."""
     name = method.partition(":")[0]
     for one in (model,) if init is None else (model, init):
-        if one.conditioning is not None:
-            raise BadInput(
-                f"{one.name} takes prompts: distilling networks that read text is not supported yet; "
-                "what works is a model without conditions or with classes"
-            )
         if next(layers(one.denoiser.net), None) is not None or getattr(one.denoiser.net, "runs_elsewhere", False):
             raise BadInput(
                 f"{one.name} is quantised or exported, which cannot be trained: use the model it was made from"
@@ -283,7 +310,11 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
             raise BadInput(
                 f"{one.name} is one network for several numbers of steps, which no method can distil further"
             )
-    check_savable(model if init is None else init, network=not distiller.adds_inputs)
+    first = model if init is None else init
+    if model.conditioning is not None:
+        check_prompts(first, distiller, method)
+    text_scale = model.conditioning is not None and distiller.adds_guidance_only  # a U-Net of diffusers can have it
+    check_savable(first, network=not distiller.adds_inputs or text_scale)
     for one in (model,) if init is None else (model, init):
         check_trainable(one.name, one.denoiser, one.shape, one.cond(2))
     before = model.card.get("distilled", {})
@@ -317,50 +348,30 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
         raise BadInput(f"--init (init=) {init.name} was trained on another schedule than {model.name}")
 
 
+def check_prompts(model: Model, distiller: Distiller, method: str) -> None:
+    """Refuse a method whose students a pipeline with prompts has no place for."""
+    name = method.partition(":")[0]
+    if distiller.direction == "encode":
+        raise BadInput(f"{name}: an encoder of a model with prompts cannot be saved: pipelines make images from noise")
+    if not distiller.adds_inputs:
+        return
+    if not distiller.adds_guidance_only:
+        raise BadInput(
+            f"{method}: its students' networks have further inputs or are of another class, which the pipeline of "
+            f"{model.name} has no place for: use guided with shared=false, progressive or consistency"
+        )
+    if model.denoiser.guidance_range is None and not hasattr(model.denoiser.net, "with_guidance"):
+        raise BadInput(
+            f"{method}: the network of {model.name} cannot take a guidance scale as an input (U-Nets can): use one, "
+            f"{name}:guidance=none with --guidance-scale {model.guidance_scale:g}"
+        )
+
+
 def at_scale(denoiser: Any, scale: float) -> Any:
     """A denoiser whose network takes a guidance scale, at one scale."""
     net = denoiser.net
     net = net.fixed(scale) if hasattr(net, "fixed") else FixedGuidance(copy.deepcopy(net), scale)
     return denoiser.replace(net=net, guidance_range=(scale, scale))
-
-
-def training_samples(model: Model, data: str | Path | Data | torch.Tensor) -> Data:
-    """Real samples of the model's shape, with labels as the model's classes."""
-    if isinstance(data, torch.Tensor):
-        values = data
-        shape: Any = tuple(values.shape[1:])
-        data = Data(len(values), shape, lambda rows: values[rows], source="the tensor")
-    if isinstance(data, Data):
-        if tuple(data.shape) != tuple(model.shape):
-            raise BadInput(f"{model.name} makes samples of shape {tuple(model.shape)}, data has {tuple(data.shape)}")
-        return match_labels(data, model.classes, model.name)
-    if len(model.shape) != 3 or model.codec == "raw":
-        raise BadInput(
-            f"{model.name} makes samples of shape {tuple(model.shape)}, which no images are: give data as a tensor "
-            "(n, *shape) or a Data, in Python"
-        )
-    if model.decoder is None:
-        return training_images(model, data)
-    latents = model.decoder
-    images = training_images(replace(model, shape=latents.pixels(model.shape)), data)
-    return replace(images, shape=model.shape, fetch=lambda rows: latents.encode(to_float(images.images(rows))))
-
-
-def training_images(model: Model, data: str | Path) -> Data:
-    """The images of `data`, with labels as the model's classes, matched by name."""
-    channels, height, width = model.shape
-    source = open_data(data, size=(height, width), channels=channels)
-    return match_labels(source, model.classes, model.name)
-
-
-def class_labels_only(model: Model) -> Data:
-    """What a method gets that trains on the model's own samples alone: its classes in equal parts, and blank images."""
-    known = [k for k in range(len(model.classes or ())) if k != model.denoiser.null_label]
-    size = len(known) * -(-BLANK_IMAGES // len(known)) if known else BLANK_IMAGES
-    labels = torch.tensor(known).repeat(size // len(known)) if known else None
-    blank = torch.zeros(1, *model.shape, dtype=torch.uint8)
-    shape: Any = model.shape
-    return Data(size, shape, lambda indices: blank.expand(len(indices), *model.shape), labels, model.classes)
 
 
 def read_stages(known: dict[str, Any]) -> list[StagePlan]:
@@ -384,10 +395,3 @@ def resolve_precision(model: Model, runtime: str, batch_size: int) -> str:
             raise BadInput(f"distillation takes the runtimes fp32, bf16 and auto, and does not use +{'+'.join(rest)}")
         return precision
     return model.precision_for("auto", min(batch_size, 64)).split("+")[0]
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Maximum bytes in use: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return process_peak()

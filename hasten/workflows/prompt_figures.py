@@ -178,12 +178,12 @@ def nearest_train_images(captioned: CaptionedSet, images: Tensor, features: Tens
     pixels, real_features = captioned.held_out
     train, known = captioned.train, captioned.train_features
     made = torch.from_numpy(np.ascontiguousarray(to_uint8(images).transpose(0, 3, 1, 2)))
-    queries = torch.cat([flat(made), flat(pixels)])
+    queries = torch.cat([flat_pixels(made), flat_pixels(pixels)])
     scale = queries.shape[1] ** 0.5
 
     def blocks() -> Iterator[Tensor]:
         for first in range(0, len(train), TRAIN_BLOCK):
-            yield flat(train.images(list(range(first, min(first + TRAIN_BLOCK, len(train))))))
+            yield flat_pixels(train.images(list(range(first, min(first + TRAIN_BLOCK, len(train))))))
 
     result = {}
     for space, (distances, index) in {
@@ -195,7 +195,7 @@ def nearest_train_images(captioned: CaptionedSet, images: Tensor, features: Tens
     return result
 
 
-def flat(images: Tensor) -> Tensor:
+def flat_pixels(images: Tensor) -> Tensor:
     """uint8 images as rows in [0, 1]."""
     return images.flatten(1).float() / 255
 

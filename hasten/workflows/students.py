@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..distillers import Student
+from ..distillers._memory import checkpoint_gradients
 from ..errors import HastenError
 from ..files import check_writable, write_file
 from ..images import encode_png, make_image_grid
+from ..model.lora import lora_file
 from ..model.model import Model
+from ..nets.lora import lora_factors, merge_lora, remove_lora
 from ..pick import pick
 from ..plan.table import plan as compile_plan
+from ..storage.lora_files import FILE as LORA_FILE
+from ..storage.lora_files import write_lora
 from ..storage.provenance import utc_now
 
 PREVIEW_IMAGES = 64  # images in the preview of a stage
+
+PREVIEW_PROMPTS = 8  # of a model of prompts, two images each
 
 PREVIEW_BATCH = 16  # of them per evaluation of the network
 
@@ -28,10 +35,20 @@ class Saver:
     """Saves students, and previews of their samples, where they do not exist already."""
 
     def __init__(
-        self, teacher: Model, out: Path, result: dict[str, Any], scale: float, command: str, say: Callable[[str], None]
+        self,
+        teacher: Model,
+        out: Path,
+        result: dict[str, Any],
+        scale: float,
+        command: str,
+        say: Callable[[str], None],
+        captions: Sequence[str] | None = None,
+        base: Model | None = None,
     ) -> None:
+        self.base = teacher if base is None else base  # which a LoRA changes
         self.teacher, self.out, self.result, self.scale = teacher, out, result, scale
         self.command, self.say = command, say
+        self.prompts = preview_prompts(captions) if teacher.conditioning is not None else None
 
     def __call__(self, name: str | None, student: Student) -> None:
         """Save the student of the stage `name`; None: the last one, into the run's own folder."""
@@ -40,13 +57,15 @@ class Saver:
         self.result["students"][name or "."] = str(folder)
         if not (folder / "model.json").is_file():
             model.save(folder)
+            if factors := lora_factors(student.denoiser.net):
+                write_lora(lora_file(self.base, factors, model), folder / LORA_FILE)
             if name is not None:
                 self.say(f"{name}: {folder} is saved")
         picture = self.out / f"{name}.png"
         if name is None or picture.is_file() or student.figures.get("direction") == "encode" or not drawable(model):
             return
         try:
-            images, columns = sample_grid(model)
+            images, columns = sample_grid(model, self.prompts)
             write_file(check_writable(picture), encode_png(make_image_grid(images, columns)))
         except (HastenError, RuntimeError) as e:  # the student is saved, and worth more than its picture
             first = (str(e).splitlines() or [type(e).__name__])[0]
@@ -56,6 +75,10 @@ class Saver:
         """The student as a model, with its plan and its origin on its card."""
         span = student.guidance or (self.scale, self.scale)
         denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage uses the original
+        merge_lora(denoiser.net)
+        factors = remove_lora(denoiser.net)
+        if getattr(getattr(denoiser.net, "net", None), "is_gradient_checkpointing", False):
+            checkpoint_gradients(denoiser.net, False)
         if not denoiser.net_takes_guidance:
             denoiser = denoiser.replace(guidance_range=span)
         sampler = pick("samplers", student.sampler)
@@ -75,6 +98,7 @@ class Saver:
                 "date": utc_now(),
                 "command": self.command,
                 **({"any_time": True} if student.any_time else {}),
+                **({"lora": {"rank": next(iter(factors.values())).rank, "layers": len(factors)}} if factors else {}),
             },
         }
         return Model(
@@ -90,6 +114,7 @@ class Saver:
             plan=plan,
             parts=student.parts,
             card=card,
+            conditioning=self.teacher.conditioning,
             decoder=self.teacher.decoder,
             pipeline=self.teacher.pipeline,
         )
@@ -100,8 +125,17 @@ def drawable(model: Model) -> bool:
     return model.decoder is not None or (model.codec == "image" and model.shape[0] in (1, 3, 4))
 
 
-def sample_grid(model: Model) -> tuple[torch.Tensor, int | None]:
-    """At most 64 images of a model, and the columns of their grid: one a class, or None."""
+def preview_prompts(captions: Sequence[str] | None) -> list[str]:
+    """A few captions, equally spaced among all; the empty prompt without any."""
+    distinct = list(dict.fromkeys(captions or ("",)))
+    count = min(PREVIEW_PROMPTS, len(distinct))
+    return [distinct[k * len(distinct) // count] for k in range(count)]
+
+
+def sample_grid(model: Model, prompts: Sequence[str] | None = None) -> tuple[torch.Tensor, int | None]:
+    """At most 64 images of a model, and the columns of their grid: one a class or prompt, or None."""
+    if prompts is not None:
+        return model.sample(2 * len(prompts), label=list(prompts), batch_size=PREVIEW_BATCH), len(prompts)
     if model.classes is None:
         return model.sample(PREVIEW_IMAGES, batch_size=PREVIEW_BATCH), None
     columns = len(model.classes)

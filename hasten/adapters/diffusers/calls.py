@@ -22,10 +22,10 @@ def network_output(net: nn.Module, raw: Tensor) -> Any:
     Raises:
         BadInput: for an unknown network.
     """
-    module = importlib.import_module(type(net).__module__)
-    for name in ("UNet2DOutput", "UNet2DConditionOutput", "Transformer2DModelOutput"):
-        if hasattr(module, name):
-            return getattr(module, name)(sample=raw)
+    for module in map(importlib.import_module, (type(net).__module__, type(net).forward.__module__)):
+        for name in ("UNet2DOutput", "UNet2DConditionOutput", "Transformer2DModelOutput"):
+            if hasattr(module, name):
+                return getattr(module, name)(sample=raw)
     raise BadInput(f"the output class of {type(net).__name__} is unknown: call it with return_dict=False")
 
 
@@ -79,6 +79,7 @@ def joint_dit_arguments(arguments: dict[str, Any]) -> tuple[Tensor, Any, dict[st
 ARGUMENT_READERS: dict[str, ArgumentReader] = {
     "UNet2DModel": unet_arguments,
     "UNet2DConditionModel": conditional_unet_arguments,
+    "MobileUNet2DConditionModel": conditional_unet_arguments,
     "DiTTransformer2DModel": dit_arguments,
     "SD3Transformer2DModel": joint_dit_arguments,
 }

@@ -11,13 +11,14 @@ from ...errors import BadInput
 from ...nets.quantized import layers
 from .library import diffusers
 from .split_network import SplitNetwork
+from .text_unet_class import text_unet_class
 from .wrap import split_network
 
 
 def network_refusal(net: Any) -> str | None:
     """Why the network of a `SplitNetwork` cannot be built again from its config; None where it can."""
     name = type(net.net).__name__
-    if getattr(diffusers(), name, None) is not type(net.net):
+    if network_class(name) is not type(net.net):
         return f"its network is a {name} that diffusers {diffusers().__version__} does not have under that name"
     try:
         config = network_config(net)["config"]
@@ -32,6 +33,12 @@ def network_refusal(net: Any) -> str | None:
             "(pipe.fuse_lora(), pipe.unload_lora_weights()) and undo fused projections first"
         )
     return None
+
+
+def network_class(name: str) -> Any:
+    """The class of this name of diffusers, or hasten's class of networks for its pipelines; None: there is none."""
+    library = diffusers()
+    return text_unet_class() if name == "MobileUNet2DConditionModel" else getattr(library, name, None)
 
 
 def network_config(net: Any) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def network_from(description: dict[str, Any]) -> SplitNetwork:
     from . import unets as _unets
 
     name, known = description["class"], {**_unets.KINDS, **_transformers.KINDS}
-    kind = getattr(diffusers(), str(name), None)
+    kind = network_class(str(name))
     if name not in known or kind is None:
         raise BadInput(f"unknown network {name!r} of diffusers: known are {', '.join(known)}")
     return split_network(kind.from_config(description["config"]), bool(description.get("whole", False)))

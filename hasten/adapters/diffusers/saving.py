@@ -24,7 +24,7 @@ from ...errors import BadInput
 from ...nets.quantized import layers
 from ...schedules.discrete import Discrete
 from ..model_like import ModelLike
-from .library import diffusers
+from .library import diffusers, without_loading_bars
 from .schedules import PREDICTIONS, FlowDenoiser
 from .split_network import SplitNetwork
 
@@ -70,7 +70,8 @@ def save_pipeline(model: ModelLike, folder: Path) -> dict[str, Any]:
     pipe = copy.copy(model.pipeline)  # which shares its components; setattr on it leaves the original unchanged
     setattr(pipe, slot, net.net)
     pipe.scheduler = scheduler_of(model)
-    pipe.save_pretrained(str(folder), max_shard_size="1000GB")
+    with without_loading_bars():
+        pipe.save_pretrained(str(folder), max_shard_size="1000GB")
     (folder / "README.md").write_text(readme(model, pipe))
     files = sorted((folder / slot).glob("*.safetensors"))
     if len(files) != 1:
@@ -204,7 +205,17 @@ def readme(model: ModelLike, pipe: Any) -> str:
     lines += ["With diffusers:", "", "```python", *(["import hasten  # its scheduler"] if ours else [])]
     lines += ["from diffusers import DiffusionPipeline", "", "pipe = DiffusionPipeline.from_pretrained(FOLDER)"]
     alone = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters and "distilled" in model.card
-    more = ", guidance_scale=1" if alone else ""  # the student has its guidance built in
+    low, high = model.denoiser.guidance_range or (1.0, 1.0)
+    takes = low < high  # the scale is an input of the network, which the pipeline passes on
+    more = f", guidance_scale={model.guidance_scale if takes else 1:g}" if alone else ""
     lines += [f"images = pipe(..., num_inference_steps={steps}{more}).images", "```", ""]
+    if alone and takes:
+        lines += [f"Guidance scales from {low:g} to {high:g}: its network reads them, in one evaluation a step.", ""]
+    elif alone:
+        lines += [
+            f"Guidance with scale {low:g} is built in, so `guidance_scale=1`, no guidance, must be passed: the pipeline's "
+            "default would add its own.",
+            "",
+        ]
     lines += ["With hasten: `hasten sample FOLDER`, or `hasten.load(FOLDER).sample(4)`.", ""]
     return "\n".join(lines)

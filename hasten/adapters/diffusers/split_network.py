@@ -145,6 +145,11 @@ def dtype_of(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
+def as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A condition in the dtype of the network: embeddings in half precision for one in float32, and the other way."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def guidance_features(scale: Tensor, width: int) -> Tensor:
     """The embedding of the guidance scale of a latent consistency model.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadInput
-from .split_network import Embeddings, SplitNetwork
+from .split_network import Embeddings, SplitNetwork, as_dtype
 
 __all__ = ["KINDS", "SplitDiT", "SplitJointDiT"]
 
@@ -101,7 +101,8 @@ class SplitJointDiT(_Transformer):
     def embed(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Embeddings]:
         """Tokens of text and image; the embedding of time and pooled text."""
         self._check_conditions(cond, ("text", "added_text_embeds"))
-        text, pooled, p = cond.get("text"), cond.get("added_text_embeds"), int(self.config.patch_size)
+        text, pooled = (as_dtype(cond.get(key), self.dtype) for key in ("text", "added_text_embeds"))
+        p = int(self.config.patch_size)
         if text is None or pooled is None:
             raise BadInput(f"{type(self.net).__name__} needs text= (B, L, D) and added_text_embeds= (B, D)")
         tokens = torch.cat([self._parts.context_embedder(text), self._parts.pos_embed(x)], dim=1)

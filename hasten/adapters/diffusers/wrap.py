@@ -20,10 +20,11 @@ def split_network(net: nn.Module, with_variance: bool = False) -> SplitNetwork:
     Raises:
         BadInput: for a class whose parts are not known.
     """
+    from . import split_text_unet as _text_unet
     from . import transformers as _transformers
     from . import unets as _unets
 
-    kinds: dict[str, Any] = {**_unets.KINDS, **_transformers.KINDS}
+    kinds: dict[str, Any] = {**_unets.KINDS, **_text_unet.KINDS, **_transformers.KINDS}
     for base in type(net).__mro__:
         if base.__name__ in kinds:
             return kinds[base.__name__](net, with_variance)
