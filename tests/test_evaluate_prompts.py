@@ -110,6 +110,7 @@ def test_statistics_travel_with_a_bundled_judge(data: Path, tmp_path: Path, monk
     live = evaluate_model(model, EvaluateConfig(data=str(data), judge=folder), guidance_scale=1)
     save_captioned(open_captioned(data, folder, (3, SIDE, SIDE)), folder)
     monkeypatch.setitem(BUNDLED_JUDGES, "mine", folder)
+    assert set(bundled_captions("mine").calibration_prompts) == set(captions(60))
     stored = evaluate_model(model, guidance_scale=1)
     assert stored["prompts"] == live["prompts"]
     for name in ("frechet", "prompt_match", "diversity"):

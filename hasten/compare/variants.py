@@ -30,9 +30,9 @@ A set of variants is a TOML file (bundled ones are in `variant_sets`):
 
 The defaults of sampler, times, steps and guidance_scale of a variant are the reference's; the defaults of times and
 guidance_scale of the reference are the model's. `guides` (a list) and `start` default to none. For a variant with
-another `model` or a `lora`, sampler, times and steps default to those of that model (`hasten sample MODEL --steps 4`),
-and only guidance_scale to the reference's. In a model, lora or decoder, `{model}` is the name or folder of the
-command's model. See docs/variants.md.
+another `model` or a `lora`, sampler, times and steps default to that model's own, as in `hasten sample MODEL
+--steps 4`, and only guidance_scale to the reference's. In a model, lora or decoder, `{model}` is the name or folder of
+the command's model. See docs/variants.md.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ __all__ = ["CaptionedSet", "bundled_captions", "open_captioned", "save_captioned
 
 BATCH = 256
 VERSION = 1
-CAPTIONS = "captions.txt"
+CAPTIONS, CALIBRATION = "captions.txt", "calibration.txt"
 CALIBRATION_PROMPTS = 64
 BASELINE_COUNTS = (50, 100, 200, 400, 800, 1600)
 
@@ -228,7 +228,9 @@ def save_captioned(found: CaptionedSet, folder: str | Path) -> None:
         reference = replace(found.reference, floor=table)
     else:
         reference = found.reference
-    write_file(check_writable(folder / CAPTIONS), "".join(f"{text}\n" for text in found.captions).encode())
+    for name, texts in {CAPTIONS: found.captions, CALIBRATION: found.calibration_prompts}.items():
+        if texts:
+            write_file(check_writable(folder / name), "".join(f"{text}\n" for text in texts).encode())
     save_reference(reference, folder, {"prompt_match": None if found.match is None else vars(found.match)})
 
 
@@ -251,6 +253,8 @@ def bundled_captions(judge: str | Path, device: torch.device | None = None) -> C
         raise BadInput(f"{folder}: the statistics are of {statistics.features}, the judge is {net.name}")
     match = read_json_file(folder / CARD).get("prompt_match")
     captions = tuple(read_prompts(folder / CAPTIONS))
+    train = tuple(read_prompts(folder / CALIBRATION)) if (folder / CALIBRATION).is_file() else ()
+    net = net if device is None else net.to(device)
     return CaptionedSet(
-        net if device is None else net.to(device), captions, statistics, None if match is None else PromptMatch(**match)
+        net, captions, statistics, None if match is None else PromptMatch(**match), train_captions=train
     )

@@ -213,8 +213,8 @@ def readme(model: ModelLike, pipe: Any) -> str:
         lines += [f"Guidance scales from {low:g} to {high:g}: its network reads them, in one evaluation a step.", ""]
     elif alone:
         lines += [
-            f"Guidance with scale {low:g} is built in, so `guidance_scale=1`, no guidance, must be passed: the pipeline's "
-            "default would add its own.",
+            f"Guidance with scale {low:g} is built in, so `guidance_scale=1`, no guidance, must be passed: the "
+            "pipeline's default would add its own.",
             "",
         ]
     lines += ["With hasten: `hasten sample FOLDER`, or `hasten.load(FOLDER).sample(4)`.", ""]
