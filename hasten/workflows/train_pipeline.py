@@ -87,7 +87,7 @@ def train_pipeline(
         model = base if isinstance(base, Model) else load(base, "cpu" if isinstance(base, (str, Path)) else None)
     model = replace(model, denoiser=copy.deepcopy(model.denoiser))
     to_float32(model.denoiser)
-    check_base(model)
+    check_base_pipeline(model)
     check_lora(model, None, config.lora, config.lora_targets, config.fsdp)
     if config.lora is not None and config.init != "base":
         raise BadInput("a LoRA changes the weights that are there: it goes with init=base")
@@ -168,7 +168,7 @@ def train_pipeline(
     return result
 
 
-def check_base(model: Model) -> None:
+def check_base_pipeline(model: Model) -> None:
     """Raise BadInput unless the network of the model can be trained on captions and saved as a pipeline."""
     net: Any = model.denoiser.net
     if model.conditioning is None:
