@@ -33,11 +33,14 @@ def train(
     patch: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
+    optimizer: str | None = None,
     label_drop: float | None = None,
     flip: bool = False,
     grad_accumulation: int | None = None,
     gradient_checkpointing: bool = False,
     fsdp: bool = False,
+    lora: int | None = None,
+    lora_targets: str | None = None,
     seed: int | None = None,
     precision: str | None = None,
     kind: str = "model",
@@ -80,12 +83,18 @@ def train(
         blocks: Residual blocks a resolution. Default: 1.
         patch: Side of the squares that the network takes as one pixel.
         batch_size: Images a step. Default: 64.
-        lr: Peak learning rate. Default: 1e-3; with --base 1e-5, or 1e-4 from scratch.
+        lr: Peak learning rate. Default: 1e-3; with --base 1e-5, or 1e-4 from scratch and for a LoRA.
+        optimizer: adamw, muon, or to need less memory on CUDA, with bitsandbytes: adamw8bit, paged-adamw8bit. Default:
+            adamw.
         label_drop: Fraction of the labels or captions that are dropped, so that the model can be guided. Default: 0.1.
         flip: Mirror images at random.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
         gradient_checkpointing: Recompute activations in the backward pass, to need less memory (networks of diffusers).
         fsdp: Shard the network among the processes of torchrun, where it is too large for one.
+        lora: With --base, rank of a LoRA that is trained in place of all weights, such as 16. It is written as a file
+            of its own, which diffusers loads, beside the pipeline with the LoRA merged.
+        lora_targets: The layers that it adapts: attention, conv, all, or names of modules, comma-separated. Default:
+            attention where the network has such layers, else all.
         seed: Of the weights, the order of the images and the noise. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which takes what is faster on this device. With +high (TF32 on GPUs),
             +medium or +channels_last, such as fp32+high, also the precision of matrix products and the memory layout.
@@ -116,10 +125,10 @@ def train(
     }  # fmt: skip
     options = explicit_options(
         steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list, blocks=blocks,
-        patch=patch, batch_size=batch_size, lr=lr, label_drop=label_drop, flip=flip or None, precision=precision,
+        patch=patch, batch_size=batch_size, lr=lr, optimizer=optimizer, label_drop=label_drop, flip=flip or None, precision=precision,
         seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None, base=base, init=init, caption=caption,
         cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
-        gradient_checkpointing=gradient_checkpointing or None,
+        gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets,
     )  # fmt: skip
     if kind != "model":
         return train_kind(kind, data, out, config, {**options, **parts}, device, json)

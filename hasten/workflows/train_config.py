@@ -28,7 +28,8 @@ class TrainConfig(Config):
         blocks: residual blocks at each resolution.
         patch: side of the patches of pixels that are folded into channels. Default: 2 from a side of 24, else 1.
         batch_size: images in a batch, over all processes.
-        lr: AdamW's peak learning rate. Default: 1e-3; with `base` 1e-5, or 1e-4 from scratch.
+        lr: AdamW's peak learning rate. Default: 1e-3; with `base` 1e-5, or 1e-4 from scratch and for a LoRA.
+        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
         label_drop: probability that a label or caption is dropped, for classifier-free guidance; in [0, 1].
         flip: mirror images horizontally with probability 1/2.
         precision: `fp32` or `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last`; `auto`: that
@@ -38,6 +39,9 @@ class TrainConfig(Config):
         fsdp: shard the network among the processes, if it is too large for one device.
         gradient_checkpointing: recompute activations in the backward pass, to need less memory; for networks of
             diffusers that have it.
+        lora: rank of a LoRA of `base` that is trained in place of all weights, and saved in a file of its own beside
+            the pipeline, which has it merged. None: all weights.
+        lora_targets: layers of the LoRA, see `hasten.nets.lora.target_layers`.
     """
 
     steps: int | None = None
@@ -50,6 +54,7 @@ class TrainConfig(Config):
     patch: int | None = None
     batch_size: int = 64
     lr: float | None = None
+    optimizer: str = "adamw"
     label_drop: float = 0.1
     flip: bool = False
     precision: str = "auto"
@@ -62,6 +67,8 @@ class TrainConfig(Config):
     cache: str | None = None
     cache_dtype: str = "fp16"
     gradient_checkpointing: bool = False
+    lora: int | None = None
+    lora_targets: str | None = None
 
     renamed: ClassVar[Mapping[str, str]] = {
         "runtime": "precision",
@@ -83,6 +90,7 @@ class TrainOptions(TypedDict, total=False):
     patch: int | None
     batch_size: int
     lr: float | None
+    optimizer: str
     label_drop: float
     flip: bool
     precision: str
@@ -94,3 +102,5 @@ class TrainOptions(TypedDict, total=False):
     cache: str | None
     cache_dtype: str
     gradient_checkpointing: bool
+    lora: int | None
+    lora_targets: str | None

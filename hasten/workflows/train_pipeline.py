@@ -15,10 +15,14 @@ from ..distillers._memory import checkpoint_gradients, to_float32
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, check_choice
 from ..loading import load
+from ..model.lora import lora_file
 from ..model.model import Model
+from ..nets.lora import add_lora, fold_lora, lora_factors
 from ..nets.quantized import layers
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..storage.checks import check_trainable
+from ..storage.lora_files import FILE as LORA_FILE
+from ..storage.lora_files import write_lora
 from ..storage.model_folder import check_savable
 from ..storage.provenance import model_hash
 from ..train.checkpoint import saved_run
@@ -26,14 +30,15 @@ from ..train.data import Batches, Data, open_data
 from ..train.encoded import check_encodable, encode_captioned, image_size
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
-from ..train.trained_module import TrainedModule
+from ..train.trained_module import OPTIMISERS, TrainedModule, check_eight_bit
+from .lora import check_lora
 from .train_config import TrainConfig
 from .training_run import check_output_folder, last_log_entry, remove_earlier_model, saved_model_at
 
 __all__ = ["train_pipeline"]
 
 INITS = ("base", "random")
-LR = {"base": 1e-5, "random": 1e-4}
+LR = {"base": 1e-5, "random": 1e-4, "lora": 1e-4}
 KEPT = ("pipeline", "network", "scheduler", "parameters")  # of the card of the base
 # Fields of `TrainConfig` that describe a new network of pixels.
 NEW_NETWORK = ("channels", "label", "widths", "blocks", "patch")
@@ -78,12 +83,17 @@ def train_pipeline(
     for key in NEW_NETWORK:
         if getattr(config, key) != getattr(TrainConfig(), key):
             raise BadInput(f"{key} is for a new network of pixels: with base, the pipeline has its own network")
+    check_choice("optimizer", config.optimizer, OPTIMISERS)
     ranks = Ranks.start(device)
+    check_eight_bit(config.optimizer, ranks.device)
     with ranks.main_process_first():
         model = base if isinstance(base, Model) else load(base, "cpu" if isinstance(base, (str, Path)) else None)
     model = replace(model, denoiser=copy.deepcopy(model.denoiser))
     to_float32(model.denoiser)
-    check_base(model)
+    check_base_pipeline(model)
+    check_lora(model, None, config.lora, config.lora_targets, config.fsdp)
+    if config.lora is not None and config.init != "base":
+        raise BadInput("a LoRA changes the weights that are there: it goes with init=base")
     source = captioned_data(data, model, config)
     previous = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
     identity = ranks.on_main_process(lambda: model_hash(model))
@@ -103,23 +113,25 @@ def train_pipeline(
     denoiser = model.denoiser.requires_grad_(True)
     if config.init == "random":
         initialise(denoiser.net)
+    if config.lora is not None:
+        add_lora(denoiser.net, config.lora, targets=config.lora_targets, seed=config.seed)
     if config.gradient_checkpointing:
         checkpoint_gradients(denoiser.net)
     precision = previous.get("precision") if config.precision == "auto" else None
     precision = precision or ranks.on_main_process(lambda: fastest_precision(model, encoded, config, ranks.device))
     loss = DenoisingLoss(label_drop=config.label_drop, null_conditions=encoded.null_conditions)
-    lr = LR[config.init] if config.lr is None else config.lr
-    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
+    lr = LR["lora" if config.lora is not None else config.init] if config.lr is None else config.lr
+    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr, optimiser=config.optimizer)
     settings = {"base": identity, "init": config.init, "label_drop": config.label_drop}
+    if config.lora is not None:
+        settings |= {"lora": config.lora, "lora_targets": config.lora_targets}
     batches = Batches(encoded, config.batch_size, seed=config.seed)
     averaged = replace(fit, precision=precision)([trained], batches, out, show, settings)["model"]
     assert isinstance(averaged, Denoiser)
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
         return load(saved)  # with what was added to it since, such as plans
     card: dict[str, Any] = {
-        key: model.card[key] for key in ("pipeline", "network", "scheduler", "parameters") if key in model.card
-    }
-    card |= {
+        **{key: model.card[key] for key in KEPT if key in model.card},
         "data": source.source,
         "images": len(source),
         "captions": len(set(source.captions or ())),
@@ -132,10 +144,13 @@ def train_pipeline(
         "label_drop": config.label_drop,
         "flip": config.flip,
         "last": last_log_entry(out / "log.jsonl"),
+        **({} if config.lora is None else {"lora_rank": config.lora}),
     }
     fresh: dict[str, Any] = {"plan": None, "plans": {}, "statistics": {}, "parts": {}}  # those of other weights
     pipeline = copy.copy(model.pipeline)  # which shares its components; the original is unchanged
     averaged = averaged.eval().requires_grad_(False).cpu()
+    lora = None if config.lora is None else lora_file(model, lora_factors(averaged.net))
+    fold_lora(averaged.net)
     if config.gradient_checkpointing:
         checkpoint_gradients(averaged.net, False)
     setattr(pipeline, network_of(pipeline)[0], averaged.net.net)
@@ -150,11 +165,13 @@ def train_pipeline(
     if ranks.is_main_process:
         remove_earlier_model(out)
         result.save(out)
+        if lora is not None:
+            write_lora(lora, out / LORA_FILE)
     ranks.barrier()
     return result
 
 
-def check_base(model: Model) -> None:
+def check_base_pipeline(model: Model) -> None:
     """Raise BadInput unless the network of the model can be trained on captions and saved as a pipeline."""
     net: Any = model.denoiser.net
     if model.conditioning is None:
