@@ -139,10 +139,10 @@ def test_a_finished_run_is_extended_by_the_same_settings_only(pictures: Path, tm
     base = hasten.load(tiny.sd_pipeline())
     first = trained(pictures, tmp_path / "out", base, steps=1)
     assert same(weights(trained(pictures, tmp_path / "out", base, steps=1)), weights(first))
-    state = torch.load(tmp_path / "out/checkpoint.pt")["players"]["model"]
-    assert not same(ema := network_state(state["ema"]), network_state(state["module"])) and same(weights(first), ema)
     longer = trained(pictures, tmp_path / "out", base, steps=2)
     assert longer.card["last"]["step"] == 2 and not same(weights(longer), weights(first))
+    state = torch.load(tmp_path / "out/checkpoint.pt")["players"]["model"]
+    assert not same(ema := network_state(state["ema"]), network_state(state["module"])) and same(weights(longer), ema)
     other = hasten.load(tiny.sd_pipeline())
     other.denoiser.net.net.conv_in.weight.data.add_(1)
     for change, match in (

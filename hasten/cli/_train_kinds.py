@@ -32,8 +32,9 @@ def train_kind(
     """
     check_choice("kind", kind, KINDS)
     given = {name: value for name, value in options.items() if value is not None}
-    if "blocks" in given:
-        given["layers"] = given.pop("blocks")
+    for name, own in (("blocks", "layers"), ("optimizer", "optimiser")):
+        if name in given:
+            given[own] = given.pop(name)
     source = given.pop("init" if kind == "autoencoder" else "base", None)
     request: Any
     if kind == "autoencoder":

@@ -125,9 +125,9 @@ def train(
     }  # fmt: skip
     options = explicit_options(
         steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list, blocks=blocks,
-        patch=patch, batch_size=batch_size, lr=lr, optimizer=optimizer, label_drop=label_drop, flip=flip or None, precision=precision,
-        seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None, base=base, init=init, caption=caption,
-        cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
+        patch=patch, batch_size=batch_size, lr=lr, optimizer=optimizer, label_drop=label_drop, flip=flip or None,
+        precision=precision, seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None, base=base, init=init,
+        caption=caption, cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
         gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets,
     )  # fmt: skip
     if kind != "model":
