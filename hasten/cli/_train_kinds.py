@@ -33,7 +33,7 @@ def train_kind(
     check_choice("kind", kind, KINDS)
     given = {name: value for name, value in options.items() if value is not None}
     if "blocks" in given:
-        given["layers"] = given.pop("blocks")
+        given["layers"] = given.pop("blocks") - (kind == "decoder")  # a decoder has one block more than that
     source = given.pop("init" if kind == "autoencoder" else "base", None)
     request: Any
     if kind == "autoencoder":
