@@ -164,11 +164,14 @@ def spell_quality(quality: Mapping[str, Any]) -> str:
 
 def held_out_images(data: str | Path | Data, source: Data, size: int | None) -> tuple[Data, str]:
     """The images of the split `test` or `val`, else the training images, and what they are, in words."""
-    if not isinstance(data, Data):
+    splittable = not isinstance(data, Data) and (Path(data).is_dir() or Path(data).suffix.lower() in (".zip", ".npz"))
+    if splittable and not isinstance(data, Data):
         for split in ("test", "val"):
             try:
                 other = open_data(data, split, size or source.shape[1:], source.shape[0], "none", report=False)
-            except BadInput:
+            except BadInput as error:
+                if not any(words in str(error) for words in ("split", "no images", "no array of images")):
+                    raise  # it is there, but cannot be read
                 continue
             return other, f"{min(len(other), HELD_OUT):,} held-out images ({split})"
     return source, f"{min(len(source), HELD_OUT):,} of the training images (there is no split test or val)"

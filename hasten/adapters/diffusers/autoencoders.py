@@ -268,7 +268,7 @@ def replace_decoder(decoder: Latents, pipeline: Any, folder: str | Path) -> tupl
         check_same_shapes(mine, other, str(folder))
     else:
         check_same_encoder(mine, other, str(folder))
-        shared = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        shared = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
         other.register_to_config(**{name: mine.config[name] for name in shared if mine.config.get(name) is not None})
     other.to(mine.device, mine.dtype)
     if pipeline is not None:
