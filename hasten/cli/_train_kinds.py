@@ -23,7 +23,7 @@ def train_kind(
         data: of the images.
         out: the folder to write.
         config: a file with its options, or None.
-        options: of the command line by field, with `init` and `base`; None where not given.
+        options: of the command line by field, `init` and `base` among them; None where not given.
         device: as typed.
         json: print the result as JSON.
 

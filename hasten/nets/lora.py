@@ -68,7 +68,7 @@ class LowRank:
 class LoRALayer(nn.Module):
     """What `LoRALinear` and `LoRAConv2d` have in common."""
 
-    weight: nn.Parameter
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_alpha: float
@@ -306,6 +306,12 @@ def remove_lora(net: nn.Module) -> dict[str, LowRank]:
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (drop_frozen, keep_frozen)]:
             del hooks[key]
     return factors
+
+
+def fold_lora(net: nn.Module) -> dict[str, LowRank]:
+    """Merge the factors into the weights and make the layers plain ones, in place; returns the factors."""
+    merge_lora(net)
+    return remove_lora(net)
 
 
 def merge_factors(net: nn.Module, factors: Mapping[str, LowRank], scale: float = 1.0) -> None:

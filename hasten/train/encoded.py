@@ -33,6 +33,7 @@ __all__ = ["encode_captioned", "image_size"]
 DESCRIPTION = "encoded.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 EXACT = 64  # conditions of fewer numbers a caption, such as SDXL's sizes, are always float32
+WAIT = 30.0  # for another process that opens the folder
 SAVE_SECONDS = 5.0  # between two updates of encoded.json
 Compute = Callable[[int, int], dict[str, Tensor]]
 
@@ -49,7 +50,7 @@ def encode_captioned(
     data: Data,
     folder: str | Path,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     dtype: str = "fp16",
     flip: bool = False,
 ) -> Data:
@@ -62,7 +63,7 @@ def encode_captioned(
         model: with `conditioning` (prompts), and `decoder` for a model of latents (mode of the posterior, model scale).
         data: images of `image_size(model)` with captions.
         folder: of the files.
-        batch_size: images that the autoencoder, and captions that the text encoder, are given at once.
+        batch_size: images that the autoencoder is given at once. Default: as many as have a million pixels.
         dtype: stored numbers, `fp16` or `fp32`; what is returned is float32 always.
         flip: add the mirrored images, encoded themselves: row n + k is the mirrored image k.
 
@@ -76,8 +77,10 @@ def encode_captioned(
         HastenError: if the files cannot be written.
     """
     check_choice("dtype", dtype, DTYPES)
-    check_int("batch_size", batch_size, 1)
     captions = check_encodable(model, data)
+    if batch_size is None:
+        batch_size = max(1, min(64, 2**20 // (data.shape[1] * data.shape[2])))
+    check_int("batch_size", batch_size, 1)
     distinct = list(dict.fromkeys(captions))
     key = {
         "version": 1,
@@ -111,7 +114,7 @@ def encode_captioned(
         return {name: value for name, value in found.items() if name.startswith("null_")}
 
     folder = Path(folder)
-    with locked(folder):
+    with locked(folder, wait=WAIT):
         store = Store(folder, key, DTYPES[dtype])
         parts: list[tuple[str, int, Compute]] = [("null", 1, encode_null), ("text", len(distinct), encode_text)]
         parts += [] if model.decoder is None else [("latents", rows, encode_images)]

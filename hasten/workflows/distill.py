@@ -37,7 +37,7 @@ from ..train.fingerprint import describe_data
 from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
-from .distill_data import null_conditions, training_data
+from .distill_data import null_conditions, shared_training_data, training_data
 from .lora import check_lora
 from .students import Saver
 
@@ -187,7 +187,7 @@ def distill_model(
         if first is not None and first.net_takes_guidance:
             first = at_scale(first, scale)
     refuse_inside(out, data if isinstance(data, (str, Path)) else None)
-    source = training_data(model, data, None if dry_run else out)
+    source = shared_training_data(ranks, lambda: training_data(model, data, None if dry_run else out))
     captions = condition_source(Batches(source, 1))
     null = null_conditions(model, source)
     if null:
@@ -353,6 +353,9 @@ def check_prompts(model: Model, distiller: Distiller, method: str) -> None:
     name = method.partition(":")[0]
     if distiller.direction == "encode":
         raise BadInput(f"{name}: an encoder of a model with prompts cannot be saved: pipelines make images from noise")
+    if distiller.needs_labels:
+        random = "rcfd:features=random,beta=0" if name == "rcfd" else f"{name}:features=random"
+        raise BadInput(f"{name} trains a classifier on labelled images, {model.name} takes prompts: use {random}")
     if not distiller.adds_inputs:
         return
     if not distiller.adds_guidance_only:

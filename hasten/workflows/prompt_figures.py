@@ -173,10 +173,11 @@ def nearest_train_images(captioned: CaptionedSet, images: Tensor, features: Tens
     Returns:
         By space: `pixels`, root mean square differences on the scale 0 to 1, and `features`, Euclidean distances.
     """
-    if captioned.train is None or captioned.train_features is None or captioned.held_out is None:
+    known = captioned.train_features
+    if captioned.open_train is None or known is None or captioned.held_out is None:
         return {}
     pixels, real_features = captioned.held_out
-    train, known = captioned.train, captioned.train_features
+    train = captioned.open_train()
     made = torch.from_numpy(np.ascontiguousarray(to_uint8(images).transpose(0, 3, 1, 2)))
     queries = torch.cat([flat_pixels(made), flat_pixels(pixels)])
     scale = queries.shape[1] ** 0.5
@@ -228,13 +229,13 @@ class PromptDetails:
                 return None
         measures, details, features = measure_prompts(captioned, images, prompts, seeds, groups)
         if not self.values:
-            neighbours = nearest_train_images(captioned, images, features)
+            neighbours, known = nearest_train_images(captioned, images, features), captioned.train_features
             self.values = {
                 "judge": {"name": captioned.judge.name, "features": captioned.judge.features},
                 **details,
                 "nearest": {space: found.to_dict() for space, found in neighbours.items()},
             }
-            self.lines = prompt_summary(details, neighbours, len(captioned.train or ()))
+            self.lines = prompt_summary(details, neighbours, len(known) if known is not None else 0)
         return measures
 
 

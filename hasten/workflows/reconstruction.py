@@ -93,6 +93,7 @@ def fit_for(config: Any, device: str | None) -> Fit:
     return Fit(
         steps=config.steps,
         minutes=minutes,
+        warmup=200 if config.steps is None else min(200, config.steps // 10),
         precision=config.precision,
         ema=Ema("power", gamma=12.0),
         seed=config.seed,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import BadInput
-from .split_network import Embeddings, SplitNetwork
+from .split_network import Embeddings, SplitNetwork, as_dtype
 
 __all__ = ["KINDS", "SplitTextUNet"]
 
@@ -21,7 +21,7 @@ class SplitTextUNet(SplitNetwork):
         self._check_conditions(cond, ("text",))
         if cond.get("text") is None:
             raise BadInput(f"{type(self.net).__name__} needs text=, the text encoder's output for a prompt (B, L, D)")
-        return Embeddings(self._parts.embed(time, cond["text"]))
+        return Embeddings(self._parts.embed(time, as_dtype(cond["text"], self.dtype)))
 
     def encode(self, x: Tensor, emb: Embeddings) -> tuple[list[Tensor], Tensor]:
         """The contracting half and the middle block: (skips, middle)."""

@@ -201,33 +201,30 @@ class SplitConditionalUNet(_SplitUNet):
         """
         if self.guidance_range is not None:
             return copy.deepcopy(self)
-        return self._rebuilt({**self.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+        config = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        with torch.random.fork_rng(devices=[]):
+            net = type(self.net).from_config({**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+        net.load_state_dict(self.net.state_dict(), strict=False)
+        nn.init.zeros_(net.time_embedding.cond_proj.weight)
+        first = next(self.net.parameters())
+        nn.Module.to(net, first.device, first.dtype)  # without the warning of diffusers' own
+        return type(self)(net.train(self.training), self.with_variance)
 
     def fixed(self, scale: float) -> SplitConditionalUNet:
-        """A copy for one guidance scale, without that input: its embedding is part of a bias.
+        """A copy for one guidance scale, whose embedding is part of a bias, and which ignores that input.
 
-        The time embedding is W (features + P g) + b, with g the features of the scale, so b + W P g takes its place.
+        The time embedding is W (features + P g) + b, with g the features of the scale: b + W P g takes the place of b,
+        and 0 that of P, since pipelines of latent consistency models pass a scale in any case.
         """
-        new = self._rebuilt({**self.config, "time_cond_proj_dim": None})
-        embedding = self._parts.time_embedding
+        new = copy.deepcopy(self)
+        embedding = new._parts.time_embedding
         first, projection = embedding.linear_1, embedding.cond_proj
         features = guidance_features(torch.tensor([scale], device=first.weight.device), projection.in_features)
         with torch.no_grad():
             shift = first.weight.double() @ (projection.weight.double() @ features[0].double())
-            new._parts.time_embedding.linear_1.bias.add_(shift.to(first.weight.dtype))
+            first.bias.add_(shift.to(first.bias.dtype))
+            projection.weight.zero_()
         return new
-
-    def _rebuilt(self, config: dict[str, Any]) -> SplitConditionalUNet:
-        """A copy of another config, with the weights that both have; a new projection of the scale is zero."""
-        with torch.random.fork_rng(devices=[]):
-            net = type(self.net).from_config({key: value for key, value in config.items() if not key.startswith("_")})
-        net.load_state_dict(self.net.state_dict(), strict=False)
-        projection = net.time_embedding.cond_proj
-        if projection is not None and self._parts.time_embedding.cond_proj is None:
-            nn.init.zeros_(projection.weight)
-        first = next(self.net.parameters())
-        nn.Module.to(net, first.device, first.dtype)  # without the warning of diffusers' own
-        return type(self)(net.train(self.training), self.with_variance)
 
     def embed(self, time: Tensor, **cond: Any) -> Embeddings:
         """Embeddings of all that the blocks read except x."""
