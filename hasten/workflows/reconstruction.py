@@ -30,7 +30,7 @@ BLOCK = 16  # images encoded or decoded at once
 
 
 def open_base(name: str | Path) -> Any:
-    """The autoencoder in a folder, that of a pipeline's folder, or of a bundled pipeline by name (`open_autoencoder`)."""
+    """The autoencoder in a folder, or of a pipeline, by its folder or bundled name (`open_autoencoder`)."""
     cards = zoo.cards()
     return open_autoencoder(cards[str(name)].folder if str(name) in cards else name)
 
