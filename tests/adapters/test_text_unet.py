@@ -21,6 +21,7 @@ from hasten.distributed.groups import ProcessGroup
 from hasten.errors import BadInput
 from hasten.nets.lora import target_layers
 from hasten.nets.text_unet import TextUNet, mobile
+from hasten.train.data import Data
 
 from . import tiny
 
@@ -89,6 +90,13 @@ def test_the_split_network_is_the_network() -> None:
         net.embed(time, text=text, label=time.long())
     with pytest.raises(BadInput, match="needs text="):
         net.embed(time)
+    scaled: Any = net.with_guidance()
+    condition = {"text": text, "guidance": torch.tensor([2.0, 3.0])}
+    assert torch.equal(scaled(x, time, **condition), expected)
+    torch.nn.init.normal_(scaled.net.time_embedding.cond_proj.weight, std=0.1)
+    two = scaled(x, time, **{**condition, "guidance": torch.full((2,), 2.0)})
+    assert not torch.allclose(scaled(x, time, **condition)[1], two[1], atol=1e-4)
+    assert torch.allclose(scaled.fixed(2.0)(x, time, text=text), two, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", ["encoder_propagation:keys=uniform,every=3", "deep_cache:every=3"])
@@ -112,6 +120,36 @@ def test_it_is_quantized() -> None:
         out = model.sample(2, "a cat", steps=2, accelerators=[quantize])
     plain = model.sample(2, "a cat", steps=2)
     assert 0 < float((out - plain).norm() / plain.norm()) < 0.2
+
+
+@pytest.mark.parametrize("method", ["diffusion_gan:steps=1", "guided:steps=(1,),guidance=(1,4)"])
+def test_it_is_distilled_into_a_pipeline_of_diffusers(tmp_path: Path, method: str, monkeypatch: Any) -> None:
+    """A guidance scale becomes its input as that of a `UNet2DConditionModel` does."""
+    from diffusers import DiffusionPipeline
+
+    from hasten.workflows import students
+
+    monkeypatch.setattr(students, "PREVIEW_PROMPTS", 1)
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = Data.of(pixels, captions=("a cat", "a dog", "the red cat", "blue dog"))
+    options: Any = {"steps": 4, "batch_size": 2, "precision": "fp32", "show": False, "guidance_scale": 3.0}
+    teacher = hasten.load(pipeline(scheduler=tiny.scheduler(prediction_type="v_prediction")))
+    hasten.distill_model(teacher, tmp_path, method, data, **options)
+    student = hasten.load(tmp_path)
+    assert student.denoiser.net_takes_guidance == method.startswith("guided")
+    scale = 2.5 if method.startswith("guided") else 3.0
+    pipe = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(pipe.unet) is hasten.MobileUNet2DConditionModel
+    latents = hasten.Noise(range(1), student.shape).initial()
+    theirs = pipe(
+        "a cat",
+        latents=latents,
+        num_inference_steps=1,
+        guidance_scale=scale if method.startswith("guided") else 1.0,
+        output_type="pt",
+    ).images
+    ours = student.sample(1, "a cat", guidance_scale=scale)
+    torch.testing.assert_close(2 * theirs - 1, ours, rtol=0, atol=2e-3)
 
 
 def test_lora_layers_load_into_it(tmp_path: Path) -> None:
