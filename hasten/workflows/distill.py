@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -115,7 +115,7 @@ def distill_model(
     model: Model,
     out: str | Path,
     config: DistillConfig | str | None = None,
-    data: str | Path | Data | torch.Tensor | Sequence[str] | None = None,
+    data: str | Path | Data | torch.Tensor | list[str] | tuple[str, ...] | None = None,
     *,
     init: Model | None = None,
     dry_run: bool = False,
