@@ -63,7 +63,8 @@ class DistillConfig(Config):
         lora_targets: layers of the LoRA, see `hasten.nets.lora.target_layers`.
         gradient_checkpointing: compute activations again in the backward pass, to need less memory; for networks of
             diffusers.
-        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
+        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`,
+            at 20 times the method's rate.
     """
 
     method: str = "guided"
