@@ -32,7 +32,7 @@ class TakesGuidance(SplitNetwork):
             return copy.deepcopy(self)
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}
         with torch.random.fork_rng(devices=[]):
-            net = type(self.net).from_config({**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+            net = type(self._parts).from_config({**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
         net.load_state_dict(self.net.state_dict(), strict=False)
         nn.init.zeros_(net.time_embedding.cond_proj.weight)
         first = next(self.net.parameters())
