@@ -182,10 +182,8 @@ def test_a_fine_tune_as_a_lora(tmp_path: Path, kind: str) -> None:
     assert not ours.card["lora"][0]["transfer"] and ours.steps == base.steps
     stock.load_lora_weights(str(tmp_path / "out" / FILE))
     how: Any = {"steps": 2, "sampler": "ddim", "guidance_scale": 2.0}
-    images = [model.sample(1, "a cat", **how) for model in (tuned, ours, hasten.load(tmp_path / "out"), base)]
-    for image in images[1:3]:
-        assert (image - images[0]).abs().max() < 1e-4
-    assert (images[3] - images[0]).abs().max() > 1e-3
+    images = [model.sample(1, "a cat", **how) for model in (tuned, ours, base)]
+    assert (images[1] - images[0]).abs().max() < 1e-4 and (images[2] - images[0]).abs().max() > 1e-3
     if kind == "sd":  # of layers inside peft's, hasten evaluates what the pipeline does
         net = hasten.load(stock).sample(1, "a cat", **how)
         assert (net - images[0]).abs().max() < 1e-4
@@ -313,7 +311,8 @@ def test_quantize_merges_first(tmp_path: Path) -> None:
     words = ["quantize", tmp_path / "base", "--lora", file, "--out", tmp_path / "q", "--images", 2]
     assert main([str(word) for word in words]) == 0
     quantized, merged = hasten.load(tmp_path / "q"), base.with_lora(file)
-    weights = {name: layer.weight for name, layer in layers(quantized.denoiser.net.net) if name in factors}
+    integer = {name.split("net.", 2)[-1]: layer.weight.detach() for name, layer in layers(quantized.denoiser.net)}
+    weights = {name: weight for name, weight in integer.items() if name in factors}
     assert len(weights) == len(factors)
     for name, weight in weights.items():
         plain, want = (model.denoiser.net.net.get_submodule(name).weight for model in (base, merged))

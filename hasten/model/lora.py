@@ -85,7 +85,7 @@ def merged_model(model: Any, lora: LoRAFile, scale: float, path: str) -> Any:
         raise BadInput(f"{path} makes a student of a model, and {model.name} is one already: use the teacher")
     parts = {name: component_of(model, name, path) for name in lora.components}
     layers = {name: resolve_layers(parts[name], lora.components[name], path) for name in lora.components}
-    transfer = check_base(model, lora, layers, path)
+    transfer = check_lora_base(model, lora, layers, path)
     denoiser = copy.deepcopy(model.denoiser)
     pipe, conditioning = copy.copy(model.pipeline), model.conditioning
     for name, factors in layers.items():
@@ -161,7 +161,7 @@ def resolve_layers(net: nn.Module, factors: Mapping[str, LowRank], path: str = "
     return {layer: factors[name] for name, layer in found.items()}
 
 
-def check_base(model: Any, lora: LoRAFile, layers: Mapping[str, Mapping[str, LowRank]], path: str) -> bool:
+def check_lora_base(model: Any, lora: LoRAFile, layers: Mapping[str, Mapping[str, LowRank]], path: str) -> bool:
     """Whether a LoRA was made for other weights, which is told; raises BadInput for another schedule or prediction."""
     info, denoiser = lora.info, model.denoiser
     if info.get("distilled") is not None:

@@ -263,9 +263,11 @@ def prompt_summary(details: dict[str, Any], neighbours: dict[str, Memorisation],
             f"of {d.prompts}); of two prompts {d.between:.4g}. Real pictures have no second one of the same prompt"
         )
     for space, m in neighbours.items():
-        said = "none is nearer than" if m.share == 0 else f"{m.share:.1%} are nearer than"
+        verdict = "memorised" if m.memorised else "not memorised"
+        copies = f"; {m.copies} held-out ones that are copies of training pictures are left out" if m.copies else ""
         lines.append(
             f"nearest of {train} training pictures in {space}: median {m.generated:.4g}, of held-out real ones "
-            f"{m.real:.4g}; {said} the first percentile of these, {m.threshold:.4g} (unseen ones: 1%)"
+            f"{m.real:.4g}; {m.share:.1%} are nearer than the first percentile of these, {m.threshold:.4g} (unseen "
+            f"ones: 1%), {m.share_tenth:.1%} than the tenth (10%): {verdict}{copies}"
         )
     return lines
