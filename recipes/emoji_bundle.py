@@ -62,6 +62,7 @@ def main() -> None:
     last = read_log(run / "log.jsonl")[-1]
     model.card |= {
         "summary": "emoji in four styles, 64x64 RGB, from text: a latent text-to-image pipeline of diffusers",
+        "judge": "emoji",
         "data": "12,410 captioned pictures: Noto Emoji, Twemoji, Fluent Emoji 3D and flat (recipes/emoji_data.py)",
         "recipe": "recipes/emoji_unet.py",
         "licence": LICENCE,

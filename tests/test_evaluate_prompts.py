@@ -15,7 +15,7 @@ from hasten.errors import BadInput
 from hasten.metrics import evaluate_features, extract, make_reference
 from hasten.metrics.text_judge import BUNDLED_JUDGES, load_judge
 from hasten.train.data import open_data, to_float
-from hasten.workflows.captioned import bundled_captions, open_captioned, save_captioned, train_prompts
+from hasten.workflows.captioned import bundled_captions, open_captioned, save_captioned
 
 from .factories import run_cli, tiny_model
 from .prompt_data import SIDE, OracleJudge, captions, shower, write_captioned
@@ -82,7 +82,8 @@ def test_copies_of_training_pictures_are_memorised_and_held_out_ones_are_not(dat
     assert honest["pixels"]["generated"] == pytest.approx(honest["pixels"]["real"], rel=0.3)
     copies = measured(shower(0.01), data, prompts=captions(60), n=60)
     assert copies["nearest"]["pixels"]["share"] > 0.9 and copies["nearest"]["features"]["share"] > 0.9
-    assert any("are nearer than the first percentile" in line for line in copies["summary"])
+    assert any(line.endswith(": memorised") for line in copies["summary"])
+    assert not honest["features"]["memorised"]
     # prompts that are no captions of the split are candidates beside its captions
     assert (
         copies["measures"]["prompt_match"]["reference_count"] == 84 and copies["measures"]["prompt_match"]["value"] == 1
@@ -110,6 +111,7 @@ def test_statistics_travel_with_a_bundled_judge(data: Path, tmp_path: Path, monk
     live = evaluate_model(model, EvaluateConfig(data=str(data), judge=folder), guidance_scale=1)
     save_captioned(open_captioned(data, folder, (3, SIDE, SIDE)), folder)
     monkeypatch.setitem(BUNDLED_JUDGES, "mine", folder)
+    assert set(bundled_captions("mine").calibration_prompts) == set(captions(60))
     stored = evaluate_model(model, guidance_scale=1)
     assert stored["prompts"] == live["prompts"]
     for name in ("frechet", "prompt_match", "diversity"):
@@ -147,7 +149,6 @@ def test_without_training_pictures_what_is_missing_is_said(tmp_path: Path) -> No
     found = measured(shower(), write_captioned(tmp_path / "only", {"test": 24}), lines)
     assert found["nearest"] == {} and found["measures"]["frechet"]["floor"] is None
     assert any("has no training pictures" in line for line in lines)
-    assert train_prompts(tmp_path / "only") == ()
 
 
 def test_long_and_empty_prompts(data: Path) -> None:

@@ -59,6 +59,10 @@ def weights(model: hasten.Model) -> dict[str, torch.Tensor]:
     return dict(model.denoiser.net.net.state_dict())
 
 
+def network_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("net.net."): value for name, value in state.items() if name.startswith("net.net.")}
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -137,6 +141,8 @@ def test_a_finished_run_is_extended_by_the_same_settings_only(pictures: Path, tm
     assert same(weights(trained(pictures, tmp_path / "out", base, steps=1)), weights(first))
     longer = trained(pictures, tmp_path / "out", base, steps=2)
     assert longer.card["last"]["step"] == 2 and not same(weights(longer), weights(first))
+    state = torch.load(tmp_path / "out/checkpoint.pt")["players"]["model"]
+    assert not same(ema := network_state(state["ema"]), network_state(state["module"])) and same(weights(longer), ema)
     other = hasten.load(tiny.sd_pipeline())
     other.denoiser.net.net.conv_in.weight.data.add_(1)
     for change, match in (

@@ -84,7 +84,12 @@ def compare(
         "data": None if data is None else str(data),
         "judge": judge,
     }
-    more = {"precision": None if precision == "auto" else precision, "prompt": prompt, "prompts": prompts, "out": out}
+    more: dict[str, Any] = {
+        "precision": None if precision == "auto" else precision,
+        "prompt": prompt,
+        "prompts": prompts,
+        "out": out,
+    }
     more |= {"repeats": None if repeats == 1 else repeats, "split": None if data is None else split}
     command = command_line("compare", model, {**options, **more})
     options |= {"split": split}

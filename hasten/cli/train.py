@@ -33,6 +33,7 @@ def train(
     patch: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
+    optimizer: str | None = None,
     label_drop: float | None = None,
     flip: bool = False,
     grad_accumulation: int | None = None,
@@ -83,6 +84,8 @@ def train(
         patch: Side of the squares that the network takes as one pixel.
         batch_size: Images a step. Default: 64.
         lr: Peak learning rate. Default: 1e-3; with --base 1e-5, or 1e-4 from scratch and for a LoRA.
+        optimizer: adamw, muon, or to need less memory on CUDA, with bitsandbytes: adamw8bit, paged-adamw8bit. Default:
+            adamw.
         label_drop: Fraction of the labels or captions that are dropped, so that the model can be guided. Default: 0.1.
         flip: Mirror images at random.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
@@ -122,9 +125,9 @@ def train(
     }  # fmt: skip
     options = explicit_options(
         steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list, blocks=blocks,
-        patch=patch, batch_size=batch_size, lr=lr, label_drop=label_drop, flip=flip or None, precision=precision,
-        seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None, base=base, init=init, caption=caption,
-        cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
+        patch=patch, batch_size=batch_size, lr=lr, optimizer=optimizer, label_drop=label_drop, flip=flip or None,
+        precision=precision, seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None, base=base, init=init,
+        caption=caption, cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
         gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets,
     )  # fmt: skip
     if kind != "model":

@@ -22,7 +22,6 @@ from ..performance.device import processor
 from ..progress import ProgressReporter
 from ..storage.provenance import command_line, model_hash, tensor_hash, utc_now
 from ..utils.config import Config
-from ..workflows.captioned import train_prompts
 from ..workflows.prompt_figures import captions_for
 from ..workflows.prompts import image_shape, is_image, prompts_for
 from ..workflows.reference_images import resolve_reference
@@ -174,7 +173,7 @@ def compare(
     label = prompts_for(model, texts, variant_set.source)
     if model.conditioning is not None and model.denoiser.guidance_range is None:
         variant_set = variant_set.without_guidance_below_one()
-    calibration = () if config.data is None else train_prompts(config.data)
+    calibration = () if captioned is None else captioned.calibration_prompts
     if label is not None and not model.calibration_prompts:
         model = replace(model, calibration_prompts=calibration or tuple(dict.fromkeys(label)))
     rows = prepare(model, variant_set, ranks, label, progress.say)

@@ -86,6 +86,11 @@ class Distiller(Protocol):
         return False
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether its images must have labels of the model's classes."""
+        return False
+
+    @property
     def teacher_steps(self) -> int | None:
         """The times at which the teacher is evaluated.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 from ..errors import BadInput
 from .measure import check_finite_rows
 
-PERCENTILE = 0.01
+PERCENTILE, TENTH = 0.01, 0.1
+COPY = 1e-6  # of the median distance: below, a held-out image is a copy of a training image
 
 
 def nearest_distances(queries: Tensor, blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -54,10 +56,12 @@ class Memorisation:
     """Distances of generated images to their nearest training images, against those of unseen real images.
 
     Args:
-        share: the fraction of generated images that are nearer than `threshold`; `PERCENTILE` is what unseen images
-            have.
+        share: the fraction of generated images that are nearer than `threshold`; unseen images have .01.
         threshold: the first percentile of the unseen images' distances.
+        share_tenth: the fraction that are nearer than the tenth percentile; unseen images have .1.
+        copies: unseen images that are copies of training images, which are left out of the percentiles.
         generated, real: median distances.
+        count: generated images.
         nearest: the smallest distance of a generated image.
         number: of that image.
         train_number: of its nearest training image.
@@ -65,15 +69,23 @@ class Memorisation:
 
     share: float
     threshold: float
+    share_tenth: float
+    copies: int
+    count: int
     generated: float
     real: float
     nearest: float
     number: int
     train_number: int
 
+    @property
+    def memorised(self) -> bool:
+        """Whether more images are nearer than the first percentile than three standard errors of chance explain."""
+        return self.share > PERCENTILE + 3 * math.sqrt(PERCENTILE * (1 - PERCENTILE) / self.count)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self)
+        return {**asdict(self), "memorised": self.memorised}
 
 
 def memorisation(generated: Tensor, real: Tensor, index: Tensor) -> Memorisation:
@@ -87,11 +99,17 @@ def memorisation(generated: Tensor, real: Tensor, index: Tensor) -> Memorisation
     References:
         Carlini et al. 2023, arXiv:2301.13188 (distances to the nearest training image).
     """
-    threshold = torch.quantile(real.double(), PERCENTILE)
+    unseen = real.double()
+    copied = unseen <= COPY * unseen.median()
+    unseen = unseen[~copied] if not bool(copied.all()) else unseen
+    threshold, tenth = torch.quantile(unseen, PERCENTILE), torch.quantile(unseen, TENTH)
     closest = int(generated.argmin())
     return Memorisation(
         share=float((generated.double() < threshold).double().mean()),
         threshold=float(threshold),
+        share_tenth=float((generated.double() < tenth).double().mean()),
+        copies=int(copied.sum()),
+        count=len(generated),
         generated=float(generated.double().median()),
         real=float(real.double().median()),
         nearest=float(generated[closest]),

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_int, nearest
 
-# names of layers in the transformers of U-Nets, as diffusers and peft spell them
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+# names of layers in the transformers of U-Nets, as diffusers and peft spell them; to_kv: of a `TextUNet`
+ATTENTION = ("to_q", "to_k", "to_v", "to_kv", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 GROUPS = ("attention", "conv", "all")
 
 

@@ -11,7 +11,8 @@ import contextlib
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def encode_captioned(
                 f"into {folder}{resumed}"
             )
         for name, total, compute in parts:
-            store.fill(name, total, batch_size, compute, lambda k, name=name: describe_row(name, k, distinct, count))
+            store.fill(name, total, batch_size, compute, partial(describe_row, name, captions=distinct, images=count))
     row_of = {text: k for k, text in enumerate(distinct)}
     index = np.array([row_of[text] for text in captions] * (rows // count))
     texts, latents = store.open("text"), store.open("latents").get("latents")
@@ -229,7 +230,7 @@ class Store:
         while first < total:
             last = min(first + batch_size, total)
             for name, value in compute(first, last).items():
-                rows = self.stored(name, value, lambda row, first=first: describe(first + row))
+                rows = self.stored(name, value, describe, first)
                 if first == 0:
                     arrays[name] = self._create(name, (total, *rows.shape[1:]), rows.dtype)
                     self.names[part] = sorted(arrays)
@@ -242,7 +243,7 @@ class Store:
                 self._describe()
                 saved = time.monotonic()
 
-    def stored(self, name: str, value: Tensor, describe: Callable[[int], str]) -> np.ndarray:
+    def stored(self, name: str, value: Tensor, describe: Callable[[int], str], first: int = 0) -> np.ndarray:
         """Rows in the stored dtype. Raises BadInput if they are not finite, or not finite in fp16."""
         value = value.detach().float().cpu()
         dtype = torch.float32 if value[0].numel() < EXACT else self.dtype
@@ -250,16 +251,17 @@ class Store:
         finite = out.flatten(1).isfinite().all(1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
-            what = " ".join(filter(None, (name, "of" if describe(row) else "", describe(row))))
+            of = describe(first + row)
+            what = f"{name} of {of}" if of else name
             if bool(value[row].isfinite().all()):
                 most = float(value[row].abs().max())
                 raise BadInput(f"{what} reaches {most:.3g}, beyond fp16 (65504): store it as fp32")
             raise BadInput(f"{what} is not finite: the autoencoder or text encoder overflows, try float32 weights")
         return np.asarray(out.numpy())
 
-    def open(self, part: str, write: bool = False) -> dict[str, np.ndarray]:
+    def open(self, part: str, write: bool = False) -> dict[str, Any]:
         """The arrays of a part, memory-mapped. Raises BadInput if one is missing or damaged."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name in self.names.get(part, ()):
             file = self.folder / f"{name}.npy"
             try:
@@ -286,7 +288,7 @@ class Store:
             write_atomic(self.folder / DESCRIPTION, text + "\n")
 
     @contextlib.contextmanager
-    def _writing(self) -> Any:
+    def _writing(self) -> Iterator[None]:
         """Turn an OSError inside into a HastenError."""
         try:
             yield

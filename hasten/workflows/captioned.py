@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +28,12 @@ from ..utils.environment import cache_folder
 from .prompts import read_prompts
 from .reference_images import MINIMUM_IMAGES, file_states
 
-__all__ = ["CaptionedSet", "bundled_captions", "open_captioned", "save_captioned", "train_prompts"]
+__all__ = ["CaptionedSet", "bundled_captions", "open_captioned", "save_captioned"]
 
 BATCH = 256
 VERSION = 1
-CAPTIONS = "captions.txt"
+CAPTIONS, CALIBRATION = "captions.txt", "calibration.txt"
+CALIBRATION_PROMPTS = 64
 BASELINE_COUNTS = (50, 100, 200, 400, 800, 1600)
 
 
@@ -45,8 +47,9 @@ class CaptionedSet:
         reference: statistics of the pictures' features; its baseline is that of training pictures.
         match: the prompt match of the pictures themselves.
         held_out: the pictures, uint8 (N, C, H, W), with their features (N, D); None where only statistics are there.
-        train: the training pictures; None without them.
+        open_train: opens the training pictures; None without them.
         train_features: theirs, (M, D).
+        train_captions: theirs; empty where they have none.
     """
 
     judge: TextJudge
@@ -54,8 +57,9 @@ class CaptionedSet:
     reference: Reference
     match: PromptMatch | None
     held_out: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    train: Data | None = field(default=None, repr=False)
+    open_train: Callable[[], Data] | None = field(default=None, repr=False)
     train_features: Tensor | None = field(default=None, repr=False)
+    train_captions: tuple[str, ...] = field(default=(), repr=False)
 
     def prompts(self, n: int | None = None) -> list[str]:
         """The prompts of n images, at most one of each picture. n: None for all."""
@@ -65,6 +69,12 @@ class CaptionedSet:
     def distinct(self) -> dict[str, int]:
         """The different captions, numbered."""
         return {text: k for k, text in enumerate(dict.fromkeys(self.captions))}
+
+    @property
+    def calibration_prompts(self) -> tuple[str, ...]:
+        """Captions of training pictures, chosen at random, on which accelerators are calibrated; empty without any."""
+        order = torch.randperm(len(self.train_captions), generator=torch.Generator().manual_seed(0)).tolist()
+        return tuple(self.train_captions[k] for k in order[:CALIBRATION_PROMPTS])
 
     @cached_property
     def text_vectors(self) -> Tensor:
@@ -123,6 +133,7 @@ def open_captioned(
     """
     judge = load_judge(judge)
     judge = judge if device is None else judge.to(device)
+    states = file_states(Path(path))
     held_out = open_split(path, split, shape)
     captions = captions_of(held_out, path)
     if len(held_out) < MINIMUM_IMAGES:
@@ -130,22 +141,21 @@ def open_captioned(
             f"{path}: the split {split!r} holds {len(held_out)} captioned pictures: a reference needs at least "
             f"{MINIMUM_IMAGES}, better 200 or more"
         )
-    train = None
+    key = {"files": states, "split": split, "shape": list(shape)}
+    features, _ = cached_features(lambda: held_out, judge, key)
+    more: dict[str, Any] = {}
     if split != "train":
         with contextlib.suppress(BadInput):  # data without training pictures
-            train = open_split(path, "train", shape)
-    states = file_states(Path(path))
-    features = cached_features(held_out, judge, {"files": states, "split": split, "shape": list(shape)})
-    train_features = None
-    if train is None:
+            open_train = functools.partial(open_split, path, "train", shape)
+            known, texts = cached_features(open_train, judge, {**key, "split": "train"})
+            more = {"open_train": open_train, "train_features": known, "train_captions": texts}
+    if not more:
         report(f"{path} has no training pictures: neither the real-data baseline nor nearest neighbours are measured")
-    else:
-        train_features = cached_features(train, judge, {"files": states, "split": "train", "shape": list(shape)})
     reference = make_reference(features, Path(path).name, split, judge.name)
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = tuple(captions[k] for k in order)
     pixels = torch.cat([held_out.images(order[k : k + BATCH]) for k in range(0, len(order), BATCH)])
-    found = CaptionedSet(judge, shuffled, reference, None, (pixels, features[order]), train, train_features)
+    found = CaptionedSet(judge, shuffled, reference, None, (pixels, features[order]), **more)
     for line in caption_notes(found):
         report(line)
     return replace(found, match=found.prompt_match(features[order], shuffled))
@@ -178,40 +188,32 @@ def captions_of(data: Data, path: str | Path) -> tuple[str, ...]:
     )
 
 
-def train_prompts(path: str | Path, n: int = 64, seed: int = 0) -> tuple[str, ...]:
-    """Up to n captions of the training pictures, chosen at random, on which accelerators are calibrated.
-
-    Empty where there are no training pictures or captions.
-    """
-    try:
-        captions = captions_of(open_data(path, "train", 8, 3, label="none", report=False), path)
-    except BadInput:
-        return ()
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tuple(captions[k] for k in order[:n])
-
-
-def cached_features(data: Data, judge: TextJudge, key: dict[str, Any]) -> Tensor:
-    """The judge's features of pictures, (N, D), from the cache if they are there.
+def cached_features(
+    open_pictures: Callable[[], Data], judge: TextJudge, key: dict[str, Any]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The judge's features of pictures, (N, D), and their captions, from the cache if they are there.
 
     Args:
-        data: the pictures.
-        judge: what extracts them.
+        open_pictures: opens the pictures, where the cache does not have them.
+        judge: what extracts the features.
         key: what tells these pictures from others.
+
+    Raises:
+        BadInput: if the pictures cannot be opened.
     """
-    from safetensors.torch import load_file, save
+    from safetensors import safe_open
+    from safetensors.torch import save
 
     text = json.dumps({**key, "features": judge.name, "version": VERSION})
     cached = cache_folder() / "features" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-    with contextlib.suppress(Exception):  # missing, damaged or of another version: extracted again
-        stored = load_file(cached)["features"]
-        if len(stored) == len(data):
-            return stored
+    with contextlib.suppress(Exception), safe_open(cached, "pt") as file:  # missing or damaged: extracted again
+        return file.get_tensor("features"), tuple(json.loads(file.metadata()["captions"]))
+    data = open_pictures()
     batches = (range(first, min(first + BATCH, len(data))) for first in range(0, len(data), BATCH))
-    features = torch.cat([extract(judge, data.images(batch))[0] for batch in batches])
+    features, captions = torch.cat([extract(judge, data.images(batch))[0] for batch in batches]), data.captions or ()
     with contextlib.suppress(BadInput, OSError):  # no cache
-        write_file(check_writable(cached), save({"features": features}))
-    return features
+        write_file(check_writable(cached), save({"features": features}, {"captions": json.dumps(captions)}))
+    return features, captions
 
 
 # ---- statistics without the pictures ----
@@ -226,7 +228,9 @@ def save_captioned(found: CaptionedSet, folder: str | Path) -> None:
         reference = replace(found.reference, floor=table)
     else:
         reference = found.reference
-    write_file(check_writable(folder / CAPTIONS), "".join(f"{text}\n" for text in found.captions).encode())
+    for name, texts in {CAPTIONS: found.captions, CALIBRATION: found.calibration_prompts}.items():
+        if texts:
+            write_file(check_writable(folder / name), "".join(f"{text}\n" for text in texts).encode())
     save_reference(reference, folder, {"prompt_match": None if found.match is None else vars(found.match)})
 
 
@@ -249,6 +253,8 @@ def bundled_captions(judge: str | Path, device: torch.device | None = None) -> C
         raise BadInput(f"{folder}: the statistics are of {statistics.features}, the judge is {net.name}")
     match = read_json_file(folder / CARD).get("prompt_match")
     captions = tuple(read_prompts(folder / CAPTIONS))
+    train = tuple(read_prompts(folder / CALIBRATION)) if (folder / CALIBRATION).is_file() else ()
+    net = net if device is None else net.to(device)
     return CaptionedSet(
-        net if device is None else net.to(device), captions, statistics, None if match is None else PromptMatch(**match)
+        net, captions, statistics, None if match is None else PromptMatch(**match), train_captions=train
     )

@@ -173,10 +173,11 @@ def nearest_train_images(captioned: CaptionedSet, images: Tensor, features: Tens
     Returns:
         By space: `pixels`, root mean square differences on the scale 0 to 1, and `features`, Euclidean distances.
     """
-    if captioned.train is None or captioned.train_features is None or captioned.held_out is None:
+    known = captioned.train_features
+    if captioned.open_train is None or known is None or captioned.held_out is None:
         return {}
     pixels, real_features = captioned.held_out
-    train, known = captioned.train, captioned.train_features
+    train = captioned.open_train()
     made = torch.from_numpy(np.ascontiguousarray(to_uint8(images).transpose(0, 3, 1, 2)))
     queries = torch.cat([flat_pixels(made), flat_pixels(pixels)])
     scale = queries.shape[1] ** 0.5
@@ -228,13 +229,13 @@ class PromptDetails:
                 return None
         measures, details, features = measure_prompts(captioned, images, prompts, seeds, groups)
         if not self.values:
-            neighbours = nearest_train_images(captioned, images, features)
+            neighbours, known = nearest_train_images(captioned, images, features), captioned.train_features
             self.values = {
                 "judge": {"name": captioned.judge.name, "features": captioned.judge.features},
                 **details,
                 "nearest": {space: found.to_dict() for space, found in neighbours.items()},
             }
-            self.lines = prompt_summary(details, neighbours, len(captioned.train or ()))
+            self.lines = prompt_summary(details, neighbours, len(known) if known is not None else 0)
         return measures
 
 
@@ -262,9 +263,11 @@ def prompt_summary(details: dict[str, Any], neighbours: dict[str, Memorisation],
             f"of {d.prompts}); of two prompts {d.between:.4g}. Real pictures have no second one of the same prompt"
         )
     for space, m in neighbours.items():
-        said = "none is nearer than" if m.share == 0 else f"{m.share:.1%} are nearer than"
+        verdict = "memorised" if m.memorised else "not memorised"
+        copies = f"; {m.copies} held-out ones that are copies of training pictures are left out" if m.copies else ""
         lines.append(
             f"nearest of {train} training pictures in {space}: median {m.generated:.4g}, of held-out real ones "
-            f"{m.real:.4g}; {said} the first percentile of these, {m.threshold:.4g} (unseen ones: 1%)"
+            f"{m.real:.4g}; {m.share:.1%} are nearer than the first percentile of these, {m.threshold:.4g} (unseen "
+            f"ones: 1%), {m.share_tenth:.1%} than the tenth (10%): {verdict}{copies}"
         )
     return lines

@@ -73,12 +73,13 @@ class Saver:
 
     def model(self, name: str | None, student: Student) -> Model:
         """The student as a model, with its plan and its origin on its card."""
-        span = student.guidance or (self.scale, self.scale)
+        takes = student.denoiser.net_takes_guidance
+        span = student.guidance or (student.denoiser.guidance_range if takes else None) or (self.scale, self.scale)
         denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage uses the original
         factors = fold_lora(denoiser.net)
         if getattr(getattr(denoiser.net, "net", None), "is_gradient_checkpointing", False):
             checkpoint_gradients(denoiser.net, False)
-        if not denoiser.net_takes_guidance:
+        if not takes or span[0] == span[1]:
             denoiser = denoiser.replace(guidance_range=span)
         sampler = pick("samplers", student.sampler)
         times = pick("times", student.times)(denoiser.schedule, student.steps)

@@ -11,7 +11,7 @@ import torch
 
 from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from ..files import holds_lock, refuse_inside
 from ..loading import load
 from ..model.model import Model
@@ -24,7 +24,7 @@ from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
 from ..train.messages import print_once
-from ..train.trained_module import TrainedModule
+from ..train.trained_module import OPTIMISERS, TrainedModule, check_eight_bit
 from ..utils.random import preserve_rng_state
 from .train_config import TrainConfig
 from .train_pipeline import train_pipeline
@@ -107,7 +107,9 @@ def train_model(
     out = Path(out)
     if steps is None and minutes is None:
         minutes = 30.0
+    check_choice("optimizer", config.optimizer, OPTIMISERS)
     ranks = Ranks.start(device)
+    check_eight_bit(config.optimizer, ranks.device)
     previous = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
     torch.manual_seed(seed)
     net = unet_for(source, config.widths, config.blocks, config.patch)
@@ -131,7 +133,7 @@ def train_model(
     )
     finished = bool(previous) and fit.progress(previous["step"], previous["seconds"]) >= 1
     ranks.on_main_process(lambda: check_output_folder(out, finished))
-    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
+    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr, optimiser=config.optimizer)
     settings = {"network": net.config, "label_drop": dropped}
     averaged = fit([trained], Batches(source, batch_size, seed=seed, flip=config.flip), out, show, settings)["model"]
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):

@@ -29,6 +29,7 @@ class TrainConfig(Config):
         patch: side of the patches of pixels that are folded into channels. Default: 2 from a side of 24, else 1.
         batch_size: images in a batch, over all processes.
         lr: AdamW's peak learning rate. Default: 1e-3; with `base` 1e-5, or 1e-4 from scratch and for a LoRA.
+        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
         label_drop: probability that a label or caption is dropped, for classifier-free guidance; in [0, 1].
         flip: mirror images horizontally with probability 1/2.
         precision: `fp32` or `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last`; `auto`: that
@@ -53,6 +54,7 @@ class TrainConfig(Config):
     patch: int | None = None
     batch_size: int = 64
     lr: float | None = None
+    optimizer: str = "adamw"
     label_drop: float = 0.1
     flip: bool = False
     precision: str = "auto"
@@ -88,6 +90,7 @@ class TrainOptions(TypedDict, total=False):
     patch: int | None
     batch_size: int
     lr: float | None
+    optimizer: str
     label_drop: float
     flip: bool
     precision: str

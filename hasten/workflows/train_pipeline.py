@@ -30,7 +30,7 @@ from ..train.data import Batches, Data, open_data
 from ..train.encoded import check_encodable, encode_captioned, image_size
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
-from ..train.trained_module import TrainedModule
+from ..train.trained_module import OPTIMISERS, TrainedModule, check_eight_bit
 from .lora import check_lora
 from .train_config import TrainConfig
 from .training_run import check_output_folder, last_log_entry, remove_earlier_model, saved_model_at
@@ -39,6 +39,7 @@ __all__ = ["train_pipeline"]
 
 INITS = ("base", "random")
 LR = {"base": 1e-5, "random": 1e-4, "lora": 1e-4}
+KEPT = ("pipeline", "network", "scheduler", "parameters")  # of the card of the base
 # Fields of `TrainConfig` that describe a new network of pixels.
 NEW_NETWORK = ("channels", "label", "widths", "blocks", "patch")
 
@@ -82,12 +83,14 @@ def train_pipeline(
     for key in NEW_NETWORK:
         if getattr(config, key) != getattr(TrainConfig(), key):
             raise BadInput(f"{key} is for a new network of pixels: with base, the pipeline has its own network")
+    check_choice("optimizer", config.optimizer, OPTIMISERS)
     ranks = Ranks.start(device)
+    check_eight_bit(config.optimizer, ranks.device)
     with ranks.main_process_first():
         model = base if isinstance(base, Model) else load(base, "cpu" if isinstance(base, (str, Path)) else None)
     model = replace(model, denoiser=copy.deepcopy(model.denoiser))
     to_float32(model.denoiser)
-    check_base(model)
+    check_base_pipeline(model)
     check_lora(model, None, config.lora, config.lora_targets, config.fsdp)
     if config.lora is not None and config.init != "base":
         raise BadInput("a LoRA changes the weights that are there: it goes with init=base")
@@ -118,7 +121,7 @@ def train_pipeline(
     precision = precision or ranks.on_main_process(lambda: fastest_precision(model, encoded, config, ranks.device))
     loss = DenoisingLoss(label_drop=config.label_drop, null_conditions=encoded.null_conditions)
     lr = LR["lora" if config.lora is not None else config.init] if config.lr is None else config.lr
-    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
+    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr, optimiser=config.optimizer)
     settings = {"base": identity, "init": config.init, "label_drop": config.label_drop}
     if config.lora is not None:
         settings |= {"lora": config.lora, "lora_targets": config.lora_targets}
@@ -127,8 +130,8 @@ def train_pipeline(
     assert isinstance(averaged, Denoiser)
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
         return load(saved)  # with what was added to it since, such as plans
-    card = {key: model.card[key] for key in ("pipeline", "network", "scheduler", "parameters") if key in model.card}
-    card |= {
+    card: dict[str, Any] = {
+        **{key: model.card[key] for key in KEPT if key in model.card},
         "data": source.source,
         "images": len(source),
         "captions": len(set(source.captions or ())),
@@ -168,7 +171,7 @@ def train_pipeline(
     return result
 
 
-def check_base(model: Model) -> None:
+def check_base_pipeline(model: Model) -> None:
     """Raise BadInput unless the network of the model can be trained on captions and saved as a pipeline."""
     net: Any = model.denoiser.net
     if model.conditioning is None:
@@ -238,7 +241,7 @@ def fastest_precision(model: Model, data: Data, config: TrainConfig, device: tor
         return format_runtime(parse_runtime(config.precision))
     size = min(config.batch_size, 16)
     assert data.conditions is not None
-    cond = {name: value.to(device) for name, value in data.conditions([0] * size).items()}
+    cond: dict[str, Any] = {name: value.to(device) for name, value in data.conditions([0] * size).items()}
     x = torch.randn(size, *data.shape, device=device)
     identity = f"train {type(model.denoiser.net).__name__} {sum(p.numel() for p in model.denoiser.parameters())}"
     return format_runtime(autotune(model.denoiser.to(device), x, identity, **cond)).split("+")[0]

@@ -98,9 +98,25 @@ def test_unseen_images_are_memorised_to_one_percent_and_copies_wholly() -> None:
     train, real, new = (torch.randn(n, 8, generator=generator) for n in (500, 2000, 2000))
     d_real = nearest_distances(real, [train])[0]
     honest = memorisation(*_pair(new, d_real, train))
-    assert 0.002 < honest.share < 0.03 and honest.generated == pytest.approx(honest.real, rel=0.05)
+    assert (
+        0.002 < honest.share < 0.03
+        and 0.05 < honest.share_tenth < 0.15
+        and not honest.memorised
+        and honest.generated == pytest.approx(honest.real, rel=0.05)
+    )
     copied = memorisation(*_pair(torch.cat([train[:250] + 1e-3, new[:250]]), d_real, train))
     assert 0.5 <= copied.share < 0.53 and copied.nearest < copied.threshold and copied.number == copied.train_number
+    assert copied.memorised and copied.to_dict()["memorised"] and copied.copies == 0
+
+
+def test_copies_among_the_unseen_images_do_not_hide_what_is_memorised() -> None:
+    """Two of a hundred held-out images that are copies would make the first percentile 0."""
+    generator = torch.Generator().manual_seed(0)
+    train, real, new = (torch.randn(n, 8, generator=generator) for n in (500, 98, 100))
+    d_real = nearest_distances(torch.cat([real, train[:2]]), [train])[0]
+    found = memorisation(*_pair(torch.cat([train[:50] + 1e-3, new]), d_real, train))
+    assert found.copies == 2 and found.threshold > 0.1 and found.memorised
+    assert memorisation(torch.zeros(3), torch.zeros(5), torch.zeros(3, dtype=torch.long)).share == 0
 
 
 def _pair(x: torch.Tensor, real: torch.Tensor, train: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
