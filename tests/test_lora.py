@@ -120,7 +120,10 @@ def test_what_cannot_be_trained_is_refused(data: Path, tmp_path: Path, options: 
         )
 
 
-@pytest.mark.parametrize("method", ["consistency", "dmd", "diffusion_gan:steps=1", "tract"])
+@pytest.mark.parametrize(
+    "method",
+    ["dmd", *(pytest.param(one, marks=pytest.mark.slow) for one in ("consistency", "diffusion_gan:steps=1", "tract"))],
+)
 def test_other_methods_train_one(data: Path, tmp_path: Path, method: str) -> None:
     """Critics keep all their weights: only the student's are frozen."""
     base = hasten.load(tiny.ddpm_pipeline())

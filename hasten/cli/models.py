@@ -53,7 +53,7 @@ def models(*, path: str | None = None, json: bool = False) -> list[dict[str, Any
 def show(
     what: str, *, sampler: str | None = None, times: str | None = None, steps: int | None = None, json: bool = False
 ) -> dict[str, Any]:
-    """Show the description of a model and the coefficients of its sampler at every step, those in a plan file, or a LoRA.
+    """Show a model's description and its sampler's coefficients at every step, those in a plan file, or a LoRA file.
 
     Args:
         what: A bundled name, a model's folder, a plan's .json file, or a LoRA's .safetensors file.

@@ -113,7 +113,7 @@ def describe_lost(result: dict[str, Any]) -> str:
 
 
 def describe_lora(file: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """What a LoRA file holds: components with their layers, ranks, names, and `info` about base and student; as text."""
+    """What a LoRA file holds, as a dict (layers by component, ranks, names, info) and as lines of text."""
     lora = read_lora(file)
     layers = {name: len(one) for name, one in lora.components.items()}
     result = {"layers": layers, "ranks": lora.ranks, "names": lora.names, "info": lora.info}
