@@ -23,7 +23,7 @@ def train_kind(
         data: of the images.
         out: the folder to write.
         config: a file with its options, or None.
-        options: of the command line by field, with `init` and `base`; None where not given.
+        options: of the command line by field, `init` and `base` among them; None where not given.
         device: as typed.
         json: print the result as JSON.
 
@@ -32,8 +32,12 @@ def train_kind(
     """
     check_choice("kind", kind, KINDS)
     given = {name: value for name, value in options.items() if value is not None}
+    if "optimizer" in given:
+        given["optimiser"] = given.pop("optimizer")
     if "blocks" in given:
-        given["layers"] = given.pop("blocks")
+        given["layers"] = given.pop("blocks") - (kind == "decoder")  # a decoder has one block more than that
+    if given.get("precision") == "auto":
+        del given["precision"]  # the kinds' own default
     source = given.pop("init" if kind == "autoencoder" else "base", None)
     request: Any
     if kind == "autoencoder":

@@ -23,20 +23,27 @@ def train(
     size: int | None = None,
     channels: int | None = None,
     label: str | None = None,
+    base: str | None = None,
+    init: str | None = None,
+    caption: str | None = None,
+    cache: Path | None = None,
+    cache_dtype: str | None = None,
     widths: str | None = None,
     blocks: int | None = None,
     patch: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
+    optimizer: str | None = None,
     label_drop: float | None = None,
     flip: bool = False,
     grad_accumulation: int | None = None,
+    gradient_checkpointing: bool = False,
     fsdp: bool = False,
+    lora: int | None = None,
+    lora_targets: str | None = None,
     seed: int | None = None,
     precision: str | None = None,
     kind: str = "model",
-    base: str | None = None,
-    init: str | None = None,
     factor: int | None = None,
     latent_channels: int | None = None,
     perceptual: str | None = None,
@@ -44,12 +51,16 @@ def train(
     device: str = "auto",
     json: bool = False,
 ) -> dict[str, Any]:
-    """Train a diffusion model on a folder of images and save it.
+    """Train a diffusion model on a folder of images, or a text-to-image pipeline on images with captions, and save it.
 
     Sub-folders are classes, or a file beside the images gives them: labels.csv, metadata.csv, metadata.jsonl or
     dataset.json. What is read, and what is ignored, is printed. Ctrl-C saves a checkpoint, from which the same command
     resumes, also on another number of processes: under torchrun, each takes its part of every batch. Steps and minutes
     may be more than before; other images or settings are refused.
+
+    With --base PIPELINE the network of a text-to-image pipeline is trained on captions: a column text, caption or
+    prompt of metadata.jsonl or metadata.csv, or a .txt beside each image. Latents and text embeddings are computed
+    once.
 
     Args:
         data: A folder or zip of images, a folder of IDX files, a .npy or a .npz.
@@ -61,15 +72,29 @@ def train(
         channels: 1 or 3. Default: what the images have.
         label: The column of the file of labels (or the array of an .npz) that holds the class; folders for the class
             folders, none to train without classes.
+        base: A text-to-image pipeline (a folder, a hub id, or a bundled name) whose network is trained on the captions.
+            For kind decoder: the autoencoder's folder, or that of a pipeline that has one.
+        init: With --base, base to continue from the network's weights, or random to train it from scratch. Default:
+            base. For kind autoencoder: the one to continue from, its folder or that of a pipeline.
+        caption: The column that holds the captions; txt for the files beside the images, none to read none.
+        cache: The folder of the latents and text embeddings of --base. Default: encoded in the folder of the run.
+        cache_dtype: Their numbers, fp16 or fp32. Default: fp16.
         widths: Channels of each resolution, comma-separated, such as 64,128. Default: by the size of the images.
         blocks: Residual blocks a resolution. Default: 1.
         patch: Side of the squares that the network takes as one pixel.
         batch_size: Images a step. Default: 64.
-        lr: Peak learning rate. Default: 1e-3.
-        label_drop: Fraction of the labels that are dropped, so that the model can be guided. Default: 0.1.
+        lr: Peak learning rate. Default: 1e-3; with --base 1e-5, or 1e-4 from scratch and for a LoRA.
+        optimizer: adamw, muon, or to need less memory on CUDA, with bitsandbytes: adamw8bit, paged-adamw8bit. Default:
+            adamw.
+        label_drop: Fraction of the labels or captions that are dropped, so that the model can be guided. Default: 0.1.
         flip: Mirror images at random.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
+        gradient_checkpointing: Recompute activations in the backward pass, to need less memory (networks of diffusers).
         fsdp: Shard the network among the processes of torchrun, where it is too large for one.
+        lora: With --base, rank of a LoRA that is trained in place of all weights, such as 16. It is written as a file
+            of its own, which diffusers loads, beside the pipeline with the LoRA merged.
+        lora_targets: The layers that it adapts: attention, conv, all, or names of modules, comma-separated. Default:
+            attention where the network has such layers, else all.
         seed: Of the weights, the order of the images and the noise. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which takes what is faster on this device. With +high (TF32 on GPUs),
             +medium or +channels_last, such as fp32+high, also the precision of matrix products and the memory layout.
@@ -77,8 +102,6 @@ def train(
             latents of --base. An autoencoder has the options minutes, steps, size, channels, widths, blocks,
             batch_size, lr, flip, grad_accumulation, seed, precision and those below, and more in --config
             (AutoencoderConfig, DecoderConfig).
-        base: For kind decoder: the autoencoder's folder, or that of a diffusers pipeline that has one.
-        init: For kind autoencoder: the one to continue from, its folder or that of a pipeline.
         factor: For kind autoencoder: how often the image's side is the latent's, a power of two. Default: 4, from 128
             pixels 8.
         latent_channels: For kind autoencoder. Default: 8.
@@ -97,13 +120,15 @@ def train(
     except ValueError as e:
         raise BadInput(f"widths are whole numbers, comma-separated, such as 64,128, got {widths!r}") from e
     parts = {
-        "base": base, "init": init, "factor": factor, "latent_channels": latent_channels, "perceptual": perceptual,
+        "factor": factor, "latent_channels": latent_channels, "perceptual": perceptual,
         "gan_weight": gan_weight,
     }  # fmt: skip
     options = explicit_options(
         steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list, blocks=blocks,
-        patch=patch, batch_size=batch_size, lr=lr, label_drop=label_drop, flip=flip or None, precision=precision,
-        seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None,
+        patch=patch, batch_size=batch_size, lr=lr, optimizer=optimizer, label_drop=label_drop, flip=flip or None,
+        precision=precision, seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None, base=base, init=init,
+        caption=caption, cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
+        gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets,
     )  # fmt: skip
     if kind != "model":
         return train_kind(kind, data, out, config, {**options, **parts}, device, json)
@@ -119,7 +144,7 @@ def train(
         **model.card,
     }
     last = model.card["last"]
-    print_result(
-        result, f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten sample {out}", json
-    )
+    prompt = " --prompt TEXT" if model.conditioning is not None else ""
+    text = f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten sample {out}{prompt}"
+    print_result(result, text, json)
     return result

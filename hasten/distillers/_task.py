@@ -86,6 +86,11 @@ class Distiller(Protocol):
         return False
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether its images must have labels of the model's classes."""
+        return False
+
+    @property
     def teacher_steps(self) -> int | None:
         """The times at which the teacher is evaluated.
 
@@ -321,7 +326,7 @@ class DistillTask:
             options: further arguments of `TrainedModule`.
         """
         to_float32(module)
-        defaults = {"lr": lr, "every": every, "weight_decay": 0.0, "optimiser": self.optimizer}
+        defaults = {"lr": lr, "every": every, "weight_decay": 0.0, "optimiser": self.optimizer, "muon_lr": 20 * lr}
         return TrainedModule(name, module, loss, **{**defaults, **options})
 
     def fit(

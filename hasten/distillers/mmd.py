@@ -78,6 +78,11 @@ class Mmd(Distiller):
             raise BadInput("mmd needs steps of at least 1, anchor of at least 0 and share above 0")
 
     @property
+    def needs_labels(self) -> bool:
+        """For the classifier."""
+        return self.features == "classifier"
+
+    @property
     def teacher_steps(self) -> int:
         """The anchor evaluates the teacher at the nodes of the student's own steps."""
         return self.steps if self.anchor else 0

@@ -97,6 +97,11 @@ class Rcfd(Distiller):
         return self.beta > 0 and self.gamma < 1
 
     @property
+    def needs_labels(self) -> bool:
+        """For the classifier."""
+        return self.features == "classifier"
+
+    @property
     def teacher_steps(self) -> int:
         """The teacher is evaluated at the nodes of its own steps alone."""
         return self.start or 2 * self.steps[0]

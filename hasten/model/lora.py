@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -28,13 +28,12 @@ from ..storage.lora_names import flat, from_original
 
 __all__ = ["load_lora_weights", "lora_file", "parse_lora_argument", "resolve_layers"]
 
+M = TypeVar("M")  # a `Model`
 NETWORKS = ("unet", "transformer")  # components that are the denoising network
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def load_lora_weights(
-    model: Any, lora: str | Path | LoRAFile | Sequence[str | Path | LoRAFile], scale: float = 1.0
-) -> Any:
+def load_lora_weights(model: M, lora: str | Path | LoRAFile | Sequence[str | Path | LoRAFile], scale: float = 1.0) -> M:
     """A copy of a model with LoRAs merged into its weights, and into its text encoders' where a file has such parts.
 
     The LoRA of a student brings its steps, sampler, times and built-in guidance scale with it; the model then
@@ -57,10 +56,10 @@ def load_lora_weights(
     """
     for one in lora if isinstance(lora, (list, tuple)) else (lora,):
         if isinstance(one, LoRAFile):
-            model = merged_model(model, one, scale, "the LoRA")
+            model = cast(M, merged_model(model, one, scale, "the LoRA"))
         else:
             path, own = parse_lora_argument(one)
-            model = merged_model(model, read_lora(path), scale if own is None else own, str(path))
+            model = cast(M, merged_model(model, read_lora(path), scale if own is None else own, str(path)))
     return model
 
 
@@ -86,7 +85,7 @@ def merged_model(model: Any, lora: LoRAFile, scale: float, path: str) -> Any:
         raise BadInput(f"{path} makes a student of a model, and {model.name} is one already: use the teacher")
     parts = {name: component_of(model, name, path) for name in lora.components}
     layers = {name: resolve_layers(parts[name], lora.components[name], path) for name in lora.components}
-    transfer = check_base(model, lora, layers, path)
+    transfer = check_lora_base(model, lora, layers, path)
     denoiser = copy.deepcopy(model.denoiser)
     pipe, conditioning = copy.copy(model.pipeline), model.conditioning
     for name, factors in layers.items():
@@ -162,7 +161,7 @@ def resolve_layers(net: nn.Module, factors: Mapping[str, LowRank], path: str = "
     return {layer: factors[name] for name, layer in found.items()}
 
 
-def check_base(model: Any, lora: LoRAFile, layers: Mapping[str, Mapping[str, LowRank]], path: str) -> bool:
+def check_lora_base(model: Any, lora: LoRAFile, layers: Mapping[str, Mapping[str, LowRank]], path: str) -> bool:
     """Whether a LoRA was made for other weights, which is told; raises BadInput for another schedule or prediction."""
     info, denoiser = lora.info, model.denoiser
     if info.get("distilled") is not None:

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_int, nearest
 
-# names of layers in the transformers of U-Nets, as diffusers and peft spell them
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+# names of layers in the transformers of U-Nets, as diffusers and peft spell them; to_kv: of a `TextUNet`
+ATTENTION = ("to_q", "to_k", "to_v", "to_kv", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 GROUPS = ("attention", "conv", "all")
 
 
@@ -68,7 +68,7 @@ class LowRank:
 class LoRALayer(nn.Module):
     """What `LoRALinear` and `LoRAConv2d` have in common."""
 
-    weight: nn.Parameter
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_alpha: float
@@ -306,6 +306,12 @@ def remove_lora(net: nn.Module) -> dict[str, LowRank]:
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (drop_frozen, keep_frozen)]:
             del hooks[key]
     return factors
+
+
+def fold_lora(net: nn.Module) -> dict[str, LowRank]:
+    """Merge the factors into the weights and make the layers plain ones, in place; returns the factors."""
+    merge_lora(net)
+    return remove_lora(net)
 
 
 def merge_factors(net: nn.Module, factors: Mapping[str, LowRank], scale: float = 1.0) -> None:

@@ -37,6 +37,8 @@ HEAD = re.compile(r"(?:.*\.)?lins?\.?(\d+)\.model\.\d+\.weight$")
 class _Blur(nn.Module):
     """A depthwise binomial filter [1, 2, 1]^2 / 16 of stride 2 after reflection by two pixels."""
 
+    filt: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         line = torch.tensor([1.0, 2.0, 1.0]) / 4
@@ -58,6 +60,9 @@ class PerceptualDistance(nn.Module):
     References:
         Zhang et al. 2018, arXiv:1801.03924; Ghildyal, Liu 2022, arXiv:2207.13686 (shift-tolerant).
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, trunk: str = "alex", shift_tolerant: bool = False) -> None:
         super().__init__()

@@ -22,19 +22,28 @@ Table = tuple[list[Level], Level]
 
 
 class TextTimeEmbedding(nn.Module):
-    """Sinusoidal features of a time in 0..999 and two linear layers: `(B,) -> (B, E)`."""
+    """Sinusoidal features of a time in 0..999 and two linear layers: `(B,) -> (B, E)`.
 
-    def __init__(self, features: int, width: int) -> None:
+    Args:
+        features: even number of features.
+        width: E.
+        condition: width of a further condition, whose projection is added to the features; None: there is none.
+    """
+
+    def __init__(self, features: int, width: int, condition: int | None = None) -> None:
         super().__init__()
         self.features = features
+        self.cond_proj = None if condition is None else nn.Linear(condition, features, bias=False)
         self.linear_1 = nn.Linear(features, width)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, time: Tensor, dtype: torch.dtype, condition: Tensor | None = None) -> Tensor:
         half = self.features // 2
         rates = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=time.device))
         phase = time.float()[:, None] * rates
         features = torch.cat([phase.cos(), phase.sin()], dim=1).to(dtype)
+        if self.cond_proj is not None and condition is not None:
+            features = features + self.cond_proj(condition.to(dtype))
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
@@ -54,6 +63,8 @@ class TextUNet(nn.Module):
         out_channels: C_out. Default: `in_channels`.
         cross_attention_dim: D, the width of the text encoder's output.
         norm_num_groups: groups of every GroupNorm; the widths must be multiples of it.
+        time_cond_proj_dim: width of an embedded guidance scale that is an input, as of latent consistency models; None:
+            there is none.
 
     Raises:
         BadInput: for a table, widths or channels that are not valid.
@@ -72,6 +83,7 @@ class TextUNet(nn.Module):
         out_channels: int | None = None,
         cross_attention_dim: int = 768,
         norm_num_groups: int = 32,
+        time_cond_proj_dim: int | None = None,
     ) -> None:
         super().__init__()
         rows, center = [as_level(row) for row in levels], as_level(middle)
@@ -81,6 +93,7 @@ class TextUNet(nn.Module):
             "out_channels": out_channels,
             "cross_attention_dim": cross_attention_dim,
             "norm_num_groups": norm_num_groups,
+            **({} if time_cond_proj_dim is None else {"time_cond_proj_dim": time_cond_proj_dim}),
         }
         for name, value in sizes.items():
             check_int(name, value, 1)
@@ -88,7 +101,7 @@ class TextUNet(nn.Module):
         self._settings = {"levels": [asdict(row) for row in rows], "middle": asdict(center), **sizes}
         self.conv_in = nn.Conv2d(in_channels, rows[0].width, 3, padding=1)
         shared = 4 * rows[0].width, cross_attention_dim, norm_num_groups  # time, text, groups
-        self.time_embedding = TextTimeEmbedding(rows[0].width, shared[0])
+        self.time_embedding = TextTimeEmbedding(rows[0].width, shared[0], time_cond_proj_dim)
         widths = [rows[0].width] + [row.width for row in rows]  # of the input of each level, and of the middle
         self.down_blocks: ModuleListOf[DownLevel] = ModuleListOf(
             DownLevel(row, widths[k], *shared, row is rows[-1]) for k, row in enumerate(rows)
@@ -108,20 +121,23 @@ class TextUNet(nn.Module):
         """The constructor's arguments, as plain values."""
         return self._settings
 
-    def embed(self, time: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def embed(self, time: Tensor, text: Tensor, timestep_cond: Tensor | None = None) -> dict[str, Tensor]:
         """What the blocks read except x.
 
         Args:
             time: (B,), 0 to 999.
             text: (B, L, D), the output of the text encoder.
+            timestep_cond: (B, time_cond_proj_dim), the embedded guidance scale.
 
         Raises:
-            BadInput: for a text of another width.
+            BadInput: for a text of another width, and a guidance scale that the network does not take.
         """
         width = self._settings["cross_attention_dim"]
         if text.ndim != 3 or text.shape[-1] != width:
             raise BadInput(f"text must be (B, L, {width}), the text encoder's output, got {tuple(text.shape)}")
-        return {"time": self.time_embedding(time, self.conv_norm_out.weight.dtype), "text": text}
+        if timestep_cond is not None and self.time_embedding.cond_proj is None:
+            raise BadInput("this U-Net takes no guidance scale: it was built without time_cond_proj_dim")
+        return {"time": self.time_embedding(time, self.conv_norm_out.weight.dtype, timestep_cond), "text": text}
 
     def encode(self, x: Tensor, emb: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """The encoder and the middle block: (skips, middle); neither is modified later."""
@@ -145,9 +161,9 @@ class TextUNet(nn.Module):
         last = len(self.up_blocks)
         return self._head(self._ups(first, up_input, emb, last - 1, last))
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
         """Raw output (B, C_out, H, W) at noisy x (B, C, H, W); the other arguments are those of `embed`."""
-        emb = self.embed(time, text)
+        emb = self.embed(time, text, timestep_cond)
         return self.decode(*self.encode(x, emb), emb)
 
     def _deeper(self, first: Sequence[Tensor], emb: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:

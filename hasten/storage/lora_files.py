@@ -88,7 +88,9 @@ def base_hash(net: nn.Module, layers: Iterable[str]) -> str:
     for name in sorted(layers):
         weight: Tensor = modules[name].get_parameter("weight")
         digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().to(torch.float16).contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(
+            weight.detach().cpu().to(torch.float16).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 

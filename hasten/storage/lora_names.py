@@ -90,9 +90,9 @@ def from_original(name: str, layers: int) -> str:
         place, rest = {"0": "resnets_0", "1": "attentions_0", "2": "resnets_1"}.get(match[5], "none"), match[6]
         return f"mid_block_{place}_{RESNET.get(rest, rest)}"
     down, number, inner, rest = match[1] == "input_blocks", int(match[2]), int(match[3]), match[4]
-    block, place = divmod(number - down, layers + 1)
+    block, index = divmod(number - down, layers + 1)
     side = "down" if down else "up"
     if rest in ("op", "conv"):
         return f"{side}_blocks_{block}_{side}samplers_0_conv"
     kind = "resnets" if inner == 0 else "attentions"
-    return f"{side}_blocks_{block}_{kind}_{place}_{RESNET.get(rest, rest)}"
+    return f"{side}_blocks_{block}_{kind}_{index}_{RESNET.get(rest, rest)}"

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from ..errors import BadInput
 from . import label_files
 from .messages import pluralize
-from .tree import Tree
+from .tree import SUFFIXES, Tree
 
 BESIDE = "txt"  # the value of `caption` for the files beside the images
 NUMBERS = re.compile(r"[-+\d.eE\s]*")  # boxes and class numbers of detection data, not captions
@@ -97,8 +97,26 @@ def read_captions(tree: Tree, parts: list[tuple[str, list[str]]], names: list[st
     if not any(captions.values()):
         raise BadInput(f"{tree.root}: all captions are empty")
     found.texts = captions
-    found.files = {*found.columns, *(file for _, file in beside.values())}
+    found.files = {
+        *found.columns,
+        *(file for _, file in beside.values()),
+        *unused_caption_files(tree, parts, found, beside),
+    }
     return found
+
+
+def unused_caption_files(
+    tree: Tree, parts: list[tuple[str, list[str]]], found: Captions, beside: dict[str, tuple[str, str]]
+) -> list[str]:
+    """The caption files of splits that are not used: their images are not named as skipped either."""
+    outside = [name for name in tree.names if not name.startswith(tuple(prefix for prefix, _ in parts))]
+    metadata = {PurePosixPath(name).name.lower() for name in found.columns}
+    stems = {name[: name.rfind(".")] for name in outside if name.lower().endswith(SUFFIXES)} if beside else set()
+    return [
+        name
+        for name in outside
+        if PurePosixPath(name).name.lower() in metadata or (name.lower().endswith(".txt") and name[:-4] in stems)
+    ]
 
 
 def check_both(

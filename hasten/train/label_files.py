@@ -86,7 +86,7 @@ def read_label_file(tree: Tree, place: str, column: str | None, caption: str | N
             raise BadInput(
                 f"{where} has no column 'file' (columns: {', '.join(header)}; also read: {', '.join(FILE[1:])})"
             )
-        readable = [name if header[k] != caption else "" for k, name in enumerate(columns)]
+        readable = [name if header[k] != caption else TEXT[0] for k, name in enumerate(columns)]
         index = class_column(tree, place, header, readable, rows, file, column)
         unused = [name for k, name in enumerate(header) if k not in (file, index) and name != caption]
         if index is None:

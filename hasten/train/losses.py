@@ -10,7 +10,7 @@ where alpha is not 1, s = sigma_data).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -196,11 +196,14 @@ class DenoisingLoss:
     the squared error of x. Without a weight the factor `w c_out^2` is 1: for v-prediction, `w = 1 + SNR`.
 
     Args:
-        label_drop: probability that a label is replaced by the null class, for classifier-free guidance; in [0, 1].
+        label_drop: probability that the conditions of a sample (its label, its text) are replaced by those of the
+            unconditional branch, all at once, for classifier-free guidance; in [0, 1].
         times: the distribution of t, `Uniform`, `LogitNormal` or `LogNormal`.
         weight: on the squared error of x, a function of (alpha, sigma): `x0_weight`, `snr_weight`, `v_weight`,
             `truncated_snr_weight`, `MinSNR(gamma)`, `EDMWeight(sigma_data)`; None for the prediction's own.
         spread: stratify the times over the batch; otherwise they are independent.
+        null_conditions: `null_NAME` (1, ...) replaces the condition NAME of a sample that is dropped, where the batch
+            has no `null_NAME` (B, ...) itself. Labels are replaced by the denoiser's null label.
 
     Raises:
         BadInput: if `label_drop` is out of range.
@@ -213,6 +216,7 @@ class DenoisingLoss:
     times: Callable[[Schedule, Tensor], Tensor] = field(default_factory=Uniform)
     weight: Weight | None = None
     spread: bool = True
+    null_conditions: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_drop <= 1:
@@ -223,18 +227,16 @@ class DenoisingLoss:
 
         Args:
             denoiser: whose network is trained.
-            batch: `{"x": (B, *S), "label": int64 (B,)}`, the label optional.
+            batch: `{"x": (B, *S)}` and the conditions of the network, each (B, ...): `"label"` int64, `"text"`, ...
 
         Returns:
             A scalar, float32.
 
         Raises:
-            BadInput: if labels are to be dropped and the denoiser has no null label.
+            BadInput: if conditions are to be dropped and there is nothing to replace them by.
         """
         x = batch["x"]
-        cond = {}
-        if "label" in batch:
-            cond["label"] = self.drop(batch["label"], denoiser.null_label)
+        cond = self.drop(batch, denoiser.null_label)
         n = len(x)
         exact = float64_device(x.device)
         u = stratified(n, exact) if self.spread else torch.rand(n, dtype=torch.float64, device=exact)
@@ -252,15 +254,29 @@ class DenoisingLoss:
         factor = self.factor(denoiser, t)
         return (factor.float().to(x.device) * error.flatten(1).mean(1)).mean()
 
-    def drop(self, label: Tensor, null: int | None) -> Tensor:
-        """`label` int64 (B,), each entry replaced by the null label with probability `label_drop`."""
-        if not self.label_drop:
-            return label
-        if null is None:
-            raise BadInput(
-                "labels can be dropped only where the denoiser has a null label: give it one, or label_drop=0"
-            )
-        return torch.where(torch.rand(len(label), device=label.device) < self.label_drop, null, label)
+    def drop(self, batch: Mapping[str, Tensor], null_label: int | None) -> dict[str, Tensor]:
+        """The conditions of a batch, those of each sample replaced by the null ones with probability `label_drop`."""
+        cond = {name: value for name, value in batch.items() if name != "x" and not name.startswith("null_")}
+        if not self.label_drop or not cond:
+            return cond
+        known = {**(self.null_conditions or {}), **batch}
+        nulls = {name: known[f"null_{name}"] for name in cond if f"null_{name}" in known}
+        if "label" in cond and "label" not in nulls:
+            if null_label is None:
+                raise BadInput(
+                    "labels can be dropped only where the denoiser has a null label: give it one, or label_drop=0"
+                )
+            nulls["label"] = torch.full_like(cond["label"][:1], null_label)
+        if not nulls:
+            names = ", ".join(f"null_{name}" for name in cond)
+            raise BadInput(f"conditions can be dropped only with {names}: give null_conditions, or label_drop=0")
+        first = next(iter(cond.values()))
+        dropped = torch.rand(len(first), device=first.device) < self.label_drop
+        for name, null in nulls.items():
+            value = cond[name]
+            where = dropped.view(-1, *[1] * (value.ndim - 1))
+            cond[name] = torch.where(where, null.to(value.device, value.dtype), value)
+        return cond
 
     def factor(self, denoiser: Denoiser, t: Tensor) -> Tensor:
         """`w c_out^2`, float64 (B,): the weight of the squared error of the raw output at the times `t` (B,)."""

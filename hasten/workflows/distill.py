@@ -7,14 +7,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
-from ..distillers import Distiller, DistillTask
+from ..distillers import DistillTask
 from ..distillers._conditions import NullConditions, condition_source
 from ..distillers._dry_run import DryRun, StagePlan, allocate, time_limits
 from ..distillers._notices import run_notices
@@ -22,14 +22,11 @@ from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, check_choice, check_int
 from ..files import check_writable, holds_lock, refuse_inside, write_file
 from ..model.model import Model
-from ..nets.quantized import layers
 from ..nets.scalar_inputs import FixedGuidance
 from ..performance.autotune import format_runtime, parse_runtime
 from ..performance.cost import peak_bytes
 from ..pick import format_spec, pick
 from ..progress import ignore_messages
-from ..storage.checks import check_trainable
-from ..storage.model_folder import check_savable
 from ..storage.provenance import model_hash
 from ..storage.runs import unfinished_run
 from ..train.data import Batches, Data
@@ -37,7 +34,8 @@ from ..train.fingerprint import describe_data
 from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
-from .distill_data import null_conditions, training_data
+from .distill_checks import check_models
+from .distill_data import null_conditions, shared_training_data, training_data
 from .lora import check_lora
 from .students import Saver
 
@@ -65,7 +63,8 @@ class DistillConfig(Config):
         lora_targets: layers of the LoRA, see `hasten.nets.lora.target_layers`.
         gradient_checkpointing: compute activations again in the backward pass, to need less memory; for networks of
             diffusers.
-        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
+        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`,
+            at 20 times the method's rate.
     """
 
     method: str = "guided"
@@ -117,7 +116,7 @@ def distill_model(
     model: Model,
     out: str | Path,
     config: DistillConfig | str | None = None,
-    data: str | Path | Data | torch.Tensor | Sequence[str] | None = None,
+    data: str | Path | Data | torch.Tensor | list[str] | tuple[str, ...] | None = None,
     *,
     init: Model | None = None,
     dry_run: bool = False,
@@ -179,6 +178,8 @@ def distill_model(
             raise BadInput(f"{name} must be positive, got {value}")
     out = Path(out)
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
+    if model.conditioning is not None and model.denoiser.guidance_range is None:
+        scale = max(scale, 1.0)  # as in pipelines, where 1 or less is none
     teacher, denoiser = model.guided(scale), model.denoiser
     first = None if init is None else init.denoiser
     if not distiller.keeps_guidance_range:
@@ -187,7 +188,7 @@ def distill_model(
         if first is not None and first.net_takes_guidance:
             first = at_scale(first, scale)
     refuse_inside(out, data if isinstance(data, (str, Path)) else None)
-    source = training_data(model, data, None if dry_run else out)
+    source = shared_training_data(ranks, lambda: training_data(model, data, None if dry_run else out))
     captions = condition_source(Batches(source, 1))
     null = null_conditions(model, source)
     if null:
@@ -296,75 +297,6 @@ def distill_model(
         saver(None, last)
     ranks.barrier()
     return {**result, "seconds": time.perf_counter() - start}
-
-
-def check_models(model: Model, init: Model | None, distiller: Distiller, method: str) -> None:
-    """Refuse, before anything runs, models that cannot be distilled so or whose students could not be saved."""
-    name = method.partition(":")[0]
-    for one in (model,) if init is None else (model, init):
-        if next(layers(one.denoiser.net), None) is not None or getattr(one.denoiser.net, "runs_elsewhere", False):
-            raise BadInput(
-                f"{one.name} is quantised or exported, which cannot be trained: use the model it was made from"
-            )
-        if one.denoiser.step_counts is not None:
-            raise BadInput(
-                f"{one.name} is one network for several numbers of steps, which no method can distil further"
-            )
-    first = model if init is None else init
-    if model.conditioning is not None:
-        check_prompts(first, distiller, method)
-    text_scale = model.conditioning is not None and distiller.adds_guidance_only  # a U-Net of diffusers can have it
-    check_savable(first, network=not distiller.adds_inputs or text_scale)
-    for one in (model,) if init is None else (model, init):
-        check_trainable(one.name, one.denoiser, one.shape, one.cond(2))
-    before = model.card.get("distilled", {})
-    if before and not (before.get("any_time") or before.get("stage") == "guidance"):
-        needed, k = distiller.teacher_steps, before["steps"]
-        direction = before.get("figures", {}).get("direction", "decode")
-        if direction != distiller.direction:
-            does = "encodes images into noise" if direction == "encode" else "makes images from noise"
-            raise BadInput(f"{model.name} {does}, which {name} cannot learn from: use another teacher")
-        if needed not in (0, k):
-            start = f", or use {name} with start={k}" if isinstance(getattr(distiller, "start", None), int) else ""
-            times = "at any time" if needed is None else f"at the times of {needed} steps"
-            raise BadInput(
-                f"{model.name} is a student of {k} steps and was trained at no other times, {name} evaluates its "
-                f"teacher {times}: use the model it was distilled from as the teacher, and this one as --init "
-                f"(init=){start}"
-            )
-    if init is None:
-        return
-    for what, mine, theirs in (
-        ("shape", tuple(init.shape), tuple(model.shape)),
-        ("classes", len(init.classes or ()), len(model.classes or ())),
-    ):
-        if mine != theirs:
-            raise BadInput(f"--init (init=) {init.name} has {what} {mine}, {model.name} has {theirs}")
-    if init.classes != model.classes:
-        raise BadInput(
-            f"--init (init=) {init.name} has the classes of {model.name} under other names or in another order"
-        )
-    if init.denoiser.schedule.to_dict() != model.denoiser.schedule.to_dict():
-        raise BadInput(f"--init (init=) {init.name} was trained on another schedule than {model.name}")
-
-
-def check_prompts(model: Model, distiller: Distiller, method: str) -> None:
-    """Refuse a method whose students a pipeline with prompts has no place for."""
-    name = method.partition(":")[0]
-    if distiller.direction == "encode":
-        raise BadInput(f"{name}: an encoder of a model with prompts cannot be saved: pipelines make images from noise")
-    if not distiller.adds_inputs:
-        return
-    if not distiller.adds_guidance_only:
-        raise BadInput(
-            f"{method}: its students' networks have further inputs or are of another class, which the pipeline of "
-            f"{model.name} has no place for: use guided with shared=false, progressive or consistency"
-        )
-    if model.denoiser.guidance_range is None and not hasattr(model.denoiser.net, "with_guidance"):
-        raise BadInput(
-            f"{method}: the network of {model.name} cannot take a guidance scale as an input (U-Nets can): use one, "
-            f"{name}:guidance=none with --guidance-scale {model.guidance_scale:g}"
-        )
 
 
 def at_scale(denoiser: Any, scale: float) -> Any:

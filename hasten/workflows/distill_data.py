@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..model.model import Model
 from ..train import open_data
 from ..train.data import Data, to_float
+from ..train.encoded import encode_captioned
 from ..train.names import match_labels
 
 BLANK_IMAGES = 1024  # samples of the data set without real images
+ENCODED = "encoded"  # folder of latents and text embeddings in that of the run
 CACHE_BYTES = 2**31  # of what is encoded in memory: what comes after is encoded again each time
 
 
 def training_data(
-    model: Model, data: str | Path | Data | Tensor | Sequence[str] | None, out: Path | None = None
+    model: Model, data: str | Path | Data | Tensor | list[str] | tuple[str, ...] | None, out: Path | None = None
 ) -> Data:
     """The data of a distillation: samples of the model's shape, with its labels, or with its conditions of captions.
 
@@ -47,11 +50,22 @@ def training_data(
     return captioned_samples(model, data, out)
 
 
+def shared_training_data(ranks: Ranks, make: Callable[[], Data]) -> Data:
+    """The data of all processes: the main one encodes it first, then the others open its files one by one."""
+    made: list[Data] = []
+    ranks.on_main_process(lambda: made.append(make()))
+    for rank in range(1, ranks.world):
+        if rank == ranks.rank:
+            made.append(make())
+        ranks.barrier()
+    return made[0]
+
+
 def null_conditions(model: Model, data: Data) -> dict[str, Tensor]:
     """What takes the place of each condition of a model of prompts in the unconditional branch, (1, ...) by name."""
     if model.conditioning is None:
         return {}
-    found = getattr(data, "null_conditions", None) or model.conditions(1, "")
+    found = data.null_conditions or model.conditions(1, "")
     return {
         key.removeprefix("null_"): value.to(model.device) for key, value in found.items() if key.startswith("null_")
     }
@@ -75,7 +89,7 @@ def prompts_only(model: Model, prompts: Sequence[str]) -> Data:
 
 
 def captioned_samples(model: Model, data: str | Path | Data | Tensor, out: Path | None) -> Data:
-    """Captioned samples of a model of prompts, encoded for its network."""
+    """Captioned samples of a model of prompts, encoded for its network, into the run's folder if there is one."""
     if isinstance(data, Tensor):
         raise BadInput(
             f"{model.name} takes prompts: samples alone are not enough, give a Data with captions, a folder of "
@@ -89,13 +103,15 @@ def captioned_samples(model: Model, data: str | Path | Data | Tensor, out: Path 
     where = data.source or "the data"
     if data.captions is None and data.conditions is None:
         raise BadInput(
-            getattr(data, "caption_problem", "")
+            data.caption_problem
             or f"{where} has no captions, {model.name} takes prompts: write metadata.jsonl with file_name and text, "
             "or a .txt beside each image"
         )
     if tuple(data.shape) not in (shape, size):
         raise BadInput(f"{model.name} makes samples of shape {shape} from images of {size}, data has {data.shape}")
     data = replace(data, labels=None, classes=None)
+    if out is not None and data.conditions is None and tuple(data.shape) == size:
+        return encode_captioned(model, data, out / ENCODED)
     if tuple(data.shape) != shape:  # images for a model of latents
         images, latents = data, model.decoder
         encode = Encoded(lambda rows: {"x": latents.encode(to_float(images.images(rows)))}, None, rows=1)

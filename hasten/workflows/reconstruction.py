@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import zoo
+from ..adapters.diffusers.autoencoders import open_autoencoder
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..files import describe_contents, write_file
@@ -24,6 +27,12 @@ from ..train.trained_module import TrainedModule
 MEASURED = 4096  # images of which the latents' standard deviation is measured
 HELD_OUT = 1000  # images that PSNR and SSIM are measured on, at most
 BLOCK = 16  # images encoded or decoded at once
+
+
+def open_base(name: str | Path) -> Any:
+    """The autoencoder in a folder, or of a pipeline, by its folder or bundled name (`open_autoencoder`)."""
+    cards = zoo.cards()
+    return open_autoencoder(cards[str(name)].folder if str(name) in cards else name)
 
 
 def open_images(data: str | Path | Data, size: int | None, channels: int | None) -> Data:
@@ -93,6 +102,7 @@ def fit_for(config: Any, device: str | None) -> Fit:
     return Fit(
         steps=config.steps,
         minutes=minutes,
+        warmup=200 if config.steps is None else min(200, config.steps // 10),
         precision=config.precision,
         ema=Ema("power", gamma=12.0),
         seed=config.seed,
@@ -106,7 +116,8 @@ def plain_config(vae: Any) -> dict[str, Any]:
     """The config of a network of diffusers, as JSON holds it, without the scale and names of files."""
     hidden = ("scaling_factor", "sample_size")
     config = {key: value for key, value in dict(vae.config).items() if not key.startswith("_") and key not in hidden}
-    return json.loads(json.dumps(config, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
 
 
 def blocks_of(data: Data, count: int) -> Iterator[Tensor]:
@@ -132,7 +143,7 @@ def latent_deviation(vae: Any, data: Data, count: int = MEASURED) -> float:
     variance = squares / n - (total / n) ** 2
     if not variance > 1e-12:
         raise BadInput("the latents are constant: train longer, or with a smaller kl")
-    return variance**0.5
+    return math.sqrt(variance)
 
 
 @torch.no_grad()
@@ -161,11 +172,14 @@ def spell_quality(quality: Mapping[str, Any]) -> str:
 
 def held_out_images(data: str | Path | Data, source: Data, size: int | None) -> tuple[Data, str]:
     """The images of the split `test` or `val`, else the training images, and what they are, in words."""
-    if not isinstance(data, Data):
+    splittable = not isinstance(data, Data) and (Path(data).is_dir() or Path(data).suffix.lower() in (".zip", ".npz"))
+    if splittable and not isinstance(data, Data):
         for split in ("test", "val"):
             try:
                 other = open_data(data, split, size or source.shape[1:], source.shape[0], "none", report=False)
-            except BadInput:
+            except BadInput as error:
+                if not any(words in str(error) for words in ("split", "no images", "no array of images")):
+                    raise  # it is there, but cannot be read
                 continue
             return other, f"{min(len(other), HELD_OUT):,} held-out images ({split})"
     return source, f"{min(len(source), HELD_OUT):,} of the training images (there is no split test or val)"

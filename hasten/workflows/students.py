@@ -17,7 +17,7 @@ from ..files import check_writable, write_file
 from ..images import encode_png, make_image_grid
 from ..model.lora import lora_file
 from ..model.model import Model
-from ..nets.lora import lora_factors, merge_lora, remove_lora
+from ..nets.lora import fold_lora, lora_factors
 from ..pick import pick
 from ..plan.table import plan as compile_plan
 from ..storage.lora_files import FILE as LORA_FILE
@@ -73,13 +73,13 @@ class Saver:
 
     def model(self, name: str | None, student: Student) -> Model:
         """The student as a model, with its plan and its origin on its card."""
-        span = student.guidance or (self.scale, self.scale)
+        takes = student.denoiser.net_takes_guidance
+        span = student.guidance or (student.denoiser.guidance_range if takes else None) or (self.scale, self.scale)
         denoiser = copy.deepcopy(student.denoiser).eval().requires_grad_(False)  # the next stage uses the original
-        merge_lora(denoiser.net)
-        factors = remove_lora(denoiser.net)
+        factors = fold_lora(denoiser.net)
         if getattr(getattr(denoiser.net, "net", None), "is_gradient_checkpointing", False):
             checkpoint_gradients(denoiser.net, False)
-        if not denoiser.net_takes_guidance:
+        if not takes or span[0] == span[1]:
             denoiser = denoiser.replace(guidance_range=span)
         sampler = pick("samplers", student.sampler)
         times = pick("times", student.times)(denoiser.schedule, student.steps)

@@ -2,103 +2,40 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
-from ..errors import BadInput
-from ..files import describe_contents, holds_lock, refuse_inside
+from ..errors import BadInput, check_choice
+from ..files import holds_lock, refuse_inside
 from ..loading import load
 from ..model.model import Model
 from ..nets.unet import UNet
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..predictions import V
 from ..schedules.continuous import VPCosine
-from ..train.checkpoint import read_log, saved_run
+from ..train.checkpoint import saved_run
 from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
-from ..train.trained_module import TrainedModule
-from ..utils.config import Config
+from ..train.messages import print_once
+from ..train.trained_module import OPTIMISERS, TrainedModule, check_eight_bit
 from ..utils.random import preserve_rng_state
+from .train_config import TrainConfig
+from .train_pipeline import train_pipeline
+from .training_run import check_output_folder, last_log_entry, saved_model_at
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .train_config import TrainOptions
 
-@dataclass(frozen=True)
-class TrainConfig(Config):
-    """The budget, network and optimiser of a training run (`train_model`).
-
-    Args:
-        steps: budget of steps.
-        minutes: budget of training time; whichever budget is used up first ends the run. Default: 30 without `steps`.
-        size: side in pixels that images are resized to (`open_data`).
-        channels: 1 or 3 (`open_data`).
-        label: the column or array of labels (`open_data`).
-        widths: channels at each resolution, finest first. Default: by the side of the images.
-        blocks: residual blocks at each resolution.
-        patch: side of the patches of pixels that are folded into channels. Default: 2 from a side of 24, else 1.
-        batch_size: images in a batch, over all processes.
-        lr: AdamW's peak learning rate.
-        label_drop: probability that a label is dropped, for classifier-free guidance; in [0, 1].
-        flip: mirror images horizontally with probability 1/2.
-        precision: `fp32` or `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last`; `auto`: that
-            of the run to resume, or the faster one on this device.
-        seed: of the weights, the order of the images and the noise.
-        grad_accumulation: micro-batches that a process splits its batch into, to need less memory.
-        fsdp: shard the network among the processes, if it is too large for one device.
-    """
-
-    steps: int | None = None
-    minutes: float | None = None
-    size: int | None = None
-    channels: int | None = None
-    label: str | None = None
-    widths: Sequence[int] | None = None
-    blocks: int = 1
-    patch: int | None = None
-    batch_size: int = 64
-    lr: float = 1e-3
-    label_drop: float = 0.1
-    flip: bool = False
-    precision: str = "auto"
-    seed: int = 0
-    grad_accumulation: int = 1
-    fsdp: bool = False
-
-    renamed: ClassVar[Mapping[str, str]] = {
-        "runtime": "precision",
-        "accumulate": "grad_accumulation",
-        "shard": "fsdp",
-    }
-
-
-class TrainOptions(TypedDict, total=False):
-    """The fields of `TrainConfig` as keyword arguments."""
-
-    steps: int | None
-    minutes: float | None
-    size: int | None
-    channels: int | None
-    label: str | None
-    widths: Sequence[int] | None
-    blocks: int
-    patch: int | None
-    batch_size: int
-    lr: float
-    label_drop: float
-    flip: bool
-    precision: str
-    seed: int
-    grad_accumulation: int
-    fsdp: bool
+__all__ = ["TrainConfig", "train_model"]
 
 
 @holds_lock("out")
@@ -111,9 +48,12 @@ def train_model(
     device: str | None = None,
     name: str | None = None,
     show: bool = True,
+    base: Any = None,
     **options: Unpack[TrainOptions],
 ) -> Model:
     """Train a U-Net with v-prediction on the cosine path `x_t = cos(pi t/2) x + sin(pi t/2) eps`, and save it.
+
+    With `base`, the network of a text-to-image pipeline is trained instead, on images with captions (`train_pipeline`).
 
     The EMA of the weights becomes the model. The same call resumes from the checkpoint in `out` of a stopped run.
     Under torchrun each process takes an equal part of every batch, and the main process writes (`train.fit.Fit`).
@@ -125,6 +65,7 @@ def train_model(
         device: `cpu`, `cuda`, ... Default: a GPU if there is one.
         name: of the model. Default: that of the folder.
         show: show a progress bar, if stderr is a terminal.
+        base: a text-to-image model or pipeline, its folder or hub id; in place of `config.base`.
         options: fields of `TrainConfig`.
 
     Returns:
@@ -140,17 +81,35 @@ def train_model(
         Salimans, Ho 2022, arXiv:2202.00512 (v-prediction); Ho, Salimans 2022, arXiv:2207.12598 (label dropout).
     """
     config = TrainConfig.of(config, options)
-    steps, minutes, seed, batch_size, lr = config.steps, config.minutes, config.seed, config.batch_size, config.lr
     refuse_inside(out, data)
+    base = config.base if base is None else base
+    if config.cache is not None:
+        refuse_inside(config.cache, data, "cache")
+    if base is not None:
+        return train_pipeline(data, Path(out), config, base, device=device, name=name, show=show)
+    others = dict.fromkeys(("cache", "lora", "lora_targets"))
+    for key, unset in {"init": "base", "gradient_checkpointing": False, **others}.items():
+        if getattr(config, key) != unset:
+            raise BadInput(f"{key} is for a network of diffusers: set base to the pipeline to train")
+    steps, minutes, seed, batch_size = config.steps, config.minutes, config.seed, config.batch_size
+    lr = 1e-3 if config.lr is None else config.lr
     source = (
         data
         if isinstance(data, Data)
-        else open_data(data, size=config.size, channels=config.channels, label=config.label)
+        else open_data(data, size=config.size, channels=config.channels, label=config.label, caption=config.caption)
     )
+    if source.captions is not None:
+        print_once(
+            f"{source.source or 'the data'}: the captions are not used, since a model of pixels has no text encoder: "
+            "--base PIPELINE (base=) trains the network of a text-to-image pipeline on them"
+        )
+        source = replace(source, captions=None)
     out = Path(out)
     if steps is None and minutes is None:
         minutes = 30.0
+    check_choice("optimizer", config.optimizer, OPTIMISERS)
     ranks = Ranks.start(device)
+    check_eight_bit(config.optimizer, ranks.device)
     previous = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
     torch.manual_seed(seed)
     net = unet_for(source, config.widths, config.blocks, config.patch)
@@ -174,7 +133,7 @@ def train_model(
     )
     finished = bool(previous) and fit.progress(previous["step"], previous["seconds"]) >= 1
     ranks.on_main_process(lambda: check_output_folder(out, finished))
-    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr)
+    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr, optimiser=config.optimizer)
     settings = {"network": net.config, "label_drop": dropped}
     averaged = fit([trained], Batches(source, batch_size, seed=seed, flip=config.flip), out, show, settings)["model"]
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
@@ -232,37 +191,3 @@ def training_precision(denoiser: Denoiser, data: Data, precision: str, batch_siz
         return format_runtime(parse_runtime(precision))
     x = torch.randn(min(batch_size, 64), *data.shape, device=device)
     return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}")).split("+")[0]
-
-
-def last_log_entry(log: Path) -> dict[str, Any]:
-    """The last entry of a training log: step, seconds, loss; {} without one."""
-    entries = read_log(log)
-    return entries[-1] if entries else {}
-
-
-def check_output_folder(out: Path, finished: bool) -> None:
-    """Raise BadInput if training would overwrite what `out` holds. finished: the run in it is complete."""
-    content = describe_contents(out)
-    if content is not None and not (out / "checkpoint.pt").is_file():
-        raise BadInput(f"{out} holds {content} already: choose another folder, or remove it")
-    card = saved_card(out)
-    changed = [key for key in ("tuned", "quantized", "distilled", "exported") if key in card]
-    if changed and not finished:
-        raise BadInput(f"{out} holds a model that was {changed[0]} since: train in another folder, or remove it")
-    if content == "a pipeline of diffusers":
-        raise BadInput(f"{out} holds {content} already: choose another folder, or remove it")
-
-
-def saved_card(out: Path) -> dict[str, Any]:
-    """The card of the model in a folder; {} without a model."""
-    try:
-        card = json.loads((out / "model.json").read_text(encoding="utf-8"))["card"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return card if isinstance(card, dict) else {}
-
-
-def saved_model_at(out: Path, step: int) -> str | None:
-    """The folder if its model is that of step `step`, else None."""
-    last = saved_card(out).get("last")
-    return str(out) if isinstance(last, dict) and last.get("step") == step else None

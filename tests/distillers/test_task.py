@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from hasten.denoiser import Denoiser
 from hasten.distillers import DistillTask, Student
 from hasten.distillers import _dry_run as dry_run
+from hasten.distillers._batch_keys import RESERVED_KEYS
 from hasten.distillers._dry_run import DryRun, StagePlan, time_limits
 from hasten.distillers._features import random_classifier
 from hasten.distillers._notices import run_notices
 from hasten.distillers._pairs import pair_labels
-from hasten.distillers._task import RESERVED_KEYS
 from hasten.distillers.dmd import FakeScore
 from hasten.errors import BadInput
 from hasten.nets.critic import Critic

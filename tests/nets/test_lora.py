@@ -24,6 +24,7 @@ from hasten.nets.lora import (
 from hasten.nets.lora_svd import extract_low_rank, truncated
 from hasten.nets.unet import UNet
 from hasten.train.checkpoint import load_modules, save_modules
+from hasten.train.ema import copy_for_average
 from hasten.train.fit import Fit
 from hasten.train.trained_module import TrainedModule
 
@@ -103,7 +104,9 @@ def test_the_scale_is_linear_in_the_weights(net: Net) -> None:
 
 
 def test_merging_a_copy_leaves_the_original(net: Net) -> None:
-    other = copy.deepcopy(filled(net))
+    """Also where the copy shares the base weights, as averages do."""
+    other = copy_for_average(filled(net))
+    assert other.get_parameter("to_q.weight") is net.to_q.weight
     weight = net.to_q.weight.detach().clone()
     merge_lora(other)
     assert torch.equal(net.to_q.weight, weight) and not torch.equal(other.get_parameter("to_q.weight"), weight)

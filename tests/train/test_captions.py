@@ -76,7 +76,7 @@ def test_boxes_of_detection_data_are_not_captions(flat: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_each_split_has_its_own_captions(tmp_path: Path, zipped: bool) -> None:
+def test_each_split_has_its_own_captions(tmp_path: Path, zipped: bool, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "test"):
         for k, name in enumerate(NAMES):
             write_image(tmp_path / split / name, 10 * k)
@@ -90,6 +90,7 @@ def test_each_split_has_its_own_captions(tmp_path: Path, zipped: bool) -> None:
                 for file in sorted((tmp_path / split).iterdir()):
                     archive.write(file, f"set/{split}/{file.name}")
     assert open_data(place).captions == tuple(f"train {name}" for name in NAMES)
+    assert "metadata" not in capsys.readouterr().err.replace(str(place), "")  # the other split is named, not its file
     assert open_data(place, split="test").captions == tuple(f"test {name}" for name in NAMES)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,25 @@ def without_loading_bars() -> Iterator[None]:
             log.enable_progress_bar()
         if not downloads:
             hub.disable_progress_bars()
+
+
+class ExpectedNetwork(logging.Filter):
+    """Drops the line with which diffusers reports that a `MobileUNet2DConditionModel` is no `UNet2DConditionModel`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (message.startswith("Expected types for unet") and "MobileUNet2DConditionModel" in message)
+
+
+@contextmanager
+def expecting_text_unets() -> Iterator[None]:
+    """Within the block pipelines load a `MobileUNet2DConditionModel` without a warning."""
+    log, expected = logging.getLogger("diffusers.pipelines.pipeline_utils"), ExpectedNetwork()
+    log.addFilter(expected)
+    try:
+        yield
+    finally:
+        log.removeFilter(expected)
 
 
 INDEX = "model_index.json"

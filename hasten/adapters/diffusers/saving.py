@@ -203,7 +203,11 @@ def readme(model: ModelLike, pipe: Any) -> str:
     steps = model.plan.nfe if model.plan is not None else model.steps
     ours = type(pipe.scheduler).__name__ == "PlanScheduler"
     lines += ["With diffusers:", "", "```python", *(["import hasten  # its scheduler"] if ours else [])]
-    lines += ["from diffusers import DiffusionPipeline", "", "pipe = DiffusionPipeline.from_pretrained(FOLDER)"]
+    half = getattr(getattr(pipe, "text_encoder", None), "dtype", torch.float32)
+    dtype = "" if half == torch.float32 else f", torch_dtype={half}"  # else diffusers mixes the dtypes of its parts
+    lines += ["import torch"] if dtype else []
+    lines += ["from diffusers import DiffusionPipeline", ""]
+    lines += [f"pipe = DiffusionPipeline.from_pretrained(FOLDER{dtype})"]
     alone = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters and "distilled" in model.card
     low, high = model.denoiser.guidance_range or (1.0, 1.0)
     takes = low < high  # the scale is an input of the network, which the pipeline passes on
@@ -213,7 +217,7 @@ def readme(model: ModelLike, pipe: Any) -> str:
         lines += [f"Guidance scales from {low:g} to {high:g}: its network reads them, in one evaluation a step.", ""]
     elif alone:
         lines += [
-            f"Guidance with scale {low:g} is built in, so `guidance_scale=1`, no guidance, must be passed: the "
+            f"Guidance with scale {low:g} is built in, so `guidance_scale=1` (no guidance) must be passed: the "
             "pipeline's default would add its own.",
             "",
         ]

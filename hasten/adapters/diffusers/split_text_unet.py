@@ -7,21 +7,30 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import BadInput
-from .split_network import Embeddings, SplitNetwork
+from .guidance_input import TakesGuidance
+from .split_network import Embeddings, as_dtype, guidance_features
 
 __all__ = ["KINDS", "SplitTextUNet"]
 
+CONDITIONS = ("text", "guidance", "timestep_cond")
 
-class SplitTextUNet(SplitNetwork):
-    """`MobileUNet2DConditionModel` with split points, which are its own. Conditions: `text`."""
+
+class SplitTextUNet(TakesGuidance):
+    """`MobileUNet2DConditionModel` with split points, which are its own.
+
+    Conditions: `text`; `guidance` or `timestep_cond` where the guidance scale is an input.
+    """
 
     def embed(self, time: Tensor, **cond: Any) -> Embeddings:
-        """Embeddings of time (B,) and text (B, L, D)."""
+        """Embeddings of time (B,) and conditions."""
         cond = {**cond, **self.side_inputs.conditions}
-        self._check_conditions(cond, ("text",))
+        self._check_conditions(cond, CONDITIONS if self.guidance_range else ("text",))
         if cond.get("text") is None:
             raise BadInput(f"{type(self.net).__name__} needs text=, the text encoder's output for a prompt (B, L, D)")
-        return Embeddings(self._parts.embed(time, cond["text"]))
+        timestep_cond = cond.get("timestep_cond")
+        if timestep_cond is None and cond.get("guidance") is not None:
+            timestep_cond = guidance_features(cond["guidance"], int(self.config.time_cond_proj_dim))
+        return Embeddings(self._parts.embed(time, as_dtype(cond["text"], self.dtype), timestep_cond))
 
     def encode(self, x: Tensor, emb: Embeddings) -> tuple[list[Tensor], Tensor]:
         """The contracting half and the middle block: (skips, middle)."""

@@ -30,9 +30,8 @@ class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterM
 
     Args:
         sample_size: height and width of the samples, one number where they are equal; it takes other sizes too.
-        in_channels, out_channels, levels, middle, cross_attention_dim, norm_num_groups: see `TextUNet`. Default: the
-            table of Stable Diffusion 1.
-        time_cond_proj_dim: None; pipelines read it.
+        in_channels, out_channels, levels, middle, cross_attention_dim, norm_num_groups, time_cond_proj_dim: see
+            `TextUNet`. Default: the table of Stable Diffusion 1.
 
     Raises:
         BadInput: for a table, widths or channels that are not valid.
@@ -54,14 +53,13 @@ class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterM
         middle: Mapping[str, Any] | None = None,
         cross_attention_dim: int = 768,
         norm_num_groups: int = 32,
-        time_cond_proj_dim: None = None,
+        time_cond_proj_dim: int | None = None,
     ) -> None:
         if (levels is None) != (middle is None):
             raise BadInput("a U-Net's table is levels= and middle=: give both, or none for Stable Diffusion's")
-        if time_cond_proj_dim is not None:
-            raise BadInput(f"this U-Net takes no guidance scale: time_cond_proj_dim is None, got {time_cond_proj_dim}")
         table = sd_like_table((320, 640, 1280, 1280)) if levels is None or middle is None else (levels, middle)
-        TextUNet.__init__(self, *table, in_channels, out_channels, cross_attention_dim, norm_num_groups)
+        sizes = in_channels, out_channels, cross_attention_dim, norm_num_groups, time_cond_proj_dim
+        TextUNet.__init__(self, *table, *sizes)
         plain = {key: self._settings[key] for key in ("levels", "middle", "out_channels")}
         self.register_to_config(**plain)
 
@@ -96,7 +94,7 @@ class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterM
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
         class_labels: None = None,
-        timestep_cond: None = None,
+        timestep_cond: Tensor | None = None,
         attention_mask: None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         added_cond_kwargs: None = None,
@@ -112,7 +110,8 @@ class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterM
             sample: (B, C, H, W).
             timestep: 0 to 999, () or (B,).
             encoder_hidden_states: (B, L, D), the text encoder's output.
-            class_labels, timestep_cond, attention_mask, added_cond_kwargs, down_block_additional_residuals,
+            timestep_cond: (B, time_cond_proj_dim), the embedded guidance scale, where it is an input.
+            class_labels, attention_mask, added_cond_kwargs, down_block_additional_residuals,
                 mid_block_additional_residual, down_intrablock_additional_residuals, encoder_attention_mask: None: it
                 takes no conditions but the text.
             cross_attention_kwargs: None, or {"scale": 1}.
@@ -123,7 +122,6 @@ class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterM
         """
         refused = {
             "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
             "attention_mask": attention_mask,
             "added_cond_kwargs": added_cond_kwargs or None,
             "down_block_additional_residuals": down_block_additional_residuals,
@@ -140,7 +138,7 @@ class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterM
         for name in options:
             check_choice("cross_attention_kwargs", name, ("scale",))
         time = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        raw = TextUNet.forward(self, sample, time, encoder_hidden_states)
+        raw = TextUNet.forward(self, sample, time, encoder_hidden_states, timestep_cond)
         return UNet2DConditionOutput(sample=raw) if return_dict else (raw,)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadInput
 from .split_network import Embeddings, SplitNetwork, as_dtype
@@ -39,6 +40,12 @@ class _Transformer(SplitNetwork):
         tokens, emb = self.embed(x, time, **cond)
         return self.finish(self.run(0, len(self.blocks), tokens, emb), emb)
 
+    def _apply_block(self, block: nn.Module, **inputs: Any) -> Any:
+        """The output of a block, recomputed in the backward pass under gradient checkpointing."""
+        if torch.is_grad_enabled() and getattr(self.net, "gradient_checkpointing", False):
+            return checkpoint(block, use_reentrant=False, **inputs)
+        return block(**inputs)
+
     def _image(self, patches: Tensor, height: int, width: int) -> Tensor:
         """Rearrange tokens (B, h w, p p C) as an image (B, C, h p, w p)."""
         p, channels = int(self.config.patch_size), int(self._parts.out_channels)
@@ -69,8 +76,9 @@ class SplitDiT(_Transformer):
 
     def run(self, first: int, last: int, tokens: Tensor, emb: Embeddings) -> Tensor:
         for block in list(self.blocks)[first:last]:
-            tokens = block(
-                tokens,
+            tokens = self._apply_block(
+                block,
+                hidden_states=tokens,
                 attention_mask=None,
                 encoder_hidden_states=None,
                 encoder_attention_mask=None,
@@ -114,7 +122,7 @@ class SplitJointDiT(_Transformer):
         length = emb.options["length"]
         text, image = tokens[:, :length], tokens[:, length:]
         for block in list(self.blocks)[first:last]:
-            output, image = block(hidden_states=image, encoder_hidden_states=text, temb=emb["time"])
+            output, image = self._apply_block(block, hidden_states=image, encoder_hidden_states=text, temb=emb["time"])
             text = text if output is None else output  # the last block returns None
         return torch.cat([text, image], dim=1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import BadInput
+from .guidance_input import TakesGuidance
 from .split_network import Embeddings, SplitNetwork, as_dtype, dtype_of, guidance_features
 
 __all__ = ["KINDS", "SplitConditionalUNet", "SplitUNet"]
@@ -18,7 +18,6 @@ __all__ = ["KINDS", "SplitConditionalUNet", "SplitUNet"]
 SHALLOW_BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"}
 CONDITIONS = ("text", "label", "guidance", "timestep_cond", "mask", "text_mask", "mid_residual", "attention_options")
 PREFIXES = ("added_", "down_residual_", "adapter_")
-GUIDANCE_WIDTH = 256  # of the embedding of an added guidance scale
 Carry = dict[str, Any]  # state of the contracting half beside its features: remaining adapters, NCSN++'s image
 
 
@@ -182,52 +181,11 @@ class SplitUNet(_SplitUNet):
         return self._without_variance(x)
 
 
-class SplitConditionalUNet(_SplitUNet):
+class SplitConditionalUNet(TakesGuidance, _SplitUNet):
     """`UNet2DConditionModel` (Stable Diffusion 1, 2, XL, ...) with split points.
 
     Conditions: see `split_network`; `attention_options` is its `cross_attention_kwargs`, without tensors.
     """
-
-    @property
-    def guidance_range(self) -> tuple[float, float] | None:
-        """The range of a guidance scale that is an input (of a latent consistency model), else None; 1: no guidance."""
-        return None if self.config.time_cond_proj_dim is None else (1.0, 15.0)
-
-    def with_guidance(self) -> SplitConditionalUNet:
-        """A copy with the guidance scale as an input, `time_cond_proj_dim` of diffusers, whose effect is zero at first.
-
-        References:
-            Luo et al. 2023, arXiv:2310.04378, for the embedding.
-        """
-        if self.guidance_range is not None:
-            return copy.deepcopy(self)
-        return self._rebuilt({**self.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
-
-    def fixed(self, scale: float) -> SplitConditionalUNet:
-        """A copy for one guidance scale, without that input: its embedding is part of a bias.
-
-        The time embedding is W (features + P g) + b, with g the features of the scale, so b + W P g takes its place.
-        """
-        new = self._rebuilt({**self.config, "time_cond_proj_dim": None})
-        embedding = self._parts.time_embedding
-        first, projection = embedding.linear_1, embedding.cond_proj
-        features = guidance_features(torch.tensor([scale], device=first.weight.device), projection.in_features)
-        with torch.no_grad():
-            shift = first.weight.double() @ (projection.weight.double() @ features[0].double())
-            new._parts.time_embedding.linear_1.bias.add_(shift.to(first.weight.dtype))
-        return new
-
-    def _rebuilt(self, config: dict[str, Any]) -> SplitConditionalUNet:
-        """A copy of another config, with the weights that both have; a new projection of the scale is zero."""
-        with torch.random.fork_rng(devices=[]):
-            net = type(self.net).from_config({key: value for key, value in config.items() if not key.startswith("_")})
-        net.load_state_dict(self.net.state_dict(), strict=False)
-        projection = net.time_embedding.cond_proj
-        if projection is not None and self._parts.time_embedding.cond_proj is None:
-            nn.init.zeros_(projection.weight)
-        first = next(self.net.parameters())
-        nn.Module.to(net, first.device, first.dtype)  # without the warning of diffusers' own
-        return type(self)(net.train(self.training), self.with_variance)
 
     def embed(self, time: Tensor, **cond: Any) -> Embeddings:
         """Embeddings of all that the blocks read except x."""

@@ -1,0 +1,112 @@
+"""Few-step students of a text-to-image pipeline at one budget each: 8 steps (guided), and 1 step by several methods.
+
+    python -m recipes.emoji_students emoji data/emoji --out runs/emoji/students --minutes 20
+    python -m recipes.emoji_students FOLDER DATA --out OUT --only guided8,diffusion_gan --minutes 60
+
+FOLDER is a pipeline of diffusers or a bundled model, DATA a folder of captioned images. Latents and text embeddings are
+computed once, into OUT/encoded. The same command resumes where it was stopped. One-step methods begin as the guided
+student of 8 steps, which has the guidance inside, so that its budget is not part of theirs.
+
+MobileDiffusion's two samplers (Zhao et al. 2023, arXiv:2311.16567) are `guided8` and `diffusion_gan`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hasten
+from hasten.train import open_data
+from hasten.train.data import Data
+from hasten.train.encoded import encode_captioned, image_size
+from hasten.workflows.distill import distill_model
+
+SEED, BATCH = 0, 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student.
+
+    Args:
+        method: as `hasten distill --method` takes it.
+        init: the run whose student it begins as; None: the teacher.
+        fraction: of the budget.
+    """
+
+    method: str
+    init: str | None = None
+    fraction: float = 1.0
+
+
+# Learning rates: of the regressions about a third of the teacher's peak; of the critics' methods a tenth, since their
+# students begin as good ones and their gradients are noisy.
+RUNS = {
+    "guided8": Run("guided:steps=(16,8),start=32,guidance=none,lr=0.0003,first=1.5"),
+    "guided8_range": Run("guided:steps=(16,8),start=32,guidance=(1,8),lr=0.0003,first=2.0"),
+    "diffusion_gan": Run("diffusion_gan:steps=1,lr=0.0001,critic_lr=0.0001,strength=1.0", "guided8"),
+    "diffusion_gan4": Run("diffusion_gan:steps=4,lr=0.0001,critic_lr=0.0001", "guided8"),
+    "consistency": Run("consistency:nodes=50,grid=trailing,solver=euler,momentum=0.95,lr=0.0002,steps=1", "guided8"),
+    "adversarial": Run("adversarial:steps=1,strength=2.5,augment=false,lr=0.00005,critic_lr=0.0002", "guided8"),
+    "dmd": Run("dmd:steps=1,every=5,lr=0.00005,fake_lr=0.00005", "guided8"),
+    "progressive": Run("progressive:steps=(4,2,1),start=8,lr=0.0002", "guided8"),
+}
+
+
+def train(name: str, teacher: hasten.Model, data: Data, args: argparse.Namespace) -> dict[str, Any]:
+    """Distil one student, or load what is there; returns the run's result."""
+    run = RUNS[name]
+    init = None
+    if run.init is not None:
+        folder = args.out / run.init
+        if not (folder / "model.json").is_file():
+            train(run.init, teacher, data, args)
+        init = hasten.load(folder)
+    if name == "progressive":  # its teacher is the student of 8 steps, at the nodes that it knows
+        teacher, init = init or teacher, None
+    print(f"{name}: {run.method}", flush=True)
+    return distill_model(
+        teacher,
+        args.out / name,
+        run.method,
+        data,
+        init=init,
+        minutes=args.minutes * run.fraction if args.steps is None else None,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        batch_size=args.batch_size,
+        seed=SEED,
+        precision=args.precision,
+        optimizer=args.optimizer,
+        log=lambda line: print(line, flush=True),
+        command=f"python -m recipes.emoji_students {args.model} {args.data} --only {name}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="guided8,diffusion_gan,consistency,adversarial,dmd", help="comma-separated")
+    parser.add_argument("--minutes", type=float, default=20.0, help="for each student")
+    parser.add_argument("--steps", type=int, help="for each student, in place of minutes")
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's recommended one")
+    parser.add_argument("--batch-size", type=int, default=BATCH)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--optimizer", default="adamw")
+    args = parser.parse_args()
+    teacher = hasten.load(args.model)
+    channels, height, width = image_size(teacher)
+    images = open_data(args.data, size=(height, width), channels=channels, label="none")
+    data = encode_captioned(teacher, images, args.out / "encoded")
+    for name in args.only.split(","):
+        result = train(name, teacher, data, args)
+        print(json.dumps({"student": name, **{key: result[key] for key in ("folder", "evaluations", "seconds")}}))
+
+
+if __name__ == "__main__":
+    main()
