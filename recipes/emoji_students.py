@@ -80,6 +80,7 @@ def train(name: str, teacher: hasten.Model, data: Data, args: argparse.Namespace
         batch_size=args.batch_size,
         seed=SEED,
         precision=args.precision,
+        optimizer=args.optimizer,
         log=lambda line: print(line, flush=True),
         command=f"python -m recipes.emoji_students {args.model} {args.data} --only {name}",
     )
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, help="default: the model's recommended one")
     parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--optimizer", default="adamw")
     args = parser.parse_args()
     teacher = hasten.load(args.model)
     channels, height, width = image_size(teacher)
