@@ -112,7 +112,9 @@ def test_statistics_travel_with_a_bundled_judge(data: Path, tmp_path: Path, monk
     save_captioned(open_captioned(data, folder, (3, SIDE, SIDE)), folder)
     monkeypatch.setitem(BUNDLED_JUDGES, "mine", folder)
     assert set(bundled_captions("mine").calibration_prompts) == set(captions(60))
-    stored = evaluate_model(model, guidance_scale=1)
+    lines: list[str] = []
+    stored = evaluate_model(model, guidance_scale=1, warn=lines.append)
+    assert any("nearest training pictures" in line for line in lines)
     assert stored["prompts"] == live["prompts"]
     for name in ("frechet", "prompt_match", "diversity"):
         assert stored["measures"][name]["value"] == pytest.approx(live["measures"][name]["value"], rel=1e-5)

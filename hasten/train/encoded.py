@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,19 @@ import torch
 from torch import Tensor
 
 from ..adapters.model_like import ModelLike
-from ..errors import BadInput, HastenError, check_choice, check_int
-from ..files import locked, write_atomic
+from ..errors import BadInput, check_choice, check_int
+from ..files import locked
 from .components import component_hash
 from .data import to_float
 from .fingerprint import describe_data
 from .messages import pluralize, print_once
+from .row_store import Compute, RowStore, rows_of_array
 from .sources import Data
 
 __all__ = ["encode_captioned", "image_size"]
 
-DESCRIPTION = "encoded.json"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-EXACT = 64  # conditions of fewer numbers a caption, such as SDXL's sizes, are always float32
 WAIT = 30.0  # for another process that opens the folder
-SAVE_SECONDS = 5.0  # between two updates of encoded.json
-Compute = Callable[[int, int], dict[str, Tensor]]
 
 
 def image_size(model: ModelLike) -> tuple[int, int, int]:
@@ -107,7 +103,8 @@ def encode_captioned(
         return {"latents": decoder.encode(images)}
 
     def encode_text(first: int, last: int) -> dict[str, Tensor]:
-        found = model.conditioning.cond(last - first, distinct[first:last])
+        with without_warnings():
+            found = model.conditioning.cond(last - first, distinct[first:last])
         return {name: value for name, value in found.items() if not name.startswith("null_")}
 
     def encode_null(first: int, last: int) -> dict[str, Tensor]:
@@ -116,7 +113,7 @@ def encode_captioned(
 
     folder = Path(folder)
     with locked(folder, wait=WAIT):
-        store = Store(folder, key, DTYPES[dtype])
+        store = RowStore(folder, key, DTYPES[dtype])
         parts: list[tuple[str, int, Compute]] = [("null", 1, encode_null), ("text", len(distinct), encode_text)]
         parts += [] if model.decoder is None else [("latents", rows, encode_images)]
         if any(store.done.get(name, 0) < total for name, total, _ in parts):
@@ -125,6 +122,7 @@ def encode_captioned(
                 f"encoding {pluralize(rows, 'image')} and {pluralize(len(distinct), 'caption')} once, "
                 f"into {folder}{resumed}"
             )
+            report_truncated(model, distinct)
         for name, total, compute in parts:
             store.fill(name, total, batch_size, compute, partial(describe_row, name, captions=distinct, images=count))
     row_of = {text: k for k, text in enumerate(distinct)}
@@ -172,125 +170,31 @@ def check_encodable(model: ModelLike, data: Data) -> tuple[str, ...]:
     return data.captions
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Within the block diffusers logs errors only: it would warn of every caption that is truncated."""
+    logger = logging.getLogger("diffusers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def report_truncated(model: ModelLike, captions: Sequence[str]) -> None:
+    """Print how many captions are longer than the text encoder reads."""
+    tokenizer = getattr(getattr(model.conditioning, "pipe", None), "tokenizer", None)
+    length = getattr(tokenizer, "model_max_length", None)
+    if not callable(tokenizer) or not isinstance(length, int) or length > 10**6:
+        return
+    long = sum(len(ids) > length for ids in tokenizer(list(captions), verbose=False)["input_ids"])
+    if long:
+        print_once(
+            f"{pluralize(long, 'caption')} of {len(captions):,} are longer than {length} tokens: the rest is cut"
+        )
+
+
 def describe_row(part: str, row: int, captions: Sequence[str], images: int) -> str:
     """The image or caption of a row, for messages."""
     return f"caption {captions[row][:60]!r}" if part == "text" else f"image {row % images}" if part == "latents" else ""
-
-
-def rows_of_array(array: np.ndarray, rows: Any) -> Tensor:
-    """Rows of a memory-mapped array, float32."""
-    return torch.from_numpy(np.ascontiguousarray(array[rows])).float()
-
-
-class Store:
-    """Arrays in a folder that are filled row by row, and `encoded.json` with the number of complete rows.
-
-    Args:
-        folder: of the files.
-        key: what the arrays are made from, ready for JSON.
-        dtype: of the stored numbers.
-
-    Raises:
-        BadInput: if the folder was made from something else.
-    """
-
-    def __init__(self, folder: Path, key: dict[str, Any], dtype: torch.dtype) -> None:
-        self.folder, self.key, self.dtype = folder, json.loads(json.dumps(key)), dtype
-        self.done: dict[str, int] = {}
-        self.names: dict[str, list[str]] = {}
-        file = folder / DESCRIPTION
-        if not file.is_file():
-            return
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            saved, self.done, self.names = dict(known["key"]), dict(known["done"]), dict(known["names"])
-        except (OSError, ValueError, TypeError, KeyError) as e:
-            raise BadInput(f"cannot read {file} ({type(e).__name__}): remove {folder} to encode the data again") from e
-        if other := next((name for name in self.key if saved.get(name) != self.key[name]), None):
-            raise BadInput(
-                f"{folder} holds latents and text embeddings made with another {other}: choose another folder, or "
-                "remove it to encode the data again"
-            )
-
-    def fill(self, part: str, total: int, batch_size: int, compute: Compute, describe: Callable[[int], str]) -> None:
-        """Compute the missing rows of the arrays of one part.
-
-        Args:
-            part: names it.
-            total: rows.
-            batch_size: rows at once.
-            compute: (first, last) -> the arrays' rows by name.
-            describe: row -> what it is of, for messages.
-        """
-        first = min(self.done.get(part, 0), total)
-        if first == total:
-            return
-        arrays = self.open(part, write=True) if first else {}
-        saved = time.monotonic()
-        while first < total:
-            last = min(first + batch_size, total)
-            for name, value in compute(first, last).items():
-                rows = self.stored(name, value, describe, first)
-                if first == 0:
-                    arrays[name] = self._create(name, (total, *rows.shape[1:]), rows.dtype)
-                    self.names[part] = sorted(arrays)
-                arrays[name][first:last] = rows
-            first = last
-            if first == total or time.monotonic() - saved > SAVE_SECONDS:
-                for array in arrays.values():
-                    array.flush()
-                self.done[part] = first
-                self._describe()
-                saved = time.monotonic()
-
-    def stored(self, name: str, value: Tensor, describe: Callable[[int], str], first: int = 0) -> np.ndarray:
-        """Rows in the stored dtype. Raises BadInput if they are not finite, or not finite in fp16."""
-        value = value.detach().float().cpu()
-        dtype = torch.float32 if value[0].numel() < EXACT else self.dtype
-        out = value.to(dtype)
-        finite = out.flatten(1).isfinite().all(1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            of = describe(first + row)
-            what = f"{name} of {of}" if of else name
-            if bool(value[row].isfinite().all()):
-                most = float(value[row].abs().max())
-                raise BadInput(f"{what} reaches {most:.3g}, beyond fp16 (65504): store it as fp32")
-            raise BadInput(f"{what} is not finite: the autoencoder or text encoder overflows, try float32 weights")
-        return np.asarray(out.numpy())
-
-    def open(self, part: str, write: bool = False) -> dict[str, Any]:
-        """The arrays of a part, memory-mapped. Raises BadInput if one is missing or damaged."""
-        arrays: dict[str, Any] = {}
-        for name in self.names.get(part, ()):
-            file = self.folder / f"{name}.npy"
-            try:
-                arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
-                if write:  # not at once, since that would lengthen a truncated file
-                    arrays[name] = np.load(file, mmap_mode="r+", allow_pickle=False)
-            except (OSError, ValueError) as e:
-                state = "damaged" if file.is_file() else "missing"
-                raise BadInput(f"{file} is {state}: remove {self.folder} to encode the data again") from e
-        return arrays
-
-    def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """A new array."""
-        with self._writing():
-            array: np.ndarray = np.lib.format.open_memmap(
-                self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
-            )
-        return array
-
-    def _describe(self) -> None:
-        """Write encoded.json."""
-        with self._writing():
-            text = json.dumps({"key": self.key, "done": self.done, "names": self.names}, indent=1)
-            write_atomic(self.folder / DESCRIPTION, text + "\n")
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn an OSError inside into a HastenError."""
-        try:
-            yield
-        except OSError as e:
-            raise HastenError(f"cannot write in {self.folder}: {e.strerror or e}") from e

@@ -72,6 +72,8 @@ def captions_for(
         found = None if isinstance(judge, TextJudge) else bundled_captions(judge, model.device)
         if found is None and chosen[2] is not None:
             raise BadInput(f"the judge {judge} needs pictures with captions: give --data FOLDER")
+        if found is not None:
+            report("without --data FOLDER images are not compared with their nearest training pictures")
         return found
     if judge is None:
         raise BadInput(f"{model.name} names no judge: give --judge, a folder of contrastive towers or of a CLIPModel")
@@ -120,7 +122,7 @@ def measure_prompts(
     if groups is not None:
         diversity = prompt_diversity(groups)
         measures["diversity"] = Measure(
-            name="diversity", value=diversity.within, reference="images of one prompt, mean distance of two",
+            name="diversity", value=diversity.within, reference=f"prompts with {diversity.images} images each",
             count=diversity.prompts * diversity.images, reference_count=diversity.prompts,
             spread=diversity.error, **common,
         )  # fmt: skip

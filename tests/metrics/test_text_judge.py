@@ -116,3 +116,17 @@ def test_what_is_no_judge_is_one_clear_line(tmp_path: Path, what: str) -> None:
     with pytest.raises(BadInput, match=said) as error:
         load_judge(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not BUNDLED_JUDGES["emoji"].is_dir(), reason="the judge of emoji is not bundled")
+def test_the_bundled_judge_of_emoji_comes_with_captions_and_statistics() -> None:
+    """Its statistics are those of its own features, and it finds most captions of real pictures."""
+    from hasten.workflows.captioned import bundled_captions
+
+    found = bundled_captions("emoji")
+    assert found is not None and found.reference.features == found.judge.name and found.match is not None
+    assert len(found.captions) == len(found.distinct) == found.reference.count == found.match.count == 200
+    assert found.match.value > 0.7 and found.match.candidates == 100 and len(found.calibration_prompts) >= 16
+    baseline = found.reference.floor_at("frechet", 200)
+    assert baseline is not None and 0.5 < baseline < 5 and found.judge.size == 64
+    assert not found.judge.truncated(found.captions)

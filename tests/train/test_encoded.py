@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hasten import BadInput, load
+from hasten.errors import HastenError
 from hasten.train.data import Batches, Data, to_float
-from hasten.train.encoded import Store, encode_captioned, image_size
+from hasten.train.encoded import encode_captioned, image_size
+from hasten.train.row_store import RowStore
 
 from ..adapters import tiny
 
@@ -66,7 +68,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(tmp_path: Path, mon
     model = model_of()
     data = captioned(model)
     encode_captioned(model, data, tmp_path / "whole", batch_size=2)
-    monkeypatch.setattr("hasten.train.encoded.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("hasten.train.row_store.SAVE_SECONDS", -1.0)
     calls = {"encode": 0, "cond": 0}
 
     def interrupted(name: str, method: Any, last: int) -> Any:
@@ -157,7 +159,7 @@ def test_numbers_beyond_half_precision_are_an_error(tmp_path: Path) -> None:
     with torch.no_grad():
         next(vae.parameters()).fill_(float("nan"))
     refused("latents of image 0 is not finite", model, captioned(model), tmp_path / "nan")
-    store = Store(tmp_path / "none", {}, torch.float16)
+    store = RowStore(tmp_path / "none", {}, torch.float16)
     half = store.stored("text", torch.full((2, 100), 7e4 - 4.6e3), lambda row: "")
     assert half.dtype.name == "float16" and float(half.max()) < 65504
 
@@ -177,3 +179,20 @@ def test_what_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
     refused("takes no prompts", load(tiny.ddpm_pipeline()), small, tmp_path)
     damaged = replace(captioned(model), unreadable={3})
     refused("image 3 cannot be read", model, damaged, tmp_path)
+
+
+def test_long_captions_are_counted_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of()
+    encode_captioned(model, captioned(model, (*WORDS, "a cat " * 30, "a dog " * 30)), tmp_path)
+    error = capsys.readouterr().err
+    assert "2 captions of 8 are longer than 12 tokens" in error and "truncated" not in error
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = model_of()
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(HastenError, match="cannot write in .*: No space left"):
+        encode_captioned(model, captioned(model), tmp_path)
