@@ -196,3 +196,15 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     with pytest.raises(HastenError, match="cannot write in .*: No space left"):
         encode_captioned(model, captioned(model), tmp_path)
+
+
+def test_an_autoencoder_in_half_precision_that_overflows_encodes_in_float32(tmp_path: Path) -> None:
+    vae = tiny.vae().half()
+    assert vae.config.force_upcast
+    model = model_of(tiny.sd_pipeline(vae=vae))
+    data = captioned(model)
+    encoded = encode_captioned(model, data, tmp_path, dtype="fp32", batch_size=8)
+    assert vae.dtype == torch.float16
+    assert torch.equal(
+        encoded.images(range(8)), 0.5 * vae.float().encode(to_float(data.images(range(8)))).latent_dist.mode()
+    )
