@@ -1,7 +1,9 @@
 """Put the trained parts of `emoji` together: a `StableDiffusionPipeline` folder with hasten's model.json beside it.
 
     python -m recipes.emoji_bundle --runs runs/emoji --out hasten/zoo/emoji
+    python -m recipes.emoji_bundle --runs runs/emoji --out hasten/zoo/emoji_judge --judge --data data/emoji
 
+The second command writes the judge, with the captions of the held-out pictures and the statistics of its features.
 `--runs` holds `vae/`, `text/`, `cache.pt` and `unet/` (`recipes.emoji_autoencoder`, `emoji_text`, `emoji_unet`).
 Weights are written in half precision.
 """
@@ -9,13 +11,16 @@ Weights are written in half precision.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hasten.adapters.diffusers.pipelines import load_pipeline
+from hasten.nets.contrastive import ContrastiveTowers
 from hasten.train.checkpoint import read_log
+from hasten.workflows.captioned import open_captioned, save_captioned
 from recipes.emoji_unet import build, scheduler
 
 LICENCE = (
@@ -48,13 +53,25 @@ def pipeline(runs: Path, unet: Path) -> Any:
     return pipe.to(torch.float16)
 
 
+def bundle_judge(run: Path, data: str, out: Path) -> None:
+    """Write the judge of a run in half precision, and what it measures on the held-out pictures."""
+    ContrastiveTowers.load(run).half().save(out)
+    shutil.copytree(run / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    save_captioned(open_captioned(data, out, (3, 64, 64)), out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--unet", type=Path, help="folder of the U-Net's run. Default: unet in --runs")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--judge", action="store_true", help="write the judge, not the pipeline")
+    parser.add_argument("--data", help="folder of the pictures, for the judge's statistics")
     args = parser.parse_args()
+    if args.judge:
+        bundle_judge(args.runs / "judge", args.data, args.out)
+        return
     run = args.unet or args.runs / "unet"
     model = load_pipeline(pipeline(args.runs, run), name=args.out.name)
     model.steps, model.sampler, model.times = 50, "ddim", "trailing"

@@ -31,7 +31,7 @@ from hasten.workflows.lora import extract_lora
 from hasten.workflows.train import train_model
 
 RANK, SVD_RANKS, STEPS = 16, (4, 16, 64), 8
-FIGURES = ("frechet", "prompt_match", "diversity")
+FIGURES = {"prompt_match": "value", "diversity": "within"}  # of a judge, and which of their numbers is kept
 
 
 def style_folder(data: Path, style: str, out: Path) -> Path:
@@ -98,7 +98,8 @@ def main() -> None:
         request = EvaluateConfig(n=args.n, data=str(data), split=split, judge=judge)
         result = evaluate_model(model, request, **sampling)
         measures = {name: entry["value"] for name, entry in result["measures"].items()}
-        return {**measures, **{key: result[key] for key in FIGURES if key in result}, "steps": result["steps"]}
+        judged = {key: result[key][number] for key, number in FIGURES.items() if result.get(key)}
+        return {**measures, **judged, "steps": result["steps"]}
 
     def student(name: str, lr: float, **lora: Any) -> Path:
         """An 8-step student of the base; resumes, or is there already."""

@@ -123,6 +123,23 @@ def build(table: Table, cache: dict[str, Tensor]) -> TextUNet:
     return TextUNet(*table, in_channels=channels, cross_attention_dim=dim, norm_num_groups=groups)
 
 
+def described(table: Table) -> dict[str, Any]:
+    """A table as plain values."""
+    return {"levels": [asdict(row) for row in table[0]], "middle": asdict(table[1])}
+
+
+def loss_of(table: Table, cache: dict[str, Tensor], out: Path, settings: dict[str, Any]) -> float:
+    """The validation loss of a row: of an earlier run with the same settings, else after training."""
+    file, row = out / "row.json", {**settings, **described(table)}
+    if not file.is_file():
+        loss = train(table, cache, out, settings["steps"], settings["minutes"])
+        file.write_text(json.dumps({"loss": loss, **row}) + "\n")
+    known = json.loads(file.read_text())
+    if different := [key for key, value in row.items() if known.get(key) != value]:
+        raise SystemExit(f"{out} is of a run with other {' and '.join(different)}: give another --out")
+    return float(known["loss"])
+
+
 def train(table: Table, cache: dict[str, Tensor], out: Path, steps: int | None, minutes: float | None) -> float:
     """The validation loss after training."""
     net = build(table, cache)
@@ -130,8 +147,7 @@ def train(table: Table, cache: dict[str, Tensor], out: Path, steps: int | None, 
     trained = TrainedModule("unet", net, loss, lr=1.5e-3, optimiser="muon", muon_lr=0.015)
     fit = Fit(steps, minutes, precision="fp32", ema=Ema("power", gamma=12.0), seed=SEED)
     batches = Cached(cache["train_latents"], cache["train_text"], BATCH, SEED)
-    settings = {"levels": [asdict(row) for row in table[0]], "middle": asdict(table[1])}
-    averaged: Any = fit([trained], batches, out, settings=settings)["unet"]
+    averaged: Any = fit([trained], batches, out, settings=described(table))["unet"]
     return validation(averaged, cache)
 
 
@@ -176,14 +192,11 @@ def main() -> None:
         parser.error(f"there are no rows {unknown}: {', '.join(known)}")
     rows = {name: table for name, table in known.items() if args.rows is None or name in args.rows}
     args.out.mkdir(parents=True, exist_ok=True)
+    settings = {"data": str(args.data), "steps": args.steps, "minutes": args.minutes}
     cost = costs(rows, cache, args.batch, args.repeats)
     lines = ["| | parameters (M) | MACs (M) | ms | speed | validation loss |", "| --- | --- | --- | --- | --- | --- |"]
     for name, table in rows.items():
-        file = args.out / name.replace(" ", "_") / "row.json"
-        if not file.is_file():
-            loss = train(table, cache, file.parent, args.steps, args.minutes)
-            file.write_text(json.dumps({"loss": loss, "steps": args.steps, "minutes": args.minutes}) + "\n")
-        c, loss = cost[name], json.loads(file.read_text())["loss"]
+        loss, c = loss_of(table, cache, args.out / name.replace(" ", "_"), settings), cost[name]
         lines.append(
             f"| {name} | {c['parameters'] / 1e6:.2f} | {c['macs'] / 1e6:.1f} | {c['ms']:.1f} | {c['speedup']:.2f}x "
             f"| {loss:.4f} |"

@@ -30,7 +30,7 @@ DETERMINISTIC = [
 OTHERS = [
     "progressive:steps=(2,)", "tract:phases=(4,2)", "consistency:steps=1", "adversarial:steps=1", "dmd",
     "rcfd:features=random,beta=0,steps=(4,2)", "mmd:features=random,steps=2", "prodiff",
-    "diffusion_gan:critic=heads,steps=1",
+    "diffusion_gan:critic=heads,steps=1", "denoising_student:pairs=8,pair_steps=2", "reflow:pairs=8,pair_steps=2",
 ]  # fmt: skip
 
 

@@ -120,7 +120,10 @@ def test_what_cannot_be_trained_is_refused(data: Path, tmp_path: Path, options: 
         )
 
 
-@pytest.mark.parametrize("method", ["consistency", "dmd", "diffusion_gan:steps=1", "tract"])
+@pytest.mark.parametrize(
+    "method",
+    ["dmd", *(pytest.param(one, marks=pytest.mark.slow) for one in ("consistency", "diffusion_gan:steps=1", "tract"))],
+)
 def test_other_methods_train_one(data: Path, tmp_path: Path, method: str) -> None:
     """Critics keep all their weights: only the student's are frozen."""
     base = hasten.load(tiny.ddpm_pipeline())
@@ -283,6 +286,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
     said = run("extract-lora", *(tmp_path / name for name in names), "--out", file, "--rank", 4)
     assert "it leaves out" in said and "are lost, with their norms" in said and "conv_in" in said
+    said = run("show", file)
+    assert "names of diffusers" in said and "steps: 4" in said and "guidance_scale [3.0, 3.0]" in said
     run("convert-lora", file, "--to", "kohya", "--out", tmp_path / "k.safetensors")
     said = run(
         "sample", tmp_path / "base", "--lora", tmp_path / "k.safetensors", "--n", 1, "--prompt", "a cat", "--json",

@@ -70,8 +70,8 @@ def distill(
             attention where the network has such layers, else all.
         gradient_checkpointing: Compute activations again in the backward pass, to need less memory (networks of
             diffusers).
-        optimizer: adamw, muon, or to need less memory on CUDA, with bitsandbytes: adamw8bit, paged-adamw8bit. Default:
-            adamw.
+        optimizer: adamw, muon (at 20 times the method's rate), or to need less memory on CUDA, with bitsandbytes:
+            adamw8bit, paged-adamw8bit. Default: adamw.
         seed: Of everything that is random. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
         device: auto, cpu, cuda or cuda:1.

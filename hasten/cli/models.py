@@ -53,17 +53,17 @@ def models(*, path: str | None = None, json: bool = False) -> list[dict[str, Any
 def show(
     what: str, *, sampler: str | None = None, times: str | None = None, steps: int | None = None, json: bool = False
 ) -> dict[str, Any]:
-    """Show the description of a model and the coefficients of its sampler at every step, or those in a plan file.
+    """Show a model's description and its sampler's coefficients at every step, those in a plan file, or a LoRA file.
 
     Args:
-        what: A bundled name, a model's folder, or a plan's .json file.
+        what: A bundled name, a model's folder, a plan's .json file, or a LoRA's .safetensors file.
         sampler: Of a model: show the coefficients of this sampler; likewise the next two.
         times: Time grid.
         steps: Number of steps of the time grid.
         json: Print it as JSON.
 
     Returns:
-        The plan, and for a model its description.
+        The plan, and for a model its description; of a LoRA its layers, ranks and what it says of a student.
     """
     from ..loading import load
     from ..plan.table import Plan
@@ -75,6 +75,12 @@ def show(
             raise BadInput(f"cannot read {what}: {e.strerror}") from e
         result: dict[str, Any] = {"plan": jsonlib.loads(plan.to_json())}
         print_result(result, plan.table(), json)
+        return result
+    if what.endswith(".safetensors"):
+        from ..workflows.lora import describe_lora
+
+        result, lines = describe_lora(what)
+        print_result(result, "\n".join(lines), json)
         return result
     loaded = load(Path(what).parent if Path(what).name == "model.json" else what)
     description = loaded.describe()

@@ -37,5 +37,6 @@ def write_configs(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         name = row["key"] if not name or name in written else name
         written.add(name)
         model = row.get("model") or row["protocol"]["model"]
-        text = f"# of the model {model}\n{row_config(row).to_toml()}"
+        files = "".join(f" --{key} {row[key]}" for key in ("lora", "decoder") if row.get(key))
+        text = f"# of the model {model}{files}\n{row_config(row).to_toml()}"
         write_file(check_writable(out / "configs" / f"{name}.toml"), text.encode())

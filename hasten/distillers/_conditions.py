@@ -87,7 +87,7 @@ class ConditionSource:
 
 def condition_source(batches: Any) -> ConditionSource | None:
     """The captions of the data of `Batches`; None where it has none."""
-    data = getattr(batches, "data", None)
+    data: Any = getattr(batches, "data", None)
     return ConditionSource(data) if getattr(data, "conditions", None) is not None else None
 
 

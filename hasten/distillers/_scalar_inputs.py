@@ -15,8 +15,9 @@ from ..nets.scalar_inputs import ScalarInputs, with_scalars
 def with_scalar_inputs(net: nn.Module, shape: Sequence[int], **inputs: Any) -> nn.Module:
     """A copy of the network, with its weights, that takes `guidance` or `steps` as inputs; new weights are zero."""
     config, arguments = getattr(net, "config", None), inspect.signature(type(net).__init__).parameters
-    if set(inputs) == {"guidance"} and hasattr(net, "with_guidance"):
-        extended: nn.Module = net.with_guidance()
+    with_guidance: Any = getattr(net, "with_guidance", None)
+    if set(inputs) == {"guidance"} and with_guidance is not None:
+        extended: nn.Module = with_guidance()
         return extended
     if isinstance(net, ScalarInputs):
         extended = with_scalars(copy.deepcopy(net.net), shape, **{**scalar_inputs_of(net), **inputs})

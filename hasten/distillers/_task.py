@@ -326,7 +326,7 @@ class DistillTask:
             options: further arguments of `TrainedModule`.
         """
         to_float32(module)
-        defaults = {"lr": lr, "every": every, "weight_decay": 0.0, "optimiser": self.optimizer}
+        defaults = {"lr": lr, "every": every, "weight_decay": 0.0, "optimiser": self.optimizer, "muon_lr": 20 * lr}
         return TrainedModule(name, module, loss, **{**defaults, **options})
 
     def fit(

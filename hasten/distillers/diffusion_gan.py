@@ -57,9 +57,11 @@ class DiffusionGAN(Distiller):
         r1: weight of the R1 penalty at the heads' input.
         lr, critic_lr: peak learning rates.
         every: the critic is updated at the steps that this divides.
+        sampled: steps of the recommended sampler, a divisor of K; 0: K. UFOGen and MobileDiffusion train with K = 4 and
+            times "all", which leaves z_t informative about x, and sample in 1.
 
     Raises:
-        BadInput: for steps below 1, unknown choices, and `r1` without heads.
+        BadInput: for steps below 1, unknown choices, `r1` without heads, and `sampled` that is no divisor.
 
     References:
         Xu, Zhao, Xiao, Hou 2023, arXiv:2311.09257; used for one step by Zhao et al. 2023, arXiv:2311.16567.
@@ -76,12 +78,17 @@ class DiffusionGAN(Distiller):
     lr: float = 1e-4
     critic_lr: float = 1e-4
     every: int = 2
+    sampled: int = 0
     needs_data: ClassVar[bool] = True
     teacher_steps: ClassVar[int] = 0  # it only provides initial weights
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise BadInput(f"diffusion_gan needs steps of at least 1, found {self.steps}")
+        if self.sampled and (self.sampled < 1 or self.steps % self.sampled or self.posterior):
+            raise BadInput(
+                f"diffusion_gan: sampled must be a divisor of steps={self.steps}, 0 with posterior, got {self.sampled}"
+            )
         check_choice("critic of diffusion_gan", self.critic, CRITICS)
         check_choice("times of diffusion_gan", self.times, TIMES)
         if self.r1 and self.critic == "net" and not self.posterior:
@@ -102,7 +109,8 @@ class DiffusionGAN(Distiller):
             task.trained_module("critic", module, critic_loss, self.critic_lr, self.every, betas=(0.0, 0.999)),
         ]
         trained: Any = task.fit("gan", modules)["student"]
-        result = Student(trained, "ddpm" if self.posterior else "consistency", "trailing", self.steps)
+        steps = self.sampled or self.steps
+        result = Student(trained, "ddpm" if self.posterior else "consistency", "trailing", steps)
         task.save_student("gan", result)
         return result
 

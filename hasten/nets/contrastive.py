@@ -30,7 +30,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (48, 96, 192), channels: int = 3) -> None:
         super().__init__()
-        self.config = {"widths": list(widths), "channels": channels}
+        self.config: dict[str, Any] = {"widths": list(widths), "channels": channels}
         self.stem = nn.Conv2d(channels, widths[0], 4, stride=4)
         stages: list[nn.Module] = []
         for k, width in enumerate(widths):

@@ -98,7 +98,7 @@ class TextUNet(nn.Module):
         for name, value in sizes.items():
             check_int(name, value, 1)
         check_table(rows, center, norm_num_groups)
-        self._settings = {"levels": [asdict(row) for row in rows], "middle": asdict(center), **sizes}
+        self._settings: dict[str, Any] = {"levels": [asdict(row) for row in rows], "middle": asdict(center), **sizes}
         self.conv_in = nn.Conv2d(in_channels, rows[0].width, 3, padding=1)
         shared = 4 * rows[0].width, cross_attention_dim, norm_num_groups  # time, text, groups
         self.time_embedding = TextTimeEmbedding(rows[0].width, shared[0], time_cond_proj_dim)

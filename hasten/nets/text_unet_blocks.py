@@ -128,7 +128,7 @@ class TextAttention(nn.Module):
         else:
             self.to_k = nn.Linear(text_width or width, width, bias=False)
             self.to_v = nn.Linear(text_width or width, width, bias=False)
-        self.to_out = ModuleListOf([nn.Linear(width, width)])
+        self.to_out: ModuleListOf[nn.Linear] = ModuleListOf([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
         source = x if text is None else text

@@ -126,7 +126,7 @@ def write_lora(lora: LoRAFile, path: str | Path, layout: str = "diffusers", half
         for name, one in layers.items():
             down, up = one.down, one.scale * one.up.float()
             if layout == "kohya":
-                key = kohya_key(component, name)
+                key = kohya_key(component, name, "text_encoder_2" in lora.components)
                 tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
                 tensors[f"{key}.alpha"] = torch.tensor(float(one.rank))
             else:

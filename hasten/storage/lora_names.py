@@ -42,14 +42,16 @@ OUTSIDE = {  # of the blocks, in the original code of SDXL
 LABELS = {ours: original for original, ours in OUTSIDE.items() if original.startswith("label_emb")}
 
 
-def kohya_key(component: str, layer: str) -> str:
+def kohya_key(component: str, layer: str, several: bool = False) -> str:
     """The name of a layer in kohya's files, without its ending.
 
     Args:
         component: `unet`, `text_encoder` or `text_encoder_2`.
         layer: its name in the component.
+        several: the model has two text encoders: the first is `te1`.
     """
-    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}[component]
+    first = "lora_te1_" if several else "lora_te_"
+    prefix = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}[component]
     name = layer.replace(".", "_")
     return prefix + (LABELS.get(name, name) if component == "unet" else name)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
-from ..adapters.diffusers.autoencoders import build_autoencoder, open_autoencoder, reduction_factor
+from ..adapters.diffusers.autoencoders import build_autoencoder, reduction_factor
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, check_int
 from ..files import holds_lock, refuse_inside
@@ -28,6 +28,7 @@ from .reconstruction import (
     latent_deviation,
     loss_settings,
     loss_terms,
+    open_base,
     open_images,
     plain_config,
     reconstruction_quality,
@@ -145,7 +146,7 @@ def train_autoencoder(
         data: the data, or the path of a folder, zip or array (`open_data`).
         out: the folder of the autoencoder, its checkpoint and its log.
         config: budget, network, loss and optimiser. Default: `AutoencoderConfig()`.
-        init: folder of an `AutoencoderKL`, or of a pipeline that has one, to continue from.
+        init: folder of an `AutoencoderKL`, or of a pipeline that has one (or its bundled name), to continue from.
         device: `cpu`, `cuda`, ... Default: a GPU if there is one.
         show: show a progress bar, if stderr is a terminal.
         log: called with a line about what is done.
@@ -167,7 +168,7 @@ def train_autoencoder(
     out, ranks = Path(out), Ranks.start(device)
     ranks.on_main_process(lambda: check_free(Path(out)))
     torch.manual_seed(check_int("seed", config.seed, 0))
-    initial = None if init is None else open_autoencoder(init)
+    initial = None if init is None else open_base(init)
     source = open_images(data, config.size, config.channels if initial is None else initial.config.in_channels)
     vae = network_for(source, config) if initial is None else continued(initial, config)
     check_sides(source, reduction_factor(vae))

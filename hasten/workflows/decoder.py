@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from ..adapters.diffusers.autoencoders import LIGHT_DECODER, build_light_decoder, open_autoencoder, reduction_factor
+from ..adapters.diffusers.autoencoders import LIGHT_DECODER, build_light_decoder, reduction_factor
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, check_int
 from ..files import holds_lock, refuse_inside
@@ -31,6 +31,7 @@ from .reconstruction import (
     held_out_images,
     loss_settings,
     loss_terms,
+    open_base,
     open_images,
     plain_config,
     reconstruction_quality,
@@ -134,7 +135,7 @@ def distill_decoder(
     `decoder.json`. The same call resumes from the checkpoint in `out` of a stopped run.
 
     Args:
-        base: folder of an `AutoencoderKL` or of a pipeline that has one, or the autoencoder itself.
+        base: folder of an `AutoencoderKL` or of a pipeline that has one (or its bundled name), or the autoencoder.
         data: images like those that are decoded: the data, or the path of a folder, zip or array (`open_data`).
         out: the folder of the decoder, its checkpoint and its log.
         config: budget, network, loss and optimiser. Default: `DecoderConfig()`.
@@ -159,7 +160,7 @@ def distill_decoder(
     refuse_inside(out, data)
     out, ranks = Path(out), Ranks.start(device)
     ranks.on_main_process(lambda: check_free(Path(out)))
-    vae = open_autoencoder(base) if isinstance(base, (str, Path)) else base
+    vae = open_base(base) if isinstance(base, (str, Path)) else base
     vae = vae.to(ranks.device).eval().requires_grad_(False)
     torch.manual_seed(check_int("seed", config.seed, 0))
     light = build_light_decoder(vae, config.widths, config.layers)

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -63,7 +63,8 @@ class DistillConfig(Config):
         lora_targets: layers of the LoRA, see `hasten.nets.lora.target_layers`.
         gradient_checkpointing: compute activations again in the backward pass, to need less memory; for networks of
             diffusers.
-        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
+        optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`,
+            at 20 times the method's rate.
     """
 
     method: str = "guided"
@@ -115,7 +116,7 @@ def distill_model(
     model: Model,
     out: str | Path,
     config: DistillConfig | str | None = None,
-    data: str | Path | Data | torch.Tensor | Sequence[str] | None = None,
+    data: str | Path | Data | torch.Tensor | list[str] | tuple[str, ...] | None = None,
     *,
     init: Model | None = None,
     dry_run: bool = False,

@@ -25,7 +25,7 @@ CACHE_BYTES = 2**31  # of what is encoded in memory: what comes after is encoded
 
 
 def training_data(
-    model: Model, data: str | Path | Data | Tensor | Sequence[str] | None, out: Path | None = None
+    model: Model, data: str | Path | Data | Tensor | list[str] | tuple[str, ...] | None, out: Path | None = None
 ) -> Data:
     """The data of a distillation: samples of the model's shape, with its labels, or with its conditions of captions.
 

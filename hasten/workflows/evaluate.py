@@ -145,6 +145,9 @@ def evaluate_model(
     known_prompts = captioned.prompts(n) if captioned is not None and evaluation.prompts is None else evaluation.prompts
     prompts = prompts_for(model, known_prompts, "the evaluation")
     label: Label = evaluation.label if prompts is None else prompts
+    if prompts is not None and not model.calibration_prompts:
+        calibration = () if captioned is None else captioned.calibration_prompts
+        model = replace(model, calibration_prompts=calibration or tuple(dict.fromkeys(prompts)))
     reference = evaluation.reference or model.card.get("reference")
     if captioned is None and reference is None:
         raise BadInput(f"{model.name} names no reference: give --reference, such as a folder of real images")

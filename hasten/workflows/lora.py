@@ -17,7 +17,7 @@ from ..pick import format_spec
 from ..storage.lora_files import FORMATS, read_lora, write_lora
 from ..storage.model_folder import check_savable
 
-__all__ = ["check_lora", "convert_lora", "extract_lora", "merge_lora_files"]
+__all__ = ["check_lora", "convert_lora", "describe_lora", "extract_lora", "merge_lora_files"]
 
 LOST = 3  # parameters without a place in the LoRA that a line names
 
@@ -110,6 +110,21 @@ def describe_lost(result: dict[str, Any]) -> str:
     names = ", ".join(f"{name} ({norm:.2g})" for name, norm in lost[:LOST])
     more = f" and {len(lost) - LOST} more" if len(lost) > LOST else ""
     return f"the changes of {len(lost)} parameters have no place in it and are lost, with their norms: {names}{more}"
+
+
+def describe_lora(file: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """What a LoRA file holds, as a dict (layers by component, ranks, names, info) and as lines of text."""
+    lora = read_lora(file)
+    layers = {name: len(one) for name, one in lora.components.items()}
+    result = {"layers": layers, "ranks": lora.ranks, "names": lora.names, "info": lora.info}
+    counts = ", ".join(f"{count} layers of the {name}" for name, count in layers.items())
+    lines = [f"{file}: {counts}, rank {', '.join(map(str, lora.ranks))}, names of {lora.names}"]
+    lines += [f"  {key}: {value}" for key, value in lora.info.items() if not isinstance(value, dict)]
+    distilled = lora.info.get("distilled")
+    if isinstance(distilled, dict):
+        keys = ("method", "teacher", "steps", "guidance_scale", "date")
+        lines += [f"  distilled: {', '.join(f'{key} {distilled[key]}' for key in keys if key in distilled)}"]
+    return result, lines
 
 
 def merge_lora_files(model: Model, lora: Sequence[str | Path], out: str | Path) -> dict[str, Any]:

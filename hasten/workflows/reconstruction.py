@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import zoo
+from ..adapters.diffusers.autoencoders import open_autoencoder
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..files import describe_contents, write_file
@@ -25,6 +27,12 @@ from ..train.trained_module import TrainedModule
 MEASURED = 4096  # images of which the latents' standard deviation is measured
 HELD_OUT = 1000  # images that PSNR and SSIM are measured on, at most
 BLOCK = 16  # images encoded or decoded at once
+
+
+def open_base(name: str | Path) -> Any:
+    """The autoencoder in a folder, or of a pipeline, by its folder or bundled name (`open_autoencoder`)."""
+    cards = zoo.cards()
+    return open_autoencoder(cards[str(name)].folder if str(name) in cards else name)
 
 
 def open_images(data: str | Path | Data, size: int | None, channels: int | None) -> Data:

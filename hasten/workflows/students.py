@@ -57,10 +57,10 @@ class Saver:
         self.result["students"][name or "."] = str(folder)
         if not (folder / "model.json").is_file():
             model.save(folder)
-            if factors := lora_factors(student.denoiser.net):
-                write_lora(lora_file(self.base, factors, model), folder / LORA_FILE)
             if name is not None:
                 self.say(f"{name}: {folder} is saved")
+        if not (folder / LORA_FILE).is_file() and (factors := lora_factors(student.denoiser.net)):
+            write_lora(lora_file(self.base, factors, model), folder / LORA_FILE)
         picture = self.out / f"{name}.png"
         if name is None or picture.is_file() or student.figures.get("direction") == "encode" or not drawable(model):
             return

@@ -56,6 +56,15 @@ def test_it_has_the_weights_and_the_output_of_the_network() -> None:
     assert unet.config.sample_size == 8 and unet.config.out_channels == 4
 
 
+def test_its_default_is_the_network_of_stable_diffusion_1() -> None:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        ours, theirs = hasten.MobileUNet2DConditionModel(64), UNet2DConditionModel(64, cross_attention_dim=768)
+    shapes = [{key: value.shape for key, value in net.state_dict().items()} for net in (ours, theirs)]
+    assert shapes[0] == shapes[1] and sum(p.numel() for p in ours.parameters()) == 859_520_964
+
+
 def test_a_pipeline_with_it_is_saved_and_loads_in_diffusers_and_in_hasten(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

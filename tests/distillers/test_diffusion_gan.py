@@ -178,3 +178,12 @@ def test_impossible_options_are_refused(wrong: dict[str, Any], tmp_path: Path) -
     job.denoiser = job.denoiser.replace(net=Constant())
     with pytest.raises(BadInput, match="critic=heads"):
         DiffusionGAN().distill(job)
+
+
+def test_a_student_of_four_nodes_can_be_sampled_in_one_step(tmp_path: Path) -> None:
+    """UFOGen's: the recommended steps are another divisor of K."""
+    result = DiffusionGAN(steps=4, times="all", sampled=1, critic="heads").distill(task(tmp_path, steps=1))
+    assert (result.steps, result.sampler, result.times) == (1, "consistency", "trailing")
+    for wrong in ({"sampled": 3}, {"sampled": -1}, {"sampled": 2, "posterior": True}):
+        with pytest.raises(BadInput, match="sampled must be a divisor of steps=4"):
+            DiffusionGAN(**wrong)

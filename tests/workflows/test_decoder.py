@@ -150,6 +150,8 @@ def test_what_cannot_be_distilled_is_named(tmp_path: Path) -> None:
         build_light_decoder(tiny.vae(), (4, 4, 4))
     with pytest.raises(BadInput, match="do not fit a factor of 2: set --size 16"):
         distill_decoder(tiny.vae(), Data.of(noise_images(4, 15, 3)), tmp_path, **TINY)
+    with pytest.raises(BadInput, match="holds no autoencoder of diffusers"):
+        distill_decoder("fashion", images(), tmp_path, **TINY)
     with pytest.raises(BadInput, match="distilled from an AutoencoderKL"):
         distill_decoder(build_light_decoder(tiny.vae(), (4, 4)), images(), tmp_path, **TINY)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +32,9 @@ class TakesGuidance(SplitNetwork):
         if self.guidance_range is not None:
             return copy.deepcopy(self)
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        kind: Any = type(self.net)
         with torch.random.fork_rng(devices=[]):
-            net = type(self.net).from_config({**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+            net = kind.from_config({**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
         net.load_state_dict(self.net.state_dict(), strict=False)
         nn.init.zeros_(net.time_embedding.cond_proj.weight)
         first = next(self.net.parameters())

@@ -57,11 +57,22 @@ class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterM
     ) -> None:
         if (levels is None) != (middle is None):
             raise BadInput("a U-Net's table is levels= and middle=: give both, or none for Stable Diffusion's")
-        table = sd_like_table((320, 640, 1280, 1280)) if levels is None or middle is None else (levels, middle)
-        sizes = in_channels, out_channels, cross_attention_dim, norm_num_groups, time_cond_proj_dim
-        TextUNet.__init__(self, *table, *sizes)
+        rows: Any = levels
+        center: Any = middle
+        if levels is None:
+            rows, center = sd_like_table((320, 640, 1280, 1280))
+        TextUNet.__init__(
+            self,
+            rows,
+            center,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            cross_attention_dim=cross_attention_dim,
+            norm_num_groups=norm_num_groups,
+            time_cond_proj_dim=time_cond_proj_dim,
+        )
         plain = {key: self._settings[key] for key in ("levels", "middle", "out_channels")}
-        self.register_to_config(**plain)
+        ConfigMixin.register_to_config(self, **plain)
 
     @property
     def config(self) -> Any:
@@ -88,7 +99,7 @@ class MobileUNet2DConditionModel(ModelMixin, TextUNet, ConfigMixin, PeftAdapterM
         net.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         return net.train(self.training)
 
-    def forward(  # the signature of UNet2DConditionModel
+    def forward(  # type: ignore[override]  # the signature of UNet2DConditionModel
         self,
         sample: Tensor,
         timestep: Tensor | float,
