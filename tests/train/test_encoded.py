@@ -90,6 +90,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(tmp_path: Path, mon
     assert contents(tmp_path / "killed") != contents(tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(*methods["cond"], None)  # the text is finished: it is not computed again
+        calls["encode"] = 0
+        patch.setattr(*methods["encode"], interrupted("encode", getattr(*methods["encode"]), 1))  # the last batch
         encode_captioned(model, data, tmp_path / "killed", batch_size=2)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
