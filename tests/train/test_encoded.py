@@ -90,6 +90,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(tmp_path: Path, mon
     assert contents(tmp_path / "killed") != contents(tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(*methods["cond"], None)  # the text is finished: it is not computed again
+        calls["encode"] = 0
+        patch.setattr(*methods["encode"], interrupted("encode", getattr(*methods["encode"]), 1))  # the last batch
         encode_captioned(model, data, tmp_path / "killed", batch_size=2)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
@@ -196,3 +198,15 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     with pytest.raises(HastenError, match="cannot write in .*: No space left"):
         encode_captioned(model, captioned(model), tmp_path)
+
+
+def test_an_autoencoder_in_half_precision_that_overflows_encodes_in_float32(tmp_path: Path) -> None:
+    vae = tiny.vae().half()
+    assert vae.config.force_upcast
+    model = model_of(tiny.sd_pipeline(vae=vae))
+    data = captioned(model)
+    encoded = encode_captioned(model, data, tmp_path, dtype="fp32", batch_size=8)
+    assert vae.dtype == torch.float16
+    assert torch.equal(
+        encoded.images(range(8)), 0.5 * vae.float().encode(to_float(data.images(range(8)))).latent_dist.mode()
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -146,16 +147,9 @@ class Latents:
         """Images (n, 3, H, W), float32, from latents (n, C, h, w)."""
         scale, shift = self._scales(z.float())
         z = z.float() / scale + shift
-        dtype = self.vae.dtype
-        upcast = dtype == torch.float16 and bool(self.vae.config.get("force_upcast", False))
-        if upcast:  # it overflows in half precision
-            self.vae.to(torch.float32)
-        try:
+        with self._upcast():
             parts = z.to(self.vae.device, self.vae.dtype).split(self.rows)
             return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts]).to(z.device)
-        finally:
-            if upcast:
-                self.vae.to(dtype)
 
     def pixels(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """The shape (C, H, W) of the images of latents of this shape."""
@@ -165,8 +159,9 @@ class Latents:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents (n, C, h, w), float32, from images (n, 3, H, W): the mode of the posterior."""
-        parts = images.to(self.vae.device, self.vae.dtype).split(self.rows)
-        outputs = [self.vae.encode(part) for part in parts]
+        with self._upcast():
+            parts = images.to(self.vae.device, self.vae.dtype).split(self.rows)
+            outputs = [self.vae.encode(part) for part in parts]
         z = torch.cat([o.latent_dist.mode() if hasattr(o, "latent_dist") else o.latents for o in outputs]).float()
         scale, shift = self._scales(z)
         return ((z - shift) * scale).to(images.device)
@@ -175,6 +170,19 @@ class Latents:
         """Move the autoencoder to a device, in place."""
         self.vae.to(device)
         return self
+
+    @contextmanager
+    def _upcast(self) -> Iterator[None]:
+        """Within the block an autoencoder that overflows in half precision (`force_upcast`) is float32."""
+        dtype = self.vae.dtype
+        upcast = dtype == torch.float16 and bool(self.vae.config.get("force_upcast", False))
+        if upcast:
+            self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if upcast:
+                self.vae.to(dtype)
 
     def _scales(self, z: Tensor) -> tuple[Any, Any]:
         """Scaling and shift: numbers, or tensors (1, C, 1, 1)."""
