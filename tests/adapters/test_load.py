@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import hasten
 from hasten.adapters.diffusers import times_like
-from hasten.errors import BadInput
+from hasten.errors import BadInput, Notice
 from hasten.images import read_png_text
 from hasten.pick import format_spec
 from hasten.schedules import Discrete, Flow
@@ -122,6 +123,18 @@ def test_negative_prompts_reach_the_unconditional_branch() -> None:
     assert (
         model.sample(1, "a cat", 7, sampler="ddim", times=times_spec, steps=STEPS, guidance_scale=4.0) - mine
     ).abs().max() > 1e-3
+
+
+def test_a_prompt_longer_than_the_encoder_reads_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    pipe = tiny.sd_pipeline()
+    model = hasten.load(pipe)
+    length = pipe.tokenizer.model_max_length
+    with pytest.warns(Notice, match=rf"of 20,000 characters is longer than the {length} tokens .* is not used"):
+        long = model.conditioning.cond(1, "a " * 10_000)
+    assert capfd.readouterr().err == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.conditioning.cond(1, "a " * (length - 2))["text"], long["text"])
 
 
 def test_sdxl() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
+from .library import short_truncation_notice
 
 __all__ = ["Latents", "Prompts"]
 
@@ -84,7 +85,8 @@ class Prompts:
         takes = inspect.signature(self.pipe.encode_prompt).parameters
         arguments |= {name: None for name in ("prompt_2", "prompt_3") if name in takes}
         try:
-            output = self.pipe.encode_prompt(**arguments)
+            with short_truncation_notice(text):
+                output = self.pipe.encode_prompt(**arguments)
         except (TypeError, ValueError, AttributeError) as error:
             raise self._unsupported("encode_prompt", error) from error
         if not isinstance(output, tuple) or len(output) not in (2, 4):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from ...errors import BadInput
+from ...errors import BadInput, Notice
 from .network import uncompiled
 
 OLDEST = (0, 30)
@@ -68,15 +70,65 @@ class ExpectedNetwork(logging.Filter):
         return not (message.startswith("Expected types for unet") and "MobileUNet2DConditionModel" in message)
 
 
+class SlowerProcessors(logging.Filter):
+    """Drops the lines on image processors that fall back to Pillow without torchvision; they are not used here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "requires torchvision (not installed)" not in record.getMessage()
+
+
 @contextmanager
-def expecting_text_unets() -> Iterator[None]:
-    """Within the block pipelines load a `MobileUNet2DConditionModel` without a warning."""
-    log, expected = logging.getLogger("diffusers.pipelines.pipeline_utils"), ExpectedNetwork()
-    log.addFilter(expected)
+def without_expected_messages() -> Iterator[None]:
+    """Within the block pipelines load without the lines that `ExpectedNetwork` and `SlowerProcessors` drop."""
+    filters = {
+        "diffusers.pipelines.pipeline_utils": ExpectedNetwork(),
+        "transformers.utils.import_utils": SlowerProcessors(),
+    }
+    for name, expected in filters.items():
+        logging.getLogger(name).addFilter(expected)
     try:
         yield
     finally:
-        log.removeFilter(expected)
+        for name, expected in filters.items():
+            logging.getLogger(name).removeFilter(expected)
+
+
+class Truncations(logging.Filter):
+    """Drops the lines, as long as the prompt, that report a truncated prompt; `length` is what is read of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length: int | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "part of your input was truncated" in message:
+            found = re.search(r"(\d+) tokens: ", message)
+            self.length = int(found[1]) if found else 0
+            return False
+        return not message.startswith("Token indices sequence length is longer")
+
+
+@contextmanager
+def short_truncation_notice(prompt: str) -> Iterator[None]:
+    """Report a prompt that is truncated within the block in one line, without the text that is lost."""
+    truncations = Truncations()
+    handlers = [handler for name in ("diffusers", "transformers") for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(truncations)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(truncations)
+    if truncations.length is not None:
+        limit = f"the {truncations.length} tokens" if truncations.length else "what"
+        warnings.warn(
+            f"the prompt {prompt[:40]!r}... of {len(prompt):,} characters is longer than {limit} that the text encoder "
+            "reads: the rest is not used",
+            Notice,
+            stacklevel=3,
+        )
 
 
 INDEX = "model_index.json"

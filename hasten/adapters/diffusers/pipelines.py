@@ -10,7 +10,7 @@ import torch
 
 from ...errors import BadInput
 from .conditions import Latents, Prompts
-from .library import INDEX, diffusers, expecting_text_unets, is_pipeline, network_of, without_loading_bars
+from .library import INDEX, diffusers, is_pipeline, network_of, without_expected_messages, without_loading_bars
 from .loadable import check_loadable, needs_image
 from .network import separate_unhooked
 from .schedules import mu_of, read_scheduler
@@ -124,7 +124,7 @@ def open_pipeline(name: str | Path) -> Any:
     from .. import _scheduler  # noqa: F401  which pipelines with a PlanScheduler may name, and must be imported
 
     try:
-        with without_loading_bars(), expecting_text_unets():
+        with without_loading_bars(), without_expected_messages():
             return library.DiffusionPipeline.from_pretrained(str(name))
     except Exception as error:  # of many kinds: the network, the files, missing packages
         message = " ".join(str(error).split()).split(". ")[0]
