@@ -162,10 +162,10 @@ def test_one_failed_row_is_marked_and_the_others_run(tmp_path: Path) -> None:
 def test_a_row_that_raises_anything_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = comparison.Comparison.sample
 
-    def odd(self: comparison.Comparison, job: jobs.Job, count: int, block: int = 0) -> Tensor:
+    def odd(self: comparison.Comparison, job: jobs.Job, count: int, block: int = 0, **options: Any) -> Tensor:
         if job.variant.name == "less" and count == 10:
             raise RuntimeError("out of\nmemory")
-        return sample(self, job, count, block)
+        return sample(self, job, count, block, **options)
 
     monkeypatch.setattr(comparison.Comparison, "sample", odd)
     assert run(tiny_model(), tmp_path, SMALL.format(1.0))["less"]["failed"] == "RuntimeError: out of memory"

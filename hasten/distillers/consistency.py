@@ -198,7 +198,7 @@ class Consistency(Distiller):
             z = noised(schedule, x, t, eps)
             teacher: Callable[..., Tensor] = task.teacher
             inputs = cond
-            if student.net_takes_guidance:
+            if getattr(student, "net_takes_guidance", False):
                 low, high = student.guidance_range or (1.0, 1.0)
                 scale = low + (high - low) * torch.rand(len(x), device=x.device)
                 teacher, inputs = task.teacher_at(scale), {**cond, "guidance": scale}

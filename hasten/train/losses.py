@@ -204,6 +204,7 @@ class DenoisingLoss:
         spread: stratify the times over the batch; otherwise they are independent.
         null_conditions: `null_NAME` (1, ...) replaces the condition NAME of a sample that is dropped, where the batch
             has no `null_NAME` (B, ...) itself. Labels are replaced by the denoiser's null label.
+        conditions: names of the conditions in a batch that the network gets; what else is in it is for other losses.
 
     Raises:
         BadInput: if `label_drop` is out of range.
@@ -217,6 +218,7 @@ class DenoisingLoss:
     weight: Weight | None = None
     spread: bool = True
     null_conditions: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    conditions: tuple[str, ...] = ("label", "text", "text_mask", "added_text_embeds", "added_time_ids")
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_drop <= 1:
@@ -227,7 +229,7 @@ class DenoisingLoss:
 
         Args:
             denoiser: whose network is trained.
-            batch: `{"x": (B, *S)}` and the conditions of the network, each (B, ...): `"label"` int64, `"text"`, ...
+            batch: `{"x": (B, *S)}` and `conditions`, each (B, ...) where it is there: `"label"` int64, `"text"`, ...
 
         Returns:
             A scalar, float32.
@@ -256,7 +258,7 @@ class DenoisingLoss:
 
     def drop(self, batch: Mapping[str, Tensor], null_label: int | None) -> dict[str, Tensor]:
         """The conditions of a batch, those of each sample replaced by the null ones with probability `label_drop`."""
-        cond = {name: value for name, value in batch.items() if name != "x" and not name.startswith("null_")}
+        cond = {name: batch[name] for name in self.conditions if name in batch}
         if not self.label_drop or not cond:
             return cond
         known = {**(self.null_conditions or {}), **batch}
