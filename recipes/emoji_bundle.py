@@ -69,6 +69,8 @@ def main() -> None:
         "training": {"steps": last["step"], "batch_size": 64, "seconds": round(last["seconds"]), "optimiser": "muon"},
     }
     model.save(args.out)
+    config = args.out / "text_encoder" / "config.json"  # where transformers reads the dtype to load the weights in
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     print(sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file()) / 1e6, "MB")
 
 
