@@ -23,7 +23,7 @@ def test_the_step_keeps_the_singular_vectors():
     v, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
     g = u @ torch.diag(torch.linspace(0.2, 2.0, 24)) @ v.T
     inner = u.T @ orthogonalize(g) @ v  # U^T (U S' V^T) V is diagonal
-    assert (inner - torch.diag(torch.diagonal(inner))).abs().max() < 0.06
+    assert (inner - torch.diag(torch.diagonal(inner))).abs().max() < 1e-4
     assert torch.diagonal(inner).min() > 0.5
 
 
@@ -31,7 +31,7 @@ def test_a_batch_of_matrices_matches_each_matrix_alone():
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(3, 20, 50, generator=generator)
     together, alone = orthogonalize(g), torch.stack([orthogonalize(m) for m in g])
-    torch.testing.assert_close(together, alone, atol=0.02, rtol=0.02)  # bfloat16
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_other_parameters_are_trained_as_by_adamw():
