@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 import hasten
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
+from hasten.predictions import V
 from hasten.train.data import Batches, Data
 from hasten.train.losses import DenoisingLoss
 from hasten.workflows.train import train_model
@@ -114,3 +116,26 @@ def test_labels_are_dropped_at_the_requested_rate(
 def test_a_model_without_classes_has_no_null_label(tmp_path: Path) -> None:
     model = trained(tmp_path, noise_data())
     assert model.denoiser.null_label is None and model.guidance_scale == 1.0 and model.card["label_drop"] == 0.0
+
+
+def test_conditions_that_no_network_of_pixels_reads_are_refused(tmp_path: Path) -> None:
+    data = replace(noise_data(), conditions=lambda rows: {"pose": torch.zeros(len(rows), 2)})
+    with pytest.raises(BadInput, match="has the conditions pose: drop them"):
+        train_model(data, tmp_path / "out", steps=1, show=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_conditions_that_a_loss_names_reach_the_network_and_no_others() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+            seen.append(cond)
+            return x
+
+    batch = {"x": torch.randn(3, 1, 4, 4), "pose": torch.randn(3, 2), "fake": torch.randn(3)}
+    denoiser = Denoiser(Net(), hasten.VPCosine(), V())
+    DenoisingLoss(label_drop=0.0, conditions=("pose",))(denoiser, batch)
+    DenoisingLoss(label_drop=0.0)(denoiser, batch)
+    assert [set(cond) for cond in seen] == [{"pose"}, set()]
+    assert torch.equal(seen[0]["pose"], batch["pose"])

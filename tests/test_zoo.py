@@ -8,6 +8,7 @@ from torch import Tensor
 
 import hasten
 from hasten import zoo
+from hasten.cli import main
 from hasten.metrics import extract, feature_net, reference
 from hasten.model import Model
 from hasten.sampling import Count
@@ -29,6 +30,13 @@ def test_every_card_of_the_zoo_has_its_files_and_they_are_small() -> None:
     for card in cards.values():
         assert card.summary and card.licence
         assert card.size <= 8e6, card.name
+
+
+def test_the_command_line_prints_the_path_of_a_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--path", "fashion"]) == 0
+    assert capsys.readouterr().out.strip() == str(zoo.cards()["fashion"].folder)
+    assert main(["models", "--path", "fasion"]) != 0
+    assert "did you mean 'fashion'?" in capsys.readouterr().err
 
 
 def test_the_model_names_statistics_that_are_bundled(model: Model) -> None:

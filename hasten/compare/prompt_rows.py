@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..metrics import extract
-from ..metrics.difference import structural_similarity
+from ..metrics.difference import WINDOW, structural_similarity
 from ..metrics.prompt_match import prompt_diversity
 from ..workflows.captioned import CaptionedSet
 from ..workflows.distribute import sample_many
@@ -18,7 +18,7 @@ from ..workflows.prompt_figures import IMAGES_PER_PROMPT, diversity_features
 from ..workflows.prompts import is_image
 from .jobs import Job, sampling_arguments
 
-WINDOW, BATCH = 11, 64  # of structural similarity
+BATCH = 64  # pairs of images compared at once
 
 
 def prompt_figures(captioned: CaptionedSet, images: Tensor, prompts: Sequence[str]) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..denoiser import Denoiser
@@ -61,19 +60,6 @@ def r1_penalty(heads: Callable[[Sequence[Tensor]], Tensor], features: Sequence[T
 def build_critic(task: DistillTask, pair: bool = False) -> Critic:
     """The critic with heads on the features of a task's network, for the task's number of classes."""
     return Critic(task.denoiser, task.shape, pair=pair, classes=task.label_count, cond=task.one_cond())
-
-
-@contextlib.contextmanager
-def frozen_parameters(module: nn.Module) -> Iterator[None]:
-    """A context within which the module's parameters get no gradient."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 def initial_or_noised(schedule: Schedule, x: Tensor, t: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from ..schedules.base import Schedule
 from ..times import Trailing
 from ..train.augment import Augment
 from ..train.losses import LogitNormal
-from ._gan import build_critic, frozen_parameters, hinge_loss, initial_or_noised, r1_penalty
+from ..train.trained_module import frozen_parameters
+from ._gan import build_critic, hinge_loss, initial_or_noised, r1_penalty
 from ._targets import noised, time_device, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 from .progressive import Progressive

@@ -15,7 +15,7 @@ from ..nets.critic import FeatureHeads, label_count, plain_critic, text_width
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
-from ._gan import frozen_parameters
+from ..train.trained_module import frozen_parameters
 from ._targets import noised, prediction_loss, time_device, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 

@@ -52,7 +52,7 @@ def load_lora_weights(model: M, lora: str | Path | LoRAFile | Sequence[str | Pat
         BadInput: for a LoRA of another model, parts that the model has no place for, and a second student.
 
     Notes:
-        A LoRA made for other weights of the same shapes (a fine-tune's base) is merged, which a `Notice` tells.
+        A LoRA made for other weights of the same shapes (a fine-tune's base) is merged with a `Notice`.
     """
     for one in lora if isinstance(lora, (list, tuple)) else (lora,):
         if isinstance(one, LoRAFile):
@@ -162,7 +162,7 @@ def resolve_layers(net: nn.Module, factors: Mapping[str, LowRank], path: str = "
 
 
 def check_lora_base(model: Any, lora: LoRAFile, layers: Mapping[str, Mapping[str, LowRank]], path: str) -> bool:
-    """Whether a LoRA was made for other weights, which is told; raises BadInput for another schedule or prediction."""
+    """Whether a LoRA was made for other weights (a `Notice`). BadInput for another schedule or prediction."""
     info, denoiser = lora.info, model.denoiser
     if info.get("distilled") is not None:
         if info.get("schedule_sha256") != schedule_hash(denoiser):

@@ -118,5 +118,8 @@ class ContrastiveTowers(nn.Module):
         except Exception as e:  # safetensors and transformers raise various exceptions
             raise BadInput(f"cannot read the towers in {folder} ({type(e).__name__})") from e
         towers = cls(text, ImageTower(**json.loads(config["image_tower"])), int(config["dim"]))
-        towers.load_state_dict(tensors, strict=False)
+        missing, unexpected = towers.load_state_dict(tensors, strict=False)
+        missing = [name for name in missing if not name.startswith("text_model.")]
+        if missing or unexpected:
+            raise BadInput(f"{folder} lacks the weights {missing[:3]} of towers, or has others: {unexpected[:3]}")
         return towers.eval()

@@ -66,32 +66,32 @@ def find_captions(tree: Tree, parts: list[tuple[str, list[str]]], column: str | 
 def read_captions(tree: Tree, parts: list[tuple[str, list[str]]], names: list[str], column: str | None) -> Captions:
     """`find_captions`, which raises BadInput for captions that cannot be used."""
     found = Captions()
-    told: dict[str, tuple[str, str]] = {}  # image -> caption and its file
+    listed: dict[str, tuple[str, str]] = {}  # image -> caption and its file
     if column is None or column.lower() != BESIDE:
         for file, name, texts in metadata_captions(tree, parts, column):
             found.columns[file] = name
             for image, text in texts.items():
-                if told.setdefault(image, (text, file))[0] != text:
-                    two = f"{told[image][0][:60]!r} in {told[image][1]} and {text[:60]!r} in {file}"
+                if listed.setdefault(image, (text, file))[0] != text:
+                    two = f"{listed[image][0][:60]!r} in {listed[image][1]} and {text[:60]!r} in {file}"
                     raise BadInput(f"{tree.root}: two captions of {image}, {two}")
     beside = {} if column is not None and column.lower() != BESIDE else text_files(tree, names)
-    if column is not None and not told and not beside:
+    if column is not None and not listed and not beside:
         raise BadInput(
             f"{tree.root} holds no .txt beside its images"
             if column.lower() == BESIDE
             else f"{tree.root} has no metadata.jsonl or metadata.csv with a column {column!r} to take captions from"
         )
-    inside = {name: told[name] for name in names if name in told}
-    if told and beside:
+    inside = {name: listed[name] for name in names if name in listed}
+    if listed and beside:
         check_both(tree, names, inside, beside)
     captions = {**{name: text for name, (text, _) in inside.items()}, **{k: text for k, (text, _) in beside.items()}}
-    if not told and not beside:
+    if not listed and not beside:
         return found
     missing = [name for name in names if name not in captions]
     if missing:
-        where = tree.where(next(iter(found.columns))) if told else tree.root
+        where = tree.where(next(iter(found.columns))) if listed else tree.root
         raise BadInput(
-            f"{where}: {len(names):,} images but no {'caption' if told else '.txt with a caption'} for "
+            f"{where}: {len(names):,} images but no {'caption' if listed else '.txt with a caption'} for "
             f"{len(missing):,} of them, such as {missing[0]}"
         )
     if not any(captions.values()):

@@ -7,10 +7,8 @@ order, and `encoded.json` is replaced atomically after them, so that a killed pr
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 from ..adapters.model_like import ModelLike
 from ..errors import BadInput, check_choice, check_int
 from ..files import locked
+from ..utils.logs import errors_only
 from .components import component_hash
 from .data import to_float
 from .fingerprint import describe_data
@@ -103,7 +102,7 @@ def encode_captioned(
         return {"latents": decoder.encode(images)}
 
     def encode_text(first: int, last: int) -> dict[str, Tensor]:
-        with without_warnings():
+        with errors_only("diffusers"):  # it would warn of every caption that is truncated
             found = model.conditioning.cond(last - first, distinct[first:last])
         return {name: value for name, value in found.items() if not name.startswith("null_")}
 
@@ -168,18 +167,6 @@ def check_encodable(model: ModelLike, data: Data) -> tuple[str, ...]:
             f"channels={size[0]}"
         )
     return data.captions
-
-
-@contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """Within the block diffusers logs errors only: it would warn of every caption that is truncated."""
-    logger = logging.getLogger("diffusers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def report_truncated(model: ModelLike, captions: Sequence[str]) -> None:

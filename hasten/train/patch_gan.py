@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import BadInput
 from ..nets.patch_discriminator import PatchDiscriminator
+from .trained_module import frozen_parameters
 
 __all__ = ["PatchGan"]
 
@@ -51,7 +49,7 @@ class PatchGan:
         """
         if not self.discriminator.started:
             return torch.zeros_like(loss)
-        with without_gradients(self.discriminator):
+        with frozen_parameters(self.discriminator):
             fooled = -self.discriminator(out).float().mean()
         if not self.adaptive:
             return self.weight * fooled
@@ -64,16 +62,3 @@ class PatchGan:
         real = self.discriminator(batch["x"]).float()
         fake = self.discriminator(batch["reconstruction"].detach()).float()
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
-@contextlib.contextmanager
-def without_gradients(module: nn.Module) -> Iterator[None]:
-    """A context within which the module's weights get no gradient, though its input does."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)

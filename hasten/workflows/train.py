@@ -104,6 +104,12 @@ def train_model(
             "--base PIPELINE (base=) trains the network of a text-to-image pipeline on them"
         )
         source = replace(source, captions=None)
+    if source.conditions is not None:
+        raise BadInput(
+            f"{source.source or 'the data'}: a model of pixels reads labels only, and the data has the conditions "
+            f"{', '.join(source.conditions([0]))}: drop them with replace(data, conditions=None), or set base= to a "
+            "pipeline that reads them"
+        )
     out = Path(out)
     if steps is None and minutes is None:
         minutes = 30.0

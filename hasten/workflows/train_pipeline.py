@@ -119,7 +119,12 @@ def train_pipeline(
         checkpoint_gradients(denoiser.net)
     precision = previous.get("precision") if config.precision == "auto" else None
     precision = precision or ranks.on_main_process(lambda: fastest_precision(model, encoded, config, ranks.device))
-    loss = DenoisingLoss(label_drop=config.label_drop, null_conditions=encoded.null_conditions)
+    assert encoded.conditions is not None
+    loss = DenoisingLoss(
+        label_drop=config.label_drop,
+        null_conditions=encoded.null_conditions,
+        conditions=tuple(encoded.conditions([0])),
+    )
     lr = LR["lora" if config.lora is not None else config.init] if config.lr is None else config.lr
     trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr, optimiser=config.optimizer)
     settings = {"base": identity, "init": config.init, "label_drop": config.label_drop}

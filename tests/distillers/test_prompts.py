@@ -35,7 +35,7 @@ class Reader(nn.Module):
     """`raw = A x + B mean(text) + b`: under guidance it is of this form again, with other B and b."""
 
     null_conditions = True
-    heard: list[Tensor]
+    text: list[Tensor]
 
     def __init__(self, guidance: tuple[float, float] | None = None) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ def test_guidance_evaluates_both_branches_in_one_batch_and_the_second_has_the_nu
     torch.testing.assert_close(other, task.denoiser.raw(z, t, text=NULL["text"].expand(6, 3, 4)))
     torch.testing.assert_close(task.teacher(z, t, **cond), task.teacher_at(torch.full((6,), 3.0))(z, t, **cond))
     guided = CFG(3.0).wrap(task.denoiser)
-    told = guided(z, t, **cond, null_text=NULL["text"].expand(6, 3, 4))
-    assert torch.equal(task.teacher(z, t, **cond), told)
+    expected = guided(z, t, **cond, null_text=NULL["text"].expand(6, 3, 4))
+    assert torch.equal(task.teacher(z, t, **cond), expected)
     own = {**cond, "null_text": 2 * cond["text"]}  # a negative prompt of each image comes before the common one
     assert torch.equal(task.teacher(z, t, **own), guided(z, t, **own))
     assert torch.equal(unconditional(own, None, NULL)["text"], 2 * cond["text"])
@@ -135,9 +135,9 @@ def test_every_evaluation_has_the_conditions_of_its_own_samples(
     null = NULL["text"].expand(6, 3, 4)
     picks = text.repeat(2, 1, 1)  # of sft_pg: two steps of each chain
     allowed = [text, torch.cat([text, null]), text[:1]] + ([picks] if method.startswith("sft_pg") else [])
-    assert LOG and all(any(torch.equal(heard, one) for one in allowed) for heard in LOG)
+    assert LOG and all(any(torch.equal(text, one) for one in allowed) for text in LOG)
     if not method.startswith(("mmd", "diffusion_gan", "sft_pg")):
-        assert any(torch.equal(heard, allowed[1]) for heard in LOG), "the guided teacher was evaluated"
+        assert any(torch.equal(text, allowed[1]) for text in LOG), "the guided teacher was evaluated"
     if method.startswith(("adversarial", "diffusion_gan", "dmd", "sft_pg")):
         assert len(seen) > 1 and all(one is not None and any(torch.equal(one, a) for a in allowed) for one in seen)
 

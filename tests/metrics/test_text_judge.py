@@ -118,7 +118,6 @@ def test_what_is_no_judge_is_one_clear_line(tmp_path: Path, what: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(not BUNDLED_JUDGES["emoji"].is_dir(), reason="the judge of emoji is not bundled")
 def test_the_bundled_judge_of_emoji_comes_with_captions_and_statistics() -> None:
     """Its statistics are those of its own features, and it finds most captions of real pictures."""
     from hasten.workflows.captioned import bundled_captions

@@ -152,17 +152,17 @@ def test_checkpoints_hold_the_factors_alone(net: Net, tmp_path: Path) -> None:
             averaged = fit([trained], [{"x": X}] * 9, folder, show=False)["student"]
         return averaged
 
-    whole, resumed = run([6], tmp_path / "a"), run([3, 6], tmp_path / "b")
-    for one, other in zip(lora_factors(whole).values(), lora_factors(resumed).values(), strict=True):
+    uninterrupted, resumed = run([6], tmp_path / "a"), run([3, 6], tmp_path / "b")
+    for one, other in zip(lora_factors(uninterrupted).values(), lora_factors(resumed).values(), strict=True):
         assert torch.equal(one.up, other.up) and one.up.any()
     state = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["players"]["student"]
     assert all("lora_" in name for name in (*state["module"], *state["ema"]))
-    save_modules({"student": whole}, tmp_path / "s.safetensors")
+    save_modules({"student": uninterrupted}, tmp_path / "s.safetensors")
     torch.manual_seed(0)
     again = Net()
     add_lora(again, 2, targets="all")
     load_modules({"student": again}, tmp_path / "s.safetensors")
-    assert torch.equal(again(X), whole(X))
+    assert torch.equal(again(X), uninterrupted(X))
 
 
 def test_the_average_shares_frozen_weights(net: Net) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput, check_int
+from ...utils.logs import errors_only
 from .conditions import Latents
 from .library import INDEX, diffusers, without_loading_bars
 
@@ -94,23 +93,12 @@ def open_autoencoder(path: str | Path, classes: Sequence[str] = CLASSES) -> Any:
     if name not in classes:
         raise BadInput(f"{folder} holds a {name}: this takes {' or '.join(classes)}")
     try:
-        with without_loading_bars(), ignored_config_entries():
+        # AsymmetricAutoencoderKL warns of entries of the config that it writes itself
+        with without_loading_bars(), errors_only("diffusers.configuration_utils"):
             return getattr(diffusers(), name).from_pretrained(str(folder)).float().eval().requires_grad_(False)
     except Exception as error:  # of many kinds: missing or damaged files
         message = " ".join(str(error).split())[:200]
         raise BadInput(f"diffusers cannot load {folder}: {message}") from error
-
-
-@contextlib.contextmanager
-def ignored_config_entries() -> Iterator[None]:
-    """Hide that `AsymmetricAutoencoderKL` does not read all entries of the config that it writes itself."""
-    logger = logging.getLogger("diffusers.configuration_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def default_light_widths(vae: Any) -> tuple[int, ...]:
