@@ -292,13 +292,26 @@ class Model:
         values = {**dict(zip((*names, "accelerators"), arguments)), **options}
         return self.resolve(None, **values).settings()
 
-    def save(self, folder: str | Path, half: bool = False) -> Path:
+    def save(self, folder: str | Path, half: bool = False, components_from: str | Path | None = None) -> Path:
         """Write the model's folder: model.json, weights.safetensors, and what it has of plans, statistics and parts.
 
-        half: weights as float16. A new folder appears whole or not at all. In a folder that is there (a training
-        run's), the files take their names one by one, the description last, and nothing else in it is touched.
+        A new folder appears whole or not at all. In a folder that is there (a training run's), the files take their
+        names one by one, the description last, and nothing else in it is touched.
+
+        Args:
+            folder: to write.
+            half: weights as float16; those of a pipeline stay as they are: `model.pipeline.to(torch.float16)`.
+            components_from: a bundled pipeline or the folder of one, such as the teacher of a student. Components that
+                are the same there (text encoders, autoencoder) are left out, and taken from there by `hasten.load`,
+                which checks that they have not changed.
+
+        Returns:
+            The folder.
+
+        Raises:
+            BadInput: where the model cannot be saved, and for a base that has none of its components.
         """
-        return model_folder.save(self, Path(folder), half)
+        return model_folder.save(self, Path(folder), half, components_from)
 
     def with_lora(self, lora: str | Path | LoRAFile | Sequence[str | Path | LoRAFile], scale: float = 1.0) -> Model:
         """A copy with LoRAs merged into its weights; that of a student brings its steps, sampler and guidance scale.

@@ -14,6 +14,7 @@ from .library import INDEX, diffusers, is_pipeline, network_of, without_expected
 from .loadable import check_loadable, needs_image
 from .network import separate_unhooked
 from .schedules import mu_of, read_scheduler
+from .shared_components import open_components
 from .split_network import SplitNetwork
 from .wrap import split_network
 
@@ -123,9 +124,10 @@ def open_pipeline(name: str | Path) -> Any:
     library = diffusers()
     from .. import _scheduler  # noqa: F401  which pipelines with a PlanScheduler may name, and must be imported
 
+    components = open_components(Path(name))
     try:
         with without_loading_bars(), without_expected_messages():
-            return library.DiffusionPipeline.from_pretrained(str(name))
+            return library.DiffusionPipeline.from_pretrained(str(name), **components)
     except Exception as error:  # of many kinds: the network, the files, missing packages
         message = " ".join(str(error).split()).split(". ")[0]
         where = "" if (Path(name) / INDEX).is_file() else " (if you are offline, give the folder of a pipeline)"
