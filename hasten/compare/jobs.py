@@ -136,11 +136,6 @@ def location_of(model: Model) -> str:
     return folder if folder and Path(folder).is_dir() else model.name
 
 
-def find_file(name: str) -> Path:
-    """A file or folder by its path, or by its path in the folder of the bundled models."""
-    return Path(name) if Path(name).exists() or not (zoo.HERE / name).exists() else zoo.HERE / name
-
-
 def with_files(model: Model, variant: Variant, where: str) -> Model:
     """A model with the LoRA and the image decoder of a row.
 
@@ -151,8 +146,8 @@ def with_files(model: Model, variant: Variant, where: str) -> Model:
         name = getattr(variant, key)
         if name is None:
             continue
-        path = find_file(name)
-        if not path.exists() and not (key == "lora" and Path(name.rpartition(":")[0]).is_file()):  # FILE:SCALE
+        path = zoo.find_file(name)
+        if not path.exists() and not (key == "lora" and zoo.find_file(name.rpartition(":")[0]).is_file()):  # FILE:SCALE
             raise BadInput(f"{where}: {key}: there is no file or folder {name}")
         try:
             model = model.with_lora(str(path)) if key == "lora" else model.with_decoder(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .. import zoo
 from ..accelerators import Call
 from ..accelerators._calls import model_calls
 from ..adapters.diffusers.autoencoders import replace_decoder
@@ -101,14 +102,15 @@ class Model:
         """The same model of latents with another image decoder, such as a light one (`distill_decoder`).
 
         Args:
-            folder: of an autoencoder of diffusers with the same encoder, or of an `AutoencoderTiny`.
+            folder: of an autoencoder of diffusers with the same encoder, or of an `AutoencoderTiny`; or the name of a
+                bundled one.
 
         Raises:
             BadInput: for a model without an autoencoder, and for an autoencoder of other latents.
         """
         if self.decoder is None:
             raise BadInput(f"{self.name} is no model of latents: it has no image decoder to replace")
-        decoder, pipeline = replace_decoder(self.decoder, self.pipeline, folder)
+        decoder, pipeline = replace_decoder(self.decoder, self.pipeline, zoo.find_file(folder))
         return replace(self, decoder=decoder, pipeline=pipeline)
 
     def labels(self, n: int, label: Label = None) -> Tensor | None:
