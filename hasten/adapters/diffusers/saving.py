@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import zoo
 from ...errors import BadInput
 from ...nets.quantized import layers
 from ...schedules.discrete import Discrete
@@ -209,8 +210,10 @@ def readme(model: ModelLike, pipe: Any, shared: dict[str, Any] | None = None) ->
     """The README.md of a pipeline folder, which may take components from another one."""
     lines = [f"# {model.name}", "", str(model.card.get("summary", f"A {type(pipe).__name__}, saved by hasten.")), ""]
     steps = model.plan.nfe if model.plan is not None else model.steps
-    ours = type(pipe.scheduler).__name__ == "PlanScheduler"
-    lines += ["With diffusers:", "", "```python", *(["import hasten  # its scheduler"] if ours else [])]
+    scheduler = type(pipe.scheduler).__name__ == "PlanScheduler"
+    network = type(model.denoiser.net.net).__module__.startswith("hasten")  # MobileUNet2DConditionModel
+    ours = " and ".join(["its network"] * network + ["its scheduler"] * scheduler)
+    lines += ["With diffusers:", "", "```python", *([f"import hasten  # {ours}"] if ours else [])]
     half = getattr(getattr(pipe, "text_encoder", None), "dtype", torch.float32)
     dtype = "" if half == torch.float32 else f", torch_dtype={half}"  # else diffusers mixes the dtypes of its parts
     lines += ["import torch"] if dtype else []
@@ -219,7 +222,10 @@ def readme(model: ModelLike, pipe: Any, shared: dict[str, Any] | None = None) ->
         lines += [f"pipe = DiffusionPipeline.from_pretrained(FOLDER{dtype})"]
     else:
         rest = ", ".join(f"{name}=base.{name}" for name in shared["files"])
-        lines += [f"base = DiffusionPipeline.from_pretrained(BASE{dtype})  # {shared['model']}"]
+        bundled = (
+            "of 'hasten models --path " + shared["model"] + "'" if shared["model"] in zoo.cards() else shared["model"]
+        )
+        lines += [f"base = DiffusionPipeline.from_pretrained(BASE{dtype})  # {bundled}"]
         lines += [f"pipe = DiffusionPipeline.from_pretrained(FOLDER, {rest}{dtype})"]
     alone = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters and "distilled" in model.card
     low, high = model.denoiser.guidance_range or (1.0, 1.0)
