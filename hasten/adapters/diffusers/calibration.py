@@ -13,7 +13,10 @@ from torch import nn
 from ...accelerators import Call, Recorder
 from ...accelerators._calls import in_batches, warn_empty_prompt
 from ...errors import BadInput
+from .calls import known_class
 from .schedules import read_scheduler
+from .split_network import SideInputs
+from .time_scale import scheduler_timestep
 
 __all__ = ["record_model_calls", "record_pipeline_calls"]
 
@@ -34,6 +37,8 @@ def record_pipeline_calls(
         BadInput: by the result, where the call does not use the pipeline, or in several shapes or times per batch.
     """
 
+    side_inputs = SideInputs()
+
     def calls(n: int, first: int) -> list[Call]:
         inputs: list[Call] = []
         signature = inspect.signature(type(net).forward)
@@ -43,6 +48,8 @@ def record_pipeline_calls(
             bound.apply_defaults()
             arguments = {name: value for name, value in bound.arguments.items() if name not in ("self", "return_dict")}
             x, timestep, cond = reader(arguments)
+            if known_class(type(net)) is None:
+                timestep = scheduler_timestep(timestep, pipe.scheduler, net, side_inputs)
             time = read_scheduler(pipe.scheduler).time(timestep).flatten()
             if bool((time != time[0]).any()):
                 raise BadInput("calls= evaluates the network at several times in one batch: it must be one")
