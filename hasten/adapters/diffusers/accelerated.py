@@ -19,6 +19,7 @@ from ...times import Explicit
 from .accelerated_forward import AcceleratedForward
 from .calibration import record_model_calls, record_pipeline_calls
 from .calls import argument_reader
+from .hooks import check_hooks
 from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
 from .wrap import split_network
 
@@ -108,6 +109,7 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     split_network(net)  # first: refuses unknown networks
     check_text_conditioning(net)
     accelerators, patch = ordered(accelerators), replaced_forward(net)
+    check_hooks(net, accelerators, warn=True)
     for one in accelerators:
         if with_defaults(one).inject:
             raise BadInput(

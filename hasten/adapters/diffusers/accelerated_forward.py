@@ -17,6 +17,7 @@ from ...errors import BadInput
 from ...nets.copies import copy_modules
 from ...pick import format_spec
 from .calls import argument_reader, is_residual, network_output, raw_output
+from .hooks import check_hooks
 from .network import ExchangedLayers, changed, sample_parameters, structure, without_hooks
 from .schedules import SchedulerSpec, read_scheduler, set_steps
 from .split_blocks import OWN_TIME, SplitBlocks
@@ -150,6 +151,7 @@ class AcceleratedForward:
 
     def _begin(self) -> None:
         """Begin a sampling: check that the network is unchanged, and reset the accelerators' state."""
+        check_hooks(self.core, self.accelerators)
         if self.layers.outdated():
             names = ", ".join(format_spec(one) for one in self.swapping)
             raise BadInput(

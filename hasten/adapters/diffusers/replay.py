@@ -21,6 +21,8 @@ class StandIn(nn.Module):
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
         self.__dict__["stands_for"], self.__dict__["call"] = module, call
+        for own in ("_parameters", "_buffers", "_modules"):  # by which a network finds its dtype and device
+            self.__dict__[own] = vars(module)[own]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["call"](*args, **kwargs)
