@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,13 +56,15 @@ def record_pipeline_calls(
                 raise BadInput("calls= evaluates the network at several times in one batch: it must be one")
             inputs.append((x.detach().clone(), float(time[0]), cond))
 
-        handle = net.register_forward_pre_hook(hook, with_kwargs=True)
+        handle, own = net.register_forward_pre_hook(hook, with_kwargs=True), pipe.scheduler
+        vars(pipe)["scheduler"] = copy.deepcopy(own)  # a sampling with it may have begun
         try:
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(seed + first)
                 call(pipe)
         finally:
             handle.remove()
+            vars(pipe)["scheduler"] = own
         if not inputs:
             raise BadInput("calls= must call the pipeline that it is passed, as calls=lambda pipe: pipe('a cat')")
         if any(x.shape != inputs[0][0].shape for x, _, _ in inputs):

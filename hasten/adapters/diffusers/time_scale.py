@@ -47,24 +47,24 @@ def find_time_scale(argument: float, scheduler: Any, net: Any) -> TimeScale:
     """
     steps = float(scheduler.config.get("num_train_timesteps", 1000))
     own = getattr(net, "config", {}).get("timestep_scale")
-    scales = [TimeScale(), TimeScale(1 / steps), TimeScale(-1 / steps, 1.0), TimeScale(-1.0, steps)]
+    scales = [TimeScale(), TimeScale(1 / steps), TimeScale(-1 / steps, 1.0)]
     scales += [TimeScale(float(own))] if own else []
     table = as_floats(scheduler.timesteps)
     begin = getattr(scheduler, "begin_index", None) or 0
-    for timesteps in (table[begin : begin + 1], table):
+    for timesteps, rounding in ((table[begin : begin + 1], ROUNDING), (table, 1e-6), (table, ROUNDING)):
         for scale in scales:
-            if nearest_timestep(scale.timestep(argument), timesteps) is not None:
+            if nearest_timestep(scale.timestep(argument), timesteps, rounding) is not None:
                 return scale
     raise BadInput(
         f"{type(net).__name__} was called at time {argument:g}, and its scheduler has no such timestep, nor t / "
-        f"{steps:g}, 1 - t / {steps:g} or {steps:g} - t: features cannot be reused"
+        f"{steps:g} or 1 - t / {steps:g}: features cannot be reused"
     )
 
 
-def nearest_timestep(value: float, timesteps: Sequence[float]) -> int | None:
-    """The index of a timestep up to rounding, else None."""
+def nearest_timestep(value: float, timesteps: Sequence[float], rounding: float = ROUNDING) -> int | None:
+    """The index of a timestep up to relative rounding, else None."""
     best = min(range(len(timesteps)), key=lambda k: abs(timesteps[k] - value), default=None)
-    if best is None or abs(timesteps[best] - value) > max(1e-3, ROUNDING * abs(value)):
+    if best is None or abs(timesteps[best] - value) > max(1e-4, rounding * abs(value)):
         return None
     return best
 
