@@ -23,7 +23,7 @@ __all__ = ["record_model_calls", "record_pipeline_calls"]
 
 
 def record_pipeline_calls(
-    pipe: Any, call: Callable[[Any], Any], net: nn.Module, reader: Any, seed: int
+    pipe: Any, call: Callable[[Any], Any], net: nn.Module, reader: Any, seed: int, side_inputs: SideInputs | None = None
 ) -> Callable[..., list[Call]]:
     """`SamplingContext.calls` that records a call of the pipeline itself.
 
@@ -33,12 +33,13 @@ def record_pipeline_calls(
         net: the pipeline's network.
         reader: from the arguments of the network's forward to (x, time, conditions).
         seed: of torch's generator within the call, where the call passes none.
+        side_inputs: of the split network, which learn in which scale the network takes its time.
 
     Raises:
         BadInput: by the result, where the call does not use the pipeline, or in several shapes or times per batch.
     """
 
-    side_inputs = SideInputs()
+    scales = side_inputs or SideInputs()
 
     def calls(n: int, first: int) -> list[Call]:
         inputs: list[Call] = []
@@ -50,7 +51,7 @@ def record_pipeline_calls(
             arguments = {name: value for name, value in bound.arguments.items() if name not in ("self", "return_dict")}
             x, timestep, cond = reader(arguments)
             if known_class(type(net)) is None:
-                timestep = scheduler_timestep(timestep, pipe.scheduler, net, side_inputs)
+                timestep = scheduler_timestep(timestep, pipe.scheduler, net, scales)
             time = read_scheduler(pipe.scheduler).time(timestep).flatten()
             if bool((time != time[0]).any()):
                 raise BadInput("calls= evaluates the network at several times in one batch: it must be one")

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import BadInput, HastenError, nearest
 
-__all__ = ["Embeddings", "SplitNetwork", "dtype_of", "guidance_features"]
+__all__ = ["Embeddings", "SideInputs", "SplitNetwork", "dtype_of", "guidance_features"]
 
 
 class Embeddings:
