@@ -19,6 +19,7 @@ from ...times import Explicit
 from .accelerated_forward import AcceleratedForward
 from .calibration import record_model_calls, record_pipeline_calls
 from .calls import argument_reader
+from .controlnets import reuse_controlnet
 from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
 from .wrap import split_network
 
@@ -61,6 +62,7 @@ class Accelerated:
         forward.owner = weakref.ref(new)
         forward.calls = lambda times, all_times: pipeline_calls(pipe, times, all_times, prompts, seed)
         forward.prepare(steps)
+        reuse_controlnet(new, forward)
         if getattr(new, "_all_hooks", None):
             new.maybe_free_model_hooks()  # installs the original's offloading hooks
         return new
