@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 
 from ...accelerators import EXCHANGE, with_defaults
+from ...accelerators._diffusers_cache import DiffusersCache
 from ...errors import BadInput
 from ...pick import format_spec
 from .accelerated import Accelerated
 from .arguments import check_count
 from .library import is_pipeline, network_of
+from .native_caches import cached_pipeline, check_no_cache
 
 
 def accelerate(target: Any, accelerators: Any, context: Any = None, **options: Any) -> Any:
@@ -104,7 +106,12 @@ def accelerate_pipeline(
         raise BadInput("use prompts=, or calls=, a function of the pipeline such as lambda pipe: pipe('a cat')")
     methods = parse_accelerators(accelerators)
     steps = 50 if steps is None else check_count("steps", steps)
+    if any(isinstance(one, DiffusersCache) for one in methods):
+        cached = cached_pipeline(pipe, methods, steps, seed, prompts, calls)
+        vars(cached)["save_pretrained"] = partial(save_accelerated, cached, methods, False)
+        return cached
     slot, net = network_of(pipe)
+    check_no_cache(slot, net)
     fast = Accelerated.wrap_pipeline(pipe, slot, net, methods, steps, seed, prompts if calls is None else calls)
     other_weights = any(with_defaults(one).stage == EXCHANGE for one in methods)
     for target in (fast, vars(fast)[slot]) if other_weights else (fast,):  # not by their own __setattr__

@@ -61,12 +61,12 @@ class BlockLayers:
         block: Any = self.block
         if "forward" not in vars(block):
             return type(block).forward(self, *args, **kwargs)
-        hooks = diffusers_hooks(block)
-        if not hooks and replaced_forward(block) is not None:
+        if replaced_forward(block) is not None:
             raise BadInput(
                 f"deep_cache runs a part of the layers of {type(block).__name__}, whose forward was replaced: remove "
                 "that first"
             )
+        hooks = diffusers_hooks(block)
         for hook in hooks:
             args, kwargs = hook.pre_forward(block, *args, **kwargs)
         output = type(block).forward(self, *args, **kwargs)
