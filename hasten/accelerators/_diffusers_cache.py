@@ -20,12 +20,14 @@ class DiffusersCache(Accelerator):
 
     Attributes:
         config_name: of the configuration of diffusers.
+        transformers: names of the classes that it is for; none: all with `enable_cache`.
         needs_timestep: it asks the pipeline for its present timestep.
     """
 
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
     config_name: ClassVar[str]
+    transformers: ClassVar[tuple[str, ...]] = ()
     needs_timestep: ClassVar[bool] = False
 
     def apply(self, denoiser: nn.Module, context: SamplingContext) -> NoReturn:

@@ -13,7 +13,7 @@ from ._diffusers_cache import DiffusersCache
 class SeaCache(DiffusersCache):
     """The residual of all blocks is reused while the accumulated change of the filtered input stays below a threshold.
 
-    For the transformers that diffusers has an adapter for (Cosmos 3, Wan).
+    For the transformers that diffusers knows the latents of: Cosmos 3 and, from text, Wan.
 
     Args:
         threshold: of the accumulated relative change.
@@ -34,6 +34,7 @@ class SeaCache(DiffusersCache):
     max_consecutive_cached: int = 2
     power_exp: float = 3.0
     config_name: ClassVar[str] = "SeaCacheConfig"
+    transformers: ClassVar[tuple[str, ...]] = ("Cosmos3OmniTransformer", "WanTransformer3DModel")
 
     def __post_init__(self) -> None:
         if self.residual_order not in (0, 1):

@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for specs, error, message in [
         (["first_block_cache", "taylor_seer_cache"], Conflict, "both claim 'features'"),
         (["first_block_cache", "compile"], BadInput, "combines with no other accelerator: compile"),
-        (["sea_cache"], BadInput, "sea_cache: diffusers cannot enable it on FluxTransformer2DModel|nothing to cache"),
+        (["sea_cache"], BadInput, "is for Cosmos3OmniTransformer and Wan.*, found FluxTransformer2DModel"),
     ]:
         with pytest.raises(error, match=message):
             hasten.accelerate(pipe, specs, steps=STEPS)

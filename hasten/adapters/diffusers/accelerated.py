@@ -14,6 +14,7 @@ from torch import nn
 
 from ...accelerators import WRAP, Call, ordered, with_defaults
 from ...errors import BadInput
+from ...nets.time_groups import TimeGroups
 from ...pick import format_spec
 from ...times import Explicit
 from .accelerated_forward import AcceleratedForward
@@ -42,9 +43,20 @@ class Accelerated:
 
     @staticmethod
     def wrap_pipeline(
-        pipe: Any, slot: str, net: nn.Module, accelerators: Sequence[Any], steps: int, seed: int, prompts: Any
+        pipe: Any,
+        slot: str,
+        net: nn.Module,
+        accelerators: Sequence[Any],
+        steps: int,
+        seed: int,
+        prompts: Any,
+        bounds: Sequence[float] | None = None,
     ) -> Any:
-        """A copy of the pipeline with the accelerated network in `slot`."""
+        """A copy of the pipeline with the accelerated network in `slot`.
+
+        Args:
+            bounds: of a network in integers: those of its time groups.
+        """
         component = vars(pipe).get(slot)
         if isinstance(component, Accelerated):
             raise BadInput(
@@ -60,6 +72,8 @@ class Accelerated:
         vars(new)[slot] = module  # not by setattr, which would change the pipeline's config: it is saved as before
         forward: AcceleratedForward = vars(module)["accelerated_forward"]
         forward.owner = weakref.ref(new)
+        if bounds is not None:
+            forward.source = forward.spec.denoiser(TimeGroups(forward.network, bounds)).eval()
         forward.calls = lambda times, all_times: pipeline_calls(pipe, times, all_times, prompts, seed)
         forward.prepare(steps)
         reuse_controlnet(new, forward)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,11 @@ from ...accelerators._diffusers_cache import DiffusersCache
 from ...errors import BadInput
 from ...pick import format_spec
 from .accelerated import Accelerated
+from .accelerator_list import parse_accelerators
 from .arguments import check_count
 from .library import is_pipeline, network_of
 from .native_caches import cached_pipeline, check_no_cache
+from .quantized_pipelines import save_quantized
 
 
 def accelerate(target: Any, accelerators: Any, context: Any = None, **options: Any) -> Any:
@@ -49,25 +50,6 @@ def accelerate(target: Any, accelerators: Any, context: Any = None, **options: A
             f"accelerate takes a Denoiser, or a pipeline of diffusers with steps= and prompts=, found {present}"
         )
     return accelerate_denoiser(target, parse_accelerators(accelerators), context)
-
-
-def parse_accelerators(accelerators: Any) -> list[Any]:
-    """A list of accelerators from one or several, as objects or texts.
-
-    Raises:
-        BadInput: for other objects.
-    """
-    from ...pick import pick
-
-    if isinstance(accelerators, str) or not isinstance(accelerators, Iterable):
-        accelerators = [accelerators]
-    methods = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
-    for one in methods:
-        if isinstance(one, (type, nn.Module)) or not callable(getattr(one, "apply", None)):
-            raise BadInput(
-                f"accelerators are objects of hasten.accelerators or texts such as 'deep_cache', found {one!r}"
-            )
-    return methods
 
 
 def accelerate_pipeline(
@@ -124,15 +106,26 @@ def save_accelerated(
 ) -> Any:
     """`save_pretrained` of an accelerated pipeline or its network: without the accelerators, with a warning.
 
+    A quantised pipeline is written in hasten's own form, since a folder of diffusers cannot hold integer layers:
+    `hasten.open_quantized` opens it.
+
     Raises:
-        BadInput: where accelerators replaced the weights: a folder of `diffusers` cannot hold integer layers.
+        BadInput: for the quantised network alone, and where it cannot be saved, see `save_quantized`.
     """
     names = [format_spec(one) for one in accelerators]
     again = f"hasten.accelerate(pipe, {names!r}) after loading"
+    if other_weights and is_pipeline(target):
+        if more or options:
+            raise BadInput(f"save_pretrained of a quantised pipeline takes only the folder, found {[*more, *options]}")
+        save_quantized(target, folder)
+        unsaved = [format_spec(one) for one in accelerators if with_defaults(one).stage != EXCHANGE]
+        wrapping = f", {unsaved!r}" if unsaved else ""
+        warnings.warn(f"saved for hasten.open_quantized({str(folder)!r}{wrapping}), not for diffusers", stacklevel=2)
+        return None
     if other_weights:
         raise BadInput(
-            f"save_pretrained would write the weights before {' and '.join(names)}, not those that run: save the "
-            f"original pipeline, and call {again}"
+            f"save_pretrained would write the weights before {' and '.join(names)}, not those that run: call it on "
+            f"the pipeline, or save the original and call {again}"
         )
     warnings.warn(f"saved without {' and '.join(names)}: call {again}", stacklevel=2)
     return type(target).save_pretrained(target, folder, *more, **options)

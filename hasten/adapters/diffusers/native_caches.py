@@ -17,7 +17,7 @@ from ...errors import BadInput
 from ...pick import format_spec
 from .accelerated import Accelerated
 from .library import diffusers
-from .network import copy_offload_hook, replaced_forward, separate, uncompiled
+from .network import copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
 
 __all__ = ["cached_pipeline", "check_no_cache", "enabled_cache"]
 
@@ -118,7 +118,10 @@ def check_pipeline(pipe: Any, method: DiffusersCache, slots: dict[str, nn.Module
                 f"{who}: the {type(inner).__name__} of diffusers {diffusers().__version__} has no enable_cache: use "
                 "encoder_propagation, where it has split points"
             )
-        if any(replaced_forward(module) is not None for module in inner.modules()) or "_diffusers_hook" in vars(inner):
+        if method.transformers and type(inner).__name__ not in method.transformers:
+            raise BadInput(f"{who} is for {' and '.join(method.transformers)}, found {type(inner).__name__}")
+        own = replaced_forward(inner) is not None or bool(diffusers_hooks(inner))
+        if own or any("forward" in vars(module) for module in inner.modules() if module is not inner):
             raise BadInput(
                 f"{who}: the {slot} has hooks or a replaced forward (offloading by groups, a patch): accelerate the "
                 "pipeline first, and enable offloading on what this returns"
