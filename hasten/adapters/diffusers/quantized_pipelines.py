@@ -45,10 +45,15 @@ def save_quantized(pipe: Any, folder: str | Path) -> None:
     forward = vars(net)["accelerated_forward"]
     holder = forward.source.net
     with forward.layers.exchanged():
+        if next(layers(holder), None) is None:
+            found = " and ".join(map(format_spec, forward.swapping)) or "no accelerator"
+            raise BadInput(f"only integer layers of quantize can be saved, found those of {found}")
         description = describe_network(holder)
         with torch.device("meta"):
-            expected = network_from_description(description).state_dict().keys()
-        if different := sorted(set(holder.state_dict()) ^ set(expected)):
+            plain = network_from_description({k: v for k, v in description.items() if k != "quantized"})
+        integers = tuple(f"{at}." for at, _ in layers(holder))
+        names = [{key for key in net.state_dict() if not key.startswith(integers)} for net in (holder, plain)]
+        if different := sorted(names[0] ^ names[1]):
             raise BadInput(
                 f"this {type(net).__name__} has other tensors than its config describes, first {different[0]}: fuse "
                 "LoRAs (pipe.fuse_lora(), pipe.unload_lora_weights()) before it is quantised; an IP-Adapter cannot be "
