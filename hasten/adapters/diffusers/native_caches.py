@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +88,12 @@ def cached_pipeline(
     check_pipeline(pipe, method, slots)
     new = copy.copy(pipe)
     for slot, net in slots.items():
+        if uncompiled(net) is not net:
+            warnings.warn(
+                f"the {slot} was compiled by torch.compile: {name} is enabled on the network inside it, which runs "
+                f"uncompiled: call torch.compile on the {slot} of what this returns",
+                stacklevel=4,
+            )
         vars(new)[slot] = own = without_registries(separate(uncompiled(net)))
         copy_offload_hook(own, uncompiled(net))
     config = method.options(steps)
