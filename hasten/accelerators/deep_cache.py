@@ -40,8 +40,9 @@ class DeepCache(Accelerator):
         power: of "around".
         budget: of "found": how many key steps, or below 1 which fraction of the evaluations; None: as many as
             "uniform".
-        branch: how many blocks of the finest level run at every evaluation, 0 (cheapest; the paper's) to all of them;
-            None: all, or those of a diffusers network.
+        branch: how many blocks of the finest level's encoder run at every evaluation, 0 (cheapest; the paper's) to all
+            of them, and one more of its decoder; None: all. On a U-Net of Stable Diffusion 1's size an evaluation
+            between key steps costs 8 % of a full one with 0, and 38 % with all.
         forecast: 0: features are reused; 1: they are linearly extrapolated from the last two key steps.
         samples: of the search: how many images.
         seed: of the first of them.

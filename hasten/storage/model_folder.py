@@ -16,6 +16,7 @@ from ..adapters.model_like import HasFiles, ModelLike
 from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..files import locked, remove_leftovers, temporary_path
+from ..nets.quantized import layers
 from ..plan.table import Plan
 from ..predictions import prediction_from
 from ..schedules.serialize import schedule_from_dict
@@ -101,13 +102,14 @@ def write_model(
     return folder
 
 
-def check_savable(model: ModelLike, network: bool = True) -> bool:
+def check_savable(model: ModelLike, network: bool = True, integers: bool = False) -> bool:
     """Refuse a model that could not be saved, before any work is done on it.
 
     Args:
         model: to save.
         network: its network stays of its kind; False: it will be saved with one that diffusers cannot express (integer
             layers, an exported graph, further inputs).
+        integers: these are integer layers, which are saved with the other components of a pipeline.
 
     Returns:
         Whether it is saved as the folder of a pipeline.
@@ -123,11 +125,11 @@ def check_savable(model: ModelLike, network: bool = True) -> bool:
             if why := save_refusal(net):
                 raise BadInput(f"{model.name} cannot be saved: {why}")
             return True
-    if model.conditioning is not None:
+    integers = integers or next(layers(net), None) is not None
+    if model.conditioning is not None and not (integers and model.pipeline is not None):
         raise BadInput(
             f"{model.name} takes prompts: its network can only be saved in its pipeline's folder, and diffusers has no "
-            "place there for integer layers, exported graphs or further inputs: use them within a program, as in "
-            "hasten.accelerate(pipe, 'quantize:weights=8')"
+            "place there for exported graphs or further inputs: use them within a program"
         )
     denoiser = model.denoiser if isinstance(model.denoiser, Denoiser) else None
     check_reopens(model.name, net, denoiser, tuple(model.shape), model.classes is not None)
@@ -250,6 +252,8 @@ def read_fields(
     if not isinstance(description, dict) or description.get("schema") != SCHEMA:
         schema = description.get("schema") if isinstance(description, dict) else type(description).__name__
         raise BadInput(f"{folder / DESCRIPTION} has schema {schema!r}, this version of hasten reads {SCHEMA}")
+    if "pipeline" in description and "schedule" not in description:
+        raise BadInput(f"{folder} holds a quantised pipeline of diffusers: open it with hasten.open_quantized")
     try:
         base = None
         if "slot" in description["net"]:
@@ -277,6 +281,8 @@ def read_fields(
         )
         weights = folder / description["weights"]["file"]
         check_shapes(fields)
+        if description.get("pipeline"):
+            fields |= components_in(folder, description, net)
     except KeyError as e:
         raise BadInput(f"{folder / DESCRIPTION} lacks {e}") from e
     except BadInput:
@@ -324,6 +330,15 @@ def decoder_in(folder: Path, description: dict[str, Any]) -> Any:
     from ..adapters.diffusers.saving import open_decoder
 
     return open_decoder(folder)
+
+
+def components_in(folder: Path, description: dict[str, Any], net: torch.nn.Module) -> dict[str, Any]:
+    """The text encoders and the image decoder of a model of prompts whose network is in integers."""
+    from ..adapters.diffusers.components import inner_network, open_components, prompts_and_decoder
+
+    pipe = open_components(folder, description["pipeline"], inner_network(net))
+    conditioning, decoder = prompts_and_decoder(pipe, *description["shape"][1:])
+    return {"conditioning": conditioning, "decoder": decoder, "pipeline": pipe}
 
 
 def plan_in(folder: Path, file: str) -> Plan:

@@ -87,6 +87,11 @@ class FeatureReuse(Wrapper):
         """
         return 1 / (1 - fraction * (1 - len(self.keys) / len(self.times)))
 
+    @property
+    def next_is_key(self) -> bool:
+        """Whether the next evaluation is a key step, as long as its conditions are those of the last one."""
+        return not self._cache or self._at in self._is_key
+
     def store(self, k: int, features: Any) -> None:
         """Cache the features of key step k; where they are extrapolated, also those of the key step before."""
         self._cache = [*self._cache[-1:], (k, features)] if self.forecast else [(k, features)]

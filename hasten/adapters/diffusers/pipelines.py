@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import BadInput
-from .conditions import Latents, Prompts
+from .components import prompts_and_decoder
 from .library import INDEX, diffusers, is_pipeline, network_of, without_expected_messages, without_loading_bars
 from .loadable import check_loadable, needs_image
 from .network import separate_unhooked
@@ -73,9 +73,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     height, width = (side, side) if isinstance(side, int) else side
     patch = int(config.get("patch_size") or 1)
     spec = read_scheduler(pipe.scheduler, mu=mu_of(pipe.scheduler, (height // patch) * (width // patch)))
-    vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
-    factor = 1 if vae is None else getattr(pipe, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1))
-    prompts = Prompts(pipe, (height * factor, width * factor)) if hasattr(pipe, "encode_prompt") else None
+    prompts, decoder = prompts_and_decoder(pipe, height, width)
     denoiser = spec.denoiser(split).eval()
     classes = None if prompts is not None else classes_of(pipe, split)
     guidable = prompts is not None or denoiser.null_label is not None
@@ -91,12 +89,12 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         name or Path(str(pipe.config.get("_name_or_path") or type(pipe).__name__)).name,
         (int(config.in_channels), int(height), int(width)),
         classes=classes,
-        codec="image" if vae is None else "latent",
+        codec="image" if decoder is None else "latent",
         steps=20,
         guidance_scale=float(default.default) if default is not None and guidable else 1.0,
         card=card,
         conditioning=prompts,
-        decoder=None if vae is None else Latents(vae),
+        decoder=decoder,
         pipeline=pipe,
     )
     return model if device is None else model.to(device)
