@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser, Wrapper, to_x0
-from ..errors import BadInput, check_choice
+from ..errors import BadInput, check_choice, check_numbers
 from ..predictions import Prediction, spread
 from . import WRAP, Accelerator, SamplingContext
 from ._caching.split import same_conditions
@@ -55,6 +55,7 @@ class OutputCache(Accelerator):
     rescale: tuple[float, ...] = (1.0, 0.0)
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
+    negative: ClassVar[tuple[str, ...]] = ("rescale",)
 
     def __post_init__(self) -> None:
         check_choice("output_cache rule", self.rule, tuple(RULES))
@@ -65,6 +66,7 @@ class OutputCache(Accelerator):
             raise BadInput(f"output_cache: warmup of {self.rule} is {least} or more, found {self.warmup}")
         if not self.rescale:
             raise BadInput("output_cache: rescale holds one coefficient or more, found none")
+        check_numbers(self)
 
     def apply(self, denoiser: nn.Module, context: SamplingContext) -> nn.Module:
         """The denoiser that reuses its outputs.
@@ -156,26 +158,29 @@ class OutputCached(Wrapper):
             return True
         if self._at < method.warmup or (self.queries is not None and self._at >= self.queries - 1):
             return True
-        step = _mean(z - last)
         if method.rule == "teacache":
-            self._change += _polynomial(method.rescale, step / max(_mean(last), 1e-30))
+            step, size = _means(z - last, last)
+            self._change += _polynomial(method.rescale, step / size)
         elif self._rate is None:
             return True
         else:
-            self._change += self._rate * step / max(_mean(self._saved[1]), 1e-30)
+            step, size = _means(z - last, self._saved[1])
+            self._change += self._rate * step / size
         return not self._change < method.threshold
 
     def _measure(self, z: Tensor, raw: Tensor) -> None:
         """After a run of the network: its rate of change, and no accumulated change."""
         if self._saved is not None and self._saved[0].shape == z.shape:
-            moved = _mean(z - self._saved[0])
-            self._rate = _mean(raw - self._saved[1]) / moved if moved > 0 else None
+            changed, moved = _means(raw - self._saved[1], z - self._saved[0])
+            self._rate = changed / moved
         self._saved, self._change = (z, raw.clone()), 0.0  # a network may use its output buffer again
 
 
-def _mean(x: Tensor) -> float:
-    """The mean magnitude of the entries, as a number of this process: it waits for the device."""
-    return float(x.abs().mean(dtype=torch.float32 if x.dtype != torch.float64 else None))
+def _means(*tensors: Tensor) -> list[float]:
+    """The mean magnitudes of tensors, above 0, as numbers of this process: it waits once for the device."""
+    means = torch.stack([x.abs().mean(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors])
+    values: list[float] = means.clamp_min(1e-30).tolist()
+    return values
 
 
 def _polynomial(coefficients: Sequence[float], x: float) -> float:

@@ -24,7 +24,7 @@ __all__ = ["FeatureRecord", "fit_weights", "improve_key_steps", "record_features
 ENTRIES = 1024  # of a sample's features that are recorded, of every tensor
 RIDGE = 1e-6  # of the fitted weights, relative to the mean square of the features
 MOVES = (-1, 1, -2, 2, -4, 4)  # of a key step in the search
-ROUNDS = 8
+ROUNDS = 20
 
 
 def resolve_reuse(
@@ -261,14 +261,11 @@ def improve_key_steps(start: Sequence[int], queries: int, cost: Callable[[Sequen
     for _ in range(ROUNDS):
         before = best
         for number in range(1, len(keys)):
-            for move in MOVES:
-                moved = keys[number] + move
-                if moved in keys or not 0 < moved < queries:
-                    continue
-                candidate = tuple(sorted({*keys[:number], *keys[number + 1 :], moved}))
+            others = {*keys[:number], *keys[number + 1 :]}
+            moved = [keys[number] + move for move in MOVES if 0 < keys[number] + move < queries]
+            for candidate in [tuple(sorted({*others, key})) for key in moved if key not in others]:
                 if (found := cost(candidate)) < best:
                     keys, best = candidate, found
-                    break
         if best >= before:
             break
     return keys
