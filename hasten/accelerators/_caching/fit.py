@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...denoiser import Denoiser, to_x0
 from ...errors import BadInput
-from .forecast import Extrapolation, Weights, angles
+from .forecast import Extrapolation, Weights, angles, combine
 from .keys import cheapest_key_steps, check_key_steps, key_step_count
 from .search import ErrorGains, Run, search_key_steps
 
@@ -25,6 +25,7 @@ ENTRIES = 1024  # of a sample's features that are recorded, of every tensor
 RIDGE = 1e-6  # of the fitted weights, relative to the mean square of the features
 MOVES = (-1, 1, -2, 2, -4, 4)  # of a key step in the search
 ROUNDS = 20
+MEASURED = 2  # how often the search is repeated with gains measured at its own key steps
 
 
 def resolve_reuse(
@@ -70,7 +71,11 @@ def resolve_reuse(
     forecast = _Forecast(record, Extrapolation(extrapolate, at))
     if keys is None:
         start = cheapest_key_steps(_reuse_costs(forecast, count), count)
-        keys = check_key_steps(improve_key_steps(start, N, forecast.cost), N, who)
+        keys = improve_key_steps(start, N, forecast.cost)
+        for _ in range(MEASURED):
+            forecast = forecast.measured(keys)
+            keys = improve_key_steps(keys, N, forecast.cost)
+        keys = check_key_steps(keys, N, who)
     return keys, fit_weights(record, keys, at) if extrapolate == "fitted" else forecast.extrapolation
 
 
@@ -82,10 +87,14 @@ class FeatureRecord:
             model evaluations, relative to their mean square.
         gains: (N,), for each evaluation how much an error of its features changes the final samples: mean squared
             error per relative squared error of the features, summed over the tensors.
+        measure: `measure(keys, extrapolation)`, the mean squared errors (N,) of the final samples by the features of
+            each evaluation; 0 at the key steps.
     """
 
-    def __init__(self, grams: Tensor, gains: Tensor) -> None:
-        self.grams, self.gains = grams, gains
+    def __init__(
+        self, grams: Tensor, gains: Tensor, measure: Callable[[Sequence[int], Extrapolation], Tensor] | None = None
+    ) -> None:
+        self.grams, self.gains, self.measure = grams, gains, measure
 
     def errors(self, weights: Tensor, k: int, nodes: Sequence[int]) -> Tensor:
         """The relative squared errors (L,) of `sum_j w_j F_j` at evaluation k.
@@ -134,37 +143,53 @@ def record_features(
         BadInput: where nothing can be sampled, and for too few model evaluations.
     """
     times, calls = context.required(who), context.calibration(who, samples, seed)
-    if len(calls) != len(times):
+    N = len(times)
+    if len(calls) != N:
         raise BadInput(
-            f"{who} cannot calibrate: the calibration samples took {len(calls)} model evaluations, expected "
-            f"{len(times)}"
+            f"{who} cannot calibrate: the calibration samples took {len(calls)} model evaluations, expected {N}"
         )
+
+    def evaluate(j: int, features: Any = None) -> tuple[Any, Tensor]:
+        x, t, cond = calls[j]
+        c_in, c_skip, c_out, clock = denoiser._coefficients(t, x)
+        features, raw = run(*denoiser._inputs(x, c_in, clock), cond, features)
+        return features, to_x0(x, raw.to(x.dtype), c_skip, c_out)
+
     generator = torch.Generator().manual_seed(0)
     rows: list[list[Tensor]] = []
     chosen: list[Tensor] = []
-    changes, exact, before = [], torch.empty(0), None
-    for x, t, cond in calls:
-        c_in, c_skip, c_out, clock = denoiser._coefficients(t, x)
-        inputs = denoiser._inputs(x, c_in, clock)
-        features, raw = run(*inputs, cond, None)
-        exact = to_x0(x, raw.to(x.dtype), c_skip, c_out)
-        if before is None:
-            changes.append(torch.zeros_like(exact))
-        else:
-            changes.append(to_x0(x, run(*inputs, cond, before)[1].to(x.dtype), c_skip, c_out) - exact)
+    exact: list[Tensor] = []
+    changes: list[Tensor] = []
+    before = None
+    for j in range(N):
+        features, x0 = evaluate(j)
+        exact.append(x0)
+        changes.append(x0 - x0 if before is None else evaluate(j, before)[1] - x0)
         before, leaves = features, _tensors(features)
         if not chosen:
             chosen = [torch.randperm(leaf[0].numel(), generator=generator)[:ENTRIES] for leaf in leaves]
-        rows.append(
-            [leaf.flatten(1)[:, kept.to(leaf.device)].float().cpu() for leaf, kept in zip(leaves, chosen, strict=True)]
-        )
+        rows.append([leaf.flatten(1)[:, kept.to(leaf.device)].cpu() for leaf, kept in zip(leaves, chosen, strict=True)])
+    weigh = ErrorGains(exact[-1], times, denoiser.schedule)
+
+    def final(error: Tensor, j: int) -> Tensor:
+        return weigh(error.flatten(1), j).square().mean().double().cpu()
+
+    def measure(keys: Sequence[int], extrapolation: Extrapolation) -> Tensor:
+        cache: list[tuple[int, Any]] = []
+        errors = torch.zeros(N, dtype=torch.float64)
+        for j in range(N):
+            if j in keys:
+                cache = [*cache, (j, evaluate(j)[0])][-extrapolation.history :]
+                continue
+            weights = extrapolation.weights(j, tuple(k for k, _ in cache))
+            errors[j] = final(evaluate(j, combine([f for _, f in cache], [weights]))[1] - exact[j], j)
+        return errors
+
     grams = torch.stack([_gram(torch.stack([row[number] for row in rows])) for number in range(len(chosen))])
-    weigh = ErrorGains(exact, times, denoiser.schedule)
-    square = torch.stack([weigh(change.flatten(1), j).square().mean().cpu() for j, change in enumerate(changes)])
-    record = FeatureRecord(grams, square.double())
+    record = FeatureRecord(grams, torch.ones(N, dtype=torch.float64), measure)
     one = torch.ones(1, 1, dtype=torch.float64)
-    relative = torch.stack([record.errors(one, j, [max(j - 1, 0)]).sum() for j in range(len(times))])
-    record.gains = record.gains / relative.clamp_min(1e-12)
+    relative = torch.stack([record.errors(one, j, [max(j - 1, 0)]).sum() for j in range(N)])
+    record.gains = torch.stack([final(change, j) for j, change in enumerate(changes)]) / relative.clamp_min(1e-12)
     return record
 
 
@@ -223,6 +248,26 @@ class _Forecast:
             square = self.record.gains[k] * self.record.errors(weights, k, nodes).sum()
             self._known[k, nodes] = math.sqrt(float(square))
         return self._known[k, nodes]
+
+    def measured(self, keys: Sequence[int]) -> _Forecast:
+        """The same with gains measured at the errors that these key steps leave, where the record can do that.
+
+        Errors of a forecast are not those of the reuse from which the gains were measured at first.
+        """
+        record, N = self.record, len(self.record.gains)
+        if record.measure is None:
+            return self
+        fitted = self.extrapolation.kind == "fitted"
+        used = fit_weights(record, keys, self.extrapolation.angles) if fitted else self.extrapolation
+        errors, ratios = record.measure(keys, used), torch.full((N,), math.nan, dtype=torch.float64)
+        for k in range(N):
+            nodes = tuple(key for key in keys if key <= k)[-used.history :]
+            if k not in keys:
+                ratios[k] = errors[k] / max(self.error(k, nodes) ** 2, 1e-30)
+        for k in sorted(keys, reverse=True):  # where nothing was measured: as at the evaluation after, or before
+            near = [ratios[j] for j in (*range(k + 1, N), *range(k - 1, -1, -1)) if not math.isnan(float(ratios[j]))]
+            ratios[k] = near[0] if near else 1.0
+        return _Forecast(FeatureRecord(record.grams, record.gains * ratios, record.measure), self.extrapolation)
 
     def cost(self, keys: Sequence[int]) -> float:
         """The sum over groups of the square of the sum of their errors: within a group these point the same way."""
