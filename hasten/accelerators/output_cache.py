@@ -128,7 +128,7 @@ class OutputCached(Wrapper):
 
     def _evaluate(self, x_t: Tensor, t: Tensor | float, cond: dict[str, Any]) -> tuple[Tensor, tuple[Any, Any, Any]]:
         """The raw output in the dtype of `x_t`, and the coefficients of the prediction."""
-        at = torch.as_tensor(t, dtype=torch.float64)
+        at = torch.as_tensor(t.cpu() if isinstance(t, Tensor) else t, dtype=torch.float64)  # MPS has no float64
         schedule = self.denoiser.schedule
         numbers = self._terms.coefficients(schedule.alpha(at), schedule.sigma(at))
         c_in, c_skip, c_out = (float(c) for c in numbers) if at.ndim == 0 else (spread(c, x_t) for c in numbers)

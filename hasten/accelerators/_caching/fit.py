@@ -172,7 +172,7 @@ def record_features(
     weigh = ErrorGains(exact[-1], times, denoiser.schedule)
 
     def final(error: Tensor, j: int) -> Tensor:
-        return weigh(error.flatten(1), j).square().mean().double().cpu()
+        return weigh(error.flatten(1), j).square().mean().cpu().double()
 
     def measure(keys: Sequence[int], extrapolation: Extrapolation) -> Tensor:
         cache: list[tuple[int, Any]] = []
