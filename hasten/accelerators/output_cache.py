@@ -135,7 +135,7 @@ class OutputCached(Wrapper):
         z = x_t if isinstance(c_in, float) and c_in == 1.0 else (c_in * x_t).to(x_t.dtype)
         if self._saved is not None and not self._must_run(z, cond):
             before, raw = self._saved
-            raw = raw if RULES[self.method.rule] == "output" else raw + (z - before)
+            raw = raw if RULES[self.method.rule] == "output" else _shifted(raw, z - before)
         else:
             raw = self._run(x_t, t, cond, c_skip, c_out)
             self._measure(z, raw)
@@ -174,6 +174,14 @@ class OutputCached(Wrapper):
             changed, moved = _means(raw - self._saved[1], z - self._saved[0])
             self._rate = changed / moved
         self._saved, self._change = (z, raw.clone()), 0.0  # a network may use its output buffer again
+
+
+def _shifted(raw: Tensor, change: Tensor) -> Tensor:
+    """`raw + change`; further channels of a learned variance stay as they are."""
+    channels = change.shape[1] if change.ndim > 1 else 0
+    if raw.shape == change.shape:
+        return raw + change
+    return torch.cat([raw[:, :channels] + change, raw[:, channels:]], 1)
 
 
 def _means(*tensors: Tensor) -> list[float]:
