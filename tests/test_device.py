@@ -209,7 +209,8 @@ def test_an_accelerator(name: str) -> None:
         assert (made - expected).square().mean().sqrt() < 0.03
     else:
         close(made, expected)
-        assert device.count("wait") <= 4, device.lines()
+        # an output-level cache decides by the values it sees: once an evaluation, and once after a run of the network
+        assert device.count("wait") <= (28 if name == "output_cache" else 4), device.lines()
 
 
 # ---- tuners ----
