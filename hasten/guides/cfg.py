@@ -168,6 +168,33 @@ class GuidedDenoiser(Wrapper):
         outputs = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)
         return self._combined(outputs, x_t, t, inside)
 
+    def branch(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        *,
+        uncond: bool = False,
+        both: bool = False,
+        label: Tensor | None = None,
+        **cond: Any,
+    ) -> Any:
+        """x0 (B, *S) of the conditional branch alone; used by plans that say which branch each evaluation asks.
+
+        Args:
+            x_t: (B, *S).
+            t: () or (B,).
+            uncond: of the unconditional branch.
+            both: the pair (conditional, unconditional), from one batch of 2 B rows.
+            label, cond: as in `forward`.
+
+        Raises:
+            BadInput: without a condition to guide towards.
+        """
+        if both:
+            outputs = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **self._both(x_t, label, cond))
+            return outputs.chunk(2)
+        return self.denoiser(x_t, t, **(self._null(label, cond) if uncond else self._alone(label, cond)))
+
     def features(
         self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -212,20 +239,27 @@ class GuidedDenoiser(Wrapper):
         """The conditions of the conditional branch."""
         return {key: value for key, value in self._conditions(label, cond).items() if not key.startswith("null_")}
 
+    def _null(self, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
+        """The conditions of the unconditional branch."""
+        null = {}
+        for key, value in self._alone(label, cond).items():
+            if f"null_{key}" in cond:
+                null[key] = cond[f"null_{key}"]
+            elif key == "label" and self.denoiser.null_label is not None:
+                null[key] = torch.full_like(value, self.denoiser.null_label)
+            else:
+                null[key] = value
+        return null
+
     def _both(self, x_t: Tensor, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
         """The conditions of the 2 B rows: conditional, and without a class or with the null counterpart of each
         condition."""
         states: dict[str, Any] = {key: _state(value) for key, value in self._conditions(label, cond).items()}
         if self._last is not None and self._last[0] == {**states, "": len(x_t)}:
             return dict(self._last[1])  # the same tensors as before, which accelerators recognise without comparing
-        both = {}
+        both, null = {}, self._null(label, cond)
         for key, value in self._alone(label, cond).items():
-            if f"null_{key}" in cond:
-                both[key] = torch.cat([value, cond[f"null_{key}"]])
-            elif key == "label" and self.denoiser.null_label is not None:
-                both[key] = torch.cat([value, torch.full_like(value, self.denoiser.null_label)])
-            else:
-                both[key] = _doubled(value, len(x_t))
+            both[key] = _doubled(value, len(x_t)) if null[key] is value else torch.cat([value, null[key]])
         comparable = all(state is not None for state in states.values())
         self._last = ({**states, "": len(x_t)}, both) if comparable else None
         return dict(both)

@@ -97,6 +97,11 @@ def resolve(
     inner: nn.Module = model.denoiser
     if methods:
         inner = accelerated(methods, plan, config)
+        if plan is not None and plan.branches is not None and any(hasattr(type(m), "reset") for m in inner.modules()):
+            raise BadInput(
+                "this plan evaluates the branches of guidance one by one, which accelerators that keep state from one "
+                f"evaluation to the next would mix: leave out {', '.join(map(method_text, methods))}, or the plan"
+            )
     complete = completed(model, config, plan, times, precision)
     for one in methods:
         if plan is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..plan.branches import branch_evaluator
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
@@ -85,6 +86,7 @@ class PlanParametrization:
             raise BadInput(f"{base.sampler} draws noise in its steps: only a deterministic plan can be fitted")
         self.schedule = schedule_from_dict(base.schedule)
         self.sampler, self.spec = base.sampler, base.schedule
+        self.branches, self.guidance_scale = base.branches, base.guidance_scale
         self.K, self.teleport, self.shift = base.nfe, teleport, shift
         self.top = base.times[0].detach() if top is None else torch.tensor(top, dtype=torch.float64)
         self.end = base.times[-1].detach()
@@ -153,6 +155,8 @@ class PlanParametrization:
             sampler=f"fitted:{self.sampler}",
             schedule=self.spec,
             begin=float(self.top) if self.teleport else None,
+            branches=self.branches,
+            guidance_scale=self.guidance_scale,
         )
 
     def steps(self, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,8 +233,9 @@ def run_plan(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Te
         The K + 1 states and K model outputs.
     """
     states, outputs = [x * plan.start[0]], []
+    evaluate = branch_evaluator(denoiser, plan)
     for k in range(plan.nfe):
-        outputs.append(denoiser(states[k], plan.times[k], **cond))
+        outputs.append(evaluate(k, states[k], plan.times[k], cond))
         state = plan.a[k] * states[k]
         for j in range(k + 1):
             state = state + plan.B[k, j] * outputs[j]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.branches import branch_evaluator
 from ._reference import FineTrajectories
 from ._rows import PlanCoefficients, PlanParametrization, coordinate, time_at
 
@@ -46,10 +47,11 @@ def fit_rows(
     plan, (_, b) = rows.compose(n), rows.steps(n.level)
     start, end, cond = fine.select(samples)
     x, D = start * plan.start[0], rows.base.clone()
+    evaluate = branch_evaluator(denoiser, plan)
     outputs: list[Tensor] = []
     for k in range(rows.K):
         batches = [
-            denoiser(x[i : i + batch], n.query[k], **{c: v[i : i + batch] for c, v in cond.items()})
+            evaluate(k, x[i : i + batch], n.query[k], {c: v[i : i + batch] for c, v in cond.items()})
             for i in range(0, len(x), batch)
         ]
         outputs.append(torch.cat(batches).to(x.dtype))
