@@ -161,12 +161,19 @@ class GuidedDenoiser(Wrapper):
         Raises:
             BadInput: without a condition to guide towards.
         """
+        return self.with_cond(x_t, t, label=label, **cond)[0]
+
+    def with_cond(
+        self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor]:
+        """x0 under guidance and that of the conditional branch alone, each (B, *S)."""
         inside = self._inside(t)
         if inside is False:
-            return self.denoiser(x_t, t, **self._alone(label, cond))
+            alone = self.denoiser(x_t, t, **self._alone(label, cond))
+            return alone, alone
         both = self._both(x_t, label, cond)
         outputs = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)
-        return self._combined(outputs, x_t, t, inside)
+        return self._combined(outputs, x_t, t, inside), outputs.chunk(2)[0]
 
     def branch(
         self,
@@ -267,10 +274,14 @@ class GuidedDenoiser(Wrapper):
     def _combined(self, outputs: Tensor, x_t: Tensor, t: Tensor | float, inside: bool | Tensor) -> Tensor:
         """x0 under guidance from the outputs (2 B, *S) of both branches."""
         x0_cond, x0_uncond = outputs.chunk(2)
-        guided = x0_uncond + self.guide.scale * (x0_cond - x0_uncond)
+        guided = self._mixed(x0_cond, x0_uncond, x_t, t)
         if self.guide.rescale:
             guided = self._rescaled(guided, x0_cond, x_t, t)
         return guided if inside is True else torch.where(spread(inside, x_t).bool(), guided, x0_cond)
+
+    def _mixed(self, x0_cond: Tensor, x0_uncond: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
+        """x0 under guidance from both branches."""
+        return x0_uncond + self.guide.scale * (x0_cond - x0_uncond)
 
     def _inside(self, t: Tensor | float) -> bool | Tensor:
         """Whether the time is in the interval: a bool for one time, (B,) bools for several of which some are."""
@@ -298,6 +309,23 @@ class GuidedDenoiser(Wrapper):
         ratio = torch.where(std > 0, target / std, 1.0)  # a constant output has no contrast
         phi = self.guide.rescale
         return skipped + spread(scale, x_t) * (phi * ratio * output + (1 - phi) * output)
+
+
+class Remixed(GuidedDenoiser):
+    """Base of denoisers that combine both branches in another way: they define `_mixed`.
+
+    Args:
+        guided: the denoiser under `CFG` whose scale, interval and rescaling they use.
+    """
+
+    branch: Any = None  # plans over both branches are made for plain guidance
+
+    def __init__(self, guided: GuidedDenoiser) -> None:
+        super().__init__(guided.denoiser, guided.guide)
+
+    def raw(self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """Raises BadInput: the combination is one of x0."""
+        raise BadInput("the network's own output under guidance is known for plain guidance only")
 
 
 class _State:

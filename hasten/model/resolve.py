@@ -25,6 +25,7 @@ from ..plan.table import Plan
 from ..sampling import bind_method, wrap_denoiser
 from ..schedules.base import Schedule
 from ..times import Explicit, as_times, check_times
+from .weak import with_weak_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,7 +160,7 @@ def guided(model: ModelLike, denoiser: nn.Module, guidance_scale: float | None, 
         raise BadInput(f"{model.name} has no classes to guide towards: guidance_scale must be 1, got {scale:g}")
     denoiser = CFG(scale=float(scale)).wrap(denoiser)
     for guide in guides:
-        denoiser = bound(model, "guides", guide).wrap(denoiser)
+        denoiser = with_weak_model(bound(model, "guides", guide), model).wrap(denoiser)
     return denoiser
 
 

@@ -27,8 +27,8 @@ class GuidedPlan(FittedPlan):
     Classifier-free guidance costs two evaluations a step and asks both branches at one state. Here every evaluation
     has a state, a time and coefficients of its own, so that the scale too may differ from row to row, and only some of
     them ask the unconditional branch. All is fitted as in `FittedPlan`, to the fine solution *under guidance*. The
-    starts are guidance in every step, and in some steps with the last difference in the others (`guided_plan`), for each
-    number of unconditional evaluations; the best is kept.
+    starts are guidance in every step, and in some steps with the last difference in the others (`guided_plan`), for
+    each number of unconditional evaluations; the best is kept.
 
     The plan is for one guidance scale. Its NFE counts single branches: one of 12 costs what 6 guided steps cost.
 
