@@ -59,7 +59,7 @@ class Mixture:
         self.x = torch.from_numpy(np.random.default_rng(0).standard_normal((STARTS, *self.shape)))
         self.label = torch.arange(STARTS) % 3
         self.end = self.run(plan(UniPC(3), schedule, UniformLambda(low=0.002)(schedule, 256)))
-        self.options = GuidedPlan(held_out=256, iterations=80, warm=2, starts=2, batch=1024)
+        self.options = GuidedPlan(held_out=256, iterations=60, warm=2, batch=1024)
         self.n = 512
 
     def run(self, table: Plan) -> Tensor:

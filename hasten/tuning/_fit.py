@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..plan.table import Plan
+from ._basis import data_basis
 from ._finish import fit_last_row
-from ._reference import fine_trajectories
+from ._reference import FineTrajectories, fine_trajectories
 from ._rows import PlanCoefficients, PlanParametrization, coordinate, difference_grams, run_plan
 from ._sweep import fit_rows, pattern_search
 from ._task import Tuned, TuningTask
@@ -45,25 +46,19 @@ class PlanFit:
         self.options, self.task, self.denoiser = options, task, task.denoiser
         self.quantile = figure_of(options.figure)
         n = task.n or 128
-        count = n + options.held_out
-        self.calibration, self.held_out = slice(0, n), slice(n, count)
+        self.calibration, self.held_out = slice(0, n), slice(n, n + options.held_out)
         self.top = float(task.times[0])
-        low = min(float(task.times[-2]), 0.03) if options.low is None else options.low
         dtype = next((p.dtype for p in task.denoiser.parameters()), torch.float64)
-        x = task.noise(0, count, dtype).initial() * float(task.schedule.prior_std(self.top))
-        self.fine = fine_trajectories(
-            task.denoiser,
-            x,
-            task.cond(count),
-            start=self.top,
-            low=low,
-            end=float(task.times[-1]),
-            steps=options.fine,
-            batch=options.batch,
-            keep=options.gradient == "frozen" or options.warm > 0,
-            tick=lambda done, total: task.tick("fine trajectories", done, total, 0.0),
-        )
+        self.keep = options.gradient == "frozen" or options.warm > 0
+        self.weight = torch.ones(n, dtype=torch.float64)
+        pool = max(options.pool, n)
+        self.pool = pool if pool > n else 0
+        count = pool + options.held_out
+        self.x = task.noise(0, count, dtype).initial() * float(task.schedule.prior_std(self.top))
+        self.cond = task.cond(count)
+        self.fine = self.solve(torch.arange(count), self.keep and not self.pool)
         self.low = float(self.fine.times[-1])
+        self.basis = data_basis(self.fine.end, options.directions) if options.directions else None
         self.tau = math.inf
         self.done = 0
 
@@ -75,7 +70,10 @@ class PlanFit:
             candidates: plans to start from, by name, the sampler on its grid first.
             baseline: the plan of the sampler, for the figures.
         """
-        starts = self.starts(candidates)
+        candidates = list(candidates)
+        if self.pool:
+            self.draw_hard_starts(self.starts(candidates, slice(0, self.pool))[0][1])
+        starts = self.starts(candidates, self.calibration)
         initial = starts[0][1].plan(starts[0][1].initial)
         best = [
             (self.figure(rows.plan(rows.initial)), name, rows.plan(rows.initial)) for name, rows in starts[:COMPARED]
@@ -115,7 +113,7 @@ class PlanFit:
 
     def fit_last_row(self, fitted: Plan, free: Tensor, weight: float) -> Plan:
         """The plan with its last row fitted to the statistics of real images, on further noises."""
-        task, batch, first = self.task, self.options.batch, self.held_out.stop
+        task, batch, first = self.task, self.options.batch, len(self.x)
         assert task.images is not None
         outputs = []
         for i in range(0, FINISH, batch):
@@ -132,9 +130,48 @@ class PlanFit:
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
-    def starts(self, candidates: Iterable[tuple[str, Plan]]) -> list[tuple[str, PlanParametrization]]:
-        """The candidates, closest to the fine solution first; those that cannot be fitted are left out."""
-        samples = slice(0, min(max(START_SAMPLES, self.calibration.stop // 8), self.calibration.stop))
+    def solve(self, index: Tensor, keep: bool) -> FineTrajectories:
+        """The fine trajectories of these of all noises."""
+        task, options, times = self.task, self.options, self.task.times
+        return fine_trajectories(
+            task.denoiser,
+            self.x[index.to(self.x.device)],
+            {key: value[index.to(value.device)] for key, value in self.cond.items()},
+            start=self.top,
+            low=min(float(times[-2]), 0.03) if options.low is None else options.low,
+            end=float(times[-1]),
+            steps=options.fine,
+            batch=options.batch,
+            keep=keep,
+            tick=lambda done, total: task.tick("fine trajectories", done, total, 0.0),
+        )
+
+    def draw_hard_starts(self, rows: PlanParametrization) -> None:
+        """Choose the calibration samples from the pool: half are those that this plan gets wrong most, half any others.
+
+        Weights make means over them those of the pool. Samples that end in another mode are rare and rule a mean: so
+        there are many of them.
+        """
+        n, pool = self.calibration.stop, self.pool
+        errors = self.run_over(rows.plan(rows.initial), slice(0, pool), square).cpu()
+        order = errors.argsort(descending=True)
+        generator = torch.Generator().manual_seed(self.task.seed)
+        hard, others = order[: n // 2], order[n // 2 :]
+        others = others[torch.randperm(len(others), generator=generator)[: n - n // 2]]
+        weight = torch.cat([torch.ones(n // 2), torch.full((len(others),), (pool - n // 2) / len(others))]) * (n / pool)
+        shuffled = torch.randperm(n, generator=generator)
+        self.weight = weight.double()[shuffled]
+        index = torch.cat([torch.cat([hard, others])[shuffled], torch.arange(pool, pool + self.options.held_out)])
+        self.fine = self.solve(index, self.keep)
+
+    def starts(self, candidates: Iterable[tuple[str, Plan]], of: slice) -> list[tuple[str, PlanParametrization]]:
+        """The candidates, closest to the fine solution first; those that cannot be fitted are left out.
+
+        Args:
+            candidates: plans by name.
+            of: compared on the first of these samples.
+        """
+        samples = slice(0, min(max(START_SAMPLES, of.stop // 8), of.stop))
         starts: list[tuple[float, int, str, PlanParametrization]] = []
         for name, compiled in candidates:
             rows = self.rows(compiled)
@@ -160,7 +197,12 @@ class PlanFit:
         """The parametrisation around a plan."""
         options = self.options
         rows = PlanParametrization(
-            compiled, top=self.top, teleport=options.teleport, shift=options.shift, answers=options.answers
+            compiled,
+            top=self.top,
+            teleport=options.teleport,
+            shift=options.shift,
+            answers=options.answers,
+            basis=self.basis,
         )
         rows.highest = float(coordinate(self.task.schedule, self.fine.times[-1]))
         return rows
@@ -184,7 +226,8 @@ class PlanFit:
 
     def distance(self, compiled: Plan, samples: slice) -> float:
         """Root mean squared distance to the fine ends."""
-        return float(self.run_over(compiled, samples, square).mean().sqrt())
+        squares = self.run_over(compiled, samples, square)
+        return float((squares * self.weights(samples)).mean().sqrt())
 
     def figure(self, compiled: Plan) -> float:
         """The figure by which plans are compared, of the distances of the held-out samples."""
@@ -194,7 +237,11 @@ class PlanFit:
 
     def loss(self, compiled: Plan, samples: slice) -> float:
         """The mean loss."""
-        return float(self.run_over(compiled, samples, self.losses).mean())
+        return float((self.run_over(compiled, samples, self.losses) * self.weights(samples)).mean())
+
+    def weights(self, samples: slice) -> Any:
+        """The weights of calibration samples; 1 for others."""
+        return self.weight[samples].to(self.x.device) if samples.stop <= self.calibration.stop else 1.0
 
     def losses(self, result: Tensor, end: Tensor) -> Tensor:
         """The loss of each sample (B,)."""
@@ -207,7 +254,8 @@ class PlanFit:
     def set_tau(self, compiled: Plan) -> None:
         """Set tau from the errors of this plan."""
         if self.options.robust > 0:
-            squares = self.run_over(compiled, self.calibration, square)
+            samples = self.held_out if self.pool else self.calibration
+            squares = self.run_over(compiled, samples, square)
             self.tau = self.options.robust * float(torch.quantile(squares, self.quantile or 0.5)) + 1e-300
 
     # ---- with gradients of the network -------------------------------------------------------------------------------
@@ -228,7 +276,7 @@ class PlanFit:
             else:
                 self.set_tau(compiled)
             x, _, cond = self.fine.select(slice(0, min(START_SAMPLES, self.calibration.stop)))
-            theta = rows.whiten(theta, difference_grams(run_plan(compiled, self.denoiser, x, **cond)[1]))
+            theta = rows.whiten(theta, difference_grams(run_plan(compiled, self.denoiser, x, **cond)[1], self.basis))
             theta = self.minimise(rows, theta, until)
             numbers = PlanCoefficients(*(value.detach() for value in rows.coefficients(theta)))
             found.append(numbers)
@@ -275,10 +323,11 @@ class PlanFit:
         leaves = [table.detach().requires_grad_() for table in tables]
         leaf_plan = replace(fitted, **dict(zip(FITTED, leaves, strict=True)))
         sums = [torch.zeros_like(leaf) for leaf in leaves]
-        total = 0.0
+        total, done = 0.0, 0
         for x, end, cond in self.batches(self.calibration):
             result = run_plan(leaf_plan, self.denoiser, x, **cond)[0][-1]
-            loss = self.losses(result, end).sum() / self.calibration.stop
+            weight = self.weight[done : done + len(x)].to(x.device)
+            loss, done = (self.losses(result, end) * weight).sum() / self.calibration.stop, done + len(x)
             for total_gradient, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
                 total_gradient += gradient
             total += float(loss.detach())

@@ -60,6 +60,10 @@ class FittedPlan(Tuner):
             the local contrast of real images at three resolutions (`_finish.image_statistics`), against this weight
             times the mean square of the change. The fine solution itself may not have it. 3 is a good weight.
         batch: samples per model evaluation.
+        pool: so many noises to choose the calibration samples from, half of them those that the best start gets wrong
+            most, with weights. 0: none are chosen. Many times `n` where the mean matters and modes are separate.
+        directions: coefficients for each of at most this many groups of directions, the eigenvectors of the model's own
+            results. 0: one coefficient for all. A plan with directions does not run inside a pipeline of `diffusers`.
 
     Raises:
         BadInput: for options out of range; in `tune`, for a sampler that draws noise or is not linear.
@@ -87,6 +91,8 @@ class FittedPlan(Tuner):
     ridge: float = 1e-5
     finish: float | None = None
     batch: int = 32
+    pool: int = 0
+    directions: int = 0
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -97,6 +103,8 @@ class FittedPlan(Tuner):
         for name in ("held_out", "fine", "iterations", "check", "patience", "starts", "batch"):
             if getattr(self, name) < 1:
                 raise BadInput(f"fitted_plan({name}={getattr(self, name)}): must be at least 1")
+        if self.pool < 0 or self.directions < 0 or (self.directions and self.finish is not None):
+            raise BadInput("fitted_plan needs pool and directions >= 0, and no finish together with directions")
         if self.finish is not None and not self.finish > 0:
             raise BadInput(f"fitted_plan(finish={self.finish}): the weight must be positive")
         if self.answers is not None and self.answers < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,6 +171,36 @@ def test_least_squares_rows_are_the_least_squares() -> None:
             assert (run_plan(other, model, start)[0][k + 1] - aim).square().mean() > best
 
 
+def test_rows_in_a_basis_are_exact_for_constant_x0_and_least_squares() -> None:
+    """Coefficients for each group of directions: rows stay exact, groups are apart, and each is fitted by itself."""
+    model = m2(VPLinear())
+    fit = PlanFit(FittedPlan(held_out=8, fine=48, directions=2), task(model, 4, n=64))
+    assert fit.basis is not None and fit.basis.groups == 2 and not fit.basis._centred
+    compiled = plan(UniPC(2), model.schedule, UniformLambda(start=0.9, low=0.02)(model.schedule, 4))
+    rows, plain = fit.rows(compiled), PlanParametrization(compiled, top=1.0)
+    start = fit.fine.select(fit.calibration)[0]
+    torch.testing.assert_close(rows.plan(rows.initial)(model, start), plain.plan(plain.initial)(model, start))
+    theta = rows.initial + 0.1 * torch.randn(len(rows.initial), generator=torch.Generator().manual_seed(0), dtype=F64)
+    x = torch.tensor([[1.0, -0.7]], dtype=F64)
+    torch.testing.assert_close(rows.plan(theta)(lambda z, t: x, x), x, rtol=0, atol=1e-12)
+    states, outputs = run_plan(rows.plan(theta), model, start)
+    torch.testing.assert_close(rows.plan(theta)(model, start), states[-1])
+    whitened = rows.whiten(theta, difference_grams(outputs, fit.basis))
+    torch.testing.assert_close(run_plan(rows.plan(whitened), model, start)[0][-1], states[-1])
+    numbers, result = fit.least_squares(rows, rows.coefficients(rows.initial))
+    torch.testing.assert_close(run_plan(rows.compose(numbers), model, start)[0][-1], result)
+    n, end = fit.calibration.stop, fit.fine.end[fit.calibration]
+
+    def last_row(D: Tensor) -> float:
+        return float((run_plan(rows.compose(numbers._replace(D=D)), model, start)[0][-1] - end).square().sum()) / n
+
+    for j, g, sign in itertools.product(range(3), range(2), (1, -1)):
+        D = numbers.D.clone()
+        D[3, j, g] += sign * 1e-3
+        assert last_row(D) > last_row(numbers.D) - 1e-9
+    assert Plan.from_json(rows.compose(numbers).to_json()).basis == fit.basis
+
+
 # ---- the fit ------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +286,9 @@ def test_a_small_network(gradient: str) -> None:
         labels=lambda n: torch.arange(n) % 3,
     )
     before = [p.clone() for p in net.parameters()]
-    tuned = FittedPlan(gradient=gradient, held_out=12, fine=16, iterations=6, warm=1, check=2, batch=8).tune(about)
+    tuned = FittedPlan(
+        gradient=gradient, held_out=12, fine=16, iterations=6, warm=1, check=2, batch=8, search="sampler"
+    ).tune(about)
     assert tuned.figures["held_out_rms"] < 0.7 * tuned.figures["held_out_rms_of_sampler"]
     assert tuned.plan is not None and not tuned.plan.a.requires_grad
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
@@ -290,11 +323,41 @@ def test_the_finish_keeps_the_plan_consistent() -> None:
     about = TuningTask(
         model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 3), (1, 8, 8), n=4, images=lambda n: (real, None)
     )
-    options = {"gradient": "frozen", "held_out": 4, "fine": 8, "iterations": 1, "batch": 250}
+    options = {"gradient": "frozen", "held_out": 4, "fine": 8, "iterations": 1, "batch": 250, "search": "sampler"}
     plain, done = (FittedPlan(**options, **more).tune(about).plan for more in ({}, {"finish": 3.0}))
     assert plain is not None and done is not None
     assert torch.equal(plain.B[:-1], done.B[:-1]) and not torch.equal(plain.B[-1], done.B[-1])
     assert float(done.B[-1].sum()) == pytest.approx(1.0, abs=1e-12) and done.begin == plain.begin == 1.0
+
+
+def test_it_is_never_behind_a_fixed_grid_by_the_figure_that_is_named() -> None:
+    """Whatever the fit gives, here after no useful iteration: the best fixed grid is kept, by mean, median or quantile."""
+    model = m2(VPLinear())
+    for figure in ("mean", "median", "q90"):
+        options = FittedPlan(figure=figure, held_out=64, fine=48, iterations=1, warm=0, batch=256)
+        about = task(model, 6, n=32)
+        tuned, fit = options.tune(about), PlanFit(options, about)
+        assert tuned.plan is not None and tuned.figures[f"held_out_{figure}"] == fit.figure(tuned.plan)
+        starts = fit.starts(options.candidates(fit, about), fit.calibration)[:6]
+        assert fit.figure(tuned.plan) <= min(fit.figure(rows.plan(rows.initial)) for _, rows in starts) + 1e-12
+    assert len(starts) == 6
+
+
+def test_hard_starts_are_half_of_the_calibration_and_weigh_as_the_pool() -> None:
+    """Means over the chosen samples are those over the pool; half of them are those with the largest errors."""
+    model = m2(VPLinear())
+    options = FittedPlan(held_out=8, fine=32, pool=400, batch=512)
+    about = task(model, 4, n=40)
+    fit, whole = PlanFit(options, about), PlanFit(replace(options, pool=0), replace(about, n=400))
+    rows = whole.rows(plan(UniPC(2), model.schedule, about.times))
+    squares = (run_plan(rows.plan(rows.initial), model, whole.fine.start)[0][-1] - whole.fine.end).square().mean(1)
+    fit.draw_hard_starts(rows)
+    chosen = (run_plan(rows.plan(rows.initial), model, fit.fine.start)[0][-1] - fit.fine.end).square().mean(1)[:40]
+    assert float(fit.weight.sum()) == pytest.approx(40)
+    hardest = squares[:400].sort(descending=True).values[:20]
+    torch.testing.assert_close(chosen.sort(descending=True).values[:20], hardest)
+    assert float((fit.weight * chosen).mean()) == pytest.approx(float(squares[:400].mean()), rel=0.25)
+    torch.testing.assert_close(fit.fine.end[40:], whole.fine.end[400:])
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -319,6 +382,9 @@ def test_an_end_above_zero_is_kept() -> None:
         ({"answers": 0}, UniPC(), "at least 1"),
         ({"finish": 3.0}, UniPC(), "real images"),
         ({"finish": 0.0}, UniPC(), "positive"),
+        ({"figure": "q"}, UniPC(), "mean, median or a quantile"),
+        ({"search": "al"}, UniPC(), "did you mean 'all'"),
+        ({"directions": 2, "finish": 1.0}, UniPC(), "no finish together with directions"),
         ({}, DDPM(), "deterministic"),
     ],
 )
