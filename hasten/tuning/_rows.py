@@ -133,7 +133,7 @@ class PlanParametrization:
         query = time_at(self.schedule, block["query"])
         first = query[:1] if self.teleport else self.first[None]
         rest = query[int(self.teleport) :] if self.shift else inner
-        rows, z = [], block["D"].split([frame[..., 0].numel() for frame in self.frames])
+        rows, z = [], block["D"].split([int(row.sum()) * math.prod(self.groups) for row in self.free])
         for k, frame in enumerate(self.frames):
             free = self.free[k].reshape(-1, *[1] * len(self.groups)).expand(self.base[k].shape)
             change = (z[k].reshape(*self.groups, 1, -1) @ frame)[..., 0, :] if frame.numel() else z[k]

@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.exact import m2
 from hasten.guides import CFG, AutoGuidance
 from hasten.model import Model
-from hasten.nets.unet import UNet
 from hasten.pick import format_spec
-from hasten.predictions import V
 from hasten.schedules import VPCosine, VPLinear
+from tests.factories import tiny_model
 
 F64 = torch.float64
 LABELS = [0, 0, 1, 1, 2, 2]
@@ -37,11 +35,7 @@ def test_a_weak_model_by_its_folder(tmp_path: Path) -> None:
     """`autoguidance:weak=FOLDER` samples as the object with its denoiser does; other classes are refused."""
 
     def model(name: str, classes: tuple[str, ...], seed: int) -> Model:
-        torch.manual_seed(seed)
-        net = UNet(channels=1, widths=(8,), classes=len(classes), embedding=16)
-        for p in net.parameters():
-            p.data += 0.1 * torch.randn_like(p)
-        return Model(Denoiser(net, VPCosine(), V()), (1, 8, 8), name=name, classes=classes, steps=2)
+        return tiny_model(classes, name, seed=seed, steps=2)
 
     strong, weak = model("strong", ("a", "b"), 0), model("weak", ("a", "b"), 1)
     weak.save(tmp_path / "weak")
