@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hasten.errors import BadInput
 from hasten.exact import m2
 from hasten.guides import CFG, Rescale
+from hasten.loading import load
 from hasten.plan import guided_plan, plan
 from hasten.samplers import Heun, UniPC
 from hasten.sampling import Count, Noise
@@ -19,6 +21,8 @@ from hasten.tuning import TuningTask
 from hasten.tuning._rows import PlanParametrization, run_plan
 from hasten.tuning._starts import resized
 from hasten.tuning.guided_plan import GuidedPlan, asked_steps
+from hasten.workflows.tune import tune_model
+from tests.factories import tiny_model
 
 F64 = torch.float64
 
@@ -92,3 +96,37 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(BadInput, match=words):
             GuidedPlan(**small, **options).tune(task(denoiser, 4, sampler))
+
+
+def test_the_command_and_what_samples_with_the_result(tmp_path: Path) -> None:
+    """`hasten tune` saves it as the recommended plan; sampling takes it, at its own scale and without caches only."""
+    model = tiny_model(steps=4)
+    method = "guided_plan:held_out=2,fine=6,iterations=1,gradient=frozen,search=sampler,teleport=false,uncond=1"
+    record = tune_model(model, tmp_path / "tuned", method, n=4, steps=4, guidance_scale=2.0)
+    assert record["plan"] == "guided_plan-4-g2" and record["figures"]["uncond"] == 1
+    loaded = load(tmp_path / "tuned")
+    counted = 0
+
+    def hook(_module: Any, arguments: tuple[Any, ...]) -> None:
+        nonlocal counted
+        counted += len(arguments[0])
+
+    loaded.denoiser.net.register_forward_pre_hook(hook)
+    images = loaded.sample(2)
+    assert counted == 8 and bool(torch.isfinite(images).all())
+    assert torch.equal(images, loaded.sample(2, plan="guided_plan-4-g2", guidance_scale=2.0))
+    for options, words in (
+        ({"guidance_scale": 3.0, "plan": "guided_plan-4-g2"}, "made for guidance_scale 2"),
+        ({"guidance_scale": 1.0, "plan": "guided_plan-4-g2"}, "for guidance_scale 2"),
+        ({"guides": ["dynamic_threshold"]}, "without further guides"),
+        ({"accelerators": ["deep_cache:every=2"]}, "keep state from one evaluation to the next"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            loaded.sample(2, **options)
+
+
+def test_a_pipeline_refuses_it() -> None:
+    check = pytest.importorskip("hasten.adapters.diffusers.plans").check_plan
+    table = guided_plan(plan(UniPC(2), VPLinear(), UniformLambda()(VPLinear(), 3)), 2.0)
+    with pytest.raises(BadInput, match="both of them in every step"):
+        check(table)
