@@ -61,6 +61,9 @@ class Mixture:
         self.end = self.run(plan(UniPC(3), schedule, UniformLambda(low=0.002)(schedule, 256)))
         self.options = GuidedPlan(held_out=256, iterations=60, warm=2, batch=1024)
         self.n = 512
+        if name == "R24":  # has separate modes
+            self.options = GuidedPlan(held_out=1024, iterations=80, warm=2, batch=8192, pool=16384)
+            self.n = 2048
 
     def run(self, table: Plan) -> Tensor:
         """The results of a plan from the test starts."""
