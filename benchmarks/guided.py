@@ -8,7 +8,7 @@ An evaluation is one of a single branch: guidance with N / 2 steps has N. Root m
 path (UniPC-3, 256 steps; `fashion` 96) over starts that no fit has seen (mixtures 256, default_rng(0); `fashion` 64,
 seeds from 0), guidance scale 2.
 
-- CFG: UniPC-2 or -3 with N / 2 steps, the best of eight grids *on these starts*.
+- CFG: UniPC-2 or -3 with N / 2 steps, the best of four grids *on these starts*.
 - interval: the same samplers and grids, both branches in some consecutive steps, the conditional one in the others; the
   best of all places *on these starts*.
 - reuse: both branches in some steps, the last difference in the others; the best of all places considered by
@@ -44,6 +44,7 @@ SCALE = 2.0
 COUNTS = (8, 10, 12)
 PROBLEMS = ("M2", "M64", "R24")
 STARTS = 256
+GRIDS = ("lambda to q .03", "quadratic", "angle", "angle .5")
 
 
 class Mixture:
@@ -113,6 +114,7 @@ FASHION = (64, 128, 64, 96, 12)  # test starts, calibration, held out, fine step
 def tables(problem: Mixture, kind: str, count: int) -> Iterator[tuple[str, Plan]]:
     """Every plan of one kind with `count` evaluations of single branches."""
     schedule = problem.guided.schedule
+    grids = fixed_grids(schedule)
     for asked in range(1, count // 2 + 1):
         steps = count - asked
         if kind == "CFG" and steps != asked:
@@ -120,7 +122,7 @@ def tables(problem: Mixture, kind: str, count: int) -> Iterator[tuple[str, Plan]
         places = asked_steps(steps, asked)
         if kind == "interval":
             places = [tuple(range(k, k + asked)) for k in range(steps - asked + 1)]
-        for name, grid in fixed_grids(schedule).items():
+        for name, grid in ((name, grids[name]) for name in GRIDS):
             for sampler in FAMILY:
                 table = plan(sampler, schedule, grid(schedule, steps))
                 for at in places if steps != asked else [tuple(range(steps))]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BadInput
-from ..guides.cfg import GuidedDenoiser
 from ..plan.guided import guided_plan
 from ..plan.table import Plan, plan
 from ..times import CosineAngle, Quadratic, TimeGrid
@@ -58,7 +57,7 @@ class GuidedPlan(FittedPlan):
 
     def tune(self, task: TuningTask) -> Tuned:
         """The fitted plan, and the errors before and after: root mean squared distances per entry."""
-        guide = task.denoiser.guide if isinstance(task.denoiser, GuidedDenoiser) else None
+        guide: Any = getattr(task.denoiser, "guide", None) if self._has_branches(task) else None
         if guide is None or guide.interval is not None or guide.rescale:
             found = "no guidance" if guide is None else str(guide)
             raise BadInput(f"guided_plan needs a guidance scale other than 1 and no further guides, found {found}")
@@ -71,7 +70,7 @@ class GuidedPlan(FittedPlan):
 
     def candidates(self, fit: Any, task: TuningTask) -> Iterator[tuple[str, Plan]]:
         """The sampler on several grids, with each number of unconditional evaluations in several places."""
-        schedule, scale, count = task.schedule, float(task.denoiser.guide.scale), self._count(task)
+        schedule, scale, count = task.schedule, self._scale(task), self._count(task)
         top, ends = float(task.times[0]), float(task.times[-1]) == 0
         grids: dict[str, TimeGrid] = {}
         if ends and self.teleport:
@@ -100,7 +99,14 @@ class GuidedPlan(FittedPlan):
     def baseline(self, task: TuningTask) -> Plan:
         """The sampler under guidance in every step, with as many evaluations."""
         times = resized(task.schedule, task.times, max(self._count(task) // 2, 1))
-        return guided_plan(plan(task.sampler, task.schedule, times), float(task.denoiser.guide.scale))
+        return guided_plan(plan(task.sampler, task.schedule, times), self._scale(task))
+
+    def _has_branches(self, task: TuningTask) -> bool:
+        return callable(getattr(task.denoiser, "branch", None))
+
+    def _scale(self, task: TuningTask) -> float:
+        denoiser: Any = task.denoiser
+        return float(denoiser.guide.scale)
 
     def _count(self, task: TuningTask) -> int:
         return task.steps if self.evaluations is None else self.evaluations
