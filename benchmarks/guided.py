@@ -1,11 +1,11 @@
 """Guidance within a budget of evaluations: fitted plans over both branches, guidance, intervals and reused differences.
 
     python -m benchmarks.guided                       three conditional mixtures, about ten minutes on one idle core
-    python -m benchmarks.guided --fashion             the bundled model, about an hour
+    python -m benchmarks.guided --fashion --nfe 8     the bundled model, some minutes a count on one idle core
     python -m benchmarks.guided --problems M2 --nfe 8
 
 An evaluation is one of a single branch: guidance with N / 2 steps has N. Root mean squared distance to the fine guided
-path (UniPC-3, 256 steps; `fashion` 96) over starts that no fit has seen (mixtures 256, default_rng(0); `fashion` 64,
+path (UniPC-3, 256 steps; `fashion` 40) over starts that no fit has seen (mixtures 256, default_rng(0); `fashion` 16,
 seeds from 0), guidance scale 2.
 
 - CFG: UniPC-2 or -3 with N / 2 steps, the best of four grids *on these starts*.
@@ -13,7 +13,10 @@ seeds from 0), guidance scale 2.
   best of all places *on these starts*.
 - reuse: both branches in some steps, the last difference in the others; the best of all places considered by
   `guided_plan` *on these starts*.
-- fitted: `hasten.tuning.guided_plan`, fitted on other starts.
+- fitted: `hasten.tuning.guided_plan`, fitted on other starts (M2, M64: 512 and 256 held out; R24: 2,048 of a pool of
+  16,384, and 1,024; `fashion`: 32 and 16, without gradients of the network and one round of the search).
+
+On `fashion` UniPC-2 on the model's own grid stands for the other methods; for CFG also UniPC-3 and two more grids.
 
 Mixtures with exact branches: M2 and M64 of `hasten.exact`, R24 of `benchmarks.mixtures`, component k in class k mod 3
 (M2: k // 2), on DDPM's linear table.
@@ -37,7 +40,7 @@ from hasten.plan import Plan, guided_plan, plan
 from hasten.samplers import UniPC
 from hasten.schedules import Discrete
 from hasten.times import UniformLambda
-from hasten.tuning import TuningTask
+from hasten.tuning import TuningTask, _fit
 from hasten.tuning.guided_plan import GuidedPlan, asked_steps
 
 SCALE = 2.0
@@ -70,6 +73,10 @@ class Mixture:
         """The results of a plan from the test starts."""
         return table(self.guided, self.x, label=self.label)
 
+    def settings(self, kind: str) -> list[tuple[Any, str]]:
+        """The samplers and grids that are compared."""
+        return [(sampler, name) for name in GRIDS for sampler in FAMILY]
+
     def task(self, count: int) -> TuningTask:
         """The fit's own starts, default_rng(1000), ..., float64."""
 
@@ -94,10 +101,18 @@ class Fashion(Mixture):
         noise = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(FASHION[0])]
         self.x, self.label = torch.stack(noise), self.model.labels(FASHION[0])
         self.end = self.run(plan(UniPC(3), self.model.denoiser.schedule, self.grid(FASHION[3])))
+        _fit.START_SAMPLES, _fit.COMPARED = 12, 3  # of so few samples
         self.options = GuidedPlan(
-            gradient="frozen", held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], search="sampler"
-        )
+            gradient="frozen", held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], batch=16,
+            teleport=False,
+        )  # fmt: skip
         self.n = FASHION[1]
+
+    def settings(self, kind: str) -> list[tuple[Any, str]]:
+        """The samplers and grids that are compared."""
+        own = [(UniPC(2), "own")]
+        more = [(UniPC(3), "own"), (UniPC(2), "angle .5"), (UniPC(2), "quadratic")]
+        return own + (more if kind == "CFG" else [])
 
     def grid(self, count: int) -> Tensor:
         return UniformLambda(low=0.03)(self.guided.schedule, count)
@@ -108,13 +123,13 @@ class Fashion(Mixture):
         )
 
 
-FASHION = (64, 128, 64, 96, 12)  # test starts, calibration, held out, fine steps, rounds
+FASHION = (16, 32, 16, 40, 1)  # test starts, calibration, held out, fine steps, rounds
 
 
 def tables(problem: Mixture, kind: str, count: int) -> Iterator[tuple[str, Plan]]:
     """Every plan of one kind with `count` evaluations of single branches."""
     schedule = problem.guided.schedule
-    grids = fixed_grids(schedule)
+    grids = {**fixed_grids(schedule), "own": UniformLambda(low=0.03)}
     for asked in range(1, count // 2 + 1):
         steps = count - asked
         if kind == "CFG" and steps != asked:
@@ -122,12 +137,11 @@ def tables(problem: Mixture, kind: str, count: int) -> Iterator[tuple[str, Plan]
         places = asked_steps(steps, asked)
         if kind == "interval":
             places = [tuple(range(k, k + asked)) for k in range(steps - asked + 1)]
-        for name, grid in ((name, grids[name]) for name in GRIDS):
-            for sampler in FAMILY:
-                table = plan(sampler, schedule, grid(schedule, steps))
-                for at in places if steps != asked else [tuple(range(steps))]:
-                    where = "" if kind == "CFG" else f" at {at}"
-                    yield f"{table.sampler} {name}{where}", guided_plan(table, SCALE, at, reuse=kind != "interval")
+        for sampler, name in problem.settings(kind):
+            table = plan(sampler, schedule, grids[name](schedule, steps))
+            for at in places if steps != asked else [tuple(range(steps))]:
+                where = "" if kind == "CFG" else f" at {at}"
+                yield f"{table.sampler} {name}{where}", guided_plan(table, SCALE, at, reuse=kind != "interval")
 
 
 def distance(problem: Mixture, table: Plan) -> float:
