@@ -6,6 +6,7 @@ from .apg import APG
 from .autoguidance import AutoGuidance
 from .cfg import CFG
 from .cfg_zero import CFGZero
+from .delta_reuse import DeltaReuse
 from .distribution import Distribution
 from .dynamic_threshold import DynamicThreshold
 from .interval import Interval
@@ -17,6 +18,7 @@ __all__ = [
     "CFG",
     "AutoGuidance",
     "CFGZero",
+    "DeltaReuse",
     "Distribution",
     "DynamicThreshold",
     "Interval",

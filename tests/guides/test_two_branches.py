@@ -7,12 +7,12 @@ import torch
 
 from hasten.errors import BadInput
 from hasten.exact import m64
-from hasten.guides import APG, CFG, CFGZero, Interval
+from hasten.guides import APG, CFG, CFGZero, DeltaReuse, Interval
 from hasten.pick import format_spec, pick
 from hasten.plan import guided_plan, plan
 from hasten.plan.draw import draw
 from hasten.samplers import DDIM, UniPC
-from hasten.sampling import Noise
+from hasten.sampling import Count, Noise
 from hasten.schedules import Flow, VPLinear
 from hasten.times import UniformLambda, UniformTime
 
@@ -81,12 +81,27 @@ def test_cfg_zero_stands_still_in_its_first_evaluations() -> None:
         assert not torch.allclose(states[first + 3], z)
 
 
+def test_delta_reuse_is_the_plan_that_reuses_the_last_difference() -> None:
+    """Every second evaluation, everywhere or in an interval: the guided plan with those steps, and as few evaluations."""
+    model, guided, z = setting()
+    table = plan(UniPC(2), model.schedule, UniformLambda()(model.schedule, 6))
+    q = model.schedule.q(table.times[:-1])
+    inside = {"low": float(q[4]) * 0.999, "high": float(q[1]) * 1.001}
+    for guide, asked in ((DeltaReuse(), (0, 2, 4)), (DeltaReuse(2, **inside), (1, 3)), (DeltaReuse(1), range(6))):
+        counted = Count(model)
+        result = table(guide.wrap(CFG(3.0).wrap(counted)), z, label=LABEL)
+        assert counted.rows == 4 * (6 + len(asked))
+        torch.testing.assert_close(result, guided_plan(table, 3.0, asked)(guided, z, label=LABEL))
+    with pytest.raises(BadInput, match="interval of its own"):
+        DeltaReuse().wrap(Interval(0.1, 1.0).wrap(guided))
+
+
 def test_they_stay_when_the_guidance_is_narrowed_and_refuse_what_they_are_not() -> None:
     model, guided, z = setting()
     narrowed = Interval(0.1, 1e9).wrap(APG(momentum=-0.5).wrap(guided))
     torch.testing.assert_close(narrowed(z, 0.4, label=LABEL), APG().wrap(guided)(z, 0.4, label=LABEL))
     table = guided_plan(plan(UniPC(), model.schedule, UniformLambda()(model.schedule, 2)), 3.0)
-    for guide in (APG(), CFGZero()):
+    for guide in (APG(), CFGZero(), DeltaReuse()):
         with pytest.raises(BadInput, match="without further guides"):
             table(guide.wrap(guided), z, label=LABEL)
         with pytest.raises(BadInput, match="other than 1"):
@@ -95,7 +110,14 @@ def test_they_stay_when_the_guidance_is_narrowed_and_refuse_what_they_are_not() 
             guide.wrap(guided).raw(z, 0.4, label=LABEL)
     with pytest.raises(BadInput, match="rectified flow"):
         CFGZero(zero_steps=1).wrap(guided)
-    for text in ("apg:eta=2", "apg:momentum=1", "apg:norm=0", "cfg_zero:zero_steps=-1"):
+    for text in (
+        "apg:eta=2",
+        "apg:momentum=1",
+        "apg:norm=0",
+        "cfg_zero:zero_steps=-1",
+        "delta_reuse:every=0",
+        "delta_reuse:low=2,high=1",
+    ):
         with pytest.raises(BadInput, match=text.split(":")[0]):
             pick("guides", text)
     assert pick("guides", format_spec(APG(0.5, -0.5, 2.5))) == APG(0.5, -0.5, 2.5)
