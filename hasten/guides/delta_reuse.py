@@ -21,7 +21,7 @@ __all__ = ["DeltaReuse"]
 class DeltaReuse(Guide):
     """`x0 = c + (scale - 1) (c - u)_last`: the unconditional branch in every n-th evaluation only.
 
-    Between them the last difference is used again: such a step costs half. With an interval of noise levels, that of the
+    Between them the last difference is used again: such a step costs half. With an interval of noise levels that of the
     last evaluation inside is used below it, and above it the model is the conditional one.
     `hasten.plan.guided_plan` writes the same with any choice of steps.
 
