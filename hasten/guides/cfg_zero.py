@@ -70,10 +70,13 @@ class Scaled(Remixed):
         self.done += 1
         if self.done <= self.zero.zero_steps:
             return (x_t / (alpha + sigma)).to(x0_cond.dtype)
-        safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+        if sigma.ndim == 0 and not bool(sigma > 0):
+            return x0_cond
+        safe = sigma if sigma.ndim == 0 else torch.where(sigma > 0, sigma, torch.ones_like(sigma))
         v_cond, v_uncond = ((x_t - (alpha + sigma) * x0) / safe for x0 in (x0_cond, x0_uncond))
         c, u = (v.flatten(1).to(torch.promote_types(v.dtype, torch.float32)) for v in (v_cond, v_uncond))
         ratio = (c * u).sum(1) / u.square().sum(1).clamp_min(1e-30)
         scaled = ratio.to(v_uncond.dtype).reshape(-1, *[1] * (x_t.ndim - 1)) * v_uncond
         velocity = scaled + self.guide.scale * (v_cond - scaled)
-        return torch.where(sigma > 0, (x_t - sigma * velocity) / (alpha + sigma), x0_cond)
+        x0 = (x_t - sigma * velocity) / (alpha + sigma)
+        return x0 if sigma.ndim == 0 else torch.where(sigma > 0, x0, x0_cond)
