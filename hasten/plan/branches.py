@@ -53,7 +53,8 @@ def branch_evaluator(denoiser: Any, plan: Any, *, merge: bool = False) -> Evalua
     guide = denoiser.guide
     if abs(guide.scale - scale) > 1e-6 * max(1.0, abs(scale)) or guide.interval is not None or guide.rescale:
         raise BadInput(f"this plan was made for guidance_scale {scale:g} alone, found {guide}")
-    pairs, ahead = paired_rows(plan) if merge else frozenset(), {}
+    pairs: frozenset[int] = paired_rows(plan) if merge else frozenset()
+    ahead: dict[int, Tensor] = {}
 
     def evaluate_branch(k: int, x_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         if k in ahead:
@@ -71,7 +72,8 @@ def branch_evaluator(denoiser: Any, plan: Any, *, merge: bool = False) -> Evalua
 
 def paired_rows(plan: Any) -> frozenset[int]:
     """The evaluations whose state and time the next one has too, for the other branch: row k is `x_{k+1} = x_k`."""
-    same, k = set(), 0
+    same: set[int] = set()
+    k = 0
     while k + 1 < plan.nfe:
         others = (plan.A[k], plan.B[k], plan.C[k])
         identity = bool((plan.a[k] == 1).all()) and not any(bool(row.any()) for row in others)

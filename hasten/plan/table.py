@@ -327,7 +327,7 @@ class Plan:
             raise BadInput(f"plan: its tables cannot be read: {error}") from error
         if basis is not None or "." not in str(schedule.get("name")):  # a class of another package may be unknown here
             schedule_from_dict(schedule)
-        more = {"basis": basis, "begin": begin, "branches": branches, "guidance_scale": scale}
+        more: dict[str, Any] = {"basis": basis, "begin": begin, "branches": branches, "guidance_scale": scale}
         return cls(**vectors, **tables, sampler=sampler, schedule=schedule, **more)
 
     def table(self) -> str:

@@ -248,7 +248,8 @@ def run_plan(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Te
     Returns:
         The K + 1 states and K model outputs; for a plan with a basis (of mean 0) the outputs in its coordinates.
     """
-    evaluate, basis, outputs = branch_evaluator(denoiser, plan), plan.basis, []
+    evaluate, basis = branch_evaluator(denoiser, plan), plan.basis
+    outputs: list[Tensor] = []
     if basis is None:
         states = [x * plan.start[0]]
         for k in range(plan.nfe):

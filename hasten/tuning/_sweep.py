@@ -47,8 +47,9 @@ def fit_rows(
     plan, (_, b) = rows.compose(n), rows.steps(n.level)
     start, end, cond = fine.select(samples)
     evaluate, basis, D = branch_evaluator(denoiser, plan), rows.basis, rows.base.clone()
-    into, back = (_same, _same) if basis is None else (basis.coordinates, basis.pixels)
-    groups = [...] if basis is None else [basis.index == g for g in range(basis.groups)]
+    into: Callable[[Tensor], Tensor] = _same if basis is None else basis.coordinates
+    back: Callable[[Tensor], Tensor] = _same if basis is None else basis.pixels
+    groups: list[Any] = [...] if basis is None else [basis.index == g for g in range(basis.groups)]
     x = into(start * float(plan.start.flatten()[0]))
     outputs: list[Tensor] = []
     for k in range(rows.K):
