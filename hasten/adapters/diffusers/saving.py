@@ -146,7 +146,8 @@ def stock_scheduler(model: ModelLike) -> Any:
         return None  # a learned variance, which only the DiT pipeline removes before the scheduler
     size, n = len(table.alphas_cumprod), plan.nfe
     trailing = torch.arange(size, 0, -size / n, dtype=torch.float64)[:n] - 1
-    if size % n or n == size or plan.basis is not None or float(plan.times[-1]) != 0 or len(plan.times) != n + 1:
+    own = plan.basis is not None or plan.branches is not None
+    if size % n or n == size or own or float(plan.times[-1]) != 0 or len(plan.times) != n + 1:
         return None
     if not torch.allclose(table.index(plan.times[:-1]), trailing, atol=1e-6):
         return None
