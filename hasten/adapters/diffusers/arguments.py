@@ -20,6 +20,7 @@ __all__ = [
     "clip_x0",
     "float_tensor",
     "index_of_timestep",
+    "is_next",
     "lcm_timesteps",
     "per_token_mask",
     "requested_steps",
@@ -122,8 +123,13 @@ def check_index(name: str, value: Any, count: int) -> int:
     return k
 
 
-def float_tensor(name: str, values: Any) -> Tensor:
+def float_tensor(name: str, values: Any, ordered: bool = True) -> Tensor:
     """Numbers as a tensor (n,), float64.
+
+    Args:
+        name: for the message.
+        values: of the caller.
+        ordered: they must decrease.
 
     Raises:
         BadInput: for anything else.
@@ -139,7 +145,8 @@ def float_tensor(name: str, values: Any) -> Tensor:
         numbers = numbers.double().flatten()
     except (TypeError, ValueError) as error:
         raise BadInput(f"{name} must be several numbers, got {short_repr(values)}") from error
-    if not len(numbers) or not bool(torch.isfinite(numbers).all()) or bool((numbers[1:] >= numbers[:-1]).any()):
+    rises = ordered and bool((numbers[1:] >= numbers[:-1]).any())
+    if not len(numbers) or not bool(torch.isfinite(numbers).all()) or rises:
         raise BadInput(f"{name} must be one or more finite decreasing numbers, got {short_repr(values)}")
     return numbers
 
@@ -276,6 +283,11 @@ def index_of_timestep(timestep: Any, timesteps: Tensor, values: Tensor, expected
     if expected is not None and expected in indices:
         return expected
     return 0 if 0 in indices else int(indices[-1])
+
+
+def is_next(timestep: Any, values: Tensor, index: int) -> bool:
+    """Whether a timestep is the one after `index` among `values`, up to rounding."""
+    return index + 1 < len(values) and abs(float(timestep) - float(values[index + 1])) <= 0.51
 
 
 def same_memory(entry: Tensor, table: Tensor) -> bool:

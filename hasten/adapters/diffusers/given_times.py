@@ -72,12 +72,28 @@ def check_timesteps(timesteps: Any, total: int) -> Tensor:
     return values
 
 
+def falling_sigmas(sigmas: Any) -> Tensor:
+    """Sigmas of a caller, (n,), float64, without those that do not lie below the ones before, which have no step.
+
+    Those of Stable Audio 3 from a given sound may rise once after the first, at which its latents are.
+
+    Raises:
+        BadInput: where fewer than half are left.
+    """
+    values = arguments.float_tensor("sigmas", sigmas, ordered=False)
+    lowest = torch.cummin(values, 0).values
+    kept = torch.cat([torch.ones(1, dtype=torch.bool), values[1:] < lowest[:-1]])
+    if 2 * int(kept.sum()) < len(values):
+        raise BadInput(f"sigmas must decrease, got {arguments.short_repr(sigmas)}")
+    return values[kept]
+
+
 def is_default_sigmas(spec: SchedulerSpec, sigmas: Any) -> bool:
     """Whether sigmas are what pipelines of flows pass for a number of steps: they say that number and nothing else.
 
     These are linspace(1, 1 / n, n), and the like that begin at 1 - 1 / N, or are rounded to whole multiples of 1 / N.
     """
-    values = arguments.float_tensor("sigmas", sigmas).numpy()
+    values = falling_sigmas(sigmas).numpy()
     n, total = len(values), spec.steps
     defaults = [
         np.linspace(1.0, 1 / n, n),
@@ -89,7 +105,8 @@ def is_default_sigmas(spec: SchedulerSpec, sigmas: Any) -> bool:
 
 def steps_of(spec: SchedulerSpec, sigmas: Any) -> int:
     """The number of evaluations of sigmas: of a table they name the end too, of a flow they may."""
-    return len(sigmas) - int(not spec.flow or float(sigmas[-1]) == 0)
+    levels = falling_sigmas(sigmas)
+    return len(levels) - int(not spec.flow or float(levels[-1]) == 0)
 
 
 def times_of_sigmas(spec: SchedulerSpec, sigmas: Any, original: Any = None, mu: float | None = None) -> Tensor:
@@ -108,7 +125,7 @@ def times_of_sigmas(spec: SchedulerSpec, sigmas: Any, original: Any = None, mu: 
     Raises:
         BadInput: for other values.
     """
-    levels = arguments.float_tensor("sigmas", sigmas)
+    levels = falling_sigmas(sigmas)
     if bool((levels < 0).any()):
         raise BadInput(f"sigmas must not be negative, got {arguments.short_repr(sigmas)}")
     if spec.flow and float(levels[0]) > 1 + NEAR:
@@ -118,7 +135,7 @@ def times_of_sigmas(spec: SchedulerSpec, sigmas: Any, original: Any = None, mu: 
     if original is not None and "sigmas" in inspect.signature(original.set_timesteps).parameters:
         inner = levels[: steps_of(spec, levels)] if spec.flow else levels  # a flow's end is appended there
         more = {"mu": mu} if original.config.get("use_dynamic_shifting") else {}
-        call_set_timesteps(original, sigmas=inner.tolist(), **more)
+        call_set_timesteps(original, sigmas=inner.numpy(), **more)  # a list fails in UniPC
         return visited_times(original, spec, exact=True)
     if spec.flow:
         levels = levels.clamp(max=1)

@@ -209,7 +209,7 @@ class PlanScheduler(SchedulerAttributes, diffusers.SchedulerMixin, diffusers.Con
         """
         arguments.check_neutral("set_timesteps", self.sampler, more)
         steps = arguments.requested_steps(num_inference_steps, timesteps, sigmas)
-        self._set_shift(mu)
+        mu = self._set_shift(mu)
         if (original_inference_steps, strength) != (None, None) and timesteps is None and sigmas is None:
             original = original_inference_steps or self.config.original_inference_steps
             total, fraction = self.config.num_train_timesteps, 1.0 if strength is None else strength
@@ -275,12 +275,12 @@ class PlanScheduler(SchedulerAttributes, diffusers.SchedulerMixin, diffusers.Con
             )
         return own
 
-    def _set_shift(self, mu: float | None) -> None:
-        """Set the schedule of a flow whose shift depends on the image size."""
+    def _set_shift(self, mu: float | None) -> float | None:
+        """Set the schedule of a flow whose shift depends on the image size; the mu that is used, None of another."""
         if not self.config.use_dynamic_shifting:
             if mu is not None and not self.spec.flow:
                 raise BadInput(f"set_timesteps(mu={mu}) is for flows, and this scheduler has a table: remove it")
-            return  # as in diffusers: a flow of a constant shift ignores mu
+            return None  # as in diffusers: a flow of a constant shift ignores mu
         if mu is None:
             mu = float(self.config.base_shift or 0.0)
             warnings.warn(
@@ -295,6 +295,7 @@ class PlanScheduler(SchedulerAttributes, diffusers.SchedulerMixin, diffusers.Con
             raise BadInput(
                 f"the plan was made for another shift than {shift_of(self.config, mu):.4g} of this size of image"
             )
+        return mu
 
     def _begin(self, first: int) -> Trajectory:
         """A new trajectory from evaluation `first`: a multistep sampler has no history there."""
@@ -347,9 +348,9 @@ class PlanScheduler(SchedulerAttributes, diffusers.SchedulerMixin, diffusers.Con
         """
         if self.num_inference_steps is None:
             raise BadInput("call set_timesteps before step")
-        more |= {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
-        arguments.check_neutral("step", self.sampler, more)
-        trajectory = self._trajectory_at(timestep)
+        trajectory = self._trajectory_at(
+            timestep, more | {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
+        )
         x, raw = sample.float(), model_output.to(sample.device, torch.float32)
         if raw.shape != x.shape:
             if raw.ndim != x.ndim or raw.shape[1] != 2 * x.shape[1]:
@@ -373,8 +374,10 @@ class PlanScheduler(SchedulerAttributes, diffusers.SchedulerMixin, diffusers.Con
         denoised = state if trajectory.next == trajectory.plan.nfe else x0
         return PlanSchedulerOutput(state, x0, denoised) if return_dict else (state, denoised)
 
-    def _trajectory_at(self, timestep: Any) -> Trajectory:
-        """The trajectory whose next evaluation is at this timestep."""
+    def _trajectory_at(self, timestep: Any, more: dict[str, Any]) -> Trajectory:
+        """The trajectory whose next evaluation is at this timestep; other arguments of the step are checked before."""
+        following = more.pop("prev_timestep", None)  # of unCLIP: the timestep that follows, which is known here
+        arguments.check_neutral("step", self.sampler, more)
         trajectory, expected = self._trajectory, self._begin_index
         if trajectory is not None:
             if trajectory.next >= trajectory.plan.nfe:
@@ -383,6 +386,8 @@ class PlanScheduler(SchedulerAttributes, diffusers.SchedulerMixin, diffusers.Con
                 )
             expected = (self._begin_index or 0) + trajectory.next
         index = arguments.index_of_timestep(timestep, self.timesteps, self._timestep_values, expected)
+        if following is not None and not arguments.is_next(following, self._timestep_values, index):
+            arguments.check_neutral("step", self.sampler, {"prev_timestep": following})
         if trajectory is None or index != expected:
             trajectory = self._trajectory = self._begin(index)
             self._begin_index = index

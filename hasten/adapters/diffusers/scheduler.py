@@ -34,6 +34,8 @@ TABLE = (
     "stochastic_sampling", "invert_sigmas",
 )  # fmt: skip
 
+# Schedulers that have the arguments of clipping, and do not clip.
+UNCLIPPED = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "TCDScheduler")
 THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
@@ -188,11 +190,6 @@ def network_settings(like: Any) -> dict[str, Any]:
         settings["original"] = original
     if settings.get("trained_betas") is not None:
         settings["trained_betas"] = [float(beta) for beta in settings["trained_betas"]]
-    if "FlowMatch" in str(config.get("_class_name") or type(scheduler).__name__) and not settings.get(
-        "use_flow_sigmas"
-    ):
-        # by which pipelines (Flux) see that the scheduler has its own noise levels
-        settings |= {"use_flow_sigmas": True, "flow_shift": settings.get("shift") or 1.0}
     if spec is None:
         return settings
     settings["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[spec.prediction]
@@ -217,6 +214,8 @@ def clipping_settings(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
     kind = (
         type(scheduler) if hasattr(scheduler, "config") else getattr(diffusers(), str(config.get("_class_name")), None)
     )
+    if getattr(kind, "__name__", "") in UNCLIPPED:
+        return {}
     takes = config if kind is None else inspect.signature(kind.__init__).parameters
     if config.get("thresholding") and "thresholding" in takes:
         return {key: config[key] for key in THRESHOLDING if key in config}

@@ -208,6 +208,8 @@ def read_scheduler(scheduler: Any, prediction: str | None = None, mu: float | No
     steps = int(config.get("num_train_timesteps", 1000))
     if config.get("timestep_type") == "continuous":
         raise BadInput(f"{kind} with timestep_type 'continuous' has the time input log sigma / 4: not supported")
+    if kind.startswith("Helios"):
+        raise BadInput(f"{kind} samples in stages, between which it noises: not supported")
     if kind.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         if prediction is None and not kind.startswith("FlowMatch") and config.get("prediction_type"):
             name = check_choice(f"prediction_type of {kind}", config["prediction_type"], PREDICTIONS)
