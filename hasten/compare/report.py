@@ -17,6 +17,7 @@ import numpy as np
 
 from ..files import write_atomic
 from ..storage.provenance import command_line
+from .advice import NEAR, equivalent_row, recommended_row
 from .plots import (
     CAPTIONS,
     FRONT,
@@ -39,32 +40,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.table import Table
 
-NEAR = 1.15  # the recommended row is the cheapest whose distance is within 15 % of the reference's
-NEAR_MATCH = 0.9  # and whose prompt match, where it was measured, is 90 % of the reference's or more
-
-
-def recommended_row(rows: Sequence[Row]) -> Row | None:
-    """The recommended row: the cheapest within 15 % of the reference's distance, and with 90 % of its prompt match or
-    more where that was measured; where no distance was measured, the fastest with 35 dB PSNR or more to the reference's
-    images.
-
-    Returns:
-        One of `rows`; None where no row qualifies.
-    """
-    rows = [row for row in rows if not row.get("failed")]
-    reference = next((row for row in rows if row["role"] == "reference"), None)
-    if reference is None:
-        return None
-    cost = cost_axis(rows) if quality_metric(rows) == "frechet" else "seconds_per_image"
-    others = [row for row in rows if row is not reference and row[cost] < reference[cost]]
-    if reference.get("frechet") is None:
-        near = [row for row in others if row.get("psnr") is not None and row["psnr"] >= NEAR_DB]
-        return max(near, key=lambda row: row["speedup"], default=None)
-    near = [row for row in others if row.get("frechet") is not None and row["frechet"] <= NEAR * reference["frechet"]]
-    if reference.get("prompt_match") is not None:
-        near = [row for row in near if (row.get("prompt_match") or 0) >= NEAR_MATCH * reference["prompt_match"]]
-    return min(near, key=lambda row: (row[cost], row["frechet"]), default=None)
-
 
 def headline(rows: Sequence[Row]) -> str:
     """One sentence on the recommended row: its speed-up and its quality, or that there is none."""
@@ -77,6 +52,11 @@ def headline(rows: Sequence[Row]) -> str:
         if len(rows) == 1:
             return f"Only the reference, {reference['name']}, has finished."
         blind = "Quality was not measured: this model has no reference statistics."
+        if best is None and (other := equivalent_row(rows)) is not None:
+            return (
+                f"{other['name']} is {other['speedup']:.1f}× faster than {reference['name']} with other pictures that "
+                f"fit their prompts as well. No faster row reaches {NEAR_DB:g} dB PSNR to the reference's pictures."
+            )
         if best is None:
             return f"No faster row reaches {NEAR_DB:g} dB PSNR to the images of {reference['name']}. {blind}"
         return (

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class Variant:
         lora: A LoRA file that is merged into the weights.
         decoder: Another image decoder of a model of latents, a folder.
         optional: Skipped where the model cannot run it, such as without its files.
+        doubled: Whether guidance runs the network twice; False for networks that have it inside.
         role: "reference" (which the others are measured against), "variant", or "equal-cost" (the reference with fewer
             steps).
     """
@@ -89,6 +91,7 @@ class Variant:
     lora: str | None = None
     decoder: str | None = None
     optional: bool = False
+    doubled: bool = True
     role: str = "variant"
 
     @property
@@ -129,7 +132,7 @@ class Variant:
         if any(one is not None for one in (self.model, self.lora, self.plan, self.start)) or self.guides:
             return None
         queries = _cached_pick("samplers", self.sampler).nfe(self.steps)
-        return None if queries is None else queries * (1 if self.guidance_scale == 1 else 2)
+        return None if queries is None else queries * (1 if self.guidance_scale == 1 or not self.doubled else 2)
 
 
 @dataclass(frozen=True)
@@ -152,11 +155,19 @@ class VariantSet:
     rounds: int = 5
     prompts: tuple[str, ...] = ()
 
-    def without_guidance_below_one(self) -> VariantSet:
-        """The same set with every guidance_scale below 1 set to 1, at which a pipeline samples without guidance."""
-        first = replace(self.reference, guidance_scale=max(self.reference.guidance_scale, 1.0))
-        others = tuple(replace(v, guidance_scale=max(v.guidance_scale, 1.0)) for v in self.variants)
-        return replace(self, reference=first, variants=others)
+    def with_guidance(self, low: float, high: float = math.inf, doubled: bool = True) -> VariantSet:
+        """The same set with every guidance_scale moved into a range, for models that know no other.
+
+        Args:
+            low, high: The range: from 1 for pipelines, which sample without guidance below; that of a network that has
+                its guidance inside, where rows that differ in nothing else become one.
+            doubled: Whether a guided evaluation runs the network twice.
+        """
+
+        def moved(v: Variant) -> Variant:
+            return replace(v, guidance_scale=min(max(v.guidance_scale, low), high), doubled=doubled)
+
+        return replace(self, reference=moved(self.reference), variants=tuple(map(moved, self.variants)))
 
     def for_model(self, location: str) -> VariantSet:
         """The same set with `location` in the place of `{model}` in the names of models, LoRAs and decoders."""
