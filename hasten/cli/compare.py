@@ -102,7 +102,7 @@ def compare(
     options |= {"split": split}
     options |= {"prompts": prompts_of(prompt, prompts), "repeats": repeats, "precision": precision}
     ranks = processes(device)
-    loaded = open_shared(model, ranks)
+    loaded = open_shared(model, ranks, called=True)
     with sigterm_as_interrupt():
         rows = run_comparison(loaded, out=out, **options, show=not json, command=command, ranks=ranks)
     if json:

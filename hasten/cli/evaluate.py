@@ -92,7 +92,7 @@ def evaluate(
         data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,
     )  # fmt: skip
     ranks = processes(device)
-    loaded = open_shared(model, ranks, lora=lora)
+    loaded = open_shared(model, ranks, lora=lora, called=True)
     if loaded.conditioning is not None and texts is None and label is not None:
         texts = [label]  # as for sample
     how = sampling_config(

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import zoo
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, NonFinite
-from ..loading import load
+from ..loading import load_to_compare
 from ..model.model import Label, Model
 from ..model.resolve import RECOMMENDED
 from ..performance import cost
@@ -107,6 +107,8 @@ def prepare(
             own |= {"denoiser": how.inner, "plan": how.plan, "steps": v.steps or steps}
             resolved = replace(base, **own)
             models[v.method] = replace(resolved, guidance_scale=v.guidance_scale)
+            if v.first_evaluation is not None:
+                models[v.method] = with_teacher(models[v.method], v, model, f"{variants.source}: {v.name!r}")
         return models[v.method]
 
     def runs(v: Variant) -> bool:
@@ -164,6 +166,22 @@ def with_files(model: Model, variant: Variant, where: str) -> Model:
     return model
 
 
+def with_teacher(student: Model, variant: Variant, model: Model, where: str) -> Model:
+    """A row's model with its first evaluation by another one, which may be the comparison's own.
+
+    Raises:
+        BadInput: with `where`, if the two do not fit together, and for accelerators, which would be the student's.
+    """
+    name = str(variant.first_evaluation)
+    if variant.accelerators:
+        raise BadInput(f"{where}: first_evaluation: accelerators are not supported beside it")
+    teacher = model if name == location_of(model) else load_other_model(name, model, where)
+    try:
+        return student.with_first_evaluation(teacher, variant.guidance_scale)
+    except HastenError as e:
+        raise BadInput(f"{where}: first_evaluation: {e}") from e
+
+
 def load_other_model(name: str, model: Model, where: str) -> Model:
     """Another model on the same device.
 
@@ -171,7 +189,7 @@ def load_other_model(name: str, model: Model, where: str) -> Model:
         BadInput: if it cannot be loaded, or generates images of another shape or other classes than `model`.
     """
     try:
-        other = load(name, model.device)
+        other = load_to_compare(name, model.device)
     except HastenError as e:
         raise BadInput(f"{where}: model: {e}") from e
     if (other.shape, other.classes) != (model.shape, model.classes):
@@ -203,6 +221,7 @@ def create_jobs(rows: Sequence[PreparedRow], settings: Mapping[str, Any], ranks:
     for variant, equal, model in rows:
         own: dict[str, Any] = {} if variant.sampler or model.plan is None else {"plan": model.plan.to_json()}
         own |= {} if variant.model is None and variant.lora is None else {"weights": model_hash(model)}
+        own |= {} if variant.first_evaluation is None else {"first": model_hash(model)}
         own |= {} if variant.decoder is None else {"decoder": part_digest(model.decoder)}
         own |= {} if sharing(variant.accelerators, ranks) is None else {"processes": ranks.world}
         text = json.dumps({**settings, "method": variant.method, **own}, sort_keys=True)
@@ -246,6 +265,7 @@ def method_fields(job: Job) -> dict[str, Any]:
         "model": v.model,
         "lora": v.lora,
         "decoder": v.decoder,
+        "first_evaluation": v.first_evaluation,
         "accelerators": list(v.accelerators),
     }
 

@@ -18,6 +18,8 @@ import numpy as np
 from ..files import write_atomic
 from ..storage.provenance import command_line
 from .advice import NEAR, equivalent_row, recommended_row
+from .paired_table import paired_cells, paired_columns
+from .pictures import collect_pictures
 from .plots import (
     CAPTIONS,
     FRONT,
@@ -74,7 +76,15 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def sample_command(row: Row) -> str:
-    """The command line that samples with the method of a row."""
+    """The command line that samples with the method of a row; of one with a teacher's first evaluation, Python."""
+    if row.get("first_evaluation"):
+        student = row.get("model") or row["protocol"]["model"]
+        teacher, scale = row["first_evaluation"], f"guidance_scale={row['guidance_scale']:g}"
+        how = f"steps={row['steps']}" + ("" if row["sampler"] == "plan" else f", sampler={row['sampler']!r}")
+        return (
+            f"student, teacher = hasten.load({student!r}), hasten.load({teacher!r})\n"
+            f"student.with_first_evaluation(teacher, {scale}).sample(4, {how})"
+        )
     words = shlex.split(row["protocol"].get("command") or "")
     model = row.get("model") or (words[2] if len(words) > 2 else row["protocol"]["model"])
     planned = row.get("plan") is not None
@@ -152,6 +162,7 @@ def format_cells(row: Row) -> dict[str, str]:
         "diversity_spread": "" if row.get("diversity_error") is None else f"± {row['diversity_error']:.2g}",
         "parts": format_parts(row.get("seconds_by_part")),
         "memory": show("peak_memory", ".0f", 2**-20),
+        **paired_cells(row),
     }
 
 
@@ -283,6 +294,11 @@ def figure_svg(figure: Figure, name: str = "plot", label: str = "plot") -> str:
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', attributes, body, count=1)
 
 
+def shown_second(rows: Sequence[Row], best: Row | None) -> int:
+    """The index of the row that the page first shows against the reference: the recommended one, or the second."""
+    return next((k for k, row in enumerate(rows) if row is best), min(1, len(rows) - 1))
+
+
 def data_uri(picture: Image) -> str:
     """A picture as a `data:` URI of a PNG."""
     stream = io.BytesIO()
@@ -322,6 +338,7 @@ def write_report(
     from jinja2 import Environment, PackageLoader
 
     figure, swept = plot_quality(rows), plot_guidance_sweep(rows)
+    shots, equivalent = collect_pictures(rows, images), equivalent_row(rows)
     for name, each in {"front": figure, "guidance": swept}.items():
         if each is not None:
             each.savefig(out / f"{name}.png", dpi=160)
@@ -361,6 +378,14 @@ def write_report(
         absent=absent_columns(rows),
         near=NEAR_DB,
         command=sample_command(best) if best is not None else "",
+        equivalent=equivalent,
+        equivalent_command=sample_command(equivalent) if equivalent is not None else "",
+        reference_name=first["name"],
+        warned=[row for row in rows if row.get("warnings")],
+        paired=paired_columns(rows),
+        shots=shots,
+        psnr={} if shots is None else {f"{row},{k}": text for (row, k), text in shots.psnr.items()},
+        other=shown_second(rows, best or equivalent),
         width=image_strip(next(iter(images.values())), 84).width if images else 0,
         real=format_cells({**dict.fromkeys(rows[0]), **baselines, "guidance_scale": 1.0, "nfe": 0}),
     )

@@ -15,7 +15,7 @@ from .. import __version__
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, check_int
 from ..files import holds_lock
-from ..loading import load
+from ..loading import load_to_compare
 from ..metrics import Reference, net_name, without_neighbours
 from ..model.model import Model
 from ..performance.device import processor
@@ -160,7 +160,7 @@ def compare(
     ranks = Ranks(torch.device("cpu")) if ranks is None else ranks
     if budget is not None:
         set_faster_threads()
-    model = model if isinstance(model, Model) else load(model)
+    model = model if isinstance(model, Model) else load_to_compare(model)
     source = config.variants
     if source == "everything":
         source = "full" if model.conditioning is None else "text_to_image"

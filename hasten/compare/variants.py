@@ -28,6 +28,11 @@ A set of variants is a TOML file (bundled ones are in `variant_sets`):
     decoder = "runs/decoder"
     optional = true                   # skipped, with a line, where the files are not there
 
+    [[variant]]
+    name = "student, first evaluation by the teacher"
+    model = "runs/g/steps4"
+    first_evaluation = "{model}"      # which restores diversity (2503.10637)
+
 The defaults of sampler, times, steps and guidance_scale of a variant are the reference's; the defaults of times and
 guidance_scale of the reference are the model's. `guides` (a list) and `start` default to none. For a variant with
 another `model` or a `lora`, sampler, times and steps default to that model's own, as in `hasten sample MODEL
@@ -49,8 +54,8 @@ from ..errors import BadInput, HastenError, nearest
 from ..plan.config import SamplingConfig
 
 FOLDER = Path(__file__).resolve().parent / "variant_sets"
-FILES = ("model", "lora", "decoder")
-METHOD = ("sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators", "decoder")
+FILES = ("model", "lora", "decoder", "first_evaluation")
+METHOD = ("sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators", *FILES[2:])
 KEYS = ("name", *METHOD, "model", "lora", "plan", "optional")
 LISTED = (*FILES, "sampler", "times", "steps", "guidance_scale", "start", "plan")
 
@@ -72,6 +77,7 @@ class Variant:
         accelerators: Accelerators.
         lora: A LoRA file that is merged into the weights.
         decoder: Another image decoder of a model of latents, a folder.
+        first_evaluation: Another model whose answer the first model evaluation is, a name or folder.
         optional: Skipped where the model cannot run it, such as without its files.
         doubled: Whether guidance runs the network twice; False for networks that have it inside.
         role: "reference" (which the others are measured against), "variant", or "equal-cost" (the reference with fewer
@@ -90,6 +96,7 @@ class Variant:
     accelerators: tuple[str, ...] = ()
     lora: str | None = None
     decoder: str | None = None
+    first_evaluation: str | None = None
     optional: bool = False
     doubled: bool = True
     role: str = "variant"
@@ -114,7 +121,7 @@ class Variant:
         from ..pick import format_spec
 
         more = (self.guides, self.start, self.accelerators, *([] if self.model is None else [self.model]))
-        more += tuple((name, getattr(self, name)) for name in ("lora", "decoder") if getattr(self, name) is not None)
+        more += tuple((name, getattr(self, name)) for name in FILES[1:] if getattr(self, name) is not None)
         if not self.sampler and self.plan is None:
             return "model", self.guidance_scale, *more, *([self.times, self.steps] if self.times or self.steps else [])
         if self.plan is not None:
@@ -129,7 +136,10 @@ class Variant:
     def nfe(self) -> float | None:
         """Declared network evaluations per image, of which a guided one counts 2 and an accelerated one 1; None where
         it depends on the model or on the images."""
-        if any(one is not None for one in (self.model, self.lora, self.plan, self.start)) or self.guides:
+        if (
+            any(one is not None for one in (self.model, self.lora, self.plan, self.start, self.first_evaluation))
+            or self.guides
+        ):
             return None
         queries = _cached_pick("samplers", self.sampler).nfe(self.steps)
         return None if queries is None else queries * (1 if self.guidance_scale == 1 or not self.doubled else 2)

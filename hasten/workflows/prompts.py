@@ -82,6 +82,8 @@ def image_shape(model: Model) -> tuple[int, ...]:
     """The shape of what `sample` gives: that of the decoded image for a model of latents."""
     if model.decoder is None:
         return tuple(model.shape)
+    if (known := getattr(model.decoder, "image_shape", None)) is not None:
+        return tuple(known)
     return tuple(model.decoder.decode(torch.zeros(1, *model.shape, device=model.device)).shape[1:])
 
 
