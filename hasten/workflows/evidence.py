@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..metrics import extract, feature_net, net_name
+from ..metrics import Measure, extract, feature_net, net_name, spell_seeds
 from ..metrics.difference import WINDOW, structural_similarity
-from ..metrics.paired import psnr_by_image
+from ..metrics.paired import mean_estimate, psnr_by_image
 from ..metrics.preference import ImageReward, find_image_reward
-from ..metrics.prompt_match import PromptMatch, prompt_match
+from ..metrics.prompt_match import PromptMatch, prompt_diversity, prompt_match
 from ..metrics.text_judge import TextJudge, load_judge
 from ..metrics.vision_folder import CoarsePixels
 from ..nets.lpips import PerceptualDistance, find_perceptual, load_perceptual
@@ -95,6 +95,41 @@ class Evidence:
             return None
         vectors = self.judge.image_vectors(self.features(images, self.judge))
         return prompt_match(vectors, prompts, self.texts(distinct), distinct)
+
+    def measures(
+        self, images: Tensor, prompts: Sequence[str], seeds: range, groups: Tensor | None = None
+    ) -> dict[str, Measure]:
+        """The figures of images of prompts that need no real pictures: prompt match, prompt score, diversity.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1]; image k has prompt k mod their number.
+            prompts: the prompts.
+            seeds: of the images.
+            groups: features (P, k, D) of several images of each prompt by `net`; None: no diversity.
+        """
+        texts = [prompts[k % len(prompts)] for k in range(len(images))]
+        common: dict[str, Any] = {"seeds": spell_seeds(seeds), "better": "higher", "floor": None}
+        found: dict[str, Measure] = {}
+        if (match := self.match(images, texts)) is not None and self.judge is not None:
+            found["prompt_match"] = Measure(
+                name="prompt_match", value=match.value, features=self.judge.name, reference="the prompts themselves",
+                count=match.count, reference_count=match.candidates, interval=match.interval, **common,
+            )  # fmt: skip
+        for name, values in self.prompt_scores(images, texts).items():
+            estimate = mean_estimate(values, texts)
+            scorer = self.judge.name if name == "prompt_score" and self.judge is not None else "ImageReward"
+            found[name] = Measure(
+                name=name, value=estimate.value, features=scorer, reference="the image's own prompt",
+                count=len(values), reference_count=estimate.count, interval=(estimate.low, estimate.high), **common,
+            )  # fmt: skip
+        if groups is not None and self.net is not None:
+            d = prompt_diversity(groups)
+            found["diversity"] = Measure(
+                name="diversity", value=d.within, features=net_name(self.net),
+                reference=f"prompts with {d.images} images each", count=d.prompts * d.images,
+                reference_count=d.prompts, spread=d.error, **common,
+            )  # fmt: skip
+        return found
 
     def paired(self, images: Tensor, others: Tensor) -> dict[str, Tensor]:
         """How images differ from others of the same seeds, each (N,).
