@@ -17,6 +17,7 @@ from ..accelerators._calls import model_calls
 from ..adapters.diffusers.autoencoders import replace_decoder
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, check_int
+from ..guides.cfg import with_step_count
 from ..images import to_image_tensor
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..plan.config import SamplingConfig
@@ -29,6 +30,7 @@ from ..storage.lora_files import LoRAFile
 from ..train.names import class_index, label_indices
 from ..utils.random import MAX_SEED
 from .finite import check_sample
+from .first_evaluation import FirstEvaluation
 from .lora import load_lora_weights
 from .resolve import Resolved, accelerate_model, guided, resolve
 
@@ -112,6 +114,30 @@ class Model:
             raise BadInput(f"{self.name} is no model of latents: it has no image decoder to replace")
         decoder, pipeline = replace_decoder(self.decoder, self.pipeline, zoo.find_file(folder))
         return replace(self, decoder=decoder, pipeline=pipeline)
+
+    def with_first_evaluation(self, teacher: Model, guidance_scale: float | None = None) -> Model:
+        """This few-step student with its first evaluation by its teacher, which restores diversity within a prompt or
+        class for the cost of one evaluation of the teacher (two under guidance).
+
+        Args:
+            teacher: of the same samples, conditions and noise schedule.
+            guidance_scale: of both; None: this model's. Of the result it cannot be changed.
+
+        Raises:
+            BadInput: for another schedule, shape or other classes, and for a student of one step, which would have no
+                evaluation left.
+
+        References:
+            Gandikota, Bau 2025, arXiv:2503.10637.
+        """
+        scale = float(self.guidance_scale if guidance_scale is None else guidance_scale)
+        if (teacher.shape, teacher.classes) != (self.shape, self.classes):
+            raise BadInput(f"{teacher.name} draws other images or classes than {self.name}: it cannot be its teacher")
+        if self.steps < 2:
+            raise BadInput(f"{self.name} has one step, which would be the teacher's alone: it needs two or more")
+        student = with_step_count(self.guided(scale), self.steps)
+        denoiser: Any = FirstEvaluation(student, teacher.guided(scale), scale)
+        return replace(self, denoiser=denoiser.eval(), guidance_scale=scale)
 
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.
