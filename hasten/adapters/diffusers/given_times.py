@@ -26,7 +26,7 @@ __all__ = [
     "is_default_sigmas",
     "make_original",
     "original_config",
-    "steps_of",
+    "evaluations_of_sigmas",
     "times_of_sigmas",
 ]
 
@@ -103,7 +103,7 @@ def is_default_sigmas(spec: SchedulerSpec, sigmas: Any) -> bool:
     return spec.flow and any(bool(np.abs(values - default).max() < NEAR) for default in defaults)
 
 
-def steps_of(spec: SchedulerSpec, sigmas: Any) -> int:
+def evaluations_of_sigmas(spec: SchedulerSpec, sigmas: Any) -> int:
     """The number of evaluations of sigmas: of a table they name the end too, of a flow they may."""
     levels = falling_sigmas(sigmas)
     return len(levels) - int(not spec.flow or float(levels[-1]) == 0)
@@ -133,7 +133,7 @@ def times_of_sigmas(spec: SchedulerSpec, sigmas: Any, original: Any = None, mu: 
     if not spec.flow and len(levels) < 2:
         raise BadInput(f"sigmas must name the level where the sampling ends too, got {arguments.short_repr(sigmas)}")
     if original is not None and "sigmas" in inspect.signature(original.set_timesteps).parameters:
-        inner = levels[: steps_of(spec, levels)] if spec.flow else levels  # a flow's end is appended there
+        inner = levels[: evaluations_of_sigmas(spec, levels)] if spec.flow else levels  # a flow's end is appended there
         more = {"mu": mu} if original.config.get("use_dynamic_shifting") else {}
         call_set_timesteps(original, sigmas=inner.numpy(), **more)  # a list fails in UniPC
         return visited_times(original, spec, exact=True)
