@@ -53,7 +53,7 @@ def original_config(scheduler: Any) -> dict[str, Any] | None:
 
 def make_original(config: Mapping[str, Any] | None) -> Any:
     """The scheduler of `original_config`; None where its class is not one of `diffusers`."""
-    kind = getattr(diffusers(), str((config or {}).get("_class_name")), None)
+    kind: Any = getattr(diffusers(), str((config or {}).get("_class_name")), None)
     if config is None or not hasattr(kind, "set_timesteps"):
         return None
     keys = set(inspect.signature(kind.__init__).parameters)
@@ -156,8 +156,8 @@ class TimestepMap:
     def __init__(self, times: Tensor, timesteps: Tensor) -> None:
         if len(timesteps) != len(times) - 1:
             raise BadInput(f"set_timesteps: {len(timesteps)} timesteps and {len(times) - 1} sigmas: pass as many")
-        self.times = np.append(times[:-1].flip(0).numpy(), 1.0 + 1e-9)
-        self.timesteps = np.append(timesteps.flip(0).numpy(), float(timesteps[0]))
+        self.times: np.ndarray = np.append(times[:-1].flip(0).numpy(), 1.0 + 1e-9)
+        self.timesteps: np.ndarray = np.append(timesteps.flip(0).numpy(), float(timesteps[0]))
         if self.times[0] > 0:
             self.times, self.timesteps = np.append(0.0, self.times), np.append(0.0, self.timesteps)
 
