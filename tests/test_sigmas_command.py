@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from hasten.cli import main
 from hasten.errors import BadInput
@@ -17,8 +19,6 @@ from hasten.plan.sigma_lists import decimal, sigma_lists
 from hasten.samplers import DDIM, UniPC
 from hasten.schedules import Discrete, Flow, VPCosine
 from hasten.times import Karras, UniformTime
-
-from .adapters import tiny
 
 
 def manual_sigmas(text: str) -> list[float]:
@@ -39,11 +39,7 @@ def test_euler_on_the_lists_takes_the_steps_of_ddim() -> None:
     for level, lower in zip(manual_sigmas(lists.manual_sigmas), manual_sigmas(lists.manual_sigmas)[1:]):
         x0 = (z / (1 + level**2) ** 0.5).sin()  # the network's input is scaled
         z = x0 + (z - x0) * lower / level
-    start = x * float(table.prior_std(compiled.times[0])) if False else x
-    assert torch.allclose(z, compiled(lambda y, t: y.sin(), start), atol=1e-4)
-
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
+    assert torch.allclose(z, compiled(lambda y, t: y.sin(), x), atol=1e-4)
     flow = Flow(3.0)
     compiled = plan(DDIM(), flow, UniformTime()(flow, 6))
     lists = sigma_lists(compiled)
@@ -66,14 +62,18 @@ def test_numbers_have_no_exponents() -> None:
         text = decimal(value)
         assert "e" not in text and float(text) == pytest.approx(value, rel=1e-5)
         assert [float(text)] == manual_sigmas(text)
-    with pytest.raises(BadInput, match="is pure noise, whose sigma is infinite"):
-        sigma_lists(plan(DDIM(), VPCosine(), torch.tensor([1.0, 0.5, 0.0]).double()))
+    times = torch.tensor([1.0, 0.5, 0.0]).double()
+    lists = sigma_lists(plan(DDIM(), VPCosine(), times))
+    assert lists.sigmas == pytest.approx((1000.0, float(VPCosine().q(0.5)), 0.0)) and "pure noise" in lists.warnings[0]
+    with pytest.raises(BadInput, match="does not say its schedule"):
+        sigma_lists(replace(plan(DDIM(), VPCosine(), times), schedule={}))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "pipe"
-    tiny.sd3_pipeline().save_pretrained(folder)
+    folder = tmp_path / "pipe"  # of FLUX, say: the scheduler is all that is read
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text("{}")
     capsys.readouterr()
     words = ["sigmas", str(folder), "--sampler", "ddim", "--times", "uniform", "--steps", "4"]
     assert main([*words, "--json"]) == 0
@@ -94,4 +94,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert main(["sigmas", str(tmp_path / "plan.json"), "--steps", "3"]) == 1
     assert "remove --steps" in capsys.readouterr().err
     assert main(["sigmas", str(folder), "--sampler", "adaptive"]) == 1
+    assert "adaptive cannot run inside a pipeline" in capsys.readouterr().err
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1).save_pretrained(folder / "scheduler")
+    assert main(["sigmas", str(folder), "--sampler", "ddim", "--times", "like", "--mu", "0.9", "--json"]) == 0
+    levels = json.loads(capsys.readouterr().out)["sigmas"]
+    assert levels[-2] == pytest.approx(0.1, abs=1e-5) and len(levels) == 21
+    assert main(["sigmas", "fashion", "--sampler", "adaptive"]) == 1
     assert "name a sampler with steps" in capsys.readouterr().err
+    assert main(["sigmas", "fashion", "--mu", "0.9"]) == 1
+    assert main(["sigmas", "fashion", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sigmas"][-1] == 0

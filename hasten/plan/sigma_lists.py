@@ -33,6 +33,8 @@ NEAREST = {
     "consistency": ("LCMScheduler", "lcm", "lcm"),
 }
 
+PURE_NOISE = 1000.0  # in place of an infinite sigma: the image's part of such a state is a thousandth
+
 
 @dataclass(frozen=True)
 class SigmaLists:
@@ -105,7 +107,7 @@ def sigma_lists(plan: Plan, schedule: Schedule | None = None) -> SigmaLists:
         schedule: of the network. Default: the plan's own.
 
     Raises:
-        BadInput: for a plan without a schedule, and where a time is pure noise, whose sigma / alpha is infinite.
+        BadInput: for a plan without a schedule.
     """
     if schedule is None:
         if not plan.schedule:
@@ -114,11 +116,10 @@ def sigma_lists(plan: Plan, schedule: Schedule | None = None) -> SigmaLists:
     times = torch.unique(plan.times.detach()).flip(0)
     flow = isinstance(schedule, Flow)
     levels = schedule.sigma(times) if flow else schedule.q(times)
+    warnings = left_behind(plan, schedule, times)
     if not bool(torch.isfinite(levels).all()):
-        raise BadInput(
-            f"the first time, t = {float(times[0]):g}, is pure noise, whose sigma is infinite: begin below it, such as "
-            "--times trailing:start=0.999"
-        )
+        warnings.append(f"the first time is pure noise, whose sigma is infinite: {PURE_NOISE:g} stands for it")
+        levels = levels.clamp(max=PURE_NOISE)
     shift = schedule.shift if isinstance(schedule, Flow) else 1.0
     inner = times if float(times[-1]) > 0 else times[:-1]
     return SigmaLists(
@@ -128,7 +129,7 @@ def sigma_lists(plan: Plan, schedule: Schedule | None = None) -> SigmaLists:
         flow=flow,
         shift=shift,
         sampler=plan.sampler,
-        warnings=tuple(left_behind(plan, schedule, times)),
+        warnings=tuple(warnings),
     )
 
 

@@ -26,7 +26,7 @@ __all__ = [
     "is_default_sigmas",
     "make_original",
     "original_config",
-    "steps_of",
+    "evaluations_of_sigmas",
     "times_of_sigmas",
 ]
 
@@ -53,7 +53,7 @@ def original_config(scheduler: Any) -> dict[str, Any] | None:
 
 def make_original(config: Mapping[str, Any] | None) -> Any:
     """The scheduler of `original_config`; None where its class is not one of `diffusers`."""
-    kind = getattr(diffusers(), str((config or {}).get("_class_name")), None)
+    kind: Any = getattr(diffusers(), str((config or {}).get("_class_name")), None)
     if config is None or not hasattr(kind, "set_timesteps"):
         return None
     keys = set(inspect.signature(kind.__init__).parameters)
@@ -103,7 +103,7 @@ def is_default_sigmas(spec: SchedulerSpec, sigmas: Any) -> bool:
     return spec.flow and any(bool(np.abs(values - default).max() < NEAR) for default in defaults)
 
 
-def steps_of(spec: SchedulerSpec, sigmas: Any) -> int:
+def evaluations_of_sigmas(spec: SchedulerSpec, sigmas: Any) -> int:
     """The number of evaluations of sigmas: of a table they name the end too, of a flow they may."""
     levels = falling_sigmas(sigmas)
     return len(levels) - int(not spec.flow or float(levels[-1]) == 0)
@@ -133,7 +133,7 @@ def times_of_sigmas(spec: SchedulerSpec, sigmas: Any, original: Any = None, mu: 
     if not spec.flow and len(levels) < 2:
         raise BadInput(f"sigmas must name the level where the sampling ends too, got {arguments.short_repr(sigmas)}")
     if original is not None and "sigmas" in inspect.signature(original.set_timesteps).parameters:
-        inner = levels[: steps_of(spec, levels)] if spec.flow else levels  # a flow's end is appended there
+        inner = levels[: evaluations_of_sigmas(spec, levels)] if spec.flow else levels  # a flow's end is appended there
         more = {"mu": mu} if original.config.get("use_dynamic_shifting") else {}
         call_set_timesteps(original, sigmas=inner.numpy(), **more)  # a list fails in UniPC
         return visited_times(original, spec, exact=True)
@@ -156,8 +156,8 @@ class TimestepMap:
     def __init__(self, times: Tensor, timesteps: Tensor) -> None:
         if len(timesteps) != len(times) - 1:
             raise BadInput(f"set_timesteps: {len(timesteps)} timesteps and {len(times) - 1} sigmas: pass as many")
-        self.times = np.append(times[:-1].flip(0).numpy(), 1.0 + 1e-9)
-        self.timesteps = np.append(timesteps.flip(0).numpy(), float(timesteps[0]))
+        self.times: np.ndarray = np.append(times[:-1].flip(0).numpy(), 1.0 + 1e-9)
+        self.timesteps: np.ndarray = np.append(timesteps.flip(0).numpy(), float(timesteps[0]))
         if self.times[0] > 0:
             self.times, self.timesteps = np.append(0.0, self.times), np.append(0.0, self.timesteps)
 

@@ -6,12 +6,13 @@ This module imports diffusers; import it through `scheduler_class.plan_scheduler
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -24,25 +25,25 @@ from ...schedules.discrete import Discrete
 from ...schedules.serialize import schedule_from_dict
 from . import arguments, given_times
 from .plans import Trajectory, check_plan, coefficients, compiled_plan, plan_from_evaluation, plan_rows_from, time_grid
-from .scheduler_attributes import PlanSchedulerOutput, SchedulerAttributes
+from .scheduler_attributes import COMPATIBLE, TABLE, SchedulerAttributes
 from .schedules import PREDICTIONS, SchedulerSpec, schedules_agree, shift_of, times_like
 
 __all__ = ["PlanScheduler", "PlanSchedulerOutput"]
 
-TABLE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
-COMPATIBLE = [
-    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "LCMScheduler",
-]  # fmt: skip
+
+@dataclass
+class PlanSchedulerOutput(BaseOutput):
+    """The output of `PlanScheduler.step`.
+
+    Attributes:
+        prev_sample: the next state.
+        pred_original_sample: x0.
+        denoised: x0, at the last evaluation the result, which latent consistency pipelines decode.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+    denoised: Tensor
 
 
 class PlanScheduler(SchedulerAttributes, diffusers.SchedulerMixin, diffusers.ConfigMixin):
@@ -217,7 +218,7 @@ class PlanScheduler(SchedulerAttributes, diffusers.SchedulerMixin, diffusers.Con
             timesteps = arguments.lcm_timesteps(steps, total, original, fraction)
         own = self._own_times(timesteps, sigmas, mu)
         if own is None and sigmas is not None:
-            steps = given_times.steps_of(self.spec, sigmas)
+            steps = given_times.evaluations_of_sigmas(self.spec, sigmas)
         self._full_plan, self.grid = self._plan_of(steps, own, mu)
         if self.config.stochastic_sampling and not self._full_plan.stochastic:
             warnings.warn(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ...errors import BadInput
@@ -16,8 +14,22 @@ from . import arguments
 from .given_times import TimestepMap
 from .schedules import SchedulerSpec, to_float64
 
-__all__ = ["MissingAttribute", "PlanSchedulerOutput", "SchedulerAttributes"]
+__all__ = ["COMPATIBLE", "TABLE", "MissingAttribute", "SchedulerAttributes"]
 
+TABLE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+COMPATIBLE = [
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "LCMScheduler",
+]  # fmt: skip
 # Attributes of other schedulers that some pipelines read, and what they are.
 OF_OTHERS = {
     "alphas_cumprod": "a table, and this scheduler is a flow",
@@ -34,21 +46,6 @@ OF_OTHERS = {
     "undo_step": "the resampling of RePaint",
     "schedule": "the noise levels of Karras VE",
 }
-
-
-@dataclass
-class PlanSchedulerOutput(BaseOutput):
-    """The output of `PlanScheduler.step`.
-
-    Attributes:
-        prev_sample: the next state.
-        pred_original_sample: x0.
-        denoised: x0, at the last evaluation the result, which latent consistency pipelines decode.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-    denoised: Tensor
 
 
 class MissingAttribute(BadInput, AttributeError):
