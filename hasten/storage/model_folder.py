@@ -141,18 +141,12 @@ def write_network(model: ModelLike, folder: Path, half: bool, as_pipeline: bool)
     if isinstance(net, HasFiles):
         net.write_files(folder)
     model.sha256 = sha256(folder / WEIGHTS)
-    if model.conditioning is not None:
-        from ..adapters.diffusers.components import save_components
-        from ..adapters.diffusers.library import network_of
+    entries: dict[str, Any] = {"weights": {"file": WEIGHTS, "sha256": model.sha256}}
+    if model.conditioning is None and model.decoder is None:
+        return entries
+    from ..adapters.diffusers.saving import save_beside
 
-        entry = save_components(model.pipeline, network_of(model.pipeline)[0], folder)
-        return {"pipeline": entry, "weights": {"file": WEIGHTS, "sha256": model.sha256}}
-    if model.decoder is None:
-        return {"weights": {"file": WEIGHTS, "sha256": model.sha256}}
-    from ..adapters.diffusers.saving import save_decoder
-
-    save_decoder(model, folder)
-    return {"decoder": True, "weights": {"file": WEIGHTS, "sha256": model.sha256}}
+    return entries | save_beside(model, folder)
 
 
 def model_description(model: ModelLike) -> dict[str, Any]:
@@ -288,15 +282,16 @@ def read_fields(
             statistics=statistics_in(folder, description.get("statistics")),
             parts={name: part_in(folder, entry, networks, trust_code) for name, entry in entries.items()},
             sha256=description["weights"]["sha256"],
-            conditioning=None if base is None else base.conditioning,
             decoder=decoder_in(folder, description) if base is None else base.decoder,
-            pipeline=None if base is None else base.pipeline,
+            **{key: getattr(base, key, None) for key in ("conditioning", "pipeline")},
             **{key: description[key] for key in SAME_NAMES},
         )
         weights = folder / description["weights"]["file"]
         check_shapes(fields)
-        if description.get("pipeline"):
-            fields |= components_in(folder, description, net)
+        if entry := description.get("pipeline"):
+            from ..adapters.diffusers.components import components_of_model
+
+            fields |= components_of_model(folder, entry, net, fields["shape"])
     except KeyError as e:
         raise BadInput(f"{folder / DESCRIPTION} lacks {e}") from e
     except BadInput:
@@ -344,15 +339,6 @@ def decoder_in(folder: Path, description: dict[str, Any]) -> Any:
     from ..adapters.diffusers.saving import open_decoder
 
     return open_decoder(folder)
-
-
-def components_in(folder: Path, description: dict[str, Any], net: torch.nn.Module) -> dict[str, Any]:
-    """The text encoders and the image decoder of a model of prompts whose network is in integers."""
-    from ..adapters.diffusers.components import inner_network, open_components, prompts_and_decoder
-
-    pipe = open_components(folder, description["pipeline"], inner_network(net))
-    conditioning, decoder = prompts_and_decoder(pipe, *description["shape"][1:])
-    return {"conditioning": conditioning, "decoder": decoder, "pipeline": pipe}
 
 
 def plan_in(folder: Path, file: str) -> Plan:

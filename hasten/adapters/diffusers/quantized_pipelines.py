@@ -41,7 +41,7 @@ def save_quantized(pipe: Any, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} exists: save the quantised pipeline in a new folder")
-    slot, net = network_of(pipe)
+    net = network_of(pipe)[1]
     forward = vars(net)["accelerated_forward"]
     holder = forward.source.net
     with forward.layers.exchanged():
@@ -63,7 +63,7 @@ def save_quantized(pipe: Any, folder: str | Path) -> None:
         try:
             scratch.mkdir(parents=True)
             write_weights(holder, scratch / WEIGHTS)
-            entry = save_components(pipe, slot, scratch)
+            entry = save_components(pipe, scratch)
             record = {
                 "schema": SCHEMA,
                 "name": folder.resolve().name,
