@@ -23,6 +23,7 @@ from ..schedules.serialize import schedule_from_dict
 from ..utils.finite import check_finite
 from .atomic import replace_files
 from .checks import check_reopens
+from .network_files import WEIGHTS, write_network, write_pipeline
 from .weights import (
     describe_network,
     is_diffusers,
@@ -36,17 +37,18 @@ from .weights import (
 
 SCHEMA = 1
 WAIT = 30.0  # seconds that a save waits for another one into the same folder
-DESCRIPTION, WEIGHTS, PLAN, STATISTICS = "model.json", "weights.safetensors", "plan.json", "statistics.safetensors"
+DESCRIPTION, PLAN, STATISTICS = "model.json", "plan.json", "statistics.safetensors"
 SAME_NAMES = ("name", "codec", "sampler", "times", "steps", "guidance_scale", "card")  # in model.json and in Model
 
 
-def save(model: ModelLike, folder: Path, half: bool = False) -> Path:
+def save(model: ModelLike, folder: Path, half: bool = False, components_from: str | Path | None = None) -> Path:
     """Write a model folder.
 
     Args:
         model: to save; its `sha256` is set.
         folder: see `Model.save`.
         half: floating-point weights as float16.
+        components_from: see `Model.save`.
 
     Returns:
         The folder.
@@ -55,20 +57,31 @@ def save(model: ModelLike, folder: Path, half: bool = False) -> Path:
         BadInput: where the model cannot be saved or the folder not be written.
     """
     as_pipeline = check_savable(model)
+    if components_from is not None:
+        if not as_pipeline:
+            raise BadInput(f"components_from={components_from}: {model.name} is not saved as the folder of a pipeline")
+        from ..adapters.diffusers.shared_components import check_base
+
+        check_base(components_from)
     try:
         with locked(folder, wait=WAIT):
             remove_leftovers(folder.parent, folder.name)  # of earlier versions
-            return write_model(model, folder, half, as_pipeline)
+            return write_model(model, folder, half, as_pipeline, components_from)
     except OSError as e:
         raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
 
 
-def write_model(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> Path:
+def write_model(
+    model: ModelLike, folder: Path, half: bool, as_pipeline: bool, components_from: str | Path | None
+) -> Path:
     """Write all files of a model into a temporary folder, then replace those of `folder` atomically."""
     scratch = temporary_path(folder / "model")
     try:
         scratch.mkdir()
-        overrides = write_network(model, scratch, half, as_pipeline)
+        if as_pipeline:
+            overrides = write_pipeline(model, scratch, components_from, folder)
+        else:
+            overrides = write_network(model, scratch, half)
         description = model_description(model) | overrides
         if model.plan is not None:
             (scratch / PLAN).write_text(model.plan.to_json())
@@ -126,27 +139,6 @@ def check_savable(model: ModelLike, network: bool = True, integers: bool = False
         if why := save_refusal(part):
             raise BadInput(f"{model.name} cannot be saved with its part {name}: {why}")
     return False
-
-
-def write_network(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> dict[str, Any]:
-    """Write the network's files; returns the entries of model.json that differ from `model_description`."""
-    net = model.denoiser.net
-    if as_pipeline:
-        from ..adapters.diffusers.saving import save_pipeline
-
-        description = save_pipeline(model, folder)
-        model.sha256 = sha256(folder / description["file"])
-        return {"net": description["net"], "weights": {"file": description["file"], "sha256": model.sha256}}
-    write_weights(net, folder / WEIGHTS, half)
-    if isinstance(net, HasFiles):
-        net.write_files(folder)
-    model.sha256 = sha256(folder / WEIGHTS)
-    entries: dict[str, Any] = {"weights": {"file": WEIGHTS, "sha256": model.sha256}}
-    if model.conditioning is None and model.decoder is None:
-        return entries
-    from ..adapters.diffusers.saving import save_beside
-
-    return entries | save_beside(model, folder)
 
 
 def model_description(model: ModelLike) -> dict[str, Any]:

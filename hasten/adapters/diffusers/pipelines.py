@@ -14,6 +14,8 @@ from .library import INDEX, diffusers, is_pipeline, network_of, without_expected
 from .loadable import check_loadable, needs_image
 from .network import separate_unhooked
 from .schedules import mu_of, read_scheduler
+from .shared_components import open_components
+from .split_blocks import SplitBlocks
 from .split_network import SplitNetwork
 from .wrap import split_network
 
@@ -54,6 +56,12 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
     slot, net = network_of(pipe)
     split = split_network(separate_unhooked(net))
+    if isinstance(split, SplitBlocks):
+        check_loadable(pipe, slot, net)
+        raise BadInput(
+            f"load does not know what the {slot} of {type(pipe).__name__}, a {type(net).__name__}, takes: use the "
+            "pipeline itself, with hasten.as_scheduler(...) or hasten.accelerate(pipe, ...)"
+        )
     config: Any = net.config
     channels = int(config.out_channels or config.in_channels)
     if channels not in (config.in_channels, 2 * config.in_channels):
@@ -121,9 +129,10 @@ def open_pipeline(name: str | Path) -> Any:
     library = diffusers()
     from .. import _scheduler  # noqa: F401  which pipelines with a PlanScheduler may name, and must be imported
 
+    components = open_components(Path(name))
     try:
         with without_loading_bars(), without_expected_messages():
-            return library.DiffusionPipeline.from_pretrained(str(name))
+            return library.DiffusionPipeline.from_pretrained(str(name), **components)
     except Exception as error:  # of many kinds: the network, the files, missing packages
         message = " ".join(str(error).split()).split(". ")[0]
         where = "" if (Path(name) / INDEX).is_file() else " (if you are offline, give the folder of a pipeline)"
