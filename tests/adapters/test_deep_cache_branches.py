@@ -82,7 +82,7 @@ def runs_of(module: Any) -> list[int]:
     return runs
 
 
-@pytest.mark.parametrize("branch", [0, 1, 2])
+@pytest.mark.parametrize("branch", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_picture_is_that_of_the_paper(branch: int) -> None:
     pipe = sd(unet=three_levels())
     expected = sample_latents(reference(pipe, branch))
