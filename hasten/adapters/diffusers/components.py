@@ -15,7 +15,7 @@ from ...errors import BadInput
 from .conditions import Latents, Prompts
 from .library import INDEX, diffusers, network_of, without_expected_messages, without_loading_bars
 
-__all__ = ["components_of_model", "inner_network", "open_components", "prompts_and_decoder", "save_components"]
+__all__ = ["components_of_model", "inner_network", "open_with_network", "prompts_and_decoder", "save_components"]
 
 COMPONENTS = "pipeline"  # their folder in a model folder
 
@@ -53,7 +53,7 @@ def save_components(pipe: Any, folder: Path) -> dict[str, str]:
     return {"folder": COMPONENTS, "slot": slot}
 
 
-def open_components(folder: Path, entry: dict[str, str], net: nn.Module) -> Any:
+def open_with_network(folder: Path, entry: dict[str, str], net: nn.Module) -> Any:
     """The pipeline that `save_components` wrote, with a network.
 
     Args:
@@ -101,7 +101,7 @@ def components_of_model(folder: Path, entry: dict[str, str], net: nn.Module, sha
     Returns:
         `conditioning`, `decoder` and `pipeline` of `Model`.
     """
-    pipe = open_components(folder, entry, inner_network(net))
+    pipe = open_with_network(folder, entry, inner_network(net))
     conditioning, decoder = prompts_and_decoder(pipe, *shape[1:])
     return {"conditioning": conditioning, "decoder": decoder, "pipeline": pipe}
 
