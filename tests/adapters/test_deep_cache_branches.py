@@ -141,9 +141,10 @@ def test_freeu_compiled_parts_and_offloading_by_block() -> None:
     calls, pre_forward = [], hook.pre_forward
     hook.pre_forward = lambda *args, **kwargs: (calls.append(1), pre_forward(*args, **kwargs))[1]
     assert torch.equal(sample_latents(every), before) and len(calls) == STEPS
-    every.unet.up_blocks[-1].forward = lambda *args, **kwargs: None
+    patched: Any = hasten.accelerate(pipe, "deep_cache:every=1,branch=0", steps=STEPS)
+    patched.unet.up_blocks[-1].forward = lambda *args, **kwargs: None
     with pytest.raises(BadInput, match="UpBlock2D, whose forward was replaced"):
-        sample_latents(every)
+        sample_latents(patched)
 
 
 @pytest.mark.parametrize("name", ["deep_cache:branch=0,", "encoder_propagation:keys=uniform,"])
