@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import BadInput
 from . import WRAP, Accelerator, SamplingContext
 
-__all__ = ["DiffusersCache"]
+__all__ = ["DiffusersCache", "check_timestep_ranges"]
 
 
 class DiffusersCache(Accelerator):
@@ -50,3 +50,18 @@ class DiffusersCache(Accelerator):
         """
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # of the subclass
         return {field.name: getattr(self, field.name) for field in fields}
+
+
+def check_timestep_ranges(who: str, method: DiffusersCache) -> None:
+    """Refuse ranges of timesteps that are not (low, high).
+
+    Args:
+        who: the accelerator, for the message.
+        method: whose fields are checked.
+
+    Raises:
+        BadInput: for other ranges.
+    """
+    for name, value in vars(method).items():
+        if name.endswith("timestep_skip_range") and not (len(value) == 2 and value[0] < value[1]):
+            raise BadInput(f"{who}: {name} must be (low, high), as in (100,800), found {value}")

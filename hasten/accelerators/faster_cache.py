@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import BadInput, check_choice
-from ._diffusers_cache import DiffusersCache
-from .pyramid_attention_broadcast import check_timesteps
+from ._diffusers_cache import DiffusersCache, check_timestep_ranges
 
 FORMATS = ("BCFHW", "BFCHW", "BCHW")
 
@@ -46,4 +45,4 @@ class FasterCache(DiffusersCache):
         for name in ("spatial_attention_block_skip_range", "unconditional_batch_skip_range"):
             if getattr(self, name) < 1:
                 raise BadInput(f"faster_cache: {name} must be 1 or more, found {getattr(self, name)}")
-        check_timesteps("faster_cache", self)
+        check_timestep_ranges("faster_cache", self)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import BadInput
-from ._diffusers_cache import DiffusersCache
+from ._diffusers_cache import DiffusersCache, check_timestep_ranges
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,4 @@ class PyramidAttentionBroadcast(DiffusersCache):
                 "pyramid_attention_broadcast: give a block_skip_range of 1 or more for spatial, temporal or cross "
                 f"attention, found {', '.join(f'{name} {each}' for name, each in ranges.items())}"
             )
-        check_timesteps("pyramid_attention_broadcast", self)
-
-
-def check_timesteps(who: str, method: DiffusersCache) -> None:
-    """Refuse ranges of timesteps that are not (low, high).
-
-    Args:
-        who: the accelerator, for the message.
-        method: whose fields are checked.
-
-    Raises:
-        BadInput: for other ranges.
-    """
-    for name, value in vars(method).items():
-        if name.endswith("timestep_skip_range") and not (len(value) == 2 and value[0] < value[1]):
-            raise BadInput(f"{who}: {name} must be (low, high), as in (100,800), found {value}")
+        check_timestep_ranges("pyramid_attention_broadcast", self)

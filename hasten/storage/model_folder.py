@@ -274,15 +274,16 @@ def read_fields(
             statistics=statistics_in(folder, description.get("statistics")),
             parts={name: part_in(folder, entry, networks, trust_code) for name, entry in entries.items()},
             sha256=description["weights"]["sha256"],
-            conditioning=None if base is None else base.conditioning,
             decoder=decoder_in(folder, description) if base is None else base.decoder,
-            pipeline=None if base is None else base.pipeline,
+            **{key: getattr(base, key, None) for key in ("conditioning", "pipeline")},
             **{key: description[key] for key in SAME_NAMES},
         )
         weights = folder / description["weights"]["file"]
         check_shapes(fields)
-        if description.get("pipeline"):
-            fields |= components_in(folder, description, net)
+        if entry := description.get("pipeline"):
+            from ..adapters.diffusers.components import components_of_model
+
+            fields |= components_of_model(folder, entry, net, fields["shape"])
     except KeyError as e:
         raise BadInput(f"{folder / DESCRIPTION} lacks {e}") from e
     except BadInput:
@@ -330,15 +331,6 @@ def decoder_in(folder: Path, description: dict[str, Any]) -> Any:
     from ..adapters.diffusers.saving import open_decoder
 
     return open_decoder(folder)
-
-
-def components_in(folder: Path, description: dict[str, Any], net: torch.nn.Module) -> dict[str, Any]:
-    """The text encoders and the image decoder of a model of prompts whose network is in integers."""
-    from ..adapters.diffusers.components import inner_network, open_components, prompts_and_decoder
-
-    pipe = open_components(folder, description["pipeline"], inner_network(net))
-    conditioning, decoder = prompts_and_decoder(pipe, *description["shape"][1:])
-    return {"conditioning": conditioning, "decoder": decoder, "pipeline": pipe}
 
 
 def plan_in(folder: Path, file: str) -> Plan:

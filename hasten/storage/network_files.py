@@ -28,15 +28,9 @@ def write_network(model: ModelLike, folder: Path, half: bool) -> dict[str, Any]:
     if isinstance(net, HasFiles):
         net.write_files(folder)
     model.sha256 = sha256(folder / WEIGHTS)
-    if model.conditioning is not None:
-        from ..adapters.diffusers.components import save_components
-        from ..adapters.diffusers.library import network_of
+    entries: dict[str, Any] = {"weights": {"file": WEIGHTS, "sha256": model.sha256}}
+    if model.conditioning is None and model.decoder is None:
+        return entries
+    from ..adapters.diffusers.saving import save_beside
 
-        entry = save_components(model.pipeline, network_of(model.pipeline)[0], folder)
-        return {"pipeline": entry, "weights": {"file": WEIGHTS, "sha256": model.sha256}}
-    if model.decoder is None:
-        return {"weights": {"file": WEIGHTS, "sha256": model.sha256}}
-    from ..adapters.diffusers.saving import save_decoder
-
-    save_decoder(model, folder)
-    return {"decoder": True, "weights": {"file": WEIGHTS, "sha256": model.sha256}}
+    return entries | save_beside(model, folder)

@@ -82,7 +82,7 @@ def runs_of(module: Any) -> list[int]:
     return runs
 
 
-@pytest.mark.parametrize("branch", [0, 1, 2])
+@pytest.mark.parametrize("branch", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_picture_is_that_of_the_paper(branch: int) -> None:
     pipe = sd(unet=three_levels())
     expected = sample_latents(reference(pipe, branch))
@@ -141,9 +141,10 @@ def test_freeu_compiled_parts_and_offloading_by_block() -> None:
     calls, pre_forward = [], hook.pre_forward
     hook.pre_forward = lambda *args, **kwargs: (calls.append(1), pre_forward(*args, **kwargs))[1]
     assert torch.equal(sample_latents(every), before) and len(calls) == STEPS
-    every.unet.up_blocks[-1].forward = lambda *args, **kwargs: None
+    patched: Any = hasten.accelerate(pipe, "deep_cache:every=1,branch=0", steps=STEPS)
+    patched.unet.up_blocks[-1].forward = lambda *args, **kwargs: None
     with pytest.raises(BadInput, match="UpBlock2D, whose forward was replaced"):
-        sample_latents(every)
+        sample_latents(patched)
 
 
 @pytest.mark.parametrize("name", ["deep_cache:branch=0,", "encoder_propagation:keys=uniform,"])

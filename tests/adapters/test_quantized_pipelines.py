@@ -67,7 +67,9 @@ def drawn(pipe: Any, **more: Any) -> Tensor:
     return torch.as_tensor(pipe(**CALL, **more, generator=torch.Generator().manual_seed(3)).images)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "inpaint" else []) for name in PIPELINES]
+)
 def test_a_pipeline_is_calibrated_by_its_own_call_and_reopened(name: str, tmp_path: Path) -> None:
     make, more = PIPELINES[name]
     pipe = make()

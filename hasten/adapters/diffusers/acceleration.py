@@ -16,7 +16,7 @@ from .accelerated import Accelerated
 from .accelerator_list import parse_accelerators
 from .arguments import check_count
 from .library import is_pipeline, network_of
-from .native_caches import cached_pipeline, check_no_cache
+from .native_caches import cached_pipeline
 from .quantized_pipelines import save_quantized
 
 
@@ -93,7 +93,6 @@ def accelerate_pipeline(
         vars(cached)["save_pretrained"] = partial(save_accelerated, cached, methods, False)
         return cached
     slot, net = network_of(pipe)
-    check_no_cache(slot, net)
     fast = Accelerated.wrap_pipeline(pipe, slot, net, methods, steps, seed, prompts if calls is None else calls)
     other_weights = any(with_defaults(one).stage == EXCHANGE for one in methods)
     for target in (fast, vars(fast)[slot]) if other_weights else (fast,):  # not by their own __setattr__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from torch import nn
 
 from ...errors import BadInput
 from .conditions import Latents, Prompts
-from .library import INDEX, diffusers, without_expected_messages, without_loading_bars
+from .library import INDEX, diffusers, network_of, without_expected_messages, without_loading_bars
 
-__all__ = ["COMPONENTS", "inner_network", "open_components", "prompts_and_decoder", "save_components"]
+__all__ = ["components_of_model", "inner_network", "open_with_network", "prompts_and_decoder", "save_components"]
 
 COMPONENTS = "pipeline"  # their folder in a model folder
 
@@ -35,18 +35,17 @@ def without_missing_network(slot: str) -> Iterator[None]:
         log.removeFilter(other)
 
 
-def save_components(pipe: Any, slot: str, folder: Path) -> dict[str, str]:
+def save_components(pipe: Any, folder: Path) -> dict[str, str]:
     """Write a pipeline without its network, which no folder of diffusers could hold.
 
     Args:
         pipe: the pipeline, left unchanged.
-        slot: of the network.
         folder: of the model.
 
     Returns:
         The entry `pipeline` of model.json.
     """
-    rest = copy.copy(pipe)
+    slot, rest = network_of(pipe)[0], copy.copy(pipe)
     vars(rest).pop("save_pretrained", None)
     setattr(rest, slot, None)  # in the copy's config too
     with without_loading_bars(), without_missing_network(slot):
@@ -54,7 +53,7 @@ def save_components(pipe: Any, slot: str, folder: Path) -> dict[str, str]:
     return {"folder": COMPONENTS, "slot": slot}
 
 
-def open_components(folder: Path, entry: dict[str, str], net: nn.Module) -> Any:
+def open_with_network(folder: Path, entry: dict[str, str], net: nn.Module) -> Any:
     """The pipeline that `save_components` wrote, with a network.
 
     Args:
@@ -88,6 +87,23 @@ def prompts_and_decoder(pipe: Any, height: int, width: int) -> tuple[Prompts | N
     factor = 1 if vae is None else getattr(pipe, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1))
     prompts = Prompts(pipe, (height * factor, width * factor)) if hasattr(pipe, "encode_prompt") else None
     return prompts, None if vae is None else Latents(vae)
+
+
+def components_of_model(folder: Path, entry: dict[str, str], net: nn.Module, shape: Sequence[int]) -> dict[str, Any]:
+    """The text encoders and the image decoder of a model of prompts whose network is in integers.
+
+    Args:
+        folder: of the model.
+        entry: `pipeline` of model.json.
+        net: the network.
+        shape: (C, H, W) of a sample.
+
+    Returns:
+        `conditioning`, `decoder` and `pipeline` of `Model`.
+    """
+    pipe = open_with_network(folder, entry, inner_network(net))
+    conditioning, decoder = prompts_and_decoder(pipe, *shape[1:])
+    return {"conditioning": conditioning, "decoder": decoder, "pipeline": pipe}
 
 
 def inner_network(net: Any) -> Any:

@@ -50,7 +50,7 @@ class ControlNetReuse:
 
     def __call__(self, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The ControlNet's output: of `run`, or of the last key step."""
-        named = {**dict(enumerate(args)), **kwargs}
+        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         sample, timestep = named.pop(0, named.pop("sample", None)), named.pop(1, named.pop("timestep", None))
         arguments = (sample.shape, sample.dtype, named)
         begins = self.timeline.advance(self.forward._scheduler(), timestep)

@@ -12,7 +12,7 @@ from ...accelerators import EXCHANGE, WRAP, with_defaults
 from ...errors import BadInput
 from ...pick import format_spec
 
-__all__ = ["check_hooks"]
+__all__ = ["check_hooks", "enabled_cache"]
 
 # beginnings of the names of the hooks of each cache
 CACHES = {
@@ -44,7 +44,7 @@ def check_hooks(net: nn.Module, accelerators: Sequence[Any], warn: bool = False)
     reusing = [one for one in accelerators if _reuses(one)]
     exchanging = [one for one in accelerators if with_defaults(one).stage == EXCHANGE]
     name = type(net).__name__
-    cache = next((_cache_name(hook) for _, hook, _ in found if _cache_name(hook)), None)
+    cache = enabled_cache(net)
     if cache is not None and reusing:
         raise BadInput(
             f"this {name} has the {cache} of diffusers, and {format_spec(reusing[0])} would reuse features of it once "
@@ -68,6 +68,11 @@ def check_hooks(net: nn.Module, accelerators: Sequence[Any], warn: bool = False)
             f"the group offloading of this {name} moves several blocks together or in advance, some of which "
             f"{format_spec(reusing[0])} skips: use num_blocks_per_group=1 and use_stream=False"
         )
+
+
+def enabled_cache(net: nn.Module) -> str | None:
+    """The cache of `diffusers` that is enabled on a network, by `enable_cache` or `apply_*_cache`; None without one."""
+    return next((name for _, hook, _ in _hooks(net) if (name := _cache_name(hook))), None)
 
 
 def _hooks(net: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

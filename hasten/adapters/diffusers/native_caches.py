@@ -17,50 +17,13 @@ from ...accelerators._diffusers_cache import DiffusersCache
 from ...errors import BadInput
 from ...pick import format_spec
 from .accelerated import Accelerated
+from .hooks import enabled_cache
 from .library import diffusers
 from .network import copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
 
-__all__ = ["cached_pipeline", "check_no_cache", "enabled_cache"]
+__all__ = ["cached_pipeline"]
 
-CACHE_HOOKS = (
-    "fbc_",
-    "mag_cache",
-    "sea_cache",
-    "taylorseer_cache",
-    "faster_cache",
-    "pyramid_attention_broadcast",
-    "text_kv_cache",
-)  # what the names of the hooks of diffusers' caches begin with
 SLOTS = ("transformer", "transformer_2")
-
-
-def enabled_cache(net: nn.Module) -> str | None:
-    """The name of the cache of `diffusers` that is enabled on a network, None without one.
-
-    By `enable_cache` or by the functions `apply_*_cache`.
-    """
-    config = getattr(net, "_cache_config", None)
-    if config is not None:
-        return type(config).__name__.removesuffix("Config")
-    for module in net.modules():
-        registry = vars(module).get("_diffusers_hook")
-        for name in getattr(registry, "hooks", ()):
-            if name.lstrip("_").startswith(CACHE_HOOKS):
-                return name
-    return None
-
-
-def check_no_cache(slot: str, net: nn.Module) -> None:
-    """Refuse a network with a cache of `diffusers`, which must not be stacked on another in silence.
-
-    Raises:
-        BadInput: where one is enabled.
-    """
-    if (name := enabled_cache(net)) is not None:
-        raise BadInput(
-            f"the {slot} has a cache of diffusers already ({name}): call pipe.{slot}.disable_cache() first, and pass "
-            "hasten.accelerate one cache"
-        )
 
 
 def cached_pipeline(
@@ -119,7 +82,11 @@ def check_pipeline(pipe: Any, method: DiffusersCache, slots: dict[str, nn.Module
         inner = uncompiled(net)
         if isinstance(net, Accelerated):
             raise BadInput("this pipeline is accelerated already: pass the original pipeline")
-        check_no_cache(slot, inner)
+        if (name := enabled_cache(inner)) is not None:
+            raise BadInput(
+                f"the {slot} has a cache of diffusers already ({name}): call pipe.{slot}.disable_cache() first, and "
+                "pass hasten.accelerate one cache"
+            )
         if not hasattr(inner, "enable_cache"):
             raise BadInput(
                 f"{who}: the {type(inner).__name__} of diffusers {diffusers().__version__} has no enable_cache: use "
@@ -176,18 +143,8 @@ def enable(net: Any, method: DiffusersCache, config: dict[str, Any], pipe: Any) 
         raise BadInput(
             f"{format_spec(method)}: diffusers cannot enable it on {type(net).__name__}: {message}"
         ) from error
-    if enabled_hooks(net) == 0:
+    if enabled_cache(net) is None:
         raise BadInput(f"{format_spec(method)}: diffusers finds nothing to cache in {type(net).__name__}")
-
-
-def enabled_hooks(net: nn.Module) -> int:
-    """The number of modules with hooks of a cache."""
-    registries = [vars(module).get("_diffusers_hook") for module in net.modules()]
-    return sum(
-        any(name.lstrip("_").startswith(CACHE_HOOKS) for name in registry.hooks)
-        for registry in registries
-        if registry is not None
-    )
 
 
 def measured_ratios(

@@ -21,7 +21,7 @@ from ...utils.random import preserve_rng_state
 from .accelerated import Accelerated
 from .accelerator_list import parse_accelerators
 from .arguments import check_count
-from .components import inner_network, open_components, save_components
+from .components import inner_network, open_with_network, save_components
 from .library import network_of
 
 __all__ = ["open_quantized", "save_quantized"]
@@ -41,7 +41,7 @@ def save_quantized(pipe: Any, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} exists: save the quantised pipeline in a new folder")
-    slot, net = network_of(pipe)
+    net = network_of(pipe)[1]
     forward = vars(net)["accelerated_forward"]
     holder = forward.source.net
     with forward.layers.exchanged():
@@ -63,7 +63,7 @@ def save_quantized(pipe: Any, folder: str | Path) -> None:
         try:
             scratch.mkdir(parents=True)
             write_weights(holder, scratch / WEIGHTS)
-            entry = save_components(pipe, slot, scratch)
+            entry = save_components(pipe, scratch)
             record = {
                 "schema": SCHEMA,
                 "name": folder.resolve().name,
@@ -110,7 +110,7 @@ def open_quantized(folder: str | Path, accelerators: Any = (), steps: int | None
     load_weights(holder, folder / weights["file"], str(weights["sha256"]))
     holder.eval().requires_grad_(False)
     net = inner_network(holder)
-    pipe = open_components(folder, entry, net)
+    pipe = open_with_network(folder, entry, net)
     bounds = holder.bounds if isinstance(holder, TimeGroups) else None
     methods, count = parse_accelerators(accelerators), 50 if steps is None else check_count("steps", steps)
     return Accelerated.wrap_pipeline(pipe, entry["slot"], net, methods, count, 0, None, bounds)

@@ -25,6 +25,7 @@ from ...errors import BadInput
 from ...nets.quantized import layers
 from ...schedules.discrete import Discrete
 from ..model_like import ModelLike
+from .components import save_components
 from .library import diffusers, without_loading_bars
 from .schedules import PREDICTIONS, FlowDenoiser
 from .shared_components import ENTRY, drop_shared
@@ -89,14 +90,20 @@ def save_pipeline(
     return {"net": kind, "file": f"{slot}/{files[0].name}", **shared}
 
 
-def save_decoder(model: ModelLike, folder: Path) -> None:
-    """Write the image decoder of a latent model beside its network."""
-    if model.decoder is not None:
-        model.decoder.vae.save_pretrained(str(folder / DECODER))
+def save_beside(model: ModelLike, folder: Path) -> dict[str, Any]:
+    """Write what a latent model has beside its network: its image decoder, of a model of prompts the whole pipeline.
+
+    Returns:
+        The entry of model.json.
+    """
+    if model.conditioning is not None:
+        return {"pipeline": save_components(model.pipeline, folder)}
+    model.decoder.vae.save_pretrained(str(folder / DECODER))
+    return {"decoder": True}
 
 
 def open_decoder(folder: Path) -> Any:
-    """The image decoder that `save_decoder` wrote, None where there is none."""
+    """The image decoder that `save_beside` wrote, None where there is none."""
     from .conditions import Latents
 
     if not (folder / DECODER / "config.json").is_file():
