@@ -38,31 +38,6 @@ class Inputs:
         self.x, self.time, self.cond, self.several = x, time, cond, several
 
 
-class Features:
-    """What the second half of a network needs of the first: outputs of modules, by name.
-
-    Args:
-        outputs: trees of tensors with the batch first.
-        trace: of the evaluation that they are part of.
-    """
-
-    def __init__(self, outputs: dict[str, Any], trace: Trace) -> None:
-        self.outputs, self.trace = outputs, trace
-
-
-def _flatten(features: Features) -> tuple[list[Any], Any]:
-    """Flatten for torch's pytree."""
-    return list(features.outputs.values()), (tuple(features.outputs), features.trace)
-
-
-def _unflatten(values: Any, context: Any) -> Features:
-    """Unflatten for torch's pytree."""
-    return Features(dict(zip(context[0], values)), context[1])
-
-
-pytree.register_pytree_node(Features, _flatten, _unflatten)
-
-
 @dataclass(frozen=True)
 class Split:
     """A split of a network for one kind of inputs.
@@ -76,6 +51,32 @@ class Split:
     encoder: tuple[str, ...]
     needed: tuple[str, ...]
     reads_x: bool
+
+
+class Features:
+    """What the second half of a network needs of the first: outputs of modules, by name.
+
+    Args:
+        outputs: trees of tensors with the batch first.
+        trace: of the evaluation that they are part of.
+        split: after which they are the features.
+    """
+
+    def __init__(self, outputs: dict[str, Any], trace: Trace, split: Split) -> None:
+        self.outputs, self.trace, self.split = outputs, trace, split
+
+
+def _flatten(features: Features) -> tuple[list[Any], Any]:
+    """Flatten for torch's pytree."""
+    return list(features.outputs.values()), (tuple(features.outputs), features.trace, features.split)
+
+
+def _unflatten(values: Any, context: Any) -> Features:
+    """Unflatten for torch's pytree."""
+    return Features(dict(zip(context[0], values)), *context[1:])
+
+
+pytree.register_pytree_node(Features, _flatten, _unflatten)
 
 
 class SplitBlocks(SplitNetwork):
@@ -99,7 +100,6 @@ class SplitBlocks(SplitNetwork):
     def __init__(self, net: nn.Module, with_variance: bool = False) -> None:
         super().__init__(net, with_variance)
         self.structure = read_structure(net)
-        self.output_class: Any = None
         self._splits: dict[Any, Split] = {}  # by kind of inputs
         self._copying = False  # whether later modules change the features in place
 
@@ -153,26 +153,24 @@ class SplitBlocks(SplitNetwork):
                 outputs[name] = _copied(output) if self._copying else output
 
         raw = self._run(inputs, self._recording(split.encoder, trace, store))
-        return Features(outputs, trace), raw
+        return Features(outputs, trace, split), raw
 
-    def decode_blocks(self, first: int | None, features: Features, inputs: Inputs) -> Tensor:
+    def decode_blocks(self, features: Features, inputs: Inputs) -> Tensor:
         """The raw output (B, *S), from features.
 
         Args:
-            first: see `evaluate_blocks`.
             features: of `evaluate_blocks`, possibly repeated for several evaluations.
             inputs: of the evaluation; of its sample only the shape is read, by most networks.
 
         Raises:
             BadInput: where several evaluations cannot be decoded in one batch.
         """
-        split = next(split for key, split in self._splits.items() if key[0] == first and _fits(split, features))
-        if inputs.several and split.reads_x:
+        if inputs.several and features.split.reads_x:
             raise BadInput(
                 f"the last blocks of {type(self.net).__name__} read the noisy sample, so that it decodes one step at a "
                 "time: use parallel=1"
             )
-        raw = self._replay(split.encoder, features, inputs)
+        raw = self._replay(features, inputs)
         if len(raw) != len(inputs.x):
             raise BadInput(
                 f"{type(self.net).__name__} gave {len(raw)} samples for a batch of {len(inputs.x)}: use parallel=1"
@@ -203,27 +201,27 @@ class SplitBlocks(SplitNetwork):
             outputs = {name: outputs[name] for name in encoder if name in outputs}
             self._copying |= any(not _same(live[name], outputs[name]) for name in outputs)
             for needed in [tuple(outputs)] if every else [(encoder[-1],), tuple(outputs)]:
-                features = Features({name: outputs[name] for name in needed}, trace)
-                split = self._checked(encoder, features, inputs, raw)
-                if split is not None:
+                features = self._checked({name: outputs[name] for name in needed}, trace, encoder, inputs, raw)
+                if features is not None:
                     if len(self._splits) >= KINDS_OF_INPUTS:
                         del self._splits[next(iter(self._splits))]
-                    self._splits[key] = split
+                    self._splits[key] = features.split
                     return features, raw
         raise BadInput(
             f"{type(self.net).__name__} cannot be split after {encoder[-1]}: its output does not follow from what the "
             "blocks before return"
         )
 
-    def _checked(self, encoder: tuple[str, ...], features: Features, inputs: Inputs, raw: Tensor) -> Split | None:
-        """The split, if the output follows from these features."""
+    def _checked(
+        self, outputs: dict[str, Any], trace: Trace, encoder: tuple[str, ...], inputs: Inputs, raw: Tensor
+    ) -> Features | None:
+        """The features, if the output follows from these outputs."""
         hidden = Inputs(torch.full_like(inputs.x, float("nan")), inputs.time, inputs.cond)
         for reads_x in (False, True):
-            ours = self._replay(
-                encoder, Features(_copied(features.outputs), features.trace), inputs if reads_x else hidden
-            )
+            split = Split(encoder, tuple(outputs), reads_x)
+            ours = self._replay(Features(_copied(outputs), trace, split), inputs if reads_x else hidden)
             if _equal(ours, raw):
-                return Split(encoder, tuple(features.outputs), reads_x)
+                return Features(outputs, trace, split)
         return None
 
     def _recording(self, names: Sequence[str], trace: Trace, store: Any) -> dict[str, Any]:
@@ -249,10 +247,10 @@ class SplitBlocks(SplitNetwork):
             raise BadInput(f"{name} cannot be split after {first} blocks: {ran}")
         return tuple(trace.residual[:first])
 
-    def _replay(self, encoder: Sequence[str], features: Features, inputs: Inputs) -> Tensor:
+    def _replay(self, features: Features, inputs: Inputs) -> Tensor:
         """The output of the network's forward, with features in place of its encoder."""
         trace, calls = features.trace, {}
-        for name in encoder:
+        for name in features.split.encoder:
             if name in features.outputs:
                 value = features.outputs[name]
                 calls[name] = _constant(_copied(value) if self._copying else value)
@@ -272,7 +270,7 @@ class SplitBlocks(SplitNetwork):
         arguments = {structure.sample: inputs.x, structure.time: time, **cond}
         with replaced(net, calls):
             output = type(net).forward(net, **arguments)
-        self.output_class = type(output)
+        self.side_inputs.output_class = type(output)
         return _single(output, type(net).__name__)
 
     def _time(self, time: Tensor, own: Any) -> Tensor:
@@ -344,8 +342,3 @@ def _same(one: Any, other: Any) -> bool:
     """Whether two trees of the same structure have equal tensors."""
     pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other))
     return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
-
-
-def _fits(split: Split, features: Features) -> bool:
-    """Whether features are those of a split."""
-    return split.needed == tuple(features.outputs) and set(split.encoder) <= set(features.trace.outputs)
