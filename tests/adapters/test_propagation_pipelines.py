@@ -253,7 +253,7 @@ class Pipeline(DiffusionPipeline):
 
 def test_a_pipeline_and_network_of_unknown_classes() -> None:
     torch.manual_seed(0)
-    pipe = Pipeline(Stranger("in place"), tiny.scheduler())
+    pipe = Pipeline(Stranger(), tiny.scheduler())
     check_all(pipe, lambda p: p(), "transformer", lambda net: [net.wrapped.second_part[0]])
 
 
