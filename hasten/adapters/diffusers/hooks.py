@@ -40,7 +40,7 @@ def check_hooks(net: nn.Module, accelerators: Sequence[Any], warn: bool = False)
         BadInput: for two methods that reuse features, for quantisation of weights that are stored in another format,
             and for reuse where offloading moves several blocks together.
     """
-    found = list(_hooks(net))
+    found = list(_hooks_inside(net))
     reusing = [one for one in accelerators if _reuses(one)]
     exchanging = [one for one in accelerators if with_defaults(one).stage == EXCHANGE]
     name = type(net).__name__
@@ -70,7 +70,7 @@ def check_hooks(net: nn.Module, accelerators: Sequence[Any], warn: bool = False)
         )
 
 
-def _hooks(net: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def _hooks_inside(net: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """The modules with hooks of diffusers, with each hook's name and the hook."""
     for module in net.modules():
         registry = vars(module).get("_diffusers_hook")

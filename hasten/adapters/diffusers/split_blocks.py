@@ -66,17 +66,17 @@ class Features:
         self.outputs, self.trace, self.split = outputs, trace, split
 
 
-def _flatten(features: Features) -> tuple[list[Any], Any]:
+def _flatten_features(features: Features) -> tuple[list[Any], Any]:
     """Flatten for torch's pytree."""
     return list(features.outputs.values()), (tuple(features.outputs), features.trace, features.split)
 
 
-def _unflatten(values: Any, context: Any) -> Features:
+def _unflatten_features(values: Any, context: Any) -> Features:
     """Unflatten for torch's pytree."""
     return Features(dict(zip(context[0], values)), *context[1:])
 
 
-pytree.register_pytree_node(Features, _flatten, _unflatten)
+pytree.register_pytree_node(Features, _flatten_features, _unflatten_features)
 
 
 class SplitBlocks(SplitNetwork):
@@ -150,7 +150,7 @@ class SplitBlocks(SplitNetwork):
 
         def store(name: str, output: Any) -> None:
             if name in split.needed:
-                outputs[name] = _copied(output) if self._copying else output
+                outputs[name] = _cloned(output) if self._copying else output
 
         raw = self._run(inputs, self._recording(split.encoder, trace, store))
         return Features(outputs, trace, split), raw
@@ -194,7 +194,7 @@ class SplitBlocks(SplitNetwork):
             ) -> None:
                 count = len(trace.residual)
                 if halves or count == first or (count < (first or 0) and (every or name in last)):
-                    live[name], outputs[name] = output, _copied(output)
+                    live[name], outputs[name] = output, _cloned(output)
 
             raw = self._run(inputs, self._recording((*blocks, *self.structure.stem), trace, store))
             encoder = self._encoder(trace, first)
@@ -219,7 +219,7 @@ class SplitBlocks(SplitNetwork):
         hidden = Inputs(torch.full_like(inputs.x, float("nan")), inputs.time, inputs.cond)
         for reads_x in (False, True):
             split = Split(encoder, tuple(outputs), reads_x)
-            ours = self._replay(Features(_copied(outputs), trace, split), inputs if reads_x else hidden)
+            ours = self._replay(Features(_cloned(outputs), trace, split), inputs if reads_x else hidden)
             if _equal(ours, raw):
                 return Features(outputs, trace, split)
         return None
@@ -253,7 +253,7 @@ class SplitBlocks(SplitNetwork):
         for name in features.split.encoder:
             if name in features.outputs:
                 value = features.outputs[name]
-                calls[name] = _constant(_copied(value) if self._copying else value)
+                calls[name] = _constant(_cloned(value) if self._copying else value)
             else:
                 value = placeholder(trace.outputs[name], len(inputs.x) // trace.rows, trace.device)
                 calls[name] = _constant(value)
@@ -333,7 +333,7 @@ def _repeated(cond: dict[str, Any], count: int, rows: int) -> dict[str, Any]:
     }
 
 
-def _copied(tree: Any) -> Any:
+def _cloned(tree: Any) -> Any:
     """The tree with copies of its tensors."""
     return map_tensors(torch.clone, tree)
 
