@@ -73,7 +73,7 @@ def check_hooks(net: nn.Module, accelerators: Sequence[Any], warn: bool = False)
 def _hooks_inside(net: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """The modules with hooks of diffusers, with each hook's name and the hook."""
     for module in net.modules():
-        registry = vars(module).get("_diffusers_hook")
+        registry: Any = vars(module).get("_diffusers_hook")
         for name in getattr(registry, "_hook_order", ()):
             yield module, name, registry.hooks[name]
 
