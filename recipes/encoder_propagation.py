@@ -47,16 +47,16 @@ SEARCH = SEARCHED + ",samples={samples},seed=100000"  # after ";": options for s
 VARIANTS = {
     "plain": None,
     "paper": "encoder_propagation",
-    "paper, forecast": "encoder_propagation:forecast=1",
+    "paper, forecast": "encoder_propagation:extrapolate=1",
     "uniform": "encoder_propagation:keys=uniform,every=6",
-    "uniform, forecast": "encoder_propagation:keys=uniform,every=6,forecast=1",
+    "uniform, forecast": "encoder_propagation:keys=uniform,every=6,extrapolate=1",
     "found": f"encoder_propagation:{SEARCH}",
-    "found, forecast": f"encoder_propagation:{SEARCH};forecast=1",
-    "found 6, forecast": f"encoder_propagation:{SEARCH},budget=6;forecast=1",
-    "found 14, forecast": f"encoder_propagation:{SEARCH},budget=14;forecast=1",
-    "found, forecast, parallel": f"encoder_propagation:{SEARCH};forecast=1,parallel=4",
+    "found, forecast": f"encoder_propagation:{SEARCH};extrapolate=1",
+    "found 6, forecast": f"encoder_propagation:{SEARCH},budget=6;extrapolate=1",
+    "found 14, forecast": f"encoder_propagation:{SEARCH},budget=14;extrapolate=1",
+    "found, forecast, parallel": f"encoder_propagation:{SEARCH};extrapolate=1,parallel=4",
     "deep cache": "deep_cache:every=3",
-    "deep cache, forecast": "deep_cache:every=3,forecast=1",
+    "deep cache, forecast": "deep_cache:every=3,extrapolate=1",
 }
 
 

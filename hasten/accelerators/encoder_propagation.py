@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..errors import BadInput
 from . import FIRST_SEED, WRAP, Accelerator, SamplingContext
+from ._caching.fit import resolve_reuse
+from ._caching.forecast import Extrapolation, resolve_extrapolate
 from ._caching.injection import inject_noise
-from ._caching.keys import MIN_QUERIES, check_key_steps, resolve_key_steps
-from ._caching.search import search_key_steps
+from ._caching.keys import MIN_QUERIES, resolve_key_steps
 from ._caching.split import BlocksSplit, SplitPoint, split_point_of
-from ._caching.wrapper import FeatureReuse, check_forecast, require_denoiser
+from ._caching.wrapper import FeatureReuse, require_denoiser
 
 if TYPE_CHECKING:
     from ..plan.table import Plan
@@ -42,7 +43,10 @@ class EncoderPropagation(Accelerator):
             images (see `reuse_costs`); or their numbers, from 0.
         every: of "uniform".
         budget: of "found": how many key steps, or below 1 which fraction of the evaluations. The paper's is 9 of 50.
-        forecast: 0: features are reused; 1: they are linearly extrapolated from the last two key steps, at no cost.
+        extrapolate: how features are continued. 0: reused; 1: linearly extrapolated from the last two key steps;
+            "chebyshev": by a ridge-fitted Chebyshev series through the last five (see `chebyshev_weights`); "fitted":
+            as sums of the last four, with weights fitted on `samples` images (see `fit_weights`). Costs nothing but the
+            memory of as many key steps' features, and of "fitted" a calibration.
         parallel: the maximum number of evaluations that are decoded in one batch; 1: each by itself. More is faster
             where a batch does not fill the device, and takes that much more memory.
         first: how many blocks of a transformer are its encoder; None: 18 of 28, in proportion.
@@ -51,6 +55,7 @@ class EncoderPropagation(Accelerator):
         until: see `inject`; .5 in the paper.
         samples: of the search: how many images.
         seed: of the first of them.
+        forecast: the old name of `extrapolate`.
 
     References:
         Li, Hu, van de Weijer, Khan, Liu, Li, Yang, Wang, Cheng, Yang 2023, arXiv:2312.09608. The search, and the
@@ -60,19 +65,23 @@ class EncoderPropagation(Accelerator):
     keys: str | tuple[int, ...] = "paper"
     every: int = 4
     budget: float = 0.18
-    forecast: int = 0
+    extrapolate: int | str = 0
     parallel: int = 1
     first: int | None = None
     inject: float = 0.0
     until: float = 0.5
     samples: int = 8
     seed: int = FIRST_SEED
+    forecast: int | None = None
     stage: ClassVar[int] = WRAP
     claims: ClassVar[frozenset[str]] = frozenset({"features"})
     min_queries: ClassVar[int] = MIN_QUERIES
 
     def __post_init__(self) -> None:
-        check_forecast("encoder_propagation", self.forecast)
+        object.__setattr__(
+            self, "extrapolate", resolve_extrapolate("encoder_propagation", self.extrapolate, self.forecast)
+        )
+        object.__setattr__(self, "forecast", None)
         if self.parallel < 1 or self.samples < 1:
             raise BadInput(
                 f"encoder_propagation: parallel and samples are 1 or more, found {self.parallel} and {self.samples}"
@@ -89,9 +98,8 @@ class EncoderPropagation(Accelerator):
         plain, times = require_denoiser(denoiser, who), context.required(who)
         split = split_point_of(plain.net, who, self.first)
         keys = resolve_key_steps(self.keys, len(times), CHOICES, self.every)
-        if keys is None:
-            keys = self._search(plain, split, context)
-        return Propagated(plain, times, check_key_steps(keys, len(times), who), split, self.forecast, self.parallel)
+        keys, extrapolation = self._calibrate(plain, split, context, keys)
+        return Propagated(plain, times, keys, split, extrapolation, self.parallel)
 
     def plan(self, plan: Plan, denoiser: Denoiser) -> Plan:
         """The plan with prior noise injection, which changes the sampler's state and not the network's output."""
@@ -99,14 +107,21 @@ class EncoderPropagation(Accelerator):
             return plan
         return inject_noise(plan, denoiser.schedule, denoiser.prediction, self.inject, self.until)
 
-    def _search(self, denoiser: Denoiser, split: SplitPoint, context: SamplingContext) -> tuple[int, ...]:
-        """The key steps of "found"."""
+    def _calibrate(
+        self,
+        denoiser: Denoiser,
+        split: SplitPoint,
+        context: SamplingContext,
+        keys: tuple[int, ...] | None,
+    ) -> tuple[tuple[int, ...], Extrapolation]:
+        """The key steps, those of "found" too, and how features are continued."""
 
         def run(x: Tensor, time: Tensor, cond: dict[str, Any], features: Any) -> tuple[Any, Tensor]:
             entry, emb = split.enter(x, time, cond)
             return split.evaluate(entry, emb) if features is None else (features, split.decode(features, emb))
 
-        return search_key_steps("encoder_propagation", denoiser, context, self.budget, self.samples, self.seed, run)
+        options: dict[str, Any] = {"budget": self.budget, "samples": self.samples, "seed": self.seed}
+        return resolve_reuse("encoder_propagation", denoiser, context, keys, self.extrapolate, run, **options)
 
 
 class Propagated(FeatureReuse):
@@ -118,10 +133,10 @@ class Propagated(FeatureReuse):
         times: Sequence[float],
         keys: tuple[int, ...],
         split: SplitPoint,
-        forecast: int = 0,
+        extrapolation: Extrapolation | None = None,
         parallel: int = 1,
     ) -> None:
-        super().__init__(denoiser, "encoder_propagation", times, keys, forecast)
+        super().__init__(denoiser, "encoder_propagation", times, keys, extrapolation)
         self._split, self.parallel = split, parallel
 
     def reset(self) -> None:

@@ -61,7 +61,7 @@ def test_with_key_steps_alone_it_is_the_plain_sampler(branch: int | None) -> Non
     plain = denoiser_of(unet())
     for name in ("ddim", "heun", "dpm:order=2", "ddpm"):
         plan = compiled(pick("samplers", name), 12)
-        fast = cached(plain, plan, every=1, branch=branch, forecast=1)
+        fast = cached(plain, plan, every=1, branch=branch, extrapolate=1)
         assert torch.equal(sampled(fast, plan), sampled(plain, plan)), name
         assert 1e-6 < relative(sampled(cached(plain, plan, every=3), plan), sampled(plain, plan)) < 1, name
 
@@ -80,12 +80,12 @@ def test_outputs_are_those_of_the_formula() -> None:
     def deep(k: int) -> torch.Tensor:
         return net.deep(net.shallow_encode(x[k], emb(k)), emb(k))
 
-    for forecast in (0, 1):
-        fast = cached(plain, every=4, forecast=forecast)
+    for extrapolate in (0, 1):
+        fast = cached(plain, every=4, extrapolate=extrapolate)
         for k in range(12):
             result, i = fast(x[k], times[k], label=LABEL), k - k % 4
             up_input = deep(i)
-            if forecast and i >= 8:
+            if extrapolate and i >= 8:
                 up_input = up_input + (angle[k] - angle[i]) / (angle[i] - angle[i - 4]) * (up_input - deep(i - 4))
             raw = net.shallow_decode(net.shallow_encode(x[k], emb(k)), up_input.float(), emb(k))
             expected = schedule.alpha(times[k]) * x[k] - schedule.sigma(times[k]) * raw

@@ -32,20 +32,20 @@ def propagated(denoiser: Denoiser, plan: Any = DDIM20, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("parallel", [1, 4])
-@pytest.mark.parametrize("forecast", [0, 1])
+@pytest.mark.parametrize("extrapolate", [0, 1])
 @pytest.mark.parametrize("net", [unet(attention=(1,)), random_(Transformer())])
-def test_with_key_steps_alone_it_is_the_plain_sampler(net: nn.Module, parallel: int, forecast: int) -> None:
+def test_with_key_steps_alone_it_is_the_plain_sampler(net: nn.Module, parallel: int, extrapolate: int) -> None:
     plain = denoiser_of(net)
-    fast = propagated(plain, keys=tuple(range(20)), parallel=parallel, forecast=forecast)
+    fast = propagated(plain, keys=tuple(range(20)), parallel=parallel, extrapolate=extrapolate)
     assert torch.equal(sampled(fast, DDIM20), sampled(plain, DDIM20))
     assert fast.encoder_calls == fast.decoder_calls == fast.queries == 20
 
 
-@pytest.mark.parametrize("forecast", [0, 1])
+@pytest.mark.parametrize("extrapolate", [0, 1])
 @pytest.mark.parametrize("net", [unet(attention=(1,)), random_(Transformer())])
-def test_decoding_in_one_batch_is_decoding_one_by_one(net: nn.Module, forecast: int) -> None:
+def test_decoding_in_one_batch_is_decoding_one_by_one(net: nn.Module, extrapolate: int) -> None:
     plain = denoiser_of(net)
-    fasts = [propagated(plain, parallel=parallel, forecast=forecast) for parallel in (1, 3, 99)]
+    fasts = [propagated(plain, parallel=parallel, extrapolate=extrapolate) for parallel in (1, 3, 99)]
     serial, chunks, groups = (sampled(fast, DDIM20) for fast in fasts)
     assert relative(chunks, serial) < 1e-5 and relative(groups, serial) < 1e-5
     assert 1e-4 < relative(serial, sampled(plain, DDIM20)) < 0.5  # something is reused, and it is not nonsense
@@ -80,13 +80,13 @@ def test_outputs_are_those_of_the_formula() -> None:
         skips, middle = net.encode(x[k], net.embed(clock[k].expand(3), LABEL))
         return [*skips, middle]
 
-    for forecast in (0, 1):
-        fast = propagated(plain, keys=keys, forecast=forecast)
+    for extrapolate in (0, 1):
+        fast = propagated(plain, keys=keys, extrapolate=extrapolate)
         for k in range(12):
             result = fast(x[k], times[k], label=LABEL)
             i = max(key for key in keys if key <= k)
             saved = features(i)
-            if forecast and i >= 5:  # before, the key step before the last is the first evaluation
+            if extrapolate and i >= 5:  # before, the key step before the last is the first evaluation
                 p = keys[keys.index(i) - 1]
                 angle = torch.atan2(VPCosine().sigma(times), VPCosine().alpha(times))
                 r = float((angle[k] - angle[i]) / (angle[i] - angle[p]))
@@ -215,8 +215,8 @@ def test_unsupported_options_and_networks_raise() -> None:
         EncoderPropagation().apply(Still(), context_of(DDIM20))
     with pytest.raises(BadInput, match="did you mean 'uniform'"):
         propagated(plain, keys="unifrom")
-    with pytest.raises(BadInput, match="forecast is 0"):
-        EncoderPropagation(forecast=2)
+    with pytest.raises(BadInput, match="extrapolate is 0"):
+        EncoderPropagation(extrapolate=2)
     with pytest.raises(Conflict, match="both claim 'features'"):
         accelerate(plain, [EncoderPropagation(), DeepCache()], context_of(DDIM20))
     with pytest.raises(HastenError, match="cannot be steered"):
@@ -243,7 +243,7 @@ def test_another_sampling_than_the_planned_one_raises() -> None:
 def test_the_denoiser_is_not_changed_and_half_precision_works() -> None:
     plain = denoiser_of(unet())
     before = {key: value.clone() for key, value in plain.state_dict().items()}
-    fast = propagated(plain, forecast=1, parallel=4)
+    fast = propagated(plain, extrapolate=1, parallel=4)
     with torch.autocast("cpu", torch.bfloat16):
         rough = sampled(fast, DDIM20)
     assert rough.dtype == torch.float32 and relative(rough, sampled(fast, DDIM20)) < 0.1
@@ -255,7 +255,7 @@ def test_on_a_model() -> None:
     model = hasten.load("fashion")
     info: dict[str, Any] = {"n": 2, "sampler": "ddim", "times": "trailing", "steps": 20, "guidance_scale": 2.0}
     plain = model.sample(**info)
-    spelled = "encoder_propagation:keys=(0,1,2,4,6,9,12,15,18),parallel=4,forecast=1"
+    spelled = "encoder_propagation:keys=(0,1,2,4,6,9,12,15,18),parallel=4,extrapolate=1"
     assert pick("accelerators", spelled).keys == (0, 1, 2, 4, 6, 9, 12, 15, 18)
     fast = model.sample(**info, accelerators=(spelled,))
     assert 0 < relative(fast, plain) < 0.15
@@ -272,7 +272,7 @@ def test_searched_key_steps_beat_the_papers_on_the_bundled_teacher() -> None:
     plain = model.sample(10, **info)
     paper, hold, line = (
         relative(model.sample(10, **info, accelerators=(f"encoder_propagation:{options}",)), plain)
-        for options in ("keys=paper", keys, f"{keys},forecast=1")
+        for options in ("keys=paper", keys, f"{keys},extrapolate=1")
     )
     assert hold < 0.85 * paper and line < 0.8 * hold, (line, hold, paper)
 

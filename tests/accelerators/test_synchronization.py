@@ -27,7 +27,7 @@ from ._tiny import LABEL, SHAPE, compiled, context_of, denoiser_of, unet
 @pytest.mark.parametrize(
     "method",
     [
-        DeepCache(every=3, forecast=1),
+        DeepCache(every=3, extrapolate=1),
         EncoderPropagation(keys="uniform", every=3, parallel=3),
         Quantize(images=1, steps=2),
     ],

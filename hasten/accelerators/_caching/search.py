@@ -18,7 +18,7 @@ from .keys import cheapest_key_steps, check_key_steps, key_step_count
 if TYPE_CHECKING:
     from .. import SamplingContext
 
-__all__ = ["error_gains", "main_directions", "reuse_costs", "search_key_steps"]
+__all__ = ["ErrorGains", "error_gains", "main_directions", "reuse_costs", "search_key_steps"]
 
 Run = Callable[[Tensor, Tensor, dict[str, Any], Any], tuple[Any, Tensor]]
 
@@ -95,22 +95,38 @@ def reuse_costs(
     longest = max(1, min(N // 2, max(math.ceil(0.3 * N), 2 * math.ceil(N / count))))
     cost = torch.full((N, N + 1), math.inf, dtype=torch.float64)
     exact: dict[int, Tensor] = {}
-    directions = weights = rest = None
+    weigh: ErrorGains | None = None
     for i in reversed(range(N)):
         features, exact[i] = key(i)
-        if directions is None or weights is None or rest is None:
-            directions, variance, residual = main_directions(exact[i])
-            directions = directions.to(exact[i])
-            rest = error_gains(times, schedule, residual).to(exact[i])
-            weights = torch.stack([rest, *(error_gains(times, schedule, float(v)).to(rest) for v in variance)])[1:]
+        weigh = ErrorGains(exact[i], times, schedule) if weigh is None else weigh
         cost[i, i + 1], total = 0.0, torch.zeros_like(exact[i]).flatten(1)
         for j in range(i + 1, min(i + longest, N)):
-            error = (reuse(features, j) - exact[j]).flatten(1)
-            main = (error @ directions.T) * (weights[:, j] - rest[j])
-            total = total + rest[j] * error + main @ directions
+            total = total + weigh((reuse(features, j) - exact[j]).flatten(1), j)
             cost[i, j + 1] = float(total.square().mean())
         exact.pop(i + longest, None)
     return cost
+
+
+class ErrorGains:
+    """What an error in x0 of an evaluation does to the final sample, by `error_gains` along each main direction.
+
+    Args:
+        x0: (B, *S), of the last evaluation: their main directions are those of the data.
+        times: t of the N model evaluations.
+        schedule: what they mean.
+    """
+
+    def __init__(self, x0: Tensor, times: Sequence[float], schedule: Schedule) -> None:
+        directions, variance, residual = main_directions(x0)
+        self.directions = directions.to(x0)
+        self.rest = error_gains(times, schedule, residual).to(x0)
+        gains = [error_gains(times, schedule, float(v)).to(self.rest) for v in variance]
+        self.main = torch.stack([self.rest, *gains])[1:]
+
+    def __call__(self, error: Tensor, j: int) -> Tensor:
+        """The change of the final sample by an error (B, D) in x0 of evaluation j, to first order."""
+        main = (error @ self.directions.T) * (self.main[:, j] - self.rest[j])
+        return self.rest[j] * error + main @ self.directions
 
 
 def main_directions(x0: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...denoiser import Denoiser, Wrapper, to_x0
 from ...errors import BadInput
-from .split import extrapolate, repeat_batch, same_conditions
+from .forecast import Extrapolation, angles, combine
+from .split import same_conditions
 
 __all__ = ["FeatureReuse", "require_denoiser"]
 
@@ -29,7 +30,7 @@ class FeatureReuse(Wrapper):
         who: the accelerator, for messages.
         times: t of all model evaluations, in order.
         keys: numbers of the key steps, from 0.
-        forecast: 0: features are reused; 1: they are linearly extrapolated from the last two key steps.
+        extrapolation: how the features of earlier key steps are continued; None: they are reused.
 
     Attributes:
         encoder_calls: how often the part that only key steps need has run, since the wrapper was made.
@@ -40,13 +41,16 @@ class FeatureReuse(Wrapper):
     denoiser: Denoiser
 
     def __init__(
-        self, denoiser: Denoiser, who: str, times: Sequence[float], keys: tuple[int, ...], forecast: int
+        self,
+        denoiser: Denoiser,
+        who: str,
+        times: Sequence[float],
+        keys: tuple[int, ...],
+        extrapolation: Extrapolation | None = None,
     ) -> None:
         super().__init__(denoiser)
-        check_forecast(who, forecast)
-        self.who, self.times, self.keys, self.forecast = who, tuple(times), keys, forecast
-        at = torch.tensor(self.times, dtype=torch.float64)
-        self.angle = torch.atan2(denoiser.schedule.sigma(at), denoiser.schedule.alpha(at)).tolist()
+        self.who, self.times, self.keys = who, tuple(times), keys
+        self.extrapolation = extrapolation or Extrapolation(0, angles(times, denoiser.schedule))
         self._is_key = frozenset(keys)
         self.encoder_calls = self.decoder_calls = self.queries = 0
         self.reset()
@@ -56,7 +60,7 @@ class FeatureReuse(Wrapper):
         self._at = 0
         self._cond: Any = None
         self._rows: torch.Size | None = None
-        self._cache: list[tuple[int, Any]] = []  # (evaluation, features) of the last two key steps
+        self._cache: list[tuple[int, Any]] = []  # (evaluation, features) of the last key steps
 
     def full(self, k: int, net_input: Tensor, time: Tensor, cond: dict[str, Any]) -> Tensor:
         """The raw output at evaluation k, a key step; caches its features with `store`."""
@@ -87,27 +91,21 @@ class FeatureReuse(Wrapper):
         """
         return 1 / (1 - fraction * (1 - len(self.keys) / len(self.times)))
 
+    @property
+    def next_is_key(self) -> bool:
+        """Whether the next evaluation is a key step, as long as its conditions are those of the last one."""
+        return not self._cache or self._at in self._is_key
+
     def store(self, k: int, features: Any) -> None:
-        """Cache the features of key step k; where they are extrapolated, also those of the key step before."""
-        self._cache = [*self._cache[-1:], (k, features)] if self.forecast else [(k, features)]
+        """Cache the features of key step k, and those of the key steps before that the extrapolation uses."""
+        earlier = self._cache[-(self.extrapolation.history - 1) :] if self.extrapolation.history > 1 else []
+        self._cache = [*earlier, (k, features)]
 
     def features_at(self, steps: Sequence[int]) -> Any:
-        """The features for these evaluations, concatenated along the batch.
-
-        Reused as they are; or, with `forecast`, linearly extrapolated,
-
-            F_i + r (F_i - F_p),    r = (a_k - a_i) / (a_i - a_p)
-
-        for the last key steps p < i and the angle a = atan2(sigma, alpha), by which the input turns from data to noise;
-        but reused as long as p would be evaluation 0: from the starting noise features do not change linearly.
-        """
-        i, newer = self._cache[-1]
-        if self.forecast and len(self._cache) == 2 and self._cache[0][0] > 0:
-            p, older = self._cache[0]
-            if self.angle[i] != self.angle[p]:
-                turn = self.angle[i] - self.angle[p]
-                return extrapolate(older, newer, [(self.angle[k] - self.angle[i]) / turn for k in steps])
-        return repeat_batch(newer, len(steps))
+        """The features for these evaluations, continued from the cached ones and concatenated along the batch."""
+        nodes = tuple(i for i, _ in self._cache)
+        weights = [self.extrapolation.weights(k, nodes) for k in steps]
+        return combine([features for _, features in self._cache], weights)
 
     def net_times(self, steps: Sequence[int], x_t: Tensor) -> Tensor:
         """The network's times at several evaluations, each for all rows of the batch.
@@ -155,23 +153,6 @@ class FeatureReuse(Wrapper):
                 "use the sampler and steps that it was made for"
             )
         return k
-
-
-def check_forecast(who: str, forecast: int) -> None:
-    """Refuse an order of extrapolation other than 0 and 1.
-
-    Args:
-        who: the accelerator, for the message.
-        forecast: the order.
-
-    Raises:
-        BadInput: for another order.
-    """
-    if forecast not in (0, 1):
-        raise BadInput(
-            f"{who}: forecast is 0 (features are reused) or 1 (linearly extrapolated from the last two key steps), "
-            f"found {forecast}"
-        )
 
 
 def require_denoiser(denoiser: nn.Module, who: str) -> Denoiser:

@@ -14,11 +14,13 @@ from torch import nn
 
 from ...accelerators import WRAP, Call, ordered, with_defaults
 from ...errors import BadInput
+from ...nets.time_groups import TimeGroups
 from ...pick import format_spec
 from ...times import Explicit
 from .accelerated_forward import AcceleratedForward
 from .calibration import record_model_calls, record_pipeline_calls
 from .calls import argument_reader
+from .controlnets import reuse_controlnet
 from .hooks import check_hooks
 from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
 from .split_network import SideInputs
@@ -43,9 +45,20 @@ class Accelerated:
 
     @staticmethod
     def wrap_pipeline(
-        pipe: Any, slot: str, net: nn.Module, accelerators: Sequence[Any], steps: int, seed: int, prompts: Any
+        pipe: Any,
+        slot: str,
+        net: nn.Module,
+        accelerators: Sequence[Any],
+        steps: int,
+        seed: int,
+        prompts: Any,
+        bounds: Sequence[float] | None = None,
     ) -> Any:
-        """A copy of the pipeline with the accelerated network in `slot`."""
+        """A copy of the pipeline with the accelerated network in `slot`.
+
+        Args:
+            bounds: of a network in integers: those of its time groups.
+        """
         component = vars(pipe).get(slot)
         if isinstance(component, Accelerated):
             raise BadInput(
@@ -61,10 +74,13 @@ class Accelerated:
         vars(new)[slot] = module  # not by setattr, which would change the pipeline's config: it is saved as before
         forward: AcceleratedForward = vars(module)["accelerated_forward"]
         forward.owner = weakref.ref(new)
+        if bounds is not None:
+            forward.source = forward.spec.denoiser(TimeGroups(forward.network, bounds)).eval()
         forward.calls = lambda times, all_times: pipeline_calls(
             pipe, times, all_times, prompts, seed, forward.side_inputs
         )
         forward.prepare(steps)
+        reuse_controlnet(new, forward)
         if getattr(new, "_all_hooks", None):
             new.maybe_free_model_hooks()  # installs the original's offloading hooks
         return new

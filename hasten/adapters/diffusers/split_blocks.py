@@ -130,7 +130,7 @@ class SplitBlocks(SplitNetwork):
         """The arguments of as many evaluations in one batch as `time` (s B,) has values for x (B, *S)."""
         count, rows = len(time) // len(x), len(x)
         x = x.repeat(count, *[1] * (x.ndim - 1))
-        return Inputs(x, time, _repeated({**cond, **self.side_inputs.conditions}, count, rows), count > 1)
+        return Inputs(x, time, _repeat_conditions({**cond, **self.side_inputs.conditions}, count, rows), count > 1)
 
     def evaluate_blocks(self, first: int | None, inputs: Inputs) -> tuple[Features, Tensor]:
         """The features after the first blocks, and the raw output (B, *S), of one evaluation.
@@ -199,7 +199,7 @@ class SplitBlocks(SplitNetwork):
             raw = self._run(inputs, self._recording((*blocks, *self.structure.stem), trace, store))
             encoder = self._encoder(trace, first)
             outputs = {name: outputs[name] for name in encoder if name in outputs}
-            self._copying |= any(not _same(live[name], outputs[name]) for name in outputs)
+            self._copying |= any(not _same_tensors(live[name], outputs[name]) for name in outputs)
             for needed in [tuple(outputs)] if every else [(encoder[-1],), tuple(outputs)]:
                 features = self._checked({name: outputs[name] for name in needed}, trace, encoder, inputs, raw)
                 if features is not None:
@@ -321,7 +321,7 @@ def _signature(inputs: Inputs) -> Any:
     return str(structure), tuple(kinds)
 
 
-def _repeated(cond: dict[str, Any], count: int, rows: int) -> dict[str, Any]:
+def _repeat_conditions(cond: dict[str, Any], count: int, rows: int) -> dict[str, Any]:
     """Conditions repeated along the batch, those of frames of a batch too; positions have no batch."""
 
     def repeated(leaf: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ def _cloned(tree: Any) -> Any:
     return map_tensors(torch.clone, tree)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same_tensors(one: Any, other: Any) -> bool:
     """Whether two trees of the same structure have equal tensors."""
     pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other))
     return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
