@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ...accelerators._caching.split import map_tensors
 from ...errors import BadInput
-from .replay import Trace, placeholder, replaced
+from .replay import Trace, placeholder, with_stand_ins
 from .split_network import SplitNetwork
 from .structure import read_structure
 
@@ -268,7 +268,7 @@ class SplitBlocks(SplitNetwork):
         known = own is not None and not inputs.several
         time = _rows_of(own, inputs.x) if known else self._time(inputs.time, own)
         arguments = {structure.sample: inputs.x, structure.time: time, **cond}
-        with replaced(net, calls):
+        with with_stand_ins(net, calls):
             output = type(net).forward(net, **arguments)
         self.side_inputs.output_class = type(output)
         return _single(output, type(net).__name__)
