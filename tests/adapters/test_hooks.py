@@ -11,8 +11,8 @@ import torch
 import hasten
 from hasten.errors import BadInput
 
-from .test_accelerated_network import sample_latents, sd
-from .test_propagation_pipelines import PROPAGATE, STEPS, flux, flux_image
+from .test_accelerated_network import sd
+from .test_propagation_pipelines import PROPAGATE, STEPS, flux, flux_image, images
 
 QUANTIZE = "quantize:images=1,steps=2,groups=1,ranges=minmax"
 
@@ -31,8 +31,7 @@ def test_a_cache_of_diffusers_and_one_of_hasten() -> None:
     ):
         hasten.accelerate(pipe, PROPAGATE, steps=STEPS)
     with pytest.warns(UserWarning, match="FirstBlockCache of diffusers, which stays in use beside compile"):
-        fast = hasten.accelerate(pipe, "compile:backend=eager", steps=STEPS)
-    assert torch.equal(flux_image(hasten.accelerate(pipe, [], steps=STEPS)), flux_image(pipe)) and fast is not pipe
+        hasten.accelerate(pipe, "compile:backend=eager", steps=STEPS)
     pipe.transformer.disable_cache()
     fast = hasten.accelerate(pipe, PROPAGATE, steps=STEPS)
     ours = flux_image(fast)
@@ -55,7 +54,7 @@ def test_caches_that_were_applied_without_the_mixin() -> None:
 
 def test_layerwise_casting() -> None:
     """Weights that are stored in half precision: reuse runs the same hooks; integers cannot be made of them."""
-    for pipe, slot, call in ((sd(), "unet", sample_latents), (flux(), "transformer", flux_image)):
+    for pipe, slot, call in ((sd(), "unet", images), (flux(), "transformer", flux_image)):
         getattr(pipe, slot).enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
         with pytest.raises(BadInput, match="stores its weights in another format .* leave enable_layerwise_casting"):
             hasten.accelerate(pipe, QUANTIZE, steps=STEPS, calls=call)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import hasten
@@ -16,8 +18,9 @@ from hasten.errors import BadInput
 
 from . import block_nets, tiny
 from .test_accelerated_network import ip_adapter, sample_latents, sd
+from .test_split_blocks import Stranger
 
-STEPS, EVERY = 10, 3
+STEPS, EVERY = 9, 3
 PROPAGATE = f"encoder_propagation:keys=uniform,every={EVERY}"
 Call = Callable[[Any], Tensor]
 noise = block_nets.noise
@@ -59,26 +62,35 @@ def reference(net: nn.Module, encoder: list[nn.Module], call: Callable[[], Tenso
     return output
 
 
+def images(pipe: Any, **more: Any) -> Tensor:
+    return sample_latents(pipe, num_inference_steps=STEPS, **more)
+
+
 def halves(net: Any) -> list[nn.Module]:
     return [net.conv_in, *net.down_blocks, net.mid_block]
 
 
-def check(pipe: Any, call: Call, slot: str = "unet", encoder: Any = halves, branches: int = 1) -> None:
-    """Key steps only: the pipeline; some key steps: the reference; and it runs the encoder as often as promised."""
-    net, plain = getattr(pipe, slot), call(pipe)
+def check(pipe: Any, call: Call, slot: str = "unet", encoder: Any = halves, branches: int = 1) -> tuple[Any, Tensor]:
+    """The samples are those of the reference, and the encoder ran as often as promised."""
+    net = getattr(pipe, slot)
     theirs = reference(net, encoder(net), lambda: call(pipe), branches)
-    assert not torch.allclose(theirs, plain, atol=1e-3)
-    full = hasten.accelerate(pipe, "encoder_propagation:keys=uniform,every=1", steps=STEPS)
-    assert torch.equal(call(full), plain)
     fast = hasten.accelerate(pipe, PROPAGATE, steps=STEPS)
     runs: list[nn.Module] = []
     for module in encoder(getattr(fast, slot)):
         module.register_forward_hook(lambda module, *_: runs.append(module))
     ours = call(fast)
     assert torch.allclose(ours, theirs, atol=1e-5)
-    if encoder is halves:  # the first evaluation of all checks the split, without its encoder
-        assert len(runs) == 4 * len(encoder(net)) * branches
-    assert torch.equal(call(fast), ours)  # a second image is not of the first one's features
+    if encoder is halves:  # the first evaluation also checks the split, without its encoder
+        assert len(runs) == STEPS // EVERY * len(encoder(net)) * branches
+    return fast, ours
+
+
+def check_all(pipe: Any, call: Call, slot: str = "unet", encoder: Any = halves, branches: int = 1) -> None:
+    """The same; key steps only are the pipeline itself, bit for bit; and a second image has no features of the first."""
+    fast, ours = check(pipe, call, slot, encoder, branches)
+    plain = call(pipe)
+    assert torch.equal(call(fast), ours) and not torch.allclose(ours, plain, atol=1e-3)
+    assert torch.equal(call(hasten.accelerate(pipe, "encoder_propagation:keys=uniform,every=1", steps=STEPS)), plain)
 
 
 def animate_diff() -> Any:
@@ -142,7 +154,7 @@ def wan_video(pipe: Any) -> Tensor:
 
 def test_branches_of_guidance_that_are_evaluated_one_after_the_other() -> None:
     """Wan's pipeline: each branch reuses its own features."""
-    check(wan(), wan_video, "transformer", lambda net: [net.blocks[1]], branches=2)
+    check_all(wan(), wan_video, "transformer", lambda net: [net.blocks[1]], branches=2)
 
 
 def flux(**more: Any) -> Any:
@@ -163,27 +175,33 @@ def flux_image(pipe: Any, **more: Any) -> Tensor:
 def test_flux() -> None:
     """Its times are those of its scheduler over 1000; 3 of 5 blocks are the encoder, two of them of two streams."""
     pipe = flux()
-    check(pipe, flux_image, "transformer", lambda net: [net.single_transformer_blocks[0]])
+    _, ours = check(pipe, flux_image, "transformer", lambda net: [net.single_transformer_blocks[0]])
     batched = hasten.accelerate(pipe, f"{PROPAGATE},parallel=3", steps=STEPS)
-    one_by_one = hasten.accelerate(pipe, PROPAGATE, steps=STEPS)
-    assert torch.allclose(flux_image(batched), flux_image(one_by_one), atol=1e-4)
-    found = hasten.accelerate(
-        pipe, "encoder_propagation:keys=found,budget=4,samples=1", steps=STEPS, calls=lambda p: flux_image(p)
-    )
-    assert torch.isfinite(flux_image(found)).all()
+    assert torch.allclose(flux_image(batched), ours, atol=1e-4)
+
+
+def test_key_steps_are_searched_on_the_pipelines_own_call() -> None:
+    """At the times that its network gets, those of its scheduler over 1000: every group of key steps costs as measured."""
+    pipe = flux()
+    spec = "encoder_propagation:keys=found,budget=3,samples=1"
+    found = hasten.accelerate(pipe, spec, steps=STEPS, calls=flux_image)
+    ours = flux_image(found)
+    keys = found.transformer._run.keys
+    explicit = f"encoder_propagation:keys=({','.join(map(str, keys))})"
+    assert torch.equal(flux_image(hasten.accelerate(pipe, explicit, steps=STEPS)), ours)
+    assert len(keys) == 3 and torch.isfinite(ours).all()
 
 
 def test_a_lora(tmp_path: Path) -> None:
-    """Loaded by the pipeline itself, through peft, with a scale in a call."""
+    """Loaded by the pipeline itself, through peft."""
     peft = pytest.importorskip("peft")
     pipe = sd()
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     pipe.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(pipe.unet), safe_serialization=True)
     pipe = sd()
-    plain = sample_latents(pipe)
     pipe.load_lora_weights(str(tmp_path))
-    assert not torch.allclose(sample_latents(pipe), plain, atol=1e-3)
-    check(pipe, sample_latents)
+    _, ours = check(pipe, images)
+    assert not torch.allclose(check(sd(), images)[1], ours, atol=1e-3)
 
 
 def test_fine_tuned_weights(tmp_path: Path) -> None:
@@ -193,29 +211,50 @@ def test_fine_tuned_weights(tmp_path: Path) -> None:
         for p in pipe.unet.parameters():
             p.add_(0.1 * p.std(correction=0) * torch.randn(p.shape, generator=generator()))
     pipe.unet.save_pretrained(tmp_path)
-    check(sd(unet=type(pipe.unet).from_pretrained(tmp_path).eval()), sample_latents)
+    check(sd(unet=type(pipe.unet).from_pretrained(tmp_path).eval()), images)
 
 
 def test_a_textual_inversion() -> None:
-    pipe = sd()
-    plain = sample_latents(pipe, prompt="a <thing>")
+    pipe = sd(tokenizer=copy.deepcopy(tiny.tokenizer()))
     pipe.load_textual_inversion({"<thing>": noise(2, 16)})
-    assert not torch.allclose(sample_latents(pipe, prompt="a <thing>"), plain, atol=1e-3)
-    check(pipe, lambda p: sample_latents(p, prompt="a <thing>"))
+    _, ours = check(pipe, lambda p: images(p, prompt="a <thing>"))
+    assert not torch.allclose(images(pipe, prompt="a cat"), ours, atol=1e-3)
 
 
 def test_a_controlnet() -> None:
     parts = {**sd().components, "controlnet": tiny.controlnet(), "requires_safety_checker": False}
     pipe = tiny.sd_pipeline("StableDiffusionControlNetPipeline", **parts)
     image = noise(1, 3, 16, 16).sigmoid()
-    check(pipe, lambda p: sample_latents(p, image=image))
+    check(pipe, lambda p: images(p, image=image))
 
 
 def test_an_ip_adapter() -> None:
     pipe = sd()
     pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
     embeds = [noise(2, 1, 8)]
-    check(pipe, lambda p: sample_latents(p, ip_adapter_image_embeds=embeds))
+    check(pipe, lambda p: images(p, ip_adapter_image_embeds=embeds))
+
+
+class Pipeline(DiffusionPipeline):
+    """A stranger's pipeline, of a network that neither hasten nor diffusers knows."""
+
+    def __init__(self, transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        x = noise(2, 6, 4)
+        self.scheduler.set_timesteps(STEPS)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.transformer(x, t.expand(2)), t, x).prev_sample
+        return x
+
+
+def test_a_pipeline_and_network_of_unknown_classes() -> None:
+    torch.manual_seed(0)
+    pipe = Pipeline(Stranger(), tiny.scheduler())
+    check_all(pipe, lambda p: p(), "transformer", lambda net: [net.wrapped.second_part[0]])
 
 
 def test_the_scale_of_a_networks_time() -> None:

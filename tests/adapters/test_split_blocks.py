@@ -34,10 +34,10 @@ def check(
         features, raw = split.evaluate_blocks(first, inputs)
         assert torch.equal(raw, theirs)
         ran: list[str] = []
-        before = next(s for key, s in split._splits.items() if key[0] == first)
+        before = features.split
         hooks = [net.get_submodule(n).register_forward_hook(lambda *_, n=n: ran.append(n)) for n in before.encoder]
         other = split.inputs(x if before.reads_x else torch.full_like(x, float("nan")), time, cond)
-        assert torch.equal(split.decode_blocks(first, features, other), theirs), first
+        assert torch.equal(split.decode_blocks(features, other), theirs), first
         assert not ran
         for hook in hooks:
             hook.remove()
@@ -55,7 +55,7 @@ def test_every_family(name: str) -> None:
     # features of one time, decoded at another, are not the output there: the first blocks do read the time
     at = None if split.depth is None else split.depth - 1
     features, _ = split.evaluate_blocks(at, split.inputs(x, time, cond))
-    later = split.decode_blocks(at, features, split.inputs(x, time / 2, cond))
+    later = split.decode_blocks(features, split.inputs(x, time / 2, cond))
     truth = net(x, timestep=time / 2, **cond, return_dict=False)[0]
     assert torch.isfinite(later).all() and not torch.equal(later, truth)
 
@@ -99,12 +99,12 @@ def test_several_evaluations_in_one_batch() -> None:
         at = None if split.depth is None else 2
         features, _ = split.evaluate_blocks(at, split.inputs(x, torch.full((2,), 0.7), cond))
         times = (0.7, 0.4, 0.1)
-        each = [split.decode_blocks(at, features, split.inputs(x, torch.full((2,), t), cond)) for t in times]
+        each = [split.decode_blocks(features, split.inputs(x, torch.full((2,), t), cond)) for t in times]
         stacked = torch.utils._pytree.tree_map(
             lambda leaf: torch.cat([leaf] * 3) if isinstance(leaf, Tensor) else leaf, features
         )
         inputs = split.repeated_inputs(x, torch.tensor(times).repeat_interleave(2), cond)
-        together = split.decode_blocks(at, stacked, inputs)
+        together = split.decode_blocks(stacked, inputs)
         assert torch.allclose(together, torch.cat(each), atol=1e-5), name
 
 
@@ -116,7 +116,7 @@ def test_what_a_split_in_the_middle_of_two_streams_cannot_do() -> None:
         with pytest.raises(
             BadInput, match="read the noisy sample, so that it decodes one step at a time: use parallel=1"
         ):
-            split.decode_blocks(1, features, split.repeated_inputs(x, torch.full((4,), 0.7), cond))
+            split.decode_blocks(features, split.repeated_inputs(x, torch.full((4,), 0.7), cond))
 
 
 class Block(nn.Module):
@@ -175,7 +175,7 @@ def test_a_network_of_an_unknown_class(mode: str) -> None:
             features, raw = split.evaluate_blocks(first, split.inputs(x, t, {}))
         assert torch.equal(raw, net(x, t))
         for _ in range(2):  # what is cached stays as it was
-            assert torch.equal(split.decode_blocks(first, features, split.inputs(x, t, {})), net(x, t))
+            assert torch.equal(split.decode_blocks(features, split.inputs(x, t, {})), net(x, t))
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def test_a_subclass_runs_its_own_forward() -> None:
     features, raw = split.evaluate_blocks(None, split.inputs(x, time, cond))
     theirs = louder(x, time, text).sample
     assert torch.equal(raw, theirs) and not torch.equal(theirs, net(x, time, text).sample)
-    assert torch.equal(split.decode_blocks(None, features, split.inputs(0 * x, time, cond)), theirs)
+    assert torch.equal(split.decode_blocks(features, split.inputs(0 * x, time, cond)), theirs)
 
 
 @pytest.mark.parametrize("freeu", [False, True])
@@ -241,7 +241,7 @@ def test_free_u_changes_features_in_place(freeu: bool) -> None:
     theirs = net(x, time, **cond).sample
     features, _ = split.evaluate_blocks(None, split.inputs(x, time, cond))
     for _ in range(3):
-        assert torch.equal(split.decode_blocks(None, features, split.inputs(x, time, cond)), theirs)
+        assert torch.equal(split.decode_blocks(features, split.inputs(x, time, cond)), theirs)
         features, raw = split.evaluate_blocks(None, split.inputs(x, time, cond))
         assert torch.equal(raw, theirs)
 
@@ -274,4 +274,4 @@ def test_unets_of_pixels() -> None:
         by_blocks, cond = SplitBlocks(net), {"encoder_hidden_states": text}
         cond |= {} if labels is None else {"class_labels": labels}
         features, _ = by_blocks.evaluate_blocks(None, by_blocks.inputs(x, time, cond))
-        assert torch.equal(by_blocks.decode_blocks(None, features, by_blocks.inputs(0 * x, time, cond)), theirs)
+        assert torch.equal(by_blocks.decode_blocks(features, by_blocks.inputs(0 * x, time, cond)), theirs)

@@ -130,7 +130,7 @@ class BlocksSplit:
 
     def decode(self, features: Any, emb: Any) -> Tensor:
         """The raw output (B, *S)."""
-        return self.net.decode_blocks(self.first, features, emb)
+        return self.net.decode_blocks(features, emb)
 
 
 SplitPoint = UNetSplit | TransformerSplit | BlocksSplit

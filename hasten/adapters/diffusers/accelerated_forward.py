@@ -128,8 +128,7 @@ class AcceleratedForward:
         t = self._time(timestep)
         with self.side_inputs.using(residuals), self.layers.exchanged():
             raw = raw_output(self.denoiser, x, t, cond)
-        output_class = getattr(self.network, "output_class", None)
-        return network_output(self.core, raw, output_class) if return_dict else (raw,)
+        return network_output(self.core, raw, self.side_inputs.output_class) if return_dict else (raw,)
 
     @property
     def timeline(self) -> Timeline:

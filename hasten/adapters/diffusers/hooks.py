@@ -40,7 +40,7 @@ def check_hooks(net: nn.Module, accelerators: Sequence[Any], warn: bool = False)
         BadInput: for two methods that reuse features, for quantisation of weights that are stored in another format,
             and for reuse where offloading moves several blocks together.
     """
-    found = list(_hooks(net))
+    found = list(_hooks_inside(net))
     reusing = [one for one in accelerators if _reuses(one)]
     exchanging = [one for one in accelerators if with_defaults(one).stage == EXCHANGE]
     name = type(net).__name__
@@ -72,13 +72,13 @@ def check_hooks(net: nn.Module, accelerators: Sequence[Any], warn: bool = False)
 
 def enabled_cache(net: nn.Module) -> str | None:
     """The cache of `diffusers` that is enabled on a network, by `enable_cache` or `apply_*_cache`; None without one."""
-    return next((name for _, hook, _ in _hooks(net) if (name := _cache_name(hook))), None)
+    return next((name for _, hook, _ in _hooks_inside(net) if (name := _cache_name(hook))), None)
 
 
-def _hooks(net: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def _hooks_inside(net: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """The modules with hooks of diffusers, with each hook's name and the hook."""
     for module in net.modules():
-        registry = vars(module).get("_diffusers_hook")
+        registry: Any = vars(module).get("_diffusers_hook")
         for name in getattr(registry, "_hook_order", ()):
             yield module, name, registry.hooks[name]
 

@@ -57,7 +57,6 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     slot, net = network_of(pipe)
     split = split_network(separate_unhooked(net))
     if isinstance(split, SplitBlocks):
-        check_loadable(pipe, slot, net)
         raise BadInput(
             f"load does not know what the {slot} of {type(pipe).__name__}, a {type(net).__name__}, takes: use the "
             "pipeline itself, with hasten.as_scheduler(...) or hasten.accelerate(pipe, ...)"

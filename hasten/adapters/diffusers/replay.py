@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...accelerators._caching.split import map_tensors
 
-__all__ = ["Trace", "placeholder", "replaced"]
+__all__ = ["Trace", "placeholder", "with_stand_ins"]
 
 
 class StandIn(nn.Module):
@@ -31,12 +31,12 @@ class StandIn(nn.Module):
         return getattr(self.__dict__["stands_for"], name)
 
     @property
-    def __class__(self) -> Any:  # for isinstance
+    def __class__(self) -> Any:  # type: ignore[misc]  # for isinstance
         return type(self.__dict__["stands_for"])
 
 
 @contextmanager
-def replaced(net: nn.Module, calls: dict[str, Callable[..., Any]]) -> Iterator[None]:
+def with_stand_ins(net: nn.Module, calls: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Within the block other code is called in place of some modules of a network.
 
     Args:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ...accelerators._caching.split import map_tensors
 from ...errors import BadInput
-from .replay import Trace, placeholder, replaced
+from .replay import Trace, placeholder, with_stand_ins
 from .split_network import SplitNetwork
 from .structure import read_structure
 
@@ -38,31 +38,6 @@ class Inputs:
         self.x, self.time, self.cond, self.several = x, time, cond, several
 
 
-class Features:
-    """What the second half of a network needs of the first: outputs of modules, by name.
-
-    Args:
-        outputs: trees of tensors with the batch first.
-        trace: of the evaluation that they are part of.
-    """
-
-    def __init__(self, outputs: dict[str, Any], trace: Trace) -> None:
-        self.outputs, self.trace = outputs, trace
-
-
-def _flatten(features: Features) -> tuple[list[Any], Any]:
-    """Flatten for torch's pytree."""
-    return list(features.outputs.values()), (tuple(features.outputs), features.trace)
-
-
-def _unflatten(values: Any, context: Any) -> Features:
-    """Unflatten for torch's pytree."""
-    return Features(dict(zip(context[0], values)), context[1])
-
-
-pytree.register_pytree_node(Features, _flatten, _unflatten)
-
-
 @dataclass(frozen=True)
 class Split:
     """A split of a network for one kind of inputs.
@@ -76,6 +51,32 @@ class Split:
     encoder: tuple[str, ...]
     needed: tuple[str, ...]
     reads_x: bool
+
+
+class Features:
+    """What the second half of a network needs of the first: outputs of modules, by name.
+
+    Args:
+        outputs: trees of tensors with the batch first.
+        trace: of the evaluation that they are part of.
+        split: after which they are the features.
+    """
+
+    def __init__(self, outputs: dict[str, Any], trace: Trace, split: Split) -> None:
+        self.outputs, self.trace, self.split = outputs, trace, split
+
+
+def _flatten_features(features: Features) -> tuple[list[Any], Any]:
+    """Flatten for torch's pytree."""
+    return list(features.outputs.values()), (tuple(features.outputs), features.trace, features.split)
+
+
+def _unflatten_features(values: Any, context: Any) -> Features:
+    """Unflatten for torch's pytree."""
+    return Features(dict(zip(context[0], values)), *context[1:])
+
+
+pytree.register_pytree_node(Features, _flatten_features, _unflatten_features)
 
 
 class SplitBlocks(SplitNetwork):
@@ -99,7 +100,6 @@ class SplitBlocks(SplitNetwork):
     def __init__(self, net: nn.Module, with_variance: bool = False) -> None:
         super().__init__(net, with_variance)
         self.structure = read_structure(net)
-        self.output_class: Any = None
         self._splits: dict[Any, Split] = {}  # by kind of inputs
         self._copying = False  # whether later modules change the features in place
 
@@ -130,7 +130,7 @@ class SplitBlocks(SplitNetwork):
         """The arguments of as many evaluations in one batch as `time` (s B,) has values for x (B, *S)."""
         count, rows = len(time) // len(x), len(x)
         x = x.repeat(count, *[1] * (x.ndim - 1))
-        return Inputs(x, time, _repeated({**cond, **self.side_inputs.conditions}, count, rows), count > 1)
+        return Inputs(x, time, _repeat_conditions({**cond, **self.side_inputs.conditions}, count, rows), count > 1)
 
     def evaluate_blocks(self, first: int | None, inputs: Inputs) -> tuple[Features, Tensor]:
         """The features after the first blocks, and the raw output (B, *S), of one evaluation.
@@ -150,29 +150,27 @@ class SplitBlocks(SplitNetwork):
 
         def store(name: str, output: Any) -> None:
             if name in split.needed:
-                outputs[name] = _copied(output) if self._copying else output
+                outputs[name] = _cloned(output) if self._copying else output
 
         raw = self._run(inputs, self._recording(split.encoder, trace, store))
-        return Features(outputs, trace), raw
+        return Features(outputs, trace, split), raw
 
-    def decode_blocks(self, first: int | None, features: Features, inputs: Inputs) -> Tensor:
+    def decode_blocks(self, features: Features, inputs: Inputs) -> Tensor:
         """The raw output (B, *S), from features.
 
         Args:
-            first: see `evaluate_blocks`.
             features: of `evaluate_blocks`, possibly repeated for several evaluations.
             inputs: of the evaluation; of its sample only the shape is read, by most networks.
 
         Raises:
             BadInput: where several evaluations cannot be decoded in one batch.
         """
-        split = next(split for key, split in self._splits.items() if key[0] == first and _fits(split, features))
-        if inputs.several and split.reads_x:
+        if inputs.several and features.split.reads_x:
             raise BadInput(
                 f"the last blocks of {type(self.net).__name__} read the noisy sample, so that it decodes one step at a "
                 "time: use parallel=1"
             )
-        raw = self._replay(split.encoder, features, inputs)
+        raw = self._replay(features, inputs)
         if len(raw) != len(inputs.x):
             raise BadInput(
                 f"{type(self.net).__name__} gave {len(raw)} samples for a batch of {len(inputs.x)}: use parallel=1"
@@ -196,34 +194,34 @@ class SplitBlocks(SplitNetwork):
             ) -> None:
                 count = len(trace.residual)
                 if halves or count == first or (count < (first or 0) and (every or name in last)):
-                    live[name], outputs[name] = output, _copied(output)
+                    live[name], outputs[name] = output, _cloned(output)
 
             raw = self._run(inputs, self._recording((*blocks, *self.structure.stem), trace, store))
             encoder = self._encoder(trace, first)
             outputs = {name: outputs[name] for name in encoder if name in outputs}
-            self._copying |= any(not _same(live[name], outputs[name]) for name in outputs)
+            self._copying |= any(not _same_tensors(live[name], outputs[name]) for name in outputs)
             for needed in [tuple(outputs)] if every else [(encoder[-1],), tuple(outputs)]:
-                features = Features({name: outputs[name] for name in needed}, trace)
-                split = self._checked(encoder, features, inputs, raw)
-                if split is not None:
+                features = self._checked({name: outputs[name] for name in needed}, trace, encoder, inputs, raw)
+                if features is not None:
                     if len(self._splits) >= KINDS_OF_INPUTS:
                         del self._splits[next(iter(self._splits))]
-                    self._splits[key] = split
+                    self._splits[key] = features.split
                     return features, raw
         raise BadInput(
             f"{type(self.net).__name__} cannot be split after {encoder[-1]}: its output does not follow from what the "
             "blocks before return"
         )
 
-    def _checked(self, encoder: tuple[str, ...], features: Features, inputs: Inputs, raw: Tensor) -> Split | None:
-        """The split, if the output follows from these features."""
+    def _checked(
+        self, outputs: dict[str, Any], trace: Trace, encoder: tuple[str, ...], inputs: Inputs, raw: Tensor
+    ) -> Features | None:
+        """The features, if the output follows from these outputs."""
         hidden = Inputs(torch.full_like(inputs.x, float("nan")), inputs.time, inputs.cond)
         for reads_x in (False, True):
-            ours = self._replay(
-                encoder, Features(_copied(features.outputs), features.trace), inputs if reads_x else hidden
-            )
+            split = Split(encoder, tuple(outputs), reads_x)
+            ours = self._replay(Features(_cloned(outputs), trace, split), inputs if reads_x else hidden)
             if _equal(ours, raw):
-                return Split(encoder, tuple(features.outputs), reads_x)
+                return Features(outputs, trace, split)
         return None
 
     def _recording(self, names: Sequence[str], trace: Trace, store: Any) -> dict[str, Any]:
@@ -249,13 +247,13 @@ class SplitBlocks(SplitNetwork):
             raise BadInput(f"{name} cannot be split after {first} blocks: {ran}")
         return tuple(trace.residual[:first])
 
-    def _replay(self, encoder: Sequence[str], features: Features, inputs: Inputs) -> Tensor:
+    def _replay(self, features: Features, inputs: Inputs) -> Tensor:
         """The output of the network's forward, with features in place of its encoder."""
         trace, calls = features.trace, {}
-        for name in encoder:
+        for name in features.split.encoder:
             if name in features.outputs:
                 value = features.outputs[name]
-                calls[name] = _constant(_copied(value) if self._copying else value)
+                calls[name] = _constant(_cloned(value) if self._copying else value)
             else:
                 value = placeholder(trace.outputs[name], len(inputs.x) // trace.rows, trace.device)
                 calls[name] = _constant(value)
@@ -270,9 +268,9 @@ class SplitBlocks(SplitNetwork):
         known = own is not None and not inputs.several
         time = _rows_of(own, inputs.x) if known else self._time(inputs.time, own)
         arguments = {structure.sample: inputs.x, structure.time: time, **cond}
-        with replaced(net, calls):
+        with with_stand_ins(net, calls):
             output = type(net).forward(net, **arguments)
-        self.output_class = type(output)
+        self.side_inputs.output_class = type(output)
         return _single(output, type(net).__name__)
 
     def _time(self, time: Tensor, own: Any) -> Tensor:
@@ -323,7 +321,7 @@ def _signature(inputs: Inputs) -> Any:
     return str(structure), tuple(kinds)
 
 
-def _repeated(cond: dict[str, Any], count: int, rows: int) -> dict[str, Any]:
+def _repeat_conditions(cond: dict[str, Any], count: int, rows: int) -> dict[str, Any]:
     """Conditions repeated along the batch, those of frames of a batch too; positions have no batch."""
 
     def repeated(leaf: Tensor) -> Tensor:
@@ -335,17 +333,12 @@ def _repeated(cond: dict[str, Any], count: int, rows: int) -> dict[str, Any]:
     }
 
 
-def _copied(tree: Any) -> Any:
+def _cloned(tree: Any) -> Any:
     """The tree with copies of its tensors."""
     return map_tensors(torch.clone, tree)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same_tensors(one: Any, other: Any) -> bool:
     """Whether two trees of the same structure have equal tensors."""
     pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other))
     return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
-
-
-def _fits(split: Split, features: Features) -> bool:
-    """Whether features are those of a split."""
-    return split.needed == tuple(features.outputs) and set(split.encoder) <= set(features.trace.outputs)

@@ -76,6 +76,7 @@ class SideInputs:
         scale: a `TimeScale`, where the network's time is not the scheduler's timestep.
         table: the scheduler's timesteps.
         timesteps: the same, as numbers.
+        output_class: what the network's own `forward` returned last, where that runs.
     """
 
     def __init__(self) -> None:
@@ -83,6 +84,7 @@ class SideInputs:
         self.scale: Any = None
         self.table: Any = None
         self.timesteps: list[float] = []
+        self.output_class: Any = None
 
     @contextmanager
     def using(self, conditions: dict[str, Any]) -> Iterator[None]:
