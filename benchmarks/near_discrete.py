@@ -1,7 +1,7 @@
 """Fitted plans against fixed grids on mixtures of separate modes, where starts at the border of two rule the mean.
 
     python -m benchmarks.near_discrete                     four mixtures, 5, 6, 8 and 10 evaluations
-    python -m benchmarks.near_discrete --problems R6 --nfe 10
+    python -m benchmarks.near_discrete --problems R24 --nfe 8 --directions 6
 
 Mixtures (`benchmarks.mixtures.random_mixture`), on DDPM's linear table: R6 and R24 as there, R12 and R48 with
 (31, 12, 16, .15, .5) and (32, 48, 20, .2, .6).

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, check_numbers
 from ._base import Guide
 from .cfg import GuidedDenoiser, Remixed
-from .interval import replaced
+from .interval import replace_guided
 
 __all__ = ["APG"]
 
@@ -55,7 +55,7 @@ class APG(Guide):
         Raises:
             BadInput: for a denoiser without classifier-free guidance.
         """
-        return replaced(denoiser, "apg projects", lambda guided: Projected(guided, self))
+        return replace_guided(denoiser, "apg projects", lambda guided: Projected(guided, self))
 
 
 class Projected(Remixed):

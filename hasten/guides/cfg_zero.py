@@ -11,7 +11,7 @@ from ..errors import BadInput, check_int, check_numbers
 from ..predictions import spread
 from ._base import Guide
 from .cfg import GuidedDenoiser, Remixed
-from .interval import replaced
+from .interval import replace_guided
 
 __all__ = ["CFGZero"]
 
@@ -48,7 +48,7 @@ class CFGZero(Guide):
             schedule = getattr(denoiser, "schedule", None)
             if schedule is None or not torch.allclose(schedule.alpha(t) + schedule.sigma(t), torch.ones_like(t)):
                 raise BadInput("cfg_zero: zero_steps are for rectified flow, alpha + sigma = 1: leave them out here")
-        return replaced(denoiser, "cfg_zero scales the branches of", lambda guided: Scaled(guided, self))
+        return replace_guided(denoiser, "cfg_zero scales the branches of", lambda guided: Scaled(guided, self))
 
 
 class Scaled(Remixed):

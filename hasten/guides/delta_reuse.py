@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, HastenError, check_int, check_numbers
 from ._base import Guide
 from .cfg import GuidedDenoiser, Remixed
-from .interval import replaced
+from .interval import replace_guided
 
 __all__ = ["DeltaReuse"]
 
@@ -55,7 +55,7 @@ class DeltaReuse(Guide):
                 raise BadInput("delta_reuse has an interval of its own, low and high: leave the other one out")
             return Reusing(guided, self)
 
-        return replaced(denoiser, "delta_reuse saves evaluations of", make)
+        return replace_guided(denoiser, "delta_reuse saves evaluations of", make)
 
 
 class Reusing(Remixed):

@@ -14,7 +14,7 @@ from ..errors import BadInput, check_numbers
 from ._base import Guide
 from .cfg import CFG, GuidedDenoiser
 
-__all__ = ["Interval", "refined", "replaced"]
+__all__ = ["Interval", "refined", "replace_guided"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def refined(denoiser: nn.Module, what: str, change: Callable[[CFG], CFG]) -> nn.
         new.guide, new._last = change(guided.guide), None
         return new
 
-    return replaced(denoiser, what, changed)
+    return replace_guided(denoiser, what, changed)
 
 
-def replaced(denoiser: nn.Module, what: str, make: Callable[[GuidedDenoiser], nn.Module]) -> nn.Module:
+def replace_guided(denoiser: nn.Module, what: str, make: Callable[[GuidedDenoiser], nn.Module]) -> nn.Module:
     """The denoiser with another one in the place of that under `CFG`, wherever among its wrappers that is.
 
     Args:
@@ -89,5 +89,5 @@ def replaced(denoiser: nn.Module, what: str, make: Callable[[GuidedDenoiser], nn
     if not isinstance(denoiser, Wrapper):
         raise BadInput(f"{what} guidance: give a guidance scale other than 1")
     changed = copy.copy(denoiser)
-    changed._modules = {**denoiser._modules, "denoiser": replaced(denoiser.denoiser, what, make)}
+    changed._modules = {**denoiser._modules, "denoiser": replace_guided(denoiser.denoiser, what, make)}
     return changed

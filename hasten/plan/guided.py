@@ -78,7 +78,7 @@ def guided_plan(
     C = torch.zeros(N, *table.C.shape[1:], dtype=torch.float64)
     C[rows] = table.C.detach()
     return Plan(
-        times=torch.cat([_repeated(table.times.detach()[:-1], asked), table.times.detach()[-1:]]),
+        times=torch.cat([_times_of_branches(table.times.detach()[:-1], asked), table.times.detach()[-1:]]),
         start=table.start.detach(),
         a=a,
         A=A,
@@ -93,7 +93,7 @@ def guided_plan(
     )
 
 
-def _repeated(times: Tensor, asked: list[int]) -> Tensor:
+def _times_of_branches(times: Tensor, asked: list[int]) -> Tensor:
     """The times with those of these steps twice."""
     counts = torch.tensor([2 if k in asked else 1 for k in range(len(times))])
     return torch.repeat_interleave(times, counts)

@@ -270,6 +270,8 @@ class PlanFit:
         if self.quantile is None and options.robust > 0:
             ends.append(options.iterations + options.iterations // 2)
         for until in ends:
+            if until <= self.done:  # of a fit of one iteration
+                continue
             theta, compiled = rows.theta_of(numbers), rows.compose(numbers)
             if until > options.iterations:
                 self.tau = math.inf
@@ -280,7 +282,7 @@ class PlanFit:
             theta = self.minimise(rows, theta, until)
             numbers = PlanCoefficients(*(value.detach() for value in rows.coefficients(theta)))
             found.append(numbers)
-        return found
+        return found or [numbers]
 
     def minimise(self, rows: PlanParametrization, theta: Tensor, until: int) -> Tensor:
         """Resume from theta up to iteration `until`; returns the theta with the smallest held-out loss."""

@@ -47,8 +47,8 @@ def fit_rows(
     plan, (_, b) = rows.compose(n), rows.steps(n.level)
     start, end, cond = fine.select(samples)
     evaluate, basis, D = branch_evaluator(denoiser, plan), rows.basis, rows.base.clone()
-    into: Callable[[Tensor], Tensor] = _same if basis is None else basis.coordinates
-    back: Callable[[Tensor], Tensor] = _same if basis is None else basis.pixels
+    into: Callable[[Tensor], Tensor] = _unchanged if basis is None else basis.coordinates
+    back: Callable[[Tensor], Tensor] = _unchanged if basis is None else basis.pixels
     groups: list[Any] = [...] if basis is None else [basis.index == g for g in range(basis.groups)]
     x = into(start * float(plan.start.flatten()[0]))
     outputs: list[Tensor] = []
@@ -84,7 +84,7 @@ def _ridge(off: Tensor, residual: Tensor, before: Tensor, ridge: float) -> Tenso
     return torch.linalg.solve(gram + penalty, right + penalty @ before)
 
 
-def _same(x: Tensor) -> Tensor:
+def _unchanged(x: Tensor) -> Tensor:
     """The samples themselves, as coordinates where there is no basis."""
     return x
 
