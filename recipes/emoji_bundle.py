@@ -80,6 +80,11 @@ def main() -> None:
     config = args.out / "text_encoder" / "config.json"  # where transformers reads the dtype to load the weights in
     if config.is_file():
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    readme = args.out / "README.md"  # the folder can be loaded without a dtype
+    text = readme.read_text().replace(", torch_dtype=torch.float16", "").replace("import torch\n", "")
+    readme.write_text(
+        text.replace("num_inference_steps=50)", f"num_inference_steps=50, guidance_scale={model.guidance_scale:g})")
+    )
     print(sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file()) / 1e6, "MB")
 
 
