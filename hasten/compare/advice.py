@@ -89,8 +89,8 @@ def row_warnings(row: Row, rows: Sequence[Row]) -> list[str]:
 
 def is_less_diverse(row: Row) -> bool:
     """Whether the diversity within a prompt is below 90 % of the reference's with 95 % confidence."""
-    ratio = row.get("diversity_ratio")
-    return bool(ratio) and ratio[2] < LESS_DIVERSE
+    ratio: Sequence[float] | None = row.get("diversity_ratio")
+    return ratio is not None and ratio[2] < LESS_DIVERSE
 
 
 def faster_plain_row(row: Row, rows: Sequence[Row]) -> Row | None:

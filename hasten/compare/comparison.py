@@ -390,5 +390,7 @@ class Comparison:
 
             console = Console()
             console.print(report.results_table(rows, console.width))
+            for line in (f"{row['name']}: {text}" for row in rows for text in row["warnings"]):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             console.print(f"{report.headline(rows)}\nReport: {page}", markup=False, highlight=False, soft_wrap=True)
         return rows

@@ -179,7 +179,7 @@ def compare(
     captioned = captions_for(model, chosen, (config.reference, config.features), ranks, progress.say)
     shape = image_shape(model)
     blind = model.conditioning is not None and captioned is None and config.reference is None
-    if blind and config.n is None and n > PAIRED_IMAGES and not model.card.get("reference"):
+    if blind and budget is None and config.n is None and n > PAIRED_IMAGES and not model.card.get("reference"):
         n = PAIRED_IMAGES
         progress.say(f"{n} images a row, whose pictures are compared seed by seed: --n sets another number")
     captions = None if captioned is None else captioned.prompts(n)

@@ -43,7 +43,7 @@ class FirstEvaluation(Wrapper):
     @property
     def counted(self) -> list[nn.Module]:
         """The networks whose evaluations are counted."""
-        return [self.denoiser.net, self.teacher.net]  # type: ignore[list-item]
+        return [self.denoiser.net, self.teacher.net]
 
     def reset(self) -> None:
         """Begin a trajectory: its first evaluation is the teacher's."""
