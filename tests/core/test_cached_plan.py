@@ -176,3 +176,29 @@ def test_what_cannot_be_is_refused() -> None:
     sampler = Preconditioned(moments="full").bind({"mean": mean, "covariance": covariance}, {})
     with pytest.raises(BadInput, match="without a basis"):
         cached_plan(plan(sampler, SCHEDULE, TIMES), (0, 1), "v")
+
+
+@pytest.mark.parametrize("rule", ["easycache", "teacache"])
+@torch.no_grad()
+def test_in_a_pipeline(rule: str) -> None:
+    """A DiT with a learned variance: at reused evaluations the network's last output, moved by its input's change."""
+    pytest.importorskip("diffusers")
+    from hasten.adapters.diffusers import accelerate_pipeline
+    from tests.adapters import tiny
+
+    pipe, label = tiny.dit_pipeline(), torch.tensor([1, 1000])
+    fast: Any = accelerate_pipeline(pipe, f"output_cache:threshold=1000,rule={rule}", steps=10)
+    fast.scheduler.set_timesteps(10)
+    xs = torch.randn(10, 2, pipe.transformer.config.in_channels, 8, 8)
+    for k, t in enumerate(fast.scheduler.timesteps):
+        arguments: dict[str, Any] = {"timestep": t.expand(2), "class_labels": label, "return_dict": False}
+        output, plain = fast.transformer(xs[k], **arguments)[0], pipe.transformer(xs[k], **arguments)[0]
+        if k in (0, 1, 9):
+            saved = plain.clone()
+            assert torch.equal(output, plain), k
+            continue
+        expected = saved.clone()
+        if rule == "easycache":
+            expected[:, : xs.shape[2]] += xs[k] - xs[1]
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        assert float((output - plain).abs().max()) > 1e-3
