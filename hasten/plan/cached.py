@@ -76,7 +76,8 @@ class _Replay:
         c_in, c_skip, c_out = self.prediction.coefficients(schedule.alpha(times[:-1]), schedule.sigma(times[:-1]))
         draws = [noise() for _ in range(plan.C.shape[1])]
         state = _terms([(plan.start[0], x), *zip(plan.start[1:], draws)])
-        states, outputs, raw = [], [], None
+        states, outputs = [], []
+        raw: Any = None
         for k in range(plan.nfe):
             if k in self.computed:
                 x0 = yield Query(state, times[k])

@@ -142,7 +142,12 @@ def recorded(network: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any
     import hasten.accelerators._caching.fit as fit
 
     records: list[FeatureRecord] = []
-    monkeypatch.setattr(fit, "record_features", lambda *a: records.append(record_features(*a)) or records[-1])
+
+    def recording(*arguments: Any) -> FeatureRecord:
+        records.append(record_features(*arguments))
+        return records[-1]
+
+    monkeypatch.setattr(fit, "record_features", recording)
     plain = denoiser_of(network)
     fast = EncoderPropagation(**options).apply(plain, context_of(PLAN, plain))
     return fast, records[0]
