@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import TABLES, theirs
-from hasten.exact import GaussianMixture, m2, m64
+from hasten.exact import GaussianMixture, _masked, m2, m64
 from hasten.files import append_json_line, read_json_lines
 from hasten.pick import format_spec
 from hasten.plan import Plan, plan
@@ -99,7 +99,7 @@ SAMPLERS: tuple[Any, ...] = (
 FAMILY = (UniPC(2), UniPC(3))
 
 
-def grids(schedule: Schedule) -> dict[str, TimeGrid]:
+def fixed_grids(schedule: Schedule) -> dict[str, TimeGrid]:
     """The fixed grids: all of hasten's, that in lambda also with a larger last level, q = .03."""
     low = float(schedule.time(-math.log(0.03)))
     return {
@@ -136,6 +136,28 @@ def random_mixture(seed: int, d: int, K: int, b: float, a: float, schedule: Sche
     mu = g.standard_normal((K, d)) * s
     V = b**2 * s**2 * (0.5 + g.random((K, d)))
     return GaussianMixture(*map(torch.from_numpy, (w / w.sum(), mu, V)), schedule)
+
+
+class FastMixture(GaussianMixture):
+    """The same denoiser by products of matrices, several times faster; rounding errors of 1e-12 instead of 1e-15."""
+
+    def _x0(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+        if alpha.numel() > 1:
+            return super()._x0(x, alpha, sigma, label)
+        precision = 1 / (alpha**2 * self.variances + sigma**2)
+        scaled = alpha * self.means * precision
+        constant = torch.log(self.weights) - 0.5 * (alpha * self.means * scaled - torch.log(precision)).sum(-1)
+        log_p = torch.addmm(constant, x * x, precision.T, alpha=-0.5) + x @ scaled.T
+        p = torch.softmax(log_p + _masked(self.labels, label, self.null_label), 1)
+        return p @ (self.means - alpha * self.variances * scaled) + x * (p @ (alpha * self.variances * precision))
+
+
+def fast_mixture(name: str, schedule: Schedule, labels: list[int] | None = None) -> FastMixture:
+    """A mixture by its name, with classes of its components."""
+    named = {"M2": m2, "M64": m64}
+    model = named[name](schedule) if name in named else random_mixture(*RANDOM[name], schedule)
+    shape = (-1, *model.shape)
+    return FastMixture(model.weights, model.means.reshape(shape), model.variances.reshape(shape), schedule, labels)
 
 
 class Problem:
@@ -221,7 +243,7 @@ def fixed(problem: Problem, count: int) -> Iterator[Cell]:
     """Our samplers on each of the grids."""
     for sampler in SAMPLERS:
         steps = (count + 1) // 2 if isinstance(sampler, Heun) else count
-        for name, grid in grids(problem.schedule).items():
+        for name, grid in fixed_grids(problem.schedule).items():
             table = plan(sampler, problem.schedule, grid(problem.schedule, steps))
             if table.nfe <= count:
                 yield problem.run("fixed", format_spec(sampler), name, count, table)

@@ -38,7 +38,7 @@ _HOMES = {
     ),
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
     **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
-    **dict.fromkeys(["accelerate", "as_scheduler", "times_like"], "adapters.diffusers"),
+    **dict.fromkeys(["accelerate", "as_scheduler", "open_quantized", "times_like"], "adapters.diffusers"),
     # diffusers looks these up where a pipeline was saved with such a scheduler or network
     **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),
     **dict.fromkeys(["MobileUNet2DConditionModel", "ModelMixin"], "adapters.diffusers.text_unet_class"),
@@ -64,13 +64,14 @@ __all__ = [
     "Rescale", "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled",
     "SubVP", "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
     "Wrapper", "accelerate", "as_scheduler", "distill_decoder", "distill_model", "draw", "evaluate_model", "invert",
-    "load", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files", "times_like",
-    "train_autoencoder", "train_model", "tune_model", "walk",
+    "load", "open_quantized", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files",
+    "times_like", "train_autoencoder", "train_model", "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from .adapters.diffusers import times_like
     from .adapters.diffusers.acceleration import accelerate
+    from .adapters.diffusers.quantized_pipelines import open_quantized
     from .adapters.diffusers.scheduler import as_scheduler
     from .denoiser import Denoiser, Wrapper
     from .distributed.ranks import Ranks

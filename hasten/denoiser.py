@@ -21,7 +21,7 @@ __all__ = ["Denoiser", "Wrapper"]
 CLOCKS = ("t", "t1000", "t999", "index", "log_sigma4", "lam")
 CACHED_TIMES = 4096
 SLACK = 1e-9  # tolerance of a time, for rounding
-EVALUATION_METHODS = ("raw", "moments")  # methods other than `forward` that evaluate the network at x_t
+EVALUATION_METHODS = ("raw", "moments", "branch")  # methods other than `forward` that evaluate the network at x_t
 
 
 class Denoiser(nn.Module):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import zoo
+from .adapters.diffusers.called import load_or_call
 from .adapters.diffusers.pipelines import load_pipeline, open_saved
 from .errors import BadInput, nearest
 from .model.model import Model
+from .progress import ignore_messages
 from .storage.model_folder import DESCRIPTION, read_model
 from .utils.random import preserve_rng_state
 
@@ -36,6 +38,23 @@ def load(name: Any, device: Any = None, networks: Sequence[type] = (), trust_cod
     if names_pipeline(name):
         return load_pipeline(name, device=device)
     return Model(**read_model(find_model_folder(name), networks, trust_code, open_saved)).to(device or "cpu")
+
+
+@preserve_rng_state()
+def load_to_compare(name: Any, device: Any = None, report: Callable[[str], None] = ignore_messages) -> Model:
+    """`load`; a pipeline of prompts that it refuses, such as FLUX, is sampled through its own call.
+
+    Args:
+        name: as for `load`.
+        device: as for `load`.
+        report: receives a line where a pipeline is called.
+
+    Raises:
+        BadInput: where neither is possible.
+    """
+    if not names_pipeline(name):
+        return load(name, device)
+    return load_or_call(name, device, report)
 
 
 def names_pipeline(name: Any) -> bool:

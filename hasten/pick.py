@@ -253,6 +253,8 @@ def _format_value(value: Any) -> str:
         return "(" + ",".join(_format_value(item) for item in value) + ")"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if hasattr(value, "named_modules"):  # a network: only a name can be read back
+        return type(value).__name__
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

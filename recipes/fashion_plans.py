@@ -75,6 +75,7 @@ def main() -> None:
         patience=2,
         finish=args.finish,
         batch=64,
+        search="sampler",
     )
     for steps in args.steps:
         scale = "" if args.guidance_scale == 1 else f"-g{args.guidance_scale:g}"
@@ -84,7 +85,7 @@ def main() -> None:
         start = time.process_time()
         plan, figures = fit(steps, args.guidance_scale, args.n, options, args.data)
         file.write_text(plan.to_json() + "\n")
-        summary = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        summary = ", ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in figures.items())
         print(f"{file.name}: {summary}, {time.process_time() - start:.0f} CPU seconds", flush=True)
 
 

@@ -36,7 +36,7 @@ LAYERS = (
 )
 # Modules of a package that stand higher than the rest of it, under the name that the table has for them.
 HIGHER = {
-    "adapters.diffusers.pipelines": "pipelines acceleration accelerated",
+    "adapters.diffusers.pipelines": ("pipelines acceleration accelerated called native_caches quantized_pipelines"),
 }
 # Where old import paths are forwarded from, with a DeprecationWarning.
 FORWARDERS = {"hasten.ranks", "hasten.parallel_cost", "hasten.distill", "hasten.adapters._scheduler"}

@@ -19,8 +19,8 @@ import torch
 from hasten import SamplingConfig
 from hasten.compare import compare, comparison, jobs, variants
 from hasten.compare import runner as engine
+from hasten.compare.advice import set_equal_time_row
 from hasten.compare.counting import count_evaluations
-from hasten.compare.jobs import set_equal_time_row
 from hasten.errors import BadInput
 from hasten.images import to_uint8
 from hasten.metrics import Reference, make_reference

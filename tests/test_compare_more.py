@@ -22,7 +22,7 @@ from hasten.errors import BadInput
 from hasten.model import Model
 from hasten.progress import ProgressReporter
 from hasten.schedules import VPCosine
-from hasten.workflows.prompts import read_prompts
+from hasten.workflows.prompts import bundled_prompts, read_prompts
 
 from .factories import run_cli, tiny_model
 
@@ -107,9 +107,10 @@ def test_prompts_reach_every_row_and_are_in_the_protocol(tmp_path: Path) -> None
     assert toml["less"]["key"] == other["less"]["key"]
 
 
-def test_a_model_of_prompts_needs_prompts_and_others_take_none(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="asks takes prompts: give --prompt"):
-        run(prompt_model(), tmp_path, SMALL.format(3.0))
+def test_a_model_of_prompts_gets_bundled_ones_and_others_take_none(tmp_path: Path, capsys: Any) -> None:
+    rows = run(prompt_model(), tmp_path, SMALL.format(3.0))
+    assert rows["less"]["protocol"]["prompts"] == bundled_prompts()[:10] and "bundled list" in capsys.readouterr().err
+    assert rows["less"]["protocol"]["calibration"] == "64 others of the bundled prompts"
     run(prompt_model(), tmp_path, SMALL.format(3.0), prompts="")  # said on purpose
     with pytest.raises(BadInput, match="tiny takes no prompts"):
         run(tiny_model(), tmp_path, SMALL.format(2.0), prompts="a fox")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.distillers import Student
+from hasten.guides import CFG
 from hasten.metrics import evaluate_images
 from hasten.metrics.evaluate import reference_from_images
 from hasten.model import Model
@@ -58,7 +59,8 @@ TUNERS: dict[str, dict[str, Any]] = {
     "auxiliary": {"iterations": 2, "rank": 4},
     "dynamic_programming": {"candidates": 20, "images": 16, "points": 8},
     "first_step": {"steps": 2, "batch_size": 4},
-    "fitted_plan": {"fine": 5, "iterations": 1, "held_out": 2, "batch": 4, "warm": 1},
+    "fitted_plan": {"fine": 5, "iterations": 1, "held_out": 2, "batch": 4, "warm": 1, "search": "sampler"},
+    "guided_plan": {"fine": 5, "iterations": 1, "held_out": 2, "batch": 4, "warm": 1, "search": "sampler"},
     "moments": {"images": 16, "times": 8},
     "noise_level": {"steps": 2, "images": 16, "batch_size": 4},
     "optimized_steps": {"objective": "trajectory", "fine": 5, "iterations": 1, "restarts": 1, "starts": ("lambda",)},
@@ -73,6 +75,7 @@ SAMPLES = {
     "first_step": 12,
     "noise_level": 12,
     "fitted_plan": 4,
+    "guided_plan": 4,
     "optimized_steps": 4,
 }
 
@@ -85,6 +88,8 @@ def tuned(name: str, denoiser: nn.Module, device: str) -> Tuned:
         chosen = torch.arange(n) % len(images)
         return images[chosen].to(device), labels[chosen]
 
+    if name == "guided_plan":
+        denoiser = CFG(2.0).wrap(denoiser)
     task = TuningTask(
         denoiser=denoiser, sampler=hasten.UniPC(order=2), times=UniformLambda()(denoiser.schedule, STEPS), shape=SHAPE,
         labels=lambda n: torch.arange(n) % 2, images=real, seed=5, n=SAMPLES.get(name, 8),
@@ -172,7 +177,10 @@ STARTS = {"ccdf": "ccdf:time=0.5,task=inpainting"}
 
 @pytest.mark.filterwarnings("ignore:distribution guidance of a batch")
 @pytest.mark.parametrize("name", [name for name in method_names("guides") if name != "cfg"])
-def test_a_guide(name: str) -> None:
+def test_a_guide(name: str, tmp_path: Path) -> None:
+    if name == "autoguidance":
+        tiny().save(tmp_path / "weak")
+        GUIDES[name] = f"autoguidance:weak={tmp_path / 'weak'}"
     plain = {"label": "none", "guidance_scale": 1.0} if name == "distribution" else {"guidance_scale": 2.0}
     made, expected, device = both(guides=[GUIDES.get(name, name)], **plain)
     close(made, expected)

@@ -215,7 +215,7 @@ def test_a_plan_file_is_small() -> None:
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda d: d.update(schema=2), "schema 2"),
+        (lambda d: d.update(schema=3), "schema 3"),
         (lambda d: d.pop("B"), "'B' is missing"),
         (lambda d: d["a"].append(1.0), "evaluations"),
         (lambda d: d["times"].append(0.0), r"times must be float64 \(5,\)"),

@@ -14,6 +14,7 @@ from ..denoiser import Denoiser, Wrapper
 from ..distributed.groups import ProcessGroup, all_gather, check_same_noise, process_group, process_rank
 from ..errors import BadInput
 from . import HALVE, Accelerator, SamplingContext
+from ._caching.split import map_tensors
 
 __all__ = ["CfgParallel", "Halved"]
 
@@ -102,8 +103,8 @@ class Halved(Wrapper):
         half = -(-B // 2)
         mine = slice(half) if self.pair.me == 0 else slice(B - half, B)
 
-        def own(value: Any) -> Any:
-            return value[mine] if isinstance(value, Tensor) and value.ndim and len(value) == B else value
+        def own(tree: Any) -> Any:  # a tensor, or a list or dict of them
+            return map_tensors(lambda value: value[mine] if value.ndim and len(value) == B else value, tree)
 
         side_inputs = getattr(getattr(self.denoiser, "net", None), "side_inputs", None)
         more = {} if side_inputs is None else {key: own(value) for key, value in side_inputs.conditions.items()}

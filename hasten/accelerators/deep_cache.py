@@ -41,8 +41,9 @@ class DeepCache(Accelerator):
         power: of "around".
         budget: of "found": how many key steps, or below 1 which fraction of the evaluations; None: as many as
             "uniform".
-        branch: how many blocks of the finest level run at every evaluation, 0 (cheapest; the paper's) to all of them;
-            None: all, or those of a diffusers network.
+        branch: how many blocks of the finest level's encoder run at every evaluation, 0 (cheapest; the paper's) to all
+            of them, and one more of its decoder; None: all. On a U-Net of Stable Diffusion 1's size an evaluation
+            between key steps costs 8 % of a full one with 0, and 38 % with all.
         extrapolate: how features are continued. 0: reused; 1: linearly extrapolated from the last two key steps;
             "chebyshev": by a ridge-fitted Chebyshev series through the last five (see `chebyshev_weights`); "fitted":
             as sums of the last four, with weights fitted on `samples` images (see `fit_weights`). Costs nothing but the

@@ -15,7 +15,7 @@ from ._caching.fit import resolve_reuse
 from ._caching.forecast import Extrapolation, resolve_extrapolate
 from ._caching.injection import inject_noise
 from ._caching.keys import MIN_QUERIES, resolve_key_steps
-from ._caching.split import TransformerSplit, UNetSplit, repeat_batch, split_point_of
+from ._caching.split import BlocksSplit, SplitPoint, split_point_of
 from ._caching.wrapper import FeatureReuse, require_denoiser
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class EncoderPropagation(Accelerator):
     def _calibrate(
         self,
         denoiser: Denoiser,
-        split: UNetSplit | TransformerSplit,
+        split: SplitPoint,
         context: SamplingContext,
         keys: tuple[int, ...] | None,
     ) -> tuple[tuple[int, ...], Extrapolation]:
@@ -118,8 +118,7 @@ class EncoderPropagation(Accelerator):
 
         def run(x: Tensor, time: Tensor, cond: dict[str, Any], features: Any) -> tuple[Any, Tensor]:
             entry, emb = split.enter(x, time, cond)
-            features = split.encode(entry, emb) if features is None else features
-            return features, split.decode(features, emb)
+            return split.evaluate(entry, emb) if features is None else (features, split.decode(features, emb))
 
         options: dict[str, Any] = {"budget": self.budget, "samples": self.samples, "seed": self.seed}
         return resolve_reuse("encoder_propagation", denoiser, context, keys, self.extrapolate, run, **options)
@@ -133,7 +132,7 @@ class Propagated(FeatureReuse):
         denoiser: Denoiser,
         times: Sequence[float],
         keys: tuple[int, ...],
-        split: UNetSplit | TransformerSplit,
+        split: SplitPoint,
         extrapolation: Extrapolation | None = None,
         parallel: int = 1,
     ) -> None:
@@ -148,9 +147,14 @@ class Propagated(FeatureReuse):
     def full(self, k: int, net_input: Tensor, time: Tensor, cond: dict[str, Any]) -> Tensor:
         """The raw output at key step k."""
         entry, emb = self._split.enter(net_input, time, cond)
-        self.store(k, self._split.encode(entry, emb))
         self.encoder_calls += 1
         self._ready.clear()
+        if self.parallel == 1 or isinstance(self._split, BlocksSplit):
+            features, raw = self._split.evaluate(entry, emb)
+            self.store(k, features)
+            self.decoder_calls += 1
+            return raw
+        self.store(k, self._split.encode(entry, emb))
         return self._decode(k, net_input, cond, emb)
 
     def partial(self, k: int, net_input: Tensor, time: Tensor, cond: dict[str, Any]) -> Tensor:
@@ -164,8 +168,7 @@ class Propagated(FeatureReuse):
         end = next((key for key in self.keys if key > k), len(self.times))
         steps, rows = range(k, min(k + self.parallel, end)), len(net_input)
         if len(steps) > 1 or emb is None:
-            repeated = repeat_batch(cond, len(steps), rows)
-            emb = self._split.emb(net_input, self.net_times(steps, net_input), repeated)
+            emb = self._split.emb(net_input, self.net_times(steps, net_input), cond)
         raw = self._split.decode(self.features_at(steps), emb)
         self.decoder_calls += 1
         if len(steps) > 1:

@@ -40,17 +40,23 @@ def processes(device: str) -> Ranks:
     return Ranks(device_for(device))
 
 
-def open_shared(name: str, ranks: Ranks, sound: bool = True, lora: list[str] | None = None) -> Model:
+def open_shared(
+    name: str, ranks: Ranks, sound: bool = True, lora: list[str] | None = None, called: bool = False
+) -> Model:
     """`load` on every process's own device; what must be fetched, one process of a machine fetches.
 
     lora: merged into the weights, each `FILE` or `FILE:SCALE`.
     sound: refuse weights that are not finite (else a warning has named one).
+    called: a pipeline that `load` refuses is sampled through its own call.
     """
-    from ..loading import load
+    from ..loading import load, load_to_compare
     from ..utils.finite import check_weights
 
     with ranks.main_process_first():
-        loaded = load(name, ranks.device)
+        if called:
+            loaded = load_to_compare(name, ranks.device, main_process_warning(ranks))
+        else:
+            loaded = load(name, ranks.device)
     loaded = loaded.with_lora(lora) if lora else loaded
     if sound:
         check_weights(loaded.denoiser, name)

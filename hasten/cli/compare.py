@@ -30,6 +30,7 @@ def compare(
     data: Path | None = None,
     split: str = "test",
     judge: str | None = None,
+    lpips: str | None = None,
     repeats: int = 1,
     minutes: float | None = None,
     precision: str = "auto",
@@ -51,14 +52,19 @@ def compare(
         timing_batch: Images per timed batch.
         reference: Statistics of real images, or a folder, zip or array of images of your own, with --features.
             Default: the statistics that the model names.
-        features: The feature network: fashion, efficientnet_lite0, inception. Default: that of the reference.
+        features: The feature network: fashion, efficientnet_lite0, inception, or a folder of a CLIP, SigLIP or DINOv2
+            of transformers. Of a model that takes prompts also that of distances between images of the same seeds, and
+            of diversity. Default: that of the reference.
         prompt: Text prompt, of a model that takes prompts; given several times, image k gets number k mod their count.
-        prompts: A text file of prompts in their place, one per line.
+        prompts: A file of prompts in their place: text with one per line, or .jsonl. Default: the captions of the data,
+            the prompts of the set, or else a bundled list of 200.
         data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions are the prompts,
             the pictures the reference; accelerators are calibrated on the captions of the training pictures.
         split: Of the data, the pictures that are held out: test, val or train.
         judge: What features are of, and what compares images with prompts: a folder of contrastive towers or of a
             CLIPModel of transformers. Default: the one that the model names.
+        lpips: The weights of LPIPS: alex or vgg, whose files are on this machine, or a file or folder. Default: those
+            that are found.
         repeats: Disjoint blocks of n seeds: figures are then means with their deviation.
         minutes: Time budget. Default: none. The measured speed then decides the number of images, n at most; the last
             variants are skipped where 64 images of each would take longer.
@@ -83,6 +89,7 @@ def compare(
         "minutes": minutes,
         "data": None if data is None else str(data),
         "judge": judge,
+        "lpips": lpips,
     }
     more: dict[str, Any] = {
         "precision": None if precision == "auto" else precision,
@@ -95,7 +102,7 @@ def compare(
     options |= {"split": split}
     options |= {"prompts": prompts_of(prompt, prompts), "repeats": repeats, "precision": precision}
     ranks = processes(device)
-    loaded = open_shared(model, ranks)
+    loaded = open_shared(model, ranks, called=True)
     with sigterm_as_interrupt():
         rows = run_comparison(loaded, out=out, **options, show=not json, command=command, ranks=ranks)
     if json:

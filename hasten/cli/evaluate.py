@@ -54,7 +54,8 @@ def evaluate(
         n: Number of images; at least 10, better 2000 or more. Default: one of each caption of the data, otherwise 2000.
         reference: Bundled statistics, a folder of statistics, or a folder, zip or array of real images, whose
             statistics are computed once. Default: the one that the model names.
-        features: Feature network: fashion, efficientnet_lite0, inception or a judge's folder. Default: the reference's.
+        features: Feature network: fashion, efficientnet_lite0, inception, or a folder of a CLIP, SigLIP or DINOv2 of
+            transformers. Default: the reference's.
         seed: Seed of the first image; image k has seed + k.
         config: A SamplingConfig file (TOML or JSON); the options below override its fields.
         sampler: As for sample; so are the next three.
@@ -67,7 +68,8 @@ def evaluate(
         accelerate: An accelerator, such as encoder_propagation; may be given several times.
         label: As for sample; none is no class. Default: all classes in turn.
         prompt: Text prompt, of a model that takes prompts; given several times, image k gets number k mod their count.
-        prompts: A text file of prompts, one a line, in place of prompt.
+        prompts: A file of prompts in place of prompt: text with one a line, or .jsonl. Default: the captions of the
+            data, or without real pictures a bundled list of 200.
         data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions are the prompts,
             the pictures the reference.
         split: Of the data, the pictures that are held out: test, val or train.
@@ -92,7 +94,7 @@ def evaluate(
         data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,
     )  # fmt: skip
     ranks = processes(device)
-    loaded = open_shared(model, ranks, lora=lora)
+    loaded = open_shared(model, ranks, lora=lora, called=True)
     if loaded.conditioning is not None and texts is None and label is not None:
         texts = [label]  # as for sample
     how = sampling_config(

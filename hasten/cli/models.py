@@ -13,20 +13,21 @@ from .terminal import plain_value, print_result
 
 @on_main_process
 def models(*, path: str | None = None, json: bool = False) -> list[dict[str, Any]]:
-    """List the bundled models.
+    """List the bundled models, and the LoRAs and light decoders of them.
 
     Args:
-        path: Name of one of them: print the path of its folder and nothing else.
+        path: Name of one of them: print the path of its folder or file and nothing else.
         json: Print the list as JSON.
 
     Returns:
-        Name, size in bytes, summary, recipe, licence and folder of each.
+        Name, size in bytes, summary, recipe, licence, folder (or file) and kind of each.
 
     Raises:
         BadInput: If no bundled model has the name.
     """
     from .. import zoo
 
+    bundled = zoo.cards() | zoo.additions()
     cards: list[dict[str, Any]] = [
         {
             "name": card.name,
@@ -35,16 +36,18 @@ def models(*, path: str | None = None, json: bool = False) -> list[dict[str, Any
             "recipe": card.recipe,
             "licence": card.licence,
             "folder": str(card.folder),
+            "kind": card.kind,
         }
-        for card in zoo.cards().values()
+        for card in bundled.values()
     ]
     if path is not None:
-        if path not in zoo.cards():
-            raise BadInput(f"no bundled model {path!r}: {nearest(path, zoo.cards())}")
+        if path not in bundled:
+            raise BadInput(f"no bundled model {path!r}: {nearest(path, bundled)}")
         cards = [m for m in cards if m["name"] == path]
         print_result(cards, cards[0]["folder"], json)
         return cards
-    lines = [f"{m['name']:<12} {m['bytes'] / 1e6:6.1f} MB  {m['summary']}" for m in cards]
+    width = max((len(m["name"]) for m in cards), default=0)
+    lines = [f"{m['name']:<{width}} {m['bytes'] / 1e6:6.1f} MB  {m['summary']}" for m in cards]
     print_result(cards, "\n".join(lines) or "no models are bundled with this copy", json)
     return cards
 

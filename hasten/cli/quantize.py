@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..storage.provenance import command_line
-from ._common import open_model, sampling_config
+from ._common import open_model, prompts_of, sampling_config
 from ._processes import on_main_process
 from .terminal import print_result
 
@@ -32,6 +33,8 @@ def quantize(
     images: int | None = None,
     calibration_steps: int = 20,
     seed: int = 2_000_000,
+    prompt: list[str] | None = None,
+    prompts: Path | None = None,
     config: Path | None = None,
     sampler: str | None = None,
     times: str | None = None,
@@ -67,6 +70,8 @@ def quantize(
         images: Number of images to calibrate on. Default: 16, with learned rounding 32.
         calibration_steps: Model evaluations of a sampling that are calibrated on, evenly spaced.
         seed: Of the first calibration image; far from the seeds that sample and compare start with.
+        prompt: Of a model that takes prompts: text prompt of the calibration images; may be given several times.
+        prompts: A text file of prompts in their place, one per line.
         config: A SamplingConfig file (TOML or JSON) of the samplings; the options below override its fields.
         sampler: Of the samplings. Default: the model's recommended one, as for the next three.
         times: Time grid.
@@ -78,9 +83,12 @@ def quantize(
     Returns:
         The folder, the method, its calibration, the error and the size.
     """
+    from ..workflows.prompts import prompts_for
     from ..workflows.quantize import QuantizeConfig, quantize_model
 
     loaded = open_model(model, device, lora)
+    texts = prompts_for(loaded, prompts_of(prompt, prompts), "the command")
+    loaded = loaded if texts is None else replace(loaded, calibration_prompts=tuple(texts))
     options = {
         "weight_bits": weight_bits, "act_bits": act_bits, "rounding": rounding, "learn_step_sizes": learn_step_sizes,
         "minutes": minutes, "iterations": iterations, "rank": rank, "time_groups": time_groups,
@@ -96,7 +104,18 @@ def quantize(
         sampling_config(config, None, **sampling),
         log=(lambda line: None) if json else lambda line: print(line, flush=True),
         command=command_line(
-            "quantize", model, {"out": out, "lora": lora, **options, "no_split": no_split, "config": config, **sampling}
+            "quantize",
+            model,
+            {
+                "out": out,
+                "lora": lora,
+                **options,
+                "no_split": no_split,
+                "prompt": prompt,
+                "prompts": prompts,
+                "config": config,
+                **sampling,
+            },
         ),
     )
     lines = [

@@ -13,11 +13,12 @@ from .models import models, show
 from .quantize import quantize
 from .restyle import restyle
 from .sample import sample
+from .sigmas import sigmas
 from .train import train
 from .tune import tune
 
 VERBS = (
-    sample, compare, distill, quantize, tune, restyle, export, train, evaluate, models, show,
+    sample, compare, distill, quantize, tune, restyle, export, train, evaluate, models, show, sigmas,
     extract_lora, merge_lora, convert_lora,
 )  # fmt: skip
 __all__ = [verb.__name__ for verb in VERBS]

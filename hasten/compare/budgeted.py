@@ -222,7 +222,7 @@ class BudgetedComparison(Comparison):
         """Time the evaluation of a row and the report, for which time is reserved."""
         start = timer.monotonic_seconds()
         self.measure_quality(self.images(state.job, self.protocol["n"]), 0)
-        self.macs(state.job, state.nfe)
+        tools.row_macs(state.job, state.nfe)
         evaluated = timer.monotonic_seconds()
         self.write_report(False)
         self.evaluation_seconds, self.report_seconds = evaluated - start, 1.3 * (timer.monotonic_seconds() - evaluated)

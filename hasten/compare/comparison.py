@@ -7,7 +7,7 @@ import functools
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,26 @@ from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..images import to_uint8
 from ..metrics import Measure, Reference
-from ..metrics.difference import image_difference
 from ..model.model import Label, Model
 from ..performance import cost
-from ..pick import pick
 from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
 from ..storage.provenance import utc_now
 from ..workflows.captioned import CaptionedSet
 from ..workflows.distribute import sample_many, sharing
 from ..workflows.evaluate import evaluate_distributed
+from ..workflows.evidence import Evidence
 from ..workflows.prompts import is_image
 from . import jobs as tools
 from . import report
+from .advice import finish_rows
 from .configs import write_configs
 from .counting import count_evaluations, start_nfe
 from .jobs import Job, sample_images, sampling_arguments
 from .parts import seconds_by_part, time_parts
-from .prompt_rows import diversity_figures, mean_ssim, prompt_figures
+from .prompt_rows import diversity_figures, estimates, seed_figures
 from .results import QUALITY, ResultStore
+from .reuse import count_layers
 
 GRID_COLUMNS = 10  # images of each row on the page
 TIMING_SETTINGS = ("hardware", "threads", "torch", "device", "processes", "rounds", "timing_batch")
@@ -58,6 +59,7 @@ class Comparison:
         ranks: The processes that share the work.
         label: The prompts of a model that takes prompts.
         captioned: Captioned pictures that these are measured against.
+        evidence: What images of prompts, and pairs of images of the same seeds, are measured by.
     """
 
     model: Model
@@ -70,9 +72,16 @@ class Comparison:
     ranks: Ranks
     label: Label = None
     captioned: CaptionedSet | None = None
+    evidence: Evidence = field(default_factory=Evidence)
 
     def __post_init__(self) -> None:
         self.failures: dict[str, str] = {}  # why rows failed, by key
+        self.reference_images: dict[int, Tensor] = {}  # by block
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompts; None for a model that takes none."""
+        return self.label if isinstance(self.label, list) and self.model.conditioning is not None else None  # type: ignore[return-value]
 
     # ---- what is stored ----
 
@@ -169,11 +178,18 @@ class Comparison:
 
     # ---- sampling ----
 
-    def sample(self, job: Job, count: int, block: int = 0, parts: dict[str, float] | None = None) -> Tensor:
+    def sample(
+        self,
+        job: Job,
+        count: int,
+        block: int = 0,
+        parts: dict[str, float] | None = None,
+        memory: dict[str, int] | None = None,
+    ) -> Tensor:
         """The first `count` images of a block of seeds: image k has the block's first seed + k and, in a model of C
-        classes, class k mod C. The seconds of text encoder and decoder are added to `parts`."""
+        classes, class k mod C. The seconds of text encoder and decoder are added to `parts`, peak bytes to `memory`."""
         p, seed = self.protocol, self.first_seed(block)
-        with time_parts(job.model, {} if parts is None else parts):
+        with time_parts(job.model, {} if parts is None else parts, memory):
             return sample_images(job.model, job.variant, count, seed, p["batch_size"], p["dtype"], self.label)
 
     def sample_distributed(self, job: Job, count: int, block: int = 0) -> Tensor:
@@ -213,9 +229,7 @@ class Comparison:
             return timing
         for job in jobs:
             try:
-                with count_evaluations(job.model, progress) as count:
-                    self.sample(job, batch)
-                timing[job.key] = {"nfe": count[0] / batch + start_nfe(job.model, job.variant)}
+                timing[job.key] = self.warm_up(job, batch, progress)
             except Exception as error:
                 self.record_failure(job, error)
         jobs = [job for job in jobs if job.key in timing]
@@ -229,6 +243,16 @@ class Comparison:
         if self.ranks.is_main_process:
             self.store_timing(timing)
         return timing
+
+    def warm_up(self, job: Job, batch: int, progress: ProgressReporter) -> dict[str, Any]:
+        """Sample a batch that is not timed: the evaluations of an image, the peak memory by part, and the share of the
+        network that cached features replace."""
+        memory: dict[str, int] = {}
+        caching = job.variant.role == "reference" or "features" in tools.claims_of(job.variant)
+        with count_evaluations(job.model, progress) as count, count_layers(job.model.denoiser, caching) as layers:
+            self.sample(job, batch, memory=memory)
+        nfe = count[0] / batch + start_nfe(job.model, job.variant)
+        return {"nfe": nfe, "memory": memory, "reuse": layers.reuse}
 
     def store_timing(self, timing: Timing) -> None:
         """Store the figures of one interleaved run, also in the rows that are finished already."""
@@ -247,24 +271,12 @@ class Comparison:
             "nfe": own["nfe"],
             "seconds_per_image": seconds,
             "seconds_by_part": seconds_by_part(own.get("parts"), seconds),
+            "memory_by_part": own.get("memory") if len(own.get("memory") or ()) > 1 else None,
+            "reuse": own.get("reuse"),
             "speedup": ratio.median,
             "speedup_low": ratio.low,
             "speedup_high": ratio.high,
         }
-
-    def macs(self, job: Job, nfe: float) -> int | None:
-        """Multiply-accumulates per image; None where layers or graphs are not torch's own."""
-        model = job.model
-        claims = {claim for one in job.variant.accelerators for claim in pick("accelerators", one).claims}
-        if getattr(getattr(model.denoiser, "net", None), "runs_elsewhere", False):
-            return None
-        if claims:
-            return cost.macs(sample_images, model, job.variant, 1, 0, 1, "fp32") if claims == {"features"} else None
-        x = torch.zeros(1, *model.shape, device=model.device)
-        try:
-            return round(cost.macs(model.denoiser, x, 0.5, **model.cond(1)) * nfe)
-        except Exception:  # a user's own network may take other arguments: no figure rather than an error
-            return None
 
     # ---- quality ----
 
@@ -288,15 +300,17 @@ class Comparison:
         """The row of results.jsonl from its timing, the figures of its blocks and its peak memory in bytes."""
         baselines = blocks[0].get("floors")
         blocks = [{key: value for key, value in figures.items() if key != "floors"} for figures in blocks]
+        paired = estimates(blocks, self.prompts)
         net = next((m for m in job.model.denoiser.modules() if hasattr(type(m), "cold_seconds")), None)
         compiled = {} if net is None else {"cold_seconds": net.cold_seconds, "warm_seconds": net.warm_seconds}
         return {
             **tools.method_fields(job),
             **self.costs(job.key, timing),
-            "macs_per_image": self.macs(job, timing[job.key]["nfe"]),
+            "macs_per_image": tools.row_macs(job, timing[job.key]["nfe"]),
             "peak_memory": peak,
             **compiled,
             **tools.average_blocks(blocks),
+            "paired": paired,
             "protocol": {**self.protocol, **({} if baselines is None else {"floors": baselines}), "date": utc_now()},
         }
 
@@ -310,13 +324,12 @@ class Comparison:
             figures |= {key: measure.value for key, measure in measures.items()}
             figures["frechet_low"], figures["frechet_high"] = measures["frechet"].interval or (None, None)
             figures["floors"] = {key: measure.floor for key, measure in measures.items()}
-        if self.captioned is not None and isinstance(self.label, list):
-            figures |= {**prompt_figures(self.captioned, images, self.label), **more}
+        if self.captioned is not None:
             match = self.captioned.match
             figures["floors"] = {**figures.get("floors", {}), "prompt_match": None if match is None else match.value}
         self.store_images(job, images, block)
-        if job.variant.role != "reference":
-            figures |= self.difference_to_reference(images, block)
+        others = None if job.variant.role == "reference" else self.load_reference(block)
+        figures |= {**more, **seed_figures(self.evidence, images.half().float(), others, self.prompts)}
         return figures
 
     def measure_quality(self, images: Tensor, block: int) -> dict[str, Measure] | None:
@@ -328,26 +341,31 @@ class Comparison:
         return evaluate_distributed(images, labels, self.net, self.reference, seeds, self.ranks, names)
 
     def measure_diversity(self, job: Job, images: Tensor, block: int) -> dict[str, Any]:
-        """The diversity of a row within a prompt; empty without a judge, and in all processes but the main one."""
-        if self.captioned is None or not isinstance(self.label, list):
+        """The diversity of a row within a prompt; empty without a feature network, and in all processes but the main
+        one."""
+        if self.evidence.net is None or self.prompts is None:
             return {}
         seed = self.first_seed(block)
-        return diversity_figures(self.captioned, job, images, self.label, seed, self.protocol, self.ranks)
+        return diversity_figures(self.evidence, job, images, self.prompts, seed, self.protocol, self.ranks)
 
     def store_images(self, job: Job, images: Tensor, block: int) -> None:
         """Store all images of the reference, for the other rows, and the first images of each row, for the page."""
         if job.variant.role == "reference":
+            self.reference_images.pop(block, None)
             self.results.save_images(self.reference_name(block), images.half().numpy())
         if block == 0 and is_image(images.shape[1:]):
             self.results.save_images(job.key, to_uint8(images[:GRID_COLUMNS]).transpose(0, 3, 1, 2))
 
-    def difference_to_reference(self, images: Tensor, block: int) -> dict[str, Any]:
-        """PSNR, RMS and structural similarity to the reference's images of the same seeds."""
-        stored = self.results.load_images(self.reference_name(block))
-        if stored is None:
-            raise BadInput(f"the images of the reference in {self.out / 'samples'} are missing: run the command again")
-        own, others = images.half().float(), torch.from_numpy(stored).float()
-        return {**image_difference(own, others), "ssim": mean_ssim(own, others)}
+    def load_reference(self, block: int) -> Tensor:
+        """The images of the reference in a block."""
+        if block not in self.reference_images:
+            stored = self.results.load_images(self.reference_name(block))
+            if stored is None:
+                raise BadInput(
+                    f"the images of the reference in {self.out / 'samples'} are missing: run the command again"
+                )
+            self.reference_images[block] = torch.from_numpy(stored).float()
+        return self.reference_images[block]
 
     # ---- report ----
 
@@ -359,7 +377,7 @@ class Comparison:
 
     def write_report(self, show: bool) -> list[dict[str, Any]]:
         """The finished rows in the order of the set; their report is written to disk and, with `show`, printed."""
-        rows = self.finished_rows()
+        rows = finish_rows(self.jobs, self.results.rows)
         if not rows:
             return rows
         images = {row["key"]: stored for row in rows if (stored := self.results.load_images(row["key"])) is not None}
@@ -373,24 +391,4 @@ class Comparison:
             console = Console()
             console.print(report.results_table(rows, console.width))
             console.print(f"{report.headline(rows)}\nReport: {page}", markup=False, highlight=False, soft_wrap=True)
-        return rows
-
-    def finished_rows(self) -> list[dict[str, Any]]:
-        """The finished rows in the order of the set, each with its row at equal cost."""
-        rows, stored = [], self.results.rows
-        keys = {job.variant.method: job.key for job in self.jobs}
-        for job in self.jobs:
-            if job.key not in stored:
-                continue
-            equal = keys.get(job.equal.method) if job.equal is not None else None
-            row = {**stored[job.key], "name": job.variant.name, "role": job.variant.role}
-            row |= {"equal_cost": None, "is_equal_cost": equal == job.key, "frechet_over_equal_cost": None}
-            if job.equal is not None and equal in stored and equal != job.key:
-                row["equal_cost"] = job.equal.name
-                if row.get("frechet") is not None and stored[equal]["frechet"]:
-                    row["frechet_over_equal_cost"] = row["frechet"] / stored[equal]["frechet"]
-            rows.append(row)
-        for row in rows:
-            if row["accelerators"] and not row.get("failed"):
-                tools.set_equal_time_row(row, rows)
         return rows

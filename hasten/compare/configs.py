@@ -38,5 +38,7 @@ def write_configs(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         written.add(name)
         model = row.get("model") or row["protocol"]["model"]
         files = "".join(f" --{key} {row[key]}" for key in ("lora", "decoder") if row.get(key))
+        first = row.get("first_evaluation")
+        files += f", first evaluation by {first} (Model.with_first_evaluation)" if first else ""
         text = f"# of the model {model}{files}\n{row_config(row).to_toml()}"
         write_file(check_writable(out / "configs" / f"{name}.toml"), text.encode())

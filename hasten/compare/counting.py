@@ -28,14 +28,16 @@ def count_evaluations(model: Model, progress: ProgressReporter | None = None) ->
     """
     count = [0]
 
-    def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        count[0] += len(arguments[0])
+    def hook(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any] | None = None) -> None:
+        images = len(arguments[0] if arguments else next(iter((options or {}).values())))
+        count[0] += images
         if progress is not None:
-            progress.advance(len(arguments[0]))
+            progress.advance(images)
 
     denoiser: Any = model.denoiser
     net: nn.Module = denoiser.net if isinstance(denoiser, Denoiser) else denoiser
-    handle = net.register_forward_pre_hook(hook)
+    nets: list[nn.Module] = getattr(denoiser, "counted", None) or [getattr(net, "counted", net)]
+    handles = [one.register_forward_pre_hook(hook, with_kwargs=True) for one in nets]
     features = getattr(denoiser, "features", None)
     if features is not None:  # some guides evaluate the network through it, without its forward
 
@@ -47,7 +49,8 @@ def count_evaluations(model: Model, progress: ProgressReporter | None = None) ->
     try:
         yield count
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         if features is not None:
             del denoiser.features
 

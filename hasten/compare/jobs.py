@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import zoo
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, HastenError, NonFinite
-from ..loading import load
+from ..loading import load_to_compare
 from ..model.model import Label, Model
 from ..model.resolve import RECOMMENDED
+from ..performance import cost
+from ..pick import pick
 from ..progress import ignore_messages
 from ..storage.provenance import model_hash
 from ..workflows.distribute import part_digest, sharing
@@ -28,8 +31,8 @@ from .variants import Variant, VariantSet
 
 # The fields of a row that are None where it failed.
 COSTS = (
-    "nfe", "seconds_per_image", "seconds_by_part", "speedup", "speedup_low", "speedup_high", "macs_per_image",
-    "peak_memory",
+    "nfe", "seconds_per_image", "seconds_by_part", "memory_by_part", "reuse", "speedup", "speedup_low", "speedup_high",
+    "macs_per_image", "peak_memory",
 )  # fmt: skip
 
 PreparedRow = tuple[Variant, Variant | None, Model]
@@ -104,6 +107,8 @@ def prepare(
             own |= {"denoiser": how.inner, "plan": how.plan, "steps": v.steps or steps}
             resolved = replace(base, **own)
             models[v.method] = replace(resolved, guidance_scale=v.guidance_scale)
+            if v.first_evaluation is not None:
+                models[v.method] = with_teacher(models[v.method], v, model, f"{variants.source}: {v.name!r}")
         return models[v.method]
 
     def runs(v: Variant) -> bool:
@@ -136,11 +141,6 @@ def location_of(model: Model) -> str:
     return folder if folder and Path(folder).is_dir() else model.name
 
 
-def find_file(name: str) -> Path:
-    """A file or folder by its path, or by its path in the folder of the bundled models."""
-    return Path(name) if Path(name).exists() or not (zoo.HERE / name).exists() else zoo.HERE / name
-
-
 def with_files(model: Model, variant: Variant, where: str) -> Model:
     """A model with the LoRA and the image decoder of a row.
 
@@ -151,14 +151,30 @@ def with_files(model: Model, variant: Variant, where: str) -> Model:
         name = getattr(variant, key)
         if name is None:
             continue
-        path = find_file(name)
-        if not path.exists() and not (key == "lora" and Path(name.rpartition(":")[0]).is_file()):  # FILE:SCALE
+        path = zoo.find_file(name)
+        if not path.exists() and not (key == "lora" and zoo.find_file(name.rpartition(":")[0]).is_file()):  # FILE:SCALE
             raise BadInput(f"{where}: {key}: there is no file or folder {name}")
         try:
             model = model.with_lora(str(path)) if key == "lora" else model.with_decoder(path)
         except HastenError as e:
             raise BadInput(f"{where}: {key}: {e}") from e
     return model
+
+
+def with_teacher(student: Model, variant: Variant, model: Model, where: str) -> Model:
+    """A row's model with its first evaluation by another one, which may be the comparison's own.
+
+    Raises:
+        BadInput: with `where`, if the two do not fit together, and for accelerators, which would be the student's.
+    """
+    name = str(variant.first_evaluation)
+    if variant.accelerators:
+        raise BadInput(f"{where}: first_evaluation: accelerators are not supported beside it")
+    teacher = model if name == location_of(model) else load_other_model(name, model, where)
+    try:
+        return student.with_first_evaluation(teacher, variant.guidance_scale)
+    except HastenError as e:
+        raise BadInput(f"{where}: first_evaluation: {e}") from e
 
 
 def load_other_model(name: str, model: Model, where: str) -> Model:
@@ -168,7 +184,7 @@ def load_other_model(name: str, model: Model, where: str) -> Model:
         BadInput: if it cannot be loaded, or generates images of another shape or other classes than `model`.
     """
     try:
-        other = load(name, model.device)
+        other = load_to_compare(name, model.device)
     except HastenError as e:
         raise BadInput(f"{where}: model: {e}") from e
     if (other.shape, other.classes) != (model.shape, model.classes):
@@ -200,11 +216,31 @@ def create_jobs(rows: Sequence[PreparedRow], settings: Mapping[str, Any], ranks:
     for variant, equal, model in rows:
         own: dict[str, Any] = {} if variant.sampler or model.plan is None else {"plan": model.plan.to_json()}
         own |= {} if variant.model is None and variant.lora is None else {"weights": model_hash(model)}
+        own |= {} if variant.first_evaluation is None else {"first": model_hash(model)}
         own |= {} if variant.decoder is None else {"decoder": part_digest(model.decoder)}
         own |= {} if sharing(variant.accelerators, ranks) is None else {"processes": ranks.world}
         text = json.dumps({**settings, "method": variant.method, **own}, sort_keys=True)
         jobs.append(Job(variant, equal, hashlib.sha256(text.encode()).hexdigest()[:16], model))
     return jobs
+
+
+def claims_of(variant: Variant) -> set[str]:
+    """What the accelerators of a row claim, such as "features"."""
+    return {claim for one in variant.accelerators for claim in pick("accelerators", one).claims}
+
+
+def row_macs(job: Job, nfe: float) -> int | None:
+    """Multiply-accumulates per image; None where layers or graphs are not torch's own."""
+    model, claims = job.model, claims_of(job.variant)
+    if getattr(getattr(model.denoiser, "net", None), "runs_elsewhere", False):
+        return None
+    if claims:
+        return cost.macs(sample_images, model, job.variant, 1, 0, 1, "fp32") if claims == {"features"} else None
+    x = torch.zeros(1, *model.shape, device=model.device)
+    try:
+        return round(cost.macs(model.denoiser, x, 0.5, **model.cond(1)) * nfe)
+    except Exception:  # a user's own network may take other arguments: no figure rather than an error
+        return None
 
 
 def method_fields(job: Job) -> dict[str, Any]:
@@ -224,6 +260,7 @@ def method_fields(job: Job) -> dict[str, Any]:
         "model": v.model,
         "lora": v.lora,
         "decoder": v.decoder,
+        "first_evaluation": v.first_evaluation,
         "accelerators": list(v.accelerators),
     }
 
@@ -262,29 +299,22 @@ def average_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if len(blocks) == 1:
         return dict(blocks[0])
+    listed = {key for key in blocks[0] if isinstance(blocks[0][key], list)}
+    joined = {key: [value for block in blocks for value in block[key] or ()] for key in listed}
+    blocks = [{key: value for key, value in block.items() if key not in listed} for block in blocks]
     values = {key: [block[key] for block in blocks if block.get(key) is not None] for key in blocks[0]}
     complete = {key: each for key, each in values.items() if len(each) == len(blocks)}
     means: dict[str, Any] = {key: statistics.fmean(complete[key]) if key in complete else None for key in values}
     deviation = {key: statistics.stdev(each) for key, each in complete.items() if not key.startswith("frechet_")}
     if "frechet" in deviation:
         means["frechet_low"], means["frechet_high"] = (means["frechet"] + s * deviation["frechet"] for s in (-1, 1))
-    return {**means, "deviation": deviation, "blocks": [dict(block) for block in blocks]}
+    return {**means, **joined, "deviation": deviation, "blocks": [dict(block) for block in blocks]}
 
 
 def partially_overlap(seeds: Sequence[int], others: Sequence[int]) -> bool:
     """Whether two different ranges of seeds, [first, last] each, have seeds in common."""
     common = min(seeds[1], others[1]) >= max(seeds[0], others[0])
     return common and list(seeds) != list(others)
-
-
-def set_equal_time_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Set, in place, the equal-cost fields of an accelerated row: the best row without accelerators that takes no more
-    time."""
-    plain = [r for r in rows if not r["accelerators"] and r["seconds_per_image"] is not None]
-    plain = [r for r in plain if r["seconds_per_image"] <= row["seconds_per_image"]]
-    if plain and row["frechet"] is not None:
-        best = min(plain, key=lambda r: r["frechet"])
-        row["equal_cost"], row["frechet_over_equal_cost"] = best["name"], row["frechet"] / best["frechet"]
 
 
 def seed_overlap_warnings(store: ResultStore, seeds: Sequence[int]) -> list[str]:

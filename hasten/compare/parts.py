@@ -1,8 +1,9 @@
-"""The seconds of a sampling by part: text encoder, network, image decoder."""
+"""The seconds and the peak memory of a sampling by part: text encoder, network, image decoder."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,8 +11,56 @@ from typing import Any
 import torch
 
 from ..model.model import Model
+from ..performance.cost import process_peak, resident_bytes
 
 PARTS = {"text": ("conditioning", "cond"), "decoder": ("decoder", "decode")}
+NETWORK = "network"  # the part that is none of these
+EVERY = 0.002  # seconds between two readings of the memory of a CPU
+
+
+class PartMemory:
+    """The peak memory of each part while it runs: of a GPU as its allocator counts it, elsewhere the resident size.
+
+    Args:
+        device: of the model.
+        peaks: receives the peak bytes by part.
+    """
+
+    def __init__(self, device: torch.device, peaks: dict[str, int]) -> None:
+        self.device, self.peaks, self.part = device, peaks, NETWORK
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PartMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.begin(NETWORK)
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def begin(self, part: str) -> None:
+        """Count what follows as another part's."""
+        self._read()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.part = part
+
+    def _read(self) -> None:
+        if self.device.type == "cuda":
+            value = torch.cuda.max_memory_allocated(self.device)
+        else:
+            value = resident_bytes() or process_peak()
+        self.peaks[self.part] = max(self.peaks.get(self.part, 0), value)
+
+    def _watch(self) -> None:
+        while not self._done.wait(EVERY):
+            self._read()
 
 
 class TimedPart:
@@ -23,18 +72,31 @@ class TimedPart:
         seconds: Receives the sum under `name`.
         name: Of the part.
         device: Of the model, for which a GPU's work is awaited.
+        memory: Receives the peak memory; None: not measured.
     """
 
-    def __init__(self, part: Any, method: str, seconds: dict[str, float], name: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        part: Any,
+        method: str,
+        seconds: dict[str, float],
+        name: str,
+        device: torch.device,
+        memory: PartMemory | None = None,
+    ) -> None:
         self._part, self._device = part, device
         original = getattr(part, method)
 
         def timed(*arguments: Any, **options: Any) -> Any:
             self._wait()
+            if memory is not None:
+                memory.begin(name)
             start = time.perf_counter()
             result = original(*arguments, **options)
             self._wait()
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            if memory is not None:
+                memory.begin(NETWORK)
             return result
 
         setattr(self, method, timed)
@@ -48,24 +110,28 @@ class TimedPart:
 
 
 @contextlib.contextmanager
-def time_parts(model: Model, seconds: dict[str, float]) -> Iterator[None]:
+def time_parts(model: Model, seconds: dict[str, float], memory: dict[str, int] | None = None) -> Iterator[None]:
     """Add the seconds of the parts of a model's samplings within the block.
 
     Args:
         model: The model; its parts are replaced within the block.
         seconds: Receives `text` and `decoder`, where the model has these parts, and `total`, the time of the block.
+        memory: Receives the peak bytes of these and of `network`; None: not measured, which costs no time.
     """
     before = {attribute: getattr(model, attribute) for attribute, _ in PARTS.values()}
-    for name, (attribute, method) in PARTS.items():
-        if before[attribute] is not None:
-            setattr(model, attribute, TimedPart(before[attribute], method, seconds, name, model.device))
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - start
-        for attribute, part in before.items():
-            setattr(model, attribute, part)
+    with contextlib.ExitStack() as stack:
+        watch = None if memory is None else stack.enter_context(PartMemory(model.device, memory))
+        for name, (attribute, method) in PARTS.items():
+            if before[attribute] is not None:
+                part = TimedPart(before[attribute], method, seconds, name, model.device, watch)
+                setattr(model, attribute, part)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - start
+            for attribute, part in before.items():
+                setattr(model, attribute, part)
 
 
 def seconds_by_part(parts: Mapping[str, float] | None, seconds: float) -> dict[str, float] | None:

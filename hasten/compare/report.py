@@ -17,6 +17,9 @@ import numpy as np
 
 from ..files import write_atomic
 from ..storage.provenance import command_line
+from .advice import NEAR, equivalent_row, recommended_row
+from .paired_table import paired_cells, paired_columns
+from .pictures import collect_pictures
 from .plots import (
     CAPTIONS,
     FRONT,
@@ -39,32 +42,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.table import Table
 
-NEAR = 1.15  # the recommended row is the cheapest whose distance is within 15 % of the reference's
-NEAR_MATCH = 0.9  # and whose prompt match, where it was measured, is 90 % of the reference's or more
-
-
-def recommended_row(rows: Sequence[Row]) -> Row | None:
-    """The recommended row: the cheapest within 15 % of the reference's distance, and with 90 % of its prompt match or
-    more where that was measured; where no distance was measured, the fastest with 35 dB PSNR or more to the reference's
-    images.
-
-    Returns:
-        One of `rows`; None where no row qualifies.
-    """
-    rows = [row for row in rows if not row.get("failed")]
-    reference = next((row for row in rows if row["role"] == "reference"), None)
-    if reference is None:
-        return None
-    cost = cost_axis(rows) if quality_metric(rows) == "frechet" else "seconds_per_image"
-    others = [row for row in rows if row is not reference and row[cost] < reference[cost]]
-    if reference.get("frechet") is None:
-        near = [row for row in others if row.get("psnr") is not None and row["psnr"] >= NEAR_DB]
-        return max(near, key=lambda row: row["speedup"], default=None)
-    near = [row for row in others if row.get("frechet") is not None and row["frechet"] <= NEAR * reference["frechet"]]
-    if reference.get("prompt_match") is not None:
-        near = [row for row in near if (row.get("prompt_match") or 0) >= NEAR_MATCH * reference["prompt_match"]]
-    return min(near, key=lambda row: (row[cost], row["frechet"]), default=None)
-
 
 def headline(rows: Sequence[Row]) -> str:
     """One sentence on the recommended row: its speed-up and its quality, or that there is none."""
@@ -77,6 +54,11 @@ def headline(rows: Sequence[Row]) -> str:
         if len(rows) == 1:
             return f"Only the reference, {reference['name']}, has finished."
         blind = "Quality was not measured: this model has no reference statistics."
+        if best is None and (other := equivalent_row(rows)) is not None:
+            return (
+                f"{other['name']} is {other['speedup']:.1f}× faster than {reference['name']} with other pictures that "
+                f"fit their prompts as well. No faster row reaches {NEAR_DB:g} dB PSNR to the reference's pictures."
+            )
         if best is None:
             return f"No faster row reaches {NEAR_DB:g} dB PSNR to the images of {reference['name']}. {blind}"
         return (
@@ -94,7 +76,15 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def sample_command(row: Row) -> str:
-    """The command line that samples with the method of a row."""
+    """The command line that samples with the method of a row; of one with a teacher's first evaluation, Python."""
+    if row.get("first_evaluation"):
+        student = row.get("model") or row["protocol"]["model"]
+        teacher, scale = row["first_evaluation"], f"guidance_scale={row['guidance_scale']:g}"
+        how = f"steps={row['steps']}" + ("" if row["sampler"] == "plan" else f", sampler={row['sampler']!r}")
+        return (
+            f"student, teacher = hasten.load({student!r}), hasten.load({teacher!r})\n"
+            f"student.with_first_evaluation(teacher, {scale}).sample(4, {how})"
+        )
     words = shlex.split(row["protocol"].get("command") or "")
     model = row.get("model") or (words[2] if len(words) > 2 else row["protocol"]["model"])
     planned = row.get("plan") is not None
@@ -172,6 +162,7 @@ def format_cells(row: Row) -> dict[str, str]:
         "diversity_spread": "" if row.get("diversity_error") is None else f"± {row['diversity_error']:.2g}",
         "parts": format_parts(row.get("seconds_by_part")),
         "memory": show("peak_memory", ".0f", 2**-20),
+        **paired_cells(row),
     }
 
 
@@ -303,6 +294,11 @@ def figure_svg(figure: Figure, name: str = "plot", label: str = "plot") -> str:
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', attributes, body, count=1)
 
 
+def shown_second(rows: Sequence[Row], best: Row | None) -> int:
+    """The index of the row that the page first shows against the reference: the recommended one, or the second."""
+    return next((k for k, row in enumerate(rows) if row is best), min(1, len(rows) - 1))
+
+
 def data_uri(picture: Image) -> str:
     """A picture as a `data:` URI of a PNG."""
     stream = io.BytesIO()
@@ -342,6 +338,7 @@ def write_report(
     from jinja2 import Environment, PackageLoader
 
     figure, swept = plot_quality(rows), plot_guidance_sweep(rows)
+    shots, equivalent = collect_pictures(rows, images), equivalent_row(rows)
     for name, each in {"front": figure, "guidance": swept}.items():
         if each is not None:
             each.savefig(out / f"{name}.png", dpi=160)
@@ -381,6 +378,14 @@ def write_report(
         absent=absent_columns(rows),
         near=NEAR_DB,
         command=sample_command(best) if best is not None else "",
+        equivalent=equivalent,
+        equivalent_command=sample_command(equivalent) if equivalent is not None else "",
+        reference_name=first["name"],
+        warned=[row for row in rows if row.get("warnings")],
+        paired=paired_columns(rows),
+        shots=shots,
+        psnr={} if shots is None else {f"{row},{k}": text for (row, k), text in shots.psnr.items()},
+        other=shown_second(rows, best or equivalent),
         width=image_strip(next(iter(images.values())), 84).width if images else 0,
         real=format_cells({**dict.fromkeys(rows[0]), **baselines, "guidance_scale": 1.0, "nfe": 0}),
     )

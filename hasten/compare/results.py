@@ -19,6 +19,7 @@ SCHEMA = 1
 QUALITY = (
     "frechet", "frechet_low", "frechet_high", "kid", "precision", "recall", "density", "coverage", "inception_score",
     "accuracy", "psnr", "rms", "ssim", "prompt_match", "prompt_match_error", "diversity", "diversity_error",
+    "diversity_by_prompt", "lpips", "feature_distance", "prompt_score", "image_reward", "paired",
 )  # fmt: skip
 
 

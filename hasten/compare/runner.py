@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -15,15 +15,17 @@ from .. import __version__
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, check_int
 from ..files import holds_lock
-from ..loading import load
+from ..loading import load_to_compare
 from ..metrics import Reference, net_name, without_neighbours
 from ..model.model import Model
 from ..performance.device import processor
 from ..progress import ProgressReporter
 from ..storage.provenance import command_line, model_hash, tensor_hash, utc_now
 from ..utils.config import Config
+from ..workflows.captioned import CALIBRATION_PROMPTS
+from ..workflows.evidence import Evidence, collect_evidence
 from ..workflows.prompt_figures import captions_for
-from ..workflows.prompts import image_shape, is_image, prompts_for
+from ..workflows.prompts import bundled_prompts, image_shape, is_image, prompts_for
 from ..workflows.reference_images import resolve_reference
 from . import jobs as tools
 from .budget import TimeBudget, preserve_threads, set_faster_threads
@@ -31,11 +33,12 @@ from .budgeted import BudgetedComparison
 from .comparison import Comparison
 from .jobs import prepare
 from .results import SCHEMA, ResultStore
-from .variants import load_variants
+from .variants import VariantSet, load_variants
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+PAIRED_IMAGES = 48  # of a row, where nothing but pairs of images is compared
 MINIMUM = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
 # The part of the protocol that is in the key of a row.
 KEY_SETTINGS = ("schema", "model_hash", "n", "seeds", "dtype", "device", "features", "reference")
@@ -56,14 +59,18 @@ class CompareConfig(Config):
         precision: Of the network, as `SamplingConfig` has it.
         reference: Statistics of real images, or a folder, zip or array of images, of which they are computed once.
             Default: those that the model names; without any, quality is not measured.
-        features: The feature network, needed for a reference of images. Default: the reference's own.
+        features: The feature network, needed for a reference of images. Default: the reference's own. Of a model that
+            takes prompts also that of distances between images of the same seeds and of diversity; a name, or a folder
+            of a CLIP, SigLIP or DINOv2 of transformers.
         prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: the captions of `data`,
-            or those of the set.
+            those of the set, or else a bundled list of 200.
         data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions of `split` are the
             prompts and its pictures the reference; accelerators are calibrated on those of the training pictures.
         split: Of `data`, the pictures that are held out.
         judge: The features, and what compares images with prompts, see `metrics.text_judge.load_judge`. Default: the
             one that the model's card names.
+        lpips: The weights of LPIPS: a trunk (`alex`, `vgg`) whose files are on this machine, or a file or folder.
+            Default: the trunk that is found; without any, it is not measured.
         repeats: Disjoint blocks of n seeds: figures are then means, with the deviation of one block.
         minutes: Time budget in minutes of wall time. The number of images per row is then variant_set by the measured
             speed, from 64 to `n`, and is the same in every row; rows are timed while they are sampled, in turns. Where
@@ -83,6 +90,7 @@ class CompareConfig(Config):
     data: str | Path | None = None
     split: str = "test"
     judge: Any = None
+    lpips: str | Path | None = None
     repeats: int = 1
     minutes: float | None = None
 
@@ -105,6 +113,7 @@ class CompareOptions(TypedDict, total=False):
     data: str | Path | None
     split: str
     judge: Any
+    lpips: str | Path | None
     repeats: int
     minutes: float | None
 
@@ -151,7 +160,7 @@ def compare(
     ranks = Ranks(torch.device("cpu")) if ranks is None else ranks
     if budget is not None:
         set_faster_threads()
-    model = model if isinstance(model, Model) else load(model)
+    model = model if isinstance(model, Model) else load_to_compare(model)
     source = config.variants
     if source == "everything":
         source = "full" if model.conditioning is None else "text_to_image"
@@ -168,12 +177,23 @@ def compare(
     progress = ProgressReporter(0, ranks.is_main_process)
     chosen = (config.data, config.split, config.judge)
     captioned = captions_for(model, chosen, (config.reference, config.features), ranks, progress.say)
+    shape = image_shape(model)
+    blind = model.conditioning is not None and captioned is None and config.reference is None
+    if blind and config.n is None and n > PAIRED_IMAGES and not model.card.get("reference"):
+        n = PAIRED_IMAGES
+        progress.say(f"{n} images a row, whose pictures are compared seed by seed: --n sets another number")
     captions = None if captioned is None else captioned.prompts(n)
-    texts = config.prompts if config.prompts is not None else captions or variant_set.prompts
+    texts: Any = config.prompts if config.prompts is not None else captions or variant_set.prompts
+    bundled = model.conditioning is not None and config.prompts is None and not texts
+    if bundled:
+        texts = bundled_prompts()[:n]
+        progress.say(
+            f"no prompts were given: the {len(texts)} first of the bundled list of 200; give --prompts FILE or --data"
+        )
     label = prompts_for(model, texts, variant_set.source)
-    if model.conditioning is not None and model.denoiser.guidance_range is None:
-        variant_set = variant_set.without_guidance_below_one()
-    calibration = () if captioned is None else captioned.calibration_prompts
+    variant_set = guided_set(model, variant_set, progress.say)
+    unseen = tuple(bundled_prompts()[n : n + CALIBRATION_PROMPTS]) if bundled else ()
+    calibration = unseen if captioned is None else captioned.calibration_prompts
     if label is not None and not model.calibration_prompts:
         model = replace(model, calibration_prompts=calibration or tuple(dict.fromkeys(label)))
     rows = prepare(model, variant_set, ranks, label, progress.say)
@@ -183,9 +203,13 @@ def compare(
         captioned = captioned.with_baseline(n)
         known, net = captioned.reference, captioned.judge
     else:
-        shape = image_shape(model)
         real = config.reference or (model.card.get("reference") if is_image(shape) else None)
-        known, net = resolve_reference(real, config.features, shape, model.device, ranks, progress.say)
+        wanted = None if real is None and label is not None else config.features
+        known, net = resolve_reference(real, wanted, shape, model.device, ranks, progress.say)
+    evidence = Evidence()
+    if label is not None and is_image(shape):
+        features = config.features if captioned is not None or net is None else net
+        evidence = collect_evidence(features, config.judge, captioned, config.lpips, model.device, progress.say)
     size = min(n, config.batch_size)
     precision = ranks.on_main_process(functools.partial(model.precision_for, config.precision, size))
     store = ResultStore(Path(out)) if ranks.is_main_process else None
@@ -218,10 +242,13 @@ def compare(
     }
     if label is not None:
         protocol["prompts"] = label
+        protocol["prompts_from"] = "the bundled list" if bundled else None
+        protocol["evidence"] = evidence.settings
     if captioned is not None:
         protocol["judge"] = captioned.judge.features
     if model.conditioning is not None:
-        where = "captions of the training pictures" if calibration else "of the prompts above"
+        where = "captions of the training pictures" if captioned is not None else "others of the bundled prompts"
+        where = where if calibration else "of the prompts above"
         protocol["calibration"] = f"{len(model.calibration_prompts)} {where}"
 
     def create_jobs(protocol: Mapping[str, Any]) -> list[tools.Job]:
@@ -230,9 +257,10 @@ def compare(
         settings = {"against": variant_set.reference.method, **{key: protocol[key] for key in KEY_SETTINGS}}
         settings |= {"statistics": statistics} | ({} if label is None else {"prompts": label})
         settings |= {"calibration": calibration} if calibration else {}
+        settings |= {"evidence": evidence.settings} if evidence.settings else {}
         return tools.create_jobs(rows, settings, ranks)
 
-    state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label, captioned)
+    state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label, captioned, evidence)
     run = Comparison(*state) if budget is None else BudgetedComparison(*state, budget, create_jobs)
     warnings: list[str | None] = []
     if budget is None:  # otherwise n is not known yet
@@ -249,3 +277,23 @@ def compare(
         saved = f"{len(run.write_report(show))} of {len(run.jobs)} rows are saved in {out}"
         raise type(e)(f"{reason}: {saved}; the same command resumes from there") from None
     return ranks.on_main_process(lambda: run.write_report(show))
+
+
+def guided_set(model: Model, variants: VariantSet, report: Callable[[str], None]) -> VariantSet:
+    """A set with guidance scales that a model of prompts, or with guidance inside its network, knows.
+
+    Args:
+        model: The model of the comparison.
+        variants: The set.
+        report: Receives a line where a scale changes.
+    """
+    span = model.denoiser.guidance_range
+    if span is None:
+        return variants if model.conditioning is None else variants.with_guidance(1.0)
+    moved = variants.with_guidance(*span, doubled=False)
+    pairs = zip((variants.reference, *variants.variants), (moved.reference, *moved.variants), strict=True)
+    changed = [old.name for old, new in pairs if old.guidance_scale != new.guidance_scale and old.model is None]
+    if changed:
+        scales = f"{span[0]:g}" if span[0] == span[1] else f"{span[0]:g} to {span[1]:g}"
+        report(f"{model.name} has its guidance inside, with scale {scales}, which is used for {', '.join(changed)}")
+    return moved

@@ -28,6 +28,11 @@ A set of variants is a TOML file (bundled ones are in `variant_sets`):
     decoder = "runs/decoder"
     optional = true                   # skipped, with a line, where the files are not there
 
+    [[variant]]
+    name = "student, first evaluation by the teacher"
+    model = "runs/g/steps4"
+    first_evaluation = "{model}"      # which restores diversity (2503.10637)
+
 The defaults of sampler, times, steps and guidance_scale of a variant are the reference's; the defaults of times and
 guidance_scale of the reference are the model's. `guides` (a list) and `start` default to none. For a variant with
 another `model` or a `lora`, sampler, times and steps default to that model's own, as in `hasten sample MODEL
@@ -39,6 +44,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,8 +54,8 @@ from ..errors import BadInput, HastenError, nearest
 from ..plan.config import SamplingConfig
 
 FOLDER = Path(__file__).resolve().parent / "variant_sets"
-FILES = ("model", "lora", "decoder")
-METHOD = ("sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators", "decoder")
+FILES = ("model", "lora", "decoder", "first_evaluation")
+METHOD = ("sampler", "times", "steps", "guidance_scale", "guides", "start", "accelerators", *FILES[2:])
 KEYS = ("name", *METHOD, "model", "lora", "plan", "optional")
 LISTED = (*FILES, "sampler", "times", "steps", "guidance_scale", "start", "plan")
 
@@ -71,7 +77,9 @@ class Variant:
         accelerators: Accelerators.
         lora: A LoRA file that is merged into the weights.
         decoder: Another image decoder of a model of latents, a folder.
+        first_evaluation: Another model whose answer the first model evaluation is, a name or folder.
         optional: Skipped where the model cannot run it, such as without its files.
+        doubled: Whether guidance runs the network twice; False for networks that have it inside.
         role: "reference" (which the others are measured against), "variant", or "equal-cost" (the reference with fewer
             steps).
     """
@@ -88,7 +96,9 @@ class Variant:
     accelerators: tuple[str, ...] = ()
     lora: str | None = None
     decoder: str | None = None
+    first_evaluation: str | None = None
     optional: bool = False
+    doubled: bool = True
     role: str = "variant"
 
     @property
@@ -111,7 +121,7 @@ class Variant:
         from ..pick import format_spec
 
         more = (self.guides, self.start, self.accelerators, *([] if self.model is None else [self.model]))
-        more += tuple((name, getattr(self, name)) for name in ("lora", "decoder") if getattr(self, name) is not None)
+        more += tuple((name, getattr(self, name)) for name in FILES[1:] if getattr(self, name) is not None)
         if not self.sampler and self.plan is None:
             return "model", self.guidance_scale, *more, *([self.times, self.steps] if self.times or self.steps else [])
         if self.plan is not None:
@@ -126,10 +136,13 @@ class Variant:
     def nfe(self) -> float | None:
         """Declared network evaluations per image, of which a guided one counts 2 and an accelerated one 1; None where
         it depends on the model or on the images."""
-        if any(one is not None for one in (self.model, self.lora, self.plan, self.start)) or self.guides:
+        if (
+            any(one is not None for one in (self.model, self.lora, self.plan, self.start, self.first_evaluation))
+            or self.guides
+        ):
             return None
         queries = _cached_pick("samplers", self.sampler).nfe(self.steps)
-        return None if queries is None else queries * (1 if self.guidance_scale == 1 else 2)
+        return None if queries is None else queries * (1 if self.guidance_scale == 1 or not self.doubled else 2)
 
 
 @dataclass(frozen=True)
@@ -152,11 +165,19 @@ class VariantSet:
     rounds: int = 5
     prompts: tuple[str, ...] = ()
 
-    def without_guidance_below_one(self) -> VariantSet:
-        """The same set with every guidance_scale below 1 set to 1, at which a pipeline samples without guidance."""
-        first = replace(self.reference, guidance_scale=max(self.reference.guidance_scale, 1.0))
-        others = tuple(replace(v, guidance_scale=max(v.guidance_scale, 1.0)) for v in self.variants)
-        return replace(self, reference=first, variants=others)
+    def with_guidance(self, low: float, high: float = math.inf, doubled: bool = True) -> VariantSet:
+        """The same set with every guidance_scale moved into a range, for models that know no other.
+
+        Args:
+            low, high: The range: from 1 for pipelines, which sample without guidance below; that of a network that has
+                its guidance inside, where rows that differ in nothing else become one.
+            doubled: Whether a guided evaluation runs the network twice.
+        """
+
+        def moved(v: Variant) -> Variant:
+            return replace(v, guidance_scale=min(max(v.guidance_scale, low), high), doubled=doubled)
+
+        return replace(self, reference=moved(self.reference), variants=tuple(map(moved, self.variants)))
 
     def for_model(self, location: str) -> VariantSet:
         """The same set with `location` in the place of `{model}` in the names of models, LoRAs and decoders."""

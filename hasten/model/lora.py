@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from .. import zoo
 from .._version import __version__
 from ..adapters.diffusers.library import network_of
 from ..adapters.model_like import ModelLike
@@ -64,12 +65,12 @@ def load_lora_weights(model: M, lora: str | Path | LoRAFile | Sequence[str | Pat
 
 
 def parse_lora_argument(argument: str | Path) -> tuple[Path, float | None]:
-    """The file and the scale of `FILE` or `FILE:SCALE`; None without one."""
+    """The file (or the name of a bundled one) and the scale of `FILE` or `FILE:SCALE`; None without one."""
     path, colon, number = str(argument).rpartition(":")
     if not colon or Path(argument).exists() or "/" in number or "\\" in number or number.endswith(".safetensors"):
-        return Path(argument), None
+        return zoo.find_file(argument), None
     try:
-        return Path(path), check_number("the scale of a LoRA", float(number))
+        return zoo.find_file(path), check_number("the scale of a LoRA", float(number))
     except ValueError as e:
         raise BadInput(f"{argument}: a LoRA is FILE or FILE:SCALE, and {number!r} is no scale") from e
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .. import zoo
 from ..accelerators import Call
 from ..accelerators._calls import model_calls
 from ..adapters.diffusers.autoencoders import replace_decoder
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, check_int
+from ..guides.cfg import with_step_count
 from ..images import to_image_tensor
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..plan.config import SamplingConfig
@@ -28,6 +30,7 @@ from ..storage.lora_files import LoRAFile
 from ..train.names import class_index, label_indices
 from ..utils.random import MAX_SEED
 from .finite import check_sample
+from .first_evaluation import FirstEvaluation
 from .lora import load_lora_weights
 from .resolve import Resolved, accelerate_model, guided, resolve
 
@@ -101,15 +104,40 @@ class Model:
         """The same model of latents with another image decoder, such as a light one (`distill_decoder`).
 
         Args:
-            folder: of an autoencoder of diffusers with the same encoder, or of an `AutoencoderTiny`.
+            folder: of an autoencoder of diffusers with the same encoder, or of an `AutoencoderTiny`; or the name of a
+                bundled one.
 
         Raises:
             BadInput: for a model without an autoencoder, and for an autoencoder of other latents.
         """
         if self.decoder is None:
             raise BadInput(f"{self.name} is no model of latents: it has no image decoder to replace")
-        decoder, pipeline = replace_decoder(self.decoder, self.pipeline, folder)
+        decoder, pipeline = replace_decoder(self.decoder, self.pipeline, zoo.find_file(folder))
         return replace(self, decoder=decoder, pipeline=pipeline)
+
+    def with_first_evaluation(self, teacher: Model, guidance_scale: float | None = None) -> Model:
+        """This few-step student with its first evaluation by its teacher, which restores diversity within a prompt or
+        class for the cost of one evaluation of the teacher (two under guidance).
+
+        Args:
+            teacher: of the same samples, conditions and noise schedule.
+            guidance_scale: of both; None: this model's. Of the result it cannot be changed.
+
+        Raises:
+            BadInput: for another schedule, shape or other classes, and for a student of one step, which would have no
+                evaluation left.
+
+        References:
+            Gandikota, Bau 2025, arXiv:2503.10637.
+        """
+        scale = float(self.guidance_scale if guidance_scale is None else guidance_scale)
+        if (teacher.shape, teacher.classes) != (self.shape, self.classes):
+            raise BadInput(f"{teacher.name} draws other images or classes than {self.name}: it cannot be its teacher")
+        if self.steps < 2:
+            raise BadInput(f"{self.name} has one step, which would be the teacher's alone: it needs two or more")
+        student = with_step_count(self.guided(scale), self.steps)
+        denoiser: Any = FirstEvaluation(student, teacher.guided(scale), scale)
+        return replace(self, denoiser=denoiser.eval(), guidance_scale=scale)
 
     def labels(self, n: int, label: Label = None) -> Tensor | None:
         """Labels of `n` images, `(n,)` int64: None for an unconditional model, and for one that takes prompts.
@@ -292,13 +320,26 @@ class Model:
         values = {**dict(zip((*names, "accelerators"), arguments)), **options}
         return self.resolve(None, **values).settings()
 
-    def save(self, folder: str | Path, half: bool = False) -> Path:
+    def save(self, folder: str | Path, half: bool = False, components_from: str | Path | None = None) -> Path:
         """Write the model's folder: model.json, weights.safetensors, and what it has of plans, statistics and parts.
 
-        half: weights as float16. A new folder appears whole or not at all. In a folder that is there (a training
-        run's), the files take their names one by one, the description last, and nothing else in it is touched.
+        A new folder appears whole or not at all. In a folder that is there (a training run's), the files take their
+        names one by one, the description last, and nothing else in it is touched.
+
+        Args:
+            folder: to write.
+            half: weights as float16; those of a pipeline stay as they are: `model.pipeline.to(torch.float16)`.
+            components_from: a bundled pipeline or the folder of one, such as the teacher of a student. Components that
+                are the same there (text encoders, autoencoder) are left out, and taken from there by `hasten.load`,
+                which checks that they have not changed.
+
+        Returns:
+            The folder.
+
+        Raises:
+            BadInput: where the model cannot be saved, and for a base that has none of its components.
         """
-        return model_folder.save(self, Path(folder), half)
+        return model_folder.save(self, Path(folder), half, components_from)
 
     def with_lora(self, lora: str | Path | LoRAFile | Sequence[str | Path | LoRAFile], scale: float = 1.0) -> Model:
         """A copy with LoRAs merged into its weights; that of a student brings its steps, sampler and guidance scale.

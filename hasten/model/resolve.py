@@ -25,6 +25,7 @@ from ..plan.table import Plan
 from ..sampling import bind_method, wrap_denoiser
 from ..schedules.base import Schedule
 from ..times import Explicit, as_times, check_times
+from .weak import with_weak_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,6 +98,11 @@ def resolve(
     inner: nn.Module = model.denoiser
     if methods:
         inner = accelerated(methods, plan, config)
+        if plan is not None and plan.branches is not None and any(hasattr(type(m), "reset") for m in inner.modules()):
+            raise BadInput(
+                "this plan evaluates the branches of guidance one by one, which accelerators that keep state from one "
+                f"evaluation to the next would mix: leave out {', '.join(map(method_text, methods))}, or the plan"
+            )
     complete = completed(model, config, plan, times, precision)
     for one in methods:
         if plan is not None:
@@ -154,7 +160,7 @@ def guided(model: ModelLike, denoiser: nn.Module, guidance_scale: float | None, 
         raise BadInput(f"{model.name} has no classes to guide towards: guidance_scale must be 1, got {scale:g}")
     denoiser = CFG(scale=float(scale)).wrap(denoiser)
     for guide in guides:
-        denoiser = bound(model, "guides", guide).wrap(denoiser)
+        denoiser = with_weak_model(bound(model, "guides", guide), model).wrap(denoiser)
     return denoiser
 
 

@@ -117,6 +117,8 @@ class Attention(nn.Module):
         ValueError: if the channels do not divide into heads.
     """
 
+    identity = False  # pass the values on, as with the identity for the attention map
+
     def __init__(self, channels: int, head_width: int = 32) -> None:
         super().__init__()
         self.heads = max(channels // head_width, 1)
@@ -130,7 +132,7 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        mixed = qkv[2] if self.identity else F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
         mixed = self.out(mixed.transpose(1, 2).reshape(b, h * w, c))
         return x + mixed.transpose(1, 2).view(b, c, h, w)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput
 
-__all__ = ["PerceptualDistance", "load_perceptual"]
+__all__ = ["PerceptualDistance", "find_perceptual", "load_perceptual"]
 
 # Layers in the order of the published state dicts: (channels, kernel, stride, padding) of a convolution, "relu",
 # "blur", "pool" (maximum). The maps after the layers of TAPS are compared.
@@ -29,6 +30,7 @@ TAPS = {
     ("vgg", True): (3, 9, 17, 25, 33),
 }
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of the pixels in [-1, 1]
+HUB_FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 SUFFIXES = (".pth", ".pt", ".safetensors")
 KEY = re.compile(r"(?:.*\.)?(?:slice\d+|features)\.(\d+)\.(weight|bias|filt)$")
 HEAD = re.compile(r"(?:.*\.)?lins?\.?(\d+)\.model\.\d+\.weight$")
@@ -63,6 +65,7 @@ class PerceptualDistance(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    smallest = 32  # side of an image in pixels
 
     def __init__(self, trunk: str = "alex", shift_tolerant: bool = False) -> None:
         super().__init__()
@@ -76,8 +79,8 @@ class PerceptualDistance(nn.Module):
 
     def check_side(self, side: int) -> None:
         """Raise BadInput for images that are too small for the trunk."""
-        if side < 32:
-            raise BadInput(f"a perceptual distance needs images of at least 32 pixels, got {side}")
+        if side < self.smallest:
+            raise BadInput(f"a perceptual distance needs images of at least {self.smallest} pixels, got {side}")
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The normalised maps of images."""
@@ -92,9 +95,13 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The distance, a scalar."""
-        total = torch.zeros((), device=y.device)
+        return self.by_image(x, y).mean()
+
+    def by_image(self, x: Tensor, y: Tensor) -> Tensor:
+        """The distance of each pair, (B,)."""
+        total = torch.zeros(len(y), device=y.device)
         for a, b, head in zip(self.maps(x), self.maps(y), self.heads, strict=True):
-            total = total + ((a - b).square() * head.reshape(1, -1, 1, 1)).sum(1).mean()
+            total = total + ((a - b).square() * head.reshape(1, -1, 1, 1)).sum(1).mean((1, 2))
         return total
 
 
@@ -142,6 +149,40 @@ def load_perceptual(path: str | Path) -> PerceptualDistance:
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
     if not files:
         raise BadInput(f"{path} holds no weights of a perceptual distance ({', '.join(SUFFIXES)})")
+    return from_files(files, path)
+
+
+def find_perceptual(name: str) -> PerceptualDistance | None:
+    """LPIPS by the name of its trunk, from the files that other packages have left on this machine.
+
+    The trunk is looked for where torch hub keeps it, `checkpoints/alexnet-owt-7be5be79.pth` or
+    `checkpoints/vgg16-397923af.pth`, the heads in the package `lpips`, which is not imported, and beside the trunk
+    as `lpips_alex.pth` or `lpips_vgg.pth`.
+
+    Args:
+        name: `alex` or `vgg`.
+
+    Returns:
+        The distance; None where a file is missing.
+
+    Raises:
+        BadInput: for another name.
+    """
+    if name not in HUB_FILES:
+        raise BadInput(f"LPIPS has the trunks {', '.join(HUB_FILES)}, found {name!r}")
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    package = importlib.util.find_spec("lpips")
+    places = [checkpoints / f"lpips_{name}.pth"]
+    if package is not None and package.origin is not None:
+        places.append(Path(package.origin).parent / "weights" / "v0.1" / f"{name}.pth")
+    trunk, heads = checkpoints / HUB_FILES[name], next((place for place in places if place.is_file()), None)
+    if heads is None or not trunk.is_file():
+        return None
+    return from_files([trunk, heads], checkpoints)
+
+
+def from_files(files: Sequence[Path], path: Path) -> PerceptualDistance:
+    """`load_perceptual` from files; `path` is what messages name."""
     trunks: dict[Path, dict[tuple[int, str], Tensor]] = {}
     heads: dict[Path, dict[int, Tensor]] = {}
     for file in files:

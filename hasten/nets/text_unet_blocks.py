@@ -117,10 +117,12 @@ class TextAttention(nn.Module):
         text_width: D for cross-attention; None: self-attention.
     """
 
+    identity = False  # pass the values on, as with the identity for the attention map
+
     def __init__(self, level: Level, text_width: int | None = None) -> None:
         super().__init__()
         width = level.width
-        self.heads, self.relu = level.heads, level.attention == "relu"
+        self.heads, self.relu, self.cross = level.heads, level.attention == "relu", text_width is not None
         self.shared = level.shared_kv and text_width is None
         self.to_q = nn.Linear(width, width, bias=False)
         if self.shared:
@@ -134,6 +136,8 @@ class TextAttention(nn.Module):
         source = x if text is None else text
         key = self._heads(self.to_kv(source) if self.shared else self.to_k(source))
         value = key if self.shared else self._heads(self.to_v(source))
+        if self.identity:
+            return self.to_out[0](value.transpose(1, 2).flatten(2))
         query = self._heads(self.to_q(x))
         attend = relu_attention if self.relu else F.scaled_dot_product_attention
         return self.to_out[0](attend(query, key, value).transpose(1, 2).flatten(2))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..utils.callable_module import make_callable
+from .guided import guided_plan
 from .table import Plan, plan
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "guided_plan", "plan"]
 
 make_callable(__name__, plan)

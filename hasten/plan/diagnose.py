@@ -27,6 +27,13 @@ class _Probe(Wrapper):
 
     def forward(self, x_t: Tensor, t: Any, **cond: Any) -> Any:
         """The inner denoiser's x0 (B, *S), checked."""
+        return self._checked(self.denoiser, x_t, t, cond)
+
+    def branch(self, x_t: Tensor, t: Any, **cond: Any) -> Any:
+        """The inner denoiser's x0 of a branch of guidance, checked."""
+        return self._checked(self.denoiser.branch, x_t, t, cond)
+
+    def _checked(self, evaluate: Callable[..., Any], x_t: Tensor, t: Any, cond: dict[str, Any]) -> Any:
         self.count += 1
         at = f"t = {float(torch.as_tensor(t).flatten()[0]):.4g}"
         if not is_finite(x_t):
@@ -36,8 +43,8 @@ class _Probe(Wrapper):
         if bad := first_non_finite((key, value) for key, value in cond.items()):
             raise _NonFiniteAt(f"the condition {bad!r} of the network is not finite")
         self.layers.clear()
-        x0 = self.denoiser(x_t, t, **cond)
-        if not is_finite(x0):
+        x0 = evaluate(x_t, t, **cond)
+        if not all(is_finite(value) for value in (x0 if isinstance(x0, tuple) else (x0,))):
             inside = f"in its layer {self.layers[0]}" if self.layers else "in the guidance around the network"
             raise _NonFiniteAt(f"it began in network evaluation {self.count}, at {at}, {inside}")
         return x0

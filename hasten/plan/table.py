@@ -26,14 +26,16 @@ from ..times import as_times, check_times
 from ..utils.conditions import conditions_of
 from ..utils.random import no_noise
 from .basis import Basis
+from .branches import branch_evaluator, check_branches
 from .diagnose import check_result
-from .program import NoiseDraws, Program, combine, filled, program, sparse, used
+from .marginals import marginals
+from .program import NoiseDraws, Program, combine, filled, program, sparse
 from .text import describe_schedule, format_plan
 from .tracing import trace
 
 __all__ = ["Plan", "plan"]
 
-SCHEMA = 1
+SCHEMAS = (1, 2)  # 2: with branches
 TABLES = ("a", "A", "B", "C")
 
 
@@ -61,6 +63,9 @@ class Plan:
         schedule: its `to_dict()`; running needs it only where there is a basis.
         basis: the coordinates, if not those of the samples themselves.
         begin: the time of `x_init`, where a sampler moves it before its first evaluation; None: `times[0]`.
+        branches: of classifier-free guidance, "cond" or "uncond", which each evaluation asks; the rows are then sums
+            over the outputs of both, see `guided_plan`. None: every evaluation is the denoiser's as it is.
+        guidance_scale: that the numbers of a plan with branches were made for.
 
     Raises:
         BadInput: for tables of other shapes or dtypes, with numbers that are not finite, or not triangular.
@@ -76,6 +81,8 @@ class Plan:
     schedule: dict[str, Any] = field(default_factory=dict)
     basis: Basis | None = None
     begin: float | None = None
+    branches: tuple[str, ...] | None = None
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         G = self._groups
@@ -95,6 +102,8 @@ class Plan:
             raise BadInput("plan: times must lie in [0, 1]")
         if any(bool(torch.triu(X.detach().movedim((0, 1), (-2, -1)), d).any()) for X, d in ((self.A, 0), (self.B, 1))):
             raise BadInput("plan: a row may use earlier states and outputs only (A strictly, B lower triangular)")
+        if self.branches is not None:
+            object.__setattr__(self, "branches", check_branches(self.branches, K, self.guidance_scale))
 
     @property
     def _groups(self) -> tuple[int, ...]:
@@ -166,6 +175,7 @@ class Plan:
             grad = torch.is_grad_enabled() and (x.requires_grad or self.fitted)
         rows = self._program(tensors=True) if self.fitted and grad else self._numbers.to(x)
         reset(denoiser)
+        evaluate = branch_evaluator(denoiser, self, merge=not (self.fitted and grad))
         basis, draw_noise = self.basis, no_noise if noise is None else noise
         into, back = (_identity, _identity) if basis is None else (basis.coordinates, basis.pixels)
         draws = NoiseDraws(lambda: into(draw_noise().to(x.dtype), 0.0))
@@ -177,7 +187,7 @@ class Plan:
             for k, (t, row) in enumerate(zip(rows.times, rows.rows)):
                 states[k] = state
                 z = back(state, alpha[k])
-                x0 = denoiser(z, t, **conditions).to(x.dtype)
+                x0 = evaluate(k, z, t, conditions).to(x.dtype)
                 outputs[k] = into(x0, 1.0)
                 if callback is not None:
                     callback(k, t, z, x0)
@@ -252,35 +262,7 @@ class Plan:
         Returns:
             two (K + 1, D) float64 tensors: for the state of every evaluation and for the result.
         """
-        mean, variance = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (mean, variance))
-        alpha, sigma = (f(self.times)[:, None] for f in (self._schedule.alpha, self._schedule.sigma))
-        if start is None:
-            t = self.times[:1] if self.begin is None else torch.tensor([self.begin], dtype=torch.float64)
-            start = (
-                self._schedule.alpha(t) * mean,
-                self._schedule.alpha(t) ** 2 * variance + self._schedule.sigma(t) ** 2,
-            )
-        begin, a, A, B, C = (self._each(table) for table in (self.start, self.a, self.A, self.B, self.C))
-        scale = torch.cat([start[1].sqrt()[None], mean.new_ones(len(begin) - 1, len(mean))])
-        # each state as (mean, factors of the independent standard normals: the initial state and the draws)
-        means, factors = [begin[0] * start[0]], [begin * scale]
-        outputs_mean, outputs_factor = [], []
-        for k in range(self.nfe):
-            gain = alpha[k] * variance / (alpha[k] ** 2 * variance + sigma[k] ** 2)
-            outputs_mean.append(mean + gain * (means[k] - alpha[k] * mean))
-            outputs_factor.append(gain * factors[k])
-            old, new = used(A.detach()[k]), used(B.detach()[k])
-            noise = torch.cat([mean.new_zeros(1, len(mean)), C[k].expand(-1, len(mean))])
-            means.append(
-                sum(A[k, j] * means[j] for j in old) + a[k] * means[k] + sum(B[k, j] * outputs_mean[j] for j in new)
-            )
-            factors.append(
-                sum(A[k, j] * factors[j] for j in old)
-                + a[k] * factors[k]
-                + sum(B[k, j] * outputs_factor[j] for j in new)
-                + noise
-            )
-        return torch.stack(means), torch.stack([f.square().sum(0) for f in factors])
+        return marginals(self, mean, variance, start)
 
     @cached_property
     def gain(self) -> float:
@@ -289,17 +271,14 @@ class Plan:
         _, variances = self.marginals(torch.zeros(3), torch.tensor([1.0, 0.1, 0.0025]))
         return float(variances[-1].max().sqrt())
 
-    def _each(self, table: Tensor) -> Tensor:
-        """A table with a last axis for the coordinates of a sample: (..., D) or (..., 1)."""
-        return table[..., None] if self.basis is None else table[..., self.basis.index.flatten()]
-
     def to_json(self) -> str:
         """The plan as JSON, with all bits of every number and without the zeros of the tables; see `from_json`.
 
         Raises:
             BadInput: for a schedule with fields other than numbers and tuples.
         """
-        content: dict[str, Any] = {"schema": SCHEMA, "sampler": self.sampler, "schedule": self.schedule}
+        schema = 1 if self.branches is None else 2
+        content: dict[str, Any] = {"schema": schema, "sampler": self.sampler, "schedule": self.schedule}
         content["times"] = self.times.tolist()
         content["start"] = self.start.tolist()
         content["a"] = self.a.tolist()
@@ -308,6 +287,8 @@ class Plan:
             content["basis"] = self.basis.to_dict()
         if self.begin is not None:
             content["begin"] = self.begin
+        if self.branches is not None:
+            content |= {"branches": list(self.branches), "guidance_scale": self.guidance_scale}
         try:
             return json.dumps(content)
         except TypeError as error:
@@ -325,9 +306,9 @@ class Plan:
             content = json.loads(text)
         except ValueError as error:
             raise BadInput(f"plan: not JSON: {error}") from error
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        if not isinstance(content, dict) or content.get("schema") not in SCHEMAS:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
-            raise BadInput(f"plan: schema {found!r} cannot be read; this version of hasten reads {SCHEMA}")
+            raise BadInput(f"plan: schema {found!r} cannot be read; this version of hasten reads up to {SCHEMAS[-1]}")
         try:
             vectors = {name: torch.tensor(content[name], dtype=torch.float64) for name in ("times", "start", "a")}
             K, M = len(vectors["a"]), len(vectors["start"]) - 1
@@ -336,6 +317,8 @@ class Plan:
             tables = {name: filled(content[name], K, M if name == "C" else K, groups) for name in ("A", "B", "C")}
             sampler, schedule = str(content["sampler"]), dict(content["schedule"])
             begin = float(content["begin"]) if "begin" in content else None
+            branches = tuple(map(str, content["branches"])) if "branches" in content else None
+            scale = float(content["guidance_scale"]) if branches is not None else None
         except KeyError as error:
             raise BadInput(f"plan: {error} is missing") from error
         except BadInput as error:  # a ValueError too
@@ -344,7 +327,8 @@ class Plan:
             raise BadInput(f"plan: its tables cannot be read: {error}") from error
         if basis is not None or "." not in str(schedule.get("name")):  # a class of another package may be unknown here
             schedule_from_dict(schedule)
-        return cls(**vectors, **tables, sampler=sampler, schedule=schedule, basis=basis, begin=begin)
+        more: dict[str, Any] = {"basis": basis, "begin": begin, "branches": branches, "guidance_scale": scale}
+        return cls(**vectors, **tables, sampler=sampler, schedule=schedule, **more)
 
     def table(self) -> str:
         """The plan as readable text, one line per evaluation. In a basis u stands for U^T (x - alpha m), with the range

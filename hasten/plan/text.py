@@ -24,11 +24,15 @@ def format_plan(plan: Any, numbers: Program) -> str:
     if plan.basis is not None:
         low, high = (float(v) for v in plan.basis.values[[0, -1]])
         lines.append(f"{plan.basis.kind} basis, {plan.basis.groups} variances from {low:.6g} to {high:.6g}")
+    answers = [f"{x}0"] * plan.nfe
+    if plan.branches is not None:
+        answers = [f"{x}0{branch}" for branch in plan.branches]
+        lines.append(f"branches of guidance one by one, for guidance_scale {plan.guidance_scale:g}")
     if plan.begin is not None:
         start = " ".join(_format_term(c, f"{x}(t = {plan.begin:.6f})") for _, c in numbers.start.states)
         lines.append(f"                 {x}_0 = {start.removeprefix('+ ')}")
     for k, row in enumerate(numbers.rows):
-        terms = [(c, f"{x}_{j}") for j, c in row.states] + [(c, f"{x}0_{j}") for j, c in row.outputs]
+        terms = [(c, f"{x}_{j}") for j, c in row.states] + [(c, f"{answers[j]}_{j}") for j, c in row.outputs]
         terms += [(c, f"xi_{j}") for j, c in row.draws]
         text = " ".join(_format_term(c, what) for c, what in terms) or "0"
         lines.append(f"t_{k} = {float(plan.times[k]):.6f}   {x}_{k + 1} = {text.removeprefix('+ ')}")

@@ -16,12 +16,14 @@ from ..adapters.model_like import HasFiles, ModelLike
 from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..files import locked, remove_leftovers, temporary_path
+from ..nets.quantized import layers
 from ..plan.table import Plan
 from ..predictions import prediction_from
 from ..schedules.serialize import schedule_from_dict
 from ..utils.finite import check_finite
 from .atomic import replace_files
 from .checks import check_reopens
+from .network_files import WEIGHTS, write_network, write_pipeline
 from .weights import (
     describe_network,
     is_diffusers,
@@ -35,17 +37,18 @@ from .weights import (
 
 SCHEMA = 1
 WAIT = 30.0  # seconds that a save waits for another one into the same folder
-DESCRIPTION, WEIGHTS, PLAN, STATISTICS = "model.json", "weights.safetensors", "plan.json", "statistics.safetensors"
+DESCRIPTION, PLAN, STATISTICS = "model.json", "plan.json", "statistics.safetensors"
 SAME_NAMES = ("name", "codec", "sampler", "times", "steps", "guidance_scale", "card")  # in model.json and in Model
 
 
-def save(model: ModelLike, folder: Path, half: bool = False) -> Path:
+def save(model: ModelLike, folder: Path, half: bool = False, components_from: str | Path | None = None) -> Path:
     """Write a model folder.
 
     Args:
         model: to save; its `sha256` is set.
         folder: see `Model.save`.
         half: floating-point weights as float16.
+        components_from: see `Model.save`.
 
     Returns:
         The folder.
@@ -54,20 +57,31 @@ def save(model: ModelLike, folder: Path, half: bool = False) -> Path:
         BadInput: where the model cannot be saved or the folder not be written.
     """
     as_pipeline = check_savable(model)
+    if components_from is not None:
+        if not as_pipeline:
+            raise BadInput(f"components_from={components_from}: {model.name} is not saved as the folder of a pipeline")
+        from ..adapters.diffusers.shared_components import check_base
+
+        check_base(components_from)
     try:
         with locked(folder, wait=WAIT):
             remove_leftovers(folder.parent, folder.name)  # of earlier versions
-            return write_model(model, folder, half, as_pipeline)
+            return write_model(model, folder, half, as_pipeline, components_from)
     except OSError as e:
         raise BadInput(f"cannot save the model in {folder}: {e.strerror or e}") from e
 
 
-def write_model(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> Path:
+def write_model(
+    model: ModelLike, folder: Path, half: bool, as_pipeline: bool, components_from: str | Path | None
+) -> Path:
     """Write all files of a model into a temporary folder, then replace those of `folder` atomically."""
     scratch = temporary_path(folder / "model")
     try:
         scratch.mkdir()
-        overrides = write_network(model, scratch, half, as_pipeline)
+        if as_pipeline:
+            overrides = write_pipeline(model, scratch, components_from, folder)
+        else:
+            overrides = write_network(model, scratch, half)
         description = model_description(model) | overrides
         if model.plan is not None:
             (scratch / PLAN).write_text(model.plan.to_json())
@@ -88,13 +102,14 @@ def write_model(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -
     return folder
 
 
-def check_savable(model: ModelLike, network: bool = True) -> bool:
+def check_savable(model: ModelLike, network: bool = True, integers: bool = False) -> bool:
     """Refuse a model that could not be saved, before any work is done on it.
 
     Args:
         model: to save.
         network: its network stays of its kind; False: it will be saved with one that diffusers cannot express (integer
             layers, an exported graph, further inputs).
+        integers: these are integer layers, which are saved with the other components of a pipeline.
 
     Returns:
         Whether it is saved as the folder of a pipeline.
@@ -110,11 +125,11 @@ def check_savable(model: ModelLike, network: bool = True) -> bool:
             if why := save_refusal(net):
                 raise BadInput(f"{model.name} cannot be saved: {why}")
             return True
-    if model.conditioning is not None:
+    integers = integers or next(layers(net), None) is not None
+    if model.conditioning is not None and not (integers and model.pipeline is not None):
         raise BadInput(
             f"{model.name} takes prompts: its network can only be saved in its pipeline's folder, and diffusers has no "
-            "place there for integer layers, exported graphs or further inputs: use them within a program, as in "
-            "hasten.accelerate(pipe, 'quantize:weights=8')"
+            "place there for exported graphs or further inputs: use them within a program"
         )
     denoiser = model.denoiser if isinstance(model.denoiser, Denoiser) else None
     check_reopens(model.name, net, denoiser, tuple(model.shape), model.classes is not None)
@@ -124,27 +139,6 @@ def check_savable(model: ModelLike, network: bool = True) -> bool:
         if why := save_refusal(part):
             raise BadInput(f"{model.name} cannot be saved with its part {name}: {why}")
     return False
-
-
-def write_network(model: ModelLike, folder: Path, half: bool, as_pipeline: bool) -> dict[str, Any]:
-    """Write the network's files; returns the entries of model.json that differ from `model_description`."""
-    net = model.denoiser.net
-    if as_pipeline:
-        from ..adapters.diffusers.saving import save_pipeline
-
-        description = save_pipeline(model, folder)
-        model.sha256 = sha256(folder / description["file"])
-        return {"net": description["net"], "weights": {"file": description["file"], "sha256": model.sha256}}
-    write_weights(net, folder / WEIGHTS, half)
-    if isinstance(net, HasFiles):
-        net.write_files(folder)
-    model.sha256 = sha256(folder / WEIGHTS)
-    if model.decoder is None:
-        return {"weights": {"file": WEIGHTS, "sha256": model.sha256}}
-    from ..adapters.diffusers.saving import save_decoder
-
-    save_decoder(model, folder)
-    return {"decoder": True, "weights": {"file": WEIGHTS, "sha256": model.sha256}}
 
 
 def model_description(model: ModelLike) -> dict[str, Any]:
@@ -258,6 +252,8 @@ def read_fields(
     if not isinstance(description, dict) or description.get("schema") != SCHEMA:
         schema = description.get("schema") if isinstance(description, dict) else type(description).__name__
         raise BadInput(f"{folder / DESCRIPTION} has schema {schema!r}, this version of hasten reads {SCHEMA}")
+    if "pipeline" in description and "schedule" not in description:
+        raise BadInput(f"{folder} holds a quantised pipeline of diffusers: open it with hasten.open_quantized")
     try:
         base = None
         if "slot" in description["net"]:
@@ -285,6 +281,8 @@ def read_fields(
         )
         weights = folder / description["weights"]["file"]
         check_shapes(fields)
+        if description.get("pipeline"):
+            fields |= components_in(folder, description, net)
     except KeyError as e:
         raise BadInput(f"{folder / DESCRIPTION} lacks {e}") from e
     except BadInput:
@@ -332,6 +330,15 @@ def decoder_in(folder: Path, description: dict[str, Any]) -> Any:
     from ..adapters.diffusers.saving import open_decoder
 
     return open_decoder(folder)
+
+
+def components_in(folder: Path, description: dict[str, Any], net: torch.nn.Module) -> dict[str, Any]:
+    """The text encoders and the image decoder of a model of prompts whose network is in integers."""
+    from ..adapters.diffusers.components import inner_network, open_components, prompts_and_decoder
+
+    pipe = open_components(folder, description["pipeline"], inner_network(net))
+    conditioning, decoder = prompts_and_decoder(pipe, *description["shape"][1:])
+    return {"conditioning": conditioning, "decoder": decoder, "pipeline": pipe}
 
 
 def plan_in(folder: Path, file: str) -> Plan:

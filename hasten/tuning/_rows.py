@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..plan.basis import Basis
+from ..plan.branches import branch_evaluator
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
@@ -37,7 +39,7 @@ class PlanCoefficients(NamedTuple):
         query: (K,), times passed to the network.
         level: (K+1,), times whose alpha and sigma the states have.
         gain: (), factor of the first state.
-        D: (K, K), strictly lower triangular, coefficients of x0_j - x0_k in row k.
+        D: (K, K), strictly lower triangular, coefficients of x0_j - x0_k in row k; in a basis of G groups (K, K, G).
     """
 
     query: Tensor
@@ -67,6 +69,7 @@ class PlanParametrization:
         teleport: free the first time.
         shift: free the other times passed to the network.
         answers: how many model outputs a row uses. Default: all.
+        basis: with mean 0; D is then free for each of its groups of directions. Default: one D for all.
 
     Raises:
         BadInput: for a plan that draws noise or does not have this form.
@@ -80,11 +83,14 @@ class PlanParametrization:
         teleport: bool = True,
         shift: bool = True,
         answers: int | None = None,
+        basis: Basis | None = None,
     ) -> None:
+        self.basis, self.groups = basis, () if basis is None else (basis.groups,)
         if base.stochastic:
             raise BadInput(f"{base.sampler} draws noise in its steps: only a deterministic plan can be fitted")
         self.schedule = schedule_from_dict(base.schedule)
         self.sampler, self.spec = base.sampler, base.schedule
+        self.branches, self.guidance_scale = base.branches, base.guidance_scale
         self.K, self.teleport, self.shift = base.nfe, teleport, shift
         self.top = base.times[0].detach() if top is None else torch.tensor(top, dtype=torch.float64)
         self.end = base.times[-1].detach()
@@ -97,14 +103,15 @@ class PlanParametrization:
         used = torch.ones(K, K, dtype=torch.bool).tril(-1)
         self.free = used if answers is None else used & ~torch.ones(K, K, dtype=torch.bool).tril(-answers)
         # row k of D is base[k] + z @ frames[k], z a part of theta; see `whiten`
-        self.frames: list[Tensor] = [torch.eye(int(row.sum()), dtype=torch.float64) for row in self.free]
+        frames = [torch.eye(int(row.sum()), dtype=torch.float64) for row in self.free]
+        self.frames: list[Tensor] = [frame.expand(*self.groups, *frame.shape) for frame in frames]
         self.base = self._differences(base)
         u = coordinate(self.schedule, base.times[:-1].detach()).clamp(self.lowest, self.highest)
         blocks = {
             "level": u[1:].clone(),
             "query": u[0 if teleport else 1 :].clone() if shift else u[:teleport].clone(),
             "gain": torch.zeros(int(teleport), dtype=torch.float64),
-            "D": torch.zeros(int(self.free.sum()), dtype=torch.float64),
+            "D": torch.zeros(int(self.free.sum()) * math.prod(self.groups), dtype=torch.float64),
         }
         self.sizes = {name: len(block) for name, block in blocks.items()}
         self.initial = torch.cat(list(blocks.values()))
@@ -126,9 +133,11 @@ class PlanParametrization:
         query = time_at(self.schedule, block["query"])
         first = query[:1] if self.teleport else self.first[None]
         rest = query[int(self.teleport) :] if self.shift else inner
-        rows, z = [], block["D"].split([len(frame) for frame in self.frames])
+        rows, z = [], block["D"].split([int(row.sum()) * math.prod(self.groups) for row in self.free])
         for k, frame in enumerate(self.frames):
-            rows.append(torch.zeros_like(self.base[k]).masked_scatter(self.free[k], z[k] @ frame))
+            free = self.free[k].reshape(-1, *[1] * len(self.groups)).expand(self.base[k].shape)
+            change = (z[k].reshape(*self.groups, 1, -1) @ frame)[..., 0, :] if frame.numel() else z[k]
+            rows.append(torch.zeros_like(self.base[k]).masked_scatter(free, change.movedim(-1, 0)))
         D = self.base + torch.stack(rows)
         return PlanCoefficients(torch.cat([first, rest]), level, torch.exp(block["gain"].sum()), D)
 
@@ -141,18 +150,24 @@ class PlanParametrization:
         a, b = self.steps(n.level)
         start = n.gain * self.schedule.prior_std(n.query[0]) / self.schedule.prior_std(self.top)
         a = torch.cat([a[:1] / start, a[1:]])
-        B = n.D + torch.diag(b - n.D.sum(1))
-        zero = torch.zeros(self.K, self.K, dtype=torch.float64)
+        start = start.reshape(1)
+        if self.groups:
+            a, b, start = (value[:, None].expand(-1, *self.groups) for value in (a, b, start))
+        B = n.D + torch.diag_embed((b - n.D.sum(1)).movedim(0, -1)).movedim((-2, -1), (0, 1))
+        zero = torch.zeros(self.K, self.K, *self.groups, dtype=torch.float64)
         return Plan(
             times=torch.cat([n.query, self.end[None]]),
-            start=start.reshape(1),
+            start=start,
             a=a,
             A=zero,
             B=B,
             C=zero[:, :0],
             sampler=f"fitted:{self.sampler}",
             schedule=self.spec,
+            basis=self.basis,
             begin=float(self.top) if self.teleport else None,
+            branches=self.branches,
+            guidance_scale=self.guidance_scale,
         )
 
     def steps(self, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +181,7 @@ class PlanParametrization:
 
         Args:
             theta: parameters.
-            grams: for each row, the mean products (k, k) of x0_j - x0_k, j < k, per entry.
+            grams: for each row, the mean products (k, k) of x0_j - x0_k, j < k, per entry; in a basis (G, k, k).
 
         Returns:
             The parameters of the same plan in the new basis.
@@ -175,9 +190,9 @@ class PlanParametrization:
         for k, gram in enumerate(grams):
             use = self.free[k, :k]
             if use.any():
-                gram = gram[use][:, use]
-                ridge = 1e-6 * gram.diagonal().mean() + 1e-12
-                self.frames[k] = torch.linalg.inv(torch.linalg.cholesky(gram + ridge * torch.eye(len(gram))))
+                gram = gram[..., use, :][..., use]
+                ridge = 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + 1e-12
+                self.frames[k] = torch.linalg.inv(torch.linalg.cholesky(gram + ridge * torch.eye(gram.shape[-1])))
         return self.theta_of(n)
 
     def theta_of(self, n: PlanCoefficients) -> Tensor:
@@ -203,13 +218,18 @@ class PlanParametrization:
         if not torch.allclose(start, sigma / sigma[0], atol=1e-6):
             raise BadInput(f"{base.sampler} is not a solver of the probability-flow ODE: its plan cannot be fitted")
         a, _ = self.steps(base.times)
-        return torch.where(self.free, outputs[1:] - a[:, None] * outputs[:-1], 0.0)
+        D = torch.where(self.free, outputs[1:] - a[:, None] * outputs[:-1], 0.0)
+        return D.reshape(K, K, *[1] * len(self.groups)).expand(K, K, *self.groups).clone()
 
 
-def difference_grams(x0: list[Any]) -> list[Tensor]:
-    """For each row k, the mean products (k, k) per entry of x0_j - x0_k, j < k, of model outputs (B, *S)."""
-    stacked = torch.stack([output.flatten() for output in x0])
-    grams = []
+def difference_grams(x0: list[Any], basis: Basis | None = None) -> list[Tensor]:
+    """For each row k, the mean products (k, k) per entry of x0_j - x0_k, j < k, of model outputs (B, *S); in a basis
+    (G, k, k), each of the directions of one group."""
+    stacked = torch.stack(x0)
+    if basis is not None:
+        grams = [difference_grams(list(stacked[..., basis.index == g])) for g in range(basis.groups)]
+        return [torch.stack(rows) for rows in zip(*grams, strict=True)]
+    stacked, grams = stacked.flatten(1), []
     for k in range(len(x0)):
         off = stacked[:k] - stacked[k]
         grams.append((off @ off.T).cpu().double() / stacked.shape[1])
@@ -226,13 +246,26 @@ def run_plan(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Te
         cond: conditions of the samples.
 
     Returns:
-        The K + 1 states and K model outputs.
+        The K + 1 states and K model outputs; for a plan with a basis (of mean 0) the outputs in its coordinates.
     """
-    states, outputs = [x * plan.start[0]], []
+    evaluate, basis = branch_evaluator(denoiser, plan), plan.basis
+    outputs: list[Tensor] = []
+    if basis is None:
+        states = [x * plan.start[0]]
+        for k in range(plan.nfe):
+            outputs.append(evaluate(k, states[k], plan.times[k], cond))
+            state = plan.a[k] * states[k]
+            for j in range(k + 1):
+                state = state + plan.B[k, j] * outputs[j]
+            states.append(state)
+        return states, outputs
+    u = basis.coordinates(x)
+    u = basis.spread(plan.start[0], u) * u
+    states = [basis.pixels(u)]
     for k in range(plan.nfe):
-        outputs.append(denoiser(states[k], plan.times[k], **cond))
-        state = plan.a[k] * states[k]
+        outputs.append(basis.coordinates(evaluate(k, states[k], plan.times[k], cond).to(x.dtype)))
+        u = basis.spread(plan.a[k], u) * u
         for j in range(k + 1):
-            state = state + plan.B[k, j] * outputs[j]
-        states.append(state)
+            u = u + basis.spread(plan.B[k, j], u) * outputs[j]
+        states.append(basis.pixels(u))
     return states, outputs

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.branches import branch_evaluator
 from ._reference import FineTrajectories
 from ._rows import PlanCoefficients, PlanParametrization, coordinate, time_at
 
@@ -45,26 +46,47 @@ def fit_rows(
     """
     plan, (_, b) = rows.compose(n), rows.steps(n.level)
     start, end, cond = fine.select(samples)
-    x, D = start * plan.start[0], rows.base.clone()
+    evaluate, basis, D = branch_evaluator(denoiser, plan), rows.basis, rows.base.clone()
+    into: Callable[[Tensor], Tensor] = _same if basis is None else basis.coordinates
+    back: Callable[[Tensor], Tensor] = _same if basis is None else basis.pixels
+    groups: list[Any] = [...] if basis is None else [basis.index == g for g in range(basis.groups)]
+    x = into(start * float(plan.start.flatten()[0]))
     outputs: list[Tensor] = []
     for k in range(rows.K):
+        state = back(x)
         batches = [
-            denoiser(x[i : i + batch], n.query[k], **{c: v[i : i + batch] for c, v in cond.items()})
+            evaluate(k, state[i : i + batch], n.query[k], {c: v[i : i + batch] for c, v in cond.items()})
             for i in range(0, len(x), batch)
         ]
-        outputs.append(torch.cat(batches).to(x.dtype))
+        outputs.append(into(torch.cat(batches).to(x.dtype)))
         free = rows.free[k].nonzero().flatten().tolist()
+        a = float(plan.a[k].flatten()[0])
         if free:
-            target = end if k + 1 == rows.K else fine.at(n.level[k + 1], samples)
-            residual = (target - plan.a[k] * x - b[k] * outputs[k]).flatten().double()
-            off = torch.stack([(outputs[j] - outputs[k]).flatten().double() for j in free])
-            gram, right = (off @ off.T).cpu(), (off @ residual).cpu()
-            penalty = (ridge * gram.diagonal().mean() + 1e-30) * torch.eye(len(free), dtype=torch.float64)
-            D[k, free] = torch.linalg.solve(gram + penalty, right + penalty @ D[k, free])
-        x = plan.a[k] * x + (b[k] - D[k].sum()) * outputs[k]
+            target = into(end if k + 1 == rows.K else fine.at(n.level[k + 1], samples))
+            residual = target - a * x - b[k] * outputs[k]
+            off = torch.stack([outputs[j] - outputs[k] for j in free])
+            for g, where in enumerate(groups):
+                of_group, left = (off, residual) if where is ... else (off[..., where], residual[..., where])
+                at = D[k] if where is ... else D[k, :, g]
+                at[free] = _ridge(of_group.flatten(1).double(), left.flatten().double(), at[free], ridge)
+        combined = a * x + b[k] * outputs[k]
         for j in free:
-            x = x + D[k, j] * outputs[j]
-    return n._replace(D=D), x
+            number = D[k, j] if basis is None else basis.spread(D[k, j], x)
+            combined = combined + number * (outputs[j] - outputs[k])
+        x = combined
+    return n._replace(D=D), back(x)
+
+
+def _ridge(off: Tensor, residual: Tensor, before: Tensor, ridge: float) -> Tensor:
+    """The weights (m,) of m rows (m, N) closest to the residual (N,), with a penalty of the distance from `before`."""
+    gram, right = (off @ off.T).cpu(), (off @ residual).cpu()
+    penalty = (ridge * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=torch.float64)
+    return torch.linalg.solve(gram + penalty, right + penalty @ before)
+
+
+def _same(x: Tensor) -> Tensor:
+    """The samples themselves, as coordinates where there is no basis."""
+    return x
 
 
 def pattern_search(

@@ -34,8 +34,9 @@ from ..train.names import class_of, is_number
 from ..utils.config import Config
 from ..utils.environment import cache_folder
 from .distribute import idle_processes, sample_many, saved_batches
-from .prompt_figures import IMAGES_PER_PROMPT, PromptDetails, captions_for
-from .prompts import image_shape, prompts_for
+from .evidence import Evidence, collect_evidence
+from .prompt_figures import IMAGES_PER_PROMPT, PromptDetails, captions_for, diversity_features
+from .prompts import bundled_prompts, image_shape, prompts_for
 from .reference_images import resolve_reference
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ class EvaluateConfig(Config):
         n: number of images, at least 10; better 2000 or more. None: one of each caption of `data`, otherwise 2000.
         reference: bundled statistics, a folder of statistics, or a folder, zip or array of real images, whose
             statistics are computed once; None: the one that the model's card names.
-        features: name of the feature network, or the network itself; None: the reference's.
+        features: name of the feature network, a folder of a CLIP, SigLIP or DINOv2 of transformers, or the network
+            itself; None: the reference's.
         seed: of image 0; image k uses `seed + k`.
         label: of the images, see `Model.labels`.
-        prompts: of a model that takes prompts: image k gets number k mod their count. None: the captions of `data`.
+        prompts: of a model that takes prompts: image k gets number k mod their count. None: the captions of `data`, or
+            without real pictures a bundled list of 200.
         data: of a model that takes prompts: a folder or zip of pictures with captions, which are the reference.
         split: of `data`, the pictures that are held out.
         judge: the features, and what compares images with prompts, see `metrics.text_judge.load_judge`; None: the one
@@ -138,29 +141,42 @@ def evaluate_model(
     seed, batch_size, repeats = evaluation.seed, evaluation.batch_size, evaluation.repeats
     chosen = (evaluation.data, evaluation.split, evaluation.judge)
     captioned = captions_for(model, chosen, (evaluation.reference, evaluation.features), ranks, tell)
+    reference = evaluation.reference or model.card.get("reference")
+    blind = captioned is None and reference is None and model.conditioning is not None
     given = len(captioned.captions) if captioned is not None and evaluation.prompts is None else IMAGES
+    if blind:  # one image of each prompt
+        given = len(evaluation.prompts or bundled_prompts())
     n = max(given, 10) if evaluation.n is None else evaluation.n
     if captioned is not None:
         captioned = captioned.with_baseline(n)
     known_prompts = captioned.prompts(n) if captioned is not None and evaluation.prompts is None else evaluation.prompts
+    if blind and known_prompts is None:
+        known_prompts = bundled_prompts()[:n]
+        tell(f"no prompts were given: {len(known_prompts)} of the bundled list of 200; give --prompts FILE or --data")
     prompts = prompts_for(model, known_prompts, "the evaluation")
     label: Label = evaluation.label if prompts is None else prompts
     if prompts is not None and not model.calibration_prompts:
         calibration = () if captioned is None else captioned.calibration_prompts
         model = replace(model, calibration_prompts=calibration or tuple(dict.fromkeys(prompts)))
-    reference = evaluation.reference or model.card.get("reference")
-    if captioned is None and reference is None:
+    if captioned is None and reference is None and not blind:
         raise BadInput(f"{model.name} names no reference: give --reference, such as a folder of real images")
     config = SamplingConfig.of(config, options)
     precision = ranks.on_main_process(lambda: model.precision_for(config.precision or "fp32", min(n, batch_size)))
     resolved = model.resolve(config, precision=precision)
     labels = None if model.conditioning is not None else model.labels(n, label)
-    if captioned is None:
+    known: Reference | None = None
+    net: nn.Module | None = None
+    evidence: Evidence | None = None
+    if blind:
+        tell("real pictures were not given: how the images differ from a plain pipeline's, hasten compare measures")
+        features, judge = evaluation.features, evaluation.judge
+        evidence = collect_evidence(features, judge, None, None, model.device, tell)
+    elif captioned is None:
         known, net = resolve_reference(reference, evaluation.features, image_shape(model), model.device, ranks, tell)
         assert known is not None and net is not None
     else:
         known, net = captioned.reference, captioned.judge
-    for line in (without_neighbours(n, known), idle_processes(ranks, n, batch_size)):
+    for line in (known and without_neighbours(n, known), idle_processes(ranks, n, batch_size)):
         if line:
             tell(line)
     blocks, details = [], PromptDetails()
@@ -176,13 +192,20 @@ def evaluate_model(
             )  # fmt: skip
         assert x is not None
         seeds = range(first, first + n)
-        if captioned is None:
+
+        def extra(count: int, texts: Sequence[str], start: int) -> Tensor | None:
+            return sample_many(model, count, list(texts), start, batch_size, ranks=ranks, config=resolved)
+
+        if evidence is not None:
+            per_prompt, features = evaluation.images_per_prompt, evidence.net
+            groups = None
+            if per_prompt > 1 and features is not None:
+                groups = diversity_features(features, x, prompts or [], first, extra, per_prompt)
+            blocks.append(evidence.measures(x, prompts or [], seeds, groups) if ranks.is_main_process else None)
+        elif captioned is None:
+            assert net is not None
             blocks.append(evaluate_distributed(x, labels, net, known, seeds, ranks, model.classes))
         else:
-
-            def extra(count: int, texts: Sequence[str], start: int) -> Tensor | None:
-                return sample_many(model, count, list(texts), start, batch_size, ranks=ranks, config=resolved)
-
             measured = details.measure(captioned, x, prompts or [], seeds, extra, evaluation.images_per_prompt)
             blocks.append(measured if ranks.is_main_process else None)
         ranks.barrier()

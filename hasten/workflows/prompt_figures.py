@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
@@ -55,8 +55,7 @@ def captions_for(
         report: receives lines on what is there.
 
     Raises:
-        BadInput: for data without a judge, a judge without data, both data and a reference, and for a model that takes
-            no prompts.
+        BadInput: for data without a judge, both data and a reference, and for a model that takes no prompts.
     """
     (data, split, judge), (reference, features) = chosen, others
     if model.conditioning is None:
@@ -70,8 +69,6 @@ def captions_for(
         if reference is not None or judge is None:
             return None
         found = None if isinstance(judge, TextJudge) else bundled_captions(judge, model.device)
-        if found is None and chosen[2] is not None:
-            raise BadInput(f"the judge {judge} needs pictures with captions: give --data FOLDER")
         if found is not None:
             report("without --data FOLDER images are not compared with their nearest training pictures")
         return found
@@ -131,8 +128,9 @@ def measure_prompts(
 
 
 def diversity_features(
-    judge: TextJudge, images: Tensor, prompts: Sequence[str], seed: int, sample: Sampler, per_prompt: int
-) -> Tensor | None:
+    judge: nn.Module, images: Tensor, prompts: Sequence[str], seed: int, sample: Sampler, per_prompt: int,
+    limit: int = DIVERSITY_PROMPTS,
+) -> Tensor | None:  # fmt: skip
     """Features of several images of each of the first prompts, for `prompt_diversity`.
 
     Image m of prompt j is image `j + m len(prompts)` of a longer run: it is taken from `images` where they hold it, and
@@ -145,11 +143,12 @@ def diversity_features(
         seed: of image 0.
         sample: `sample(n, prompts, seed)` gives n further images, or None in processes that do not need them.
         per_prompt: images of each, at least 2.
+        limit: prompts at most.
 
     Returns:
         (prompts, per_prompt, D); None where `sample` gave None.
     """
-    count = min(len(prompts), DIVERSITY_PROMPTS)
+    count = min(len(prompts), limit)
     rows = []
     for m in range(per_prompt):
         first = m * len(prompts)

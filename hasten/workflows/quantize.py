@@ -162,7 +162,7 @@ def quantize_model(
     that the same call, repeated after an interruption, resumes and ends with the same weights.
 
     Args:
-        model: the model in floating point.
+        model: the model in floating point; one of prompts is calibrated on its `calibration_prompts`.
         out: the folder to write.
         config: bits, rounding and calibration; None: 8 bits.
         sampling: of the calibration samples; None: the model's defaults.
@@ -188,7 +188,7 @@ def quantize_model(
         raise BadInput("give minutes or iterations, not both")
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
         raise BadInput(f"minutes must be positive, got {minutes}")
-    check_savable(model, network=False)
+    check_savable(model, network=False, integers=True)
     check_weights(model.denoiser, model.name)
     out, start = Path(out), time.perf_counter()
     settings = model.resolve(sampling).settings()
@@ -201,6 +201,8 @@ def quantize_model(
         "sampling": setting,
         "minutes": minutes,
     }
+    if model.conditioning is not None:
+        run["prompts"] = list(model.calibration_prompts)
     record = unfinished_run(out / RUN, run, iterations_of)
     if record is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}

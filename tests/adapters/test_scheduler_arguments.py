@@ -119,8 +119,7 @@ def test_the_shift_of_a_size(time_shift_type: str) -> None:
         theirs.set_timesteps(sigmas=sigmas, mu=mu)
         ours.set_timesteps(5, mu=mu)  # trailing is what such pipelines give as sigmas
         assert torch.allclose(ours.timesteps, theirs.timesteps, atol=1e-3)
-        with pytest.warns(UserWarning, match="in place of times='trailing'"):
-            ours.set_timesteps(sigmas=sigmas, mu=mu, device="cpu")
+        ours.set_timesteps(sigmas=sigmas, mu=mu, device="cpu")
         assert torch.allclose(ours.timesteps, theirs.timesteps, atol=1e-3)
         assert torch.allclose(ours.sigmas, theirs.sigmas, atol=1e-6)
         theirs.set_timesteps(5, mu=mu)

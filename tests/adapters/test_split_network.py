@@ -43,10 +43,13 @@ def check(split: SplitNetwork, x: Tensor, time: Tensor, theirs: Tensor, **cond: 
     assert torch.equal(split.decode(skips, middle, emb), theirs)
     assert all(torch.equal(a, b) for a, b in zip(skips, copies)), "decode changed the skips"
     if hasattr(split, "deep"):
-        first = split.shallow_encode(x, emb)
-        copies = [skip.clone() for skip in first]
-        assert torch.equal(split.shallow_decode(first, split.deep(first, emb), emb), theirs)
-        assert all(torch.equal(a, b) for a, b in zip(first, copies)), "deep changed the first skips"
+        for branch in (None, *range(split.branches + 1)):
+            first = split.shallow_encode(x, emb, branch)
+            assert len(first) == 1 + (split.branches if branch is None else branch)
+            copies, up_input = [skip.clone() for skip in first], split.deep(first, emb)
+            assert torch.equal(split.shallow_decode(first, up_input, emb), theirs)
+            assert all(torch.equal(a, b) for a, b in zip(first, copies)), "deep changed the first skips"
+            assert not torch.equal(split.shallow_decode(first, 2 * up_input, emb), theirs)
     # twice the batch, by what an accelerator may do with an embedding
     twice = tree_map(lambda value: torch.cat([value, value]), emb)
     both = split.decode([torch.cat([s, s]) for s in skips], torch.cat([middle, middle]), twice)
@@ -102,6 +105,13 @@ def test_unet2d(changes: dict[str, Any]) -> None:
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
             "center_input_sample": True,
+        },
+        {  # as DeepFloyd IF
+            "layers_per_block": 2,
+            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            "resnet_time_scale_shift": "scale_shift",
         },
         {"addition_embed_type": "text", "cross_attention_dim": 64, "time_embedding_act_fn": "silu"},
         {"encoder_hid_dim": 12, "encoder_hid_dim_type": "text_proj"},
@@ -174,8 +184,13 @@ def test_controlnet_and_adapter_residuals() -> None:
     assert torch.equal(split.encode(x, controlled)[0][1], skips[1] + residuals[1])  # cached with the features
     adapters = [torch.randn(B, 16, 8, 8), torch.randn(B, 32, 4, 4)]
     theirs = net(x, time, encoder_hidden_states=text(), down_intrablock_additional_residuals=[*adapters]).sample
-    ours = split(x, time, text=text(), **{f"adapter_{k}": adapter for k, adapter in enumerate(adapters)})
-    assert torch.equal(ours, theirs)
+    ours = {f"adapter_{k}": adapter for k, adapter in enumerate(adapters)}
+    assert torch.equal(split(x, time, text=text(), **ours), theirs)
+    emb = split.embed(time, text=text(), **ours)
+    first = split.shallow_encode(x, emb, 0)
+    assert torch.equal(split.shallow_decode(first, split.deep(first, emb), emb), theirs)
+    with pytest.raises(BadInput, match="use it with branch=0 to 0"):
+        split.shallow_encode(x, emb)
 
 
 @torch.no_grad()

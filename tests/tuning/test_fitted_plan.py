@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,10 +24,11 @@ from hasten.schedules import EDM, Discrete, Flow, Schedule, VPCosine, VPLinear
 from hasten.times import UniformLambda, UniformTime
 from hasten.tuning import TuningTask
 from hasten.tuning._finish import fit_last_row, image_statistics
+from hasten.tuning._fit import PlanFit
 from hasten.tuning._reference import fine_trajectories
 from hasten.tuning._rows import PlanParametrization, difference_grams, run_plan
 from hasten.tuning._sweep import fit_rows
-from hasten.tuning.fitted_plan import FittedPlan, _Fit
+from hasten.tuning.fitted_plan import FittedPlan
 
 F64 = torch.float64
 SCHEDULES = {
@@ -106,7 +108,7 @@ def test_the_gradient_is_the_difference_quotient(schedule: Schedule) -> None:
         plan(UniPC(2), schedule, UniformLambda(start=0.9, low=0.05)(schedule, 4)), top=schedule.t_max
     )
     model = m2(schedule)
-    fit = _Fit(FittedPlan(held_out=2, fine=12, warm=0), task(model, 4, n=6))
+    fit = PlanFit(FittedPlan(held_out=2, fine=12, warm=0), task(model, 4, n=6))
     x, _, _ = fit.fine.select(fit.calibration)
     outputs = run_plan(rows.plan(rows.initial), model, x)[1]
     theta = rows.whiten(rows.initial, difference_grams(outputs)) + 0.01
@@ -153,8 +155,8 @@ def test_fine_trajectories_can_be_read_in_between() -> None:
 def test_least_squares_rows_are_the_least_squares() -> None:
     """With the answers of the rows before it, no other weights of sum 1 bring the next state closer."""
     model = m2(VPLinear())
-    fit = _Fit(FittedPlan(gradient="frozen", held_out=8, fine=48), task(model, 4, n=64))
-    rows = fit.rows(UniformLambda(start=0.9, low=0.02)(model.schedule, 4))
+    fit = PlanFit(FittedPlan(gradient="frozen", held_out=8, fine=48), task(model, 4, n=64))
+    rows = fit.rows(plan(UniPC(2), model.schedule, UniformLambda(start=0.9, low=0.02)(model.schedule, 4)))
     numbers, result = fit_rows(rows, rows.coefficients(rows.initial), fit.fine, fit.calibration, model, 64, 0.0)
     output = rows.compose(numbers)
     start, end, _ = fit.fine.select(fit.calibration)
@@ -167,6 +169,36 @@ def test_least_squares_rows_are_the_least_squares() -> None:
             D[k, j] += sign * 1e-3
             other = rows.compose(numbers._replace(D=D))
             assert (run_plan(other, model, start)[0][k + 1] - aim).square().mean() > best
+
+
+def test_rows_in_a_basis_are_exact_for_constant_x0_and_least_squares() -> None:
+    """Coefficients for each group of directions: rows stay exact, groups are apart, and each is fitted by itself."""
+    model = m2(VPLinear())
+    fit = PlanFit(FittedPlan(held_out=8, fine=48, directions=2), task(model, 4, n=64))
+    assert fit.basis is not None and fit.basis.groups == 2 and not fit.basis._centred
+    compiled = plan(UniPC(2), model.schedule, UniformLambda(start=0.9, low=0.02)(model.schedule, 4))
+    rows, plain = fit.rows(compiled), PlanParametrization(compiled, top=1.0)
+    start = fit.fine.select(fit.calibration)[0]
+    torch.testing.assert_close(rows.plan(rows.initial)(model, start), plain.plan(plain.initial)(model, start))
+    theta = rows.initial + 0.1 * torch.randn(len(rows.initial), generator=torch.Generator().manual_seed(0), dtype=F64)
+    x = torch.tensor([[1.0, -0.7]], dtype=F64)
+    torch.testing.assert_close(rows.plan(theta)(lambda z, t: x, x), x, rtol=0, atol=1e-12)
+    states, outputs = run_plan(rows.plan(theta), model, start)
+    torch.testing.assert_close(rows.plan(theta)(model, start), states[-1])
+    whitened = rows.whiten(theta, difference_grams(outputs, fit.basis))
+    torch.testing.assert_close(run_plan(rows.plan(whitened), model, start)[0][-1], states[-1])
+    numbers, result = fit.least_squares(rows, rows.coefficients(rows.initial))
+    torch.testing.assert_close(run_plan(rows.compose(numbers), model, start)[0][-1], result)
+    n, end = fit.calibration.stop, fit.fine.end[fit.calibration]
+
+    def last_row(D: Tensor) -> float:
+        return float((run_plan(rows.compose(numbers._replace(D=D)), model, start)[0][-1] - end).square().sum()) / n
+
+    for j, g, sign in itertools.product(range(3), range(2), (1, -1)):
+        D = numbers.D.clone()
+        D[3, j, g] += sign * 1e-3
+        assert last_row(D) > last_row(numbers.D) - 1e-9
+    assert Plan.from_json(rows.compose(numbers).to_json()).basis == fit.basis
 
 
 # ---- the fit ------------------------------------------------------------------------------------------------------
@@ -205,7 +237,7 @@ def test_a_mixture_on_other_noises(gradient: str, schedule: Schedule, times: int
     assert after < before / times, (float(after), float(before))
     assert figures["held_out_rms"] < figures["held_out_rms_of_start"] < figures["held_out_rms_of_sampler"]
     back = Plan.from_json(output.to_json())
-    assert back.sampler == "fitted:unipc" and back.to_json() == output.to_json() and back.nfe == 5
+    assert back.sampler.startswith("fitted:") and back.to_json() == output.to_json() and back.nfe == 5
     assert torch.equal(draw(model, None, None, test, plan=back), draw(model, None, None, test, plan=output))
 
 
@@ -254,7 +286,9 @@ def test_a_small_network(gradient: str) -> None:
         labels=lambda n: torch.arange(n) % 3,
     )
     before = [p.clone() for p in net.parameters()]
-    tuned = FittedPlan(gradient=gradient, held_out=12, fine=16, iterations=6, warm=1, check=2, batch=8).tune(about)
+    tuned = FittedPlan(
+        gradient=gradient, held_out=12, fine=16, iterations=6, warm=1, check=2, batch=8, search="sampler"
+    ).tune(about)
     assert tuned.figures["held_out_rms"] < 0.7 * tuned.figures["held_out_rms_of_sampler"]
     assert tuned.plan is not None and not tuned.plan.a.requires_grad
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
@@ -289,11 +323,47 @@ def test_the_finish_keeps_the_plan_consistent() -> None:
     about = TuningTask(
         model, UniPC(2), UniformLambda(low=0.05)(model.schedule, 3), (1, 8, 8), n=4, images=lambda n: (real, None)
     )
-    options = {"gradient": "frozen", "held_out": 4, "fine": 8, "iterations": 1, "batch": 250}
+    options = {"gradient": "frozen", "held_out": 4, "fine": 8, "iterations": 1, "batch": 250, "search": "sampler"}
     plain, done = (FittedPlan(**options, **more).tune(about).plan for more in ({}, {"finish": 3.0}))
     assert plain is not None and done is not None
     assert torch.equal(plain.B[:-1], done.B[:-1]) and not torch.equal(plain.B[-1], done.B[-1])
     assert float(done.B[-1].sum()) == pytest.approx(1.0, abs=1e-12) and done.begin == plain.begin == 1.0
+
+
+def test_it_is_never_behind_a_fixed_grid_by_the_figure_that_is_named() -> None:
+    """Whatever the fit gives, here after no useful iteration: the best of the fixed grids is kept, by that figure."""
+    model = m2(VPLinear())
+    about, candidates = task(model, 6, n=32), []
+    for figure, quantile in (("mean", None), ("q90", 0.9)):
+        options = FittedPlan(figure=figure, held_out=64, fine=24, iterations=1, warm=0, batch=256)
+        fit = PlanFit(options, about)
+        candidates = candidates or list(options.candidates(fit, about))
+        assert len(candidates) > 30 and len({name.split(" ")[0] for name, _ in candidates}) == 5
+        tuned = fit.run(candidates, options.baseline(about))
+        assert tuned.plan is not None
+        squares = (run_plan(tuned.plan, model, fit.fine.start)[0][-1] - fit.fine.end)[32:].square().mean(1)
+        value = float((squares.mean() if quantile is None else squares.quantile(quantile)).sqrt())
+        assert tuned.figures[f"held_out_{figure}"] == pytest.approx(value)
+        starts = fit.starts(candidates[:6], fit.calibration)
+        assert value <= min(fit.figure(rows.plan(rows.initial)) for _, rows in starts) + 1e-12
+
+
+def test_hard_starts_are_half_of_the_calibration_and_weigh_as_the_pool() -> None:
+    """Means over the chosen samples are those over the pool; half of them are those with the largest errors."""
+    model = m2(VPLinear())
+    options = FittedPlan(held_out=8, fine=32, pool=400, batch=512)
+    about = task(model, 4, n=40)
+    fit, whole = PlanFit(options, about), PlanFit(replace(options, pool=0), replace(about, n=400))
+    rows = whole.rows(plan(UniPC(2), model.schedule, about.times))
+    squares = (run_plan(rows.plan(rows.initial), model, whole.fine.start)[0][-1] - whole.fine.end).square().mean(1)
+    fit.draw_hard_starts(rows)
+    chosen = (run_plan(rows.plan(rows.initial), model, fit.fine.start)[0][-1] - fit.fine.end).square().mean(1)[:40]
+    assert float(fit.weight.sum()) == pytest.approx(40)
+    hardest = squares[:400].sort(descending=True).values[:20]
+    torch.testing.assert_close(chosen.sort(descending=True).values[:20], hardest)
+    hard = chosen >= hardest[-1]
+    torch.testing.assert_close(fit.weight, torch.where(hard, 40 / 400, 380 / 20 * 40 / 400).double())
+    torch.testing.assert_close(fit.fine.end[40:], whole.fine.end[400:])
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -318,6 +388,9 @@ def test_an_end_above_zero_is_kept() -> None:
         ({"answers": 0}, UniPC(), "at least 1"),
         ({"finish": 3.0}, UniPC(), "real images"),
         ({"finish": 0.0}, UniPC(), "positive"),
+        ({"figure": "q"}, UniPC(), "mean, median or a quantile"),
+        ({"search": "al"}, UniPC(), "did you mean 'all'"),
+        ({"directions": 2, "finish": 1.0}, UniPC(), "no finish together with directions"),
         ({}, DDPM(), "deterministic"),
     ],
 )

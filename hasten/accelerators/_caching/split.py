@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from ...errors import BadInput
 
 __all__ = [
+    "BlocksSplit",
+    "SplitPoint",
     "TransformerSplit",
     "UNetSplit",
     "has_attributes",
@@ -44,13 +46,18 @@ class UNetSplit:
         Args:
             x: (B, *S), the input at any of them.
             time: (s B,), of s time steps.
-            cond: repeated s times along the batch.
+            cond: of one of them, for B rows.
         """
-        return self.net.embed(time, **cond)
+        return self.net.embed(time, **repeat_batch(cond, len(time) // len(x), len(x)))
 
     def encode(self, entry: Any, emb: Any) -> Any:
         """The features to reuse: skips and middle."""
         return self.net.encode(entry, emb)
+
+    def evaluate(self, entry: Any, emb: Any) -> tuple[Any, Tensor]:
+        """The features to reuse, and the raw output."""
+        features = self.encode(entry, emb)
+        return features, self.decode(features, emb)
 
     def decode(self, features: Any, emb: Any) -> Tensor:
         """The raw output (B, *S)."""
@@ -75,15 +82,57 @@ class TransformerSplit:
 
     def emb(self, x: Tensor, time: Tensor, cond: Condition) -> Any:
         """The embedding at several time steps, see `UNetSplit.emb`."""
-        return self.net.embed(repeat_batch(x, len(time) // len(x)), time, **cond)[1]
+        count = len(time) // len(x)
+        return self.net.embed(repeat_batch(x, count), time, **repeat_batch(cond, count, len(x)))[1]
 
     def encode(self, entry: Any, emb: Any) -> Any:
         """The features to reuse: the tokens after the first blocks."""
         return self.net.run(0, self.first, entry, emb)
 
+    def evaluate(self, entry: Any, emb: Any) -> tuple[Any, Tensor]:
+        """The features to reuse, and the raw output."""
+        features = self.encode(entry, emb)
+        return features, self.decode(features, emb)
+
     def decode(self, features: Any, emb: Any) -> Tensor:
         """The raw output (B, *S)."""
         return self.net.finish(self.net.run(self.first, self.depth, features, emb), emb)
+
+
+class BlocksSplit:
+    """A network of which only whole evaluations and those from features are known, split after its first blocks.
+
+    Args:
+        net: with `inputs`, `repeated_inputs`, `evaluate_blocks` and `decode_blocks` (`SplitBlocks`).
+        first: how many blocks are the encoder; None: of a U-Net.
+    """
+
+    def __init__(self, net: Any, first: int | None) -> None:
+        self.net, self.first = net, first
+
+    def enter(self, x: Tensor, time: Tensor, cond: Condition) -> tuple[Any, Any]:
+        """The inputs, twice."""
+        inputs = self.net.inputs(x, time, cond)
+        return inputs, inputs
+
+    def emb(self, x: Tensor, time: Tensor, cond: Condition) -> Any:
+        """The inputs at several time steps, see `UNetSplit.emb`."""
+        return self.net.repeated_inputs(x, time, cond)
+
+    def encode(self, entry: Any, emb: Any) -> Any:
+        """The features to reuse: outputs of the first blocks."""
+        return self.evaluate(entry, emb)[0]
+
+    def evaluate(self, entry: Any, emb: Any) -> tuple[Any, Tensor]:
+        """The features to reuse, and the raw output, in one evaluation."""
+        return self.net.evaluate_blocks(self.first, emb)
+
+    def decode(self, features: Any, emb: Any) -> Tensor:
+        """The raw output (B, *S)."""
+        return self.net.decode_blocks(self.first, features, emb)
+
+
+SplitPoint = UNetSplit | TransformerSplit | BlocksSplit
 
 
 def has_attributes(net: nn.Module, *names: str) -> bool:
@@ -91,7 +140,7 @@ def has_attributes(net: nn.Module, *names: str) -> bool:
     return all(hasattr(net, name) for name in names)
 
 
-def split_point_of(net: nn.Module, who: str, first: int | None) -> UNetSplit | TransformerSplit:
+def split_point_of(net: nn.Module, who: str, first: int | None) -> SplitPoint:
     """The network's split point.
 
     Args:
@@ -101,21 +150,35 @@ def split_point_of(net: nn.Module, who: str, first: int | None) -> UNetSplit | T
     Raises:
         BadInput: for a network without a split point, and for `first` of one without blocks.
     """
+    any_net: Any = net
     if has_attributes(net, "embed", "run", "finish", "blocks"):
-        blocks: Any = net.blocks
-        depth = len(blocks)
-        first = round(depth * 18 / 28) if first is None else first
-        if not 1 <= first < depth:
-            raise BadInput(f"{who}: the encoder is 1 to {depth - 1} of this network's {depth} blocks, found {first}")
-        return TransformerSplit(net, first)
+        return TransformerSplit(net, _encoder_depth(len(any_net.blocks), who, first))
+    by_blocks = has_attributes(net, "evaluate_blocks", "decode_blocks", "depth")
+    if by_blocks and not hasattr(type(net), "evaluate_blocks"):  # a wrapper, which would be bypassed
+        raise BadInput(
+            f"{who}: this network is split by its blocks, and cannot be compiled or have several time groups too: "
+            f"use {who} alone, or quantize with groups=1"
+        )
+    if by_blocks and any_net.depth is not None:
+        return BlocksSplit(net, _encoder_depth(any_net.depth, who, first))
     if first is not None:
         raise BadInput(f"{who}: first is for transformers, {type(net).__name__} has no blocks: do not set it")
+    if by_blocks:
+        return BlocksSplit(net, None)
     if has_attributes(net, "embed", "encode", "decode"):
         return UNetSplit(net)
     raise BadInput(
         f"{who}: {type(net).__name__} has no split point: supported are a U-Net with embed, encode and decode, and a "
         "transformer with embed, blocks, run and finish"
     )
+
+
+def _encoder_depth(depth: int, who: str, first: int | None) -> int:
+    """How many of `depth` blocks are the encoder: `first`, by default 18 of 28."""
+    first = round(depth * 18 / 28) if first is None else first
+    if not 1 <= first < depth:
+        raise BadInput(f"{who}: the encoder is 1 to {depth - 1} of this network's {depth} blocks, found {first}")
+    return first
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -91,6 +91,11 @@ class FeatureReuse(Wrapper):
         """
         return 1 / (1 - fraction * (1 - len(self.keys) / len(self.times)))
 
+    @property
+    def next_is_key(self) -> bool:
+        """Whether the next evaluation is a key step, as long as its conditions are those of the last one."""
+        return not self._cache or self._at in self._is_key
+
     def store(self, k: int, features: Any) -> None:
         """Cache the features of key step k, and those of the key steps before that the extrapolation uses."""
         earlier = self._cache[-(self.extrapolation.history - 1) :] if self.extrapolation.history > 1 else []

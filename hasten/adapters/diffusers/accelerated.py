@@ -14,12 +14,16 @@ from torch import nn
 
 from ...accelerators import WRAP, Call, ordered, with_defaults
 from ...errors import BadInput
+from ...nets.time_groups import TimeGroups
 from ...pick import format_spec
 from ...times import Explicit
 from .accelerated_forward import AcceleratedForward
 from .calibration import record_model_calls, record_pipeline_calls
 from .calls import argument_reader
+from .controlnets import reuse_controlnet
+from .hooks import check_hooks
 from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
+from .split_network import SideInputs
 from .wrap import split_network
 
 __all__ = ["Accelerated"]
@@ -41,9 +45,20 @@ class Accelerated:
 
     @staticmethod
     def wrap_pipeline(
-        pipe: Any, slot: str, net: nn.Module, accelerators: Sequence[Any], steps: int, seed: int, prompts: Any
+        pipe: Any,
+        slot: str,
+        net: nn.Module,
+        accelerators: Sequence[Any],
+        steps: int,
+        seed: int,
+        prompts: Any,
+        bounds: Sequence[float] | None = None,
     ) -> Any:
-        """A copy of the pipeline with the accelerated network in `slot`."""
+        """A copy of the pipeline with the accelerated network in `slot`.
+
+        Args:
+            bounds: of a network in integers: those of its time groups.
+        """
         component = vars(pipe).get(slot)
         if isinstance(component, Accelerated):
             raise BadInput(
@@ -59,8 +74,13 @@ class Accelerated:
         vars(new)[slot] = module  # not by setattr, which would change the pipeline's config: it is saved as before
         forward: AcceleratedForward = vars(module)["accelerated_forward"]
         forward.owner = weakref.ref(new)
-        forward.calls = lambda times, all_times: pipeline_calls(pipe, times, all_times, prompts, seed)
+        if bounds is not None:
+            forward.source = forward.spec.denoiser(TimeGroups(forward.network, bounds)).eval()
+        forward.calls = lambda times, all_times: pipeline_calls(
+            pipe, times, all_times, prompts, seed, forward.side_inputs
+        )
         forward.prepare(steps)
+        reuse_controlnet(new, forward)
         if getattr(new, "_all_hooks", None):
             new.maybe_free_model_hooks()  # installs the original's offloading hooks
         return new
@@ -108,6 +128,7 @@ def accelerated(net: nn.Module, accelerators: Sequence[Any], scheduler: Any) -> 
     split_network(net)  # first: refuses unknown networks
     check_text_conditioning(net)
     accelerators, patch = ordered(accelerators), replaced_forward(net)
+    check_hooks(net, accelerators, warn=True)
     for one in accelerators:
         if with_defaults(one).inject:
             raise BadInput(
@@ -191,7 +212,12 @@ def accelerated_class(kind: Any) -> type[Accelerated]:
 
 
 def pipeline_calls(
-    pipe: Any, times: tuple[float, ...], all_times: tuple[float, ...], prompts: Any, seed: int
+    pipe: Any,
+    times: tuple[float, ...],
+    all_times: tuple[float, ...],
+    prompts: Any,
+    seed: int,
+    side_inputs: SideInputs | None = None,
 ) -> Callable[[int, int], list[Call]] | None:
     """`SamplingContext.calls` for a pipeline: the inputs of its network when DDIM samples.
 
@@ -201,6 +227,7 @@ def pipeline_calls(
         all_times: of the sampling.
         prompts: of the images, or a function that calls the pipeline.
         seed: of the first image.
+        side_inputs: of the split network, see `record_pipeline_calls`.
 
     Returns:
         None where the network has conditions that hasten cannot provide (an image to inpaint).
@@ -210,7 +237,7 @@ def pipeline_calls(
 
     if callable(prompts):
         net = network_of(pipe)[1]
-        return record_pipeline_calls(pipe, prompts, net, argument_reader(type(net)), seed)
+        return record_pipeline_calls(pipe, prompts, net, argument_reader(type(net)), seed, side_inputs)
     try:
         model = load_pipeline(pipe)
     except BadInput:

@@ -16,11 +16,14 @@ from ...denoiser import reset
 from ...errors import BadInput
 from ...nets.copies import copy_modules
 from ...pick import format_spec
-from .calls import RESIDUAL_PREFIXES, argument_reader, network_output, raw_output
+from .calls import argument_reader, is_residual, network_output, raw_output
+from .hooks import check_hooks
 from .network import ExchangedLayers, changed, sample_parameters, structure, without_hooks
 from .schedules import SchedulerSpec, read_scheduler, set_steps
+from .split_blocks import OWN_TIME, SplitBlocks
 from .split_network import SplitNetwork
-from .timeline import Timeline, single_timestep
+from .time_scale import scheduler_timestep
+from .timeline import Branches, Timeline, single_timestep
 from .wrap import split_network
 
 __all__ = ["AcceleratedForward"]
@@ -65,12 +68,13 @@ class AcceleratedForward:
         self.source.training = False
         self.layers = ExchangedLayers(core)
         self.calls: Callable[..., Callable[[int, int], list[Call]] | None] = lambda times, all_times: None
-        self.timeline = Timeline()
+        self.branches = Branches()
         self.base: Any = None
         self.base_state: Any = None
         self.cache: dict[Any, Any] = {}
         self.warned: set[str] = set()
         self.denoiser: Any = None
+        self.denoisers: dict[int, Any] = {}  # by branch of guidance, where a pipeline evaluates them one by one
         self._spec: SchedulerSpec | None = None
 
     def prepare(self, steps: int) -> None:
@@ -113,14 +117,31 @@ class AcceleratedForward:
         return_dict = arguments.pop("return_dict", True)
         x, timestep, cond = self.reader(arguments)
         # residuals of the encoder's features change at every evaluation: accelerators must not see them as conditions
-        residuals = {name: cond.pop(name) for name in list(cond) if name.startswith(RESIDUAL_PREFIXES)}
+        residuals = {name: cond.pop(name) for name in list(cond) if is_residual(name)}
         scheduler = self._scheduler()
-        if self.timeline.advance(scheduler, timestep):
+        if isinstance(self.network, SplitBlocks):
+            residuals[OWN_TIME] = timestep
+            timestep = self._scheduler_timestep(timestep, x)
+        if self.branches.advance(scheduler, timestep, x):
             self._begin()
+        self.denoiser = self.denoisers[self.branches.current]
         t = self._time(timestep)
         with self.side_inputs.using(residuals), self.layers.exchanged():
             raw = raw_output(self.denoiser, x, t, cond)
-        return network_output(self.core, raw) if return_dict else (raw,)
+        output_class = getattr(self.network, "output_class", None)
+        return network_output(self.core, raw, output_class) if return_dict else (raw,)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where the sampling is, in the present branch of guidance."""
+        return self.branches.timeline
+
+    def _scheduler_timestep(self, timestep: Any, x: Tensor) -> Any:
+        """The scheduler's timestep for a time of a network whose pipeline may scale it."""
+        at, scheduler = self.branches.timelines[0], self._scheduler()
+        known = at.done > 0 and at.begin >= 0 and at.table is scheduler.timesteps
+        expected = at.begin + at.done - self.branches.repeats(x) if known else None
+        return scheduler_timestep(timestep, scheduler, self.core, self.side_inputs, expected)
 
     def _time(self, timestep: Any) -> Tensor:
         """t in [0, 1] of this evaluation."""
@@ -130,6 +151,7 @@ class AcceleratedForward:
 
     def _begin(self) -> None:
         """Begin a sampling: check that the network is unchanged, and reset the accelerators' state."""
+        check_hooks(self.core, self.accelerators)
         if self.layers.outdated():
             names = ", ".join(format_spec(one) for one in self.swapping)
             raise BadInput(
@@ -149,8 +171,9 @@ class AcceleratedForward:
         at, spec = self.timeline, self._current_spec()
         all_times = tuple(spec.time(torch.tensor(at.values, dtype=torch.float64)).tolist())
         times = all_times[at.begin :] if at.begin >= 0 else None
-        self.denoiser = self._cached_denoiser(times, all_times, self._applicable(times))
-        reset(self.denoiser)
+        denoiser = self._cached_denoiser(times, all_times, self._applicable(times))
+        self.denoisers[self.branches.current] = denoiser
+        reset(denoiser)
 
     def _cached_denoiser(
         self, times: tuple[float, ...] | None, all_times: tuple[float, ...], wrapping: list[Any]
@@ -163,7 +186,7 @@ class AcceleratedForward:
             wrapping: accelerators of the last stage.
         """
         self._renew()
-        key = times, len(wrapping)
+        key = times, len(wrapping), self.branches.current
         if key in self.cache:
             self.cache[key] = denoiser = self.cache.pop(key)  # ordered by last use
             return denoiser

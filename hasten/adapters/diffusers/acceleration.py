@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ...accelerators import EXCHANGE, with_defaults
+from ...accelerators._diffusers_cache import DiffusersCache
 from ...errors import BadInput
 from ...pick import format_spec
 from .accelerated import Accelerated
+from .accelerator_list import parse_accelerators
 from .arguments import check_count
 from .library import is_pipeline, network_of
+from .native_caches import cached_pipeline, check_no_cache
+from .quantized_pipelines import save_quantized
 
 
 def accelerate(target: Any, accelerators: Any, context: Any = None, **options: Any) -> Any:
@@ -47,25 +50,6 @@ def accelerate(target: Any, accelerators: Any, context: Any = None, **options: A
             f"accelerate takes a Denoiser, or a pipeline of diffusers with steps= and prompts=, found {present}"
         )
     return accelerate_denoiser(target, parse_accelerators(accelerators), context)
-
-
-def parse_accelerators(accelerators: Any) -> list[Any]:
-    """A list of accelerators from one or several, as objects or texts.
-
-    Raises:
-        BadInput: for other objects.
-    """
-    from ...pick import pick
-
-    if isinstance(accelerators, str) or not isinstance(accelerators, Iterable):
-        accelerators = [accelerators]
-    methods = [pick("accelerators", one) if isinstance(one, str) else one for one in accelerators]
-    for one in methods:
-        if isinstance(one, (type, nn.Module)) or not callable(getattr(one, "apply", None)):
-            raise BadInput(
-                f"accelerators are objects of hasten.accelerators or texts such as 'deep_cache', found {one!r}"
-            )
-    return methods
 
 
 def accelerate_pipeline(
@@ -104,7 +88,12 @@ def accelerate_pipeline(
         raise BadInput("use prompts=, or calls=, a function of the pipeline such as lambda pipe: pipe('a cat')")
     methods = parse_accelerators(accelerators)
     steps = 50 if steps is None else check_count("steps", steps)
+    if any(isinstance(one, DiffusersCache) for one in methods):
+        cached = cached_pipeline(pipe, methods, steps, seed, prompts, calls)
+        vars(cached)["save_pretrained"] = partial(save_accelerated, cached, methods, False)
+        return cached
     slot, net = network_of(pipe)
+    check_no_cache(slot, net)
     fast = Accelerated.wrap_pipeline(pipe, slot, net, methods, steps, seed, prompts if calls is None else calls)
     other_weights = any(with_defaults(one).stage == EXCHANGE for one in methods)
     for target in (fast, vars(fast)[slot]) if other_weights else (fast,):  # not by their own __setattr__
@@ -117,15 +106,26 @@ def save_accelerated(
 ) -> Any:
     """`save_pretrained` of an accelerated pipeline or its network: without the accelerators, with a warning.
 
+    A quantised pipeline is written in hasten's own form, since a folder of diffusers cannot hold integer layers:
+    `hasten.open_quantized` opens it.
+
     Raises:
-        BadInput: where accelerators replaced the weights: a folder of `diffusers` cannot hold integer layers.
+        BadInput: for the quantised network alone, and where it cannot be saved, see `save_quantized`.
     """
     names = [format_spec(one) for one in accelerators]
     again = f"hasten.accelerate(pipe, {names!r}) after loading"
+    if other_weights and is_pipeline(target):
+        if more or options:
+            raise BadInput(f"save_pretrained of a quantised pipeline takes only the folder, found {[*more, *options]}")
+        save_quantized(target, folder)
+        unsaved = [format_spec(one) for one in accelerators if with_defaults(one).stage != EXCHANGE]
+        wrapping = f", {unsaved!r}" if unsaved else ""
+        warnings.warn(f"saved for hasten.open_quantized({str(folder)!r}{wrapping}), not for diffusers", stacklevel=2)
+        return None
     if other_weights:
         raise BadInput(
-            f"save_pretrained would write the weights before {' and '.join(names)}, not those that run: save the "
-            f"original pipeline, and call {again}"
+            f"save_pretrained would write the weights before {' and '.join(names)}, not those that run: call it on "
+            f"the pipeline, or save the original and call {again}"
         )
     warnings.warn(f"saved without {' and '.join(names)}: call {again}", stacklevel=2)
     return type(target).save_pretrained(target, folder, *more, **options)

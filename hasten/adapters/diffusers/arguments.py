@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
-from ...schedules.base import Schedule
-from ...schedules.continuous import Flow
 
 __all__ = [
     "StepAlphas",
@@ -22,9 +20,10 @@ __all__ = [
     "clip_x0",
     "float_tensor",
     "index_of_timestep",
+    "is_next",
     "lcm_timesteps",
+    "per_token_mask",
     "requested_steps",
-    "times_of_sigmas",
 ]
 
 MAX_STEPS = 10_000
@@ -41,7 +40,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 INSTEAD = {
     "eta": "the noise is the sampler's: hasten.as_scheduler('ddim:eta=1', ...)",
     "s_churn": "the noise is the sampler's: hasten.as_scheduler('heun:churn=10', ...)",
-    "per_token_timesteps": "all tokens of a sample have one time",
     "variance_noise": "it draws its noise from generator=",
 }
 
@@ -92,19 +90,21 @@ def requested_steps(steps: Any, timesteps: Any, sigmas: Any) -> int | None:
     """The number of steps, None where timesteps or sigmas give it.
 
     Raises:
-        BadInput: for none or several of the three, and for a bad number.
+        BadInput: for none of the three, numbers that differ, and a bad number.
     """
-    grids = [value for value in (timesteps, sigmas) if value is not None]
-    if len(grids) > 1 or (steps is None and not grids):
-        raise BadInput("set_timesteps needs num_inference_steps, timesteps or sigmas, one of them")
+    grids = {"timesteps": timesteps, "sigmas": sigmas}
+    grids = {name: value for name, value in grids.items() if value is not None}
+    if steps is None and not grids:
+        raise BadInput("set_timesteps needs num_inference_steps, timesteps or sigmas, at least one of them")
     if steps is None:
         return None
     steps = check_count("num_inference_steps", steps)
     if steps > MAX_STEPS:
         raise BadInput(f"num_inference_steps is at most {MAX_STEPS}, got {steps}")
-    if grids and len(grids[0]) != steps:
-        name = "timesteps" if sigmas is None else "sigmas"
-        raise BadInput(f"set_timesteps: {steps} steps and {len(grids[0])} {name}: pass one")
+    for name, value in grids.items():
+        found = len(value) if hasattr(value, "__len__") else steps
+        if found - steps not in ((0, 1) if name == "sigmas" else (0,)):  # sigmas may name the end
+            raise BadInput(f"set_timesteps: {steps} steps and {found} {name}: pass one")
     return steps
 
 
@@ -123,8 +123,13 @@ def check_index(name: str, value: Any, count: int) -> int:
     return k
 
 
-def float_tensor(name: str, values: Any) -> Tensor:
+def float_tensor(name: str, values: Any, ordered: bool = True) -> Tensor:
     """Numbers as a tensor (n,), float64.
+
+    Args:
+        name: for the message.
+        values: of the caller.
+        ordered: they must decrease.
 
     Raises:
         BadInput: for anything else.
@@ -132,39 +137,18 @@ def float_tensor(name: str, values: Any) -> Tensor:
     if not isinstance(values, (Tensor, Iterable)):
         raise BadInput(f"{name} must be several numbers, got {values!r}")
     try:
-        numbers = values.detach().cpu() if isinstance(values, Tensor) else torch.tensor([float(v) for v in values])
+        numbers = (
+            values.detach().cpu()
+            if isinstance(values, Tensor)
+            else torch.tensor([float(v) for v in values], dtype=torch.float64)
+        )
         numbers = numbers.double().flatten()
     except (TypeError, ValueError) as error:
         raise BadInput(f"{name} must be several numbers, got {short_repr(values)}") from error
-    if not len(numbers) or not bool(torch.isfinite(numbers).all()) or bool((numbers[1:] >= numbers[:-1]).any()):
+    rises = ordered and bool((numbers[1:] >= numbers[:-1]).any())
+    if not len(numbers) or not bool(torch.isfinite(numbers).all()) or rises:
         raise BadInput(f"{name} must be one or more finite decreasing numbers, got {short_repr(values)}")
     return numbers
-
-
-def times_of_sigmas(schedule: Schedule, sigmas: Any) -> Tensor:
-    """Times of noise levels of `diffusers`.
-
-    Args:
-        schedule: of the network.
-        sigmas: of a flow: sigma in [0, 1] before the shift, with or without the last 0; of a table: sigma / alpha, with
-            the level where the sampling ends.
-
-    Returns:
-        (n + 1,), float64.
-
-    Raises:
-        BadInput: for other values.
-    """
-    levels = float_tensor("sigmas", sigmas)
-    if bool((levels < 0).any()):
-        raise BadInput(f"sigmas must not be negative, got {short_repr(sigmas)}")
-    if isinstance(schedule, Flow):
-        if float(levels[0]) > 1:
-            raise BadInput(f"sigmas of a flow lie in [0, 1], got {short_repr(sigmas)}")
-        return levels if float(levels[-1]) == 0 else torch.cat([levels, levels.new_zeros(1)])
-    if len(levels) < 2:
-        raise BadInput(f"sigmas must name the level where the sampling ends too, got {short_repr(sigmas)}")
-    return torch.where(levels > 0, schedule.time(-torch.log(levels.clamp(min=1e-300))), 0.0)
 
 
 def lcm_timesteps(steps: int, total: int, original: int, strength: float) -> list[int]:
@@ -210,6 +194,32 @@ def clip_x0(x0: Tensor, clip: float | None, ratio: float | None, maximum: float)
         s = s.reshape(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-s, s) / s
     return x0 if clip is None else x0.clamp(-clip, clip)
+
+
+def per_token_mask(timesteps: Tensor, current: float, x: Tensor) -> Tensor:
+    """Where the tokens of a sample are at the current timestep; the others are clean and stay as they are.
+
+    Args:
+        timesteps: (B, N), one per token.
+        current: the timestep of this evaluation.
+        x: (B, N, C).
+
+    Returns:
+        (B, N, 1), bool.
+
+    Raises:
+        BadInput: for tokens at other timesteps than this and 0, and another shape.
+    """
+    if x.ndim != 3 or timesteps.shape != x.shape[:2]:
+        shapes = f"{tuple(timesteps.shape)} for a sample {tuple(x.shape)}"
+        raise BadInput(f"step(per_token_timesteps=) takes (B, N) for a sample (B, N, C), got {shapes}")
+    now = (timesteps - current).abs() <= max(0.51, 0.004 * abs(current))
+    if bool((~now & (timesteps > 0)).any()):
+        raise BadInput(
+            f"step(per_token_timesteps=): tokens are at {current:g} or at 0 here, found some between: condition with "
+            "strength 1, or use the pipeline with its own scheduler"
+        )
+    return (now & (timesteps > 0))[..., None].to(x.device)
 
 
 class StepAlphas:
@@ -273,6 +283,11 @@ def index_of_timestep(timestep: Any, timesteps: Tensor, values: Tensor, expected
     if expected is not None and expected in indices:
         return expected
     return 0 if 0 in indices else int(indices[-1])
+
+
+def is_next(timestep: Any, values: Tensor, index: int) -> bool:
+    """Whether a timestep is the one after `index` among `values`, up to rounding."""
+    return index + 1 < len(values) and abs(float(timestep) - float(values[index + 1])) <= 0.51
 
 
 def same_memory(entry: Tensor, table: Tensor) -> bool:

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...errors import BadInput
+from .structure import input_names
 
-__all__ = ["RESIDUAL_PREFIXES", "argument_reader", "network_output", "raw_output"]
+__all__ = ["argument_reader", "is_residual", "known_class", "network_output", "raw_output"]
 
-RESIDUAL_PREFIXES = ("down_residual_", "mid_residual", "adapter_")
+RESIDUALS = re.compile("^(down_residual_|mid_residual|adapter_)|controlnet|additional_residual|control_hidden_states")
 ArgumentReader = Callable[[dict[str, Any]], tuple[Tensor, Any, dict[str, Any]]]
 
 
-def network_output(net: nn.Module, raw: Tensor) -> Any:
+def is_residual(name: str) -> bool:
+    """Whether a condition is a residual of a ControlNet or an adapter, which changes at every evaluation."""
+    return RESIDUALS.search(name) is not None
+
+
+def network_output(net: nn.Module, raw: Tensor, output_class: Any = None) -> Any:
     """The output object of the network's own forward.
+
+    Args:
+        net: the network.
+        raw: the output.
+        output_class: what its forward returns, where that is known.
 
     Raises:
         BadInput: for an unknown network.
     """
+    if output_class is not None:
+        return raw if issubclass(output_class, Tensor) else (raw,) if output_class is tuple else output_class(raw)
     for module in map(importlib.import_module, (type(net).__module__, type(net).forward.__module__)):
         for name in ("UNet2DOutput", "UNet2DConditionOutput", "Transformer2DModelOutput"):
             if hasattr(module, name):
@@ -85,9 +99,34 @@ ARGUMENT_READERS: dict[str, ArgumentReader] = {
 }
 
 
+def known_class(kind: type[nn.Module]) -> str | None:
+    """The name of the class whose parts hasten calls, if a class of networks is that or has its `forward`."""
+    for base in kind.__mro__:
+        if base.__name__ in ARGUMENT_READERS and base.__module__.partition(".")[0] in ("diffusers", "hasten"):
+            return base.__name__ if vars(base).get("forward") is kind.forward else None
+    return None
+
+
 def argument_reader(kind: type[nn.Module]) -> ArgumentReader:
-    """The conversion of the arguments of `forward` for a class of networks with split points."""
-    return ARGUMENT_READERS[next(base.__name__ for base in kind.__mro__ if base.__name__ in ARGUMENT_READERS)]
+    """The conversion of the arguments of `forward` for a class of networks with split points.
+
+    Raises:
+        BadInput: where they are not those of a network.
+    """
+    name = known_class(kind)
+    if name is not None:
+        return ARGUMENT_READERS[name]
+    sample, time = input_names(kind)
+
+    def block_arguments(arguments: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+        x = arguments[sample]
+        if not isinstance(x, Tensor):
+            raise BadInput(
+                f"{kind.__name__} takes {sample} as a {type(x).__name__}, not as one tensor: it cannot be split"
+            )
+        return x, arguments[time], present({key: v for key, v in arguments.items() if key not in (sample, time)})
+
+    return block_arguments
 
 
 def raw_output(denoiser: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import BadInput
-from .conditions import Latents, Prompts
+from .components import prompts_and_decoder
 from .library import INDEX, diffusers, is_pipeline, network_of, without_expected_messages, without_loading_bars
 from .loadable import check_loadable, needs_image
 from .network import separate_unhooked
 from .schedules import mu_of, read_scheduler
+from .shared_components import open_components
+from .split_blocks import SplitBlocks
 from .split_network import SplitNetwork
 from .wrap import split_network
 
@@ -54,6 +56,12 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
     slot, net = network_of(pipe)
     split = split_network(separate_unhooked(net))
+    if isinstance(split, SplitBlocks):
+        check_loadable(pipe, slot, net)
+        raise BadInput(
+            f"load does not know what the {slot} of {type(pipe).__name__}, a {type(net).__name__}, takes: use the "
+            "pipeline itself, with hasten.as_scheduler(...) or hasten.accelerate(pipe, ...)"
+        )
     config: Any = net.config
     channels = int(config.out_channels or config.in_channels)
     if channels not in (config.in_channels, 2 * config.in_channels):
@@ -65,9 +73,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     height, width = (side, side) if isinstance(side, int) else side
     patch = int(config.get("patch_size") or 1)
     spec = read_scheduler(pipe.scheduler, mu=mu_of(pipe.scheduler, (height // patch) * (width // patch)))
-    vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
-    factor = 1 if vae is None else getattr(pipe, "vae_scale_factor", 2 ** (len(vae.config.block_out_channels) - 1))
-    prompts = Prompts(pipe, (height * factor, width * factor)) if hasattr(pipe, "encode_prompt") else None
+    prompts, decoder = prompts_and_decoder(pipe, height, width)
     denoiser = spec.denoiser(split).eval()
     classes = None if prompts is not None else classes_of(pipe, split)
     guidable = prompts is not None or denoiser.null_label is not None
@@ -83,12 +89,12 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         name or Path(str(pipe.config.get("_name_or_path") or type(pipe).__name__)).name,
         (int(config.in_channels), int(height), int(width)),
         classes=classes,
-        codec="image" if vae is None else "latent",
+        codec="image" if decoder is None else "latent",
         steps=20,
         guidance_scale=float(default.default) if default is not None and guidable else 1.0,
         card=card,
         conditioning=prompts,
-        decoder=None if vae is None else Latents(vae),
+        decoder=decoder,
         pipeline=pipe,
     )
     return model if device is None else model.to(device)
@@ -123,9 +129,10 @@ def open_pipeline(name: str | Path) -> Any:
     library = diffusers()
     from .. import _scheduler  # noqa: F401  which pipelines with a PlanScheduler may name, and must be imported
 
+    components = open_components(Path(name))
     try:
         with without_loading_bars(), without_expected_messages():
-            return library.DiffusionPipeline.from_pretrained(str(name))
+            return library.DiffusionPipeline.from_pretrained(str(name), **components)
     except Exception as error:  # of many kinds: the network, the files, missing packages
         message = " ".join(str(error).split()).split(". ")[0]
         where = "" if (Path(name) / INDEX).is_file() else " (if you are offline, give the folder of a pipeline)"

@@ -37,13 +37,18 @@ CLOSE = 1e-9  # in t: the same time
 
 
 def check_plan(plan: Plan) -> Plan:
-    """The plan, which a pipeline must be able to run: without noise before its first evaluation and without a basis.
+    """The plan, which a pipeline must be able to run: without noise before its first evaluation, a basis and branches.
 
     Raises:
         BadInput: for another plan.
     """
     if plan.basis is not None:
         raise BadInput(f"{plan.sampler or 'this plan'} works in a basis of its own: a pipeline cannot run it")
+    if plan.branches is not None:
+        raise BadInput(
+            f"{plan.sampler or 'this plan'} evaluates the branches of guidance one by one, a pipeline both of them in "
+            "every step: sample with hasten.load(FOLDER).sample(plan=...) or hasten sample FOLDER"
+        )
     if bool(plan.start[1:].any()):
         raise BadInput(f"{plan.sampler or 'this plan'} adds noise before its first evaluation: a pipeline cannot")
     return plan

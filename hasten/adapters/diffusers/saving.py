@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import zoo
 from ...errors import BadInput
 from ...nets.quantized import layers
 from ...schedules.discrete import Discrete
 from ..model_like import ModelLike
 from .library import diffusers, without_loading_bars
 from .schedules import PREDICTIONS, FlowDenoiser
+from .shared_components import ENTRY, drop_shared
 from .split_network import SplitNetwork
 
 DECODER = "decoder"
@@ -53,15 +55,19 @@ def fits_pipeline(model: ModelLike, network: bool = True) -> bool:
     )
 
 
-def save_pipeline(model: ModelLike, folder: Path) -> dict[str, Any]:
+def save_pipeline(
+    model: ModelLike, folder: Path, components_from: str | Path | None = None, final: Path | None = None
+) -> dict[str, Any]:
     """Write the pipeline with the model's network and scheduler.
 
     Args:
         model: to save.
         folder: to write.
+        components_from: a pipeline whose components are not written again (`drop_shared`).
+        final: where the folder will be. Default: `folder`.
 
     Returns:
-        `net` and `file` (of the weights) for model.json.
+        `net` and `file` (of the weights) for model.json, and `components_from` where that is given.
     """
     from .library import network_of
 
@@ -72,12 +78,15 @@ def save_pipeline(model: ModelLike, folder: Path) -> dict[str, Any]:
     pipe.scheduler = scheduler_of(model)
     with without_loading_bars():
         pipe.save_pretrained(str(folder), max_shard_size="1000GB")
-    (folder / "README.md").write_text(readme(model, pipe))
+    shared = {}
+    if components_from is not None:
+        shared = {ENTRY: drop_shared(folder, components_from, (slot, "scheduler"), final or folder)}
+    (folder / "README.md").write_text(readme(model, pipe, shared.get(ENTRY)))
     files = sorted((folder / slot).glob("*.safetensors"))
     if len(files) != 1:
         raise BadInput(f"{type(pipe).__name__}.save_pretrained wrote {len(files)} files of weights in {slot}, not one")
     kind = {"class": type(net.net).__name__, "library": "diffusers", "slot": slot}
-    return {"net": kind, "file": f"{slot}/{files[0].name}"}
+    return {"net": kind, "file": f"{slot}/{files[0].name}", **shared}
 
 
 def save_decoder(model: ModelLike, folder: Path) -> None:
@@ -137,7 +146,8 @@ def stock_scheduler(model: ModelLike) -> Any:
         return None  # a learned variance, which only the DiT pipeline removes before the scheduler
     size, n = len(table.alphas_cumprod), plan.nfe
     trailing = torch.arange(size, 0, -size / n, dtype=torch.float64)[:n] - 1
-    if size % n or n == size or plan.basis is not None or float(plan.times[-1]) != 0 or len(plan.times) != n + 1:
+    own = plan.basis is not None or plan.branches is not None
+    if size % n or n == size or own or float(plan.times[-1]) != 0 or len(plan.times) != n + 1:
         return None
     if not torch.allclose(table.index(plan.times[:-1]), trailing, atol=1e-6):
         return None
@@ -197,17 +207,27 @@ def table_config(model: ModelLike) -> dict[str, Any]:
     return {"num_train_timesteps": len(expected), "trained_betas": (1 - expected / before).tolist()}
 
 
-def readme(model: ModelLike, pipe: Any) -> str:
-    """The README.md of a pipeline folder."""
+def readme(model: ModelLike, pipe: Any, shared: dict[str, Any] | None = None) -> str:
+    """The README.md of a pipeline folder, which may take components from another one."""
     lines = [f"# {model.name}", "", str(model.card.get("summary", f"A {type(pipe).__name__}, saved by hasten.")), ""]
     steps = model.plan.nfe if model.plan is not None else model.steps
-    ours = type(pipe.scheduler).__name__ == "PlanScheduler"
-    lines += ["With diffusers:", "", "```python", *(["import hasten  # its scheduler"] if ours else [])]
+    scheduler = type(pipe.scheduler).__name__ == "PlanScheduler"
+    network = type(model.denoiser.net.net).__module__.startswith("hasten")  # MobileUNet2DConditionModel
+    ours = " and ".join(["its network"] * network + ["its scheduler"] * scheduler)
+    lines += ["With diffusers:", "", "```python", *([f"import hasten  # {ours}"] if ours else [])]
     half = getattr(getattr(pipe, "text_encoder", None), "dtype", torch.float32)
     dtype = "" if half == torch.float32 else f", torch_dtype={half}"  # else diffusers mixes the dtypes of its parts
     lines += ["import torch"] if dtype else []
     lines += ["from diffusers import DiffusionPipeline", ""]
-    lines += [f"pipe = DiffusionPipeline.from_pretrained(FOLDER{dtype})"]
+    if shared is None:
+        lines += [f"pipe = DiffusionPipeline.from_pretrained(FOLDER{dtype})"]
+    else:
+        rest = ", ".join(f"{name}=base.{name}" for name in shared["files"])
+        bundled = (
+            "of 'hasten models --path " + shared["model"] + "'" if shared["model"] in zoo.cards() else shared["model"]
+        )
+        lines += [f"base = DiffusionPipeline.from_pretrained(BASE{dtype})  # {bundled}"]
+        lines += [f"pipe = DiffusionPipeline.from_pretrained(FOLDER, {rest}{dtype})"]
     alone = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters and "distilled" in model.card
     low, high = model.denoiser.guidance_range or (1.0, 1.0)
     takes = low < high  # the scale is an input of the network, which the pipeline passes on

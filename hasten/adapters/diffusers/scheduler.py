@@ -22,6 +22,7 @@ from ...schedules.continuous import Flow
 from ...schedules.discrete import Discrete
 from ...schedules.serialize import schedule_from_dict
 from ...times import Explicit
+from .given_times import original_config
 from .library import diffusers, is_pipeline
 from .schedules import PREDICTIONS, FlowDenoiser, read_scheduler, schedules_agree
 
@@ -30,8 +31,11 @@ TABLE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type", "shift", "use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type",
     "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "original_inference_steps",
+    "stochastic_sampling", "invert_sigmas",
 )  # fmt: skip
 
+# Schedulers that have the arguments of clipping, and do not clip.
+UNCLIPPED = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "TCDScheduler")
 THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
@@ -67,6 +71,7 @@ def as_scheduler(
     like: Any = None,
     prediction: str | None = None,
     clip: float | bool | None = None,
+    override_sigmas: bool = False,
 ) -> Any:
     """A scheduler of `diffusers` that runs a sampler or a plan of hasten inside an unmodified pipeline.
 
@@ -80,14 +85,17 @@ def as_scheduler(
     Args:
         method: a linear sampler, as an object or a text; a `Plan`, as an object or a .json file; or a `SamplingConfig`
             with one of these, whose steps and guidance scale the call of the pipeline takes.
-        times: a time grid, as an object, a text, or the times themselves (steps + 1, from noise to the end). Default:
-            "angle". A plan has its own.
+        times: a time grid, as an object, a text, or the times themselves (steps + 1, from noise to the end); or "like",
+            the times of the scheduler that is replaced, with its spacing, shift, `shift_terminal` and Karras,
+            exponential or beta sigmas. Default: "angle". A plan has its own.
         like: what the network was trained for: a pipeline, a scheduler, a scheduler's config, a `Model` or a
             `Denoiser`. Optional with a plan and `prediction`.
         prediction: "eps", "v", "x0" or "flow". Default: that of `like`.
         clip: clip x0 to [-clip, clip], for networks of pixels; False: do not. Default: as `like` does, which may also
             have dynamic thresholding. The step uses the clipped x0 throughout, as DDIMScheduler does with
             `use_clipped_model_output=True` (and not without it): where x0 is never beyond, the two agree.
+        override_sigmas: of sigmas that a pipeline passes use only the number. Default: they take the place of `times`,
+            with a warning, unless they are the usual default of pipelines, linspace(1, 1 / n, n).
 
     A flow whose shift depends on the image size (`use_dynamic_shifting`) gets it from the pipeline. Other arguments of
     `set_timesteps` and `step` are used, or refused by name.
@@ -143,6 +151,8 @@ def as_scheduler(
             raise BadInput(f"clip= takes a number above 0, True (1.0) or False, found {clip!r}")
         config = {key: value for key, value in config.items() if key not in ("clip", *THRESHOLDING)}
         config["clip"] = None if clip is False else 1.0 if clip is True else float(clip)
+    if override_sigmas:
+        config["override_sigmas"] = True
     return kind(**config)
 
 
@@ -176,13 +186,10 @@ def network_settings(like: Any) -> dict[str, Any]:
     else:
         raise BadInput(f"like= takes a pipeline, a scheduler, its config, a Model or a Denoiser, found {like!r}")
     settings = {key: config[key] for key in TABLE if key in config} | clipping_settings(scheduler, config)
+    if (original := config.get("original") or original_config(scheduler)) is not None:
+        settings["original"] = original
     if settings.get("trained_betas") is not None:
         settings["trained_betas"] = [float(beta) for beta in settings["trained_betas"]]
-    if "FlowMatch" in str(config.get("_class_name") or type(scheduler).__name__) and not settings.get(
-        "use_flow_sigmas"
-    ):
-        # by which pipelines (Flux) see that the scheduler has its own noise levels
-        settings |= {"use_flow_sigmas": True, "flow_shift": settings.get("shift") or 1.0}
     if spec is None:
         return settings
     settings["prediction_type"] = {ours: theirs for theirs, ours in PREDICTIONS.items()}[spec.prediction]
@@ -192,7 +199,8 @@ def network_settings(like: Any) -> dict[str, Any]:
         same = False
     if same:
         return settings
-    more = {key: settings[key] for key in ("prediction_type", "clip", *THRESHOLDING) if key in settings}
+    kept = ("prediction_type", "clip", "original", *THRESHOLDING)
+    more = {key: settings[key] for key in kept if key in settings}
     return {**schedule_settings(spec.schedule), **more}
 
 
@@ -206,6 +214,8 @@ def clipping_settings(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
     kind = (
         type(scheduler) if hasattr(scheduler, "config") else getattr(diffusers(), str(config.get("_class_name")), None)
     )
+    if getattr(kind, "__name__", "") in UNCLIPPED:
+        return {}
     takes = config if kind is None else inspect.signature(kind.__init__).parameters
     if config.get("thresholding") and "thresholding" in takes:
         return {key: config[key] for key in THRESHOLDING if key in config}

@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
     if name == "PlanScheduler":
         return plan_scheduler()
     if name == "SchedulerMixin":  # diffusers looks here for the base class, which tells how a component is loaded
-        return plan_scheduler().__mro__[1]
+        return diffusers().SchedulerMixin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -20,6 +20,7 @@ from .arguments import check_count
 __all__ = [
     "FlowDenoiser",
     "SchedulerSpec",
+    "call_set_timesteps",
     "mu_of",
     "read_scheduler",
     "schedules_agree",
@@ -27,6 +28,7 @@ __all__ = [
     "shift_of",
     "times_like",
     "to_float64",
+    "visited_times",
 ]
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
@@ -36,17 +38,20 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_pred
 class SchedulerSpec:
     """What a scheduler of `diffusers` says about its network.
 
-    The time input of a network with a table is the fractional index N t - 1 of its entry; that of a flow N sigma(t).
+    The time input of a network with a table is the fractional index N t - 1 of its entry; that of a flow N sigma(t), or
+    N (1 - sigma(t)) where the flow is inverted: such a network (Mochi) predicts data - noise.
 
     Attributes:
         schedule: alpha and sigma at t.
         prediction: "eps", "v", "x0" or "flow".
         steps: N, the number of training steps.
+        inverted: of a flow: noise levels count from 0, pure noise, to 1.
     """
 
     schedule: Schedule
     prediction: str
     steps: int
+    inverted: bool = False
 
     @property
     def flow(self) -> bool:
@@ -58,18 +63,35 @@ class SchedulerSpec:
         own = to_float64(timesteps)
         if not self.flow:
             return ((own + 1) / self.steps).clamp(0, 1)
-        sigma = (own / self.steps).clamp(0, 1)
+        return self.time_of_level(own / self.steps)
+
+    def time_of_level(self, levels: Tensor) -> Tensor:
+        """t in [0, 1], float64, for noise levels as `diffusers` has them: sigma of a flow, sigma / alpha of a table."""
+        if not self.flow:
+            return torch.where(levels > 0, self.schedule.time(-torch.log(levels.clamp(min=1e-300))), 0.0)
+        sigma = (1 - levels if self.inverted else levels).clamp(0, 1)
         return self.schedule.time(torch.log1p(-sigma) - torch.log(sigma))
+
+    def level(self, t: Tensor) -> Tensor:
+        """The noise level of a flow, float64, for t in [0, 1]: sigma, or 1 - sigma where it is inverted."""
+        sigma = self.schedule.sigma(t)
+        return 1 - sigma if self.inverted else sigma
 
     def timestep(self, t: Tensor | float) -> Tensor:
         """The timestep of the network, float64, for t in [0, 1]."""
         if isinstance(self.schedule, Flow):
-            return self.steps * self.schedule.sigma(t)
+            return self.steps * self.level(torch.as_tensor(t, dtype=torch.float64))
         assert isinstance(self.schedule, Discrete)
         return self.schedule.index(t)
 
     def denoiser(self, net: torch.nn.Module) -> Denoiser:
-        """A denoiser with this network."""
+        """A denoiser with this network.
+
+        Raises:
+            BadInput: for an inverted flow.
+        """
+        if self.inverted:
+            raise BadInput("a flow with invert_sigmas has the time input 1 - sigma: use hasten.as_scheduler on it")
         if self.flow:
             return FlowDenoiser(net, self.schedule, self.prediction, clock=f"t{self.steps}")
         return Denoiser(net, self.schedule, self.prediction, clock="index")
@@ -142,14 +164,24 @@ def set_steps(scheduler: Any, steps: int, mu: float | None = None) -> None:
     steps, more = check_count("steps", steps), {}
     if scheduler.config.get("use_dynamic_shifting"):
         more["mu"] = float(scheduler.config.get("base_shift") or 0.0) if mu is None else mu
+    call_set_timesteps(scheduler, steps, **more)
+
+
+def call_set_timesteps(scheduler: Any, *arguments: Any, **keywords: Any) -> None:
+    """`scheduler.set_timesteps(...)`.
+
+    Raises:
+        BadInput: where it fails.
+    """
     try:
-        scheduler.set_timesteps(steps, **more)
+        scheduler.set_timesteps(*arguments, **keywords)
     except BadInput:
         raise
     except Exception as error:  # of many kinds: too many steps (LCM), other arguments (Helios)
         message = " ".join(str(error).split())[:200]
+        shown = ", ".join([*map(str, arguments), *keywords])
         name = type(scheduler).__name__
-        raise BadInput(f"{name}.set_timesteps({steps}) fails: {type(error).__name__}: {message}") from error
+        raise BadInput(f"{name}.set_timesteps({shown}) fails: {type(error).__name__}: {message}") from error
 
 
 def schedules_agree(one: Schedule, two: Schedule, times: Tensor) -> bool:
@@ -176,10 +208,14 @@ def read_scheduler(scheduler: Any, prediction: str | None = None, mu: float | No
     steps = int(config.get("num_train_timesteps", 1000))
     if config.get("timestep_type") == "continuous":
         raise BadInput(f"{kind} with timestep_type 'continuous' has the time input log sigma / 4: not supported")
+    if kind.startswith("Helios"):
+        raise BadInput(f"{kind} samples in stages, between which it noises: not supported")
     if kind.startswith("FlowMatch") or config.get("use_flow_sigmas"):
-        if config.get("invert_sigmas"):
-            raise BadInput(f"{kind} with invert_sigmas has the time input 1 - sigma: not supported")
-        return SchedulerSpec(Flow(shift_of(config, mu)), prediction or "flow", steps)
+        if prediction is None and not kind.startswith("FlowMatch") and config.get("prediction_type"):
+            name = check_choice(f"prediction_type of {kind}", config["prediction_type"], PREDICTIONS)
+            prediction = PREDICTIONS[name]
+        inverted = bool(config.get("invert_sigmas"))
+        return SchedulerSpec(Flow(shift_of(config, mu)), prediction or "flow", steps, inverted)
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise BadInput(f"{kind} has neither alphas_cumprod nor a flow: hasten does not know what its times mean")
@@ -217,12 +253,29 @@ def times_like(scheduler: Any, steps: int, mu: float | None = None) -> Tensor:
     set_steps(other, steps, mu)
     if hasattr(other, "grid"):
         return other.grid  # a PlanScheduler
-    sigmas = getattr(other, "sigmas", None)
-    if spec.flow and sigmas is not None:
-        visited = spec.time(to_float64(sigmas[:-1]) * spec.steps)  # unrounded: timesteps may be integers
+    return visited_times(other, spec)
+
+
+def visited_times(scheduler: Any, spec: SchedulerSpec, exact: bool = False) -> Tensor:
+    """The times of a scheduler of `diffusers` after its `set_timesteps`.
+
+    Args:
+        scheduler: of `diffusers`.
+        spec: of its network, with the shift of this size of image.
+        exact: read its noise levels, not its timesteps, which some schedulers round to whole numbers. Of flows and of
+            Karras, exponential and beta sigmas they are read in any case.
+
+    Returns:
+        Decreasing times (steps + 1,), float64, from the first to the end.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    exact |= spec.flow or any(scheduler.config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
+    if sigmas is None or not exact:
+        visited = spec.time(scheduler.timesteps)
+        end = spec.time(0)  # the table's first entry
+        clean = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1 if sigmas is None else float(sigmas[-1]) == 0
+        end = torch.zeros_like(end) if clean or spec.flow else end
     else:
-        visited = spec.time(other.timesteps)
-    end = spec.time(0).item()  # the table's first entry
-    clean = float(sigmas[-1]) == 0 if sigmas is not None else float(getattr(other, "final_alpha_cumprod", 1.0)) == 1
-    times = torch.unique(torch.cat([visited, torch.tensor([0.0 if clean or spec.flow else end]).double()]))
-    return times.flip(0)
+        visited = spec.time_of_level(to_float64(sigmas))
+        visited, end = visited[:-1], visited[-1]
+    return torch.unique(torch.cat([visited, end.reshape(1)])).flip(0)

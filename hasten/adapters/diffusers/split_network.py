@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import BadInput, HastenError, nearest
 
-__all__ = ["Embeddings", "SplitNetwork", "dtype_of", "guidance_features"]
+__all__ = ["Embeddings", "SideInputs", "SplitNetwork", "dtype_of", "guidance_features"]
 
 
 class Embeddings:
@@ -69,10 +69,20 @@ pytree.register_pytree_node(Embeddings, _flatten, _unflatten)
 
 
 class SideInputs:
-    """Conditions that reach a network without its callers (ControlNet residuals); copies of the network share them."""
+    """Conditions that reach a network without its callers (ControlNet residuals); copies of the network share them.
+
+    Attributes:
+        conditions: by name.
+        scale: a `TimeScale`, where the network's time is not the scheduler's timestep.
+        table: the scheduler's timesteps.
+        timesteps: the same, as numbers.
+    """
 
     def __init__(self) -> None:
         self.conditions: dict[str, Any] = {}
+        self.scale: Any = None
+        self.table: Any = None
+        self.timesteps: list[float] = []
 
     @contextmanager
     def using(self, conditions: dict[str, Any]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...errors import BadInput
 
-__all__ = ["Timeline"]
+__all__ = ["Branches", "Timeline"]
 
 
 class Timeline:
@@ -56,6 +57,13 @@ class Timeline:
         self.begin, self.done = -1 if index is None else index, 1
         return True
 
+    def at(self, timestep: Any) -> bool:
+        """Whether a timestep is that of the evaluation counted last."""
+        if not self.done or self.begin < 0:
+            return False
+        last, index = self.begin + self.done - 1, index_in_table(timestep, self.table)
+        return index == last if index is not None else is_close(self.values[last], single_timestep(timestep))
+
     def _unfinished(self) -> bool:
         """Whether timesteps remain."""
         return self.begin < 0 or self.begin + self.done < len(self.values)
@@ -65,6 +73,46 @@ class Timeline:
         if isinstance(begin, int) and 0 <= begin < len(self.values) and is_close(self.values[begin], value):
             return begin
         return next((k for k, known in enumerate(self.values) if is_close(known, value)), -1)
+
+
+class Branches:
+    """The evaluations that a pipeline makes one after the other in each step: the branches of guidance.
+
+    A further branch is an evaluation at the same timestep of the very tensor that the one before had.
+
+    Attributes:
+        timelines: one per branch.
+        current: the branch of the evaluation counted last.
+    """
+
+    def __init__(self) -> None:
+        self.timelines = [Timeline()]
+        self.current = 0
+        self._x: Any = None  # a weak reference
+
+    @property
+    def timeline(self) -> Timeline:
+        """The timeline of the current branch."""
+        return self.timelines[self.current]
+
+    def repeats(self, x: Tensor) -> bool:
+        """Whether the evaluation before had this very tensor as its sample."""
+        return self._x is not None and self._x() is x
+
+    def advance(self, scheduler: Any, timestep: Any, x: Tensor) -> bool:
+        """Count one evaluation, see `Timeline.advance`.
+
+        Args:
+            scheduler: of the pipeline.
+            timestep: a number, () or (B,).
+            x: the sample.
+        """
+        again = self.repeats(x) and self.timelines[0].at(timestep)
+        self.current = self.current + 1 if again else 0
+        self._x = weakref.ref(x)
+        if self.current == len(self.timelines):
+            self.timelines.append(Timeline())
+        return self.timeline.advance(scheduler, timestep)
 
 
 def is_close(known: float, value: float) -> bool:

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import BadInput
+from .block_layers import DOWN_BLOCKS, UP_BLOCKS, BlockLayers
 from .guidance_input import TakesGuidance
 from .split_network import Embeddings, SplitNetwork, as_dtype, dtype_of, guidance_features
 
 __all__ = ["KINDS", "SplitConditionalUNet", "SplitUNet"]
 
-# Down blocks of residual blocks, with or without attention, and a downsampler, before which they can be split.
-SHALLOW_BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"}
 CONDITIONS = ("text", "label", "guidance", "timestep_cond", "mask", "text_mask", "mid_residual", "attention_options")
 PREFIXES = ("added_", "down_residual_", "adapter_")
 Carry = dict[str, Any]  # state of the contracting half beside its features: remaining adapters, NCSN++'s image
@@ -48,13 +47,17 @@ class _SplitUNet(SplitNetwork):
         return self.decode(*self.encode(x, emb), emb)
 
     def _ups(
-        self, skips: list[Tensor], x: Tensor, emb: Embeddings, first: int, last: int
+        self, skips: list[Tensor], x: Tensor, emb: Embeddings, first: int, last: int, part: Any = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The up blocks first to last - 1, which take skips from the end of the list; also NCSN++'s output image."""
+        """The up blocks first to last - 1, which take skips from the end of the list; also NCSN++'s output image.
+
+        Args:
+            part: of the one up block, in its place.
+        """
         image: Tensor | None = None
         doublings = 2 ** getattr(self.net, "num_upsamplers", 0)
         uneven = any(side % doublings for side in skips[0].shape[-2:])
-        blocks = list(self._parts.up_blocks)[first:last]
+        blocks = list(self._parts.up_blocks)[first:last] if part is None else [part]
         if blocks and getattr(blocks[0], "b1", None):
             x = x.clone()  # FreeU scales it in place, and it may be cached for the next evaluation
         for block in blocks:
@@ -72,50 +75,51 @@ class _SplitUNet(SplitNetwork):
 
     # the shallow part, public in `_Shallow`
 
-    def _shallow_encode(self, x: Tensor, emb: Embeddings) -> list[Tensor]:
+    def _shallow_encode(self, x: Tensor, emb: Embeddings, branch: int | None) -> list[Tensor]:
         """See `_Shallow.shallow_encode`."""
-        if emb.several("adapter"):
-            raise BadInput("DeepCache does not support a T2I-Adapter on this U-Net: remove one of them")
-        x = self._stem(x, emb, {"adapters": []})
-        block, first = self._parts.down_blocks[0], [x]
-        for k, resnet in enumerate(block.resnets):
-            x = resnet(x, emb["time"])
-            if getattr(block, "attentions", None) is not None:
-                x = self._attention(block.attentions[k], x, emb)
-            first.append(x)
-        return first
+        x, block = self._stem(x, emb, {"adapters": []}), self._parts.down_blocks[0]
+        count = len(block.resnets)
+        branch = count if branch is None else branch
+        if branch == count and emb.several("adapter"):
+            raise BadInput(
+                f"deep_cache adds a T2I-Adapter's residuals at key steps: use it with branch=0 to {count - 1}, or "
+                "remove the adapter"
+            )
+        more = self._down(BlockLayers(block, 0, branch), x, emb, {"adapters": []})[1] if branch else ()
+        return [x, *more]
 
     def _deep(self, first: list[Tensor], emb: Embeddings) -> Tensor:
         """See `_Shallow.deep`."""
-        x, block = first[-1], self._parts.down_blocks[0]
-        carry: Carry = {"adapters": []}
-        resnet = getattr(block, "downsample_type", "") == "resnet"
-        for downsampler in block.downsamplers:
-            x = downsampler(x, temb=emb["time"]) if resnet else downsampler(x)
-        skips = [x]
+        carry: Carry = {"adapters": emb.several("adapter")}
+        x, more = self._down(BlockLayers(self._parts.down_blocks[0], len(first) - 1), first[-1], emb, carry)
+        skips = [*more]
         for down in list(self._parts.down_blocks)[1:]:
             x, more = self._down(down, x, emb, carry)
             skips += more
         middle = self._middle(x, emb, carry)
         skips = self._controlled(skips, emb, len(first))
-        return self._ups([*first, *skips], middle, emb, 0, len(self._parts.up_blocks) - 1)[0]
+        last = len(self._parts.up_blocks)
+        x = self._ups([*first, *skips], middle, emb, 0, last - 1)[0]
+        block = self._parts.up_blocks[-1]
+        rest = len(block.resnets) - len(first)
+        if rest:
+            x = self._ups([*first, *skips[:rest]], x, emb, last - 1, last, BlockLayers(block, 0, rest))[0]
+        return x
 
     def _shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Embeddings) -> Tensor:
         """See `_Shallow.shallow_decode`."""
-        last = len(self._parts.up_blocks)
-        return self._head(*self._ups(self._controlled(list(first), emb), up_input, emb, last - 1, last), emb)
+        last, block = len(self._parts.up_blocks), self._parts.up_blocks[-1]
+        rest = len(block.resnets) - len(first)
+        part = BlockLayers(block, rest) if rest else block
+        return self._head(*self._ups(self._controlled(list(first), emb), up_input, emb, last - 1, last, part), emb)
 
     # calls of the parts
-
-    def _attention(self, attention: nn.Module, x: Tensor, emb: Embeddings) -> Tensor:
-        """Apply an attention layer."""
-        return attention(x)
 
     def _stem(self, x: Tensor, emb: Embeddings, carry: Carry) -> Tensor:
         """The input convolution."""
         raise NotImplementedError
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _down(self, block: Any, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A down block: its output and its skips."""
         raise NotImplementedError
 
@@ -124,7 +128,7 @@ class _SplitUNet(SplitNetwork):
         raise NotImplementedError
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
+        self, block: Any, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """An up block: its output and NCSN++'s image."""
         raise NotImplementedError
@@ -157,7 +161,7 @@ class SplitUNet(_SplitUNet):
         carry["image"] = x  # which NCSN++ downsamples along with its features
         return self._parts.conv_in(x)
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _down(self, block: Any, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not hasattr(block, "skip_conv"):
             return block(hidden_states=x, temb=emb["time"])
         x, more, carry["image"] = block(hidden_states=x, temb=emb["time"], skip_sample=carry["image"])
@@ -167,7 +171,7 @@ class SplitUNet(_SplitUNet):
         return x if self._parts.mid_block is None else self._parts.mid_block(x, emb["time"])
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
+        self, block: Any, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if hasattr(block, "skip_conv"):
             return block(x, skips, emb["time"], image)
@@ -232,16 +236,11 @@ class SplitConditionalUNet(TakesGuidance, _SplitUNet):
             "cross_attention_kwargs": dict(emb.options) or None,
         }
 
-    def _attention(self, attention: nn.Module, x: Tensor, emb: Embeddings) -> Tensor:
-        if not getattr(self._parts.down_blocks[0], "has_cross_attention", False):
-            return attention(x, **emb.options)
-        return attention(x, **self._attention_arguments(emb), return_dict=False)[0]
-
     def _stem(self, x: Tensor, emb: Embeddings, carry: Carry) -> Tensor:
         x = 2 * x - 1.0 if self.config.center_input_sample else x
         return self._parts.conv_in(x if emb["hint"] is None else torch.cat([x, emb["hint"]], dim=1))
 
-    def _down(self, block: nn.Module, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _down(self, block: Any, x: Tensor, emb: Embeddings, carry: Carry) -> tuple[Tensor, tuple[Tensor, ...]]:
         adapter = carry["adapters"].pop(0) if carry["adapters"] else None
         if getattr(block, "has_cross_attention", False):
             more = {} if adapter is None else {"additional_residuals": adapter}
@@ -261,7 +260,7 @@ class SplitConditionalUNet(TakesGuidance, _SplitUNet):
         return x if emb["mid_residual"] is None else x + emb["mid_residual"]
 
     def _up(
-        self, block: nn.Module, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
+        self, block: Any, x: Tensor, skips: tuple[Tensor, ...], emb: Embeddings, size: Any, image: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         arguments = {"hidden_states": x, "temb": emb["time"], "res_hidden_states_tuple": skips, "upsample_size": size}
         crossed = getattr(block, "has_cross_attention", False)
@@ -274,18 +273,34 @@ class SplitConditionalUNet(TakesGuidance, _SplitUNet):
 
 
 class _Shallow(_SplitUNet):
-    """DeepCache's split point: forward == shallow_decode(s, deep(s, emb), emb) with s = shallow_encode(x, emb)."""
+    """DeepCache's split point: forward == shallow_decode(s, deep(s, emb), emb) with s = shallow_encode(x, emb, b)."""
 
-    def shallow_encode(self, x: Tensor, emb: Embeddings) -> list[Tensor]:
-        """The first down block before its downsampler: the last up block's skips, without a ControlNet's."""
-        return self._shallow_encode(x, emb)
+    @property
+    def branches(self) -> int:
+        """The largest `branch`: the layers of the first down block."""
+        return len(self._parts.down_blocks[0].resnets)
+
+    def shallow_encode(self, x: Tensor, emb: Embeddings, branch: int | None = None) -> list[Tensor]:
+        """The first `branch + 1` skips, without a ControlNet's residuals.
+
+        Args:
+            x: (B, *S).
+            emb: what `embed` returned.
+            branch: how many layers of the first down block run, 0 (`conv_in` alone) to `branches`. Default: all.
+
+        Raises:
+            BadInput: for another `branch`, and for a T2I-Adapter's residuals where all layers run.
+        """
+        if branch is not None and not 0 <= branch <= self.branches:
+            raise BadInput(f"branch must be 0 to {self.branches}, found {branch}")
+        return self._shallow_encode(x, emb, branch)
 
     def deep(self, first: list[Tensor], emb: Embeddings) -> Tensor:
-        """Everything deeper: the input of the last up block."""
+        """Everything between `shallow_encode` and `shallow_decode`: the input of the last layers."""
         return self._deep(first, emb)
 
     def shallow_decode(self, first: list[Tensor], up_input: Tensor, emb: Embeddings) -> Tensor:
-        """The last up block and the output layers: raw output."""
+        """The last up block's last layers, one for each of the first skips, and the output layers: raw output."""
         return self._shallow_decode(first, up_input, emb)
 
 
@@ -311,10 +326,10 @@ KINDS = {"UNet2DModel": unet, "UNet2DConditionModel": conditional_unet}
 
 
 def _has_shallow_split(net: Any) -> bool:
-    """Whether the last up block's skips are exactly the first down block's features before its downsampler."""
-    block = net.down_blocks[0]
-    fits = len(net.up_blocks[-1].resnets) == len(block.resnets) + 1
-    return type(block).__name__ in SHALLOW_BLOCKS and bool(getattr(block, "downsamplers", None)) and fits
+    """Whether the last up block has a layer for each skip of the first down block before its downsampler."""
+    first, last = net.down_blocks[0], net.up_blocks[-1]
+    known = type(first).__name__ in DOWN_BLOCKS and type(last).__name__ in UP_BLOCKS
+    return known and bool(getattr(first, "downsamplers", None)) and len(last.resnets) == len(first.resnets) + 1
 
 
 def _added(cond: dict[str, Any]) -> dict[str, Any] | None:

@@ -6,26 +6,28 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import BadInput
+from .calls import known_class
+from .split_blocks import SplitBlocks
 from .split_network import SplitNetwork
 
 
 def split_network(net: nn.Module, with_variance: bool = False) -> SplitNetwork:
     """A network of `diffusers` with split points.
 
+    The parts of some classes are known, and are called one by one; any other network, such as a subclass with its own
+    `forward`, is split where its structure shows blocks, see `SplitBlocks`.
+
     Args:
         net: the network.
         with_variance: see `SplitNetwork`.
 
     Raises:
-        BadInput: for a class whose parts are not known.
+        BadInput: for a network whose structure cannot be read.
     """
     from . import split_text_unet as _text_unet
     from . import transformers as _transformers
     from . import unets as _unets
 
     kinds: dict[str, Any] = {**_unets.KINDS, **_text_unet.KINDS, **_transformers.KINDS}
-    for base in type(net).__mro__:
-        if base.__name__ in kinds:
-            return kinds[base.__name__](net, with_variance)
-    raise BadInput(f"no split points are known for {type(net).__name__}; those of {', '.join(kinds)} are")
+    name = known_class(type(net))
+    return SplitBlocks(net, with_variance) if name is None else kinds[name](net, with_variance)

@@ -1,0 +1,111 @@
+"""Fitted plans against fixed grids on mixtures of separate modes, where starts at the border of two rule the mean.
+
+    python -m benchmarks.near_discrete                     four mixtures, 5, 6, 8 and 10 evaluations
+    python -m benchmarks.near_discrete --problems R6 --nfe 10
+
+Mixtures (`benchmarks.mixtures.random_mixture`), on DDPM's linear table: R6 and R24 as there, R12 and R48 with
+(31, 12, 16, .15, .5) and (32, 48, 20, .2, .6).
+
+256 test starts, default_rng(0), and their exact ends (DOP853). UniPC: the best of orders 2 and 3 on eight grids, and
+diffusers: the best of eight schedulers on all their spacings, both chosen *on the test starts*. Kept plan:
+`fitted_plan:figure=mean` with 3,072 calibration starts out of a pool of 24,576 and 2,048 held-out ones, none of them a
+test start; what it keeps is decided by the held-out ones. A cell is the RMS, the median over starts, and the share of
+starts whose nearest component mean is another one than that of their exact end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.mixtures import FAMILY, RANDOM, Problem, fast_mixture, fixed_grids, peers
+from hasten.plan import Plan, plan
+from hasten.samplers import UniPC
+from hasten.times import UniformLambda
+from hasten.tuning import TuningTask
+from hasten.tuning.fitted_plan import FittedPlan
+
+COUNTS = (5, 6, 8, 10)
+PROBLEMS = ("R6", "R24", "R12", "R48")
+RANDOM |= {"R12": (31, 12, 16, 0.15, 0.5), "R48": (32, 48, 20, 0.2, 0.6)}
+OPTIONS: dict[str, Any] = {
+    "held_out": 2048, "iterations": 80, "warm": 2, "patience": 8, "batch": 8192, "pool": 24576, "fine": 64
+}  # fmt: skip
+
+
+class NearDiscrete(Problem):
+    """One of the mixtures, with the denoiser that is faster."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} linear")
+        self.fast = fast_mixture(name, self.schedule)
+
+    def other(self, end: Tensor) -> float:
+        """The share of ends that belong to another component than the exact ones."""
+        mine, exact = (torch.cdist(each, self.model.means).argmin(1) for each in (end, self.exact))
+        return float((mine != exact).double().mean())
+
+    def row(self, table: Plan) -> dict[str, float]:
+        end = table(self.fast, self.noise)
+        rms, median = self.errors(end)
+        return {"rms": rms, "median": median, "other mode": self.other(end)}
+
+    def task(self, count: int, n: int) -> TuningTask:
+        """Calibration starts from one stream, default_rng(1000)."""
+        shape = self.shape
+
+        class Stream(TuningTask):
+            def noise(self, first: int, count: int, dtype: torch.dtype = torch.float64) -> Any:
+                drawn = np.random.default_rng(1000).standard_normal((first + count, *shape))[first:]
+                return type("Drawn", (), {"initial": lambda self: torch.from_numpy(drawn)})()
+
+        return Stream(self.fast, UniPC(3), UniformLambda()(self.schedule, count), shape, n=n)
+
+
+def unipc(problem: NearDiscrete, count: int) -> tuple[str, dict[str, float]]:
+    """UniPC on its best fixed grid."""
+    rows = {}
+    for sampler in FAMILY:
+        for name, grid in fixed_grids(problem.schedule).items():
+            table = plan(sampler, problem.schedule, grid(problem.schedule, count))
+            rows[f"{table.sampler} {name}"] = problem.row(table)
+    return min(rows.items(), key=lambda item: item[1]["rms"])
+
+
+def kept(problem: NearDiscrete, count: int, **options: Any) -> tuple[str, dict[str, float]]:
+    """The plan that the fit keeps."""
+    tuned = FittedPlan(**{**OPTIONS, **options}).tune(problem.task(count, 3072))
+    assert tuned.plan is not None
+    held = f"held-out RMS {tuned.figures['held_out_rms']:.4f}"
+    return f"{tuned.figures['kept']}, {held}", problem.row(tuned.plan)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--nfe", nargs="+", type=int, default=list(COUNTS))
+    parser.add_argument("--directions", type=int, default=0, help="groups of directions of the fitted plan")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.problems:
+        problem = NearDiscrete(name)
+        for count in args.nfe:
+            began = time.process_time()
+            theirs = min(peers(problem, count), key=lambda cell: cell.rms)
+            row: dict[str, Any] = {"problem": name, "nfe": count, "UniPC": unipc(problem, count)}
+            row["diffusers"] = [f"{theirs.method} {theirs.detail}", {"rms": theirs.rms, "median": theirs.median}]
+            row["kept"] = kept(problem, count, directions=args.directions)
+            bar = min(row["UniPC"][1]["rms"], theirs.rms)
+            row["times"] = bar / row["kept"][1]["rms"]
+            row["CPU seconds"] = time.process_time() - began
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
