@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -162,6 +163,9 @@ def test_what_cannot_be_is_refused() -> None:
     full = plan(EULER, SCHEDULE, TIMES)
     with pytest.raises(BadInput, match="numbers from 0, which must be one, to 13"):
         cached_plan(full, (1, 2), "v")
+    asked = dataclasses.replace(full, branches=("cond", "uncond") * 7, guidance_scale=2.0)
+    with pytest.raises(BadInput, match="not of one branch each"):
+        cached_plan(asked, (0, 2), "v")
     with pytest.raises(BadInput, match="did you mean 'output'"):
         cached_plan(full, (0, 2), "v", "outputs")
     for options, message in (
