@@ -44,7 +44,7 @@ from hasten.tuning.fitted_plan import FittedPlan
 PROBLEMS = ("M2 linear", "M64 cosine", "R6 linear", "R24 cosine")
 COUNTS = tuple(range(4, 13))
 STEPS, TRIALS = 50, 14
-LONG = ((DDIM(), Trailing()), (UniPC(2), UniformLambda()))
+LONG: tuple[tuple[Any, Any], ...] = ((DDIM(), Trailing()), (UniPC(2), UniformLambda()))
 LOW = 0.038  # of the fine path of the bundled model, as its plans were fitted
 
 
@@ -95,7 +95,8 @@ def teacher(counts: tuple[int, ...], n: int) -> Iterator[dict[str, Any]]:
     model: Any = hasten.load("fashion")
     denoiser, schedule = model.denoiser, model.denoiser.schedule
     noise, label = Noise(range(n), model.shape).initial(), model.labels(n)
-    fine = plan(UniPC(3), schedule, UniformLambda(low=LOW)(schedule, 24))(denoiser, noise, cond={"label": label})
+    solver: Any = UniPC(3)
+    fine = plan(solver, schedule, UniformLambda(low=LOW)(schedule, 24))(denoiser, noise, cond={"label": label})
 
     def row(method: str, made: Plan) -> dict[str, Any]:
         end = made(denoiser, noise, cond={"label": label})
@@ -103,7 +104,7 @@ def teacher(counts: tuple[int, ...], n: int) -> Iterator[dict[str, Any]]:
         rms, median = float(each.mean().sqrt()), float(each.sqrt().median())
         return {"problem": "fashion", "method": method, "nfe": made.nfe, "rms": rms, "median": median}
 
-    for sampler, grid in ((DDIM(), Trailing()),):
+    for sampler, grid in LONG[:1]:
         full = plan(sampler, schedule, grid(schedule, STEPS))
         x = Noise(range(1_000_000, 1_000_004), model.shape).initial()
         for rule in RULES:

@@ -56,7 +56,7 @@ TWICE = set(
 )
 # Methods do not know one another's folders, but for these.
 FRIENDS = {
-    "distillers": {"train", "samplers"}, "tuning": {"train", "samplers"}, "starts": {"train", "samplers", "guides"},
+    "distillers": {"train", "samplers"}, "tuning": {"train", "samplers", "accelerators"}, "starts": {"train", "samplers", "guides"},
     "guides": {"train"},
 }  # fmt: skip
 # Modules that import a slow or optional package at their top, and are themselves imported in functions only.

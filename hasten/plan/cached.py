@@ -40,8 +40,8 @@ def cached_plan(
         name: of the result, for `Plan.sampler`; by default made from the plan's.
 
     Raises:
-        BadInput: for a plan in the coordinates of a basis, numbers that are no evaluations, and where the first one is
-            not computed.
+        BadInput: for a plan in the coordinates of a basis or with branches, numbers that are no evaluations, and where
+            the first one is not computed.
 
     References:
         Liu, Zhang, Wang, Wei, Qiu, Zhao, Zhang, Ye, Wan 2024, arXiv:2411.19108 (TeaCache); Zhou, Liang, Chen, Feng,
@@ -51,6 +51,8 @@ def cached_plan(
     steps = sorted(set(computed))
     if plan.basis is not None:
         raise BadInput(f"a cached plan is made from one without a basis, found {plan.sampler or 'one with'}")
+    if plan.branches is not None:
+        raise BadInput("a cached plan is made from one whose evaluations are guided, not of one branch each")
     if not steps or steps[0] != 0 or steps[-1] >= plan.nfe:
         raise BadInput(
             f"the computed evaluations are numbers from 0, which must be one, to {plan.nfe - 1}, found {steps}"
@@ -73,10 +75,12 @@ class _Replay:
     def steps(self, schedule: Schedule, x: Any, times: Tensor, noise: Callable[[], Any]) -> Any:
         """The rows, as a coroutine."""
         plan = self.plan
-        c_in, c_skip, c_out = self.prediction.coefficients(schedule.alpha(times[:-1]), schedule.sigma(times[:-1]))
+        coefficients: Any = self.prediction.coefficients(schedule.alpha(times[:-1]), schedule.sigma(times[:-1]))
+        c_in, c_skip, c_out = coefficients
         draws = [noise() for _ in range(plan.C.shape[1])]
         state = _terms([(plan.start[0], x), *zip(plan.start[1:], draws)])
-        states, outputs, raw = [], [], None
+        states, outputs = [], []
+        raw: Any = None
         for k in range(plan.nfe):
             if k in self.computed:
                 x0 = yield Query(state, times[k])

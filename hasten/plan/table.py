@@ -328,7 +328,8 @@ class Plan:
         if basis is not None or "." not in str(schedule.get("name")):  # a class of another package may be unknown here
             schedule_from_dict(schedule)
         more: dict[str, Any] = {"basis": basis, "begin": begin, "branches": branches, "guidance_scale": scale}
-        return cls(**vectors, **tables, sampler=sampler, schedule=schedule, **more)
+        tensors: dict[str, Any] = {**vectors, **tables}
+        return cls(**tensors, sampler=sampler, schedule=schedule, **more)
 
     def table(self) -> str:
         """The plan as readable text, one line per evaluation. In a basis u stands for U^T (x - alpha m), with the range

@@ -227,9 +227,9 @@ def difference_grams(x0: list[Any], basis: Basis | None = None) -> list[Tensor]:
     (G, k, k), each of the directions of one group."""
     stacked = torch.stack(x0)
     if basis is not None:
-        grams = [difference_grams(list(stacked[..., basis.index == g])) for g in range(basis.groups)]
-        return [torch.stack(rows) for rows in zip(*grams, strict=True)]
-    stacked, grams = stacked.flatten(1), []
+        groups = [difference_grams(list(stacked[..., basis.index == g])) for g in range(basis.groups)]
+        return [torch.stack(rows) for rows in zip(*groups, strict=True)]
+    stacked, grams = stacked.flatten(1), list[Tensor]()
     for k in range(len(x0)):
         off = stacked[:k] - stacked[k]
         grams.append((off @ off.T).cpu().double() / stacked.shape[1])

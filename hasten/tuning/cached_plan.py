@@ -75,7 +75,7 @@ class CachedPlan(Tuner):
         if not getattr(task.sampler, "linear", False):
             raise BadInput(f"cached_plan needs a linear sampler: {type(task.sampler).__name__} is not linear")
         full = plan(task.sampler, task.schedule, task.times)
-        run = _Run(task, full, self._terms(task))
+        run = _CacheTrials(task, full, self._terms(task))
         threshold = self.threshold if self.nfe is None else self._search(run, self.nfe)
         computed = run.computed(self._cache(threshold))
         result = cached_plan(full, computed, run.prediction, RULES[self.rule], name=f"{self.rule}:{full.sampler}")
@@ -97,7 +97,7 @@ class CachedPlan(Tuner):
             raise BadInput(f"{type(task.denoiser).__name__} has no prediction: name what is reused, prediction=eps")
         return own
 
-    def _search(self, run: _Run, nfe: int) -> float:
+    def _search(self, run: _CacheTrials, nfe: int) -> float:
         """A threshold with which `nfe` evaluations are computed, by bisection of its logarithm."""
         low, high, counts = 1e-6, 1e3, set()
         for _ in range(TRIALS):
@@ -114,7 +114,7 @@ class CachedPlan(Tuner):
         )
 
 
-class _Run:
+class _CacheTrials:
     """The calibration samples, and what a cache decides on them."""
 
     def __init__(self, task: TuningTask, full: Plan, prediction: Prediction) -> None:

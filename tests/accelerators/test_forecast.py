@@ -16,7 +16,7 @@ from hasten.accelerators._caching.forecast import (
     Extrapolation,
     angles,
     chebyshev_weights,
-    combine,
+    combine_features,
     linear_weights,
     resolve_extrapolate,
 )
@@ -95,13 +95,13 @@ def test_sums_of_feature_trees() -> None:
         ]
 
     one, two = tree(1), tree(2)
-    both = combine([one, two], [[[0.0, 1.0]], [[-1.0, 2.0]]])
+    both = combine_features([one, two], [[[0.0, 1.0]], [[-1.0, 2.0]]])
     torch.testing.assert_close(both[0], torch.cat([two[0], 2 * two[0] - one[0]]))
     assert both[1]["n"].tolist() == [2, 2, 2, 2] and both[2] is None
-    each = combine([one, two], [[[0.5, 0.7], [0.0, 3.0], [0.0, 1.0]]])
+    each = combine_features([one, two], [[[0.5, 0.7], [0.0, 3.0], [0.0, 1.0]]])
     torch.testing.assert_close(each[0], 0.5 * one[0] + 0.7 * two[0])
     torch.testing.assert_close(each[1]["a"], 3 * two[1]["a"])
-    assert combine([one, two], [[[0.0, 1.0]]])[0] is two[0]  # reused, not copied
+    assert combine_features([one, two], [[[0.0, 1.0]]])[0] is two[0]  # reused, not copied
 
 
 def gram(features: Tensor) -> FeatureRecord:
@@ -142,7 +142,12 @@ def recorded(network: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any
     import hasten.accelerators._caching.fit as fit
 
     records: list[FeatureRecord] = []
-    monkeypatch.setattr(fit, "record_features", lambda *a: records.append(record_features(*a)) or records[-1])
+
+    def recording(*arguments: Any) -> FeatureRecord:
+        records.append(record_features(*arguments))
+        return records[-1]
+
+    monkeypatch.setattr(fit, "record_features", recording)
     plain = denoiser_of(network)
     fast = EncoderPropagation(**options).apply(plain, context_of(PLAN, plain))
     return fast, records[0]

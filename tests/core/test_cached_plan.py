@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from hasten.utils.random import no_noise
 from tests.samplers.problems import LINEAR, label
 
 SCHEDULE = VPCosine()
+EULER: Any = DDIM()
 TIMES = UniformLambda()(SCHEDULE, 14)
 NOISE = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 REUSE = {"teacache": "output", "easycache": "difference"}
@@ -89,8 +91,8 @@ def test_with_every_evaluation_computed_it_is_the_plan_itself(sampler: Any) -> N
 
 def test_reuse_of_the_last_x0_in_ddim_is_one_longer_step() -> None:
     """DDIM with a constant x0 is exact, so that steps with the same x0 join into one."""
-    full = plan(DDIM(), SCHEDULE, TIMES)
-    joined = plan(DDIM(), SCHEDULE, TIMES[[0, 3, 4, 9, 14]])
+    full = plan(EULER, SCHEDULE, TIMES)
+    joined = plan(EULER, SCHEDULE, TIMES[[0, 3, 4, 9, 14]])
     traced = cached_plan(full, (0, 3, 4, 9), "x0")
     for name in ("times", "a", "A", "B", "C"):
         torch.testing.assert_close(getattr(traced, name), getattr(joined, name), rtol=1e-10, atol=1e-12)
@@ -115,7 +117,7 @@ def test_a_cache_of_a_model_and_its_plan() -> None:
 
 def test_decisions() -> None:
     """Threshold 0 computes all; a large one the warm-up and the last; a change of conditions is computed."""
-    full = plan(DDIM(), SCHEDULE, TIMES)
+    full = plan(EULER, SCHEDULE, TIMES)
     for rule in REUSE:
         for threshold, expected in ((0.0, list(range(14))), (1e6, [0, 1, 2, 13])):
             cache = running(full, rule, "v", threshold, warmup=3)
@@ -158,9 +160,12 @@ def test_tuned_by_count() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    full = plan(DDIM(), SCHEDULE, TIMES)
+    full = plan(EULER, SCHEDULE, TIMES)
     with pytest.raises(BadInput, match="numbers from 0, which must be one, to 13"):
         cached_plan(full, (1, 2), "v")
+    asked = dataclasses.replace(full, branches=("cond", "uncond") * 7, guidance_scale=2.0)
+    with pytest.raises(BadInput, match="not of one branch each"):
+        cached_plan(asked, (0, 2), "v")
     with pytest.raises(BadInput, match="did you mean 'output'"):
         cached_plan(full, (0, 2), "v", "outputs")
     for options, message in (
@@ -173,6 +178,32 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(BadInput, match="works on a hasten.Denoiser, found GaussianMixture"):
         OutputCache().apply(m2(SCHEDULE), hasten.accelerators.SamplingContext())
     mean, covariance = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-    sampler = Preconditioned(moments="full").bind({"mean": mean, "covariance": covariance}, {})
+    sampler: Any = Preconditioned(moments="full").bind({"mean": mean, "covariance": covariance}, {})
     with pytest.raises(BadInput, match="without a basis"):
         cached_plan(plan(sampler, SCHEDULE, TIMES), (0, 1), "v")
+
+
+@pytest.mark.parametrize("rule", ["easycache", "teacache"])
+@torch.no_grad()
+def test_in_a_pipeline(rule: str) -> None:
+    """A DiT with a learned variance: at reused evaluations the network's last output, moved by its input's change."""
+    pytest.importorskip("diffusers")
+    from hasten.adapters.diffusers import accelerate_pipeline
+    from tests.adapters import tiny
+
+    pipe, label = tiny.dit_pipeline(), torch.tensor([1, 1000])
+    fast: Any = accelerate_pipeline(pipe, f"output_cache:threshold=1000,rule={rule}", steps=10)
+    fast.scheduler.set_timesteps(10)
+    xs = torch.randn(10, 2, pipe.transformer.config.in_channels, 8, 8)
+    for k, t in enumerate(fast.scheduler.timesteps):
+        arguments: dict[str, Any] = {"timestep": t.expand(2), "class_labels": label, "return_dict": False}
+        output, plain = fast.transformer(xs[k], **arguments)[0], pipe.transformer(xs[k], **arguments)[0]
+        if k in (0, 1, 9):
+            saved = plain.clone()
+            assert torch.equal(output, plain), k
+            continue
+        expected = saved.clone()
+        if rule == "easycache":
+            expected[:, : xs.shape[2]] += xs[k] - xs[1]
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        assert float((output - plain).abs().max()) > 1e-3

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...denoiser import Denoiser, to_x0
 from ...errors import BadInput
-from .forecast import Extrapolation, Weights, angles, combine
+from .forecast import Extrapolation, Weights, angles, combine_features
 from .keys import cheapest_key_steps, check_key_steps, key_step_count
 from .search import ErrorGains, Run, search_key_steps
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["FeatureRecord", "fit_weights", "improve_key_steps", "record_features", "resolve_reuse"]
 
 ENTRIES = 1024  # of a sample's features that are recorded, of every tensor
-RIDGE = 1e-6  # of the fitted weights, relative to the mean square of the features
+PENALTY = 1e-6  # of the fitted weights, relative to the mean square of the features
 MOVES = (-1, 1, -2, 2, -4, 4)  # of a key step in the search
 ROUNDS = 20
 MEASURED = 2  # how often the search is repeated with gains measured at its own key steps
@@ -119,7 +119,7 @@ class FeatureRecord:
         G, at = self._products(k, nodes)
         last = torch.zeros(len(nodes), dtype=torch.float64)
         last[-1] = 1.0  # what the ridge keeps near to: reuse
-        ridge = RIDGE * G.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None] * torch.eye(len(nodes))
+        ridge = PENALTY * G.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None] * torch.eye(len(nodes))
         return last + torch.linalg.solve(G + ridge, (at - G[:, :, -1])[..., None])[..., 0]
 
 
@@ -165,7 +165,7 @@ def record_features(
         features, x0 = evaluate(j)
         exact.append(x0)
         changes.append(x0 - x0 if before is None else evaluate(j, before)[1] - x0)
-        before, leaves = features, _tensors(features)
+        before, leaves = features, _feature_tensors(features)
         if not chosen:
             chosen = [torch.randperm(leaf[0].numel(), generator=generator)[:ENTRIES] for leaf in leaves]
         rows.append([leaf.flatten(1)[:, kept.to(leaf.device)].cpu() for leaf, kept in zip(leaves, chosen, strict=True)])
@@ -182,7 +182,7 @@ def record_features(
                 cache = [*cache, (j, evaluate(j)[0])][-extrapolation.history :]
                 continue
             weights = extrapolation.weights(j, tuple(k for k, _ in cache))
-            errors[j] = final(evaluate(j, combine([f for _, f in cache], [weights]))[1] - exact[j], j)
+            errors[j] = final(evaluate(j, combine_features([f for _, f in cache], [weights]))[1] - exact[j], j)
         return errors
 
     grams = torch.stack([_gram(torch.stack([row[number] for row in rows])) for number in range(len(chosen))])
@@ -193,8 +193,8 @@ def record_features(
     return record
 
 
-def _tensors(features: Any) -> list[Tensor]:
-    """The tensors of features, with a batch, in the order of `combine`."""
+def _feature_tensors(features: Any) -> list[Tensor]:
+    """The tensors of features, with a batch, in the order of `combine_features`."""
     leaves = [leaf for leaf in pytree.tree_leaves(features) if isinstance(leaf, Tensor)]
     return [leaf.reshape(len(leaf), -1).float() if leaf.ndim > 1 else leaf.float().reshape(-1, 1) for leaf in leaves]
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ...errors import BadInput
 from ...schedules.base import Schedule
 
-__all__ = ["EXTRAPOLATE", "Extrapolation", "angles", "chebyshev_weights", "combine", "resolve_extrapolate"]
+__all__ = ["EXTRAPOLATE", "Extrapolation", "angles", "chebyshev_weights", "combine_features", "resolve_extrapolate"]
 
 EXTRAPOLATE = (0, 1, "chebyshev", "fitted")
 HISTORY = {0: 1, 1: 2, "chebyshev": 5, "fitted": 4}  # how many key steps' features are cached
@@ -153,7 +153,7 @@ class Extrapolation:
         return self._weights[k, nodes]
 
 
-def combine(features: Sequence[Any], steps: Sequence[Weights]) -> Any:
+def combine_features(features: Sequence[Any], steps: Sequence[Weights]) -> Any:
     """Sums of features with these weights, concatenated along the batch.
 
     Args:

@@ -16,7 +16,6 @@ __all__ = [
     "SplitPoint",
     "TransformerSplit",
     "UNetSplit",
-    "extrapolate",
     "has_attributes",
     "map_tensors",
     "repeat_batch",
@@ -207,25 +206,6 @@ def repeat_batch(tree: Any, count: int, rows: int | None = None) -> Any:
         return leaf.repeat(count, *[1] * (leaf.ndim - 1))
 
     return map_tensors(repeated, tree)
-
-
-def extrapolate(older: Any, newer: Any, ratios: list[float]) -> Any:
-    """Linearly extrapolated features, `newer + r (newer - older)` for every ratio r, concatenated along the batch.
-
-    Args:
-        older: features, a tree of tensors (B, ...).
-        newer: later ones of the same structure; what is not floating point is taken from them.
-        ratios: r.
-    """
-
-    def line(old: Any, new: Any) -> Any:
-        if not isinstance(new, Tensor):
-            return new
-        if not new.is_floating_point():
-            return torch.cat([new] * len(ratios))
-        return torch.cat([new if r == 0 else torch.lerp(old, new, 1 + r) for r in ratios])
-
-    return pytree.tree_map(line, older, newer)
 
 
 def same_conditions(a: Any, b: Any) -> bool:

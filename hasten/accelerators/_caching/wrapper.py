@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...denoiser import Denoiser, Wrapper, to_x0
 from ...errors import BadInput
-from .forecast import Extrapolation, angles, combine
+from .forecast import Extrapolation, angles, combine_features
 from .split import same_conditions
 
 __all__ = ["FeatureReuse", "require_denoiser"]
@@ -105,7 +105,7 @@ class FeatureReuse(Wrapper):
         """The features for these evaluations, continued from the cached ones and concatenated along the batch."""
         nodes = tuple(i for i, _ in self._cache)
         weights = [self.extrapolation.weights(k, nodes) for k in steps]
-        return combine([features for _, features in self._cache], weights)
+        return combine_features([features for _, features in self._cache], weights)
 
     def net_times(self, steps: Sequence[int], x_t: Tensor) -> Tensor:
         """The network's times at several evaluations, each for all rows of the batch.
