@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import zoo
 from ..adapters.model_like import ModelLike
+from ..denoiser import device_of
 from ..errors import BadInput
 from ..guides.autoguidance import AutoGuidance
 from ..storage.model_folder import DESCRIPTION, read_model
@@ -37,4 +38,4 @@ def with_weak_model(guide: Any, model: ModelLike) -> Any:
     fields = read_model(folder, (), False, None)
     if fields.get("classes") != model.classes:
         raise BadInput(f"autoguidance: {guide.weak} has other classes than {model.name}")
-    return replace(guide, weak=fields["denoiser"].to(model.device))
+    return replace(guide, weak=fields["denoiser"].to(device_of(model.denoiser.net)))

@@ -60,9 +60,8 @@ def branch_evaluator(denoiser: Any, plan: Any, *, merge: bool = False) -> Evalua
         if k in ahead:
             return ahead.pop(k)
         if k in pairs:
-            of_cond, of_uncond = evaluate(x_t, t, both=True, **cond)
-            first, second = (of_cond, of_uncond) if plan.branches[k] == "cond" else (of_uncond, of_cond)
-            ahead[k + 1] = second
+            both: tuple[Tensor, Tensor] = evaluate(x_t, t, both=True, **cond)
+            first, ahead[k + 1] = both if plan.branches[k] == "cond" else both[::-1]
             return first
         result: Tensor = evaluate(x_t, t, uncond=plan.branches[k] == "uncond", **cond)
         return result
