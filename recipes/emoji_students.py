@@ -46,6 +46,7 @@ class Run:
 # gradients are noisy.
 RUNS = {
     "guided8": Run("guided:steps=(8,),start=32,guidance=none,lr=0.0005"),
+    "guided8_slower": Run("guided:steps=(8,),start=32,guidance=none,lr=0.00015,first=1.5"),
     "guided8_longer": Run("guided:steps=(8,),start=32,guidance=none,lr=0.0005,first=3", "guided8/guidance"),
     "guided8_range": Run("guided:steps=(8,),start=32,guidance=(1,8),lr=0.0005,first=1.5"),
     "guided8_halves": Run("guided:steps=(16,8),start=32,guidance=none,lr=0.0005"),

@@ -215,7 +215,10 @@ ACCELERATORS = {
     "quantize": "quantize:images=2,steps=2,ranges=minmax",
 }
 # compile needs real kernels; the others need other processes
-ELSEWHERE = {"compile", "patch_parallel", "cfg_parallel"}
+ELSEWHERE = {"compile", "patch_parallel", "cfg_parallel", "torchao"}
+# caches of diffusers run in its pipelines only
+ELSEWHERE |= {"faster_cache", "first_block_cache", "mag_cache", "pyramid_attention_broadcast", "sea_cache"}
+ELSEWHERE |= {"taylor_seer_cache"}
 
 
 @pytest.mark.parametrize("name", [name for name in method_names("accelerators") if name not in ELSEWHERE])

@@ -192,9 +192,7 @@ def test_latents_of_images(tmp_path: Path) -> None:
     assert guided.sample(1, guidance_scale=2).shape == (1, 3, 16, 16)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), [(["quantize", "--steps", "4"], "takes prompts: .*hasten.accelerate")]
-)
+@pytest.mark.parametrize(("arguments", "message"), [(["quantize", "--steps", "4"], "takes prompts: give --prompt")])
 def test_prompts_are_refused_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:

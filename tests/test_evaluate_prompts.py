@@ -132,8 +132,6 @@ def test_what_cannot_be_measured_is_one_clear_line(data: Path, tmp_path: Path) -
         evaluate_model(model, EvaluateConfig(data=str(data)))
     with pytest.raises(BadInput, match="leave out --reference"):
         evaluate_model(model, EvaluateConfig(data=str(data), judge=judge, reference="fashion"))
-    with pytest.raises(BadInput, match="give --data FOLDER"):
-        evaluate_model(model, EvaluateConfig(judge=judge))
     with pytest.raises(BadInput, match="tiny takes no prompts"):
         evaluate_model(tiny_model(), EvaluateConfig(data=str(data), judge=judge))
     with pytest.raises(BadInput, match="split"):

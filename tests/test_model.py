@@ -168,7 +168,7 @@ def test_a_save_that_fails_leaves_nothing(model: Model, tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hasten.storage.model_folder.write_weights", full)
+    monkeypatch.setattr("hasten.storage.network_files.write_weights", full)
     with pytest.raises(BadInput, match="No space left"):
         model.save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,7 @@ def test_pick_and_spell_are_inverse(folder: str, text: str, expected: object) ->
 def test_every_method_can_be_picked_and_spelled() -> None:
     for folder in ("samplers", "times", "guides"):
         for name in method_names(folder):
-            if name != "explicit":
+            if name not in ("explicit", "autoguidance"):  # which need an argument
                 method = pick(folder, name)
                 assert format_spec(method) == name and pick(folder, format_spec(method)) == method
 
@@ -110,7 +110,7 @@ def test_a_new_file_is_a_new_method(tmp_path: object, monkeypatch: pytest.Monkey
 
 
 def test_public_names() -> None:
-    assert len(hasten.__all__) == len(set(hasten.__all__)) < 80
+    assert len(hasten.__all__) == len(set(hasten.__all__)) < 90
     for name in hasten.__all__:
         assert callable(getattr(hasten, name)), name
     assert set(hasten.__all__) <= set(dir(hasten))

@@ -94,5 +94,5 @@ def test_a_comparison_of_it_ends_in_a_report(tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_called_with_a_prompt_says_both_reasons() -> None:
     pipe = flux()
     pipe.text_encoder = None
-    with pytest.raises(BadInput, match="no split points are known .* nor is it sampled through its own call"):
+    with pytest.raises(BadInput, match="load does not know .* nor is it sampled through its own call"):
         load_or_call(pipe)

@@ -70,9 +70,9 @@ def test_fashion_features_refuse_pictures_in_colour() -> None:
 
 def test_the_names_that_the_help_offers_are_known(tmp_path: Path) -> None:
     message = (evaluate_command.__doc__ or "").partition("features: Feature network:")[2]
-    offered = message.partition(". Default")[0].replace(" or ", ", ").split(", ")
-    offered = [name.strip() for name in offered]
-    assert offered.pop() == "a folder of an image encoder of transformers"
+    offered = " ".join(message.partition(". Default")[0].split()).split(", ", 3)
+    offered = [" ".join(name.split()) for name in offered]
+    assert offered.pop() == "or a folder of a CLIP, SigLIP or DINOv2 of transformers"
     assert offered == ["fashion", "efficientnet_lite0", "inception"]
     for name in (*offered, "efficientnet", "efficientnet@64", "inception_v3"):
         try:

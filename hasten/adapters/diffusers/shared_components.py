@@ -22,16 +22,15 @@ from ...files import sha256
 from .library import diffusers, without_loading_bars
 
 INDEX, DESCRIPTION, ENTRY = "model_index.json", "model.json", "components_from"
-# Entries of the configs that say how and by which version a component was loaded and saved.
-OF_THE_RUN = {
-    "_name_or_path",
-    "_diffusers_version",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "is_local",
-    "local_files_only",
-}
+# Entries of the configs that say how and by which version a component was loaded and saved, and how a tokenizer was
+# called last.
+OF_THE_RUN = set(
+    """
+    _name_or_path _diffusers_version transformers_version dtype torch_dtype is_local local_files_only
+    truncation padding max_length pad_to_multiple_of pad_token_type_id stride truncation_strategy
+    """.split()  # noqa: SIM905
+)
+DEFAULTS = {"padding_side": "right", "truncation_side": "right"}  # which a tokenizer writes once it was called
 
 
 def find_base(name: str, folder: Path | None = None) -> Path:
@@ -101,9 +100,13 @@ def contents(folder: Path) -> dict[str, Any]:
     """What two folders of a component are compared by: as `digests`, but the entries of its configs."""
     found: dict[str, Any] = digests(folder)
     for name in found:
-        if name.endswith("config.json"):
+        if name.endswith("config.json") or name == "tokenizer.json":
             config = json.loads((folder / name).read_text(encoding="utf-8"))
-            found[name] = {key: value for key, value in config.items() if key not in OF_THE_RUN}
+            found[name] = {
+                key: value
+                for key, value in config.items()
+                if key not in OF_THE_RUN and (key not in DEFAULTS or value != DEFAULTS[key])
+            }
     return found
 
 
