@@ -236,7 +236,12 @@ def test_an_accelerator(name: str) -> None:
 # ---- tuners ----
 
 
-@pytest.mark.parametrize("name", method_names("tuning"))
+SLOW = {"fitted_plan", "guided_plan", "optimized_steps"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in method_names("tuning")]
+)
 def test_a_tuner(name: str) -> None:
     torch.manual_seed(0)
     denoiser = put(unet())

@@ -94,7 +94,7 @@ def test_the_same_call_again_changes_nothing(place: Path, finished: Path, capsys
     assert "is a run with budget" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_an_undisturbed_one(place: Path, finished: Path, tmp_path: Path, number: int) -> None:
     command = [sys.executable, "-m", "hasten", *command_line(place, tmp_path / "run", "--steps", "60")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -247,7 +247,10 @@ def test_layerwise_casting() -> None:
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3"])
-@pytest.mark.parametrize("accelerator", [CACHE + ",extrapolate=1", PROPAGATE + ",parallel=2", SMALL])
+@pytest.mark.parametrize(
+    "accelerator",
+    [CACHE + ",extrapolate=1", PROPAGATE + ",parallel=2", pytest.param(SMALL, marks=pytest.mark.slow)],
+)
 def test_an_accelerated_pipeline_waits_once_a_sampling(name: str, accelerator: str) -> None:
     if name == "sd3" and accelerator != PROPAGATE + ",parallel=2":
         pytest.skip("the U-Net is enough")

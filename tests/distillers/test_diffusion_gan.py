@@ -159,6 +159,7 @@ def test_four_steps_on_the_mixture(tmp_path: Path) -> None:
     assert teacher > 0.014 and value < 0.5 * teacher, (value, teacher)
 
 
+@pytest.mark.slow
 def test_the_hybrid_on_the_mixture(tmp_path: Path) -> None:
     """Better than its teacher's DDPM, by a quarter only: x_hat has no chance of its own, and one point is no posterior."""
     method = DiffusionGAN(

@@ -185,6 +185,7 @@ def test_a_student_encodes_in_four_jumps_as_the_flow_does(tmp_path: Path) -> Non
     assert mine < 0.5 * plain[0] and mine < plain[1], (mine, plain)
 
 
+@pytest.mark.slow
 def test_a_student_takes_the_guidance_scale(tmp_path: Path) -> None:
     model = mixture()
     student = Encoder(steps=(4,), start=16, guidance=(1.0, 3.0), lr=4e-3).distill(task(tmp_path, 300))

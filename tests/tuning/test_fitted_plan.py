@@ -268,7 +268,7 @@ def test_the_held_out_samples_stop_it() -> None:
     assert tuned.figures["calibration_rms"] < tuned.figures["held_out_rms"]
 
 
-@pytest.mark.parametrize("gradient", ["network", "frozen"])
+@pytest.mark.parametrize("gradient", ["frozen", pytest.param("network", marks=pytest.mark.slow)])
 def test_a_small_network(gradient: str) -> None:
     """A random float32 U-Net with classes: closer to its own fine trajectories on noises that were not fitted on; its
     weights and their gradients are left alone."""
