@@ -317,6 +317,6 @@ def test_import_costs_little_more_than_torch() -> None:
     for turn in range(12):
         for code in best:
             best[code] = min(best[code], float(run(clock.format(code))))
-        if turn >= 1 and best[ours] < 1.45 * best[torch_code] or time.monotonic() > deadline:
+        if turn >= 1 and best[ours] < 1.6 * best[torch_code] or time.monotonic() > deadline:
             break
-    assert best[ours] < 1.45 * best[torch_code], best  # some 230 small files; one heavy package would cost as much
+    assert best[ours] < 1.6 * best[torch_code], best  # some 260 small files; one heavy package would cost as much
