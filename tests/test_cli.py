@@ -157,7 +157,7 @@ def test_show_prints_the_plan_and_reads_it_back(cli: Cli, folder: Path, tmp_path
 def test_models_lists_what_is_bundled(cli: Cli) -> None:
     from hasten import zoo
 
-    assert [m["name"] for m in json.loads(cli("models", "--json"))] == list(zoo.cards())
+    assert [m["name"] for m in json.loads(cli("models", "--json"))] == list(zoo.cards() | zoo.additions())
 
 
 def test_help_names_every_argument(cli: Cli) -> None:
