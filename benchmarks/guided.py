@@ -41,7 +41,7 @@ from hasten.samplers import UniPC
 from hasten.schedules import Discrete
 from hasten.times import UniformLambda
 from hasten.tuning import TuningTask, _fit
-from hasten.tuning.guided_plan import GuidedPlan, asked_steps
+from hasten.tuning.guided_plan import GuidedPlan, uncond_placements
 
 SCALE = 2.0
 COUNTS = (8, 10, 12)
@@ -130,16 +130,16 @@ def tables(problem: Mixture, kind: str, count: int) -> Iterator[tuple[str, Plan]
     """Every plan of one kind with `count` evaluations of single branches."""
     schedule = problem.guided.schedule
     grids = {**fixed_grids(schedule), "own": UniformLambda(low=0.03)}
-    for asked in range(1, count // 2 + 1):
-        steps = count - asked
-        if kind == "CFG" and steps != asked:
+    for evaluated in range(1, count // 2 + 1):
+        steps = count - evaluated
+        if kind == "CFG" and steps != evaluated:
             continue
-        places = asked_steps(steps, asked)
+        places = uncond_placements(steps, evaluated)
         if kind == "interval":
-            places = [tuple(range(k, k + asked)) for k in range(steps - asked + 1)]
+            places = [tuple(range(k, k + evaluated)) for k in range(steps - evaluated + 1)]
         for sampler, name in problem.settings(kind):
             table = plan(sampler, schedule, grids[name](schedule, steps))
-            for at in places if steps != asked else [tuple(range(steps))]:
+            for at in places if steps != evaluated else [tuple(range(steps))]:
                 where = "" if kind == "CFG" else f" at {at}"
                 yield f"{table.sampler} {name}{where}", guided_plan(table, SCALE, at, reuse=kind != "interval")
 

@@ -11,6 +11,7 @@ Weights are written in half precision.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ def main() -> None:
     config = args.out / "text_encoder" / "config.json"  # where transformers reads the dtype to load the weights in
     if config.is_file():
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for file in args.out.glob("*/config.json"):  # the folders of the runs are of this machine
+        content = json.loads(file.read_text())
+        content.pop("_name_or_path", None)
+        file.write_text(json.dumps(content, indent=2) + "\n")
     readme = args.out / "README.md"  # the folder can be loaded without a dtype
     text = readme.read_text().replace(", torch_dtype=torch.float16", "").replace("import torch\n", "")
     readme.write_text(

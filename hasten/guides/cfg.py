@@ -185,7 +185,7 @@ class GuidedDenoiser(Wrapper):
         label: Tensor | None = None,
         **cond: Any,
     ) -> Any:
-        """x0 (B, *S) of the conditional branch alone; used by plans that say which branch each evaluation asks.
+        """x0 (B, *S) of the conditional branch alone; used by plans that say the branch of each evaluation.
 
         Args:
             x_t: (B, *S).

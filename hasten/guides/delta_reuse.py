@@ -26,7 +26,7 @@ class DeltaReuse(Guide):
     `hasten.plan.guided_plan` writes the same with any choice of steps.
 
     Args:
-        every: ask the unconditional branch in evaluations 0, every, 2 every, ... of those inside; at least 1.
+        every: evaluate the unconditional branch in evaluations 0, every, 2 every, ... of those inside; at least 1.
         low, high: the interval, 0 <= low < high, in units of q = sigma / alpha.
 
     References:

@@ -63,7 +63,7 @@ class Plan:
         schedule: its `to_dict()`; running needs it only where there is a basis.
         basis: the coordinates, if not those of the samples themselves.
         begin: the time of `x_init`, where a sampler moves it before its first evaluation; None: `times[0]`.
-        branches: of classifier-free guidance, "cond" or "uncond", which each evaluation asks; the rows are then sums
+        branches: of classifier-free guidance, "cond" or "uncond", of each evaluation; the rows are then sums
             over the outputs of both, see `guided_plan`. None: every evaluation is the denoiser's as it is.
         guidance_scale: that the numbers of a plan with branches were made for.
 

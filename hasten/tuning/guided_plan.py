@@ -23,9 +23,8 @@ class GuidedPlan(FittedPlan):
 
         x_{k+1} = a_k x_k + b_k y_k + sum_{j<k} D[k, j] (y_j - y_k),      y_k = c(x_k, t_k) or u(x_k, t_k)
 
-    Classifier-free guidance costs two evaluations a step and asks both branches at one state. Here every evaluation
-    has a state, a time and coefficients of its own, so that the scale too may differ from row to row, and only some of
-    them ask the unconditional branch. All is fitted as in `FittedPlan`, to the fine solution *under guidance*. The
+    Classifier-free guidance costs two evaluations a step, of both branches at one state. Here every evaluation has a state, a time and coefficients of its own, so that the scale too may differ from row to row, and only some of
+    them evaluate the unconditional branch. All is fitted as in `FittedPlan`, to the fine solution *under guidance*. The
     starts are guidance in every step, and in some steps with the last difference in the others (`guided_plan`), for
     each number of unconditional evaluations; the best is kept.
 
@@ -33,7 +32,7 @@ class GuidedPlan(FittedPlan):
 
     Args:
         evaluations: of single branches, at least 2. Default: the number of steps of the task's grid.
-        uncond: at most this many of them ask the unconditional branch. Default: half.
+        uncond: at most this many of them evaluate the unconditional branch. Default: half.
 
     Raises:
         BadInput: for options out of range; in `tune`, without guidance, and under guidance with an interval, a
@@ -78,15 +77,15 @@ class GuidedPlan(FittedPlan):
         if ends and self.search == "all":
             grids |= {"angle .5": CosineAngle(start=top, scale=0.5), "quadratic": Quadratic(start=top)}
         found = False
-        for asked in range(min(self.uncond or count, count // 2), 0, -1):
-            steps = count - asked
+        for evaluated in range(min(self.uncond or count, count // 2), 0, -1):
+            steps = count - evaluated
             tables = {"": plan(task.sampler, schedule, resized(schedule, task.times, steps))}
             if steps > 1:
                 tables |= {f" on {name}": plan(task.sampler, schedule, g(schedule, steps)) for name, g in grids.items()}
             for name, table in tables.items():
                 if table.nfe != steps:
                     continue
-                for places in asked_steps(steps, asked):
+                for places in uncond_placements(steps, evaluated):
                     found = True
                     where = ",".join(map(str, places))
                     text = f"{table.sampler}{name}, unconditional in {where}"
@@ -112,9 +111,9 @@ class GuidedPlan(FittedPlan):
         return task.steps if self.evaluations is None else self.evaluations
 
 
-def asked_steps(steps: int, asked: int) -> list[tuple[int, ...]]:
+def uncond_placements(steps: int, evaluated: int) -> list[tuple[int, ...]]:
     """Places of the unconditional evaluations: evenly, or one after another, from the first or the second step on."""
-    even = tuple(i * steps // asked for i in range(asked))
-    later = tuple(1 + i * (steps - 1) // asked for i in range(asked)) if asked < steps else even
-    second = tuple(range(1, asked + 1)) if asked < steps else even
-    return list(dict.fromkeys((even, later, tuple(range(asked)), second)))
+    even = tuple(i * steps // evaluated for i in range(evaluated))
+    later = tuple(1 + i * (steps - 1) // evaluated for i in range(evaluated)) if evaluated < steps else even
+    second = tuple(range(1, evaluated + 1)) if evaluated < steps else even
+    return list(dict.fromkeys((even, later, tuple(range(evaluated)), second)))

@@ -167,6 +167,7 @@ def test_found_key_steps_cost_little_more_than_any_neighbour(
         assert len(fast.keys) == 5 and fast.keys[0] == 0
         costs = _Forecast(record, Extrapolation(extrapolate, angles(fast.times, fast.schedule)))
         best = costs.cost(fast.keys)
+        assert best <= costs.cost([0, 3, 6, 9, 12])  # evenly spaced
         for number, move in itertools.product(range(1, 5), (-1, 1)):
             moved = sorted({*fast.keys} - {fast.keys[number]} | {fast.keys[number] + move})
             if len(moved) == 5 and moved[-1] < 16:

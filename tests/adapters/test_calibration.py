@@ -91,7 +91,9 @@ def test_key_steps_are_searched_in_a_call() -> None:
     spec = "encoder_propagation:keys=found,budget=0.5"
     fast = hasten.accelerate(pipe, [spec], steps=STEPS, calls=lambda pipe: pipe("a cat", **options))
     assert torch.isfinite(fast("a cat", **options).images).all()
-    with pytest.raises(BadInput, match="cannot search: the calibration samples took 12 model evaluations, expected 9"):
+    with pytest.raises(
+        BadInput, match="cannot calibrate: the calibration samples took 12 model evaluations, expected 9"
+    ):
         more = {**options, "num_inference_steps": 12}
         hasten.accelerate(pipe, [spec], steps=STEPS, calls=lambda pipe: pipe("a cat", **more))
 

@@ -22,7 +22,7 @@ from hasten.times import UniformLambda
 from hasten.tuning import TuningTask
 from hasten.tuning._rows import PlanParametrization, run_plan
 from hasten.tuning._starts import resized
-from hasten.tuning.guided_plan import GuidedPlan, asked_steps
+from hasten.tuning.guided_plan import GuidedPlan, uncond_placements
 from hasten.workflows.tune import tune_model
 from tests.factories import tiny_model
 
@@ -96,7 +96,7 @@ def test_grids_of_another_length_keep_their_ends() -> None:
 def test_every_place_is_another_step() -> None:
     for steps in range(1, 9):
         for asked in range(1, steps + 1):
-            for places in asked_steps(steps, asked):
+            for places in uncond_placements(steps, asked):
                 assert len(set(places)) == asked and min(places) >= 0 and max(places) < steps
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ...denoiser import Denoiser, to_x0
-from ...errors import BadInput
+from ...denoiser import Denoiser
 from .forecast import Extrapolation, Weights, angles, combine_features
 from .keys import cheapest_key_steps, check_key_steps, key_step_count
-from .search import ErrorGains, Run, search_key_steps
+from .search import ErrorGains, Run, longest_group, recorded_evaluations, search_key_steps
 
 if TYPE_CHECKING:
     from .. import SamplingContext
@@ -142,19 +141,8 @@ def record_features(
     Raises:
         BadInput: where nothing can be sampled, and for too few model evaluations.
     """
-    times, calls = context.required(who), context.calibration(who, samples, seed)
-    N = len(times)
-    if len(calls) != N:
-        raise BadInput(
-            f"{who} cannot calibrate: the calibration samples took {len(calls)} model evaluations, expected {N}"
-        )
-
-    def evaluate(j: int, features: Any = None) -> tuple[Any, Tensor]:
-        x, t, cond = calls[j]
-        c_in, c_skip, c_out, clock = denoiser._coefficients(t, x)
-        features, raw = run(*denoiser._inputs(x, c_in, clock), cond, features)
-        return features, to_x0(x, raw.to(x.dtype), c_skip, c_out)
-
+    times = context.required(who)
+    N, evaluate = len(times), recorded_evaluations(who, denoiser, context, samples, seed, run)
     generator = torch.Generator().manual_seed(0)
     rows: list[list[Tensor]] = []
     chosen: list[Tensor] = []
@@ -284,7 +272,7 @@ def _reuse_costs(forecast: _Forecast, count: int) -> Tensor:
     """The cost of each group with its own key step's features alone, as `cheapest_key_steps` takes it."""
     N = len(forecast.record.gains)
     cost = torch.full((N, N + 1), math.inf, dtype=torch.float64)
-    longest = max(1, min(N // 2, max(math.ceil(0.3 * N), 2 * math.ceil(N / count))))
+    longest = longest_group(count, N)
     for i in range(N):
         total = 0.0
         for end in range(i + 1, min(i + longest, N) + 1):

@@ -45,10 +45,26 @@ def search_key_steps(
     times = context.required(who)
     check_key_steps(range(len(times)), len(times), who)
     count = key_step_count(budget, len(times))
-    calls = context.calibration(who, samples, seed)
-    if len(calls) != len(times):
+    evaluate = recorded_evaluations(who, denoiser, context, samples, seed, run)
+    cost = reuse_costs(count, times, denoiser.schedule, evaluate, lambda features, j: evaluate(j, features)[1])
+    return cheapest_key_steps(cost, count)
+
+
+def recorded_evaluations(
+    who: str, denoiser: Denoiser, context: SamplingContext, samples: int, seed: int, run: Run
+) -> Callable[..., tuple[Any, Tensor]]:
+    """Evaluations on plain trajectories that are sampled now, `evaluate(j, features=None) -> (features, x0 (B, *S))`.
+
+    Args:
+        who: see `search_key_steps`, likewise the others.
+
+    Raises:
+        BadInput: where nothing can be sampled, and where a step has more than one evaluation.
+    """
+    expected, calls = len(context.required(who)), context.calibration(who, samples, seed)
+    if len(calls) != expected:
         raise BadInput(
-            f"{who} cannot search: the calibration samples took {len(calls)} model evaluations, expected {len(times)}"
+            f"{who} cannot calibrate: the calibration samples took {len(calls)} model evaluations, expected {expected}"
         )
 
     def evaluate(j: int, features: Any = None) -> tuple[Any, Tensor]:
@@ -57,8 +73,12 @@ def search_key_steps(
         features, raw = run(*denoiser._inputs(x, c_in, clock), cond, features)
         return features, to_x0(x, raw.to(x.dtype), c_skip, c_out)
 
-    cost = reuse_costs(count, times, denoiser.schedule, evaluate, lambda features, j: evaluate(j, features)[1])
-    return cheapest_key_steps(cost, count)
+    return evaluate
+
+
+def longest_group(count: int, queries: int) -> int:
+    """How many evaluations a key step's features are used in at most: three tenths, or what `count` groups need."""
+    return max(1, min(queries // 2, max(math.ceil(0.3 * queries), 2 * math.ceil(queries / count))))
 
 
 @torch.no_grad()
@@ -92,7 +112,7 @@ def reuse_costs(
         (N, N + 1) float64, inf for groups that are too long.
     """
     N = len(times)
-    longest = max(1, min(N // 2, max(math.ceil(0.3 * N), 2 * math.ceil(N / count))))
+    longest = longest_group(count, N)
     cost = torch.full((N, N + 1), math.inf, dtype=torch.float64)
     exact: dict[int, Tensor] = {}
     weigh: ErrorGains | None = None
