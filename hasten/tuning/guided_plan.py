@@ -23,7 +23,8 @@ class GuidedPlan(FittedPlan):
 
         x_{k+1} = a_k x_k + b_k y_k + sum_{j<k} D[k, j] (y_j - y_k),      y_k = c(x_k, t_k) or u(x_k, t_k)
 
-    Classifier-free guidance costs two evaluations a step, of both branches at one state. Here every evaluation has a state, a time and coefficients of its own, so that the scale too may differ from row to row, and only some of
+    Classifier-free guidance costs two evaluations a step, of both branches at one state. Here every evaluation has a
+    state, a time and coefficients of its own, so that the scale too may differ from row to row, and only some of
     them evaluate the unconditional branch. All is fitted as in `FittedPlan`, to the fine solution *under guidance*. The
     starts are guidance in every step, and in some steps with the last difference in the others (`guided_plan`), for
     each number of unconditional evaluations; the best is kept.
