@@ -50,6 +50,7 @@ _HOMES = {
     **dict.fromkeys(["sample_many"], "workflows.distribute"),
     **dict.fromkeys(["SampleRequest", "sample_to_files"], "workflows.sample"),
     **dict.fromkeys(["EvaluateConfig", "evaluate_model"], "workflows.evaluate"),
+    **dict.fromkeys(["ChooseConfig", "choose"], "choosing.runner"),
     **dict.fromkeys(["TrainConfig", "train_model"], "workflows.train"),
     **dict.fromkeys(["AutoencoderConfig", "train_autoencoder"], "workflows.autoencoder"),
     **dict.fromkeys(["DecoderConfig", "distill_decoder"], "workflows.decoder"),
@@ -57,13 +58,15 @@ _HOMES = {
 }  # fmt: skip
 __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM",
-    "AutoencoderConfig", "Auxiliary", "BadInput", "Consistency", "CosineAngle", "DPMSolver", "DecoderConfig",
+    "AutoencoderConfig", "Auxiliary", "BadInput", "ChooseConfig", "Consistency",
+    "CosineAngle", "DPMSolver", "DecoderConfig",
     "Denoiser", "Discrete", "DistillConfig", "Distribution", "DynamicThreshold", "EvaluateConfig", "Explicit",
     "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras", "Model", "Noise", "NoiseLevel", "Picard", "Plan",
     "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks",
     "Rescale", "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled",
     "SubVP", "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
-    "Wrapper", "accelerate", "as_scheduler", "distill_decoder", "distill_model", "draw", "evaluate_model", "invert",
+    "Wrapper", "accelerate", "as_scheduler", "choose",
+    "distill_decoder", "distill_model", "draw", "evaluate_model", "invert",
     "load", "open_quantized", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files",
     "times_like", "train_autoencoder", "train_model", "tune_model", "walk",
 ]  # fmt: skip
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
     from .adapters.diffusers.acceleration import accelerate
     from .adapters.diffusers.quantized_pipelines import open_quantized
     from .adapters.diffusers.scheduler import as_scheduler
+    from .choosing.runner import ChooseConfig, choose
     from .denoiser import Denoiser, Wrapper
     from .distributed.ranks import Ranks
     from .errors import BadInput, HastenError
