@@ -49,6 +49,7 @@ _HOMES = {
     **dict.fromkeys(["Ranks"], "distributed.ranks"),
     **dict.fromkeys(["sample_many"], "workflows.distribute"),
     **dict.fromkeys(["SampleRequest", "sample_to_files"], "workflows.sample"),
+    **dict.fromkeys(["apply"], "workflows.apply"),
     **dict.fromkeys(["EvaluateConfig", "evaluate_model"], "workflows.evaluate"),
     **dict.fromkeys(["ChooseConfig", "choose"], "choosing.runner"),
     **dict.fromkeys(["TrainConfig", "train_model"], "workflows.train"),
@@ -65,7 +66,7 @@ __all__ = [
     "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks",
     "Rescale", "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled",
     "SubVP", "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
-    "Wrapper", "accelerate", "as_scheduler", "choose",
+    "Wrapper", "accelerate", "apply", "as_scheduler", "choose",
     "distill_decoder", "distill_model", "draw", "evaluate_model", "invert",
     "load", "open_quantized", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files",
     "times_like", "train_autoencoder", "train_model", "tune_model", "walk",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
     from .schedules.discrete import Discrete, rescale_zero_snr
     from .starts import CCDF, Auxiliary, SingDiffusion
     from .times import CosineAngle, Explicit, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
+    from .workflows.apply import apply
     from .workflows.autoencoder import AutoencoderConfig, train_autoencoder
     from .workflows.decoder import DecoderConfig, distill_decoder
     from .workflows.distill import DistillConfig, distill_model

@@ -25,7 +25,7 @@ BITS = ("quantize",)
 COMPILE = ("compile",)
 # What a search may try beside sampler and steps; `without` names what it leaves out.
 KINDS = ("plan", "guidance", "cache", "bits", "student", "lora", "decoder")
-CACHED_STEPS = 8  # below, a cache has nothing to reuse
+CACHED_STEPS = 9  # below, a cache refuses: it has nothing to reuse
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,12 @@ class Space:
     additions: tuple[tuple[str, dict[str, Any]], ...] = ()
     source: str = "choose"
 
-    def expanded(self, variant: Variant, plain: Variant) -> list[Variant]:
-        """A candidate with each addition that it can take and has none of its kind."""
+    def expanded(self, variant: Variant, plain: Variant, kinds: Sequence[str] | None = None) -> list[Variant]:
+        """A candidate with each addition (of these kinds) that it can take and has none of its kind."""
         found = []
         for kind, fields in self.additions:
+            if kinds is not None and kind not in kinds:
+                continue
             (name, value), *_ = fields.items()
             if has_kind(variant, kind) or not suits(variant, kind, plain):
                 continue

@@ -96,7 +96,7 @@ class ChooseConfig(Config):
     features: Any = None
     precision: str = "auto"
     batch_size: int = 64
-    timing_batch: int = 8
+    timing_batch: int = 4
     rounds: int = 3
 
     def __post_init__(self) -> None:
@@ -235,7 +235,8 @@ def run_search(
             best, tries = certify(search, entries, config.confidence, first, count)
             if best is not None:
                 bench.time([best.variant], "best")
-                best = replace(best, relative=bench.relative(best.variant), seconds=bench.seconds(best.variant))
+                times = {"relative": bench.relative(best.variant), "seconds": bench.seconds(best.variant)}
+                best = search.measured[key_of(best.variant)] = replace(best, **times, timed=True)
             if best is not None and best.seconds > goal.seconds:
                 search.reject(best.variant, f"{format_seconds(best.seconds)} an image when it was timed again")
                 best = None

@@ -12,6 +12,7 @@ from ..metrics.paired_loss import PairedLoss
 from .bench import Bench, key_of
 from .candidates import Space, suits
 from .goal import Goal
+from .ladders import climb, ladders
 
 __all__ = ["Entry", "Search", "undominated"]
 
@@ -19,6 +20,7 @@ RISK = 0.05  # of a rejection that more seeds would have reversed
 LEFT = ((1 / 3, 6), (1 / 2, 4))  # share and least number of the candidates that stay after the first two rungs
 EXPANDED = 3  # candidates that get additions
 SLACK = 1.7  # how much an addition may still gain
+RESERVE = 2  # of candidates within the time that differ in their steps alone
 UNKNOWN = 2.0  # how much faster a candidate may be than predicted before it was timed
 
 
@@ -71,7 +73,7 @@ class Search:
     measured: dict[str, Entry] = field(default_factory=dict)  # the last figures of every candidate, by key
 
     def reject(self, variant: Variant, reason: str) -> None:
-        """Record why a candidate is out, and say it."""
+        """Record why a candidate is out, and say it (once)."""
         self.rejected[variant.name] = reason
         self.report(f"rejected {variant.name}: {reason}")
 
@@ -110,25 +112,55 @@ class Search:
         """Measure candidates from the cheapest on, and drop what cannot be the answer."""
         self.bench.progress.describe(f"round {level + 1} of {len(self.rungs)}, {sum(parts[-1])} seeds")
         entries: list[Entry] = []
-        for variant in sorted(pool, key=self.bench.relative):
-            if (line := self.too_slow(variant, entries, level)) is not None:
-                self.reject(variant, line)
-                continue
-            failed = next(filter(None, (self.bench.failure(variant, *part) for part in parts)), None)
-            if failed:
-                self.reject(variant, f"failed: {failed}")
-                continue
-            entry = self.entry(variant, parts)
-            if entry.loss.lower(RISK) > self.goal.limit:
-                self.reject(
-                    variant, f"{self.show(entry)}, more than allowed ({self.bench.figure.bound(self.goal.limit)})"
-                )
-                continue
+        if level == 0:
+            for ladder in ladders(pool, self.bench.relative):
+                self.climb_ladder(ladder, entries, parts)
+        else:
+            for variant in sorted(pool, key=self.bench.relative):
+                self.try_candidate(variant, entries, parts, level)
+        unknown = [e.variant for e in entries if not self.bench.knows_time(e.variant)]
+        if unknown:
+            self.bench.time(unknown, f"round {level + 1}")
+        return self.best([self.entry(e.variant, parts) for e in entries], level)
+
+    def climb_ladder(self, ladder: Sequence[Variant], entries: list[Entry], parts: Sequence[tuple[int, int]]) -> None:
+        """Measure what is needed of candidates that differ in their steps alone: for a bound of the loss the fewest
+        steps that keep it, for a bound of the time the most steps within it; entries are added."""
+        rest = [v for v in ladder if (line := self.too_slow(v, entries, 0)) is None or self.reject(v, line)]
+
+        def passes(variant: Variant) -> bool | None:
+            entry = self.try_candidate(variant, entries, parts, 0)
+            return None if entry is None else entry.loss.value <= self.goal.limit
+
+        if self.goal.kind == "seconds":
+            within = [v for v in rest if self.bench.seconds(v) <= self.goal.seconds]
+            for variant in within[:-RESERVE]:
+                name = within[-1].name
+                self.reject(variant, f"not measured: it has fewer steps than {name}, which is within the time")
+            for variant in [*within[-RESERVE:], *rest[len(within) :]]:
+                passes(variant)
+        else:
+            climb(rest, passes, self.reject)
+
+    def try_candidate(
+        self, variant: Variant, entries: list[Entry], parts: Sequence[tuple[int, int]], level: int
+    ) -> Entry | None:
+        """Measure a candidate and add it to the entries; rejected where it cannot be the answer. None where it failed
+        or was too slow to be measured."""
+        if (line := self.too_slow(variant, entries, level)) is not None:
+            self.reject(variant, line)
+            return None
+        failed = next(filter(None, (self.bench.failure(variant, *part) for part in parts)), None)
+        if failed:
+            self.reject(variant, f"failed: {failed}")
+            return None
+        entry = self.entry(variant, parts)
+        if entry.loss.lower(RISK) > self.goal.limit:
+            allowed = self.bench.figure.bound(self.goal.limit)
+            self.reject(variant, f"{self.show(entry)} on {entry.loss.count} seeds; allowed is {allowed}")
+        else:
             entries.append(entry)
-        if level:
-            self.bench.time([entry.variant for entry in entries], f"round {level + 1}")
-            entries = [self.entry(entry.variant, parts) for entry in entries]
-        return self.best(entries, level)
+        return entry
 
     def too_slow(self, variant: Variant, entries: Sequence[Entry], level: int) -> str | None:
         """Why a candidate cannot be the answer whatever it loses: another one is good enough and faster, or the time
@@ -187,7 +219,9 @@ class Search:
         known = {*self.rejected, *(entry.name for entry in left)}
         made: dict[Any, Variant] = {}
         for entry in left[:EXPANDED]:
-            for variant in space.expanded(entry.variant, plain):
+            more = [] if level else with_more_steps(entry.variant, plain)
+            cached = [v for one in more for v in space.expanded(one, plain, ("cache",))]
+            for variant in (*space.expanded(entry.variant, plain), *cached):
                 if key_of(variant) not in self.measured and variant.name not in known and self.is_allowed(variant):
                     made.setdefault(variant.method, variant)
         return list(made.values())
@@ -207,6 +241,18 @@ class Search:
     def show(self, entry: Entry) -> str:
         """Time and loss in words."""
         return f"{format_seconds(entry.seconds)} an image, {self.bench.figure.show(entry.loss.value)}"
+
+
+def with_more_steps(variant: Variant, plain: Variant) -> list[Variant]:
+    """A candidate with one and a half times and twice its steps, for a cache that makes each of them cheaper."""
+    if variant.plan is not None or not variant.steps or variant.model is not None or variant.lora is not None:
+        return []
+    counts = {math.ceil(factor * variant.steps) for factor in (1.5, 2)}
+    made = []
+    for steps in sorted(count for count in counts if count <= plain.steps):
+        name = f"{variant.sampler}, {variant.times} times, {steps} steps"
+        made.append(replace(variant, name=name, steps=steps))
+    return made
 
 
 def addition_text(fields: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def choose(
     reference: str | None = None,
     features: str | None = None,
     batch_size: int = 64,
-    timing_batch: int = 8,
+    timing_batch: int = 4,
     rounds: int = 3,
     precision: str = "auto",
     device: str = "auto",
