@@ -256,8 +256,8 @@ def test_seeds_of_calibration_are_not_used(tmp_path: Path, rows: Path) -> None:
 
 
 def test_rounds_have_more_and_more_seeds() -> None:
-    assert runner.rungs_of(64) == (8, 16, 32)
-    assert runner.rungs_of(16) == (8,)
+    assert runner.rungs_of(64, 4) == (8, 16, 32)
+    assert runner.rungs_of(16, 16) == (16,)
 
 
 def test_what_a_pipeline_cannot_hold_is_told() -> None:
