@@ -131,7 +131,8 @@ def search_space(
     names = [*students, *(() if "student" in without else bundled_students(model))]
     for name in dict.fromkeys(names):
         counts = step_counts(name, model)
-        first += [replace(own, name=f"{name}, {n} steps" if n else name, model=name, steps=n) for n in counts]
+        names_of = {n: f"{name}, {n} step{'s' * (n > 1)}" if n else name for n in counts}
+        first += [replace(own, name=names_of[n], model=name, steps=n) for n in counts]
     known = zoo.additions()
     beside = {kind: [n for n, card in known.items() if card.kind == kind and card.of == model.name] for kind in KINDS}
     files = [*loras, *(() if "lora" in without else beside["lora"])]

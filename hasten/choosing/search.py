@@ -21,6 +21,7 @@ LEFT = ((1 / 3, 6), (1 / 2, 4))  # share and least number of the candidates that
 EXPANDED = 3  # candidates that get additions
 SLACK = 1.7  # how much an addition may still gain
 RESERVE = 2  # of candidates within the time that differ in their steps alone
+SPARE = 2  # good candidates that make a slower one needless: the second is there if the first fails its certificate
 UNKNOWN = 2.0  # how much faster a candidate may be than predicted before it was timed
 
 
@@ -175,10 +176,11 @@ class Search:
         if goal.kind == "seconds":
             return None
         good = [entry for entry in entries if entry.loss.upper(RISK) <= goal.limit and bench.knows_time(entry.variant)]
-        fastest = min(good, key=lambda entry: entry.relative, default=None)
-        if fastest is None or own <= slack * max(fastest.relative, 1e-9):
+        good = sorted((entry for entry in good if entry.variant != variant), key=lambda entry: entry.relative)
+        if len(good) < SPARE or own <= slack * max(good[SPARE - 1].relative, 1e-9):
             return None
-        return f"{about}, slower than {fastest.name}, which is good enough ({bench.figure.show(fastest.loss.value)})"
+        names = " and ".join(f"{entry.name} ({bench.figure.show(entry.loss.value)})" for entry in good[:SPARE])
+        return f"{about}, slower than {names}, which are good enough"
 
     def may_gain(self, variant: Variant) -> bool:
         """Whether an addition could still make a candidate faster."""

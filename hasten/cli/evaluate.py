@@ -94,12 +94,14 @@ def evaluate(
         data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,
     )  # fmt: skip
     ranks = processes(device)
+    model, lora, decoder = chosen_files(config, model, lora)
     loaded = open_shared(model, ranks, lora=lora, called=True)
+    loaded = loaded if decoder is None else loaded.with_decoder(decoder)
     if loaded.conditioning is not None and texts is None and label is not None:
         texts = [label]  # as for sample
     how = sampling_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
-        plan=plan, accelerators=accelerate, precision=precision,
+        plan=plan, accelerators=accelerate, precision=precision, files=True,
     )  # fmt: skip
     labels = label_list(loaded, label) if loaded.conditioning is None else None
     request = request.replace(label=labels, prompts=texts)
