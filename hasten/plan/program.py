@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.devices import has_float64
 from .basis import Basis
 
 __all__ = ["NoiseDraws", "Program", "Row", "combine", "filled", "holds", "program", "sparse", "used"]
@@ -129,6 +130,8 @@ def combine(row: Row, states: Any, outputs: Any, draws: Any, basis: Basis | None
             value = source[j]
             if basis is not None and isinstance(c, Tensor):
                 c = basis.spread(c, value)
+            elif isinstance(c, Tensor) and c.requires_grad and not has_float64(value.device):
+                c = c.to(value.dtype)  # else its gradient would become float64 on that device
             if total is None:
                 total = value * c
             elif isinstance(c, float) and not total.requires_grad:
