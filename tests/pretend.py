@@ -62,6 +62,7 @@ WAITING = {
     aten._linalg_eigh,
     aten._linalg_svd,
 }
+MEMORY = ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "current_allocated_memory")
 WIDE = {torch.float64, torch.complex128}
 _active: list[Pretended] = []
 
@@ -123,8 +124,10 @@ class Pretended:
 
     def __enter__(self) -> Pretended:
         backend = getattr(torch, self.device.type)
+        nothing = dict.fromkeys(MEMORY, lambda *_: 0)
         for target, name, value in (
             (backend, "synchronize", lambda *_: _record("wait")),
+            *((backend, name, value) for name, value in nothing.items() if hasattr(backend, name)),
             (torch.Tensor, "pin_memory", _pin_memory),
             (torch.Tensor, "is_pinned", _is_pinned),
         ):

@@ -329,7 +329,7 @@ class PlanFit:
         total, done = 0.0, 0
         for x, end, cond in self.batches(self.calibration):
             result = run_plan(leaf_plan, self.denoiser, x, **cond)[0][-1]
-            weight = self.weight[done : done + len(x)].to(x.device)
+            weight = self.weight[done : done + len(x)].to(float64_device(x.device))
             loss, done = (self.losses(result, end) * weight).sum() / self.calibration.stop, done + len(x)
             for total_gradient, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
                 total_gradient += gradient
