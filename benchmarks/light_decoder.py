@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from hasten.adapters.diffusers.autoencoders import check_same_encoder, open_autoencoder, reduction_factor
+from hasten.adapters.diffusers.autoencoders import (
+    check_encoder_norms,
+    check_same_encoder,
+    distilled_from,
+    open_autoencoder,
+    reduction_factor,
+)
 from hasten.files import write_file
 from hasten.images import encode_png, make_image_grid
 from hasten.performance.cost import interleave, macs, ratio
@@ -31,11 +37,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     nets: dict[str, Any] = {"full": open_autoencoder(args.base), "light": open_autoencoder(args.light)}
-    check_same_encoder(nets["full"], nets["light"], args.light)
+    if (norms := distilled_from(args.light)) is None:
+        check_same_encoder(nets["full"], nets["light"], args.light)
+    else:
+        check_encoder_norms(nets["full"], norms, args.light)
     for split in args.splits.split(","):
         data = open_data(args.data, split, label="none", report=False)
         for name, net in nets.items():
-            print(f"{split} ({len(data)}) {name}: {spell_quality(reconstruction_quality(net, data))}", flush=True)
+            quality = reconstruction_quality(net, data, encoder=nets["full"])
+            print(f"{split} ({len(data)}) {name}: {spell_quality(quality)}", flush=True)
     x = to_float(data.images(range(0, len(data), max(len(data) // 32, 1)))[:32])
     with torch.no_grad():
         z = nets["full"].encode(x).latent_dist.mode()

@@ -49,7 +49,9 @@ _HOMES = {
     **dict.fromkeys(["Ranks"], "distributed.ranks"),
     **dict.fromkeys(["sample_many"], "workflows.distribute"),
     **dict.fromkeys(["SampleRequest", "sample_to_files"], "workflows.sample"),
+    **dict.fromkeys(["apply"], "workflows.apply"),
     **dict.fromkeys(["EvaluateConfig", "evaluate_model"], "workflows.evaluate"),
+    **dict.fromkeys(["ChooseConfig", "choose"], "choosing.runner"),
     **dict.fromkeys(["TrainConfig", "train_model"], "workflows.train"),
     **dict.fromkeys(["AutoencoderConfig", "train_autoencoder"], "workflows.autoencoder"),
     **dict.fromkeys(["DecoderConfig", "distill_decoder"], "workflows.decoder"),
@@ -57,13 +59,15 @@ _HOMES = {
 }  # fmt: skip
 __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM",
-    "AutoencoderConfig", "Auxiliary", "BadInput", "Consistency", "CosineAngle", "DPMSolver", "DecoderConfig",
+    "AutoencoderConfig", "Auxiliary", "BadInput", "ChooseConfig", "Consistency",
+    "CosineAngle", "DPMSolver", "DecoderConfig",
     "Denoiser", "Discrete", "DistillConfig", "Distribution", "DynamicThreshold", "EvaluateConfig", "Explicit",
     "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras", "Model", "Noise", "NoiseLevel", "Picard", "Plan",
     "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks",
     "Rescale", "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled",
     "SubVP", "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
-    "Wrapper", "accelerate", "as_scheduler", "distill_decoder", "distill_model", "draw", "evaluate_model", "invert",
+    "Wrapper", "accelerate", "apply", "as_scheduler", "choose",
+    "distill_decoder", "distill_model", "draw", "evaluate_model", "invert",
     "load", "open_quantized", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files",
     "times_like", "train_autoencoder", "train_model", "tune_model", "walk",
 ]  # fmt: skip
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
     from .adapters.diffusers.acceleration import accelerate
     from .adapters.diffusers.quantized_pipelines import open_quantized
     from .adapters.diffusers.scheduler import as_scheduler
+    from .choosing.runner import ChooseConfig, choose
     from .denoiser import Denoiser, Wrapper
     from .distributed.ranks import Ranks
     from .errors import BadInput, HastenError
@@ -110,6 +115,7 @@ if TYPE_CHECKING:
     from .schedules.discrete import Discrete, rescale_zero_snr
     from .starts import CCDF, Auxiliary, SingDiffusion
     from .times import CosineAngle, Explicit, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
+    from .workflows.apply import apply
     from .workflows.autoencoder import AutoencoderConfig, train_autoencoder
     from .workflows.decoder import DecoderConfig, distill_decoder
     from .workflows.distill import DistillConfig, distill_model

@@ -79,6 +79,11 @@ class ProgressReporter:
         self.what = what
         self.bar.update(self.task, description=what)
 
+    def expect(self, left: float) -> None:
+        """Set the number of images that are left."""
+        self.total = self.done + left
+        self.bar.update(self.task, total=self.total)
+
     def advance(self, count: float) -> None:
         """Advance by this number of images."""
         self.done += count

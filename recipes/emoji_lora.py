@@ -7,6 +7,8 @@
 2. A fine-tune of the pipeline on the pictures of one style; its own 8 guided steps, and 8 steps with each LoRA of 1,
    which was made on the base and never saw the fine-tune.
 
+With `--lora FILE` (of one or more students of the pipeline) only the fine-tune is made and measured.
+
 Every model is measured on the held-out pictures in the judge's features, the fine-tune on those of its style. Finished
 parts are not done again. Writes `lora.json`, and prints a table.
 """
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, help="of the figures. Default: the one that the model names")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--student", type=Path, help="an 8-step student of the pipeline with all weights")
+    parser.add_argument("--lora", nargs="+", type=Path, default=[], help="LoRAs of the base, in place of training any")
     parser.add_argument("--style", default="google")
     parser.add_argument("--guidance-scale", type=float, help="Default: the model's")
     parser.add_argument("--minutes", type=float, default=30.0, help="of each training")
@@ -108,23 +111,31 @@ def main() -> None:
         distill_model(base, out / name, method, args.data / "train", log=print, **more)
         return out / name
 
-    full = args.student or student("full", args.lr)
-    loras = {"lora": student("lora", args.lora_lr, lora=RANK, lora_targets=args.targets) / FILE}
-    for rank in SVD_RANKS:
-        loras[f"svd{rank}"] = path = out / f"svd{rank}.safetensors"
-        once(record, file, f"svd{rank}: weights", lambda rank=rank, path=path: {
-            key: value for key, value in
-            extract_lora(base, hasten.load(full), rank, path, targets=args.targets).items() if key != "errors"
-        })  # fmt: skip
-
     held_out, split = args.data, args.split
     ddim: Any = {"sampler": "ddim", "times": "trailing", "guidance_scale": scale}
-    rows = ["teacher: 50 steps", "teacher: 8 steps", "student: all weights", *(f"student: {name}" for name in loras)]
-    once(record, file, rows[0], lambda: figures(base, held_out, split, steps=50, **ddim))
-    once(record, file, rows[1], lambda: figures(base, held_out, split, steps=STEPS, **ddim))
-    once(record, file, rows[2], lambda: figures(hasten.load(full), held_out, split))
-    for name, path in loras.items():
-        once(record, file, f"student: {name}", lambda path=path: figures(base.with_lora(path), held_out, split))
+    rows: list[str] = []
+    loras = {path.stem: path for path in args.lora}
+    if not loras:
+        full = args.student or student("full", args.lr)
+        loras = {"lora": student("lora", args.lora_lr, lora=RANK, lora_targets=args.targets) / FILE}
+        for rank in SVD_RANKS:
+            loras[f"svd{rank}"] = path = out / f"svd{rank}.safetensors"
+            once(record, file, f"svd{rank}: weights", lambda rank=rank, path=path: {
+                key: value for key, value in
+                extract_lora(base, hasten.load(full), rank, path, targets=args.targets).items() if key != "errors"
+            })  # fmt: skip
+        rows = [
+            "teacher: 50 steps",
+            "teacher: 8 steps",
+            "student: all weights",
+            *(f"student: {name}" for name in loras),
+        ]
+        once(record, file, rows[0], lambda: figures(base, held_out, split, steps=50, **ddim))
+        once(record, file, rows[1], lambda: figures(base, held_out, split, steps=STEPS, **ddim))
+        once(record, file, rows[2], lambda: figures(hasten.load(full), held_out, split))
+        for name, path in loras.items():
+            rows.append(f"student: {name}")
+            once(record, file, rows[-1], lambda path=path: figures(base.with_lora(path), held_out, split))
 
     style = style_folder(args.data, args.style, out / args.style)
     if not (out / "tuned" / "model.json").is_file():
@@ -136,12 +147,12 @@ def main() -> None:
     once(record, file, own[2], lambda: figures(base, style, split, steps=50, **ddim))
     for name, path in loras.items():
         own.append(f"fine-tune: 8 steps with {name}")
-        once(record, file, own[-1], lambda path=path: figures(tuned.with_lora(path), style, split))
+        once(record, file, own[-1], lambda path=path: figures(tuned.with_lora(path), style, split, steps=STEPS))
 
     for row in (*rows, *own):
         shown = (f"{key} {value:.4g}" for key, value in record[row].items() if isinstance(value, (int, float)))
         print(f"{row:<34}", "  ".join(shown))
-    for rank in SVD_RANKS:
+    for rank in () if args.lora else SVD_RANKS:
         weights = record[f"svd{rank}: weights"]
         print(
             f"rank {rank}: {100 * weights['total_error']:.3g} % of the difference left out, {len(weights['lost'])} lost"

@@ -23,6 +23,7 @@ from hasten.train import open_data
 from hasten.train.data import Data
 from hasten.train.encoded import encode_captioned, image_size
 from hasten.workflows.distill import distill_model
+from hasten.workflows.lora import extract_lora
 
 SEED, BATCH = 0, 32
 
@@ -34,10 +35,12 @@ class Run:
     Args:
         method: as `hasten distill --method` takes it.
         init: the run whose student it begins as; None: the teacher.
+        rank: of the LoRA that the student is reduced to, and that is trained further; None: all weights are trained.
     """
 
     method: str
     init: str | None = None
+    rank: int | None = None
 
 
 # `guided8_longer` trains the first stage of `guided8` further (with --optimizer muon), then the second one anew: in the
@@ -53,6 +56,7 @@ RUNS = {
     "diffusion_gan": Run("diffusion_gan:steps=4,times=all,sampled=1,lr=0.0002,critic_lr=0.0002", "guided8"),
     "diffusion_gan_pure": Run("diffusion_gan:steps=1,strength=0.1,lr=0.0001,critic_lr=0.0002", "guided8"),
     "consistency": Run("consistency:nodes=16,grid=trailing,solver=euler,lr=0.0003,steps=1", "guided8"),
+    "consistency_lora": Run("consistency:nodes=16,grid=trailing,solver=euler,lr=0.0005,steps=8", "consistency", 16),
     "lcm": Run("consistency:nodes=50,grid=trailing,solver=euler,momentum=0.95,guidance=(1,8),lr=0.0003,steps=4"),
     "adversarial": Run("adversarial:steps=1,augment=false,lr=0.00005,critic_lr=0.0002", "guided8"),
     "dmd": Run("dmd:steps=1,lr=0.00005,fake_lr=0.00005", "guided8"),
@@ -63,14 +67,21 @@ RUNS = {
 def train(name: str, teacher: hasten.Model, data: Data, args: argparse.Namespace) -> dict[str, Any]:
     """Distil one student, or load what is there; returns the run's result."""
     run = RUNS[name]
-    init = None
+    init: hasten.Model | Path | None = None
     if run.init is not None:
         folder = args.out / run.init
         if not (folder / "model.json").is_file():
             train(run.init, teacher, data, args)
         init = hasten.load(folder)
-    if name == "progressive":  # its teacher is the student of 8 steps, at the nodes that it knows
-        teacher, init = init or teacher, None
+        if run.rank is not None:
+            file = args.out / f"{run.init}_rank{run.rank}.safetensors"
+            if not file.is_file():
+                extract_lora(teacher, init, run.rank, file)
+            init = file
+    if name == "progressive" and isinstance(
+        init, hasten.Model
+    ):  # its teacher is the student of 8 steps, at the nodes that it knows
+        teacher, init = init, None
     print(f"{name}: {run.method}", flush=True)
     return distill_model(
         teacher,

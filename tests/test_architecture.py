@@ -31,7 +31,7 @@ LAYERS = (
     ("pipelines", "adapters._export adapters.diffusers.pipelines loading tasks"),
     ("exported networks", "adapters.onnx adapters.openvino"),
     ("workflows", "workflows"),
-    ("comparisons", "compare"),
+    ("comparisons", "choosing compare"),
     ("command line", "__main__ cli"),
 )
 # Modules of a package that stand higher than the rest of it, under the name that the table has for them.

@@ -118,12 +118,12 @@ def test_a_variant_that_is_the_equal_cost_row_is_not_run_twice(variant_file: Pat
     # Guided DDIM: 4 and 8 evaluations; UniPC in 4 steps is what the reference does with 8; unguided Heun takes 3.
     assert [(v.name, v.role, v.nfe, e and e.name) for v, e in rows] == [
         ("best", "reference", 24, None),
-        ("DDIM, 2 steps", "variant", 4, "Reference, 2 steps"),
+        ("DDIM, 2 steps", "variant", 4, "best, 2 steps"),
         ("DDIM, 4 steps", "variant", 8, "UniPC"),
         ("UniPC", "variant", 8, "UniPC"),
-        ("plain Heun", "variant", 3, "Reference, 1 step"),
-        ("Reference, 1 step", "equal-cost", 2, "Reference, 1 step"),
-        ("Reference, 2 steps", "equal-cost", 4, "Reference, 2 steps"),
+        ("plain Heun", "variant", 3, "best, 1 step"),
+        ("best, 1 step", "equal-cost", 2, "best, 1 step"),
+        ("best, 2 steps", "equal-cost", 4, "best, 2 steps"),
     ]
 
 

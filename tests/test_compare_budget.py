@@ -34,7 +34,7 @@ name = "Heun"
 sampler = "heun"
 steps = 4
 """
-NFE = {"best": 32, "DDIM, 2 steps": 4, "DDIM, 4 steps": 8, "DDIM, 8 steps": 16, "Heun": 14, "Reference, 7 steps": 14}
+NFE = {"best": 32, "DDIM, 2 steps": 4, "DDIM, 4 steps": 8, "DDIM, 8 steps": 16, "Heun": 14, "best, 7 steps": 14}
 
 
 class Clock:
@@ -204,7 +204,7 @@ def test_an_interrupted_run_reports_its_rows_and_resumes(
     sampled[:] = ["Heun"]
     capsys.readouterr()
     rows = run(4.0)
-    assert sampled == ["Heun", "Heun", "Reference, 7 steps"]
+    assert sampled == ["Heun", "Heun", "best, 7 steps"]
     assert "4 of 6 rows have their first images" in capsys.readouterr().err
     assert list(rows) == list(NFE) and rows["best"]["protocol"]["n"] > 64
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]

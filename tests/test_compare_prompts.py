@@ -205,7 +205,7 @@ optional = true
 """
     )
     rows = run(shower(), text, prompts="red fox 0")
-    assert list(rows) == ["reference", "fewer", "light", "lora", "both", "Reference, 1 step"]
+    assert list(rows) == ["reference", "fewer", "light", "lora", "both", "reference, 1 step"]
     assert rows["light"]["nfe"] == 4 and rows["lora"]["nfe"] == rows["both"]["nfe"] == 1
     assert rows["light"]["key"] != rows["reference"]["key"] and rows["both"]["key"] != rows["lora"]["key"]
     assert rows["light"]["psnr"] < 30 and rows["both"]["decoder"] == "shower_decoder"

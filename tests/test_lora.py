@@ -15,7 +15,7 @@ import hasten
 from hasten.cli import main
 from hasten.errors import BadInput, Notice
 from hasten.model import Model
-from hasten.model.lora import lora_file
+from hasten.model.lora import lora_file, with_trainable_lora
 from hasten.nets.lora import LowRank, lora_factors, target_layers
 from hasten.nets.quantized import layers
 from hasten.storage.lora_files import FILE, read_lora, write_lora
@@ -194,6 +194,31 @@ def test_a_fine_tune_as_a_lora(tmp_path: Path, kind: str) -> None:
         train_model(data, tmp_path / "other", lora=2, **common)
     with pytest.raises(BadInput, match="init=base"):
         train_model(data, tmp_path / "other", base=build(), init="random", lora=2, **common)
+
+
+def test_a_lora_is_trained_further(students: Path, data: Path, tmp_path: Path) -> None:
+    """It begins as the student of the file, trains the file's factors, and stays a LoRA of the teacher."""
+    base, file = hasten.load(tiny.ddpm_pipeline()), students / "steps4" / FILE
+    began = with_trainable_lora(base, file)
+    want = base.with_lora(file)
+    assert torch.allclose(began.sample(2), want.sample(2), atol=1e-5) and began.steps == 4
+    assert all(p.requires_grad == ("lora_" in name) for name, p in began.denoiser.net.named_parameters())
+    out = tmp_path / "out"
+    distill_model(base, out, "progressive:steps=(4,),lr=1e-9", data, init=file, **COMMON)
+    same, first = read_lora(out).components["unet"], read_lora(file).components["unet"]
+    assert same.keys() == first.keys()
+    assert all((same[name].delta() - one.delta()).abs().max() < 1e-4 for name, one in first.items())
+    assert torch.allclose(base.with_lora(out / FILE).sample(2), want.sample(2), atol=1e-3)
+    distill_model(base, tmp_path / "more", "progressive:steps=(4,),lr=0.03", data, init=file, lora=2, **COMMON)
+    trained = read_lora(tmp_path / "more").components["unet"]
+    assert max(float((trained[name].delta() - one.delta()).abs().max()) for name, one in first.items()) > 1e-2
+    again = base.with_lora(tmp_path / "more" / FILE)
+    assert (again.sample(2) - hasten.load(tmp_path / "more").sample(2)).abs().max() < 1e-5
+    for options, message in (({"lora": 4}, "of rank 2"), ({"lora_targets": "conv"}, "omit lora_targets")):
+        with pytest.raises(BadInput, match=message):
+            distill_model(base, tmp_path / "no", "progressive:steps=(4,)", data, init=file, **options, **COMMON)
+    with pytest.raises(BadInput, match="is one already"):
+        with_trainable_lora(hasten.load(students), file)
 
 
 def prompt_student(scale: float = 3.0) -> tuple[Model, Model]:

@@ -133,7 +133,7 @@ def test_the_documented_set_can_be_read(tmp_path: Path) -> None:
 
 def test_an_equal_cost_row_does_not_take_a_users_name(tmp_path: Path) -> None:
     file = tmp_path / "v.toml"
-    text = '[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "Reference, 2 steps"\nsampler = "unipc"\nsteps = 2'
+    text = '[reference]\nsampler = "ddim"\nsteps = 4\n[[variant]]\nname = "reference, 2 steps"\nsampler = "unipc"\nsteps = 2'
     file.write_text(text, encoding="utf-8-sig")  # as editors of Windows write it
     names = [row.name for row, _ in variants.load_variants(file).rows()]
     assert len(set(names)) == len(names) == 3

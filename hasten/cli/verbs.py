@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .choose import choose
 from .compare import compare
 from .convert_lora import convert_lora
 from .distill import distill
@@ -18,7 +19,7 @@ from .train import train
 from .tune import tune
 
 VERBS = (
-    sample, compare, distill, quantize, tune, restyle, export, train, evaluate, models, show, sigmas,
+    sample, compare, choose, distill, quantize, tune, restyle, export, train, evaluate, models, show, sigmas,
     extract_lora, merge_lora, convert_lora,
 )  # fmt: skip
 __all__ = [verb.__name__ for verb in VERBS]

@@ -81,7 +81,7 @@ def row_warnings(row: Row, rows: Sequence[Row]) -> list[str]:
     if is_less_diverse(row):
         value, low, high = row["diversity_ratio"]
         found.append(
-            f"its images of one prompt differ {value:.0%} as much as the reference's (95 % interval {low:.0%} to "
+            f"its images of one prompt differ {value:.0%} as much as the reference's (95% interval {low:.0%} to "
             f"{high:.0%}): it has lost diversity"
         )
     return found

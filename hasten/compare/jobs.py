@@ -85,30 +85,14 @@ def prepare(
     others: dict[tuple[str | None, ...], Model] = {(None, None, None): model}
     variants = variants.for_model(location_of(model))
 
-    def base_of(v: Variant) -> Model:
-        files = (v.model, v.lora, v.decoder)
-        if files not in others:
-            where = f"{variants.source}: {v.name!r}"
-            with ranks.main_process_first() if ranks is not None else contextlib.nullcontext():
-                base = model if v.model is None else load_other_model(v.model, model, where)
-                others[files] = with_files(base, v, where)
-        return others[files]
-
     def prepared(v: Variant) -> Model:
         if v.method not in models:
-            base = base_of(v)
-            try:
-                how = base.resolve(v.config)
-            except (HastenError, ValueError) as e:
-                raise BadInput(f"{variants.source}: {v.name!r}: {e}") from e
-            own: dict[str, Any] = {"sampler": v.sampler} if v.sampler else {}
-            own |= {"times": v.times} if v.times else {}
-            steps = len(how.times) - 1 if how.plan is None else how.plan.nfe
-            own |= {"denoiser": how.inner, "plan": how.plan, "steps": v.steps or steps}
-            resolved = replace(base, **own)
-            models[v.method] = replace(resolved, guidance_scale=v.guidance_scale)
-            if v.first_evaluation is not None:
-                models[v.method] = with_teacher(models[v.method], v, model, f"{variants.source}: {v.name!r}")
+            where = f"{variants.source}: {v.name!r}"
+            files = (v.model, v.lora, v.decoder)
+            if files not in others:
+                with ranks.main_process_first() if ranks is not None else contextlib.nullcontext():
+                    others[files] = model_with_files(model, v, where)
+            models[v.method] = prepare_row(others[files], v, model, where)
         return models[v.method]
 
     def runs(v: Variant) -> bool:
@@ -131,6 +115,39 @@ def prepare(
 
     variants = replace(variants, variants=tuple(v for v in variants.variants if not v.optional or runs(v)))
     return [(v, equal, prepared(v)) for v, equal in variants.rows(measured_nfe)]
+
+
+def model_with_files(model: Model, v: Variant, where: str) -> Model:
+    """The model of a row with its LoRA and decoder, before its method: that of the comparison, or another one.
+
+    Raises:
+        BadInput: with `where`, if they are missing or do not fit.
+    """
+    return with_files(model if v.model is None else load_other_model(v.model, model, where), v, where)
+
+
+def prepare_row(base: Model, v: Variant, model: Model, where: str) -> Model:
+    """A model with the plan and guidance of a row as its own.
+
+    Args:
+        base: Of `model_with_files`.
+        v: The row.
+        model: The model of the comparison.
+        where: Begins error messages.
+
+    Raises:
+        BadInput: For what this model cannot run.
+    """
+    try:
+        how = base.resolve(v.config)
+    except (HastenError, ValueError) as e:
+        raise BadInput(f"{where}: {e}") from e
+    own: dict[str, Any] = {"sampler": v.sampler} if v.sampler else {}
+    own |= {"times": v.times} if v.times else {}
+    steps = len(how.times) - 1 if how.plan is None else how.plan.nfe
+    own |= {"denoiser": how.inner, "plan": how.plan, "steps": v.steps or steps}
+    result = replace(replace(base, **own), guidance_scale=v.guidance_scale)
+    return result if v.first_evaluation is None else with_teacher(result, v, model, where)
 
 
 def location_of(model: Model) -> str:

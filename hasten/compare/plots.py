@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -161,12 +162,12 @@ def draw_panel(
     if cost == "nfe":
         axis.xaxis.set_major_locator(FixedLocator([2**k for k in range(12)]))
     else:
-        axis.xaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-6, 5) for m in (1, 2, 5)]))
+        axis.xaxis.set_major_locator(FixedLocator(log_ticks(*axis.get_xlim())))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     if distance:
         axis.set_ylim(*log_limits([*(r[quality] for r in rows), *([level] if level and visible else [])], 1.3))
-        axis.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]))
+        axis.yaxis.set_major_locator(FixedLocator(log_ticks(*axis.get_ylim())))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
         values = [*(r[quality] for r in rows), NEAR_DB]
@@ -182,6 +183,19 @@ def log_limits(values: Sequence[float], room: float) -> tuple[float, float]:
     """Limits of a logarithmic axis: the range of the positive values, widened by the factor `room` on either side."""
     positive = [value for value in values if value > 0] or [1.0]
     return min(positive) / room, max(positive) * room
+
+
+def log_ticks(low: float, high: float, fewest: int = 3) -> list[float]:
+    """Round values for the ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, and finer ones where fewer than
+    `fewest` of them are within the limits."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    finer = [[k / parts for k in range(parts, 10 * parts)] for parts in (2, 4, 20, 100)]
+    ticks: list[float] = []
+    for mantissas in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), *finer):
+        ticks = [m * 10.0**e for e in exponents for m in mantissas if low <= m * 10.0**e <= high]
+        if len(ticks) >= fewest:
+            break
+    return ticks
 
 
 def error_bar(row: Row, quality: str) -> tuple[float, float]:

@@ -13,31 +13,25 @@ A set of variants is a TOML file (bundled ones are in `variant_sets`):
     name = "DDIM"
     sampler = "ddim"              # sampler, times, steps and guidance_scale may be lists: the product is run
     steps = [4, 8, 16]
-
     [[variant]]
     name = "fitted"
     plan = ["fitted-6", "fitted-8"]   # plans of the model, or .json files, in place of sampler, times and steps
-
     [[variant]]
     name = "student"
     model = ["runs/g/steps4", "runs/g/steps1"]   # other models of the same images: bundled names or folders
-
     [[variant]]
     name = "8 steps, light decoder"
     lora = "eight_steps.safetensors"  # merged into the weights; decoder: another image decoder, a folder
     decoder = "runs/decoder"
     optional = true                   # skipped, with a line, where the files are not there
-
     [[variant]]
     name = "student, first evaluation by the teacher"
     model = "runs/g/steps4"
     first_evaluation = "{model}"      # which restores diversity (2503.10637)
 
-The defaults of sampler, times, steps and guidance_scale of a variant are the reference's; the defaults of times and
-guidance_scale of the reference are the model's. `guides` (a list) and `start` default to none. For a variant with
-another `model` or a `lora`, sampler, times and steps default to that model's own, as in `hasten sample MODEL
---steps 4`, and only guidance_scale to the reference's. In a model, lora or decoder, `{model}` is the name or folder of
-the command's model. See docs/variants.md.
+A variant's sampler, times, steps and guidance_scale default to the reference's; those of a variant with another `model`
+or a `lora` to that model's own, but for guidance_scale. `guides` (a list) and `start` default to none. `{model}` is the
+name or folder of the command's model. See docs/variants.md.
 """
 
 from __future__ import annotations
@@ -45,6 +39,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,8 +209,7 @@ class VariantSet:
             shorter = (replace(self.reference, steps=count, role="equal-cost") for count in steps)
             fitting = next((row for row in shorter if (row.nfe or 0) <= cost), None)
             if fitting is not None:
-                count = f"{fitting.steps} step" + ("" if fitting.steps == 1 else "s")
-                name = f"Reference, {count}"
+                name = shorter_name(self.reference.name, fitting.steps)
                 name += ", equal cost" if name in {row.name for row in rows.values()} else ""
                 fitting = rows.setdefault(fitting.method, replace(fitting, name=name))
             equal[cost] = fitting
@@ -223,6 +217,12 @@ class VariantSet:
         ordered = sorted(rows.values(), key=lambda row: (order[row.role], row.role == "equal-cost"))
         equals = {"reference": lambda row: None, "equal-cost": lambda row: row}
         return [(row, equals.get(row.role, lambda row: equal[costs.get(row.method)])(row)) for row in ordered]
+
+
+def shorter_name(name: str, steps: int) -> str:
+    """The reference's name with another number of steps: "DDIM, 50 steps" becomes "DDIM, 8 steps"."""
+    count = "1 step" if steps == 1 else f"{steps} steps"
+    return re.sub(r"\b\d+ steps?\b", count, name) if re.search(r"\b\d+ steps?\b", name) else f"{name}, {count}"
 
 
 @functools.lru_cache(256)

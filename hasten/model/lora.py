@@ -19,7 +19,7 @@ from ..adapters.diffusers.library import network_of
 from ..adapters.model_like import ModelLike
 from ..denoiser import Denoiser
 from ..errors import BadInput, Notice, check_number
-from ..nets.lora import LowRank, innermost, merge_factors, trimmed
+from ..nets.lora import LowRank, attach_lora, innermost, merge_factors, trimmed
 from ..nets.prequantized import check_original_weights
 from ..nets.quantized import layers as integer_layers
 from ..pick import pick
@@ -28,7 +28,7 @@ from ..predictions import prediction_from
 from ..storage.lora_files import LoRAFile, base_hash, read_lora
 from ..storage.lora_names import flat, from_original
 
-__all__ = ["load_lora_weights", "lora_file", "parse_lora_argument", "resolve_layers"]
+__all__ = ["load_lora_weights", "lora_file", "parse_lora_argument", "resolve_layers", "with_trainable_lora"]
 
 M = TypeVar("M")  # a `Model`
 NETWORKS = ("unet", "transformer")  # components that are the denoising network
@@ -63,6 +63,32 @@ def load_lora_weights(model: M, lora: str | Path | LoRAFile | Sequence[str | Pat
             path, own = parse_lora_argument(one)
             model = cast(M, merged_model(model, read_lora(path), scale if own is None else own, str(path)))
     return model
+
+
+def with_trainable_lora(model: M, path: str | Path) -> M:
+    """A copy of a model with a LoRA whose factors are layers' parameters, not merged: what trains it further.
+
+    Args:
+        model: that the LoRA was made for, in floating point; it stays as it is, and its weights are shared.
+        path: the file, or the name of a bundled one.
+
+    Raises:
+        BadInput: as `load_lora_weights`, and for a LoRA of text encoders, or of several ranks.
+    """
+    path, scale = parse_lora_argument(path)
+    lora = read_lora(path)
+    if scale not in (None, 1.0):
+        raise BadInput(f"{path} is trained further as it is: without the scale {scale:g}")
+    if others := [name for name in lora.components if name not in NETWORKS]:
+        raise BadInput(f"{path} changes the {others[0]} too: only a LoRA of the denoising network is trained further")
+    if len(lora.ranks) > 1:
+        raise BadInput(f"{path} has layers of the ranks {lora.ranks}: a LoRA of one rank is trained further")
+    merged: Any = merged_model(model, lora, 1.0, str(path))
+    owned = cast(Any, model).denoiser
+    net = copy.deepcopy(owned.net, {id(p): p for p in owned.net.parameters()})
+    (factors,) = lora.components.values()
+    attach_lora(net, resolve_layers(innermost(net), factors, str(path)))
+    return cast(M, replace(merged, denoiser=merged.denoiser.replace(net=net)))
 
 
 def parse_lora_argument(argument: str | Path) -> tuple[Path, float | None]:

@@ -244,6 +244,26 @@ def add_lora(
     return list(chosen)
 
 
+def attach_lora(net: nn.Module, factors: Mapping[str, LowRank]) -> None:
+    """Give layers of a network these factors, by name, to train them further; in place, and as `add_lora` else.
+
+    Raises:
+        BadInput: for a layer that cannot have factors, and a network with factors.
+    """
+    net = innermost(net)
+    if next(iter(lora_layers(net)), None) is not None:
+        raise BadInput(f"{type(net).__name__} has a LoRA already: merge it first")
+    modules = dict(net.named_modules())
+    if unknown := [name for name in factors if name not in modules or not adaptable(modules[name])]:
+        raise BadInput(f"{type(net).__name__} has no linear layer or convolution {unknown[0]} that a LoRA can adapt")
+    net.requires_grad_(False)
+    for name, one in factors.items():
+        shape = tuple(modules[name].get_parameter("weight").shape)  # 1x1 convolutions may have a linear layer's factors
+        down, up = one.down.reshape(one.rank, *shape[1:]), one.up.reshape(shape[0], one.rank, *[1] * (len(shape) - 2))
+        attach(modules[name], LowRank(down, up, one.alpha))
+    register_hooks(net)
+
+
 def attach(layer: nn.Module, factors: LowRank) -> None:
     """Make a layer one with factors, in place: hooks, names and weights stay. The factors are float32."""
     weight: Tensor = layer.get_parameter("weight")

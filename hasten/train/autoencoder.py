@@ -86,11 +86,16 @@ class DecoderLoss:
 
         images(x, D'(z)) + teacher mean (D(m) - D'(z))^2,    z ~ q(z|x) with the mean m
 
+    and, where the smaller autoencoder has an encoder of its own, with mean m' and log variance l' for m and l,
+
+        + encoder mean (m' - m)^2 + encoder / 10 mean (l' - l)^2
+
     Args:
         images: what compares images with reconstructions; its `kl` is not used.
         teacher: weight of the difference from the full decoder's output, >= 0.
         targets: images (B, C, H, W) -> m and log variance (B, c, h, w), D(m) (B, C, H, W), for batches that do not have
             them as `mean`, `logvar` and `target`.
+        encoder: weight of the difference of the encoders, >= 0; 0 where they are the same.
 
     Raises:
         BadInput: for a negative weight.
@@ -101,12 +106,16 @@ class DecoderLoss:
     """
 
     def __init__(
-        self, images: AutoencoderLoss, teacher: float, targets: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+        self,
+        images: AutoencoderLoss,
+        teacher: float,
+        targets: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+        encoder: float = 0.0,
     ) -> None:
-        check_loss_weights(teacher=teacher)
-        self.images, self.teacher, self.targets = images, teacher, targets
+        check_loss_weights(teacher=teacher, encoder=encoder)
+        self.images, self.teacher, self.targets, self.encoder = images, teacher, targets, encoder
 
-    def __call__(self, autoencoder: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def __call__(self, autoencoder: Any, batch: dict[str, Tensor]) -> Tensor:
         """The loss of the autoencoder with the smaller decoder on images `x` (B, C, H, W), a scalar."""
         x = batch["x"]
         if "target" in batch:
@@ -115,6 +124,10 @@ class DecoderLoss:
             mean, logvar, target = self.targets(x)
         out = decode_latents(autoencoder, sample_posterior(mean, logvar))
         loss = self.images.reconstruction(x, out) + self.teacher * (out - target).square().mean()
+        if self.encoder:
+            own = autoencoder.encode(x).latent_dist
+            loss = loss + self.encoder * (own.mean.float() - mean).square().mean()
+            loss = loss + 0.1 * self.encoder * (own.logvar.float() - logvar).square().mean()
         return self.images.with_gan(autoencoder, out, loss, batch)
 
 

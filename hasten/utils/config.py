@@ -18,7 +18,8 @@ from ..errors import BadInput, nearest
 
 __all__ = ["Config", "read_table", "to_toml"]
 
-TABLES = ("sampling", "train", "distill", "autoencoder", "decoder")  # one file may hold the options of several commands
+# One file may hold the options of several commands, and what `hasten choose` says of its choice.
+TABLES = ("sampling", "train", "distill", "autoencoder", "decoder", "model", "certificate")
 Self = TypeVar("Self", bound="Config")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from ..adapters.diffusers.autoencoders import LIGHT_DECODER, build_light_decoder, reduction_factor
+from ..adapters.diffusers.autoencoders import LIGHT_DECODER, build_light_decoder, encoder_norms, reduction_factor
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, check_int
 from ..files import holds_lock, refuse_inside
@@ -56,6 +56,8 @@ class DecoderConfig(Config):
         widths: channels of the decoder at each resolution, finest first (`build_light_decoder`). Default: half of the
             full decoder's.
         layers: it has one more residual block than this at each resolution. Default: one less than the full one.
+        groups: of the normalisation (`build_light_decoder`). Default: the full autoencoder's, unless these would leave
+            one channel to a group. With others, the encoder is distilled too.
         teacher: weight of the squared difference from the full decoder's output (`DecoderLoss`).
         l1: weight of the absolute error.
         perceptual: file or folder with the weights of a perceptual distance (`load_perceptual`). Default: no such term.
@@ -76,6 +78,7 @@ class DecoderConfig(Config):
     size: int | None = None
     widths: Sequence[int] | None = None
     layers: int | None = None
+    groups: int | None = None
     teacher: float = 1.0
     l1: float = 0.0
     perceptual: str | None = None
@@ -99,6 +102,7 @@ class DecoderOptions(TypedDict, total=False):
     size: int | None
     widths: Sequence[int] | None
     layers: int | None
+    groups: int | None
     teacher: float
     l1: float
     perceptual: str | None
@@ -131,8 +135,9 @@ def distill_decoder(
 
     The latents of the data and the full decoder's images of them are computed once before training, if they fit into
     2 GiB, else for each batch. The EMA of the weights is saved in `out`: an `AsymmetricAutoencoderKL` with the base's
-    encoder, for `pipe.vae = AsymmetricAutoencoderKL.from_pretrained(out)` and `Model.with_decoder(out)`, with
-    `decoder.json`. The same call resumes from the checkpoint in `out` of a stopped run.
+    encoder (or, where its normalisation has other groups, one that is distilled from it), for
+    `pipe.vae = AsymmetricAutoencoderKL.from_pretrained(out)` and `Model.with_decoder(out)`, with `decoder.json`. The
+    same call resumes from the checkpoint in `out` of a stopped run.
 
     Args:
         base: folder of an `AutoencoderKL` or of a pipeline that has one (or its bundled name), or the autoencoder.
@@ -145,8 +150,9 @@ def distill_decoder(
         options: fields of `DecoderConfig`.
 
     Returns:
-        What `decoder.json` holds: `light` and `full` with psnr, ssim, macs (of one image) and parameters; measured_on,
-        settings.
+        What `decoder.json` holds: `light` and `full` with psnr, ssim, macs (of one image) and parameters, of the full
+        encoder's latents; measured_on, settings; where the encoder is distilled, `with_light_encoder`: psnr and ssim,
+        and `encoder_norms`, of the encoder that it was distilled from.
 
     Raises:
         BadInput: for data, an autoencoder or settings that cannot be used, or if `out` holds a run of others.
@@ -163,12 +169,18 @@ def distill_decoder(
     vae = open_base(base) if isinstance(base, (str, Path)) else base
     vae = vae.to(ranks.device).eval().requires_grad_(False)
     torch.manual_seed(check_int("seed", config.seed, 0))
-    light = build_light_decoder(vae, config.widths, config.layers)
+    light = build_light_decoder(vae, config.widths, config.layers, config.groups)
     source = open_images(data, config.size, vae.config.in_channels)
     check_sides(source, reduction_factor(vae))
     perceptual, gan = loss_terms(config, source, ranks.device, log)
     images = AutoencoderLoss(0.0, config.l1, perceptual, config.perceptual_weight, gan)
-    loss = DecoderLoss(images, config.teacher, lambda x: targets_of(vae, x))
+    own_encoder = light.config.norm_num_groups != vae.config.norm_num_groups
+    loss = DecoderLoss(images, config.teacher, lambda x: targets_of(vae, x), float(own_encoder))
+    if own_encoder:
+        log(
+            f"normalisation in {light.config.norm_num_groups} groups, not {vae.config.norm_num_groups}: distils the "
+            "encoder too"
+        )
     trained = [
         TrainedModule("decoder", light, lambda batch: loss(light, batch), config.lr, optimiser=config.optimiser),
         *discriminators(gan, config),
@@ -182,12 +194,14 @@ def distill_decoder(
     z = torch.zeros(1, vae.config.latent_channels, *(side // reduction_factor(vae) for side in source.shape[1:]))
     card: dict[str, Any] = {
         kind: {
-            **reconstruction_quality(net, held_out),
+            **reconstruction_quality(net, held_out, encoder=vae),
             "macs": macs(net.decode, z.to(ranks.device)),
             "parameters": sum(p.numel() for n, p in net.decoder.named_parameters() if "condition_encoder" not in n),
         }
         for kind, net in (("full", vae), ("light", averaged))
     }
+    if own_encoder:
+        card |= {"with_light_encoder": reconstruction_quality(averaged, held_out), "encoder_norms": encoder_norms(vae)}
     card |= {
         "measured_on": name,
         "images": len(source),
@@ -197,6 +211,8 @@ def distill_decoder(
     ratio = card["full"]["macs"] / card["light"]["macs"]
     for kind in ("full", "light"):
         log(f"{kind} decoder: {card[kind]['macs'] / 1e6:.1f} million multiply-accumulates, {spell_quality(card[kind])}")
+    if own_encoder:
+        log(f"with the distilled encoder: {spell_quality(card['with_light_encoder'])}")
     log(f"{ratio:.1f}x fewer multiply-accumulates; measured on {name}")
     save_autoencoder(averaged, out, LIGHT_DECODER, card, ranks)
     return card

@@ -21,7 +21,9 @@ from ..distillers._notices import run_notices
 from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput, check_choice, check_int
 from ..files import check_writable, holds_lock, refuse_inside, write_file
+from ..model.lora import with_trainable_lora
 from ..model.model import Model
+from ..nets.lora import lora_layers
 from ..nets.scalar_inputs import FixedGuidance
 from ..performance.autotune import format_runtime, parse_runtime
 from ..performance.cost import peak_bytes
@@ -118,7 +120,7 @@ def distill_model(
     config: DistillConfig | str | None = None,
     data: str | Path | Data | torch.Tensor | list[str] | tuple[str, ...] | None = None,
     *,
-    init: Model | None = None,
+    init: Model | str | Path | None = None,
     dry_run: bool = False,
     show: bool = True,
     log: Callable[[str], None] = ignore_messages,
@@ -140,7 +142,9 @@ def distill_model(
             `Data` with labels. Images for a model of latents are encoded. Models of prompts need captioned images, or,
             for methods that train on the teacher's own samples, a list of prompts.
         init: what the first student begins as, in place of the teacher: another model of the same shape, classes and
-            schedule, such as an earlier student (adversarial and distribution matching refine one so).
+            schedule, such as an earlier student (adversarial and distribution matching refine one so). Or the
+            .safetensors file of a LoRA of the teacher (such as `hasten lora extract` makes of a student), which is
+            trained further.
         dry_run: only report what it would cost. show: progress bars on a terminal. log: called with a line at every
             stage. command: for the models' cards.
 
@@ -160,8 +164,9 @@ def distill_model(
     batch_size, seed, runtime, accumulate = config.batch_size, config.seed, config.precision, config.grad_accumulation
     guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
     distiller = pick("distillers", method)
+    config, init, adapted = open_init(model, init, config)
     check_models(model, init, distiller, method)
-    check_lora(model if init is None else init, distiller, config.lora, config.lora_targets, config.fsdp)
+    check_lora(adapted, distiller, config.lora, config.lora_targets, config.fsdp)
     ranks = Ranks.start(str(model.device))
     check_int("batch_size", batch_size, 1)
     check_int("accumulate", accumulate, 1)
@@ -279,7 +284,7 @@ def distill_model(
     if dry_run:
         return result
     common["precision"] = known["precision"]
-    saver = Saver(model, out, result, scale, command, say, source.captions, init)
+    saver = Saver(model, out, result, scale, command, say, source.captions, adapted)
     save = saver if ranks.is_main_process else (lambda name, student: None)
     task = DistillTask(
         **common,
@@ -297,6 +302,23 @@ def distill_model(
         saver(None, last)
     ranks.barrier()
     return {**result, "seconds": time.perf_counter() - start}
+
+
+def open_init(
+    model: Model, init: Model | str | Path | None, config: DistillConfig
+) -> tuple[DistillConfig, Model | None, Model]:
+    """The settings, with the rank of a LoRA that is trained further, what the student begins as, and what a LoRA
+    changes."""
+    if init is None or isinstance(init, Model):
+        return config, init, model if init is None else init
+    first = with_trainable_lora(model, init)
+    rank = next(iter(lora_layers(first.denoiser.net).values())).low_rank().rank
+    if config.lora not in (None, rank) or config.lora_targets is not None:
+        asked = "lora_targets" if config.lora_targets is not None else f"lora={config.lora}"
+        raise BadInput(
+            f"{init} is a LoRA of rank {rank} with layers of its own, which is trained further: omit {asked}"
+        )
+    return config.replace(lora=rank), first, model
 
 
 def at_scale(denoiser: Any, scale: float) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..distillers import Distiller
 from ..errors import BadInput
 from ..model.model import Model
+from ..nets.lora import lora_layers
 from ..nets.prequantized import check_original_weights
 from ..nets.quantized import layers
 from ..storage.checks import check_trainable
@@ -28,7 +29,8 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
     if model.conditioning is not None:
         check_prompts(first, distiller, method)
     text_scale = model.conditioning is not None and distiller.adds_guidance_only  # a U-Net of diffusers can have it
-    check_savable(first, network=not distiller.adds_inputs or text_scale)
+    folded = model if lora_layers(first.denoiser.net) else first  # a LoRA is merged when the student is saved
+    check_savable(folded, network=not distiller.adds_inputs or text_scale)
     for one in (model,) if init is None else (model, init):
         check_trainable(one.name, one.denoiser, one.shape, one.cond(2))
     before = model.card.get("distilled", {})

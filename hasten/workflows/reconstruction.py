@@ -147,16 +147,16 @@ def latent_deviation(vae: Any, data: Data, count: int = MEASURED) -> float:
 
 
 @torch.no_grad()
-def reconstruction_quality(vae: Any, data: Data, count: int = HELD_OUT) -> dict[str, float]:
+def reconstruction_quality(vae: Any, data: Data, count: int = HELD_OUT, encoder: Any = None) -> dict[str, float]:
     """PSNR in dB (mean over images) and SSIM of the reconstructions of the posterior's mean, and the number of images.
 
-    SSIM is left out for images smaller than its window.
+    SSIM is left out for images smaller than its window. `encoder` is the autoencoder that encodes; None: `vae`.
     """
     weight = next(vae.parameters())
     psnr, ssim, n = 0.0, 0.0, 0
     comparable = min(data.shape[1:]) >= WINDOW
     for x in blocks_of(data, count):
-        z = vae.encode(x.to(weight.device, weight.dtype)).latent_dist.mode()
+        z = (encoder or vae).encode(x.to(weight.device, weight.dtype)).latent_dist.mode()
         out = vae.decode(z).sample.float().cpu().clamp(-1, 1)
         psnr += len(x) * image_difference(out, x)["psnr"]
         ssim += float(structural_similarity(out, x).sum()) if comparable else 0.0

@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pipeline's folder, and that of a light decoder for it."""
     folder = tmp_path_factory.mktemp("decoder")
     tiny.sd_pipeline(vae=tiny.vae(block_out_channels=(8, 16))).save_pretrained(folder / "pipe")
-    distill_decoder(folder / "pipe", images(), folder / "light", widths=(4, 8), **TINY)
+    distill_decoder(folder / "pipe", images(), folder / "light", widths=(4, 8), groups=4, **TINY)
     return folder / "pipe", folder / "light"
 
 
@@ -104,11 +104,52 @@ def test_a_decoder_for_other_latents_is_refused(folders: tuple[Path, Path], tmp_
 def test_the_encoder_is_kept_without_attention_and_quantisation_layers() -> None:
     for changes in ({"mid_block_add_attention": False}, {"use_quant_conv": False, "use_post_quant_conv": False}):
         vae = tiny.vae(**changes)
-        light = build_light_decoder(vae, (4, 4), 0)
+        light = build_light_decoder(vae, (4, 4), 0, groups=4)
         x = torch.rand(1, 3, 16, 16)
         with torch.no_grad():
             expected = vae.encode(x).latent_dist.mean
             assert torch.allclose(light.encode(x).latent_dist.mean, expected, atol=1e-6), changes
+
+
+def test_groups_of_one_channel_are_avoided() -> None:
+    """They would take the mean of each channel of the pixels; with the autoencoder's own groups nothing is distilled."""
+    vae = tiny.vae(block_out_channels=(16, 32), norm_num_groups=16)
+    light = build_light_decoder(vae, (16, 16))
+    assert light.config.norm_num_groups == 2 and all(p.requires_grad for p in light.encoder.parameters())
+    same = build_light_decoder(vae, (16, 16), groups=16)
+    assert same.config.norm_num_groups == 16 and not any(p.requires_grad for p in same.encoder.parameters())
+    assert build_light_decoder(vae, (32, 32)).config.norm_num_groups == 16
+    with pytest.raises(BadInput, match="multiples of 3"):
+        build_light_decoder(vae, (16, 16), groups=3)
+
+
+def test_a_distilled_encoder(tmp_path: Path) -> None:
+    """It comes near the full one's latents, is measured, and never encodes for a model that has the full one."""
+    vae = tiny.vae(block_out_channels=(8, 16), norm_num_groups=4)
+    pipe = tiny.sd_pipeline(vae=vae)
+    options = {**TINY, "steps": 60, "batch_size": 4, "lr": 3e-3}
+    card = distill_decoder(vae, images(), tmp_path / "light", widths=(4, 8), groups=2, **options)
+    assert {"psnr", "measured"} <= card["with_light_encoder"].keys() and card["light"] != card["with_light_encoder"]
+    x = images().images([0, 1]).float() / 127.5 - 1
+
+    def distance(other: Any) -> float:
+        with torch.no_grad():
+            mine, theirs = (net.encode(x).latent_dist for net in (vae, other))
+        return float((mine.mean - theirs.mean).square().mean() + (mine.logvar - theirs.logvar).square().mean() / 10)
+
+    model = load_pipeline(pipe)
+    light = model.with_decoder(tmp_path / "light")
+    assert distance(light.decoder.vae) < distance(build_light_decoder(vae, (4, 8), groups=2)) / 2
+    assert torch.equal(light.decoder.encode(x), model.decoder.encode(x)), "the full encoder encodes"
+    z = torch.randn(1, 4, 8, 8)
+    assert not torch.allclose(light.decoder.decode(z), model.decoder.decode(z), atol=1e-2)
+    again = light.with_decoder(tmp_path / "light")
+    assert torch.equal(again.decoder.encode(x), model.decoder.encode(x))
+    other = load_pipeline(tiny.sd_pipeline(vae=tiny.vae(block_out_channels=(8, 16), norm_num_groups=4)))
+    with torch.no_grad():
+        other.decoder.vae.encoder.conv_out.weight.mul_(1.1)
+    with pytest.raises(BadInput, match="latents of another autoencoder"):
+        other.with_decoder(tmp_path / "light")
 
 
 def test_equal_sizes_start_as_the_full_decoder() -> None:

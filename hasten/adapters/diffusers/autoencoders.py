@@ -22,7 +22,11 @@ __all__ = [
     "build_autoencoder",
     "build_light_decoder",
     "check_same_encoder",
+    "check_encoder_norms",
+    "default_light_groups",
     "default_light_widths",
+    "distilled_from",
+    "encoder_norms",
     "open_autoencoder",
     "reduction_factor",
     "replace_decoder",
@@ -107,18 +111,33 @@ def default_light_widths(vae: Any) -> tuple[int, ...]:
     return tuple(groups * -(-width // (2 * groups)) for width in vae.config.block_out_channels)
 
 
-def build_light_decoder(vae: Any, widths: Sequence[int] | None = None, layers: int | None = None) -> Any:
+def default_light_groups(vae: Any, widths: Sequence[int]) -> int:
+    """The groups of an autoencoder's normalisation; where they would leave one channel to a group, groups of 8.
+
+    Groups of one channel take the mean and scale of each channel from the features, also from those that become pixels.
+    """
+    groups = int(vae.config.norm_num_groups)
+    return groups if min(widths) > groups else max(math.gcd(*widths, *vae.config.block_out_channels) // 8, 1)
+
+
+def build_light_decoder(
+    vae: Any, widths: Sequence[int] | None = None, layers: int | None = None, groups: int | None = None
+) -> Any:
     """The autoencoder with a smaller, untrained decoder: an `AsymmetricAutoencoderKL`, which diffusers loads.
 
     Its encoder is exactly that of `vae`: where that has no attention, the attention of the new class adds zero. Weights
     of the decoder that have the name and shape of the old decoder's start from these. The layers for inpainting masks
     that the class has are zero. Only the decoder requires gradients.
 
+    With other `groups` than `vae` has, the encoder has them too (the class has one number for both), and requires
+    gradients: it has to learn the latents of `vae`'s again.
+
     Args:
         vae: an `AutoencoderKL`.
         widths: channels of the decoder at each resolution, finest first, multiples of `vae`'s `norm_num_groups`.
             Default: half of `vae`'s.
         layers: the decoder has one more residual block than this at each resolution. Default: one less than `vae`.
+        groups: of its normalisation. Default: `default_light_groups`.
 
     Raises:
         BadInput: for a `vae` that the class cannot express (a shift or a mean of the latents, tiled blocks of another
@@ -133,10 +152,12 @@ def build_light_decoder(vae: Any, widths: Sequence[int] | None = None, layers: i
     kinds = {*config.down_block_types, *config.up_block_types}
     if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         raise BadInput(f"the autoencoder has blocks {', '.join(sorted(kinds))}: DownEncoderBlock2D only are supported")
-    old, groups = tuple(config.block_out_channels), int(config.norm_num_groups)
+    old = tuple(config.block_out_channels)
     widths = default_light_widths(vae) if widths is None else tuple(widths)
     layers = max(int(config.layers_per_block) - 1, 0) if layers is None else check_int("layers", layers, 0)
-    check_widths(widths, groups, "the groups of the encoder's normalisation")
+    check_widths(widths, 1, "")
+    groups = default_light_groups(vae, widths) if groups is None else check_int("groups", groups, 1)
+    check_widths((*widths, *old), groups, "the groups of the normalisation")
     if len(widths) != len(old):
         raise BadInput(f"the decoder needs {len(old)} widths, one for each resolution of {old}, got {len(widths)}")
     light = diffusers().AsymmetricAutoencoderKL(
@@ -167,6 +188,9 @@ def build_light_decoder(vae: Any, widths: Sequence[int] | None = None, layers: i
     light.decoder.requires_grad_(True)
     light.decoder.condition_encoder.requires_grad_(False)
     light.post_quant_conv.requires_grad_(True)
+    if groups != config.norm_num_groups:
+        light.encoder.requires_grad_(True)
+        light.quant_conv.requires_grad_(True)
     return light
 
 
@@ -222,6 +246,18 @@ def check_same_encoder(vae: Any, other: Any, where: str) -> None:
             raise BadInput(f"{where} has another encoder than the model's autoencoder ({name}): its latents differ")
 
 
+def encoder_norms(vae: Any) -> list[float]:
+    """The norms of an autoencoder's encoder weights in order of their names: which encoder a decoder is for."""
+    return [float(weight.detach().float().norm()) for _, weight in sorted(vae.encoder.named_parameters())]
+
+
+def check_encoder_norms(vae: Any, norms: Sequence[float], where: str) -> None:
+    """Raise BadInput if a decoder is for the latents of another encoder than an autoencoder's (`encoder_norms`)."""
+    mine = encoder_norms(vae)
+    if len(mine) != len(norms) or not torch.allclose(torch.tensor(mine), torch.tensor(norms), rtol=1e-2, atol=1e-2):
+        raise BadInput(f"{where} is a decoder for the latents of another autoencoder than the model's")
+
+
 def close_weights(a: Tensor, b: Tensor) -> bool:
     """Whether weights of one shape are equal up to rounding to half precision."""
     return torch.allclose(a.detach().float().cpu(), b.detach().float().cpu(), rtol=1e-2, atol=1e-3)
@@ -243,23 +279,37 @@ def replace_decoder(decoder: Latents, pipeline: Any, folder: str | Path) -> tupl
     Args:
         decoder: of the model, unchanged.
         pipeline: of the model, unchanged; or None.
-        folder: of an `AsymmetricAutoencoderKL` or `AutoencoderKL` with the same encoder, whose scale becomes that of
-            the model; or of an `AutoencoderTiny` for such latents, which has its own scale, and whose encoder cannot be
-            compared.
+        folder: of an `AsymmetricAutoencoderKL` or `AutoencoderKL` with the same encoder, or with one that was distilled
+            from it (the model's own goes on encoding), whose scale becomes that of the model; or of an
+            `AutoencoderTiny` for such latents, which has its own scale, and whose encoder cannot be compared.
 
     Raises:
         BadInput: for an autoencoder of other latents.
     """
-    mine = decoder.vae
+    mine, encoder = decoder.encoder or decoder.vae, None
     other = open_autoencoder(folder, DECODERS)
     if type(other).__name__ == "AutoencoderTiny":
         check_same_shapes(mine, other, str(folder))
     else:
-        check_same_encoder(mine, other, str(folder))
+        if (norms := distilled_from(folder)) is None:
+            check_same_encoder(mine, other, str(folder))
+        else:
+            check_same_shapes(mine, other, str(folder))
+            check_encoder_norms(mine, norms, str(folder))
+            encoder = mine
         shared = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
         other.register_to_config(**{name: mine.config[name] for name in shared if mine.config.get(name) is not None})
     other.to(mine.device, mine.dtype)
     if pipeline is not None:
         pipeline = copy.copy(pipeline)  # which shares its components; setattr on it leaves the original unchanged
         pipeline.vae = other
-    return Latents(other, decoder.rows), pipeline
+    return Latents(other, decoder.rows, encoder), pipeline
+
+
+def distilled_from(folder: str | Path) -> list[float] | None:
+    """The norms of the encoder that a light autoencoder's own was distilled from; None where it is that one."""
+    file = Path(folder) / LIGHT_DECODER
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("encoder_norms") if file.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"cannot read {file}: {error}") from error

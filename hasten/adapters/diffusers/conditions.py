@@ -140,10 +140,11 @@ class Latents:
     Args:
         vae: the autoencoder.
         rows: images per batch of the decoder and encoder.
+        encoder: the autoencoder that encodes, where `vae` has an approximation of its encoder only.
     """
 
-    def __init__(self, vae: Any, rows: int = 4) -> None:
-        self.vae, self.rows = vae, rows
+    def __init__(self, vae: Any, rows: int = 4, encoder: Any = None) -> None:
+        self.vae, self.rows, self.encoder = vae, rows, encoder
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -162,6 +163,8 @@ class Latents:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents (n, C, h, w), float32, from images (n, 3, H, W): the mode of the posterior."""
+        if self.encoder is not None:
+            return Latents(self.encoder, self.rows).encode(images)
         with self._upcast():
             parts = images.to(self.vae.device, self.vae.dtype).split(self.rows)
             outputs = [self.vae.encode(part) for part in parts]
@@ -172,6 +175,8 @@ class Latents:
     def to(self, device: Any) -> Latents:
         """Move the autoencoder to a device, in place."""
         self.vae.to(device)
+        if self.encoder is not None:
+            self.encoder.to(device)
         return self
 
     @contextmanager

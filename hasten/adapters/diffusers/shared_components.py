@@ -19,7 +19,7 @@ from typing import Any
 from ... import zoo
 from ...errors import BadInput
 from ...files import sha256
-from .library import diffusers, without_loading_bars
+from .library import diffusers, without_expected_messages, without_loading_bars
 
 INDEX, DESCRIPTION, ENTRY = "model_index.json", "model.json", "components_from"
 # Entries of the configs that say how and by which version a component was loaded and saved, and how a tokenizer was
@@ -145,6 +145,6 @@ def open_components(folder: Path) -> dict[str, Any]:
     index = json.loads((base / INDEX).read_text(encoding="utf-8"))
     components = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2}
     without = {name: None for name, kind in components.items() if name not in entry["files"] and kind[1] is not None}
-    with without_loading_bars():
+    with without_loading_bars(), without_expected_messages():
         pipe = diffusers().DiffusionPipeline.from_pretrained(str(base), **without)
     return {slot: getattr(pipe, slot) for slot in entry["files"]}

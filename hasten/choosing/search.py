@@ -1,0 +1,275 @@
+"""Successive halving: few seeds for all candidates, more for those that are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..compare.variants import Variant
+from ..metrics.paired_loss import PairedLoss
+from .bench import Bench, key_of
+from .candidates import Space, suits
+from .goal import Goal
+from .ladders import climb, ladders
+
+__all__ = ["Entry", "Search", "undominated"]
+
+RISK = 0.05  # of a rejection that more seeds would have reversed
+LEFT = ((1 / 3, 6), (1 / 2, 4))  # share and least number of the candidates that stay after the first two rungs
+EXPANDED = 3  # candidates that get additions
+SLACK = 1.7  # how much an addition may still gain
+RESERVE = 2  # of candidates within the time that differ in their steps alone
+UNKNOWN = 2.0  # how much faster a candidate may be than predicted before it was timed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A candidate that was measured.
+
+    Args:
+        variant: How it samples.
+        loss: Its loss against the plain model.
+        relative: Its time over the plain model's.
+        seconds: Of an image.
+        nfe: Evaluations of an image.
+        timed: Whether the time was measured in turns, and not predicted from the evaluations.
+    """
+
+    variant: Variant
+    loss: PairedLoss
+    relative: float
+    seconds: float
+    nfe: float
+    timed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the candidate."""
+        return self.variant.name
+
+
+@dataclass
+class Search:
+    """A search.
+
+    Args:
+        bench: Measures.
+        space: The candidates.
+        goal: The bound.
+        rungs: Seeds of each rung, increasing.
+        report: Receives a line for every rejection.
+        allowed: Why a candidate is not wanted; None where it is.
+    """
+
+    bench: Bench
+    space: Space
+    goal: Goal
+    rungs: tuple[int, ...]
+    report: Callable[[str], None]
+    allowed: Callable[[Variant], str | None] = lambda variant: None
+    rejected: dict[str, str] = field(default_factory=dict)  # reasons by name
+    measured: dict[str, Entry] = field(default_factory=dict)  # the last figures of every candidate, by key
+
+    def reject(self, variant: Variant, reason: str) -> None:
+        """Record why a candidate is out, and say it (once)."""
+        self.rejected[variant.name] = reason
+        self.report(f"rejected {variant.name}: {reason}")
+
+    def entry(self, variant: Variant, parts: Sequence[tuple[int, int]]) -> Entry:
+        """The figures of a candidate on these seeds."""
+        bench = self.bench
+        loss = bench.loss(variant, parts)
+        nfe = float(bench.store.figures(key_of(variant)).get("nfe", bench.declared_nfe(variant)))
+        times = bench.relative(variant), bench.seconds(variant)
+        entry = Entry(variant, loss, *times, nfe, bench.has_time(variant))
+        self.measured[key_of(variant)] = entry
+        return entry
+
+    def run(self) -> list[Entry]:
+        """Search; the candidates that are left, in the order in which they should be tried."""
+        pool = [v for v in self.space.first if self.is_allowed(v)]
+        left: list[Entry] = []
+        parts: list[tuple[int, int]] = []
+        for level, count in enumerate(self.rungs):
+            first = parts[-1][0] + parts[-1][1] if parts else 0
+            parts.append((first, count - first))
+            self.expect(pool, level)
+            left = self.rung(pool, parts, level)
+            pool = [entry.variant for entry in left]
+            if level + 1 < len(self.rungs):
+                pool += self.expansions(left, level)
+        return left
+
+    def is_allowed(self, variant: Variant) -> bool:
+        """Whether a candidate is wanted; rejected where not."""
+        if (reason := self.allowed(variant)) is not None:
+            self.reject(variant, reason)
+        return reason is None
+
+    def rung(self, pool: Sequence[Variant], parts: Sequence[tuple[int, int]], level: int) -> list[Entry]:
+        """Measure candidates from the cheapest on, and drop what cannot be the answer."""
+        self.bench.progress.describe(f"round {level + 1} of {len(self.rungs)}, {sum(parts[-1])} seeds")
+        entries: list[Entry] = []
+        if level == 0:
+            for ladder in ladders(pool, self.bench.relative):
+                self.climb_ladder(ladder, entries, parts)
+        else:
+            for variant in sorted(pool, key=self.bench.relative):
+                self.try_candidate(variant, entries, parts, level)
+        unknown = [e.variant for e in entries if not self.bench.knows_time(e.variant)]
+        if unknown:
+            self.bench.time(unknown, f"round {level + 1}")
+        return self.best([self.entry(e.variant, parts) for e in entries], level)
+
+    def climb_ladder(self, ladder: Sequence[Variant], entries: list[Entry], parts: Sequence[tuple[int, int]]) -> None:
+        """Measure what is needed of candidates that differ in their steps alone: for a bound of the loss the fewest
+        steps that keep it, for a bound of the time the most steps within it; entries are added."""
+        rest = [v for v in ladder if (line := self.too_slow(v, entries, 0)) is None or self.reject(v, line)]
+
+        def passes(variant: Variant) -> bool | None:
+            entry = self.try_candidate(variant, entries, parts, 0)
+            return None if entry is None else entry.loss.value <= self.goal.limit
+
+        if self.goal.kind == "seconds":
+            within = [v for v in rest if self.bench.seconds(v) <= self.goal.seconds]
+            for variant in within[:-RESERVE]:
+                name = within[-1].name
+                self.reject(variant, f"not measured: it has fewer steps than {name}, which is within the time")
+            for variant in [*within[-RESERVE:], *rest[len(within) :]]:
+                passes(variant)
+        else:
+            climb(rest, passes, self.reject)
+
+    def try_candidate(
+        self, variant: Variant, entries: list[Entry], parts: Sequence[tuple[int, int]], level: int
+    ) -> Entry | None:
+        """Measure a candidate and add it to the entries; rejected where it cannot be the answer. None where it failed
+        or was too slow to be measured."""
+        if (line := self.too_slow(variant, entries, level)) is not None:
+            self.reject(variant, line)
+            return None
+        failed = next(filter(None, (self.bench.failure(variant, *part) for part in parts)), None)
+        if failed:
+            self.reject(variant, f"failed: {failed}")
+            return None
+        entry = self.entry(variant, parts)
+        if entry.loss.lower(RISK) > self.goal.limit:
+            allowed = self.bench.figure.bound(self.goal.limit)
+            self.reject(variant, f"{self.show(entry)} on {entry.loss.count} seeds; allowed is {allowed}")
+        else:
+            entries.append(entry)
+        return entry
+
+    def too_slow(self, variant: Variant, entries: Sequence[Entry], level: int) -> str | None:
+        """Why a candidate cannot be the answer whatever it loses: another one is good enough and faster, or the time
+        is over. Times are compared where they are known: timed, or of the same network by its evaluations."""
+        bench, goal = self.bench, self.goal
+        own = bench.relative(variant)
+        slack = SLACK if level + 1 < len(self.rungs) and self.may_gain(variant) else 1.0
+        slack *= 1.0 if bench.knows_time(variant) else UNKNOWN
+        about = f"about {format_seconds(own * bench.plain_seconds)} an image"
+        if own * bench.plain_seconds > slack * goal.seconds * (1.0 if bench.has_time(variant) else 1.1):
+            return f"{about}, over {format_seconds(goal.seconds)}"
+        if goal.kind == "seconds":
+            return None
+        good = [entry for entry in entries if entry.loss.upper(RISK) <= goal.limit and bench.knows_time(entry.variant)]
+        fastest = min(good, key=lambda entry: entry.relative, default=None)
+        if fastest is None or own <= slack * max(fastest.relative, 1e-9):
+            return None
+        return f"{about}, slower than {fastest.name}, which is good enough ({bench.figure.show(fastest.loss.value)})"
+
+    def may_gain(self, variant: Variant) -> bool:
+        """Whether an addition could still make a candidate faster."""
+        return any(suits(variant, kind, self.bench.plain) for kind, _ in self.space.additions)
+
+    def best(self, entries: Sequence[Entry], level: int) -> list[Entry]:
+        """The candidates that stay, best first."""
+        ranked = sorted(entries, key=self.rank)
+        for place, entry in enumerate(ranked):
+            others = ranked[:place]
+            if (line := self.too_slow(entry.variant, others, level)) is not None:
+                self.reject(entry.variant, line)
+        ranked = [entry for entry in ranked if entry.name not in self.rejected]
+        if level >= len(LEFT):
+            return ranked
+        share, least = LEFT[level]
+        number = max(math.ceil(share * len(ranked)), least)
+        for entry in ranked[number:]:
+            self.reject(entry.variant, f"{self.show(entry)}: {number} others are more promising")
+        return ranked[:number]
+
+    def rank(self, entry: Entry) -> tuple[Any, ...]:
+        """Sorts by time those that keep the bound, then by loss; for a bound of time the other way round."""
+        if self.goal.kind == "seconds":
+            over = entry.seconds > self.goal.seconds
+            return (1, entry.seconds) if over else (0, entry.loss.value)
+        good = entry.loss.value <= self.goal.limit
+        return (0, entry.relative) if good else (1, entry.loss.value)
+
+    def expansions(self, left: Sequence[Entry], level: int) -> list[Variant]:
+        """The best candidates with additions; after the first round with those that have shown themselves."""
+        space, plain = self.space, self.bench.plain
+        if level:
+            kept = [one for entry in left for one in (*entry.variant.accelerators, *entry.variant.guides)]
+            kept += [entry.variant.decoder for entry in left if entry.variant.decoder is not None]
+            shown = [(kind, fields) for kind, fields in space.additions if addition_text(fields) in kept]
+            space = replace(space, additions=tuple(shown))
+        known = {*self.rejected, *(entry.name for entry in left)}
+        made: dict[Any, Variant] = {}
+        for entry in left[:EXPANDED]:
+            more = [] if level else with_more_steps(entry.variant, plain)
+            cached = [v for one in more for v in space.expanded(one, plain, ("cache",))]
+            for variant in (*space.expanded(entry.variant, plain), *cached):
+                if key_of(variant) not in self.measured and variant.name not in known and self.is_allowed(variant):
+                    made.setdefault(variant.method, variant)
+        return list(made.values())
+
+    def expect(self, pool: Sequence[Variant], level: int) -> None:
+        """Tell the progress display how many evaluations are left, about."""
+        plain = self.bench.declared_nfe(self.bench.plain)
+        rest, number = 0.0, len(pool)
+        for later, count in enumerate(self.rungs[level:], level):
+            before = self.rungs[later - 1] if later else 0
+            mean = sum(map(self.bench.declared_nfe, pool)) / max(len(pool), 1)
+            rest += (count - before) * (plain + number * mean)
+            share, least = LEFT[min(later, len(LEFT) - 1)]
+            number = min(number, max(math.ceil(share * number), least))
+        self.bench.progress.expect(rest)
+
+    def show(self, entry: Entry) -> str:
+        """Time and loss in words."""
+        return f"{format_seconds(entry.seconds)} an image, {self.bench.figure.show(entry.loss.value)}"
+
+
+def with_more_steps(variant: Variant, plain: Variant) -> list[Variant]:
+    """A candidate with one and a half times and twice its steps, for a cache that makes each of them cheaper."""
+    if variant.plan is not None or not variant.steps or variant.model is not None or variant.lora is not None:
+        return []
+    counts = {math.ceil(factor * variant.steps) for factor in (1.5, 2)}
+    made = []
+    for steps in sorted(count for count in counts if count <= plain.steps):
+        name = f"{variant.sampler}, {variant.times} times, {steps} steps"
+        made.append(replace(variant, name=name, steps=steps))
+    return made
+
+
+def addition_text(fields: dict[str, Any]) -> str:
+    """What an addition adds."""
+    value = next(iter(fields.values()))
+    return str(value[0] if isinstance(value, tuple) else value)
+
+
+def undominated(entries: Sequence[Entry]) -> list[Entry]:
+    """Those of which no other is faster and loses no more, fastest first."""
+    front: list[Entry] = []
+    for entry in sorted(entries, key=lambda e: (e.relative, e.loss.value)):
+        if not front or entry.loss.value < front[-1].loss.value:
+            front.append(entry)
+    return front
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds or milliseconds."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
