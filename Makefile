@@ -9,7 +9,7 @@ OLDEST := tests/core tests/test_schedules.py tests/test_times.py tests/test_pred
 	tests/test_model.py tests/test_pick.py tests/test_cli.py tests/samplers/test_contract.py tests/nets/test_unet.py \
 	tests/metrics/test_frechet.py tests/adapters/test_scheduler.py tests/adapters/test_load.py tests/accelerators/test_deep_cache.py
 
-.PHONY: help demo test slow test-oldest mutants check format docs wheel constraints clean
+.PHONY: help demo gpu test slow test-oldest mutants check format docs wheel constraints clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -18,6 +18,9 @@ help: ## show this list
 demo: $(VENV)/.stamp ## compare many configurations of the bundled model on one page (2 minutes)
 	$(BIN)/hasten compare fashion --variants fashion --minutes 1.7 --out $(DEMO)
 	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
+
+gpu: $(VENV)/.stamp-dev ## measure the headline figures on a GPU (5 minutes) and write them to gpu.md
+	$(BIN)/python -m benchmarks.gpu --out gpu.md
 
 test: $(VENV)/.stamp-dev ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile

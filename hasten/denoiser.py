@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import BadInput, HastenError, check_choice, check_int, check_number, nearest
 from .predictions import Prediction, prediction_from, spread
 from .schedules.base import Schedule
+from .utils.devices import as_float64
 
 __all__ = ["Denoiser", "Wrapper"]
 
@@ -242,8 +243,7 @@ class Denoiser(nn.Module):
         if isinstance(t, Tensor) and (t.ndim or t.requires_grad):
             if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x_t))):
                 raise BadInput(f"t must be one time or one a sample ({len(x_t)}), found shape {tuple(t.shape)}")
-            t = t.cpu() if t.device.type == "mps" else t  # which has no float64
-            t = t.to(torch.float64)
+            t = as_float64(t)
             if t.device.type == "cpu" and not bool(((t >= -SLACK) & (t <= 1 + SLACK)).all()):
                 outside = t.detach()[~((t >= -SLACK) & (t <= 1 + SLACK))]
                 self._raise_outside(float(outside.flatten()[0]))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, check_field, plain_numbers
+from .utils.devices import has_float64
 from .utils.registry import family, is_own, path_of
 
 __all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "precise", "prediction_from", "spread"]
@@ -210,7 +211,7 @@ def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
 
 def precise(value: Tensor) -> Tensor:
     """The values in float64 on their own device, or in float32 where that has no float64 (MPS)."""
-    return value.float() if value.device.type == "mps" else value.double()
+    return value.double() if has_float64(value.device) else value.float()
 
 
 def spread(coefficient: Tensor | float, like: Tensor) -> Tensor:

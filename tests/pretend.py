@@ -1,19 +1,23 @@
-"""A pretended CUDA device for tests on machines without one: its tensors say `cuda:0` and hold their numbers on the CPU.
+"""A pretended device for tests on machines without one: its tensors say `cuda:0` and hold their numbers on the CPU.
 
-    with Pretended() as device:
+    with Pretended() as device:  # or Pretended("mps")
         model.to("cuda")
         x = torch.zeros(2, 3, device="cuda")
         model(x).sum().backward()
     assert device.count("wait") == 0, device.lines("wait")
 
 What a real device refuses is refused: tensors of two devices in one operation (but CPU tensors without dimensions), a
-CPU generator for a draw on the device, `numpy()`. What costs time there, or does not exist on MPS, is recorded as an
-event with the line of hasten (else of diffusers, else of another library) that caused it:
+CPU generator for a draw on the device, `numpy()`; on MPS also float64 and complex128. What costs time there is recorded
+as an event with the line of hasten (else of diffusers, else of another library) that caused it:
 
-    wait       the host waits for the device: item, bool, tolist, equal, nonzero, copies to the CPU, synchronize
+    wait       the host waits for the device: item, bool, tolist, equal, nonzero, indices that are a mask, copies to the
+               CPU, synchronize
     upload     a copy of a pageable CPU tensor, or of Python numbers, to the device, which waits too
+    async      a non-blocking copy from pinned memory to the device, or to the CPU, which does not
     float64    a float64 tensor is made on the device
     widened    a copy to the CPU that changes the dtype to float64 on its way, which MPS cannot do (copy first)
+
+`watch()` is a callback of sampling, after which `loop` has the events of the loop over the steps alone.
 
 Autograd works. There is no second stream, so nothing is found out about the order of asynchronous work; kernels that
 need real addresses (Triton, oneDNN's integer ones) cannot run.
@@ -29,6 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +43,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["Pretended", "PretendedTensor", "put", "put_pipeline", "taken"]
 
-CUDA, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
+META, CPU = torch.device("meta"), torch.device("cpu")
 aten = torch.ops.aten
 PACKAGE = f"{(Path(__file__).parent.parent / 'hasten').as_posix()}/"
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
@@ -50,8 +55,15 @@ WAITING = {
     aten.nonzero,
     aten.masked_select,
     aten.unique_dim,
+    aten.unique_consecutive,
+    aten._unique,
     aten._unique2,
+    aten.bincount,
+    aten._linalg_eigh,
+    aten._linalg_svd,
 }
+MEMORY = ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "current_allocated_memory")
+WIDE = {torch.float64, torch.complex128}
 _active: list[Pretended] = []
 
 
@@ -68,8 +80,9 @@ class PretendedTensor(torch.Tensor):
         made.held = held.detach()
         return made
 
-    device = property(lambda self: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: _device())  # type: ignore[assignment]
+    is_cuda = property(lambda self: _device().type == "cuda")  # type: ignore[assignment]
+    is_mps = property(lambda self: _device().type == "mps")  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
 
@@ -81,7 +94,7 @@ class PretendedTensor(torch.Tensor):
         return self.held.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError(f"can't convert {_device()} device type tensor to numpy")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         made = PretendedTensor(self.held.clone())
@@ -95,14 +108,32 @@ class PretendedTensor(torch.Tensor):
 
 
 class Pretended:
-    """Within it, what is made on `cuda` or moved there lies on the pretended device; the events are counted."""
+    """Within it, what is made on `kind` or moved there lies on the pretended device; the events are counted.
 
-    def __init__(self) -> None:
+    Args:
+        kind: "cuda" or "mps".
+    """
+
+    def __init__(self, kind: str = "cuda") -> None:
+        self.device = torch.device(kind, 0)
         self.events: Counter[tuple[str, str]] = Counter()
+        self.loop: Counter[tuple[str, str]] = Counter()
         self.recording = True
+        self.pinned: dict[int, Any] = {}
+        self._patches: list[Any] = []
 
     def __enter__(self) -> Pretended:
-        self._synchronize, torch.cuda.synchronize = torch.cuda.synchronize, lambda *_: _record("wait")  # type: ignore
+        backend = getattr(torch, self.device.type)
+        nothing = dict.fromkeys(MEMORY, lambda *_: 0)
+        for target, name, value in (
+            (backend, "synchronize", lambda *_: _record("wait")),
+            *((backend, name, value) for name, value in nothing.items() if hasattr(backend, name)),
+            (torch.Tensor, "pin_memory", _pin_memory),
+            (torch.Tensor, "is_pinned", _is_pinned),
+        ):
+            patch = mock.patch.object(target, name, value)
+            patch.start()
+            self._patches.append(patch)
         _active.append(self)
         self._start()
         return self
@@ -110,7 +141,23 @@ class Pretended:
     def __exit__(self, *_: Any) -> None:
         self._stop()
         _active.remove(self)
-        torch.cuda.synchronize = self._synchronize
+        while self._patches:
+            self._patches.pop().stop()
+
+    def watch(self, first: int = 1) -> Callable[..., None]:
+        """A callback of sampling: `loop` then has the events between evaluation `first` (from 0) and the last one.
+
+        Those before fill what is kept on the device.
+        """
+        before: Counter[tuple[str, str]] = Counter()
+
+        def callback(step: int, *_: Any) -> None:
+            if step <= first:
+                before.clear()
+                before.update(self.events)
+            self.loop = self.events - before
+
+        return callback
 
     def _start(self) -> None:
         self._modes = _Names(), _Operations()
@@ -134,9 +181,10 @@ class Pretended:
         """How many events of a kind were caused by files whose path contains `inside` ("": all)."""
         return sum(number for (what, where), number in self.events.items() if what == kind and inside in where)
 
-    def lines(self, kind: str | None = None) -> str:
+    def lines(self, kind: str | None = None, events: Counter[tuple[str, str]] | None = None) -> str:
         """The events, one line each, most frequent first."""
-        found = [(number, *event) for event, number in self.events.items() if kind in (None, event[0])]
+        events = self.events if events is None else events
+        found = [(number, *event) for event, number in events.items() if kind in (None, event[0])]
         return "\n".join(f"{number:5d} x {what:8s} {where}" for number, what, where in sorted(found, reverse=True))
 
     def clear(self) -> None:
@@ -154,17 +202,17 @@ class Pretended:
 
 
 class _Names(TorchFunctionMode):
-    """Calls that name `cuda` name the device that torch has for the pretended tensors, meta."""
+    """Calls that name the device name the one that torch has for the pretended tensors, meta."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         if name in ("tensor", "as_tensor", "new_tensor", "asarray"):
             return _from_numbers(func, name, args, kwargs)
-        if name == "cuda":
+        if name in ("cuda", "mps"):
             return args[0].to(META)
         if name in ("to", "type", "__get__"):
-            args = tuple(META if _is_cuda(value) else value for value in args)
-        if _is_cuda(kwargs.get("device")):
+            args = tuple(META if _is_there(value) else value for value in args)
+        if _is_there(kwargs.get("device")):
             kwargs["device"] = META
         return func(*args, **kwargs)
 
@@ -204,7 +252,7 @@ def put_pipeline(pipe: Any) -> Any:
             return tree_map_only(torch.Tensor, PretendedTensor, made)
 
         pipe.encode_prompt = encode_prompt
-    pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"_execution_device": property(lambda self: CUDA)})
+    pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"_execution_device": property(lambda self: _device())})
     return pipe
 
 
@@ -213,10 +261,31 @@ def taken(value: Any) -> Any:
     return tree_map_only(PretendedTensor, lambda x: x.held, value)
 
 
-def _is_cuda(value: Any) -> bool:
+def _device() -> torch.device:
+    """The pretended device; outside a `Pretended` a CUDA one."""
+    return _active[-1].device if _active else torch.device("cuda", 0)
+
+
+def _is_there(value: Any) -> bool:
     if isinstance(value, torch.device):
-        return value.type == "cuda"
-    return isinstance(value, str) and value.partition(":")[0] == "cuda"
+        return value.type == _device().type
+    return isinstance(value, str) and value.partition(":")[0] == _device().type
+
+
+def _pin_memory(tensor: Tensor, *_: Any) -> Tensor:
+    """`Tensor.pin_memory`."""
+    if isinstance(tensor, PretendedTensor) or _device().type == "mps":
+        raise RuntimeError(f"cannot pin a tensor of {tensor.device} here: only CPU tensors, for CUDA or XPU")
+    made = tensor.clone()
+    _active[-1].pinned[made.untyped_storage().data_ptr()] = made  # kept, so that its address is not used again
+    return made
+
+
+def _is_pinned(tensor: Tensor, *_: Any) -> bool:
+    """`Tensor.is_pinned`."""
+    if isinstance(tensor, PretendedTensor):
+        return False
+    return tensor.untyped_storage().data_ptr() in _active[-1].pinned
 
 
 def _from_numbers(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -232,13 +301,12 @@ def _from_numbers(func: Callable[..., Any], name: str, args: Any, kwargs: dict[s
     if any(isinstance(leaf, PretendedTensor) for leaf in tree_leaves(source)):
         _record("wait")
         source = tree_map_only(PretendedTensor, lambda x: x.held.item() if x.ndim == 0 else x.held.tolist(), source)
-    if not _is_cuda(device):
+    if not _is_there(device):
         return func(source, *args[1:], **kwargs) if func is not torch.tensor else torch.tensor(source, **kwargs)
     with torch._C.DisableTorchFunction():
         made = torch.as_tensor(source, dtype=kwargs.get("dtype"))
     _record("upload")
-    if made.dtype == torch.float64:
-        _record("float64")
+    _check_dtype(made.dtype)
     return PretendedTensor(made.clone()).requires_grad_(bool(kwargs.get("requires_grad", False)))
 
 
@@ -248,17 +316,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     wanted = kwargs.get("device")
-    there_after = bool(there) if wanted is None else torch.device(wanted).type in ("cuda", "meta")
+    there_after = bool(there) if wanted is None else torch.device(wanted).type in (_device().type, "meta")
     if name is aten._fused_sdp_choice:
         return 0  # attention by plain matrix products
     if name is aten._to_copy:
-        _record_copy(args[0], there_after, kwargs.get("dtype"))
+        _record_copy(args[0], there_after, kwargs.get("dtype"), bool(kwargs.get("non_blocking")))
     elif name is aten.copy_:
-        _record_copy(args[1], isinstance(args[0], PretendedTensor), None)
+        _record_copy(args[1], isinstance(args[0], PretendedTensor), None, len(args) > 2 and bool(args[2]))
     elif there:
-        _checked(name, there, tensors)
+        _checked(name, args, kwargs, tensors)
     if kwargs.get("generator") is not None and there_after and kwargs["generator"].device.type == "cpu":
-        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        raise RuntimeError(f"Expected a '{_device().type}' device type for generator but found 'cpu'")
     if wanted is not None:
         kwargs = {**kwargs, "device": CPU}
     kwargs.pop("pin_memory", None)
@@ -273,16 +341,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return known[id(tensor)]
         if not there_after:
             return tensor
-        if tensor.dtype == torch.float64:
-            _record("float64")
+        _check_dtype(tensor.dtype)
         return PretendedTensor(tensor)
 
     return tree_map_only(torch.Tensor, placed, made)
 
 
-def _checked(name: Any, there: list[Any], tensors: list[Tensor]) -> None:
+def _checked(name: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
     """Record what waits, and refuse what a device refuses."""
-    if name in WAITING:
+    indices = args[1] if name in INDEXING else ()
+    masks = any(isinstance(one, Tensor) and one.dtype == torch.bool for one in indices)
+    filled = masks and name is not aten.index and args[2].numel() == 1  # by masked_fill
+    sized = name is aten.repeat_interleave and kwargs.get("output_size") is None
+    if name in WAITING or sized or (masks and not filled):
         _record("wait")
     other = [tensor for tensor in tensors if not isinstance(tensor, PretendedTensor) and tensor.ndim]
     if not other:
@@ -291,19 +362,31 @@ def _checked(name: Any, there: list[Any], tensors: list[Tensor]) -> None:
         _record("upload")  # CPU tensors may be indices
         return
     raise RuntimeError(
-        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+        f"Expected all tensors to be on the same device, but found at least two devices, {_device()} and cpu! "
         f"({name}, a CPU tensor of shape {tuple(other[0].shape)}, at {_where()})"
     )
 
 
-def _record_copy(source: Tensor, there_after: bool, dtype: torch.dtype | None) -> None:
+def _check_dtype(dtype: torch.dtype) -> None:
+    """Record a tensor of this dtype on the device, or refuse it."""
+    if dtype not in WIDE:
+        return
+    if _device().type == "mps":
+        raise TypeError(f"Cannot convert a MPS Tensor to {dtype}: MPS has none (at {_where()})")
+    _record("float64")
+
+
+def _record_copy(source: Tensor, there_after: bool, dtype: torch.dtype | None, non_blocking: bool) -> None:
     there_before = isinstance(source, PretendedTensor)
+    cuda = _device().type == "cuda"  # where a non-blocking copy to the CPU is to pinned memory
     if there_before and not there_after:
-        _record("wait")
+        _record("async" if non_blocking and cuda else "wait")
         if dtype == torch.float64 and source.dtype != torch.float64:
             _record("widened")
+            if not cuda:
+                raise TypeError(f"Cannot convert a MPS Tensor to float64: MPS has none (at {_where()})")
     if there_after and not there_before:
-        _record("upload")
+        _record("async" if non_blocking and source.is_pinned() else "upload")
 
 
 def _record(kind: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import BadInput
+from ..performance.device import synchronize
 
 __all__ = ["CompiledGraph", "CompiledNet"]
 
@@ -223,10 +224,8 @@ def input_signature(value: Any, dynamic: bool = False) -> Any:
 
 def synchronized_time(tensors: list[Tensor]) -> float:
     """`time.perf_counter()` after the device of the tensors has finished its work."""
-    if tensors and tensors[0].device.type == "cuda":
-        torch.cuda.synchronize(tensors[0].device)
-    elif tensors and tensors[0].device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(tensors[0].device)
+    if tensors:
+        synchronize(tensors[0].device)
     return time.perf_counter()
 
 

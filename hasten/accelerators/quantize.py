@@ -11,6 +11,7 @@ from torch import nn
 
 from ..denoiser import Denoiser
 from ..errors import BadInput, check_choice
+from ..nets.prequantized import check_original_weights
 from ..nets.quantized import layers
 from ..nets.time_groups import TimeGroups
 from . import EXCHANGE, FIRST_SEED, Accelerator, Call, SamplingContext
@@ -23,6 +24,7 @@ __all__ = ["Quantize"]
 RANGES, ROUNDINGS = ("search", "minmax"), ("nearest", "adaround")
 ENDS = ("conv_in", "conv_out")
 GROUPS = 6
+INSTEAD = "load it without quantization_config, or use it as it is"
 BATCH, PIXELS = 32, 2**17  # the maximum rows of a calibration batch, and of its latents or pixels
 
 
@@ -115,6 +117,7 @@ class Quantize(Accelerator):
         Raises:
             BadInput: see the class.
         """
+        check_original_weights(denoiser, "quantize", INSTEAD)  # before anything is sampled for the calibration
         calls = context.calibration("quantize", self.images, self.seed)
         return self.finish(self.start(denoiser, calls))
 
@@ -132,6 +135,7 @@ class Quantize(Accelerator):
             raise BadInput(f"quantize needs a Denoiser with its network, found {type(denoiser).__name__}")
         if next(layers(denoiser.net), None) is not None:
             raise BadInput("quantize: this network is quantised already")
+        check_original_weights(denoiser.net, "quantize", INSTEAD)
         names = [name for name, _ in denoiser.net.named_modules()]
         ends = {end: [name for name in names if name.split(".")[-1] == end] for end in ENDS}  # there may be none
         samples = self.samples(denoiser, calls)

@@ -12,6 +12,7 @@ from torch import nn
 from ..denoiser import Denoiser, device_of
 from ..errors import BadInput, check_choice
 from ..nets.copies import copy_modules, own_parameters
+from ..nets.prequantized import check_original_weights
 from . import EXCHANGE, Accelerator, SamplingContext
 
 CONFIGS = {
@@ -50,6 +51,7 @@ class TorchAO(Accelerator):
         """
         if not isinstance(denoiser, Denoiser):
             raise BadInput(f"torchao needs a Denoiser with its network, found {type(denoiser).__name__}")
+        check_original_weights(denoiser.net, "torchao", "load it without quantization_config, or use it as it is")
         library = quantization_library()
         device = device_of(denoiser)
         if device.type != "cuda":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, HastenError, nearest
 from ..files import describe_contents, holds_lock, sha256
+from ..nets.prequantized import check_original_weights
 from ..nets.quantized import layers
 
 if TYPE_CHECKING:
@@ -282,6 +283,7 @@ def check_exportable(model: Model, path: Path, precision: str) -> None:
         raise BadInput(
             f"{model.name} has integer layers, which no exporter knows: export the model that it was made from"
         )
+    check_original_weights(model.denoiser.net, f"{model.name} cannot be exported", "export the model it was made from")
     if path.suffix in (".onnx", ".xml", ".bin") or path.is_file():
         raise BadInput(f"{path} must be a folder, for model.json beside the graph: try {path.with_suffix('')}")
 

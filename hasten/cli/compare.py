@@ -69,7 +69,7 @@ def compare(
         minutes: Time budget. Default: none. The measured speed then decides the number of images, n at most; the last
             variants are skipped where 64 images of each would take longer.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the rows as JSON, not as a table.
 
     Returns:

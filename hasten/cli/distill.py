@@ -74,7 +74,7 @@ def distill(
             adamw8bit, paged-adamw8bit. Default: adamw.
         seed: Of everything that is random. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
         dry_run: Report what every stage costs, and train nothing.
         json: Print the result as JSON.
 

@@ -79,7 +79,7 @@ def evaluate(
         repeats: Number of blocks of n seeds: figures are then means with their standard deviation.
         batch_size: Images in the network at once.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
     Returns:

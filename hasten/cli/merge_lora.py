@@ -18,7 +18,7 @@ def merge_lora(model: str, lora: list[str], *, out: Path, device: str = "cpu", j
         model: A bundled name (see models), a folder or a pipeline.
         lora: LoRA files, in the layout of diffusers or with kohya's names, each FILE or FILE:SCALE.
         out: The folder to write.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
     Returns:

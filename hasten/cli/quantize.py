@@ -77,7 +77,7 @@ def quantize(
         times: Time grid.
         steps: Number of steps of the time grid.
         guidance_scale: Scale of classifier-free guidance.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
     Returns:

@@ -67,7 +67,7 @@ def restyle(
         encode_guidance_scale: Of the encoder. Default: 1, or the nearest that it was distilled for.
         iterations: Fixed-point iterations of each inversion step, for a model that was not distilled to encode.
         batch_size: Images in the network at once.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
     Returns:

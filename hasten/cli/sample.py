@@ -77,7 +77,7 @@ def sample(
             square.
         batch_size: Images in the network at once.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
-        device: auto, cpu, cuda or cuda:1. auto uses the GPU if there is one.
+        device: auto, cpu, cuda, cuda:1, mps or xpu. auto uses the GPU if there is one.
         json: Print the result as JSON.
 
     Returns:

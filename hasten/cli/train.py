@@ -107,7 +107,7 @@ def train(
         latent_channels: For kind autoencoder. Default: 8.
         perceptual: For an autoencoder or decoder: file or folder with the weights of LPIPS or its shift-tolerant form.
         gan_weight: For an autoencoder or decoder: weight of a patch discriminator. Default: 0, none.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
     Returns:

@@ -48,7 +48,7 @@ def tune(
         n: Number of samples to calibrate on. Default: the method's own.
         seed: Of the first calibration sample; far from the seeds that sample and compare start with.
         precision: fp32 or bf16 (autocast). Default: fp32.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
     Returns:

@@ -22,6 +22,7 @@ from ..files import write_file
 from ..metrics import extract, without_neighbours
 from ..metrics.frechet import frechet_distance, moments
 from ..performance import cost
+from ..performance.device import synchronize
 from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
 from ..storage.provenance import utc_now
@@ -327,14 +328,11 @@ class BudgetedComparison(Comparison):
 
     def timed(self, job: Job, number: int) -> float:
         """Sample a batch and save it; the seconds of the sampling alone."""
-        cuda = self.model.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self.model.device)
+        synchronize(self.model.device)
         start = timer.monotonic_seconds()
         with time_parts(job.model, self.parts.setdefault(job.variant.name, {})):
             images = self.sample_batch(job, number)
-        if cuda:
-            torch.cuda.synchronize(self.model.device)
+        synchronize(self.model.device)
         seconds = timer.monotonic_seconds() - start
         self.saved(job).put(number * self.batch, images)
         return seconds

@@ -12,6 +12,7 @@ import torch
 
 from ..model.model import Model
 from ..performance.cost import process_peak, resident_bytes
+from ..performance.device import allocated_bytes, peak_allocated_bytes, reset_peak, synchronize
 
 PARTS = {"text": ("conditioning", "cond"), "decoder": ("decoder", "decode")}
 NETWORK = "network"  # the part that is none of these
@@ -28,13 +29,13 @@ class PartMemory:
 
     def __init__(self, device: torch.device, peaks: dict[str, int]) -> None:
         self.device, self.peaks, self.part = device, peaks, NETWORK
+        self._counted = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PartMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
+        self._counted = reset_peak(self.device)
+        if not self._counted:
             self._thread.start()
         return self
 
@@ -47,15 +48,14 @@ class PartMemory:
     def begin(self, part: str) -> None:
         """Count what follows as another part's."""
         self._read()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak(self.device)
         self.part = part
 
     def _read(self) -> None:
-        if self.device.type == "cuda":
-            value = torch.cuda.max_memory_allocated(self.device)
+        if self._counted:
+            value = peak_allocated_bytes(self.device)
         else:
-            value = resident_bytes() or process_peak()
+            value = allocated_bytes(self.device) or resident_bytes() or process_peak()
         self.peaks[self.part] = max(self.peaks.get(self.part, 0), value)
 
     def _watch(self) -> None:
@@ -105,8 +105,7 @@ class TimedPart:
         return getattr(self._part, name)
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..performance.device import synchronize
 from ..train.data import shard_batches
 from ..train.fit import Ema
 from ..train.trained_module import TrainedModule
@@ -134,7 +135,7 @@ class DryRun(DistillTask):
             if self.denoiser.net_takes_guidance:
                 cond["guidance"] = torch.full((1,), self.guidance_scale, device=x.device)
             with torch.no_grad(), count_flops() as count:
-                self.denoiser.raw(x, torch.tensor([0.5], dtype=torch.float64, device=x.device), **cond)
+                self.denoiser.raw(x, torch.tensor([0.5], dtype=torch.float64), **cond)
             self.unit = max(count(), 1.0)
         return self.unit
 
@@ -162,8 +163,7 @@ def count_flops() -> Iterator[Any]:
 
 def synchronized_clock(device: torch.device) -> float:
     """Seconds, read when the device has finished its work: launches alone take no time."""
-    if device.type in ("cuda", "mps", "xpu"):
-        getattr(torch, device.type).synchronize()
+    synchronize(device)
     return time.perf_counter()
 
 

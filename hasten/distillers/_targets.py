@@ -27,6 +27,7 @@ from ..errors import check_choice
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import TimeGrid
+from ..utils.devices import float64_device
 
 TINY = 1e-6  # the smallest alpha or sigma that is divided by
 WEIGHTS = ("auto", "snr+1", "truncated", "snr", "x0", "raw")
@@ -42,7 +43,7 @@ def time_device(x: Tensor) -> torch.device:
 
     MPS has no float64: there they stay on the CPU.
     """
-    return torch.device("cpu") if x.device.type == "mps" else x.device
+    return float64_device(x.device)
 
 
 class DeviceTimes:

@@ -12,6 +12,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, check_choice
 from ..predictions import Flow, spread
 from ._pairs import Pairs
+from ._targets import time_device
 from ._task import Distiller, DistillTask, Student
 
 __all__ = ["DenoisingStudent"]
@@ -108,7 +109,7 @@ def one_step_student(denoiser: Denoiser) -> Denoiser:
 
 def generate(student: Any, noise: Tensor, **cond: Any) -> Tensor:
     """G(z) (B, *S) for standard normal `noise` (B, *S)."""
-    t = torch.full((len(noise),), student.schedule.t_max, dtype=torch.float64, device=noise.device)
+    t = torch.full((len(noise),), student.schedule.t_max, dtype=torch.float64, device=time_device(noise))
     return student(noise * spread(student.schedule.prior_std(t), noise), t, **cond)
 
 

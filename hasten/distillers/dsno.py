@@ -14,6 +14,7 @@ from ..nets.temporal import TemporalUNet
 from ..nets.unet import UNet
 from ..predictions import X0, spread
 from ..schedules.base import Schedule
+from ._targets import time_device
 from ._task import Distiller, DistillTask, Loss, Student
 
 __all__ = ["DSNO"]
@@ -118,7 +119,7 @@ class DSNO(Distiller):
 
         def loss_fn(batch: dict[str, Tensor]) -> Tensor:
             noise, target = batch["noise"], torch.cat([batch["states"], batch["x"][:, None]], 1)
-            t = torch.full((len(noise),), task.schedule.t_max, dtype=torch.float64, device=noise.device)
+            t = torch.full((len(noise),), task.schedule.t_max, dtype=torch.float64, device=time_device(noise))
             z = noise * spread(task.schedule.prior_std(t), noise)
             time = student.time_input(t).to(noise.device, torch.float32)
             error = student.net.path(z, time, **task.cond(batch)).float() - target

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import BadInput, check_choice
 from ..schedules.base import Schedule
 from ..times import Trailing
+from ..utils.devices import has_float64
 from ._features import random_classifier, trained_classifier
 from ._targets import ddim_step, time_device
 from ._task import Distiller, DistillTask, Student
@@ -165,7 +166,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: str = "cubic", scale: float | Tensor | No
         kernel: `"cubic"` (u.v / scale + 1)^3, `"rbf"` exp(-|u - v|^2 / scale), `"linear"` u.v / scale.
         scale: of the kernel; None: D.
     """
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    dtype = torch.float64 if has_float64(x.device) else torch.float32
     x, y = x.to(dtype), y.to(dtype)
     d = x.shape[1] if scale is None else scale
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import BadInput
+from ..utils.devices import default_device_type
 from ..utils.environment import launched
 from .heartbeat import HEARTBEAT_TIMEOUT, ProcessLost, env_int, peer_errors, peers
 
@@ -354,7 +355,8 @@ def own_device(device: str | None, local: int | None) -> torch.device:
         BadInput: where there is no such device.
     """
     gpus = torch.cuda.is_available()
-    name = device or ("cuda" if gpus else "cpu")
+    alone = default_device_type() if local is None else "cpu"
+    name = device or ("cuda" if gpus else alone)
     if not name.startswith("cuda"):
         return torch.device(name)
     if not gpus:

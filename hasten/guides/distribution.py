@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput, check_choice, check_choices, check_numbers
+from ..utils.devices import as_float64
 from ._base import Guide
 
 __all__ = ["Distribution", "Steered"]
@@ -142,16 +144,18 @@ class Distribution(Guide):
 
     def reference(self) -> Tensor:
         """The target distribution r, (K,) float32."""
-        K = self.heads.classes[self.attribute]
-        target = torch.ones(K) if self.classes == "uniform" else torch.tensor(self.classes)
-        return target / target.sum()
+        return self._reference_on(torch.device("cpu"))
+
+    def _reference_on(self, device: torch.device) -> Tensor:
+        """The target distribution on a device, to which it is copied once."""
+        return target_distribution(self.classes, self.heads.classes[self.attribute], device)
 
     def value(self, logits: Tensor) -> Tensor:
         """The loss L of logits (B, K)."""
         p = torch.softmax(logits / self.temperature, 1)
         if self.target is not None:
             return -p[:, self.target].sum()
-        r, pbar = self.reference().to(p), p.mean(0)
+        r, pbar = self._reference_on(p.device).to(p.dtype), p.mean(0)
         if self.loss == "chi2":
             return ((pbar - r).square() / r).sum()
         return (pbar * (pbar.clamp_min(EPSILON) / r).log()).sum()
@@ -163,9 +167,17 @@ class Distribution(Guide):
             g = torch.zeros_like(p[0])
             g[self.target] = -1.0
         else:
-            r, pbar = self.reference().to(p), p.mean(0)
+            r, pbar = self._reference_on(p.device).to(p.dtype), p.mean(0)
             g = 2 * (pbar - r) / r if self.loss == "chi2" else (pbar.clamp_min(EPSILON) / r).log() + 1
         return p * (g - (p * g).sum(1, keepdim=True)) / self.temperature
+
+
+@functools.lru_cache(maxsize=16)
+def target_distribution(classes: str | tuple[float, ...], count: int, device: torch.device) -> Tensor:
+    """The fractions of the classes (count,) float32 on a device; "uniform": equal ones."""
+    with torch.inference_mode(False):  # the cached value may be used under autograd later
+        target = torch.ones(count) if isinstance(classes, str) else torch.tensor(classes)
+        return (target / target.sum()).to(device)
 
 
 class Steered(Wrapper):
@@ -187,8 +199,7 @@ class Steered(Wrapper):
         middle, finish = self.denoiser.features(x_t, t, **cond)
         if not self._active(t):
             return middle, finish
-        t = torch.as_tensor(t)
-        t = (t.cpu() if t.device.type == "mps" else t).double()
+        t = as_float64(torch.as_tensor(t))
         with torch.autocast(middle.device.type, enabled=False):
             if not t.ndim:
                 return self._moved(middle, t), finish

@@ -1,7 +1,7 @@
 """Quality metrics of a set of samples.
 
 `evaluate_images` returns all of them, each a `Measure` with its feature network, reference, sample count, real-data
-baseline and seeds. The modules import torch and nothing of hasten but its errors and files.
+baseline and seeds. The modules import torch and nothing of hasten but its errors, files and `utils`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BadInput
+from ..utils.devices import as_float64
 from .paired import psnr_by_image
 
 WINDOW = 11  # side of the window of structural similarity
@@ -29,7 +30,7 @@ def image_difference(images: Tensor, others: Tensor) -> dict[str, float]:
         BadInput: if the shapes differ, or for images that are not finite.
     """
     psnr = psnr_by_image(images, others)
-    mse = ((images - others).double() / 2).square().flatten(1).mean(dim=1)
+    mse = (as_float64(images - others) / 2).square().flatten(1).mean(dim=1)
     return {"psnr": float(psnr.mean()), "rms": float(mse.mean().sqrt())}
 
 
@@ -62,7 +63,8 @@ def structural_similarity(images: Tensor, others: Tensor, window: int = WINDOW, 
     n, channels, height, width = images.shape
     if min(height, width) < window:
         raise BadInput(f"structural similarity needs sides of at least {window} pixels, got {height}x{width}")
-    at = torch.arange(window, dtype=torch.float64, device=images.device) - (window - 1) / 2
+    x, y = ((as_float64(one) + 1) / 2 for one in (images, others))
+    at = torch.arange(window, dtype=torch.float64, device=x.device) - (window - 1) / 2
     line = torch.exp(-at.square() / (2 * sigma**2))
     line = line / line.sum()
 
@@ -70,7 +72,6 @@ def structural_similarity(images: Tensor, others: Tensor, window: int = WINDOW, 
         rows = F.conv2d(x.reshape(n * channels, 1, height, width), line.reshape(1, 1, -1, 1))
         return F.conv2d(rows, line.reshape(1, 1, 1, -1))
 
-    x, y = ((one.double() + 1) / 2 for one in (images, others))
     m, n_ = mean(x), mean(y)
     v, w, c = mean(x * x) - m * m, mean(y * y) - n_ * n_, mean(x * y) - m * n_
     c1, c2 = 0.01**2, 0.03**2

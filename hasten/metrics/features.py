@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, nearest
 from ..files import sha256
+from ..utils.devices import upload
 from .measure import weights_digest
 
 NAMES = ("fashion", "efficientnet_lite0", "inception")
@@ -119,7 +120,7 @@ def extract(
     net.eval()
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         for batch in images.split(batch_size):
-            out = net(_pixels(batch.to(device), quantize))
+            out = net(_pixels(upload(batch, device), quantize))
             f, y = out if isinstance(out, tuple) else (out, None)
             if f.ndim != 2 or len(f) != len(batch):
                 raise BadInput(

@@ -28,7 +28,7 @@ class RunningMoments:
         if features.ndim != 2:
             raise BadInput(f"features must have shape (N, D), found {tuple(features.shape)}")
         if len(features):
-            x = features.detach().to("cpu", torch.float64)
+            x = features.detach().cpu().double()
             mean = x.mean(dim=0)
             self._combine(len(x), mean, (x - mean).T @ (x - mean))
         return self
@@ -97,7 +97,7 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     """
     if mean1.shape != mean2.shape or covariance1.shape != covariance2.shape:
         raise BadInput(f"moments of width {len(mean1)} and {len(mean2)} are not of the same feature network")
-    m1, c1, m2, c2 = (v.to("cpu", torch.float64) for v in (mean1, covariance1, mean2, covariance2))
+    m1, c1, m2, c2 = (v.cpu().double() for v in (mean1, covariance1, mean2, covariance2))
     check_finite_rows("moments", m1, c1, m2, c2)
     return _distance(m1, c1, m2, torch.trace(c2), root(c2))
 
@@ -136,11 +136,11 @@ def frechet_interval(
     """
     if repeats < 2:
         raise BadInput(f"a bootstrap interval needs at least 2 repeats, got {repeats}")
-    x = features.detach().to("cpu", torch.float64)
+    x = features.detach().cpu().double()
     m1, c1 = moments(x)
     x = x - m1
     n = len(x)
-    m2, c2 = mean.to("cpu", torch.float64), covariance.to("cpu", torch.float64)
+    m2, c2 = mean.cpu().double(), covariance.cpu().double()
     offset, trace2, root2 = m2 - m1, torch.trace(c2), root(c2)
     generator = torch.Generator().manual_seed(seed)
     values = []

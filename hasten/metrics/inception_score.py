@@ -35,7 +35,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
         raise BadInput(f"logits {tuple(logits.shape)} cannot be divided into {splits} splits")
     check_finite_rows("logits", logits)
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
-    log_p = logits.to("cpu", torch.float64)[order].log_softmax(dim=1)
+    log_p = logits.cpu().double()[order].log_softmax(dim=1)
     scores = []
     for split in log_p.tensor_split(splits):
         log_marginal = split.logsumexp(dim=0) - math.log(len(split))

@@ -32,14 +32,14 @@ def nearest_distances(queries: Tensor, blocks: Iterable[Tensor]) -> tuple[Tensor
     Raises:
         BadInput: without rows, or for values that are not finite.
     """
-    x = queries.float()
+    x = queries.detach().cpu().float()
     check_finite_rows("queries", x)
     best = torch.full((len(x),), torch.inf, dtype=torch.float64)
     index = torch.full((len(x),), -1, dtype=torch.long)
     centre, first = x.double().mean(0).float(), 0
     centred = x - centre
     for block in blocks:
-        rows = block.float()
+        rows = block.detach().cpu().float()
         check_finite_rows("rows", rows)
         found = torch.cdist(centred, rows - centre).argmin(dim=1)
         exact = (x.double() - rows[found].double()).norm(dim=1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..utils.devices import as_float64
 from .measure import check_finite_rows
 
 __all__ = ["Estimate", "mean_estimate", "psnr_by_image", "ratio_estimate", "student_quantile"]
@@ -126,5 +127,5 @@ def psnr_by_image(images: Tensor, others: Tensor) -> Tensor:
     if images.shape != others.shape:
         raise BadInput(f"images of shape {tuple(images.shape)} and {tuple(others.shape)} cannot be compared one by one")
     check_finite_rows("images", images, others)
-    mse = ((images - others).double() / 2).square().flatten(1).mean(dim=1)
+    mse = (as_float64(images - others) / 2).square().flatten(1).mean(dim=1)
     return -10 * mse.clamp(min=10 ** (-PEAK_DB / 10)).log10()

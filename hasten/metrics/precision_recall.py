@@ -60,8 +60,9 @@ def manifold(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> Mani
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise BadInput(f"features {tuple(real.shape)} and {tuple(fake.shape)} are not of the same feature network")
     check_finite_rows("features", real, fake)
+    real, fake = real.detach().cpu(), fake.detach().cpu()
     centre = real.double().mean(dim=0)  # distances come from products: centring avoids cancellation
-    real, fake = ((v.double() - centre).float().cpu() for v in (real, fake))
+    real, fake = ((v.double() - centre).float() for v in (real, fake))
     real_radius, fake_radius = radii(real, k), radii(fake, k)
     density_radius = real_radius if k_density == k else radii(real, k_density)
     recalled = torch.zeros(len(real), dtype=torch.bool)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..utils.devices import as_float64
 from .measure import check_finite_rows
 
 CANDIDATES = 100
@@ -79,12 +80,13 @@ def prompt_match(
     count = min(candidates, len(distinct))
     generator = torch.Generator().manual_seed(seed)
     right: list[bool] = []
-    for vector, caption in zip(images.double(), captions, strict=True):
+    vectors, texts = images.detach().cpu().double(), texts.detach().cpu().double()
+    for vector, caption in zip(vectors, captions, strict=True):
         own = index[caption]
         others = torch.randperm(len(distinct) - 1, generator=generator)[: count - 1]
         others = others + (others >= own)
-        scores = texts.double()[others] @ vector
-        right.append(bool(texts[own].double() @ vector > scores.max() + TIE))
+        scores = texts[others] @ vector
+        right.append(bool(texts[own] @ vector > scores.max() + TIE))
     value = sum(right) / len(right)
     return PromptMatch(value, clustered_error(right, captions, value), count, len(right))
 
@@ -137,7 +139,7 @@ def prompt_diversity(features: Tensor) -> Diversity:
     if features.ndim != 3 or features.shape[1] < 2:
         raise BadInput(f"diversity needs features (prompts, 2 or more images, D), found {tuple(features.shape)}")
     check_finite_rows("features", features)
-    x = features.double()
+    x = as_float64(features)
     prompts, images = x.shape[:2]
     pairs = torch.triu_indices(images, images, offset=1)
     within = (x[:, pairs[0]] - x[:, pairs[1]]).norm(dim=2).mean(dim=1)

@@ -20,6 +20,7 @@ from ..adapters.model_like import ModelLike
 from ..denoiser import Denoiser
 from ..errors import BadInput, Notice, check_number
 from ..nets.lora import LowRank, attach_lora, innermost, merge_factors, trimmed
+from ..nets.prequantized import check_original_weights
 from ..nets.quantized import layers as integer_layers
 from ..pick import pick
 from ..plan.table import plan as compile_plan
@@ -107,6 +108,9 @@ def merged_model(model: Any, lora: LoRAFile, scale: float, path: str) -> Any:
     net = innermost(model.denoiser.net)
     if next(integer_layers(net), None) is not None or getattr(model.denoiser.net, "runs_elsewhere", False):
         raise BadInput(f"{model.name} is quantised or exported: merge the LoRA into the model that it was made from")
+    check_original_weights(
+        net, f"{path} cannot be merged", "load_lora_weights of the pipeline keeps a LoRA beside quantised weights"
+    )
     student = lora.info.get("distilled") is not None
     if student and "distilled" in model.card:
         raise BadInput(f"{path} makes a student of a model, and {model.name} is one already: use the teacher")

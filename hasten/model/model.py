@@ -19,6 +19,7 @@ from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, check_int
 from ..guides.cfg import with_step_count
 from ..images import to_image_tensor
+from ..nets.prequantized import check_movable
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..plan.config import SamplingConfig
 from ..plan.draw import draw_unchecked as draw
@@ -28,6 +29,7 @@ from ..sampling import Callback, Noise, Progress, wrap_denoiser
 from ..storage import model_folder
 from ..storage.lora_files import LoRAFile
 from ..train.names import class_index, label_indices
+from ..utils.devices import upload
 from ..utils.random import MAX_SEED
 from .finite import check_sample
 from .first_evaluation import FirstEvaluation
@@ -93,7 +95,12 @@ class Model:
         return device_of(self.denoiser)
 
     def to(self, device: str | torch.device) -> Model:
-        """The same model with its weights moved."""
+        """The same model with its weights moved.
+
+        Raises:
+            BadInput: for a network that bitsandbytes quantised, which stays where it is.
+        """
+        check_movable(self.denoiser, device)
         parts = {name: net.to(device) for name, net in self.parts.items()}
         beside = {
             key: one and one.to(device) for key, one in (("conditioning", self.conditioning), ("decoder", self.decoder))
@@ -159,9 +166,9 @@ class Model:
         """The conditions of `n` samples, each (n, ...): their labels, or the embeddings of their prompts."""
         if self.conditioning is not None:
             cond = self.conditioning.cond(n, label, seed)
-            return {key: value.to(self.device) for key, value in cond.items()}
+            return {key: upload(value, self.device) for key, value in cond.items()}
         labels = self.labels(n, label)
-        return {} if labels is None else {"label": labels.to(self.device)}
+        return {} if labels is None else {"label": upload(labels, self.device)}
 
     def cond(self, n: int) -> dict[str, Tensor]:
         """All conditions of the denoiser for `n` samples: also the guidance scale and step count of a student."""
@@ -234,7 +241,7 @@ class Model:
                 cond = {key: value[first : first + count] for key, value in conditions.items()}
                 denoiser, x, source = resolved.denoiser, None, None
                 if resolved.start is not None:
-                    source = None if images is None else images[first : first + count].to(device)
+                    source = None if images is None else upload(images[first : first + count], device)
                     denoiser = wrap_denoiser(resolved.start, denoiser, source)
                     x = resolved.start.begin(denoiser, noise, resolved.times[0], source, **cond)
                 tick = fraction_of(progress, first, n, batch_size)

@@ -84,8 +84,7 @@ class Attributes(nn.Module):
     def at(self, name: str, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Weight (K, C h w) and bias (K,) of one attribute's classifier at one time, for flattened middle features."""
         W, b = self.weight[name].float(), self.bias[name].float()
-        weights = self.blend(torch.as_tensor(t, dtype=torch.float64).reshape(1))[0].to(W.device)
-        W, b = torch.einsum("t,tkd->kd", weights, W), weights @ b
+        W, b = self._at_time(W, t), self._at_time(b, t)
         C, h, w = self.shape
         if not self.pool:
             return W, b
@@ -97,9 +96,13 @@ class Attributes(nn.Module):
     def towards(self, name: str, t: Tensor | float) -> Tensor:
         """Mean features of each class at one time, minus their average: (K, C h w) float32."""
         mean = self.mean[name].float()
-        weights = self.blend(torch.as_tensor(t, dtype=torch.float64).reshape(1))[0].to(mean.device)
-        mean = torch.einsum("t,tkd->kd", weights, mean)
+        mean = self._at_time(mean, t)
         return mean - mean.mean(0)
+
+    def _at_time(self, knots: Tensor, t: Tensor | float) -> Tensor:
+        """Values (T, ...) at the knots interpolated to one time; the weights are numbers, which are not copied."""
+        weights = self.blend(torch.as_tensor(t, dtype=torch.float64).reshape(1))[0].tolist()
+        return torch.stack([knots[k] * w for k, w in enumerate(weights) if w]).sum(0)
 
     def forward(self, middle: Tensor, t: Tensor | float, name: str) -> Tensor:
         """Logits (B, K) of the attribute `name` for middle features (B, C, h, w) at times t, () or (B,)."""

@@ -48,6 +48,7 @@ def copy_modules(
         copies[id(old)] = new = object.__new__(type(old))
         new_modules.append(new)
         vars(new).update(vars(old))
+        vars(new).pop("_compiled_call_impl", None)  # compiled for the original, whose weights it would use
         for name in ("_parameters", "_buffers"):
             vars(new)[name] = {key: tensors.get(id(one), one) for key, one in vars(old)[name].items()}
         vars(new)["_modules"] = {

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.devices import has_float64
+
 
 class MixtureDensity(nn.Module):
     """A normalised density on R^D for each class c: a mixture of K Gaussians in r directions, isotropic in the others.
@@ -61,7 +63,7 @@ class MixtureDensity(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixtureDensity:
         """Move as modules do, but not to a device without float64 (MPS): it stays on its device and computes there."""
-        if fn(torch.empty(0)).device.type == "mps":
+        if not has_float64(fn(torch.empty(0)).device):
             return self
         return super()._apply(fn, recurse)
 

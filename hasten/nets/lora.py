@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import BadInput, check_int, nearest
+from .prequantized import is_prequantized
 
 # names of layers in the transformers of U-Nets, as diffusers and peft spell them; to_kv: of a `TextUNet`
 ATTENTION = ("to_q", "to_k", "to_v", "to_kv", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -143,7 +144,7 @@ def innermost(net: nn.Module) -> nn.Module:
 
 def adaptable(layer: nn.Module) -> bool:
     """Whether a layer can have low-rank factors: linear, or a 2D convolution without groups, of torch's own class."""
-    return type(layer) in KINDS and getattr(layer, "groups", 1) == 1
+    return type(layer) in KINDS and getattr(layer, "groups", 1) == 1 and not is_prequantized(layer)
 
 
 def parse_targets(targets: str | Sequence[str] | None) -> tuple[str, ...] | None:

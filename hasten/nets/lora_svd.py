@@ -50,7 +50,7 @@ def truncated(difference: Tensor, rank: int) -> tuple[LowRank, float]:
     Returns:
         The factors, with a scale of 1, and the norm of what is left out, `sqrt(sum of S_k^2, k > r)`.
     """
-    matrix = difference.detach().double().cpu().flatten(1)
+    matrix = difference.detach().cpu().double().flatten(1)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     count = min(rank, len(s))
     root = s[:count].sqrt()
@@ -99,7 +99,7 @@ def extract_low_rank(
     result = Extraction({})
     held = left = lost = 0.0  # sums of squares: of the layers' differences, of what their factors leave out, of others
     for name, value in before.items():
-        difference = after[name].detach().double().cpu() - value.detach().double().cpu()
+        difference = after[name].detach().cpu().double() - value.detach().cpu().double()
         if not (norm := float(difference.norm())):
             continue
         if name not in weights:

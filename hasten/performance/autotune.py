@@ -34,7 +34,7 @@ def parse_runtime(text: str, device: str = "cpu") -> Runtime:
 
     Args:
         text: `fp32` or `bf16` (autocast), with `+medium` or `+high` (matrix products) and `+channels_last`.
-        device: "cpu" or "cuda".
+        device: type of the device: "cpu", "cuda", "mps", "xpu".
 
     Raises:
         BadInput: for an unknown name, naming the nearest choice.

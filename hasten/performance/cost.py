@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
+from .device import COUNTED, allocated_bytes, peak_allocated_bytes, reset_peak, synchronize
 
 __all__ = [
     "Cost",
@@ -102,9 +103,13 @@ def size_in_bytes(module: nn.Module) -> int:
 
 
 def _synchronize() -> None:
-    """Wait for CUDA, if it is used."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    """Wait for the GPU, if one is used."""
+    for kind in COUNTED:
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available() and backend.is_initialized():
+            synchronize(kind)
+    if torch.backends.mps.is_available():
+        synchronize("mps")
 
 
 def wall_time(call: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> list[float]:
@@ -212,27 +217,32 @@ class Peak:
 def peak_memory(device: str | torch.device = "cpu", every: float = 0.002) -> Iterator[Peak]:
     """Peak memory inside the block: `with peak_memory() as m: run()`, then `m.above` bytes.
 
-    On CUDA the allocator's own peak. On a CPU a thread reads the resident size, since the kernel's peak cannot be reset
-    between variants: shorter bursts are missed, and memory that the allocator has cached from earlier calls is not
-    counted again, so run the largest variant in a new process where the exact figure matters. Without /proc it is the
-    peak of the process (`ru_maxrss`); `method` says which.
+    On CUDA and XPU the allocator's own peak. Elsewhere a thread reads MPS's allocator, or on a CPU the resident size,
+    since the kernel's peak cannot be reset between variants: shorter bursts are missed, and memory that the allocator
+    has cached from earlier calls is not counted again, so run the largest variant in a new process where the exact
+    figure matters. Without /proc it is the peak of the process (`ru_maxrss`); `method` says which.
 
     Args:
         device: whose memory is measured.
         every: seconds between two readings on a CPU.
     """
     result = Peak()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result.before, result.method = torch.cuda.memory_allocated(device), "cuda allocator"
+    synchronize(device)
+    if reset_peak(device):
+        result.before = allocated_bytes(device) or 0
+        result.method = f"{torch.device(device).type} allocator"
         try:
             yield result
         finally:
-            torch.cuda.synchronize(device)
-            result.peak = torch.cuda.max_memory_allocated(device)
+            synchronize(device)
+            result.peak = peak_allocated_bytes(device)
         return
-    before = resident_bytes()
+
+    def read() -> int | None:
+        found = allocated_bytes(device)
+        return resident_bytes() if found is None else found
+
+    before = read()
     if before is None:
         result.method, result.before = "ru_maxrss", process_peak()
         try:
@@ -240,12 +250,15 @@ def peak_memory(device: str | torch.device = "cpu", every: float = 0.002) -> Ite
         finally:
             result.peak = process_peak()
         return
-    result.method, result.before, result.peak = "sampled resident size", before, before
+    sampled = (
+        "resident size" if allocated_bytes(device) is None else f"size of the {torch.device(device).type} allocator"
+    )
+    result.method, result.before, result.peak = f"sampled {sampled}", before, before
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(every):
-            result.peak = max(result.peak, resident_bytes() or 0)
+            result.peak = max(result.peak, read() or 0)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -254,7 +267,8 @@ def peak_memory(device: str | torch.device = "cpu", every: float = 0.002) -> Ite
     finally:
         done.set()
         thread.join()
-        result.peak = max(result.peak, resident_bytes() or 0)
+        synchronize(device)
+        result.peak = max(result.peak, read() or 0)
 
 
 def process_peak() -> int:
@@ -268,7 +282,5 @@ def process_peak() -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Maximum bytes in use: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return process_peak()
+    """Maximum bytes in use: of a GPU whose allocator knows it, or of this process."""
+    return peak_allocated_bytes(device) if device.type in COUNTED else process_peak()

@@ -1,4 +1,4 @@
-"""The device to run on, and its name."""
+"""The device to run on: its name, waiting for it, its memory."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from pathlib import Path
 import torch
 
 from ..errors import BadInput
+from ..utils.devices import default_device_type
 
-__all__ = ["device_for", "processor"]
+__all__ = ["COUNTED", "allocated_bytes", "device_for", "peak_allocated_bytes", "processor", "reset_peak", "synchronize"]
+
+COUNTED = ("cuda", "xpu")  # whose allocators know their peak
 
 
 def device_for(text: str) -> torch.device:
     """The device of a name.
 
     Args:
-        text: "cpu", "cuda", "cuda:1"; "auto" is the GPU where there is one.
+        text: "cpu", "cuda", "cuda:1", "mps", "xpu"; "auto" is the GPU where there is one.
 
     Raises:
         BadInput: for a device that is not available.
     """
     if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
+        text = default_device_type()
     try:
         device = torch.device(text)
         torch.empty(1, device=device)
@@ -35,10 +38,44 @@ def device_for(text: str) -> torch.device:
 
 def processor(device: torch.device) -> str:
     """The model name of the GPU, or that of the CPU and its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type in COUNTED:
+        return str(getattr(torch, device.type).get_device_name(device))
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {os.cpu_count()} cores"
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a device has finished its work, before a clock is read; a CPU has nothing to wait for."""
+    device = torch.device(device)
+    if device.type in COUNTED:
+        getattr(torch, device.type).synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
+def reset_peak(device: torch.device | str) -> bool:
+    """Forget the peak so far of a device's allocator; False where it knows none, see `allocated_bytes`."""
+    device = torch.device(device)
+    if device.type not in COUNTED:
+        return False
+    getattr(torch, device.type).reset_peak_memory_stats(device)
+    return True
+
+
+def peak_allocated_bytes(device: torch.device | str) -> int:
+    """The peak of a device's allocator since `reset_peak`, of a device for which that is True."""
+    device = torch.device(device)
+    return int(getattr(torch, device.type).max_memory_allocated(device))
+
+
+def allocated_bytes(device: torch.device | str) -> int | None:
+    """Bytes that a device's allocator has given out now; None for the CPU."""
+    device = torch.device(device)
+    if device.type in COUNTED:
+        return int(getattr(torch, device.type).memory_allocated(device))
+    return int(torch.mps.current_allocated_memory()) if device.type == "mps" else None

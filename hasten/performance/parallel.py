@@ -31,6 +31,7 @@ from torch import distributed, nn
 
 from ..errors import BadInput, check_int
 from ..utils.deprecation import renamed
+from .device import synchronize
 from .hardware import A100, NVLINK, Device, Link, ParallelLayout
 from .profile import Message, Op, Workload, work_of
 
@@ -217,8 +218,7 @@ def _timed(call: Callable[[], Any], device: str) -> float:
     """Seconds of a call, until the device has finished."""
     start = time.perf_counter()
     call()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 

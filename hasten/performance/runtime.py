@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, check_choice
+from .device import synchronize
 
 __all__ = ["Runtime", "probe"]
 
@@ -32,7 +33,7 @@ class Runtime:
         matmul: float32 matrix products, "highest", "high" or "medium" (`torch.set_float32_matmul_precision`).
         channels_last: the memory format.
         threads: of the CPU; 0: unchanged.
-        device: "cpu" or "cuda".
+        device: type of the device: "cpu", "cuda", "mps", "xpu".
         error: relative root-mean-square error of the output, relative to plain float32.
         speedup: over plain float32.
         seconds: of one call with the probed batch.
@@ -132,8 +133,7 @@ def probe(
     def run(runtime: Runtime) -> Tensor:
         with torch.inference_mode(), runtime.apply():
             y = denoiser(x.contiguous(memory_format=torch.channels_last) if runtime.channels_last else x, t, **cond)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(x.device)
         return y.float()
 
     def timed(runtime: Runtime) -> tuple[float, Tensor]:

@@ -129,7 +129,7 @@ class Basis:
 
     def spread(self, number: Tensor, like: Tensor) -> Tensor:
         """Numbers (G,), one for each group, as a tensor that multiplies coordinates (B, *S) such as `like`."""
-        number = number.to(like.device, like.dtype)
+        number = number.to(like.dtype).to(like.device)  # its gradient comes back in this order: MPS has no float64
         return number.reshape(()) if self.groups == 1 else number[self._cached("index", like)]
 
     def grouped(self, maximum: int) -> Basis:

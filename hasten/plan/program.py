@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.devices import has_float64
 from .basis import Basis
 
-__all__ = ["NoiseDraws", "Program", "Row", "combine", "filled", "holds", "program", "sparse", "used"]
+__all__ = ["NoiseDraws", "Program", "Row", "combine", "filled", "holds", "multiplier", "program", "sparse", "used"]
 
 
 class Row(NamedTuple):
@@ -129,6 +130,8 @@ def combine(row: Row, states: Any, outputs: Any, draws: Any, basis: Basis | None
             value = source[j]
             if basis is not None and isinstance(c, Tensor):
                 c = basis.spread(c, value)
+            else:
+                c = multiplier(c, value)
             if total is None:
                 total = value * c
             elif isinstance(c, float) and not total.requires_grad:
@@ -136,6 +139,13 @@ def combine(row: Row, states: Any, outputs: Any, draws: Any, basis: Basis | None
             else:
                 total = total + c * value
     return torch.zeros_like(next(iter(states.values()))) if total is None else total
+
+
+def multiplier(c: Any, value: Tensor) -> Any:
+    """A coefficient as a factor of a tensor; where its device has no float64 in its dtype, and so the gradient."""
+    if isinstance(c, Tensor) and c.requires_grad and not has_float64(value.device):
+        return c.to(value.dtype).to(value.device)
+    return c
 
 
 def holds(row: Tensor) -> Tensor:

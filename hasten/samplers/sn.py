@@ -15,6 +15,7 @@ from ..errors import BadInput, check_choices, check_numbers
 from ..predictions import precise, spread
 from ..sampling import Query, SamplerBase
 from ..schedules.base import Schedule
+from ..utils.devices import as_float64
 from ._exponential import Node, make_node, make_nodes
 from .analytic import FAR, output_bound, weights
 
@@ -120,8 +121,7 @@ class WithMoments(Wrapper):
     def moments(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> tuple[Tensor, Tensor]:
         """(x0 (B, *S), E[eps^2 | x_t] (B, *S) float64), the second as eps^2 + g."""
         x0 = self.denoiser(x_t, t, **cond)
-        t = torch.as_tensor(t)
-        t = (t.cpu() if t.device.type == "mps" else t).double()
+        t = as_float64(torch.as_tensor(t))
         schedule: Schedule = self.denoiser.schedule
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         scaled = x_t.float() * spread(1 / torch.hypot(alpha, sigma), x_t.float())

@@ -19,6 +19,8 @@ def model_hash(model: ModelLike) -> str:
     """sha256 of a model's weights, parts and statistics as they are now, and of its schedule, prediction and config."""
     import torch
 
+    from ..nets.prequantized import plain_tensors
+
     digest = hashlib.sha256()
     tensors: dict[str, Any] = {**model.denoiser.state_dict(), **model.statistics}
     for part, net in sorted(model.parts.items()):
@@ -28,7 +30,8 @@ def model_hash(model: ModelLike) -> str:
             digest.update(f"{name} {value!r}".encode())
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for inner in plain_tensors(value):
+            digest.update(inner.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     for part in ("schedule", "prediction", "clock", "null_label", "guidance_range"):
         digest.update(repr(getattr(model.denoiser, part, None)).encode())
     network = getattr(model.denoiser, "net", None)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_choice
+from ..utils.devices import as_float64
 
 __all__ = ["COUPLINGS", "couple"]
 
@@ -60,6 +61,6 @@ def optimal_assignment(x: Tensor, noise: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     # |x - e|^2 is |x|^2 + |e|^2 - 2 x.e, and only the last depends on the pairing
-    cost = -(x.detach().double().flatten(1) @ noise.detach().double().flatten(1).T)
+    cost = -(as_float64(x.detach()).flatten(1) @ as_float64(noise.detach()).flatten(1).T)
     _, columns = linear_sum_assignment(cost.cpu().numpy())
     return torch.from_numpy(columns).to(x.device)

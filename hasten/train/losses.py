@@ -19,6 +19,7 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..schedules.base import Schedule
+from ..utils.devices import float64_device, has_float64
 
 __all__ = [
     "DenoisingLoss",
@@ -52,19 +53,14 @@ def stratified(n: int, device: torch.device | str = "cpu") -> Tensor:
     References:
         Kingma et al. 2021, arXiv:2107.00630, section I.1.
     """
-    exact = float64_device(torch.device(device))
+    exact = float64_device(device)
     grid = (torch.arange(n, dtype=torch.float64, device=exact) + torch.rand((), dtype=torch.float64, device=exact)) / n
     return grid[torch.randperm(n, device=exact)]
 
 
-def float64_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU for a device without float64 (MPS)."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def cast_to_device(value: Tensor, device: torch.device) -> Tensor:
     """A float64 tensor on the device; cast to float32 first for a device without float64 (MPS)."""
-    return (value.float() if device.type == "mps" and value.dtype == torch.float64 else value).to(device)
+    return (value.float() if value.dtype == torch.float64 and not has_float64(device) else value).to(device)
 
 
 # ---- distributions of times ----

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import HastenError
+from ..predictions import precise
+from ..utils.devices import has_float64
 from ..utils.environment import is_terminal
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ class Meter:
     """
 
     def __init__(self, names: Iterable[str], step: int, device: torch.device) -> None:
-        self.sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in names}
+        dtype = torch.float64 if has_float64(device) else torch.float32
+        self.sums = {name: torch.zeros(2, dtype=dtype, device=device) for name in names}
         self.counts = dict.fromkeys(self.sums, 0)
         self.nonfinite_step = {name: torch.full((), -1, device=device) for name in self.sums}
         self.latest = torch.zeros(())
@@ -48,7 +51,7 @@ class Meter:
     def add(self, step: int, name: str, loss: Tensor, norm: Tensor) -> None:
         """Add the loss and gradient norm of one step of the trained module `name`."""
         self.latest = loss
-        pair = torch.stack([loss.double(), norm.double()])
+        pair = torch.stack([precise(loss), precise(norm)])
         self.sums[name] += pair
         self.counts[name] += 1
         first = self.nonfinite_step[name]

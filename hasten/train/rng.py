@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..utils.devices import rng_states, set_rng_states
+
 
 def step_seed(seed: int, step: int, part: int) -> int:
     """The seed of a step's random numbers for micro-batch `part`: below 2**32, after which a CPU generator repeats."""
@@ -26,7 +28,7 @@ class MicroBatchRng:
 
     def __init__(self, seeds: list[int]) -> None:
         self.seeds = seeds
-        self.states: list[tuple[Tensor, Tensor | None] | None] = [None] * len(seeds)
+        self.states: list[dict[str, Tensor] | None] = [None] * len(seeds)
         if len(seeds) == 1:
             torch.manual_seed(seeds[0])
 
@@ -40,9 +42,6 @@ class MicroBatchRng:
         if state is None:
             torch.manual_seed(self.seeds[part])
         else:
-            cpu, cuda = state
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda)
+            set_rng_states(state)
         yield
-        self.states[part] = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self.states[part] = rng_states()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.devices import has_pinned_memory
 from .data import Batches
 
 
@@ -27,7 +28,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 def to_device(value: Tensor, device: torch.device, channels_last: bool) -> Tensor:
     """Copy a tensor of a batch to the device, asynchronously where it comes from pinned memory."""
-    value = value.to(device, non_blocking=True)
+    value = value.to(device, non_blocking=has_pinned_memory(device))
     return value.contiguous(memory_format=torch.channels_last) if channels_last and value.ndim == 4 else value
 
 
@@ -42,7 +43,7 @@ def prefetch(batches: Any, device: torch.device) -> Iterator[Callable[[int], dic
         batches: `batches[k]` is the batch of step k.
         device: the device that the batches are for.
     """
-    pinned = device.type == "cuda"
+    pinned = has_pinned_memory(device)
 
     def load(step: int) -> dict[str, Tensor]:
         batch = batches[step]

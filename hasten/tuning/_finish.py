@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..utils.devices import as_float64
+
 __all__ = ["fit_last_row", "image_statistics"]
 
 CONTRAST_FLOOR = 0.03  # of a local contrast, in units of an image in [-1, 1]
@@ -58,7 +60,7 @@ def fit_last_row(x0: Tensor, last: Tensor, free: Tensor, real: Tensor, weight: f
     x0 = x0.float()
     initial = torch.einsum("j,j...->...", last.float().to(x0.device), x0)
     off = x0[:-1][free.to(x0.device)] - x0[-1:]
-    flat = off.flatten(1).double()
+    flat = as_float64(off.flatten(1))
     gram = (flat @ flat.T).cpu() / flat.shape[1]
     gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     frame = torch.linalg.inv(torch.linalg.cholesky(gram.flip(0, 1))).flip(0, 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plan.table import Plan
+from ..utils.devices import as_float64, float64_device
 from ._basis import data_basis
 from ._finish import fit_last_row
 from ._reference import FineTrajectories, fine_trajectories
@@ -241,7 +242,7 @@ class PlanFit:
 
     def weights(self, samples: slice) -> Any:
         """The weights of calibration samples; 1 for others."""
-        return self.weight[samples].to(self.x.device) if samples.stop <= self.calibration.stop else 1.0
+        return self.weight[samples].to(float64_device(self.x.device)) if samples.stop <= self.calibration.stop else 1.0
 
     def losses(self, result: Tensor, end: Tensor) -> Tensor:
         """The loss of each sample (B,)."""
@@ -328,7 +329,7 @@ class PlanFit:
         total, done = 0.0, 0
         for x, end, cond in self.batches(self.calibration):
             result = run_plan(leaf_plan, self.denoiser, x, **cond)[0][-1]
-            weight = self.weight[done : done + len(x)].to(x.device)
+            weight = self.weight[done : done + len(x)].to(float64_device(x.device))
             loss, done = (self.losses(result, end) * weight).sum() / self.calibration.stop, done + len(x)
             for total_gradient, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
                 total_gradient += gradient
@@ -367,7 +368,7 @@ class PlanFit:
 
 def square(result: Tensor, end: Tensor) -> Tensor:
     """Mean squared distance per entry of each sample (B,), float64."""
-    return (result - end).flatten(1).double().square().mean(1)
+    return as_float64((result - end).flatten(1)).square().mean(1)
 
 
 def detach_plan(fitted: Plan) -> Plan:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..plan.basis import Basis
 from ..plan.branches import branch_evaluator
+from ..plan.program import multiplier
 from ..plan.table import Plan
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
@@ -251,12 +252,12 @@ def run_plan(plan: Plan, denoiser: Any, x: Tensor, **cond: Any) -> tuple[list[Te
     evaluate, basis = branch_evaluator(denoiser, plan), plan.basis
     outputs: list[Tensor] = []
     if basis is None:
-        states = [x * plan.start[0]]
+        states = [x * multiplier(plan.start[0], x)]
         for k in range(plan.nfe):
             outputs.append(evaluate(k, states[k], plan.times[k], cond))
-            state = plan.a[k] * states[k]
+            state = multiplier(plan.a[k], x) * states[k]
             for j in range(k + 1):
-                state = state + plan.B[k, j] * outputs[j]
+                state = state + multiplier(plan.B[k, j], x) * outputs[j]
             states.append(state)
         return states, outputs
     u = basis.coordinates(x)

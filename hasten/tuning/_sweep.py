@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan.branches import branch_evaluator
+from ..utils.devices import as_float64
 from ._reference import FineTrajectories
 from ._rows import PlanCoefficients, PlanParametrization, coordinate, time_at
 
@@ -68,7 +69,7 @@ def fit_rows(
             for g, where in enumerate(groups):
                 of_group, left = (off, residual) if where is ... else (off[..., where], residual[..., where])
                 at = D[k] if where is ... else D[k, :, g]
-                at[free] = _ridge(of_group.flatten(1).double(), left.flatten().double(), at[free], ridge)
+                at[free] = _ridge(as_float64(of_group.flatten(1)), as_float64(left.flatten()), at[free], ridge)
         combined = a * x + b[k] * outputs[k]
         for j in free:
             number = D[k, j] if basis is None else basis.spread(D[k, j], x)

@@ -14,6 +14,7 @@ from ..errors import BadInput, check_int, check_numbers
 from ..plan.cached import cached_plan
 from ..plan.table import Plan, plan
 from ..predictions import Prediction, prediction_from
+from ..utils.devices import as_float64
 from ._task import Tuned, Tuner, TuningTask
 
 __all__ = ["CachedPlan"]
@@ -84,7 +85,7 @@ class CachedPlan(Tuner):
             "threshold": threshold,
             "computed": ",".join(map(str, computed)),
             "of": full.nfe,
-            "rms_to_sampler": float(off.double().square().mean().sqrt()),
+            "rms_to_sampler": float(as_float64(off).square().mean().sqrt()),
         }
         return Tuned(plan=result, figures=figures)
 

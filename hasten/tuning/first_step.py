@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, check_numbers
 from ..nets.first_step import FirstStepNet
+from ..utils.devices import as_float64, float64_device
 from ..utils.random import global_seed, make_generator
 from ._task import Tuned, Tuner, TuningTask
 
@@ -134,9 +135,10 @@ def class_means(x: Tensor, label: Tensor, classes: int) -> Tensor:
 
     A class without images gets the mean of all.
     """
-    total = x.double().mean(0)
-    rows = [x[label == c].double().mean(0) if bool((label == c).any()) else total for c in range(classes)]
-    return torch.stack([*rows, total]).to(x.dtype)
+    exact, label = as_float64(x), label.to(float64_device(x.device))
+    total = exact.mean(0)
+    rows = [exact[label == c].mean(0) if bool((label == c).any()) else total for c in range(classes)]
+    return torch.stack([*rows, total]).to(x.dtype).to(x.device)
 
 
 @torch.no_grad()

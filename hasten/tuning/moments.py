@@ -120,7 +120,7 @@ class Moments(Tuner):
             z = alpha * clean + sigma * e
             cond = {} if labels is None else {"label": labels[rows].to(task.device)}
             with self._precision(task.device, alpha, sigma):
-                x0 = denoiser(z.to(task.device), t, **cond).double().cpu()
+                x0 = denoiser(z.to(task.device), t, **cond).cpu().double()
             sums.index_put_((group[rows], half[rows]), x0, accumulate=True)
             counts.index_put_((group[rows], half[rows]), torch.ones(len(rows), dtype=torch.float64), accumulate=True)
             eps = (z.double() - alpha * x0) / sigma

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput, check_numbers
 from ..nets.noise_level import NoiseLevelNet
+from ..utils.devices import as_float64
 from ..utils.random import global_seed, make_generator
 from ._task import Tuned, Tuner, TuningTask
 
@@ -136,7 +137,7 @@ def errors(net: NoiseLevelNet, x: Tensor, seed: int) -> dict[str, float]:
         z, lam = noisy(batch, generator)
         predictions.append(log_sigma2(net, z))
         targets.append(F.logsigmoid(-2 * lam))
-    predicted, true = torch.cat(predictions).double(), torch.cat(targets).double()
+    predicted, true = as_float64(torch.cat(predictions)), as_float64(torch.cat(targets))
     squares, low_noise = (predicted - true).square(), true <= math.log(0.5)
     return {
         "loss": float(squares.mean()),

@@ -17,6 +17,7 @@ from ..plan.table import Plan, plan
 from ..samplers import DPMSolver, UniPC
 from ..sampling import walk
 from ..times import CosineAngle, Karras, Quadratic, TimeGrid, UniformLambda, UniformTime
+from ..utils.devices import as_float64
 from ._cache import cached_result
 from ._mixtures import draw_family
 from ._nodes import EarlyStop, GridNodes
@@ -155,7 +156,7 @@ class OptimizedSteps(Tuner):
         with torch.no_grad():
             for fraction in (0.9, 0.7, 0.5, 0.3, 0.1):
                 t = torch.tensor(fraction * float(times[0]), dtype=torch.float64)
-                x0 = task.denoiser(x, t, **task.cond(1)).double().flatten()
+                x0 = as_float64(task.denoiser(x, t, **task.cond(1))).flatten()
                 outputs += [float(x0.norm()), float(x0[0]), float(x0[len(x0) // 2])]
         model["answers"] = [f"{value:.4g}" for value in outputs]
         return {**key, **model}
@@ -229,7 +230,7 @@ class OptimizedSteps(Tuner):
         """The root mean square deviation of a coordinate of the data."""
         if self.std is not None or task.images is None:
             return 0.5 if self.std is None else self.std
-        return task.images(IMAGES)[0].double().var(0).mean().sqrt().item()
+        return as_float64(task.images(IMAGES)[0]).var(0).mean().sqrt().item()
 
     # ---- the model's own trajectory -----------------------------------------------------------------------------
 
@@ -267,11 +268,11 @@ class OptimizedSteps(Tuner):
             return torch.cat(results)
 
         fine = plan(FINE, schedule, nodes.grid(UniformLambda(), self.fine))
-        exact = ends(fine, 0, n, "fine trajectory").double()
+        exact = as_float64(ends(fine, 0, n, "fine trajectory"))
 
         def error(times: Tensor) -> tuple[float, float]:
             """Mean squared errors: over all noises, over the held-out ones."""
-            squares = (ends(plan(task.sampler, schedule, times), 0, n).double() - exact).square().flatten(1).mean(1)
+            squares = (as_float64(ends(plan(task.sampler, schedule, times), 0, n)) - exact).square().flatten(1).mean(1)
             return squares.mean().item(), squares[held:].mean().item()
 
         def log_error_gradient(u: Tensor) -> tuple[float, Tensor]:
@@ -282,7 +283,7 @@ class OptimizedSteps(Tuner):
             for k in range(0, held, self.chunk):
                 samples = slice(k, min(k + self.chunk, held))
                 result = table(task.denoiser, x[samples], grad=True, **cond_of(samples))
-                loss = (result.double() - exact[samples]).square().sum() / exact[:held].numel()
+                loss = (as_float64(result) - exact[samples]).square().sum() / exact[:held].numel()
                 gradient += torch.autograd.grad(loss, u, retain_graph=True)[0]
                 total += loss.item()
                 evaluations += table.nfe * len(result)

@@ -15,6 +15,7 @@ from ..nets.second_moment import SecondMoment as Net
 from ..predictions import spread
 from ..times import MAX_Q
 from ..utils.deprecation import renamed
+from ..utils.devices import float64_device
 from ..utils.random import global_seed, make_generator
 from ._task import Tuned, Tuner, TuningTask
 from .moments import unwrap_denoiser
@@ -128,7 +129,7 @@ class SecondMomentTuner(Tuner):
         z = (spread(alpha, clean) * clean + spread(sigma, clean) * e).to(task.device)
         cond = {} if labels is None else {"label": labels[rows].to(task.device)}
         with torch.no_grad():
-            x0 = unwrap_denoiser(task.denoiser)(z, t.to(task.device), **cond)
+            x0 = unwrap_denoiser(task.denoiser)(z, t.to(float64_device(task.device)), **cond)
         g = net(z * spread(1 / torch.hypot(alpha, sigma), z), x0, lam)
         square = (clean.to(task.device) - x0).square() + FLOOR
         return g, spread(torch.exp(-2 * lam), z), square

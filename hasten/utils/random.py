@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, HastenError, check_int
+from .devices import rng_states, set_rng_states, upload
 
 __all__ = ["MAX_SEED", "Noise", "global_seed", "preserve_rng_state", "make_generator", "no_noise"]
 
@@ -81,7 +82,7 @@ class Noise:
     def _draw(self, generators: list[torch.Generator]) -> Tensor:
         """The next draw of each generator."""
         drawn = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
-        return drawn.to(self.device, self.dtype)
+        return upload(drawn, self.device, self.dtype)
 
 
 def make_generator(seed: int) -> torch.Generator:
@@ -126,9 +127,11 @@ def preserve_rng_state() -> Iterator[None]:
     """Restore the state of torch's global generators, that of the current GPU too, after the block. Also a decorator,
     `@preserve_rng_state()`.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    states = rng_states()
+    try:
         yield
+    finally:
+        set_rng_states(states)
 
 
 def no_noise() -> Tensor:

@@ -6,6 +6,7 @@ from ..distillers import Distiller
 from ..errors import BadInput
 from ..model.model import Model
 from ..nets.lora import lora_layers
+from ..nets.prequantized import check_original_weights
 from ..nets.quantized import layers
 from ..storage.checks import check_trainable
 from ..storage.model_folder import check_savable
@@ -19,6 +20,7 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
             raise BadInput(
                 f"{one.name} is quantised or exported, which cannot be trained: use the model it was made from"
             )
+        check_original_weights(one.denoiser, f"{one.name} cannot be trained", "use the model it was made from")
         if one.denoiser.step_counts is not None:
             raise BadInput(
                 f"{one.name} is one network for several numbers of steps, which no method can distil further"

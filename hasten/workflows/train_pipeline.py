@@ -18,6 +18,7 @@ from ..loading import load
 from ..model.lora import lora_file
 from ..model.model import Model
 from ..nets.lora import add_lora, fold_lora, lora_factors
+from ..nets.prequantized import quantized_by
 from ..nets.quantized import layers
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..storage.checks import check_trainable
@@ -184,7 +185,7 @@ def check_base_pipeline(model: Model) -> None:
             f"{model.name} takes no prompts: base is a text-to-image pipeline (without base, a new network is trained)"
         )
     integers = [name for name, p in net.named_parameters() if not p.is_floating_point()]
-    if next(layers(net), None) is not None or integers or getattr(getattr(net, "net", net), "hf_quantizer", None):
+    if next(layers(net), None) is not None or integers or quantized_by(net) is not None:
         raise BadInput(f"the network of {model.name} is quantised and cannot be trained: set base to the original")
     if "distilled" in model.card or model.denoiser.net_takes_guidance:
         raise BadInput(

@@ -22,7 +22,7 @@ from .calibration import record_model_calls, record_pipeline_calls
 from .calls import argument_reader
 from .controlnets import reuse_controlnet
 from .hooks import check_hooks
-from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, uncompiled
+from .network import OriginalNetwork, copy_offload_hook, diffusers_hooks, replaced_forward, separate, warn_of_compiled
 from .split_network import SideInputs
 from .wrap import split_network
 
@@ -64,12 +64,8 @@ class Accelerated:
             raise BadInput(
                 "this pipeline is accelerated already: pass all accelerators together, with the original pipeline"
             )
-        if isinstance(component, nn.Module) and uncompiled(component) is not component:
-            warnings.warn(
-                f"the {slot} was compiled by torch.compile: hasten takes the {type(net).__name__} inside it, "
-                'which runs uncompiled; add the accelerator "compile" for a compiled one',
-                stacklevel=4,
-            )
+        if isinstance(component, nn.Module):
+            warn_of_compiled(component, slot, 4)
         module, new = accelerated(net, accelerators, pipe.scheduler), copy.copy(pipe)
         vars(new)[slot] = module  # not by setattr, which would change the pipeline's config: it is saved as before
         forward: AcceleratedForward = vars(module)["accelerated_forward"]
@@ -233,13 +229,13 @@ def pipeline_calls(
         None where the network has conditions that hasten cannot provide (an image to inpaint).
     """
     from .library import network_of
-    from .pipelines import load_pipeline
+    from .pipelines import model_of_pipeline
 
     if callable(prompts):
         net = network_of(pipe)[1]
         return record_pipeline_calls(pipe, prompts, net, argument_reader(type(net)), seed, side_inputs)
     try:
-        model = load_pipeline(pipe)
+        model = model_of_pipeline(pipe)
     except BadInput:
         return None
 

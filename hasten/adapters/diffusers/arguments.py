@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
+from .timeline import index_in_table
 
 __all__ = [
     "StepAlphas",
@@ -266,11 +267,10 @@ def index_of_timestep(timestep: Any, timesteps: Tensor, values: Tensor, expected
         BadInput: for a timestep that is not among them.
     """
     if isinstance(timestep, Tensor):
-        if timestep.numel() > 1:  # one per sample
-            if bool((timestep != timestep.flatten()[0]).any()):
-                raise BadInput("hasten's scheduler steps all samples at one timestep, found several")
-        elif same_memory(timestep, timesteps):
-            return int(timestep.storage_offset() - timesteps.storage_offset())
+        if (index := index_in_table(timestep, timesteps)) is not None:  # without waiting for the device
+            return index
+        if timestep.numel() > 1 and bool((timestep != timestep.flatten()[0]).any()):  # one per sample
+            raise BadInput("hasten's scheduler steps all samples at one timestep, found several")
         timestep = timestep.flatten()[0]
     at = float(timestep)
     distance = (values - at).abs()
@@ -288,11 +288,3 @@ def index_of_timestep(timestep: Any, timesteps: Tensor, values: Tensor, expected
 def is_next(timestep: Any, values: Tensor, index: int) -> bool:
     """Whether a timestep is the one after `index` among `values`, up to rounding."""
     return index + 1 < len(values) and abs(float(timestep) - float(values[index + 1])) <= 0.51
-
-
-def same_memory(entry: Tensor, table: Tensor) -> bool:
-    """Whether a tensor of one number is a view of an entry of another."""
-    try:
-        return entry.untyped_storage().data_ptr() == table.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # tensors without a storage of their own
-        return False

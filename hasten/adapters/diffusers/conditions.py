@@ -68,8 +68,9 @@ class Prompts:
     def to(self, device: Any) -> Prompts:
         """Move the text encoders to a device, in place."""
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-            if getattr(self.pipe, name, None) is not None:
-                getattr(self.pipe, name).to(device)
+            encoder = getattr(self.pipe, name, None)
+            if encoder is not None and encoder.device != torch.device(device):  # transformers refuses quantised ones
+                encoder.to(device)
         return self
 
     def _encoded(self, text: str) -> dict[str, Tensor]:

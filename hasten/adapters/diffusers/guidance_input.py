@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...predictions import precise
 from .split_network import SplitNetwork, guidance_features
 
 __all__ = ["TakesGuidance"]
@@ -52,7 +53,7 @@ class TakesGuidance(SplitNetwork):
         first, projection = embedding.linear_1, embedding.cond_proj
         features = guidance_features(torch.tensor([scale], device=first.weight.device), projection.in_features)
         with torch.no_grad():
-            shift = first.weight.double() @ (projection.weight.double() @ features[0].double())
+            shift = precise(first.weight) @ (precise(projection.weight) @ precise(features[0]))
             first.bias.add_(shift.to(first.bias.dtype))
             projection.weight.zero_()
         return new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from ...nets.copies import copy_modules, own_parameters
 __all__ = [
     "OriginalNetwork",
     "ExchangedLayers",
+    "check_offloading",
+    "compiled_parts",
     "copy_offload_hook",
     "sample_parameters",
     "diffusers_hooks",
@@ -25,6 +28,7 @@ __all__ = [
     "separate",
     "structure",
     "uncompiled",
+    "warn_of_compiled",
 ]
 
 AROUND = (
@@ -35,6 +39,53 @@ AROUND = (
     "_compiled_call_impl",
 )  # attributes around the network's own forward
 PROBES = 8  # entries of each parameter that are compared
+
+
+def compiled_parts(net: nn.Module) -> list[str]:
+    """The parts of a network that torch compiles: the network by `torch.compile` or its own `compile`, or blocks inside
+    (`compile_repeated_blocks`); "" is the network."""
+    inner = uncompiled(net)
+    own = [name for name, module in inner.named_modules() if vars(module).get("_compiled_call_impl") is not None]
+    return [""] if inner is not net and "" not in own else own
+
+
+def warn_of_compiled(component: nn.Module, slot: str, stacklevel: int) -> None:
+    """Warn where torch compiles a pipeline's network or parts of it: hasten's copies run uncompiled.
+
+    Args:
+        component: of the pipeline.
+        slot: its name.
+        stacklevel: of the warning, counted from the caller.
+    """
+    if not (parts := compiled_parts(component)):
+        return
+    what = f"the {slot} was" if parts[0] == "" else f"{len(parts)} blocks of the {slot} were"
+    warnings.warn(
+        f"{what} compiled by torch.compile: hasten takes the {type(uncompiled(component)).__name__} inside it, "
+        'which runs uncompiled; add the accelerator "compile" for a compiled one',
+        stacklevel=stacklevel + 1,
+    )
+
+
+def check_offloading(net: nn.Module, kind: str) -> None:
+    """Refuse a network that runs elsewhere than where its weights are kept (`enable_model_cpu_offload`).
+
+    Args:
+        net: the network.
+        kind: class of its pipeline.
+
+    Raises:
+        BadInput: with what would work.
+    """
+    target = getattr(vars(net).get("_hf_hook"), "execution_device", None)
+    here = next((p.device.type for p in net.parameters()), "meta")
+    if target is None or here == "meta" or (there := torch.device(target)).type == here:
+        return
+    raise BadInput(
+        f"this {kind} keeps its weights on the {here.upper()} and moves them to {there} (enable_model_cpu_offload), "
+        f"which a Model does not: hasten.load(pipe, device={str(there)!r}) keeps the network there, "
+        "hasten.as_scheduler and hasten.accelerate leave the offloading as it is"
+    )
 
 
 def uncompiled(net: nn.Module) -> nn.Module:
@@ -177,7 +228,7 @@ def sample_parameters(modules: Iterator[nn.Module] | list[nn.Module]) -> tuple[t
                 continue
             kinds.append((tuple(p.shape), p.dtype))
             flat = p.detach()
-            if p.is_floating_point():
+            if p.is_floating_point() and not hasattr(p, "__tensor_flatten__"):
                 step = max(p.numel() // PROBES, 1)
                 samples.append(flat.as_strided((min(PROBES, p.numel()),), (step,), flat.storage_offset()).float())
     return tuple(kinds), torch.cat(samples).cpu() if samples else torch.zeros(0)

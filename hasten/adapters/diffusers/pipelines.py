@@ -12,7 +12,7 @@ from ...errors import BadInput
 from .components import prompts_and_decoder
 from .library import INDEX, diffusers, is_pipeline, network_of, without_expected_messages, without_loading_bars
 from .loadable import check_loadable, needs_image
-from .network import separate_unhooked
+from .network import check_offloading, separate_unhooked, warn_of_compiled
 from .schedules import mu_of, read_scheduler
 from .shared_components import open_components
 from .split_blocks import SplitBlocks
@@ -22,7 +22,7 @@ from .wrap import split_network
 if TYPE_CHECKING:
     from ...model.model import Model
 
-__all__ = ["load_pipeline", "open_pipeline", "open_saved"]
+__all__ = ["load_pipeline", "model_of_pipeline", "open_pipeline", "open_saved"]
 
 
 def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device | None = None) -> Model:
@@ -46,14 +46,25 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
     Raises:
         BadInput: for a network without split points (`hasten.adapters.diffusers.split_network`), a pipeline that is
             more than a network with prompts or classes and a decoder (a ControlNet, an adapter, an image as a
-            condition), one without its text encoders, or a scheduler whose times are not supported.
+            condition), one without its text encoders, a scheduler whose times are not supported, or, without `device`,
+            for a pipeline that moves its weights to another device to run (`enable_model_cpu_offload`).
     """
-    from ...model.model import Model
-
     if isinstance(pipe, (str, Path)):
         pipe, device = open_pipeline(pipe), device or "cpu"
     if not is_pipeline(pipe):
         raise BadInput(f"load takes a name, a folder or a pipeline of diffusers, found {type(pipe).__name__}")
+    slot, net = network_of(pipe)
+    if device is None:
+        check_offloading(net, type(pipe).__name__)
+    model = model_of_pipeline(pipe, name)
+    warn_of_compiled(getattr(pipe, slot), slot, 3)
+    return model if device is None else model.to(device)
+
+
+def model_of_pipeline(pipe: Any, name: str | None = None) -> Model:
+    """`load_pipeline` of a pipeline, where its weights are."""
+    from ...model.model import Model
+
     slot, net = network_of(pipe)
     split = split_network(separate_unhooked(net))
     if isinstance(split, SplitBlocks):
@@ -83,7 +94,7 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         "scheduler": type(pipe.scheduler).__name__,
         "parameters": sum(p.numel() for p in net.parameters()),
     }
-    model = Model(
+    return Model(
         denoiser,
         name or Path(str(pipe.config.get("_name_or_path") or type(pipe).__name__)).name,
         (int(config.in_channels), int(height), int(width)),
@@ -96,7 +107,6 @@ def load_pipeline(pipe: Any, name: str | None = None, device: str | torch.device
         decoder=decoder,
         pipeline=pipe,
     )
-    return model if device is None else model.to(device)
 
 
 def classes_of(pipe: Any, net: SplitNetwork) -> tuple[str, ...] | None:

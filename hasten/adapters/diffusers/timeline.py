@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import BadInput
 
-__all__ = ["Branches", "Timeline"]
+__all__ = ["Branches", "Timeline", "index_in_table"]
 
 
 class Timeline:
