@@ -28,6 +28,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,13 @@ class Fashion(Mixture):
         self.x, self.label = torch.stack(noise), self.model.labels(FASHION[0])
         self.end = self.run(plan(UniPC(3), self.model.denoiser.schedule, self.grid(FASHION[3])))
         _fit.START_SAMPLES, _fit.COMPARED = 12, 3  # of so few samples
+        solve, solved = _fit.fine_trajectories, list[Any]()
+
+        def once(*args: Any, **options: Any) -> Any:  # the same for every count
+            solved.append(solved[0] if solved else solve(*args, **options))
+            return solved[0]
+
+        _fit.fine_trajectories = once
         self.options = GuidedPlan(
             gradient="frozen", held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], batch=16,
             teleport=False,
@@ -162,7 +170,7 @@ def cell(problem: Mixture, count: int, kinds: tuple[str, ...] = ("CFG", "interva
     assert tuned.plan is not None and tuned.plan.branches is not None
     row["fitted"] = distance(problem, tuned.plan)
     row["fitted how"] = f"{''.join(b[0] for b in tuned.plan.branches)}, {tuned.figures['kept']}"
-    row["CPU seconds"] = time.process_time() - began
+    row["CPU seconds"], row["plan"] = time.process_time() - began, tuned.plan
     return row
 
 
@@ -171,6 +179,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="*", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--fashion", action="store_true", help="the bundled model instead")
     parser.add_argument("--nfe", nargs="+", type=int, default=list(COUNTS))
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the fitted plans there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("| problem | evaluations | UniPC + CFG | interval | reuse | fitted | CFG / fitted |\n" + "|---" * 7 + "|")
@@ -182,7 +191,11 @@ def main() -> None:
                 f"{row['fitted']:.4f} | {row['CFG'] / row['fitted']:.2f} |",
                 flush=True,
             )
-            print("    " + "; ".join(f"{k}: {row[f'{k} how']}" for k in ("CFG", "interval", "reuse", "fitted")))
+            how = "; ".join(f"{k}: {row[f'{k} how']}" for k in ("CFG", "interval", "reuse", "fitted"))
+            print(f"    {how}; {row['CPU seconds']:.0f} CPU seconds", flush=True)
+            if args.save:
+                args.save.mkdir(parents=True, exist_ok=True)
+                (args.save / f"{row['problem']}-{count}.json").write_text(row["plan"].to_json())
 
 
 if __name__ == "__main__":
