@@ -9,7 +9,8 @@
 the ratio of CPU seconds of sampling and decoding (median, smallest and largest over the batches). The others are
 sampled with the caches alone. The plain images' distance is measured with `--row plain`. "count" is the speed-up in
 multiply-accumulates of the U-Net that the key steps promise. Key steps and weights that are searched see captions of
-training pictures. Rows of `--short` have the first images alone, and no distance. With `--images FOLDER` finished batches are kept, and found again.
+training pictures. Rows of `--short` have the first images alone, and no distance. With `--images FOLDER` finished
+batches are kept, and found again.
 """
 
 from __future__ import annotations
