@@ -4,11 +4,11 @@
     python -m benchmarks.choose fashion          every candidate measured, and a search: about five minutes
     python -m benchmarks.choose folder           the same for a tiny random StableDiffusionPipeline in a folder
 
-- coverage: one search with `--psnr`, whose certificate is then held against 20 further disjoint blocks of as many seeds,
-  which neither the search nor the certificate has used. The bound of each block's own certificate is also held against
-  the next block and against the mean of all.
-- fashion, folder: samplers UniPC-2, DPM++ 2M and DDIM, two grids, every number of steps below the plain model's that the
-  search knows, each with full guidance, guidance in an interval, and reuse of the last difference. The exhaustive
+- coverage: one search with `--psnr`, whose certificate is then held against 20 further disjoint blocks of as many
+  seeds, which neither the search nor the certificate has used. The bound of each block's own certificate is also held
+  against the next block and against the mean of all.
+- fashion, folder: samplers UniPC-2, DPM++ 2M and DDIM, two grids, every number of steps below the plain model's that
+  the search knows, each with full guidance, guidance in an interval, and reuse of the last difference. The exhaustive
   search measures all of these on the seeds 0 to n - 1 and takes the fastest whose mean PSNR keeps the goal, and the
   fastest of which a certificate could be given on n seeds (the bound at the confidence of a first try). Times are by
   evaluations, since all rows run the same network; costs are images through the network, with those of timings.
@@ -54,7 +54,7 @@ class Case:
         """Of `hasten.choose`."""
         return {
             "psnr": self.psnr, "n": self.n, "plain": self.plain, "without": self.without, "precision": "fp32",
-            "prompts": self.prompts, "rounds": 2, "timing_batch": 2,
+            "prompts": self.prompts, "rounds": 1, "timing_batch": 1,
         }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ class Search:
         for level, count in enumerate(self.rungs):
             first = parts[-1][0] + parts[-1][1] if parts else 0
             parts.append((first, count - first))
-            self.expect(pool, level)
+            self.bench.progress.expect(self.expected(pool, level))
             left = self.rung(pool, parts, level)
             pool = [entry.variant for entry in left]
             if level + 1 < len(self.rungs):
@@ -121,6 +121,10 @@ class Search:
                 self.try_candidate(variant, entries, parts, level)
         unknown = [e.variant for e in entries if not self.bench.knows_time(e.variant)]
         if unknown:
+            batch, turns = self.bench.timing
+            timed = sum(map(self.bench.declared_nfe, (self.bench.plain, *unknown)))
+            later = self.expected([e.variant for e in entries], level + 1)
+            self.bench.progress.expect((turns + 1) * batch * timed + later)
             self.bench.time(unknown, f"round {level + 1}")
         return self.best([self.entry(e.variant, parts) for e in entries], level)
 
@@ -228,17 +232,16 @@ class Search:
                     made.setdefault(variant.method, variant)
         return list(made.values())
 
-    def expect(self, pool: Sequence[Variant], level: int) -> None:
-        """Tell the progress display how many evaluations are left, about."""
-        plain = self.bench.declared_nfe(self.bench.plain)
-        rest, number = 0.0, len(pool)
+    def expected(self, pool: Sequence[Variant], level: int) -> float:
+        """Evaluations that these candidates will take from a round on, about."""
+        plain, number, rest = self.bench.declared_nfe(self.bench.plain), len(pool), 0.0
+        mean = sum(map(self.bench.declared_nfe, pool)) / max(number, 1)
         for later, count in enumerate(self.rungs[level:], level):
             before = self.rungs[later - 1] if later else 0
-            mean = sum(map(self.bench.declared_nfe, pool)) / max(len(pool), 1)
-            rest += (count - before) * (plain + number * mean)
+            rest += (count - before) * (plain + (number / 2 if later == 0 else number) * mean)  # ladders skip half
             share, least = LEFT[min(later, len(LEFT) - 1)]
             number = min(number, max(math.ceil(share * number), least))
-        self.bench.progress.expect(rest)
+        return rest
 
     def show(self, entry: Entry) -> str:
         """Time and loss in words."""

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import progress
-from ._common import label_list, main_process_warning, open_shared, processes, prompts_of, sampling_config
+from ._common import (
+    chosen_files,
+    label_list,
+    main_process_warning,
+    open_shared,
+    processes,
+    prompts_of,
+    sampling_config,
+)
 from ._processes import on_all_processes
 from .terminal import print_result
 

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import hasten
+from hasten.choosing.candidates import plain_variant
 from hasten.errors import BadInput
 from hasten.plan.config import SamplingConfig
 from hasten.workflows.choice import Choice, read_choice
@@ -123,6 +124,14 @@ def test_a_sampling_alone_does_not_follow_a_choice_of_files(tmp_path: Path) -> N
     torch.testing.assert_close(
         tiny_model().sample(2, config=plain), tiny_model().sample(2, sampler="unipc", steps=STEPS)
     )
+
+
+def test_a_foreign_pipeline_is_plain_as_its_call_samples(pipe: Any) -> None:
+    """Not by the method that hasten would recommend; a model of hasten recommends its own."""
+    plain = plain_variant(hasten.load(pipe), SamplingConfig())
+    assert (plain.sampler, plain.times, plain.steps, plain.guidance_scale) == ("ddim", "trailing", 50, 7.5)
+    assert plain_variant(tiny_model(steps=7), SamplingConfig()).steps == 7
+    assert plain_variant(hasten.load(pipe), SamplingConfig("unipc", times="angle", steps=9)).steps == 9
 
 
 def test_apply_takes_pipelines_only(tmp_path: Path) -> None:

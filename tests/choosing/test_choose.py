@@ -22,19 +22,19 @@ from hasten.metrics.paired import psnr_by_image
 from hasten.model import Model
 from hasten.plan.config import SamplingConfig
 
-from ..factories import SHAPE, tiny_model
+from ..factories import tiny_model
 
 ROWS = """
 [reference]
 name = "all"
 sampler = "unipc"
 times = "angle"
-steps = 12
+steps = 8
 guidance_scale = 1.5
 [[variant]]
 name = "unipc"
 sampler = "unipc"
-steps = [1, 2, 3, 4, 6, 8]
+steps = [2, 3, 4, 5, 6]
 [[variant]]
 name = "broken"
 accelerators = ["deep_cache"]
@@ -43,7 +43,7 @@ steps = 4
 
 
 def model() -> Model:
-    return tiny_model(sampler="unipc", times="angle", steps=12, guidance_scale=1.5)
+    return tiny_model(sampler="unipc", times="angle", steps=8, guidance_scale=1.5)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def searched(tmp_path: Path, rows: Path, **options: Any) -> dict[str, Any]:
-    defaults = {"psnr": 30, "n": 32, "variants": rows, "precision": "fp32", "rounds": 1, "timing_batch": 1}
+    defaults = {"psnr": 30, "n": 24, "variants": rows, "precision": "fp32", "rounds": 1, "timing_batch": 1}
     return hasten.choose(model(), out=tmp_path / "best.toml", show=False, **{**defaults, **options})
 
 
@@ -104,13 +104,14 @@ def test_bisection_finds_the_fewest_steps(enough: int) -> None:
 
 
 def test_candidates_that_differ_in_steps_alone_are_one_ladder() -> None:
-    space = search_space(hasten.load("fashion"), plain_variant(hasten.load("fashion"), SamplingConfig()))
+    teacher = hasten.load("fashion")
+    space = search_space(teacher, plain_variant(teacher, SamplingConfig()))
     found = ladders(space.first, lambda v: v.steps or 1)
     assert sum(map(len, found)) == len(space.first)
     assert len({len({replace(v, name="", steps=0, plan=None, sampler="") for v in one}) for one in found}) == 1
     assert any(len(one) >= 7 for one in found)
     names = {v.name for v in space.first}
-    assert {"plan fitted_plan-6", "fashion_student, 4 steps", "fashion_one_step, 1 steps"} & names
+    assert {"plan fitted_plan-6", "fashion_student, 4 steps", "fashion_one_step, 1 step"} <= names
     assert {kind for kind, _ in space.additions} == {"guidance", "cache", "bits"}
 
 
@@ -137,8 +138,8 @@ def finished(tmp_path_factory: Any) -> tuple[Path, dict[str, Any], list[tuple[st
 
 def test_the_choice_is_the_fastest_that_keeps_the_bound(finished: Any) -> None:
     folder, result, _ = finished
-    plain = model().sample(64, seed=500)
-    psnr = {n: float(psnr_by_image(model().sample(64, seed=500, steps=n), plain).mean()) for n in (1, 2, 3, 4, 6, 8)}
+    plain = model().sample(32, seed=500)
+    psnr = {n: float(psnr_by_image(model().sample(32, seed=500, steps=n), plain).mean()) for n in (2, 3, 4)}
     expected = min(n for n, value in psnr.items() if value >= 30)
     config = SamplingConfig.load(folder / "best.toml", "sampling")
     assert config.steps == expected == result["config"]["steps"]
@@ -150,7 +151,7 @@ def test_the_choice_is_the_fastest_that_keeps_the_bound(finished: Any) -> None:
 def test_the_certificate_is_of_seeds_that_the_search_has_not_seen(finished: Any) -> None:
     _, result, seeds = finished
     first, last = result["certificate"]["seeds"]
-    assert last - first + 1 == 32
+    assert last - first + 1 == 24
     fresh = set(range(first, last + 1))
     by_name: dict[str, set[int]] = {}
     for name, seed in seeds:
@@ -164,7 +165,7 @@ def test_the_certificate_is_of_seeds_that_the_search_has_not_seen(finished: Any)
 
 def test_every_other_candidate_has_a_reason(finished: Any) -> None:
     _, result, _ = finished
-    names = {"unipc, 1 step", *(f"unipc, {n} steps" for n in (2, 3, 4, 6, 8)), "broken"}
+    names = {*(f"unipc, {n} steps" for n in (2, 3, 4, 5, 6)), "broken"}
     assert set(result["rejected"]) == names - {result["best"]}
     assert "deep_cache reuses features" in result["rejected"]["broken"]
     assert all(len(line.splitlines()) == 1 for line in result["rejected"].values())
@@ -218,7 +219,7 @@ def test_the_plain_model_is_the_answer_where_nothing_keeps_the_bound(tmp_path: P
     result = searched(tmp_path, rows, psnr=95)
     assert (result["best"], result["speedup"], result["certificate"]) == ("the plain model", 1.0, None)
     assert "the plain model is the answer" in (tmp_path / "best.toml").read_text()
-    assert SamplingConfig.load(tmp_path / "best.toml", "sampling").steps == 12
+    assert SamplingConfig.load(tmp_path / "best.toml", "sampling").steps == 8
 
 
 def test_a_failed_certificate_tries_the_next_on_other_seeds_with_less_risk(
@@ -240,13 +241,13 @@ def test_a_failed_certificate_tries_the_next_on_other_seeds_with_less_risk(
 
 
 def test_a_bound_of_time_gives_the_least_loss_within_it(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
-    """Times are by evaluations here: a plain image takes 24, six steps 12."""
-    monkeypatch.setattr(bench.Bench, "plain_seconds", 24.0)
+    """Times are by evaluations here: a plain image takes 16, four steps 8."""
+    monkeypatch.setattr(bench.Bench, "plain_seconds", 16.0)
     monkeypatch.setattr(bench.Bench, "has_time", lambda self, v: False)
     monkeypatch.setattr(bench.Bench, "relative", lambda self, v: self.declared_nfe(v) / self.declared_nfe(self.plain))
-    result = searched(tmp_path, rows, psnr=None, seconds=12.5, n=16)
-    assert result["config"]["steps"] == 6
-    assert "over 12.5 s" in result["rejected"]["unipc, 8 steps"]
+    result = searched(tmp_path, rows, psnr=None, seconds=8.5, n=16)
+    assert result["config"]["steps"] == 4
+    assert "over 8.5 s" in result["rejected"]["unipc, 6 steps"]
     assert "limit" not in result["certificate"]
 
 
@@ -261,9 +262,8 @@ def test_rounds_have_more_and_more_seeds() -> None:
 
 
 def test_what_a_pipeline_cannot_hold_is_told() -> None:
-    teacher = hasten.load("fashion")
+    teacher = model()
     plain = plain_variant(teacher, SamplingConfig())
     assert appliable(plain, teacher) is None
     assert "interval" in str(appliable(replace(plain, guides=("interval:high=2",)), teacher))
     assert "another model" in str(appliable(replace(plain, model="fashion_student"), teacher))
-    assert SHAPE == (1, 8, 8)
