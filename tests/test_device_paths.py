@@ -35,7 +35,7 @@ from hasten.train.fit import Fit
 from hasten.train.losses import DenoisingLoss
 from hasten.train.trained_module import TrainedModule
 
-from .factories import noise_data, tiny_denoiser, tiny_model
+from .factories import noise_data, noise_images, tiny_denoiser, tiny_model
 from .pretend import Pretended, put, put_pipeline, taken
 
 STEPS = 4
@@ -135,6 +135,18 @@ def test_a_lora_and_another_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         made, changed = run(hasten.load(put_pipeline(tiny.sd_pipeline())))
         assert device_of(changed.denoiser).type == device_of(changed.decoder.vae).type == "mps"
     close(made, expected)
+
+
+def test_an_autoencoder_is_measured() -> None:
+    tiny = pytest.importorskip("tests.adapters.tiny")
+    from hasten.workflows.reconstruction import latent_deviation, reconstruction_quality
+
+    data = noise_data(images=noise_images(4, 16, 3))
+    expected = latent_deviation(tiny.vae(), data), reconstruction_quality(tiny.vae(), data)
+    with Pretended("mps"):
+        vae = put(tiny.vae())
+        made = latent_deviation(vae, data), reconstruction_quality(vae, data)
+    assert made[0] == pytest.approx(expected[0], rel=1e-4) and made[1] == pytest.approx(expected[1], rel=1e-4)
 
 
 def test_inversion() -> None:
