@@ -167,7 +167,7 @@ def test_a_sampler(name: str) -> None:
         assert device.count("wait") <= 2, device.lines()
         assert device.count("upload") <= 4 + STEPS, device.lines()
         assert events_of(device, "wait") == 0, device.lines(events=device.loop)
-        draws = STEPS if device.lines("upload", device.loop).count("hasten/utils/random.py") else 0
+        draws = STEPS if "hasten/utils/devices.py" in device.lines("upload", device.loop) else 0
         assert events_of(device, "upload") <= draws, device.lines(events=device.loop)
 
 
@@ -181,8 +181,7 @@ def test_what_a_sampling_keeps_on_the_device_is_copied_once(name: str) -> None:
             model.sample(2, **how)  # the plan, and what it keeps on the device
             device.clear()
             model.sample(2, **how)
-        draws = steps if name == "sn" else 0
-        counts.append((device.count("wait"), device.count("upload") - draws))
+        counts.append((device.count("wait"), device.count("upload")))  # draws of noise come from pinned memory
     assert counts[0] == counts[1], device.lines()
 
 

@@ -66,6 +66,10 @@ def test_waits_and_copies_are_recorded() -> None:
             (lambda: torch.zeros(3).to(x), {"upload": 1}),
             (lambda: x.new_tensor([1.0]), {"upload": 1}),
             (lambda: x[torch.tensor([0, 2])], {"upload": 1}),
+            (lambda: x[x > 0], {"wait": 1}),
+            (lambda: x.__setitem__(x > 2, 0.0), {}),
+            (lambda: torch.zeros(3).pin_memory().to("cuda", non_blocking=True), {"async": 1}),
+            (lambda: torch.zeros(3).to("cuda", non_blocking=True), {"upload": 1}),
             (lambda: torch.cuda.synchronize(), {"wait": 1}),
             (lambda: (x * 2 + x.new_zeros(3)).softmax(0), {}),
         ]:
@@ -76,5 +80,15 @@ def test_waits_and_copies_are_recorded() -> None:
             with device.unrecorded():
                 what()
             assert {kind: device.count(kind, "") for kind, _ in device.events} == wanted
+    with Pretended("mps") as device:
+        x = torch.ones(3, device="mps")
+        assert x.device.type == "mps" and not x.is_cuda
+        for wide in (lambda: x.double(), lambda: x.to("cpu", torch.float64), lambda: x.to(torch.complex128)):
+            with pytest.raises(TypeError, match="MPS"):
+                wide()
+        with pytest.raises(RuntimeError, match="cannot pin"):
+            torch.zeros(3).pin_memory()
+        two = torch.tensor(2.0, dtype=torch.float64)
+        assert float((x.cpu().double() * two).sum()) == float((two * x).sum()) == 6
     net = put(nn.Linear(2, 2))
     assert all(isinstance(p, PretendedTensor) and isinstance(p, nn.Parameter) for p in net.parameters())

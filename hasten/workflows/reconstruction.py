@@ -23,6 +23,7 @@ from ..train.data import Data, open_data, to_float
 from ..train.fit import Ema, Fit
 from ..train.patch_gan import PatchGan
 from ..train.trained_module import TrainedModule
+from ..utils.devices import as_float64
 
 MEASURED = 4096  # images of which the latents' standard deviation is measured
 HELD_OUT = 1000  # images that PSNR and SSIM are measured on, at most
@@ -138,7 +139,7 @@ def latent_deviation(vae: Any, data: Data, count: int = MEASURED) -> float:
     weight = next(vae.parameters())
     total, squares, n = 0.0, 0.0, 0
     for x in blocks_of(data, count):
-        z = vae.encode(x.to(weight.device, weight.dtype)).latent_dist.mode().double()
+        z = as_float64(vae.encode(x.to(weight.device, weight.dtype)).latent_dist.mode())
         total, squares, n = total + float(z.sum()), squares + float(z.square().sum()), n + z.numel()
     variance = squares / n - (total / n) ** 2
     if not variance > 1e-12:

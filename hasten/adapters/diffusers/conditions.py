@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BadInput
+from ...utils.devices import upload
 from .library import short_truncation_notice
 
 __all__ = ["Latents", "Prompts"]
@@ -166,7 +167,7 @@ class Latents:
         if self.encoder is not None:
             return Latents(self.encoder, self.rows).encode(images)
         with self._upcast():
-            parts = images.to(self.vae.device, self.vae.dtype).split(self.rows)
+            parts = upload(images, self.vae.device, self.vae.dtype).split(self.rows)
             outputs = [self.vae.encode(part) for part in parts]
         z = torch.cat([o.latent_dist.mode() if hasattr(o, "latent_dist") else o.latents for o in outputs]).float()
         scale, shift = self._scales(z)
