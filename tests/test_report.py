@@ -326,8 +326,8 @@ def test_a_page_of_few_images(rows: list[dict[str, Any]], tmp_path: Path) -> Non
     best |= {"frechet_low": 0.8 * best["frechet"], "frechet_high": 1.2 * best["frechet"]}
     assert is_uncertain(best) and not is_uncertain({**best, "deviation": {"frechet": 0.1}})
     few = [{**row, "precision": None, "recall": None, "coverage": None} for row in rows]
-    failed = {**few[-1], "failed": "NaN", "role": "variant"}
-    page = report.write_report(tmp_path, [*few[:-1], failed], {}).read_text()
+    failed = {**few[0], "failed": "NaN", "role": "variant", "frechet": None}
+    page = report.write_report(tmp_path, [*few, failed], {}).read_text()
     assert "Few images: of 500" in page
     for name in ("precision", "recall", "coverage"):
         assert f'aria-label="{name}"' not in page
