@@ -93,9 +93,8 @@ def exhaustive(case: Case, out: Path) -> None:
     result = hasten.choose(case.model, out=out / "best.toml", **case.options())  # type: ignore[arg-type]
     spent = result["spent"]
     print(f"choose: {result['summary']}")
-    print(
-        f"  {spent['evaluations']} evaluations, {time.process_time() - cpu:.0f} CPU s, {time.perf_counter() - began:.0f} s"
-    )
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - began
+    print(f"  {spent['evaluations']} evaluations, {cpu:.0f} CPU s, {wall:.0f} s")
     bench = bench_of(case, out / "every")
     space = search_space(case.model, bench.plain, case.without)
     every = [*space.first, *(v for one in space.first for v in space.expanded(one, bench.plain))]
