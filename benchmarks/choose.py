@@ -128,7 +128,7 @@ def folder_case(where: Path) -> Case:
     sd_pipeline().save_pretrained(where)
     prompts = ["a photo of the cat", "a big dog", "the red cat", "a blue photo of the big dog", "the dog", "a cat"]
     model = hasten.load(str(where))
-    return Case(model, SamplingConfig("ddim", times="trailing", steps=20, guidance_scale=4), 34.0, 32, prompts)
+    return Case(model, SamplingConfig("unipc", times="angle", steps=10, guidance_scale=4), 30.0, 64, prompts)
 
 
 def main() -> None:

@@ -55,8 +55,9 @@ class Space:
             if has_kind(variant, kind) or not suits(variant, kind, plain):
                 continue
             text = value[0] if isinstance(value, tuple) else value
-            values = (*getattr(variant, name), *value) if isinstance(value, tuple) else value
-            found.append(replace(variant, name=f"{variant.name} + {text}", **{name: values}))
+            changes: dict[str, Any] = {"name": f"{variant.name} + {text}"}
+            changes[name] = (*getattr(variant, name), *value) if isinstance(value, tuple) else value
+            found.append(replace(variant, **changes))
         return found
 
 
@@ -172,14 +173,14 @@ def method_variants(model: Model, plain: Variant) -> list[Variant]:
     limit = plain.steps
     samplers = dict.fromkeys(filter(None, (plain.sampler, model.sampler, *SAMPLERS)))
     grids = different_grids(model, dict.fromkeys(filter(None, (plain.times, model.times, *GRIDS))))
-    made = {}
+    made: dict[Any, Variant] = {}
     for steps in STEPS:
         for sampler in samplers:
             for grid in grids:
                 if steps >= limit or (steps == 1 and sampler != "ddim"):
                     continue
                 name = f"{sampler}, {grid} times, {steps} step" + ("" if steps == 1 else "s")
-                fields = {"sampler": sampler, "times": grid, "steps": steps, "plan": None}
+                fields: dict[str, Any] = {"sampler": sampler, "times": grid, "steps": steps, "plan": None}
                 variant = replace(plain, name=name, role="variant", **fields)
                 made.setdefault(variant.method, variant)
     return list(made.values())

@@ -136,7 +136,12 @@ class Search:
     def climb_ladder(self, ladder: Sequence[Variant], entries: list[Entry], parts: Sequence[tuple[int, int]]) -> None:
         """Measure what is needed of candidates that differ in their steps alone: for a bound of the loss the fewest
         steps that keep it, for a bound of the time the most steps within it; entries are added."""
-        rest = [v for v in ladder if (line := self.too_slow(v, entries, 0)) is None or self.reject(v, line)]
+        rest = []
+        for variant in ladder:
+            if (line := self.too_slow(variant, entries, 0)) is None:
+                rest.append(variant)
+            else:
+                self.reject(variant, line)
 
         def passes(variant: Variant) -> bool | None:
             entry = self.try_candidate(variant, entries, parts, 0)
