@@ -3,6 +3,8 @@
     python -m benchmarks.caches --out caches.jsonl                 four mixtures, exact denoisers
     python -m benchmarks.caches --teacher --out caches.jsonl       the bundled model
     python -m benchmarks.caches --problems "M2 linear" --nfe 6     a trial
+    python -m benchmarks.near_discrete --problems R6 R24 --save plans
+    python -m benchmarks.caches --problems "R6 linear" "R24 linear" --plans plans     with these plans, without fits
 
 A cache decides on calibration noises at which evaluations of a long sampling the network runs; its threshold is
 searched until these are as many as the row says. That makes it a plan (`hasten.plan.cached`), which is run on other
@@ -12,7 +14,8 @@ of v, which it predicts, with DDIM.
 
 Mixtures and protocol are those of `benchmarks.mixtures`: RMS to the exact end over 256 starts, and the median over
 starts. On the bundled model: RMS to the end of 24 steps of UniPC-3, over 8 noises. Its fitted plans are the bundled
-ones; for the counts that have none one is fitted on 6 noises.
+ones; for the counts that have none one is fitted on 6 noises, or with `--no-fits` that of fewer evaluations is taken,
+which handicaps it. `--plans` does the same on mixtures, with plans NAME-NFE.json.
 """
 
 from __future__ import annotations
@@ -68,8 +71,13 @@ def decided(denoiser: Any, full: Plan, x: Tensor, rule: str, terms: Any, counts:
     return {len(found): found for found in trials.values() if len(found) in counts}
 
 
-def mixture(title: str, counts: tuple[int, ...], iterations: int) -> Iterator[dict[str, Any]]:
-    """Rows of one mixture."""
+def nearest_plan(plans: dict[int, Plan], count: int) -> Plan | None:
+    """The plan of this many evaluations, or of the most below; None where all have more."""
+    return max(((nfe, found) for nfe, found in plans.items() if nfe <= count), default=(0, None))[1]
+
+
+def mixture(title: str, counts: tuple[int, ...], iterations: int, plans: dict[int, Plan]) -> Iterator[dict[str, Any]]:
+    """Rows of one mixture; `plans`, by their evaluations, in place of fits."""
     problem = Problem(title)
     for (sampler, grid), rule, terms in itertools.product(LONG, RULES, ("eps", "v")):
         times = grid(problem.schedule, STEPS)
@@ -81,45 +89,51 @@ def mixture(title: str, counts: tuple[int, ...], iterations: int) -> Iterator[di
             cell = problem.run("caches", f"{full.sampler} {grid.name} {rule} {terms}", "", count, made)
             yield {"problem": title, "method": cell.method, "nfe": cell.nfe, "rms": cell.rms, "median": cell.median}
     for count in counts:
-        times = UniformLambda()(problem.schedule, count)
-        task = Calibration(problem.model, UniPC(3), times, problem.shape, seed=1000, n=64)
-        tuned = FittedPlan(iterations=iterations, warm=2, batch=128).tune(task)
-        assert tuned.plan is not None
-        cell = problem.run("fitted", "fitted plan", "", count, tuned.plan)
-        yield {"problem": title, "method": cell.method, "nfe": cell.nfe, "rms": cell.rms, "median": cell.median}
+        fitted = nearest_plan(plans, count)
+        if fitted is None:
+            times = UniformLambda()(problem.schedule, count)
+            task = Calibration(problem.model, UniPC(3), times, problem.shape, seed=1000, n=64)
+            fitted = FittedPlan(iterations=iterations, warm=2, batch=128).tune(task).plan
+            assert fitted is not None
+        cell = problem.run("fitted", "fitted plan", "", count, fitted)
+        row = {"problem": title, "method": cell.method, "nfe": count, "rms": cell.rms, "median": cell.median}
+        yield {**row, "plan": fitted.nfe}
 
 
 @torch.no_grad()
-def teacher(counts: tuple[int, ...], n: int) -> Iterator[dict[str, Any]]:
-    """Rows of the bundled model, guidance 1."""
+def teacher(counts: tuple[int, ...], n: int, fits: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the bundled model, guidance 1; without `fits` its bundled plans alone."""
     model: Any = hasten.load("fashion")
     denoiser, schedule = model.denoiser, model.denoiser.schedule
     noise, label = Noise(range(n), model.shape).initial(), model.labels(n)
     solver: Any = UniPC(3)
     fine = plan(solver, schedule, UniformLambda(low=LOW)(schedule, 24))(denoiser, noise, cond={"label": label})
 
-    def row(method: str, made: Plan) -> dict[str, Any]:
+    def row(method: str, made: Plan, count: int) -> dict[str, Any]:
         end = made(denoiser, noise, cond={"label": label})
         each = (end - fine).flatten(1).square().mean(1)
         rms, median = float(each.mean().sqrt()), float(each.sqrt().median())
-        return {"problem": "fashion", "method": method, "nfe": made.nfe, "rms": rms, "median": median}
+        named = {"problem": "fashion", "method": method, "nfe": count, "rms": rms, "median": median}
+        return {**named, "plan": made.nfe}
 
     for sampler, grid in LONG[:1]:
         full = plan(sampler, schedule, grid(schedule, STEPS))
         x = Noise(range(1_000_000, 1_000_004), model.shape).initial()
         for rule in RULES:
             found = decided(denoiser, full, x, rule, denoiser.prediction, counts, label=model.labels(4))
-            for _, computed in sorted(found.items()):
-                yield row(f"{full.sampler} {rule}", cached_plan(full, computed, denoiser.prediction, RULES[rule]))
+            for count, computed in sorted(found.items()):
+                made = cached_plan(full, computed, denoiser.prediction, RULES[rule])
+                yield row(f"{full.sampler} {rule}", made, count)
+    bundled = {made.nfe: made for name, made in model.plans.items() if name.startswith("fitted_plan-")}
     for count in counts:
-        made = model.plans.get(f"fitted-{count}")
+        made = bundled.get(count) if fits else nearest_plan(bundled, count)
         if made is None:
             times = UniformLambda(low=0.03)(schedule, count)
             task = TuningTask(denoiser, UniPC(3), times, model.shape, labels=model.labels, seed=1_000_000, n=6)
             options = FittedPlan(gradient="frozen", held_out=2, fine=24, low=LOW, iterations=1, batch=8)
             made = options.tune(task).plan
             assert made is not None
-        yield row("fitted plan", made)
+        yield row("fitted plan", made, count)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -149,13 +163,17 @@ def main(
     teacher_: Annotated[bool, cyclopts.Parameter(name="--teacher")] = False,
     n: int = 8,
     iterations: int = 12,
+    plans: Path | None = None,
+    fits: bool = True,
     out: Path | None = None,
 ) -> None:
     """Measure the mixtures, or with --teacher the bundled model; `iterations` of the fits on mixtures."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for title in ["fashion"] if teacher_ else problems:
-        for row in teacher(tuple(nfe), n) if teacher_ else mixture(title, tuple(nfe), iterations):
+        files = [] if plans is None else plans.glob(f"{title.split()[0]}-*.json")
+        saved = {found.nfe: found for found in (Plan.from_json(file.read_text()) for file in files)}
+        for row in teacher(tuple(nfe), n, fits) if teacher_ else mixture(title, tuple(nfe), iterations, saved):
             rows.append(row)
             print(json.dumps(row), f"{time.process_time():.0f} s", flush=True)
             if out is not None:

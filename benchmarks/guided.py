@@ -14,7 +14,7 @@ seeds from 0), guidance scale 2.
 - reuse: both branches in some steps, the last difference in the others; the best of all places considered by
   `guided_plan` *on these starts*.
 - fitted: `hasten.tuning.guided_plan`, fitted on other starts (M2, M64: 512 and 256 held out; R24: 2,048 of a pool of
-  16,384, and 1,024; `fashion`: 32 and 16, without gradients of the network and one round of the search).
+  16,384, and 1,024; `fashion`: 16 and 12, from the sampler on its own grid, ten iterations).
 
 On `fashion` UniPC-2 on the model's own grid stands for the other methods; for CFG also UniPC-3 and two more grids.
 
@@ -25,9 +25,11 @@ Mixtures with exact branches: M2 and M64 of `hasten.exact`, R24 of `benchmarks.m
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,7 @@ from hasten.tuning.guided_plan import GuidedPlan, uncond_placements
 
 SCALE = 2.0
 COUNTS = (8, 10, 12)
+KINDS = ("CFG", "interval", "reuse")
 PROBLEMS = ("M2", "M64", "R24")
 STARTS = 256
 GRIDS = ("lambda to q .03", "quadratic", "angle", "angle .5")
@@ -101,10 +104,17 @@ class Fashion(Mixture):
         noise = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(FASHION[0])]
         self.x, self.label = torch.stack(noise), self.model.labels(FASHION[0])
         self.end = self.run(plan(UniPC(3), self.model.denoiser.schedule, self.grid(FASHION[3])))
-        _fit.START_SAMPLES, _fit.COMPARED = 12, 3  # of so few samples
+        _fit.START_SAMPLES, _fit.COMPARED = 8, 2  # of so few samples
+        solve, solved = _fit.fine_trajectories, list[Any]()
+
+        def once(*args: Any, **options: Any) -> Any:  # the same for every count
+            solved.append(solved[0] if solved else solve(*args, **options))
+            return solved[0]
+
+        _fit.fine_trajectories = once
         self.options = GuidedPlan(
-            gradient="frozen", held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], batch=16,
-            teleport=False,
+            held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], batch=16, teleport=False, search="sampler",
+            warm=0, robust=0, check=3,
         )  # fmt: skip
         self.n = FASHION[1]
 
@@ -123,7 +133,7 @@ class Fashion(Mixture):
         )
 
 
-FASHION = (16, 32, 16, 40, 1)  # test starts, calibration, held out, fine steps, rounds
+FASHION = (16, 16, 12, 40, 10)  # test starts, calibration, held out, fine steps, iterations
 
 
 def tables(problem: Mixture, kind: str, count: int) -> Iterator[tuple[str, Plan]]:
@@ -152,7 +162,7 @@ def best(problem: Mixture, kind: str, count: int) -> tuple[float, str]:
     return min((distance(problem, table), name) for name, table in tables(problem, kind, count))
 
 
-def cell(problem: Mixture, count: int, kinds: tuple[str, ...] = ("CFG", "interval", "reuse")) -> dict[str, Any]:
+def cell(problem: Mixture, count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     """All methods with `count` evaluations."""
     row: dict[str, Any] = {"problem": problem.title, "nfe": count}
     for kind in kinds:
@@ -162,7 +172,7 @@ def cell(problem: Mixture, count: int, kinds: tuple[str, ...] = ("CFG", "interva
     assert tuned.plan is not None and tuned.plan.branches is not None
     row["fitted"] = distance(problem, tuned.plan)
     row["fitted how"] = f"{''.join(b[0] for b in tuned.plan.branches)}, {tuned.figures['kept']}"
-    row["CPU seconds"] = time.process_time() - began
+    row["CPU seconds"], row["plan"] = time.process_time() - began, tuned.plan
     return row
 
 
@@ -171,18 +181,25 @@ def main() -> None:
     parser.add_argument("--problems", nargs="*", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--fashion", action="store_true", help="the bundled model instead")
     parser.add_argument("--nfe", nargs="+", type=int, default=list(COUNTS))
+    parser.add_argument("--fit-only", action="store_true", help="not the other methods")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the fitted plans there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("| problem | evaluations | UniPC + CFG | interval | reuse | fitted | CFG / fitted |\n" + "|---" * 7 + "|")
     for problem in [Fashion()] if args.fashion else map(Mixture, args.problems):
         for count in args.nfe:
-            row = cell(problem, count)
+            row = cell(problem, count, () if args.fit_only else KINDS)
+            row = dict.fromkeys(KINDS, math.nan) | {f"{kind} how": "not run" for kind in KINDS} | row
             print(
                 f"| {row['problem']} | {count} | {row['CFG']:.4f} | {row['interval']:.4f} | {row['reuse']:.4f} | "
                 f"{row['fitted']:.4f} | {row['CFG'] / row['fitted']:.2f} |",
                 flush=True,
             )
-            print("    " + "; ".join(f"{k}: {row[f'{k} how']}" for k in ("CFG", "interval", "reuse", "fitted")))
+            how = "; ".join(f"{k}: {row[f'{k} how']}" for k in (*KINDS, "fitted"))
+            print(f"    {how}; {row['CPU seconds']:.0f} CPU seconds", flush=True)
+            if args.save:
+                args.save.mkdir(parents=True, exist_ok=True)
+                (args.save / f"{row['problem']}-{count}.json").write_text(row["plan"].to_json())
 
 
 if __name__ == "__main__":

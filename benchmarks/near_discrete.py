@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,14 @@ class NearDiscrete(Problem):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name} linear")
-        self.fast = fast_mixture(name, self.schedule)
+        self.fast = self.model = fast_mixture(name, self.schedule)
+        self.shares: dict[tuple[float, float], float] = {}
+
+    def errors(self, end: Tensor) -> tuple[float, float]:
+        """RMS and median; the share in another mode is remembered for them."""
+        found = super().errors(end)
+        self.shares[found] = self.other(end)
+        return found
 
     def other(self, end: Tensor) -> float:
         """The share of ends that belong to another component than the exact ones."""
@@ -52,9 +60,11 @@ class NearDiscrete(Problem):
         return float((mine != exact).double().mean())
 
     def row(self, table: Plan) -> dict[str, float]:
-        end = table(self.fast, self.noise)
-        rms, median = self.errors(end)
-        return {"rms": rms, "median": median, "other mode": self.other(end)}
+        return self.cell(self.errors(table(self.fast, self.noise)))
+
+    def cell(self, errors: tuple[float, float]) -> dict[str, float]:
+        """RMS, median and share of a method that has been run."""
+        return {"rms": errors[0], "median": errors[1], "other mode": self.shares[errors]}
 
     def task(self, count: int, n: int) -> TuningTask:
         """Calibration starts from one stream, default_rng(1000)."""
@@ -78,12 +88,12 @@ def unipc(problem: NearDiscrete, count: int) -> tuple[str, dict[str, float]]:
     return min(rows.items(), key=lambda item: item[1]["rms"])
 
 
-def kept(problem: NearDiscrete, count: int, **options: Any) -> tuple[str, dict[str, float]]:
+def kept(problem: NearDiscrete, count: int, **options: Any) -> tuple[str, dict[str, float], Plan]:
     """The plan that the fit keeps."""
     tuned = FittedPlan(**{**OPTIONS, **options}).tune(problem.task(count, 3072))
     assert tuned.plan is not None
     held = f"held-out RMS {tuned.figures['held_out_rms']:.4f}"
-    return f"{tuned.figures['kept']}, {held}", problem.row(tuned.plan)
+    return f"{tuned.figures['kept']}, {held}", problem.row(tuned.plan), tuned.plan
 
 
 def main() -> None:
@@ -91,6 +101,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--nfe", nargs="+", type=int, default=list(COUNTS))
     parser.add_argument("--directions", type=int, default=0, help="groups of directions of the fitted plan")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the kept plans there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.problems:
@@ -99,10 +110,14 @@ def main() -> None:
             began = time.process_time()
             theirs = min(peers(problem, count), key=lambda cell: cell.rms)
             row: dict[str, Any] = {"problem": name, "nfe": count, "UniPC": unipc(problem, count)}
-            row["diffusers"] = [f"{theirs.method} {theirs.detail}", {"rms": theirs.rms, "median": theirs.median}]
-            row["kept"] = kept(problem, count, directions=args.directions)
+            row["diffusers"] = [f"{theirs.method} {theirs.detail}", problem.cell((theirs.rms, theirs.median))]
+            how, row["kept"], table = kept(problem, count, directions=args.directions)
+            row["how"] = how
+            if args.save:
+                args.save.mkdir(parents=True, exist_ok=True)
+                (args.save / f"{name}-{count}.json").write_text(table.to_json())
             bar = min(row["UniPC"][1]["rms"], theirs.rms)
-            row["times"] = bar / row["kept"][1]["rms"]
+            row["times"] = bar / row["kept"]["rms"]
             row["CPU seconds"] = time.process_time() - began
             print(json.dumps(row), flush=True)
 

@@ -9,7 +9,8 @@
 the ratio of CPU seconds of sampling and decoding (median, smallest and largest over the batches). The others are
 sampled with the caches alone. The plain images' distance is measured with `--row plain`. "count" is the speed-up in
 multiply-accumulates of the U-Net that the key steps promise. Key steps and weights that are searched see captions of
-training pictures. With `--images FOLDER` finished batches are kept, and found again.
+training pictures. Rows of `--short` have the first images alone, and no distance. With `--images FOLDER` finished
+batches are kept, and found again.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Row:
 def main(
     *,
     row: Annotated[list[str], cyclopts.Parameter(negative=())] = [],  # noqa: B006
+    short: Annotated[list[str], cyclopts.Parameter(negative=())] = [],  # noqa: B006
     n: int = 200,
     paired: int = 32,
     batch: int = 8,
@@ -114,7 +116,7 @@ def main(
         return
     setting: dict[str, Any] = {"sampler": "ddim", "times": "trailing", "steps": steps, "guidance_scale": 4.0}
     rows = []
-    for spec in (PLAIN, *[spec for spec in row if spec != PLAIN]):
+    for spec in (PLAIN, *[spec for spec in row if spec != PLAIN], *short):
         rows.append(Row(model, spec, setting, images))
         if (fast := rows[-1].fast) is not None:
             print(f"{spec}: key steps {fast.keys}, found in {rows[-1].search:.0f} CPU seconds", flush=True)

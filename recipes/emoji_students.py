@@ -56,7 +56,7 @@ RUNS = {
     "diffusion_gan": Run("diffusion_gan:steps=4,times=all,sampled=1,lr=0.0002,critic_lr=0.0002", "guided8"),
     "diffusion_gan_pure": Run("diffusion_gan:steps=1,strength=0.1,lr=0.0001,critic_lr=0.0002", "guided8"),
     "consistency": Run("consistency:nodes=16,grid=trailing,solver=euler,lr=0.0003,steps=1", "guided8"),
-    "consistency_lora": Run("consistency:nodes=16,grid=trailing,solver=euler,lr=0.0005,steps=8", "consistency", 16),
+    "consistency_lora": Run("consistency:nodes=16,grid=trailing,solver=euler,lr=0.0005,steps=4", "consistency", 16),
     "lcm": Run("consistency:nodes=50,grid=trailing,solver=euler,momentum=0.95,guidance=(1,8),lr=0.0003,steps=4"),
     "adversarial": Run("adversarial:steps=1,augment=false,lr=0.00005,critic_lr=0.0002", "guided8"),
     "dmd": Run("dmd:steps=1,lr=0.00005,fake_lr=0.00005", "guided8"),

@@ -116,6 +116,10 @@ def test_a_folder_of_an_image_encoder_is_a_feature_network(tmp_path: Path) -> No
     (tmp_path / "dino" / "config.json").write_text('{"model_type": "dinov2"}')
     with pytest.raises(BadInput, match="transformers cannot load"):
         feature_net(str(tmp_path / "dino"))
+    with pytest.raises(BadInput, match=r"dino is no judge.*; a dinov2 gives --features"):
+        collect_evidence(judge=str(tmp_path / "dino"))
+    with pytest.raises(BadInput, match=f"{tmp_path} holds no feature network: no config.json of a CLIP, SigLIP"):
+        collect_evidence(features=tmp_path)
 
 
 def test_lpips_is_found_by_name_where_other_packages_leave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +141,8 @@ def test_lpips_is_found_by_name_where_other_packages_leave_it(tmp_path: Path, mo
     assert figures["lpips"].min() > 0 and "lpips" not in evidence.paired(a[..., :16], b[..., :16])
     with pytest.raises(BadInput, match="LPIPS vgg are not on this machine"):
         collect_evidence(lpips="vgg")
+    with pytest.raises(BadInput, match="no file or folder squeeze; by name its trunks are alex, vgg"):
+        collect_evidence(lpips="squeeze")
 
 
 def test_prompt_scores_are_cosines_and_match_is_among_the_prompts() -> None:
@@ -251,6 +257,9 @@ def test_an_accelerated_row_that_does_not_pay_is_warned_of() -> None:
     assert ["never hit its cache" in line for line in row_warnings(idle, rows)] == [True]
     assert row_warnings(slow, rows) == ["it is no faster than 16 steps, which has no accelerator and is as good"]
     assert not row_warnings(good, rows) and not row_warnings(rows[1], rows)
+    other = plain_row("student", 2, 38.0, model="student")
+    assert "16 steps" in row_warnings(slow, [other, *rows])[0]  # of the same network, though the student is faster
+    assert "student" in row_warnings(slow, [rows[0], other])[0]
     best = advice.recommended_row(rows)
     assert best is not None and best["name"] == "good cache"
     good["diversity_ratio"] = [0.5, 0.4, 0.6]

@@ -13,6 +13,9 @@ import pytest
 from PIL import Image
 
 from hasten.compare import plots, report
+from hasten.compare.advice import is_uncertain
+from hasten.compare.main_table import main_columns
+from hasten.compare.plots import log_ticks
 
 PROTOCOL = {
     "model": "fashion", "model_hash": "ab12" * 16, "set": "demo", "n": 500, "seeds": [0, 499], "batch_size": 64,
@@ -307,3 +310,30 @@ def test_names_are_text_to_every_library(
     figure = plots.plot_quality(shown)
     assert figure is not None
     assert {t.get_text().strip() for t in figure.legends[0].get_texts()} >= {r"runs/\$x^\$", "_hidden", "[/red]"}
+
+
+def test_narrow_axes_have_ticks() -> None:
+    assert log_ticks(0.09, 30) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10, 20])
+    for low, high in ((4.8, 9.2), (0.38, 0.57), (1.01, 1.09), (97, 103)):
+        ticks = log_ticks(low, high)
+        assert 3 <= len(ticks) <= 12 and low <= ticks[0] < ticks[-1] <= high
+
+
+def test_a_page_of_few_images(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Its table has the columns that have figures, and it says what the recommendation is worth."""
+    best = report.recommended_row(rows)
+    assert best is not None and not is_uncertain(best)
+    best |= {"frechet_low": 0.8 * best["frechet"], "frechet_high": 1.2 * best["frechet"]}
+    assert is_uncertain(best) and not is_uncertain({**best, "deviation": {"frechet": 0.1}})
+    few = [{**row, "precision": None, "recall": None, "coverage": None} for row in rows]
+    failed = {**few[0], "failed": "NaN", "role": "variant", "frechet": None}
+    page = report.write_report(tmp_path, [*few, failed], {}).read_text()
+    assert "Few images: of 500" in page
+    for name in ("precision", "recall", "coverage"):
+        assert f'aria-label="{name}"' not in page
+        assert any(column.cell == name for column in main_columns(True, ())), name
+    table = page[page.index('<table id="rows">') :]
+    heads = table[: table.index("</thead>")].count("<th ")
+    assert f'colspan="{heads - 2}"' in table and 'aria-label="speedup"' in table
+    first = table[table.index("<tbody>") : table.index("</tr>", table.index("<tbody>"))]
+    assert first.count("<td") + first.count("<th ") == heads

@@ -137,3 +137,9 @@ def test_an_equal_cost_row_does_not_take_a_users_name(tmp_path: Path) -> None:
     file.write_text(text, encoding="utf-8-sig")  # as editors of Windows write it
     names = [row.name for row, _ in variants.load_variants(file).rows()]
     assert len(set(names)) == len(names) == 3
+
+
+def test_rows_of_equal_cost_are_named_after_the_reference() -> None:
+    assert variants.shorter_name("DDIM, 50 steps, guidance 4", 8) == "DDIM, 8 steps, guidance 4"
+    assert variants.shorter_name("10 steps of DDIM", 1) == "1 step of DDIM"
+    assert variants.shorter_name("DDIM-50", 2) == "DDIM-50, 2 steps"

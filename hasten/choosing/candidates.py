@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .. import zoo
@@ -13,6 +15,7 @@ from ..errors import HastenError
 from ..model.model import Model
 from ..model.resolve import RECOMMENDED
 from ..plan.config import SamplingConfig, spec
+from ..storage.model_folder import DESCRIPTION
 
 __all__ = ["KINDS", "Space", "appliable", "plain_variant", "search_space"]
 
@@ -78,12 +81,16 @@ def suits(variant: Variant, kind: str, plain: Variant) -> bool:
 
 
 def plain_variant(model: Model, config: SamplingConfig) -> Variant:
-    """The plain model: as a config says, what it leaves open as the model recommends.
+    """The plain model: as a config says, what it leaves open as the model recommends; a pipeline that hasten has not
+    saved recommends nothing, and is sampled by DDIM (a flow by Euler) with the default number of steps of its call.
 
     Args:
         model: The model.
         config: Of `--config`.
     """
+    if (steps := default_steps(model)) is not None and config.sampler is None and config.plan is None:
+        own = {"sampler": "ddim", "times": config.times or "trailing", "steps": config.steps or steps}
+        config = config.replace(**own)
     complete = model.resolve(config.replace(precision="fp32")).config
     plan = None if complete.plan is None else str(complete.plan)
     scale = float(complete.guidance_scale or 1.0)
@@ -100,6 +107,16 @@ def plain_variant(model: Model, config: SamplingConfig) -> Variant:
         doubled=doubled,
         role="reference",
     )
+
+
+def default_steps(model: Model) -> int | None:
+    """The number of steps that a pipeline takes by default; None for what recommends its own: a model of hasten."""
+    folder = str(getattr(getattr(model.pipeline, "config", None), "_name_or_path", ""))
+    if model.pipeline is None or (folder and (Path(folder) / DESCRIPTION).is_file()):
+        return None
+    default = inspect.signature(type(model.pipeline).__call__).parameters.get("num_inference_steps")
+    value = 50 if default is None else default.default
+    return value if isinstance(value, int) and value > 0 else 50
 
 
 def search_space(
@@ -131,7 +148,8 @@ def search_space(
     names = [*students, *(() if "student" in without else bundled_students(model))]
     for name in dict.fromkeys(names):
         counts = step_counts(name, model)
-        first += [replace(own, name=f"{name}, {n} steps" if n else name, model=name, steps=n) for n in counts]
+        names_of = {n: f"{name}, {n} step{'s' * (n > 1)}" if n else name for n in counts}
+        first += [replace(own, name=names_of[n], model=name, steps=n) for n in counts]
     known = zoo.additions()
     beside = {kind: [n for n, card in known.items() if card.kind == kind and card.of == model.name] for kind in KINDS}
     files = [*loras, *(() if "lora" in without else beside["lora"])]

@@ -80,7 +80,7 @@ def certify(
     """
     bench, goal = search.bench, search.goal
     tries: list[Certificate] = []
-    for entry in entries:
+    for place, entry in enumerate(entries):
         attempt = len(tries) + 1
         if attempt > TRIES:
             search.reject(entry.variant, f"{TRIES} candidates were tried before it")
@@ -100,6 +100,9 @@ def certify(
         certificate = certificate_of(bench, goal, entry, part, risk, attempt)
         tries.append(certificate)
         if certificate.holds:
+            why = "loses less" if goal.kind == "seconds" else "is faster"
+            for other in entries[place + 1 :]:
+                search.reject(other.variant, f"{search.show(other)}; {entry.name} {why}, and has its certificate")
             return entry, tries
         search.reject(entry.variant, f"on {count} fresh seeds no better than {bench.figure.bound(certificate.bound)}")
     return None, tries

@@ -24,6 +24,7 @@ class Figure(Protocol):
 
     name: str
     seeds: int  # of a certificate, by default
+    least: int  # of a round
 
     def rows(self, images: Tensor, plain: Tensor) -> dict[str, Tensor]:
         """What of each seed the loss is computed from."""
@@ -48,6 +49,7 @@ class Psnr:
 
     name: str = "PSNR to the plain model's images"
     seeds: int = 64
+    least: int = 4
 
     def rows(self, images: Tensor, plain: Tensor) -> dict[str, Tensor]:
         """Decibels of each pair."""
@@ -79,6 +81,7 @@ class Distance:
     net: nn.Module
     name: str = ""
     seeds: int = 480
+    least: int = 16
 
     def __post_init__(self) -> None:
         self.name = f"Fréchet distance to {self.reference.name} ({net_name(self.net)} features) over the plain model's"
@@ -117,6 +120,7 @@ class Unlikeness:
     scale_error: float = 0.0
     name: str = ""
     seeds: int = 64
+    least: int = 4
     plain_features: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ChooseConfig", "choose"]
 
-LEAST_SEEDS = 8  # of a rung
+LEAST_SEEDS = 16  # of a certificate
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ChooseConfig(Config):
         for name, least in {"seed": 0, "batch_size": 1, "timing_batch": 1, "rounds": 1}.items():
             check_int(name, getattr(self, name), least)
         if self.n is not None:
-            check_int("n", self.n, 2 * LEAST_SEEDS)
+            check_int("n", self.n, LEAST_SEEDS)
         if not 0.5 <= self.confidence < 1:
             raise BadInput(f"confidence must be from 0.5 to below 1, got {self.confidence!r}")
         if unknown := [name for name in self.without if name not in KINDS]:
@@ -193,7 +193,7 @@ def run_search(
     figure, label, model = figure_for(model, config, goal, progress.say)
     plain, space = space_for(model, config, progress.say)
     count = figure.seeds if config.n is None else config.n
-    rungs = rungs_of(count)
+    rungs = rungs_of(count, figure.least)
     precision = model.precision_for(config.precision, min(count, config.batch_size))
     settings = {
         "model": model_hash(model),
@@ -308,9 +308,9 @@ def space_for(model: Model, config: ChooseConfig, report: Callable[[str], None])
     return made.reference, replace(space, first=tuple(first.values()))
 
 
-def rungs_of(count: int) -> tuple[int, ...]:
-    """Seeds of each round, from those of the certificate."""
-    return tuple(sorted({max(count // part, LEAST_SEEDS) for part in (8, 4, 2)}))
+def rungs_of(count: int, least: int) -> tuple[int, ...]:
+    """Seeds of each round, from those of the certificate, at least so many."""
+    return tuple(sorted({max(count // part, least) for part in (8, 4, 2)}))
 
 
 def not_for_diffusers(model: Model, variant: Variant) -> str | None:

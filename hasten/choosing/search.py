@@ -21,6 +21,7 @@ LEFT = ((1 / 3, 6), (1 / 2, 4))  # share and least number of the candidates that
 EXPANDED = 3  # candidates that get additions
 SLACK = 1.7  # how much an addition may still gain
 RESERVE = 2  # of candidates within the time that differ in their steps alone
+SPARE = 2  # good candidates that make a slower one needless: the second is there if the first fails its certificate
 UNKNOWN = 2.0  # how much faster a candidate may be than predicted before it was timed
 
 
@@ -95,7 +96,7 @@ class Search:
         for level, count in enumerate(self.rungs):
             first = parts[-1][0] + parts[-1][1] if parts else 0
             parts.append((first, count - first))
-            self.expect(pool, level)
+            self.bench.progress.expect(self.expected(pool, level))
             left = self.rung(pool, parts, level)
             pool = [entry.variant for entry in left]
             if level + 1 < len(self.rungs):
@@ -120,6 +121,10 @@ class Search:
                 self.try_candidate(variant, entries, parts, level)
         unknown = [e.variant for e in entries if not self.bench.knows_time(e.variant)]
         if unknown:
+            batch, turns = self.bench.timing
+            timed = sum(map(self.bench.declared_nfe, (self.bench.plain, *unknown)))
+            later = self.expected([e.variant for e in entries], level + 1)
+            self.bench.progress.expect((turns + 1) * batch * timed + later)
             self.bench.time(unknown, f"round {level + 1}")
         return self.best([self.entry(e.variant, parts) for e in entries], level)
 
@@ -175,10 +180,11 @@ class Search:
         if goal.kind == "seconds":
             return None
         good = [entry for entry in entries if entry.loss.upper(RISK) <= goal.limit and bench.knows_time(entry.variant)]
-        fastest = min(good, key=lambda entry: entry.relative, default=None)
-        if fastest is None or own <= slack * max(fastest.relative, 1e-9):
+        good = sorted((entry for entry in good if entry.variant != variant), key=lambda entry: entry.relative)
+        if len(good) < SPARE or own <= slack * max(good[SPARE - 1].relative, 1e-9):
             return None
-        return f"{about}, slower than {fastest.name}, which is good enough ({bench.figure.show(fastest.loss.value)})"
+        names = " and ".join(f"{entry.name} ({bench.figure.show(entry.loss.value)})" for entry in good[:SPARE])
+        return f"{about}, slower than {names}, which are good enough"
 
     def may_gain(self, variant: Variant) -> bool:
         """Whether an addition could still make a candidate faster."""
@@ -226,17 +232,16 @@ class Search:
                     made.setdefault(variant.method, variant)
         return list(made.values())
 
-    def expect(self, pool: Sequence[Variant], level: int) -> None:
-        """Tell the progress display how many evaluations are left, about."""
-        plain = self.bench.declared_nfe(self.bench.plain)
-        rest, number = 0.0, len(pool)
+    def expected(self, pool: Sequence[Variant], level: int) -> float:
+        """Evaluations that these candidates will take from a round on, about."""
+        plain, number, rest = self.bench.declared_nfe(self.bench.plain), len(pool), 0.0
+        mean = sum(map(self.bench.declared_nfe, pool)) / max(number, 1)
         for later, count in enumerate(self.rungs[level:], level):
             before = self.rungs[later - 1] if later else 0
-            mean = sum(map(self.bench.declared_nfe, pool)) / max(len(pool), 1)
-            rest += (count - before) * (plain + number * mean)
+            rest += (count - before) * (plain + (number / 2 if later == 0 else number) * mean)  # ladders skip half
             share, least = LEFT[min(later, len(LEFT) - 1)]
             number = min(number, max(math.ceil(share * number), least))
-        self.bench.progress.expect(rest)
+        return rest
 
     def show(self, entry: Entry) -> str:
         """Time and loss in words."""

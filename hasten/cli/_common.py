@@ -130,11 +130,34 @@ def explicit_options(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def sampling_config(file: Path | None, default_precision: str | None = "auto", **options: Any) -> SamplingConfig:
-    """The `SamplingConfig` of a command line: that of the file of --config, whose fields
-    the options override."""
-    from ..plan.config import SamplingConfig
+def chosen_files(
+    file: Path | None, model: str, lora: list[str] | None, decoder: Path | None = None
+) -> tuple[str, list[str] | None, Path | None]:
+    """Model, LoRAs and decoder of a command line: what it does not name is what the file of --config names, as
+    `hasten choose` writes it."""
+    from ..workflows.choice import read_choice
 
+    if file is None:
+        return model, lora, decoder
+    choice = read_choice(file)
+    if choice.name is not None and choice.name != model:
+        warn(f"{file} chose {choice.name}, which is used in place of {model}")
+    lora = [choice.lora] if lora is None and choice.lora is not None else lora
+    decoder = Path(choice.decoder) if decoder is None and choice.decoder is not None else decoder
+    return choice.name or model, lora, decoder
+
+
+def sampling_config(
+    file: Path | None, default_precision: str | None = "auto", files: bool = False, **options: Any
+) -> SamplingConfig:
+    """The `SamplingConfig` of a command line: that of the file of --config, whose fields
+    the options override.
+
+    files: the command follows the model, LoRA and decoder that the file names; else they are refused."""
+    from ..plan.config import SamplingConfig, refuse_files
+
+    if file is not None and not files:
+        refuse_files(file)
     config = SamplingConfig() if file is None else SamplingConfig.load(file, "sampling")
     explicit = explicit_options(**options)
     if "plan" in explicit:  # which takes the place of what a file says of the steps

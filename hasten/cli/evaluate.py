@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import progress
-from ._common import label_list, main_process_warning, open_shared, processes, prompts_of, sampling_config
+from ._common import (
+    chosen_files,
+    label_list,
+    main_process_warning,
+    open_shared,
+    processes,
+    prompts_of,
+    sampling_config,
+)
 from ._processes import on_all_processes
 from .terminal import print_result
 
@@ -94,12 +102,14 @@ def evaluate(
         data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,
     )  # fmt: skip
     ranks = processes(device)
+    model, lora, decoder = chosen_files(config, model, lora)
     loaded = open_shared(model, ranks, lora=lora, called=True)
+    loaded = loaded if decoder is None else loaded.with_decoder(decoder)
     if loaded.conditioning is not None and texts is None and label is not None:
         texts = [label]  # as for sample
     how = sampling_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
-        plan=plan, accelerators=accelerate, precision=precision,
+        plan=plan, accelerators=accelerate, precision=precision, files=True,
     )  # fmt: skip
     labels = label_list(loaded, label) if loaded.conditioning is None else None
     request = request.replace(label=labels, prompts=texts)

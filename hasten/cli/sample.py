@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import check_int
 from ..progress import progress
 from ..storage.provenance import command_line
-from ._common import label_list, main_process_warning, open_shared, processes, sampling_config
+from ._common import chosen_files, label_list, main_process_warning, open_shared, processes, sampling_config
 from ._processes import on_all_processes
 from .terminal import print_result
 
@@ -58,7 +58,7 @@ def sample(
         lora: A LoRA file that is merged into the weights, or FILE:SCALE; may be given several times. That of a student
             brings its steps, sampler and guidance scale.
         seed: Seed of the first image; image k has seed + k.
-        config: A SamplingConfig file (TOML or JSON); the options below override its fields.
+        config: A SamplingConfig file (TOML or JSON), such as hasten choose writes; the options override its fields.
         sampler: Such as ddim, unipc or dpm:order=2,sde=true. Default: the model's recommended one,
             as for the next three.
         times: Time grid, such as uniform, lambda, trailing or karras:rho=7.
@@ -89,11 +89,12 @@ def sample(
     check_int("batch_size", batch_size, 1)
     check_output(out, separate_files, images)
     ranks = processes(device)
+    model, lora, decoder = chosen_files(config, model, lora, decoder)
     loaded = open_shared(model, ranks, sound=False, lora=lora)
     loaded = loaded if decoder is None else loaded.with_decoder(decoder)
     how = sampling_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
-        plan=plan, accelerators=accelerate, precision=precision,
+        plan=plan, accelerators=accelerate, precision=precision, files=True,
     )  # fmt: skip
     warn = main_process_warning(ranks)
     labels = label_list(loaded, label, prompt, warn)

@@ -95,12 +95,15 @@ def is_less_diverse(row: Row) -> bool:
 
 def faster_plain_row(row: Row, rows: Sequence[Row]) -> Row | None:
     """The fastest row without accelerators that takes no more time than an accelerated one, and is as good: by the
-    Fréchet distance, or by PSNR to the reference's images. None where there is none."""
+    Fréchet distance, or by PSNR to the reference's images. One of the same network where there is one. None where there
+    is none."""
     if row.get("seconds_per_image") is None:
         return None
     plain = [other for other in rows if not other.get("failed") and not other["accelerators"]]
     plain = [other for other in plain if (other.get("seconds_per_image") or float("inf")) <= row["seconds_per_image"]]
-    return min((one for one in plain if is_as_good(one, row)), key=lambda r: r["seconds_per_image"], default=None)
+    plain = [other for other in plain if is_as_good(other, row)]
+    own = [other for other in plain if all(other.get(key) == row.get(key) for key in ("model", "lora", "decoder"))]
+    return min(own or plain, key=lambda r: r["seconds_per_image"], default=None)
 
 
 def is_as_good(row: Row, other: Row) -> bool:
@@ -137,6 +140,15 @@ def recommended_row(rows: Sequence[Row]) -> Row | None:
     if reference.get("prompt_match") is not None:
         near = [row for row in near if (row.get("prompt_match") or 0) >= NEAR_MATCH * reference["prompt_match"]]
     return min(near, key=lambda row: (row[cost], row["frechet"]), default=None)
+
+
+def is_uncertain(row: Row) -> bool:
+    """Whether the 95 % interval of a row's distance is wider than the 15 % on either side by which it was chosen;
+    False for several blocks of seeds, whose deviation is known in its place."""
+    if row.get("deviation"):
+        return False
+    low, high = row.get("frechet_low"), row.get("frechet_high")
+    return low is not None and high is not None and high - low > 2 * (NEAR - 1) * row["frechet"]
 
 
 def equivalent_row(rows: Sequence[Row]) -> Row | None:

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..files import write_atomic
 from ..storage.provenance import command_line
-from .advice import NEAR, equivalent_row, recommended_row
+from .advice import NEAR, equivalent_row, is_uncertain, recommended_row
+from .main_table import format_parts, main_columns
 from .paired_table import paired_cells, paired_columns
 from .pictures import collect_pictures
 from .plots import (
@@ -158,17 +159,12 @@ def format_cells(row: Row) -> dict[str, str]:
         "ssim": show("ssim", ".3f"),
         "match": show("prompt_match", ".1%"),
         "match_spread": "" if row.get("prompt_match_error") is None else f"± {row['prompt_match_error']:.1%}",
-        "diversity": show("diversity", ".3g"),
-        "diversity_spread": "" if row.get("diversity_error") is None else f"± {row['diversity_error']:.2g}",
+        "diversity": show("diversity", "#.3g"),
+        "diversity_spread": "" if row.get("diversity_error") is None else f"± {row['diversity_error']:#.2g}",
         "parts": format_parts(row.get("seconds_by_part")),
         "memory": show("peak_memory", ".0f", 2**-20),
         **paired_cells(row),
     }
-
-
-def format_parts(parts: Mapping[str, float] | None) -> str:
-    """Milliseconds of an image by part: text encoder, network, image decoder."""
-    return "" if parts is None else " + ".join(f"{1e3 * parts[name]:.3g}" for name in ("text", "network", "decoder"))
 
 
 def results_table(rows: Sequence[Row], width: int = 160) -> Table:
@@ -204,8 +200,10 @@ def results_table(rows: Sequence[Row], width: int = 160) -> Table:
 
 
 def absent_columns(rows: Sequence[Row]) -> set[str]:
-    """The cells that are about models of prompts, or of classes, where no row has them."""
+    """The cells that no row has a figure for, of those that are shown for some models or numbers of images only."""
     fields = {"match": "prompt_match", "diversity": "diversity", "parts": "seconds_by_part"}
+    fields |= {name: name for name in ("kid", "precision", "recall", "coverage")}
+    fields |= {"macs": "macs_per_image", "ratio": "frechet_over_equal_cost"}
     missing = {cell for cell, key in fields.items() if all(row.get(key) is None for row in rows)}
     return missing | ({"ssim"} if "match" in missing else {"accuracy"})
 
@@ -359,7 +357,7 @@ def write_report(
     small = plot_quality(rows, narrow=True)
     first = next((row for row in rows if not row.get("failed")), rows[0])
     baselines = first["protocol"].get("floors") or {}
-    axis = cost_axis(rows) if quality else "seconds_per_image"
+    axis, absent = cost_axis(rows) if quality else "seconds_per_image", absent_columns(rows)
     page = Environment(loader=PackageLoader("hasten.compare"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     what = f"{'Fréchet distance' if quality else 'PSNR'} against {CAPTIONS[axis]}, a numbered mark a row of the table"
     text = page.get_template("report.html.j2").render(
@@ -375,7 +373,9 @@ def write_report(
         protocol={**first["protocol"], "floors": baselines},
         cost=CAPTIONS[axis],
         quality=quality,
-        absent=absent_columns(rows),
+        absent=absent,
+        columns=main_columns(quality, absent),
+        uncertain=best is not None and quality and is_uncertain(best),
         near=NEAR_DB,
         command=sample_command(best) if best is not None else "",
         equivalent=equivalent,

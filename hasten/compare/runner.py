@@ -196,6 +196,8 @@ def compare(
     calibration = unseen if captioned is None else captioned.calibration_prompts
     if label is not None and not model.calibration_prompts:
         model = replace(model, calibration_prompts=calibration or tuple(dict.fromkeys(label)))
+    if accelerated := sum(bool(variant.accelerators) for variant in variant_set.variants):
+        progress.say(f"preparing accelerators ({accelerated} rows): calibration, search of key steps")
     rows = prepare(model, variant_set, ranks, label, progress.say)
     known: Reference | None
     net: nn.Module | None

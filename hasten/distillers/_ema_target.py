@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
-from ..train.ema import copy_for_average
+from ..train.ema import copy_for_average, update_ema
 
 
 class StepCounter(nn.Module):
@@ -85,7 +85,4 @@ class EMATarget(StepCounter):
 
 def ema_update(average: nn.Module, student: nn.Module, fraction: float) -> None:
     """Move the parameters of `average` by a fraction of the way to the student's (1: all of it); copy the buffers."""
-    old: list[Tensor] = list(average.parameters())
-    torch._foreach_lerp_(old, [p.detach() for p in student.parameters()], fraction)
-    for buffer, other in zip(average.buffers(), student.buffers(), strict=True):
-        buffer.copy_(other)
+    update_ema(average, student, 1 - fraction)

@@ -209,10 +209,11 @@ def read_judge(folder: Path, which: str) -> TextJudge:
         return TowersJudge(ContrastiveTowers.load(folder).float(), load_tokenizer(folder, folder / "tokenizer"))
     if not folder.is_dir():
         raise BadInput(f"no judge {which!r}: not a folder; {nearest(which, BUNDLED_JUDGES)}")
-    config = read_json_file(folder / "config.json")
-    if config.get("model_type") != "clip":
+    kind = read_json_file(folder / "config.json").get("model_type")
+    if kind != "clip":
+        hint = f"; a {kind} gives --features" if str(kind).startswith(("siglip", "dino", "vit")) else ""
         raise BadInput(
-            f"{folder} is no judge: it holds neither {TOWERS} nor the config.json of a CLIPModel of transformers"
+            f"{folder} is no judge: it holds neither {TOWERS} nor the config.json of a CLIPModel of transformers{hint}"
         )
     from transformers import CLIPModel
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput
 from .measure import weights_digest
-from .text_judge import load_judge, pixel_statistics, read_json_file, square_resized, without_weight_bars
+from .text_judge import TOWERS, load_judge, pixel_statistics, read_json_file, square_resized, without_weight_bars
 
 __all__ = ["CoarsePixels", "VisionFeatures", "load_vision", "net_from_folder"]
 
@@ -73,6 +73,11 @@ def net_from_folder(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     kind = read_json_file(folder / CONFIG).get("model_type")
+    if kind is None and not (folder / TOWERS).is_file():
+        raise BadInput(
+            f"{folder} holds no feature network: no {CONFIG} of a CLIP, SigLIP, DINOv2 or other image encoder of "
+            f"transformers, and no {TOWERS}"
+        )
     tower = isinstance(kind, str) and (kind != "clip" or not any((folder / name).is_file() for name in TOKENIZERS))
     return load_vision(folder) if tower else load_judge(folder)
 

@@ -147,6 +147,8 @@ def load_perceptual(path: str | Path) -> PerceptualDistance:
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
+    if not path.exists():
+        raise BadInput(f"LPIPS: there is no file or folder {path}; by name its trunks are {', '.join(HUB_FILES)}")
     if not files:
         raise BadInput(f"{path} holds no weights of a perceptual distance ({', '.join(SUFFIXES)})")
     return from_files(files, path)

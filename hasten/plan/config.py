@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BadInput, check_number
 from ..pick import format_spec, pick
 from ..times import as_times, check_steps
-from ..utils.config import Config
+from ..utils.config import Config, read_table
 from .table import Plan
 
 __all__ = ["SamplingConfig", "SamplingOptions"]
@@ -92,6 +92,11 @@ class SamplingConfig(Config):
             object.__setattr__(self, "guidance_scale", check_number("guidance_scale", self.guidance_scale))
 
     @classmethod
+    def load(cls, path: str | Path, table: str | None = "sampling") -> SamplingConfig:
+        """As `Config.load`, by default from the table [sampling] where the file has one."""
+        return super().load(path, table)
+
+    @classmethod
     def of(
         cls, config: SamplingConfig | Mapping[str, Any] | str | Path | None, options: Mapping[str, Any]
     ) -> SamplingConfig:
@@ -102,6 +107,8 @@ class SamplingConfig(Config):
                     f"config must be a SamplingConfig, found {config!r}: a sampler is given as sampler={config!r}"
                 )
             config = cls.parse(config)
+        elif isinstance(config, (str, Path)):
+            refuse_files(config)
         return super().of(config, options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,6 +180,16 @@ class SamplingConfig(Config):
             elif name in ("guides", "accelerators"):
                 changed[name] = [format_spec(pick(folder, one)) if isinstance(one, str) else one for one in value]
         return changed
+
+
+def refuse_files(path: str | Path) -> None:
+    """Raise BadInput for the choice of another model, a LoRA or a decoder, which a sampling alone cannot follow."""
+    if files := read_table(path).get("model"):
+        (key, value), *_ = files.items() if isinstance(files, Mapping) else (("model", files),)
+        raise BadInput(
+            f"{path} needs more than a way to sample, its [model] has {key} = {value!r}: use hasten sample --config, "
+            "hasten.apply on a pipeline, or load that yourself and pass SamplingConfig.load(file)"
+        )
 
 
 def as_list(folder: str, methods: Any) -> list[Any]:

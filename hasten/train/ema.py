@@ -61,8 +61,12 @@ def copy_for_average(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, module: nn.Module, beta: float) -> None:
-    """Update the parameters of `ema` in place to `beta ema + (1 - beta) module`, and copy the buffers."""
-    averages, weights = ([local_shard(p.detach()) for p in one.parameters()] for one in (ema, module))
+    """Update the parameters of `ema` in place to `beta ema + (1 - beta) module`, and copy the buffers.
+
+    Parameters that both have, such as the base weights of a LoRA, are not written.
+    """
+    pairs = [(a, b) for a, b in zip(ema.parameters(), module.parameters(), strict=True) if a is not b]
+    averages, weights = ([local_shard(pair[k].detach()) for pair in pairs] for k in (0, 1))
     torch._foreach_lerp_(averages, weights, 1 - beta)
     for average, buffer in zip(ema.buffers(), module.buffers(), strict=True):
         average.copy_(buffer)

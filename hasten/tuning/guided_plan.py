@@ -26,8 +26,8 @@ class GuidedPlan(FittedPlan):
     Classifier-free guidance costs two evaluations a step, of both branches at one state. Here every evaluation has a
     state, a time and coefficients of its own, so that the scale too may differ from row to row, and only some of
     them evaluate the unconditional branch. All is fitted as in `FittedPlan`, to the fine solution *under guidance*. The
-    starts are guidance in every step, and in some steps with the last difference in the others (`guided_plan`), for
-    each number of unconditional evaluations; the best is kept.
+    starts are guidance in every step, in some steps with the last difference in the others (`guided_plan`), and in an
+    interval, for each number of unconditional evaluations; the best is kept.
 
     The plan is for one guidance scale. Its NFE counts single branches: one of 12 costs what 6 guided steps cost.
 
@@ -86,11 +86,11 @@ class GuidedPlan(FittedPlan):
             for name, table in tables.items():
                 if table.nfe != steps:
                     continue
-                for places in uncond_placements(steps, evaluated):
-                    found = True
-                    where = ",".join(map(str, places))
-                    text = f"{table.sampler}{name}, unconditional in {where}"
-                    yield text, guided_plan(table, scale, places)
+                found = True
+                for reuse in (True, False):
+                    for places in (uncond_placements if reuse else intervals)(steps, evaluated):
+                        where = ("unconditional in " if reuse else "interval ") + ",".join(map(str, places))
+                        yield f"{table.sampler}{name}, {where}", guided_plan(table, scale, places, reuse=reuse)
         if not found:
             raise BadInput(
                 f"guided_plan starts from samplers of one evaluation a step, not {type(task.sampler).__name__}"
@@ -118,3 +118,10 @@ def uncond_placements(steps: int, evaluated: int) -> list[tuple[int, ...]]:
     later = tuple(1 + i * (steps - 1) // evaluated for i in range(evaluated)) if evaluated < steps else even
     second = tuple(range(1, evaluated + 1)) if evaluated < steps else even
     return list(dict.fromkeys((even, later, tuple(range(evaluated)), second)))
+
+
+def intervals(steps: int, evaluated: int) -> list[tuple[int, ...]]:
+    """Consecutive steps, those of the noisier half; none where they are all steps."""
+    if evaluated == steps:
+        return []
+    return [tuple(range(k, k + evaluated)) for k in range((steps - evaluated) // 2 + 1)]

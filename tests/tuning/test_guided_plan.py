@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from hasten.times import UniformLambda
 from hasten.tuning import TuningTask
 from hasten.tuning._rows import PlanParametrization, run_plan
 from hasten.tuning._starts import resized
-from hasten.tuning.guided_plan import GuidedPlan, uncond_placements
+from hasten.tuning.guided_plan import GuidedPlan, intervals, uncond_placements
 from hasten.workflows.tune import tune_model
 from tests.factories import tiny_model
 
@@ -98,6 +99,26 @@ def test_every_place_is_another_step() -> None:
         for asked in range(1, steps + 1):
             for places in uncond_placements(steps, asked):
                 assert len(set(places)) == asked and min(places) >= 0 and max(places) < steps
+
+
+def test_the_fit_starts_from_intervals_too() -> None:
+    """Guidance in the steps of an interval, the conditional model in the others, with all evaluations used."""
+    guided = CFG(2.0).wrap(m2(VPLinear(), labels=[0, 0, 1, 1, 2, 2]))
+    asked = task(guided, 8)
+    starts = dict(GuidedPlan(search="sampler", teleport=False).candidates(SimpleNamespace(low=0.02), asked))
+    assert {table.nfe for table in starts.values()} == {8}
+    x, label = Noise(range(6), (2,), F64).initial(), torch.arange(6) % 3
+    steps = plan(UniPC(2), guided.schedule, resized(guided.schedule, asked.times, 6))
+    start = next(table for name, table in starts.items() if name.endswith("interval 1,2"))
+    ends = (0.5 * (steps.times[1:3] + steps.times[[0, 3]])).tolist()
+    q = [float(guided.schedule.q(t)) for t in ends]
+    inside = CFG(2.0, interval=(q[1], q[0])).wrap(guided.denoiser)
+    torch.testing.assert_close(start(guided, x, label=label), steps(inside, x, label=label), rtol=1e-9, atol=1e-9)
+    for count in range(1, 9):
+        for evaluated in range(1, count + 1):
+            found = intervals(count, evaluated)
+            assert all(len(places) == evaluated and places[-1] < count for places in found)
+            assert bool(found) == (evaluated < count)
 
 
 def test_bad_input() -> None:

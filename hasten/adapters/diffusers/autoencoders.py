@@ -299,7 +299,8 @@ def replace_decoder(decoder: Latents, pipeline: Any, folder: str | Path) -> tupl
             encoder = mine
         shared = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
         other.register_to_config(**{name: mine.config[name] for name in shared if mine.config.get(name) is not None})
-    other.to(mine.device, mine.dtype)
+    with errors_only("diffusers.models.modeling_utils"):  # it warns even where it keeps no module in float32
+        other.to(mine.device, mine.dtype)
     if pipeline is not None:
         pipeline = copy.copy(pipeline)  # which shares its components; setattr on it leaves the original unchanged
         pipeline.vae = other
