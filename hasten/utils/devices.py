@@ -30,8 +30,8 @@ def default_device_type() -> str:
 
 def backend_of(kind: str) -> Any:
     """torch's module for a type of GPU, such as `torch.cuda`; None where there is no such GPU."""
-    backend = getattr(torch, kind, None)
-    available = torch.backends.mps if kind == "mps" else backend
+    backend: Any = getattr(torch, kind, None)
+    available: Any = torch.backends.mps if kind == "mps" else backend
     return backend if backend is not None and available.is_available() else None
 
 
