@@ -230,7 +230,7 @@ class Denoiser(nn.Module):
             # for networks that branch on the time, without a device synchronisation
             time.host_times = (clock,)  # type: ignore[attr-defined]
         else:
-            time = clock.to(x_t.device, torch.float32).expand(len(x_t))
+            time = clock.to(torch.float32).to(x_t.device).expand(len(x_t))
         return net_input.to(dtype), time
 
     def _coefficients(self, t: Tensor | float, x_t: Tensor, need_x0: bool = True) -> tuple[Any, Any, Any, Any]:

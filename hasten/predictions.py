@@ -225,7 +225,8 @@ def spread(coefficient: Tensor | float, like: Tensor) -> Tensor:
         a tensor of shape () or (B, 1, ...) that multiplies `like`, in its dtype; of (B,) on its device.
     """
     coefficient = torch.as_tensor(coefficient)
-    if coefficient.ndim == 0 and coefficient.device.type == "cpu":
+    here = coefficient.device.type == "cpu" and not (coefficient.requires_grad and not has_float64(like.device))
+    if coefficient.ndim == 0 and here:
         return coefficient.to(like.dtype)  # multiplies on any device, without a copy
-    coefficient = coefficient.to(like.device, like.dtype)
+    coefficient = coefficient.to(like.dtype).to(like.device)  # in this order gradients return too: MPS has no float64
     return coefficient.reshape(-1, *[1] * (like.ndim - 1)) if coefficient.ndim == 1 else coefficient

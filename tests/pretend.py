@@ -25,6 +25,7 @@ need real addresses (Triton, oneDNN's integer ones) cannot run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -82,7 +83,6 @@ class PretendedTensor(torch.Tensor):
 
     device = property(lambda self: _device())  # type: ignore[assignment]
     is_cuda = property(lambda self: _device().type == "cuda")  # type: ignore[assignment]
-    is_mps = property(lambda self: _device().type == "mps")  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
 
@@ -120,20 +120,16 @@ class Pretended:
         self.loop: Counter[tuple[str, str]] = Counter()
         self.recording = True
         self.pinned: dict[int, Any] = {}
-        self._patches: list[Any] = []
 
     def __enter__(self) -> Pretended:
         backend = getattr(torch, self.device.type)
-        nothing = dict.fromkeys(MEMORY, lambda *_: 0)
-        for target, name, value in (
-            (backend, "synchronize", lambda *_: _record("wait")),
-            *((backend, name, value) for name, value in nothing.items() if hasattr(backend, name)),
-            (torch.Tensor, "pin_memory", _pin_memory),
-            (torch.Tensor, "is_pinned", _is_pinned),
-        ):
-            patch = mock.patch.object(target, name, value)
-            patch.start()
-            self._patches.append(patch)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(backend, "synchronize", lambda *_: _record("wait")))
+            for name in MEMORY:
+                if hasattr(backend, name):
+                    stack.enter_context(mock.patch.object(backend, name, lambda *_: 0))
+            stack.enter_context(mock.patch.multiple(torch.Tensor, pin_memory=_pin_memory, is_pinned=_is_pinned))
+            self._patches = stack.pop_all()
         _active.append(self)
         self._start()
         return self
@@ -141,8 +137,7 @@ class Pretended:
     def __exit__(self, *_: Any) -> None:
         self._stop()
         _active.remove(self)
-        while self._patches:
-            self._patches.pop().stop()
+        self._patches.close()
 
     def watch(self, first: int = 1) -> Callable[..., None]:
         """A callback of sampling: `loop` then has the events between evaluation `first` (from 0) and the last one.
@@ -267,13 +262,10 @@ def _device() -> torch.device:
 
 
 def _is_there(value: Any) -> bool:
-    if isinstance(value, torch.device):
-        return value.type == _device().type
-    return isinstance(value, str) and value.partition(":")[0] == _device().type
+    return isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == _device().type
 
 
 def _pin_memory(tensor: Tensor, *_: Any) -> Tensor:
-    """`Tensor.pin_memory`."""
     if isinstance(tensor, PretendedTensor) or _device().type == "mps":
         raise RuntimeError(f"cannot pin a tensor of {tensor.device} here: only CPU tensors, for CUDA or XPU")
     made = tensor.clone()
@@ -282,10 +274,8 @@ def _pin_memory(tensor: Tensor, *_: Any) -> Tensor:
 
 
 def _is_pinned(tensor: Tensor, *_: Any) -> bool:
-    """`Tensor.is_pinned`."""
-    if isinstance(tensor, PretendedTensor):
-        return False
-    return tensor.untyped_storage().data_ptr() in _active[-1].pinned
+    there = isinstance(tensor, PretendedTensor)
+    return not there and tensor.untyped_storage().data_ptr() in _active[-1].pinned
 
 
 def _from_numbers(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -367,13 +357,12 @@ def _checked(name: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
     )
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def _check_dtype(dtype: torch.dtype, counted: bool = True) -> None:
     """Record a tensor of this dtype on the device, or refuse it."""
-    if dtype not in WIDE:
-        return
-    if _device().type == "mps":
+    if dtype in WIDE and _device().type == "mps":
         raise TypeError(f"Cannot convert a MPS Tensor to {dtype}: MPS has none (at {_where()})")
-    _record("float64")
+    if dtype in WIDE and counted:
+        _record("float64")
 
 
 def _record_copy(source: Tensor, there_after: bool, dtype: torch.dtype | None, non_blocking: bool) -> None:
@@ -383,8 +372,7 @@ def _record_copy(source: Tensor, there_after: bool, dtype: torch.dtype | None, n
         _record("async" if non_blocking and cuda else "wait")
         if dtype == torch.float64 and source.dtype != torch.float64:
             _record("widened")
-            if not cuda:
-                raise TypeError(f"Cannot convert a MPS Tensor to float64: MPS has none (at {_where()})")
+            _check_dtype(dtype, counted=False)
     if there_after and not there_before:
         _record("async" if non_blocking and source.is_pinned() else "upload")
 

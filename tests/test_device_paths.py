@@ -277,7 +277,7 @@ def test_settings_are_timed_and_memory_is_measured() -> None:
         denoiser, x = put(tiny_denoiser()), torch.randn(2, 1, 8, 8).to("mps")
         device.clear()
         runtime = probe(denoiser, x, budget=0.2)
-        assert runtime.device == "mps" and device.count("wait", "performance/device") >= 2, device.lines()
+        assert runtime.device == "mps" and device.count("wait", "utils/devices") >= 2, device.lines()
     with Pretended() as device:
         cost.interleave({"a": lambda: None}, repeats=1, warmup=0)
         with cost.peak_memory("cpu") as peak:

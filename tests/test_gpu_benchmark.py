@@ -29,7 +29,7 @@ def test_a_table_compares_with_its_first_row_and_says_what_failed() -> None:
     ]
     gpu.measure(rows, torch.device("cpu"), 3, gpu.Clock(float("inf")))
     lines = "\n".join(gpu.table("a table", rows, 2))
-    assert "**a table**, batch 2, 3 rounds" in lines and "| off |" in lines and "20.0 dB" in lines
+    assert "**a table**, batch 2, rounds: 3" in lines and "| off |" in lines and "20.0 dB" in lines
     assert "| first |" in lines and " 1.00x (1.00 to 1.00) |" in lines
     assert "Not measured: broken: no kernel." in lines
     late = [gpu.Row("late", fails)]  # type: ignore[arg-type]

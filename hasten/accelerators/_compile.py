@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import BadInput
-from ..performance.device import synchronize
+from ..utils.devices import synchronize
 
 __all__ = ["CompiledGraph", "CompiledNet"]
 

@@ -22,10 +22,10 @@ from ..files import write_file
 from ..metrics import extract, without_neighbours
 from ..metrics.frechet import frechet_distance, moments
 from ..performance import cost
-from ..performance.device import synchronize
 from ..progress import ProgressReporter
 from ..storage.batches import SavedBatches
 from ..storage.provenance import utc_now
+from ..utils.devices import synchronize
 from ..workflows.distribute import part_of
 from ..workflows.prompt_figures import IMAGES_PER_PROMPT
 from . import budget as timer

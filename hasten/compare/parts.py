@@ -12,7 +12,8 @@ import torch
 
 from ..model.model import Model
 from ..performance.cost import process_peak, resident_bytes
-from ..performance.device import allocated_bytes, peak_allocated_bytes, reset_peak, synchronize
+from ..performance.device import allocated_bytes, peak_allocated_bytes, reset_peak
+from ..utils.devices import synchronize
 
 PARTS = {"text": ("conditioning", "cond"), "decoder": ("decoder", "decode")}
 NETWORK = "network"  # the part that is none of these

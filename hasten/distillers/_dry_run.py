@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..performance.device import synchronize
 from ..train.data import shard_batches
 from ..train.fit import Ema
 from ..train.trained_module import TrainedModule
+from ..utils.devices import synchronize
 from ._batch_keys import check_batch_keys
 from ._task import DistillTask
 

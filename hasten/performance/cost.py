@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from .device import COUNTED, allocated_bytes, peak_allocated_bytes, reset_peak, synchronize
+from ..utils.devices import synchronize
+from .device import COUNTED, allocated_bytes, peak_allocated_bytes, reset_peak
 
 __all__ = [
     "Cost",

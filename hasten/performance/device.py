@@ -1,4 +1,4 @@
-"""The device to run on: its name, waiting for it, its memory."""
+"""The device to run on: its name and its memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..errors import BadInput
 from ..utils.devices import default_device_type
 
-__all__ = ["COUNTED", "allocated_bytes", "device_for", "peak_allocated_bytes", "processor", "reset_peak", "synchronize"]
+__all__ = ["COUNTED", "allocated_bytes", "device_for", "peak_allocated_bytes", "processor", "reset_peak"]
 
 COUNTED = ("cuda", "xpu")  # whose allocators know their peak
 
@@ -45,17 +45,6 @@ def processor(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {os.cpu_count()} cores"
-
-
-def synchronize(device: torch.device | str) -> None:
-    """Wait until a device has finished its work, before a clock is read; a CPU has nothing to wait for."""
-    device = torch.device(device)
-    if device.type in COUNTED:
-        getattr(torch, device.type).synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type not in ("cpu", "meta"):
-        torch.accelerator.synchronize(device)
 
 
 def reset_peak(device: torch.device | str) -> bool:

@@ -31,7 +31,7 @@ from torch import distributed, nn
 
 from ..errors import BadInput, check_int
 from ..utils.deprecation import renamed
-from .device import synchronize
+from ..utils.devices import synchronize
 from .hardware import A100, NVLINK, Device, Link, ParallelLayout
 from .profile import Message, Op, Workload, work_of
 

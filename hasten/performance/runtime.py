@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, check_choice
-from .device import synchronize
+from ..utils.devices import synchronize
 
 __all__ = ["Runtime", "probe"]
 

@@ -1,4 +1,4 @@
-"""What devices differ in: float64, copies that do not wait, generators."""
+"""What devices differ in: waiting for them, float64, copies that do not wait, generators."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ __all__ = [
     "has_pinned_memory",
     "rng_states",
     "set_rng_states",
+    "synchronize",
     "upload",
 ]
 
@@ -29,9 +30,20 @@ def default_device_type() -> str:
 
 def backend_of(kind: str) -> Any:
     """torch's module for a type of GPU, such as `torch.cuda`; None where there is no such GPU."""
-    backend = getattr(torch, kind, None)
-    available = torch.backends.mps if kind == "mps" else backend
+    backend: Any = getattr(torch, kind, None)
+    available: Any = torch.backends.mps if kind == "mps" else backend
     return backend if backend is not None and available.is_available() else None
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a device has finished its work, before a clock is read; a CPU has nothing to wait for."""
+    device = torch.device(device)
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
 
 
 # ---- float64 ----
@@ -93,4 +105,5 @@ def rng_states() -> dict[str, Tensor]:
 def set_rng_states(states: dict[str, Tensor]) -> None:
     """Restore what `rng_states` returned."""
     for kind, state in states.items():
-        (torch if kind == "cpu" else backend_of(kind)).set_rng_state(state)
+        backend: Any = torch if kind == "cpu" else backend_of(kind)
+        backend.set_rng_state(state)
