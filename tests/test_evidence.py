@@ -235,8 +235,11 @@ def test_the_first_evaluation_is_the_teachers_and_the_others_are_the_students() 
         assert torch.equal(both.denoiser(x, 0.92, **cond), student.denoiser(x, 0.92, **cond))
     guided = student.with_first_evaluation(teacher, 2.0, 1.0)  # the teacher without guidance: one evaluation
     with count_evaluations(guided) as count:
-        assert torch.equal(guided.denoiser(x, 0.95, **cond), teacher.denoiser(x, 0.95, **cond)) and count == [2]
-        assert torch.equal(guided.denoiser(x, 0.92, **cond), student.guided(2.0)(x, 0.92, **cond)) and count == [6]
+        first = guided.denoiser(x, 0.95, **cond)
+        assert count == [2]
+        second = guided.denoiser(x, 0.92, **cond)
+    assert count == [6] and torch.equal(first, teacher.denoiser(x, 0.95, **cond))
+    assert torch.equal(second, student.guided(2.0)(x, 0.92, **cond))
     assert jobs.split_scale("runs/a:1") == ("runs/a", 1.0) and jobs.split_scale("emoji") == ("emoji", None)
     with pytest.raises(BadInput, match="MODEL or MODEL:SCALE, and 'b'"):
         jobs.split_scale("a:b")

@@ -203,14 +203,9 @@ def results_table(rows: Sequence[Row], width: int = 160) -> Table:
 
 def absent_columns(rows: Sequence[Row]) -> set[str]:
     """The cells that no row has a figure for, of those that are shown for some models or numbers of images only."""
-    fields = {"match": "prompt_match", "diversity": "diversity", "parts": "seconds_by_part"}
-    fields |= {name: name for name in ("kid", "precision", "recall", "coverage")}
-    fields |= {
-        "frechet": "frechet",
-        "frechet_spread": "frechet",
-        "macs": "macs_per_image",
-        "ratio": "frechet_over_equal_cost",
-    }
+    fields = {"match": "prompt_match", "diversity": "diversity", "parts": "seconds_by_part", "macs": "macs_per_image"}
+    fields |= {name: name for name in ("frechet", "kid", "precision", "recall", "coverage")}
+    fields |= {"frechet_spread": "frechet", "ratio": "frechet_over_equal_cost"}
     missing = {cell for cell, key in fields.items() if all(row.get(key) is None for row in rows)}
     return missing | ({"ssim"} if "match" in missing else {"accuracy"})
 
