@@ -300,7 +300,9 @@ def summary(row: Mapping[str, Any]) -> str:
         return f"failed: {row['failed']}"
     quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
     quality += "" if row.get("prompt_match") is None else f", prompt match {row['prompt_match']:.1%}"
-    return f"{row['nfe']:g} NFE, {row['seconds_per_image'] * 1e3:.3g} ms an image{quality}"
+    seconds = row["seconds_per_image"]
+    spent = f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{row['nfe']:g} NFE, {spent} an image{quality}"
 
 
 def average_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
