@@ -1,15 +1,15 @@
 """`hasten choose`: does its bound hold on other seeds, and what does it find of what an exhaustive search finds?
 
     python -m benchmarks.choose coverage         `fashion`, few steps: about a minute on one idle core
-    python -m benchmarks.choose fashion          every candidate measured, and a search: about five minutes
+    python -m benchmarks.choose fashion          every candidate measured, and a search: under a minute
     python -m benchmarks.choose folder           the same for a tiny random StableDiffusionPipeline in a folder
 
 - coverage: one search with `--psnr`, whose certificate is then held against 20 further disjoint blocks of as many
   seeds, which neither the search nor the certificate has used. The bound of each block's own certificate is also held
   against the next block and against the mean of all.
 - fashion, folder: samplers UniPC-2, DPM++ 2M and DDIM, two grids, every number of steps below the plain model's that
-  the search knows, each with full guidance, guidance in an interval, and reuse of the last difference. The exhaustive
-  search measures all of these on the seeds 0 to n - 1 and takes the fastest whose mean PSNR keeps the goal, and the
+  the search knows; of the folder each with full guidance, guidance in an interval, and reuse of the last difference.
+  The exhaustive search measures all of these on the seeds 0 to n - 1 and takes the fastest whose mean PSNR keeps the goal, and the
   fastest of which a certificate could be given on n seeds (the bound at the confidence of a first try). Times are by
   evaluations, since all rows run the same network; costs are images through the network, with those of timings.
 """
@@ -148,7 +148,10 @@ def main() -> None:
         if given.case == "folder":
             case = folder_case(out / "pipeline")
         elif given.case == "fashion":
-            case = Case(hasten.load("fashion"), SamplingConfig(steps=10), 30.0, 32)
+            case = Case(
+                hasten.load("fashion"), SamplingConfig(steps=8, guidance_scale=1), 28.0, 24,
+                without=("guidance", *WITHOUT),
+            )  # fmt: skip
         else:
             case = Case(
                 hasten.load("fashion"), SamplingConfig(steps=6, guidance_scale=1), 24.0, 24,

@@ -63,6 +63,9 @@ class Bench:
     batch_size: int = 64
     timing: tuple[int, int] = (4, 3)
     _models: dict[str, Model] = field(default_factory=dict, repr=False)
+    # What a decision may use: not what a stopped run has found later, so that the same command decides the same.
+    _nfe: dict[str, float] = field(default_factory=dict, repr=False)
+    _relative: dict[str, float] = field(default_factory=dict, repr=False)
 
     # ---- what is sampled ----
 
@@ -103,7 +106,8 @@ class Bench:
             seed = self.seed + first + offset
             batch = min(self.batch_size, count)
             images = sample_images(model, variant, count, seed, batch, self.precision, self.labels(first, count))
-        self.store.figures(key_of(variant))["nfe"] = evaluations[0] / count + start_nfe(model, variant)
+        key = key_of(variant)
+        self.store.figures(key)["nfe"] = self._nfe[key] = evaluations[0] / count + start_nfe(model, variant)
         self.spend(evaluations[0])
         return images
 
@@ -134,7 +138,13 @@ class Bench:
                 images = self.images(self.plain, first, count).half()
                 self.store.put_rows(f"{PLAIN}-images", first, count, {"images": images})
             return images.float()
+        self.recall_nfe(key_of(self.plain))
         return found["images"].float()
+
+    def recall_nfe(self, key: str) -> None:
+        """Use the stored evaluations of an image from now on."""
+        if "nfe" in self.store.figures(key):
+            self._nfe[key] = float(self.store.figures(key)["nfe"])
 
     def rows(self, variant: Variant, first: int, count: int) -> dict[str, Tensor]:
         """What of each seed the loss of a candidate is computed from."""
@@ -146,6 +156,7 @@ class Bench:
                 images = plain if variant.method == self.plain.method else self.images(variant, first, count)
                 found = self.figure.rows(images.half().float(), plain)
                 self.store.put_rows(key, first, count, found)
+        self.recall_nfe(key)
         return found
 
     def loss(self, variant: Variant, parts: Sequence[tuple[int, int]]) -> Any:
@@ -174,7 +185,11 @@ class Bench:
     def time(self, variants: Sequence[Variant], purpose: str) -> None:
         """Time candidates and the plain model in turns, unless they were for this purpose."""
         every = {key_of(v): v for v in (self.plain, *variants)}
-        if all(purpose in self.store.figures(key).get("timed", {}) for key in every):
+        stored = {key: self.store.figures(key).get("timed", {}).get(purpose) for key in every}
+        if all(stored.values()):
+            self._relative |= {key: times[0] for key, times in stored.items()}
+            for key in every:
+                self.recall_nfe(key)
             return
         batch, rounds = self.timing
         calls = {key: functools.partial(self.images, v, 0, batch) for key, v in every.items()}
@@ -190,7 +205,7 @@ class Bench:
             ratio = cost.ratio(seconds[plain], seconds[key])
             figures = self.store.figures(key)
             figures.setdefault("timed", {})[purpose] = [1 / ratio.median, 1 / ratio.high, 1 / ratio.low]
-            figures["relative"] = 1 / ratio.median
+            self._relative[key] = 1 / ratio.median
             if key == plain:
                 figures.setdefault("seconds", sorted(seconds[key])[rounds // 2] / batch)
         self.store.save()
@@ -202,16 +217,14 @@ class Bench:
 
     def relative(self, variant: Variant) -> float:
         """Seconds of a candidate over the plain model's: as timed, else by its evaluations."""
-        known = self.store.figures(key_of(variant))
-        if "relative" in known:
-            return float(known["relative"])
-        nfe = known.get("nfe") or self.declared_nfe(variant)
+        key, base = key_of(variant), key_of(self.plain)
+        if key in self._relative:
+            return self._relative[key]
+        nfe = self.nfe(variant)
         cheaper = 0.7 if len(variant.accelerators) > len(self.plain.accelerators) else 1.0
-        return (
-            cheaper
-            * nfe
-            / max(self.store.figures(key_of(self.plain)).get("nfe", 0) or self.declared_nfe(self.plain), 1)
-        )
+        fixed = float(self.store.figures(base).get("fixed", 0.0))
+        share = nfe / max(self.nfe(self.plain), 1)
+        return float(cheaper * (fixed + (1 - fixed) * share))
 
     def declared_nfe(self, variant: Variant) -> float:
         """Evaluations of an image before any was sampled."""
@@ -240,4 +253,8 @@ class Bench:
 
     def has_time(self, variant: Variant) -> bool:
         """Whether a candidate was timed."""
-        return "relative" in self.store.figures(key_of(variant))
+        return key_of(variant) in self._relative
+
+    def nfe(self, variant: Variant) -> float:
+        """Evaluations of an image, as counted, or before that as declared."""
+        return self._nfe.get(key_of(variant)) or self.declared_nfe(variant)

@@ -85,9 +85,8 @@ class Search:
         """The figures of a candidate on these seeds."""
         bench = self.bench
         loss = bench.loss(variant, parts)
-        nfe = float(bench.store.figures(key_of(variant)).get("nfe", bench.declared_nfe(variant)))
         times = bench.relative(variant), bench.seconds(variant)
-        entry = Entry(variant, loss, *times, nfe, bench.has_time(variant))
+        entry = Entry(variant, loss, *times, bench.nfe(variant), bench.has_time(variant))
         self.measured[key_of(variant)] = entry
         return entry
 

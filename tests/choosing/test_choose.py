@@ -55,7 +55,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def searched(tmp_path: Path, rows: Path, **options: Any) -> dict[str, Any]:
-    defaults = {"psnr": 30, "n": 24, "variants": rows, "precision": "fp32", "rounds": 1, "timing_batch": 1}
+    defaults = {"psnr": 30, "n": 16, "variants": rows, "precision": "fp32", "rounds": 1, "timing_batch": 1}
     return hasten.choose(model(), out=tmp_path / "best.toml", show=False, **{**defaults, **options})
 
 
@@ -152,7 +152,7 @@ def test_the_choice_is_the_fastest_that_keeps_the_bound(finished: Any) -> None:
 def test_the_certificate_is_of_seeds_that_the_search_has_not_seen(finished: Any) -> None:
     _, result, seeds = finished
     first, last = result["certificate"]["seeds"]
-    assert last - first + 1 == 24
+    assert last - first + 1 == 16
     fresh = set(range(first, last + 1))
     by_name: dict[str, set[int]] = {}
     for name, seed in seeds:
@@ -190,6 +190,7 @@ def test_the_same_command_resumes_and_another_is_refused(finished: Any, monkeypa
     again = searched(folder, folder / "rows.toml")
     assert (again["best"], again["certificate"]) == (result["best"], result["certificate"])
     assert again["spent"]["evaluations"] == result["spent"]["evaluations"]
+    assert (again["front"], again["rejected"]) == (result["front"], result["rejected"])  # the same decisions
     with pytest.raises(BadInput, match="goal --psnr 30, asked for --psnr 31"):
         searched(folder, folder / "rows.toml", psnr=31)
 
@@ -264,7 +265,7 @@ class Corner(torch.nn.Module):
 def test_a_loss_is_of_the_distance_to_real_images(tmp_path: Path, rows: Path) -> None:
     images = torch.randn(80, 1, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     reference = make_reference(Corner()(images)[0], "noise", "test", "corner")
-    result = searched(tmp_path, rows, psnr=None, loss="40%", reference=reference, features=Corner())
+    result = searched(tmp_path, rows, psnr=None, loss="40%", n=24, reference=reference, features=Corner())
     assert result["figure"].startswith("Fréchet distance to noise (corner features)")
     best = result["certificate"]
     assert best["bound"] <= 0.4 and best["degrees"] == 11
