@@ -158,8 +158,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(
     *,
-    problems: Annotated[list[str], cyclopts.Parameter(negative=())] = [*PROBLEMS],  # noqa: B006
-    nfe: Annotated[list[int], cyclopts.Parameter(negative=())] = [*COUNTS],  # noqa: B006
+    problems: Annotated[list[str], cyclopts.Parameter(negative=(), consume_multiple=True)] = [*PROBLEMS],  # noqa: B006
+    nfe: Annotated[list[int], cyclopts.Parameter(negative=(), consume_multiple=True)] = [*COUNTS],  # noqa: B006
     teacher_: Annotated[bool, cyclopts.Parameter(name="--teacher")] = False,
     n: int = 8,
     iterations: int = 12,

@@ -93,9 +93,8 @@ def exhaustive(case: Case, out: Path) -> None:
     result = hasten.choose(case.model, out=out / "best.toml", **case.options())  # type: ignore[arg-type]
     spent = result["spent"]
     print(f"choose: {result['summary']}")
-    print(
-        f"  {spent['evaluations']} evaluations, {time.process_time() - cpu:.0f} CPU s, {time.perf_counter() - began:.0f} s"
-    )
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - began
+    print(f"  {spent['evaluations']} evaluations, {cpu:.0f} CPU s, {wall:.0f} s")
     bench = bench_of(case, out / "every")
     space = search_space(case.model, bench.plain, case.without)
     every = [*space.first, *(v for one in space.first for v in space.expanded(one, bench.plain))]
@@ -129,7 +128,7 @@ def folder_case(where: Path) -> Case:
     sd_pipeline().save_pretrained(where)
     prompts = ["a photo of the cat", "a big dog", "the red cat", "a blue photo of the big dog", "the dog", "a cat"]
     model = hasten.load(str(where))
-    return Case(model, SamplingConfig("ddim", times="trailing", steps=20, guidance_scale=4), 34.0, 32, prompts)
+    return Case(model, SamplingConfig("unipc", times="angle", steps=10, guidance_scale=4), 30.0, 64, prompts)
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ seeds from 0), guidance scale 2.
 - reuse: both branches in some steps, the last difference in the others; the best of all places considered by
   `guided_plan` *on these starts*.
 - fitted: `hasten.tuning.guided_plan`, fitted on other starts (M2, M64: 512 and 256 held out; R24: 2,048 of a pool of
-  16,384, and 1,024; `fashion`: 16 and 12, from the sampler on its own grid, ten iterations).
+  16,384, and 1,024; `fashion`: 32 and 16, from the sampler on the model's grid, without gradients of the network and one round of the
+  search).
 
 On `fashion` UniPC-2 on the model's own grid stands for the other methods; for CFG also UniPC-3 and two more grids.
 
@@ -104,7 +105,7 @@ class Fashion(Mixture):
         noise = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(FASHION[0])]
         self.x, self.label = torch.stack(noise), self.model.labels(FASHION[0])
         self.end = self.run(plan(UniPC(3), self.model.denoiser.schedule, self.grid(FASHION[3])))
-        _fit.START_SAMPLES, _fit.COMPARED = 8, 2  # of so few samples
+        _fit.START_SAMPLES, _fit.COMPARED = 12, 3  # of so few samples
         solve, solved = _fit.fine_trajectories, list[Any]()
 
         def once(*args: Any, **options: Any) -> Any:  # the same for every count
@@ -113,8 +114,8 @@ class Fashion(Mixture):
 
         _fit.fine_trajectories = once
         self.options = GuidedPlan(
-            held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], batch=16, teleport=False, search="sampler",
-            warm=0, robust=0, check=3,
+            gradient="frozen", held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], batch=16,
+            teleport=False, search="sampler",
         )  # fmt: skip
         self.n = FASHION[1]
 
@@ -133,7 +134,7 @@ class Fashion(Mixture):
         )
 
 
-FASHION = (16, 16, 12, 40, 10)  # test starts, calibration, held out, fine steps, iterations
+FASHION = (16, 32, 16, 40, 1)  # test starts, calibration, held out, fine steps, rounds
 
 
 def tables(problem: Mixture, kind: str, count: int) -> Iterator[tuple[str, Plan]]:

@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-4, help="of the student with all weights")
     parser.add_argument("--lora-lr", type=float, default=1e-3)
+    parser.add_argument("--tune-lr", type=float, default=1e-4, help="of the fine-tune")
     parser.add_argument("--targets", default="all", help="layers of the LoRAs")
     parser.add_argument("--split", default="test", help="of the figures")
     parser.add_argument("--style-split", default="val", help="of the fine-tune's figures")
@@ -139,7 +140,9 @@ def main() -> None:
 
     style = style_folder(args.data, args.style, out / args.style)
     if not (out / "tuned" / "model.json").is_file():
-        train_model(style / "train", out / "tuned", base=args.pipeline, batch_size=args.batch_size, **budget)
+        train_model(
+            style / "train", out / "tuned", base=args.pipeline, batch_size=args.batch_size, lr=args.tune_lr, **budget
+        )
     tuned, split = hasten.load(out / "tuned"), args.style_split
     own = ["fine-tune: 50 steps", "fine-tune: 8 steps", "base on the style: 50 steps"]
     once(record, file, own[0], lambda: figures(tuned, style, split, steps=50, **ddim))

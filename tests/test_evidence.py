@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hasten.compare import advice, compare, jobs
 from hasten.compare.advice import row_warnings
+from hasten.compare.counting import count_evaluations
 from hasten.compare.reuse import count_layers
 from hasten.compare.variants import parse_variants
 from hasten.denoiser import Denoiser
@@ -232,6 +233,16 @@ def test_the_first_evaluation_is_the_teachers_and_the_others_are_the_students() 
         both.denoiser.reset()
         assert torch.equal(both.denoiser(x, 0.95, **cond), teacher.denoiser(x, 0.95, **cond))
         assert torch.equal(both.denoiser(x, 0.92, **cond), student.denoiser(x, 0.92, **cond))
+    guided = student.with_first_evaluation(teacher, 2.0, 1.0)  # the teacher without guidance: one evaluation
+    with count_evaluations(guided) as count:
+        first = guided.denoiser(x, 0.95, **cond)
+        assert count == [2]
+        second = guided.denoiser(x, 0.92, **cond)
+    assert count == [6] and torch.equal(first, teacher.denoiser(x, 0.95, **cond))
+    assert torch.equal(second, student.guided(2.0)(x, 0.92, **cond))
+    assert jobs.split_scale("runs/a:1") == ("runs/a", 1.0) and jobs.split_scale("emoji") == ("emoji", None)
+    with pytest.raises(BadInput, match="MODEL or MODEL:SCALE, and 'b'"):
+        jobs.split_scale("a:b")
     other = replace(teacher, denoiser=teacher.denoiser.replace(schedule=VPCosine(offset=0.1)))
     with pytest.raises(BadInput, match="needs the student's noise schedule"):
         student.with_first_evaluation(other)

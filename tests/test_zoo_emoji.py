@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import hasten
 from hasten import zoo
 from hasten.cli import main
+from hasten.errors import Notice
 from hasten.model import Model
 
 PROMPTS = ["a red heart, google style", "a cat face, 3d style"]
@@ -46,7 +48,9 @@ def test_every_network_and_lora_of_it_samples() -> None:
     for card in emoji_cards():
         model = hasten.load(card.of or card.name)
         if card.kind == "lora":
-            model = model.with_lora(card.name)
+            with warnings.catch_warnings():  # no notice that it is for other weights
+                warnings.simplefilter("error", Notice)
+                model = model.with_lora(card.name)
         elif card.kind == "decoder":
             model = model.with_decoder(card.name)
         steps = min(model.plan.nfe if model.plan is not None else 2, 8)

@@ -231,8 +231,12 @@ class Bench:
 
     def knows_time(self, variant: Variant) -> bool:
         """Whether `relative` is no guess: a candidate was timed, or is the plain network with other steps."""
-        same = all(getattr(variant, name) == getattr(self.plain, name) for name in ("model", "lora", "decoder"))
-        return self.has_time(variant) or (same and variant.accelerators == self.plain.accelerators)
+        return self.has_time(variant) or self.is_same_network(variant)
+
+    def is_same_network(self, variant: Variant) -> bool:
+        """Whether a candidate runs the plain model's network, so that its evaluations say how fast it is."""
+        names = ("model", "lora", "decoder", "accelerators")
+        return all(getattr(variant, name) == getattr(self.plain, name) for name in names)
 
     def has_time(self, variant: Variant) -> bool:
         """Whether a candidate was timed."""

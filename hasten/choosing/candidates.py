@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..compare.jobs import load_other_model, location_of
 from ..compare.variants import Variant
 from ..errors import HastenError
 from ..model.model import Model
-from ..model.resolve import RECOMMENDED
+from ..model.resolve import RECOMMENDED, grid_of
 from ..plan.config import SamplingConfig, spec
 from ..storage.model_folder import DESCRIPTION
 
@@ -55,8 +55,9 @@ class Space:
             if has_kind(variant, kind) or not suits(variant, kind, plain):
                 continue
             text = value[0] if isinstance(value, tuple) else value
-            values = (*getattr(variant, name), *value) if isinstance(value, tuple) else value
-            found.append(replace(variant, name=f"{variant.name} + {text}", **{name: values}))
+            changes: dict[str, Any] = {"name": f"{variant.name} + {text}"}
+            changes[name] = (*getattr(variant, name), *value) if isinstance(value, tuple) else value
+            found.append(replace(variant, **changes))
         return found
 
 
@@ -171,18 +172,30 @@ def method_variants(model: Model, plain: Variant) -> list[Variant]:
     """Samplers and grids with fewer steps than the plain model."""
     limit = plain.steps
     samplers = dict.fromkeys(filter(None, (plain.sampler, model.sampler, *SAMPLERS)))
-    grids = dict.fromkeys(filter(None, (plain.times, model.times, *GRIDS)))
-    made = {}
+    grids = different_grids(model, dict.fromkeys(filter(None, (plain.times, model.times, *GRIDS))))
+    made: dict[Any, Variant] = {}
     for steps in STEPS:
         for sampler in samplers:
             for grid in grids:
                 if steps >= limit or (steps == 1 and sampler != "ddim"):
                     continue
                 name = f"{sampler}, {grid} times, {steps} step" + ("" if steps == 1 else "s")
-                fields = {"sampler": sampler, "times": grid, "steps": steps, "plan": None}
+                fields: dict[str, Any] = {"sampler": sampler, "times": grid, "steps": steps, "plan": None}
                 variant = replace(plain, name=name, role="variant", **fields)
                 made.setdefault(variant.method, variant)
     return list(made.values())
+
+
+def different_grids(model: Model, names: Iterable[str]) -> list[str]:
+    """The grids that differ on the model's schedule: on the cosine path equal angles are equal times."""
+    found: dict[tuple[float, ...], str] = {}
+    for name in names:
+        try:
+            times = grid_of(model.denoiser.schedule, name, 5, 5)
+        except HastenError:
+            continue
+        found.setdefault(tuple(round(t, 6) for t in times.tolist()), name)
+    return list(found.values())
 
 
 def bundled_students(model: Model) -> list[str]:

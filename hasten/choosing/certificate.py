@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from ..metrics.paired_loss import PairedLoss
@@ -80,7 +81,7 @@ def certify(
     """
     bench, goal = search.bench, search.goal
     tries: list[Certificate] = []
-    for place, entry in enumerate(entries):
+    for place, entry in enumerate(chain(entries, search.reserves(entries))):
         attempt = len(tries) + 1
         if attempt > TRIES:
             search.reject(entry.variant, f"{TRIES} candidates were tried before it")
@@ -89,7 +90,7 @@ def certify(
         expected = entry.loss.on(count).upper(risk, again=True)
         if expected > goal.limit and goal.kind != "seconds":
             bound = bench.figure.bound(expected)
-            search.reject(entry.variant, f"{search.show(entry)}; with {count} fresh seeds the bound would be {bound}")
+            search.reject(entry.variant, f"{search.show(entry)}; the bound of {count} fresh seeds would be {bound}")
             continue
         bench.progress.describe(f"certificate, {count} fresh seeds")
         bench.progress.expect(count * (bench.declared_nfe(bench.plain) + entry.nfe))

@@ -30,7 +30,7 @@ def ladders(pool: Sequence[Variant], cost: Callable[[Variant], float]) -> list[l
 def climb(
     ladder: Sequence[Variant],
     passes: Callable[[Variant], bool | None],
-    skip: Callable[[Variant, str], None],
+    skip: Callable[[Variant, str, bool], None],
     reserve: int = 1,
 ) -> None:
     """Find the fewest steps that are enough by bisection: a candidate with fewer steps than one that is not enough is
@@ -39,7 +39,7 @@ def climb(
     Args:
         ladder: From the fewest steps on.
         passes: Measures a candidate: whether it is good enough; None where it failed, which says nothing of others.
-        skip: Is called with a candidate that need not be measured, and why.
+        skip: Is called with a candidate that need not be measured, why, and whether it is nothing but slower.
         reserve: Candidates above the fewest steps that are measured too.
     """
     tried: dict[int, bool | None] = {}
@@ -59,6 +59,10 @@ def climb(
             continue
         if number < high:
             other = min(k for k in tried if k > number and not tried[k])
-            skip(variant, f"not measured: it has fewer steps than {ladder[other].name}, which is not good enough")
+            skip(
+                variant, f"not measured: it has fewer steps than {ladder[other].name}, which is not good enough", False
+            )
         else:
-            skip(variant, f"not measured: it is slower than {ladder[high].name}, which is good enough on few seeds")
+            skip(
+                variant, f"not measured: it is slower than {ladder[high].name}, which is good enough on few seeds", True
+            )

@@ -235,10 +235,14 @@ def run_search(
             best, tries = certify(search, entries, config.confidence, first, count)
             if best is not None:
                 bench.time([best.variant], "best")
-                times = {"relative": bench.relative(best.variant), "seconds": bench.seconds(best.variant)}
-                best = search.measured[key_of(best.variant)] = replace(best, **times, timed=True)
-            if best is not None and best.seconds > goal.seconds:
-                search.reject(best.variant, f"{format_seconds(best.seconds)} an image when it was timed again")
+                relative, seconds = bench.relative(best.variant), bench.seconds(best.variant)
+                best = replace(best, relative=relative, seconds=seconds, timed=True)
+                search.measured[key_of(best.variant)] = best
+            slow = best is not None and best.relative >= 1 and not bench.is_same_network(best.variant)
+            if best is not None and (slow or best.seconds > goal.seconds):
+                usual = format_seconds(bench.plain_seconds)
+                line = f"{format_seconds(best.seconds)} an image when it was timed again, the plain model {usual}"
+                search.reject(best.variant, line)
                 best = None
         except KeyboardInterrupt:
             store.save()
@@ -358,7 +362,8 @@ def finish(
             head = f"{name}: no candidate takes {format_seconds(goal.seconds)} or less: the plain model is the answer"
     else:
         assert certificate is not None
-        head = f"{name}, {goal}: {best.name}, {1 / best.relative:.2f}x faster than the plain model; {certificate.text}"
+        speed = f"{1 / best.relative:.2f} times the speed of the plain model"
+        head = f"{name}, {goal}: {best.name}, {speed}; {certificate.text}"
     why_not = appliable(variant, bench.model) if bench.model.pipeline is not None else None
     promise = None if certificate is None else certificate.to_dict()
     result: dict[str, Any] = {

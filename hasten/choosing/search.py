@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,10 @@ from .ladders import climb, ladders
 __all__ = ["Entry", "Search", "undominated"]
 
 RISK = 0.05  # of a rejection that more seeds would have reversed
-LEFT = ((1 / 3, 6), (1 / 2, 4))  # share and least number of the candidates that stay after the first two rungs
-EXPANDED = 3  # candidates that get additions
+LEFT = ((1 / 3, 4), (1 / 2, 3))  # share and least number of the candidates that stay after the first two rungs
+EXPANDED = 2  # candidates that get additions
 SLACK = 1.7  # how much an addition may still gain
+RESERVES = 4  # slower candidates that are measured where all others failed their certificate
 RESERVE = 2  # of candidates within the time that differ in their steps alone
 SPARE = 2  # good candidates that make a slower one needless: the second is there if the first fails its certificate
 UNKNOWN = 2.0  # how much faster a candidate may be than predicted before it was timed
@@ -71,6 +72,8 @@ class Search:
     report: Callable[[str], None]
     allowed: Callable[[Variant], str | None] = lambda variant: None
     rejected: dict[str, str] = field(default_factory=dict)  # reasons by name
+    slower: list[Variant] = field(default_factory=list)  # rejected for nothing but being slower than a good one
+    parts: list[tuple[int, int]] = field(default_factory=list)  # seeds of the rounds so far, (first, count)
     measured: dict[str, Entry] = field(default_factory=dict)  # the last figures of every candidate, by key
 
     def reject(self, variant: Variant, reason: str) -> None:
@@ -92,7 +95,7 @@ class Search:
         """Search; the candidates that are left, in the order in which they should be tried."""
         pool = [v for v in self.space.first if self.is_allowed(v)]
         left: list[Entry] = []
-        parts: list[tuple[int, int]] = []
+        parts = self.parts
         for level, count in enumerate(self.rungs):
             first = parts[-1][0] + parts[-1][1] if parts else 0
             parts.append((first, count - first))
@@ -119,19 +122,26 @@ class Search:
         else:
             for variant in sorted(pool, key=self.bench.relative):
                 self.try_candidate(variant, entries, parts, level)
-        unknown = [e.variant for e in entries if not self.bench.knows_time(e.variant)]
-        if unknown:
+        timed = [e.variant for e in entries if not self.bench.knows_time(e.variant)]
+        if timed:
+            # what is left is timed in the same turns: a prediction and a time of another minute do not compare
+            timed = timed if level == 0 else [e.variant for e in entries]
             batch, turns = self.bench.timing
-            timed = sum(map(self.bench.declared_nfe, (self.bench.plain, *unknown)))
+            each = sum(map(self.bench.declared_nfe, (self.bench.plain, *timed)))
             later = self.expected([e.variant for e in entries], level + 1)
-            self.bench.progress.expect((turns + 1) * batch * timed + later)
-            self.bench.time(unknown, f"round {level + 1}")
+            self.bench.progress.expect((turns + 1) * batch * each + later)
+            self.bench.time(timed, f"round {level + 1}")
         return self.best([self.entry(e.variant, parts) for e in entries], level)
 
     def climb_ladder(self, ladder: Sequence[Variant], entries: list[Entry], parts: Sequence[tuple[int, int]]) -> None:
         """Measure what is needed of candidates that differ in their steps alone: for a bound of the loss the fewest
         steps that keep it, for a bound of the time the most steps within it; entries are added."""
-        rest = [v for v in ladder if (line := self.too_slow(v, entries, 0)) is None or self.reject(v, line)]
+        rest = []
+        for variant in ladder:
+            if (line := self.too_slow(variant, entries, 0)) is None:
+                rest.append(variant)
+            else:
+                self.reject(variant, line)
 
         def passes(variant: Variant) -> bool | None:
             entry = self.try_candidate(variant, entries, parts, 0)
@@ -145,7 +155,29 @@ class Search:
             for variant in [*within[-RESERVE:], *rest[len(within) :]]:
                 passes(variant)
         else:
-            climb(rest, passes, self.reject)
+            climb(rest, passes, self.skip)
+
+    def skip(self, variant: Variant, reason: str, slower: bool) -> None:
+        """Reject a candidate that was not measured."""
+        self.slower += [variant] if slower else []
+        self.reject(variant, reason)
+
+    def reserves(self, tried: Sequence[Entry]) -> Iterator[Entry]:
+        """What was left out as slower than a good candidate, measured now that this one was not good enough: first
+        those that differ from it in their steps alone."""
+        if not tried:
+            return
+        ladder = replace(tried[0].variant, name="", steps=0)
+
+        def order(variant: Variant) -> tuple[Any, ...]:
+            return replace(variant, name="", steps=0) != ladder, self.bench.relative(variant)
+
+        for variant in sorted({v.name: v for v in self.slower}.values(), key=order)[:RESERVES]:
+            self.rejected.pop(variant.name, None)
+            self.report(f"{variant.name} is measured after all")
+            entries: list[Entry] = []
+            self.try_candidate(variant, entries, self.parts, len(self.rungs))
+            yield from entries
 
     def try_candidate(
         self, variant: Variant, entries: list[Entry], parts: Sequence[tuple[int, int]], level: int
@@ -183,6 +215,7 @@ class Search:
         good = sorted((entry for entry in good if entry.variant != variant), key=lambda entry: entry.relative)
         if len(good) < SPARE or own <= slack * max(good[SPARE - 1].relative, 1e-9):
             return None
+        self.slower.append(variant)
         names = " and ".join(f"{entry.name} ({bench.figure.show(entry.loss.value)})" for entry in good[:SPARE])
         return f"{about}, slower than {names}, which are good enough"
 

@@ -147,17 +147,20 @@ def chosen_files(
     return choice.name or model, lora, decoder
 
 
-def sampling_config(
-    file: Path | None, default_precision: str | None = "auto", files: bool = False, **options: Any
-) -> SamplingConfig:
+def sampling_config(file: Path | None, default_precision: str | None = "auto", **options: Any) -> SamplingConfig:
     """The `SamplingConfig` of a command line: that of the file of --config, whose fields
-    the options override.
+    the options override. A file that names a model, LoRA or decoder is refused."""
+    from ..plan.config import refuse_files
 
-    files: the command follows the model, LoRA and decoder that the file names; else they are refused."""
-    from ..plan.config import SamplingConfig, refuse_files
-
-    if file is not None and not files:
+    if file is not None:
         refuse_files(file)
+    return choice_config(file, default_precision, **options)
+
+
+def choice_config(file: Path | None, default_precision: str | None = "auto", **options: Any) -> SamplingConfig:
+    """As `sampling_config`, for commands that follow the files with `chosen_files`."""
+    from ..plan.config import SamplingConfig
+
     config = SamplingConfig() if file is None else SamplingConfig.load(file, "sampling")
     explicit = explicit_options(**options)
     if "plan" in explicit:  # which takes the place of what a file says of the steps

@@ -7,13 +7,13 @@ from typing import Any
 
 from ..progress import progress
 from ._common import (
+    choice_config,
     chosen_files,
     label_list,
     main_process_warning,
     open_shared,
     processes,
     prompts_of,
-    sampling_config,
 )
 from ._processes import on_all_processes
 from .terminal import print_result
@@ -107,9 +107,9 @@ def evaluate(
     loaded = loaded if decoder is None else loaded.with_decoder(decoder)
     if loaded.conditioning is not None and texts is None and label is not None:
         texts = [label]  # as for sample
-    how = sampling_config(
+    how = choice_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
-        plan=plan, accelerators=accelerate, precision=precision, files=True,
+        plan=plan, accelerators=accelerate, precision=precision,
     )  # fmt: skip
     labels = label_list(loaded, label) if loaded.conditioning is None else None
     request = request.replace(label=labels, prompts=texts)

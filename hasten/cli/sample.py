@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import check_int
 from ..progress import progress
 from ..storage.provenance import command_line
-from ._common import chosen_files, label_list, main_process_warning, open_shared, processes, sampling_config
+from ._common import choice_config, chosen_files, label_list, main_process_warning, open_shared, processes
 from ._processes import on_all_processes
 from .terminal import print_result
 
@@ -92,9 +92,9 @@ def sample(
     model, lora, decoder = chosen_files(config, model, lora, decoder)
     loaded = open_shared(model, ranks, sound=False, lora=lora)
     loaded = loaded if decoder is None else loaded.with_decoder(decoder)
-    how = sampling_config(
+    how = choice_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
-        plan=plan, accelerators=accelerate, precision=precision, files=True,
+        plan=plan, accelerators=accelerate, precision=precision,
     )  # fmt: skip
     warn = main_process_warning(ranks)
     labels = label_list(loaded, label, prompt, warn)

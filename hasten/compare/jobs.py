@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import zoo
 from ..distributed.ranks import Ranks
-from ..errors import BadInput, HastenError, NonFinite
+from ..errors import BadInput, HastenError, NonFinite, check_number
 from ..loading import load_to_compare
 from ..model.model import Label, Model
 from ..model.resolve import RECOMMENDED
@@ -179,19 +179,35 @@ def with_files(model: Model, variant: Variant, where: str) -> Model:
 
 
 def with_teacher(student: Model, variant: Variant, model: Model, where: str) -> Model:
-    """A row's model with its first evaluation by another one, which may be the comparison's own.
+    """A row's model with its first evaluation by another one, which may be the comparison's own: a name or folder, with
+    `:SCALE` for a guidance scale of its own.
 
     Raises:
         BadInput: with `where`, if the two do not fit together, and for accelerators, which would be the student's.
     """
-    name = str(variant.first_evaluation)
+    name, own_scale = split_scale(str(variant.first_evaluation))
     if variant.accelerators:
         raise BadInput(f"{where}: first_evaluation: accelerators are not supported beside it")
     teacher = model if name == location_of(model) else load_other_model(name, model, where)
     try:
-        return student.with_first_evaluation(teacher, variant.guidance_scale)
+        return student.with_first_evaluation(teacher, variant.guidance_scale, own_scale)
     except HastenError as e:
         raise BadInput(f"{where}: first_evaluation: {e}") from e
+
+
+def split_scale(text: str) -> tuple[str, float | None]:
+    """A model and the guidance scale of `MODEL:SCALE`; None without one.
+
+    Raises:
+        BadInput: for a scale that is not a number.
+    """
+    name, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists() or "/" in number or "\\" in number:
+        return text, None
+    try:
+        return name, check_number("the guidance scale", float(number))
+    except ValueError as e:
+        raise BadInput(f"first_evaluation is MODEL or MODEL:SCALE, and {number!r} of {text!r} is no scale") from e
 
 
 def load_other_model(name: str, model: Model, where: str) -> Model:
@@ -301,7 +317,9 @@ def summary(row: Mapping[str, Any]) -> str:
         return f"failed: {row['failed']}"
     quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
     quality += "" if row.get("prompt_match") is None else f", prompt match {row['prompt_match']:.1%}"
-    return f"{row['nfe']:g} NFE, {row['seconds_per_image'] * 1e3:.3g} ms an image{quality}"
+    seconds = row["seconds_per_image"]
+    spent = f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{row['nfe']:g} NFE, {spent} an image{quality}"
 
 
 def average_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

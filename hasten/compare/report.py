@@ -18,6 +18,7 @@ import numpy as np
 from ..files import write_atomic
 from ..storage.provenance import command_line
 from .advice import NEAR, equivalent_row, is_uncertain, recommended_row
+from .jobs import split_scale
 from .main_table import format_parts, main_columns
 from .paired_table import paired_cells, paired_columns
 from .pictures import collect_pictures
@@ -54,7 +55,7 @@ def headline(rows: Sequence[Row]) -> str:
     if reference.get("frechet") is None:
         if len(rows) == 1:
             return f"Only the reference, {reference['name']}, has finished."
-        blind = "Quality was not measured: this model has no reference statistics."
+        blind = "Quality was not measured: there are no real images to compare with."
         if best is None and (other := equivalent_row(rows)) is not None:
             return (
                 f"{other['name']} is {other['speedup']:.1f}× faster than {reference['name']} with other pictures that "
@@ -80,7 +81,8 @@ def sample_command(row: Row) -> str:
     """The command line that samples with the method of a row; of one with a teacher's first evaluation, Python."""
     if row.get("first_evaluation"):
         student = row.get("model") or row["protocol"]["model"]
-        teacher, scale = row["first_evaluation"], f"guidance_scale={row['guidance_scale']:g}"
+        (teacher, own), scale = split_scale(row["first_evaluation"]), f"guidance_scale={row['guidance_scale']:g}"
+        scale += "" if own is None else f", teacher_guidance_scale={own:g}"
         how = f"steps={row['steps']}" + ("" if row["sampler"] == "plan" else f", sampler={row['sampler']!r}")
         return (
             f"student, teacher = hasten.load({student!r}), hasten.load({teacher!r})\n"
@@ -201,9 +203,9 @@ def results_table(rows: Sequence[Row], width: int = 160) -> Table:
 
 def absent_columns(rows: Sequence[Row]) -> set[str]:
     """The cells that no row has a figure for, of those that are shown for some models or numbers of images only."""
-    fields = {"match": "prompt_match", "diversity": "diversity", "parts": "seconds_by_part"}
-    fields |= {name: name for name in ("kid", "precision", "recall", "coverage")}
-    fields |= {"macs": "macs_per_image", "ratio": "frechet_over_equal_cost"}
+    fields = {"match": "prompt_match", "diversity": "diversity", "parts": "seconds_by_part", "macs": "macs_per_image"}
+    fields |= {name: name for name in ("frechet", "kid", "precision", "recall", "coverage")}
+    fields |= {"frechet_spread": "frechet", "ratio": "frechet_over_equal_cost"}
     missing = {cell for cell, key in fields.items() if all(row.get(key) is None for row in rows)}
     return missing | ({"ssim"} if "match" in missing else {"accuracy"})
 

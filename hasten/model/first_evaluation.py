@@ -24,7 +24,7 @@ class FirstEvaluation(Wrapper):
     Args:
         student: with its guidance.
         teacher: with its guidance, on the same schedule.
-        scale: the guidance scale of both, the only one that this denoiser has.
+        scale: the guidance scale of the student, the only one that this denoiser has.
 
     References:
         Gandikota, Bau 2025, arXiv:2503.10637.

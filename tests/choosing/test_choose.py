@@ -18,6 +18,7 @@ from hasten.choosing.goal import parse_goal
 from hasten.choosing.ladders import climb, ladders
 from hasten.compare import jobs
 from hasten.errors import BadInput
+from hasten.metrics import make_reference
 from hasten.metrics.paired import psnr_by_image
 from hasten.model import Model
 from hasten.plan.config import SamplingConfig
@@ -96,11 +97,11 @@ def test_bisection_finds_the_fewest_steps(enough: int) -> None:
         measured.append(v.steps)
         return v.steps >= enough
 
-    climb(steps, passes, lambda v, line: skipped.__setitem__(v.steps, line))
+    climb(steps, passes, lambda v, line, slower: skipped.__setitem__(v.steps, (line, slower)))
     assert sorted([*measured, *skipped]) == [v.steps for v in steps]
     assert len(measured) <= 5
     assert enough == 99 or enough in measured
-    assert all(("fewer" in line) == (number < enough) for number, line in skipped.items())
+    assert all(("fewer" in line) == (not slower) == (number < enough) for number, (line, slower) in skipped.items())
 
 
 def test_candidates_that_differ_in_steps_alone_are_one_ladder() -> None:
@@ -249,6 +250,35 @@ def test_a_bound_of_time_gives_the_least_loss_within_it(tmp_path: Path, rows: Pa
     assert result["config"]["steps"] == 4
     assert "over 8.5 s" in result["rejected"]["unipc, 6 steps"]
     assert "limit" not in result["certificate"]
+
+
+class Corner(torch.nn.Module):
+    """Features: four pixels."""
+
+    name = "corner"
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images[:, 0, :2, :2].flatten(1), torch.zeros(len(images), 3)
+
+
+def test_a_loss_is_of_the_distance_to_real_images(tmp_path: Path, rows: Path) -> None:
+    images = torch.randn(80, 1, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    reference = make_reference(Corner()(images)[0], "noise", "test", "corner")
+    result = searched(tmp_path, rows, psnr=None, loss="40%", reference=reference, features=Corner())
+    assert result["figure"].startswith("Fréchet distance to noise (corner features)")
+    best = result["certificate"]
+    assert best["bound"] <= 0.4 and best["degrees"] == 11
+    assert "% larger" in best["text"] or "% smaller" in best["text"]
+    assert result["best"] == "unipc, 5 steps"  # left out as slower, and measured when the bound of 4 steps was too wide
+
+
+def test_a_loss_without_real_images_is_a_share_of_what_another_seed_changes(tmp_path: Path, rows: Path) -> None:
+    result = searched(tmp_path, rows, psnr=None, loss="20%")
+    assert "over that between two seeds" in result["figure"]
+    losses = {row["name"]: row["loss"] for row in result["candidates"]}
+    assert 0 < min(losses.values()) < 0.2 < max(losses.values()) < 1.5
+    again = searched(tmp_path, rows, psnr=None, loss="20%")
+    assert again["certificate"] == result["certificate"]
 
 
 def test_seeds_of_calibration_are_not_used(tmp_path: Path, rows: Path) -> None:
