@@ -1,4 +1,4 @@
-"""Networks that another library has quantised (bitsandbytes, torchao, GGUF, quanto), told by their classes alone."""
+"""Networks quantised by another library (bitsandbytes, torchao, GGUF, quanto), recognised by their classes alone."""
 
 from __future__ import annotations
 
