@@ -14,8 +14,8 @@ seeds from 0), guidance scale 2.
 - reuse: both branches in some steps, the last difference in the others; the best of all places considered by
   `guided_plan` *on these starts*.
 - fitted: `hasten.tuning.guided_plan`, fitted on other starts (M2, M64: 512 and 256 held out; R24: 2,048 of a pool of
-  16,384, and 1,024; `fashion`: 32 and 16, from the sampler on the model's grid, without gradients of the network and one round of the
-  search).
+  16,384, and 1,024; `fashion`: 32 and 16, from the sampler on the model's grid, without gradients of the network,
+  one round of the search).
 
 On `fashion` UniPC-2 on the model's own grid stands for the other methods; for CFG also UniPC-3 and two more grids.
 
