@@ -7,9 +7,10 @@
 - coverage: one search with `--psnr`, whose certificate is then held against 20 further disjoint blocks of as many
   seeds, which neither the search nor the certificate has used. The bound of each block's own certificate is also held
   against the next block and against the mean of all.
-- fashion, folder: samplers UniPC-2, DPM++ 2M and DDIM, two grids, every number of steps below the plain model's that
-  the search knows; of the folder each with full guidance, guidance in an interval, and reuse of the last difference.
-  The exhaustive search measures all of these on the seeds 0 to n - 1 and takes the fastest whose mean PSNR keeps the goal, and the
+- fashion, folder: samplers UniPC-2, DPM++ 2M and DDIM, the plain model's grid and equal angles, every number of steps
+  below the plain model's that the search knows; of the folder each with full guidance, guidance in an interval, and
+  reuse of the last difference. The exhaustive search measures all of these on the seeds 0 to n - 1 and takes the
+  fastest whose mean PSNR keeps the goal, and the
   fastest of which a certificate could be given on n seeds (the bound at the confidence of a first try). Times are by
   evaluations, since all rows run the same network; costs are images through the network, with those of timings.
 """

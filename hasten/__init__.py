@@ -51,7 +51,8 @@ _HOMES = {
     **dict.fromkeys(["SampleRequest", "sample_to_files"], "workflows.sample"),
     **dict.fromkeys(["apply"], "workflows.apply"),
     **dict.fromkeys(["EvaluateConfig", "evaluate_model"], "workflows.evaluate"),
-    **dict.fromkeys(["ChooseConfig", "choose"], "choosing.runner"),
+    **dict.fromkeys(["ChooseConfig"], "choosing.config"),
+    **dict.fromkeys(["choose"], "choosing.runner"),
     **dict.fromkeys(["TrainConfig", "train_model"], "workflows.train"),
     **dict.fromkeys(["AutoencoderConfig", "train_autoencoder"], "workflows.autoencoder"),
     **dict.fromkeys(["DecoderConfig", "distill_decoder"], "workflows.decoder"),
@@ -77,7 +78,8 @@ if TYPE_CHECKING:
     from .adapters.diffusers.acceleration import accelerate
     from .adapters.diffusers.quantized_pipelines import open_quantized
     from .adapters.diffusers.scheduler import as_scheduler
-    from .choosing.runner import ChooseConfig, choose
+    from .choosing.config import ChooseConfig
+    from .choosing.runner import choose
     from .denoiser import Denoiser, Wrapper
     from .distributed.ranks import Ranks
     from .errors import BadInput, HastenError

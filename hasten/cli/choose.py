@@ -85,7 +85,7 @@ def choose(
     Returns:
         The choice, its certificate, the Pareto front, and why each other candidate was rejected.
     """
-    from ..choosing.runner import ChooseConfig
+    from ..choosing.config import ChooseConfig
     from ..choosing.runner import choose as run_search
 
     options = ChooseConfig(
