@@ -97,6 +97,7 @@ def choose(
     )  # fmt: skip
     loaded = open_shared(model, processes(device), called=True)
     with sigterm_as_interrupt():
-        result = run_search(loaded, options, out=out)
-    print_result(result, result["summary"], json)
+        result = run_search(loaded, options, out=out)  # prints what it does, and the result
+    if json:
+        print_result(result, result["summary"], json)
     return result

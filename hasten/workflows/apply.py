@@ -91,7 +91,8 @@ def apply(
             Notice,
             stacklevel=2,
         )
-    return saved_beside(with_call_defaults(new, defaults), how, methods)
+    kept = how.replace(steps=defaults["num_inference_steps"], guidance_scale=defaults["guidance_scale"])
+    return saved_beside(with_call_defaults(new, defaults), kept, methods)
 
 
 def check_holdable(how: SamplingConfig, choice: Choice, pipe: Any, source: str) -> None:

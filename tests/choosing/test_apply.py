@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hasten.choosing.candidates import plain_variant
 from hasten.errors import BadInput
 from hasten.plan.config import SamplingConfig
 from hasten.workflows.choice import Choice, read_choice
+from hasten.workflows.lora import extract_lora
 
 from ..adapters import tiny
 from ..factories import tiny_model
@@ -83,6 +85,31 @@ def test_saved_with_it(pipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_lora_of_a_student(pipe: Any, tmp_path: Path) -> None:
+    """Merged, with its steps and without guidance by default; after saving and reopening too."""
+    base = hasten.load(pipe)
+    student = hasten.load(tiny.sd_pipeline())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in student.denoiser.net.parameters():
+            p += 0.02 * torch.randn(p.shape)
+    card = {"distilled": {"teacher": base.name, "steps": 4, "guidance_scale": [3.0, 3.0], "figures": {}}}
+    denoiser = student.denoiser.replace(guidance_range=(3.0, 3.0))
+    named: Any = {"sampler": "ddim", "times": "trailing", "steps": 4, "guidance_scale": 3.0}
+    extract_lora(base, replace(student, denoiser=denoiser, card=card, **named), 8, tmp_path / "student.safetensors")
+    path = tmp_path / "best.toml"
+    path.write_text(f'[sampling]\nprecision = "fp32"\n[model]\nlora = "{tmp_path / "student.safetensors"}"\n')
+    fast = hasten.apply(pipe, path)
+    own = drawn(fast)
+    torch.testing.assert_close(own, drawn(fast, num_inference_steps=4, guidance_scale=1.0))
+    assert not torch.allclose(own, drawn(pipe, num_inference_steps=4, guidance_scale=1.0), atol=1e-3)
+    fast.save_pretrained(tmp_path / "saved")
+    again = hasten.apply(
+        tiny.quiet(type(pipe).from_pretrained(tmp_path / "saved")), tmp_path / "saved" / "sampling.toml"
+    )
+    torch.testing.assert_close(drawn(again), own)
+
+
 def test_quantised_pipelines_are_saved_in_integers(pipe: Any, tmp_path: Path) -> None:
     path = best(tmp_path, accelerators=["quantize:images=1,steps=2"])
     fast = hasten.apply(pipe, path, prompts=["a cat"])
