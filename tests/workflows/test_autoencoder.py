@@ -123,7 +123,7 @@ def test_an_initial_autoencoder_is_where_training_starts(tmp_path: Path) -> None
         ({"gan_weight": -1.0}, "gan_weight must be 0 or more"),
         ({"kl": -1.0}, "kl must be 0 or more"),
         ({"optimiser": "sgd"}, "unknown optimiser"),
-        ({"perceptual": "nowhere"}, "holds no weights of a perceptual distance"),
+        ({"perceptual": "nowhere"}, "there is no file or folder nowhere"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
