@@ -14,6 +14,7 @@ import torch
 
 import hasten
 from hasten.cli import main
+from hasten.cli.distill import is_lora
 from hasten.errors import BadInput, Notice
 from hasten.model import Model
 from hasten.model.lora import lora_file, with_trainable_lora
@@ -235,6 +236,14 @@ def test_a_lora_is_trained_further(students: Path, data: Path, tmp_path: Path) -
             distill_model(base, tmp_path / "no", "progressive:steps=(4,)", data, init=file, **options, **COMMON)
     with pytest.raises(BadInput, match="is one already"):
         with_trainable_lora(hasten.load(students), file)
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"),
+    [("emoji_student_lora", True), ("a/b.safetensors", True), ("emoji", False), ("emoji_decoder", False)],
+)
+def test_init_is_a_lora_by_file_or_bundled_name(init: str, expected: bool) -> None:
+    assert is_lora(init) is expected
 
 
 def prompt_student(scale: float = 3.0) -> tuple[Model, Model]:

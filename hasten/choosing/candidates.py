@@ -133,7 +133,7 @@ def search_space(
     Args:
         model: The model.
         plain: How it is sampled without a search.
-        without: Kinds that are left out, of `KINDS`.
+        without: Kinds that are excluded, of `KINDS`.
         students: Other models of the same images, by name or folder, beside the bundled ones.
         loras: LoRA files, beside the bundled ones.
         compiled: Also try `torch.compile`, whose first call takes minutes on a CPU.

@@ -34,7 +34,7 @@ class ChooseConfig(Config):
         plain: how the plain model samples. Default: as the model recommends.
         variants: a set of variants, bundled or a TOML file, whose rows are the candidates. Default: samplers, grids,
             plans, students and LoRAs at hand, then with guidance in parts, caches, integers and light decoders.
-        without: kinds of candidates that are left out: plan, guidance, cache, bits, student, lora, decoder.
+        without: kinds of candidates that are excluded: plan, guidance, cache, bits, student, lora, decoder.
         students: further models of the same images. loras: further LoRA files.
         compile: also try torch.compile, whose first call takes minutes on a CPU.
         for_diffusers: nothing that `hasten.apply` cannot put into a pipeline of diffusers.

@@ -162,7 +162,7 @@ class Search:
         self.reject(variant, reason)
 
     def reserves(self, tried: Sequence[Entry]) -> Iterator[Entry]:
-        """What was left out as slower than a good candidate, measured now that this one was not good enough: first
+        """What was rejected as slower than a good candidate, measured now that this one was not good enough: first
         those that differ from it in their steps alone."""
         if not tried:
             return

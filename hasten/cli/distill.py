@@ -60,7 +60,8 @@ def distill(
         nfe_budget: Model evaluations of one image, training included; 1e6 or so for a start.
         guidance_scale: Scale of guidance that the student gives. Default: the teacher's recommended one.
         init: The model that the first student begins as, in place of the teacher: a bundled name or a folder, such as
-            that of an earlier student. Or a LoRA of the teacher (.safetensors), which is trained further.
+            that of an earlier student. Or a LoRA of the teacher (.safetensors, or a bundled name), which is trained
+            further.
         batch_size: Images a step. Default: 128.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
         fsdp: Shard the network among the processes of torchrun, where it is too large for one.
@@ -98,7 +99,7 @@ def distill(
     texts = None if prompts is None else read_prompts(prompts)
     result = distill_model(
         loaded, out, request, data=data if texts is None else texts, dry_run=dry_run,
-        init=init if init is None or init.endswith(".safetensors") else open_shared(init, ranks),
+        init=init if init is None or is_lora(init) else open_shared(init, ranks),
         log=(lambda line: None) if json else lambda line: print(line, flush=True),
         command=command_line("distill", model, {
             "data": data, "prompts": prompts, "out": out, "init": init, **request.to_dict(),
@@ -113,3 +114,11 @@ def distill(
         text = f"{out}: {students}; try hasten {verb} {out}"
     print_result(result, text, json)
     return result
+
+
+def is_lora(init: str) -> bool:
+    """Whether `--init` names a LoRA, a file or a bundled one, and no model."""
+    from .. import zoo
+
+    card = zoo.additions().get(init)
+    return init.endswith(".safetensors") or (card is not None and card.kind == "lora")

@@ -15,7 +15,7 @@ from .paired import ratio_estimate
 
 __all__ = ["PairedLoss", "distance_loss", "jackknife", "mean_loss", "t_quantile"]
 
-GROUPS = 20  # of seeds, each left out once
+GROUPS = 20  # of seeds, each deleted once
 LEAST = 4  # groups, below which there is no error
 
 
@@ -115,7 +115,7 @@ def mean_loss(
 
 
 def jackknife(statistic: Callable[[Tensor], float], groups: Sequence[Tensor]) -> Tensor:
-    """The pseudo-values of a statistic, one for each group of rows that is left out:
+    """The pseudo-values of a statistic, one for each group of rows that is deleted:
 
         p_g = G theta - (G - 1) theta_{-g}.
 
@@ -149,7 +149,7 @@ def distance_loss(
         features: (N, D) of the images.
         plain: (N, D) of the plain model's, of the same seeds.
         mean, covariance: of real images.
-        groups: of each seed, such as its prompt; seeds of one are left out together. None: each its own.
+        groups: of each seed, such as its prompt; seeds of one are deleted together. None: each its own.
 
     Raises:
         BadInput: for fewer than 8 seeds.

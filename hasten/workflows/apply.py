@@ -139,7 +139,7 @@ def with_merged_lora(pipe: Any, lora: str, how: SamplingConfig) -> tuple[Any, di
 
 
 def with_call_defaults(pipe: Any, defaults: Mapping[str, Any]) -> Any:
-    """The pipeline, changed in place, with other defaults of its call; arguments that it does not have are left out."""
+    """The pipeline, changed in place, with other defaults of its call; arguments that it does not have are omitted."""
     kind = type(pipe)
     known = inspect.signature(kind.__call__).parameters
     own = {name: value for name, value in defaults.items() if name in known and value is not None}

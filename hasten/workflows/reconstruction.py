@@ -151,7 +151,7 @@ def latent_deviation(vae: Any, data: Data, count: int = MEASURED) -> float:
 def reconstruction_quality(vae: Any, data: Data, count: int = HELD_OUT, encoder: Any = None) -> dict[str, float]:
     """PSNR in dB (mean over images) and SSIM of the reconstructions of the posterior's mean, and the number of images.
 
-    SSIM is left out for images smaller than its window. `encoder` is the autoencoder that encodes; None: `vae`.
+    SSIM is omitted for images smaller than its window. `encoder` is the autoencoder that encodes; None: `vae`.
     """
     weight = next(vae.parameters())
     psnr, ssim, n = 0.0, 0.0, 0

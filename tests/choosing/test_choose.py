@@ -270,7 +270,7 @@ def test_a_loss_is_of_the_distance_to_real_images(tmp_path: Path, rows: Path) ->
     best = result["certificate"]
     assert best["bound"] <= 0.4 and best["degrees"] == 11
     assert "% larger" in best["text"] or "% smaller" in best["text"]
-    assert result["best"] == "unipc, 5 steps"  # left out as slower, and measured when the bound of 4 steps was too wide
+    assert result["best"] == "unipc, 5 steps"  # rejected as slower, and measured when the bound of 4 steps was too wide
 
 
 def test_a_loss_without_real_images_is_a_share_of_what_another_seed_changes(tmp_path: Path, rows: Path) -> None:
