@@ -19,7 +19,7 @@ from torch import Tensor
 from ..denoiser import reset
 from ..errors import BadInput, HastenError
 from ..pick import format_spec, resolve_sampler
-from ..sampling import Callback, Progress, Sampler, SamplerBase, check_state
+from ..sampling import Callback, Progress, Sampler, SamplerBase, basis_of, check_state
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
 from ..times import as_times, check_times
@@ -364,7 +364,7 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
     with torch.inference_mode(False):  # a plan may be used under autograd later
         times = times.clone() if times.is_inference() else times
         times = check_times(times)
-        tables, basis = trace(sampler, schedule, times), getattr(sampler, "basis", None)
+        tables, basis = trace(sampler, schedule, times), basis_of(sampler, schedule)
         begin = float(times[0].detach())
         moved = basis is not None and begin != float(tables.times[0].detach())
         compiled = Plan(*tables, format_spec(sampler), schedule.to_dict(), basis, begin if moved else None)
