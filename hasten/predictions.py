@@ -28,7 +28,7 @@ __all__ = [
 ALIASES = {
     "epsilon": "eps", "noise": "eps", "sample": "x0", "x_start": "x0", "start_x": "x0", "v_prediction": "v",
     "flow_prediction": "flow", "rectified_flow": "flow", "vprediction": "v", "v_pred": "v", "eps_prediction": "eps",
-    "x_0": "x0", "pred_x0": "x0", **{name: name for name in ("eps", "x0", "v", "flow", "edm", "anchored", "residual")},
+    "x_0": "x0", "pred_x0": "x0", **{name: name for name in ("eps", "x0", "v", "flow", "edm", "anchored")}, "residual": "residual",
 }  # fmt: skip
 
 

@@ -28,8 +28,8 @@ class Soft(Diagonal):
     """A corruption with a little noise: `z_t = C_t x + sigma_t eps`, C_0 = I.
 
         "blur":  C_t = V diag(exp(-Lambda s_t^2 / 2)) V^T in the cosine transform V, s_t = blur_max sin(pi t / 2)^2 pixels
-        "mask":  C_t multiplies the pixel at distance rho from the centre by 1 - (R_t - rho) / edge, clipped to [0, 1]:
-                 a hole of radius R_t = t (rho_max + edge) with a soft edge, which has covered the image at t = 1
+        "mask":  C_t multiplies the pixel at distance rho from the centre by 1 - (R_t - rho) / edge, in [0, 1]: a hole
+                 of radius R_t = t (rho_max + edge) with a soft edge, which has covered the image at t = 1
         sigma_t = noise_min (noise_max / noise_min)^t
 
     The denoiser returns the estimate of the clean image x. Since `grad log q_t(z) = (C_t E[x | z] - z) / sigma_t^2` for

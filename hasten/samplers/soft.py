@@ -29,8 +29,8 @@ class SoftSampler(SamplerBase):
         naive:     z_s = C_s x0 + noise sigma_s xi
 
     with the score `S = (C_t x0 - z_t) / sigma_t^2`. Momentum and ode converge to the data, naive does not: it forgets
-    what it has seen of z_t. cold is TACoS, for processes of (nearly) constant noise; naive with noise = 1.25 is the step
-    of inverse heat dissipation. No noise is added by the step to t = 0. Order 1 (naive: none); NFE = steps.
+    what it has seen of z_t. cold is TACoS, for processes of (nearly) constant noise; naive with noise = 1.25 is the
+    step of inverse heat dissipation. No noise is added by the step to t = 0. Order 1 (naive: none); NFE = steps.
 
     Args:
         form: "momentum", "ode", "cold" or "naive".

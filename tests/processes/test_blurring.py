@@ -17,9 +17,9 @@ from hasten.errors import BadInput
 from hasten.plan import Plan
 from hasten.plan.draw import draw
 from hasten.processes.blurring import Blurring
-from hasten.sampling import Noise, walk
 from hasten.samplers.blurring import BlurringSampler
 from hasten.samplers.ddpm import DDPM
+from hasten.sampling import Noise, walk
 from hasten.schedules import Schedule, schedule_from_dict
 
 F64 = torch.float64
@@ -133,7 +133,10 @@ def test_with_the_true_image_the_chain_ends_at_it(eta: float, steps: int) -> Non
     """Each z_s then has the process's own distribution given x: to t = 0+ 49.4 dB, to t = 0 exactly x."""
     process, x = Blurring((1, 28, 20), 20.0), images(1, (1, 28, 20))
     noise = Noise([3], (1, 28, 20), F64)
-    perfect = lambda z, t: process.apply(x, t)
+
+    def perfect(z: Tensor, t: Tensor) -> Tensor:
+        return process.apply(x, t)
+
     z = walk(BlurringSampler(eta), perfect, noise.initial(), grid(steps), noise, schedule=process)
     decibels = 10 * math.log10(4 / float((z - x).square().mean()))
     assert abs(decibels - 49.4) < 0.6

@@ -15,8 +15,8 @@ from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.plan import Plan
 from hasten.processes.soft import Soft
-from hasten.sampling import Noise, walk
 from hasten.samplers.soft import SoftSampler, heat_noise
+from hasten.sampling import Noise, walk
 from hasten.schedules import schedule_from_dict
 
 F64 = torch.float64
