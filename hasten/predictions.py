@@ -28,7 +28,8 @@ __all__ = [
 ALIASES = {
     "epsilon": "eps", "noise": "eps", "sample": "x0", "x_start": "x0", "start_x": "x0", "v_prediction": "v",
     "flow_prediction": "flow", "rectified_flow": "flow", "vprediction": "v", "v_pred": "v", "eps_prediction": "eps",
-    "x_0": "x0", "pred_x0": "x0", **{name: name for name in ("eps", "x0", "v", "flow", "edm", "anchored")}, "residual": "residual",
+    "x_0": "x0", "pred_x0": "x0", **{name: name for name in ("eps", "x0", "v", "flow", "edm", "anchored")},
+    "residual": "residual",
 }  # fmt: skip
 
 
@@ -211,7 +212,8 @@ def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
 
     Args:
         spec: a name (`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`, `"residual"`, or one of diffusers:
-            `"epsilon"`, `"sample"`, `"v_prediction"`, `"flow_prediction"`), what `Prediction.to_dict` returns, or a prediction type.
+            `"epsilon"`, `"sample"`, `"v_prediction"`, `"flow_prediction"`), what `Prediction.to_dict`
+            returns, or a prediction type.
 
     Raises:
         BadInput: for an unknown name or field.

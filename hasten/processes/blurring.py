@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput, plain_numbers
-from ..predictions import spread
+from ._base import coefficient
 from ._diagonal import Diagonal, blur_std
-
-if TYPE_CHECKING:
-    from ..denoiser import Denoiser
 
 __all__ = ["Blurring"]
 
@@ -86,28 +82,14 @@ class Blurring(Diagonal):
 
     def corrupt(self, x: Tensor, t: Tensor, eps: Tensor, source: Tensor | None = None) -> Tensor:
         """z_t (B, *S) of clean samples `x` (B, *S) at times `t` (B,) with noise `eps` (B, *S)."""
-        return self._noised(self.apply(x, t), t, eps)
+        return coefficient(self.alpha(t), x) * self.clean(x, t) + coefficient(self.sigma(t), eps) * eps
 
-    def begin(self, noise: Tensor, source: Tensor | None = None) -> Tensor:
-        """The state at t = 1, standard normal noise."""
-        return noise
+    def clean(self, x: Tensor, t: Tensor) -> Tensor:
+        """D_t x (B, *S), the blurred image."""
+        return self.apply(x, t)
 
-    def loss(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        t: Tensor,
-        eps: Tensor,
-        cond: Mapping[str, Any],
-        source: Tensor | None = None,
-    ) -> Tensor:
-        """The squared error (B,) of the raw output against the prediction's target for the blurred image D_t x."""
-        blurred = self.apply(x, t)
-        raw = denoiser.raw(self._noised(blurred, t, eps), t, **cond)
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        target = denoiser.prediction.target(blurred, eps, alpha, sigma)
-        return (raw.float() - target.float()).square().flatten(1).mean(1)
-
-    def _noised(self, blurred: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """a_t times the blurred image, with its noise."""
-        return spread(self.alpha(t), blurred) * blurred + spread(self.sigma(t), eps) * eps
+    def begin(self, noise: Tensor, t: Tensor | float, source: Tensor | None = None) -> Tensor:
+        """The state at the first time for standard normal data; at t = 1 that is the noise, up to 2e-5."""
+        at = torch.as_tensor(t, dtype=torch.float64)
+        std = torch.hypot(self.alpha(at) * self.factor(at, self.keys), self.sigma(at))
+        return self.back(std.to(noise.dtype).to(noise.device) * self.to(noise))

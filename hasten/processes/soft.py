@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_choices, plain_numbers
-from ..predictions import spread
+from ._base import coefficient
 from ._diagonal import Diagonal, blur_std
-
-if TYPE_CHECKING:
-    from ..denoiser import Denoiser
 
 __all__ = ["Soft"]
 
@@ -27,7 +23,7 @@ MAX_PRIOR = 64  # coordinates of the blurred data whose covariance is kept
 class Soft(Diagonal):
     """A corruption with a little noise: `z_t = C_t x + sigma_t eps`, C_0 = I.
 
-        "blur":  C_t = V diag(exp(-Lambda s_t^2 / 2)) V^T in the cosine transform V, s_t = blur_max sin(pi t / 2)^2 pixels
+        "blur":  C_t = V diag(exp(-Lambda s_t^2 / 2)) V^T in the cosine transform V, s_t = blur_max sin(pi t / 2)^2
         "mask":  C_t multiplies the pixel at distance rho from the centre by 1 - (R_t - rho) / edge, in [0, 1]: a hole
                  of radius R_t = t (rho_max + edge) with a soft edge, which has covered the image at t = 1
         sigma_t = noise_min (noise_max / noise_min)^t
@@ -122,35 +118,34 @@ class Soft(Diagonal):
 
     def corrupt(self, x: Tensor, t: Tensor, eps: Tensor, source: Tensor | None = None) -> Tensor:
         """z_t (B, *S) of clean samples `x` (B, *S) at times `t` (B,) with noise `eps` (B, *S)."""
-        return self.apply(x, t) + spread(self.sigma(t), eps) * eps
+        return self.apply(x, t) + coefficient(self.sigma(t), eps) * eps
 
-    def begin(self, noise: Tensor, source: Tensor | None = None) -> Tensor:
-        """The state at t = 1: what the corruption leaves of the data there, as a Gaussian, and its noise.
+    def begin(self, noise: Tensor, t: Tensor | float, source: Tensor | None = None) -> Tensor:
+        """The state at the first time: what the corruption leaves of the data there, as a Gaussian, and its noise.
 
         Without a fitted `prior` the data are taken for standard normal ones.
+
+        Raises:
+            BadInput: with a prior, which is that of t = 1, for another time.
         """
-        u = self.to(noise)
-        end = torch.ones((), dtype=torch.float64)
+        at, u = torch.as_tensor(t, dtype=torch.float64), self.to(noise)
         if not self.prior:
-            return self.back(u * torch.hypot(self.factor(end, self.keys), self.sigma(end)).to(u.dtype).to(u.device))
+            std = torch.hypot(self.factor(at, self.keys), self.sigma(at))
+            return self.back(u * std.to(u.dtype).to(u.device))
+        if float(t) != 1:
+            raise BadInput(f"the prior of this process is that of t = 1: begin there, not at t = {float(t):g}")
         K = self._kept
-        mean, index = torch.tensor(self.prior[:K], dtype=torch.float64), self._lowest(K)
+        mean, index = torch.tensor(self.prior[:K], dtype=torch.float64), self._lowest(K).to(u.device)
         rows, columns = torch.tril_indices(K, K)
-        L = torch.zeros(K, K, dtype=torch.float64).index_put((rows, columns), torch.tensor(self.prior[K:]).double())
-        flat = u.flatten(1).clone()
-        low = flat[:, index.to(u.device)]
-        flat = flat * float(self.sigma(end))
-        flat[:, index.to(u.device)] = mean.to(u.dtype).to(u.device) + low @ L.T.to(u.dtype).to(u.device)
+        L = torch.zeros(K, K, dtype=torch.float64).index_put(
+            (rows, columns), torch.tensor(self.prior[K:], dtype=torch.float64)
+        )
+        low, flat = u.flatten(1)[:, index], u.flatten(1) * float(self.sigma(at))
+        flat[:, index] = mean.to(u.dtype).to(u.device) + low @ L.T.to(u.dtype).to(u.device)
         return self.back(flat.reshape(u.shape))
 
     def loss(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        t: Tensor,
-        eps: Tensor,
-        cond: Mapping[str, Any],
-        source: Tensor | None = None,
+        self, denoiser: Any, x: Tensor, t: Tensor, eps: Tensor, cond: dict[str, Any], source: Tensor | None = None
     ) -> Tensor:
         """The error (B,) of the estimate of x: soft score matching, or its absolute value."""
         error = (denoiser(self.corrupt(x, t, eps), t, **cond) - x).float()

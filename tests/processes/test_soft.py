@@ -14,6 +14,7 @@ from hasten import plan
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
 from hasten.plan import Plan
+from hasten.predictions import prediction_from
 from hasten.processes.soft import Soft
 from hasten.samplers.soft import SoftSampler, heat_noise
 from hasten.sampling import Noise, walk
@@ -163,7 +164,7 @@ def test_the_plan_runs_as_the_sampler_does(form: str, corruption: str) -> None:
     process, sampler = soft(corruption), SoftSampler(form)
     denoiser = Denoiser(Tiny(), process, "residual")
     noise = Noise([5], SHAPE, F64)
-    start = process.begin(noise.initial())
+    start = process.begin(noise.initial(), 1.0)
     walked = walk(sampler, denoiser, start, grid(6), noise.rows(slice(None)))
     compiled = Plan.from_json(plan(sampler, process, grid(6)).to_json())
     assert compiled.stochastic == (form in ("momentum", "naive"))
@@ -203,21 +204,21 @@ def test_the_prior_has_the_moments_of_the_blurred_data() -> None:
     process = soft(noise_max=0.05).fitted(data)
     assert 0 < process._kept < 48
     noise = torch.eye(48, dtype=F64).reshape(48, *SHAPE)
-    middle = process.begin(torch.zeros(1, *SHAPE, dtype=F64)).flatten(1)
-    jacobian = (process.begin(process.back(noise)).flatten(1) - middle).T
+    middle = process.begin(torch.zeros(1, *SHAPE, dtype=F64), 1.0).flatten(1)
+    jacobian = (process.begin(process.back(noise), 1.0).flatten(1) - middle).T
     blurred = process.apply(data, torch.ones((), dtype=F64)).flatten(1)
     wanted = torch.cov(blurred.T) + process.sigma(1.0) ** 2 * torch.eye(48, dtype=F64)
     # what is not kept lies below half the noise
     assert (jacobian @ jacobian.T - wanted).abs().max() < 0.3 * float(process.sigma(1.0)) ** 2
     assert (middle - blurred.mean(0)).abs().max() < 0.05
     again = schedule_from_dict(json.loads(json.dumps(process.to_dict())))
-    assert again == process and torch.equal(again.begin(noise), process.begin(noise))
+    assert again == process and torch.equal(again.begin(noise, 1.0), process.begin(noise, 1.0))
 
 
 def test_without_a_prior_the_data_are_standard_normal() -> None:
     process = soft()
     noise = torch.eye(48, dtype=F64).reshape(48, *SHAPE)
-    jacobian = process.begin(noise).flatten(1)
+    jacobian = process.begin(noise, 1.0).flatten(1)
     c = process.apply(noise, torch.ones((), dtype=F64)).flatten(1)
     assert torch.allclose(
         jacobian @ jacobian.T, c @ c.T + process.sigma(1.0) ** 2 * torch.eye(48, dtype=F64), atol=1e-12
@@ -232,6 +233,15 @@ def test_heat_noise_makes_the_bound_largest() -> None:
     assert heat_noise(sigma, 0.0) == 1
 
 
+def test_a_residual_is_what_the_state_lacks() -> None:
+    x, eps = images(seed=5), images(seed=6)
+    alpha, sigma = torch.tensor([0.3, 1.0], dtype=F64), torch.tensor([2.0, 0.1], dtype=F64)
+    kind = prediction_from("residual")
+    z = alpha.view(-1, 1, 1, 1) * x + sigma.view(-1, 1, 1, 1) * eps
+    assert (z + kind.target(x, eps, alpha, sigma) - x).abs().max() < 1e-14
+    assert all(bool((c == 1).all()) for c in kind.coefficients(alpha, sigma))
+
+
 def test_errors_say_what_is_valid() -> None:
     with pytest.raises(BadInput, match="Soft needs blur_max > 0"):
         soft(noise_min=0.0)
@@ -239,5 +249,7 @@ def test_errors_say_what_is_valid() -> None:
         soft(noise_min=0.5).time(0.3)
     with pytest.raises(BadInput, match="triangular factor, found 3"):
         soft(prior=(1.0, 2.0, 3.0))
+    with pytest.raises(BadInput, match="begin there, not at t = 0.5"):
+        soft().fitted(images(8) + 1).begin(images(), 0.5)
     with pytest.raises(BadInput, match="corruption='noise'"):
         soft("noise")
