@@ -123,6 +123,16 @@ def test_momentum_and_ode_converge_and_naive_does_not() -> None:
     assert min(naive) > 0.3 and max(naive) / min(naive) < 1.1, naive
 
 
+def test_where_nothing_is_corrupted_momentum_is_reverse_diffusion() -> None:
+    """The mean of the image, which no blur touches: z + (sigma_t^2 - sigma_s^2) score, and noise of that variance."""
+    process, times = soft(), grid(4)
+    rows, sigma = plan(SoftSampler(), process, times), process.sigma(times)
+    for k in range(3):
+        removed = sigma[k] ** 2 - sigma[k + 1] ** 2
+        assert abs(rows.B[k, k, 0] - removed / sigma[k] ** 2) < 1e-14
+        assert abs(rows.C[k, k, 0] ** 2 - removed) < 1e-14 and abs(rows.a[k, 0] + rows.B[k, k, 0] - 1) < 1e-14
+
+
 def test_cold_steps_cannot_lose_what_a_constant_answer_adds() -> None:
     """The sum of cold steps telescopes: z_0 = z_1 + (I - C_1) y for any y that the network always says, at every number
     of steps; the naive sampler says y."""
