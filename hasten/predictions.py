@@ -22,7 +22,8 @@ from .utils.devices import has_float64
 from .utils.registry import family, is_own, path_of
 
 __all__ = [
-    "EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "Residual", "precise", "prediction_from", "spread",
+    "EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "ResidualPrediction", "precise", "prediction_from",
+    "spread",
 ]  # fmt: skip
 
 ALIASES = {
@@ -191,7 +192,7 @@ class Anchored(Prediction):
 
 
 @dataclass(frozen=True)
-class Residual(Prediction):
+class ResidualPrediction(Prediction):
     """What the input lacks, `x0 = x_t + raw`: for processes whose states are images with little noise.
 
     References:

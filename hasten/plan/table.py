@@ -19,7 +19,7 @@ from torch import Tensor
 from ..denoiser import reset
 from ..errors import BadInput, HastenError
 from ..pick import format_spec, resolve_sampler
-from ..processes import Process  # also defines the processes that files name
+from ..processes import Process  # noqa: F401  defines the processes that files name
 from ..sampling import Callback, Progress, Sampler, SamplerBase, basis_of, check_process, check_state
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
@@ -222,7 +222,7 @@ class Plan:
                 if json.loads(json.dumps(schedule.to_dict())) != json.loads(json.dumps(self.schedule)):
                     raise
                 own, at = schedule, self.times.detach()
-            if type(own) is not type(schedule) and not (own.ordinary and schedule.ordinary):
+            if own != schedule and not (own.ordinary and schedule.ordinary):
                 raise BadInput(
                     f"the plan was made for {describe_schedule(own)}, the model has {describe_schedule(schedule)}: "
                     "compile one of its own samplers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -61,7 +61,7 @@ class Soft(Diagonal):
     noise_max: float = 0.2
     objective: str = "soft"
     floor: float = 0.01
-    prior: tuple[float, ...] = ()
+    prior: tuple[float, ...] = field(default=(), repr=False)
     sampler: ClassVar[str] = "soft"
 
     def __post_init__(self) -> None:

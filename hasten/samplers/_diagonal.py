@@ -22,11 +22,11 @@ def diagonal_basis(process: Any) -> Basis:
     """
     if not hasattr(process, "factor"):
         raise BadInput(f"this sampler deblurs, and the model's process is {type(process).__name__}: use unipc or heun")
-    return _cached(process)
+    return _basis_of_process(process)
 
 
 @lru_cache(maxsize=16)
-def _cached(process: Any) -> Basis:
+def _basis_of_process(process: Any) -> Basis:
     """The basis of this process."""
     with torch.inference_mode(False):  # used under autograd later
         return Basis(torch.zeros(process.shape, dtype=torch.float64), process.keys, process.kind)

@@ -10,7 +10,7 @@ from torch import nn
 from ..denoiser import Denoiser
 from ..errors import check_numbers
 from ..model.model import Model
-from ..predictions import Residual
+from ..predictions import ResidualPrediction
 from ..processes.soft import Soft
 from ..train.sources import Data
 from ._base import MakeUNet, TrainProcess
@@ -37,7 +37,7 @@ class TrainHeat(TrainProcess):
         self._process((1, 1))
 
     def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
-        return Denoiser(unet(), fitted_to(self._process(tuple(data.shape)), data), Residual())
+        return Denoiser(unet(), fitted_to(self._process(tuple(data.shape)), data), ResidualPrediction())
 
     def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
         return replace(model, sampler="soft:form=naive,noise=1.25", times="uniform", steps=100)

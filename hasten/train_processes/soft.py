@@ -9,7 +9,7 @@ import torch
 
 from ..denoiser import Denoiser
 from ..errors import check_numbers
-from ..predictions import Residual
+from ..predictions import ResidualPrediction
 from ..processes.soft import Soft
 from ..train.data import to_float
 from ..train.sources import Data
@@ -46,7 +46,7 @@ class TrainSoft(TrainProcess):
 
     def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
         process = Soft(tuple(data.shape), **self._options(max(data.shape[-2:]) / 3))
-        return Denoiser(unet(), fitted_to(process, data), Residual())
+        return Denoiser(unet(), fitted_to(process, data), ResidualPrediction())
 
     def _options(self, blur: float) -> dict[str, Any]:
         """The fields of the process."""

@@ -167,6 +167,8 @@ def test_the_plan_runs_as_the_sampler_does(prediction: str) -> None:
         compiled = Plan.from_json(plan(BlurringSampler(), process, times).to_json())
         planned = compiled(denoiser, noise.initial(), noise.rows(slice(None)))
         assert (planned - walked).abs().max() < 1e-12 * max(1.0, float(walked.abs().max()))
+    with pytest.raises(BadInput, match="the plan was made for Blurring"):
+        compiled(Denoiser(Tiny(), Blurring(SHAPE, 8.0), prediction), noise.initial(), noise)
     drawn, start = draw(denoiser, "blurring:eta=0", times, noise), process.begin(noise.initial(), 1.0)
     assert (drawn - walk(BlurringSampler(0.0), denoiser, start, times)).abs().max() < 1e-10
 
