@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ._base import Process
+from .blurring import Blurring
 from .i2sb import I2SB
+from .soft import Soft
 
-__all__ = ["I2SB", "Process"]
+__all__ = ["I2SB", "Blurring", "Process", "Soft"]
