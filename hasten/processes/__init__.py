@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from ._base import Process
+from .ddbm import DDBM
+from .dsbm import DSBM
 from .i2sb import I2SB
+from .interpolant import Interpolant
 
-__all__ = ["I2SB", "Process"]
+__all__ = ["DDBM", "DSBM", "I2SB", "Interpolant", "Process"]
