@@ -79,7 +79,7 @@ def test_another_process_is_refused():
 
     @dataclasses.dataclass(frozen=True)
     class Process(VPLinear):
-        pass
+        ordinary = False
 
     model = small(None)
     model.denoiser = tiny_denoiser(schedule=Process())
