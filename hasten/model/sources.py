@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..images import to_image_tensor
 
-__all__ = ["source_images"]
+__all__ = ["refuse_process", "source_images"]
 
 
 def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
@@ -42,3 +42,24 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
     if shape is not None and tuple(result.shape[1:]) != tuple(shape):
         raise BadInput(f"{model.name} takes sources of shape {tuple(shape)}, found {tuple(result.shape[1:])}")
     return result
+
+
+def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
+    """Raise BadInput for a model of another process, or one that makes samples from source images.
+
+    Args:
+        model: a `Model`.
+        what: what cannot work on it, for the message, such as "tuning".
+        bridges_only: it works on other processes, only not on source images.
+    """
+    if model.source_shape is not None:
+        raise BadInput(
+            f"{what} is for models that draw from noise alone, and {model.name} makes its samples from source images: "
+            "see hasten translate"
+        )
+    schedule = model.denoiser.schedule
+    if not schedule.ordinary and not bridges_only:
+        raise BadInput(
+            f"{what} is for models of x_t = alpha x + sigma eps, and {model.name} is one of the process "
+            f"{type(schedule).__name__}"
+        )
