@@ -18,8 +18,8 @@ SCALE = 4  # of the two convolutions of stride 2
 class VAE(nn.Module):
     """Encoder q(u | x, label) = N(mean, exp(logvar)) and decoder D(u, label) of a latent vector u of L numbers.
 
-    `forward(noise)` draws images: u = m_c + L_c noise with the Gaussian of each class that `fit_latents` estimates
-    after training ("ex-post"; at first the standard normal one), then D(u). Convolutions for images of any size
+    `forward(noise)` draws images: u = m_c + L_c noise with the Gaussian of each class that `set_latents` sets to the
+    posteriors of the training data ("ex-post"; at first the standard normal one), then D(u). Convolutions for images of any size
     (C, H, W), perceptrons for other samples.
 
     Args:
@@ -34,6 +34,9 @@ class VAE(nn.Module):
 
     centre: Tensor
     factor: Tensor
+    count: Tensor
+    first: Tensor
+    second: Tensor
 
     def __init__(
         self, shape: Sequence[int], latent: int = 32, classes: int = 0, widths: Sequence[int] = (32, 64)
@@ -72,6 +75,9 @@ class VAE(nn.Module):
         self.label_out = nn.Embedding(classes + 1, features)
         self.register_buffer("centre", torch.zeros(classes + 1, latent))
         self.register_buffer("factor", torch.eye(latent).repeat(classes + 1, 1, 1))
+        self.register_buffer("count", torch.zeros(classes + 1))
+        self.register_buffer("first", torch.zeros(classes + 1, latent))
+        self.register_buffer("second", torch.zeros(classes + 1, latent, latent))
 
     def encode(self, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance (B, L) of the posterior of samples (B, *S)."""
@@ -91,28 +97,37 @@ class VAE(nn.Module):
         return self.decode(u, label).to(noise.dtype)
 
     @torch.no_grad()
+    def observe(self, mean: Tensor, logvar: Tensor, label: Tensor | None = None, decay: float = 0.998) -> None:
+        """Add posteriors (B, L) of labels (B,) to the running moments that `set_latents` reads, in place."""
+        rows = torch.zeros(len(mean), self.classes + 1, dtype=self.count.dtype, device=mean.device)
+        rows[:, self.classes] = 1
+        if label is not None and self.classes:
+            rows[torch.arange(len(mean), device=mean.device), label] = 1
+        mean, variance = mean.to(rows), logvar.to(rows).exp()
+        second = torch.einsum("bc,bi,bj->cij", rows, mean, mean) + torch.diag_embed(rows.T @ variance)
+        for moment, value in ((self.count, rows.sum(0)), (self.first, rows.T @ mean), (self.second, second)):
+            moment.mul_(decay).add_(value)
+
+    @torch.no_grad()
+    def set_latents(self) -> None:
+        """Set the Gaussians that `forward` draws latents from to the observed ones: the covariance is that of the means
+        plus the mean posterior variance. A class of too few samples has the Gaussian of all."""
+        latent = self.centre.shape[1]
+        few = self.count <= 2 * latent
+        few[self.classes] = False
+        k = torch.where(few, self.classes, torch.arange(self.classes + 1, device=few.device))
+        n = self.count[k].clamp_min(1e-6)[:, None]
+        centre, second = self.first[k] / n, self.second[k] / n[..., None]
+        covariance = second - centre[:, :, None] * centre[:, None] + 1e-6 * torch.eye(latent).to(second)
+        self.centre.copy_(centre)
+        self.factor.copy_(torch.linalg.cholesky(covariance))
+
+    @torch.no_grad()
     def fit_latents(self, x: Tensor, label: Tensor | None = None) -> None:
-        """Fit the Gaussians that `forward` draws latents from to the posteriors of samples, in place.
-
-        The covariance is that of the means plus the mean posterior variance. A class of too few samples has the
-        Gaussian of all.
-
-        Args:
-            x: samples (n, *S).
-            label: (n,).
-        """
+        """`observe` and `set_latents` for samples (n, *S) of labels (n,) alone."""
         mean, logvar = self.encode(x.to(self.centre), label)
-        mean, variance = mean.double(), logvar.double().exp()
-        for c in (self.classes, *range(self.classes)):
-            rows = slice(None) if c == self.classes or label is None else (label == c).nonzero().flatten()
-            own, noise = mean[rows], variance[rows]
-            if len(own) <= 2 * mean.shape[1] and c != self.classes:
-                self.centre[c], self.factor[c] = self.centre[self.classes], self.factor[self.classes]
-                continue
-            off = own - own.mean(0)
-            covariance = off.T @ off / len(own) + torch.diag(noise.mean(0))
-            self.centre[c] = own.mean(0)
-            self.factor[c] = torch.linalg.cholesky(covariance)
+        self.observe(mean, logvar, label, decay=0.0)
+        self.set_latents()
 
     def _labels(self, x: Tensor, label: Tensor | None) -> Tensor:
         """The labels, or the null class for all."""
