@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["RECOMMENDED", "Resolved", "resolve"]
 
 RECOMMENDED = "recommended"
+NOISE = "noise"  # the start of a config that replaces the one that the model recommends
 CACHED = 4  # accelerated denoisers of a model
 
 
@@ -92,7 +93,7 @@ def resolve(
     Raises:
         BadInput: for a method that is not there or that the model cannot run.
     """
-    start = bound(model, "starts", config.start) if config.start is not None else None
+    start = start_of(model, config)
     plan, sampler, times = steps_of(model, config, None if start is None else start.time)
     methods = [pick("accelerators", one) if isinstance(one, str) else one for one in config.accelerators]
     inner: nn.Module = model.denoiser
@@ -113,12 +114,29 @@ def resolve(
     return Resolved(complete, denoiser, inner, model.denoiser, plan, sampler, times, start, runtime)
 
 
+def start_of(model: ModelLike, config: SamplingConfig) -> Any:
+    """The initialisation, bound to the model; None for noise.
+
+    Raises:
+        BadInput: for one that the model cannot run.
+    """
+    start = getattr(model, "start", None) if config.start is None else config.start
+    if start is None or start == NOISE:
+        return None
+    if not model.denoiser.schedule.ordinary:
+        process = type(model.denoiser.schedule).__name__
+        raise BadInput(f"{model.name} is a model of the process {process}, which takes no start: leave it out")
+    return bound(model, "starts", start)
+
+
 def completed(
     model: ModelLike, config: SamplingConfig, plan: Plan | None, times: Tensor, precision: str
 ) -> SamplingConfig:
     """The config with what the model recommends in the place of what is None."""
     scale = float(model.guidance_scale if config.guidance_scale is None else config.guidance_scale)
     common: dict[str, Any] = {"guidance_scale": scale, "precision": precision}
+    if config.start is None and getattr(model, "start", None) is not None:
+        common["start"] = model.start
     if plan is not None and (config.plan is not None or plan is model.plan):
         name = RECOMMENDED if config.plan is None else config.plan
         return config.replace(plan=name, sampler=None, times=None, steps=plan.nfe, **common)

@@ -214,7 +214,7 @@ class DenoisingLoss:
     weight: Weight | None = None
     spread: bool = True
     null_conditions: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
-    conditions: tuple[str, ...] = ("label", "text", "text_mask", "added_text_embeds", "added_time_ids")
+    conditions: tuple[str, ...] = ("label", "text", "text_mask", "added_text_embeds", "added_time_ids", "source")
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_drop <= 1:

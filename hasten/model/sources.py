@@ -1,0 +1,44 @@
+"""The images that samples are made from: sources of bridges, conditions, and what initialisations begin from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import BadInput
+from ..images import to_image_tensor
+
+__all__ = ["source_images"]
+
+
+def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
+    """The images for `n` samples, checked, float32 (n, ...); None where there are none and none are needed.
+
+    Args:
+        model: a `Model` to sample from.
+        n: number of samples.
+        images: as `Model.sample` takes them, or None.
+        start: the initialisation, or None.
+
+    Raises:
+        BadInput: for images that are missing, too few, of another size, or not used.
+    """
+    shape = model.source_shape
+    if shape is not None and start is not None:
+        raise BadInput(f"{model.name} makes samples from source images: it takes no start")
+    if images is None:
+        if shape is not None:
+            size = f"{shape[2]}x{shape[1]}" if len(shape) == 3 else f"shape {tuple(shape)}"
+            raise BadInput(f"{model.name} makes its samples from source images: give images of {size}, one a sample")
+        return None
+    if shape is None and start is None:
+        raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
+    pixels = model.codec == "image" and model.decoder is None
+    wanted = shape or model.shape
+    result = to_image_tensor(images, wanted if pixels or shape is None and model.decoder is None else None)
+    if len(result) != n:
+        raise BadInput(f"images must be one for each of the {n} samples, found {len(result)}")
+    if shape is not None and tuple(result.shape[1:]) != tuple(shape):
+        raise BadInput(f"{model.name} takes sources of shape {tuple(shape)}, found {tuple(result.shape[1:])}")
+    return result
