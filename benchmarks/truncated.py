@@ -1,4 +1,4 @@
-"""Truncated diffusion, early stop and DiffuseVAE against plain diffusion, after equal training minutes, on Fashion-MNIST.
+"""Truncated diffusion, early stop, DiffuseVAE and plain diffusion on Fashion-MNIST after equal training minutes.
 
     python -m benchmarks.truncated --out runs/truncated --minutes 60 [--models plain,tdpm] [--images 5000]
 
@@ -17,7 +17,6 @@ import json
 import time
 from pathlib import Path
 from typing import Any
-
 
 import hasten
 from hasten.errors import HastenError

@@ -24,7 +24,7 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
     Raises:
         BadInput: for images that are missing, too few, of another size, or not used.
     """
-    shape = model.source_shape
+    shape = None if getattr(start, "gives_source", False) else model.source_shape
     if shape is not None and start is not None:
         raise BadInput(f"{model.name} makes samples from source images: it takes no start")
     if images is None:

@@ -19,8 +19,8 @@ class VAE(nn.Module):
     """Encoder q(u | x, label) = N(mean, exp(logvar)) and decoder D(u, label) of a latent vector u of L numbers.
 
     `forward(noise)` draws images: u = m_c + L_c noise with the Gaussian of each class that `set_latents` sets to the
-    posteriors of the training data ("ex-post"; at first the standard normal one), then D(u). Convolutions for images of any size
-    (C, H, W), perceptrons for other samples.
+    posteriors of the training data ("ex-post"; at first the standard normal one), then D(u). Convolutions for images
+    of any size (C, H, W), perceptrons for other samples.
 
     Args:
         shape: S of a sample.

@@ -33,6 +33,7 @@ class DiffuseVAE(Start):
 
     generator: Any = field(default=None, repr=False, metadata={"bound": True})
     nfe: ClassVar[int] = 0
+    gives_source: ClassVar[bool] = True
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> DiffuseVAE:
         """The start with the model's own autoencoder.

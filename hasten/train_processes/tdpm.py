@@ -15,9 +15,9 @@ from ..nets.prior import PriorNet, SharedPrior
 from ..predictions import V
 from ..schedules.continuous import VPCosine
 from ..schedules.truncated import Truncated
-from ..train.sources import Data
 from ..train.implicit_prior import PriorTraining
 from ..train.losses import DenoisingLoss
+from ..train.sources import Data
 from ..train.trained_module import TrainedModule
 from ._base import MakeUNet, TrainProcess, TrainSettings
 
