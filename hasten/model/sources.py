@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..images import to_image_tensor
+from ..schedules.truncated import Truncated
 
-__all__ = ["source_images"]
+__all__ = ["check_from_noise", "source_images"]
 
 
 def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
@@ -42,3 +43,23 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
     if shape is not None and tuple(result.shape[1:]) != tuple(shape):
         raise BadInput(f"{model.name} takes sources of shape {tuple(shape)}, found {tuple(result.shape[1:])}")
     return result
+
+
+def check_from_noise(model: Any, verb: str) -> None:
+    """Refuse a `Model` whose samples do not begin from noise alone for what assumes it.
+
+    Args:
+        model: the model.
+        verb: what is to be done, for the message: "tuned", "distilled".
+
+    Raises:
+        BadInput: for a truncated model, and for one whose network reads a second image.
+    """
+    schedule = model.denoiser.schedule
+    if isinstance(schedule, Truncated):
+        why = f"begins at t = {schedule.end:g} from images of a generator (start={model.start})"
+    elif int(getattr(model.denoiser, "source_channels", 0)):
+        why = "reads a second image"
+    else:
+        return
+    raise BadInput(f"{model.name} {why}, and only models that begin from noise alone can be {verb}")

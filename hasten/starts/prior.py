@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..denoiser import Wrapper
 from ..errors import BadInput
+from ..nets.prior import SharedPrior
 from ..sampling import Noise
 from ._base import Start
 
@@ -36,7 +37,11 @@ class Prior(Start):
     """
 
     net: Any = field(default=None, repr=False, metadata={"bound": True})
-    nfe: ClassVar[int] = 1
+
+    @property
+    def nfe(self) -> int:  # type: ignore[override]
+        """1, or 0 where the generator is the network of the model itself, whose evaluation is counted as such."""
+        return int(not isinstance(self.net, SharedPrior))
 
     @property
     def time(self) -> float | None:
