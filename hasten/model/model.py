@@ -35,6 +35,7 @@ from .first_evaluation import FirstEvaluation
 from .lora import load_lora_weights
 from .resolve import Resolved, accelerate_model, guided, resolve
 from .sources import source_images
+from .weak import fields_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -243,7 +244,7 @@ class Model:
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         resolved = self.resolve(config, batch_size=min(n, batch_size), **options)
         images = source_images(self, n, images, resolved.start)
-        takes_source = self.source_shape is not None
+        takes_source = self.source_shape is not None and not getattr(resolved.start, "gives_source", False)
         conditions = self.conditions(n, label, seed)
         device = self.device
         batches: list[Tensor] = []
@@ -301,7 +302,16 @@ class Model:
             config,
             precision,
             lambda methods, plan, how: accelerate_model(self, methods, plan, how, self._accelerated),
+            self._generator,
         )
+
+    def _generator(self, name: str) -> Model:
+        """The model of this name, whose images a start begins from, on the same device."""
+        other = "of a pipeline pass a function: EarlyStop(generator=lambda latents, **cond: images)"
+        found = Model(**fields_of("early_stop", name, other)).to(self.device)
+        if found.shape != self.shape or found.classes not in (None, self.classes):
+            raise BadInput(f"early_stop: {name} draws other images or classes than {self.name}")
+        return found
 
     def calls(
         self, n: int, seed: int, config: SamplingConfig | None = None, **options: Unpack[SamplingOptions]

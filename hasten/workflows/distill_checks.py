@@ -15,12 +15,6 @@ from ..storage.model_folder import check_savable
 def check_models(model: Model, init: Model | None, distiller: Distiller, method: str) -> None:
     """Refuse, before anything runs, models that cannot be distilled so or whose students could not be saved."""
     name = method.partition(":")[0]
-    schedule = model.denoiser.schedule
-    if not schedule.ordinary and type(schedule).__name__ not in getattr(distiller, "processes", ()):
-        raise BadInput(
-            f"{model.name} is a model of the process {type(schedule).__name__}, and {name} distils models of "
-            f"x_t = alpha x + sigma eps: fewer steps of its own sampler, {getattr(schedule, 'sampler', '')}, are what there is"
-        )
     for one in (model,) if init is None else (model, init):
         if next(layers(one.denoiser.net), None) is not None or getattr(one.denoiser.net, "runs_elsewhere", False):
             raise BadInput(
