@@ -32,7 +32,7 @@ from ..workflows.prompts import bundled_prompts, image_shape, is_image, prompts_
 from ..workflows.reference_images import resolve_reference
 from .bench import Bench, key_of
 from .candidates import Space, appliable, plain_variant, search_space
-from .certificate import TRIES, certify
+from .certificate import TRIES, certify, risk_of_try
 from .config import ChooseConfig
 from .goal import Goal, parse_goal
 from .losses import Distance, Figure, Psnr, Unlikeness
@@ -129,7 +129,7 @@ def run_search(
     allowed: Callable[[Variant], str | None] = lambda v: None  # noqa: E731
     if config.for_diffusers:
         allowed = functools.partial(not_for_diffusers, model)
-    search = Search(bench, space, goal, rungs, progress.say, allowed)
+    search = Search(bench, space, goal, rungs, progress.say, allowed, count, risk_of_try(config.confidence, 1))
     with progress.bar:
         progress.say(
             f"{model.name}, {goal}: {len(space.first)} candidates against {spell(plain)}; {figure.name}; {precision}, "
@@ -224,7 +224,7 @@ def space_for(model: Model, config: ChooseConfig, report: Callable[[str], None])
 
 def rungs_of(count: int, least: int) -> tuple[int, ...]:
     """Seeds of each round, from those of the certificate, at least so many."""
-    return tuple(sorted({max(count // part, least) for part in (8, 4, 2)}))
+    return tuple(sorted({max(count // part, least) for part in (16, 8, 4, 2)}))
 
 
 def not_for_diffusers(model: Model, variant: Variant) -> str | None:
