@@ -40,8 +40,8 @@ class PairedLoss:
 
         Args:
             risk: in (0, 1).
-            others: bound what so many other seeds will show, and not only the mean over all seeds: the difference of two
-                independent estimates of n and m seeds has the variance error^2 (1 + n / m).
+            others: bound what so many other seeds will show, and not only the mean over all seeds: the difference of
+                two independent estimates of n and m seeds has the variance error^2 (1 + n / m).
         """
         reach = t_quantile(1 - risk, self.degrees) * self.error if self.degrees else math.inf
         return self.value + reach * (math.sqrt(1 + self.count / others) if others else 1.0)
