@@ -33,7 +33,7 @@ from ..workflows.reference_images import resolve_reference
 from .bench import Bench, key_of
 from .candidates import Space, appliable, plain_variant, search_space
 from .certificate import TRIES, certify, risk_of_try
-from .config import ChooseConfig
+from .config import LEAST_SEEDS, ChooseConfig
 from .goal import Goal, parse_goal
 from .losses import Distance, Figure, Psnr, Unlikeness
 from .result import best_toml, entry_row, table_lines, write_result
@@ -224,6 +224,7 @@ def space_for(model: Model, config: ChooseConfig, report: Callable[[str], None])
 
 def rungs_of(count: int, least: int) -> tuple[int, ...]:
     """Seeds of each round, from those of the certificate, at least so many."""
+    least = min(least, max(count // 2, LEAST_SEEDS))
     return tuple(sorted({max(count // part, least) for part in (16, 8, 4, 2)}))
 
 
@@ -268,6 +269,8 @@ def finish(
     name = bench.model.name
     if best is None:
         head = f"{name}: no candidate keeps {goal}: the plain model is the answer ({spell(bench.plain)})"
+        if (more := search.seeds_to_show()) is not None:
+            head += f"; {more}"
         if goal.kind == "seconds":
             head = f"{name}: no candidate takes {format_seconds(goal.seconds)} or less: the plain model is the answer"
     else:

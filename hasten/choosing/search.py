@@ -118,10 +118,22 @@ class Search:
         """Whether a candidate keeps the bound as measured."""
         return entry.loss.value <= self.goal.limit
 
-    def margin(self, loss: PairedLoss) -> float:
-        """By how much the bound of a certificate will be above the loss, about."""
-        expected = loss.on(self.fresh)
-        return expected.upper(self.risk, others=self.fresh) - expected.value
+    def margin(self, loss: PairedLoss, fresh: int | None = None) -> float:
+        """By how much the bound of a certificate will be above the loss, about; of so many fresh seeds."""
+        fresh = fresh or self.fresh
+        expected = loss.on(fresh)
+        return expected.upper(self.risk, others=fresh) - expected.value
+
+    def seeds_to_show(self) -> str | None:
+        """Which candidate may keep the goal with how many seeds, where none did with those of this search."""
+        found = []
+        for entry in self.measured.values():
+            if entry.variant != self.bench.plain and self.keeps(entry) and entry.relative < 1:
+                fresh = (self.fresh << k for k in range(1, 8))
+                enough = (n for n in fresh if entry.loss.value + self.margin(entry.loss, n) <= self.goal.limit)
+                if (number := next(enough, None)) is not None:
+                    found.append((number, entry.relative, entry.name))
+        return f"{min(found)[2]} might with --n {min(found)[0]}" if found else None
 
     def is_decided(self, entry: Entry) -> bool:
         """Whether a candidate will most likely get its certificate, so that it needs no more seeds before."""
