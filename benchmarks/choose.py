@@ -38,7 +38,7 @@ from hasten.model import Model
 from hasten.plan.config import SamplingConfig
 from hasten.progress import ProgressReporter
 
-WITHOUT = ("plan", "cache", "bits", "student", "lora", "decoder")
+EXCLUDED = ("plan", "cache", "bits", "student", "lora", "decoder")
 FRESH = 100_000  # first seed of the blocks, far from those of searches
 
 
@@ -51,12 +51,12 @@ class Case:
     psnr: float
     n: int
     prompts: Any = None
-    without: tuple[str, ...] = WITHOUT
+    exclude: tuple[str, ...] = EXCLUDED
 
     def options(self) -> dict[str, Any]:
         """Of `hasten.choose`."""
         return {
-            "psnr": self.psnr, "n": self.n, "plain": self.plain, "without": self.without, "precision": "fp32",
+            "psnr": self.psnr, "n": self.n, "plain": self.plain, "exclude": self.exclude, "precision": "fp32",
             "prompts": self.prompts, "rounds": 1, "timing_batch": 1,
         }  # fmt: skip
 
@@ -72,7 +72,7 @@ def coverage(case: Case, blocks: int, out: Path) -> None:
     """Print how often the bounds hold on other blocks of seeds."""
     result = hasten.choose(case.model, out=out / "best.toml", **case.options())  # type: ignore[arg-type]
     bench = bench_of(case, out / "blocks")
-    space = search_space(case.model, bench.plain, case.without)
+    space = search_space(case.model, bench.plain, case.exclude)
     every = [*space.first, *(v for one in space.first for v in space.expanded(one, bench.plain))]
     best = next(v for v in every if v.name == result["best"])
     promised = result["certificate"]["bound"]
@@ -112,7 +112,7 @@ def exhaustive(case: Case, out: Path, searches: int) -> None:
         print(f"  {result['spent']['evaluations']} evaluations, {cpu:.0f} CPU s, {wall:.0f} s", flush=True)
         results.append(result)
     bench = bench_of(case, out / "every")
-    space = search_space(case.model, bench.plain, case.without)
+    space = search_space(case.model, bench.plain, case.exclude)
     every = [*space.first, *(v for one in space.first for v in space.expanded(one, bench.plain))]
     cpu = time.process_time()
     entries: list[Entry] = []
@@ -169,12 +169,12 @@ def main() -> None:
         elif given.case == "fashion":
             case = Case(
                 hasten.load("fashion"), SamplingConfig(steps=8, guidance_scale=1), 28.0, 64,
-                without=("guidance", *WITHOUT),
+                exclude=("guidance", *EXCLUDED),
             )  # fmt: skip
         else:
             case = Case(
                 hasten.load("fashion"), SamplingConfig(steps=6, guidance_scale=1), 24.0, 24,
-                without=("guidance", *WITHOUT),
+                exclude=("guidance", *EXCLUDED),
             )  # fmt: skip
         case.n, case.psnr = given.n or case.n, given.psnr or case.psnr
         (coverage(case, given.blocks, out) if given.case == "coverage" else exhaustive(case, out, given.searches))

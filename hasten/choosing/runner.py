@@ -211,7 +211,7 @@ def space_for(model: Model, config: ChooseConfig, report: Callable[[str], None])
     )
     plain = plain_variant(model, how)
     if config.variants is None:
-        space = search_space(model, plain, config.without, config.students, config.loras, config.compile)
+        space = search_space(model, plain, config.exclude, config.students, config.loras, config.compile)
     else:
         given = load_variants(config.variants, model.times, model.guidance_scale).for_model(location_of(model))
         if how == SamplingConfig():

@@ -14,8 +14,10 @@ import hasten
 from hasten.choosing import bench, certificate, runner
 from hasten.choosing.candidates import appliable, plain_variant, search_space
 from hasten.choosing.certificate import looks_of, risk_of_try, risks_of_looks
+from hasten.choosing.config import ChooseConfig
 from hasten.choosing.goal import parse_goal
 from hasten.choosing.ladders import climb, ladders
+from hasten.cli.app import present_flags
 from hasten.compare import jobs
 from hasten.errors import BadInput
 from hasten.metrics import make_reference
@@ -311,6 +313,17 @@ def test_a_loss_without_real_images_is_a_share_of_what_another_seed_changes(tmp_
     assert 0 < min(losses.values()) < 0.2 < max(losses.values()) < 1.5
     again = searched(tmp_path, rows, psnr=None, loss="20%")
     assert again["certificate"] == result["certificate"]
+
+
+def test_kinds_are_excluded_under_the_old_name_too() -> None:
+    assert present_flags(["choose", "fashion", "--without", "bits"], quiet=True)[2:] == ["--exclude", "bits"]
+    with pytest.warns(DeprecationWarning, match="'without' is now called 'exclude'"):
+        assert ChooseConfig.of(None, {"without": ("bits",)}).exclude == ("bits",)
+    with pytest.raises(BadInput, match="exclude takes plan"):
+        ChooseConfig(exclude=("steps",))
+    teacher = model()
+    plain = plain_variant(teacher, SamplingConfig())
+    assert {kind for kind, _ in search_space(teacher, plain, ("bits", "plan")).additions} == {"guidance", "cache"}
 
 
 def test_seeds_of_calibration_are_not_used(tmp_path: Path, rows: Path) -> None:
