@@ -27,7 +27,7 @@ _HOMES = {
         "times",
     ),
     **dict.fromkeys(["EDM", "VE", "Flow", "SubVP", "VPCosine", "VPLinear"], "schedules"),
-    **dict.fromkeys(["Discrete", "rescale_zero_snr"], "schedules"),
+    **dict.fromkeys(["Discrete", "Truncated", "rescale_zero_snr"], "schedules"),
     **dict.fromkeys(
         [
             "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver",
@@ -37,7 +37,7 @@ _HOMES = {
         "samplers",
     ),
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
-    **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
+    **dict.fromkeys(["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop", "Prior", "SingDiffusion"], "starts"),
     **dict.fromkeys(["accelerate", "as_scheduler", "open_quantized", "times_like"], "adapters.diffusers"),
     # diffusers looks these up where a pipeline was saved with such a scheduler or network
     **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),

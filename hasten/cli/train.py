@@ -154,8 +154,8 @@ def train(
     }
     last = model.card["last"]
     prompt = " --prompt TEXT" if model.conditioning is not None else ""
-    verb = "sample" if model.source_shape is None else "translate"
-    prompt = prompt if model.source_shape is None else " IMAGES"
+    draws = model.source_shape is None or model.start is not None
+    verb, prompt = ("sample", prompt) if draws else ("translate", " IMAGES")
     text = f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten {verb} {out}{prompt}"
     print_result(result, text, json)
     return result

@@ -35,6 +35,7 @@ from .first_evaluation import FirstEvaluation
 from .lora import load_lora_weights
 from .resolve import Resolved, accelerate_model, guided, resolve
 from .sources import source_images
+from .weak import fields_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -133,16 +134,16 @@ class Model:
         return replace(self, decoder=decoder, pipeline=pipeline)
 
     def with_first_evaluation(
-        self, teacher: Model, guidance_scale: float | None = None, teacher_guidance_scale: float | None = None
+        self, teacher: Model, guidance_scale: float | None = None, teacher_guidance_scale: float = 1.0
     ) -> Model:
         """This few-step student with its first evaluation by its teacher, which restores diversity within a prompt or
-        class for the cost of one evaluation of the teacher (two under guidance).
+        class for the cost of one evaluation of the teacher.
 
         Args:
             teacher: of the same samples, conditions and noise schedule.
             guidance_scale: of the student; None: this model's. Of the result it cannot be changed.
-            teacher_guidance_scale: of the teacher; None: the same. At 1 its evaluation costs one, and guides less
-                towards the mean image of a prompt: more diversity, a little less prompt match.
+            teacher_guidance_scale: of the teacher; 1: without guidance. Its guided answer to pure noise is nearly the
+                same picture for every seed, which restores no diversity, and costs two evaluations.
 
         Raises:
             BadInput: for another schedule, shape or other classes, and for a student of one step, which would have no
@@ -157,7 +158,7 @@ class Model:
         if self.steps < 2:
             raise BadInput(f"{self.name} has one step, which would be the teacher's alone: it needs two or more")
         student = with_step_count(self.guided(scale), self.steps)
-        first = teacher.guided(scale if teacher_guidance_scale is None else teacher_guidance_scale)
+        first = teacher.guided(teacher_guidance_scale)
         denoiser: Any = FirstEvaluation(student, first, scale)
         return replace(self, denoiser=denoiser.eval(), guidance_scale=scale)
 
@@ -243,7 +244,7 @@ class Model:
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         resolved = self.resolve(config, batch_size=min(n, batch_size), **options)
         images = source_images(self, n, images, resolved.start)
-        takes_source = self.source_shape is not None
+        takes_source = self.source_shape is not None and not getattr(resolved.start, "gives_source", False)
         conditions = self.conditions(n, label, seed)
         device = self.device
         batches: list[Tensor] = []
@@ -301,7 +302,16 @@ class Model:
             config,
             precision,
             lambda methods, plan, how: accelerate_model(self, methods, plan, how, self._accelerated),
+            self._generator,
         )
+
+    def _generator(self, name: str) -> Model:
+        """The model of this name, whose images a start begins from, on the same device."""
+        other = "of a pipeline pass a function: EarlyStop(generator=lambda latents, **cond: images)"
+        found = Model(**fields_of("early_stop", name, other)).to(self.device)
+        if found.shape != self.shape or found.classes not in (None, self.classes):
+            raise BadInput(f"early_stop: {name} draws other images or classes than {self.name}")
+        return found
 
     def calls(
         self, n: int, seed: int, config: SamplingConfig | None = None, **options: Unpack[SamplingOptions]

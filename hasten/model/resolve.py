@@ -24,6 +24,7 @@ from ..plan.draw import compile_plan
 from ..plan.table import Plan
 from ..sampling import bind_method, wrap_denoiser
 from ..schedules.base import Schedule
+from ..starts.early_stop import EarlyStop
 from ..times import Explicit, as_times, check_times
 from .weak import with_weak_model
 
@@ -83,17 +84,21 @@ def resolve(
     config: SamplingConfig,
     precision: str,
     accelerated: Callable[[Sequence[Any], Plan | None, SamplingConfig], nn.Module],
+    generator: Callable[[str], Any] | None = None,
 ) -> Resolved:
     """What a config amounts to for a model, checked and bound to it.
 
     Args:
         precision: as `parse_runtime` reads it; not "auto".
         accelerated: gives the model's denoiser with some accelerators, see `accelerate_model`.
+        generator: opens the model of a name, for a start that begins from its images.
 
     Raises:
         BadInput: for a method that is not there or that the model cannot run.
     """
     start = start_of(model, config)
+    if generator is not None and isinstance(start, EarlyStop) and isinstance(start.generator, (str, Path)):
+        start = replace(start, generator=generator(str(start.generator)))
     plan, sampler, times = steps_of(model, config, None if start is None else start.time)
     methods = [pick("accelerators", one) if isinstance(one, str) else one for one in config.accelerators]
     inner: nn.Module = model.denoiser

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..images import to_image_tensor
+from ..schedules.truncated import Truncated
 
 __all__ = ["refuse_process", "source_images"]
 
@@ -24,7 +25,7 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
     Raises:
         BadInput: for images that are missing, too few, of another size, or not used.
     """
-    shape = model.source_shape
+    shape = None if getattr(start, "gives_source", False) else model.source_shape
     if shape is not None and start is not None:
         raise BadInput(f"{model.name} makes samples from source images: it takes no start")
     if images is None:
@@ -61,5 +62,10 @@ def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
     if not schedule.ordinary and not bridges_only:
         raise BadInput(
             f"{what} is for models of x_t = alpha x + sigma eps, and {model.name} is one of the process "
-            f"{type(schedule).__name__}"
+            f"{type(schedule).__name__}: fewer steps of its own sampler are what there is"
+        )
+    if isinstance(schedule, Truncated) and not bridges_only:
+        raise BadInput(
+            f"{what} is for models that begin from noise alone, and {model.name} begins at t = {schedule.end:g} from "
+            f"images of a generator (start={model.start})"
         )
