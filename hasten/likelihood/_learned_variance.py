@@ -44,7 +44,8 @@ def x0_and_variance(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, **cond:
     inner = inner_denoiser(denoiser)
     c_in, c_skip, c_out, clock = inner._coefficients(t, x_t)
     plain = {key: value for key, value in cond.items() if not key.startswith("null_")}
-    raw, o = inner.net.with_learned_variance(*inner._inputs(x_t, c_in, clock), **plain)
+    net: Any = inner.net
+    raw, o = net.with_learned_variance(*inner._inputs(x_t, c_in, clock), **plain)
     if raw.shape != x_t.shape or o.shape != x_t.shape:
         raise BadInput(f"{type(inner.net).__name__} gives a variance of shape {tuple(o.shape)}, not {tuple(x_t.shape)}")
     x0 = to_x0(x_t, raw.to(x_t.dtype), c_skip, c_out) if inner is denoiser else denoiser(x_t, t, **cond)

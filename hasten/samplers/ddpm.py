@@ -67,7 +67,8 @@ class DDPM(SamplerBase):
         path, z = make_nodes(schedule, times), x
         for r, s in zip(path, path[1:], strict=False):
             learned = self.variance == "learned" and not s.clean
-            x0, v = (yield Query(z, r.t, moments=True)) if learned else ((yield Query(z, r.t)), None)
+            output: Any = yield Query(z, r.t, moments=True) if learned else Query(z, r.t)
+            x0 = output[0] if learned else output
             if s.clean:
                 z = s.alpha * x0
                 continue
@@ -75,7 +76,7 @@ class DDPM(SamplerBase):
             scale = a * (s.sigma / r.sigma) ** 2
             added = 1 - (a * s.sigma / r.sigma) ** 2  # b / sigma_r^2
             if learned:
-                log_v = interpolated_log_variance(v, added * r.sigma**2, added * s.sigma**2)
+                log_v = interpolated_log_variance(output[1], added * r.sigma**2, added * s.sigma**2)
                 std = torch.exp(0.5 * log_v).to(z.dtype)
             else:
                 std = torch.sqrt(added * (s.sigma if self.variance == "small" else r.sigma) ** 2)

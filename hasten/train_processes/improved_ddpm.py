@@ -75,8 +75,8 @@ class ImprovedDDPM(TrainProcess):
     def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
         net: Any = model.denoiser.net
         denoiser = model.denoiser.replace(net=net.net) if isinstance(net, WithHistory) else model.denoiser
-        sampling = {"sampler": "ddpm:variance=learned", "times": "uniform", "steps": 50}
-        return replace(model, denoiser=denoiser, card={**model.card, "levels": self.levels}, **sampling)
+        card = {**model.card, "levels": self.levels}
+        return replace(model, denoiser=denoiser, card=card, sampler="ddpm:variance=learned", times="uniform", steps=50)
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ def test_the_sampler_has_the_variance_of_the_data_with_the_learned_variance():
         x = Noise(range(n), (1,), torch.float64)() * math.sqrt(
             0.25 * float(schedule.alpha(0.8)) ** 2 + float(schedule.sigma(0.8)) ** 2
         )
-        out = walk(sampler, denoiser, x, times[1:], Noise(range(n, 2 * n), (1,), torch.float64))
+        out = walk(sampler, sampler.wrap(denoiser), x, times[1:], Noise(range(n, 2 * n), (1,), torch.float64))
         stds[variance] = float(out.std())
     assert stds["learned"] == pytest.approx(wanted, rel=0.03)
     assert abs(stds["small"] - wanted) > abs(stds["learned"] - wanted) + 0.01
