@@ -98,7 +98,7 @@ class Model:
         channels = int(getattr(self.denoiser, "source_channels", 0))
         if channels:
             return (channels, *self.shape[1:])
-        return self.shape if getattr(self.denoiser.schedule, "bridge", False) else None
+        return self.shape if self.denoiser.schedule.bridge else None
 
     @property
     def device(self) -> torch.device:
@@ -256,9 +256,9 @@ class Model:
                 cond = {key: value[first : first + count] for key, value in conditions.items()}
                 denoiser, x = resolved.denoiser, None
                 source = None if images is None else upload(images[first : first + count], device)
-                if takes_source and self.denoiser.source_channels:
+                if takes_source and self.denoiser.source_channels and source is not None:
                     cond["source"] = source
-                if takes_source and getattr(self.denoiser.schedule, "bridge", False):
+                if self.denoiser.schedule.bridge:
                     x = self.denoiser.schedule.begin(noise.initial(), resolved.times[0], source)
                 elif resolved.start is not None:
                     denoiser = wrap_denoiser(resolved.start, denoiser, source)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..images import to_image_tensor
+from ..pick import pick
 from ..schedules.truncated import Truncated
 
-__all__ = ["check_from_noise", "source_images"]
+__all__ = ["refuse_process", "source_images"]
 
 
 def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
@@ -45,21 +46,29 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
     return result
 
 
-def check_from_noise(model: Any, verb: str) -> None:
-    """Refuse a `Model` whose samples do not begin from noise alone for what assumes it.
+def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
+    """Raise BadInput for a model of another process, or one whose samples do not begin from noise alone.
 
     Args:
-        model: the model.
-        verb: what is to be done, for the message: "tuned", "distilled".
-
-    Raises:
-        BadInput: for a truncated model, and for one whose network reads a second image.
+        model: a `Model`.
+        what: what cannot work on it, for the message, such as "tuning".
+        bridges_only: it works on other processes and on generators, only not on source images.
     """
-    schedule = model.denoiser.schedule
-    if isinstance(schedule, Truncated):
-        why = f"begins at t = {schedule.end:g} from images of a generator (start={model.start})"
-    elif int(getattr(model.denoiser, "source_channels", 0)):
-        why = "reads a second image"
-    else:
+    if model.start is not None and bridges_only and getattr(pick("starts", model.start), "gives_source", False):
         return
-    raise BadInput(f"{model.name} {why}, and only models that begin from noise alone can be {verb}")
+    if model.source_shape is not None:
+        raise BadInput(
+            f"{what} is for models that draw from noise alone, and {model.name} makes its samples from source images: "
+            "see hasten translate"
+        )
+    schedule = model.denoiser.schedule
+    if isinstance(schedule, Truncated) and not bridges_only:
+        raise BadInput(
+            f"{what} is for models that begin from noise, and {model.name} begins at t = {schedule.end:g} from a "
+            f"generator (start={model.start})"
+        )
+    if not schedule.ordinary and not bridges_only:
+        raise BadInput(
+            f"{what} is for models of x_t = alpha x + sigma eps, and {model.name} is one of the process "
+            f"{type(schedule).__name__}"
+        )

@@ -21,10 +21,11 @@ class Schedule:
     (called with finite lam).
 
     `ordinary`: `x_t = alpha x + sigma eps` is all of the forward process, as in every schedule but a
-    `processes.Process`.
+    `processes.Process`. `bridge`: the far end is an image of a second set, the source, in place of noise.
     """
 
     ordinary: ClassVar[bool] = True
+    bridge: ClassVar[bool] = False
 
     @property
     def t_min(self) -> float:

@@ -34,7 +34,7 @@ class ProcessLoss:
 
     label_drop: float = 0.1
     times: Callable[[Schedule, Tensor], Tensor] = field(default_factory=Uniform)
-    conditions: tuple[str, ...] = DenoisingLoss.conditions
+    conditions: tuple[str, ...] = tuple(name for name in DenoisingLoss.conditions if name != "source")
 
     def __post_init__(self) -> None:
         DenoisingLoss(label_drop=self.label_drop)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..distillers import Distiller
 from ..errors import BadInput
 from ..model.model import Model
-from ..model.sources import check_from_noise
 from ..nets.lora import lora_layers
 from ..nets.prequantized import check_original_weights
 from ..nets.quantized import layers
@@ -16,7 +15,6 @@ from ..storage.model_folder import check_savable
 def check_models(model: Model, init: Model | None, distiller: Distiller, method: str) -> None:
     """Refuse, before anything runs, models that cannot be distilled so or whose students could not be saved."""
     name = method.partition(":")[0]
-    check_from_noise(model, "distilled")
     for one in (model,) if init is None else (model, init):
         if next(layers(one.denoiser.net), None) is not None or getattr(one.denoiser.net, "runs_elsewhere", False):
             raise BadInput(

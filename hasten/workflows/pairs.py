@@ -54,6 +54,6 @@ def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
     if config.degrade is not None:
         return degraded_pairs(data, pick("degradations", config.degrade))
     sources = open_data(
-        config.source, size=config.size, channels=data.shape[0], label="none", caption="none"
+        str(config.source), size=config.size, channels=data.shape[0], label="none", caption="none"
     )  # the split of the targets
     return folder_pairs(data, sources)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainConfig", "train_model"]
 
+PAIR_OPTIONS = ("process", "source", "degrade")
+
 
 @holds_lock("out")
 @preserve_rng_state()
@@ -87,8 +89,8 @@ def train_model(
     if config.cache is not None:
         refuse_inside(config.cache, data, "cache")
     if base is not None:
-        if made := next((name for name in ("process", "source", "degrade") if getattr(config, name) is not None), None):
-            raise BadInput(f"{made} is for models of pixels: leave it out, or base")
+        if stray := next((name for name in PAIR_OPTIONS if getattr(config, name) is not None), None):
+            raise BadInput(f"{stray} is for models of pixels: leave it out, or base")
         return train_pipeline(data, Path(out), config, base, device=device, name=name, show=show)
     others: dict[str, Any] = dict.fromkeys(("cache", "lora", "lora_targets"))
     for key, unset in {"init": "base", "gradient_checkpointing": False, **others}.items():
@@ -148,7 +150,7 @@ def train_model(
         denoiser, source, TrainSettings(lr, config.optimizer, dropped, batch_size, ranks.device, seed)
     )
     settings: dict[str, Any] = {"network": getattr(net, "config", {}), "label_drop": dropped}
-    made = {name: getattr(config, name) for name in ("process", "source", "degrade")}
+    made = {name: getattr(config, name) for name in PAIR_OPTIONS}
     settings |= {name: value for name, value in made.items() if value is not None}
     batches = Batches(source, batch_size, seed=seed, flip=config.flip)
     averages = fit(trained, batches, out, show, settings)
@@ -216,5 +218,7 @@ def training_precision(denoiser: Denoiser, data: Data, precision: str, batch_siz
     if precision != "auto":
         return format_runtime(parse_runtime(precision))
     x = torch.randn(min(batch_size, 64), *data.shape, device=device)
-    cond = {"source": x[:, :1].expand(-1, denoiser.source_channels, -1, -1)} if denoiser.source_channels else {}
+    cond: dict[str, Any] = (
+        {"source": x[:, :1].expand(-1, denoiser.source_channels, -1, -1)} if denoiser.source_channels else {}
+    )
     return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}", **cond)).split("+")[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import BadInput, check_int
 from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
-from ..model.sources import check_from_noise
+from ..model.sources import refuse_process
 from ..pick import format_spec, pick
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ProgressFn, no_progress
@@ -71,12 +71,12 @@ def tune_model(
     for field in ("guides", "start", "plan", "accelerators"):
         if getattr(config, field):
             raise BadInput(f"tuning improves a sampler with its times under guidance: leave {field} out")
+    refuse_process(model, "tuning")
     tuner: Tuner = pick("tuning", method)
     if tuner.needs_data and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     n = None if n is None else check_int("n", n, 1)
     seed = check_int("seed", seed, 0, MAX_SEED - (10**7 if n is None else n))
-    check_from_noise(model, "tuned")
     check_savable(model)
     check_weights(model.denoiser, model.name)
     model = replace(model)

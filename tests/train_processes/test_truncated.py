@@ -290,12 +290,12 @@ def test_compared_with_its_own_start_and_not_tuned_or_distilled(tmp_path: Path) 
         with count_evaluations(model) as count:
             model.sample(2, config=variant.config, guidance_scale=1.0)
         assert count[0] / 2 + start_nfe(model, variant) == 4 and start_nfe(model, variant) == others
-    with pytest.raises(BadInput, match=r"begins at t = 0.4 .* can be tuned"):
+    with pytest.raises(BadInput, match=r"tuning is .* begins at t = 0.4 from a generator"):
         tune_model(shared, tmp_path / "t", method="moments", data=tmp_path)
-    with pytest.raises(BadInput, match=r"begins at t = 0.4 .* can be distilled"):
+    with pytest.raises(BadInput, match=r"distillation is .* begins at t = 0.4"):
         distill_model(shared, tmp_path / "d", "progressive", data(), steps=1)
     refined = Model(refiner(False).float(), "r", (1, 8, 8), start="diffuse_vae")
-    with pytest.raises(BadInput, match="reads a second image"):
+    with pytest.raises(BadInput, match="from source images"):
         distill_model(refined, tmp_path / "d", "progressive", data(), steps=1)
 
 
