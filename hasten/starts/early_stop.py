@@ -82,7 +82,9 @@ class EarlyStop(Start):
 
 
 def check_begin(schedule: Schedule, t: float) -> None:
-    """Raise BadInput where the grid begins at pure noise."""
+    """Raise BadInput where the grid begins at pure noise, or above the end of a truncated schedule."""
+    if isinstance(schedule, Truncated) and t > schedule.end + 1e-6:
+        raise BadInput(f"this model was trained up to t = {schedule.end:g}, found a grid that begins at {t:g}")
     if t > schedule.t_max - 1e-6 and not isinstance(schedule, Truncated):
         raise BadInput(f"early_stop begins before pure noise, found t = {t:g}, the end of the schedule: give it time=")
 

@@ -171,6 +171,9 @@ def test_early_stop_refuses_what_it_cannot_begin_with() -> None:
     denoiser, noise = tiny_denoiser(), Noise([0], (1, 8, 8))
     with pytest.raises(BadInput, match="give it time="):
         EarlyStop(generator=Fixed()).begin(denoiser, noise, torch.tensor(denoiser.schedule.t_max))
+    cut = tiny_denoiser(schedule=Truncated(VPCosine(), 0.4))
+    with pytest.raises(BadInput, match="trained up to t = 0.4, found a grid that begins at 0.5"):
+        EarlyStop(0.5, Fixed()).begin(cut, noise, torch.tensor(0.5))
     with pytest.raises(BadInput, match=r"must give images of shape \(1, 1, 8, 8\), it gave \(1, 5\)"):
         EarlyStop(0.3, lambda u: u, latent=(5,)).begin(denoiser, noise, torch.tensor(0.3))
     with pytest.raises(BadInput, match="draws no images"):
