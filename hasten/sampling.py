@@ -112,6 +112,10 @@ class SamplerBase(Bindable):
         """The `plan.basis.Basis` in which the sampler is linear; None: the samples' own coordinates."""
         return None
 
+    def basis_for(self, schedule: Schedule) -> Any:
+        """The basis for this schedule; by default `basis`."""
+        return self.basis
+
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """The denoiser to sample with; by default the same one."""
         return denoiser
@@ -134,6 +138,11 @@ class SamplerBase(Bindable):
             except StopIteration as stop:
                 return stop.value
             result = evaluate(query.x, query.t, query.rows, query.moments)
+
+
+def basis_of(sampler: Any, schedule: Schedule) -> Any:
+    """`sampler.basis_for(schedule)`; for a plain dataclass its `basis`, or None."""
+    return sampler.basis_for(schedule) if hasattr(sampler, "basis_for") else getattr(sampler, "basis", None)
 
 
 def bind_method(method: Any, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> Any:

@@ -22,7 +22,7 @@ LAYERS = (
     ("ground", "_version errors nets utils zoo"),
     ("schedules and names", "degradations distributed pick predictions processes progress schedules times"),
     ("denoisers", "denoiser exact files images"),
-    ("sampling", "guides inversion metrics sampling"),
+    ("sampling", "guides inversion likelihood metrics sampling"),
     ("plans", "plan starts"),
     ("methods for sampling", "accelerators adapters.model_like performance samplers"),
     ("networks of other libraries", "adapters.diffusers tuning"),

@@ -134,16 +134,16 @@ class Model:
         return replace(self, decoder=decoder, pipeline=pipeline)
 
     def with_first_evaluation(
-        self, teacher: Model, guidance_scale: float | None = None, teacher_guidance_scale: float | None = None
+        self, teacher: Model, guidance_scale: float | None = None, teacher_guidance_scale: float = 1.0
     ) -> Model:
         """This few-step student with its first evaluation by its teacher, which restores diversity within a prompt or
-        class for the cost of one evaluation of the teacher (two under guidance).
+        class for the cost of one evaluation of the teacher.
 
         Args:
             teacher: of the same samples, conditions and noise schedule.
             guidance_scale: of the student; None: this model's. Of the result it cannot be changed.
-            teacher_guidance_scale: of the teacher; None: the same. At 1 its evaluation costs one, and guides less
-                towards the mean image of a prompt: more diversity, a little less prompt match.
+            teacher_guidance_scale: of the teacher; 1: without guidance. Its guided answer to pure noise is nearly the
+                same picture for every seed, which restores no diversity, and costs two evaluations.
 
         Raises:
             BadInput: for another schedule, shape or other classes, and for a student of one step, which would have no
@@ -158,7 +158,7 @@ class Model:
         if self.steps < 2:
             raise BadInput(f"{self.name} has one step, which would be the teacher's alone: it needs two or more")
         student = with_step_count(self.guided(scale), self.steps)
-        first = teacher.guided(scale if teacher_guidance_scale is None else teacher_guidance_scale)
+        first = teacher.guided(teacher_guidance_scale)
         denoiser: Any = FirstEvaluation(student, first, scale)
         return replace(self, denoiser=denoiser.eval(), guidance_scale=scale)
 

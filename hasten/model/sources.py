@@ -70,5 +70,10 @@ def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
     if not schedule.ordinary and not bridges_only:
         raise BadInput(
             f"{what} is for models of x_t = alpha x + sigma eps, and {model.name} is one of the process "
-            f"{type(schedule).__name__}"
+            f"{type(schedule).__name__}: fewer steps of its own sampler are what there is"
+        )
+    if isinstance(schedule, Truncated) and not bridges_only:
+        raise BadInput(
+            f"{what} is for models that begin from noise alone, and {model.name} begins at t = {schedule.end:g} from "
+            f"images of a generator (start={model.start})"
         )

@@ -52,6 +52,11 @@ class TrainProcess:
     needs_source: ClassVar[bool] = False
     takes_source: ClassVar[bool] = False
 
+    @property
+    def unpaired(self) -> bool:
+        """Whether the sources are another set, of which each image of a batch gets a random one."""
+        return False
+
     def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
         """The network with its schedule and prediction, before training.
 
@@ -73,12 +78,18 @@ class TrainProcess:
             )
         ]
 
+    def averaged_denoiser(self, averaged: Mapping[str, nn.Module]) -> Denoiser:
+        """The denoiser of the model to save, by default the average of `model`."""
+        denoiser = averaged["model"]
+        assert isinstance(denoiser, Denoiser)
+        return denoiser
+
     def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
         """The model to save, by default with the sampler of its process.
 
         Args:
             averaged: the averages of the trained modules, by name.
-            model: with the average of `model` as its denoiser.
+            model: with `averaged_denoiser` as its denoiser.
         """
         schedule = model.denoiser.schedule
         if not isinstance(schedule, Process):

@@ -9,6 +9,7 @@ from ..pick import format_spec, pick
 from ..train.data import open_data
 from ..train.pairs import degraded_pairs, folder_pairs
 from ..train.sources import Data
+from ..train.unpaired import unpaired_sources
 from ..train_processes import TrainProcess
 from .train_config import TrainConfig
 
@@ -40,7 +41,9 @@ def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
     if given is None:
         if recipe.needs_source:
             raise BadInput(
-                f"{format_spec(recipe)} trains on pairs: give --source, a folder with the same file names, or "
+                f"{format_spec(recipe)} trains on two sets: give --source, the folder of the other one"
+                if recipe.unpaired
+                else f"{format_spec(recipe)} trains on pairs: give --source, a folder with the same file names, or "
                 "--degrade, such as downscale:factor=4"
             )
         return data
@@ -56,4 +59,4 @@ def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
     sources = open_data(
         str(config.source), size=config.size, channels=data.shape[0], label="none", caption="none"
     )  # the split of the targets
-    return folder_pairs(data, sources)
+    return unpaired_sources(data, sources) if recipe.unpaired else folder_pairs(data, sources)

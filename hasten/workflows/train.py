@@ -154,10 +154,9 @@ def train_model(
     settings |= {name: value for name, value in made.items() if value is not None}
     batches = Batches(source, batch_size, seed=seed, flip=config.flip)
     averages = fit(trained, batches, out, show, settings)
-    averaged = averages["model"]
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
         return load(saved)  # with what was added to it since, such as plans
-    assert isinstance(averaged, Denoiser)
+    averaged = recipe.averaged_denoiser(averages)
     card: dict[str, Any] = {
         "data": source.source,
         "images": len(source),
