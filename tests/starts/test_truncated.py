@@ -21,7 +21,7 @@ from hasten.sampling import Noise, walk
 from hasten.schedules import VE, Discrete, Flow, Schedule, Truncated, VPCosine, VPLinear, schedule_from_dict
 from hasten.starts import EarlyStop, Prior
 from hasten.starts.ccdf import remaining
-from hasten.starts.early_stop import generate
+from hasten.starts.early_stop import generated_images
 from hasten.times import Trailing, UniformLambda
 from tests.factories import tiny_denoiser
 
@@ -159,7 +159,7 @@ def test_any_model_is_a_generator() -> None:
     denoiser = tiny_denoiser(classes=2, schedule=VPCosine())
     other = Model(tiny_denoiser(classes=2, seed=3), "other", (1, 8, 8), ("a", "b"), steps=2)
     label = torch.tensor([1, 0, 1])
-    x = generate(other, Noise([7, 8, 3], (1, 8, 8)), label=label)
+    x = generated_images(other, Noise([7, 8, 3], (1, 8, 8)), label=label)
     for k, seed in enumerate((7, 8, 3)):
         assert torch.allclose(x[k], other.sample(1, int(label[k]), seed + 2**40)[0], atol=1e-5)
     model = Model(denoiser, "tiny", (1, 8, 8), ("a", "b"), steps=3)

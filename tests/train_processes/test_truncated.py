@@ -159,14 +159,16 @@ def test_the_generator_learns_the_law_of_the_cut_state(distance: str, fraction: 
     modules = training.gan(1e-3, 2e-3, 0.1) if distance == "gan" else training.transport(1e-3, 2e-3)
 
     class Modes:
-        batch_size = 64
+        batch_size = 256 if distance == "gan" else 64
 
         def __getitem__(self, k: int) -> dict[str, Tensor]:
             g = torch.Generator().manual_seed(k)
-            sign = torch.randint(0, 2, (64, 1), generator=g) * 2.0 - 1
-            return {"x": sign + 0.1 * torch.randn(64, 1, generator=g)}
+            sign = torch.randint(0, 2, (self.batch_size, 1), generator=g) * 2.0 - 1
+            return {"x": sign + 0.1 * torch.randn(sign.shape, generator=g)}
 
-    Fit(steps=1000, device="cpu", tensorboard=False, warmup=20)(modules, Modes(), tmp_path, show=False)
+    Fit(steps=1500 if distance == "gan" else 1000, device="cpu", tensorboard=False, warmup=20)(
+        modules, Modes(), tmp_path, show=False
+    )
     x = torch.cat([Modes()[10_000 + k]["x"] for k in range(60)])
     z = training.diffused({"x": x}).flatten().sort().values
     with torch.no_grad():
