@@ -26,8 +26,8 @@ import hasten
 from hasten.accelerators._caching.wrapper import FeatureReuse
 from hasten.metrics import evaluate_images, feature_net, reference
 from hasten.metrics.difference import image_difference
-from hasten.plan.draw import draw
-from hasten.sampling import Noise
+
+from .turns import in_turns, timed_draw
 
 WAYS: dict[str, str] = {
     "reused": "encoder_propagation:keys=found,budget={keys},samples={samples}",
@@ -73,16 +73,14 @@ def main(
     images: dict[str, list[Tensor]] = {name: [] for name in runs}
     seconds = dict.fromkeys(runs, 0.0)
     labels = model.labels(n)
-    for turn, first in enumerate(range(0, n, batch)):
-        count = min(batch, n - first)
-        noise = Noise(range(first, first + count), model.shape)
+
+    def sample(name: str, first: int, count: int) -> None:
         cond = {} if labels is None else {"label": labels[first : first + count]}
-        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
-            resolved, begin = runs[name], time.process_time()
-            x = draw(resolved.denoiser, None, resolved.times, noise, plan=resolved.plan, cond=cond)
-            seconds[name] += time.process_time() - begin
-            images[name].append(x)
-        print(f"{first + count} of {n} images: " + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()), flush=True)
+        x, taken = timed_draw(runs[name], range(first, first + count), model.shape, cond)
+        images[name].append(x)
+        seconds[name] += taken
+
+    in_turns(list(runs), [(first, min(batch, n - first)) for first in range(0, n, batch)], sample)
     plain = torch.cat(images["plain"])
     measured = n >= 10  # fewer images are no distribution
     usual = frechet(plain, labels) if measured else math.nan

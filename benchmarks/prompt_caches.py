@@ -30,10 +30,10 @@ import hasten
 from hasten.accelerators._caching.wrapper import FeatureReuse
 from hasten.metrics.difference import image_difference
 from hasten.performance.cost import macs, ratio
-from hasten.plan.draw import draw
-from hasten.sampling import Noise
 from hasten.workflows.captioned import bundled_captions
 from hasten.workflows.prompt_figures import measure_prompts
+
+from .turns import in_turns, timed_draw
 
 PLAIN = "plain"
 
@@ -79,12 +79,10 @@ class Row:
             assert len(found) == len(prompts)
             self.seconds += torch.load(file)["seconds"]
             return
-        cond = self.model.conditions(len(prompts), prompts)
-        begin = time.process_time()
-        noise = Noise(range(first, first + len(prompts)), self.model.shape)
-        x = draw(self.resolved.denoiser, None, self.resolved.times, noise, plan=self.resolved.plan, cond=cond)
-        x = self.model.decoder.decode(x).float().clamp(-1, 1)
-        taken = [time.process_time() - begin] if timed else []
+        cond, seeds = self.model.conditions(len(prompts), prompts), range(first, first + len(prompts))
+        x, seconds = timed_draw(self.resolved, seeds, self.model.shape, cond, self.model.decoder.decode)
+        x = x.float().clamp(-1, 1)
+        taken = [seconds] if timed else []
         self.seconds += taken
         self.images.append(x)
         if file:
@@ -122,12 +120,13 @@ def main(
             print(f"{spec}: key steps {fast.keys}, found in {rows[-1].search:.0f} CPU seconds", flush=True)
     prompts = captioned.prompts(n)
     starts = [*range(0, paired, batch), *range(paired, n, 2 * batch)]
-    for turn, first in enumerate(starts):
-        texts = prompts[first : min(first + batch * (1 + (first >= paired)), n)]
-        for each in rows if turn % 2 == 0 else rows[::-1]:
-            if first < paired or each.spec in row:
-                each.sample(first, texts, first < paired)
-        print(f"{first + len(texts)} of {n} images, {time.process_time():.0f} CPU seconds", flush=True)
+    batches = [(first, min(batch * (1 + (first >= paired)), n - first)) for first in starts]
+
+    def sample(each: Row, first: int, number: int) -> None:
+        if first < paired or each.spec in row:
+            each.sample(first, prompts[first : first + number], first < paired)
+
+    in_turns(rows, batches, sample)
     usual = torch.cat(rows[0].images)
     for each in rows:
         found = torch.cat(each.images)

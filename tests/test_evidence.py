@@ -233,14 +233,22 @@ def test_the_first_evaluation_is_the_teachers_and_the_others_are_the_students() 
         both.denoiser.reset()
         assert torch.equal(both.denoiser(x, 0.95, **cond), teacher.denoiser(x, 0.95, **cond))
         assert torch.equal(both.denoiser(x, 0.92, **cond), student.denoiser(x, 0.92, **cond))
-    guided = student.with_first_evaluation(teacher, 2.0, 1.0)  # the teacher without guidance: one evaluation
+    guided = student.with_first_evaluation(teacher, 2.0)  # the teacher is without guidance: one evaluation
     with count_evaluations(guided) as count:
         first = guided.denoiser(x, 0.95, **cond)
         assert count == [2]
         second = guided.denoiser(x, 0.92, **cond)
     assert count == [6] and torch.equal(first, teacher.denoiser(x, 0.95, **cond))
     assert torch.equal(second, student.guided(2.0)(x, 0.92, **cond))
-    assert jobs.split_scale("runs/a:1") == ("runs/a", 1.0) and jobs.split_scale("emoji") == ("emoji", None)
+    twice = student.with_first_evaluation(teacher, 2.0, teacher_guidance_scale=2.0)
+    assert torch.equal(twice.denoiser(x, 0.95, **cond), teacher.guided(2.0)(x, 0.95, **cond))
+    reference = {"sampler": "ddim", "steps": 3, "guidance_scale": 2.0}
+    row = parse_variants({"reference": reference, "variant": [{"name": "row", "steps": 2}]}).variants[0]
+    for name, expected in ({"teacher": first, "teacher:2": twice.denoiser(x, 0.95, **cond)}).items():
+        made = jobs.with_teacher(student, replace(row, first_evaluation=name), teacher, "row")
+        made.denoiser.reset()
+        assert torch.equal(made.denoiser(x, 0.95, **cond), expected)
+    assert jobs.split_scale("runs/a:1") == ("runs/a", 1.0) and jobs.split_scale("emoji") == ("emoji", 1.0)
     with pytest.raises(BadInput, match="MODEL or MODEL:SCALE, and 'b'"):
         jobs.split_scale("a:b")
     other = replace(teacher, denoiser=teacher.denoiser.replace(schedule=VPCosine(offset=0.1)))

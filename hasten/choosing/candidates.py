@@ -26,7 +26,7 @@ GUIDES = ("delta_reuse:every=2", "interval:high=2", "interval:low=0.2,high=5")
 CACHES = ("deep_cache:every=2,extrapolate=1", "deep_cache:every=3,extrapolate=1", "encoder_propagation:keys=uniform")
 BITS = ("quantize",)
 COMPILE = ("compile",)
-# What a search may try beside sampler and steps; `without` names what it leaves out.
+# What a search may try beside sampler and steps; `exclude` names what it leaves out.
 KINDS = ("plan", "guidance", "cache", "bits", "student", "lora", "decoder")
 CACHED_STEPS = 9  # below, a cache refuses: it has nothing to reuse
 
@@ -123,7 +123,7 @@ def default_steps(model: Model) -> int | None:
 def search_space(
     model: Model,
     plain: Variant,
-    without: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     students: Sequence[str] = (),
     loras: Sequence[str] = (),
     compiled: bool = False,
@@ -133,38 +133,38 @@ def search_space(
     Args:
         model: The model.
         plain: How it is sampled without a search.
-        without: Kinds that are excluded, of `KINDS`.
+        exclude: Kinds that are excluded, of `KINDS`.
         students: Other models of the same images, by name or folder, beside the bundled ones.
         loras: LoRA files, beside the bundled ones.
         compiled: Also try `torch.compile`, whose first call takes minutes on a CPU.
     """
     first = list(method_variants(model, plain))
-    if "plan" not in without:
+    if "plan" not in exclude:
         first += [
             replace(plain, name=f"plan {name}", sampler="", times="", steps=0, plan=name, role="variant")
             for name, table in model.plans.items()
             if table.nfe < plain.steps and name != plain.plan
         ]
     own = replace(plain, sampler="", times="", steps=0, plan=None, guides=(), accelerators=(), role="variant")
-    names = [*students, *(() if "student" in without else bundled_students(model))]
+    names = [*students, *(() if "student" in exclude else bundled_students(model))]
     for name in dict.fromkeys(names):
         counts = step_counts(name, model)
         names_of = {n: f"{name}, {n} step{'s' * (n > 1)}" if n else name for n in counts}
         first += [replace(own, name=names_of[n], model=name, steps=n) for n in counts]
     known = zoo.additions()
     beside = {kind: [n for n, card in known.items() if card.kind == kind and card.of == model.name] for kind in KINDS}
-    files = [*loras, *(() if "lora" in without else beside["lora"])]
+    files = [*loras, *(() if "lora" in exclude else beside["lora"])]
     first += [replace(own, name=f"LoRA {name}", lora=name) for name in dict.fromkeys(files)]
     additions: list[tuple[str, dict[str, Any]]] = []
     kinds = {"guidance": GUIDES, "cache": CACHES, "bits": BITS}
     additions += [
         (kind, {"guides" if kind == "guidance" else "accelerators": (text,)})
         for kind, texts in kinds.items()
-        if kind not in without
+        if kind not in exclude
         for text in texts
     ]
     additions += [("compile", {"accelerators": (text,)}) for text in COMPILE if compiled]
-    additions += [("decoder", {"decoder": name}) for name in beside["decoder"] if "decoder" not in without]
+    additions += [("decoder", {"decoder": name}) for name in beside["decoder"] if "decoder" not in exclude]
     return Space(tuple(first), tuple(additions))
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from ..metrics.paired_loss import PairedLoss
 from .bench import Bench
+from .config import LEAST_SEEDS
 from .goal import Goal
 from .search import Entry, Search
 
-__all__ = ["Certificate", "certify", "risk_of_try"]
+__all__ = ["Certificate", "certify", "looks_of", "risk_of_try", "risks_of_looks"]
 
 TRIES = 4
+EARLY = 0.25  # share of the risk of a try that is for what is certified before all its seeds were sampled
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,34 @@ def risk_of_try(confidence: float, attempt: int) -> float:
     return (1 - confidence) / (attempt * (attempt + 1))
 
 
+def looks_of(count: int, least: int) -> tuple[int, ...]:
+    """After how many seeds a try may end: a quarter, half, and all of them.
+
+    Args:
+        count: Seeds of a try.
+        least: Fewest seeds before the bound is looked at.
+    """
+    early = {max(count // part, least, LEAST_SEEDS) for part in (4, 2)}
+    return (*sorted(n for n in early if n <= 0.75 * count), count)
+
+
+def risks_of_looks(risk: float, number: int) -> tuple[float, ...]:
+    """The risk of each look at the bound of one try: they add up to that of the try, most of it for the last one.
+
+    A try ends with the first bound that is within the goal. The probability that any of the bounds is wrong is at most
+    the sum of their risks, so it does not matter which of them ends it.
+
+    Args:
+        risk: Of the try.
+        number: Of looks.
+
+    References:
+        Jennison, Turnbull 1999, "Group sequential methods with applications to clinical trials".
+    """
+    early = EARLY * risk if number > 1 else 0.0
+    return (*[early / max(number - 1, 1)] * (number - 1), risk - early)
+
+
 def certify(
     search: Search, entries: Sequence[Entry], confidence: float, first: int, count: int
 ) -> tuple[Entry | None, list[Certificate]]:
@@ -81,50 +111,94 @@ def certify(
     """
     bench, goal = search.bench, search.goal
     tries: list[Certificate] = []
-    for place, entry in enumerate(chain(entries, search.reserves(entries))):
+    looks = (count,) if goal.kind == "seconds" else looks_of(count, 4 * bench.figure.least)
+    for place, entry in enumerate(chain(entries, search.reserves())):
         attempt = len(tries) + 1
         if attempt > TRIES:
             search.reject(entry.variant, f"{TRIES} candidates were tried before it")
             continue
         risk = risk_of_try(confidence, attempt)
-        expected = entry.loss.on(count).upper(risk, again=True)
+        expected = entry.loss.on(count).upper(risks_of_looks(risk, len(looks))[-1], others=count)
         if expected > goal.limit and goal.kind != "seconds":
             bound = bench.figure.bound(expected)
             search.reject(entry.variant, f"{search.show(entry)}; the bound of {count} fresh seeds would be {bound}")
             continue
         bench.progress.describe(f"certificate, {count} fresh seeds")
         bench.progress.expect(count * (bench.declared_nfe(bench.plain) + entry.nfe))
-        part = (first + (attempt - 1) * count, count)
-        if failed := bench.failure(entry.variant, *part):
-            search.reject(entry.variant, f"failed: {failed}")
+        certificate = sequential(search, entry, (first + (attempt - 1) * count, looks), risk, attempt)
+        if certificate is None:
             continue
-        certificate = certificate_of(bench, goal, entry, part, risk, attempt)
         tries.append(certificate)
         if certificate.holds:
             why = "loses less" if goal.kind == "seconds" else "is faster"
             for other in entries[place + 1 :]:
-                search.reject(other.variant, f"{search.show(other)}; {entry.name} {why}, and has its certificate")
+                reason = f"{entry.name} {why}, and has its certificate"
+                if goal.kind != "seconds" and not search.keeps(other):
+                    reason = f"allowed is {bench.figure.bound(goal.limit)}"
+                search.reject(other.variant, f"{search.show(other)}; {reason}")
             return entry, tries
-        search.reject(entry.variant, f"on {count} fresh seeds no better than {bench.figure.bound(certificate.bound)}")
+        used = certificate.seeds[1] - certificate.seeds[0] + 1
+        search.reject(entry.variant, f"on {used} fresh seeds no better than {bench.figure.bound(certificate.bound)}")
     return None, tries
 
 
+def sequential(
+    search: Search, entry: Entry, fresh: tuple[int, Sequence[int]], risk: float, attempt: int
+) -> Certificate | None:
+    """The certificate of a candidate from as few fresh seeds as show that it keeps the goal, or does not.
+
+    Args:
+        search: Which the candidate is of.
+        entry: The candidate.
+        fresh: The first seed, and after how many the bound is looked at.
+        risk: Of all looks together.
+        attempt: Which try it is, from 1.
+
+    Returns:
+        The certificate; None where the candidate failed on a seed, and was rejected.
+    """
+    bench, goal, (first, looks) = search.bench, search.goal, fresh
+    parts: list[tuple[int, int]] = []
+    certificate = None
+    for number, (count, own) in enumerate(zip(looks, risks_of_looks(risk, len(looks)), strict=True), 1):
+        start = first + sum(size for _, size in parts)
+        parts.append((start, first + count - start))
+        if failed := bench.failure(entry.variant, *parts[-1]):
+            search.reject(entry.variant, f"failed: {failed}")
+            return None
+        loss: PairedLoss = bench.loss(entry.variant, parts)
+        note = f"try {attempt}, look {number} of {len(looks)}, risk {own:.3g} of {risk:.3g}"
+        certificate = certificate_of(bench, goal, entry, loss, (first, count, looks[-1]), (own, risk, attempt, note))
+        if certificate.holds or (goal.kind != "seconds" and loss.lower(own) > goal.limit):
+            break
+    return certificate
+
+
 def certificate_of(
-    bench: Bench, goal: Goal, entry: Entry, part: tuple[int, int], risk: float, attempt: int
-) -> Certificate:
-    """The certificate of one candidate on fresh seeds."""
-    loss: PairedLoss = bench.loss(entry.variant, [part])
-    bound, figure = loss.upper(risk, again=True), bench.figure
-    seeds = bench.seed + part[0], bench.seed + sum(part) - 1
+    bench: Bench, goal: Goal, entry: Entry, loss: PairedLoss, seeds: tuple[int, int, int],
+    risks: tuple[float, float, int, str],
+) -> Certificate:  # fmt: skip
+    """The certificate of one candidate.
+
+    Args:
+        bench: Has measured it.
+        goal: Its bound.
+        entry: The candidate.
+        loss: On the fresh seeds.
+        seeds: The first fresh seed, their number, and how many others the promise is of.
+        risks: Of this look, of the try, the number of the try, and a note.
+    """
+    (first, count, others), (own, risk, attempt, note), figure = seeds, risks, bench.figure
+    bound, first = loss.upper(own, others=others), bench.seed + first
     text = (
-        f"{figure.bound(bound)}, with {1 - risk:.1%} confidence on other {loss.count} seeds "
-        f"({figure.show(loss.value)} on seeds {seeds[0]} to {seeds[1]}, which the search has not used)"
+        f"{figure.bound(bound)}, with {1 - risk:.1%} confidence on other {others} seeds "
+        f"({figure.show(loss.value)} on seeds {first} to {first + count - 1}, which the search has not used)"
     )
     method = (
-        f"Student's t on paired differences, {loss.degrees} degrees of freedom, for the mean of as many other seeds; "
-        f"try {attempt}, risk {risk:.3g}"
+        f"Student's t on paired differences, {loss.degrees} degrees of freedom, for the mean of {others} other seeds; "
+        f"{note}"
     )
     return Certificate(
-        entry.name, bound <= goal.limit, text, bound, loss.upper(risk), loss.value, goal.limit, 1 - risk, attempt,
-        seeds, figure.name, method, loss.degrees,
+        entry.name, bound <= goal.limit, text, bound, loss.upper(own), loss.value, goal.limit, 1 - risk, attempt,
+        (first, first + count - 1), figure.name, method, loss.degrees,
     )  # fmt: skip

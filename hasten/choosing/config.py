@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from ..errors import BadInput, check_int
 from ..utils.config import Config
@@ -34,7 +34,7 @@ class ChooseConfig(Config):
         plain: how the plain model samples. Default: as the model recommends.
         variants: a set of variants, bundled or a TOML file, whose rows are the candidates. Default: samplers, grids,
             plans, students and LoRAs at hand, then with guidance in parts, caches, integers and light decoders.
-        without: kinds of candidates that are excluded: plan, guidance, cache, bits, student, lora, decoder.
+        exclude: kinds of candidates that are excluded: plan, guidance, cache, bits, student, lora, decoder.
         students: further models of the same images. loras: further LoRA files.
         compile: also try torch.compile, whose first call takes minutes on a CPU.
         for_diffusers: nothing that `hasten.apply` cannot put into a pipeline of diffusers.
@@ -42,6 +42,8 @@ class ChooseConfig(Config):
         precision: of the network, the same for all.
         batch_size: images per batch. timing_batch, rounds: of the timing.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {"without": "exclude"}
 
     loss: str | float | None = None
     psnr: float | None = None
@@ -51,7 +53,7 @@ class ChooseConfig(Config):
     seed: int = 0
     plain: Any = None
     variants: str | Path | None = None
-    without: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     students: Sequence[str] = ()
     loras: Sequence[str] = ()
     compile: bool = False
@@ -74,8 +76,8 @@ class ChooseConfig(Config):
             check_int("n", self.n, LEAST_SEEDS)
         if not 0.5 <= self.confidence < 1:
             raise BadInput(f"confidence must be from 0.5 to below 1, got {self.confidence!r}")
-        if unknown := [name for name in self.without if name not in KINDS]:
-            raise BadInput(f"without takes {', '.join(KINDS)}, got {unknown[0]!r}")
+        if unknown := [name for name in self.exclude if name not in KINDS]:
+            raise BadInput(f"exclude takes {', '.join(KINDS)}, got {unknown[0]!r}")
 
 
 class ChooseOptions(TypedDict, total=False):
@@ -89,7 +91,7 @@ class ChooseOptions(TypedDict, total=False):
     seed: int
     plain: Any
     variants: str | Path | None
-    without: Sequence[str]
+    exclude: Sequence[str]
     students: Sequence[str]
     loras: Sequence[str]
     compile: bool

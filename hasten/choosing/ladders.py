@@ -24,7 +24,9 @@ def ladders(pool: Sequence[Variant], cost: Callable[[Variant], float]) -> list[l
         if variant.plan is not None:
             key = replace(key, plan=variant.plan.rpartition("-")[0])  # fitted_plan-6
         found.setdefault(key, []).append(variant)
-    return [sorted(variants, key=cost) for variants in found.values()]
+    place = {id(variant): number for number, variant in enumerate(pool)}
+    made = [sorted(variants, key=cost) for variants in found.values()]
+    return sorted(made, key=lambda variants: place[id(variants[-1])])  # the model's own sampler first
 
 
 def climb(
@@ -32,6 +34,7 @@ def climb(
     passes: Callable[[Variant], bool | None],
     skip: Callable[[Variant, str, bool], None],
     reserve: int = 1,
+    beaten: bool = False,
 ) -> None:
     """Find the fewest steps that are enough by bisection: a candidate with fewer steps than one that is not enough is
     taken to be none either.
@@ -41,11 +44,13 @@ def climb(
         passes: Measures a candidate: whether it is good enough; None where it failed, which says nothing of others.
         skip: Is called with a candidate that need not be measured, why, and whether it is nothing but slower.
         reserve: Candidates above the fewest steps that are measured too.
+        beaten: Whether all of them are faster than a good candidate of another list: then the one with the most steps
+            is measured first, since most lists end there.
     """
     tried: dict[int, bool | None] = {}
     low, high = 0, len(ladder)
     while low < high:
-        middle = (low + high) // 2
+        middle = high - 1 if beaten and not tried else (low + high) // 2
         tried[middle] = passes(ladder[middle])
         if tried[middle]:
             high = middle

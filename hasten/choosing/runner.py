@@ -21,6 +21,7 @@ from ..errors import BadInput
 from ..files import check_writable, locked
 from ..loading import load_to_compare
 from ..model.model import Model
+from ..model.sources import refuse_process
 from ..performance.device import processor
 from ..plan.config import SamplingConfig
 from ..progress import ProgressReporter
@@ -32,8 +33,8 @@ from ..workflows.prompts import bundled_prompts, image_shape, is_image, prompts_
 from ..workflows.reference_images import resolve_reference
 from .bench import Bench, key_of
 from .candidates import Space, appliable, plain_variant, search_space
-from .certificate import TRIES, certify
-from .config import ChooseConfig
+from .certificate import TRIES, certify, risk_of_try
+from .config import LEAST_SEEDS, ChooseConfig
 from .goal import Goal, parse_goal
 from .losses import Distance, Figure, Psnr, Unlikeness
 from .result import best_toml, entry_row, table_lines, write_result
@@ -100,6 +101,7 @@ def run_search(
     """`choose`, with the folder locked."""
     progress = ProgressReporter(0, show)
     model = model if isinstance(model, Model) else load_to_compare(model)
+    refuse_process(model, "hasten choose")
     figure, label, model = figure_for(model, config, goal, progress.say)
     plain, space = space_for(model, config, progress.say)
     count = figure.seeds if config.n is None else config.n
@@ -129,7 +131,7 @@ def run_search(
     allowed: Callable[[Variant], str | None] = lambda v: None  # noqa: E731
     if config.for_diffusers:
         allowed = functools.partial(not_for_diffusers, model)
-    search = Search(bench, space, goal, rungs, progress.say, allowed)
+    search = Search(bench, space, goal, rungs, progress.say, allowed, count, risk_of_try(config.confidence, 1))
     with progress.bar:
         progress.say(
             f"{model.name}, {goal}: {len(space.first)} candidates against {spell(plain)}; {figure.name}; {precision}, "
@@ -211,7 +213,7 @@ def space_for(model: Model, config: ChooseConfig, report: Callable[[str], None])
     )
     plain = plain_variant(model, how)
     if config.variants is None:
-        space = search_space(model, plain, config.without, config.students, config.loras, config.compile)
+        space = search_space(model, plain, config.exclude, config.students, config.loras, config.compile)
     else:
         given = load_variants(config.variants, model.times, model.guidance_scale).for_model(location_of(model))
         if how == SamplingConfig():
@@ -224,7 +226,8 @@ def space_for(model: Model, config: ChooseConfig, report: Callable[[str], None])
 
 def rungs_of(count: int, least: int) -> tuple[int, ...]:
     """Seeds of each round, from those of the certificate, at least so many."""
-    return tuple(sorted({max(count // part, least) for part in (8, 4, 2)}))
+    least = min(least, max(count // 2, LEAST_SEEDS))
+    return tuple(sorted({max(count // part, least) for part in (16, 8, 4, 2)}))
 
 
 def not_for_diffusers(model: Model, variant: Variant) -> str | None:
@@ -268,6 +271,8 @@ def finish(
     name = bench.model.name
     if best is None:
         head = f"{name}: no candidate keeps {goal}: the plain model is the answer ({spell(bench.plain)})"
+        if (more := search.seeds_to_show()) is not None:
+            head += f"; {more}"
         if goal.kind == "seconds":
             head = f"{name}: no candidate takes {format_seconds(goal.seconds)} or less: the plain model is the answer"
     else:

@@ -22,7 +22,7 @@ EXPANDED = 2  # candidates that get additions
 SLACK = 1.7  # how much an addition may still gain
 RESERVES = 4  # slower candidates that are measured where all others failed their certificate
 RESERVE = 2  # of candidates within the time that differ in their steps alone
-SPARE = 2  # good candidates that make a slower one needless: the second is there if the first fails its certificate
+SPARE = 2  # good candidates that make a slower one needless while additions are to come
 UNKNOWN = 2.0  # how much faster a candidate may be than predicted before it was timed
 
 
@@ -63,6 +63,8 @@ class Search:
         rungs: Seeds of each rung, increasing.
         report: Receives a line for every rejection.
         allowed: Why a candidate is not wanted; None where it is.
+        fresh: Seeds of a certificate.
+        risk: Of a certificate.
     """
 
     bench: Bench
@@ -71,10 +73,13 @@ class Search:
     rungs: tuple[int, ...]
     report: Callable[[str], None]
     allowed: Callable[[Variant], str | None] = lambda variant: None
+    fresh: int = 64
+    risk: float = 0.05
     rejected: dict[str, str] = field(default_factory=dict)  # reasons by name
     slower: list[Variant] = field(default_factory=list)  # rejected for nothing but being slower than a good one
     parts: list[tuple[int, int]] = field(default_factory=list)  # seeds of the rounds so far, (first, count)
     measured: dict[str, Entry] = field(default_factory=dict)  # the last figures of every candidate, by key
+    leader: Variant | None = None  # the best candidate so far that keeps the bound, as measured
 
     def reject(self, variant: Variant, reason: str) -> None:
         """Record why a candidate is out, and say it (once)."""
@@ -100,10 +105,48 @@ class Search:
             parts.append((first, count - first))
             self.bench.progress.expect(self.expected(pool, level))
             left = self.rung(pool, parts, level)
-            pool = [entry.variant for entry in left]
-            if level + 1 < len(self.rungs):
-                pool += self.expansions(left, level)
+            if not any(map(self.keeps, left)) and self.goal.kind != "seconds":
+                left = sorted([*left, *self.reserves(stop=self.keeps)], key=self.rank)
+            self.leader = left[0].variant if left and self.keeps(left[0]) else self.leader
+            more = self.expansions(left, level) if level + 1 < len(self.rungs) else []
+            if not more and self.is_settled(left):
+                break
+            pool = [*(entry.variant for entry in left), *more]
         return left
+
+    def keeps(self, entry: Entry) -> bool:
+        """Whether a candidate keeps the bound as measured."""
+        return entry.loss.value <= self.goal.limit
+
+    def margin(self, loss: PairedLoss, fresh: int | None = None) -> float:
+        """By how much the bound of a certificate will be above the loss, about; of so many fresh seeds."""
+        fresh = fresh or self.fresh
+        expected = loss.on(fresh)
+        return expected.upper(self.risk, others=fresh) - expected.value
+
+    def seeds_to_show(self) -> str | None:
+        """Which candidate may keep the goal with how many seeds, where none did with those of this search."""
+        found = []
+        for entry in self.measured.values():
+            if entry.variant != self.bench.plain and self.keeps(entry) and entry.relative < 1:
+                fresh = (self.fresh << k for k in range(1, 8))
+                enough = (n for n in fresh if entry.loss.value + self.margin(entry.loss, n) <= self.goal.limit)
+                if (number := next(enough, None)) is not None:
+                    found.append((number, entry.relative, entry.name))
+        return f"{min(found)[2]} might with --n {min(found)[0]}" if found else None
+
+    def is_decided(self, entry: Entry) -> bool:
+        """Whether a candidate will most likely get its certificate, so that it needs no more seeds before."""
+        loss = entry.loss
+        return self.goal.kind != "seconds" and loss.upper(RISK) + self.margin(loss) <= self.goal.limit
+
+    def is_settled(self, left: Sequence[Entry]) -> bool:
+        """Whether more seeds would not change which candidate is tried first."""
+        if not left or self.goal.kind == "seconds":
+            return not left
+        first = left[0]
+        expected = first.loss.value + self.margin(first.loss)
+        return expected <= self.goal.limit and all(entry.relative >= first.relative for entry in left)
 
     def is_allowed(self, variant: Variant) -> bool:
         """Whether a candidate is wanted; rejected where not."""
@@ -130,21 +173,33 @@ class Search:
             later = self.expected([e.variant for e in entries], level + 1)
             self.bench.progress.expect((turns + 1) * batch * each + later)
             self.bench.time(timed, f"round {level + 1}")
-        return self.best([self.entry(e.variant, parts) for e in entries], level)
+        return self.best([self.with_times(e) for e in entries], level)
+
+    def with_times(self, entry: Entry) -> Entry:
+        """The figures of a candidate with its present times."""
+        v, bench = entry.variant, self.bench
+        entry = replace(entry, relative=bench.relative(v), seconds=bench.seconds(v), timed=bench.has_time(v))
+        self.measured[key_of(v)] = entry
+        return entry
 
     def climb_ladder(self, ladder: Sequence[Variant], entries: list[Entry], parts: Sequence[tuple[int, int]]) -> None:
         """Measure what is needed of candidates that differ in their steps alone: for a bound of the loss the fewest
         steps that keep it, for a bound of the time the most steps within it; entries are added."""
-        rest = []
+        rest, bench = [], self.bench
+        good = sorted(e.relative for e in entries if self.keeps(e) and bench.knows_time(e.variant))
+        wanted = SPARE if self.space.additions else 1
+        limit = good[wanted - 1] if len(good) >= wanted and self.goal.kind != "seconds" else math.inf
         for variant in ladder:
-            if (line := self.too_slow(variant, entries, 0)) is None:
+            if bench.relative(variant) >= limit * (1 if bench.knows_time(variant) else UNKNOWN):
+                self.skip(variant, "not measured: others are as fast, and good enough on few seeds", True)
+            elif (line := self.too_slow(variant, entries, 0)) is None:
                 rest.append(variant)
             else:
                 self.reject(variant, line)
 
         def passes(variant: Variant) -> bool | None:
             entry = self.try_candidate(variant, entries, parts, 0)
-            return None if entry is None else entry.loss.value <= self.goal.limit
+            return None if entry is None else self.keeps(entry)
 
         if self.goal.kind == "seconds":
             within = [v for v in rest if self.bench.seconds(v) <= self.goal.seconds]
@@ -154,29 +209,34 @@ class Search:
             for variant in [*within[-RESERVE:], *rest[len(within) :]]:
                 passes(variant)
         else:
-            climb(rest, passes, self.skip)
+            climb(rest, passes, self.skip, max(wanted - 1 - len(good), 0), beaten=math.isfinite(limit))
 
     def skip(self, variant: Variant, reason: str, slower: bool) -> None:
         """Reject a candidate that was not measured."""
         self.slower += [variant] if slower else []
         self.reject(variant, reason)
 
-    def reserves(self, tried: Sequence[Entry]) -> Iterator[Entry]:
+    def reserves(self, stop: Callable[[Entry], bool] = lambda entry: False) -> Iterator[Entry]:
         """What was rejected as slower than a good candidate, measured now that this one was not good enough: first
-        those that differ from it in their steps alone."""
-        if not tried:
-            return
-        ladder = replace(tried[0].variant, name="", steps=0)
+        those that differ from it in their steps alone.
+
+        Args:
+            stop: Whether no more are wanted after this one.
+        """
+        ladder = None if self.leader is None else replace(self.leader, name="", steps=0)
 
         def order(variant: Variant) -> tuple[Any, ...]:
             return replace(variant, name="", steps=0) != ladder, self.bench.relative(variant)
 
         for variant in sorted({v.name: v for v in self.slower}.values(), key=order)[:RESERVES]:
+            self.slower = [other for other in self.slower if other.name != variant.name]
             self.rejected.pop(variant.name, None)
             self.report(f"{variant.name} is measured after all")
             entries: list[Entry] = []
             self.try_candidate(variant, entries, self.parts, len(self.rungs))
             yield from entries
+            if entries and stop(entries[0]):
+                return
 
     def try_candidate(
         self, variant: Variant, entries: list[Entry], parts: Sequence[tuple[int, int]], level: int
@@ -186,14 +246,20 @@ class Search:
         if (line := self.too_slow(variant, entries, level)) is not None:
             self.reject(variant, line)
             return None
+        before = self.measured.get(key_of(variant))
+        if before is not None and self.is_decided(before):
+            entries.append(self.with_times(before))
+            return entries[-1]
         failed = next(filter(None, (self.bench.failure(variant, *part) for part in parts)), None)
         if failed:
             self.reject(variant, f"failed: {failed}")
             return None
         entry = self.entry(variant, parts)
-        if entry.loss.lower(RISK) > self.goal.limit:
+        least = entry.loss.lower(RISK)
+        if self.goal.kind != "seconds" and least + self.margin(entry.loss) > self.goal.limit:
             allowed = self.bench.figure.bound(self.goal.limit)
-            self.reject(variant, f"{self.show(entry)} on {entry.loss.count} seeds; allowed is {allowed}")
+            more = "" if least > self.goal.limit else f", which {self.fresh} fresh seeds would not show"
+            self.reject(variant, f"{self.show(entry)} on {entry.loss.count} seeds; allowed is {allowed}{more}")
         else:
             entries.append(entry)
         return entry
@@ -212,11 +278,12 @@ class Search:
             return None
         good = [entry for entry in entries if entry.loss.upper(RISK) <= goal.limit and bench.knows_time(entry.variant)]
         good = sorted((entry for entry in good if entry.variant != variant), key=lambda entry: entry.relative)
-        if len(good) < SPARE or own <= slack * max(good[SPARE - 1].relative, 1e-9):
+        spare = SPARE if self.space.additions and level + 1 < len(self.rungs) else 1
+        if len(good) < spare or own <= slack * max(good[spare - 1].relative, 1e-9):
             return None
         self.slower.append(variant)
-        names = " and ".join(f"{entry.name} ({bench.figure.show(entry.loss.value)})" for entry in good[:SPARE])
-        return f"{about}, slower than {names}, which are good enough"
+        names = " and ".join(f"{entry.name} ({bench.figure.show(entry.loss.value)})" for entry in good[:spare])
+        return f"{about}, slower than {names}, good enough"
 
     def may_gain(self, variant: Variant) -> bool:
         """Whether an addition could still make a candidate faster."""

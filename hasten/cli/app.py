@@ -21,6 +21,7 @@ OLD_FLAGS = {
     "sample": {"--single": "--separate-files"},
     "train": {"--accumulate": "--grad-accumulation", "--shard": "--fsdp"},
     "distill": {"--accumulate": "--grad-accumulation", "--shard": "--fsdp", "--evaluations": "--nfe-budget"},
+    "choose": {"--without": "--exclude"},
     "quantize": {
         "--weights": "--weight-bits",
         "--acts": "--act-bits",

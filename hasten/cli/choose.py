@@ -21,7 +21,7 @@ def choose(
     n: int | None = None,
     seed: int = 0,
     variants: str | None = None,
-    without: list[str] | None = None,
+    exclude: list[str] | None = None,
     student: list[str] | None = None,
     lora: list[str] | None = None,
     compile: bool = False,
@@ -58,7 +58,7 @@ def choose(
             images, else 64.
         seed: Seed of the first image.
         variants: A set of variants, bundled or a TOML file, whose rows are the candidates. Default: all that fits.
-        without: A kind of candidates to leave out: plan, guidance, cache, bits, student, lora or decoder; may be given
+        exclude: A kind of candidates to leave out: plan, guidance, cache, bits, student, lora or decoder; may be given
             several times.
         student: Another model of the same images as a candidate; may be given several times.
         lora: A LoRA file as a candidate; may be given several times.
@@ -90,7 +90,7 @@ def choose(
 
     options = ChooseConfig(
         loss=loss, psnr=psnr, seconds=seconds, confidence=confidence, n=n, seed=seed, plain=config, variants=variants,
-        without=tuple(without or ()), students=tuple(student or ()), loras=tuple(lora or ()), compile=compile,
+        exclude=tuple(exclude or ()), students=tuple(student or ()), loras=tuple(lora or ()), compile=compile,
         for_diffusers=for_diffusers, data=data, split=split, judge=judge, prompts=prompts_of(prompt, prompts),
         reference=reference, features=features, precision=precision, batch_size=batch_size, timing_batch=timing_batch,
         rounds=rounds,

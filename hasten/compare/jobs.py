@@ -180,7 +180,7 @@ def with_files(model: Model, variant: Variant, where: str) -> Model:
 
 def with_teacher(student: Model, variant: Variant, model: Model, where: str) -> Model:
     """A row's model with its first evaluation by another one, which may be the comparison's own: a name or folder, with
-    `:SCALE` for a guidance scale of its own.
+    `:SCALE` for a guidance scale of its own; unguided without.
 
     Raises:
         BadInput: with `where`, if the two do not fit together, and for accelerators, which would be the student's.
@@ -195,15 +195,15 @@ def with_teacher(student: Model, variant: Variant, model: Model, where: str) -> 
         raise BadInput(f"{where}: first_evaluation: {e}") from e
 
 
-def split_scale(text: str) -> tuple[str, float | None]:
-    """A model and the guidance scale of `MODEL:SCALE`; None without one.
+def split_scale(text: str) -> tuple[str, float]:
+    """A model and the guidance scale of `MODEL:SCALE`; 1, no guidance, without one.
 
     Raises:
         BadInput: for a scale that is not a number.
     """
     name, colon, number = text.rpartition(":")
     if not colon or Path(text).exists() or "/" in number or "\\" in number:
-        return text, None
+        return text, 1.0
     try:
         return name, check_number("the guidance scale", float(number))
     except ValueError as e:
@@ -249,7 +249,8 @@ def create_jobs(rows: Sequence[PreparedRow], settings: Mapping[str, Any], ranks:
     for variant, equal, model in rows:
         own: dict[str, Any] = {} if variant.sampler or model.plan is None else {"plan": model.plan.to_json()}
         own |= {} if variant.model is None and variant.lora is None else {"weights": model_hash(model)}
-        own |= {} if variant.first_evaluation is None else {"first": model_hash(model)}
+        if variant.first_evaluation is not None:
+            own["first"] = [model_hash(model), split_scale(variant.first_evaluation)[1]]
         own |= {} if variant.decoder is None else {"decoder": part_digest(model.decoder)}
         own |= {} if sharing(variant.accelerators, ranks) is None else {"processes": ranks.world}
         text = json.dumps({**settings, "method": variant.method, **own}, sort_keys=True)

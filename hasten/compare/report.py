@@ -82,7 +82,7 @@ def sample_command(row: Row) -> str:
     if row.get("first_evaluation"):
         student = row.get("model") or row["protocol"]["model"]
         (teacher, own), scale = split_scale(row["first_evaluation"]), f"guidance_scale={row['guidance_scale']:g}"
-        scale += "" if own is None else f", teacher_guidance_scale={own:g}"
+        scale += "" if own == 1 else f", teacher_guidance_scale={own:g}"
         how = f"steps={row['steps']}" + ("" if row["sampler"] == "plan" else f", sampler={row['sampler']!r}")
         return (
             f"student, teacher = hasten.load({student!r}), hasten.load({teacher!r})\n"

@@ -72,7 +72,8 @@ class Variant:
         accelerators: Accelerators.
         lora: A LoRA file that is merged into the weights.
         decoder: Another image decoder of a model of latents, a folder.
-        first_evaluation: Another model whose answer the first model evaluation is, a name or folder.
+        first_evaluation: Another model whose answer the first model evaluation is, a name or folder, unguided or with
+            `:SCALE`.
         optional: Skipped where the model cannot run it, such as without its files.
         doubled: Whether guidance runs the network twice; False for networks that have it inside.
         role: "reference" (which the others are measured against), "variant", or "equal-cost" (the reference with fewer

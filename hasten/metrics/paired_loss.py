@@ -35,16 +35,16 @@ class PairedLoss:
     degrees: int
     count: int
 
-    def upper(self, risk: float, again: bool = False) -> float:
+    def upper(self, risk: float, others: int = 0) -> float:
         """A bound that the loss exceeds with probability `risk`, by Student's t.
 
         Args:
             risk: in (0, 1).
-            again: bound what as many other seeds will show, and not only the mean over all seeds: the difference of two
-                independent estimates has the variance 2 error^2.
+            others: bound what so many other seeds will show, and not only the mean over all seeds: the difference of
+                two independent estimates of n and m seeds has the variance error^2 (1 + n / m).
         """
         reach = t_quantile(1 - risk, self.degrees) * self.error if self.degrees else math.inf
-        return self.value + reach * (math.sqrt(2) if again else 1.0)
+        return self.value + reach * (math.sqrt(1 + self.count / others) if others else 1.0)
 
     def lower(self, risk: float) -> float:
         """A bound below which the loss is with probability `risk`."""
@@ -53,7 +53,8 @@ class PairedLoss:
     def on(self, count: int) -> PairedLoss:
         """What is expected of another number of seeds: the same value, the error scaled by 1 / sqrt(count)."""
         factor = math.sqrt(self.count / count)
-        return PairedLoss(self.value, self.error * factor, max(self.degrees, 1), count)
+        degrees = min(self.degrees * count // self.count, count - 1)
+        return PairedLoss(self.value, self.error * factor, max(degrees, 1), count)
 
 
 def t_quantile(level: float, degrees: int) -> float:

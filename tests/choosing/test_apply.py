@@ -61,14 +61,18 @@ def test_the_copy_samples_as_the_config_says_by_default(pipe: Any, tmp_path: Pat
 def test_it_equals_what_the_model_samples(pipe: Any, tmp_path: Path) -> None:
     """The network's answers are combined as in Model.sample: the same latents from the same noise."""
     path = best(tmp_path)
-    model = hasten.load(pipe)
+    latents = latents_of(hasten.load(pipe), SamplingConfig.load(path, "sampling"))
+    torch.testing.assert_close(drawn(hasten.apply(pipe, path)), latents, rtol=1e-3, atol=1e-3)
+
+
+def latents_of(model: Any, config: SamplingConfig | None = None) -> torch.Tensor:
+    """What `Model.sample` decodes, of the noise of `drawn`."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    resolved = model.resolve(SamplingConfig.load(path, "sampling"))
+    resolved = model.resolve(config or SamplingConfig(precision="fp32"))
     cond = model.conditions(1, "a cat")
     draws = hasten.Noise(range(1), (4, 8, 8), torch.float32, torch.device("cpu"))
     more = {"x": noise, "plan": resolved.plan, "cond": cond}
-    latents = hasten.draw(resolved.denoiser, resolved.sampler, resolved.times, draws, **more)
-    torch.testing.assert_close(drawn(hasten.apply(pipe, path)), latents.to(noise.dtype), rtol=1e-3, atol=1e-3)
+    return hasten.draw(resolved.denoiser, resolved.sampler, resolved.times, draws, **more).to(noise.dtype)
 
 
 def test_saved_with_it(pipe: Any, tmp_path: Path) -> None:
@@ -86,7 +90,8 @@ def test_saved_with_it(pipe: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_lora_of_a_student(pipe: Any, tmp_path: Path) -> None:
-    """Merged, with its steps and without guidance by default; after saving and reopening too."""
+    """Merged, with its steps and without guidance by default: the latents of the same LoRA in `Model.sample`; after
+    saving and reopening too."""
     base = hasten.load(pipe)
     student = hasten.load(tiny.sd_pipeline())
     torch.manual_seed(0)
@@ -101,6 +106,8 @@ def test_the_lora_of_a_student(pipe: Any, tmp_path: Path) -> None:
     path.write_text(f'[sampling]\nprecision = "fp32"\n[model]\nlora = "{tmp_path / "student.safetensors"}"\n')
     fast = hasten.apply(pipe, path)
     own = drawn(fast)
+    expected = latents_of(hasten.load(pipe).with_lora(tmp_path / "student.safetensors"))
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(own, drawn(fast, num_inference_steps=4, guidance_scale=1.0))
     assert not torch.allclose(own, drawn(pipe, num_inference_steps=4, guidance_scale=1.0), atol=1e-3)
     fast.save_pretrained(tmp_path / "saved")
@@ -108,6 +115,7 @@ def test_the_lora_of_a_student(pipe: Any, tmp_path: Path) -> None:
         tiny.quiet(type(pipe).from_pretrained(tmp_path / "saved")), tmp_path / "saved" / "sampling.toml"
     )
     torch.testing.assert_close(drawn(again), own)
+    torch.testing.assert_close(drawn(again), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_quantised_pipelines_are_saved_in_integers(pipe: Any, tmp_path: Path) -> None:

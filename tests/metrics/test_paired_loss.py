@@ -39,7 +39,7 @@ def test_the_jackknife_is_exact_for_a_mean_and_unbiased_for_a_square() -> None:
 
 def test_the_bounds_are_ordered_and_two_sided() -> None:
     loss = PairedLoss(1.0, 0.1, 10, 40)
-    assert loss.upper(0.05, again=True) > loss.upper(0.05) > 1.0 > loss.lower(0.05)
+    assert loss.upper(0.05, others=loss.count) > loss.upper(0.05) > 1.0 > loss.lower(0.05)
     assert loss.upper(0.01) > loss.upper(0.05)
     assert loss.on(160).error == pytest.approx(0.05)
     assert PairedLoss(0.0, math.inf, 0, 2).upper(0.05) == math.inf
@@ -60,7 +60,7 @@ def test_a_mean_bound_covers() -> None:
     losses = [mean_loss(-row) for row in gamma(600, generator)]
     means = [loss.upper(0.05) >= -4.0 for loss in losses]
     again = [
-        loss.upper(0.05, again=True) >= float(-other.mean())
+        loss.upper(0.05, others=len(other)) >= float(-other.mean())
         for loss, other in zip(losses, gamma(600, generator), strict=True)
     ]
     assert sum(means) / 600 > 0.92
@@ -96,7 +96,7 @@ def test_a_distance_bound_covers() -> None:
         loss = distance_loss(own, plain, mean, covariance)
         held += loss.upper(0.1) >= truth(0.2)
         other = distance_loss(*features(96, 0.2, generator)[::-1], mean, covariance)
-        again += loss.upper(0.1, again=True) >= other.value
+        again += loss.upper(0.1, others=other.count) >= other.value
         naive += loss.value / count
     assert held >= 0.82 * count
     assert again >= 0.85 * count
