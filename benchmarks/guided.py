@@ -1,11 +1,11 @@
 """Guidance within a budget of evaluations: fitted plans over both branches, guidance, intervals and reused differences.
 
     python -m benchmarks.guided                       three conditional mixtures, about ten minutes on one idle core
-    python -m benchmarks.guided --fashion --nfe 8     the bundled model, some minutes a count on one idle core
+    python -m benchmarks.guided --fashion --nfe 8     the bundled model, ten minutes a count on one idle core
     python -m benchmarks.guided --problems M2 --nfe 8
 
 An evaluation is one of a single branch: guidance with N / 2 steps has N. Root mean squared distance to the fine guided
-path (UniPC-3, 256 steps; `fashion` 40) over starts that no fit has seen (mixtures 256, default_rng(0); `fashion` 16,
+path (UniPC-3, 256 steps; `fashion` 40) over starts that no fit has seen (mixtures 256, default_rng(0); `fashion` 64,
 seeds from 0), guidance scale 2.
 
 - CFG: UniPC-2 or -3 with N / 2 steps, the best of four grids *on these starts*.
@@ -14,8 +14,7 @@ seeds from 0), guidance scale 2.
 - reuse: both branches in some steps, the last difference in the others; the best of all places considered by
   `guided_plan` *on these starts*.
 - fitted: `hasten.tuning.guided_plan`, fitted on other starts (M2, M64: 512 and 256 held out; R24: 2,048 of a pool of
-  16,384, and 1,024; `fashion`: 32 and 16, from the sampler on the model's grid, without gradients of the network,
-  one round of the search).
+  16,384, and 1,024; `fashion`: 64 and 64, from the sampler on the model's grid, 40 iterations of the mean square).
 
 On `fashion` UniPC-2 on the model's own grid stands for the other methods; for CFG also UniPC-3 and two more grids.
 
@@ -105,7 +104,6 @@ class Fashion(Mixture):
         noise = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(FASHION[0])]
         self.x, self.label = torch.stack(noise), self.model.labels(FASHION[0])
         self.end = self.run(plan(UniPC(3), self.model.denoiser.schedule, self.grid(FASHION[3])))
-        _fit.START_SAMPLES, _fit.COMPARED = 12, 3  # of so few samples
         solve, solved = _fit.fine_trajectories, list[Any]()
 
         def once(*args: Any, **options: Any) -> Any:  # the same for every count
@@ -114,8 +112,8 @@ class Fashion(Mixture):
 
         _fit.fine_trajectories = once
         self.options = GuidedPlan(
-            gradient="frozen", held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], batch=16,
-            teleport=False, search="sampler",
+            held_out=FASHION[2], iterations=FASHION[4], fine=FASHION[3], warm=0, robust=0, teleport=False,
+            search="sampler",
         )  # fmt: skip
         self.n = FASHION[1]
 
@@ -134,7 +132,7 @@ class Fashion(Mixture):
         )
 
 
-FASHION = (16, 32, 16, 40, 1)  # test starts, calibration, held out, fine steps, rounds
+FASHION = (64, 64, 64, 40, 40)  # test starts, calibration, held out, fine steps, iterations
 
 
 def tables(problem: Mixture, kind: str, count: int) -> Iterator[tuple[str, Plan]]:

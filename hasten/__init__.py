@@ -27,7 +27,7 @@ _HOMES = {
         "times",
     ),
     **dict.fromkeys(["EDM", "VE", "Flow", "SubVP", "VPCosine", "VPLinear"], "schedules"),
-    **dict.fromkeys(["Discrete", "rescale_zero_snr"], "schedules"),
+    **dict.fromkeys(["Discrete", "Truncated", "rescale_zero_snr"], "schedules"),
     **dict.fromkeys(
         [
             "DDIM", "DDPM", "DEIS", "PLMS", "SNDPM", "AdaptiveSDE", "AnalyticDPM", "Consistency", "DPMSolver",
@@ -37,12 +37,13 @@ _HOMES = {
         "samplers",
     ),
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
-    **dict.fromkeys(["CCDF", "Auxiliary", "SingDiffusion"], "starts"),
+    **dict.fromkeys(["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop", "Prior", "SingDiffusion"], "starts"),
     **dict.fromkeys(["accelerate", "as_scheduler", "open_quantized", "times_like"], "adapters.diffusers"),
     # diffusers looks these up where a pipeline was saved with such a scheduler or network
     **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),
     **dict.fromkeys(["MobileUNet2DConditionModel", "ModelMixin"], "adapters.diffusers.text_unet_class"),
     **dict.fromkeys(["DistillConfig", "distill_model"], "workflows.distill"),
+    **dict.fromkeys(["LikelihoodConfig", "evaluate_likelihood"], "workflows.likelihood"),
     **dict.fromkeys(["QuantizeConfig", "quantize_model"], "workflows.quantize"),
     **dict.fromkeys(["tune_model"], "workflows.tune"),
     **dict.fromkeys(["Plan"], "plan"),
@@ -63,12 +64,13 @@ __all__ = [
     "AutoencoderConfig", "Auxiliary", "BadInput", "ChooseConfig", "Consistency",
     "CosineAngle", "DPMSolver", "DecoderConfig",
     "Denoiser", "Discrete", "DistillConfig", "Distribution", "DynamicThreshold", "EvaluateConfig", "Explicit",
-    "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras", "Model", "Noise", "NoiseLevel", "Picard", "Plan",
+    "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras", "LikelihoodConfig",
+    "Model", "Noise", "NoiseLevel", "Picard", "Plan",
     "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks",
     "Rescale", "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled",
     "SubVP", "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
     "Wrapper", "accelerate", "apply", "as_scheduler", "choose",
-    "distill_decoder", "distill_model", "draw", "evaluate_model", "invert",
+    "distill_decoder", "distill_model", "draw", "evaluate_likelihood", "evaluate_model", "invert",
     "load", "open_quantized", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files",
     "times_like", "train_autoencoder", "train_model", "tune_model", "walk",
 ]  # fmt: skip
@@ -123,6 +125,7 @@ if TYPE_CHECKING:
     from .workflows.distill import DistillConfig, distill_model
     from .workflows.distribute import sample_many
     from .workflows.evaluate import EvaluateConfig, evaluate_model
+    from .workflows.likelihood import LikelihoodConfig, evaluate_likelihood
     from .workflows.quantize import QuantizeConfig, quantize_model
     from .workflows.sample import SampleRequest, sample_to_files
     from .workflows.train import TrainConfig, train_model

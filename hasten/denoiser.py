@@ -76,6 +76,8 @@ class Denoiser(nn.Module):
         )
         own: tuple[float, float] | None = getattr(net, "guidance_range", None)
         self.guidance_range = own if guidance_range is None else _check_range(guidance_range)
+        # channels K of the image that the network reads as its condition `source` (B, K, H, W); 0: it reads none
+        self.source_channels = int(getattr(net, "source_channels", 0))
         self._cache: dict[float, tuple[float, float, float, float]] = {}
 
     @property

@@ -118,6 +118,15 @@ class GaussianMixture(nn.Module):
         alpha, sigma = _coefficients(self.schedule, t, x_t.flatten(1))
         return self._x0(x_t.double().flatten(1), alpha, sigma, label).reshape(x_t.shape).to(x_t.dtype)
 
+    def log_prob(self, x_t: Tensor, t: Tensor | float = 0.0, label: Tensor | None = None) -> Tensor:
+        """log p(x_t), (B,) float64, at `x_t` (B, *S) and time `t`, () or (B,), of the classes `label` (B,)."""
+        x = x_t.double().flatten(1)
+        alpha, sigma = (value.reshape(-1, 1, 1) for value in _coefficients(self.schedule, t, x))
+        total = alpha**2 * self.variances + sigma**2
+        log_p = -0.5 * ((x[:, None] - alpha * self.means) ** 2 / total + torch.log(2 * math.pi * total)).sum(-1)
+        log_w = torch.log_softmax(torch.log(self.weights) + _masked(self.labels, label, self.null_label), -1)
+        return torch.logsumexp(log_w + log_p, 1)
+
     def _x0(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
         """x (B, D), alpha and sigma () or (B, 1) -> (B, D)."""
         alpha, sigma = alpha.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)

@@ -134,6 +134,21 @@ def make_image_grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Imag
     return sheet
 
 
+def interleave_rows(sources: Tensor, results: Tensor, columns: int = 16) -> Tensor:
+    """Rows of at most `columns` sources, each above the row of its results: (2 n, C, H, W), white where n ends."""
+    import torch
+
+    if sources.shape[1] != results.shape[1]:
+        channels = max(sources.shape[1], results.shape[1])
+        sources, results = (x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x for x in (sources, results))
+    rows = []
+    for first in range(0, len(sources), columns):
+        for row in (sources[first : first + columns], results[first : first + columns]):
+            missing = min(columns, len(sources)) - len(row)
+            rows.append(torch.cat([row, row.new_ones(missing, *row.shape[1:])]))
+    return torch.cat(rows)
+
+
 def encode_png(image: Image, text: Mapping[str, str] | None = None) -> bytes:
     """A Pillow image as the bytes of a PNG file. The same input gives the same bytes.
 

@@ -102,7 +102,9 @@ def _folder(folder: str) -> types.ModuleType:
 
 def _class(folder: str, name: str) -> type[Any]:
     """The dataclass of this name. Raises BadInput for an unknown name."""
-    kind = {"times": "time grid", "tuning": "tuning method"}.get(folder, folder.removesuffix("s"))
+    kind = {"times": "time grid", "tuning": "tuning method", "train_processes": "process"}.get(
+        folder, folder.removesuffix("s")
+    )
     choices = method_names(folder)
     if name not in choices and (relative := hint_for(folder, name)):
         raise BadInput(f"unknown {kind} {name!r}: nearest is {relative} (choices: {', '.join(choices)})")

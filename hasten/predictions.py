@@ -21,12 +21,16 @@ from .errors import BadInput, check_field, plain_numbers
 from .utils.devices import has_float64
 from .utils.registry import family, is_own, path_of
 
-__all__ = ["EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "precise", "prediction_from", "spread"]
+__all__ = [
+    "EDM", "V", "X0", "Anchored", "Eps", "Flow", "Prediction", "ResidualPrediction", "precise", "prediction_from",
+    "spread",
+]  # fmt: skip
 
 ALIASES = {
     "epsilon": "eps", "noise": "eps", "sample": "x0", "x_start": "x0", "start_x": "x0", "v_prediction": "v",
     "flow_prediction": "flow", "rectified_flow": "flow", "vprediction": "v", "v_pred": "v", "eps_prediction": "eps",
     "x_0": "x0", "pred_x0": "x0", **{name: name for name in ("eps", "x0", "v", "flow", "edm", "anchored")},
+    "residual": "residual",
 }  # fmt: skip
 
 
@@ -187,12 +191,30 @@ class Anchored(Prediction):
         return x0 - (self.width**2 * alpha / sigma) * eps
 
 
+@dataclass(frozen=True)
+class ResidualPrediction(Prediction):
+    """What the input lacks, `x0 = x_t + raw`: for processes whose states are images with little noise.
+
+    References:
+        Daras, Delbracio, Talebi, Dimakis, Milanfar 2022, arXiv:2209.05442.
+    """
+
+    name: ClassVar[str] = "residual"
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ones_like(alpha), torch.ones_like(alpha), torch.ones_like(alpha)
+
+    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (1 - alpha) * x0 - sigma * eps
+
+
 def prediction_from(spec: str | dict[str, Any] | Prediction) -> Prediction:
     """The prediction type that a name or a dict specifies.
 
     Args:
-        spec: a name (`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`, or one of diffusers: `"epsilon"`,
-            `"sample"`, `"v_prediction"`, `"flow_prediction"`), what `Prediction.to_dict` returns, or a prediction type.
+        spec: a name (`"eps"`, `"x0"`, `"v"`, `"flow"`, `"edm"`, `"anchored"`, `"residual"`, or one of diffusers:
+            `"epsilon"`, `"sample"`, `"v_prediction"`, `"flow_prediction"`), what `Prediction.to_dict`
+            returns, or a prediction type.
 
     Raises:
         BadInput: for an unknown name or field.

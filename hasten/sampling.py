@@ -98,8 +98,11 @@ class Bindable:
 class SamplerBase(Bindable):
     """Defaults of a sampler's optional members. A plain dataclass with the members of `Sampler` is a sampler too.
 
-    `differentiable`: gradients can be recorded. `why`: the reason, where `linear` is False.
+    `differentiable`: gradients can be recorded. `why`: the reason, where `linear` is False. `processes`: the classes of
+    `hasten.processes`, by name, that the sampler is for; by default it is for ordinary schedules.
     """
+
+    processes: ClassVar[tuple[str, ...]] = ()
 
     differentiable: ClassVar[bool] = True
     why: ClassVar[str] = "its steps depend on the values it sees"
@@ -108,6 +111,10 @@ class SamplerBase(Bindable):
     def basis(self) -> Any:
         """The `plan.basis.Basis` in which the sampler is linear; None: the samples' own coordinates."""
         return None
+
+    def basis_for(self, schedule: Schedule) -> Any:
+        """The basis for this schedule; by default `basis`."""
+        return self.basis
 
     def wrap(self, denoiser: nn.Module) -> nn.Module:
         """The denoiser to sample with; by default the same one."""
@@ -131,6 +138,11 @@ class SamplerBase(Bindable):
             except StopIteration as stop:
                 return stop.value
             result = evaluate(query.x, query.t, query.rows, query.moments)
+
+
+def basis_of(sampler: Any, schedule: Schedule) -> Any:
+    """`sampler.basis_for(schedule)`; for a plain dataclass its `basis`, or None."""
+    return sampler.basis_for(schedule) if hasattr(sampler, "basis_for") else getattr(sampler, "basis", None)
 
 
 def bind_method(method: Any, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> Any:
@@ -183,6 +195,7 @@ def walk(
     check_state(x, progress=progress, callback=callback)
     times = as_times(times) if not isinstance(times, Tensor) else times
     schedule = schedule_of(denoiser) if schedule is None else schedule
+    check_process(sampler, schedule)
     conditions = conditions_of("walk", OPTIONS, cond, keywords, denoiser)
     draw_noise = no_noise if noise is None else noise
     expected, done, B = sampler.nfe(len(times) - 1), 0, len(x)
@@ -283,6 +296,27 @@ def schedule_of(denoiser: Any) -> Schedule:
     if not isinstance(schedule, Schedule):
         raise BadInput(f"{type(denoiser).__name__} has no schedule: wrap the network in hasten.Denoiser, or name one")
     return schedule
+
+
+def check_process(sampler: Any, schedule: Schedule) -> None:
+    """Check that a sampler is for the forward process of a model.
+
+    Args:
+        sampler: an object, with `processes` unless it is for ordinary schedules.
+        schedule: of the denoiser.
+
+    Raises:
+        BadInput: where it is for another process, with the sampler of this one.
+    """
+    known, name = tuple(getattr(sampler, "processes", ())), type(schedule).__name__
+    if schedule.ordinary and known:
+        raise BadInput(
+            f"{format_spec(sampler)} is a sampler of {' and '.join(known)}, and this model's process is "
+            "x_t = alpha x + sigma eps: use unipc, or another sampler for that"
+        )
+    if not schedule.ordinary and name not in known:
+        own = getattr(schedule, "sampler", "")
+        raise BadInput(f"{format_spec(sampler)} is no sampler of the process {name}{f': use {own}' if own else ''}")
 
 
 def _records_gradients(grad: bool | None, *tensors: Tensor) -> bool:

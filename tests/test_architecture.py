@@ -20,14 +20,14 @@ EVERYTHING = sorted(p for folder in ("hasten", "tests", "recipes", "benchmarks")
 # only, whether at its top, in a function or for type checking; CONTRIBUTING.md shows this table.
 LAYERS = (
     ("ground", "_version errors nets utils zoo"),
-    ("schedules and names", "distributed pick predictions progress schedules times"),
+    ("schedules and names", "degradations distributed pick predictions processes progress schedules times"),
     ("denoisers", "denoiser exact files images"),
-    ("sampling", "guides inversion metrics sampling"),
+    ("sampling", "guides inversion likelihood metrics sampling"),
     ("plans", "plan starts"),
     ("methods for sampling", "accelerators adapters.model_like performance samplers"),
     ("networks of other libraries", "adapters.diffusers tuning"),
     ("files and training", "storage train"),
-    ("models", "distillers model"),
+    ("models", "distillers model train_processes"),
     ("pipelines", "adapters._export adapters.diffusers.pipelines loading tasks"),
     ("exported networks", "adapters.onnx adapters.openvino"),
     ("workflows", "workflows"),

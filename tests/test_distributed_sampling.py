@@ -16,7 +16,7 @@ import torch
 from hasten.cli import main
 from hasten.images import read_png_text
 
-from .processes import children, torchrun, until
+from .process_groups import children, torchrun, until
 
 CONFIG = [
     "--sampler",

@@ -38,9 +38,13 @@ def test_every_number_has_a_range() -> None:
 
 @pytest.mark.parametrize(("verb", "name", "kind"), NUMBERS, ids=[f"{v}-{n}" for v, n, _ in NUMBERS])
 def test_no_verb_takes_what_is_no_such_number(verb: str, name: str, kind: type) -> None:
-    needed = {"train": ["data"], "restyle": ["fashion"], "show": ["fashion"], "extract_lora": ["fashion", "x"]}.get(
-        verb, ["fashion"]
-    )
+    needed = {
+        "train": ["data"],
+        "restyle": ["fashion"],
+        "show": ["fashion"],
+        "extract_lora": ["fashion", "x"],
+        "translate": ["fashion", "x"],
+    }.get(verb, ["fashion"])
     needed += ["--out", "never"] if verb in ("train", "quantize", "export", "tune", "extract_lora") else []
     wrong = ["inf", "nan", "1e999", "x", "0x10", "9" * 5000, "-" + "9" * 400, ""]
     wrong += ["10.5", "1e3", "1_0", "٣"] if kind is int else ["-1e300"]

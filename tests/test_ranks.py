@@ -21,7 +21,7 @@ from hasten.errors import BadInput
 from hasten.storage.batches import SavedBatches
 from hasten.workflows.distribute import Sharing, part_of, sample_many, sampling_metadata, saved_batches, sharing
 
-from .processes import spawn
+from .process_groups import spawn
 
 SETTING: dict[str, Any] = {
     "sampler": "ddim",

@@ -267,8 +267,10 @@ def check_exportable(model: Model, path: Path, precision: str) -> None:
     Raises:
         BadInput: with the reason.
     """
+    from ..model.sources import refuse_process
     from ..storage.model_folder import check_savable
 
+    refuse_process(model, "exporting", bridges_only=True)
     check_savable(model, network=False)
     if precision not in PRECISIONS:
         raise BadInput(f"cannot export in {precision!r}: {nearest(precision, PRECISIONS)}")

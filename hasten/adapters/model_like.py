@@ -22,6 +22,7 @@ class ModelLike(Protocol):
     classes: tuple[str, ...] | None
     codec: str
     sampler: str
+    start: str | None
     times: str
     steps: int
     guidance_scale: float

@@ -21,6 +21,7 @@ from ..errors import BadInput
 from ..files import check_writable, locked
 from ..loading import load_to_compare
 from ..model.model import Model
+from ..model.sources import refuse_process
 from ..performance.device import processor
 from ..plan.config import SamplingConfig
 from ..progress import ProgressReporter
@@ -100,6 +101,7 @@ def run_search(
     """`choose`, with the folder locked."""
     progress = ProgressReporter(0, show)
     model = model if isinstance(model, Model) else load_to_compare(model)
+    refuse_process(model, "hasten choose")
     figure, label, model = figure_for(model, config, goal, progress.say)
     plain, space = space_for(model, config, progress.say)
     count = figure.seeds if config.n is None else config.n

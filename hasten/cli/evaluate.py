@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import BadInput
 from ..progress import progress
 from ._common import (
     choice_config,
@@ -45,6 +46,8 @@ def evaluate(
     judge: str | None = None,
     images_per_prompt: int = 4,
     repeats: int = 1,
+    bits_per_dim: str | None = None,
+    levels: int = 256,
     batch_size: int = 64,
     precision: str | None = None,
     device: str = "auto",
@@ -52,8 +55,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample images from a model and measure them: distances to real images, coverage, class accuracy.
 
-    Compare a figure with its real-data baseline, which is what as many real images get, and with figures of the same
-    features, reference and number of images only.
+    With bits-per-dim, measure the likelihood of real images instead. Compare a distance with its real-data baseline,
+    which is what as many real images get, and with figures of the same features, reference and number of images only.
 
     Args:
         model: A bundled name (see models) or a folder.
@@ -79,12 +82,15 @@ def evaluate(
         prompts: A file of prompts in place of prompt: text with one a line, or .jsonl. Default: the captions of the
             data, or without real pictures a bundled list of 200.
         data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions are the prompts,
-            the pictures the reference.
+            the pictures the reference. With bits-per-dim: the images, of the model's size.
         split: Of the data, the pictures that are held out: test, val or train.
         judge: What features are of, and what compares images with prompts: a folder of contrastive towers or of a
             CLIPModel of transformers. Default: the one that the model names.
         images_per_prompt: Images of each prompt from which diversity is measured; 1 leaves it out.
         repeats: Number of blocks of n seeds: figures are then means with their standard deviation.
+        bits_per_dim: The negative log-likelihood of the images of data: ode, by the probability-flow ODE; or bound, the
+            variational bound. With options, such as bound:steps=1000,samples=50 or ode:rtol=0.001. Default n: 256.
+        levels: With bits-per-dim, the number of values of a pixel.
         batch_size: Images in the network at once.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
         device: auto, cpu, cuda, cuda:1, mps or xpu.
@@ -95,12 +101,9 @@ def evaluate(
         interval. Of prompts also prompt_match, diversity and nearest.
     """
     from ..workflows.evaluate import EvaluateConfig, evaluate_model
+    from ..workflows.likelihood import LikelihoodConfig, check_likelihood_options, evaluate_likelihood
 
     texts = prompts_of(prompt, prompts)
-    request = EvaluateConfig(
-        n=n, reference=reference, features=features, seed=seed, repeats=repeats, batch_size=batch_size,
-        data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,
-    )  # fmt: skip
     ranks = processes(device)
     model, lora, decoder = chosen_files(config, model, lora)
     loaded = open_shared(model, ranks, lora=lora, called=True)
@@ -110,6 +113,24 @@ def evaluate(
     how = choice_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
         plan=plan, accelerators=accelerate, precision=precision,
+    )  # fmt: skip
+    if bits_per_dim is not None:
+        if data is None:
+            raise BadInput("--bits-per-dim is of real images: give --data, a folder, zip or array of them")
+        check_likelihood_options(how)
+        given = {"reference": reference, "features": features, "prompt": texts, "label": label, "judge": judge}
+        if stray := next((name for name, value in given.items() if value is not None), None):
+            raise BadInput(f"--bits-per-dim does not depend on --{stray}: leave it out")
+        asked = LikelihoodConfig(bits_per_dim, n, levels, seed, split, batch_size)
+        result = evaluate_likelihood(
+            loaded, data, asked, ranks=ranks, progress=progress, warn=main_process_warning(ranks)
+        )
+        if result:
+            print_result(result, "\n".join(result.pop("summary")), json)
+        return result
+    request = EvaluateConfig(
+        n=n, reference=reference, features=features, seed=seed, repeats=repeats, batch_size=batch_size,
+        data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,
     )  # fmt: skip
     labels = label_list(loaded, label) if loaded.conditioning is None else None
     request = request.replace(label=labels, prompts=texts)

@@ -123,7 +123,12 @@ def restyle(
         "command": command_line("restyle", encoder, options),
         "models": f"{up.name} {up.sha256}, {down.name} {down.sha256}", "versions": versions(),
     }  # fmt: skip
-    write_file(out, pictures.encode_png(pictures.make_image_grid(paired(source, result.images), min(n, 16)), text))
+    write_file(
+        out,
+        pictures.encode_png(
+            pictures.make_image_grid(pictures.interleave_rows(source, result.images), min(n, 16)), text
+        ),
+    )
     summary = {
         "file": str(out),
         **{key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
@@ -169,15 +174,3 @@ def of_class(path: Path, n: int, model: Model, label: str | None) -> Tensor:
     if len(rows) < n:
         raise BadInput(f"{path} holds {len(rows)} images of {known[index]!r}, asked for {n}")
     return to_float(data.images(rows.tolist()))
-
-
-def paired(sources: Tensor, results: Tensor, columns: int = 16) -> Tensor:
-    """Rows of at most `columns` sources, each above the row of its results: (2 n, C, H, W), and white where n ends."""
-    import torch
-
-    rows = []
-    for first in range(0, len(sources), columns):
-        for row in (sources[first : first + columns], results[first : first + columns]):
-            missing = min(columns, len(sources)) - len(row)
-            rows.append(torch.cat([row, row.new_ones(missing, *row.shape[1:])]))
-    return torch.cat(rows)

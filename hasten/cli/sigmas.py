@@ -52,6 +52,7 @@ def sigmas(
     """
     from ..adapters.diffusers.saved_schedulers import is_pipeline_folder, plan_of_folder
     from ..loading import load
+    from ..model.sources import refuse_process
     from ..plan.sigma_lists import sigma_lists
 
     options = {"sampler": sampler, "times": times, "steps": steps, "plan": plan}
@@ -70,6 +71,7 @@ def sigmas(
         if mu is not None:
             raise BadInput("--mu is for the folder of a pipeline whose shift depends on the image size: remove it")
         loaded = load(folder)
+        refuse_process(loaded, "a list of sigmas")
         resolved = loaded.resolve(sampling_config(config, None, **options))
         if resolved.plan is None:
             raise BadInput(f"{resolved.config.sampler} chooses its times while it samples: name a sampler with steps")

@@ -41,6 +41,9 @@ def train(
     fsdp: bool = False,
     lora: int | None = None,
     lora_targets: str | None = None,
+    process: str | None = None,
+    source: Path | None = None,
+    degrade: str | None = None,
     seed: int | None = None,
     precision: str | None = None,
     kind: str = "model",
@@ -95,6 +98,11 @@ def train(
             of its own, which diffusers loads, beside the pipeline with the LoRA merged.
         lora_targets: The layers that it adapts: attention, conv, all, or names of modules, comma-separated. Default:
             attention where the network has such layers, else all.
+        process: The forward process and its options, such as i2sb:beta_max=1 (see docs/processes.md). Default: ordinary
+            diffusion.
+        source: For processes on pairs: the folder of the source images, with the file names of the data.
+        degrade: For processes on pairs: makes the sources from the data, by downscale:factor=4, blur:std=2,
+            jpeg:quality=10, mask:fraction=0.5 or grey.
         seed: Of the weights, the order of the images and the noise. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which takes what is faster on this device. With +high (TF32 on GPUs),
             +medium or +channels_last, such as fp32+high, also the precision of matrix products and the memory layout.
@@ -128,7 +136,8 @@ def train(
         patch=patch, batch_size=batch_size, lr=lr, optimizer=optimizer, label_drop=label_drop, flip=flip or None,
         precision=precision, seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None, base=base, init=init,
         caption=caption, cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
-        gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets,
+        gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets, process=process,
+        source=None if source is None else str(source), degrade=degrade,
     )  # fmt: skip
     if kind != "model":
         return train_kind(kind, data, out, config, {**options, **parts}, device, json)
@@ -145,6 +154,8 @@ def train(
     }
     last = model.card["last"]
     prompt = " --prompt TEXT" if model.conditioning is not None else ""
-    text = f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten sample {out}{prompt}"
+    draws = model.source_shape is None or model.start is not None
+    verb, prompt = ("sample", prompt) if draws else ("translate", " IMAGES")
+    text = f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten {verb} {out}{prompt}"
     print_result(result, text, json)
     return result

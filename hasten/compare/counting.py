@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..model.model import Model
-from ..model.resolve import bound
+from ..model.resolve import start_of
 from ..progress import ProgressReporter
 from .variants import Variant
 
@@ -57,4 +57,5 @@ def count_evaluations(model: Model, progress: ProgressReporter | None = None) ->
 
 def start_nfe(model: Model, variant: Variant) -> float:
     """Evaluations per image by other networks than the model's own: those of the initialisation."""
-    return 0 if variant.start is None else bound(model, "starts", variant.start).nfe
+    start = start_of(model, variant.config)
+    return 0 if start is None else float(start.nfe)

@@ -18,6 +18,7 @@ from ..files import holds_lock
 from ..loading import load_to_compare
 from ..metrics import Reference, net_name, without_neighbours
 from ..model.model import Model
+from ..model.sources import refuse_process
 from ..performance.device import processor
 from ..progress import ProgressReporter
 from ..storage.provenance import command_line, model_hash, tensor_hash, utc_now
@@ -33,7 +34,7 @@ from .budgeted import BudgetedComparison
 from .comparison import Comparison
 from .jobs import prepare
 from .results import SCHEMA, ResultStore
-from .variants import VariantSet, load_variants
+from .variants import VariantSet, load_variants, parse_variants
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -164,7 +165,8 @@ def compare(
     source = config.variants
     if source == "everything":
         source = "full" if model.conditioning is None else "text_to_image"
-    variant_set = load_variants(source, model.times, model.guidance_scale)
+    refuse_process(model, "a comparison", bridges_only=True)
+    variant_set = variants_of(model, source)
     seed = config.seed
     n = variant_set.n if config.n is None else config.n
     rounds = variant_set.rounds if config.rounds is None else config.rounds
@@ -279,6 +281,19 @@ def compare(
         saved = f"{len(run.write_report(show))} of {len(run.jobs)} rows are saved in {out}"
         raise type(e)(f"{reason}: {saved}; the same command resumes from there") from None
     return ranks.on_main_process(lambda: run.write_report(show))
+
+
+def variants_of(model: Model, source: str | Path | None) -> VariantSet:
+    """The set of variants; by default, of a model of another process its sampler in several numbers of steps."""
+    if source is not None or model.denoiser.schedule.ordinary:
+        return load_variants(source, model.times, model.guidance_scale)
+    name = model.sampler
+    table = {
+        "n": 500,
+        "reference": {"name": f"{name}, 100 steps", "sampler": name, "steps": 100},
+        "variant": [{"name": name, "sampler": name, "steps": [5, 10, 25, 50]}],
+    }
+    return parse_variants(table, f"{name}, 5 to 100 steps", model.times, model.guidance_scale)
 
 
 def guided_set(model: Model, variants: VariantSet, report: Callable[[str], None]) -> VariantSet:

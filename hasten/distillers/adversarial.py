@@ -13,10 +13,11 @@ from ..errors import BadInput, check_choice
 from ..nets.critic import Critic
 from ..schedules.base import Schedule
 from ..times import Trailing
+from ..train.adversarial import hinge_loss, r1_penalty
 from ..train.augment import Augment
 from ..train.losses import LogitNormal
 from ..train.trained_module import frozen_parameters
-from ._gan import build_critic, hinge_loss, initial_or_noised, r1_penalty
+from ._gan import build_critic, initial_or_noised
 from ._targets import noised, time_device, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 from .progressive import Progressive

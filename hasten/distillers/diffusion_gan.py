@@ -16,8 +16,9 @@ from ..nets.critic import zeroed
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
+from ..train.adversarial import margin_loss, r1_penalty
 from ..train.trained_module import frozen_parameters
-from ._gan import build_critic, initial_or_noised, margin_loss, predict_raw_and_x0, r1_penalty
+from ._gan import build_critic, initial_or_noised, predict_raw_and_x0
 from ._targets import TINY, noised, raw_target, time_device, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 

@@ -18,7 +18,6 @@ from ..adapters.diffusers.autoencoders import replace_decoder
 from ..denoiser import Denoiser, device_of, evaluating
 from ..errors import BadInput, check_int
 from ..guides.cfg import with_step_count
-from ..images import to_image_tensor
 from ..nets.prequantized import check_movable
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..plan.config import SamplingConfig
@@ -35,6 +34,8 @@ from .finite import check_sample
 from .first_evaluation import FirstEvaluation
 from .lora import load_lora_weights
 from .resolve import Resolved, accelerate_model, guided, resolve
+from .sources import source_images
+from .weak import fields_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,7 +53,7 @@ class Model:
     shape: `(C, H, W)` of one sample. classes: class names in label order, or None for an unconditional model.
     codec: what a sample is: `image`, pixels in [-1, 1]; `latent`, of an autoencoder; `raw`, anything else, which is
         left as it is (points, audio, video): what a shape other than (C, H, W), C of 1, 3 or 4, is taken for.
-    sampler, times, steps, guidance_scale: what `sample` uses by default, as `pick` reads them.
+    sampler, times, steps, guidance_scale, start: what `sample` uses by default, as `pick` reads them.
     plan: what `sample` uses by default in their place. plans: further ones, by name.
     statistics, parts: tensors measured on the model and small networks beside it, by name: what tuning leaves for the
         methods that need it.
@@ -83,11 +84,21 @@ class Model:
     decoder: Any = None
     pipeline: Any = None
     calibration_prompts: tuple[str, ...] = ()
+    start: str | None = None
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.codec == "image" and (len(self.shape) != 3 or self.shape[0] not in (1, 3, 4)):
             self.codec = "raw"
+
+    @property
+    def source_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of the source images that each sample is made from: of a bridge, and of a network that reads them;
+        None where samples are made from noise alone."""
+        channels = int(getattr(self.denoiser, "source_channels", 0))
+        if channels:
+            return (channels, *self.shape[1:])
+        return self.shape if self.denoiser.schedule.bridge else None
 
     @property
     def device(self) -> torch.device:
@@ -180,6 +191,8 @@ class Model:
         cond = self.conditions(n)
         if self.denoiser.net_takes_guidance:
             cond["guidance"] = torch.full((n,), float(self.guidance_scale), device=self.device)
+        if self.denoiser.source_channels and self.source_shape is not None:
+            cond["source"] = torch.zeros(n, *self.source_shape, device=self.device)
         if self.denoiser.step_counts is not None:
             cond["steps"] = torch.full((n,), self.denoiser.step_counts[0], device=self.device)
         return cond
@@ -213,8 +226,9 @@ class Model:
             seed: of image 0, from 0 to 2^64 - n; image k uses `seed + k`.
             config: how to sample; None: as the model recommends, in fp32.
             batch_size: images in the network at once.
-            images: (n, ...), what an initialisation such as `ccdf` begins from: a tensor or NumPy array, floats in
-                [-1, 1] or uint8, or PIL images.
+            images: (n, ...), what an initialisation such as `ccdf` begins from, or the sources of a bridge and of a
+                network that reads them (`source_shape`): a tensor or NumPy array, floats in [-1, 1] or uint8, or PIL
+                images.
             progress: called with (model evaluations done, of how many).
             callback: called after each model evaluation as `callback(step, t, x, x0)`, for one batch after the other;
                 see `walk`.
@@ -229,12 +243,8 @@ class Model:
         if self.card.get("distilled", {}).get("figures", {}).get("direction") == "encode":
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         resolved = self.resolve(config, batch_size=min(n, batch_size), **options)
-        if images is not None:
-            images = to_image_tensor(images, self.shape if self.decoder is None else None)
-        if images is not None and len(images) != n:
-            raise BadInput(f"images must be one for each of the {n} samples, found {len(images)}")
-        if images is not None and resolved.start is None:
-            raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
+        images = source_images(self, n, images, resolved.start)
+        takes_source = self.source_shape is not None and not getattr(resolved.start, "gives_source", False)
         conditions = self.conditions(n, label, seed)
         device = self.device
         batches: list[Tensor] = []
@@ -244,9 +254,13 @@ class Model:
                 count = min(batch_size, n - first)
                 noise = Noise(range(seed + first, seed + first + count), self.shape, torch.float32, device)
                 cond = {key: value[first : first + count] for key, value in conditions.items()}
-                denoiser, x, source = resolved.denoiser, None, None
-                if resolved.start is not None:
-                    source = None if images is None else upload(images[first : first + count], device)
+                denoiser, x = resolved.denoiser, None
+                source = None if images is None else upload(images[first : first + count], device)
+                if takes_source and self.denoiser.source_channels and source is not None:
+                    cond["source"] = source
+                if self.denoiser.schedule.bridge:
+                    x = self.denoiser.schedule.begin(noise.initial(), resolved.times[0], source)
+                elif resolved.start is not None:
                     denoiser = wrap_denoiser(resolved.start, denoiser, source)
                     x = resolved.start.begin(denoiser, noise, resolved.times[0], source, **cond)
                 tick = fraction_of(progress, first, n, batch_size)
@@ -288,7 +302,16 @@ class Model:
             config,
             precision,
             lambda methods, plan, how: accelerate_model(self, methods, plan, how, self._accelerated),
+            self._generator,
         )
+
+    def _generator(self, name: str) -> Model:
+        """The model of this name, whose images a start begins from, on the same device."""
+        other = "of a pipeline pass a function: EarlyStop(generator=lambda latents, **cond: images)"
+        found = Model(**fields_of("early_stop", name, other)).to(self.device)
+        if found.shape != self.shape or found.classes not in (None, self.classes):
+            raise BadInput(f"early_stop: {name} draws other images or classes than {self.name}")
+        return found
 
     def calls(
         self, n: int, seed: int, config: SamplingConfig | None = None, **options: Unpack[SamplingOptions]

@@ -24,6 +24,7 @@ from ..plan.draw import compile_plan
 from ..plan.table import Plan
 from ..sampling import bind_method, wrap_denoiser
 from ..schedules.base import Schedule
+from ..starts.early_stop import EarlyStop
 from ..times import Explicit, as_times, check_times
 from .weak import with_weak_model
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["RECOMMENDED", "Resolved", "resolve"]
 
 RECOMMENDED = "recommended"
+NOISE = "noise"  # the start of a config that replaces the one that the model recommends
 CACHED = 4  # accelerated denoisers of a model
 
 
@@ -82,17 +84,21 @@ def resolve(
     config: SamplingConfig,
     precision: str,
     accelerated: Callable[[Sequence[Any], Plan | None, SamplingConfig], nn.Module],
+    generator: Callable[[str], Any] | None = None,
 ) -> Resolved:
     """What a config amounts to for a model, checked and bound to it.
 
     Args:
         precision: as `parse_runtime` reads it; not "auto".
         accelerated: gives the model's denoiser with some accelerators, see `accelerate_model`.
+        generator: opens the model of a name, for a start that begins from its images.
 
     Raises:
         BadInput: for a method that is not there or that the model cannot run.
     """
-    start = bound(model, "starts", config.start) if config.start is not None else None
+    start = start_of(model, config)
+    if generator is not None and isinstance(start, EarlyStop) and isinstance(start.generator, (str, Path)):
+        start = replace(start, generator=generator(str(start.generator)))
     plan, sampler, times = steps_of(model, config, None if start is None else start.time)
     methods = [pick("accelerators", one) if isinstance(one, str) else one for one in config.accelerators]
     inner: nn.Module = model.denoiser
@@ -113,12 +119,29 @@ def resolve(
     return Resolved(complete, denoiser, inner, model.denoiser, plan, sampler, times, start, runtime)
 
 
+def start_of(model: ModelLike, config: SamplingConfig) -> Any:
+    """The initialisation, bound to the model; None for noise.
+
+    Raises:
+        BadInput: for one that the model cannot run.
+    """
+    start = getattr(model, "start", None) if config.start is None else config.start
+    if start is None or start == NOISE:
+        return None
+    if not model.denoiser.schedule.ordinary:
+        process = type(model.denoiser.schedule).__name__
+        raise BadInput(f"{model.name} is a model of the process {process}, which takes no start: leave it out")
+    return bound(model, "starts", start)
+
+
 def completed(
     model: ModelLike, config: SamplingConfig, plan: Plan | None, times: Tensor, precision: str
 ) -> SamplingConfig:
     """The config with what the model recommends in the place of what is None."""
     scale = float(model.guidance_scale if config.guidance_scale is None else config.guidance_scale)
     common: dict[str, Any] = {"guidance_scale": scale, "precision": precision}
+    if config.start is None and getattr(model, "start", None) is not None:
+        common["start"] = model.start
     if plan is not None and (config.plan is not None or plan is model.plan):
         name = RECOMMENDED if config.plan is None else config.plan
         return config.replace(plan=name, sampler=None, times=None, steps=plan.nfe, **common)

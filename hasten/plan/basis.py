@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_choice
+from ..utils.dct import dct_matrix
 
 __all__ = ["Basis", "Coordinates", "dct_matrix"]
 
@@ -282,17 +282,6 @@ class Coordinates:
 
     def __truediv__(self, number: Any) -> Coordinates:
         return self.__mul__(1 / number)
-
-
-def dct_matrix(n: int) -> Tensor:
-    """The orthonormal DCT-II, (n, n) float64: `C[k, i] = sqrt((2 - [k = 0]) / n) cos(pi k (2 i + 1) / (2 n))`.
-
-    `C @ x` are the coefficients of x, and `C.T` is the inverse of C.
-    """
-    k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
-    matrix = torch.cos(math.pi * k * (2 * i + 1) / (2 * n)) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix
 
 
 def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:

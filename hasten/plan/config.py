@@ -59,7 +59,7 @@ class SamplingConfig(Config):
         guidance_scale: 1 is the plain conditional model; more costs two model evaluations a step
             (Ho & Salimans 2022, 2207.12598).
         guides: further guides, in the order in which they wrap the model.
-        start: the initialisation, such as `"ccdf:time=0.3"`; None: noise.
+        start: the initialisation, such as `"ccdf:time=0.3"`; `"noise"`: none, where the model recommends one.
         plan: a plan of the model by name, a plan's .json file, or a `Plan`, in place of sampler, times and steps.
         accelerators: what makes a model evaluation cheaper, such as `"encoder_propagation"`, in any order.
         precision: `"fp32"`, `"bf16"` (autocast), with `+medium`, `+high` or `+channels_last` as wanted, or `"auto"`,

@@ -108,7 +108,7 @@ def draw_unchecked(
         raise BadInput(f"{what}, asked for {steps} steps")
     if x is None:
         first = times[0].detach() if plan is None or plan.begin is None else plan.begin
-        x = noise.initial() * float(schedule.prior_std(first))
+        x = schedule.begin(noise.initial(), first)
     check_state(x, progress=progress, callback=callback)
     if isinstance(noise, Noise) and (len(x), *x.shape[1:]) != (len(noise), *noise.shape):
         raise BadInput(f"x has shape {tuple(x.shape)}, the noise {(len(noise), *noise.shape)}: they must be equal")
@@ -146,7 +146,13 @@ def _cached(sampler: Any, schedule: Schedule, times: tuple[float, ...]) -> Plan:
     with torch.inference_mode(False):
         at = torch.tensor(times, dtype=torch.float64)
         compiled = make_plan(sampler, schedule, at)
-        checked = compiled.basis is None and compiled.nfe <= MAX_CHECKED_NFE and not compiled.fitted and times[-1] == 0
+        checked = (
+            schedule.ordinary
+            and compiled.basis is None
+            and compiled.nfe <= MAX_CHECKED_NFE
+            and not compiled.fitted
+            and times[-1] == 0
+        )
         if checked and compiled.gain > MAX_GAIN:
             advice = "more steps, or unipc or dpm"
             if getattr(sampler, "lower_order_final", None) is False:

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..denoiser import reset
 from ..errors import BadInput, HastenError
 from ..pick import format_spec, resolve_sampler
-from ..sampling import Callback, Progress, Sampler, SamplerBase, check_state
+from ..processes import Process  # noqa: F401  defines the processes that files name
+from ..sampling import Callback, Progress, Sampler, SamplerBase, basis_of, check_process, check_state
 from ..schedules.base import Schedule
 from ..schedules.serialize import schedule_from_dict
 from ..times import as_times, check_times
@@ -221,6 +222,11 @@ class Plan:
                 if json.loads(json.dumps(schedule.to_dict())) != json.loads(json.dumps(self.schedule)):
                     raise
                 own, at = schedule, self.times.detach()
+            if own != schedule and not (own.ordinary and schedule.ordinary):
+                raise BadInput(
+                    f"the plan was made for {describe_schedule(own)}, the model has {describe_schedule(schedule)}: "
+                    "compile one of its own samplers"
+                )
             for name in ("alpha", "sigma"):
                 here, there = getattr(own, name)(at), getattr(schedule, name)(at)
                 if not torch.allclose(here, there, rtol=1e-3, atol=1e-4):
@@ -357,6 +363,7 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
     sampler = resolve_sampler(sampler)
     if not isinstance(schedule, Schedule):
         raise BadInput(f"plan needs a schedule, such as VPLinear(), found {type(schedule).__name__}")
+    check_process(sampler, schedule)
     times = as_times(times)
     if not sampler.linear:
         why = getattr(sampler, "why", SamplerBase.why)
@@ -364,7 +371,7 @@ def plan(sampler: Sampler, schedule: Schedule, times: Tensor) -> Plan:
     with torch.inference_mode(False):  # a plan may be used under autograd later
         times = times.clone() if times.is_inference() else times
         times = check_times(times)
-        tables, basis = trace(sampler, schedule, times), getattr(sampler, "basis", None)
+        tables, basis = trace(sampler, schedule, times), basis_of(sampler, schedule)
         begin = float(times[0].detach())
         moved = basis is not None and begin != float(tables.times[0].detach())
         compiled = Plan(*tables, format_spec(sampler), schedule.to_dict(), basis, begin if moved else None)

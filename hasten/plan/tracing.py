@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..errors import BadInput, HastenError
 from ..pick import format_spec
-from ..sampling import Query, Sampler
+from ..sampling import Query, Sampler, basis_of
 from ..schedules.base import Schedule
 
 __all__ = ["TOLERANCE", "Tables", "trace"]
@@ -139,7 +139,7 @@ class _Trace:
     def __init__(self, sampler: Sampler, schedule: Schedule, times: Tensor, tensors: bool) -> None:
         self.sampler = sampler
         self.tensors = tensors
-        basis = getattr(sampler, "basis", None)  # see `SamplerBase`
+        basis = basis_of(sampler, schedule)
         self.groups = () if basis is None else (basis.groups,)
         # the kind of each symbol and its number within the kind: initial state, states, outputs, draws
         self.symbols: list[tuple[str, int]] = []

@@ -6,6 +6,7 @@ from .base import Schedule
 from .continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
 from .discrete import Discrete, rescale_zero_snr
 from .serialize import schedule_from_dict
+from .truncated import Truncated
 
 __all__ = [
     "EDM",
@@ -14,6 +15,7 @@ __all__ = [
     "Flow",
     "Schedule",
     "SubVP",
+    "Truncated",
     "VPCosine",
     "VPLinear",
     "rescale_zero_snr",

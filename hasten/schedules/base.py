@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,13 @@ class Schedule:
 
     Subclasses define `_alpha`, `_sigma`, `_lam` (called with 0 < t < 1, or t = 1 where `zero_snr` is False) and `_time`
     (called with finite lam).
+
+    `ordinary`: `x_t = alpha x + sigma eps` is all of the forward process, as in every schedule but a
+    `processes.Process`. `bridge`: the far end is an image of a second set, the source, in place of noise.
     """
+
+    ordinary: ClassVar[bool] = True
+    bridge: ClassVar[bool] = False
 
     @property
     def t_min(self) -> float:
@@ -67,6 +73,16 @@ class Schedule:
         """Standard deviation of `x_t` for data of unit variance, `sqrt(alpha^2 + sigma^2)`: the scale of the initial
         state."""
         return torch.hypot(self.alpha(t), self.sigma(t))
+
+    def begin(self, noise: Tensor, t: Tensor | float, source: Tensor | None = None) -> Tensor:
+        """The state at the first time t from standard normal noise (B, *S): `noise` times `prior_std`.
+
+        Args:
+            noise: (B, *S).
+            t: the first time of the grid.
+            source: for the bridges among the processes, see `processes.Process`.
+        """
+        return noise * float(self.prior_std(t))
 
     def to_dict(self) -> dict[str, Any]:
         """`{"name": class, field: value, ...}`, ready for JSON; `schedule_from_dict` is the inverse.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BadInput, check_field
 from ..utils.registry import family
-from . import continuous, discrete  # noqa: F401  define the schedules that files name
+from . import continuous, discrete, truncated  # noqa: F401  define the schedules that files name
 from .base import Schedule
 
 __all__ = ["schedule_from_dict"]
@@ -30,6 +30,7 @@ def schedule_from_dict(spec: dict[str, Any]) -> Schedule:
     for key in fields:
         check_field(str(name), key, known)
     try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values = {k: schedule_from_dict(v) if isinstance(v, dict) else v for k, v in fields.items()}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:
         raise BadInput(f"schedule {name}: {error}") from error

@@ -5,6 +5,9 @@ from __future__ import annotations
 from ._base import Start
 from .auxiliary import Auxiliary
 from .ccdf import CCDF
+from .diffuse_vae import DiffuseVAE
+from .early_stop import EarlyStop
+from .prior import Prior
 from .singdiffusion import SingDiffusion
 
-__all__ = ["CCDF", "Auxiliary", "SingDiffusion", "Start"]
+__all__ = ["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop", "Prior", "SingDiffusion", "Start"]

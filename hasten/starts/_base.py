@@ -14,10 +14,12 @@ __all__ = ["Start"]
 class Start(Bindable):
     """Base of the initialisations: frozen dataclasses that compute the state from which a sampler starts.
 
-    `nfe`: model evaluations in addition to the sampler's.
+    `nfe`: evaluations of networks other than the model's own, in addition to the sampler's. `gives_source`: it gives
+    the network its condition `source`.
     """
 
     nfe: ClassVar[int] = 0
+    gives_source: ClassVar[bool] = False
 
     @property
     def time(self) -> float | None:

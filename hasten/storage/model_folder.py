@@ -167,6 +167,8 @@ def model_description(model: ModelLike) -> dict[str, Any]:
         description["flow_clock"] = True  # the time input of the network is sigma, not t
     if denoiser.guidance_range is not None:
         description["guidance_range"] = list(denoiser.guidance_range)
+    if getattr(model, "start", None) is not None:
+        description["start"] = model.start
     if model.plans:
         description["plans"] = {name: f"plans/{check_file_name(name)}.json" for name in sorted(model.plans)}
     if model.statistics:
@@ -274,6 +276,7 @@ def read_fields(
             statistics=statistics_in(folder, description.get("statistics")),
             parts={name: part_in(folder, entry, networks, trust_code) for name, entry in entries.items()},
             sha256=description["weights"]["sha256"],
+            start=description.get("start"),
             decoder=decoder_in(folder, description) if base is None else base.decoder,
             **{key: getattr(base, key, None) for key in ("conditioning", "pipeline")},
             **{key: description[key] for key in SAME_NAMES},

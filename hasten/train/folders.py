@@ -103,6 +103,7 @@ def open_tree(
         "captions": None if captions.texts is None else tuple(captions.texts[name] for name in names),
         "caption_problem": captions.problem,
         "alpha": lambda k: read_alpha(tree, names[k]),
+        "files": tuple(names),
     }
 
     unreadable: set[int] = set()

@@ -24,10 +24,12 @@ from ..utils.devices import float64_device, has_float64
 __all__ = [
     "DenoisingLoss",
     "EDMWeight",
+    "LikelihoodWeight",
     "LogNormal",
     "LogitNormal",
     "MinSNR",
     "Uniform",
+    "UniformLogSNR",
     "snr_weight",
     "stratified",
     "truncated_snr_weight",
@@ -116,6 +118,31 @@ class LogNormal:
         return t.clamp(schedule.t_min, schedule.t_max)
 
 
+@dataclass(frozen=True)
+class UniformLogSNR:
+    """Times at which log SNR is uniform between the schedule's `t_min` and `t_max`; with `snr_weight` the loss is then
+    the likelihood weighting, by importance sampling, up to a factor.
+
+    Args:
+        lowest: of lam = log(alpha / sigma), where a schedule ends at pure noise.
+
+    References:
+        Song, Durkan, Murray, Ermon 2021, arXiv:2101.09258, section 4.2.
+    """
+
+    lowest: float = -10.0
+
+    def range(self, schedule: Schedule) -> tuple[float, float]:
+        """The highest and lowest lam."""
+        high, low = (float(schedule.lam(t)) for t in (schedule.t_min, schedule.t_max))
+        return high, max(low, self.lowest)
+
+    def __call__(self, schedule: Schedule, u: Tensor) -> Tensor:
+        """Times of the quantiles `u`, float64 (B,) in [0, 1)."""
+        high, low = self.range(schedule)
+        return schedule.time(high + (low - high) * u).clamp(schedule.t_min, schedule.t_max)
+
+
 def normal_quantile(u: Tensor) -> Tensor:
     """The standard normal quantile of `u`, finite at 0 and 1 too."""
     return torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
@@ -181,6 +208,26 @@ class EDMWeight:
         return (q**2 + self.sigma_data**2) / (q * self.sigma_data) ** 2
 
 
+@dataclass(frozen=True)
+class LikelihoodWeight:
+    """`SNR (-d log SNR / dt)` over its mean over uniform times: with `Uniform` times the loss is the variational bound,
+    up to a factor and what does not depend on the network. `UniformLogSNR` with `snr_weight` has the same mean, and
+    less variance.
+
+    References:
+        Song, Durkan, Murray, Ermon 2021, arXiv:2101.09258, theorem 1; Kingma et al. 2021, arXiv:2107.00630.
+    """
+
+    def at(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """The weights on the squared error of x at times `t`, float64 (B,)."""
+        with torch.enable_grad():
+            t = t.detach().requires_grad_(True)
+            lam = schedule.lam(t)
+            (slope,) = torch.autograd.grad(lam.sum(), t)
+        high, low = UniformLogSNR().range(schedule)
+        return torch.exp(2 * lam.detach()) * -slope * (schedule.t_max - schedule.t_min) / (high - low)
+
+
 # ---- the loss ----
 
 
@@ -196,7 +243,8 @@ class DenoisingLoss:
             unconditional branch, all at once, for classifier-free guidance; in [0, 1].
         times: the distribution of t, `Uniform`, `LogitNormal` or `LogNormal`.
         weight: on the squared error of x, a function of (alpha, sigma): `x0_weight`, `snr_weight`, `v_weight`,
-            `truncated_snr_weight`, `MinSNR(gamma)`, `EDMWeight(sigma_data)`; None for the prediction's own.
+            `truncated_snr_weight`, `MinSNR(gamma)`, `EDMWeight(sigma_data)`, or `LikelihoodWeight()`, of the time; None
+            for the prediction's own.
         spread: stratify the times over the batch; otherwise they are independent.
         null_conditions: `null_NAME` (1, ...) replaces the condition NAME of a sample that is dropped, where the batch
             has no `null_NAME` (B, ...) itself. Labels are replaced by the denoiser's null label.
@@ -211,10 +259,10 @@ class DenoisingLoss:
 
     label_drop: float = 0.1
     times: Callable[[Schedule, Tensor], Tensor] = field(default_factory=Uniform)
-    weight: Weight | None = None
+    weight: Weight | LikelihoodWeight | None = None
     spread: bool = True
     null_conditions: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
-    conditions: tuple[str, ...] = ("label", "text", "text_mask", "added_text_embeds", "added_time_ids")
+    conditions: tuple[str, ...] = ("label", "text", "text_mask", "added_text_embeds", "added_time_ids", "source")
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_drop <= 1:
@@ -285,4 +333,6 @@ class DenoisingLoss:
         inside = t.clamp(denoiser.schedule.t_min + 1e-6 * width, denoiser.schedule.t_max - 1e-6 * width)
         alpha, sigma = denoiser.schedule.alpha(inside), denoiser.schedule.sigma(inside)
         _, _, c_out = denoiser.prediction.coefficients(alpha, sigma)
+        if isinstance(self.weight, LikelihoodWeight):
+            return self.weight.at(denoiser.schedule, inside) * c_out**2
         return self.weight(alpha, sigma) * c_out**2

@@ -48,6 +48,7 @@ class Data:
         conditions: list of n indices -> what a network is conditioned on beside labels, each (n, ...) by name, such as
             the embedded captions `text`; or None.
         null_conditions: what replaces a condition NAME where it is dropped, (1, ...) each, as `null_NAME`; or None.
+        files: the path of each image below the root of its folder or zip, or None for arrays.
         caption_problem: why the captions that there are cannot be used, for messages.
 
     Raises:
@@ -70,6 +71,7 @@ class Data:
     conditions: Callable[[list[int]], dict[str, Tensor]] | None = field(default=None, repr=False)
     null_conditions: dict[str, Tensor] | None = field(default=None, repr=False)
     caption_problem: str = ""
+    files: tuple[str, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.size < 1:

@@ -23,6 +23,7 @@ from ..errors import BadInput, check_choice, check_int
 from ..files import check_writable, holds_lock, refuse_inside, write_file
 from ..model.lora import with_trainable_lora
 from ..model.model import Model
+from ..model.sources import refuse_process
 from ..nets.lora import lora_layers
 from ..nets.scalar_inputs import FixedGuidance
 from ..performance.autotune import format_runtime, parse_runtime
@@ -163,6 +164,7 @@ def distill_model(
     method, steps, minutes, evaluations = config.method, config.steps, config.minutes, config.nfe_budget
     batch_size, seed, runtime, accumulate = config.batch_size, config.seed, config.precision, config.grad_accumulation
     guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
+    refuse_process(model, "distillation")
     distiller = pick("distillers", method)
     config, init, adapted = open_init(model, init, config)
     check_models(model, init, distiller, method)

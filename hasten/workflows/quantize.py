@@ -26,6 +26,7 @@ from ..accelerators.quantize import Quantize
 from ..errors import BadInput
 from ..files import check_writable, holds_lock, write_file
 from ..model.model import Model
+from ..model.sources import refuse_process
 from ..pick import format_spec
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ignore_messages
@@ -188,6 +189,7 @@ def quantize_model(
         raise BadInput("give minutes or iterations, not both")
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
         raise BadInput(f"minutes must be positive, got {minutes}")
+    refuse_process(model, "quantisation", bridges_only=True)
     check_savable(model, network=False, integers=True)
     check_weights(model.denoiser, model.name)
     out, start = Path(out), time.perf_counter()

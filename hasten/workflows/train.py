@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,17 @@ from ..errors import BadInput, check_choice
 from ..files import holds_lock, refuse_inside
 from ..loading import load
 from ..model.model import Model
+from ..nets.source_unet import SourceUNet
 from ..nets.unet import UNet
 from ..performance.autotune import autotune, format_runtime, parse_runtime
-from ..predictions import V
-from ..schedules.continuous import VPCosine
 from ..train.checkpoint import saved_run
 from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
-from ..train.losses import DenoisingLoss
 from ..train.messages import print_once
-from ..train.trained_module import OPTIMISERS, TrainedModule, check_eight_bit
+from ..train.trained_module import OPTIMISERS, check_eight_bit
+from ..train_processes import TrainSettings
 from ..utils.random import preserve_rng_state
+from .pairs import process_recipe, with_sources
 from .train_config import TrainConfig
 from .train_pipeline import train_pipeline
 from .training_run import check_output_folder, last_log_entry, saved_model_at
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from .train_config import TrainOptions
 
 __all__ = ["TrainConfig", "train_model"]
+
+PAIR_OPTIONS = ("process", "source", "degrade")
 
 
 @holds_lock("out")
@@ -86,8 +89,10 @@ def train_model(
     if config.cache is not None:
         refuse_inside(config.cache, data, "cache")
     if base is not None:
+        if stray := next((name for name in PAIR_OPTIONS if getattr(config, name) is not None), None):
+            raise BadInput(f"{stray} is for models of pixels: leave it out, or base")
         return train_pipeline(data, Path(out), config, base, device=device, name=name, show=show)
-    others = dict.fromkeys(("cache", "lora", "lora_targets"))
+    others: dict[str, Any] = dict.fromkeys(("cache", "lora", "lora_targets"))
     for key, unset in {"init": "base", "gradient_checkpointing": False, **others}.items():
         if getattr(config, key) != unset:
             raise BadInput(f"{key} is for a network of diffusers: set base to the pipeline to train")
@@ -110,6 +115,8 @@ def train_model(
             f"{', '.join(source.conditions([0]))}: drop them with replace(data, conditions=None), or set base= to a "
             "pipeline that reads them"
         )
+    recipe = process_recipe(config)
+    source = with_sources(source, config, recipe)
     out = Path(out)
     if steps is None and minutes is None:
         minutes = 30.0
@@ -118,12 +125,12 @@ def train_model(
     check_eight_bit(config.optimizer, ranks.device)
     previous = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
     torch.manual_seed(seed)
-    net = unet_for(source, config.widths, config.blocks, config.patch)
-    # without label dropout the null label is not trained
     dropped = config.label_drop if source.labels is not None else 0.0
-    denoiser = Denoiser(net, VPCosine(offset=0.0), V())
-    denoiser.null_label = net.classes if net.classes and dropped else None
-    loss = DenoisingLoss(label_drop=dropped)
+    make_unet = functools.partial(unet_for, source, config.widths, config.blocks, config.patch)
+    denoiser = recipe.denoiser(source, make_unet)
+    net: Any = denoiser.net
+    # without label dropout the null label is not trained
+    denoiser.null_label = net.classes if getattr(net, "classes", 0) and dropped else None
     precision = previous.get("precision") if config.precision == "auto" else None
     precision = precision or ranks.on_main_process(
         lambda: training_precision(denoiser, source, config.precision, batch_size, ranks.device)
@@ -139,12 +146,17 @@ def train_model(
     )
     finished = bool(previous) and fit.progress(previous["step"], previous["seconds"]) >= 1
     ranks.on_main_process(lambda: check_output_folder(out, finished))
-    trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr, optimiser=config.optimizer)
-    settings = {"network": net.config, "label_drop": dropped}
-    averaged = fit([trained], Batches(source, batch_size, seed=seed, flip=config.flip), out, show, settings)["model"]
+    trained = recipe.modules(
+        denoiser, source, TrainSettings(lr, config.optimizer, dropped, batch_size, ranks.device, seed)
+    )
+    settings: dict[str, Any] = {"network": getattr(net, "config", {}), "label_drop": dropped}
+    made = {name: getattr(config, name) for name in PAIR_OPTIONS}
+    settings |= {name: value for name, value in made.items() if value is not None}
+    batches = Batches(source, batch_size, seed=seed, flip=config.flip)
+    averages = fit(trained, batches, out, show, settings)
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
         return load(saved)  # with what was added to it since, such as plans
-    assert isinstance(averaged, Denoiser)
+    averaged = recipe.averaged_denoiser(averages)
     card: dict[str, Any] = {
         "data": source.source,
         "images": len(source),
@@ -155,6 +167,7 @@ def train_model(
         "label_drop": dropped,
         "flip": config.flip,
         "last": last_log_entry(out / "log.jsonl"),
+        **{name: value for name, value in made.items() if value is not None},
     }
     model = Model(
         denoiser=averaged.eval().requires_grad_(False).cpu(),
@@ -164,14 +177,20 @@ def train_model(
         guidance_scale=1.5 if source.classes and dropped else 1.0,
         card=card,
     )
+    model = recipe.finish(averages, model)
     if ranks.is_main_process:
         model.save(out)
     ranks.barrier()
     return model
 
 
-def unet_for(data: Data, widths: Sequence[int] | None, blocks: int, patch: int | None) -> UNet:
-    """A U-Net for these images. By default it has one more resolution for every doubling of the side beyond 32."""
+def unet_for(
+    data: Data, widths: Sequence[int] | None, blocks: int, patch: int | None, **options: Any
+) -> UNet | SourceUNet:
+    """A U-Net for these images. By default it has one more resolution for every doubling of the side beyond 32.
+
+    options: further ones of `UNet`; with `source_channels` among them, a `SourceUNet`.
+    """
     channels, height, width = data.shape
     side = max(height, width)
     if widths is None:
@@ -179,7 +198,9 @@ def unet_for(data: Data, widths: Sequence[int] | None, blocks: int, patch: int |
     if patch is None:
         patch = 2 if side >= 24 else 1
     try:
-        net = UNet(channels, widths=widths, blocks=blocks, patch=patch, classes=len(data.classes or ()))
+        common = {"widths": widths, "blocks": blocks, "patch": patch, "classes": len(data.classes or ())}
+        kind: Any = SourceUNet if "source_channels" in options else UNet
+        net: UNet | SourceUNet = kind(channels, **{**common, **options})
     except ValueError as e:
         raise BadInput(str(e)) from e
     if height % net.multiple or width % net.multiple:
@@ -196,4 +217,7 @@ def training_precision(denoiser: Denoiser, data: Data, precision: str, batch_siz
     if precision != "auto":
         return format_runtime(parse_runtime(precision))
     x = torch.randn(min(batch_size, 64), *data.shape, device=device)
-    return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}")).split("+")[0]
+    cond: dict[str, Any] = (
+        {"source": x[:, :1].expand(-1, denoiser.source_channels, -1, -1)} if denoiser.source_channels else {}
+    )
+    return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}", **cond)).split("+")[0]

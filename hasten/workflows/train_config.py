@@ -42,6 +42,11 @@ class TrainConfig(Config):
         lora: rank of a LoRA of `base` that is trained in place of all weights, and saved in a file of its own beside
             the pipeline, which has it merged. None: all weights.
         lora_targets: layers of the LoRA, see `hasten.nets.lora.target_layers`.
+        process: the forward process, as `pick` reads it from `hasten.train_processes`, such as `"i2sb:beta_max=1"`.
+            Default: ordinary diffusion, `x_t = alpha x + sigma eps`.
+        source: the folder of the sources of pairs, with the file names of the data.
+        degrade: makes the sources from the data instead: `"downscale:factor=4"`, `"blur:std=2"`, `"jpeg:quality=10"`,
+            `"mask:fraction=0.5"` or `"grey"`.
     """
 
     steps: int | None = None
@@ -69,6 +74,9 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     lora: int | None = None
     lora_targets: str | None = None
+    process: str | None = None
+    source: str | None = None
+    degrade: str | None = None
 
     renamed: ClassVar[Mapping[str, str]] = {
         "runtime": "precision",
@@ -104,3 +112,6 @@ class TrainOptions(TypedDict, total=False):
     gradient_checkpointing: bool
     lora: int | None
     lora_targets: str | None
+    process: str | None
+    source: str | None
+    degrade: str | None

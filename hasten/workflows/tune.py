@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import BadInput, check_int
 from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
+from ..model.sources import refuse_process
 from ..pick import format_spec, pick
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ProgressFn, no_progress
@@ -70,6 +71,7 @@ def tune_model(
     for field in ("guides", "start", "plan", "accelerators"):
         if getattr(config, field):
             raise BadInput(f"tuning improves a sampler with its times under guidance: leave {field} out")
+    refuse_process(model, "tuning")
     tuner: Tuner = pick("tuning", method)
     if tuner.needs_data and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")

@@ -100,13 +100,15 @@ def late(ranks: int) -> dict[Any, Any]:
     net, schedule = unet(widths=(16, 32, 32), attention=(1,)), VPCosine()
     plain, result = denoiser_of(net), {}
     x0, eps, label = noise(1, 2, 16, 16, seed=1), noise(1, 2, 16, 16, seed=2), torch.tensor([1])
-    methods = {8: MODES, 16: dict(list(MODES.items())[:4])}
+    methods: dict[int, dict[str, Any]] = {8: MODES, 16: {"corrected": {}}}
     both: dict[str, Any] = {"full": {"norm": "full"}, "full, extrapolated": {"norm": "full", "forecast": 1}}
     methods |= {32: both, 64: both}
     for T, modes in methods.items():
         times = [0.95 - 0.9 * k / (T - 1) for k in range(T)]
         if T == 32:  # three of the coarsest rows each, for with fewer nothing is extrapolated
             x0, eps = noise(1, 2, 48, 16, seed=1), noise(1, 2, 48, 16, seed=2)
+        if T >= 32:  # the middle of the path, from 0.65 to 0.42, at the same steps
+            times = times[T // 3 : 3 * T // 5]
         path = [float(schedule.alpha(t)) * x0 + float(schedule.sigma(t)) * eps for t in times]
         expected = [plain.raw(x_t, t, label=label) for x_t, t in zip(path, times)]
         for name, options in modes.items():
@@ -114,7 +116,8 @@ def late(ranks: int) -> dict[Any, Any]:
             reset(fast)
             outputs = [fast.raw(x_t, t, label=label) for x_t, t in zip(path, times)]
             errors = [relative(a, e) for a, e in zip(outputs, expected)]
-            result[T, name] = errors[0], sum(errors[1:]) / (T - 1), outputs[-1]
+            later = errors[2 if T >= 32 else 1 :]  # two evaluations make a line
+            result[T, name] = errors[0], sum(later) / len(later), outputs[-1]
     return result
 
 
@@ -204,7 +207,7 @@ def along(ranks: int) -> dict[str, Any]:
         for name, fast, alone in (("controlnet", sync, plain), ("controlnet, deep_cache", both, cached)):
             for each in (fast, alone):
                 reset(each)
-            x_t = [noise(2, channels, rows, 8, seed=k) for k in range(9)]
+            x_t = [noise(2, channels, rows, 8, seed=k) for k in range(4)]  # two key steps
             errors = [relative(fast(x, t, **more), alone(x, t, **more)) for x, t in zip(x_t, times)]
             result[f"{name}, {rows}"] = max(errors)
     from ..adapters import tiny
@@ -240,13 +243,11 @@ def test_synchronous_evaluations_are_those_of_one_process(recorded: list[dict[st
 
 def test_stale_features_have_first_order_errors(recorded: list[dict[str, Any]]) -> None:
     result = recorded[0]["late"]
-    for T in (8, 16):
-        names = [name for each, name in result if each == T]
-        first, mean = ({name: result[T, name][k] for name in names} for k in (0, 1))
-        assert all(first[name] < 1e-5 for name in names if name != "naive"), first
-        assert mean["sync"] < 1e-5 < mean["corrected"] < mean["separate"] < mean["naive"], mean
-        for name in names:
-            assert all(torch.equal(rank["late"][T, name][2], result[T, name][2]) for rank in recorded)
+    first, mean = ({name: result[8, name][k] for name in MODES} for k in (0, 1))
+    assert all(first[name] < 1e-5 for name in MODES if name != "naive"), first
+    assert mean["sync"] < 1e-5 < mean["corrected"] < mean["separate"] < mean["naive"], mean
+    for key in result:
+        assert all(torch.equal(rank["late"][key][2], result[key][2]) for rank in recorded), key
     assert result[8, "full"][1] < result[8, "separate"][1]
     assert result[16, "corrected"][1] < 0.75 * result[8, "corrected"][1]  # smaller steps, less of a change between them
 
@@ -257,7 +258,7 @@ def test_extrapolated_features_have_second_order_errors(recorded: list[dict[str,
         [recorded[0]["late"][T, name][1] for T in (32, 64)] for name in ("full", "full, extrapolated")
     )
     assert 1.7 < reused[0] / reused[1] < 2.3 and 3 < extrapolated[0] / extrapolated[1] < 6
-    assert extrapolated[1] < 0.5 * reused[1]
+    assert extrapolated[1] < 0.7 * reused[1]
 
 
 def expected_traffic(me: int, ranks: int, B: int = 2) -> dict[str, int]:

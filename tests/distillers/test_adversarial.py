@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.distillers._gan import hinge_loss, initial_or_noised, r1_penalty
+from hasten.distillers._gan import initial_or_noised
 from hasten.distillers.adversarial import Adversarial
 from hasten.errors import BadInput
 from hasten.nets.critic import Critic, PointCritic
 from hasten.schedules import VPCosine, VPLinear
+from hasten.train.adversarial import hinge_loss, r1_penalty
 from hasten.train.trained_module import frozen_parameters
 
 from ._images import Squares, image_task

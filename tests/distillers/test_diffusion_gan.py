@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.denoiser import Denoiser
-from hasten.distillers._gan import margin_loss, predict_raw_and_x0
+from hasten.distillers._gan import predict_raw_and_x0
 from hasten.distillers.diffusion_gan import DiffusionGAN, posterior_sample
 from hasten.errors import BadInput, HastenError
 from hasten.predictions import Eps, V
@@ -19,6 +19,7 @@ from hasten.samplers.ddpm import DDPM
 from hasten.sampling import walk
 from hasten.schedules import VPCosine, VPLinear
 from hasten.times import Trailing
+from hasten.train.adversarial import margin_loss
 
 from ._images import Squares, image_task
 from ._toy import Student, energy, sample, task, toy, truth

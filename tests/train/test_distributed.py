@@ -28,7 +28,7 @@ from hasten.train.trained_module import TrainedModule
 from hasten.workflows.distill import distill_model
 
 from ..factories import noise_data, tiny_model
-from ..processes import children, spawn, torchrun, until
+from ..process_groups import children, spawn, torchrun, until
 
 STEPS = 6
 

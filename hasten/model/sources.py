@@ -1,0 +1,71 @@
+"""The images that samples are made from: sources of bridges, conditions, and what initialisations begin from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import BadInput
+from ..images import to_image_tensor
+from ..schedules.truncated import Truncated
+
+__all__ = ["refuse_process", "source_images"]
+
+
+def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
+    """The images for `n` samples, checked, float32 (n, ...); None where there are none and none are needed.
+
+    Args:
+        model: a `Model` to sample from.
+        n: number of samples.
+        images: as `Model.sample` takes them, or None.
+        start: the initialisation, or None.
+
+    Raises:
+        BadInput: for images that are missing, too few, of another size, or not used.
+    """
+    shape = None if getattr(start, "gives_source", False) else model.source_shape
+    if shape is not None and start is not None:
+        raise BadInput(f"{model.name} makes samples from source images: it takes no start")
+    if images is None:
+        if shape is not None:
+            size = f"{shape[2]}x{shape[1]}" if len(shape) == 3 else f"shape {tuple(shape)}"
+            raise BadInput(f"{model.name} makes its samples from source images: give images of {size}, one a sample")
+        return None
+    if shape is None and start is None:
+        raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
+    pixels = model.codec == "image" and model.decoder is None
+    wanted = shape or model.shape
+    result = to_image_tensor(images, wanted if pixels or shape is None and model.decoder is None else None)
+    if len(result) != n:
+        raise BadInput(f"images must be one for each of the {n} samples, found {len(result)}")
+    if shape is not None and tuple(result.shape[1:]) != tuple(shape):
+        raise BadInput(f"{model.name} takes sources of shape {tuple(shape)}, found {tuple(result.shape[1:])}")
+    return result
+
+
+def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
+    """Raise BadInput for a model of another process, or one that makes samples from source images.
+
+    Args:
+        model: a `Model`.
+        what: what cannot work on it, for the message, such as "tuning".
+        bridges_only: it works on other processes, only not on source images.
+    """
+    if model.source_shape is not None:
+        raise BadInput(
+            f"{what} is for models that draw from noise alone, and {model.name} makes its samples from source images: "
+            "see hasten translate"
+        )
+    schedule = model.denoiser.schedule
+    if not schedule.ordinary and not bridges_only:
+        raise BadInput(
+            f"{what} is for models of x_t = alpha x + sigma eps, and {model.name} is one of the process "
+            f"{type(schedule).__name__}: fewer steps of its own sampler are what there is"
+        )
+    if isinstance(schedule, Truncated) and not bridges_only:
+        raise BadInput(
+            f"{what} is for models that begin from noise alone, and {model.name} begins at t = {schedule.end:g} from "
+            f"images of a generator (start={model.start})"
+        )

@@ -1,0 +1,61 @@
+"""A U-Net that reads a second image, concatenated to the noisy one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .unet import UNet
+
+__all__ = ["SourceUNet"]
+
+
+class SourceUNet(nn.Module):
+    """A `UNet` of `[x, source]`: `(B, C, H, W), (B,), (B,), source (B, K, H, W) -> (B, C_out, H, W)`.
+
+    Args:
+        channels: image channels C of x.
+        source_channels: channels K of the source.
+        out_channels: of the output. Default: `channels`.
+        shifted: the noisy image is read as `x + source`: of the process `z_t = alpha x_0 + source + sigma eps` x is
+            `z_t - source` (DiffuseVAE's second form, Pandey et al. 2022, arXiv:2201.00308); K = C.
+        options: further arguments of `UNet`.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        source_channels: int = 3,
+        out_channels: int | None = None,
+        shifted: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if shifted and channels != source_channels:
+            raise ValueError(f"a shifted source has the channels of x, {channels}, got {source_channels}")
+        out = channels if out_channels is None else out_channels
+        self.unet = UNet(channels + source_channels, out_channels=out, **options)
+        self.config = {**self.unet.config, "channels": channels, "source_channels": source_channels}
+        self.config |= {"shifted": True} if shifted else {}
+        self.shifted = shifted
+        self.source_channels = source_channels
+        self.classes, self.null_label, self.multiple = self.unet.classes, self.unet.null_label, self.unet.multiple
+        self.guidance_range, self.step_counts = self.unet.guidance_range, self.unet.step_counts
+
+    def forward(
+        self, x: Tensor, time: Tensor, label: Tensor | None = None, source: Tensor | None = None, **inputs: Tensor
+    ) -> Tensor:
+        """Raw output (B, C_out, H, W); `source` (B, K, H, W), the other arguments as for `UNet`.
+
+        Raises:
+            ValueError: without a source of K channels.
+        """
+        if source is None or source.shape[1] != self.source_channels:
+            found = "none" if source is None else tuple(source.shape)
+            raise ValueError(f"this U-Net needs source= of {self.source_channels} channels, got {found}")
+        source = source.to(x.dtype)
+        read = x + source if self.shifted else x
+        result: Tensor = self.unet(torch.cat([read, source], dim=1), time, label, **inputs)
+        return result

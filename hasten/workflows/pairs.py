@@ -1,0 +1,62 @@
+"""The process of a training run, and the pairs that it trains on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import BadInput
+from ..pick import format_spec, pick
+from ..train.data import open_data
+from ..train.pairs import degraded_pairs, folder_pairs
+from ..train.sources import Data
+from ..train.unpaired import unpaired_sources
+from ..train_processes import TrainProcess
+from .train_config import TrainConfig
+
+__all__ = ["process_recipe", "with_sources"]
+
+
+def process_recipe(config: TrainConfig) -> TrainProcess:
+    """The process of a config.
+
+    Raises:
+        BadInput: for an unknown one.
+    """
+    recipe: TrainProcess = pick("train_processes", config.process or "diffusion")
+    return recipe
+
+
+def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
+    """The data with the sources that the config names.
+
+    Args:
+        data: the targets.
+        config: with `source` or `degrade`, or neither.
+        recipe: of the process.
+
+    Raises:
+        BadInput: for sources that are missing, not used, given twice, or that do not fit the data.
+    """
+    given: Any = config.source if config.source is not None else config.degrade
+    if given is None:
+        if recipe.needs_source:
+            raise BadInput(
+                f"{format_spec(recipe)} trains on two sets: give --source, the folder of the other one"
+                if recipe.unpaired
+                else f"{format_spec(recipe)} trains on pairs: give --source, a folder with the same file names, or "
+                "--degrade, such as downscale:factor=4"
+            )
+        return data
+    if not recipe.takes_source:
+        name = "source" if config.source is not None else "degrade"
+        raise BadInput(f"--{name} is for processes that train on pairs, such as i2sb, not for {format_spec(recipe)}")
+    if config.source is not None and config.degrade is not None:
+        raise BadInput("--source and --degrade both give the sources of the pairs: leave one out")
+    if config.flip:
+        raise BadInput("--flip would mirror the targets of pairs and not their sources: leave it out")
+    if config.degrade is not None:
+        return degraded_pairs(data, pick("degradations", config.degrade))
+    sources = open_data(
+        str(config.source), size=config.size, channels=data.shape[0], label="none", caption="none"
+    )  # the split of the targets
+    return unpaired_sources(data, sources) if recipe.unpaired else folder_pairs(data, sources)
