@@ -1,12 +1,12 @@
 """Blurring, soft, heat and cold diffusion on 8x8 garments, with a small network: minutes on one core.
 
     python -m benchmarks.blurring_small --data FASHION
-    python -m benchmarks.blurring_small --data FASHION --rows blurring,cold --steps 2000
+    python -m benchmarks.blurring_small --data FASHION --rows blurring cold --steps 2000
 
-The first 5,000 images of Fashion-MNIST, padded to 32x32 and averaged to 8x8; a residual MLP of 0.8 M weights, AdamW 2e-3
-falling to 0, batch 256, 400 steps, averaged weights. A line for each process and sampler: the Frechet distance of the
-pixels of 600 samples, seeds 0 to 599, to these images, at 10 and 25 steps of the uniform grid. The full-size experiment
-is `benchmarks.blurring`.
+The first 5,000 images of Fashion-MNIST, padded to 32x32 and averaged to 8x8; a residual MLP of 0.8 M weights, AdamW
+2e-3 falling to 0, batch 256, 400 steps, averaged weights. A line for each process and sampler: the Frechet distance of
+the pixels of 600 samples, seeds 0 to 599, to these images, at 10 and 25 steps of the uniform grid. The full-size
+experiment is `benchmarks.blurring`.
 """
 
 from __future__ import annotations

@@ -145,6 +145,18 @@ def test_with_the_true_image_the_chain_ends_at_it(eta: float, steps: int) -> Non
     assert (z - x).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_states_of_half_precision(dtype: torch.dtype) -> None:
+    """The coefficients are float64 numbers whatever the state: the chain ends at the image, up to its rounding."""
+    process, x = Blurring((1, 28, 20), 7.0), images(1, (1, 28, 20)).to(dtype)
+    noise = Noise([3], (1, 28, 20), dtype)
+    rows = plan(BlurringSampler(), process, grid(5, 0.0))
+    z = rows(lambda z, t: process.clean(x, t), process.begin(noise.initial(), 1.0), noise)
+    assert z.dtype == dtype and (z - x).abs().mean() < 0.3
+    walked = walk(PAPER, lambda z, t: process.clean(x, t), noise.initial(), grid(200, 0.0), noise, schedule=process)
+    assert (walked - x).abs().max() < 0.05
+
+
 def test_eta_keeps_the_marginals() -> None:
     """For every eta the variance of a step given x is sigma_s^2: (k sigma_t)^2 + what is added."""
     process, at = Blurring(SHAPE, 7.0), torch.tensor([0.8, 0.5], dtype=F64)
