@@ -61,18 +61,17 @@ _HOMES = {
 }  # fmt: skip
 __all__ = [
     "CCDF", "CFG", "DDIM", "DDPM", "DEIS", "EDM", "PLMS", "SNDPM", "VE", "AdaptiveSDE", "AnalyticDPM",
-    "AutoencoderConfig", "Auxiliary", "BadInput", "ChooseConfig", "Consistency",
-    "CosineAngle", "DPMSolver", "DecoderConfig",
-    "Denoiser", "Discrete", "DistillConfig", "Distribution", "DynamicThreshold", "EvaluateConfig", "Explicit",
-    "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras", "LikelihoodConfig",
-    "Model", "Noise", "NoiseLevel", "Picard", "Plan",
-    "Preconditioned", "PredictorCorrector", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks",
-    "Rescale", "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled",
-    "SubVP", "TimeGrid", "Trailing", "TrainConfig", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
-    "Wrapper", "accelerate", "apply", "as_scheduler", "choose",
-    "distill_decoder", "distill_model", "draw", "evaluate_likelihood", "evaluate_model", "invert",
-    "load", "open_quantized", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files",
-    "times_like", "train_autoencoder", "train_model", "tune_model", "walk",
+    "AutoencoderConfig", "Auxiliary", "BadInput", "ChooseConfig", "Consistency", "CosineAngle", "DPMSolver",
+    "DecoderConfig", "Denoiser", "DiffuseVAE", "Discrete", "DistillConfig", "Distribution", "DynamicThreshold",
+    "EarlyStop", "EvaluateConfig", "Explicit", "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras",
+    "LikelihoodConfig", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned", "PredictorCorrector",
+    "Prior", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks", "Rescale", "SASolver",
+    "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled", "SubVP", "TimeGrid",
+    "Trailing", "TrainConfig", "Truncated", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
+    "Wrapper", "accelerate", "apply", "as_scheduler", "choose", "distill_decoder", "distill_model", "draw",
+    "evaluate_likelihood", "evaluate_model", "invert", "load", "open_quantized", "pick", "plan", "quantize_model",
+    "rescale_zero_snr", "sample_many", "sample_to_files", "times_like", "train_autoencoder", "train_model",
+    "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -117,7 +116,8 @@ if TYPE_CHECKING:
     from .sampling import Noise, Query, Sampler, walk
     from .schedules.continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
     from .schedules.discrete import Discrete, rescale_zero_snr
-    from .starts import CCDF, Auxiliary, SingDiffusion
+    from .schedules.truncated import Truncated
+    from .starts import CCDF, Auxiliary, DiffuseVAE, EarlyStop, Prior, SingDiffusion
     from .times import CosineAngle, Explicit, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
     from .workflows.apply import apply
     from .workflows.autoencoder import AutoencoderConfig, train_autoencoder

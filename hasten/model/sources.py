@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..images import to_image_tensor
+from ..pick import pick
 from ..schedules.truncated import Truncated
 
 __all__ = ["refuse_process", "source_images"]
@@ -46,19 +47,26 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
 
 
 def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
-    """Raise BadInput for a model of another process, or one that makes samples from source images.
+    """Raise BadInput for a model of another process, or one whose samples do not begin from noise alone.
 
     Args:
         model: a `Model`.
         what: what cannot work on it, for the message, such as "tuning".
-        bridges_only: it works on other processes, only not on source images.
+        bridges_only: it works on other processes and on generators, only not on source images.
     """
+    if model.start is not None and bridges_only and getattr(pick("starts", model.start), "gives_source", False):
+        return
     if model.source_shape is not None:
         raise BadInput(
             f"{what} is for models that draw from noise alone, and {model.name} makes its samples from source images: "
             "see hasten translate"
         )
     schedule = model.denoiser.schedule
+    if isinstance(schedule, Truncated) and not bridges_only:
+        raise BadInput(
+            f"{what} is for models that begin from noise, and {model.name} begins at t = {schedule.end:g} from a "
+            f"generator (start={model.start})"
+        )
     if not schedule.ordinary and not bridges_only:
         raise BadInput(
             f"{what} is for models of x_t = alpha x + sigma eps, and {model.name} is one of the process "

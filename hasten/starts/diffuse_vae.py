@@ -12,7 +12,7 @@ from ..denoiser import Wrapper
 from ..errors import BadInput, HastenError
 from ..sampling import Noise
 from ._base import Start
-from .early_stop import PART, generate
+from .early_stop import PART, generated_images
 
 __all__ = ["DiffuseVAE", "Sourced"]
 
@@ -59,7 +59,7 @@ class DiffuseVAE(Start):
             raise BadInput("diffuse_vae: bind it to a model, and call begin with the denoiser that wrap returned")
         e = noise.initial()
         if images is None:
-            denoiser.source = generate(self.generator, noise, **cond).to(e)
+            denoiser.source = generated_images(self.generator, noise, **cond).to(e)
         schedule: Any = denoiser.schedule
         return float(schedule.prior_std(t)) * e
 

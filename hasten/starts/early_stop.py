@@ -16,7 +16,7 @@ from ..schedules.truncated import Truncated
 from ..utils.random import MAX_SEED
 from ._base import Start
 
-__all__ = ["EarlyStop", "generate"]
+__all__ = ["EarlyStop", "generated_images"]
 
 PART = "generator"
 OFFSET = 1 << 40  # between the seeds of the generator and those of the diffusion
@@ -77,18 +77,20 @@ class EarlyStop(Start):
         schedule: Any = denoiser.schedule
         check_begin(schedule, float(t))
         e = noise.initial()
-        x = generate(self.generator, noise, self.latent, **cond).to(e)
+        x = generated_images(self.generator, noise, self.latent, **cond).to(e)
         return float(schedule.alpha(t)) * x + float(schedule.sigma(t)) * e
 
 
 def check_begin(schedule: Schedule, t: float) -> None:
-    """Raise BadInput where the grid begins at pure noise."""
+    """Raise BadInput where the grid begins at pure noise, or above the end of a truncated schedule."""
+    if isinstance(schedule, Truncated) and t > schedule.end + 1e-6:
+        raise BadInput(f"this model was trained up to t = {schedule.end:g}, found a grid that begins at {t:g}")
     if t > schedule.t_max - 1e-6 and not isinstance(schedule, Truncated):
         raise BadInput(f"early_stop begins before pure noise, found t = {t:g}, the end of the schedule: give it time=")
 
 
 @torch.no_grad()
-def generate(generator: Any, noise: Noise, latent: tuple[int, ...] = (), **cond: Any) -> Tensor:
+def generated_images(generator: Any, noise: Noise, latent: tuple[int, ...] = (), **cond: Any) -> Tensor:
     """Images (B, *S) of a generator, image k a function of the seed k and its conditions.
 
     Args:
@@ -124,7 +126,7 @@ def _model_samples(model: Any, seeds: list[int], cond: Mapping[str, Any], a: int
     """Samples of a model for consecutive seeds, the rows from a to b of the conditions."""
     label = cond["label"][a:b].cpu() if "label" in cond and model.classes is not None else None
     if label is not None and model.classes is not None and int(label.max()) >= len(model.classes):
-        raise BadInput(f"{model.name} cannot generate images without a class: give label=")
+        raise BadInput(f"{model.name} cannot draw images without a class: give label=")
     sample: Tensor = model.sample(len(seeds), label=label, seed=seeds[0], batch_size=len(seeds))
     return sample
 

@@ -15,10 +15,10 @@ from ..errors import BadInput
 from ..schedules.base import Schedule
 from ..times import FAR_Q, MAX_Q, TimeGrid
 
-__all__ = ["EarlyStop", "GridNodes"]
+__all__ = ["EarlyStopping", "GridNodes"]
 
 
-class EarlyStop(Exception):
+class EarlyStopping(Exception):
     """Raised by a callback to end the optimisation."""
 
 
@@ -75,7 +75,7 @@ class GridNodes:
             objective: u -> value and gradient.
             start: times (N + 1,) to start from.
             iterations: at most.
-            callback: called as `callback(u, iterations done)` after each; may raise `EarlyStop`.
+            callback: called as `callback(u, iterations done)` after each; may raise `EarlyStopping`.
 
         Returns:
             The smallest value and its times.
@@ -103,7 +103,7 @@ class GridNodes:
             done += 1
             callback(torch.from_numpy(u.copy()), done)
 
-        with contextlib.suppress(EarlyStop):
+        with contextlib.suppress(EarlyStopping):
             minimize(
                 evaluate,
                 u0.numpy(),

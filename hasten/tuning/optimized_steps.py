@@ -20,7 +20,7 @@ from ..times import CosineAngle, Karras, Quadratic, TimeGrid, UniformLambda, Uni
 from ..utils.devices import as_float64
 from ._cache import cached_result
 from ._mixtures import draw_family
-from ._nodes import EarlyStop, GridNodes
+from ._nodes import EarlyStopping, GridNodes
 from ._objective import ErrorBound, minimise, orders
 from ._task import Tuned, Tuner, TuningTask
 
@@ -312,7 +312,7 @@ class OptimizedSteps(Tuner):
                 best = min(best, (all_noises, held_out, now), key=lambda entry: entry[0])
                 task.tick("trajectory", before + done, total, math.sqrt(held_out))
                 if idle >= self.patience:
-                    raise EarlyStop
+                    raise EarlyStopping
 
             nodes.descend(log_error_gradient, candidates[name], self.iterations, callback)
         task.tick("trajectory", total, total, math.sqrt(best[1]))

@@ -21,7 +21,7 @@ from hasten.sampling import Noise, walk
 from hasten.schedules import VE, Discrete, Flow, Schedule, Truncated, VPCosine, VPLinear, schedule_from_dict
 from hasten.starts import EarlyStop, Prior
 from hasten.starts.ccdf import remaining
-from hasten.starts.early_stop import generate
+from hasten.starts.early_stop import generated_images
 from hasten.times import Trailing, UniformLambda
 from tests.factories import tiny_denoiser
 
@@ -159,7 +159,7 @@ def test_any_model_is_a_generator() -> None:
     denoiser = tiny_denoiser(classes=2, schedule=VPCosine())
     other = Model(tiny_denoiser(classes=2, seed=3), "other", (1, 8, 8), ("a", "b"), steps=2)
     label = torch.tensor([1, 0, 1])
-    x = generate(other, Noise([7, 8, 3], (1, 8, 8)), label=label)
+    x = generated_images(other, Noise([7, 8, 3], (1, 8, 8)), label=label)
     for k, seed in enumerate((7, 8, 3)):
         assert torch.allclose(x[k], other.sample(1, int(label[k]), seed + 2**40)[0], atol=1e-5)
     model = Model(denoiser, "tiny", (1, 8, 8), ("a", "b"), steps=3)
@@ -171,6 +171,9 @@ def test_early_stop_refuses_what_it_cannot_begin_with() -> None:
     denoiser, noise = tiny_denoiser(), Noise([0], (1, 8, 8))
     with pytest.raises(BadInput, match="give it time="):
         EarlyStop(generator=Fixed()).begin(denoiser, noise, torch.tensor(denoiser.schedule.t_max))
+    cut = tiny_denoiser(schedule=Truncated(VPCosine(), 0.4))
+    with pytest.raises(BadInput, match="trained up to t = 0.4, found a grid that begins at 0.5"):
+        EarlyStop(0.5, Fixed()).begin(cut, noise, torch.tensor(0.5))
     with pytest.raises(BadInput, match=r"must give images of shape \(1, 1, 8, 8\), it gave \(1, 5\)"):
         EarlyStop(0.3, lambda u: u, latent=(5,)).begin(denoiser, noise, torch.tensor(0.3))
     with pytest.raises(BadInput, match="draws no images"):
