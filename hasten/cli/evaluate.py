@@ -118,7 +118,13 @@ def evaluate(
         if data is None:
             raise BadInput("--bits-per-dim is of real images: give --data, a folder, zip or array of them")
         check_likelihood_options(how)
-        given = {"reference": reference, "features": features, "prompt": texts, "label": label, "judge": judge}
+        given: dict[str, Any] = {
+            "reference": reference,
+            "features": features,
+            "prompt": texts,
+            "label": label,
+            "judge": judge,
+        }
         given["repeats"] = None if repeats == 1 else repeats
         if stray := next((name for name, value in given.items() if value is not None), None):
             raise BadInput(f"--bits-per-dim does not depend on --{stray}: leave it out")
