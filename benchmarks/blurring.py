@@ -67,7 +67,7 @@ def measure(name: str, model: Any, args: argparse.Namespace) -> None:
     done = {(row["model"], row["sampler"], row["steps"]) for row in read_json_lines(path)} if path.is_file() else set()
     labels = torch.arange(args.images) % len(model.classes) if model.classes else None
     for sampler, times in MODELS[name][1]:
-        for steps in COUNTS:
+        for steps in args.steps:
             if (name, sampler, steps) in done:
                 continue
             began = time.perf_counter()
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=75.0, help="of training, for each model")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--steps", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--widths", type=int, nargs="+", default=(32, 64))
     parser.add_argument("--patch", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=128)

@@ -106,8 +106,8 @@ class Fashion(Mixture):
         self.end = self.run(plan(UniPC(3), self.model.denoiser.schedule, self.grid(FASHION[3])))
         solve, solved = _fit.fine_trajectories, list[Any]()
 
-        def once(*args: Any, **options: Any) -> Any:  # the same for every count
-            solved.append(solved[0] if solved else solve(*args, **options))
+        def once(*args: Any, **options: Any) -> Any:  # the same for every count; states are kept to compare starts
+            solved.append(solved[0] if solved else solve(*args, **{**options, "keep": True}))
             return solved[0]
 
         _fit.fine_trajectories = once

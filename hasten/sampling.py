@@ -47,7 +47,8 @@ class Query:
         x: the state (B, *S).
         t: a float64 tensor in [0, 1], 0-d or one time per row (B,).
         rows: evaluate these samples of the batch only, (R,) integers; `x` is then (R, *S).
-        moments: return the pair (x0, E[eps^2 | x_t]), each (B, *S), from the denoiser's `moments`.
+        moments: return the pair (x0, E[eps^2 | x_t]), each (B, *S), or what else of two tensors the denoiser's
+            `moments` gives, such as x0 and a learned variance.
     """
 
     x: Any

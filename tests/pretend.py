@@ -303,7 +303,8 @@ def _from_numbers(func: Callable[..., Any], name: str, args: Any, kwargs: dict[s
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation of torch, on tensors of both devices."""
     name = getattr(func, "_overloadpacket", func)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    _collect((args, kwargs), tensors)
     there = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     wanted = kwargs.get("device")
     there_after = bool(there) if wanted is None else torch.device(wanted).type in (_device().type, "meta")
@@ -320,9 +321,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if wanted is not None:
         kwargs = {**kwargs, "device": CPU}
     kwargs.pop("pin_memory", None)
-    made = func(
-        *tree_map_only(PretendedTensor, lambda x: x.held, args),
-        **tree_map_only(PretendedTensor, lambda x: x.held, kwargs),
+    made = (
+        func(*_mapped(args, PretendedTensor, _held), **_mapped(kwargs, PretendedTensor, _held))
+        if there
+        else func(*args, **kwargs)
     )
     known = {id(tensor.held): tensor for tensor in there}
 
@@ -334,7 +336,35 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_dtype(tensor.dtype)
         return PretendedTensor(tensor)
 
-    return tree_map_only(torch.Tensor, placed, made)
+    return _mapped(made, Tensor, placed)
+
+
+# An operation's arguments are flat, and torch's pytree functions take most of the time of small operations.
+
+
+def _collect(value: Any, into: list[Tensor]) -> None:
+    """Append the tensors of a tree of tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        into.append(value)
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            _collect(one, into)
+    elif isinstance(value, dict):
+        for one in value.values():
+            _collect(one, into)
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A tree of tuples, lists and dicts with `change` of what is of a kind."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return (tuple if isinstance(value, tuple) else list)([_mapped(one, kind, change) for one in value])
+    return {key: _mapped(one, kind, change) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def _held(tensor: PretendedTensor) -> Tensor:
+    return tensor.held
 
 
 def _checked(name: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
@@ -384,14 +414,22 @@ def _record(kind: str) -> None:
 
 def _where() -> str:
     """The innermost line of hasten, else of diffusers, else of any other library but torch."""
-    frame, lines = sys._getframe(1), []
+    frame, others = sys._getframe(1), []
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path != __file__ and "/torch/" not in path:
-            lines.append((Path(path).as_posix(), frame.f_lineno))
+        path = _outside_torch(frame.f_code.co_filename)
+        if PACKAGE in path:
+            return f"hasten/{path.rpartition(PACKAGE)[2]}:{frame.f_lineno}"
+        if path:
+            others.append((path, frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment]
-    for mark in (PACKAGE, "/diffusers/", "/"):
-        for path, line in lines:
+    for mark in ("/diffusers/", "/"):
+        for path, line in others:
             if mark in path:
-                return f"{mark.strip('/').rpartition('/')[2]}/{path.rpartition(mark)[2]}:{line}"
+                return f"{mark.strip('/')}/{path.rpartition(mark)[2]}:{line}"
     return "?"
+
+
+@functools.cache
+def _outside_torch(path: str) -> str:
+    """The path of a file with slashes; "" for this file and torch's."""
+    return "" if path == __file__ or "/torch/" in path else Path(path).as_posix()

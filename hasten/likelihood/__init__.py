@@ -7,10 +7,12 @@ The folder is the list of methods: `pick("likelihood", "ode:rtol=1e-4")`. Each i
 from __future__ import annotations
 
 from ._base import Likelihood, bits_per_dim, decoder_log_probability, dequantise, gaussian_bin_log_probability
+from .ancestral_bound import AncestralBound
 from .bound import VariationalBound
 from .ode import OdeLikelihood
 
 __all__ = [
+    "AncestralBound",
     "Likelihood",
     "OdeLikelihood",
     "VariationalBound",

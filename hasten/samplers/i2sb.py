@@ -20,8 +20,8 @@ class I2SBSampler(SamplerBase):
 
         z_s = (1 - V_s/V_t) x0 + (V_s/V_t) z_t + sqrt(V_s (V_t - V_s) / V_t) xi
 
-    with no noise by the last step, and none at all for a bridge with `noise=false`. NFE = steps. One step gives the
-    estimate of the mean; more steps more detail and less PSNR.
+    with no noise by the last step, and none at all for a bridge with `noise=false`. Order 1 in law; NFE = steps. One
+    step gives the estimate of the mean; more steps more detail and less PSNR.
 
     References:
         Liu et al. 2023, arXiv:2302.05872, algorithm 2.

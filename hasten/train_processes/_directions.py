@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser, evaluating
 from ..samplers.dsbm import DSBMSampler
-from ..sampling import walk
+from ..sampling import Sampler, walk
 from ..train.coupling import couple
 
 __all__ = ["Directions", "bridge_loss"]
@@ -73,9 +73,9 @@ class Directions(nn.Module):
     @torch.no_grad()
     def simulate(self, towards_data: bool, start: Tensor) -> Any:
         """What the direction `towards_data` is trained on: pairs (its end, its beginning), from the other direction."""
-        other = self.direction(not towards_data)
+        other, sampler = self.direction(not towards_data), DSBMSampler()
         with evaluating(other):
-            end = walk(DSBMSampler(), other, start, self.times, lambda: torch.randn_like(start))
+            end = walk(cast("Sampler", sampler), other, start, self.times, lambda: torch.randn_like(start))
         return start, end
 
     def fitted_loss(self, towards_data: bool, simulated: Any) -> Tensor:

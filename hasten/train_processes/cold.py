@@ -49,5 +49,4 @@ class TrainCold(TrainProcess):
     def _process(self, shape: tuple[int, ...]) -> Soft:
         """The process for samples of this shape."""
         blur = float(max(shape[-2:])) if self.blur_max is None else self.blur_max
-        levels = {"noise_min": self.noise, "noise_max": self.noise}
-        return Soft(shape, self.corruption, blur, self.edge, objective="l1", **levels)
+        return Soft(shape, self.corruption, blur, self.edge, self.noise, self.noise, objective="l1")

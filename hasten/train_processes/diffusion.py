@@ -32,7 +32,12 @@ WEIGHTS = {
     "own": None, "x0": x0_weight, "snr": snr_weight, "v": v_weight, "truncated_snr": truncated_snr_weight,
     "min_snr": MinSNR(), "edm": EDMWeight(), "likelihood": LikelihoodWeight(),
 }  # fmt: skip
-TIMES = {"uniform": Uniform(), "log_snr": UniformLogSNR(), "logit_normal": LogitNormal(), "log_normal": LogNormal()}
+TIMES: dict[str, Any] = {
+    "uniform": Uniform(),
+    "log_snr": UniformLogSNR(),
+    "logit_normal": LogitNormal(),
+    "log_normal": LogNormal(),
+}
 
 
 @dataclass(frozen=True)

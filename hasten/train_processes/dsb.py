@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,7 +51,7 @@ class ProportionalDirections(Directions):
         for k in range(len(self.times) - 1):
             std = process.noise * float(self.times[k] - self.times[k + 1]) ** 0.5
             later = mean(z, k) + std * torch.randn_like(z)
-            targets.append(mean_matching_target(lambda state, k=k: mean(state, k), z, later))
+            targets.append(mean_matching_target(functools.partial(mean, k=k), z, later))
             states.append(later)
             z = later
         return torch.stack(states), torch.stack(targets)

@@ -18,6 +18,7 @@ from ..distributed.ranks import Ranks
 from ..errors import BadInput, check_int
 from ..likelihood import bits_per_dim
 from ..model.model import Model
+from ..model.sources import refuse_process
 from ..pick import pick
 from ..plan.config import SamplingConfig
 from ..progress import ignore_messages
@@ -192,6 +193,7 @@ def check_likelihood_model(model: Model) -> None:
         why = f"is sampled through {type(model.denoiser).__name__}, whose likelihood is not defined"
     if why is not None:
         raise BadInput(f"bits/dim: {model.name} {why}")
+    refuse_process(model, "bits/dim")
 
 
 def check_likelihood_options(sampling: SamplingConfig) -> None:

@@ -83,9 +83,20 @@ VARIANTS: list[Any] = [
     PLMS(2),
     PLMS(start="ramp"),
 ]
-# What must be bound to a model first (`needs`) has tests of its own; so has, beyond the calls, what looks at values.
+# What must be bound to a model first (`needs`) has tests of its own, and so have samplers of other processes; so has,
+# beyond the calls, what looks at values.
 CASES: list[Any] = list(
-    dict.fromkeys([*(c() for found in discovered().values() for c in found if not getattr(c, "needs", "")), *VARIANTS])
+    dict.fromkeys(
+        [
+            *(
+                c()
+                for found in discovered().values()
+                for c in found
+                if not getattr(c, "needs", "") and not getattr(c, "processes", ())
+            ),
+            *VARIANTS,
+        ]
+    )
 )
 LINEAR: list[Any] = [sampler for sampler in CASES if sampler.linear]
 

@@ -66,6 +66,14 @@ def test_why_not_the_first_order_formula(n: int, miss: float) -> None:
     assert (1 - exact).prod().item() == pytest.approx(0.3, rel=1e-12)
 
 
+@pytest.mark.parametrize("family", ["linear", "fibonacci"])
+def test_the_true_level_gives_the_list_that_it_had(family: str) -> None:
+    whole = betas(torch.tensor([math.log(0.02)], dtype=F64), 10, family, 1e-4)[0]
+    for n in (3, 6, 10):
+        true = torch.log1p(-whole[:n]).sum()
+        torch.testing.assert_close(betas(true[None], n, family, 1e-4)[0], whole[:n], rtol=1e-6, atol=0)
+
+
 def test_levels_and_their_inverse() -> None:
     lams = torch.tensor([-math.inf, -20.0, -3.0, 0.0, 2.0, 9.0], dtype=F64)
     torch.testing.assert_close(lam(log_abar(lams)), lams, rtol=1e-9, atol=1e-12)

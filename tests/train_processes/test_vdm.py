@@ -64,7 +64,7 @@ def test_the_schedule_is_the_networks():
     schedule = learned_schedule(gamma)
     u = torch.linspace(0, 1, 7)
     s, _ = gamma.shape(u)
-    low, high = gamma.bounds()
+    low, high = (end.detach() for end in gamma.bounds())
     lam = schedule.lam(schedule.t_min + (1 - schedule.t_min) * u.double())
     assert torch.allclose(lam, -0.5 * (low + (high - low) * s).double(), atol=2e-3)
     assert float(low) == pytest.approx(-12.6, abs=1e-5) and float(high) == pytest.approx(4.6, abs=1e-5)
@@ -126,7 +126,7 @@ def test_the_variance_falls_and_the_mean_stays():
     # the sine of the paper's comparison is worse than linear; from a bent start the variance must fall
     gamma = bent(ends=False)
     denoiser = denoiser_of(gamma)
-    data = {"x": 0.5 * torch.randn(512, 1, 1, 1, generator=torch.Generator().manual_seed(0)).clamp(-1.9, 1.9)}
+    data = {"x": 0.5 * torch.randn(256, 1, 1, 1, generator=torch.Generator().manual_seed(0)).clamp(-1.9, 1.9)}
     data["x"] = ((data["x"] * 8).round() / 8).clamp(-1, 1)
     optimiser = torch.optim.Adam(gamma.parameters(), 0.03)
 
@@ -137,13 +137,13 @@ def test_the_variance_falls_and_the_mean_stays():
         return float(d.mean()), float(d.std())
 
     before = moments()
-    for _ in range(40):
+    for _ in range(30):
         optimiser.zero_grad()
         BoundLoss(17)(denoiser, data).backward()
         optimiser.step()
     after = moments()
     assert after[1] < 0.9 * before[1]
-    assert after[0] == pytest.approx(before[0], abs=6 * before[1] / (512 * 6) ** 0.5)
+    assert after[0] == pytest.approx(before[0], abs=6 * before[1] / (256 * 6) ** 0.5)
 
 
 class Point(Exact):

@@ -90,6 +90,21 @@ def test_it_learns_the_level() -> None:
     assert measured["loss"] == pytest.approx(result.figures["loss"], rel=1e-3)
 
 
+def test_its_error_is_within_twice_the_bound_of_information_and_not_below_it() -> None:
+    """The state has the variance m = abar V + 1 - abar in each of D pixels, which m tells with a relative error of
+    sqrt(2 / D) at best: log(1 - abar) with that times m / ((1 - V)(1 - abar)). An error below it would be a leak."""
+    net, D = tuned().parts["noise_level"], math.prod(SHAPE)
+    assert isinstance(net, NoiseLevelNet)
+    generator = torch.Generator().manual_seed(5)
+    x = gaussian().sample(3000, generator).float()
+    abar = 0.3  # nearer to 0 the logarithm's own limit helps; nearer to 1 so short a training is not enough
+    z = math.sqrt(abar) * x + math.sqrt(1 - abar) * torch.randn(x.shape, generator=generator)
+    with torch.no_grad():
+        error = (log_sigma2(net, z) - math.log(1 - abar)).square().mean().sqrt().item()
+    bound = math.sqrt(2 / D) * (abar * V + 1 - abar) / ((1 - V) * (1 - abar))
+    assert 0.9 * bound < error < 2 * bound, (error, bound)
+
+
 def test_the_trained_network_improves_sampling() -> None:
     """Variance of 1000 samples by 10 steps on linear betas: the truth is .25, the unadjusted list falls short of it."""
     sampler = Sampler().bind({}, tuned().parts)

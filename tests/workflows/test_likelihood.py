@@ -76,6 +76,7 @@ def test_what_has_no_likelihood_is_refused(model, words):
 
 def test_another_process_is_refused():
     from hasten.schedules import VPLinear
+    from hasten.schedules.truncated import Truncated
 
     @dataclasses.dataclass(frozen=True)
     class Process(VPLinear):
@@ -83,8 +84,15 @@ def test_another_process_is_refused():
 
     model = small(None)
     model.denoiser = tiny_denoiser(schedule=Process())
-    with pytest.raises(BadInput, match="this model's process is Process"):
+    with pytest.raises(BadInput, match="one of the process Process"):
         hasten.evaluate_likelihood(model, images(), method=FAST)
+    with pytest.raises(BadInput, match="this model's process is Process"):
+        FAST(model.denoiser, to_float(images().images([0])), [0], 256)
+    # a chain that begins from the images of a generator, whose density is not known
+    cut = small(None)
+    cut.denoiser = tiny_denoiser(schedule=Truncated(VPLinear(), 0.4))
+    with pytest.raises(BadInput, match="begin from noise alone"):
+        hasten.evaluate_likelihood(cut, images(), method=FAST)
 
 
 def test_the_command(tmp_path):

@@ -17,6 +17,7 @@ Conditions, all with the batch first, have the same names in all subclasses:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -141,6 +142,19 @@ class SplitNetwork(nn.Module):
     def _without_variance(self, raw: Tensor) -> Tensor:
         """The output without the channels of a learned variance."""
         return raw if self.with_variance or raw.shape[1] != 2 * self.channels else raw[:, : self.channels]
+
+    def with_learned_variance(self, *inputs: Any, **cond: Any) -> tuple[Tensor, Tensor]:
+        """The output and the channels of a learned variance, for networks that have them; arguments of `forward`.
+
+        Raises:
+            BadInput: for a network without.
+        """
+        whole = copy.copy(self)
+        whole.with_variance = True
+        raw: Tensor = whole(*inputs, **cond)
+        if raw.shape[1] != 2 * self.channels:
+            raise BadInput(f"{type(self.net).__name__} predicts no variance: take variance=small or large")
+        return raw[:, : self.channels], raw[:, self.channels :]
 
     def _check_conditions(self, cond: dict[str, Any], names: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> None:
         """Refuse conditions that the network would silently ignore."""
