@@ -301,9 +301,12 @@ class Search:
             return ranked
         share, least = LEFT[level]
         number = max(math.ceil(share * len(ranked)), least)
+        # few seeds do not say that a faster one does not keep the bound: those that may stay beside the first ones
+        faster = [e for e in ranked if not self.keeps(e) and e.relative < ranked[0].relative][: 2 * number]
         for entry in ranked[number:]:
-            self.reject(entry.variant, f"{self.show(entry)}: {number} others are more promising")
-        return ranked[:number]
+            if entry not in faster:
+                self.reject(entry.variant, f"{self.show(entry)}: {number} others are more promising")
+        return [entry for entry in ranked if entry.name not in self.rejected]
 
     def rank(self, entry: Entry) -> tuple[Any, ...]:
         """Sorts by time those that keep the bound, then by loss; for a bound of time the other way round."""
