@@ -163,12 +163,14 @@ def test_faster_candidates_stay_while_few_seeds_leave_them_open() -> None:
     )  # fmt: skip
     searching = Search(timer, Space(()), parse_goal(None, 30, None), (4, 8, 16), lambda line: None)  # type: ignore[arg-type]
     entries = [
-        Entry(replace(plain, name=f"{n}"), PairedLoss(-29.5 if n < 6 else -30.5, 1.0, 3, 4), n / 100, n / 100, n)
+        Entry(replace(plain, name=f"{n}"), PairedLoss(-29.5 if n < 6 else -31.5, 1.0, 3, 4), n / 100, n / 100, n)
         for n in range(13)
     ]
     left = searching.best(entries, 0)
     assert [e.name for e in left[:5]] == ["6", "7", "8", "9", "10"] and {e.name for e in left[5:]} == set("012345")
-    assert set(searching.rejected) == {"11", "12"}
+    assert set(searching.rejected) == {"11", "12"} == {v.name for v in searching.slower}  # if those fail later
+    above = Entry(replace(plain, name="13"), PairedLoss(-30.1, 1.0, 3, 4), 0.13, 0.13, 13)
+    assert not searching.keeps(above) and searching.keeps(entries[6])  # 64 seeds would not certify .1 dB
 
 
 # ---- a search ----
