@@ -61,7 +61,8 @@ class ProportionalDirections(Directions):
         states, targets = simulated
         denoiser, (N, B) = self.direction(towards_data), states.shape[:2]
         k, rows = torch.randint(N, (B,)), torch.arange(B)
-        z, target = states[k.to(states.device), rows.to(states.device)], targets[k.to(states.device), rows]
+        at = k.to(states.device), rows.to(states.device)
+        z, target = states[at], targets[at]
         # after k + 1 steps of the other direction, N - k - 1 of which the time is counted down from 1
         t, s = self.times[N - 1 - k], self.times[N - k]
         return step_loss(denoiser, z, t, s, target)

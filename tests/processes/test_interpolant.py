@@ -91,10 +91,10 @@ def test_euler_and_heun_have_their_orders() -> None:
         assert low < errors[0] / errors[1] < high, (order, errors)
 
 
-def test_velocity_of_the_noisy_interpolant_is_the_regression() -> None:
-    """At a = 1, t = .3 from the source: 3.0122 + .12965 z of a regression, 3.0129 + .12939 z of the formula (in the sheet's
-    direction, from source to image)."""
-    process = Interpolant(curve="brownian")
+@pytest.mark.parametrize("diffusion", (0.0, 0.4))
+def test_velocity_of_the_noisy_interpolant_is_the_regression(diffusion: float) -> None:
+    """The regression of the target on z_t has the slope and the offset of the formula."""
+    process = Interpolant(curve="brownian", diffusion=diffusion)
     generator = torch.Generator().manual_seed(0)
     y, x, xi = (torch.randn(400_000, generator=generator, dtype=F64) for _ in range(3))
     y, x = SOURCE[0] + math.sqrt(SOURCE[1]) * y, IMAGE[0] + math.sqrt(IMAGE[1]) * x
@@ -105,7 +105,7 @@ def test_velocity_of_the_noisy_interpolant_is_the_regression() -> None:
         centred = z - z.mean()
         slope = float((centred * velocity).mean() / centred.square().mean())
         exact, offset = NormalSets(process).line(at)
-        assert slope == pytest.approx(float(exact), abs=0.01)
+        assert slope == pytest.approx(float(exact), abs=0.015)
         assert float(velocity.mean()) == pytest.approx(float(offset), abs=5e-3)
 
 

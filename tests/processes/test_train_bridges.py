@@ -73,6 +73,18 @@ def test_trained_saved_loaded_and_sampled(process: str, folders: tuple[Path, Pat
         model.sample(1)
 
 
+def test_a_bridge_of_two_directions_resumes(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, source = folders
+    options = {**TINY, "process": "dsbm:first=1,inner=1,reuse=1,steps=2", "source": str(source)}
+    whole = train_model(data, tmp_path / "whole", **options)
+    train_model(data, tmp_path / "parts", **{**options, "steps": 2})
+    resumed = train_model(data, tmp_path / "parts", **options)  # to 3 steps
+    assert resumed.card["last"]["step"] == whole.card["last"]["step"] == 3
+    assert [p.shape for p in resumed.denoiser.parameters()] == [p.shape for p in whole.denoiser.parameters()]
+    with pytest.raises(BadInput):  # other settings
+        train_model(data, tmp_path / "parts", **{**options, "process": "dsbm:noise=2", "steps": 4})
+
+
 def test_two_sets_are_needed(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="dsbm trains on two sets: give --source"):
         train_model(folders[0], tmp_path / "m", process="dsbm", **TINY)
