@@ -71,11 +71,10 @@ class SoftSampler(SamplerBase):
                 u = after * x0
                 scale = self.noise * s.sigma
             else:
-                removed = {"momentum": 1 - (s.sigma / r.sigma) ** 2, "ode": 1 - s.sigma / r.sigma, "cold": 0.0}[
-                    self.form
-                ]
+                ratio = s.sigma / r.sigma
+                removed = 0 * ratio if self.form == "cold" else 1 - (ratio**2 if self.form == "momentum" else ratio)
                 u = (1 - removed) * u + (after - before + removed * before) * x0
-                scale = r.sigma * torch.as_tensor(removed).sqrt() if self.form == "momentum" else 0.0 * s.sigma
+                scale = r.sigma * torch.sqrt(removed) if self.form == "momentum" else 0.0 * s.sigma
             if not s.clean and scale.item() > 0:
                 u = u + scale * basis.to(noise())
         return basis.back(u)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
 
 from ..denoiser import Denoiser
 from ..errors import check_choices, check_numbers
+from ..model.model import Model
 from ..predictions import prediction_from
 from ..processes.blurring import Blurring
 from ..train.sources import Data
@@ -37,3 +41,6 @@ class TrainBlurring(TrainProcess):
     def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
         process = Blurring(tuple(data.shape), self.sigma_max, self.d_min)
         return Denoiser(unet(), process, prediction_from(self.prediction))
+
+    def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
+        return replace(model, sampler="blurring", times="uniform", steps=50)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..denoiser import Denoiser
 from ..errors import check_numbers
+from ..model.model import Model
 from ..predictions import ResidualPrediction
 from ..processes.soft import Soft
 from ..train.data import to_float
@@ -47,6 +50,9 @@ class TrainSoft(TrainProcess):
     def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
         process = Soft(tuple(data.shape), **self._options(max(data.shape[-2:]) / 3))
         return Denoiser(unet(), fitted_to(process, data), ResidualPrediction())
+
+    def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
+        return replace(model, sampler="soft", times="uniform", steps=50)
 
     def _options(self, blur: float) -> dict[str, Any]:
         """The fields of the process."""
