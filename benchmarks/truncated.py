@@ -13,6 +13,7 @@ features; one row a model is printed. A run that was stopped resumes: what was t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 import hasten
 from hasten.errors import HastenError
 from hasten.files import write_file
-from hasten.metrics import evaluate_images
+from hasten.metrics import evaluate_images, feature_net
+from hasten.metrics.evaluate import reference_from_images
 from hasten.model import Model
-from hasten.train.data import open_data
+from hasten.train.data import open_data, to_float
 
 DATA = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
 MODELS = {
@@ -43,14 +45,14 @@ FIRST_SEED = 1_000_000
 
 def train(name: str, process: str | None, out: Path, args: argparse.Namespace) -> Model:
     """The model of this name, trained for the minutes or loaded; `seed` and data are the same for all."""
-    data = open_data(args.data, split="train")
+    data = open_data(args.data, split="train", size=args.size)
     return hasten.train_model(
         data,
         out / name,
         process=process,
         minutes=args.minutes,
         widths=tuple(args.widths),
-        patch=2,
+        patch=args.patch,
         batch_size=args.batch_size,
         lr=2e-3,
         optimizer="muon",
@@ -79,8 +81,21 @@ def measure(model: Model, evaluations: int, grid: str, args: argparse.Namespace)
     except HastenError as e:
         return {"frechet": None, "why": str(e)}
     seconds = time.monotonic() - begin
-    found = evaluate_images(images, seeds=range(FIRST_SEED, FIRST_SEED + args.images))["frechet"]
+    found = evaluate_images(images, reference=reference(args), bootstrap=20)["frechet"]
     return {"frechet": found.value, "interval": found.interval, "floor": found.floor, "seconds": round(seconds, 2)}
+
+
+@functools.cache
+def reference_at(data: str, size: int) -> Any:
+    """The statistics of the test split at another size, in the bundled features."""
+    test = open_data(data, split="test", size=size)
+    images = to_float(test.images(list(range(len(test)))))
+    return reference_from_images(images, f"fashion {size}x{size}", "test", feature_net("fashion"))
+
+
+def reference(args: argparse.Namespace) -> Any:
+    """The statistics to compare with."""
+    return "fashion" if args.size is None else reference_at(str(args.data), args.size)
 
 
 def row(name: str, results: dict[str, Any], steps: Any, counts: tuple[int, ...]) -> str:
@@ -102,6 +117,8 @@ def main() -> None:
     parser.add_argument("--grids", default=";".join(GRIDS), help="separated by ;")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--patch", type=int, default=2)
+    parser.add_argument("--size", type=int, help="a smaller side of the images, for a quick look")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--seed", type=int, default=0)

@@ -267,6 +267,7 @@ def test_lines_of_progress_where_there_is_no_terminal(monkeypatch: pytest.Monkey
                      "[row] 1: 60% of the network evaluations, about 40 s left"]  # fmt: skip
 
 
+@pytest.mark.slow  # Ctrl-C, of which test_compare sees the same, is not
 @pytest.mark.timeout(180)
 def test_sigterm_leaves_the_report_of_the_finished_rows(tmp_path: Path) -> None:
     tiny_model().save(tmp_path / "m")

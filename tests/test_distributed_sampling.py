@@ -72,6 +72,7 @@ def errors(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("hasten:")]
 
 
+@pytest.mark.slow  # what follows sees it too, after an interruption
 def test_two_processes_write_the_file_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = tmp_path / "one" / "a.png", tmp_path / "two" / "a.png"
     assert main(["sample", "fashion", "--n", "18", "--out", str(one), *CONFIG]) == 0
@@ -109,7 +110,9 @@ def test_a_killed_process_ends_the_run_and_the_next_run_resumes(tmp_path: Path) 
     with torchrun(2, "sample", "fashion", "--n", "24", "--out", str(tmp_path / "a.png"), *LONG) as process:
         until(lambda: len(list(folder.glob("*/*.npy"))) > len(times) + 1 or process.poll() is not None)
         assert {path: path.stat().st_mtime_ns for path in times if path.exists()} == times  # none is sampled again
-        assert process.wait(150) == 0
+        out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
+    assert out.count("\n") == 1 and "24 images of fashion (ddim, 20 steps, fp32, 2 processes)" in out
     assert list(folder.rglob("*.npy")) == [stale]
     whole_file = tmp_path / "whole" / "a.png"
     assert main(["sample", "fashion", "--n", "24", "--out", str(whole_file), *LONG]) == 0

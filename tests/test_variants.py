@@ -58,7 +58,7 @@ def test_a_bad_set_is_one_line_before_anything_runs(
 def test_an_unknown_set_names_the_bundled_ones() -> None:
     with pytest.raises(
         BadInput,
-        match=r"no set of variants 'dmeo'.*did you mean 'demo'\? \(choices: blurring, cheaper, demo, fashion, full, guidance, soft, students, text_to_image, training_free\)",
+        match=r"no set of variants 'dmeo'.*did you mean 'demo'\? \(choices: blurring, cheaper, demo, fashion, full, guidance, improved_ddpm, soft, students, text_to_image, training_free\)",
     ):
         variants.load_variants("dmeo")
 

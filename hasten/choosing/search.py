@@ -115,8 +115,10 @@ class Search:
         return left
 
     def keeps(self, entry: Entry) -> bool:
-        """Whether a candidate keeps the bound as measured."""
-        return entry.loss.value <= self.goal.limit
+        """Whether a candidate keeps the bound as measured, by so much that it could be certified."""
+        if self.goal.kind == "seconds":
+            return True
+        return entry.loss.value + self.margin(entry.loss) <= self.goal.limit
 
     def margin(self, loss: PairedLoss, fresh: int | None = None) -> float:
         """By how much the bound of a certificate will be above the loss, about; of so many fresh seeds."""
@@ -128,7 +130,7 @@ class Search:
         """Which candidate may keep the goal with how many seeds, where none did with those of this search."""
         found = []
         for entry in self.measured.values():
-            if entry.variant != self.bench.plain and self.keeps(entry) and entry.relative < 1:
+            if entry.variant != self.bench.plain and entry.loss.value <= self.goal.limit and entry.relative < 1:
                 fresh = (self.fresh << k for k in range(1, 8))
                 enough = (n for n in fresh if entry.loss.value + self.margin(entry.loss, n) <= self.goal.limit)
                 if (number := next(enough, None)) is not None:
@@ -144,9 +146,7 @@ class Search:
         """Whether more seeds would not change which candidate is tried first."""
         if not left or self.goal.kind == "seconds":
             return not left
-        first = left[0]
-        expected = first.loss.value + self.margin(first.loss)
-        return expected <= self.goal.limit and all(entry.relative >= first.relative for entry in left)
+        return self.keeps(left[0]) and all(entry.relative >= left[0].relative for entry in left)
 
     def is_allowed(self, variant: Variant) -> bool:
         """Whether a candidate is wanted; rejected where not."""
@@ -301,17 +301,20 @@ class Search:
             return ranked
         share, least = LEFT[level]
         number = max(math.ceil(share * len(ranked)), least)
+        # few seeds do not say that a faster one does not keep the bound: those that may stay beside the first ones
+        faster = [e for e in ranked if not self.keeps(e) and e.relative < ranked[0].relative][: 2 * number]
         for entry in ranked[number:]:
-            self.reject(entry.variant, f"{self.show(entry)}: {number} others are more promising")
-        return ranked[:number]
+            if entry not in faster:
+                self.slower += [entry.variant] if self.keeps(entry) else []
+                self.reject(entry.variant, f"{self.show(entry)}: {number} others are more promising")
+        return [entry for entry in ranked if entry.name not in self.rejected]
 
     def rank(self, entry: Entry) -> tuple[Any, ...]:
         """Sorts by time those that keep the bound, then by loss; for a bound of time the other way round."""
         if self.goal.kind == "seconds":
             over = entry.seconds > self.goal.seconds
             return (1, entry.seconds) if over else (0, entry.loss.value)
-        good = entry.loss.value <= self.goal.limit
-        return (0, entry.relative) if good else (1, entry.loss.value)
+        return (0, entry.relative) if self.keeps(entry) else (1, entry.loss.value)
 
     def expansions(self, left: Sequence[Entry], level: int) -> list[Variant]:
         """The best candidates with additions; after the first round with those that have shown themselves."""

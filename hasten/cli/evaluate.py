@@ -118,7 +118,14 @@ def evaluate(
         if data is None:
             raise BadInput("--bits-per-dim is of real images: give --data, a folder, zip or array of them")
         check_likelihood_options(how)
-        given = {"reference": reference, "features": features, "prompt": texts, "label": label, "judge": judge}
+        given: dict[str, Any] = {
+            "reference": reference,
+            "features": features,
+            "prompt": texts,
+            "label": label,
+            "judge": judge,
+        }
+        given["repeats"] = None if repeats == 1 else repeats
         if stray := next((name for name, value in given.items() if value is not None), None):
             raise BadInput(f"--bits-per-dim does not depend on --{stray}: leave it out")
         asked = LikelihoodConfig(bits_per_dim, n, levels, seed, split, batch_size)
@@ -128,6 +135,8 @@ def evaluate(
         if result:
             print_result(result, "\n".join(result.pop("summary")), json)
         return result
+    if levels != 256:
+        raise BadInput("--levels is for --bits-per-dim")
     request = EvaluateConfig(
         n=n, reference=reference, features=features, seed=seed, repeats=repeats, batch_size=batch_size,
         data=None if data is None else str(data), split=split, judge=judge, images_per_prompt=images_per_prompt,

@@ -58,7 +58,7 @@ class Soft(Diagonal):
     blur_max: float = 10.0
     edge: float = 4.0
     noise_min: float = 0.02
-    noise_max: float = 0.2
+    noise_max: float = 1.0
     objective: str = "soft"
     floor: float = 0.01
     prior: tuple[float, ...] = field(default=(), repr=False)

@@ -25,13 +25,20 @@ class BlurringSampler(SamplerBase):
     With w the denoiser's output, the estimate of D_t x, in the cosine transform and for each frequency
 
         rho = (a_t d_t sigma_s) / (a_s d_s sigma_t),      k = (sigma_s / sigma_t) sqrt(1 - eta^2 + eta^2 rho^2)
-        z_s = k z_t + (a_s d_s / d_t - a_t k) w + eta sigma_s sqrt(1 - rho^2) xi
+        z_s = k z_t + (g a_s d_s / d_t - a_t k) w + eta sigma_s sqrt(1 - rho^2) xi
 
-    eta = 1 is the paper's sampler, `q(z_s | z_t, x)` with `x = w / d_t`; with sigma_max = 0 it is DDPM. eta = 0 adds no
-    noise, as DDIM does. No noise is added by the step to t = 0. Order 1; NFE = steps.
+    eta = 1 with g = 1 is the paper's sampler, `q(z_s | z_t, x)` with `x = w / d_t`; with sigma_max = 0 it is DDPM. eta
+    = 0 adds no noise, as DDIM does. A long step divides by a d_t of a thousandth, and with w the errors of the network
+    grow a thousandfold, so it sharpens by the gain of a Wiener filter,
+
+        g = (1 + kappa) / (1 + kappa / d_t^2),            kappa = shrink sigma_t^2
+
+    which is 1 where nothing is blurred. No noise is added by the step to t = 0. Order 1 (with shrink = 0); NFE = steps.
 
     Args:
         eta: the amount of noise, in [0, 1].
+        shrink: the squared error of the network's noise relative to the variance of the data, >= 0; 0: the paper's
+            sampler, for hundreds of steps.
 
     Raises:
         BadInput: for eta out of range.
@@ -41,6 +48,7 @@ class BlurringSampler(SamplerBase):
     """
 
     eta: float = 1.0
+    shrink: float = 0.01
     linear: ClassVar[bool] = True
     order: ClassVar[int] = 1
     processes: ClassVar[tuple[str, ...]] = ("Blurring",)
@@ -65,14 +73,17 @@ class BlurringSampler(SamplerBase):
         u, eta = basis.to(x), self.eta
         for r, s in pairwise(path):
             w = basis.to((yield Query(basis.back(u), r.t)))
-            sharper = process.factor(s.t, basis.values) / process.factor(r.t, basis.values)  # d_s / d_t, >= 1
+            d_t, d_s = (process.factor(node.t, basis.values) for node in (r, s))
+            sharper = d_s / d_t  # >= 1
+            kappa = self.shrink * r.sigma**2
+            gain = sharper * (1 + kappa) / (1 + kappa / d_t**2)
             if s.clean:
-                u = (s.alpha * sharper) * w
+                u = (s.alpha * gain) * w
                 continue
             ratio = s.sigma / r.sigma
             rho = ratio * r.alpha / (s.alpha * sharper)
             keep = ratio * torch.sqrt((1 - eta**2) + (eta * rho) ** 2)
-            u = keep * u + (s.alpha * sharper - r.alpha * keep) * w
+            u = keep * u + (s.alpha * gain - r.alpha * keep) * w
             if eta:
                 u = u + (eta * s.sigma * torch.sqrt(1 - rho**2)) * basis.to(noise())
         return basis.back(u)

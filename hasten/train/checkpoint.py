@@ -40,6 +40,9 @@ class TrainingState:
         names = [t.name for t in trained]
         if not trained or len(set(names)) < len(names):
             raise BadInput(f"a run needs trained modules with different names, got {names}")
+        parameters = [id(p) for t in trained for p in t.module.parameters() if p.requires_grad]
+        if shard and len(set(parameters)) < len(parameters):
+            raise BadInput(f"{' and '.join(names)} train the same weights, which cannot be sharded: leave out --fsdp")
         self.step, self.seconds, self.device = 0, 0.0, device
         for t in trained:
             t.module.to(device).train()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from ..utils.devices import rng_states, set_rng_states
+from ..utils.devices import rng_states, seed_generators, set_rng_states
 
 
 def step_seed(seed: int, step: int, part: int) -> int:
@@ -30,7 +29,7 @@ class MicroBatchRng:
         self.seeds = seeds
         self.states: list[dict[str, Tensor] | None] = [None] * len(seeds)
         if len(seeds) == 1:
-            torch.manual_seed(seeds[0])
+            seed_generators(seeds[0])
 
     @contextlib.contextmanager
     def fork(self, part: int) -> Iterator[None]:
@@ -40,7 +39,7 @@ class MicroBatchRng:
             return
         state = self.states[part]
         if state is None:
-            torch.manual_seed(self.seeds[part])
+            seed_generators(self.seeds[part])
         else:
             set_rng_states(state)
         yield

@@ -37,7 +37,7 @@ class TrainSoft(TrainProcess):
     blur_max: float | None = None
     edge: float = 4.0
     noise_min: float = 0.02
-    noise_max: float = 0.2
+    noise_max: float = 1.0
     floor: float = 0.01
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "has_float64",
     "has_pinned_memory",
     "rng_states",
+    "seed_generators",
     "set_rng_states",
     "synchronize",
     "upload",
@@ -94,6 +95,14 @@ def upload(value: Tensor, device: torch.device | str, dtype: torch.dtype | None 
 
 
 # ---- generators ----
+
+
+def seed_generators(seed: int) -> None:
+    """`torch.manual_seed`, which without a GPU spends a millisecond on a note of who seeds the GPUs that may come."""
+    if default_device_type() == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def rng_states() -> dict[str, Tensor]:

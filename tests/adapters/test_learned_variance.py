@@ -21,3 +21,19 @@ def test_a_network_of_diffusers_with_learned_variances():
     whole = net(x, time).sample
     assert torch.allclose(raw, whole[:, :1]) and torch.allclose(o, whole[:, 1:])
     assert torch.allclose(ours(x, time), raw) and not ours.with_variance
+
+
+def test_a_pipeline_with_learned_variances_samples_with_them_and_has_a_likelihood(tmp_path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    import hasten
+    from hasten.train.data import Data
+    from tests.adapters.tiny import unet2d
+
+    net = unet2d(in_channels=1, out_channels=2)
+    diffusers.DDPMPipeline(net, diffusers.DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path)
+    model = hasten.load(tmp_path)
+    learned, small = (model.sample(1, sampler=f"ddpm:variance={kind}", steps=3) for kind in ("learned", "small"))
+    assert not torch.equal(learned, small)
+    data = Data.of(torch.randint(0, 256, (2, *model.shape), dtype=torch.uint8))
+    for method in ("bound:samples=1", "ancestral_bound:steps=3,variance=learned", "ode:rtol=0.5,atol=0.5"):
+        assert hasten.evaluate_likelihood(model, data, method=method)["bits_per_dim"] > 0

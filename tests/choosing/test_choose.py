@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,17 +13,19 @@ import torch
 
 import hasten
 from hasten.choosing import bench, certificate, runner
-from hasten.choosing.candidates import appliable, plain_variant, search_space
+from hasten.choosing.candidates import Space, appliable, plain_variant, search_space
 from hasten.choosing.certificate import looks_of, risk_of_try, risks_of_looks
 from hasten.choosing.config import ChooseConfig
 from hasten.choosing.goal import parse_goal
 from hasten.choosing.ladders import climb, ladders
+from hasten.choosing.losses import Psnr
+from hasten.choosing.search import Entry, Search
 from hasten.cli.app import present_flags
 from hasten.compare import jobs
 from hasten.errors import BadInput
 from hasten.metrics import make_reference
 from hasten.metrics.paired import psnr_by_image
-from hasten.metrics.paired_loss import mean_loss
+from hasten.metrics.paired_loss import PairedLoss, mean_loss
 from hasten.model import Model
 from hasten.plan.config import SamplingConfig
 
@@ -147,6 +150,27 @@ def test_candidates_that_differ_in_steps_alone_are_one_ladder() -> None:
     names = {v.name for v in space.first}
     assert {"plan fitted_plan-6", "fashion_student, 4 steps", "fashion_one_step, 1 step"} <= names
     assert {kind for kind, _ in space.additions} == {"guidance", "cache", "bits"}
+
+
+def test_faster_candidates_stay_while_few_seeds_leave_them_open() -> None:
+    """Seven that keep the bound and six faster ones a little below it: of the former the first four stay, and all of
+    the latter, which more seeds may show to be the answer."""
+    plain = plain_variant(model(), SamplingConfig())
+    times = {f"{n}": n / 100 for n in range(20)}
+    timer = SimpleNamespace(
+        relative=lambda v: times[v.name], knows_time=lambda v: True, has_time=lambda v: False, plain_seconds=1.0,
+        figure=Psnr(),
+    )  # fmt: skip
+    searching = Search(timer, Space(()), parse_goal(None, 30, None), (4, 8, 16), lambda line: None)  # type: ignore[arg-type]
+    entries = [
+        Entry(replace(plain, name=f"{n}"), PairedLoss(-29.5 if n < 6 else -31.5, 1.0, 3, 4), n / 100, n / 100, n)
+        for n in range(13)
+    ]
+    left = searching.best(entries, 0)
+    assert [e.name for e in left[:5]] == ["6", "7", "8", "9", "10"] and {e.name for e in left[5:]} == set("012345")
+    assert set(searching.rejected) == {"11", "12"} == {v.name for v in searching.slower}  # if those fail later
+    above = Entry(replace(plain, name="13"), PairedLoss(-30.1, 1.0, 3, 4), 0.13, 0.13, 13)
+    assert not searching.keeps(above) and searching.keeps(entries[6])  # 64 seeds would not certify .1 dB
 
 
 # ---- a search ----

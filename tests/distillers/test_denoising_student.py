@@ -51,7 +51,7 @@ def test_on_one_gaussian_a_linear_student_is_exact(tmp_path: Path, prediction: s
     teacher = Gaussian(mean, std**2, schedule)
     torch.manual_seed(0)
     base = Denoiser(Affine(), schedule, prediction)
-    steps = {"student": 400}
+    steps = {"student": 250}
     task = DistillTask(teacher, base, Blank(), (2,), tmp_path, steps=steps, show=False)  # type: ignore[arg-type]
     method = DenoisingStudent(pairs=512, pair_steps=48, loss="l2", lr=3e-2)
     student = method.distill(task)
@@ -75,7 +75,7 @@ def test_more_pairs_are_better_at_the_same_number_of_updates(tmp_path: Path) -> 
 
 def test_one_step_is_far_better_than_the_teachers(tmp_path: Path) -> None:
     saved: dict[str, Student] = {}
-    task = _toy.task(tmp_path, 250, teacher=_toy.mixture(), save_student=saved.__setitem__)
+    task = _toy.task(tmp_path, 70, teacher=_toy.mixture(), save_student=saved.__setitem__)
     student = DenoisingStudent(pairs=3072, lr=2e-3).distill(task)
     assert saved["student"] is student and student.steps == 1
     assert pick("samplers", student.sampler).nfe(student.steps) == 1

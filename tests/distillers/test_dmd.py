@@ -123,7 +123,7 @@ def test_training_walks_the_students_own_path(tmp_path: Path) -> None:
 
 def test_one_step_on_the_mixture(tmp_path: Path) -> None:
     method = DMD(lr=2e-3, fake_lr=2e-3, every=2)
-    student = method.distill(task(tmp_path, 120))
+    student = method.distill(task(tmp_path, 60))
     value = energy(sample(student, 3000), truth())
     teacher = energy(sample(Student(toy(), "ddim", "trailing", 1), 3000), truth())
     assert teacher > 0.05 and value < 0.1 * teacher, (value, teacher)

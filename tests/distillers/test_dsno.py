@@ -180,7 +180,7 @@ def pictures() -> GaussianMixture:
 
 def test_one_step_on_the_mixture_and_the_model_is_saved(tmp_path: Path) -> None:
     saved: dict[str, Student] = {}
-    task = job(tmp_path, pictures(), 150, labels=True, width=24)
+    task = job(tmp_path, pictures(), 60, labels=True, width=24)
     task.save_student = saved.__setitem__
     student = DSNO(pairs=1024, pair_steps=16, lr=2e-3, largest=20.0, modes=3).distill(task)
     assert saved["student"] is student and student.steps == 1

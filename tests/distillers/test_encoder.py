@@ -171,7 +171,7 @@ def test_what_exact_jumps_encode_the_flow_decodes() -> None:
 def test_a_student_encodes_in_four_jumps_as_the_flow_does(tmp_path: Path) -> None:
     """On the exact mixture: the noise that the student reads is nearer the flow's than that of 4 and of 8 steps of DDIM."""
     model = mixture()
-    student = Encoder(steps=(8, 4), lr=4e-3).distill(task(tmp_path, 250, teacher=model))
+    student = Encoder(steps=(8, 4), lr=4e-3).distill(task(tmp_path, 150, teacher=model))
     assert student.figures["direction"] == "encode" and (student.steps, student.guidance) == (4, None)
     label = torch.arange(3).repeat_interleave(300)
     x = torch.cat([model.sample(300, torch.Generator().manual_seed(c), c) for c in range(3)])

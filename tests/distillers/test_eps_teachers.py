@@ -45,7 +45,7 @@ def test_a_student_of_an_eps_teacher_is_as_good_as_one_of_a_v_teacher(method: st
     """Energy distance to the mixture; with "snr+1" or "truncated" the eps student's is 2 to 7 times the v student's."""
     values = {}
     for prediction in ("eps", "v"):
-        student = pick("distillers", method).distill(table_task(tmp_path / prediction, prediction, 120))
+        student = pick("distillers", method).distill(table_task(tmp_path / prediction, prediction, 60))
         values[prediction] = energy(sample(student, 2000), truth(3000))
     assert values["eps"] < 1.3 * values["v"] + 0.002, values
 

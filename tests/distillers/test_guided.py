@@ -79,7 +79,7 @@ def test_the_exact_merged_student_draws_what_the_guided_teacher_draws() -> None:
 
 def test_students_of_both_kinds_follow_the_teacher_over_the_scales(tmp_path: Path) -> None:
     students: dict[str, Student] = {}
-    job = task(tmp_path, steps=300, save_student=students.__setitem__)
+    job = task(tmp_path, steps=150, save_student=students.__setitem__)
     GuidedDistillation(steps=(2,), start=16, guidance=(1.0, 3.0), lr=1e-3).distill(job)
     assert list(students) == ["guidance", "steps2"]
     base = toy()
@@ -93,7 +93,7 @@ def test_students_of_both_kinds_follow_the_teacher_over_the_scales(tmp_path: Pat
 
 def test_one_network_serves_several_counts_of_steps(tmp_path: Path) -> None:
     students: dict[str, Student] = {}
-    job = task(tmp_path, steps={"guidance": 300, "shared": 800}, save_student=students.__setitem__)
+    job = task(tmp_path, steps={"guidance": 80, "shared": 200}, save_student=students.__setitem__)
     last = GuidedDistillation(steps=(4, 2, 1), start=16, guidance=(1.0, 2.0), lr=1e-3, shared=True).distill(job)
     assert list(students) == ["guidance", "shared"] and last.steps == 4 and last.denoiser.step_counts == (4, 2, 1)
     guided = CFG(1.5).wrap(toy())
@@ -125,7 +125,7 @@ def test_the_unet_takes_its_count_of_steps() -> None:
 
 
 def test_the_scale_matters_to_the_student(tmp_path: Path) -> None:
-    job = task(tmp_path, steps=250)
+    job = task(tmp_path, steps=150)
     merged = GuidedDistillation(guidance=(1.0, 3.0), lr=3e-3).merged(job)
     batch = job.batches[1000]
     label, t = batch["label"], torch.full((256,), 0.6, dtype=torch.float64)

@@ -173,7 +173,7 @@ def test_a_classifier_needs_labels(tmp_path: Path) -> None:
 
 
 def test_the_student_is_far_better_than_before_at_its_steps(tmp_path: Path) -> None:
-    task = toy.task(tmp_path, 150)
+    task = toy.task(tmp_path, 80)
     student = Mmd(steps=2, kernel="rbf", width=8, lr=1e-3).distill(task)
     assert task.completed_stages == ["classifier", "mmd"] and student.steps == 2
     true = toy.truth(2000)

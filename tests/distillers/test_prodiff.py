@@ -168,7 +168,7 @@ def test_frozen_parts_stay(tmp_path: Path) -> None:
 
 def test_on_the_mixture(tmp_path: Path) -> None:
     saved: dict[str, Student] = {}
-    job = _toy.task(tmp_path, 200, teacher=_toy.mixture(), batch_size=128, save_student=saved.__setitem__)
+    job = _toy.task(tmp_path, 80, teacher=_toy.mixture(), batch_size=128, save_student=saved.__setitem__)
     student = ProDiff(steps=(2,), start=12, lr=2e-3).distill(job)
     assert list(saved) == ["steps2"]
     energy = functools.partial(_toy.energy, b=_toy.truth())

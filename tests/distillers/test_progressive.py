@@ -68,7 +68,7 @@ def test_students_are_evaluated_on_their_grid_only(tmp_path: Path) -> None:
 
 def test_a_small_student_beats_its_teacher_at_equal_steps(tmp_path: Path) -> None:
     students: dict[str, Student] = {}
-    job = task(tmp_path, steps=250, save_student=students.__setitem__)
+    job = task(tmp_path, steps=60, save_student=students.__setitem__)
     last = Progressive(steps=(8, 2, 1), start=32).distill(job)
     reference = truth()
     assert job.completed_stages == ["steps8", "steps2", "steps1"] and last.steps == 1

@@ -100,7 +100,7 @@ def test_the_student_of_a_linear_model_reaches_the_guided_teacher(
     tmp_path: Path, span: tuple[float, float] | None
 ) -> None:
     """Exactly: guidance of a linear network is a linear network, with the mean null embedding in its bias."""
-    task = job(tmp_path, steps=600, batch_size=64)
+    task = job(tmp_path, steps=400, batch_size=64)
     student = GuidedDistillation(steps=(2,), guidance=span, lr=0.1).merged(task)
     x, t = torch.randn(COUNT, 2), torch.rand(COUNT, dtype=torch.float64)
     scales = torch.full((COUNT,), 3.0) if span is None else torch.linspace(1, 4, COUNT)

@@ -102,7 +102,7 @@ def test_the_feature_term_is_least_at_the_target(tmp_path: Path) -> None:
 
 def test_the_student_is_far_better_than_its_teacher_at_its_steps(tmp_path: Path) -> None:
     saved: list[Any] = []
-    task = toy.task(tmp_path, 150, save_student=lambda name, result: saved.append((name, result)))
+    task = toy.task(tmp_path, 50, save_student=lambda name, result: saved.append((name, result)))
     student = Rcfd(steps=(4, 1), start=16, width=8, lr=1e-3).distill(task)
     assert task.completed_stages == ["classifier", "steps4", "steps1"] and student is saved[-1][1]
     true = toy.truth(2000)

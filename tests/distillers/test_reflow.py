@@ -97,7 +97,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity(prediction: str) -> None:
 
 def test_it_begins_as_the_teacher_and_ends_straight(tmp_path: Path) -> None:
     saved: dict[str, Student] = {}
-    task = _toy.task(tmp_path, 150, teacher=_toy.mixture(), save_student=saved.__setitem__)
+    task = _toy.task(tmp_path, 80, teacher=_toy.mixture(), save_student=saved.__setitem__)
     student = ReFlow(pairs=2048, lr=2e-3).distill(task)
     assert list(saved) == ["reflow1", "distill"] and task.completed_stages == ["reflow1", "distill"]
     figures = student.figures
@@ -114,7 +114,7 @@ def test_the_first_flow_from_data_with_a_coupling(tmp_path: Path) -> None:
     """Pairing by optimal transport makes the flow that is learned from real samples straighter."""
     value = {}
     for coupling in ("ot_class", "ot"):
-        task = _toy.task(tmp_path / coupling, {"flow": 150}, batch_size=128)
+        task = _toy.task(tmp_path / coupling, {"flow": 80}, batch_size=128)
         method = ReFlow(rounds=0, coupling=coupling, distill_last=False, steps=4, lr=2e-3)
         assert method.needs_data
         student = method.distill(task)

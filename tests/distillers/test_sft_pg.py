@@ -146,7 +146,7 @@ def test_one_fresh_set_of_chains_a_step_shared_by_three(tmp_path: Path) -> None:
 
 def test_four_steps_on_the_mixture(tmp_path: Path) -> None:
     method = SFTPG(steps=4, picks=4, last=0.05, balance=True, penalty=0.3, lr=2e-4, critic_lr=5e-3, value_lr=5e-3)
-    student = method.distill(task(tmp_path, 150, batch_size=512))
+    student = method.distill(task(tmp_path, 100, batch_size=512))
     values = energy(sample(student, 3000), truth())
     teacher = energy(sample(Student(toy(), "ddpm", "trailing", 4), 3000), truth())
     assert teacher > 0.015 and values < 0.5 * teacher, (values, teacher)

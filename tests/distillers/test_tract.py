@@ -138,7 +138,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
 def test_the_student_is_far_better_than_its_teacher_at_its_steps(tmp_path: Path) -> None:
     saved = []
     student = Tract(phases=(32, 4, 1), lr=1e-3).distill(
-        toy.task(tmp_path, 150, save_student=lambda name, each: saved.append((name, each)))
+        toy.task(tmp_path, 75, save_student=lambda name, each: saved.append((name, each)))
     )
     assert [name for name, _ in saved] == ["steps4", "steps1"] and student is saved[-1][1]
     true = toy.truth(2000)

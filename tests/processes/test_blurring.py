@@ -23,6 +23,7 @@ from hasten.sampling import Noise, walk
 from hasten.schedules import Schedule, schedule_from_dict
 
 F64 = torch.float64
+PAPER = BlurringSampler(shrink=0.0)
 SHAPE = (2, 6, 10)
 EARLY = 1e-12  # just above t = 0, where the noise is not yet exactly 0
 
@@ -108,7 +109,7 @@ def test_a_step_is_the_gaussian_posterior_of_every_frequency(sigma_max: float, t
     step = a_t / a_s
     cov = step * n_s**2  # of u_s and u_t, given x
     gain = cov / n_t**2
-    rows = plan(BlurringSampler(), process, at)
+    rows = plan(PAPER, process, at)
     assert (rows.a[0] - gain).abs().max() < 1e-14
     assert (rows.B[0, 0] * d[0] - (a_s - gain * a_t)).abs().max() < 1e-14
     assert (rows.C[0, 0] ** 2 - (n_s**2 - cov**2 / n_t**2)).abs().max() < 1e-14
@@ -137,11 +138,23 @@ def test_with_the_true_image_the_chain_ends_at_it(eta: float, steps: int) -> Non
     def perfect(z: Tensor, t: Tensor) -> Tensor:
         return process.apply(x, t)
 
-    z = walk(BlurringSampler(eta), perfect, noise.initial(), grid(steps), noise, schedule=process)
+    z = walk(BlurringSampler(eta, 0.0), perfect, noise.initial(), grid(steps), noise, schedule=process)
     decibels = 10 * math.log10(4 / float((z - x).square().mean()))
     assert abs(decibels - 49.4) < 0.6
-    z = walk(BlurringSampler(eta), perfect, noise.initial(), grid(steps, 0.0), noise, schedule=process)
+    z = walk(BlurringSampler(eta, 0.0), perfect, noise.initial(), grid(steps, 0.0), noise, schedule=process)
     assert (z - x).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_states_of_half_precision(dtype: torch.dtype) -> None:
+    """The coefficients are float64 numbers whatever the state: the chain ends at the image, up to its rounding."""
+    process, x = Blurring((1, 28, 20), 7.0), images(1, (1, 28, 20)).to(dtype)
+    noise = Noise([3], (1, 28, 20), dtype)
+    rows = plan(BlurringSampler(), process, grid(5, 0.0))
+    z = rows(lambda z, t: process.clean(x, t), process.begin(noise.initial(), 1.0), noise)
+    assert z.dtype == dtype and (z - x).abs().mean() < 0.3
+    walked = walk(PAPER, lambda z, t: process.clean(x, t), noise.initial(), grid(200, 0.0), noise, schedule=process)
+    assert (walked - x).abs().max() < 0.05
 
 
 def test_eta_keeps_the_marginals() -> None:
@@ -154,6 +167,20 @@ def test_eta_keeps_the_marginals() -> None:
         assert (variance - process.sigma(at[1]) ** 2).abs().max() < 1e-14
     with pytest.raises(BadInput, match="eta must be in"):
         BlurringSampler(1.5)
+
+
+def test_the_shrinkage_bounds_what_errors_are_magnified_by() -> None:
+    """The gain of an error of w is that of a Wiener filter: d_s d_t / (d_t^2 + kappa), scaled to 1 without blur, as least
+    squares gives it; the mean of the image is not changed, and a step of no blur at all neither."""
+    process, at = Blurring((1, 28, 28), 20.0), torch.tensor([0.5, 0.05], dtype=F64)
+    paper, shrunk = (plan(BlurringSampler(shrink=c), process, at) for c in (0.0, 0.01))
+    d_t, d_s = process.factor(at[:, None], process.keys.unique())
+    kappa = 0.01 * process.sigma(at[0]) ** 2
+    a_s = process.alpha(at[1])
+    wiener = a_s * d_s * (d_t * (1 + kappa) / (d_t**2 + kappa) - 1 / d_t)
+    assert (shrunk.B[0, 0] - paper.B[0, 0] - wiener).abs().max() < 1e-12 * float(paper.B.abs().max())
+    assert paper.B.max() > 400 and shrunk.B.max() < 8
+    assert torch.equal(shrunk.a, paper.a) and torch.equal(shrunk.C, paper.C) and shrunk.B[0, 0, 0] == paper.B[0, 0, 0]
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

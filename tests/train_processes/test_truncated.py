@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.denoiser import Denoiser
+from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
 from hasten.guides.cfg import CFG
 from hasten.model import Model
@@ -23,6 +24,7 @@ from hasten.sampling import Noise, walk
 from hasten.schedules import Truncated, VPCosine
 from hasten.starts.diffuse_vae import DiffuseVAE
 from hasten.train import Data, Ema, Fit
+from hasten.train.checkpoint import TrainingState
 from hasten.train.data import Batches
 from hasten.train.implicit_prior import PriorTraining
 from hasten.train.losses import DenoisingLoss
@@ -100,6 +102,15 @@ def test_the_denoiser_never_sees_times_above_the_cut_but_as_generator() -> None:
     assert seen[-1].max() <= 0.3 and seen[-1].max() > 0.28 and seen[-1].min() < 0.03
     modules["prior"].loss(batch)
     assert bool((seen[-1] == 1).all())
+
+
+@pytest.mark.parametrize("distance", ["gan", "ct"])
+def test_a_network_with_two_optimisers_is_not_sharded(distance: str) -> None:
+    recipe = pick("train_processes", f"tdpm:distance={distance}")
+    denoiser = recipe.denoiser(data(), lambda: tiny_unet(classes=2))
+    modules = recipe.modules(denoiser, data(), TrainSettings())
+    with pytest.raises(BadInput, match="train the same weights, which cannot be sharded: leave out --fsdp"):
+        TrainingState(modules, torch.device("cpu"), Ranks.start("cpu"), shard=True)
 
 
 # ---- the generator's losses ----
