@@ -40,7 +40,8 @@ class TDPM(TrainProcess):
         distance: "gan", a critic with R1 penalty, or "ct", conditional transport.
         prior: G: "shared", the network itself at t = 1 (TDPM+), or "own", a network of its own.
         prior_widths: of an own network.
-        generator_lr, critic_lr: peak learning rates.
+        generator_lr, critic_lr: peak learning rates. A critic of a higher rate soon wins; with "shared", a generator of
+            a much higher rate disturbs the denoising.
         r1: weight of the gradient penalty of "gan".
 
     Raises:
@@ -54,9 +55,9 @@ class TDPM(TrainProcess):
     distance: str = "gan"
     prior: str = "shared"
     prior_widths: tuple[int, ...] = (32, 64)
-    generator_lr: float = 2e-4
-    critic_lr: float = 4e-4
-    r1: float = 0.1
+    generator_lr: float = 3e-4
+    critic_lr: float = 1e-4
+    r1: float = 1.0
 
     def __post_init__(self) -> None:
         check_choices(self, distance=("gan", "ct"), prior=("shared", "own"))
