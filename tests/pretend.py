@@ -28,11 +28,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -42,11 +40,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tests.pretend_trees import collect, mapped, where
+
 __all__ = ["Pretended", "PretendedTensor", "put", "put_pipeline", "taken"]
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 aten = torch.ops.aten
-PACKAGE = f"{(Path(__file__).parent.parent / 'hasten').as_posix()}/"
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 WAITING = {
     aten._local_scalar_dense,
@@ -304,7 +303,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation of torch, on tensors of both devices."""
     name = getattr(func, "_overloadpacket", func)
     tensors: list[Tensor] = []
-    _collect((args, kwargs), tensors)
+    collect((args, kwargs), tensors)
     there = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
     wanted = kwargs.get("device")
     there_after = bool(there) if wanted is None else torch.device(wanted).type in (_device().type, "meta")
@@ -322,7 +321,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": CPU}
     kwargs.pop("pin_memory", None)
     made = (
-        func(*_mapped(args, PretendedTensor, _held), **_mapped(kwargs, PretendedTensor, _held))
+        func(*mapped(args, PretendedTensor, _held), **mapped(kwargs, PretendedTensor, _held))
         if there
         else func(*args, **kwargs)
     )
@@ -336,31 +335,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_dtype(tensor.dtype)
         return PretendedTensor(tensor)
 
-    return _mapped(made, Tensor, placed)
-
-
-# An operation's arguments are flat, and torch's pytree functions take most of the time of small operations.
-
-
-def _collect(value: Any, into: list[Tensor]) -> None:
-    """Append the tensors of a tree of tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        into.append(value)
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            _collect(one, into)
-    elif isinstance(value, dict):
-        for one in value.values():
-            _collect(one, into)
-
-
-def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """A tree of tuples, lists and dicts with `change` of what is of a kind."""
-    if isinstance(value, kind):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return (tuple if isinstance(value, tuple) else list)([_mapped(one, kind, change) for one in value])
-    return {key: _mapped(one, kind, change) for key, one in value.items()} if isinstance(value, dict) else value
+    return mapped(made, Tensor, placed)
 
 
 def _held(tensor: PretendedTensor) -> Tensor:
@@ -383,14 +358,14 @@ def _checked(name: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         return
     raise RuntimeError(
         f"Expected all tensors to be on the same device, but found at least two devices, {_device()} and cpu! "
-        f"({name}, a CPU tensor of shape {tuple(other[0].shape)}, at {_where()})"
+        f"({name}, a CPU tensor of shape {tuple(other[0].shape)}, at {where()})"
     )
 
 
 def _check_dtype(dtype: torch.dtype, counted: bool = True) -> None:
     """Record a tensor of this dtype on the device, or refuse it."""
     if dtype in WIDE and _device().type == "mps":
-        raise TypeError(f"Cannot convert a MPS Tensor to {dtype}: MPS has none (at {_where()})")
+        raise TypeError(f"Cannot convert a MPS Tensor to {dtype}: MPS has none (at {where()})")
     if dtype in WIDE and counted:
         _record("float64")
 
@@ -409,27 +384,4 @@ def _record_copy(source: Tensor, there_after: bool, dtype: torch.dtype | None, n
 
 def _record(kind: str) -> None:
     if _active and _active[-1].recording:
-        _active[-1].events[kind, _where()] += 1
-
-
-def _where() -> str:
-    """The innermost line of hasten, else of diffusers, else of any other library but torch."""
-    frame, others = sys._getframe(1), []
-    while frame is not None:
-        path = _outside_torch(frame.f_code.co_filename)
-        if PACKAGE in path:
-            return f"hasten/{path.rpartition(PACKAGE)[2]}:{frame.f_lineno}"
-        if path:
-            others.append((path, frame.f_lineno))
-        frame = frame.f_back  # type: ignore[assignment]
-    for mark in ("/diffusers/", "/"):
-        for path, line in others:
-            if mark in path:
-                return f"{mark.strip('/')}/{path.rpartition(mark)[2]}:{line}"
-    return "?"
-
-
-@functools.cache
-def _outside_torch(path: str) -> str:
-    """The path of a file with slashes; "" for this file and torch's."""
-    return "" if path == __file__ or "/torch/" in path else Path(path).as_posix()
+        _active[-1].events[kind, where()] += 1

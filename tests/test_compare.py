@@ -270,17 +270,21 @@ def test_each_row_leaves_a_config_that_samples_as_it_did(run: Any, tmp_path: Pat
 
 
 def test_other_settings_are_other_rows(run: Any, variant_file: Path, tmp_path: Path) -> None:
+    head, _, unipc, _ = SET.split("[[variant]]\n")
+    few = f"{head}[[variant]]\n{unipc}"
+    variant_file.write_text(few)
     first = run()
+    assert len(first) >= 2
     for other in ({"seed": 1}, {"n": 13}, {"model": tiny_model(seed=1)}, {"reference": None, "features": None}):
         assert not {row["key"] for row in run(**other)} & {row["key"] for row in first}
-    variant_file.write_text(SET.replace("steps = 12", "steps = 11"))  # the others are measured against it
+    variant_file.write_text(few.replace("steps = 12", "steps = 11"))  # the others are measured against it
     assert not {row["key"] for row in run()} & {row["key"] for row in first}
-    variant_file.write_text(SET.replace('name = "UniPC"', 'name = "another name"'))
+    variant_file.write_text(few.replace('name = "UniPC"', 'name = "another name"'))
     assert [row["key"] for row in run()] == [row["key"] for row in first]
     lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 7 * 6
+    assert len(lines) == len(first) * 6
     run(page=True)
-    assert (tmp_path / "out" / "report.html").read_text().count('<tr class="') == 7
+    assert (tmp_path / "out" / "report.html").read_text().count('<tr class="') == len(first)
 
 
 def test_a_row_added_later_is_timed_together_with_the_old_ones(run: Any, variant_file: Path) -> None:
