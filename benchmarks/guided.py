@@ -13,8 +13,9 @@ seeds from 0), guidance scale 2.
   best of all places *on these starts*.
 - reuse: both branches in some steps, the last difference in the others; the best of all places considered by
   `guided_plan` *on these starts*.
-- fitted: `hasten.tuning.guided_plan`, fitted on other starts (M2, M64: 512 and 256 held out; R24: 2,048 of a pool of
-  16,384, and 1,024; `fashion`: 64 and 64, from the sampler on the model's grid, 40 iterations of the mean square).
+- fitted: `hasten.tuning.guided_plan`, fitted on other starts (M2, M64: 512 and 256 held out; R24: 8,192 of a pool of
+  32,768, and 4,096, six groups of directions; `fashion`: 64 and 64, from the sampler on the model's grid, 40
+  iterations of the mean square).
 
 On `fashion` UniPC-2 on the model's own grid stands for the other methods; for CFG also UniPC-3 and two more grids.
 
@@ -69,8 +70,10 @@ class Mixture:
         self.options = GuidedPlan(held_out=256, iterations=60, warm=2, batch=1024)
         self.n = 512
         if name == "R24":  # has separate modes
-            self.options = GuidedPlan(held_out=1024, iterations=80, warm=2, batch=8192, pool=16384)
-            self.n = 2048
+            self.options = GuidedPlan(
+                held_out=4096, iterations=160, warm=2, patience=8, batch=8192, pool=32768, directions=6
+            )
+            self.n = 8192
 
     def run(self, table: Plan) -> Tensor:
         """The results of a plan from the test starts."""
