@@ -78,7 +78,7 @@ def test_flip_mirrors_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             seen.append(batch["x"][:, 0, 0, 0] > 0)
             return super().__call__(denoiser, batch)
 
-    monkeypatch.setattr("hasten.workflows.train.DenoisingLoss", Seen)
+    monkeypatch.setattr("hasten.train_processes.diffusion.DenoisingLoss", Seen)
     pixels = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
     pixels[..., :4] = 255
     for flip in (False, True):
