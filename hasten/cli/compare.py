@@ -17,7 +17,7 @@ def compare(
     model: str,
     *,
     out: Path = Path("compare"),
-    variants: str = "demo",
+    variants: str | None = None,
     n: int | None = None,
     seed: int = 0,
     rounds: int | None = None,
@@ -44,7 +44,8 @@ def compare(
     Args:
         model: A bundled name (see models) or a folder.
         out: The folder to write.
-        variants: The set of variants: demo, full, text_to_image, everything, or a TOML file.
+        variants: The set of variants: demo, full, text_to_image, everything, or a TOML file. Default: demo; for a
+            model of another process its own sampler in several numbers of steps.
         n: Images per variant. Default: that of the set.
         seed: Seed of the first image; image k has seed + k in every variant.
         rounds: Timing rounds, each of which times every variant in turn. Default: that of the set.

@@ -54,14 +54,19 @@ def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
         what: what cannot work on it, for the message, such as "tuning".
         bridges_only: it works on other processes and on generators, only not on source images.
     """
-    if model.start is not None and bridges_only and getattr(pick("starts", model.start), "gives_source", False):
-        return
+    schedule = model.denoiser.schedule
+    if model.start is not None and getattr(pick("starts", model.start), "gives_source", False):
+        if bridges_only:
+            return
+        raise BadInput(
+            f"{what} is for models that draw from noise alone, and {model.name} also reads an image of a generator "
+            f"(start={model.start})"
+        )
     if model.source_shape is not None:
         raise BadInput(
             f"{what} is for models that draw from noise alone, and {model.name} makes its samples from source images: "
             "see hasten translate"
         )
-    schedule = model.denoiser.schedule
     if isinstance(schedule, Truncated) and not bridges_only:
         raise BadInput(
             f"{what} is for models that begin from noise, and {model.name} begins at t = {schedule.end:g} from a "
@@ -70,10 +75,5 @@ def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
     if not schedule.ordinary and not bridges_only:
         raise BadInput(
             f"{what} is for models of x_t = alpha x + sigma eps, and {model.name} is one of the process "
-            f"{type(schedule).__name__}: fewer steps of its own sampler are what there is"
-        )
-    if isinstance(schedule, Truncated) and not bridges_only:
-        raise BadInput(
-            f"{what} is for models that begin from noise alone, and {model.name} begins at t = {schedule.end:g} from "
-            f"images of a generator (start={model.start})"
+            f"{type(schedule).__name__}"
         )

@@ -24,6 +24,7 @@ from ..plan.config import SamplingConfig
 from ..progress import ignore_messages
 from ..sampling import Progress
 from ..train.data import Data, open_data, to_float
+from ..train.messages import print_once
 from ..train.names import match_labels
 from ..utils.config import Config
 
@@ -212,6 +213,17 @@ def check_likelihood_options(sampling: SamplingConfig) -> None:
         raise BadInput(f"bits/dim is computed in fp32, with sums in float64: leave out precision {sampling.precision}")
 
 
+def images_of(path: str | Path, split: str) -> Data:
+    """The images of a split, or all where there are no splits, which is said."""
+    try:
+        return open_data(path, split=split)
+    except BadInput as error:
+        if "it has no split folders" not in str(error):
+            raise
+    print_once(f"{path}: there is no split {split!r}: all images are used, also those that the model was trained on")
+    return open_data(path, split=None)
+
+
 def likelihood_data(model: Model, data: str | Path | Data, split: str) -> Data:
     """The images at the model's size, with the model's labels.
 
@@ -219,7 +231,7 @@ def likelihood_data(model: Model, data: str | Path | Data, split: str) -> Data:
         BadInput: for images of another size or another number of channels, which would have to be interpolated: their
             likelihood is not that of the data; and where labels are missing.
     """
-    source = data if isinstance(data, Data) else open_data(data, split=split)
+    source = data if isinstance(data, Data) else images_of(data, split)
     if tuple(source.shape) != tuple(model.shape):
         raise BadInput(
             f"{source.source or 'the data'} has images of {'x'.join(map(str, source.shape))}, {model.name} is a model "

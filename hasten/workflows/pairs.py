@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import BadInput
+from ..loading import load
 from ..pick import format_spec, pick
 from ..train.data import open_data
 from ..train.pairs import degraded_pairs, folder_pairs
@@ -37,6 +38,8 @@ def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
     Raises:
         BadInput: for sources that are missing, not used, given twice, or that do not fit the data.
     """
+    if generator := getattr(recipe, "generator", ""):
+        check_generator(generator, data)
     given: Any = config.source if config.source is not None else config.degrade
     if given is None:
         if recipe.needs_source:
@@ -60,3 +63,13 @@ def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
         str(config.source), size=config.size, channels=data.shape[0], label="none", caption="none"
     )  # the split of the targets
     return unpaired_sources(data, sources) if recipe.unpaired else folder_pairs(data, sources)
+
+
+def check_generator(name: str, data: Data) -> None:
+    """Refuse, before any training, a generator that is not there or that draws other images than the data."""
+    model = load(name)
+    if tuple(model.shape) != tuple(data.shape):
+        raise BadInput(
+            f"the generator {name} draws samples of {'x'.join(map(str, model.shape))}, and {data.source or 'the data'} "
+            f"has images of {'x'.join(map(str, data.shape))}"
+        )
