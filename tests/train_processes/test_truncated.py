@@ -308,7 +308,7 @@ def test_compared_with_its_own_start_and_not_tuned_or_distilled(tmp_path: Path) 
     with pytest.raises(BadInput, match=r"distillation is .* begins at t = 0.4"):
         distill_model(shared, tmp_path / "d", "progressive", data(), steps=1)
     refined = Model(refiner(False).float(), "r", (1, 8, 8), start="diffuse_vae")
-    with pytest.raises(BadInput, match="from source images"):
+    with pytest.raises(BadInput, match="also reads an image of a generator"):
         distill_model(refined, tmp_path / "d", "progressive", data(), steps=1)
 
 
