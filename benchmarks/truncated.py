@@ -32,7 +32,7 @@ MODELS = {
     "plain": None,
     "tdpm": "tdpm:time=0.5",
     "tdpm_ct": "tdpm:time=0.5,distance=ct",
-    "tdpm_own": "tdpm:time=0.5,prior=own,prior_widths=(32,64),generator_lr=0.001,critic_lr=0.0003",
+    "tdpm_own": "tdpm:time=0.5,prior=own,prior_widths=(32,64),generator_lr=0.0005,critic_lr=0.001,r1=0.05",
     "es_ddpm": "es_ddpm:time=0.6",
     "es_ddpm_direct": "es_ddpm:time=0.6,direct=true",
     "diffuse_vae": "diffuse_vae",

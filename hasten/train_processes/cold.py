@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
-
-from ..denoiser import Denoiser
-from ..errors import check_numbers
-from ..model.model import Model
-from ..predictions import ResidualPrediction
 from ..processes.soft import Soft
-from ..train.sources import Data
-from ._base import MakeUNet, TrainProcess
-from .soft import fitted_to
+from ._soft import SoftTraining
 
 
 @dataclass(frozen=True)
-class TrainCold(TrainProcess):
+class TrainCold(SoftTraining):
     """A restoration network for a blur or a growing mask, trained by the absolute error, all but without noise.
 
     Args:
@@ -35,16 +27,7 @@ class TrainCold(TrainProcess):
     blur_max: float | None = None
     edge: float = 4.0
     noise: float = 0.002
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        self._process((1, 1))
-
-    def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
-        return Denoiser(unet(), fitted_to(self._process(tuple(data.shape)), data), ResidualPrediction())
-
-    def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
-        return replace(model, sampler="soft:form=cold", times="uniform", steps=50)
+    sampler: ClassVar[str] = "soft:form=cold"
 
     def _process(self, shape: tuple[int, ...]) -> Soft:
         """The process for samples of this shape."""

@@ -48,7 +48,7 @@ class TrainDDBM(TrainProcess):
         return Denoiser(unet(source_channels=data.shape[0]), process, measured_prediction(process, data))
 
     def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
-        return replace(model, sampler="dbim:order=2", times="karras", steps=10)
+        return replace(model, sampler="dbim", times="karras", steps=10)
 
 
 def measured_prediction(process: DDBM, data: Data) -> BridgeEDM:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
-
-from ..denoiser import Denoiser
-from ..errors import check_numbers
-from ..model.model import Model
-from ..predictions import ResidualPrediction
 from ..processes.soft import Soft
-from ..train.sources import Data
-from ._base import MakeUNet, TrainProcess
-from .soft import fitted_to
+from ._soft import SoftTraining
 
 
 @dataclass(frozen=True)
-class TrainHeat(TrainProcess):
+class TrainHeat(SoftTraining):
     """A blur with noise of one level, whose steps restore a little and add a little more noise.
 
     Args:
@@ -31,16 +23,8 @@ class TrainHeat(TrainProcess):
 
     blur_max: float | None = None
     noise: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        self._process((1, 1))
-
-    def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
-        return Denoiser(unet(), fitted_to(self._process(tuple(data.shape)), data), ResidualPrediction())
-
-    def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
-        return replace(model, sampler="soft:form=naive,noise=1.25", times="uniform", steps=100)
+    sampler: ClassVar[str] = "soft:form=naive,noise=1.25"
+    steps: ClassVar[int] = 100
 
     def _process(self, shape: tuple[int, ...]) -> Soft:
         """The process for samples of this shape."""

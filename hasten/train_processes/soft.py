@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from ..denoiser import Denoiser
-from ..errors import check_numbers
-from ..model.model import Model
-from ..predictions import ResidualPrediction
 from ..processes.soft import Soft
-from ..train.data import to_float
-from ..train.sources import Data
-from ._base import MakeUNet, TrainProcess
-
-MAX_IMAGES = 4096  # whose blurred versions the prior is fitted to
+from ._soft import SoftTraining
 
 
 @dataclass(frozen=True)
-class TrainSoft(TrainProcess):
+class TrainSoft(SoftTraining):
     """A blur or a growing mask with a little noise, trained by soft score matching.
 
     Args:
@@ -43,30 +30,7 @@ class TrainSoft(TrainProcess):
     noise_max: float = 1.0
     floor: float = 0.01
 
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        Soft((1, 1), **self._options(1.0))
-
-    def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
-        process = Soft(tuple(data.shape), **self._options(max(data.shape[-2:]) / 3))
-        return Denoiser(unet(), fitted_to(process, data), ResidualPrediction())
-
-    def finish(self, averaged: Mapping[str, nn.Module], model: Model) -> Model:
-        return replace(model, sampler="soft", times="uniform", steps=50)
-
-    def _options(self, blur: float) -> dict[str, Any]:
-        """The fields of the process."""
-        return {
-            "corruption": self.corruption,
-            "blur_max": blur if self.blur_max is None else self.blur_max,
-            "edge": self.edge,
-            "noise_min": self.noise_min,
-            "noise_max": self.noise_max,
-            "floor": self.floor,
-        }
-
-
-def fitted_to(process: Soft, data: Data) -> Soft:
-    """The process with the prior of up to 4,096 images of the data, in a fixed random order."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:MAX_IMAGES]
-    return process.fitted(to_float(data.images(order.sort().values))) if len(order) > 1 else process
+    def _process(self, shape: tuple[int, ...]) -> Soft:
+        """The process for samples of this shape."""
+        blur = max(shape[-2:]) / 3 if self.blur_max is None else self.blur_max
+        return Soft(shape, self.corruption, blur, self.edge, self.noise_min, self.noise_max, floor=self.floor)

@@ -26,9 +26,9 @@ from ..train.messages import print_once
 from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..train_processes import TrainSettings
 from ..utils.random import preserve_rng_state
-from .pairs import process_recipe, with_sources
 from .train_config import TrainConfig
 from .train_pipeline import train_pipeline
+from .train_process import process_recipe, with_sources
 from .training_run import check_output_folder, last_log_entry, saved_model_at
 
 if TYPE_CHECKING:

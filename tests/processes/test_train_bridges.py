@@ -47,8 +47,8 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 RECIPES = {
-    "ddbm": "dbim:order=2",
-    "ddbm:base=ve,sigma_max=2": "dbim:order=2",
+    "ddbm": "dbim",
+    "ddbm:base=ve,sigma_max=2": "dbim",
     "rectified_flow:coupling=ot": "interpolant",
     "interpolant:diffusion=0.1": "interpolant",
     "dsbm:first=1,inner=2,reuse=1,steps=2": "dsbm",
