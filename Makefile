@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DEMO ?= demo
+# written beside the sources and ignored by git: without them every command line that the tests start compiles 320 files
+export PYTHONDONTWRITEBYTECODE :=
 # what `make test-oldest` runs: the vocabulary, samplers, a network, the command line, pipelines
 OLDEST := tests/core tests/test_schedules.py tests/test_times.py tests/test_predictions.py tests/test_plan.py tests/test_sampling.py \
 	tests/test_model.py tests/test_pick.py tests/test_cli.py tests/samplers/test_contract.py tests/nets/test_unet.py \

@@ -283,6 +283,7 @@ def test_slow_packages_are_imported_where_they_are_used() -> None:
 def run(code: str) -> str:
     """What a fresh interpreter prints."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled, as torch is
     return subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
 
 
@@ -317,6 +318,6 @@ def test_import_costs_little_more_than_torch() -> None:
     for _ in range(12):
         for code in best:
             best[code] = min(best[code], float(run(clock.format(code))))
-        if best[ours] < 1.6 * best[torch_code] or time.monotonic() > deadline:
+        if best[ours] < 1.4 * best[torch_code] or time.monotonic() > deadline:
             break
-    assert best[ours] < 1.6 * best[torch_code], best  # some 260 small files; one heavy package would cost as much
+    assert best[ours] < 1.4 * best[torch_code], best  # some 320 small files cost .17; a heavy package costs as much
