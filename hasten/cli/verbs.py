@@ -21,7 +21,7 @@ from .tune import tune
 from .upscale import upscale
 
 VERBS = (
-    sample, compare, choose, distill, quantize, tune, restyle, translate, upscale, export, train, evaluate, models, show,
-    sigmas, extract_lora, merge_lora, convert_lora,
+    sample, compare, choose, distill, quantize, tune, restyle, translate, upscale, export, train, evaluate, models,
+    show, sigmas, extract_lora, merge_lora, convert_lora,
 )  # fmt: skip
 __all__ = [verb.__name__ for verb in VERBS]

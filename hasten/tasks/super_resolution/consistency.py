@@ -1,4 +1,4 @@
-"""Consistency of an enlarged image with the small one: what it becomes when it is reduced again."""
+"""ConsistencyResult of an enlarged image with the small one: what it becomes when it is reduced again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...utils.resizing import enlarge, reduce
 
-__all__ = ["Consistency", "back_project", "measure_consistency"]
+__all__ = ["ConsistencyResult", "back_project", "measure_consistency"]
 
 ROWS = 64  # of the small image at once
 HALO = 4  # rows of the small image beside them that the kernels reach, and one more
@@ -20,7 +20,7 @@ Rows = Callable[[int, int], Tensor]  # (first row, one past the last) -> (C, row
 
 
 @dataclass(frozen=True)
-class Consistency:
+class ConsistencyResult:
     """The difference between the reduced image and the small one, in units of 1/255 of the range.
 
     Args:
@@ -47,12 +47,12 @@ class ErrorSum:
         self.count += difference.numel()
         self.largest = max(self.largest, float(difference.abs().max()))
 
-    def result(self) -> Consistency:
+    def result(self) -> ConsistencyResult:
         """What they amount to."""
-        return Consistency(127.5 * math.sqrt(self.squares / max(self.count, 1)), 127.5 * self.largest)
+        return ConsistencyResult(127.5 * math.sqrt(self.squares / max(self.count, 1)), 127.5 * self.largest)
 
 
-def measure_consistency(small: Rows, large: Rows, height: int, factor: int) -> Consistency:
+def measure_consistency(small: Rows, large: Rows, height: int, factor: int) -> ConsistencyResult:
     """The consistency error of an enlarged image, some rows at a time.
 
     Args:
@@ -70,7 +70,7 @@ def measure_consistency(small: Rows, large: Rows, height: int, factor: int) -> C
 
 def back_project(
     small: Rows, large: Rows, size: tuple[int, int, int], factor: int, tolerance: float = 0.25, iterations: int = 30
-) -> tuple[Rows, Consistency]:
+) -> tuple[Rows, ConsistencyResult]:
     """Iterative back-projection: the enlarged image y plus an enlarged correction r, such that it reduces to the small
     one x: `r <- r + STEP (x - reduce(clamp(y + enlarge(r))))`.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import BadInput, check_int
 from ...utils.random import MAX_SEED
-from .consistency import Consistency, back_project, measure_consistency
+from .consistency import ConsistencyResult, back_project, measure_consistency
 from .grid import TileGrid
 from .pictures import Picture
 from .tile_store import FileStore, MemoryStore, from_unit, to_unit
@@ -90,7 +90,7 @@ class Enlarged:
     picture: Picture
     factor: int
     rows: Callable[[int, int], Tensor]
-    consistency: Consistency
+    consistency: ConsistencyResult
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...errors import check_int
 from ...utils.devices import upload
-from ...utils.random import MAX_SEED, make_generator
+from ...utils.random import MAX_SEED, Noise, make_generator
 
 __all__ = ["NoiseField", "TileNoise"]
 
@@ -55,24 +55,20 @@ class NoiseField:
         return torch.randn((self.channels, BLOCK, BLOCK), generator=generator)
 
 
-@dataclass
-class TileNoise:
-    """The noise of a batch of tiles, as a `Noise` of samples: windows of one field, also of the noise of each step.
+class TileNoise(Noise):
+    """The noise of a batch of tiles: windows of one field, also of the noise of each step.
 
     Args:
-        noise_field: of the image.
-        places: top, left, height and width of each tile, in pixels of the result.
+        field: of the image.
+        places: top, left, height and width of each tile, in pixels of the result; all of one size.
         device: of the results.
     """
 
-    noise_field: NoiseField
-    places: Sequence[tuple[int, int, int, int]]
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
-    drawn: int = field(default=0, init=False)
-
-    def __len__(self) -> int:
-        return len(self.places)
+    def __init__(
+        self, field: NoiseField, places: Sequence[tuple[int, int, int, int]], device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__([field.seed] * len(places), (field.channels, *places[0][2:]), torch.float32, device)
+        self.field, self.places, self.drawn = field, tuple(places), 0
 
     def initial(self) -> Tensor:
         """The initial noise, (B, C, H, W); the same at every call."""
@@ -85,6 +81,11 @@ class TileNoise:
 
     __call__ = draw
 
+    def rows(self, part: slice) -> TileNoise:
+        """The noise of these tiles alone, from its beginning."""
+        return TileNoise(self.field, self.places[part], self.device)
+
     def _windows(self, draw: int) -> Tensor:
-        windows = torch.stack([self.noise_field.window(*place, draw=draw) for place in self.places])
+        """The windows of one draw of the field."""
+        windows = torch.stack([self.field.window(*place, draw=draw) for place in self.places])
         return upload(windows, self.device, self.dtype)

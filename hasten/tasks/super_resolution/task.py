@@ -14,7 +14,7 @@ from ...errors import BadInput
 from ...loading import load
 from ...model.model import Model
 from ...plan.config import SamplingConfig
-from .consistency import Consistency, measure_consistency
+from .consistency import ConsistencyResult, measure_consistency
 from .enlarge_picture import UpscaleRequest, enlarge_picture, to_tensor
 from .pictures import Picture, picture_of, read_picture
 from .tile_store import to_unit
@@ -108,7 +108,7 @@ class SuperResolution:
             return [one(image) for image in images]
         return one(images)
 
-    def consistency(self, image: Any, enlarged: Any) -> Consistency:
+    def consistency(self, image: Any, enlarged: Any) -> ConsistencyResult:
         """How far an enlarged image, reduced again (bicubic), is from the small one.
 
         Args:
