@@ -13,7 +13,7 @@ from ...utils.resizing import enlarge, reduce
 
 __all__ = ["ConsistencyResult", "back_project", "measure_consistency"]
 
-ROWS = 64  # of the small image at once
+ROWS = 32  # of the small image at once
 HALO = 4  # rows of the small image beside them that the kernels reach, and one more
 STEP = 1.5  # of the projection: reduction after enlargement has eigenvalues from about 1/4 to 1
 Rows = Callable[[int, int], Tensor]  # (first row, one past the last) -> (C, rows, W) in [-1, 1]

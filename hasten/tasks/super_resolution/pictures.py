@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,10 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["Picture", "picture_of", "picture_size", "read_description", "read_picture"]
 
 GEO_TAGS = (33550, 33922, 34264, 34735)  # of a GeoTIFF: pixel scale, tie points, transformation, keys
-BANDS, DESCRIPTION = 277, 270  # samples per pixel and description of a TIFF
+BANDS, DESCRIPTION, BITS, PLANES = 277, 270, 258, 284  # tags of a TIFF; PLANES of 2: each channel by itself
 # Pillow reads 16-bit colours as their high bytes, by one of these modes. The mode of the other byte order gives the low
 # ones.
-LOW_BYTES = {f"{bands};16{a}": f"{bands};16{b}" for bands in ("RGB", "RGBA") for a, b in ("BL", "LB")}
+LOW_BYTES = {
+    f"{bands};16{a}": f"{bands};16{b}"
+    for bands in ("RGB", "RGBA")
+    for a, b in ("BL", "LB", ("N", "B" if sys.byteorder == "little" else "L"))
+}
 
 
 @dataclass
@@ -62,8 +68,12 @@ def picture_size(path: Path) -> tuple[int, int]:
     """
 
     def size(image: Image) -> tuple[int, int]:
+        turned = orientation(image) >= 5
+        if turned and image.format == "TIFF":
+            image.load()  # Pillow applies the orientation of TIFF itself, some versions on load
+            turned = False
         width, height = image.size
-        return (width, height) if orientation(image) >= 5 else (height, width)
+        return (width, height) if turned else (height, width)
 
     return _with_image(path, size, lambda raster: raster.shape)
 
@@ -101,9 +111,18 @@ def read_picture(path: Path, four: bool = False) -> Picture:
     """
 
     def read(image: Image) -> Picture:
-        picture = picture_of(image, four, _low_bytes(path, image))
+        tags: Any
+        low = _low_bytes(path, image)
+        if low is None and image.format == "TIFF" and _is_deep(image):
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            if (raster := _open_raster(path)) is not None:
+                with raster:
+                    return _read_raster(raster, four)
+            if tags.get(PLANES) == 2:  # which Pillow mixes up
+                raise BadInput("16 bits a channel, each channel by itself: pip install 'hasten[geo]' reads it")
+        picture = picture_of(image, four, low)
         if image.format == "TIFF":
-            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            tags = image.tag_v2  # type: ignore[attr-defined]
             bands, found = int(tags.get(BANDS, 1)), picture.pixels.shape[2] + (picture.alpha is not None)
             if bands > found and image.mode != "CMYK":
                 picture.notes.append(f"of {bands} bands the first {found} are enlarged")
@@ -134,7 +153,7 @@ def picture_of(image: Image, four: bool = False, low: Image | None = None) -> Pi
     picture = Picture(np.empty(0), kind=image.format or "")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         picture.notes.append(f"of {getattr(image, 'n_frames', 1)} frames or pages the first is enlarged")
-    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and image.mode in ("RGB", "RGBA", "LA")
+    deep = _is_deep(image)
     profile = image.info.get("icc_profile")
     image = upright(image)
     if image.mode.startswith(("I", "F")):
@@ -202,11 +221,21 @@ def _profile_for(profile: Any, space: bytes) -> bytes | None:
     return profile if isinstance(profile, bytes) and profile[16:20] == space else None
 
 
+def _is_deep(image: Image) -> bool:
+    """Whether Pillow reads the high bytes alone of 16-bit channels."""
+    raw = [str(_raw_mode(tile)) for tile in getattr(image, "tile", ())]
+    bits = getattr(image, "tag_v2", {}).get(BITS, 8)
+    deep = any(";16" in mode for mode in raw) or max(bits if isinstance(bits, tuple) else (bits,)) > 8
+    return deep and image.mode in ("RGB", "RGBA", "LA", "CMYK")
+
+
 def _low_bytes(path: Path, image: Image) -> Image | None:
     """The low bytes of an image whose colours have 16 bits, of which Pillow reads the high ones; None for others."""
     from PIL import Image as pillow
 
     low: Any = None
+    if getattr(image, "tag_v2", {}).get(PLANES) == 2:
+        return None
     raw = {_raw_mode(tile) for tile in getattr(image, "tile", ())}
     if len(raw) == 1 and (other := LOW_BYTES.get(raw.pop() or "")) is not None:
         low = pillow.open(path)
@@ -230,17 +259,27 @@ def _with_raw_mode(tile: Any, raw: str) -> Any:
 # ---- GeoTIFF ----
 
 
-def _place(path: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """What `rasterio` knows of the place of a GeoTIFF, and a line for the user where it is lost."""
+def _open_raster(path: Path) -> Any:
+    """A file as `rasterio` opens it; None where it cannot, or is not installed."""
     try:
         import rasterio
     except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        try:
+            return rasterio.open(path)
+        except rasterio.errors.RasterioIOError:
+            return None
+
+
+def _place(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """What `rasterio` knows of the place of a GeoTIFF, and a line for the user where it is lost."""
+    raster = _open_raster(path)
+    if raster is None:
         return None, "its georeferencing is lost: pip install 'hasten[geo]' keeps it"
-    try:
-        with rasterio.open(path) as raster:
-            return _place_of(raster)
-    except rasterio.errors.RasterioIOError as e:
-        return None, f"its georeferencing is lost: {e}"
+    with raster:
+        return _place_of(raster)
 
 
 def _place_of(raster: Any) -> tuple[dict[str, Any] | None, str | None]:
@@ -262,8 +301,12 @@ def _read_raster(raster: Any, four: bool) -> Picture:
     count, kind = raster.count, raster.dtypes[0]
     if kind not in ("uint8", "uint16"):
         raise BadInput(f"its values are {kind}: scale them to 8 or 16 bits")
-    kept = 4 if four and count >= 4 else 3 if count >= 3 else 1
+    opaque = getattr(raster.colorinterp[-1], "name", "") != "alpha"
+    kept = 4 if four and count >= 4 else 3 if count >= (3 if opaque else 4) else 1
     picture = Picture(np.ascontiguousarray(raster.read(list(range(1, kept + 1))).transpose(1, 2, 0)), kind="TIFF")
+    if not opaque and count > kept:
+        picture.alpha = raster.read(count)
+        count -= 1
     if count > kept:
         picture.notes.append(f"of {count} bands the first {kept} are enlarged")
     picture.place, note = _place_of(raster)
@@ -282,10 +325,8 @@ def _with_image(path: Path, read: Callable[[Image], Any], read_raster: Callable[
         with Image.open(path) as image:
             return read(image)
     except Image.UnidentifiedImageError as error:
-        with suppress(ImportError):
-            import rasterio
-
-            with suppress(rasterio.errors.RasterioIOError), rasterio.open(path) as raster:
+        if (raster := _open_raster(path)) is not None:
+            with raster:
                 return read_raster(raster)
         raise Unreadable(f"cannot read {path}: not an image, or truncated") from error
     except BadInput:

@@ -70,6 +70,7 @@ def write_place(path: str, place: Mapping[str, Any], factor: int) -> None:
             raster.gcps = (points, rasterio.CRS.from_wkt(place["points_crs"] or ""))
         elif place["crs"]:
             raster.crs = rasterio.CRS.from_wkt(place["crs"])
-            raster.transform = Affine(*place["transform"]) * Affine.scale(1 / factor)
+            a, b, left, d, e, top = place["transform"]
+            raster.transform = Affine(a / factor, b / factor, left, d / factor, e / factor, top)
         if place["area_or_point"]:
             raster.update_tags(AREA_OR_POINT=place["area_or_point"])
