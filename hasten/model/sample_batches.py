@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from ..sampling import Callback, Noise, Progress, wrap_denoiser
 from ..utils.devices import upload
 from .finite import check_sample
 from .resolve import Resolved
-
-if TYPE_CHECKING:
-    from .model import Label, Model
 
 __all__ = ["sample_batches"]
 
@@ -35,10 +32,10 @@ class GivenNoise(Noise):
 
 
 def sample_batches(
-    model: Model,
+    model: Any,
     resolved: Resolved,
     n: int,
-    label: Label,
+    label: Any,
     seed: int,
     batch_size: int,
     images: Tensor | None,
@@ -46,7 +43,7 @@ def sample_batches(
     progress: Progress | None,
     callback: Callback | None,
 ) -> Tensor:
-    """Samples (n, ...), float32 on the CPU; arguments as `Model.sample`, checked, with its config resolved.
+    """Samples (n, ...), float32 on the CPU; arguments as of `Model.sample`, checked, its config resolved.
 
     Raises:
         BadInput: for initial noise of another shape.

@@ -83,7 +83,7 @@ def open_crops(
     print_once(f"{path}: crops of {crop} x {crop} of {pluralize(len(names), 'image')}")
     for message in (*tree.messages, *messages):
         print_once(f"{path}: {message}")
-    read = cached(lambda k: decode(tree, names[k], (depth, *sizes[k]), False), [depth * h * w for h, w in sizes])
+    read = keep_read(lambda k: decode(tree, names[k], (depth, *sizes[k]), False), [depth * h * w for h, w in sizes])
     return crops_of(sizes, depth, read, crop, flip, str(path), True)
 
 
@@ -120,7 +120,7 @@ def crops_of(
     return Data(len(sizes) * each, (channels, crop, crop), fetch, source=source, lazy=lazy)
 
 
-def cached(read: Callable[[int], Tensor], sizes: list[int]) -> Callable[[int], Tensor]:
+def keep_read(read: Callable[[int], Tensor], sizes: list[int]) -> Callable[[int], Tensor]:
     """`read` with the last results kept, up to `MEMORY` bytes. sizes: in bytes, of each result."""
     kept: OrderedDict[int, Tensor] = OrderedDict()
     lock, used = threading.Lock(), 0
