@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..errors import BadInput, HastenError, check_int
@@ -21,7 +21,7 @@ from ..train.data import to_float
 from ..utils.config import Config
 from ..utils.devices import synchronize
 from ..workflows.restoration import RestorationPairs, open_pairs
-from ..workflows.restoration_meter import FIGURES, RestorationMeter, open_meter
+from ..workflows.restoration_meter import FIGURES, open_meter
 from .counting import count_evaluations, start_nfe
 from .jobs import model_with_files, prepare_row
 from .variants import Variant, load_variants
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..plan.config import SamplingOptions
 
-__all__ = ["RestorationConfig", "evaluate_restoration", "restoration_table", "sample_pairs"]
+__all__ = ["RestorationConfig", "best_row", "evaluate_restoration", "restoration_table", "sample_pairs"]
 
 Bars = Callable[[str], "AbstractContextManager[Progress | None]"]
 
@@ -151,9 +151,7 @@ def prepare_rows(model: Model, evaluation: RestorationConfig, config: SamplingCo
         return [(f"{by}, {steps} step{'' if steps == 1 else 's'}", model, how, 0.0)]
     given = config.replace(precision=None)
     if given != SamplingConfig():
-        raise BadInput(
-            "variants say how each row is sampled: leave out sampler, times, steps, guidance and accelerators"
-        )
+        raise BadInput("variants say how each row is sampled: leave out sampler, times, steps and what else says it")
     variant_set = load_variants(evaluation.variants, model.times, model.guidance_scale)
     rows: list[PreparedSampling] = []
     for v in (variant_set.reference, *variant_set.variants):
@@ -213,15 +211,8 @@ def sample_pairs(
             synchronize(model.device)
             times.append((time.perf_counter() - start) / len(source))
             done += len(source)
-        groups.append(group_of(batches))
+        groups.append(torch.cat(batches))
     return groups, statistics.median(times[1:] if len(times) > 2 else times)
-
-
-def group_of(batches: Sequence[Tensor]) -> Tensor:
-    """Batches as one tensor."""
-    import torch
-
-    return torch.cat(list(batches))
 
 
 def restoration_table(result: Mapping[str, Any]) -> list[str]:
@@ -238,10 +229,10 @@ def restoration_table(result: Mapping[str, Any]) -> list[str]:
         seconds = row.get("seconds_per_image")
         lines.append([*cells, f"{row['nfe']:g}", "–" if seconds is None else f"{seconds:.3g}"])
     widths = [max(len(line[k]) for line in lines) for k in range(len(heads))]
-    text = [
-        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
+    text = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
     by = [f"{key} {result[key]}" for key in ("features", "lpips") if key in result]
     head = f"{result['model']}, x{result['factor']}, {result['pairs']} of {result['data']} ({result['degrade']}"
     return ["; ".join([head, f"border {result['border']}", *by]) + ")", *(line.rstrip() for line in text)]
@@ -260,6 +251,3 @@ def best_row(rows: Sequence[Mapping[str, Any]], within: float = 1.1) -> Mapping[
     limits = {name: within * sampled[0][name] for name in ("lpips", "frechet") if sampled[0].get(name) is not None}
     near = [row for row in sampled if all(row.get(name) is not None and row[name] <= limits[name] for name in limits)]
     return min(near, key=lambda row: row["seconds_per_image"], default=None)
-
-
-__all__ += ["RestorationMeter", "best_row"]

@@ -183,8 +183,8 @@ def collect_evidence(
         judge: what compares images with prompts, see `load_judge`; None: `captioned`'s, or `features` where this is a
             CLIP with its text tower.
         captioned: pictures with captions.
-        lpips: its trunk (`alex`, `vgg`, `alex_shift_tolerant`, `vgg_shift_tolerant`), whose files are looked for where other packages leave them, or a file or
-            folder of weights. None: the first trunk that is found.
+        lpips: its trunk (`alex`, `vgg`, `alex_shift_tolerant`, `vgg_shift_tolerant`), whose files are looked for where
+            other packages leave them, or a file or folder of weights. None: the first trunk that is found.
         device: of the networks.
         report: receives a line on each figure that is not measured, and why.
 

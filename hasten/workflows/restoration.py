@@ -132,12 +132,10 @@ def open_pairs(
     for (height, width), numbers in rows.items():
         truths = torch.stack([cut_out(images, cuts[number]) for number in numbers])
         sources = method(truths, numbers)
-        wanted = (*truths.shape[:2], height // factor, width // factor)
-        if tuple(sources.shape) != wanted or model.source_shape[0] != truths.shape[1]:
-            raise BadInput(
-                f"{text} makes images of {sources.shape[-1]}x{sources.shape[-2]} from {width}x{height}, and {model.name} "
-                f"reads {width // factor}x{height // factor} with {model.source_shape[0]} channels"
-            )
+        wanted = (len(truths), model.source_shape[0], height // factor, width // factor)
+        if tuple(sources.shape) != wanted:
+            found, reads = (f"{each[-1]}x{each[-2]} with {each[1]} channels" for each in (tuple(sources.shape), wanted))
+            raise BadInput(f"{text} makes images of {found} from {width}x{height}, and {model.name} reads {reads}")
         groups.append(PairGroup(sources, truths, tuple(cuts[number][0] for number in numbers)))
     kind = f"{sides[1]}x{sides[0]} squares" if sides is not None and sides[0] == sides[1] else "crops"
     kind = kind if sides is not None else "whole images"
