@@ -95,8 +95,12 @@ class Sadm:
         return ((alpha / sigma.clamp_min(TINY)) ** 2).clamp_max(self.gamma) / self.gamma
 
 
-def structure_options(spec: float | str | Sadm | None) -> Sadm | None:
+def structure_options(spec: float | str | Sadm | None, trained: bool = False) -> Sadm | None:
     """The options that a user gave: a weight, `"0.1"`, or `"weight=0.1,times=own"`. None for no term.
+
+    Args:
+        spec: as given.
+        trained: the network is trained already, so that the term begins at once where nothing else is asked for.
 
     Raises:
         BadInput: for unknown options, or values out of range.
@@ -106,6 +110,7 @@ def structure_options(spec: float | str | Sadm | None) -> Sadm | None:
     else:
         text = str(spec).strip()
         options = pick("train", f"sadm:{text}" if "=" in text else f"sadm:weight={text or 'none'}")
+        options = replace(options, start=0.0) if trained and "start" not in text else options
     return options if options is not None and options.weight else None
 
 

@@ -161,7 +161,7 @@ def test_encoder_step_raises_and_network_step_lowers_the_distance(prediction: st
 
 def test_term_has_the_weight_that_was_asked_for() -> None:
     """At the network's output the gradients of loss and term have the ratio 1 : weight, and the value is the loss's."""
-    denoiser, structure, loss = players("own", weight=0.25)
+    _, structure, loss = players("own", weight=0.25)
     seen: dict[str, Tensor] = {}
     plain_evaluate = DenoisingLoss.evaluate
 
