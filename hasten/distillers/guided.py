@@ -132,9 +132,8 @@ class GuidedDistillation(Distiller):
         loss_fn = self.deterministic_loss if self.kind == "deterministic" else self.stochastic_loss
         for n in self.steps:
             student = self.initial_student(task, teacher)
-            modules = [
-                task.trained_module("student", student, loss_fn(task, teacher, student, n, teacher_steps // n), self.lr)
-            ]
+            loss = loss_fn(task, teacher, student, n, teacher_steps // n)
+            modules = related(task, [task.trained_module("student", student, loss, self.lr)])
             trained: Any = task.fit(f"steps{n}", modules, budget_weight=self.budget_weight(n))["student"]
             teacher = trained
             result = Student(teacher, sampler, "trailing", n, guidance=span)

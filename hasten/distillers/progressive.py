@@ -69,11 +69,8 @@ class Progressive(Distiller):
         source = task.initial
         for n in self.steps:
             student = task.student(source)
-            modules = [
-                task.trained_module(
-                    "student", student, self.loss_fn(task, teacher, student, n, teacher_steps // n), self.lr
-                )
-            ]
+            loss_fn = self.loss_fn(task, teacher, student, n, teacher_steps // n)
+            modules = related(task, [task.trained_module("student", student, loss_fn, self.lr)])
             trained: Any = task.fit(f"steps{n}", modules, budget_weight=self.last if n <= 2 else 1.0)["student"]
             result = Student(trained, "ddim", "trailing", n)
             task.save_student(f"steps{n}", result)
