@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BadInput
-from ..nets.joint import with_source, with_source_shape
 from ..nets.classifier import Classifier
+from ..nets.joint import with_source, with_source_shape
 from ._task import DistillTask
 
 
