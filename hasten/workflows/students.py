@@ -140,6 +140,7 @@ class Saver:
             decoder=self.teacher.decoder,
             pipeline=self.teacher.pipeline,
             residual_std=self.teacher.residual_std,
+            start=self.teacher.start,  # where it is not None: the temperature of a model that reads a source image
         )
 
 
