@@ -26,6 +26,7 @@ def distill(
     nfe_budget: float | None = None,
     guidance_scale: float | None = None,
     init: str | None = None,
+    structure: str | None = None,
     batch_size: int | None = None,
     grad_accumulation: int | None = None,
     fsdp: bool = False,
@@ -62,6 +63,8 @@ def distill(
         init: The model that the first student begins as, in place of the teacher: a bundled name or a folder, such as
             that of an earlier student. Or a LoRA of the teacher (.safetensors, or a bundled name), which is trained
             further.
+        structure: Weight of the structure term, relative to the loss, such as 0.1: the relations of a batch's samples
+            are distilled too. Or its options, such as weight=0.1,gate=snr (see docs/structure.md). Default: 0.
         batch_size: Images a step. Default: 128.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
         fsdp: Shard the network among the processes of torchrun, where it is too large for one.
@@ -91,7 +94,7 @@ def distill(
         method=method, minutes=minutes, steps=steps, nfe_budget=nfe_budget, guidance_scale=guidance_scale,
         batch_size=batch_size, grad_accumulation=grad_accumulation, fsdp=fsdp or None, seed=seed, precision=precision,
         gradient_checkpointing=gradient_checkpointing or None, optimizer=optimizer, lora=lora,
-        lora_targets=lora_targets,
+        lora_targets=lora_targets, structure=structure,
     )  # fmt: skip
     request = (DistillConfig() if config is None else DistillConfig.load(config, "distill")).replace(**options)
     ranks = processes(device)

@@ -37,7 +37,7 @@ from ..train.fingerprint import describe_data
 from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
-from .distill_checks import check_models
+from .distill_checks import check_models, distillation_structure
 from .distill_data import null_conditions, shared_training_data, training_data
 from .lora import check_lora
 from .students import Saver
@@ -68,6 +68,7 @@ class DistillConfig(Config):
             diffusers.
         optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`,
             at 20 times the method's rate.
+        structure: weight of the structure term, or its options (`train.sadm.Sadm`).
     """
 
     method: str = "guided"
@@ -84,6 +85,7 @@ class DistillConfig(Config):
     lora_targets: str | None = None
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
+    structure: float | str | None = None
 
     renamed: ClassVar[Mapping[str, str]] = {
         "evaluations": "nfe_budget",
@@ -111,6 +113,7 @@ class DistillOptions(TypedDict, total=False):
     lora_targets: str | None
     gradient_checkpointing: bool
     optimizer: str
+    structure: float | str | None
 
 
 @holds_lock("out", unless="dry_run")
@@ -168,6 +171,7 @@ def distill_model(
     distiller = pick("distillers", method)
     config, init, adapted = open_init(model, init, config)
     check_models(model, init, distiller, method)
+    structure = distillation_structure(config, distiller)
     check_lora(adapted, distiller, config.lora, config.lora_targets, config.fsdp)
     ranks = Ranks.start(str(model.device))
     check_int("batch_size", batch_size, 1)
@@ -215,6 +219,7 @@ def distill_model(
         run |= {"lora": config.lora, "lora_targets": config.lora_targets}
     run |= {} if captions is None else {"captions": captions.digest()}
     run |= {} if config.optimizer == "adamw" else {"optimizer": config.optimizer}
+    run |= {} if structure is None else {"structure": asdict(structure)}
     precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
@@ -240,8 +245,13 @@ def distill_model(
         "null_conditions": null,
         "gradient_checkpointing": config.gradient_checkpointing,
         "optimizer": config.optimizer,
+        "structure": structure,
     }
-    for line in run_notices(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.is_main_process else ():
+    for line in (
+        run_notices(distiller, denoiser, batch_size, accumulate * ranks.world, structure)
+        if ranks.is_main_process
+        else ()
+    ):
         print(f"hasten: {line}", file=sys.stderr)
 
     def planned() -> dict[str, Any]:
