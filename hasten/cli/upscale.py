@@ -28,6 +28,8 @@ def upscale(
     times: str | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    start: str | None = None,
+    temperature: float | None = None,
     plan: str | None = None,
     accelerate: list[str] | None = None,
     batch_size: int = 8,
@@ -55,6 +57,9 @@ def upscale(
         times: Time grid, such as uniform.
         steps: Number of steps of the time grid.
         guidance_scale: Scale of classifier-free guidance; 1 is none, more costs two model evaluations a step.
+        start: Initialisation, such as temperature:value=0.5, or noise. Default: the model's recommended one.
+        temperature: Factor of the initial noise, 0 to 2: below 1 the result is nearer to the truth pixel by pixel, and
+            smoother. The same as --start temperature:value=V.
         plan: A plan of the model by name, or a plan's .json file, in place of sampler, times and steps.
         accelerate: An accelerator, such as compile; may be given several times.
         batch_size: Tiles in the network at once.
@@ -71,15 +76,19 @@ def upscale(
     from ..workflows.upscale import upscale_files
 
     request = UpscaleRequest(seed, tile, overlap, consistent, batch_size)
+    if temperature is not None and start is not None:
+        raise BadInput("give --start or --temperature, not both")
+    start = start if temperature is None else f"temperature:value={temperature:g}"
     loaded = open_model(model, device)
     check_super_resolution(loaded, factor)
     how = sampling_config(
-        config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, plan=plan,
-        accelerators=accelerate, precision=precision,
+        config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, start=start,
+        plan=plan, accelerators=accelerate, precision=precision,
     )  # fmt: skip
     options = {
         "model": model, "tile": tile, "overlap": overlap, "consistent": consistent, "seed": seed, "sampler": sampler,
-        "times": times, "steps": steps, "guidance_scale": guidance_scale, "plan": plan, "accelerate": accelerate,
+        "times": times, "steps": steps, "guidance_scale": guidance_scale, "start": start, "plan": plan,
+        "accelerate": accelerate,
     }  # fmt: skip
     reporter = ProgressReporter(0)
     with sigterm_as_interrupt(), reporter.bar:

@@ -175,9 +175,18 @@ def test_the_command(tmp_path: Path, folder: Path) -> None:
         (["--tile", 6], "must be a multiple of 4"),
         (["--overlap", 3], "at most a third of the tile of 8, 2, got 3"),
         (["--steps", 0], "at least 1"),
+        (["--start", "noise", "--temperature", 1], "not both"),
     ):
         code, out, err = run_cli("upscale", *good, *more)
         assert code in (1, 2) and message in err and err.count("\n") == 1 and not (tmp_path / "b.png").exists()
+    results = []
+    for words in (["--temperature", 0], ["--temperature", 0, "--seed", 1], ["--start", "temperature:value=0.5"], []):
+        code, out, err = run_cli("upscale", *good, *words, "--precision", "fp32")
+        assert code == 0, err
+        results.append(pixels(tmp_path / "b.png"))
+    assert np.array_equal(*results[:2]) and not np.array_equal(results[0], results[2])
+    assert not np.array_equal(results[2], results[3])
+    (tmp_path / "b.png").unlink()
     plain = tiny_model(shape=(3, 8, 8)).save(tmp_path / "plain")
     code, out, err = run_cli("upscale", good[0], "--model", plain, "--out", tmp_path / "b.png")
     assert code == 1 and "no model of super-resolution" in err
