@@ -37,7 +37,8 @@ _HOMES = {
         "samplers",
     ),
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
-    **dict.fromkeys(["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop", "Prior", "SingDiffusion"], "starts"),
+    **dict.fromkeys(["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop"], "starts"),
+    **dict.fromkeys(["Prior", "SingDiffusion", "Temperature"], "starts"),
     **dict.fromkeys(["accelerate", "as_scheduler", "open_quantized", "times_like"], "adapters.diffusers"),
     # diffusers looks these up where a pipeline was saved with such a scheduler or network
     **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),
@@ -66,8 +67,8 @@ __all__ = [
     "EarlyStop", "EvaluateConfig", "Explicit", "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras",
     "LikelihoodConfig", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned", "PredictorCorrector",
     "Prior", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks", "Rescale", "SASolver",
-    "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled", "SubVP", "TimeGrid",
-    "Trailing", "TrainConfig", "Truncated", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
+    "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled", "SubVP", "Temperature",
+    "TimeGrid", "Trailing", "TrainConfig", "Truncated", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
     "Wrapper", "accelerate", "apply", "as_scheduler", "choose", "distill_decoder", "distill_model", "draw",
     "evaluate_likelihood", "evaluate_model", "invert", "load", "open_quantized", "pick", "plan", "quantize_model",
     "rescale_zero_snr", "sample_many", "sample_to_files", "times_like", "train_autoencoder", "train_model",
@@ -117,7 +118,7 @@ if TYPE_CHECKING:
     from .schedules.continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
     from .schedules.discrete import Discrete, rescale_zero_snr
     from .schedules.truncated import Truncated
-    from .starts import CCDF, Auxiliary, DiffuseVAE, EarlyStop, Prior, SingDiffusion
+    from .starts import CCDF, Auxiliary, DiffuseVAE, EarlyStop, Prior, SingDiffusion, Temperature
     from .times import CosineAngle, Explicit, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
     from .workflows.apply import apply
     from .workflows.autoencoder import AutoencoderConfig, train_autoencoder

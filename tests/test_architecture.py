@@ -51,7 +51,7 @@ LIMITS = {
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Consistency EDM Flow NoiseLevel accelerate export
+    Consistency EDM Flow NoiseLevel SuperResolution accelerate export
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.
@@ -65,7 +65,7 @@ METHODS = {"samplers", "guides", "starts", "tuning", "distillers", "accelerators
 # Never at the top of a module: they are slow to import, or optional.
 LAZY = {
     "diffusers", "transformers", "accelerate", "tensorboard", "matplotlib", "scipy", "gradio", "onnxruntime",
-    "openvino", "onnx", "onnxscript", "nncf", "cyclopts", "rich", "jinja2",
+    "openvino", "onnx", "onnxscript", "nncf", "cyclopts", "rich", "jinja2", "rasterio",
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from ..storage import model_folder
 from ..storage.lora_files import LoRAFile
 from ..train.names import class_index, label_indices
 from ..utils.devices import upload
-from ..utils.random import MAX_SEED
+from ..utils.random import MAX_SEED, Noise
 from .first_evaluation import FirstEvaluation
 from .lora import load_lora_weights
 from .residual import decode_residual, encode_residual
@@ -229,7 +229,7 @@ class Model:
         *,
         batch_size: int = 64,
         images: Any = None,
-        noise: Tensor | None = None,
+        noise: Tensor | Noise | None = None,
         progress: Progress | None = None,
         callback: Callback | None = None,
         **options: Unpack[SamplingOptions],
@@ -248,7 +248,8 @@ class Model:
                 network that reads them (`source_shape`): a tensor or NumPy array, floats in [-1, 1] or uint8, or PIL
                 images. A network of super-resolution takes small images of other sizes than `source_shape` too, and
                 its samples are then larger or smaller than `shape`.
-            noise: (n, C, H, W), the initial standard normal noise in place of that of the seeds.
+            noise: (n, C, H, W), the initial standard normal noise in place of that of the seeds; or a `Noise` of n
+                samples, which gives that of the steps too.
             progress: called with (model evaluations done, of how many).
             callback: called after each model evaluation as `callback(step, t, x, x0)`, for one batch after the other;
                 see `walk`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from ..sampling import Callback, Noise, Progress, wrap_denoiser
 from ..utils.devices import upload
 from .finite import check_sample
 from .resolve import Resolved
-
-if TYPE_CHECKING:
-    from .model import Label, Model
 
 __all__ = ["sample_batches"]
 
@@ -35,18 +32,18 @@ class GivenNoise(Noise):
 
 
 def sample_batches(
-    model: Model,
+    model: Any,
     resolved: Resolved,
     n: int,
-    label: Label,
+    label: Any,
     seed: int,
     batch_size: int,
     images: Tensor | None,
-    given: Tensor | None,
+    given: Tensor | Noise | None,
     progress: Progress | None,
     callback: Callback | None,
 ) -> Tensor:
-    """Samples (n, ...), float32 on the CPU; arguments as `Model.sample`, checked, with its config resolved.
+    """Samples (n, ...), float32 on the CPU; arguments as of `Model.sample`, checked, its config resolved.
 
     Raises:
         BadInput: for initial noise of another shape.
@@ -57,8 +54,10 @@ def sample_batches(
     takes_source = model.source_shape is not None and not getattr(resolved.start, "gives_source", False)
     if takes_source and images is not None and model.source_factor > 1:
         shape = (model.shape[0], *(side * model.source_factor for side in images.shape[2:]))
-    if given is not None and tuple(given.shape) != (n, *shape):
+    if isinstance(given, Tensor) and tuple(given.shape) != (n, *shape):
         raise BadInput(f"noise must be of shape {(n, *shape)}, found {tuple(given.shape)}")
+    if isinstance(given, Noise) and (len(given), *given.shape) != (n, *shape):
+        raise BadInput(f"noise must be of shape {(n, *shape)}, found {(len(given), *given.shape)}")
     batches: list[Tensor] = []
     resolved.runtime.prepare(model.denoiser)
     with resolved.runtime.apply(), evaluating(model.denoiser):
@@ -66,7 +65,9 @@ def sample_batches(
             count = min(batch_size, n - first)
             seeds = range(seed + first, seed + first + count)
             noise = Noise(seeds, shape, torch.float32, device)
-            if given is not None:
+            if isinstance(given, Noise):
+                noise = given.rows(slice(first, first + count))
+            elif given is not None:
                 noise = GivenNoise(upload(given[first : first + count].float(), device), seeds)
             cond = {key: value[first : first + count] for key, value in conditions.items()}
             denoiser: Any = resolved.denoiser

@@ -27,14 +27,15 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
         BadInput: for images that are missing, too few, of another size, or not used.
     """
     shape = None if getattr(start, "gives_source", False) else model.source_shape
-    if shape is not None and start is not None:
+    reads = start is not None and getattr(start, "reads_images", True)
+    if shape is not None and reads:
         raise BadInput(f"{model.name} makes samples from source images: it takes no start")
     if images is None:
         if shape is not None:
             size = f"{shape[2]}x{shape[1]}" if len(shape) == 3 else f"shape {tuple(shape)}"
             raise BadInput(f"{model.name} makes its samples from source images: give images of {size}, one a sample")
         return None
-    if shape is None and start is None:
+    if shape is None and not reads:
         raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
     pixels = model.codec in ("image", "residual") and model.decoder is None
     wanted = shape or model.shape

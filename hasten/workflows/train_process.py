@@ -83,7 +83,15 @@ def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
     if config.flip and not config.crop:
         raise BadInput("--flip would mirror the targets of pairs and not their sources: leave it out")
     if config.degrade is not None:
-        return degraded_pairs(data, pick("degradations", config.degrade))
+        pairs = degraded_pairs(data, pick("degradations", config.degrade))
+        assert pairs.conditions is not None
+        small = tuple(pairs.conditions([0])["source"].shape[1:])
+        if small != tuple(data.shape) and not hasattr(recipe, "degradation"):
+            raise BadInput(
+                f"{format_spec(recipe)} needs sources of the size of the data, and {config.degrade} makes them "
+                f"{small[2]}x{small[1]}: downscale enlarges them again"
+            )
+        return pairs
     if config.crop:
         raise BadInput("--crop takes crops of the targets of pairs and not of their sources: give --degrade")
     if hasattr(recipe, "degradation"):
