@@ -143,8 +143,8 @@ class DMD(Distiller):
 
 
 class FakeScore(nn.Module):
-    """The denoiser of the student's samples, and a critic's head on its middle features (without features on z, with its source image
-    where there is one).
+    """The denoiser of the student's samples, and a critic's head on its middle features (without features on z, with
+    its source image where there is one).
 
     Args:
         denoiser: to train on the student's samples.
