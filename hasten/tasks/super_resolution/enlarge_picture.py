@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...distributed.ranks import Ranks
 from ...errors import BadInput, check_int
 from ...utils.random import MAX_SEED
 from .consistency import ConsistencyResult, back_project, measure_consistency
@@ -114,7 +115,8 @@ def enlarge_picture(
     request: UpscaleRequest,
     make_store: MakeStore = MemoryStore,
     advance: Callable[[float], Any] = lambda tiles: None,
-) -> Enlarged:
+    ranks: Ranks | None = None,
+) -> Enlarged | None:
     """Enlarge a picture.
 
     Args:
@@ -124,9 +126,10 @@ def enlarge_picture(
         request: tiles, seed and consistency.
         make_store: of the shapes of tiles and pixels, their type and white: a store; see `MemoryStore`.
         advance: called with the tiles that have been enlarged since the last call.
+        ranks: processes that share the tiles; all call this. None: this one alone.
 
     Returns:
-        the result, which reads from the store.
+        the result, which reads from the store; None in other processes than the main one.
     """
     grid, factor = grid_for(model, picture.size, request), model.source_factor
     height, width, channels = picture.pixels.shape
@@ -135,14 +138,17 @@ def enlarge_picture(
     if request.consistent and dtype == np.uint8:
         dtype, white = np.dtype(np.uint16), 2**16 - 1  # which is rounded to 8 bits after the correction
     columns = grid.shape[1]
+    job = TileJob(model, resolved, picture.pixels, picture.white, grid, request.seed, request.batch_size)
+    if ranks is not None and not ranks.is_main_process:
+        job.run(None, ranks=ranks)
+        return None
     store = make_store(
         (columns, channels, factor * grid.rows.tile, factor * grid.columns.tile),
         (factor * height, factor * width, channels),
         dtype,
         white,
     )
-    job = TileJob(model, resolved, picture.pixels, picture.white, grid, request.seed, request.batch_size)
-    job.run(store, advance)
+    job.run(store, advance, ranks)
     rows: Callable[[int, int], Tensor] = store.read
     if request.consistent:
         rows, _ = back_project(job.source, store.read, (channels, height, width), factor)
