@@ -194,8 +194,10 @@ class UpscaleRun:
         folder = file.out.with_name(f".{file.out.name}.tiles")
         stores = []
 
-        def make_store(*shapes: Any) -> FileStore:
-            store = FileStore(folder, *shapes, json.loads(file.settings))
+        def make_store(
+            tiles: tuple[int, int, int, int], pixels: tuple[int, int, int], dtype: Any, white: int
+        ) -> FileStore:
+            store = FileStore(folder, tiles, pixels, dtype, white, json.loads(file.settings))
             if store.changed is not None:
                 name, old, new = store.changed
                 self.warn(f"{file.path}: {name} was {old} and is now {new}: it is enlarged from the beginning")

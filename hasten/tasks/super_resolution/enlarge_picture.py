@@ -64,8 +64,9 @@ def grid_for(model: Model, size: tuple[int, int], request: UpscaleRequest) -> Ti
     Raises:
         BadInput: for tiles that the network does not take, and too large an overlap.
     """
-    factor, shape = model.source_factor, model.source_shape
-    tile = shape[1:] if request.tile is None or shape is None else (request.tile, request.tile)
+    factor = model.source_factor
+    own = tuple(side // factor for side in model.shape[1:])
+    tile = own if request.tile is None else (request.tile, request.tile)
     step = max(int(getattr(model.denoiser.net, "multiple", factor)) // factor, 1)
     if any(side % step for side in tile):
         below, above = max(tile[0] // step, 1) * step, -(-tile[0] // step) * step
