@@ -7,12 +7,12 @@ from typing import Any
 
 from ..errors import BadInput
 from ..storage.provenance import command_line
-from ._common import open_model, sampling_config, sigterm_as_interrupt, warn
-from ._processes import on_main_process
+from ._common import main_process_warning, open_shared, processes, sampling_config, sigterm_as_interrupt
+from ._processes import on_all_processes
 from .terminal import print_result
 
 
-@on_main_process
+@on_all_processes
 def upscale(
     images: list[Path],
     *,
@@ -40,7 +40,7 @@ def upscale(
     """Enlarge images of any size by a model of super-resolution, see docs/super-resolution.md.
 
     Large images are enlarged in overlapping tiles with one noise field, in bounded memory. A command that was stopped
-    resumes when it is repeated.
+    resumes when it is repeated. Several processes (torchrun) share the tiles of each row.
 
     Args:
         images: Image files, and folders of them, which are searched to any depth.
@@ -79,7 +79,8 @@ def upscale(
     if temperature is not None and start is not None:
         raise BadInput("give --start or --temperature, not both")
     start = start if temperature is None else f"temperature:value={temperature:g}"
-    loaded = open_model(model, device)
+    ranks = processes(device)
+    loaded = open_shared(model, ranks)
     check_super_resolution(loaded, factor)
     how = sampling_config(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, start=start,
@@ -90,12 +91,14 @@ def upscale(
         "times": times, "steps": steps, "guidance_scale": guidance_scale, "start": start, "plan": plan,
         "accelerate": accelerate,
     }  # fmt: skip
-    reporter = ProgressReporter(0)
+    reporter = ProgressReporter(0, show=ranks.is_main_process)
     with sigterm_as_interrupt(), reporter.bar:
         result = upscale_files(
-            loaded, images, out, request, how, reporter=reporter, warn=warn,
+            loaded, images, out, request, how, ranks=ranks, reporter=reporter, warn=main_process_warning(ranks),
             command=command_line("upscale", " ".join(map(str, images)), options),
         )  # fmt: skip
+    if not result:  # the main process has it
+        return {}
     print_result(result, "\n".join(lines_of(result)), json)
     if result["failed"]:
         count = len(result["failed"]) + len(result["images"]) + len(result["kept"])
