@@ -93,11 +93,8 @@ def sample_command(row: Row) -> str:
     if not planned:
         options |= {"sampler": None if own else row["sampler"], "times": None if own else row["times"]}
         options["steps"] = row["steps"]
-    options |= {
-        "guidance_scale": row["guidance_scale"],
-        "guide": list(row.get("guides") or ()),
-        "start": row.get("start"),
-    }
+    options |= {"guidance_scale": row["guidance_scale"], "guide": list(row.get("guides") or ())}
+    options |= {"start": row.get("start")}
     options["accelerate"] = list(row.get("accelerators") or ())
     options |= {"lora": row.get("lora"), "decoder": row.get("decoder")}
     if prompts := row["protocol"].get("prompts"):
