@@ -142,7 +142,7 @@ def evaluate(
     if is_restoration(loaded, task) and bits_per_dim is None:
         given = {
             "reference": reference, "label": label, "prompt": texts, "judge": judge,
-            "repeats": None if repeats == 1 else repeats, "start": start,
+            "repeats": None if repeats == 1 else repeats,
         }  # fmt: skip
         if stray := next((name for name, value in given.items() if value is not None), None):
             raise BadInput(f"a restoration is measured against the true images: leave out --{stray}")

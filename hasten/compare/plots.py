@@ -60,9 +60,11 @@ def method_label(row: Row) -> str:
 
 
 def quality_metric(rows: Sequence[Row]) -> str | None:
-    """The field of the quality: the Fréchet distance, else PSNR to the reference's images; None where no row has
-    either."""
-    return next((key for key in ("frechet", "psnr") if any(row.get(key) is not None for row in rows)), None)
+    """The field of the quality: the Fréchet distance, else PSNR to the true images, of a model that restores them, else
+    PSNR to the reference's images; None where no row has any."""
+    return next(
+        (key for key in ("frechet", "truth_psnr", "psnr") if any(row.get(key) is not None for row in rows)), None
+    )
 
 
 def plot_style(**settings: Any) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def draw_panel(
     if level:  # far below the marks it would compress them: then it is in the legend only
         label = f"real images, n = {rows[0]['protocol']['n']}" + ("" if visible else f":\n{level:.2g}, below the plot")
         axis.axhline(level, color=LEVEL, lw=1, ls=(0, (4, 3)), zorder=0, label=label)
-    if not distance:
+    if quality == "psnr":
         axis.axhline(NEAR_DB, color=LEVEL, lw=1, ls=(0, (4, 3)), zorder=0, label=f"{NEAR_DB:g} dB")
     for name in methods:
         here = [r for r in rows if method_label(r) == name and r["guidance_scale"] == scale]
@@ -173,7 +175,7 @@ def draw_panel(
         axis.yaxis.set_major_locator(FixedLocator(log_ticks(*axis.get_ylim())))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
-        values = [*(r[quality] for r in rows), NEAR_DB]
+        values = [*(r[quality] for r in rows), *([NEAR_DB] if quality == "psnr" else [])]
         room = 0.08 * (max(values) - min(values)) + 0.5
         axis.set_ylim(min(values) - room, max(values) + room)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

@@ -33,7 +33,7 @@ from .plots import (
     recorded_baseline,
 )
 from .restored_pictures import collect_restored
-from .restored_rows import TRUTH, RestoredPictures, restored_headline, truth_cells
+from .restored_rows import TRUTH, RestoredPictures, restored_headline, restoring_command, truth_cells
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,15 +93,14 @@ def sample_command(row: Row) -> str:
     if not planned:
         options |= {"sampler": None if own else row["sampler"], "times": None if own else row["times"]}
         options["steps"] = row["steps"]
-    options |= {
-        "guidance_scale": row["guidance_scale"],
-        "guide": list(row.get("guides") or ()),
-        "start": row.get("start"),
-    }
+    options |= {"guidance_scale": row["guidance_scale"], "guide": list(row.get("guides") or ())}
+    options |= {"start": row.get("start")}
     options["accelerate"] = list(row.get("accelerators") or ())
     options |= {"lora": row.get("lora"), "decoder": row.get("decoder")}
     if prompts := row["protocol"].get("prompts"):
         options["prompt"] = prompts[0]
+    if known := row["protocol"].get("restoration"):
+        return restoring_command(model, options, known["factor"])
     return command_line("sample", model, options)
 
 
@@ -214,8 +213,8 @@ def absent_columns(rows: Sequence[Row]) -> set[str]:
 
 def front_rows(rows: Sequence[Row]) -> set[int]:
     """Indices of the rows on the Pareto front: of distance and cost, or of PSNR and time."""
-    if quality_metric(rows) == "psnr":
-        return set(pareto_front(rows, "seconds_per_image", "psnr", higher=True))
+    if (quality := quality_metric(rows)) in ("psnr", "truth_psnr"):
+        return set(pareto_front(rows, "seconds_per_image", quality, higher=True))
     return set(pareto_front(rows, cost_axis(rows)))
 
 
@@ -369,7 +368,7 @@ def write_report(
         warned=[row for row in rows if row.get("warnings")],
         paired=paired_columns(rows),
         shots=shots,
-        restored=collect_restored(shots, restored),
+        restored=collect_restored(shots, restored, [images.get(row["key"]) for row in rows]),
         bicubic=bicubic_cells(rows),
         psnr={} if shots is None else {f"{row},{k}": text for (row, k), text in shots.psnr.items()},
         other=shown_second(rows, best or equivalent),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .pictures import Pictures, picture_uri
+import numpy as np
+
+from .pictures import Pictures, picture_uri, pixel_psnr
 from .restored_rows import RestoredPictures
 
 SHOWN = 200  # CSS pixels of a tile, about
@@ -21,6 +24,7 @@ class RestoredShots:
         count: pictures.
         side: CSS pixels of a tile.
         factor: of the sides.
+        figures: PSNR to the true picture as text, by class.
     """
 
     style: str
@@ -28,14 +32,18 @@ class RestoredShots:
     count: int
     side: int
     factor: int
+    figures: Mapping[str, str]
 
 
-def collect_restored(shots: Pictures | None, restored: RestoredPictures | None) -> RestoredShots | None:
+def collect_restored(
+    shots: Pictures | None, restored: RestoredPictures | None, rows: Sequence[np.ndarray | None] = ()
+) -> RestoredShots | None:
     """The tiles of all pictures; None where no images are restored.
 
     Args:
         shots: the pictures of the rows, whose classes are used again.
         restored: the others.
+        rows: the pictures of each row, uint8 (K, C, H, W).
     """
     if shots is None or restored is None:
         return None
@@ -51,4 +59,12 @@ def collect_restored(shots: Pictures | None, restored: RestoredPictures | None) 
             rules.append(f".{kind}-{k}{{background-image:url({picture_uri(images[k], small)})}}")
     side = max(SHOWN, min(width, 2 * SHOWN))
     count = min(shots.count, len(restored.truths))
-    return RestoredShots("".join(rules), tuple(tiles), count, side, restored.factor)
+    own = {f"p{index}": images for index, images in enumerate(rows) if images is not None}
+    own |= {"qb": restored.enlarged}
+    figures = {
+        f"{kind}-{k}": pixel_psnr(own[kind][k], restored.truths[k])
+        for kind, _, _ in tiles
+        for k in range(count)
+        if kind in own
+    }
+    return RestoredShots("".join(rules), tuple(tiles), count, side, restored.factor, figures)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..model.model import Model
+from ..storage.provenance import command_line
 from ..workflows.restoration import open_pairs
 from ..workflows.restoration_meter import RestorationMeter, open_meter
 from .plots import Row
@@ -144,3 +145,11 @@ def truth_cells(row: Row) -> dict[str, str]:
         cells[name] = "–" if row.get(name) is None else format(row[name], form)
         cells[name + "_spread"] = "" if span is None else f"{format(span[1], form)}–{format(span[2], form)}"
     return cells
+
+
+def restoring_command(model: str, options: dict[str, Any], factor: int) -> str:
+    """The command line that restores a user's images as a row did."""
+    options = {key: value for key, value in options.items() if key not in ("lora", "decoder", "guide")}
+    if factor > 1:
+        return command_line("upscale", "IMAGES", {"model": model, **options})
+    return command_line("translate", model, {"images": "IMAGES", **options})

@@ -123,7 +123,7 @@ def open_pairs(
     factor, text = model.source_factor, degradation_of(model, degrade)
     method = pick("degradations", text)
     sides = cut_sides(model, size, whole)
-    images = open_split(data, split, model.shape[0], report)
+    images = test_images(data, split, model.shape[0], report)
     cuts = cuts_of(images, sides, multiple_of(model), MOST if n is None else n, n is None, report)
     rows: dict[tuple[int, int], list[int]] = {}
     for number, (_, _, _, height, width) in enumerate(cuts):
@@ -178,7 +178,7 @@ def cut_sides(model: Model, size: int | None, whole: bool) -> tuple[int, int] | 
     return size, size
 
 
-def open_split(data: str | Path, split: str, channels: int, report: Callable[[str], None]) -> AnySize:
+def test_images(data: str | Path, split: str, channels: int, report: Callable[[str], None]) -> AnySize:
     """The images of a split; all of them where there are no splits."""
     try:
         return open_any_size(data, split, channels)
