@@ -65,8 +65,8 @@ def test_weight_zero_is_the_plain_distillation(eps: bool, tmp_path: Path) -> Non
     assert torch.equal(distilled(tmp_path / "zero", METHODS["progressive"], 0.0, eps), plain)
     term = distilled(tmp_path / "term", METHODS["progressive"], "weight=1,width=8", eps)
     assert bool(term.isfinite().all()) and not torch.equal(term, plain)
-    with pytest.raises(BadInput, match="structure"):  # of the unfinished run
-        distilled(tmp_path / "term", METHODS["progressive"], "weight=2,width=8", eps, steps=8)
+    with pytest.raises(BadInput, match="structure"):  # other settings than those of the run
+        distilled(tmp_path / "term", METHODS["progressive"], "weight=2,width=8", eps)
 
 
 def test_refusals_are_one_line(tmp_path: Path) -> None:

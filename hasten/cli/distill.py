@@ -34,6 +34,8 @@ def distill(
     lora_targets: str | None = None,
     gradient_checkpointing: bool = False,
     optimizer: str | None = None,
+    source: Path | None = None,
+    degrade: str | None = None,
     seed: int | None = None,
     precision: str | None = None,
     device: str = "auto",
@@ -50,7 +52,8 @@ def distill(
         model: The teacher: a bundled name (see models) or a folder.
         data: Folder, zip or array of real images, with the teacher's labels. Some methods (reflow, dsno,
             denoising_student) do without: they train on samples of the teacher. For a model of prompts: images with
-            captions (metadata.jsonl with file_name and text, or a .txt beside each image).
+            captions (metadata.jsonl with file_name and text, or a .txt beside each image). For a model that reads a
+            source image, every method needs them: for super-resolution of any sizes.
         prompts: Text file with a prompt a line, in place of data: for methods that do without images.
         out: The folder to write.
         config: A DistillConfig file (TOML or JSON); the options below override its fields.
@@ -76,6 +79,9 @@ def distill(
             diffusers).
         optimizer: adamw, muon (at 20 times the method's rate), or to need less memory on CUDA, with bitsandbytes:
             adamw8bit, paged-adamw8bit. Default: adamw.
+        source: For a model that reads a source image: the folder of the sources, with the file names of the data.
+        degrade: For a model that reads a source image: makes the sources from the data, such as
+            low_resolution:factor=4. Default: as in the training of the model.
         seed: Of everything that is random. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
         device: auto, cpu, cuda, cuda:1, mps or xpu.
@@ -94,7 +100,8 @@ def distill(
         method=method, minutes=minutes, steps=steps, nfe_budget=nfe_budget, guidance_scale=guidance_scale,
         batch_size=batch_size, grad_accumulation=grad_accumulation, fsdp=fsdp or None, seed=seed, precision=precision,
         gradient_checkpointing=gradient_checkpointing or None, optimizer=optimizer, lora=lora,
-        lora_targets=lora_targets, structure=structure,
+        lora_targets=lora_targets, source=None if source is None else str(source), degrade=degrade,
+        structure=structure,
     )  # fmt: skip
     request = (DistillConfig() if config is None else DistillConfig.load(config, "distill")).replace(**options)
     ranks = processes(device)
@@ -113,8 +120,13 @@ def distill(
         text = f"total: {cost}, {result['seconds'] / 60:.1f} min, peak memory {result['memory_bytes'] / 2**20:.0f} MiB"
     else:
         students = f"{len(result['students']) - 1} students, {cost} in {result['seconds'] / 60:.1f} min"
-        verb = "restyle" if request.method.startswith("encoder") else "sample"
-        text = f"{out}: {students}; try hasten {verb} {out}"
+        verb = "sample"
+        if loaded.source_shape is not None:
+            verb = "upscale" if loaded.source_factor > 1 else "translate"
+        if request.method.startswith("encoder"):
+            verb = "restyle"
+        images = " IMAGES" if loaded.source_shape is not None else ""
+        text = f"{out}: {students}; try hasten {verb} {out}{images}"
     print_result(result, text, json)
     return result
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from ..errors import BadInput
 from ..storage.provenance import command_line
-from ._common import open_model, sampling_config, sigterm_as_interrupt, warn
-from ._processes import on_main_process
+from ._common import main_process_warning, open_shared, processes, sampling_config, sigterm_as_interrupt
+from ._processes import on_all_processes
 from .terminal import print_result
 
 
-@on_main_process
+@on_all_processes
 def upscale(
     images: list[Path],
     *,
@@ -28,6 +28,8 @@ def upscale(
     times: str | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    start: str | None = None,
+    temperature: float | None = None,
     plan: str | None = None,
     accelerate: list[str] | None = None,
     batch_size: int = 8,
@@ -38,7 +40,7 @@ def upscale(
     """Enlarge images of any size by a model of super-resolution, see docs/super-resolution.md.
 
     Large images are enlarged in overlapping tiles with one noise field, in bounded memory. A command that was stopped
-    resumes when it is repeated.
+    resumes when it is repeated. Several processes (torchrun) share the tiles of each row.
 
     Args:
         images: Image files, and folders of them, which are searched to any depth.
@@ -55,6 +57,9 @@ def upscale(
         times: Time grid, such as uniform.
         steps: Number of steps of the time grid.
         guidance_scale: Scale of classifier-free guidance; 1 is none, more costs two model evaluations a step.
+        start: Initialisation, such as temperature:value=0.5, or noise. Default: the model's recommended one.
+        temperature: Factor of the initial noise, 0 to 2: below 1 the result is nearer to the truth pixel by pixel, and
+            smoother. The same as --start temperature:value=V.
         plan: A plan of the model by name, or a plan's .json file, in place of sampler, times and steps.
         accelerate: An accelerator, such as compile; may be given several times.
         batch_size: Tiles in the network at once.
@@ -71,22 +76,29 @@ def upscale(
     from ..workflows.upscale import upscale_files
 
     request = UpscaleRequest(seed, tile, overlap, consistent, batch_size)
-    loaded = open_model(model, device)
+    if temperature is not None and start is not None:
+        raise BadInput("give --start or --temperature, not both")
+    start = start if temperature is None else f"temperature:value={temperature:g}"
+    ranks = processes(device)
+    loaded = open_shared(model, ranks)
     check_super_resolution(loaded, factor)
     how = sampling_config(
-        config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, plan=plan,
-        accelerators=accelerate, precision=precision,
+        config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, start=start,
+        plan=plan, accelerators=accelerate, precision=precision,
     )  # fmt: skip
     options = {
         "model": model, "tile": tile, "overlap": overlap, "consistent": consistent, "seed": seed, "sampler": sampler,
-        "times": times, "steps": steps, "guidance_scale": guidance_scale, "plan": plan, "accelerate": accelerate,
+        "times": times, "steps": steps, "guidance_scale": guidance_scale, "start": start, "plan": plan,
+        "accelerate": accelerate,
     }  # fmt: skip
-    reporter = ProgressReporter(0)
+    reporter = ProgressReporter(0, show=ranks.is_main_process)
     with sigterm_as_interrupt(), reporter.bar:
         result = upscale_files(
-            loaded, images, out, request, how, reporter=reporter, warn=warn,
+            loaded, images, out, request, how, ranks=ranks, reporter=reporter, warn=main_process_warning(ranks),
             command=command_line("upscale", " ".join(map(str, images)), options),
         )  # fmt: skip
+    if not result:  # the main process has it
+        return {}
     print_result(result, "\n".join(lines_of(result)), json)
     if result["failed"]:
         count = len(result["failed"]) + len(result["images"]) + len(result["kept"])

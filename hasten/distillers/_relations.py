@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..train.sadm import Estimates, Structure, clean_samples
+from ..train.sadm import Estimates, StructureTerm, clean_samples
 from ..train.trained_module import TrainedModule
 from ._task import DistillTask
 
@@ -19,13 +19,13 @@ RECORD = "structure"  # key of a batch
 def related(task: DistillTask, modules: list[TrainedModule]) -> list[TrainedModule]:
     """The modules of a stage with the task's structure term on the first one, the student, and the term's encoder.
 
-    The student's loss calls `relate`, or the function of `recorder`.
+    The student's loss calls `relate`, or the function of `relation_recorder`.
     """
     if task.structure is None:
         return modules
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
-        structure = Structure(task.structure, tuple(task.shape), task.ranks)
+        structure = StructureTerm(task.structure, tuple(task.shape), task.ranks)
     student, *others = modules
     plain = student.loss
 
@@ -61,7 +61,7 @@ def relate(
     batch[RECORD] = Estimates(output, x0, target, weights)
 
 
-def recorder(
+def relation_recorder(
     task: DistillTask, batch: dict[str, Any], student: Denoiser, z: Tensor, t: Tensor, target: Tensor
 ) -> Callable[[Tensor], None] | None:
     """A function that passes on what the network returned at z, t to `relate`; None without a structure term."""

@@ -173,7 +173,7 @@ def prediction_loss(
             network's output; `"auto"` is `"raw"` for a network that predicts eps and `"snr+1"` for every other. (On the
             error of eps, `"snr+1"` is 1 / alpha^2, which on DDPM's table is 25,000 at t = 1 and outweighs all other
             times.)
-        record: called with the network's output, such as `_relations.recorder`.
+        record: called with the network's output, such as `_relations.relation_recorder`.
         cond: conditions of the network.
 
     Returns:

@@ -15,7 +15,7 @@ from ..train.losses import stratified
 from ..train.sadm import clean_samples
 from ..utils.deprecation import renamed
 from ._ema_target import EMATarget
-from ._relations import recorder, relate, related
+from ._relations import relate, related, relation_recorder
 from ._targets import (
     DeviceTimes,
     ddim_path,
@@ -244,7 +244,7 @@ class GuidedDistillation(Distiller):
                     path = self.path(first=k == 0)
                     target[rows] = path(teacher, task.schedule, z[rows], times, **cond)[1].to(x.dtype)
             inputs["steps"] = own
-            record = recorder(task, batch, module.student, z, t, target)
+            record = relation_recorder(task, batch, module.student, z, t, target)
             return prediction_loss(module.student, z, t, target, self.weight, record, **inputs)
 
         modules = related(task, [task.trained_module("student", module, loss_fn, self.lr)])
@@ -274,7 +274,7 @@ class GuidedDistillation(Distiller):
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
                 _, target = path(teacher, task.schedule, z, times, **cond)
-            record = recorder(task, batch, student, z, times[0], target)
+            record = relation_recorder(task, batch, student, z, times[0], target)
             return prediction_loss(student, z, times[0], target, self.weight, record, **cond)
 
         return loss_fn

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..times import Trailing
-from ._relations import recorder, related
+from ._relations import related, relation_recorder
 from ._targets import DeviceTimes, ddim_path, midpoint_path, noised, prediction_loss, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 
@@ -116,7 +116,7 @@ def halving_loss(
         z = noised(task.schedule, x, times[0])
         with torch.no_grad():
             _, target = path(teacher, task.schedule, z, times, **cond)
-        record = recorder(task, batch, student, z, times[0], target)
+        record = relation_recorder(task, batch, student, z, times[0], target)
         return prediction_loss(student, z, times[0], target, weight, record, **cond)
 
     return loss_fn

@@ -14,7 +14,7 @@ from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
 from ._ema_target import EMATarget
-from ._relations import recorder, related
+from ._relations import related, relation_recorder
 from ._targets import DeviceTimes, ddim_step, noised, prediction_loss, resolve_weight, signal_to_noise, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 from .progressive import check_nested_steps
@@ -103,7 +103,7 @@ class Tract(Distiller):
             z = noised(schedule, x, times[0])
             with torch.no_grad():
                 target = two_step_target(teacher, module.copy, schedule, z, *times, **cond)
-            record = recorder(task, batch, module.student, z, times[0], target)
+            record = relation_recorder(task, batch, module.student, z, times[0], target)
             return prediction_loss(module.student, z, times[0], target, weight, record, **cond)
 
         return loss_fn

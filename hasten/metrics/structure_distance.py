@@ -50,6 +50,10 @@ def structure_distance(real: Tensor, generated: Tensor) -> float:
 
     Raises:
         BadInput: for fewer than two samples, or features of different lengths.
+
+    References:
+        Mémoli 2011, doi:10.1007/s10208-011-9093-5 (a lower bound of the Gromov-Wasserstein distance); Yang et al. 2024,
+        arXiv:2402.17563 (relations of samples).
     """
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
         raise BadInput(
@@ -70,7 +74,7 @@ def quantiles(ordered: Tensor, at: Tensor) -> Tensor:
 
 
 def structure_distance_of(
-    images: Tensor, real: Tensor, samples: int = 1000, networks: int = 4, seed: int = 0
+    images: Tensor, real: Tensor, samples: int = 1000, networks: int = 4, seed: int = 0, name: str = "real images"
 ) -> Measure:
     """Structure distance of images in frozen random features, with that between two real halves beside it.
 
@@ -80,9 +84,10 @@ def structure_distance_of(
         samples: maximum of each set; both get the same number.
         networks: random networks that the distance is averaged over.
         seed: of their weights.
+        name: of the real ones, for the record.
 
     Returns:
-        The mean over the networks, with its standard error over them, and the distance of two real sets.
+        The mean over the networks, with its standard deviation over them, and the distance of two real sets.
 
     Raises:
         BadInput: for images of different shapes, and too few.
@@ -96,8 +101,13 @@ def structure_distance_of(
     first, second, generated = (random_features(part, networks, seed=seed) for part in sets)
     values = torch.tensor([structure_distance(a, b) for a, b in zip(first, generated, strict=True)])
     floors = torch.tensor([structure_distance(a, b) for a, b in zip(first, second, strict=True)])
-    error = float(values.std() / networks**0.5) if networks > 1 else None
     return Measure(
-        "structure distance", float(values.mean()), features=f"{networks} random networks, seed {seed}", samples=n,
-        floor=float(floors.mean()), error=error,
-    )  # fmt: skip
+        name="structure_distance",
+        value=float(values.mean()),
+        features=f"{networks} random networks (seed {seed})",
+        reference=name,
+        count=n,
+        reference_count=n,
+        floor=float(floors.mean()),
+        spread=float(values.std()) if networks > 1 else None,
+    )

@@ -61,6 +61,7 @@ class Model:
         is conditioned on (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
     pipeline: of diffusers, with which the network was loaded and can be saved again.
     calibration_prompts: of a model that takes prompts: those on which accelerators are calibrated; none: the empty one.
+    calibration_sources: of a model that reads source images: those (n, C, H, W) in [-1, 1] on which it is calibrated.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
@@ -84,6 +85,7 @@ class Model:
     decoder: Any = None
     pipeline: Any = None
     calibration_prompts: tuple[str, ...] = ()
+    calibration_sources: Tensor | None = None
     start: str | None = None
     residual_std: float | None = None
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..denoiser import evaluating
 from ..errors import BadInput
+from ..nets.source_cache import caching_sources
 from ..plan.draw import draw_unchecked as draw
 from ..progress import fraction_of
 from ..sampling import Callback, Noise, Progress, wrap_denoiser
@@ -60,7 +61,7 @@ def sample_batches(
         raise BadInput(f"noise must be of shape {(n, *shape)}, found {(len(given), *given.shape)}")
     batches: list[Tensor] = []
     resolved.runtime.prepare(model.denoiser)
-    with resolved.runtime.apply(), evaluating(model.denoiser):
+    with resolved.runtime.apply(), evaluating(model.denoiser), caching_sources(resolved.denoiser):
         for first in range(0, n, batch_size):
             count = min(batch_size, n - first)
             seeds = range(seed + first, seed + first + count)

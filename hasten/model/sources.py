@@ -61,13 +61,14 @@ def fits(model: Any, source: Tensor, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
+def refuse_process(model: Any, what: str, bridges_only: bool = False, sources: bool = False) -> None:
     """Raise BadInput for a model of another process, or one whose samples do not begin from noise alone.
 
     Args:
         model: a `Model`.
         what: what cannot work on it, for the message, such as "tuning".
         bridges_only: it works on other processes and on generators, only not on source images.
+        sources: it works on models that draw from noise and read a source image as a condition.
     """
     schedule = model.denoiser.schedule
     if model.start is not None and getattr(pick("starts", model.start), "gives_source", False):
@@ -77,7 +78,7 @@ def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:
             f"{what} is for models that draw from noise alone, and {model.name} also reads an image of a generator "
             f"(start={model.start})"
         )
-    if model.source_shape is not None:
+    if model.source_shape is not None and (schedule.bridge or not sources):
         raise BadInput(
             f"{what} is for models that draw from noise alone, and {model.name} makes its samples from source images: "
             "see hasten translate"

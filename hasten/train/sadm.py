@@ -27,7 +27,7 @@ from .losses import DenoisingLoss, Uniform
 from .relations import LOSSES, relation_distance
 from .trained_module import TrainedModule
 
-__all__ = ["Estimates", "Sadm", "Structure", "StructuredLoss", "structure_options", "with_structure"]
+__all__ = ["Estimates", "Sadm", "StructureTerm", "StructuredLoss", "structure_options", "with_structure"]
 
 KEYS = ("structure_real", "structure_generated", "structure_weights", "structure_groups")  # of a batch
 GATES = ("auto", "snr", "alpha", "none")
@@ -133,7 +133,7 @@ class Estimates:
     groups: Tensor | None = None
 
 
-class Structure(nn.Module):
+class StructureTerm(nn.Module):
     """The encoder with the state of the structure term: its steps and the running norms of the gradients.
 
     One trained module's loss calls `add`; `trained_module` is the encoder's own, which follows it in the list.
@@ -242,7 +242,7 @@ class StructuredLoss:
         structure: the term.
     """
 
-    def __init__(self, loss: DenoisingLoss, denoiser: Denoiser, structure: Structure) -> None:
+    def __init__(self, loss: DenoisingLoss, denoiser: Denoiser, structure: StructureTerm) -> None:
         self.loss, self.denoiser, self.structure = loss, denoiser, structure
         self._quantiles: tuple[Tensor, Tensor] | None = None
 
@@ -307,7 +307,7 @@ def with_structure(
     """
     if not options.weight:
         return [trained]
-    structure = Structure(options, tuple(shape), ranks, encoder)
+    structure = StructureTerm(options, tuple(shape), ranks, encoder)
     wrapped = StructuredLoss(loss, denoiser, structure)
     return [replace(trained, loss=wrapped), structure.trained_module(trained.optimiser)]
 

@@ -32,6 +32,8 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
     first = model if init is None else init
     if model.conditioning is not None:
         check_prompts(first, distiller, method)
+    if model.source_shape is not None and distiller.direction == "encode":
+        raise BadInput(f"{name}: {model.name} reads a source image, and restyle has none: use another method")
     text_scale = model.conditioning is not None and distiller.adds_guidance_only  # a U-Net of diffusers can have it
     folded = model if lora_layers(first.denoiser.net) else first  # a LoRA is merged when the student is saved
     check_savable(folded, network=not distiller.adds_inputs or text_scale)
@@ -57,6 +59,8 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
     for what, mine, theirs in (
         ("shape", tuple(init.shape), tuple(model.shape)),
         ("classes", len(init.classes or ()), len(model.classes or ())),
+        ("codec", (init.codec, init.residual_std), (model.codec, model.residual_std)),
+        ("source images of shape", init.source_shape, model.source_shape),
         ("prompt embeddings", embedding_shapes(init), embedding_shapes(model)),
     ):
         if mine != theirs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -10,15 +11,17 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..distributed.ranks import ProcessLost, Ranks
 from ..errors import BadInput
 from ..files import check_writable, locked, refuse_inside, sha256
 from ..plan.config import SamplingConfig
 from ..progress import ProgressReporter, ignore_messages
 from ..storage.provenance import model_hash, versions
 from ..tasks.super_resolution.enlarge_picture import UpscaleRequest, enlarge_picture, grid_for
-from ..tasks.super_resolution.pictures import picture_size, read_description, read_picture
+from ..tasks.super_resolution.pictures import Picture, picture_size, read_description, read_picture
 from ..tasks.super_resolution.task import check_super_resolution
 from ..tasks.super_resolution.tile_store import FileStore
+from ..tasks.super_resolution.tiled import channels_for
 from ..tasks.super_resolution.write_picture import WRITTEN, write_picture
 from ..train.decode import readable_suffixes
 from ..train.tree import folder_tree
@@ -53,6 +56,7 @@ def upscale_files(
     request: UpscaleRequest | None = None,
     config: SamplingConfig | None = None,
     *,
+    ranks: Ranks | None = None,
     reporter: ProgressReporter | None = None,
     warn: Callable[[str], None] = ignore_messages,
     command: str = "",
@@ -69,6 +73,8 @@ def upscale_files(
         out: a folder; for one image also a .png or .tif file.
         request: tiles, seed and consistency; None: the defaults.
         config: how to sample; None: as the model recommends. options: fields of it.
+        ranks: processes that share the tiles of each row, `Ranks.start()`; all call this, and only the main one writes,
+            warns and has the result. None: this one alone.
         reporter: shows the progress in tiles; its total is set here.
         warn: called with a line on what is not kept, and on each image that cannot be read.
         command: the command line that the files hold.
@@ -83,30 +89,37 @@ def upscale_files(
     """
     check_super_resolution(model)
     request, out = UpscaleRequest() if request is None else request, Path(out)
+    ranks = Ranks(model.device) if ranks is None else ranks
     files = find_files(images, out)
-    resolved = model.resolve(config, batch_size=request.batch_size, **options)
+    config = SamplingConfig.of(config, options)
+    precision = ranks.on_main_process(lambda: model.precision_for(config.precision or "fp32", request.batch_size))
+    resolved = model.resolve(config, precision=precision)
     grid_for(model, (1, 1), request)  # refuses tiles before any work
     shared = {
         "hasten": __version__, "weights": model_hash(model), "device": model.device.type, "command": command,
         "sampling": resolved.settings(), **asdict(request),
     }  # fmt: skip
-    run = UpscaleRun(model, resolved, request, reporter or ProgressReporter(0, show=False), warn, shared)
+    main = ranks.is_main_process
+    run = UpscaleRun(model, resolved, request, ranks, reporter or ProgressReporter(0, show=False), warn, shared)
     began = time.perf_counter()
     single = out.suffix.lower() in WRITTEN
-    check_writable(out if single else out / "0.png")
-    with locked(out.parent if single else out):
-        waiting = [prepared for file in files if (prepared := run.prepare(file)) is not None]
+    with contextlib.ExitStack() as stack:
+        if main:
+            check_writable(out if single else out / "0.png")
+            stack.enter_context(locked(out.parent if single else out))
+        waiting = ranks.on_main_process(lambda: [ready for file in files if (ready := run.prepare(file)) is not None])
         run.reporter.expect(sum(file.tiles for file in waiting))
         for file in waiting:
             try:
                 run.enlarge(file)
-            except BadInput as error:
-                run.fail(file, error)
-            except KeyboardInterrupt as stop:
-                raise KeyboardInterrupt(
+            except (KeyboardInterrupt, ProcessLost) as stop:
+                raise type(stop)(
                     f"{str(stop) or 'stopped'}; {len(run.done)} of {len(waiting)} images are done, and the finished "
                     f"tiles of {file.path} are kept: the same command resumes"
                 ) from stop
+        ranks.barrier()
+    if not main:
+        return {}
     return {
         "model": model.name,
         "sha256": model.sha256,
@@ -132,12 +145,13 @@ class UpscaleRun:
         model: Model,
         resolved: Resolved,
         request: UpscaleRequest,
+        ranks: Ranks,
         reporter: ProgressReporter,
         warn: Callable[[str], None],
         shared: dict[str, Any],
     ) -> None:
         self.model, self.resolved, self.request = model, resolved, request
-        self.reporter, self.warn, self.shared = reporter, warn, shared
+        self.ranks, self.reporter, self.warn, self.shared = ranks, reporter, warn, shared
         self.done: list[dict[str, Any]] = []
         self.kept: list[str] = []
         self.failed: list[dict[str, str]] = []
@@ -157,17 +171,33 @@ class UpscaleRun:
         return replace(file, tiles=len(grid_for(self.model, size, self.request)), settings=text)
 
     def enlarge(self, file: UpscaleFile) -> None:
-        """Enlarge an image file and write the result."""
-        began = time.perf_counter()
+        """Enlarge an image file and write the result, or report why not."""
         self.reporter.describe(file.path.name)
-        picture = read_picture(file.path, four=self.model.shape[0] == 4)
-        for note in picture.notes:
+        try:  # alike in all processes
+            picture = read_picture(file.path, four=self.model.shape[0] == 4)
+            channels_for(self.model, picture.pixels.shape[2])
+        except BadInput as error:
+            self.fail(file, error)
+            return
+        for note in [*picture.notes, *self.idle(picture.size)]:
             self.warn(f"{file.path}: {note}")
+        try:
+            self.write(file, picture)
+        except BadInput as error:
+            if self.ranks.world > 1:  # the others are not where this one is
+                raise
+            self.fail(file, error)
+
+    def write(self, file: UpscaleFile, picture: Picture) -> None:
+        """Enlarge a picture and write the result."""
+        began = time.perf_counter()
         folder = file.out.with_name(f".{file.out.name}.tiles")
         stores = []
 
-        def make_store(*shapes: Any) -> FileStore:
-            store = FileStore(folder, *shapes, json.loads(file.settings))
+        def make_store(
+            tiles: tuple[int, int, int, int], pixels: tuple[int, int, int], dtype: Any, white: int
+        ) -> FileStore:
+            store = FileStore(folder, tiles, pixels, dtype, white, json.loads(file.settings))
             if store.changed is not None:
                 name, old, new = store.changed
                 self.warn(f"{file.path}: {name} was {old} and is now {new}: it is enlarged from the beginning")
@@ -177,8 +207,10 @@ class UpscaleRun:
         file.out.parent.mkdir(parents=True, exist_ok=True)
         try:
             enlarged = enlarge_picture(
-                self.model, self.resolved, picture, self.request, make_store, self.reporter.advance
+                self.model, self.resolved, picture, self.request, make_store, self.reporter.advance, self.ranks
             )
+            if enlarged is None:  # the main process writes it
+                return
             text = {
                 "command": self.shared["command"], "model": f"{self.model.name} {self.model.sha256}",
                 "versions": versions(), KEY: file.settings,
@@ -197,6 +229,16 @@ class UpscaleRun:
             "consistency_error": enlarged.consistency.rms, "largest_error": enlarged.consistency.largest,
             "seconds": time.perf_counter() - began,
         })  # fmt: skip
+
+    def idle(self, size: tuple[int, int]) -> list[str]:
+        """A line where some processes will have nothing to do."""
+        columns, world = grid_for(self.model, size, self.request).shape[1], self.ranks.world
+        if -(-columns // self.request.batch_size) >= world:
+            return []
+        return [
+            f"a row of {columns} tiles is too little for {world} processes: --batch-size {max(columns // world, 1)} "
+            "gives work to more"
+        ]
 
     def fail(self, file: UpscaleFile, error: BadInput) -> None:
         """Report an image that cannot be enlarged; the others go on."""

@@ -25,7 +25,7 @@ from hasten.train.checkpoint import read_log
 from hasten.train.data import BatchSlices, shard_batches
 from hasten.train.fit import Fit
 from hasten.train.rng import MicroBatchRng
-from hasten.train.sadm import Estimates, Sadm, Structure
+from hasten.train.sadm import Estimates, Sadm, StructureTerm
 from hasten.train.trained_module import TrainedModule
 from hasten.workflows.distill import distill_model
 
@@ -114,7 +114,7 @@ def run_process(rank: int, folder: str) -> None:
 def structure_gradients(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of encoder and estimates of a batch of 8 in equal parts, averaged, and the ratio of the norms."""
     torch.manual_seed(4)
-    structure = Structure(Sadm(start=0.0, width=8), (1, 8, 8), ranks)
+    structure = StructureTerm(Sadm(start=0.0, width=8), (1, 8, 8), ranks)
     real, output = torch.randn(2, 8, 1, 8, 8).split(1)
     part = slice(8 * ranks.rank // ranks.world, 8 * (ranks.rank + 1) // ranks.world)
     real, output = real[0, part], output[0, part].clone().requires_grad_(True)

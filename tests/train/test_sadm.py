@@ -18,8 +18,8 @@ from hasten.train.relations import relation_distance, sample_distances
 from hasten.train.sadm import (
     Estimates,
     Sadm,
-    Structure,
     StructuredLoss,
+    StructureTerm,
     clean_samples,
     structure_options,
     with_structure,
@@ -119,10 +119,10 @@ def test_encoder_is_bounded_for_samples_of_any_shape(shape: tuple[int, ...]) -> 
 
 def players(
     times: str = "shared", prediction: str = "v", **options: float
-) -> tuple[Denoiser, Structure, StructuredLoss]:
+) -> tuple[Denoiser, StructureTerm, StructuredLoss]:
     torch.manual_seed(3)
     denoiser = tiny_denoiser(prediction=prediction, trainable=True)
-    structure = Structure(Sadm(times=times, start=0.0, width=8, **options), SHAPE)
+    structure = StructureTerm(Sadm(times=times, start=0.0, width=8, **options), SHAPE)
     return denoiser, structure, StructuredLoss(DenoisingLoss(label_drop=0.0), denoiser, structure)
 
 

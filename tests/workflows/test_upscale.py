@@ -25,6 +25,7 @@ from hasten.tasks.super_resolution import UpscaleRequest
 from hasten.workflows.upscale import upscale_files
 
 from ..factories import run_cli, tiny_model
+from ..process_groups import torchrun
 from ..tasks.super_resolution.tiny import local_model, scene
 
 
@@ -175,9 +176,32 @@ def test_the_command(tmp_path: Path, folder: Path) -> None:
         (["--tile", 6], "must be a multiple of 4"),
         (["--overlap", 3], "at most a third of the tile of 8, 2, got 3"),
         (["--steps", 0], "at least 1"),
+        (["--start", "noise", "--temperature", 1], "not both"),
     ):
         code, out, err = run_cli("upscale", *good, *more)
         assert code in (1, 2) and message in err and err.count("\n") == 1 and not (tmp_path / "b.png").exists()
+    results = []
+    for words in (["--temperature", 0], ["--temperature", 0, "--seed", 1], ["--start", "temperature:value=0.5"], []):
+        code, out, err = run_cli("upscale", *good, *words, "--precision", "fp32")
+        assert code == 0, err
+        results.append(pixels(tmp_path / "b.png"))
+    assert np.array_equal(*results[:2]) and not np.array_equal(results[0], results[2])
+    assert not np.array_equal(results[2], results[3])
+    (tmp_path / "b.png").unlink()
     plain = tiny_model(shape=(3, 8, 8)).save(tmp_path / "plain")
     code, out, err = run_cli("upscale", good[0], "--model", plain, "--out", tmp_path / "b.png")
     assert code == 1 and "no model of super-resolution" in err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_pixels_of_one(tmp_path: Path, folder: Path) -> None:
+    image(tmp_path / "in" / "a.png", 20, 40)
+    (tmp_path / "in" / "b.png").write_text("hello")
+    words = ["upscale", str(tmp_path / "in"), "--model", str(folder), "--batch-size", "2", "--precision", "fp32"]
+    run_cli(*words, "--device", "cpu", "--out", tmp_path / "one")
+    with torchrun(2, *words, "--device", "cpu", "--out", str(tmp_path / "two"), "--json") as process:
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 1 and err.count("b.png: not an image") == 1
+    assert len(json.loads(out)["images"]) == 1 and "1 of 2 images could not" in err
+    assert np.array_equal(pixels(tmp_path / "one" / "a.png"), pixels(tmp_path / "two" / "a.png"))
+    assert [p.name for p in (tmp_path / "two").iterdir()] == ["a.png"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...distributed.ranks import Ranks
 from ...errors import BadInput, check_int
 from ...utils.random import MAX_SEED
 from .consistency import ConsistencyResult, back_project, measure_consistency
@@ -63,8 +64,9 @@ def grid_for(model: Model, size: tuple[int, int], request: UpscaleRequest) -> Ti
     Raises:
         BadInput: for tiles that the network does not take, and too large an overlap.
     """
-    factor, shape = model.source_factor, model.source_shape
-    tile = shape[1:] if request.tile is None or shape is None else (request.tile, request.tile)
+    factor = model.source_factor
+    own = tuple(side // factor for side in model.shape[1:])
+    tile = own if request.tile is None else (request.tile, request.tile)
     step = max(int(getattr(model.denoiser.net, "multiple", factor)) // factor, 1)
     if any(side % step for side in tile):
         below, above = max(tile[0] // step, 1) * step, -(-tile[0] // step) * step
@@ -114,7 +116,8 @@ def enlarge_picture(
     request: UpscaleRequest,
     make_store: MakeStore = MemoryStore,
     advance: Callable[[float], Any] = lambda tiles: None,
-) -> Enlarged:
+    ranks: Ranks | None = None,
+) -> Enlarged | None:
     """Enlarge a picture.
 
     Args:
@@ -124,9 +127,10 @@ def enlarge_picture(
         request: tiles, seed and consistency.
         make_store: of the shapes of tiles and pixels, their type and white: a store; see `MemoryStore`.
         advance: called with the tiles that have been enlarged since the last call.
+        ranks: processes that share the tiles; all call this. None: this one alone.
 
     Returns:
-        the result, which reads from the store.
+        the result, which reads from the store; None in other processes than the main one.
     """
     grid, factor = grid_for(model, picture.size, request), model.source_factor
     height, width, channels = picture.pixels.shape
@@ -135,14 +139,17 @@ def enlarge_picture(
     if request.consistent and dtype == np.uint8:
         dtype, white = np.dtype(np.uint16), 2**16 - 1  # which is rounded to 8 bits after the correction
     columns = grid.shape[1]
+    job = TileJob(model, resolved, picture.pixels, picture.white, grid, request.seed, request.batch_size)
+    if ranks is not None and not ranks.is_main_process:
+        job.run(None, ranks=ranks)
+        return None
     store = make_store(
         (columns, channels, factor * grid.rows.tile, factor * grid.columns.tile),
         (factor * height, factor * width, channels),
         dtype,
         white,
     )
-    job = TileJob(model, resolved, picture.pixels, picture.white, grid, request.seed, request.batch_size)
-    job.run(store, advance)
+    job.run(store, advance, ranks)
     rows: Callable[[int, int], Tensor] = store.read
     if request.consistent:
         rows, _ = back_project(job.source, store.read, (channels, height, width), factor)

@@ -39,7 +39,7 @@ class PngRows:
         height, width, channels = shape
         self.file, self.shape, self.step = file, shape, channels * bits // 8
         self.dtype = np.dtype(np.uint8 if bits == 8 else ">u2")
-        self.above = np.zeros(width * self.step, np.uint8)
+        self.above: np.ndarray = np.zeros(width * self.step, np.uint8)
         self.deflate = zlib.compressobj(6)
         file.write(b"\x89PNG\r\n\x1a\n")
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, COLOUR[channels], 0, 0, 0))

@@ -100,6 +100,7 @@ class SuperResolution:
             picture = self.picture(image)
             advance = progress if progress is not None else lambda tiles: None
             enlarged = enlarge_picture(self.model, resolved, picture, request, advance=advance)
+            assert enlarged is not None  # of one process
             return self._as(image, picture, enlarged.values(0, enlarged.shape[0]))
 
         if isinstance(images, Tensor) and images.ndim == 4:

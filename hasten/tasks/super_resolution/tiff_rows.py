@@ -44,7 +44,7 @@ class TiffRows:
         self.file, self.shape, self.bits = file, shape, bits
         self.large = height * width * channels * bits // 8 > LARGE if large is None else large
         self.dtype = np.dtype(np.uint8 if bits == 8 else "<u2")
-        self.waiting = np.empty((0, width, channels), self.dtype)
+        self.waiting: np.ndarray = np.empty((0, width, channels), self.dtype)
         self.offsets: list[int] = []
         self.counts: list[int] = []
         self.profile, self.text = profile, text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...distributed.ranks import Ranks
 from ...errors import BadInput
 from ...model.model import Model
 from ...model.resolve import Resolved
@@ -72,28 +74,53 @@ class TileJob:
     seed: int = 0
     batch_size: int = 8
 
-    def run(self, store: Store, advance: Callable[[float], Any] = lambda tiles: None) -> None:
+    def run(
+        self,
+        store: Store | None,
+        advance: Callable[[float], Any] = lambda tiles: None,
+        ranks: Ranks | None = None,
+    ) -> None:
         """Enlarge what the store has not yet, and set its pixels, row of tiles by row of tiles.
 
         Args:
-            store: of the tiles and the result.
+            store: of the tiles and the result, in the main process; None in the others.
             advance: called with the tiles, or parts of them, that have been enlarged since the last call.
+            ranks: processes among which the batches of each row are dealt; all call this. None: this one alone.
+
+        Raises:
+            ProcessLost: where another process ends early.
         """
+        ranks = Ranks(self.model.device) if ranks is None else ranks
         rows, columns = self.grid.shape
         for row in range(rows):
-            if row < store.bands - 1:  # only the last band's tiles are needed for the next one
-                advance(columns)
-                continue
-            for first in range(0, columns, self.batch_size):
-                count = min(self.batch_size, columns - first)
-                if (row, first) in store.finished:
-                    advance(count)
-                    continue
-                store.put(row, first, self._enlarge(row, range(first, first + count), advance))
-            if row >= store.bands:
+            batches = ranks.on_main_process(functools.partial(self._missing, store, row))
+            advance(columns - sum(len(batch) for batch in batches))
+            if ranks.world == 1 and store is not None:
+                for batch in batches:
+                    store.put(row, batch[0], self._enlarge(row, batch, advance))
+            elif batches:
+                pieces = ranks.distribute(len(batches), functools.partial(self._piece, row, batches))
+                for batch, piece in zip(batches, pieces, strict=True):
+                    if store is not None and piece is not None:
+                        store.put(row, batch[0], piece[0])
+                        advance(len(batch))
+            if store is not None and row >= store.bands:
                 begin, end = self.grid.rows.band(row)
                 store.write(begin, self._blend(store, row, begin, end))
                 store.end_band(row)
+
+    def _missing(self, store: Store | None, row: int) -> list[range]:
+        """The batches of columns of a row that the store, that of the main process, lacks."""
+        assert store is not None
+        if row < store.bands - 1:  # only the last band's tiles are needed for the next one
+            return []
+        columns = range(self.grid.shape[1])
+        batches = [columns[first : first + self.batch_size] for first in columns[:: self.batch_size]]
+        return [batch for batch in batches if (row, batch[0]) not in store.finished]
+
+    def _piece(self, row: int, batches: list[range], number: int) -> tuple[Tensor]:
+        """The tiles of one of the batches."""
+        return (self._enlarge(row, batches[number], lambda tiles: None),)
 
     def source(self, begin: int, end: int) -> Tensor:
         """Rows of the image, (C, n, w) in [-1, 1]."""
