@@ -199,8 +199,8 @@ def layers_of(
     net: Any = denoiser.net
     if lora_layers(net):
         raise BadInput("the model has a LoRA that is not merged: merge it first (nets.lora.fold_lora)")
-    chosen = list(target_layers(net, targets))
-    everything = chosen if targets is not None else list(target_layers(net, "all"))
+    chosen = list(target_layers(innermost(net), targets))
+    everything = chosen if targets is not None else list(target_layers(innermost(net), "all"))
     if placement == "all":
         return chosen
     if placement == "last" and not hasattr(net, "shallow_decode"):

@@ -38,8 +38,8 @@ class FewShotClassifier:
         class = argmin_c sum_t w(t) || eps - eps_c(alpha x0 + sigma eps, t) ||^2,
 
     with the same noise for all classes, and weights w(t) that are high where noise has destroyed what tells the classes
-    apart and not what merely goes with them in the shots, see `time_weights`. The parameters are those of scikit-learn's
-    estimators: nothing is checked or loaded before `fit`; `clone`, `Pipeline` and `cross_val_score` work.
+    apart and not what merely goes with them in the shots, see `time_weights`. Parameters follow the protocol of
+    scikit-learn's estimators: nothing is checked or loaded before `fit`; `clone` and `Pipeline` work.
 
     Args:
         model: a `Model`, or what `hasten.load` takes.
@@ -258,8 +258,7 @@ class FewShotClassifier:
             X: images, as for `fit`.
             progress: called with (evaluations done, at most how many).
         """
-        if not self.__sklearn_is_fitted__():
-            raise BadInput(f"this {type(self).__name__} is not fitted: call fit first")
+        self._fitted()
         model = self.model_
         images = images_for(model, X)
         samples = torch.cat([samples_of(model, part) for part in images.split(DECODE)])
@@ -290,7 +289,8 @@ class FewShotClassifier:
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of each image (n,)."""
-        predicted: np.ndarray = self.classes_[self.decide(X).winner.numpy()] if self._fitted() else np.zeros(0)
+        self._fitted()
+        predicted: np.ndarray = self.classes_[self.decide(X).winner.numpy()]
         return predicted
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -322,11 +322,10 @@ class FewShotClassifier:
             raise BadInput(f"y must have one label for each of the {len(predicted)} images, found {labels.shape}")
         return float((predicted == labels).mean())
 
-    def _fitted(self) -> bool:
+    def _fitted(self) -> None:
         """Raises BadInput before `fit`."""
         if not self.__sklearn_is_fitted__():
             raise BadInput(f"this {type(self).__name__} is not fitted: call fit first")
-        return True
 
 
 @dataclass(eq=False)

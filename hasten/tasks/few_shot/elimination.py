@@ -255,5 +255,5 @@ def _parts(times: int, count: int) -> list[Tensor]:
 
 def _best(mean: Tensor, count: int) -> Tensor:
     """The `count` least of each row, bool of the shape of `mean`; the first ones of equals."""
-    ranks = mean.argsort(1, stable=True).argsort(1)
+    ranks = mean.argsort(stable=True, dim=1).argsort(dim=1)
     return ranks < count
