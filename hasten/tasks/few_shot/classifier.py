@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -25,6 +26,10 @@ from .time_weights import PAPER_VALUES, attribute_size, evaluation_times, smalle
 
 __all__ = ["DiffusionClassifier", "FewShotClassifier"]
 
+PREDICTION = (
+    "weights", "size", "floor", "times", "spacing", "elimination", "error", "temperature", "lora_scale", "batch_size",
+    "seed",
+)  # fmt: skip
 WEIGHTS = ("time_steps", "uniform", "inverse")
 RULES = {"paired": PairedStop, "stages": Stages, "all": AllTimes}
 RESOLUTION = 2000  # of the density from which times are drawn
@@ -207,8 +212,7 @@ class FewShotClassifier:
         schedule = self.model_.denoiser.schedule
         self._high = schedule.t_max if not schedule.zero_snr else min(schedule.t_max, 0.999)
         size = self.size if size is None else size
-        if size is None and self.weights != "uniform":
-            assert samples is not None and index is not None, "only with shots"
+        if size is None and samples is not None and index is not None:
             size = attribute_size(samples.cpu(), index)
         self.size_ = None if size is None else float(size)
         self.time_floor_ = smallest_time(schedule, self.size_ or 0.0, self.floor)
@@ -249,6 +253,26 @@ class FewShotClassifier:
         return ClassErrors(self.model_.denoiser, adapters, self._common, self._own, scale, split)
 
     # ---- prediction ----
+
+    def replace(self, **params: Any) -> FewShotClassifier:
+        """A fitted copy with other parameters of prediction, which shares model and adapters.
+
+        Args:
+            params: weights, size, floor, times, spacing, elimination, error, temperature, lora_scale, batch_size, seed.
+
+        Raises:
+            BadInput: before `fit`, and for parameters of fitting.
+        """
+        self._fitted()
+        for name in params:
+            if name not in PREDICTION:
+                raise BadInput(f"{name} takes effect in fit: {nearest(name, PREDICTION)} can be replaced")
+        other = copy.copy(self).set_params(**params)
+        other._checked()
+        if other.size_ is None and other.size is None and other.weights != "uniform":
+            raise BadInput("weights by time need the size of the classes' attributes: give size")
+        other._set_times(None, None, other.size if other.size is not None else self.size_)
+        return other
 
     @torch.no_grad()
     def decide(self, X: Any, progress: Callable[[int, int], None] | None = None) -> Decision:
