@@ -149,7 +149,7 @@ def open_images(path: str | Path, model: Model, resize: bool = False, labelled: 
     try:
         data = open_data(path, **options)
     except BadInput as error:
-        if "size" in str(error) and "resize" not in str(error) and not resize:
+        if "mixes sizes" in str(error) and not resize:
             raise BadInput(f"{path}: its images have several sizes, {_size(shape)} is needed: --resize") from error
         if labelled:
             raise
