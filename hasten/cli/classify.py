@@ -56,7 +56,7 @@ def classify(
         classes: Without --shots: classes of the model, or words for the {} of --condition, comma-separated.
             Default: all classes of the model.
         save: Folder to write the fitted classifier to.
-        condition: What the network is told: none, class (the class of the same name), the name of one class, or a
+        condition: What the network is conditioned on: none, class (the class of the same name), the name of one class, or a
             prompt, in which {} is the name of the class. Default: none with --shots, else class.
         rank: Of the adapters; 0: none.
         placement: Of the adapters: all layers, the decoder, or its last block. The rest runs once for all classes.
@@ -78,7 +78,7 @@ def classify(
     """
     from ..performance.device import device_for
     from ..tasks.few_shot import DiffusionClassifier, FewShotClassifier, load_classifier, save_classifier
-    from ..tasks.few_shot.shots import open_images, read_shots
+    from ..tasks.few_shot.shots import open_sized_images, read_shots
     from ..train.data import to_float
 
     began = time.perf_counter()
@@ -115,7 +115,7 @@ def classify(
     if save is not None:
         save_classifier(classifier, save)
     fitting = time.perf_counter() - began
-    data = open_images(images, classifier.model_, resize)
+    data = open_sized_images(images, classifier.model_, resize)
     with progress("classifying") as tick:
         decision = classifier.decide(to_float(data.images(range(len(data)))), progress=tick)
     probabilities = classifier.probabilities(decision)

@@ -17,12 +17,12 @@ from ...loading import load
 from ...model.model import Model
 from ...utils.random import Noise
 from .adapters import ClassAdapters, layers_of
-from .conditions import check_denoiser, class_conditions
+from .conditions import check_denoiser, class_conditions, prompts_or_labels
 from .elimination import AllTimes, Decision, Elimination, PairedStop, Stages, eliminate
 from .errors import ClassErrors
-from .fitting import AdapterTraining, default_steps, train_adapters
+from .fitting import AdapterTraining, steps_for_shots, train_adapters
 from .shots import check_shots, images_for, samples_of
-from .time_weights import PAPER_VALUES, attribute_size, evaluation_times, smallest_time, time_step_weights
+from .time_weights import PAPER_VALUES, attribute_size, evaluation_times, time_of_loss, time_step_weights
 
 __all__ = ["DiffusionClassifier", "FewShotClassifier"]
 
@@ -52,11 +52,11 @@ class FewShotClassifier:
         placement: of the adapters, `all` (as in the paper), `decoder` or `last`: the rest of the network runs once for
             all classes.
         targets: layers with adapters, see `nets.lora.target_layers`; None: attention where there is any, else all.
-        condition: what the network is told of an image. "none": no class, the empty prompt; "class": the class of the
+        condition: what the network is conditioned on. "none": no class, the empty prompt; "class": the class of the
             model that has the same name; another name of a class, or a prompt, is that of all images; a prompt with
-            "{}" has the name of the class in its place. With `placement` "decoder" or "last" only the decoder is told
+            "{}" has the name of the class in its place. With `placement` "decoder" or "last" only the decoder gets
             the class.
-        train_steps: of Adam; None: the paper's numbers by shots (`default_steps`).
+        train_steps: of Adam; None: the paper's numbers by shots (`steps_for_shots`).
         lr: learning rate; None: 1e-4 for models with prompts, as in the paper, else 1e-3.
         shots_per_step: images of each class a step.
         prior_weight: of the loss on the model's own images (prior preservation); 0: without.
@@ -64,7 +64,7 @@ class FewShotClassifier:
         lora_scale: multiplies the adapters' change in prediction; the paper has .6.
         weights: `time_steps`, the paper's w(t); `uniform`; `inverse`, 1 - w(t), a control that must fail.
         size: d of w(t); None: `attribute_size` of the shots.
-        floor: degree of loss l(t, d) below which times are left out, see `smallest_time`.
+        floor: degree of loss l(t, d) below which times are left out, see `time_of_loss`.
         times: T, at which errors are compared.
         spacing: `even`, with weights w(t), or `weighted`: quantiles of the density w(t), without weights.
         elimination: `paired` (`PairedStop`), `stages` (`Stages`), `all`, or an `Elimination`.
@@ -168,7 +168,7 @@ class FewShotClassifier:
         layers = layers_of(model.denoiser, model.shape, self._common, self.placement, self.targets)
         adapters = ClassAdapters.start(model.denoiser.net, layers, len(classes), self.rank, self.seed)
         shots = [samples[(index == k).to(samples.device)] for k in range(len(classes))]
-        steps = self.train_steps or default_steps(round(len(images) / len(classes)))
+        steps = self.train_steps or steps_for_shots(round(len(images) / len(classes)))
         lr = self.lr or (1e-4 if model.conditioning is not None else 1e-3)
         training = AdapterTraining(
             steps, lr, self.shots_per_step, self.prior_weight, self.time_floor_, float(self._high),
@@ -215,7 +215,7 @@ class FewShotClassifier:
         if size is None and samples is not None and index is not None:
             size = attribute_size(samples.cpu(), index)
         self.size_ = None if size is None else float(size)
-        self.time_floor_ = smallest_time(schedule, self.size_ or 0.0, self.floor)
+        self.time_floor_ = time_of_loss(schedule, self.size_ or 0.0, self.floor)
         step = math.sqrt(math.prod(self.model_.shape) / PAPER_VALUES)
 
         def weights(t: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class FewShotClassifier:
         model, K = self.model_, len(self.classes_)
         if images is not None:
             return samples_of(model, images_for(model, images, "prior"))
-        labels = class_conditions(model, self.condition, [str(one) for one in self.classes_], names=True)
+        labels = prompts_or_labels(model, self.condition, [str(one) for one in self.classes_])
         drawn = [
             samples_of(model, model.sample(self.prior_images, label, self.seed + k * self.prior_images))
             for k, label in enumerate(labels[:K])

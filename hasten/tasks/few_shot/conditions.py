@@ -1,9 +1,9 @@
-"""What a network is told of the images of each class."""
+"""What a network is conditioned on for the images of each class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ...denoiser import Denoiser
 from ...errors import BadInput, nearest
 from ...model.model import Model
 
-__all__ = ["check_denoiser", "class_conditions"]
+__all__ = ["check_denoiser", "class_conditions", "prompts_or_labels"]
 
 Conditions = dict[str, Tensor]
 
@@ -32,11 +32,7 @@ def check_denoiser(model: Model) -> None:
         raise BadInput(f"{model.name} is a bridge or reads a source image: a model that samples from noise is needed")
 
 
-@overload
-def class_conditions(model: Model, condition: str, classes: Sequence[str]) -> tuple[Conditions, Conditions]: ...
-@overload
-def class_conditions(model: Model, condition: str, classes: Sequence[str], names: Literal[True]) -> list[Any]: ...
-def class_conditions(model: Model, condition: str, classes: Sequence[str], names: bool = False) -> Any:
+def class_conditions(model: Model, condition: str, classes: Sequence[str]) -> tuple[Conditions, Conditions]:
     """The conditions that all classes share, each (1, ...), and those of each class, (K, 1, ...), none where they share
     all.
 
@@ -44,14 +40,11 @@ def class_conditions(model: Model, condition: str, classes: Sequence[str], names
         model: of labels, prompts or neither.
         condition: see `FewShotClassifier`.
         classes: their names.
-        names: return labels or prompts for `Model.sample` instead: one, or one for each class.
 
     Raises:
         BadInput: for classes that the model does not have, and conditions that it does not take.
     """
-    common, own = _labels(model, condition, classes)
-    if names:
-        return [common] if own is None else own
+    common, own = _label_of_each(model, condition, classes)
 
     def one(label: Any) -> Conditions:
         found = model.conditions(1, label)
@@ -64,7 +57,13 @@ def class_conditions(model: Model, condition: str, classes: Sequence[str], names
     return shared or each[0], {key: torch.stack([cond[key] for cond in each]) for key in each[0]}
 
 
-def _labels(model: Model, condition: str, classes: Sequence[str]) -> tuple[Any, list[Any] | None]:
+def prompts_or_labels(model: Model, condition: str, classes: Sequence[str]) -> list[Any]:
+    """What `Model.sample` takes as label: one for all classes, or one for each; arguments as for `class_conditions`."""
+    common, own = _label_of_each(model, condition, classes)
+    return [common] if own is None else own
+
+
+def _label_of_each(model: Model, condition: str, classes: Sequence[str]) -> tuple[Any, list[Any] | None]:
     """The label or prompt of all classes, and those of each, or None."""
     if model.conditioning is not None:
         if condition == "class":

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...errors import BadInput, check_int
+from ...metrics.paired_loss import t_quantile
 from ...utils.random import make_generator
 
-__all__ = ["AllTimes", "Decision", "Elimination", "PairedStop", "Stages", "eliminate", "t_quantile"]
+__all__ = ["AllTimes", "Decision", "Elimination", "PairedStop", "Stages", "eliminate"]
 
 # (images (n,), classes (k,), times (m,)), all indices -> weighted errors (k, n, m)
 Evaluate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -175,7 +175,7 @@ class PairedStop:
         best = mean.argmin(1)
         difference = errors - errors[torch.arange(len(errors)), best][:, None]
         level = self.error / ((classes - 1) * max(len(self.looks(times)) - 1, 1))
-        reach = t_quantile(level, m - 1) * difference.std(2) * math.sqrt((1 - m / times) / m)
+        reach = -t_quantile(level, m - 1) * difference.std(2) * math.sqrt((1 - m / times) / m)
         kept = ~((difference.mean(2) >= reach) & (reach > 0))
         kept[torch.arange(len(errors)), best] = True
         return kept
@@ -213,39 +213,6 @@ def eliminate(
             alive[some[:, None], which[None]] = rule.keep(so_far, classes, times, look)
     mean = errors.nanmean(2).masked_fill(~alive, float("inf"))
     return Decision(mean.argmin(1), errors, (~errors.isnan()).sum((1, 2)))
-
-
-@lru_cache(maxsize=4096)
-def t_quantile(level: float, degrees: int) -> float:
-    """The value that Student's t exceeds with probability `level`, from the finite sums for whole degrees of freedom.
-
-    Args:
-        level: in (0, .5].
-        degrees: of freedom, at least 1.
-
-    References:
-        Abramowitz, Stegun 1972, "Handbook of mathematical functions", 26.7.3 and 26.7.4.
-    """
-    low, high = 0.0, 1.0
-    while _t_tail(high, degrees) > level and high < 1e12:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_tail(middle, degrees) > level else (low, middle)
-    return high
-
-
-def _t_tail(t: float, degrees: int) -> float:
-    """P(T > t) for t >= 0."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    term = cosine if degrees % 2 else 1.0
-    total = 0.0 if degrees == 1 else term
-    for k in range(2 + degrees % 2, degrees - 1, 2):
-        term *= (k - 1 + 0.0) / k * cosine * cosine
-        total += term
-    inside = 2 / math.pi * (angle + sine * total) if degrees % 2 else sine * total
-    return (1 - inside) / 2
 
 
 def _parts(times: int, count: int) -> list[Tensor]:

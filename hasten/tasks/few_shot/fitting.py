@@ -16,7 +16,7 @@ from ...utils.random import make_generator
 from .adapters import Factors
 from .errors import ClassErrors
 
-__all__ = ["AdapterTraining", "default_steps", "train_adapters"]
+__all__ = ["AdapterTraining", "steps_for_shots", "train_adapters"]
 
 PAPER_STEPS = {1: 60, 2: 100, 4: 200, 8: 700, 16: 1000}  # by shots, for FGVC-Aircraft
 
@@ -51,7 +51,7 @@ class AdapterTraining:
             raise BadInput(f"lr must be positive and prior_weight at least 0, found {self.lr}, {self.prior_weight}")
 
 
-def default_steps(shots: int) -> int:
+def steps_for_shots(shots: int) -> int:
     """The paper's numbers of steps, 60 for one shot to 1,000 for 16, on straight lines in between."""
     known = sorted(PAPER_STEPS)
     if shots <= known[0]:

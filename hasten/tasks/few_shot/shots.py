@@ -18,7 +18,7 @@ from ...model.model import Model
 from ...train.data import open_data, to_float
 from ...train.sources import Data
 
-__all__ = ["check_shots", "images_for", "open_images", "pixels_of", "read_shots", "samples_of"]
+__all__ = ["check_shots", "images_for", "open_sized_images", "pixels_of", "read_shots", "samples_of"]
 
 
 def pixels_of(model: Model) -> tuple[int, int, int]:
@@ -119,7 +119,7 @@ def read_shots(path: str | Path, model: Model, resize: bool = False) -> tuple[Te
     folder = Path(path)
     if folder.is_dir() and (empty := _empty_classes(folder)):
         raise BadInput(f"{path}: the class {empty[0]} has no images: add some, or remove the folder")
-    data = open_images(path, model, resize, labelled=True)
+    data = open_sized_images(path, model, resize, labelled=True)
     if data.labels is None or data.classes is None:
         raise BadInput(f"{path} has no classes: put the shots of each class into a folder of its own")
     names = np.asarray([data.classes[k] for k in data.labels.tolist()])
@@ -130,7 +130,7 @@ def read_shots(path: str | Path, model: Model, resize: bool = False) -> tuple[Te
     return to_float(data.images(range(len(data)))), names, files
 
 
-def open_images(path: str | Path, model: Model, resize: bool = False, labelled: bool = False) -> Data:
+def open_sized_images(path: str | Path, model: Model, resize: bool = False, labelled: bool = False) -> Data:
     """Images of a path in the model's size.
 
     Args:

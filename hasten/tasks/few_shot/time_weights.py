@@ -19,7 +19,7 @@ from ...errors import BadInput, check_int
 from ...schedules.base import Schedule
 from ...schedules.discrete import Discrete
 
-__all__ = ["attribute_size", "evaluation_times", "log_loss_degree", "smallest_time", "time_step_weights"]
+__all__ = ["attribute_size", "evaluation_times", "log_loss_degree", "time_of_loss", "time_step_weights"]
 
 PAPER_VALUES = 4 * 64 * 64  # numbers of a sample of the paper's model, for which its sizes grow in steps of 1
 CHUNK = 2**24  # squared distances in memory at once
@@ -106,7 +106,7 @@ def attribute_size(samples: Tensor, labels: Tensor, quantile: float = 0.001) -> 
     return math.sqrt(total)
 
 
-def smallest_time(schedule: Schedule, size: float, degree: float) -> float:
+def time_of_loss(schedule: Schedule, size: float, degree: float) -> float:
     """The time below which not even attributes of this size are lost: l(t, d) = degree; at least `schedule.t_min`.
 
     Args:

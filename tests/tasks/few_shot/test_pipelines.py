@@ -35,7 +35,7 @@ def test_pipelines(kind: str) -> None:
 
 
 def test_prompts_of_each_class_reach_the_decoder_alone() -> None:
-    """Under `torch.vmap` and in one batch, with random adapters: the encoder is told the common prompt."""
+    """Under `torch.vmap` and in one batch, with random adapters: the encoder gets the common prompt."""
     one = hasten.load(tiny.sd_pipeline())
     fitted = FewShotClassifier(one, **FAST, condition="a photo of the {}")
     fitted._set(one, np.array(["cat", "dog"]))
@@ -57,7 +57,7 @@ def test_prompts_of_each_class_reach_the_decoder_alone() -> None:
         hook.remove()
         assert sum(calls) == 3 and errors.mapped == mapped
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
-    whole = ClassErrors(one.denoiser, adapters, fitted._common, fitted._own)  # told the class everywhere
+    whole = ClassErrors(one.denoiser, adapters, fitted._common, fitted._own)  # with the class everywhere
     with torch.no_grad():
         assert float((whole(x, noise, t, torch.arange(2)) - found[0]).abs().max()) > 1e-4
 

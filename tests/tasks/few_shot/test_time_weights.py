@@ -13,7 +13,7 @@ from hasten.schedules import Flow, VPCosine
 from hasten.schedules.base import Schedule
 from hasten.schedules.discrete import Discrete
 from hasten.tasks.few_shot import attribute_size, time_step_weights
-from hasten.tasks.few_shot.time_weights import evaluation_times, log_loss_degree, smallest_time
+from hasten.tasks.few_shot.time_weights import evaluation_times, log_loss_degree, time_of_loss
 
 LINEAR = Discrete.from_betas(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
 SCALED = Discrete.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)
@@ -55,11 +55,11 @@ def test_the_logarithm_is_that_of_the_complementary_error_function() -> None:
     assert float(far) == pytest.approx(-(z**2) - math.log(z * math.sqrt(math.pi)), rel=1e-5)  # where 1 - erf is 0
 
 
-def test_the_smallest_time_has_the_degree_of_loss() -> None:
+def test_the_time_of_loss_has_the_degree_of_loss() -> None:
     for size in (2.0, 8.0):
-        t = smallest_time(VPCosine(), size, 1e-6)
+        t = time_of_loss(VPCosine(), size, 1e-6)
         assert float(log_loss_degree(VPCosine(), torch.tensor(t), size)) == pytest.approx(math.log(1e-6), rel=1e-6)
-    assert smallest_time(VPCosine(), 0.0, 1e-6) == VPCosine().t_min
+    assert time_of_loss(VPCosine(), 0.0, 1e-6) == VPCosine().t_min
 
 
 def test_the_size_is_that_of_what_differs_always() -> None:
