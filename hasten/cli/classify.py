@@ -56,8 +56,8 @@ def classify(
         classes: Without --shots: classes of the model, or words for the {} of --condition, comma-separated.
             Default: all classes of the model.
         save: Folder to write the fitted classifier to.
-        condition: What the network is conditioned on: none, class (the class of the same name), the name of one class, or a
-            prompt, in which {} is the name of the class. Default: none with --shots, else class.
+        condition: What the network is conditioned on: none, class (the class of the same name), the name of one
+            class, or a prompt, in which {} is the name of the class. Default: none with --shots, else class.
         rank: Of the adapters; 0: none.
         placement: Of the adapters: all layers, the decoder, or its last block. The rest runs once for all classes.
         train_steps: Of the adapters. Default: 60 for one shot to 1000 for 16.

@@ -168,19 +168,23 @@ class FewShotClassifier:
         layers = layers_of(model.denoiser, model.shape, self._common, self.placement, self.targets)
         adapters = ClassAdapters.start(model.denoiser.net, layers, len(classes), self.rank, self.seed)
         shots = [samples[(index == k).to(samples.device)] for k in range(len(classes))]
-        steps = self.train_steps or steps_for_shots(round(len(images) / len(classes)))
-        lr = self.lr or (1e-4 if model.conditioning is not None else 1e-3)
+        steps = self.train_steps
+        if steps is None:
+            steps = steps_for_shots(round(len(images) / len(classes)))
+        lr = self.lr
+        if lr is None:
+            lr = 1e-4 if model.conditioning is not None else 1e-3
         training = AdapterTraining(
             steps, lr, self.shots_per_step, self.prior_weight, self.time_floor_, float(self._high),
             self.seed, max(1, self.batch_size // self.shots_per_step),
         )  # fmt: skip
         errors = self._errors(adapters, 1.0)
-        self.losses_ = train_adapters(errors, shots, self._prior(prior), training, progress)
-        self.adapters_ = adapters
+        self.losses_: list[float] = train_adapters(errors, shots, self._prior(prior), training, progress)
+        self.adapters_: ClassAdapters | None = adapters
         return self
 
-    def _checked(self) -> Model:
-        """The model, and the parameters checked."""
+    def _check(self) -> None:
+        """Refuse parameters that cannot be."""
         check_choice("weights", self.weights, WEIGHTS)
         check_choice("spacing", self.spacing, ("even", "weighted"))
         for name, low in (("rank", 0), ("times", 2), ("batch_size", 1), ("prior_images", 0), ("seed", 0)):
@@ -188,6 +192,10 @@ class FewShotClassifier:
         if check_number("temperature", self.temperature) <= 0:
             raise BadInput(f"the temperature must be positive, found {self.temperature}")
         self._rule()
+
+    def _checked(self) -> Model:
+        """The model, and the parameters checked."""
+        self._check()
         model = self.model if isinstance(self.model, Model) else load(self.model, self.device)
         check_denoiser(model)
         return model
@@ -205,7 +213,7 @@ class FewShotClassifier:
         self.model_, self.classes_ = model, classes
         self._common, self._own = class_conditions(model, self.condition, [str(one) for one in classes])
         self.n_features_in_ = math.prod(model.shape)
-        self.adapters_: ClassAdapters | None = None
+        self.adapters_ = None
 
     def _set_times(self, samples: Tensor | None, index: Tensor | None, size: float | None = None) -> None:
         """The size d, times and weights."""
@@ -268,7 +276,7 @@ class FewShotClassifier:
             if name not in PREDICTION:
                 raise BadInput(f"{name} takes effect in fit: {nearest(name, PREDICTION)} can be replaced")
         other = copy.copy(self).set_params(**params)
-        other._checked()
+        other._check()
         if other.size_ is None and other.size is None and other.weights != "uniform":
             raise BadInput("weights by time need the size of the classes' attributes: give size")
         other._set_times(None, None, other.size if other.size is not None else self.size_)
