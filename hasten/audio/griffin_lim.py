@@ -68,7 +68,7 @@ class GriffinLim:
 
 
 def linear_magnitudes(mel: Tensor, settings: MelSettings, iterations: int = 30) -> Tensor:
-    """Magnitudes (..., n_fft / 2 + 1, L) of log mel (..., M, L): the pseudo-inverse, then multiplicative updates towards
+    """Magnitudes (..., n_fft / 2 + 1, L) of log mel (..., M, L): the pseudo-inverse, then multiplicative updates to
     the least squares of magnitudes that are not negative.
 
     References:
