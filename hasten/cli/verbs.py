@@ -18,9 +18,10 @@ from .sigmas import sigmas
 from .train import train
 from .translate import translate
 from .tune import tune
+from .upscale import upscale
 
 VERBS = (
-    sample, compare, choose, distill, quantize, tune, restyle, translate, export, train, evaluate, models, show, sigmas,
-    extract_lora, merge_lora, convert_lora,
+    sample, compare, choose, distill, quantize, tune, restyle, translate, upscale, export, train, evaluate, models,
+    show, sigmas, extract_lora, merge_lora, convert_lora,
 )  # fmt: skip
 __all__ = [verb.__name__ for verb in VERBS]
