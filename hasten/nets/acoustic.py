@@ -1,4 +1,4 @@
-"""From phonemes to the condition of each frame of a spectrogram: encoder, durations, pitch and energy, and alignment."""
+"""From phonemes to the condition of each frame of a spectrogram: encoder, durations, pitch, energy and alignment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, T, C), with mask (B, T), True for tokens."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, mask[:, None, None, :])
         x = x + self.drop(self.proj(attended.transpose(1, 2).flatten(2)))
         y = (self.norm2(x) * mask[..., None]).transpose(1, 2)

@@ -29,7 +29,7 @@ DIAGONAL = 400.0  # of that preference, at the beginning
 # settings of AcousticEncoder and MelDenoiser
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": ({}, {}),
-    "small": ({"hidden": 128, "layers": 3, "inner": 384, "kernel": 5}, {"channels": 112, "blocks": 10, "condition": 128}),
+    "small": ({"hidden": 96, "layers": 3, "inner": 256, "kernel": 5}, {"channels": 96, "blocks": 8, "condition": 96}),
     "tiny": ({"hidden": 64, "layers": 2, "inner": 128, "kernel": 5}, {"channels": 64, "blocks": 6, "condition": 64}),
 }
 
@@ -110,7 +110,9 @@ class AcousticModel(nn.Module):
         schedule: Any = self.denoiser.schedule
         entries = len(schedule.alphas_cumprod)
         t = ((stratified(len(x)) * entries).floor() + 1) / entries
-        alpha, sigma = (cast_to_device(each(t), x.device).view(-1, 1, 1).to(x.dtype) for each in (schedule.alpha, schedule.sigma))
+        alpha, sigma = (
+            cast_to_device(each(t), x.device).view(-1, 1, 1).to(x.dtype) for each in (schedule.alpha, schedule.sigma)
+        )
         eps = torch.randn_like(x)
         z = (alpha * x + sigma * eps) * mask[:, None]
         if self.denoiser.prediction.name == "x0":

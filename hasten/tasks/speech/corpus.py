@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ def open_corpus(path: str | Path, split: str | None = "train") -> list[Clip]:
         raise BadInput(f"there is no {path}: speech is a folder or a zip with metadata.csv and wavs/")
     if path.is_dir():
         files = {str(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.is_file()}
-        opened: Callable[[str], bytes] = lambda name: (path / name).read_bytes()
+        opened: Callable[[str], bytes] = functools.partial(read_below, path)
     elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         files, opened = set(archive.namelist()), archive.read
@@ -65,7 +66,9 @@ def open_corpus(path: str | Path, split: str | None = "train") -> list[Clip]:
         raise BadInput(f"{path} is neither a folder nor a zip: speech is one with metadata.csv and wavs/")
     tables = sorted((name for name in files if PurePosixPath(name).name == "metadata.csv"), key=len)
     if not tables:
-        raise BadInput(f"{path} has no metadata.csv: speech is a folder or a zip with metadata.csv (name|text) and wavs/")
+        raise BadInput(
+            f"{path} has no metadata.csv: speech is a folder or a zip with metadata.csv (name|text) and wavs/"
+        )
     try:
         lines = opened(tables[0]).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
@@ -77,7 +80,9 @@ def open_corpus(path: str | Path, split: str | None = "train") -> list[Clip]:
             raise BadInput(f"{path}/{tables[0]}: entry {number} has no text: {'|'.join(row.values())[:60]!r}")
         file = sound_of(row["id"], "" if root == "." else root + "/", files)
         if file is None:
-            raise BadInput(f"{path} has no sound for {row['id']!r}: looked for wavs/{row['id']}.wav and flac/{row['id']}.flac")
+            raise BadInput(
+                f"{path} has no sound for {row['id']!r}: looked for wavs/{row['id']}.wav and flac/{row['id']}.flac"
+            )
         read = lambda rate, file=file: read_audio(opened(file), rate)[0]  # noqa: E731
         clips.append(Clip(row["id"], row["text"].strip(), row.get("speaker", ""), row.get("split", ""), read))
     if split is not None and any(clip.split for clip in clips):
@@ -90,6 +95,11 @@ def open_corpus(path: str | Path, split: str | None = "train") -> list[Clip]:
     return clips
 
 
+def read_below(folder: Path, name: str) -> bytes:
+    """The bytes of a file of a folder."""
+    return (folder / name).read_bytes()
+
+
 def rows_of(lines: Iterable[str]) -> list[dict[str, str]]:
     """The entries of a metadata.csv, each with at least `id` and `text`."""
     table = [row for row in csv.reader(lines, delimiter="|", quoting=csv.QUOTE_NONE) if row]
@@ -99,7 +109,9 @@ def rows_of(lines: Iterable[str]) -> list[dict[str, str]]:
     if head[0] in ("id", "file", "file_name", "name") and len(head) > 1:
         text = next((name for name in TEXT_COLUMNS if name in head), head[1])
         return [{**dict(zip(head, row)), "id": row[0], "text": dict(zip(head, row)).get(text, "")} for row in table[1:]]
-    return [{"id": row[0], "text": row[-1] if len(row) > 2 and row[-1] else row[1] if len(row) > 1 else ""} for row in table]
+    return [
+        {"id": row[0], "text": row[-1] if len(row) > 2 and row[-1] else row[1] if len(row) > 1 else ""} for row in table
+    ]
 
 
 def sound_of(name: str, root: str, files: set[str]) -> str | None:

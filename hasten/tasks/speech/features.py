@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from ...audio.mel import MelSettings, mel
+from ...audio.pitch import track_pitch
 from ...errors import BadInput
 from ...train.messages import print_once
 from .corpus import Clip
 from .text import FrontEnd, symbols_of
 
 __all__ = ["Corpus", "Features", "corpus_features"]
-
-F0_LOW, F0_HIGH = 60.0, 500.0  # Hz
-VOICED = 0.5  # normalised autocorrelation from which a frame is voiced
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,13 @@ def corpus_features(clips: Sequence[Clip], settings: MelSettings, text: str, cac
             skipped.append(f"{clip.name} ({len(tokens)} tokens in {spectrum.shape[1]} frames)")
             continue
         ids = torch.tensor([number[token] for token in tokens])
-        f0 = frame_f0(audio, settings, spectrum.shape[1])
+        f0, voiced = track_pitch(audio, settings)
         speaker = speakers.index(clip.speaker) if clip.speaker else 0
-        features.append(Features(ids, spectrum, f0, frame_energy(spectrum), speaker))
+        features.append(Features(ids, spectrum, torch.where(voiced, f0, 0.0).float(), frame_energy(spectrum), speaker))
     if skipped:
-        print_once(f"{len(skipped)} of {len(clips)} clips are not used: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
+        print_once(
+            f"{len(skipped)} of {len(clips)} clips are not used: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}"
+        )
     if not features:
         raise BadInput(f"none of the {len(clips)} clips can be used, the first one: {skipped[0]}")
     corpus = Corpus(features, symbols, speakers, settings, text)
@@ -145,34 +145,6 @@ def corpus_features(clips: Sequence[Clip], settings: MelSettings, text: str, cac
 def frame_energy(spectrum: Tensor) -> Tensor:
     """The log of the mean of a mel spectrum (..., M, L) -> (..., L)."""
     return spectrum.logsumexp(-2) - math.log(spectrum.shape[-2])
-
-
-def frame_f0(audio: Tensor, settings: MelSettings, frames: int) -> Tensor:
-    """f0 of each frame in Hz, 0 where unvoiced: the peak of the autocorrelation, over that of the window.
-
-    References:
-        Boersma 1993, Proceedings of the Institute of Phonetic Sciences 17 (the division by the window's).
-    """
-    size = settings.n_fft
-    rate, hop = settings.sample_rate, settings.hop
-    padded = torch.nn.functional.pad(audio.float(), ((size - hop) // 2, size + frames * hop))
-    rows = padded.unfold(0, size, hop)[:frames]
-    window = torch.hann_window(size)
-    rows = (rows - rows.mean(1, keepdim=True)) * window
-
-    def autocorrelation(x: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft(x, 2 * size)
-        out = torch.fft.irfft(spectrum.real.square() + spectrum.imag.square())[..., :size]
-        return out / out[..., :1].clamp_min(1e-9)
-
-    short, long = int(rate / F0_HIGH), min(int(rate / F0_LOW) + 1, size // 2)
-    found = (autocorrelation(rows) / autocorrelation(window))[:, short:long]
-    lags = torch.arange(short, long)
-    # of equal peaks the shortest lag: an octave costs 0.01
-    score = found - 0.01 * torch.log2(lags / short)
-    peak, at = score.max(1)
-    loud = rows.square().mean(1) > 1e-4 * rows.square().mean(1).max().clamp_min(1e-10)
-    return torch.where((found.gather(1, at[:, None])[:, 0] > VOICED) & loud, rate / (at + short), 0.0)
 
 
 def write_cache(path: Path, key: str, corpus: Corpus) -> None:

@@ -33,7 +33,19 @@ ABBREVIATIONS = {
     "sr": "senior", "ltd": "limited", "co": "company",
 }  # fmt: skip
 # phonemes that stand in for those that a model has not seen in training
-SIMILAR = {"ʒ": "ʃ", "ɔɪ": "oʊ", "ð": "θ", "θ": "s", "d͡ʒ": "t͡ʃ", "ɔ": "ɑ", "ɑ": "ɔ", "ʊ": "u", "ɚ": "ə", "ə": "ʌ", "ʌ": "ə"}
+SIMILAR = {
+    "ʒ": "ʃ",
+    "ɔɪ": "oʊ",
+    "ð": "θ",
+    "θ": "s",
+    "d͡ʒ": "t͡ʃ",
+    "ɔ": "ɑ",
+    "ɑ": "ɔ",
+    "ʊ": "u",
+    "ɚ": "ə",
+    "ə": "ʌ",
+    "ʌ": "ə",
+}
 BOUNDARY = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])|\n+")
 INITIALS = re.compile(r"(?:^|[\s.])[A-Za-z]\.$")
 
@@ -44,7 +56,11 @@ def split_sentences(text: str) -> Iterator[str]:
     for match in [*BOUNDARY.finditer(text), None]:
         end = len(text) if match is None else match.start()
         piece = text[start:end]
-        if match is not None and "\n" not in match.group() and ends_in_abbreviation(piece, text[match.end() : match.end() + 1].isdigit()):
+        if (
+            match is not None
+            and "\n" not in match.group()
+            and ends_in_abbreviation(piece, text[match.end() : match.end() + 1].isdigit())
+        ):
             continue
         start = len(text) if match is None else match.end()
         if piece.strip():
@@ -100,7 +116,9 @@ class FrontEnd:
         words = self.words(spoken) if spoken else []
         if not any(word not in PAUSES for word, _ in words):
             what = sentence.strip()[:40]
-            raise BadInput(f"nothing to say in {what!r}: a text needs letters or digits" if what else "the text is empty")
+            raise BadInput(
+                f"nothing to say in {what!r}: a text needs letters or digits" if what else "the text is empty"
+            )
         if left:
             warnings.warn(f"not spoken: {' '.join(sorted(left))}", Notice, stacklevel=2)
         tokens = [START]
