@@ -78,35 +78,6 @@ class ScalarPredictor(nn.Module):
         return out
 
 
-class TokenSpectra(nn.Module):
-    """The mean spectrum that each token is expected to have: what frames are aligned with.
-
-    It sees a token and its two neighbours only, not its place in the text, so that it cannot learn an alignment that
-    depends on the place.
-
-    Args:
-        symbols: number of tokens.
-        mels: M.
-        channels: of the layer between.
-    """
-
-    def __init__(self, symbols: int, mels: int, channels: int) -> None:
-        super().__init__()
-        self.mean = nn.Embedding(symbols, mels)
-        self.embed = nn.Embedding(symbols, channels)
-        self.conv = nn.Conv1d(channels, channels, 3, padding=1)
-        self.out = nn.Conv1d(channels, mels, 1)
-        nn.init.zeros_(self.mean.weight)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) -> (B, T, M)."""
-        keep = mask[:, None].to(self.mean.weight.dtype)
-        y = F.relu(self.conv(self.embed(tokens).transpose(1, 2) * keep))
-        out: Tensor = self.mean(tokens) + self.out(y).transpose(1, 2)
-        return out
-
-
 @dataclass
 class Variance:
     """Duration, pitch and energy of a batch of texts.
@@ -138,10 +109,10 @@ class AcousticEncoder(nn.Module):
         layers, heads, inner, kernel: of the blocks. ProDiff: hidden 256, 4 layers, 2 heads, 1024 inner, kernel 9.
         dropout: of the blocks; the predictors have five times as much, at most 0.5.
         speakers: number of speakers, 0 for one without a name.
+        gap: the token between words, the only one that may last no frame.
 
     References:
-        Ren et al. 2021, arXiv:2006.04558 (FastSpeech 2); Huang et al. 2022, arXiv:2207.06389;
-        Kim et al. 2020, arXiv:2005.11129 (Glow-TTS, for the alignment).
+        Ren et al. 2021, arXiv:2006.04558 (FastSpeech 2); Huang et al. 2022, arXiv:2207.06389.
     """
 
     def __init__(
@@ -155,11 +126,12 @@ class AcousticEncoder(nn.Module):
         kernel: int = 9,
         dropout: float = 0.1,
         speakers: int = 0,
+        gap: int = 3,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
             "symbols": symbols, "mels": mels, "hidden": hidden, "layers": layers, "heads": heads, "inner": inner,
-            "kernel": kernel, "dropout": dropout, "speakers": speakers,
+            "kernel": kernel, "dropout": dropout, "speakers": speakers, "gap": gap,
         }  # fmt: skip
         self.embed = nn.Embedding(symbols, hidden, padding_idx=0)
         self.blocks: Any = nn.ModuleList(AttentionBlock(hidden, heads, inner, kernel, dropout) for _ in range(layers))
@@ -171,7 +143,6 @@ class AcousticEncoder(nn.Module):
         self.energy = ScalarPredictor(hidden, 1, 5, high)
         self.pitch_embed = nn.Embedding(BINS, hidden)
         self.energy_embed = nn.Embedding(BINS, hidden)
-        self.spectra = TokenSpectra(symbols, mels, max(hidden // 2, 16))
         # measured on the training data: of log mels, of log f0
         self.register_buffer("mel_mean", torch.zeros(mels))
         self.register_buffer("mel_std", torch.ones(mels))
@@ -218,7 +189,7 @@ class AcousticEncoder(nn.Module):
         log_duration = self.duration(slow, mask)[..., 0]
         if durations is None:
             real = (log_duration.float().exp() - 1).clamp(0, MAX_FRAMES) / speed
-            durations = (real.round().clamp_min(1) * mask).long()
+            durations = torch.where(tokens == self.config["gap"], real.round(), real.round().clamp_min(1) * mask).long()
         x, at = expand_frames(h, durations)
         keep = at > 0
         slow = x * 0.1 + x.detach() * 0.9

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from ..audio.corpus import open_corpus
 from ..audio.mel import MelSettings
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, check_choice, check_int
@@ -17,7 +18,6 @@ from ..loading import load
 from ..progress import ignore_messages
 from ..tasks.speech.acoustic_model import PRESETS, AcousticModel, make_acoustic_model
 from ..tasks.speech.batches import SpeechBatches
-from ..tasks.speech.corpus import open_corpus
 from ..tasks.speech.features import Corpus, corpus_features
 from ..tasks.speech.speech import Speech, speech_model
 from ..tasks.speech.text import KINDS

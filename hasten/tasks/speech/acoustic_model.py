@@ -13,18 +13,15 @@ from torch.nn import functional as F
 from ...denoiser import Denoiser
 from ...distillers.prodiff import prodiff_schedule
 from ...errors import check_choice
-from ...nets.acoustic import AcousticEncoder, expand_frames
+from ...nets.acoustic import AcousticEncoder
 from ...nets.mel_denoiser import MelDenoiser
 from ...schedules.base import Schedule
 from ...train.losses import cast_to_device, stratified
-from .align import monotonic_durations
 from .losses import masked_mean, mel_loss
 
-__all__ = ["AcousticModel", "PRESETS", "aligned_durations", "make_acoustic_model"]
+__all__ = ["AcousticModel", "PRESETS", "make_acoustic_model"]
 
 SEGMENT = 128  # frames of each clip that the denoiser is trained on at a time
-DIAGONAL_STEPS = 300  # in which the preference for an even alignment fades
-DIAGONAL = 400.0  # of that preference, at the beginning
 
 # settings of AcousticEncoder and MelDenoiser
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -39,7 +36,6 @@ class LossParts:
     """The terms of the loss, each a scalar."""
 
     mel: Tensor
-    alignment: Tensor
     duration: Tensor
     pitch: Tensor
     energy: Tensor
@@ -47,7 +43,7 @@ class LossParts:
     @property
     def total(self) -> Tensor:
         """Their sum, as it is minimised."""
-        return self.mel + self.alignment + self.duration + self.pitch + 0.1 * self.energy
+        return self.mel + self.duration + self.pitch + 0.1 * self.energy
 
 
 class AcousticModel(nn.Module):
@@ -56,14 +52,11 @@ class AcousticModel(nn.Module):
     Args:
         encoder: of the phonemes.
         denoiser: with a `MelDenoiser`.
-        gap: the number of the token between words, with which the durations of words are computed.
-        steps: so far.
     """
 
-    def __init__(self, encoder: AcousticEncoder, denoiser: Denoiser, gap: int = 3) -> None:
+    def __init__(self, encoder: AcousticEncoder, denoiser: Denoiser) -> None:
         super().__init__()
-        self.encoder, self.denoiser, self.gap = encoder, denoiser, gap
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.encoder, self.denoiser = encoder, denoiser
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of a batch of `SpeechBatches`: a scalar."""
@@ -71,26 +64,18 @@ class AcousticModel(nn.Module):
 
     def loss(self, batch: Mapping[str, Tensor]) -> LossParts:
         """The terms of the loss of a batch of `SpeechBatches`."""
-        x, tokens, frames = batch["x"], batch["tokens"], batch["frames"]
-        place = torch.arange(x.shape[-1], device=x.device)
-        mask, heard = place < frames[:, None], tokens > 0
-        expected = self.encoder.spectra(tokens, heard)
-        preference = 0.0 if not self.training else DIAGONAL * max(0.0, 1 - int(self.steps) / DIAGONAL_STEPS)
-        durations = aligned_durations(expected, x, tokens, frames, preference)
-        if self.training:
-            self.steps += 1
-        spectra = expand_frames(expected, durations)[0].transpose(1, 2)
-        alignment = 0.5 * masked_mean((x - spectra).square(), mask)
+        x, tokens, frames, durations = (batch[name] for name in ("x", "tokens", "frames", "durations"))
+        mask = torch.arange(x.shape[-1], device=x.device) < frames[:, None]
         f0, energy = batch["f0"], batch["energy"]
         v = self.encoder(tokens, durations, f0, energy, batch["speaker"])
-        duration = duration_loss(v.log_duration, durations, tokens, self.gap)
+        duration = duration_loss(v.log_duration, durations, tokens, self.encoder.config["gap"])
         center, scale = self.encoder.f0_stats.unbind()
         voiced = f0 > 0
         tone = masked_mean((v.pitch[..., 0] - (f0.clamp_min(1).log() - center) / scale).abs() * voiced, mask)
         unvoiced = F.binary_cross_entropy_with_logits(v.pitch[..., 1], (~voiced).to(x.dtype), reduction="none")
         pitch = tone + masked_mean(unvoiced, mask)
         loudness = masked_mean((v.energy - energy).square(), mask)
-        return LossParts(self.diffusion_loss(x, v.frames, frames), alignment, duration, pitch, loudness)
+        return LossParts(self.diffusion_loss(x, v.frames, frames), duration, pitch, loudness)
 
     def diffusion_loss(self, x: Tensor, cond: Tensor, frames: Tensor) -> Tensor:
         """The loss of the denoiser on a random segment of each clip.
@@ -120,25 +105,6 @@ class AcousticModel(nn.Module):
         raw = self.denoiser.raw(z, t, frames=cond, mask=mask)
         target = self.denoiser.prediction.target(x, eps, alpha, sigma)
         return masked_mean((raw - target).abs(), mask)
-
-
-def aligned_durations(expected: Tensor, x: Tensor, tokens: Tensor, frames: Tensor, diagonal: float = 0.0) -> Tensor:
-    """Frames of each token (B, T), where token t explains frame j by `-|x_j - expected_t|^2 / 2`.
-
-    Args:
-        expected: (B, T, M).
-        x: (B, M, L).
-        tokens: (B, T), 0 where padded.
-        frames: (B,).
-        diagonal: `diagonal (t / T - j / L)^2` is subtracted, so that tokens get about equally many frames.
-    """
-    count = (tokens > 0).sum(1)
-    scores = torch.bmm(expected, x) - 0.5 * expected.square().sum(-1, keepdim=True)
-    if diagonal:
-        t = (torch.arange(tokens.shape[1], device=x.device) + 0.5) / count[:, None]
-        j = (torch.arange(x.shape[-1], device=x.device) + 0.5) / frames[:, None]
-        scores = scores - diagonal * (t[:, :, None] - j[:, None]).square()
-    return monotonic_durations(scores, count, frames)
 
 
 def duration_loss(log_duration: Tensor, durations: Tensor, tokens: Tensor, gap: int) -> Tensor:

@@ -20,7 +20,7 @@ class SpeechBatches:
 
     Each epoch is a random order, of which every 8 batches are sorted by length, so that little is padding.
 
-    A batch holds `x` standardised mels (B, M, L), `frames` (B,), `tokens` (B, T), `f0` and `energy` (B, L), and
+    A batch holds `x` standardised mels (B, M, L), `frames` (B,), `tokens` and `durations` (B, T), `f0` and `energy` (B, L), and
     `speaker` (B,).
 
     Args:
@@ -38,6 +38,7 @@ class SpeechBatches:
             {
                 "x": ((clip.mel - mean) / std).T.contiguous(),
                 "tokens": clip.tokens,
+                "durations": clip.durations,
                 "f0": clip.f0,
                 "energy": (clip.energy - center) / scale,
                 "speaker": clip.speaker,
@@ -75,6 +76,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         "x": pad_sequence([row["x"] for row in rows], batch_first=True).transpose(1, 2).contiguous(),
         "frames": torch.tensor([len(row["x"]) for row in rows]),
         "tokens": pad_sequence([row["tokens"] for row in rows], batch_first=True),
+        "durations": pad_sequence([row["durations"] for row in rows], batch_first=True),
         "f0": pad_sequence([row["f0"] for row in rows], batch_first=True),
         "energy": pad_sequence([row["energy"] for row in rows], batch_first=True),
         "speaker": torch.tensor([row["speaker"] for row in rows]),

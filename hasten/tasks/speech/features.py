@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...audio.corpus import Clip
 from ...audio.mel import MelSettings, mel
 from ...audio.pitch import track_pitch
 from ...errors import BadInput
+from ...nets.aligner import TokenAligner
 from ...train.messages import print_once
-from .corpus import Clip
-from .text import FrontEnd, symbols_of
+from .alignment import fit_aligner
+from .text import GAP, PAUSES, SPECIAL, FrontEnd, numbers_of, symbols_of
 
 __all__ = ["Corpus", "Features", "corpus_features"]
 
@@ -32,6 +35,7 @@ class Features:
         mel: log mel (M, L), not yet standardised.
         f0: Hz, 0 where unvoiced, (L,).
         energy: log energy, not yet standardised, (L,).
+        durations: frames of each token, (T,) int64.
         speaker: index.
     """
 
@@ -39,6 +43,7 @@ class Features:
     mel: Tensor
     f0: Tensor
     energy: Tensor
+    durations: Tensor
     speaker: int = 0
 
     @property
@@ -57,6 +62,7 @@ class Corpus:
         speakers: names by index; none for one without a name.
         settings: of the spectrograms.
         text: kind of the front end.
+        aligner: that gave their durations; None: they were known.
     """
 
     clips: list[Features]
@@ -64,6 +70,7 @@ class Corpus:
     speakers: tuple[str, ...]
     settings: MelSettings
     text: str = "phonemes"
+    aligner: TokenAligner | None = None
 
     @property
     def seconds(self) -> float:
@@ -91,7 +98,14 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def corpus_features(clips: Sequence[Clip], settings: MelSettings, text: str, cache: Path | None = None) -> Corpus:
+def corpus_features(
+    clips: Sequence[Clip],
+    settings: MelSettings,
+    text: str,
+    cache: Path | None = None,
+    symbols: tuple[str, ...] = (),
+    aligner: TokenAligner | None = None,
+) -> Corpus:
     """The features of clips; those that cannot be used are named and left out.
 
     Args:
@@ -99,46 +113,55 @@ def corpus_features(clips: Sequence[Clip], settings: MelSettings, text: str, cac
         settings: of the spectrograms.
         text: kind of the front end, see `FrontEnd`.
         cache: a file to keep them in.
+        symbols: the tokens of a model; none: those of the clips.
+        aligner: of that model; None: one is trained on the clips.
 
     Raises:
         BadInput: where no clip can be used.
     """
-    key = hashlib.sha256(json.dumps([settings.to_dict(), text, [(c.name, c.text, c.speaker) for c in clips]]).encode())
-    if cache is not None and cache.is_file() and (known := read_cache(cache, key.hexdigest())) is not None:
+    what = [settings.to_dict(), text, symbols, [(c.name, c.text, c.speaker) for c in clips]]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    if cache is not None and cache.is_file() and (known := read_cache(cache, key)) is not None:
         return known
     front = FrontEnd(text)
-    made, skipped = [], []
+    read, skipped = [], []
     for clip in clips:
         try:
-            tokens = front(clip.text)
-            audio = clip.read(settings.sample_rate)
-            made.append((clip, tokens, audio))
+            read.append((clip, front(clip.text), clip.read(settings.sample_rate)))
         except BadInput as e:
-            if "gruut" in str(e) or "soundfile" in str(e):
+            if "pip install" in str(e):
                 raise
             skipped.append(f"{clip.name} ({e})")
-    symbols = symbols_of([tokens for _, tokens, _ in made])
-    number = {symbol: k for k, symbol in enumerate(symbols)}
-    speakers = tuple(sorted({clip.speaker for clip, _, _ in made} - {""}))
-    features = []
-    for clip, tokens, audio in made:
+    symbols = symbols or symbols_of([tokens for _, tokens, _ in read])
+    if aligner is None:
+        aligner = TokenAligner(
+            len(symbols), settings.mels, len(SPECIAL), [symbols.index(token) for token in (GAP, PAUSES[0])]
+        )
+        fit = functools.partial(fit_aligner, aligner)
+    else:
+        fit = aligner
+    speakers = tuple(sorted({clip.speaker for clip, _, _ in read} - {""}))
+    made = []
+    for clip, tokens, audio in read:
         spectrum = mel(audio, settings)
-        if len(tokens) > spectrum.shape[1]:
+        ids = torch.tensor(numbers_of(tokens, symbols))
+        if aligner.minimum_frames(ids) > spectrum.shape[1]:
             skipped.append(f"{clip.name} ({len(tokens)} tokens in {spectrum.shape[1]} frames)")
             continue
-        ids = torch.tensor([number[token] for token in tokens])
         f0, voiced = track_pitch(audio, settings)
+        f0 = torch.where(voiced, f0, 0.0).float()
         speaker = speakers.index(clip.speaker) if clip.speaker else 0
-        features.append(Features(ids, spectrum, torch.where(voiced, f0, 0.0).float(), frame_energy(spectrum), speaker))
+        made.append(Features(ids, spectrum, f0, frame_energy(spectrum), torch.zeros_like(ids), speaker))
     if skipped:
-        print_once(
-            f"{len(skipped)} of {len(clips)} clips are not used: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}"
-        )
-    if not features:
+        some = ", ".join(skipped[:3]) + ", ..." * (len(skipped) > 3)
+        print_once(f"{len(skipped)} of {len(clips)} clips are not used: {some}")
+    if not made:
         raise BadInput(f"none of the {len(clips)} clips can be used, the first one: {skipped[0]}")
-    corpus = Corpus(features, symbols, speakers, settings, text)
+    durations = fit([clip.tokens for clip in made], [clip.mel for clip in made])
+    made = [replace(clip, durations=frames) for clip, frames in zip(made, durations)]
+    corpus = Corpus(made, symbols, speakers, settings, text, aligner)
     if cache is not None:
-        write_cache(cache, key.hexdigest(), corpus)
+        write_cache(cache, key, corpus)
     return corpus
 
 
@@ -152,7 +175,8 @@ def write_cache(path: Path, key: str, corpus: Corpus) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "key": key, "symbols": corpus.symbols, "speakers": corpus.speakers, "settings": corpus.settings.to_dict(),
-        "text": corpus.text, "clips": [vars(clip) for clip in corpus.clips],
+        "text": corpus.text, "aligner": None if corpus.aligner is None else corpus.aligner.state_dict(),
+        "aligner_config": None if corpus.aligner is None else corpus.aligner.config, "clips": [vars(clip) for clip in corpus.clips],
     }  # fmt: skip
     scratch = path.with_name(f".{path.name}.part")
     torch.save(content, scratch)
@@ -169,4 +193,8 @@ def read_cache(path: Path, key: str) -> Corpus | None:
         return None
     clips = [Features(**clip) for clip in content["clips"]]
     settings = MelSettings.from_dict(content["settings"])
-    return Corpus(clips, tuple(content["symbols"]), tuple(content["speakers"]), settings, content["text"])
+    aligner = None
+    if content["aligner"] is not None:
+        aligner = TokenAligner(**content["aligner_config"])
+        aligner.load_state_dict(content["aligner"])
+    return Corpus(clips, tuple(content["symbols"]), tuple(content["speakers"]), settings, content["text"], aligner)

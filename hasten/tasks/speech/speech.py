@@ -25,7 +25,7 @@ from .text import FrontEnd, split_sentences
 __all__ = ["Speech", "Spoken", "speech_model"]
 
 SEGMENT_FRAMES = 192  # L of the samples of a model, with which it is distilled
-ENCODER = "encoder"  # name of the part
+ENCODER, ALIGNER = "encoder", "aligner"  # names of the parts
 PAUSE = 0.25  # seconds between sentences
 SPEEDS = (0.25, 4.0)
 
@@ -258,6 +258,6 @@ def speech_model(trained: AcousticModel, corpus: Corpus, name: str, card: dict[s
         sampler="ddpm",
         times=teacher_times(len(table), steps),
         steps=steps,
-        parts={ENCODER: trained.encoder},
+        parts={ENCODER: trained.encoder} | ({} if corpus.aligner is None else {ALIGNER: corpus.aligner}),
         card={"summary": "text to speech: the spectrogram of phonemes", "speech": about, **card},
     )

@@ -149,19 +149,25 @@ class FrontEnd:
         Raises:
             BadInput: as `__call__`.
         """
-        index = {symbol: k for k, symbol in enumerate(self.symbols)}
-        numbers, unknown = [], set()
-        for token in self(sentence):
-            same = next((one for one in alternatives(token) if one in index), None)
-            if same is None:
-                unknown.add(token)
-            else:
-                numbers.append(index[same])
-        if unknown:
-            warnings.warn(f"the model knows no sound for {' '.join(sorted(unknown))}: left out", Notice, stacklevel=2)
+        numbers = numbers_of(self(sentence), self.symbols)
         if len(numbers) < 2:
             raise BadInput(f"the model knows no sound of {sentence.strip()[:40]!r}")
         return numbers
+
+
+def numbers_of(tokens: Sequence[str], symbols: Sequence[str]) -> list[int]:
+    """The numbers of tokens, of similar ones where a table lacks them. Those that have none are left out, and named."""
+    index = {symbol: k for k, symbol in enumerate(symbols)}
+    numbers, unknown = [], set()
+    for token in tokens:
+        same = next((one for one in alternatives(token) if one in index), None)
+        if same is None:
+            unknown.add(token)
+        else:
+            numbers.append(index[same])
+    if unknown:
+        warnings.warn(f"the model knows no sound for {' '.join(sorted(unknown))}: left out", Notice, stacklevel=2)
+    return numbers
 
 
 def alternatives(token: str) -> Iterator[str]:
