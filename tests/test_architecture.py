@@ -51,7 +51,7 @@ LIMITS = {
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Consistency EDM Flow NoiseLevel accelerate export
+    Consistency EDM Flow NoiseLevel SuperResolution accelerate export
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.

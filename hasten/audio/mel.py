@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import BadInput, check_choices, check_field
+from ..utils.stft import frame_count, short_time_fourier
 
 __all__ = ["MelSettings", "frames_of", "mel", "mel_filters", "spectrogram"]
 
@@ -104,28 +104,12 @@ def stft(audio: Tensor, settings: MelSettings) -> Tensor:
     """The complex short-time Fourier transform (..., n_fft / 2 + 1, L) of audio (..., n), with a Hann window."""
     if not audio.is_floating_point() or not audio.ndim or not audio.shape[-1]:
         raise BadInput(f"audio must be a floating-point tensor (..., n), got {audio.dtype} {tuple(audio.shape)}")
-    lead, n = audio.shape[:-1], audio.shape[-1]
-    total, side = n, settings.n_fft // 2
-    if settings.padding == "same":
-        total, side = frames_of(n, settings) * settings.hop, (settings.n_fft - settings.hop) // 2
-    # zeros after the end, and as many as a reflection needs where the sound is shorter than that
-    x = F.pad(audio.reshape(-1, n), (0, max(total, side + 1) - n))
-    x = F.pad(x[:, None], (side, side), mode="reflect")[:, 0]
-    window = hann_window(settings.n_fft, audio.device, audio.dtype)
-    out = torch.stft(
-        x, settings.n_fft, settings.hop, window=window, center=False, normalized=False, return_complex=True
-    )
-    return out[..., : frames_of(n, settings)].reshape(*lead, out.shape[-2], -1)
-
-
-def hann_window(n_fft: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The periodic Hann window of n_fft samples."""
-    return torch.hann_window(n_fft, device=device, dtype=dtype)
+    return short_time_fourier(audio, settings.n_fft, settings.hop, settings.padding)
 
 
 def frames_of(samples: int, settings: MelSettings) -> int:
     """L, the number of frames of a signal of so many samples."""
-    return -(-samples // settings.hop) if settings.padding == "same" else samples // settings.hop + 1
+    return frame_count(samples, settings.hop, settings.padding)
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import BadInput
 from ._common import explicit_options, processes
 from ._processes import on_all_processes
-from ._train_kinds import train_kind
+from ._train_kinds import task_options, train_kind
 from .terminal import print_result
 
 
@@ -44,6 +44,8 @@ def train(
     process: str | None = None,
     source: Path | None = None,
     degrade: str | None = None,
+    task: str | None = None,
+    crop: int | None = None,
     seed: int | None = None,
     precision: str | None = None,
     kind: str = "model",
@@ -90,7 +92,7 @@ def train(
         optimizer: adamw, muon, or to need less memory on CUDA, with bitsandbytes: adamw8bit, paged-adamw8bit. Default:
             adamw.
         label_drop: Fraction of the labels or captions that are dropped, so that the model can be guided. Default: 0.1.
-        flip: Mirror images at random.
+        flip: Mirror images at random; with --crop also turn them by 90 degrees.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
         gradient_checkpointing: Recompute activations in the backward pass, to need less memory (networks of diffusers).
         fsdp: Shard the network among the processes of torchrun, where it is too large for one.
@@ -102,7 +104,11 @@ def train(
             diffusion.
         source: For processes on pairs: the folder of the source images, with the file names of the data.
         degrade: For processes on pairs: makes the sources from the data, by downscale:factor=4, blur:std=2,
-            jpeg:quality=10, mask:fraction=0.5 or grey.
+            jpeg:quality=10, mask:fraction=0.5 or grey. For super-resolution, what the small images are beside reduced,
+            such as low_resolution:factor=4,blur=2,noise=10,jpeg=40.
+        task: super-resolution: the process super_resolution with --factor, on random crops (see
+            docs/super-resolution.md). Default: models that draw images.
+        crop: Train on random crops of this side, of images of any sizes. Default: for super-resolution 128.
         seed: Of the weights, the order of the images and the noise. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which takes what is faster on this device. With +high (TF32 on GPUs),
             +medium or +channels_last, such as fp32+high, also the precision of matrix products and the memory layout.
@@ -110,7 +116,8 @@ def train(
             latents of --base. An autoencoder has the options minutes, steps, size, channels, widths, blocks,
             batch_size, lr, flip, grad_accumulation, seed, precision and those below, and more in --config
             (AutoencoderConfig, DecoderConfig).
-        factor: For kind autoencoder: how often the image's side is the latent's, a power of two. Default: 4, from 128
+        factor: For super-resolution: how many times larger the images become, 2, 4, 8, ...; default: 4. For kind
+            autoencoder: how often the image's side is the latent's, a power of two. Default: 4, from 128
             pixels 8.
         latent_channels: For kind autoencoder. Default: 8.
         perceptual: For an autoencoder or decoder: file or folder with the weights of LPIPS or its shift-tolerant form.
@@ -137,12 +144,15 @@ def train(
         precision=precision, seed=seed, grad_accumulation=grad_accumulation, fsdp=fsdp or None, base=base, init=init,
         caption=caption, cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
         gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets, process=process,
-        source=None if source is None else str(source), degrade=degrade,
+        source=None if source is None else str(source), degrade=degrade, crop=crop,
     )  # fmt: skip
+    if task is not None:
+        options, parts["factor"] = task_options(task, factor, options), None
     if kind != "model":
         return train_kind(kind, data, out, config, {**options, **parts}, device, json)
     if stray := next((name for name, value in parts.items() if value is not None), None):
-        raise BadInput(f"--{stray.replace('_', '-')} is for --kind autoencoder or decoder")
+        or_task = ", or --task super-resolution" if stray == "factor" else ""
+        raise BadInput(f"--{stray.replace('_', '-')} is for --kind autoencoder or decoder{or_task}")
     request = (TrainConfig() if config is None else TrainConfig.load(config, "train")).replace(**options)
     model = train_model(data, out, request, device=str(processes(device).device))
     result = {
@@ -156,6 +166,7 @@ def train(
     prompt = " --prompt TEXT" if model.conditioning is not None else ""
     draws = model.source_shape is None or model.start is not None
     verb, prompt = ("sample", prompt) if draws else ("translate", " IMAGES")
+    verb = "upscale" if model.source_factor > 1 else verb
     text = f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten {verb} {out}{prompt}"
     print_result(result, text, json)
     return result

@@ -36,14 +36,28 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
         return None
     if shape is None and start is None:
         raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
-    pixels = model.codec == "image" and model.decoder is None
+    pixels = model.codec in ("image", "residual") and model.decoder is None
     wanted = shape or model.shape
     result = to_image_tensor(images, wanted if pixels or shape is None and model.decoder is None else None)
     if len(result) != n:
         raise BadInput(f"images must be one for each of the {n} samples, found {len(result)}")
-    if shape is not None and tuple(result.shape[1:]) != tuple(shape):
+    if shape is not None and tuple(result.shape[1:]) != tuple(shape) and not fits(model, result, shape):
         raise BadInput(f"{model.name} takes sources of shape {tuple(shape)}, found {tuple(result.shape[1:])}")
     return result
+
+
+def fits(model: Any, source: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a network of super-resolution takes these small images, of another size than it was trained with."""
+    factor = model.source_factor
+    step = max(int(getattr(model.denoiser.net, "multiple", 1)) // factor, 1)
+    if factor == 1 or source.ndim != 4 or source.shape[1] != shape[0]:
+        return False
+    if bad := [side for side in source.shape[2:] if side % step]:
+        raise BadInput(
+            f"{model.name} takes small images with sides that {step} divides, found {bad[0]}: see hasten upscale for "
+            "images of any size"
+        )
+    return True
 
 
 def refuse_process(model: Any, what: str, bridges_only: bool = False) -> None:

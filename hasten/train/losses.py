@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from ..schedules.base import Schedule
 from ..utils.devices import float64_device, has_float64
 
@@ -233,7 +233,7 @@ class LikelihoodWeight:
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    """Weighted mean squared error of the network's raw output against its prediction target.
+    """Weighted mean squared (or absolute) error of the network's raw output against its prediction target.
 
     `L = E_{t, eps} w(t) c_out(t)^2 || F(c_in (alpha x + sigma eps), t) - target(x, eps, t) ||^2 / d`, where `w` weights
     the squared error of x. Without a weight the factor `w c_out^2` is 1: for v-prediction, `w = 1 + SNR`.
@@ -246,12 +246,13 @@ class DenoisingLoss:
             `truncated_snr_weight`, `MinSNR(gamma)`, `EDMWeight(sigma_data)`, or `LikelihoodWeight()`, of the time; None
             for the prediction's own.
         spread: stratify the times over the batch; otherwise they are independent.
+        norm: "l2", the squared error, or "l1", the absolute one.
         null_conditions: `null_NAME` (1, ...) replaces the condition NAME of a sample that is dropped, where the batch
             has no `null_NAME` (B, ...) itself. Labels are replaced by the denoiser's null label.
         conditions: names of the conditions in a batch that the network gets; what else is in it is for other losses.
 
     Raises:
-        BadInput: if `label_drop` is out of range.
+        BadInput: if `label_drop` is out of range, and for another norm.
 
     References:
         Ho, Salimans 2022, arXiv:2207.12598 (label dropout).
@@ -263,8 +264,10 @@ class DenoisingLoss:
     spread: bool = True
     null_conditions: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     conditions: tuple[str, ...] = ("label", "text", "text_mask", "added_text_embeds", "added_time_ids", "source")
+    norm: str = "l2"
 
     def __post_init__(self) -> None:
+        check_choice("norm", self.norm, ("l2", "l1"))
         if not 0 <= self.label_drop <= 1:
             raise BadInput(f"label_drop is a fraction in [0, 1], got {self.label_drop}")
 
@@ -294,7 +297,8 @@ class DenoisingLoss:
         shape = (-1,) + (1,) * (x.ndim - 1)
         x_t = (alpha.view(shape) * x + sigma.view(shape) * eps).to(x.dtype)
         raw = denoiser.raw(x_t, t, **cond)
-        error = (raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()).square()
+        difference = raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()
+        error = difference.abs() if self.norm == "l1" else difference.square()
         if self.weight is None:
             return error.mean()
         factor = self.factor(denoiser, t)

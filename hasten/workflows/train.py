@@ -20,6 +20,7 @@ from ..nets.source_unet import SourceUNet
 from ..nets.unet import UNet
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..train.checkpoint import saved_run
+from ..train.crops import crops, open_crops
 from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
 from ..train.messages import print_once
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainConfig", "train_model"]
 
-PAIR_OPTIONS = ("process", "source", "degrade")
+PAIR_OPTIONS = ("process", "source", "degrade", "crop")
 
 
 @holds_lock("out")
@@ -98,11 +99,7 @@ def train_model(
             raise BadInput(f"{key} is for a network of diffusers: set base to the pipeline to train")
     steps, minutes, seed, batch_size = config.steps, config.minutes, config.seed, config.batch_size
     lr = 1e-3 if config.lr is None else config.lr
-    source = (
-        data
-        if isinstance(data, Data)
-        else open_data(data, size=config.size, channels=config.channels, label=config.label, caption=config.caption)
-    )
+    source = opened(data, config)
     if source.captions is not None:
         print_once(
             f"{source.source or 'the data'}: the captions are not used, since a model of pixels has no text encoder: "
@@ -116,6 +113,8 @@ def train_model(
             "pipeline that reads them"
         )
     recipe = process_recipe(config)
+    if config.source is None and config.degrade is None and hasattr(recipe, "degradation"):
+        config = replace(config, degrade=recipe.degradation)
     source = with_sources(source, config, recipe)
     out = Path(out)
     if steps is None and minutes is None:
@@ -152,7 +151,7 @@ def train_model(
     settings: dict[str, Any] = {"network": getattr(net, "config", {}), "label_drop": dropped}
     made = {name: getattr(config, name) for name in PAIR_OPTIONS}
     settings |= {name: value for name, value in made.items() if value is not None}
-    batches = Batches(source, batch_size, seed=seed, flip=config.flip)
+    batches = Batches(source, batch_size, seed=seed, flip=config.flip and not config.crop)
     averages = fit(trained, batches, out, show, settings)
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
         return load(saved)  # with what was added to it since, such as plans
@@ -182,6 +181,23 @@ def train_model(
         model.save(out)
     ranks.barrier()
     return model
+
+
+def opened(data: str | Path | Data, config: TrainConfig) -> Data:
+    """The data of a config, or crops of it.
+
+    Raises:
+        BadInput: for options that crops do not have.
+    """
+    if config.crop is None:
+        if isinstance(data, Data):
+            return data
+        return open_data(data, size=config.size, channels=config.channels, label=config.label, caption=config.caption)
+    if given := next((name for name in ("size", "label", "caption") if getattr(config, name) is not None), None):
+        raise BadInput(f"{given} is for whole images: leave it out, or crop")
+    if isinstance(data, Data):
+        return crops(data, config.crop, config.flip)
+    return open_crops(data, config.crop, channels=config.channels, flip=config.flip)
 
 
 def unet_for(
@@ -217,7 +233,8 @@ def training_precision(denoiser: Denoiser, data: Data, precision: str, batch_siz
     if precision != "auto":
         return format_runtime(parse_runtime(precision))
     x = torch.randn(min(batch_size, 64), *data.shape, device=device)
+    small = x[:, :1, :: denoiser.source_factor, :: denoiser.source_factor]
     cond: dict[str, Any] = (
-        {"source": x[:, :1].expand(-1, denoiser.source_channels, -1, -1)} if denoiser.source_channels else {}
+        {"source": small.expand(-1, denoiser.source_channels, -1, -1)} if denoiser.source_channels else {}
     )
     return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}", **cond)).split("+")[0]

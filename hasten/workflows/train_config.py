@@ -31,7 +31,7 @@ class TrainConfig(Config):
         lr: AdamW's peak learning rate. Default: 1e-3; with `base` 1e-5, or 1e-4 from scratch and for a LoRA.
         optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
         label_drop: probability that a label or caption is dropped, for classifier-free guidance; in [0, 1].
-        flip: mirror images horizontally with probability 1/2.
+        flip: mirror images horizontally with probability 1/2; of crops, any of the eight symmetries of the square.
         precision: `fp32` or `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last`; `auto`: that
             of the run to resume, or the faster one on this device.
         seed: of the weights, the order of the images and the noise.
@@ -46,7 +46,9 @@ class TrainConfig(Config):
             Default: ordinary diffusion, `x_t = alpha x + sigma eps`.
         source: the folder of the sources of pairs, with the file names of the data.
         degrade: makes the sources from the data instead: `"downscale:factor=4"`, `"blur:std=2"`, `"jpeg:quality=10"`,
-            `"mask:fraction=0.5"` or `"grey"`.
+            `"mask:fraction=0.5"` or `"grey"`; for `super_resolution`,
+            `"low_resolution:factor=4,blur=2,noise=10,jpeg=40"`.
+        crop: side of random crops of the images, which may then be of any sizes; for models of pixels without classes.
     """
 
     steps: int | None = None
@@ -77,6 +79,7 @@ class TrainConfig(Config):
     process: str | None = None
     source: str | None = None
     degrade: str | None = None
+    crop: int | None = None
 
     renamed: ClassVar[Mapping[str, str]] = {
         "runtime": "precision",
@@ -115,3 +118,4 @@ class TrainOptions(TypedDict, total=False):
     process: str | None
     source: str | None
     degrade: str | None
+    crop: int | None

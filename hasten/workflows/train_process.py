@@ -55,10 +55,22 @@ def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
         raise BadInput(f"--{name} is for processes that train on pairs, such as i2sb, not for {format_spec(recipe)}")
     if config.source is not None and config.degrade is not None:
         raise BadInput("--source and --degrade both give the sources of the pairs: leave one out")
-    if config.flip:
+    if config.flip and not config.crop:
         raise BadInput("--flip would mirror the targets of pairs and not their sources: leave it out")
     if config.degrade is not None:
-        return degraded_pairs(data, pick("degradations", config.degrade))
+        pairs = degraded_pairs(data, pick("degradations", config.degrade))
+        assert pairs.conditions is not None
+        small = tuple(pairs.conditions([0])["source"].shape[1:])
+        if small != tuple(data.shape) and not hasattr(recipe, "degradation"):
+            raise BadInput(
+                f"{format_spec(recipe)} needs sources of the size of the data, and {config.degrade} makes them "
+                f"{small[2]}x{small[1]}: downscale enlarges them again"
+            )
+        return pairs
+    if config.crop:
+        raise BadInput("--crop takes crops of the targets of pairs and not of their sources: give --degrade")
+    if hasattr(recipe, "degradation"):
+        raise BadInput(f"{format_spec(recipe)} makes its small images from the data: give --degrade, not --source")
     sources = open_data(
         str(config.source), size=config.size, channels=data.shape[0], label="none", caption="none"
     )  # the split of the targets
