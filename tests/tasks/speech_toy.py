@@ -24,8 +24,8 @@ def template(letter: int, mels: int) -> Tensor:
     return -6 + 4 * torch.exp(-((m - first) ** 2) / 4) + 3 * torch.exp(-((m - second) ** 2) / 6)
 
 
-def toy_clip(seed: int, count: int = 8, mels: int = 20, low: int = 3, high: int = 8) -> tuple[Features, Tensor]:
-    """A clip and the true frames of its tokens (T,)."""
+def toy_clip(seed: int, count: int = 8, mels: int = 20, low: int = 3, high: int = 8) -> Features:
+    """A clip with the true frames of its tokens."""
     draw = torch.Generator().manual_seed(seed)
     letters = torch.randint(len(LETTERS), (count,), generator=draw)
     for k in range(1, count):  # no letter twice in a row, whose border cannot be heard
@@ -44,13 +44,13 @@ def toy_clip(seed: int, count: int = 8, mels: int = 20, low: int = 3, high: int 
     mel = torch.cat(columns, 1)
     mel = mel + 0.2 * torch.randn(mel.shape, generator=draw)
     heard = torch.repeat_interleave((tokens >= len(SPECIAL)).float(), durations)
-    return Features(tokens, mel, heard * f0, frame_energy(mel)), durations
+    return Features(tokens, mel, heard * f0, frame_energy(mel), durations)
 
 
 def toy_corpus(clips: int = 24, **options: int) -> Corpus:
     """Some clips."""
     settings = MelSettings(sample_rate=8000, n_fft=512, hop=128, mels=options.get("mels", 20), fmax=4000.0)
-    return Corpus([toy_clip(seed, **options)[0] for seed in range(clips)], SYMBOLS, (), settings, "characters")
+    return Corpus([toy_clip(seed, **options) for seed in range(clips)], SYMBOLS, (), settings, "characters")
 
 
 def write_corpus(folder: Path, clips: int = 4, header: bool = False, rate: int = 16000) -> Path:
