@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, check_choices, check_field
+from ..utils.mel_scale import mel_filter_bank
 from ..utils.stft import frame_count, short_time_fourier
 
 __all__ = ["MelSettings", "frames_of", "mel", "mel_filters", "spectrogram"]
@@ -115,37 +115,5 @@ def frames_of(samples: int, settings: MelSettings) -> int:
 @functools.lru_cache(maxsize=8)
 def mel_filters(settings: MelSettings) -> Tensor:
     """The filters (M, n_fft / 2 + 1), float32: triangles between M + 2 frequencies at equal distances on the scale."""
-    to_mel, to_hz = SCALES[settings.scale]
-    low, high = to_mel(settings.fmin), to_mel(settings.fmax)
-    edges = [to_hz(low + (high - low) * k / (settings.mels + 1)) for k in range(settings.mels + 2)]
-    hz = torch.tensor(edges, dtype=torch.float64)
-    bins = torch.arange(settings.n_fft // 2 + 1, dtype=torch.float64) * settings.sample_rate / settings.n_fft
-    rising = (bins[None] - hz[:-2, None]) / (hz[1:-1] - hz[:-2])[:, None]
-    falling = (hz[2:, None] - bins[None]) / (hz[2:] - hz[1:-1])[:, None]
-    filters = torch.minimum(rising, falling).clamp_min(0)
-    if settings.norm == "slaney":
-        filters = filters * (2 / (hz[2:] - hz[:-2]))[:, None]
-    return filters.float()
-
-
-def slaney_mel(hz: float) -> float:
-    """Slaney's scale: `3 f / 200` below 1 kHz, `15 + 27 log(f / 1000) / log 6.4` above."""
-    return 3 * hz / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
-
-
-def slaney_hz(value: float) -> float:
-    """The inverse of `slaney_mel`."""
-    return 200 * value / 3 if value < 15 else 1000 * 6.4 ** ((value - 15) / 27)
-
-
-def htk_mel(hz: float) -> float:
-    """The HTK scale: `2595 log10(1 + f / 700)`."""
-    return 2595 * math.log10(1 + hz / 700)
-
-
-def htk_hz(value: float) -> float:
-    """The inverse of `htk_mel`."""
-    return 700 * (10 ** (value / 2595) - 1)
-
-
-SCALES = {"slaney": (slaney_mel, slaney_hz), "htk": (htk_mel, htk_hz)}
+    s = settings
+    return mel_filter_bank(s.sample_rate, s.n_fft, s.mels, (s.fmin, s.fmax), s.scale, s.norm)

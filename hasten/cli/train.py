@@ -9,6 +9,7 @@ from ..errors import BadInput
 from ._common import explicit_options, processes
 from ._processes import on_all_processes
 from ._train_kinds import task_options, train_kind
+from ._train_tasks import SOUND_TASKS, train_sound
 from .terminal import print_result
 
 
@@ -107,7 +108,8 @@ def train(
             jpeg:quality=10, mask:fraction=0.5 or grey. For super-resolution, what the small images are beside reduced,
             such as low_resolution:factor=4,blur=2,noise=10,jpeg=40.
         task: super-resolution: the process super_resolution with --factor, on random crops (see
-            docs/super-resolution.md). Default: models that draw images.
+            docs/super-resolution.md). vocoder: a network that makes sound from mel spectrograms, on recordings
+            (metadata.csv beside wavs/, see docs/speech.md). Default: models that draw images.
         crop: Train on random crops of this side, of images of any sizes. Default: for super-resolution 128.
         seed: Of the weights, the order of the images and the noise. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which takes what is faster on this device. With +high (TF32 on GPUs),
@@ -121,7 +123,8 @@ def train(
             pixels 8.
         latent_channels: For kind autoencoder. Default: 8.
         perceptual: For an autoencoder or decoder: file or folder with the weights of LPIPS or its shift-tolerant form.
-        gan_weight: For an autoencoder or decoder: weight of a patch discriminator. Default: 0, none.
+        gan_weight: For an autoencoder or decoder: weight of a patch discriminator. Default: 0, none. For a vocoder:
+            weight of its discriminators. Default: 0.5.
         device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
@@ -146,6 +149,10 @@ def train(
         gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets, process=process,
         source=None if source is None else str(source), degrade=degrade, crop=crop,
     )  # fmt: skip
+    if task in SOUND_TASKS:
+        if kind != "model":
+            raise BadInput(f"--task {task} has no kinds: leave out --kind {kind}")
+        return train_sound(task, data, out, config, {**options, **parts}, device, json)
     if task is not None:
         options, parts["factor"] = task_options(task, factor, options), None
     if kind != "model":

@@ -1,4 +1,4 @@
-"""A vocoder with an inverse-STFT head that filters a pulse train and noise, which a few minutes of training suffice for."""
+"""A vocoder with an inverse-STFT head that filters a pulse train and noise: it is trained on a CPU within an hour."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..utils.mel_scale import mel_filter_bank
 from ..utils.stft import inverse_stft, short_time_fourier
 from .vocos import VocosBackbone, VocosHead
 
@@ -19,10 +20,10 @@ class HarmonicVocos(nn.Module):
 
         iSTFT( exp(a + i b) STFT(pulses of pitch f0) + exp(c) STFT(white noise) )
 
-    with the filters a, b and c of a Vocos network. A network of one convolutional receptive field cannot know the phase
-    of a harmonic, the integral of its frequency over all time; a pulse train has it, so that the network learns smooth
-    filters only, from spectral losses. The transform has `frames` frames for each one of the mel spectrogram, of a
-    window as many times shorter: onsets are sharper.
+    with the filters a, b and c of a Vocos network; a and c are differences from the mel itself, interpolated. A
+    network of one convolutional receptive field cannot know the phase of a harmonic, the integral of its frequency over
+    all time; a pulse train has it, so that the network learns smooth filters only, from spectral losses. The transform
+    has `frames` frames for each one of the mel spectrogram, of a window as many times shorter: onsets are sharper.
 
     Args:
         mels: M.
@@ -32,6 +33,7 @@ class HarmonicVocos(nn.Module):
         n_fft, hop: of the mel spectrogram, whose padding is `same`.
         frames: transform frames for each mel frame; divides n_fft and hop.
         sample_rate: in Hz.
+        fmin, fmax: of the mel spectrogram in Hz, of Slaney's scale and norm; fmax 0: sample_rate / 2.
         low, high: range of f0 in Hz.
 
     References:
@@ -49,25 +51,30 @@ class HarmonicVocos(nn.Module):
         hop: int = 256,
         frames: int = 2,
         sample_rate: int = 16000,
+        fmin: float = 0.0,
+        fmax: float = 0.0,
         low: float = 60.0,
         high: float = 500.0,
     ) -> None:
         super().__init__()
         self.config = {
             "mels": mels, "dim": dim, "hidden": hidden, "layers": layers, "n_fft": n_fft, "hop": hop, "frames": frames,
-            "sample_rate": sample_rate, "low": low, "high": high,
+            "sample_rate": sample_rate, "fmin": fmin, "fmax": fmax, "low": low, "high": high,
         }  # fmt: skip
         self.frames, self.n_fft, self.hop = frames, n_fft // frames, hop // frames
         self.sample_rate = sample_rate
         self.bins = self.n_fft // 2 + 1
+        # the logarithm of the magnitude of noise of unit power: filters of area 1, and a window of power 3 n_fft / 8
+        self.level = -math.log(n_fft / sample_rate) - 0.5 * math.log(0.375 * n_fft)
         self.backbone = VocosBackbone(mels, dim, hidden, layers)
         self.head = VocosHead(dim, 3 * frames * self.bins)
         self.pitch = PitchHead(dim, low, high)
         nn.init.normal_(self.head.out.weight, std=0.01)
         nn.init.zeros_(self.head.out.bias)
-        with torch.no_grad():  # speech is about 1/100 as loud as noise of unit variance
-            bias = self.head.out.bias.view(frames, 3, self.bins)
-            bias[:, 0], bias[:, 2] = -4.0, -5.0
+        filters = mel_filter_bank(sample_rate, n_fft, mels, (fmin, fmax or sample_rate / 2))
+        with torch.no_grad():  # at first both parts have half of the power
+            self.head.out.bias.view(frames, 3, self.bins)[:, ::2] = -0.5 * math.log(2)
+        self.register_buffer("spread", envelope_matrix(filters, self.bins, sample_rate), persistent=False)
 
     def forward(self, mel: Tensor, f0: Tensor | None = None, seed: int | None = 0) -> Tensor:
         """Audio (B, L hop).
@@ -78,13 +85,15 @@ class HarmonicVocos(nn.Module):
             seed: of the noise and of the pulses' first phase; None for torch's global generator.
         """
         x = self.backbone(mel)
-        return self.synthesise(self.filters(x), self.pitch(x) if f0 is None else f0, seed)
+        return self.synthesise(self.filters(x, mel), self.pitch(x) if f0 is None else f0, seed)
 
-    def filters(self, x: Tensor) -> Tensor:
-        """a, b and c of features (B, L, dim): (B, 3, n_fft / 2 + 1, frames L)."""
+    def filters(self, x: Tensor, mel: Tensor) -> Tensor:
+        """a, b and c (B, 3, n_fft / 2 + 1, frames L) of features (B, L, dim) and the mel (B, M, L)."""
         n, length = x.shape[:2]
-        out = self.head(x).view(n, length * self.frames, 3, self.bins)
-        return out.permute(0, 2, 3, 1).float()
+        out = self.head(x).view(n, length * self.frames, 3, self.bins).permute(0, 2, 3, 1).float()
+        fine = F.interpolate(mel.float(), scale_factor=self.frames, mode="linear", align_corners=False)
+        envelope = self.spread @ fine + self.level
+        return out + torch.stack([envelope, torch.zeros_like(envelope), envelope], 1)
 
     def synthesise(self, filters: Tensor, f0: Tensor, seed: int | None = 0) -> Tensor:
         """Audio of filters (B, 3, n_fft / 2 + 1, frames L) and pitch (B, L) in Hz."""
@@ -99,6 +108,21 @@ class HarmonicVocos(nn.Module):
         noise = short_time_fourier(noise, self.n_fft, self.hop)
         a, b, c = filters.clamp(-30, 8).unbind(1)
         return inverse_stft(torch.polar(a.exp(), b) * source + c.exp() * noise, self.n_fft, self.hop)
+
+
+def envelope_matrix(filters: Tensor, bins: int, sample_rate: int) -> Tensor:
+    """A matrix (bins, M) that interpolates between the centres of mel filters (M, any), up to half the sample rate."""
+    filters, mels = filters.double() + 1e-12, len(filters)
+    hz = torch.linspace(0, sample_rate / 2, filters.shape[1], dtype=torch.float64)
+    centres = (filters * hz).sum(1) / filters.sum(1)
+    at = torch.linspace(0, sample_rate / 2, bins, dtype=torch.float64).clamp(centres[0], centres[-1])
+    right = torch.searchsorted(centres, at).clamp(1, mels - 1)
+    share = (at - centres[right - 1]) / (centres[right] - centres[right - 1])
+    matrix = torch.zeros(bins, mels, dtype=torch.float64)
+    rows = torch.arange(bins)
+    matrix[rows, right - 1] += 1 - share
+    matrix[rows, right] += share
+    return matrix.float()
 
 
 class PitchHead(nn.Module):

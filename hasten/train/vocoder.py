@@ -70,7 +70,7 @@ class VocoderLoss:
         target = mel(x, self.settings)
         if isinstance(vocoder, HarmonicVocos):
             features = vocoder.backbone(target)
-            made = vocoder.synthesise(vocoder.filters(features), batch["f0"], seed=None)
+            made = vocoder.synthesise(vocoder.filters(features, target), batch["f0"], seed=None)
             loss = w["pitch"] * vocoder.pitch.loss(features, batch["f0"], batch["voiced"])
         else:
             made, loss = vocoder(target), torch.zeros((), device=x.device)

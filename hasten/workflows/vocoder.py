@@ -91,9 +91,11 @@ class VocoderConfig(Config):
         name = NETWORKS[check_choice("network", self.network, NETWORKS)]
         for field in ("dim", "hidden", "layers", "frames", "batch_size"):
             check_int(field, getattr(self, field), 1)
-        options = {name: getattr(self, name) for name in ("mels", "dim", "hidden", "layers", "n_fft", "hop")}
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in ("mels", "dim", "hidden", "layers", "n_fft", "hop")
+        }
         if name == "HarmonicVocos":
-            options["sample_rate"] = self.sample_rate
+            options |= {name: getattr(self, name) for name in ("sample_rate", "fmin", "fmax")}
         return vocoder_network(name, options)
 
 

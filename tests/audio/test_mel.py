@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hasten.audio.files import encode_audio, read_audio, resample, write_audio
-from hasten.audio.mel import MelSettings, frames_of, mel, mel_filters, slaney_hz, slaney_mel, spectrogram, stft
+from hasten.audio.mel import MelSettings, frames_of, mel, mel_filters, spectrogram, stft
 from hasten.errors import BadInput
+from hasten.utils.mel_scale import slaney_hz, slaney_mel
 
 
 def tone(hz: float, seconds: float = 0.5, rate: int = 16000) -> torch.Tensor:
