@@ -16,6 +16,7 @@ __all__ = ["AcousticEncoder", "expand_frames", "frame_tokens"]
 
 BINS = 256  # of pitch and of energy
 F0_RANGE = (50.0, 1100.0)  # Hz, of the bins of pitch
+TYPICAL_FRAMES = 5  # of a token, before training
 MAX_FRAMES = 40  # of one phoneme, at speed 1: an untrained predictor must not ask for hours
 
 
@@ -148,6 +149,7 @@ class AcousticEncoder(nn.Module):
         self.register_buffer("mel_std", torch.ones(mels))
         self.register_buffer("f0_stats", torch.tensor([5.0, 0.3]))
         nn.init.normal_(self.embed.weight, std=hidden**-0.5)
+        nn.init.constant_(self.duration.out.bias, math.log(TYPICAL_FRAMES + 1))  # type: ignore[arg-type]
         for embedding in (self.pitch_embed, self.energy_embed):
             nn.init.normal_(embedding.weight, std=0.1)
 

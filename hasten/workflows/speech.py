@@ -46,7 +46,7 @@ class SpeechConfig(Config):
         steps, minutes: the budget, whichever is used up first. Default: 60 minutes.
         batch_size: clips in a batch.
         lr: peak learning rate.
-        optimizer: see `TrainConfig`.
+        optimiser: see `TrainConfig`.
         prediction: `x0`; `eps`, as earlier models, needs many more steps of sampling.
         seed: of the weights, the order of the clips and the noise.
         split: of the corpus, where it has splits.
@@ -58,7 +58,7 @@ class SpeechConfig(Config):
     minutes: float | None = None
     batch_size: int = 16
     lr: float = 1e-3
-    optimizer: str = "adamw"
+    optimiser: str = "adamw"
     prediction: str = "x0"
     seed: int = 0
     split: str = "train"
@@ -66,7 +66,7 @@ class SpeechConfig(Config):
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, PRESETS)
         check_choice("text", self.text, KINDS)
-        check_choice("optimizer", self.optimizer, OPTIMISERS)
+        check_choice("optimiser", self.optimiser, OPTIMISERS)
         check_choice("prediction", self.prediction, ("x0", "eps"))
         check_int("batch_size", self.batch_size, 1)
         check_int("seed", self.seed, 0)
@@ -81,7 +81,7 @@ class SpeechOptions(TypedDict, total=False):
     minutes: float | None
     batch_size: int
     lr: float
-    optimizer: str
+    optimiser: str
     prediction: str
     seed: int
     split: str
@@ -150,7 +150,7 @@ def train_speech(
     )
     for name in ("mel_mean", "mel_std", "f0_stats"):
         getattr(model.encoder, name).copy_(known[name])
-    trained = TrainedModule("model", model, model, config.lr, (0.9, 0.98), 0.01, config.optimizer)
+    trained = TrainedModule("model", model, model, config.lr, (0.9, 0.98), 0.01, config.optimiser)
     shared = {
         "network": model.denoiser.net.config,
         "encoder": model.encoder.config,

@@ -20,7 +20,8 @@ class SpeechBatches:
 
     Each epoch is a random order, of which every 8 batches are sorted by length, so that little is padding.
 
-    A batch holds `x` standardised mels (B, M, L), `frames` (B,), `tokens` and `durations` (B, T), `f0` and `energy` (B, L), and
+    A batch holds `x` standardised mels (B, M, L), `frames` (B,), `tokens` and `durations` (B, T), `f0` and `energy`
+    (B, L), and
     `speaker` (B,).
 
     Args:

@@ -176,7 +176,8 @@ def write_cache(path: Path, key: str, corpus: Corpus) -> None:
     content: dict[str, Any] = {
         "key": key, "symbols": corpus.symbols, "speakers": corpus.speakers, "settings": corpus.settings.to_dict(),
         "text": corpus.text, "aligner": None if corpus.aligner is None else corpus.aligner.state_dict(),
-        "aligner_config": None if corpus.aligner is None else corpus.aligner.config, "clips": [vars(clip) for clip in corpus.clips],
+        "aligner_config": None if corpus.aligner is None else corpus.aligner.config,
+        "clips": [vars(clip) for clip in corpus.clips],
     }  # fmt: skip
     scratch = path.with_name(f".{path.name}.part")
     torch.save(content, scratch)
