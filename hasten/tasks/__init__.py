@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .speech.speech import Speech, Spoken
 from .style_transfer import Restyled, restyle
 
-__all__ = ["Restyled", "restyle"]
+__all__ = ["Restyled", "Speech", "Spoken", "restyle"]

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..model.model import Model
+from ..tasks.speech.features import Corpus
+from ..tasks.speech.samples import speech_samples
 from ..train import open_data
 from ..train.data import Data, to_float
 from ..train.encoded import encode_captioned
@@ -25,18 +27,22 @@ CACHE_BYTES = 2**31  # of what is encoded in memory: what comes after is encoded
 
 
 def training_data(
-    model: Model, data: str | Path | Data | Tensor | list[str] | tuple[str, ...] | None, out: Path | None = None
+    model: Model,
+    data: str | Path | Data | Corpus | Tensor | list[str] | tuple[str, ...] | None,
+    out: Path | None = None,
 ) -> Data:
     """The data of a distillation: samples of the model's shape, with its labels, or with its conditions of captions.
 
     Args:
         model: the teacher.
-        data: see `distill_model`; a list of texts are prompts.
+        data: see `distill_model`; a list of texts are prompts. Of a model that speaks, a corpus or its path.
         out: folder of the run, in which a cache of encoded images may be written; None: nothing is written.
 
     Raises:
         BadInput: for data that does not fit the model.
     """
+    if "speech" in model.card and isinstance(data, (str, Path, Corpus)):
+        return speech_samples(model, data, out)
     if model.conditioning is None:
         if isinstance(data, (list, tuple)):
             raise BadInput(f"{model.name} takes no prompts: leave out --prompts")

@@ -85,7 +85,11 @@ class Saver:
         times = pick("times", student.times)(denoiser.schedule, student.steps)
         plan = compile_plan(sampler, denoiser.schedule, times) if sampler.linear else None
         card: dict[str, Any] = {
-            **{key: self.teacher.card[key] for key in ("data", "licence", "reference") if key in self.teacher.card},
+            **{
+                key: self.teacher.card[key]
+                for key in ("data", "licence", "reference", "speech")
+                if key in self.teacher.card
+            },
             "summary": f"student of {self.teacher.name} for {student.steps} evaluations",
             "distilled": {
                 "teacher": self.teacher.name,
@@ -112,12 +116,17 @@ class Saver:
             student.steps,
             min(max(self.scale, span[0]), span[1]),
             plan=plan,
-            parts=student.parts,
+            parts={**kept_parts(self.teacher), **student.parts},
             card=card,
             conditioning=self.teacher.conditioning,
             decoder=self.teacher.decoder,
             pipeline=self.teacher.pipeline,
         )
+
+
+def kept_parts(teacher: Model) -> dict[str, torch.nn.Module]:
+    """The parts of a teacher that its students need: of a model that speaks, the encoder and the aligner."""
+    return dict(teacher.parts) if "speech" in teacher.card else {}
 
 
 def drawable(model: Model) -> bool:

@@ -119,10 +119,11 @@ def corpus_features(
     Raises:
         BadInput: where no clip can be used.
     """
-    what = [settings.to_dict(), text, symbols, [(c.name, c.text, c.speaker) for c in clips]]
+    what = [settings.to_dict(), text, [(c.name, c.text, c.speaker) for c in clips]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     if cache is not None and cache.is_file() and (known := read_cache(cache, key)) is not None:
-        return known
+        if not symbols or known.symbols == symbols:
+            return known
     front = FrontEnd(text)
     read, skipped = [], []
     for clip in clips:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...audio.mel import MelSettings
 from ...errors import BadInput, check_int
-from ...loading import load
+from ...loading import find_model_folder, load
 from ...model.model import Model
 from ...nets.acoustic import AcousticEncoder
 from ...plan.draw import draw
@@ -82,14 +82,27 @@ class Speech:
 
         Args:
             name: see `hasten.load`.
-            vocoder: a vocoder, or its folder or file; None: Griffin-Lim.
+            vocoder: a vocoder, or its folder or file, or `griffin_lim`; None: the folder `vocoder` in that of the model,
+                else Griffin-Lim.
             device: Default: the CPU.
         """
-        if isinstance(vocoder, (str, Path)):
-            from ...audio.vocoder import load_vocoder
+        from ...audio.vocoder import load_vocoder
 
-            vocoder = load_vocoder(vocoder)
-        return cls(load(name, device), vocoder)
+        model = load(name, device)
+        if vocoder is None and isinstance(name, (str, Path)):
+            beside = find_model_folder(name) / "vocoder"
+            vocoder = beside if beside.is_dir() else None
+        if isinstance(vocoder, (str, Path)):
+            vocoder = load_vocoder(vocoder, cls(model).settings)
+        return cls(model, vocoder)
+
+    def warm_up(self) -> None:
+        """Load what the first sentence would wait for: the lexicon of the front end, the plan."""
+        try:
+            self.spectrogram(self.front.ids("Hello."))
+        except BadInput as e:
+            if "pip install" in str(e):
+                raise
 
     @property
     def sample_rate(self) -> int:
@@ -175,13 +188,14 @@ class Speech:
         with torch.no_grad():
             return self.vocoder(mel).float().cpu().reshape(-1).clamp(-1, 1)
 
-    def sentences(self, text: str, **options: Any) -> Iterator[Spoken]:
+    def sentences(self, text: str, allow_empty: bool = False, **options: Any) -> Iterator[Spoken]:
         """The sentences of a text as sound, each as soon as it is made.
 
         Sentences without anything to say are left out.
 
         Args:
             text: of any length.
+            allow_empty: a text without anything to say gives no sentence, and is no error.
             options: see `mel`.
 
         Raises:
@@ -205,7 +219,7 @@ class Speech:
             yield Spoken(
                 sentence, audio, mel, {"text": read - start, "acoustic": drawn - read, "vocoder": done - drawn}
             )
-        if not count:
+        if not count and not allow_empty:
             raise BadInput("nothing to say: a text needs letters or digits")
 
     def stream(self, text: str, **options: Any) -> Iterator[Tensor]:
