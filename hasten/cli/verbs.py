@@ -21,7 +21,7 @@ from .translate import translate
 from .tune import tune
 
 VERBS = (
-    sample, compare, choose, distill, quantize, tune, restyle, translate, speak, export, train, evaluate, models, show, sigmas,
-    extract_lora, merge_lora, convert_lora,
+    sample, compare, choose, distill, quantize, tune, restyle, translate, speak, export, train, evaluate, models, show,
+    sigmas, extract_lora, merge_lora, convert_lora,
 )  # fmt: skip
 __all__ = [verb.__name__ for verb in VERBS]

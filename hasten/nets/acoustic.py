@@ -192,7 +192,7 @@ class AcousticEncoder(nn.Module):
         if durations is None:
             real = (log_duration.float().exp() - 1).clamp(0, MAX_FRAMES) / speed
             durations = torch.where(tokens == self.config["gap"], real.round(), real.round().clamp_min(1) * mask).long()
-        x, at = expand_frames(h, durations)
+        x, at = expand_frames(h, durations, None if f0 is None else f0.shape[1])
         keep = at > 0
         slow = x * 0.1 + x.detach() * 0.9
         pitch = self.pitch(slow, keep)
@@ -227,28 +227,35 @@ def energy_bins(energy: Tensor) -> Tensor:
     return ((energy.float() + 4) * (BINS / 8)).clamp(0, BINS - 1).long()
 
 
-def frame_tokens(durations: Tensor) -> Tensor:
+def frame_tokens(durations: Tensor, length: int | None = None) -> Tensor:
     """The token of each frame, counted from 1, and 0 for padding: [2, 2, 3] -> 1 1 2 2 3 3 3.
 
     Args:
         durations: frames of each token, (B, T) int64.
+        length: L; None: the largest sum.
 
     Returns:
-        (B, L) int64, L the largest sum.
+        (B, L) int64.
     """
     ends = durations.cumsum(1)
     total = ends[:, -1:]
-    place = torch.arange(int(total.max()), device=durations.device).expand(len(durations), -1).contiguous()
+    length = int(total.max()) if length is None else length
+    place = torch.arange(length, device=durations.device).expand(len(durations), -1).contiguous()
     at = torch.searchsorted(ends.contiguous(), place, right=True) + 1
     return torch.where(place < total, at, 0)
 
 
-def expand_frames(x: Tensor, durations: Tensor) -> tuple[Tensor, Tensor]:
+def expand_frames(x: Tensor, durations: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
     """The length regulator: each row of x (B, T, H) repeated as often as its duration (B, T) says.
+
+    Args:
+        x: (B, T, H).
+        durations: (B, T) int64.
+        length: L; None: the largest sum of durations.
 
     Returns:
         (B, L, H), zero where padded, and `frame_tokens` (B, L).
     """
-    at = frame_tokens(durations)
+    at = frame_tokens(durations, length)
     rows = F.pad(x, (0, 0, 1, 0))
     return rows.gather(1, at[..., None].expand(-1, -1, x.shape[-1])), at

@@ -1,4 +1,4 @@
-"""Which frames of a spectrogram say which token: a Gaussian for each half of a token, and monotonic alignment search."""
+"""Which frames of a spectrogram say which token: Gaussians of each half of a token, and monotonic alignment search."""
 
 from __future__ import annotations
 

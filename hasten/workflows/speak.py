@@ -124,6 +124,6 @@ def speak_texts(
 
 def spoken_sentences(speech: Speech, texts: Iterable[str], request: SpeakRequest) -> Iterator[Spoken]:
     """The sentences of all texts; texts without anything to say are left out."""
-    how = dict(steps=request.steps, speed=request.speed, seed=request.seed, speaker=request.speaker)
+    how = {"steps": request.steps, "speed": request.speed, "seed": request.seed, "speaker": request.speaker}
     for text in texts:
         yield from speech.sentences(text, allow_empty=True, **how, **(request.options or {}))

@@ -121,9 +121,9 @@ def corpus_features(
     """
     what = [settings.to_dict(), text, [(c.name, c.text, c.speaker) for c in clips]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    if cache is not None and cache.is_file() and (known := read_cache(cache, key)) is not None:
-        if not symbols or known.symbols == symbols:
-            return known
+    known = None if cache is None else read_cache(cache, key)
+    if known is not None and (not symbols or known.symbols == symbols):
+        return known
     front = FrontEnd(text)
     read, skipped = [], []
     for clip in clips:

@@ -82,8 +82,8 @@ class Speech:
 
         Args:
             name: see `hasten.load`.
-            vocoder: a vocoder, or its folder or file, or `griffin_lim`; None: the folder `vocoder` in that of the model,
-                else Griffin-Lim.
+            vocoder: a vocoder, or its folder or file, or `griffin_lim`; None: the folder `vocoder` in that of the
+                model, else Griffin-Lim.
             device: Default: the CPU.
         """
         from ...audio.vocoder import load_vocoder

@@ -46,12 +46,12 @@ SIMILAR = {
     "ə": "ʌ",
     "ʌ": "ə",
 }
-BOUNDARY = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])|\n+")
+BOUNDARY = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])|\n\s*\n")
 INITIALS = re.compile(r"(?:^|[\s.])[A-Za-z]\.$")
 
 
 def split_sentences(text: str) -> Iterator[str]:
-    """The sentences of a text, one after the other, without the empty ones; a line break always ends one."""
+    """The sentences of a text, one after the other, without the empty ones; an empty line always ends one."""
     start = 0
     for match in [*BOUNDARY.finditer(text), None]:
         end = len(text) if match is None else match.start()
