@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...audio.mel import MelSettings
-from ...errors import BadInput, check_int
+from ...errors import BadInput, Notice, check_int
 from ...loading import find_model_folder, load
 from ...model.model import Model
 from ...nets.acoustic import AcousticEncoder
@@ -98,11 +99,13 @@ class Speech:
 
     def warm_up(self) -> None:
         """Load what the first sentence would wait for: the lexicon of the front end, the plan."""
-        try:
-            self.spectrogram(self.front.ids("Hello."))
-        except BadInput as e:
-            if "pip install" in str(e):
-                raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Notice)  # of sounds that the model does not know
+            try:
+                self.spectrogram(self.front.ids("Hello."))
+            except BadInput as e:
+                if "pip install" in str(e):
+                    raise
 
     @property
     def sample_rate(self) -> int:

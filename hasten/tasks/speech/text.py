@@ -197,7 +197,7 @@ def plain(text: str) -> tuple[str, set[str]]:
         else:
             pattern = rf"(?i)\b{re.escape(word)}\."
         text = re.sub(pattern, spoken, text)
-    text = re.sub(r"\b([A-Z])\.(?=[A-Z]\b)", r"\1 ", text)  # U.S.A
+    text = re.sub(r"\b((?:[A-Z]\.)+[A-Z])\b(?!\.)", r"\1.", text)  # A.M is A.M.
     text = re.sub(r"\band/or\b", "and or", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=\d)/(?=\d)", "\0", text)  # dates
     out, left = [], set()
