@@ -54,7 +54,8 @@ def train_kind(
             raise BadInput("a decoder is distilled from an autoencoder: give --base, a pipeline's or its folder")
     stray = [name for name in given if name not in kinds.names()]
     if stray:
-        raise BadInput(f"--{stray[0].replace('_', '-')} is not for --kind {kind}")
+        flag = "from" if stray[0] == "init_from" else stray[0].replace("_", "-")
+        raise BadInput(f"--{flag} is not for --kind {kind}")
     request = (kinds() if config is None else kinds.load(config, kind)).replace(**given)
     common: dict[str, Any] = {
         "device": str(processes(device).device),

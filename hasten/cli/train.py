@@ -26,6 +26,8 @@ def train(
     label: str | None = None,
     base: str | None = None,
     init: str | None = None,
+    from_: str | None = None,
+    structure: str | None = None,
     caption: str | None = None,
     cache: Path | None = None,
     cache_dtype: str | None = None,
@@ -84,6 +86,10 @@ def train(
             For kind decoder: the autoencoder's folder, or that of a pipeline that has one.
         init: With --base, base to continue from the network's weights, or random to train it from scratch. Default:
             base. For kind autoencoder: the one to continue from, its folder or that of a pipeline.
+        from_: A model to fine-tune on the data: a bundled name, a folder or a hub id. Its network, schedule and
+            prediction are kept; the data must have its shape and classes.
+        structure: Weight of the structure term, relative to the loss, such as 0.1: the relations of a batch's samples
+            are trained too (SADM). Or its options, such as weight=0.1,times=own (see docs/structure.md). Default: 0.
         caption: The column that holds the captions; txt for the files beside the images, none to read none.
         cache: The folder of the latents and text embeddings of --base. Default: encoded in the folder of the run.
         cache_dtype: Their numbers, fp16 or fp32. Default: fp16.
@@ -91,7 +97,7 @@ def train(
         blocks: Residual blocks a resolution. Default: 1.
         patch: Side of the squares that the network takes as one pixel.
         batch_size: Images a step. Default: 64.
-        lr: Peak learning rate. Default: 1e-3; with --base 1e-5, or 1e-4 from scratch and for a LoRA.
+        lr: Peak learning rate. Default: 1e-3; with --from 1e-4; with --base 1e-5, or 1e-4 from scratch and for a LoRA.
         optimizer: adamw, muon, or to need less memory on CUDA, with bitsandbytes: adamw8bit, paged-adamw8bit. Default:
             adamw.
         label_drop: Fraction of the labels or captions that are dropped, so that the model can be guided. Default: 0.1.
@@ -158,6 +164,7 @@ def train(
         caption=caption, cache=None if cache is None else str(cache), cache_dtype=cache_dtype,
         gradient_checkpointing=gradient_checkpointing or None, lora=lora, lora_targets=lora_targets, process=process,
         source=None if source is None else str(source), degrade=degrade, crop=crop,
+        init_from=from_, structure=structure,
     )  # fmt: skip
     if task in SOUND_TASKS:
         if kind != "model":

@@ -27,7 +27,7 @@ from ..storage import model_folder
 from ..storage.lora_files import LoRAFile
 from ..train.names import class_index, label_indices
 from ..utils.devices import upload
-from ..utils.random import MAX_SEED
+from ..utils.random import MAX_SEED, Noise
 from .first_evaluation import FirstEvaluation
 from .lora import load_lora_weights
 from .residual import decode_residual, encode_residual
@@ -61,6 +61,7 @@ class Model:
         is conditioned on (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
     pipeline: of diffusers, with which the network was loaded and can be saved again.
     calibration_prompts: of a model that takes prompts: those on which accelerators are calibrated; none: the empty one.
+    calibration_sources: of a model that reads source images: those (n, C, H, W) in [-1, 1] on which it is calibrated.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
@@ -84,6 +85,7 @@ class Model:
     decoder: Any = None
     pipeline: Any = None
     calibration_prompts: tuple[str, ...] = ()
+    calibration_sources: Tensor | None = None
     start: str | None = None
     residual_std: float | None = None
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -229,7 +231,7 @@ class Model:
         *,
         batch_size: int = 64,
         images: Any = None,
-        noise: Tensor | None = None,
+        noise: Tensor | Noise | None = None,
         progress: Progress | None = None,
         callback: Callback | None = None,
         **options: Unpack[SamplingOptions],
@@ -248,7 +250,8 @@ class Model:
                 network that reads them (`source_shape`): a tensor or NumPy array, floats in [-1, 1] or uint8, or PIL
                 images. A network of super-resolution takes small images of other sizes than `source_shape` too, and
                 its samples are then larger or smaller than `shape`.
-            noise: (n, C, H, W), the initial standard normal noise in place of that of the seeds.
+            noise: (n, C, H, W), the initial standard normal noise in place of that of the seeds; or a `Noise` of n
+                samples, which gives that of the steps too.
             progress: called with (model evaluations done, of how many).
             callback: called after each model evaluation as `callback(step, t, x, x0)`, for one batch after the other;
                 see `walk`.

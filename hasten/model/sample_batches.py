@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..denoiser import evaluating
 from ..errors import BadInput
+from ..nets.source_cache import caching_sources
 from ..plan.draw import draw_unchecked as draw
 from ..progress import fraction_of
 from ..sampling import Callback, Noise, Progress, wrap_denoiser
@@ -39,7 +40,7 @@ def sample_batches(
     seed: int,
     batch_size: int,
     images: Tensor | None,
-    given: Tensor | None,
+    given: Tensor | Noise | None,
     progress: Progress | None,
     callback: Callback | None,
 ) -> Tensor:
@@ -54,16 +55,20 @@ def sample_batches(
     takes_source = model.source_shape is not None and not getattr(resolved.start, "gives_source", False)
     if takes_source and images is not None and model.source_factor > 1:
         shape = (model.shape[0], *(side * model.source_factor for side in images.shape[2:]))
-    if given is not None and tuple(given.shape) != (n, *shape):
+    if isinstance(given, Tensor) and tuple(given.shape) != (n, *shape):
         raise BadInput(f"noise must be of shape {(n, *shape)}, found {tuple(given.shape)}")
+    if isinstance(given, Noise) and (len(given), *given.shape) != (n, *shape):
+        raise BadInput(f"noise must be of shape {(n, *shape)}, found {(len(given), *given.shape)}")
     batches: list[Tensor] = []
     resolved.runtime.prepare(model.denoiser)
-    with resolved.runtime.apply(), evaluating(model.denoiser):
+    with resolved.runtime.apply(), evaluating(model.denoiser), caching_sources(resolved.denoiser):
         for first in range(0, n, batch_size):
             count = min(batch_size, n - first)
             seeds = range(seed + first, seed + first + count)
             noise = Noise(seeds, shape, torch.float32, device)
-            if given is not None:
+            if isinstance(given, Noise):
+                noise = given.rows(slice(first, first + count))
+            elif given is not None:
                 noise = GivenNoise(upload(given[first : first + count].float(), device), seeds)
             cond = {key: value[first : first + count] for key, value in conditions.items()}
             denoiser: Any = resolved.denoiser

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.resizing import enlarge
+from .embeddings import Embeddings
 from .unet import UNet
 
 __all__ = ["SourceUNet"]
@@ -59,10 +60,28 @@ class SourceUNet(nn.Module):
         Raises:
             ValueError: without a source of K channels.
         """
+        emb = self.embed(time, label, source, **inputs)
+        return self.decode(*self.encode(x, emb), emb)
+
+    def embed(
+        self, time: Tensor, label: Tensor | None = None, source: Tensor | None = None, **inputs: Tensor
+    ) -> Embeddings:
+        """The `UNet`'s embedding, with the source.
+
+        Raises:
+            ValueError: without a source of K channels.
+        """
         if source is None or source.shape[1] != self.source_channels:
             found = "none" if source is None else tuple(source.shape)
             raise ValueError(f"this U-Net needs source= of {self.source_channels} channels, got {found}")
-        source = enlarge(source.to(x.dtype), self.source_factor)
+        return Embeddings({"time": self.unet.embed(time, label, **inputs), "source": source})
+
+    def encode(self, x: Tensor, emb: Embeddings) -> tuple[list[Tensor], Tensor]:
+        """The `UNet`'s encoder, of x and the source."""
+        source = enlarge(emb["source"].to(x.dtype), self.source_factor)
         read = x + source if self.shifted else x
-        result: Tensor = self.unet(torch.cat([read, source], dim=1), time, label, **inputs)
-        return result
+        return self.unet.encode(torch.cat([read, source], dim=1), emb["time"])
+
+    def decode(self, skips: list[Tensor], middle: Tensor, emb: Embeddings) -> Tensor:
+        """The `UNet`'s decoder."""
+        return self.unet.decode(skips, middle, emb["time"])

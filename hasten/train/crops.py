@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +12,9 @@ from torch import Tensor
 
 from ..errors import BadInput, check_int
 from ..utils.random import make_generator
-from .data import open_data
-from .decode import decode, readable_suffixes
-from .folders import choose_split, folder_tree, read_headers, zip_tree
+from .any_size import open_any_size
 from .messages import join_names, pluralize, print_once
-from .sources import MEMORY, Data, find_idx
+from .sources import Data
 
 __all__ = ["crops", "open_crops"]
 
@@ -56,35 +52,21 @@ def open_crops(
         BadInput: where no image has the size, and as `open_data`.
     """
     check_int("crop", crop, 1)
-    path = Path(path)
-    name = path.name.lower()
-    is_tree = name.endswith(".zip") or path.is_dir() and not (find_idx(path) or (path / "images.npy").is_file())
-    if not is_tree or not path.exists():
-        return crops(open_data(path, split, channels=channels, label="none", caption="none"), crop, flip)
-    tree = zip_tree(path) if name.endswith(".zip") else folder_tree(path)
-    suffixes = readable_suffixes()
-    names = [name for name in tree.names if name.lower().endswith(suffixes)]
-    if not names:
-        raise BadInput(f"{path} holds no images (looked for {', '.join(suffixes)})")
-    parts, messages = choose_split(tree, names, split)
-    names = [name for _, part in parts for name in part]
-    headers = read_headers(tree, names)
-    large = [k for k, one in enumerate(headers) if min(one.height, one.width) >= crop]
+    images = open_any_size(path, split, channels)
+    large = [k for k, size in enumerate(images.sizes) if min(size) >= crop]
     if not large:
-        most = max(min(one.height, one.width) for one in headers)
+        most = max(min(size) for size in images.sizes)
         raise BadInput(
             f"{path}: no image has a crop of {crop} pixels, the largest has {most}: set crop (--crop) {most}"
         )
-    if small := [names[k] for k in range(len(names)) if k not in set(large)]:
+    messages = list(images.messages)
+    if small := [images.names[k] for k in range(len(images)) if k not in set(large)]:
         messages.append(f"{pluralize(len(small), 'image')} smaller than {crop} pixels left out: {join_names(small)}")
-    names, headers = [names[k] for k in large], [headers[k] for k in large]
-    depth = channels or (1 if all(one.grey for one in headers) else 3)
-    sizes = [(one.height, one.width) for one in headers]
-    print_once(f"{path}: crops of {crop} x {crop} of {pluralize(len(names), 'image')}")
-    for message in (*tree.messages, *messages):
+    images = images.only(large)
+    print_once(f"{path}: crops of {crop} x {crop} of {pluralize(len(images), 'image')}")
+    for message in messages:
         print_once(f"{path}: {message}")
-    read = keep_read(lambda k: decode(tree, names[k], (depth, *sizes[k]), False), [depth * h * w for h, w in sizes])
-    return crops_of(sizes, depth, read, crop, flip, str(path), True)
+    return crops_of(images.sizes, images.channels, images.read, crop, flip, images.source, True)
 
 
 def crops_of(
@@ -118,25 +100,3 @@ def crops_of(
             return torch.stack(list(pool.map(one, rows)))
 
     return Data(len(sizes) * each, (channels, crop, crop), fetch, source=source, lazy=lazy)
-
-
-def keep_read(read: Callable[[int], Tensor], sizes: list[int]) -> Callable[[int], Tensor]:
-    """`read` with the last results kept, up to `MEMORY` bytes. sizes: in bytes, of each result."""
-    kept: OrderedDict[int, Tensor] = OrderedDict()
-    lock, used = threading.Lock(), 0
-
-    def get(k: int) -> Tensor:
-        nonlocal used
-        if (found := kept.get(k)) is not None:
-            return found
-        image = read(k)
-        with lock:
-            if k not in kept:
-                kept[k] = image
-                used += sizes[k]
-            while used > MEMORY and len(kept) > 1:
-                oldest, _ = kept.popitem(last=False)
-                used -= sizes[oldest]
-        return image
-
-    return get

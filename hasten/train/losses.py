@@ -232,6 +232,25 @@ class LikelihoodWeight:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """A loss of a batch and the network's evaluation that it was computed from.
+
+    Args:
+        loss: a scalar.
+        x_t: noisy samples (B, *S).
+        t: their times (B,), float64.
+        raw: the network's output (B, *S).
+        dropped: which samples lost their conditions, bool (B,); None: none can.
+    """
+
+    loss: Tensor
+    x_t: Tensor
+    t: Tensor
+    raw: Tensor
+    dropped: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class DenoisingLoss:
     """Weighted mean squared (or absolute) error of the network's raw output against its prediction target.
 
@@ -284,8 +303,12 @@ class DenoisingLoss:
         Raises:
             BadInput: if conditions are to be dropped and there is nothing to replace them by.
         """
+        return self.evaluate(denoiser, batch).loss
+
+    def evaluate(self, denoiser: Denoiser, batch: dict[str, Tensor]) -> Evaluation:
+        """The loss of a batch and what it was computed from. Args and Raises as for a call."""
         x = batch["x"]
-        cond = self.drop(batch, denoiser.null_label)
+        cond, dropped = self._drop(batch, denoiser.null_label)
         n = len(x)
         exact = float64_device(x.device)
         u = stratified(n, exact) if self.spread else torch.rand(n, dtype=torch.float64, device=exact)
@@ -300,15 +323,20 @@ class DenoisingLoss:
         difference = raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()
         error = difference.abs() if self.norm == "l1" else difference.square()
         if self.weight is None:
-            return error.mean()
+            return Evaluation(error.mean(), x_t, t, raw, dropped)
         factor = self.factor(denoiser, t)
-        return (factor.float().to(x.device) * error.flatten(1).mean(1)).mean()
+        loss = (factor.float().to(x.device) * error.flatten(1).mean(1)).mean()
+        return Evaluation(loss, x_t, t, raw, dropped)
 
     def drop(self, batch: Mapping[str, Tensor], null_label: int | None) -> dict[str, Tensor]:
         """The conditions of a batch, those of each sample replaced by the null ones with probability `label_drop`."""
+        return self._drop(batch, null_label)[0]
+
+    def _drop(self, batch: Mapping[str, Tensor], null_label: int | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The conditions, and which samples lost theirs, bool (B,); None where none can."""
         cond = {name: batch[name] for name in self.conditions if name in batch}
         if not self.label_drop or not cond:
-            return cond
+            return cond, None
         known = {**(self.null_conditions or {}), **batch}
         nulls = {name: known[f"null_{name}"] for name in cond if f"null_{name}" in known}
         if "label" in cond and "label" not in nulls:
@@ -326,7 +354,7 @@ class DenoisingLoss:
             value = cond[name]
             where = dropped.view(-1, *[1] * (value.ndim - 1))
             cond[name] = torch.where(where, null.to(value.device, value.dtype), value)
-        return cond
+        return cond, dropped
 
     def factor(self, denoiser: Denoiser, t: Tensor) -> Tensor:
         """`w c_out^2`, float64 (B,): the weight of the squared error of the raw output at the times `t` (B,)."""

@@ -20,6 +20,7 @@ from ..train import open_data
 from ..train.data import Data, to_float
 from ..train.encoded import encode_captioned
 from ..train.names import match_labels
+from .source_data import PairSettings, paired_samples
 
 BLANK_IMAGES = 1024  # samples of the data set without real images
 ENCODED = "encoded"  # folder of latents and text embeddings in that of the run
@@ -30,6 +31,7 @@ def training_data(
     model: Model,
     data: str | Path | Data | Corpus | Tensor | list[str] | tuple[str, ...] | None,
     out: Path | None = None,
+    pairs: PairSettings | None = None,
 ) -> Data:
     """The data of a distillation: samples of the model's shape, with its labels, or with its conditions of captions.
 
@@ -37,12 +39,20 @@ def training_data(
         model: the teacher.
         data: see `distill_model`; a list of texts are prompts. Of a model that speaks, a corpus or its path.
         out: folder of the run, in which a cache of encoded images may be written; None: nothing is written.
+        pairs: of a model that reads a source image: what makes the sources; None: the data has them.
 
     Raises:
         BadInput: for data that does not fit the model.
     """
     if "speech" in model.card and isinstance(data, (str, Path, Corpus)):
         return speech_samples(model, data, out)
+    if model.source_shape is not None:
+        if data is None or isinstance(data, (list, tuple)):
+            raise BadInput(
+                f"{model.name} makes its samples from source images: give --data, images like those of its training, "
+                "from which they are made"
+            )
+        return paired_samples(model, data, pairs)
     if model.conditioning is None:
         if isinstance(data, (list, tuple)):
             raise BadInput(f"{model.name} takes no prompts: leave out --prompts")

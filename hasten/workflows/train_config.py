@@ -21,6 +21,10 @@ class TrainConfig(Config):
         label: the column or array of labels (`open_data`).
         base: a text-to-image pipeline, its folder or hub id: its network is trained on the captions of the images.
         init: `base`, start from the network's weights, or `random`, train it from scratch.
+        init_from: a model to begin from (fine-tuning), its folder, hub id or bundled name: its network, schedule and
+            prediction are kept, and the data must have its shape and classes.
+        structure: weight of the structure term, relative to the loss, such as 0.1, or its options as text, such as
+            `"weight=0.1,times=own"` (`train.sadm.Sadm`).
         caption: the column of captions (`open_data`).
         cache: the folder of the latents and text embeddings of `base`. Default: `encoded` in the folder of the run.
         cache_dtype: their numbers, `fp16` or `fp32`.
@@ -28,7 +32,8 @@ class TrainConfig(Config):
         blocks: residual blocks at each resolution.
         patch: side of the patches of pixels that are folded into channels. Default: 2 from a side of 24, else 1.
         batch_size: images in a batch, over all processes.
-        lr: AdamW's peak learning rate. Default: 1e-3; with `base` 1e-5, or 1e-4 from scratch and for a LoRA.
+        lr: AdamW's peak learning rate. Default: 1e-3; with `init_from` 1e-4; with `base` 1e-5, or 1e-4 from
+            scratch and for a LoRA.
         optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
         label_drop: probability that a label or caption is dropped, for classifier-free guidance; in [0, 1].
         flip: mirror images horizontally with probability 1/2; of crops, any of the eight symmetries of the square.
@@ -70,6 +75,8 @@ class TrainConfig(Config):
     fsdp: bool = False
     base: str | None = None
     init: str = "base"
+    init_from: str | None = None
+    structure: float | str | None = None
     caption: str | None = None
     cache: str | None = None
     cache_dtype: str = "fp16"
@@ -109,6 +116,8 @@ class TrainOptions(TypedDict, total=False):
     grad_accumulation: int
     fsdp: bool
     init: str
+    init_from: str | None
+    structure: float | str | None
     caption: str | None
     cache: str | None
     cache_dtype: str

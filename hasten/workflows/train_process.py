@@ -8,13 +8,15 @@ from ..errors import BadInput
 from ..loading import load
 from ..pick import format_spec, pick
 from ..train.data import open_data
+from ..train.messages import print_once
 from ..train.pairs import degraded_pairs, folder_pairs
+from ..train.sadm import Sadm, structure_options
 from ..train.sources import Data
 from ..train.unpaired import unpaired_sources
 from ..train_processes import TrainProcess
 from .train_config import TrainConfig
 
-__all__ = ["process_recipe", "with_sources"]
+__all__ = ["process_recipe", "training_structure", "with_sources"]
 
 
 def process_recipe(config: TrainConfig) -> TrainProcess:
@@ -25,6 +27,29 @@ def process_recipe(config: TrainConfig) -> TrainProcess:
     """
     recipe: TrainProcess = pick("train_processes", config.process or "diffusion")
     return recipe
+
+
+def training_structure(config: TrainConfig, fine_tuning: bool) -> Sadm | None:
+    """The structure term that a config asks for; None without one.
+
+    Args:
+        config: of the run.
+        fine_tuning: of a trained network, where the term begins at once.
+
+    Raises:
+        BadInput: for what it does not go with.
+    """
+    options = structure_options(config.structure, trained=fine_tuning)
+    if options is None:
+        return None
+    if config.fsdp:
+        raise BadInput("structure compares whole batches in an encoder of its own: it does not go with fsdp")
+    if config.batch_size // config.grad_accumulation < 32:
+        print_once(
+            f"structure compares the samples of a batch: {config.batch_size // config.grad_accumulation} at once are "
+            "few, 32 or more show more of it (batch_size, grad_accumulation)"
+        )
+    return options
 
 
 def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.audio.mel import MelSettings
-from hasten.tasks.speech.features import Corpus, Features, frame_energy
+from hasten.tasks.speech.features import Corpus, ClipFeatures, frame_energy
 from hasten.tasks.speech.text import SPECIAL
 
 LETTERS = "abcdefgh"
@@ -24,7 +24,7 @@ def template(letter: int, mels: int) -> Tensor:
     return -6 + 4 * torch.exp(-((m - first) ** 2) / 4) + 3 * torch.exp(-((m - second) ** 2) / 6)
 
 
-def toy_clip(seed: int, count: int = 8, mels: int = 20, low: int = 3, high: int = 8) -> Features:
+def toy_clip(seed: int, count: int = 8, mels: int = 20, low: int = 3, high: int = 8) -> ClipFeatures:
     """A clip with the true frames of its tokens."""
     draw = torch.Generator().manual_seed(seed)
     letters = torch.randint(len(LETTERS), (count,), generator=draw)
@@ -44,7 +44,7 @@ def toy_clip(seed: int, count: int = 8, mels: int = 20, low: int = 3, high: int 
     mel = torch.cat(columns, 1)
     mel = mel + 0.2 * torch.randn(mel.shape, generator=draw)
     heard = torch.repeat_interleave((tokens >= len(SPECIAL)).float(), durations)
-    return Features(tokens, mel, heard * f0, frame_energy(mel), durations)
+    return ClipFeatures(tokens, mel, heard * f0, frame_energy(mel), durations)
 
 
 def toy_corpus(clips: int = 24, **options: int) -> Corpus:

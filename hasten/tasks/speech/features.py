@@ -23,11 +23,11 @@ from ...train.messages import print_once
 from .alignment import fit_aligner
 from .text import GAP, PAUSES, SPECIAL, FrontEnd, numbers_of, symbols_of
 
-__all__ = ["Corpus", "Features", "corpus_features"]
+__all__ = ["Corpus", "ClipFeatures", "corpus_features"]
 
 
 @dataclass(frozen=True)
-class Features:
+class ClipFeatures:
     """A clip for training.
 
     Args:
@@ -65,7 +65,7 @@ class Corpus:
         aligner: that gave their durations; None: they were known.
     """
 
-    clips: list[Features]
+    clips: list[ClipFeatures]
     symbols: tuple[str, ...]
     speakers: tuple[str, ...]
     settings: MelSettings
@@ -121,7 +121,7 @@ def corpus_features(
     """
     what = [settings.to_dict(), text, [(c.name, c.text, c.speaker) for c in clips]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    known = None if cache is None else read_cache(cache, key)
+    known = None if cache is None else read_features(cache, key)
     if known is not None and (not symbols or known.symbols == symbols):
         return known
     front = FrontEnd(text)
@@ -152,7 +152,7 @@ def corpus_features(
         f0, voiced = track_pitch(audio, settings)
         f0 = torch.where(voiced, f0, 0.0).float()
         speaker = speakers.index(clip.speaker) if clip.speaker else 0
-        made.append(Features(ids, spectrum, f0, frame_energy(spectrum), torch.zeros_like(ids), speaker))
+        made.append(ClipFeatures(ids, spectrum, f0, frame_energy(spectrum), torch.zeros_like(ids), speaker))
     if skipped:
         some = ", ".join(skipped[:3]) + ", ..." * (len(skipped) > 3)
         print_once(f"{len(skipped)} of {len(clips)} clips are not used: {some}")
@@ -162,7 +162,7 @@ def corpus_features(
     made = [replace(clip, durations=frames) for clip, frames in zip(made, durations)]
     corpus = Corpus(made, symbols, speakers, settings, text, aligner)
     if cache is not None:
-        write_cache(cache, key, corpus)
+        write_features(cache, key, corpus)
     return corpus
 
 
@@ -171,7 +171,7 @@ def frame_energy(spectrum: Tensor) -> Tensor:
     return spectrum.logsumexp(-2) - math.log(spectrum.shape[-2])
 
 
-def write_cache(path: Path, key: str, corpus: Corpus) -> None:
+def write_features(path: Path, key: str, corpus: Corpus) -> None:
     """Keep the features of a corpus in a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
@@ -185,7 +185,7 @@ def write_cache(path: Path, key: str, corpus: Corpus) -> None:
     scratch.replace(path)
 
 
-def read_cache(path: Path, key: str) -> Corpus | None:
+def read_features(path: Path, key: str) -> Corpus | None:
     """The features kept in a file, where they are those of this key."""
     try:
         content = torch.load(path, weights_only=True)
@@ -193,7 +193,7 @@ def read_cache(path: Path, key: str) -> Corpus | None:
         return None
     if not isinstance(content, dict) or content.get("key") != key:
         return None
-    clips = [Features(**clip) for clip in content["clips"]]
+    clips = [ClipFeatures(**clip) for clip in content["clips"]]
     settings = MelSettings.from_dict(content["settings"])
     aligner = None
     if content["aligner"] is not None:
