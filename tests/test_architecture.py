@@ -65,7 +65,8 @@ METHODS = {"samplers", "guides", "starts", "tuning", "distillers", "accelerators
 # Never at the top of a module: they are slow to import, or optional.
 LAZY = {
     "diffusers", "transformers", "accelerate", "tensorboard", "matplotlib", "scipy", "gradio", "onnxruntime",
-    "openvino", "onnx", "onnxscript", "nncf", "cyclopts", "rich", "jinja2", "rasterio", "soundfile",
+    "openvino", "onnx", "onnxscript", "nncf", "cyclopts", "rich", "jinja2", "rasterio",
+    "soundfile",
 }  # fmt: skip
 
 

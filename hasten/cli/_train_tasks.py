@@ -10,7 +10,7 @@ from ..errors import BadInput, check_choice
 from ._common import processes
 from .terminal import print_result
 
-SOUND_TASKS = ("vocoder",)
+SOUND_TASKS = ("vocoder", "speech")
 # Options of the command line under the names of the configs.
 NAMES = {"optimizer": "optimiser", "blocks": "layers", "gan_weight": "gan"}
 
@@ -32,7 +32,8 @@ def train_sound(
     Raises:
         BadInput: for an option that the task does not have.
     """
-    check_choice("task", task, SOUND_TASKS)
+    if check_choice("task", task, SOUND_TASKS) == "speech":
+        return train_to_speak(data, out, config, options, device, json)
     from ..workflows.vocoder import VocoderConfig, train_vocoder
 
     request = task_config(VocoderConfig, task, config, options)
@@ -45,6 +46,23 @@ def train_sound(
     )
     result = {"folder": str(out), **result}
     print_result(result, f'{out}: load it with hasten.audio.vocoder.load_vocoder("{out}")', json)
+    return result
+
+
+def train_to_speak(
+    data: Path, out: Path, config: Path | None, options: Mapping[str, Any], device: str, json: bool
+) -> dict[str, Any]:
+    """`train_sound` for the task speech."""
+    from ..workflows.speech import SpeechConfig, train_speech
+
+    request = task_config(SpeechConfig, "speech", config, options)
+    log = (lambda line: None) if json else lambda line: print(line, flush=True)
+    speech = train_speech(data, out, request, device=str(processes(device).device), log=log)
+    card = {key: value for key, value in speech.model.card.items() if key != "speech"}
+    parameters = sum(p.numel() for net in (speech.model.denoiser, speech.encoder) for p in net.parameters())
+    result = {"folder": str(out), "parameters": parameters, **card}
+    last = card["last"].get("step")
+    print_result(result, f'{out}: {last} steps; try hasten speak "Hello." --model {out} --out hello.wav', json)
     return result
 
 

@@ -49,6 +49,8 @@ def train(
     degrade: str | None = None,
     task: str | None = None,
     crop: int | None = None,
+    preset: str | None = None,
+    text: str | None = None,
     seed: int | None = None,
     precision: str | None = None,
     kind: str = "model",
@@ -115,7 +117,12 @@ def train(
             such as low_resolution:factor=4,blur=2,noise=10,jpeg=40.
         task: super-resolution: the process super_resolution with --factor, on random crops (see
             docs/super-resolution.md). vocoder: a network that makes sound from mel spectrograms, on recordings
-            (metadata.csv beside wavs/, see docs/speech.md). Default: models that draw images.
+            (metadata.csv beside wavs/, see docs/speech.md). speech: an acoustic model, which reads text aloud, on
+            recordings with their text. Default: models that draw images.
+        preset: For the task speech: small, for CPUs, paper (ProDiff's 15 million weights in the denoiser) or tiny.
+            Default: small.
+        text: For the task speech: phonemes, of English, or characters, of languages in Latin letters. Default:
+            phonemes.
         crop: Train on random crops of this side, of images of any sizes. Default: for super-resolution 128.
         seed: Of the weights, the order of the images and the noise. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which takes what is faster on this device. With +high (TF32 on GPUs),
@@ -144,9 +151,12 @@ def train(
     except ValueError as e:
         raise BadInput(f"widths are whole numbers, comma-separated, such as 64,128, got {widths!r}") from e
     parts = {
-        "factor": factor, "latent_channels": latent_channels, "perceptual": perceptual,
+        "factor": factor,
+        "latent_channels": latent_channels,
+        "perceptual": perceptual,
         "gan_weight": gan_weight,
     }  # fmt: skip
+    spoken = {"preset": preset, "text": text}
     options = explicit_options(
         steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list, blocks=blocks,
         patch=patch, batch_size=batch_size, lr=lr, optimizer=optimizer, label_drop=label_drop, flip=flip or None,
@@ -159,7 +169,9 @@ def train(
     if task in SOUND_TASKS:
         if kind != "model":
             raise BadInput(f"--task {task} has no kinds: leave out --kind {kind}")
-        return train_sound(task, data, out, config, {**options, **parts}, device, json)
+        return train_sound(task, data, out, config, {**options, **parts, **spoken}, device, json)
+    if stray := next((name for name, value in spoken.items() if value is not None), None):
+        raise BadInput(f"--{stray} is for --task speech")
     if task is not None:
         options, parts["factor"] = task_options(task, factor, options), None
     if kind != "model":
