@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.audio.mel import MelSettings
-from hasten.tasks.speech.features import Corpus, ClipFeatures, frame_energy
+from hasten.tasks.speech.features import ClipFeatures, Corpus, frame_energy
 from hasten.tasks.speech.text import SPECIAL
 
 LETTERS = "abcdefgh"
