@@ -122,7 +122,7 @@ def tune_model(
         times=resolved.times,
         shape=model.shape,
         labels=model.labels,
-        images=None if data is None else calibration_images(model, data) if samples is None else rows_of(samples),
+        images=None if data is None else calibration_images(model, data) if samples is None else shuffled_rows(samples),
         sources=sources,
         temperature=temperature,
         seed=seed,
@@ -187,7 +187,7 @@ def calibration_images(model: Model, data: str | Path) -> Images:
     channels, height, width = model.shape if decoder is None else decoder.pixels(model.shape)
     source = open_data(data, size=(height, width), channels=channels)
     source = match_labels(source, model.classes, model.name, required=False)
-    rows = rows_of(source)
+    rows = shuffled_rows(source)
 
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         x, labels = rows(n)
@@ -214,7 +214,7 @@ def source_samples(
     return paired_samples(model, data, pairs)
 
 
-def rows_of(data: Data) -> Images:
+def shuffled_rows(data: Data) -> Images:
     """The first n samples of data in a fixed random order, float32, and their labels.
 
     Args:
