@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hasten import load
 from hasten.accelerators.encoder_propagation import EncoderPropagation
 from hasten.accelerators.quantize import Quantize
+from hasten.choosing import choose
 from hasten.cli import main
 from hasten.denoiser import Denoiser
 from hasten.errors import BadInput
@@ -244,3 +245,36 @@ def test_an_exported_network_takes_the_input_source(tmp_path: Path) -> None:
     images = torch.rand(3, 3, 8, 8) * 2 - 1
     assert again.source_shape == (3, 8, 8) and again.residual_std == 0.2 and exported.source_factor == FACTOR
     torch.testing.assert_close(again.sample(3, images=images), model.sample(3, images=images), rtol=0, atol=1e-4)
+
+
+# ---- the fastest way ----
+
+ROWS = """
+[reference]
+name = "all"
+sampler = "ddim"
+times = "trailing"
+steps = 4
+[[variant]]
+name = "two"
+sampler = "ddim"
+times = "trailing"
+steps = 2
+[[variant]]
+name = "int8"
+sampler = "ddim"
+times = "trailing"
+steps = 2
+accelerators = ["quantize:images=2"]
+"""
+
+
+def test_a_way_is_chosen_on_sources_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "rows.toml").write_text(ROWS)
+    common: dict[str, Any] = {"psnr": 5.0, "n": 16, "variants": tmp_path / "rows.toml", "precision": "fp32",
+                              "rounds": 1, "timing_batch": 1, "show": False, "out": tmp_path / "best.toml"}  # fmt: skip
+    result = choose(source_model(), data=pictures(tmp_path / "data"), **common)
+    assert {"two", "int8"} <= {entry["name"] for entry in result["candidates"]} or result["best"]
+    assert SamplingConfig.load(tmp_path / "best.toml", "sampling") is not None
+    with pytest.raises(BadInput, match="give --data"):
+        choose(source_model(), **common)

@@ -220,7 +220,7 @@ def record_inputs(model: Model, n: int, seed: int, evaluations: int | None = Non
     handle = model.denoiser.net.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with contextlib.suppress(_EnoughInputs):
-            model.sample(n, seed=seed, batch_size=n, **recorded_sources(model, n))
+            model.sample(n, seed=seed, batch_size=n, images=recorded_sources(model, n))
     finally:
         handle.remove()
     for key, value in inputs[0].items():
@@ -229,19 +229,19 @@ def record_inputs(model: Model, n: int, seed: int, evaluations: int | None = Non
     return [{key: value.detach().cpu() for key, value in each.items()} for each in inputs]
 
 
-def recorded_sources(model: Model, n: int) -> dict[str, Tensor]:
-    """The source images of n samples as the argument `images`; {} for a model that reads none.
+def recorded_sources(model: Model, n: int) -> Tensor | None:
+    """The source images of n samples; None for a model that reads none.
 
     Where it has no calibration sources, noise: the graph is the same, and is compared on it.
     """
     shape = model.source_shape
     if shape is None or not model.denoiser.source_channels:
-        return {}
+        return None
     sources = model.calibration_sources
     if sources is None:
         generator = torch.Generator().manual_seed(0)
-        return {"images": torch.rand(n, *shape, generator=generator) * 2 - 1}
-    return {"images": sources[torch.arange(n) % len(sources)]}
+        return torch.rand(n, *shape, generator=generator) * 2 - 1
+    return sources[torch.arange(n) % len(sources)]
 
 
 def exported_config(net: nn.Module) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class LWTDM(nn.Module):
         self.down: ModuleListOf[nn.Module] = ModuleListOf(LWTDMBlock(w, inner, dropout) for w in widths)
         self.fusion: ModuleListOf[nn.Module] = ModuleListOf(nn.Conv2d(w, w, 3, padding=1) for w in widths)
         self.middle: ModuleListOf[nn.Module] = ModuleListOf(LWTDMBlock(width, inner, dropout) for _ in range(middle))
-        self.attention: ModuleListOf[nn.Module] = ModuleListOf(CrossAttention(width, inner) for _ in range(middle))
+        self.attention: ModuleListOf[CrossAttention] = ModuleListOf(CrossAttention(width, inner) for _ in range(middle))
         self.up: ModuleListOf[ModuleListOf[nn.Module]] = ModuleListOf(
             ModuleListOf(LWTDMBlock(4 * w, inner, dropout) for _ in range(2)) for w in reversed(widths)
         )

@@ -32,7 +32,7 @@ from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
 from ..utils.random import MAX_SEED
-from .source_data import PairSettings, paired_samples, reads_source, spread_rows
+from .source_data import PairSettings, paired_samples, reads_source, sources_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,7 +115,7 @@ def tune_model(
     )
     refuse_other_model(out, model, identity)
     temperature = float(getattr(resolved.start, "value", 1.0))
-    sources = None if samples is None else samples.conditions(spread_rows(len(samples), SOURCES))["source"]
+    sources = None if samples is None else sources_of(samples, SOURCES)
     task = TuningTask(
         denoiser=resolved.denoiser,
         sampler=resolved.sampler,
