@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import BadInput, check_choice
 from ._common import processes
+from ._train_tasks import SOUND_TASKS
 from .terminal import print_result
 
 KINDS = ("model", "autoencoder", "decoder")
@@ -85,7 +86,7 @@ def task_options(task: str, factor: int | None, options: dict[str, Any]) -> dict
     Raises:
         BadInput: for another task, and for options that contradict it.
     """
-    check_choice("task", task, ("super-resolution",))
+    check_choice("task", task, ("super-resolution", *SOUND_TASKS))
     process = str(options.get("process") or "super_resolution")
     if process.split(":")[0] != "super_resolution":
         raise BadInput(f"--task super-resolution is the process super_resolution, not {process}: leave one of them out")

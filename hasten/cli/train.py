@@ -9,6 +9,7 @@ from ..errors import BadInput
 from ._common import command_for, explicit_options, processes
 from ._processes import on_all_processes
 from ._train_kinds import task_options, train_kind
+from ._train_tasks import SOUND_TASKS, train_sound
 from .terminal import print_result
 
 
@@ -48,6 +49,8 @@ def train(
     degrade: str | None = None,
     task: str | None = None,
     crop: int | None = None,
+    preset: str | None = None,
+    text: str | None = None,
     seed: int | None = None,
     precision: str | None = None,
     kind: str = "model",
@@ -113,7 +116,13 @@ def train(
             jpeg:quality=10, mask:fraction=0.5 or grey. For super-resolution, what the small images are beside reduced,
             such as low_resolution:factor=4,blur=2,noise=10,jpeg=40.
         task: super-resolution: the process super_resolution with --factor, on random crops (see
-            docs/super-resolution.md). Default: models that draw images.
+            docs/super-resolution.md). vocoder: a network that makes sound from mel spectrograms, on recordings
+            (metadata.csv beside wavs/, see docs/speech.md). speech: an acoustic model, which reads text aloud, on
+            recordings with their text. Default: models that draw images.
+        preset: For the task speech: small, for CPUs, paper (ProDiff's 15 million weights in the denoiser) or tiny.
+            Default: small.
+        text: For the task speech: phonemes, of English, or characters, of languages in Latin letters. Default:
+            phonemes.
         crop: Train on random crops of this side, of images of any sizes. Default: for super-resolution 128.
         seed: Of the weights, the order of the images and the noise. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which takes what is faster on this device. With +high (TF32 on GPUs),
@@ -127,7 +136,8 @@ def train(
             pixels 8.
         latent_channels: For kind autoencoder. Default: 8.
         perceptual: For an autoencoder or decoder: file or folder with the weights of LPIPS or its shift-tolerant form.
-        gan_weight: For an autoencoder or decoder: weight of a patch discriminator. Default: 0, none.
+        gan_weight: For an autoencoder or decoder: weight of a patch discriminator. Default: 0, none. For a vocoder:
+            weight of its discriminators. Default: 0.5.
         device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
@@ -141,9 +151,12 @@ def train(
     except ValueError as e:
         raise BadInput(f"widths are whole numbers, comma-separated, such as 64,128, got {widths!r}") from e
     parts = {
-        "factor": factor, "latent_channels": latent_channels, "perceptual": perceptual,
+        "factor": factor,
+        "latent_channels": latent_channels,
+        "perceptual": perceptual,
         "gan_weight": gan_weight,
     }  # fmt: skip
+    spoken = {"preset": preset, "text": text}
     options = explicit_options(
         steps=steps, minutes=minutes, size=size, channels=channels, label=label, widths=channel_list, blocks=blocks,
         patch=patch, batch_size=batch_size, lr=lr, optimizer=optimizer, label_drop=label_drop, flip=flip or None,
@@ -153,6 +166,12 @@ def train(
         source=None if source is None else str(source), degrade=degrade, crop=crop,
         init_from=from_, structure=structure,
     )  # fmt: skip
+    if task in SOUND_TASKS:
+        if kind != "model":
+            raise BadInput(f"--task {task} has no kinds: leave out --kind {kind}")
+        return train_sound(task, data, out, config, {**options, **parts, **spoken}, device, json)
+    if stray := next((name for name, value in spoken.items() if value is not None), None):
+        raise BadInput(f"--{stray} is for --task speech")
     if task is not None:
         options, parts["factor"] = task_options(task, factor, options), None
     if kind != "model":

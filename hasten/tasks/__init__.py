@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .speech.speech import Speech, Spoken
 from .style_transfer import Restyled, restyle
 from .super_resolution import SuperResolution
 
-__all__ = ["Restyled", "SuperResolution", "restyle"]
+__all__ = ["Restyled", "Speech", "Spoken", "SuperResolution", "restyle"]

@@ -32,6 +32,7 @@ from ..pick import format_spec, pick
 from ..progress import ignore_messages
 from ..storage.provenance import model_hash
 from ..storage.runs import unfinished_run
+from ..tasks.speech.features import Corpus
 from ..train.data import Batches, Data
 from ..train.fingerprint import describe_data
 from ..train.trained_module import OPTIMISERS, check_eight_bit
@@ -129,7 +130,7 @@ def distill_model(
     model: Model,
     out: str | Path,
     config: DistillConfig | str | None = None,
-    data: str | Path | Data | torch.Tensor | list[str] | tuple[str, ...] | None = None,
+    data: str | Path | Data | Corpus | torch.Tensor | list[str] | tuple[str, ...] | None = None,
     *,
     init: Model | str | Path | None = None,
     dry_run: bool = False,

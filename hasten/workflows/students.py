@@ -35,7 +35,8 @@ PREVIEW_BATCH = 16  # of them per evaluation of the network
 
 PREVIEW_SOURCES = 16  # of a model that reads a source image, each beside its sample
 
-CARD = ("data", "licence", "reference", "process", "degrade", "source", "crop", "flip")  # entries that students keep
+# entries that students keep
+CARD = ("data", "licence", "reference", "process", "degrade", "source", "crop", "flip", "speech")
 
 
 class Saver:
@@ -134,7 +135,7 @@ class Saver:
             student.steps,
             min(max(self.scale, span[0]), span[1]),
             plan=plan,
-            parts=student.parts,
+            parts={**kept_parts(self.teacher), **student.parts},
             card=card,
             conditioning=self.teacher.conditioning,
             decoder=self.teacher.decoder,
@@ -143,6 +144,11 @@ class Saver:
             # students map the same noise to the same samples; other starts are for the teacher's own first time
             start=self.teacher.start if (self.teacher.start or "").startswith("temperature") else None,
         )
+
+
+def kept_parts(teacher: Model) -> dict[str, torch.nn.Module]:
+    """The parts of a teacher that its students need: of a model that speaks, the encoder and the aligner."""
+    return dict(teacher.parts) if "speech" in teacher.card else {}
 
 
 def drawable(model: Model) -> bool:
