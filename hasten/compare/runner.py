@@ -279,8 +279,7 @@ def compare(
         return tools.create_jobs(rows, settings, ranks)
 
     state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label, captioned, evidence)
-    state += (meter,)
-    run = Comparison(*state) if budget is None else BudgetedComparison(*state, budget, create_jobs)
+    run = Comparison(*state, meter) if budget is None else BudgetedComparison(*state, meter, budget, create_jobs)
     warnings: list[str | None] = []
     if budget is None:  # otherwise n is not known yet
         warnings += [] if known is None else [without_neighbours(n, known)]

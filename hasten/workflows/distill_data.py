@@ -18,7 +18,7 @@ from ..train import open_data
 from ..train.data import Data, to_float
 from ..train.encoded import encode_captioned
 from ..train.names import match_labels
-from .source_data import PairSettings, paired_samples
+from .source_data import PairSettings, paired_samples, reads_source
 
 BLANK_IMAGES = 1024  # samples of the data set without real images
 ENCODED = "encoded"  # folder of latents and text embeddings in that of the run
@@ -42,7 +42,7 @@ def training_data(
     Raises:
         BadInput: for data that does not fit the model.
     """
-    if model.source_shape is not None:
+    if reads_source(model):
         if data is None or isinstance(data, (list, tuple)):
             raise BadInput(
                 f"{model.name} makes its samples from source images: give --data, images like those of its training, "

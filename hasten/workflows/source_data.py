@@ -75,8 +75,9 @@ class PairSettings:
 def reads_source(model: Model) -> bool:
     """Whether the model draws from noise with a network that reads a source image; bridges, and models whose source is
     a generator's, do not."""
+    generated = model.start is not None and getattr(pick("starts", model.start), "gives_source", False)
     bridge = getattr(model.denoiser.schedule, "bridge", False)
-    return bool(model.denoiser.source_channels) and not bridge and model.start is None
+    return bool(getattr(model.denoiser, "source_channels", 0)) and not bridge and not generated
 
 
 def paired_samples(model: Model, data: str | Path | Data | Tensor, settings: PairSettings | None = None) -> Data:

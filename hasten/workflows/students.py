@@ -140,6 +140,8 @@ class Saver:
             decoder=self.teacher.decoder,
             pipeline=self.teacher.pipeline,
             residual_std=self.teacher.residual_std,
+            # students map the same noise to the same samples; other starts are for the teacher's own first time
+            start=self.teacher.start if (self.teacher.start or "").startswith("temperature") else None,
         )
 
 
