@@ -37,7 +37,8 @@ _HOMES = {
         "samplers",
     ),
     **dict.fromkeys(["CFG", "Distribution", "DynamicThreshold", "Interval", "Rescale"], "guides"),
-    **dict.fromkeys(["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop", "Prior", "SingDiffusion"], "starts"),
+    **dict.fromkeys(["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop"], "starts"),
+    **dict.fromkeys(["Prior", "SingDiffusion", "Temperature"], "starts"),
     **dict.fromkeys(["accelerate", "as_scheduler", "open_quantized", "times_like"], "adapters.diffusers"),
     # diffusers looks these up where a pipeline was saved with such a scheduler or network
     **dict.fromkeys(["PlanScheduler", "SchedulerMixin"], "adapters.diffusers.scheduler_class"),
@@ -52,6 +53,7 @@ _HOMES = {
     **dict.fromkeys(["SampleRequest", "sample_to_files"], "workflows.sample"),
     **dict.fromkeys(["apply"], "workflows.apply"),
     **dict.fromkeys(["EvaluateConfig", "evaluate_model"], "workflows.evaluate"),
+    **dict.fromkeys(["RestorationConfig", "evaluate_restoration"], "compare.restoration"),
     **dict.fromkeys(["ChooseConfig"], "choosing.config"),
     **dict.fromkeys(["choose"], "choosing.runner"),
     **dict.fromkeys(["TrainConfig", "train_model"], "workflows.train"),
@@ -65,13 +67,13 @@ __all__ = [
     "DecoderConfig", "Denoiser", "DiffuseVAE", "Discrete", "DistillConfig", "Distribution", "DynamicThreshold",
     "EarlyStop", "EvaluateConfig", "Explicit", "FastDPM", "Flow", "HastenError", "Heun", "Interval", "Karras",
     "LikelihoodConfig", "Model", "Noise", "NoiseLevel", "Picard", "Plan", "Preconditioned", "PredictorCorrector",
-    "Prior", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks", "Rescale", "SASolver",
-    "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled", "SubVP", "TimeGrid",
-    "Trailing", "TrainConfig", "Truncated", "UniPC", "UniformLambda", "UniformTime", "VPCosine", "VPLinear",
-    "Wrapper", "accelerate", "apply", "as_scheduler", "choose", "distill_decoder", "distill_model", "draw",
-    "evaluate_likelihood", "evaluate_model", "invert", "load", "open_quantized", "pick", "plan", "quantize_model",
-    "rescale_zero_snr", "sample_many", "sample_to_files", "times_like", "train_autoencoder", "train_model",
-    "tune_model", "walk",
+    "Prior", "ProbabilityFlow", "Quadratic", "QuantizeConfig", "Query", "Ranks", "Rescale", "RestorationConfig",
+    "SASolver", "SampleRequest", "Sampler", "SamplingConfig", "SingDiffusion", "StochasticDistilled", "SubVP",
+    "Temperature", "TimeGrid", "Trailing", "TrainConfig", "Truncated", "UniPC", "UniformLambda", "UniformTime",
+    "VPCosine", "VPLinear", "Wrapper", "accelerate", "apply", "as_scheduler", "choose", "distill_decoder",
+    "distill_model", "draw", "evaluate_likelihood", "evaluate_model", "evaluate_restoration", "invert", "load",
+    "open_quantized", "pick", "plan", "quantize_model", "rescale_zero_snr", "sample_many", "sample_to_files",
+    "times_like", "train_autoencoder", "train_model", "tune_model", "walk",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from .adapters.diffusers.scheduler import as_scheduler
     from .choosing.config import ChooseConfig
     from .choosing.runner import choose
+    from .compare.restoration import RestorationConfig, evaluate_restoration
     from .denoiser import Denoiser, Wrapper
     from .distributed.ranks import Ranks
     from .errors import BadInput, HastenError
@@ -117,7 +120,7 @@ if TYPE_CHECKING:
     from .schedules.continuous import EDM, VE, Flow, SubVP, VPCosine, VPLinear
     from .schedules.discrete import Discrete, rescale_zero_snr
     from .schedules.truncated import Truncated
-    from .starts import CCDF, Auxiliary, DiffuseVAE, EarlyStop, Prior, SingDiffusion
+    from .starts import CCDF, Auxiliary, DiffuseVAE, EarlyStop, Prior, SingDiffusion, Temperature
     from .times import CosineAngle, Explicit, Karras, Quadratic, TimeGrid, Trailing, UniformLambda, UniformTime
     from .workflows.apply import apply
     from .workflows.autoencoder import AutoencoderConfig, train_autoencoder

@@ -78,6 +78,7 @@ class Denoiser(nn.Module):
         self.guidance_range = own if guidance_range is None else _check_range(guidance_range)
         # channels K of the image that the network reads as its condition `source` (B, K, H, W); 0: it reads none
         self.source_channels = int(getattr(net, "source_channels", 0))
+        self.source_factor = int(getattr(net, "source_factor", 1))  # how many times smaller that image is
         self._cache: dict[float, tuple[float, float, float, float]] = {}
 
     @property

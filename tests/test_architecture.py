@@ -19,7 +19,7 @@ EVERYTHING = sorted(p for folder in ("hasten", "tests", "recipes", "benchmarks")
 # Every root module and package, from the lowest layer to the highest. A module imports from its own layer and lower ones
 # only, whether at its top, in a function or for type checking; CONTRIBUTING.md shows this table.
 LAYERS = (
-    ("ground", "_version errors nets utils zoo"),
+    ("ground", "_version audio errors nets utils zoo"),
     ("schedules and names", "degradations distributed pick predictions processes progress schedules times"),
     ("denoisers", "denoiser exact files images"),
     ("sampling", "guides inversion likelihood metrics sampling"),
@@ -51,7 +51,7 @@ LIMITS = {
 # Names that two modules may define: methods that are known under one name in two folders, and private helpers.
 TWICE = set(
     """
-    Consistency EDM Flow NoiseLevel accelerate export
+    Consistency EDM Flow NoiseLevel SuperResolution accelerate export
     """.split()  # noqa: SIM905
 )
 # Methods do not know one another's folders, but for these.
@@ -65,7 +65,8 @@ METHODS = {"samplers", "guides", "starts", "tuning", "distillers", "accelerators
 # Never at the top of a module: they are slow to import, or optional.
 LAZY = {
     "diffusers", "transformers", "accelerate", "tensorboard", "matplotlib", "scipy", "gradio", "onnxruntime",
-    "openvino", "onnx", "onnxscript", "nncf", "cyclopts", "rich", "jinja2",
+    "openvino", "onnx", "onnxscript", "nncf", "cyclopts", "rich", "jinja2", "rasterio",
+    "soundfile",
 }  # fmt: skip
 
 

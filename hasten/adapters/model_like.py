@@ -23,6 +23,7 @@ class ModelLike(Protocol):
     codec: str
     sampler: str
     start: str | None
+    residual_std: float | None
     times: str
     steps: int
     guidance_scale: float

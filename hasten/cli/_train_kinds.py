@@ -1,4 +1,4 @@
-"""`hasten train --kind autoencoder` and `--kind decoder`."""
+"""`hasten train --kind autoencoder` and `--kind decoder`, and its `--task`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from ..errors import BadInput, check_choice
 from ._common import processes
+from ._train_tasks import SOUND_TASKS
 from .terminal import print_result
 
 KINDS = ("model", "autoencoder", "decoder")
+CROP = 128  # of super-resolution
 
 
 def train_kind(
@@ -52,7 +54,8 @@ def train_kind(
             raise BadInput("a decoder is distilled from an autoencoder: give --base, a pipeline's or its folder")
     stray = [name for name in given if name not in kinds.names()]
     if stray:
-        raise BadInput(f"--{stray[0].replace('_', '-')} is not for --kind {kind}")
+        flag = "from" if stray[0] == "init_from" else stray[0].replace("_", "-")
+        raise BadInput(f"--{flag} is not for --kind {kind}")
     request = (kinds() if config is None else kinds.load(config, kind)).replace(**given)
     common: dict[str, Any] = {
         "device": str(processes(device).device),
@@ -67,3 +70,29 @@ def train_kind(
     result = {"folder": str(out), **result}
     print_result(result, text, json)
     return result
+
+
+def task_options(task: str, factor: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a training run for a task.
+
+    Args:
+        task: `super-resolution`.
+        factor: as typed, or None.
+        options: of the command line, as given.
+
+    Returns:
+        the options with the process of the task.
+
+    Raises:
+        BadInput: for another task, and for options that contradict it.
+    """
+    check_choice("task", task, ("super-resolution", *SOUND_TASKS))
+    process = str(options.get("process") or "super_resolution")
+    if process.split(":")[0] != "super_resolution":
+        raise BadInput(f"--task super-resolution is the process super_resolution, not {process}: leave one of them out")
+    if factor is not None and "factor=" in process:
+        raise BadInput(f"--factor and --process {process} both give the factor: leave one out")
+    if factor is not None:
+        process += f"{',' if ':' in process else ':'}factor={factor}"
+    crop = {} if "size" in options else {"crop": CROP}
+    return {**crop, **options, "process": process}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..storage.provenance import command_line
-from ._common import explicit_options, open_shared, processes
+from ._common import command_for, explicit_options, open_shared, processes
 from ._processes import on_all_processes
 from .terminal import print_result
 
@@ -26,6 +26,7 @@ def distill(
     nfe_budget: float | None = None,
     guidance_scale: float | None = None,
     init: str | None = None,
+    structure: str | None = None,
     batch_size: int | None = None,
     grad_accumulation: int | None = None,
     fsdp: bool = False,
@@ -33,6 +34,8 @@ def distill(
     lora_targets: str | None = None,
     gradient_checkpointing: bool = False,
     optimizer: str | None = None,
+    source: Path | None = None,
+    degrade: str | None = None,
     seed: int | None = None,
     precision: str | None = None,
     device: str = "auto",
@@ -49,7 +52,8 @@ def distill(
         model: The teacher: a bundled name (see models) or a folder.
         data: Folder, zip or array of real images, with the teacher's labels. Some methods (reflow, dsno,
             denoising_student) do without: they train on samples of the teacher. For a model of prompts: images with
-            captions (metadata.jsonl with file_name and text, or a .txt beside each image).
+            captions (metadata.jsonl with file_name and text, or a .txt beside each image). For a model that reads a
+            source image, every method needs them: for super-resolution of any sizes.
         prompts: Text file with a prompt a line, in place of data: for methods that do without images.
         out: The folder to write.
         config: A DistillConfig file (TOML or JSON); the options below override its fields.
@@ -62,6 +66,8 @@ def distill(
         init: The model that the first student begins as, in place of the teacher: a bundled name or a folder, such as
             that of an earlier student. Or a LoRA of the teacher (.safetensors, or a bundled name), which is trained
             further.
+        structure: Weight of the structure term, relative to the loss, such as 0.1: the relations of a batch's samples
+            are distilled too. Or its options, such as weight=0.1,gate=snr (see docs/structure.md). Default: 0.
         batch_size: Images a step. Default: 128.
         grad_accumulation: Parts of a batch that are computed one after another, to need less memory.
         fsdp: Shard the network among the processes of torchrun, where it is too large for one.
@@ -73,6 +79,9 @@ def distill(
             diffusers).
         optimizer: adamw, muon (at 20 times the method's rate), or to need less memory on CUDA, with bitsandbytes:
             adamw8bit, paged-adamw8bit. Default: adamw.
+        source: For a model that reads a source image: the folder of the sources, with the file names of the data.
+        degrade: For a model that reads a source image: makes the sources from the data, such as
+            low_resolution:factor=4. Default: as in the training of the model.
         seed: Of everything that is random. Default: 0.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
         device: auto, cpu, cuda, cuda:1, mps or xpu.
@@ -91,7 +100,8 @@ def distill(
         method=method, minutes=minutes, steps=steps, nfe_budget=nfe_budget, guidance_scale=guidance_scale,
         batch_size=batch_size, grad_accumulation=grad_accumulation, fsdp=fsdp or None, seed=seed, precision=precision,
         gradient_checkpointing=gradient_checkpointing or None, optimizer=optimizer, lora=lora,
-        lora_targets=lora_targets,
+        lora_targets=lora_targets, source=None if source is None else str(source), degrade=degrade,
+        structure=structure,
     )  # fmt: skip
     request = (DistillConfig() if config is None else DistillConfig.load(config, "distill")).replace(**options)
     ranks = processes(device)
@@ -110,8 +120,8 @@ def distill(
         text = f"total: {cost}, {result['seconds'] / 60:.1f} min, peak memory {result['memory_bytes'] / 2**20:.0f} MiB"
     else:
         students = f"{len(result['students']) - 1} students, {cost} in {result['seconds'] / 60:.1f} min"
-        verb = "restyle" if request.method.startswith("encoder") else "sample"
-        text = f"{out}: {students}; try hasten {verb} {out}"
+        encodes = request.method.startswith("encoder")
+        text = f"{out}: {students}; try {f'hasten restyle {out}' if encodes else command_for(loaded, out)}"
     print_result(result, text, json)
     return result
 

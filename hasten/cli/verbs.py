@@ -16,12 +16,14 @@ from .quantize import quantize
 from .restyle import restyle
 from .sample import sample
 from .sigmas import sigmas
+from .speak import speak
 from .train import train
 from .translate import translate
 from .tune import tune
+from .upscale import upscale
 
 VERBS = (
-    sample, compare, choose, distill, quantize, tune, restyle, translate, classify, export, train, evaluate, models,
-    show, sigmas, extract_lora, merge_lora, convert_lora,
+    sample, compare, choose, distill, quantize, tune, restyle, translate, upscale, classify, speak, export, train,
+    evaluate, models, show, sigmas, extract_lora, merge_lora, convert_lora,
 )  # fmt: skip
 __all__ = [verb.__name__ for verb in VERBS]

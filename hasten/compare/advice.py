@@ -8,6 +8,7 @@ from typing import Any
 from .jobs import Job
 from .plots import NEAR_DB, Row, cost_axis, quality_metric
 from .prompt_rows import set_diversity_ratio
+from .restored_rows import restored_row
 from .reuse import UNUSED
 
 NEAR = 1.15  # the recommended row is the cheapest whose distance is within 15 % of the reference's
@@ -122,7 +123,7 @@ def is_as_good(row: Row, other: Row) -> bool:
 def recommended_row(rows: Sequence[Row]) -> Row | None:
     """The recommended row: the cheapest within 15 % of the reference's distance, and with 90 % of its prompt match or
     more where that was measured; where no distance was measured, the fastest with 35 dB PSNR or more to the reference's
-    images. None that has lost diversity.
+    images. None that has lost diversity. Where images were compared with true ones, see `restored_row`.
 
     Returns:
         One of `rows`; None where no row qualifies.
@@ -131,6 +132,8 @@ def recommended_row(rows: Sequence[Row]) -> Row | None:
     reference = next((row for row in rows if row["role"] == "reference"), None)
     if reference is None:
         return None
+    if reference.get("truth_psnr") is not None:
+        return restored_row(rows)
     cost = cost_axis(rows) if quality_metric(rows) == "frechet" else "seconds_per_image"
     others = [row for row in rows if row is not reference and row[cost] < reference[cost] and not is_less_diverse(row)]
     if reference.get("frechet") is None:

@@ -28,6 +28,7 @@ from ..workflows.distribute import sample_many, sharing
 from ..workflows.evaluate import evaluate_distributed
 from ..workflows.evidence import Evidence
 from ..workflows.prompts import is_image
+from ..workflows.restoration_meter import RestorationMeter
 from . import jobs as tools
 from . import report
 from .advice import finish_rows
@@ -36,6 +37,7 @@ from .counting import count_evaluations, start_nfe
 from .jobs import Job, sample_images, sampling_arguments
 from .parts import seconds_by_part, time_parts
 from .prompt_rows import diversity_figures, estimates, seed_figures
+from .restored_rows import RestoredPictures, add_figures
 from .results import QUALITY, ResultStore
 from .reuse import count_layers
 
@@ -60,6 +62,7 @@ class Comparison:
         label: The prompts of a model that takes prompts.
         captioned: Captioned pictures that these are measured against.
         evidence: What images of prompts, and pairs of images of the same seeds, are measured by.
+        meter: Of a model that restores images: its pairs, and what measures a row against the true images.
     """
 
     model: Model
@@ -73,6 +76,7 @@ class Comparison:
     label: Label = None
     captioned: CaptionedSet | None = None
     evidence: Evidence = field(default_factory=Evidence)
+    meter: RestorationMeter | None = None
 
     def __post_init__(self) -> None:
         self.failures: dict[str, str] = {}  # why rows failed, by key
@@ -134,9 +138,8 @@ class Comparison:
         progress = ProgressReporter(total, self.ranks.is_main_process)
         with progress.bar:
             blocks = f" in each of {p['repeats']} blocks of seeds" if p["repeats"] > 1 else ""
-            progress.say(
-                f"{p['model']}: {len(self.jobs)} rows of {p['n']} images{blocks}, {p['dtype']}, {p['hardware']}"
-            )
+            size = f"{len(self.jobs)} rows of {p['n']} images{blocks}"
+            progress.say(f"{p['model']}: {size}, {p['dtype']}, {p['hardware']}")
             if done := len(self.jobs) - len(missing):
                 progress.say(f"{done} of {len(self.jobs)} rows are finished in {self.out} and are reused")
             timing = timing or self.ranks.broadcast_object(self.time_rows(progress))
@@ -190,7 +193,12 @@ class Comparison:
         classes, class k mod C. The seconds of text encoder and decoder are added to `parts`, peak bytes to `memory`."""
         p, seed = self.protocol, self.first_seed(block)
         with time_parts(job.model, {} if parts is None else parts, memory):
-            return sample_images(job.model, job.variant, count, seed, p["batch_size"], p["dtype"], self.label)
+            how = (p["batch_size"], p["dtype"], self.label, self.sources(count))
+            return sample_images(job.model, job.variant, count, seed, *how)
+
+    def sources(self, count: int) -> Tensor | None:
+        """What the first images of a model that restores are made from; None for another."""
+        return None if self.meter is None else self.meter.pairs.sources_of(range(count))
 
     def sample_distributed(self, job: Job, count: int, block: int = 0) -> Tensor:
         """As `sample`, shared by all processes, each of which gets the images; batches are saved until the row is
@@ -208,6 +216,7 @@ class Comparison:
             ranks=self.ranks,
             keep=saved,
             everywhere=True,
+            images=self.sources(count),
             accelerated=job.variant.accelerators,
             **sampling_arguments(job.model, job.variant, p["dtype"]),
         )
@@ -330,6 +339,8 @@ class Comparison:
         self.store_images(job, images, block)
         others = None if job.variant.role == "reference" else self.load_reference(block)
         figures |= {**more, **seed_figures(self.evidence, images.half().float(), others, self.prompts)}
+        if self.meter is not None:
+            add_figures(figures, self.meter, images)
         return figures
 
     def measure_quality(self, images: Tensor, block: int) -> dict[str, Measure] | None:
@@ -361,9 +372,7 @@ class Comparison:
         if block not in self.reference_images:
             stored = self.results.load_images(self.reference_name(block))
             if stored is None:
-                raise BadInput(
-                    f"the images of the reference in {self.out / 'samples'} are missing: run the command again"
-                )
+                raise BadInput(f"images of the reference in {self.out / 'samples'} are missing: run the command again")
             self.reference_images[block] = torch.from_numpy(stored).float()
         return self.reference_images[block]
 
@@ -383,14 +392,9 @@ class Comparison:
         images = {row["key"]: stored for row in rows if (stored := self.results.load_images(row["key"])) is not None}
         names = self.label if isinstance(self.label, list) else self.model.classes
         heads = [" ".join(names[k % len(names)].split()) for k in range(GRID_COLUMNS)] if names else []
-        page = report.write_report(self.results.out, rows, images, heads, self.missing_note(len(rows)))
+        more = () if self.meter is None else (RestoredPictures.of(self.meter, GRID_COLUMNS),)
+        page = report.write_report(self.results.out, rows, images, heads, self.missing_note(len(rows)), *more)
         write_configs(self.results.out, rows)
         if show:
-            from rich.console import Console
-
-            console = Console()
-            console.print(report.results_table(rows, console.width))
-            for line in (f"{row['name']}: {text}" for row in rows for text in row["warnings"]):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
-            console.print(f"{report.headline(rows)}\nReport: {page}", markup=False, highlight=False, soft_wrap=True)
+            report.print_report(rows, page)
         return rows

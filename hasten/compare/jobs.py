@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import statistics
@@ -26,6 +27,7 @@ from ..progress import ignore_messages
 from ..storage.provenance import model_hash
 from ..workflows.distribute import part_digest, sharing
 from .counting import count_evaluations, start_nfe
+from .restored_rows import blank_sources
 from .results import QUALITY, ResultStore
 from .variants import Variant, VariantSet
 
@@ -106,7 +108,7 @@ def prepare(
     def measured_nfe(v: Variant) -> float | None:
         try:
             with count_evaluations(prepared(v)) as count:
-                sample_images(prepared(v), v, 1, 0, 1, "fp32", label)
+                sample_images(prepared(v), v, 1, 0, 1, "fp32", label, blank_sources(prepared(v), 1))
         except NonFinite:
             return None  # the row will fail when it runs, with the reason
         except (HastenError, ValueError) as e:
@@ -220,17 +222,24 @@ def load_other_model(name: str, model: Model, where: str) -> Model:
         other = load_to_compare(name, model.device)
     except HastenError as e:
         raise BadInput(f"{where}: model: {e}") from e
-    if (other.shape, other.classes) != (model.shape, model.classes):
+    if (other.shape, other.classes, other.source_shape) != (model.shape, model.classes, model.source_shape):
         raise BadInput(f"{where}: {name} draws other images or classes than {model.name}: they cannot be compared")
     return other
 
 
 def sample_images(
-    model: Model, variant: Variant, count: int, seed: int, batch_size: int, runtime: str, label: Label = None
+    model: Model,
+    variant: Variant,
+    count: int,
+    seed: int,
+    batch_size: int,
+    runtime: str,
+    label: Label = None,
+    images: Tensor | None = None,
 ) -> Tensor:
-    """Images of a row by its prepared model, `(count, C, H, W)`."""
+    """Images of a row by its prepared model, `(count, C, H, W)`. images: what a model that restores is given."""
     arguments = sampling_arguments(model, variant, runtime)
-    return model.sample(count, label, seed=seed, batch_size=batch_size, **arguments)
+    return model.sample(count, label, seed=seed, batch_size=batch_size, images=images, **arguments)
 
 
 def sampling_arguments(model: Model, variant: Variant, runtime: str) -> dict[str, Any]:
@@ -269,7 +278,8 @@ def row_macs(job: Job, nfe: float) -> int | None:
     if getattr(getattr(model.denoiser, "net", None), "runs_elsewhere", False):
         return None
     if claims:
-        return cost.macs(sample_images, model, job.variant, 1, 0, 1, "fp32") if claims == {"features"} else None
+        one = functools.partial(sample_images, images=blank_sources(model, 1))
+        return cost.macs(one, model, job.variant, 1, 0, 1, "fp32") if claims == {"features"} else None
     x = torch.zeros(1, *model.shape, device=model.device)
     try:
         return round(cost.macs(model.denoiser, x, 0.5, **model.cond(1)) * nfe)
@@ -317,6 +327,7 @@ def summary(row: Mapping[str, Any]) -> str:
     if row.get("failed"):
         return f"failed: {row['failed']}"
     quality = "" if row["frechet"] is None else f", distance {row['frechet']:.3g}"
+    quality += "" if row.get("truth_psnr") is None else f", {row['truth_psnr']:.2f} dB to the true images"
     quality += "" if row.get("prompt_match") is None else f", prompt match {row['prompt_match']:.1%}"
     seconds = row["seconds_per_image"]
     spent = f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -40,6 +40,12 @@ EQUAL = (
 )
 MATCH = "how often the judge finds the right caption among the others, with its standard error"
 PARTS = "below: milliseconds of text encoder + network + image decoder"
+TRUTH_HEADS = {
+    "truth_psnr": ("PSNR<br>to truth", "dB to the true images, on 8 bits"),
+    "truth_ssim": ("SSIM", "structural similarity to the true images"),
+    "truth_lpips": ("LPIPS", "perceptual distance to the true images"),
+    "consistency": ("consis-<br>tency", "RMS error of the images, reduced again, to the inputs, in units of 1/255"),
+}
 SAME = "to the reference's images of the same seeds"
 
 
@@ -55,6 +61,10 @@ def main_columns(quality: bool, absent: Collection[str]) -> list[MainColumn]:
         MainColumn("speedup", "speed-<br>up", below=("speedup_spread",), strong=True),
         MainColumn("frechet", "Fréchet<br>distance", below=("frechet_spread",), quality=True, real=True, strong=True),
         MainColumn("ratio", "× reference<br>at equal cost", EQUAL, quality=True),
+        *(
+            MainColumn(name, head, title, (f"{name}_spread",), real=True, strong=name in ("truth_psnr", "truth_lpips"))
+            for name, (head, title) in TRUTH_HEADS.items()
+        ),
         MainColumn("match", "prompt<br>match", MATCH, ("match_spread",), real=True, strong=True),
         MainColumn("diversity", "diver-<br>sity", "mean distance of two images of one prompt", ("diversity_spread",)),
         MainColumn("psnr", psnr, SAME, ("psnr_spread", "rms", "ssim"), strong=not quality),

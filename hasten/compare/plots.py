@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#555555")  # Okabe & Ito
 MARKERS = "oDs^vPX*"
-INK, PAPER, GRID, FRONT, LEVEL = "#1b1f25", "#fefefe", "#e6e7e8", "#8a9096", "#b00021"  # see `report.figure_svg`
+INK, PAPER, GRID, FRONT, LEVEL = "#1b1f25", "#fefefe", "#e6e7e8", "#8a9096", "#b00021"  # see `figure_svg`
 NEAR_DB = 35.0  # PSNR to the reference's images from which a row is called near to it
 CAPTIONS = {"nfe": "network evaluations per image (NFE)", "seconds_per_image": "seconds per image"}
 
@@ -57,13 +60,15 @@ def method_label(row: Row) -> str:
 
 
 def quality_metric(rows: Sequence[Row]) -> str | None:
-    """The field of the quality: the Fréchet distance, else PSNR to the reference's images; None where no row has
-    either."""
-    return next((key for key in ("frechet", "psnr") if any(row.get(key) is not None for row in rows)), None)
+    """The field of the quality: the Fréchet distance, else PSNR to the true images, of a model that restores them, else
+    PSNR to the reference's images; None where no row has any."""
+    return next(
+        (key for key in ("frechet", "truth_psnr", "psnr") if any(row.get(key) is not None for row in rows)), None
+    )
 
 
 def plot_style(**settings: Any) -> dict[str, Any]:
-    """Settings of matplotlib, with the colours that `report.figure_svg` replaces by those of the page."""
+    """Settings of matplotlib, with the colours that `figure_svg` replaces by those of the page."""
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     return {"font.size": 10.5, "font.family": "sans-serif", "svg.hashsalt": "hasten", **ink, **settings}
 
@@ -136,7 +141,7 @@ def draw_panel(
     if level:  # far below the marks it would compress them: then it is in the legend only
         label = f"real images, n = {rows[0]['protocol']['n']}" + ("" if visible else f":\n{level:.2g}, below the plot")
         axis.axhline(level, color=LEVEL, lw=1, ls=(0, (4, 3)), zorder=0, label=label)
-    if not distance:
+    if quality == "psnr":
         axis.axhline(NEAR_DB, color=LEVEL, lw=1, ls=(0, (4, 3)), zorder=0, label=f"{NEAR_DB:g} dB")
     for name in methods:
         here = [r for r in rows if method_label(r) == name and r["guidance_scale"] == scale]
@@ -170,7 +175,7 @@ def draw_panel(
         axis.yaxis.set_major_locator(FixedLocator(log_ticks(*axis.get_ylim())))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
-        values = [*(r[quality] for r in rows), NEAR_DB]
+        values = [*(r[quality] for r in rows), *([NEAR_DB] if quality == "psnr" else [])]
         room = 0.08 * (max(values) - min(values)) + 0.5
         axis.set_ylim(min(values) - room, max(values) + room)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
@@ -278,3 +283,28 @@ def plot_guidance_sweep(rows: Sequence[Row], minimum: int = 3) -> Figure | None:
         axis.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
+
+
+COLOURS = {INK: "ink", PAPER: "paper", GRID: "line", FRONT: "faint", LEVEL: "level"}  # CSS variables of the page
+
+
+def figure_svg(figure: Figure, name: str = "plot", label: str = "plot") -> str:
+    """A figure as an `<svg>` element for a page: without declaration, document type, metadata and background.
+
+    Text and lines take the page's colours, which follow its dark mode.
+
+    Args:
+        figure: The figure.
+        name: Prefix of its ids, unique in the page.
+        label: Accessible description of what it shows.
+    """
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    body = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.S)
+    body = body[body.index("<svg") :]
+    for colour, variable in COLOURS.items():
+        body = body.replace(colour, f"var(--{variable}, {colour})")
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
+    attributes = f'width="100%" role="img" aria-label="{html.escape(label)}"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', attributes, body, count=1)

@@ -15,8 +15,8 @@ from ..workflows.distribute import sample_many
 from ..workflows.evidence import Evidence
 from ..workflows.prompt_figures import DIVERSITY_PROMPTS, IMAGES_PER_PROMPT, diversity_features
 from .jobs import Job, sampling_arguments
+from .restored_rows import BY_SEED
 
-BY_SEED = "by_seed"  # of the figures of a block: a value for each seed, by figure
 SCORES = ("prompt_score", "image_reward")
 REFERENCE = "reference "  # before the name of a score: that of the reference's image of the same seed
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
-import html
 import io
-import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,23 +22,20 @@ from .paired_table import paired_cells, paired_columns
 from .pictures import collect_pictures
 from .plots import (
     CAPTIONS,
-    FRONT,
-    GRID,
-    INK,
-    LEVEL,
     NEAR_DB,
-    PAPER,
     Row,
     cost_axis,
+    figure_svg,
     pareto_front,
     plot_guidance_sweep,
     plot_quality,
     quality_metric,
     recorded_baseline,
 )
+from .restored_pictures import collect_restored
+from .restored_rows import TRUTH, RestoredPictures, restored_headline, restoring_command, truth_cells
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL.Image import Image
     from rich.table import Table
 
@@ -52,6 +47,8 @@ def headline(rows: Sequence[Row]) -> str:
     if reference is None:
         return "The reference has not finished yet: run the same command again to resume."
     best = recommended_row(rows)
+    if reference.get("truth_psnr") is not None:
+        return restored_headline(best, reference)
     if reference.get("frechet") is None:
         if len(rows) == 1:
             return f"Only the reference, {reference['name']}, has finished."
@@ -96,15 +93,14 @@ def sample_command(row: Row) -> str:
     if not planned:
         options |= {"sampler": None if own else row["sampler"], "times": None if own else row["times"]}
         options["steps"] = row["steps"]
-    options |= {
-        "guidance_scale": row["guidance_scale"],
-        "guide": list(row.get("guides") or ()),
-        "start": row.get("start"),
-    }
+    options |= {"guidance_scale": row["guidance_scale"], "guide": list(row.get("guides") or ())}
+    options |= {"start": row.get("start")}
     options["accelerate"] = list(row.get("accelerators") or ())
     options |= {"lora": row.get("lora"), "decoder": row.get("decoder")}
     if prompts := row["protocol"].get("prompts"):
         options["prompt"] = prompts[0]
+    if known := row["protocol"].get("restoration"):
+        return restoring_command(model, options, known["factor"])
     return command_line("sample", model, options)
 
 
@@ -163,6 +159,7 @@ def format_cells(row: Row) -> dict[str, str]:
         "match_spread": "" if row.get("prompt_match_error") is None else f"± {row['prompt_match_error']:.1%}",
         "diversity": show("diversity", "#.3g"),
         "diversity_spread": "" if row.get("diversity_error") is None else f"± {row['diversity_error']:#.2g}",
+        **truth_cells(row),
         "parts": format_parts(row.get("seconds_by_part")),
         "memory": show("peak_memory", ".0f", 2**-20),
         **paired_cells(row),
@@ -178,6 +175,7 @@ def results_table(rows: Sequence[Row], width: int = 160) -> Table:
         "guidance": ("guidance", 120), "NFE": ("nfe", 0), "s/image": ("seconds", 0), "speed-up": ("speedup", 0),
         "ms text + net + decoder": ("parts", 130), "Fréchet": ("frechet", 0), "95 %": ("frechet_spread", 100),
         "prompt match": ("match", 80), "diversity": ("diversity", 120), "KID e3": ("kid", 150),
+        "PSNR to truth": ("truth_psnr", 0), "LPIPS": ("truth_lpips", 0), "consistency": ("consistency", 100),
         "precision": ("precision", 150), "recall": ("recall", 120), "accuracy": ("accuracy", 100), "PSNR": ("psnr", 80),
         "SSIM": ("ssim", 130),
     }  # fmt: skip
@@ -206,14 +204,17 @@ def absent_columns(rows: Sequence[Row]) -> set[str]:
     fields = {"match": "prompt_match", "diversity": "diversity", "parts": "seconds_by_part", "macs": "macs_per_image"}
     fields |= {name: name for name in ("frechet", "kid", "precision", "recall", "coverage")}
     fields |= {"frechet_spread": "frechet", "ratio": "frechet_over_equal_cost"}
+    fields |= {name: name for name in TRUTH}
     missing = {cell for cell, key in fields.items() if all(row.get(key) is None for row in rows)}
+    if "truth_psnr" not in missing:  # of a model that restores images
+        return missing | {"accuracy", "ssim"}
     return missing | ({"ssim"} if "match" in missing else {"accuracy"})
 
 
 def front_rows(rows: Sequence[Row]) -> set[int]:
     """Indices of the rows on the Pareto front: of distance and cost, or of PSNR and time."""
-    if quality_metric(rows) == "psnr":
-        return set(pareto_front(rows, "seconds_per_image", "psnr", higher=True))
+    if (quality := quality_metric(rows)) in ("psnr", "truth_psnr"):
+        return set(pareto_front(rows, "seconds_per_image", quality, higher=True))
     return set(pareto_front(rows, cost_axis(rows)))
 
 
@@ -269,31 +270,6 @@ def image_grid(rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Seq
     return sheet
 
 
-COLOURS = {INK: "ink", PAPER: "paper", GRID: "line", FRONT: "faint", LEVEL: "level"}  # CSS variables of the page
-
-
-def figure_svg(figure: Figure, name: str = "plot", label: str = "plot") -> str:
-    """A figure as an `<svg>` element for a page: without declaration, document type, metadata and background.
-
-    Text and lines take the page's colours, which follow its dark mode.
-
-    Args:
-        figure: The figure.
-        name: Prefix of its ids, unique in the page.
-        label: Accessible description of what it shows.
-    """
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    body = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.S)
-    body = body[body.index("<svg") :]
-    for colour, variable in COLOURS.items():
-        body = body.replace(colour, f"var(--{variable}, {colour})")
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
-    attributes = f'width="100%" role="img" aria-label="{html.escape(label)}"'
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', attributes, body, count=1)
-
-
 def shown_second(rows: Sequence[Row], best: Row | None) -> int:
     """The index of the row that the page first shows against the reference: the recommended one, or the second."""
     return next((k for k, row in enumerate(rows) if row is best), min(1, len(rows) - 1))
@@ -320,7 +296,12 @@ def without_glyph_warnings(make: Callable[..., Path]) -> Callable[..., Path]:
 
 @without_glyph_warnings
 def write_report(
-    out: Path, rows: Sequence[Row], images: Mapping[str, np.ndarray], heads: Sequence[str] = (), note: str = ""
+    out: Path,
+    rows: Sequence[Row],
+    images: Mapping[str, np.ndarray],
+    heads: Sequence[str] = (),
+    note: str = "",
+    restored: RestoredPictures | None = None,
 ) -> Path:
     """Write `report.html`, `front.png` (where quality was measured), `grid.png`, and `guidance.png` where a method has
     three guidance scales or more.
@@ -331,6 +312,7 @@ def write_report(
         images: uint8 `(K, C, H, W)` by row key, the same K seeds in each.
         heads: A heading for each image column (class names).
         note: A line on what is missing, shown under the headline.
+        restored: Of a model that restores images: the degraded and the true ones, of the same K pairs.
 
     Returns:
         The path of `report.html`.
@@ -386,6 +368,8 @@ def write_report(
         warned=[row for row in rows if row.get("warnings")],
         paired=paired_columns(rows),
         shots=shots,
+        restored=collect_restored(shots, restored, [images.get(row["key"]) for row in rows]),
+        bicubic=bicubic_cells(rows),
         psnr={} if shots is None else {f"{row},{k}": text for (row, k), text in shots.psnr.items()},
         other=shown_second(rows, best or equivalent),
         width=image_strip(next(iter(images.values())), 84).width if images else 0,
@@ -394,3 +378,21 @@ def write_report(
     path = out / "report.html"
     write_atomic(path, text)
     return path
+
+
+def bicubic_cells(rows: Sequence[Row]) -> dict[str, str]:
+    """The cells of the degraded images themselves, enlarged; empty where none are restored."""
+    if (known := rows[0]["protocol"].get("restoration")) is None:
+        return {}
+    return format_cells({**dict.fromkeys(rows[0]), **known["bicubic"], "guidance_scale": 1.0, "nfe": 0})
+
+
+def print_report(rows: Sequence[Row], page: Path) -> None:
+    """Print the rows as a table, what speaks against them, and where the page is."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(results_table(rows, console.width))
+    for line in (f"{row['name']}: {text}" for row in rows for text in row["warnings"]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{headline(rows)}\nReport: {page}", markup=False, highlight=False, soft_wrap=True)

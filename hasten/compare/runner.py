@@ -33,12 +33,14 @@ from .budget import TimeBudget, preserve_threads, set_faster_threads
 from .budgeted import BudgetedComparison
 from .comparison import Comparison
 from .jobs import prepare
+from .restored_rows import open_restoration
 from .results import SCHEMA, ResultStore
 from .variants import VariantSet, load_variants, parse_variants
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+CALIBRATION_SOURCES = 16
 PAIRED_IMAGES = 48  # of a row, where nothing but pairs of images is compared
 MINIMUM = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
 # The part of the protocol that is in the key of a row.
@@ -52,7 +54,8 @@ class CompareConfig(Config):
     Args:
         variants: A bundled set ("demo", "full", ...) or a TOML file, see docs/variants.md; "everything" is
             "text_to_image" for a model that takes prompts, "full" for another. Default: "demo".
-        n: Images per row, at least 10. Default: the set's own. With `minutes`, the maximum.
+        n: Images per row, at least 10. Default: the set's own; of a model that restores images 100. With `minutes`,
+            the maximum.
         seed: The seed of image 0; image k has `seed + k`.
         rounds: Timing rounds; each samples one batch with every row in turn. Default: the set's own.
         batch_size: Images per batch.
@@ -66,12 +69,14 @@ class CompareConfig(Config):
         prompts: Of a model that takes prompts; image k gets number `k % len(prompts)`. Default: the captions of `data`,
             those of the set, or else a bundled list of 200.
         data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions of `split` are the
-            prompts and its pictures the reference; accelerators are calibrated on those of the training pictures.
+            prompts and its pictures the reference; accelerators are calibrated on those of the training pictures. Of a
+            model that restores images, such as one of super-resolution: true images of any sizes, which are cut into
+            squares and degraded as in its training.
         split: Of `data`, the pictures that are held out.
         judge: The features, and what compares images with prompts, see `metrics.text_judge.load_judge`. Default: the
             one that the model's card names.
-        lpips: The weights of LPIPS: a trunk (`alex`, `vgg`) whose files are on this machine, or a file or folder.
-            Default: the trunk that is found; without any, it is not measured.
+        lpips: The weights of LPIPS: a trunk (`alex`, `vgg`, `alex_shift_tolerant`, `vgg_shift_tolerant`) whose files
+            are on this machine, or a file or folder. Default: the trunk that is found; without any, it is not measured.
         repeats: Disjoint blocks of n seeds: figures are then means, with the deviation of one block.
         minutes: Time budget in minutes of wall time. The number of images per row is then variant_set by the measured
             speed, from 64 to `n`, and is the same in every row; rows are timed while they are sampled, in turns. Where
@@ -148,8 +153,9 @@ def compare(
     Returns:
         The rows, a dict for each variant: nfe (counted), macs_per_image, seconds_per_image, speedup (with low and
         high), peak_memory (bytes), frechet (with low and high), kid, precision, recall, coverage, accuracy, psnr, rms,
-        ssim, protocol; of a model of prompts also seconds_by_part, and with a judge prompt_match and diversity. A row
-        that could not be measured has `failed`, the reason. With repeats, `deviation` and `blocks`.
+        ssim, protocol; of a model that restores images truth_psnr, truth_ssim, truth_lpips, consistency; of a model of
+        prompts also seconds_by_part, and with a judge prompt_match and diversity. A row that could not be measured has
+        `failed`, the reason. With repeats, `deviation` and `blocks`.
 
     Raises:
         BadInput: for a set, model or folder that cannot be used, before any row has run.
@@ -165,7 +171,9 @@ def compare(
     source = config.variants
     if source == "everything":
         source = "full" if model.conditioning is None else "text_to_image"
-    refuse_process(model, "a comparison", bridges_only=True)
+    restores = model.source_shape is not None
+    if not restores:
+        refuse_process(model, "a comparison", bridges_only=True)
     variant_set = variants_of(model, source)
     seed = config.seed
     n = variant_set.n if config.n is None else config.n
@@ -177,8 +185,14 @@ def compare(
     if budget is not None and (ranks.world > 1 or config.repeats > 1):
         raise BadInput("minutes is for one process and one block of seeds: give n in its place")
     progress = ProgressReporter(0, ranks.is_main_process)
-    chosen = (config.data, config.split, config.judge)
-    captioned = captions_for(model, chosen, (config.reference, config.features), ranks, progress.say)
+    meter, restoration = open_restoration(model, config, config.n, progress.say) if restores else (None, None)
+    if meter is not None:
+        n = len(meter.pairs)
+        if model.calibration_sources is None:  # accelerators are calibrated on some of its sources
+            model = replace(model, calibration_sources=meter.pairs.groups[0].sources[:CALIBRATION_SOURCES])
+    chosen = (None if restores else config.data, config.split, config.judge)
+    against = (config.reference, None if restores else config.features)
+    captioned = captions_for(model, chosen, against, ranks, progress.say)
     shape = image_shape(model)
     blind = model.conditioning is not None and captioned is None and config.reference is None
     if blind and budget is None and config.n is None and n > PAIRED_IMAGES and not model.card.get("reference"):
@@ -207,8 +221,9 @@ def compare(
         captioned = captioned.with_baseline(n)
         known, net = captioned.reference, captioned.judge
     else:
-        real = config.reference or (model.card.get("reference") if is_image(shape) else None)
-        wanted = None if real is None and label is not None else config.features
+        own = model.card.get("reference") if is_image(shape) and not restores else None
+        real = config.reference or own
+        wanted = None if restores or (real is None and label is not None) else config.features
         known, net = resolve_reference(real, wanted, shape, model.device, ranks, progress.say)
     evidence = Evidence()
     if label is not None and is_image(shape):
@@ -244,6 +259,8 @@ def compare(
         "date": utc_now(),
         "command": command or command_line("compare", model.name, arguments),
     }
+    if restoration is not None:
+        protocol["restoration"] = restoration
     if label is not None:
         protocol["prompts"] = label
         protocol["prompts_from"] = "the bundled list" if bundled else None
@@ -262,10 +279,11 @@ def compare(
         settings |= {"statistics": statistics} | ({} if label is None else {"prompts": label})
         settings |= {"calibration": calibration} if calibration else {}
         settings |= {"evidence": evidence.settings} if evidence.settings else {}
+        settings |= {"restoration": restoration} if restoration else {}
         return tools.create_jobs(rows, settings, ranks)
 
     state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label, captioned, evidence)
-    run = Comparison(*state) if budget is None else BudgetedComparison(*state, budget, create_jobs)
+    run = Comparison(*state, meter) if budget is None else BudgetedComparison(*state, meter, budget, create_jobs)
     warnings: list[str | None] = []
     if budget is None:  # otherwise n is not known yet
         warnings += [] if known is None else [without_neighbours(n, known)]

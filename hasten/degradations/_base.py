@@ -9,10 +9,11 @@ __all__ = ["Degradation"]
 
 
 class Degradation:
-    """A frozen dataclass that turns clean images into degraded ones of the same shape."""
+    """A frozen dataclass that turns clean images into degraded ones of the same shape, or of a
+    smaller one."""
 
     def __call__(self, images: Tensor, indices: list[int]) -> Tensor:
-        """Degraded images, uint8 (n, C, H, W).
+        """Degraded images, uint8 (n, C, H, W), or (n, C, H / factor, W / factor).
 
         Args:
             images: uint8 (n, C, H, W).

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import BadInput
 
 # keys of a batch through which the losses of one step pass values to one another
-RESERVED_KEYS = ("fake", "t", "z", "chain", "advantage", "k")
+RESERVED_KEYS = ("fake", "t", "z", "chain", "advantage", "k", "structure")
 
 
 def check_batch_keys(batches: Any) -> None:

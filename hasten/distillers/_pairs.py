@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -228,4 +229,10 @@ def pair_captions(config: dict[str, Any], indices: Tensor) -> Tensor:
     if config["labels"] != "turns":
         return chosen
     seed = FIRST_SEED + SEED_RANGES * SEED_SPAN + SEED_RANGES * 500_000 + config["seed"] // SEED_SPAN
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[chosen]
+    return permutation(count, seed)[chosen]
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(count: int, seed: int) -> Tensor:
+    """A random order of `count` numbers, int64: of millions of crops it takes longer than a batch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

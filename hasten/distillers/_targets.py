@@ -150,7 +150,15 @@ def raw_target(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     return student.prediction.target(x0, eps, alpha, sigma)
 
 
-def prediction_loss(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor, weight: str = "auto", **cond: Any) -> Tensor:
+def prediction_loss(
+    student: Denoiser,
+    z: Tensor,
+    t: Tensor,
+    x0: Tensor,
+    weight: str = "auto",
+    record: Callable[[Tensor], None] | None = None,
+    **cond: Any,
+) -> Tensor:
     """The weighted squared error between the student's prediction and `x0`.
 
     It is applied to the error of the network's output, so that no time divides by a small number.
@@ -165,6 +173,7 @@ def prediction_loss(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor, weight:
             network's output; `"auto"` is `"raw"` for a network that predicts eps and `"snr+1"` for every other. (On the
             error of eps, `"snr+1"` is 1 / alpha^2, which on DDPM's table is 25,000 at t = 1 and outweighs all other
             times.)
+        record: called with the network's output, such as `_relations.relation_recorder`.
         cond: conditions of the network.
 
     Returns:
@@ -174,6 +183,8 @@ def prediction_loss(student: Denoiser, z: Tensor, t: Tensor, x0: Tensor, weight:
         BadInput: for an unknown weight.
     """
     raw = student.raw(z, t, **cond)
+    if record is not None:
+        record(raw)
     error = (raw - raw_target(student, z, t, x0).to(raw.dtype)).float().square().flatten(1).mean(1)
     return (output_weight(student, t, weight).to(error.device, torch.float32) * error).mean()
 

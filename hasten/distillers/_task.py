@@ -19,6 +19,7 @@ from ..train.checkpoint import load_modules, save_modules
 from ..train.data import Batches
 from ..train.ema import Ema
 from ..train.fit import Fit
+from ..train.sadm import Sadm
 from ..train.trained_module import TrainedModule
 from ._batch_keys import check_batch_keys
 from ._conditions import ConditionSource, both_branches, condition_source, unconditional
@@ -26,33 +27,12 @@ from ._memory import checkpoint_gradients, to_float32
 from ._pair_making import make_pairs
 from ._pairs import Pairs
 from ._scalar_inputs import with_scalar_inputs
+from ._student import Student
+
+__all__ = ["DistillTask", "Distiller", "Loss", "Student"]
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 STUDENT_FILE = "student.safetensors"
-
-
-@dataclass
-class Student:
-    """A distilled denoiser and how to sample from it.
-
-    Args:
-        denoiser: the trained student.
-        sampler, times, steps: as `pick` spells them; they become the model's recommended settings and its plan.
-        guidance: the guidance scales (low, high) that the network takes as its input `guidance`, or two equal numbers
-            where one scale is built in; None: the task's scale is built in.
-        parts: small networks saved with the model, by name.
-        figures: JSON scalars that describe this student.
-        any_time: it is a denoiser at every time, as its teacher was, and not only at the nodes of its own steps.
-    """
-
-    denoiser: Denoiser
-    sampler: str
-    times: str
-    steps: int
-    guidance: tuple[float, float] | None = None
-    parts: dict[str, nn.Module] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
-    any_time: bool = False
 
 
 class Distiller(Protocol):
@@ -83,6 +63,11 @@ class Distiller(Protocol):
 
         At the noisy end of DDPM's table that is a factor of 150.
         """
+        return False
+
+    @property
+    def takes_structure(self) -> bool:
+        """Whether its students' x0 have targets, so that the relations of both can be compared (`train.sadm`)."""
         return False
 
     @property
@@ -142,7 +127,7 @@ class DistillTask:
         save_student: called as `save_student(stage, student)` with every finished student.
         completed_stages: the stages so far, in order.
         accumulate, shard: see `Fit`.
-        ranks: the processes that share every batch and the making of pairs; the main process writes, and all see `out`.
+        ranks: the processes that share batches and the making of pairs; the main one writes, and all see `out`.
         init: frozen; what the first student is copied from in place of `denoiser`, see `initial`.
         classes: number of classes, with labels from 0; None: inferred from the network and the data.
         codec: of the samples, as a model has it. Only samples of `"image"` lie in [-1, 1] and may be stored as uint8.
@@ -150,11 +135,11 @@ class DistillTask:
         tensorboard: write event files beside the logs of the stages, where the package is installed.
         lora: rank of the low-rank factors that students train in place of their weights; None: all weights.
         lora_targets: the layers that get them, see `nets.lora.target_layers`.
-        conditions: names of the conditions in a batch beside `label`, such as `text`; None: those of the data.
-        null_conditions: what takes the place of each in guidance's unconditional branch, (1, ...) by name. The teacher
-            has its own.
-        gradient_checkpointing: students and critics compute activations again in the backward pass, for less memory.
+        conditions: names of those in a batch beside `label`, such as `text`; None: those of the data.
+        null_conditions: what takes their place in the unconditional branch, (1, ...) by name. The teacher has its own.
+        gradient_checkpointing: students and critics compute activations again, for less memory.
         optimizer: of everything trained, see `TrainedModule`.
+        structure: options of the structure term; None: none.
     """
 
     teacher: nn.Module
@@ -184,6 +169,7 @@ class DistillTask:
     null_conditions: dict[str, Tensor] = field(default_factory=dict)
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
+    structure: Sadm | None = None
 
     def __post_init__(self) -> None:
         if self.conditions is None:

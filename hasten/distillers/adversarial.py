@@ -55,7 +55,8 @@ class Adversarial(Distiller):
             steps, trained first, `"progressive"`.
         level: mean and standard deviation of the logit of t for the critic.
         lr, critic_lr: peak learning rates.
-        augment: augment real and generated images alike.
+        augment: augment real and generated images alike; not where the network reads a source image, which the shifted
+            ones would no longer match.
         every: the student is updated at the steps that this divides.
 
     Raises:
@@ -115,7 +116,7 @@ class Adversarial(Distiller):
             fake = self.generate(task, student, batch)
             batch["fake"] = fake.detach()
             with frozen_parameters(critic.heads):
-                logits = critic(*self.critic_input(task, fake), **cond)
+                logits = critic(*self.critic_input(task, fake, **cond), **cond)
             loss = -logits.mean()
             if self.strength:
                 loss = loss + self.strength * self.distillation_loss(task.teacher, task.schedule, fake, **cond)
@@ -134,7 +135,7 @@ class Adversarial(Distiller):
             t = self.sample_times(task, len(batch["x"]), time_device(batch["x"]))
             images = batch["x"], batch["fake"]
             with torch.no_grad():
-                features = [critic.features(*self.critic_input(task, x, t), **cond) for x in images]
+                features = [critic.features(*self.critic_input(task, x, t, **cond), **cond) for x in images]
             real, fake = (critic.head_logits(each, t, **cond) for each in features)
             loss = hinge_loss(real, fake)
             if self.r1:
@@ -154,10 +155,11 @@ class Adversarial(Distiller):
         """Random times (n,) at which the critic sees samples."""
         return LogitNormal(*self.level)(task.schedule, torch.rand(n, dtype=torch.float64, device=device))
 
-    def critic_input(self, task: DistillTask, x: Tensor, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def critic_input(self, task: DistillTask, x: Tensor, t: Tensor | None = None, **cond: Any) -> tuple[Tensor, Tensor]:
         """The critic's input for x (B, *S): x augmented and noised to t, and t, random where it is None."""
         t = self.sample_times(task, len(x), time_device(x)) if t is None else t
-        return noised(task.schedule, Augment()(x) if self.augment else x, t), t
+        augmented = Augment()(x) if self.augment and "source" not in cond else x
+        return noised(task.schedule, augmented, t), t
 
     def distillation_loss(self, teacher: nn.Module, schedule: Schedule, fake: Tensor, **cond: Any) -> Tensor:
         """The weighted squared error between `fake` (B, *S) and the teacher's denoising of it, a mean over all."""

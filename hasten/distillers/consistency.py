@@ -27,6 +27,7 @@ from ._consistency import (
     root_momentum,
 )
 from ._ema_target import EMATarget, StepCounter
+from ._relations import relate, related
 from ._targets import noised, time_device
 from ._task import Distiller, DistillTask, Student
 
@@ -112,6 +113,7 @@ class Consistency(Distiller):
     lr: float = 3e-4
     steps: int = 2
     needs_data: ClassVar[bool] = True
+    takes_structure: ClassVar[bool] = True
     compares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -159,7 +161,7 @@ class Consistency(Distiller):
         module: StepCounter = EMATarget(student) if self.momentum else StepCounter(student)
         # weights by the gap span orders of magnitude, which clipping would undo
         clip = 1.0 if self.weight == "one" else None
-        modules = [task.trained_module("student", module, self.loss_fn(task, module), self.lr)]
+        modules = related(task, [task.trained_module("student", module, self.loss_fn(task, module), self.lr)])
         trained: Any = task.fit("consistency", modules, clip=clip)["student"]
         guidance = (1.0, 1.0) if self.mode == "training" else None
         times = "trailing" if self.grid == "trailing" else "angle"
@@ -213,6 +215,7 @@ class Consistency(Distiller):
                 target_model = module.copy if isinstance(module, EMATarget) else student
                 # at the clean end f is the identity by definition, free of rounding
                 target = torch.where(spread((s == 0).double(), z) > 0, z_s, target_model(z_s, s, **inputs))
+            relate(task, batch, prediction, prediction, target, t)
             distances = pair_distance(prediction, target, self.metric, self.c)
             if self.weight == "one":
                 return distances.mean()

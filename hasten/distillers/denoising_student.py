@@ -12,6 +12,7 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, check_choice
 from ..predictions import Flow, spread
 from ._pairs import Pairs
+from ._relations import relate, related
 from ._targets import time_device
 from ._task import Distiller, DistillTask, Student
 
@@ -58,6 +59,7 @@ class DenoisingStudent(Distiller):
     loss: str = "l1"
     lr: float = 3e-4
     needs_data: ClassVar[bool] = False
+    takes_structure: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("loss of denoising_student", self.loss, LOSSES)
@@ -79,9 +81,11 @@ class DenoisingStudent(Distiller):
         student = one_step_student(task.student())
 
         def loss_fn(batch: dict[str, Tensor]) -> Tensor:
-            return regression_error(generate(student, batch["noise"], **task.cond(batch)), batch["x"], self.loss)
+            x0 = generate(student, batch["noise"], **task.cond(batch))
+            relate(task, batch, x0, x0, batch["x"])
+            return regression_error(x0, batch["x"], self.loss)
 
-        modules = [task.trained_module("student", student, loss_fn, self.lr, betas=(0.9, 0.98))]
+        modules = related(task, [task.trained_module("student", student, loss_fn, self.lr, betas=(0.9, 0.98))])
         trained: Any = task.fit("student", modules, batches=training.batches(task.batch_size, task.seed))["student"]
         figures: dict[str, Any] = {"pairs": len(pairs), "pair_steps": self.pair_steps}
         figures["loss"] = self.mean_loss(task, trained, training.subset(0, min(count, len(training))))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..denoiser import Denoiser
 from ..errors import BadInput
 from ..nets.critic import FeatureHeads, label_count, plain_critic, text_width
+from ..nets.joint import with_source, with_source_shape
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
@@ -114,7 +115,7 @@ class DMD(Distiller):
                 x = self.generate(task, student, batch)
             t = self.sample_times(task.schedule, len(x), time_device(x))
             z = noised(task.schedule, x, t)
-            value = prediction_loss(fake.denoiser, z, t, x, "raw", **cond)
+            value = prediction_loss(fake.denoiser, z, t, x, "raw", None, **cond)
             if self.gan:
                 real = fake.logits(noised(task.schedule, batch["x"], t), t, **cond)
                 generated = fake.logits(z, t, **cond)
@@ -142,7 +143,8 @@ class DMD(Distiller):
 
 
 class FakeScore(nn.Module):
-    """The denoiser of the student's samples, and a critic's head on its middle features (or on z, without features).
+    """The denoiser of the student's samples, and a critic's head on its middle features (without features on z, with
+    its source image where there is one).
 
     Args:
         denoiser: to train on the student's samples.
@@ -171,11 +173,11 @@ class FakeScore(nn.Module):
                 middle, _ = denoiser.features(torch.zeros(1, *shape, device=device), 0.5, **cond)
             self.head = FeatureHeads([middle.shape[1]], classes, text=text_width(cond)).to(device)
         else:
-            self.head = plain_critic(shape, classes, text=text_width(cond))
+            self.head = plain_critic(with_source_shape(shape, cond), classes, text=text_width(cond))
 
     def logits(self, z: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """Logits (B, M) of z (B, *S) at t (B,): high for noised data."""
-        features = self.denoiser.features(z, t, **cond)[0] if self.has_features else z
+        features = self.denoiser.features(z, t, **cond)[0] if self.has_features else with_source(z, cond)
         return self.head([features], t, **cond).float()
 
 

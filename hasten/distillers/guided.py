@@ -12,8 +12,10 @@ from ..denoiser import Denoiser
 from ..errors import BadInput, check_choice
 from ..times import Trailing
 from ..train.losses import stratified
+from ..train.sadm import clean_samples
 from ..utils.deprecation import renamed
 from ._ema_target import EMATarget
+from ._relations import relate, related, relation_recorder
 from ._targets import (
     DeviceTimes,
     ddim_path,
@@ -87,6 +89,7 @@ class GuidedDistillation(Distiller):
     shared: bool = False
     order: int = 1
     needs_data: ClassVar[bool] = True
+    takes_structure: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_nested_steps("guided", self.steps, self.start)
@@ -129,9 +132,8 @@ class GuidedDistillation(Distiller):
         loss_fn = self.deterministic_loss if self.kind == "deterministic" else self.stochastic_loss
         for n in self.steps:
             student = self.initial_student(task, teacher)
-            modules = [
-                task.trained_module("student", student, loss_fn(task, teacher, student, n, teacher_steps // n), self.lr)
-            ]
+            loss = loss_fn(task, teacher, student, n, teacher_steps // n)
+            modules = related(task, [task.trained_module("student", student, loss, self.lr)])
             trained: Any = task.fit(f"steps{n}", modules, budget_weight=self.budget_weight(n))["student"]
             teacher = trained
             result = Student(teacher, sampler, "trailing", n, guidance=span)
@@ -149,7 +151,7 @@ class GuidedDistillation(Distiller):
                 "consistency work without one"
             )
         student = task.student() if self.guidance is None else task.student(guidance=self.guidance)
-        modules = [task.trained_module("student", student, self.guidance_loss(task, student), self.lr)]
+        modules = related(task, [task.trained_module("student", student, self.guidance_loss(task, student), self.lr)])
         trained = task.fit("guidance", modules, budget_weight=self.first)["student"]
         assert isinstance(trained, Denoiser)
         task.save_student("guidance", Student(trained, "unipc", "angle", 16, guidance=self.guidance, any_time=True))
@@ -176,6 +178,9 @@ class GuidedDistillation(Distiller):
                 conditional, unconditional = task.branches(task.denoiser.raw, z, t, **cond)
                 target = unconditional + scale.view(-1, *[1] * (z.ndim - 1)).to(z.dtype) * (conditional - unconditional)
             raw = student.raw(z, t, **cond, **({"guidance": scale} if student.net_takes_guidance else {}))
+            if task.structure is not None:
+                x0, x0_target = (clean_samples(student, z, t, each) for each in (raw, target))
+                relate(task, batch, raw, x0, x0_target, t)
             error = (raw - target).float().square().flatten(1).mean(1)
             return (output_weight(student, t, self.weight).to(x.device, torch.float32) * error).mean()
 
@@ -239,9 +244,10 @@ class GuidedDistillation(Distiller):
                     path = self.path(first=k == 0)
                     target[rows] = path(teacher, task.schedule, z[rows], times, **cond)[1].to(x.dtype)
             inputs["steps"] = own
-            return prediction_loss(module.student, z, t, target, self.weight, **inputs)
+            record = relation_recorder(task, batch, module.student, z, t, target)
+            return prediction_loss(module.student, z, t, target, self.weight, record, **inputs)
 
-        modules = [task.trained_module("student", module, loss_fn, self.lr)]
+        modules = related(task, [task.trained_module("student", module, loss_fn, self.lr)])
         fitted: Any = task.fit("shared", modules, budget_weight=sum(map(self.budget_weight, counts)))["student"]
         steps = 4 if 4 in counts else counts[-1]
         result = Student(fitted.student, "ddim", "trailing", steps, guidance=merged.guidance_range)
@@ -268,7 +274,8 @@ class GuidedDistillation(Distiller):
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
                 _, target = path(teacher, task.schedule, z, times, **cond)
-            return prediction_loss(student, z, times[0], target, self.weight, **cond)
+            record = relation_recorder(task, batch, student, z, times[0], target)
+            return prediction_loss(student, z, times[0], target, self.weight, record, **cond)
 
         return loss_fn
 

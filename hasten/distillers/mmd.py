@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import BadInput, check_choice
+from ..nets.joint import with_source
 from ..schedules.base import Schedule
 from ..times import Trailing
 from ..utils.devices import has_float64
@@ -34,7 +35,8 @@ class Mmd(Distiller):
     MMD^2 is unbiased, over a batch of real images x and one of samples with their labels, under the cubic kernel
     (u.v / d + 1)^3 or the Gaussian exp(-|u - v|^2 / d), phi a frozen network, d the mean of |phi(x)|^2 over the batch.
     G_0 is the initial network, which keeps G from adversarial examples of phi. The target is the data, so guidance is
-    not imitated: a network in which it is built in moves towards the data.
+    not imitated: a network in which it is built in moves towards the data. Of a network that reads a source image phi
+    reads [x, source], and the distance is that of the joint distributions.
 
     Needs batches of at least 128: the estimate is not a sum over images.
     Paper: steps 5 to 15, cubic, Inception or CLIP features, no anchor, Adam 5e-6 for some hundred steps.
@@ -91,9 +93,9 @@ class Mmd(Distiller):
     def distill(self, task: DistillTask) -> Student:
         """Train the stages `classifier`, where it is needed, and `mmd`, and return the student."""
         phi = (
-            trained_classifier(task, self.share, self.width)
+            trained_classifier(task, self.share, self.width, joint=True)
             if self.features == "classifier"
-            else random_classifier(task, self.width)
+            else random_classifier(task, self.width, joint=True)
         )
         student = task.student()
         loss_fn = self.loss_fn(task, phi.eval().requires_grad_(False).features, student)
@@ -116,9 +118,9 @@ class Mmd(Distiller):
             z = start * torch.randn_like(x)
             generated = ddim_sample(student, task.schedule, z, times, cond, self.checkpointing)
             with torch.no_grad():
-                real = phi(x)
+                real = phi(with_source(x, cond))
                 scale = real.square().sum(1).mean()
-            total = mmd2(real, phi(generated), self.kernel, scale)
+            total = mmd2(real, phi(with_source(generated, cond)), self.kernel, scale)
             if self.anchor:
                 with torch.no_grad():
                     before = ddim_sample(task.denoiser, task.schedule, z, times, cond)

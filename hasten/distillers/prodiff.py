@@ -14,6 +14,7 @@ from ..errors import BadInput, check_choice, nearest
 from ..schedules.base import Schedule
 from ..schedules.discrete import Discrete
 from ..times import UniformTime
+from ._relations import relate, related
 from ._targets import DeviceTimes, ddim_path, noised
 from ._task import Distiller, DistillTask, Loss, Student
 from .progressive import check_nested_steps
@@ -63,6 +64,7 @@ class ProDiff(Distiller):
     frozen: tuple[str, ...] = ()
     lr: float = 3e-4
     needs_data: ClassVar[bool] = True
+    takes_structure: ClassVar[bool] = True
     compares_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -83,7 +85,8 @@ class ProDiff(Distiller):
             self.freeze(student)
             times = finest[:: (len(finest) - 1) // teacher_steps]
             loss_fn = self.loss_fn(task, teacher, student, times, teacher_steps // n)
-            trained: Any = task.fit(f"steps{n}", [task.trained_module("student", student, loss_fn, self.lr)])["student"]
+            modules = related(task, [task.trained_module("student", student, loss_fn, self.lr)])
+            trained: Any = task.fit(f"steps{n}", modules)["student"]
             result = Student(trained, "ddim", self.times(finest, n), n)
             task.save_student(f"steps{n}", result)
             teacher, source, teacher_steps = trained, trained, n
@@ -102,7 +105,9 @@ class ProDiff(Distiller):
             z = noised(task.schedule, x, times[0])
             with torch.no_grad():
                 _, target = ddim_path(masked(teacher, mask), task.schedule, z, times, **cond)
-            error = (masked(student, mask)(z, times[0], **cond) - target).float()
+            x0 = masked(student, mask)(z, times[0], **cond)
+            relate(task, batch, x0, x0, target, times[0])
+            error = (x0 - target).float()
             error = error.abs() if self.loss == "l1" else error.square()
             if mask is None:
                 return error.mean()

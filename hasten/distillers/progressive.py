@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..times import Trailing
+from ._relations import related, relation_recorder
 from ._targets import DeviceTimes, ddim_path, midpoint_path, noised, prediction_loss, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 
@@ -51,6 +52,7 @@ class Progressive(Distiller):
     last: float = 2.0
     order: int = 1
     needs_data: ClassVar[bool] = True
+    takes_structure: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_nested_steps("progressive", self.steps, self.start)
@@ -67,11 +69,8 @@ class Progressive(Distiller):
         source = task.initial
         for n in self.steps:
             student = task.student(source)
-            modules = [
-                task.trained_module(
-                    "student", student, self.loss_fn(task, teacher, student, n, teacher_steps // n), self.lr
-                )
-            ]
+            loss_fn = self.loss_fn(task, teacher, student, n, teacher_steps // n)
+            modules = related(task, [task.trained_module("student", student, loss_fn, self.lr)])
             trained: Any = task.fit(f"steps{n}", modules, budget_weight=self.last if n <= 2 else 1.0)["student"]
             result = Student(trained, "ddim", "trailing", n)
             task.save_student(f"steps{n}", result)
@@ -117,7 +116,8 @@ def halving_loss(
         z = noised(task.schedule, x, times[0])
         with torch.no_grad():
             _, target = path(teacher, task.schedule, z, times, **cond)
-        return prediction_loss(student, z, times[0], target, weight, **cond)
+        record = relation_recorder(task, batch, student, z, times[0], target)
+        return prediction_loss(student, z, times[0], target, weight, record, **cond)
 
     return loss_fn
 

@@ -16,6 +16,7 @@ from ..nets.classifier import Classifier
 from ..predictions import spread
 from ..times import Trailing
 from ._features import random_classifier, trained_classifier
+from ._relations import relate, related
 from ._targets import DeviceTimes, ddim_path, noised, output_weight, raw_target, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 from .progressive import Progressive, check_nested_steps
@@ -75,6 +76,7 @@ class Rcfd(Distiller):
     lr: float = 3e-4
     last: float = 2.0
     needs_data: ClassVar[bool] = True
+    takes_structure: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_nested_steps("rcfd", self.steps, self.start)
@@ -122,7 +124,7 @@ class Rcfd(Distiller):
             else:
                 loss_fn = self.loss_fn(task, net, teacher, student, n, teacher_steps // n)
             weight = self.last if n <= 2 else 1.0
-            modules = [task.trained_module("student", student, loss_fn, self.lr)]
+            modules = related(task, [task.trained_module("student", student, loss_fn, self.lr)])
             trained: Any = task.fit(f"steps{n}", modules, budget_weight=weight)
             teacher = source = trained["student"]
             result = Student(source, "ddim", "trailing", n)
@@ -148,7 +150,9 @@ class Rcfd(Distiller):
             # one output, used raw and as x0: neither is computed from the other by a division
             raw = student.raw(z, times[0], **cond)
             _, c_skip, c_out = student.prediction.coefficients(schedule.alpha(times[0]), schedule.sigma(times[0]))
-            features, logits = net(spread(c_skip, z) * z + spread(c_out, z) * raw)
+            x0 = spread(c_skip, z) * z + spread(c_out, z) * raw
+            relate(task, batch, raw, x0, target, times[0])
+            features, logits = net(x0)
             total = feature_divergence(target_features, features, self.tau)
             if self.beta:
                 total = total + self.beta * class_balance(logits, self.gamma)

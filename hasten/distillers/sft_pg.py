@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..errors import BadInput, check_choice
 from ..nets.critic import plain_critic, text_width
+from ..nets.joint import JointCritic, with_source_shape
 from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
@@ -85,8 +86,9 @@ class SFTPG(Distiller):
         """Train the stage `policy`."""
         torch.manual_seed(task.seed)  # the critic's first weights
         student, classes, text = task.student(), task.label_count, text_width(task.one_cond())
-        critic = plain_critic(task.shape, classes, spectral=self.bound == "spectral", text=text)
-        value = plain_critic(task.shape, classes, text=text)
+        shape = with_source_shape(task.shape, task.one_cond())
+        critic = JointCritic(plain_critic(shape, classes, spectral=self.bound == "spectral", text=text))
+        value = JointCritic(plain_critic(shape, classes, text=text))
         chain, picks = DDPMChain(student, task.schedule, self.steps, self.last), min(self.picks, self.steps)
 
         def chains(batch: dict[str, Tensor]) -> Tensor:

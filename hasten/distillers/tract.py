@@ -14,6 +14,7 @@ from ..predictions import spread
 from ..schedules.base import Schedule
 from ..times import Trailing
 from ._ema_target import EMATarget
+from ._relations import related, relation_recorder
 from ._targets import DeviceTimes, ddim_step, noised, prediction_loss, resolve_weight, signal_to_noise, time_nodes
 from ._task import Distiller, DistillTask, Loss, Student
 from .progressive import check_nested_steps
@@ -59,6 +60,7 @@ class Tract(Distiller):
     weight: str = "auto"
     last: float = 2.0
     needs_data: ClassVar[bool] = True
+    takes_structure: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if len(self.phases) < 2:
@@ -79,7 +81,7 @@ class Tract(Distiller):
         for teacher_steps, n in zip(self.phases, self.phases[1:], strict=False):
             module = EMATarget(task.student(source))
             loss_fn = self.loss_fn(task, teacher, module, n, teacher_steps // n)
-            modules = [task.trained_module("student", module, loss_fn, self.lr)]
+            modules = related(task, [task.trained_module("student", module, loss_fn, self.lr)])
             trained: Any = task.fit(f"steps{n}", modules, budget_weight=self.last if n <= 2 else 1.0)["student"]
             teacher = source = trained.student
             result = Student(source, "ddim", "trailing", n)
@@ -101,7 +103,8 @@ class Tract(Distiller):
             z = noised(schedule, x, times[0])
             with torch.no_grad():
                 target = two_step_target(teacher, module.copy, schedule, z, *times, **cond)
-            return prediction_loss(module.student, z, times[0], target, weight, **cond)
+            record = relation_recorder(task, batch, module.student, z, times[0], target)
+            return prediction_loss(module.student, z, times[0], target, weight, record, **cond)
 
         return loss_fn
 

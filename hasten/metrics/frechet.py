@@ -102,6 +102,34 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     return _distance(m1, c1, m2, torch.trace(c2), root(c2))
 
 
+def frechet_between(features: Tensor, others: Tensor) -> float:
+    """The distance of two sets of features, `frechet_distance(*moments(features), *moments(others))`.
+
+    The root of the product of both covariances has the trace `||X^T Y||_* / sqrt((M - 1) (N - 1))`, the nuclear norm of
+    a matrix of M x N with the centred features X^T (M, D) and Y^T (N, D): with fewer images than features that is much
+    cheaper than roots of matrices of D x D.
+
+    Args:
+        features: `(M, D)`.
+        others: `(N, D)`.
+
+    Raises:
+        BadInput: for other shapes, fewer than 2 images, and values that are not finite.
+    """
+    if features.ndim != 2 or others.ndim != 2 or features.shape[1] != others.shape[1]:
+        raise BadInput(
+            f"features {tuple(features.shape)} and {tuple(others.shape)} are not of the same feature network"
+        )
+    if max(len(features), len(others)) > features.shape[1] or min(len(features), len(others)) < 2:
+        return frechet_distance(*moments(features), *moments(others))
+    check_finite_rows("features", features, others)
+    x, y = (one.detach().cpu().double() for one in (features, others))
+    m1, m2 = x.mean(0), y.mean(0)
+    x, y = (x - m1) / (len(x) - 1) ** 0.5, (y - m2) / (len(y) - 1) ** 0.5
+    cross = torch.linalg.svdvals(x @ y.T).sum()
+    return max(float((m1 - m2).square().sum() + x.square().sum() + y.square().sum() - 2 * cross), 0.0)
+
+
 def _distance(m1: Tensor, c1: Tensor, m2: Tensor, trace2: Tensor, root2: Tensor) -> float:
     """The distance, given the trace and the root of the second covariance."""
     inner = root2 @ c1 @ root2

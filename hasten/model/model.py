@@ -15,25 +15,24 @@ from .. import zoo
 from ..accelerators import Call
 from ..accelerators._calls import model_calls
 from ..adapters.diffusers.autoencoders import replace_decoder
-from ..denoiser import Denoiser, device_of, evaluating
+from ..denoiser import Denoiser, device_of
 from ..errors import BadInput, check_int
 from ..guides.cfg import with_step_count
 from ..nets.prequantized import check_movable
 from ..performance.autotune import autotune, format_runtime, parse_runtime
 from ..plan.config import SamplingConfig
-from ..plan.draw import draw_unchecked as draw
 from ..plan.table import Plan
-from ..progress import fraction_of
-from ..sampling import Callback, Noise, Progress, wrap_denoiser
+from ..sampling import Callback, Progress
 from ..storage import model_folder
 from ..storage.lora_files import LoRAFile
 from ..train.names import class_index, label_indices
 from ..utils.devices import upload
-from ..utils.random import MAX_SEED
-from .finite import check_sample
+from ..utils.random import MAX_SEED, Noise
 from .first_evaluation import FirstEvaluation
 from .lora import load_lora_weights
+from .residual import decode_residual, encode_residual
 from .resolve import Resolved, accelerate_model, guided, resolve
+from .sample_batches import sample_batches
 from .sources import source_images
 from .weak import fields_of
 
@@ -51,8 +50,9 @@ class Model:
 
     denoiser: `forward(x_t (B, C, H, W), t, label=) -> x0 (B, C, H, W)`.
     shape: `(C, H, W)` of one sample. classes: class names in label order, or None for an unconditional model.
-    codec: what a sample is: `image`, pixels in [-1, 1]; `latent`, of an autoencoder; `raw`, anything else, which is
-        left as it is (points, audio, video): what a shape other than (C, H, W), C of 1, 3 or 4, is taken for.
+    codec: what a sample is: `image`, pixels in [-1, 1]; `latent`, of an autoencoder; `residual`, what an enlarged
+        source image lacks, over `residual_std` (super-resolution); `raw`, anything else, which is left as it is
+        (points, audio, video): what a shape other than (C, H, W), C of 1, 3 or 4, is taken for.
     sampler, times, steps, guidance_scale, start: what `sample` uses by default, as `pick` reads them.
     plan: what `sample` uses by default in their place. plans: further ones, by name.
     statistics, parts: tensors measured on the model and small networks beside it, by name: what tuning leaves for the
@@ -61,6 +61,7 @@ class Model:
         is conditioned on (n, ...). decoder: of a model of latents: `decode(samples)` gives the images.
     pipeline: of diffusers, with which the network was loaded and can be saved again.
     calibration_prompts: of a model that takes prompts: those on which accelerators are calibrated; none: the empty one.
+    calibration_sources: of a model that reads source images: those (n, C, H, W) in [-1, 1] on which it is calibrated.
     card: anything JSON about training, data, figures and licence.
     sha256: of the weights file that the model was loaded from or saved to.
     """
@@ -84,7 +85,9 @@ class Model:
     decoder: Any = None
     pipeline: Any = None
     calibration_prompts: tuple[str, ...] = ()
+    calibration_sources: Tensor | None = None
     start: str | None = None
+    residual_std: float | None = None
     _accelerated: dict[Any, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,8 +100,24 @@ class Model:
         None where samples are made from noise alone."""
         channels = int(getattr(self.denoiser, "source_channels", 0))
         if channels:
-            return (channels, *self.shape[1:])
+            return (channels, *(side // self.source_factor for side in self.shape[1:]))
         return self.shape if self.denoiser.schedule.bridge else None
+
+    @property
+    def source_factor(self) -> int:
+        """How many times larger than its source image a sample is; 1 but for super-resolution."""
+        return int(getattr(self.denoiser, "source_factor", 1))
+
+    def encode(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        """Samples as the process has them, (n, C, H, W): of images in [-1, 1] with the codec `residual`
+        `(x - enlarge(source)) / residual_std`, otherwise `x`."""
+        return encode_residual(x, source, self.source_factor, self.residual_std) if self.codec == "residual" else x
+
+    def decode(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        """Images of samples of the process: the inverse of `encode`; of latents by the decoder."""
+        if self.codec == "residual":
+            return decode_residual(x, source, self.source_factor, self.residual_std)
+        return x if self.decoder is None else self.decoder.decode(x)
 
     @property
     def device(self) -> torch.device:
@@ -212,6 +231,7 @@ class Model:
         *,
         batch_size: int = 64,
         images: Any = None,
+        noise: Tensor | Noise | None = None,
         progress: Progress | None = None,
         callback: Callback | None = None,
         **options: Unpack[SamplingOptions],
@@ -228,7 +248,10 @@ class Model:
             batch_size: images in the network at once.
             images: (n, ...), what an initialisation such as `ccdf` begins from, or the sources of a bridge and of a
                 network that reads them (`source_shape`): a tensor or NumPy array, floats in [-1, 1] or uint8, or PIL
-                images.
+                images. A network of super-resolution takes small images of other sizes than `source_shape` too, and
+                its samples are then larger or smaller than `shape`.
+            noise: (n, C, H, W), the initial standard normal noise in place of that of the seeds; or a `Noise` of n
+                samples, which gives that of the steps too.
             progress: called with (model evaluations done, of how many).
             callback: called after each model evaluation as `callback(step, t, x, x0)`, for one batch after the other;
                 see `walk`.
@@ -244,33 +267,7 @@ class Model:
             raise BadInput(f"{self.name} encodes images into noise and draws none: see hasten restyle")
         resolved = self.resolve(config, batch_size=min(n, batch_size), **options)
         images = source_images(self, n, images, resolved.start)
-        takes_source = self.source_shape is not None and not getattr(resolved.start, "gives_source", False)
-        conditions = self.conditions(n, label, seed)
-        device = self.device
-        batches: list[Tensor] = []
-        resolved.runtime.prepare(self.denoiser)
-        with resolved.runtime.apply(), evaluating(self.denoiser):
-            for first in range(0, n, batch_size):
-                count = min(batch_size, n - first)
-                noise = Noise(range(seed + first, seed + first + count), self.shape, torch.float32, device)
-                cond = {key: value[first : first + count] for key, value in conditions.items()}
-                denoiser, x = resolved.denoiser, None
-                source = None if images is None else upload(images[first : first + count], device)
-                if takes_source and self.denoiser.source_channels and source is not None:
-                    cond["source"] = source
-                if self.denoiser.schedule.bridge:
-                    x = self.denoiser.schedule.begin(noise.initial(), resolved.times[0], source)
-                elif resolved.start is not None:
-                    denoiser = wrap_denoiser(resolved.start, denoiser, source)
-                    x = resolved.start.begin(denoiser, noise, resolved.times[0], source, **cond)
-                tick = fraction_of(progress, first, n, batch_size)
-                how: dict[str, Any] = {"plan": resolved.plan, "progress": tick, "callback": callback, "cond": cond}
-                x = draw(denoiser, resolved.sampler, resolved.times, noise, x=x, **how)
-                x = x if self.decoder is None else self.decoder.decode(x)
-                check_sample(x, batches, resolved, denoiser, noise, source, cond, self.decoder)
-                pixels = self.codec == "image" or self.decoder is not None
-                batches.append((x.float().clamp(-1, 1) if pixels else x.float()).cpu())
-        return torch.cat(batches)
+        return sample_batches(self, resolved, n, label, seed, batch_size, images, noise, progress, callback)
 
     def resolve(
         self,

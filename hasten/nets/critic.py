@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .joint import with_source, with_source_shape
 from .layers import TimeFeatures, group_norm, zero
 
 LAST = ("conv_out", "out", "proj_out", "proj_out_2", "final")  # attribute names of the last layer of a network
@@ -217,8 +218,8 @@ class Critic:
 
     The features are the last map of each resolution of the encoder, finest first, and the middle features, from the
     network's `embed` and `encode`. Only `heads` is trained (the module to give to an optimiser); gradients pass through
-    the network to x_t. For a network without these methods the features are x_t itself, and the heads a critic from
-    scratch: convolutional for images, a perceptron for points.
+    the network to x_t. For a network without these methods the features are x_t itself, with its source image where
+    there is one, and the heads a critic from scratch: convolutional for images, a perceptron for points.
 
     Args:
         denoiser: frozen, with `net, prediction, schedule, time_input` as hasten's Denoiser.
@@ -256,7 +257,7 @@ class Critic:
                 features = self.features(torch.zeros(1, *shape, device=first.device), 0.5, **cond)
             self.heads = FeatureHeads([count * f.shape[1] for f in features], classes, width, text).to(first.device)
         else:
-            self.heads = plain_critic(shape, classes, count=count, text=text)
+            self.heads = plain_critic(with_source_shape(shape, cond), classes, count=count, text=text)
 
     def __call__(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """Logits (B, M) of noisy samples."""
@@ -274,7 +275,7 @@ class Critic:
     def features(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> list[Tensor]:
         """The input of the heads: maps (B, C_k, h_k, w_k), or x_t itself."""
         if not self.has_encoder:
-            return [x_t]
+            return [with_source(x_t, cond)]
         denoiser = self.denoiser
         t = torch.as_tensor(t, dtype=torch.float64)
         c_in, _, _ = denoiser.prediction.coefficients(denoiser.schedule.alpha(t), denoiser.schedule.sigma(t))

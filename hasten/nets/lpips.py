@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import BadInput
 
-__all__ = ["PerceptualDistance", "find_perceptual", "load_perceptual"]
+__all__ = ["HOW_TO_GET", "NAMES", "PerceptualDistance", "find_perceptual", "load_perceptual"]
 
 # Layers in the order of the published state dicts: (channels, kernel, stride, padding) of a convolution, "relu",
 # "blur", "pool" (maximum). The maps after the layers of TAPS are compared.
@@ -31,6 +31,10 @@ TAPS = {
 }
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of the pixels in [-1, 1]
 HUB_FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
+# One file each with trunk and heads, in the PyPI package stlpips_pytorch 0.0.2 (2-clause BSD)
+PACKAGED = {name: f"weights/vST0.0/{name}.pth" for name in ("alex_shift_tolerant", "vgg_shift_tolerant")}
+NAMES = (*HUB_FILES, *PACKAGED)
+HOW_TO_GET = "pip install --no-deps stlpips_pytorch==0.0.2 has them (64 MB), or give a file"
 SUFFIXES = (".pth", ".pt", ".safetensors")
 KEY = re.compile(r"(?:.*\.)?(?:slice\d+|features)\.(\d+)\.(weight|bias|filt)$")
 HEAD = re.compile(r"(?:.*\.)?lins?\.?(\d+)\.model\.\d+\.weight$")
@@ -76,6 +80,11 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("shift", torch.tensor(SHIFT).reshape(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).reshape(1, 3, 1, 1))
         self.requires_grad_(False)
+
+    @property
+    def name(self) -> str:
+        """The trunk, for the record."""
+        return f"{self.trunk}, shift-tolerant" if self.shift_tolerant else self.trunk
 
     def check_side(self, side: int) -> None:
         """Raise BadInput for images that are too small for the trunk."""
@@ -148,7 +157,7 @@ def load_perceptual(path: str | Path) -> PerceptualDistance:
     path = Path(path)
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
     if not path.exists():
-        raise BadInput(f"LPIPS: there is no file or folder {path}; by name its trunks are {', '.join(HUB_FILES)}")
+        raise BadInput(f"LPIPS: there is no file or folder {path}; by name its trunks are {', '.join(NAMES)}")
     if not files:
         raise BadInput(f"{path} holds no weights of a perceptual distance ({', '.join(SUFFIXES)})")
     return from_files(files, path)
@@ -157,12 +166,13 @@ def load_perceptual(path: str | Path) -> PerceptualDistance:
 def find_perceptual(name: str) -> PerceptualDistance | None:
     """LPIPS by the name of its trunk, from the files that other packages have left on this machine.
 
-    The trunk is looked for where torch hub keeps it, `checkpoints/alexnet-owt-7be5be79.pth` or
+    The trunk of `alex` and `vgg` is looked for where torch hub keeps it, `checkpoints/alexnet-owt-7be5be79.pth` or
     `checkpoints/vgg16-397923af.pth`, the heads in the package `lpips`, which is not imported, and beside the trunk
-    as `lpips_alex.pth` or `lpips_vgg.pth`.
+    as `lpips_alex.pth` or `lpips_vgg.pth`. The shift-tolerant ones are whole in the package `stlpips_pytorch`, which is
+    not imported either.
 
     Args:
-        name: `alex` or `vgg`.
+        name: `alex`, `vgg`, `alex_shift_tolerant` or `vgg_shift_tolerant`.
 
     Returns:
         The distance; None where a file is missing.
@@ -170,17 +180,27 @@ def find_perceptual(name: str) -> PerceptualDistance | None:
     Raises:
         BadInput: for another name.
     """
+    if name in PACKAGED:
+        file = package_file("stlpips_pytorch", PACKAGED[name])
+        return None if file is None else from_files([file], file)
     if name not in HUB_FILES:
-        raise BadInput(f"LPIPS has the trunks {', '.join(HUB_FILES)}, found {name!r}")
+        raise BadInput(f"LPIPS has the trunks {', '.join(NAMES)}, found {name!r}")
     checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
-    package = importlib.util.find_spec("lpips")
-    places = [checkpoints / f"lpips_{name}.pth"]
-    if package is not None and package.origin is not None:
-        places.append(Path(package.origin).parent / "weights" / "v0.1" / f"{name}.pth")
-    trunk, heads = checkpoints / HUB_FILES[name], next((place for place in places if place.is_file()), None)
+    places = (checkpoints / f"lpips_{name}.pth", package_file("lpips", f"weights/v0.1/{name}.pth"))
+    trunk = checkpoints / HUB_FILES[name]
+    heads = next((place for place in places if place is not None and place.is_file()), None)
     if heads is None or not trunk.is_file():
         return None
     return from_files([trunk, heads], checkpoints)
+
+
+def package_file(package: str, path: str) -> Path | None:
+    """A file of an installed package, which is not imported; None where it is missing."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).parent / path
+    return file if file.is_file() else None
 
 
 def from_files(files: Sequence[Path], path: Path) -> PerceptualDistance:

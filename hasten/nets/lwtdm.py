@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .embeddings import Embeddings
 from .layers import ModuleListOf, TimeFeatures, group_norm
+from .source_cache import SourceCache
 
 __all__ = ["LWTDM"]
 
@@ -43,12 +45,19 @@ class CrossAttention(nn.Module):
         self.value = nn.Conv2d(channels, inner, 1, bias=False)
         self.out = nn.Conv2d(inner, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        query, key, value = (
-            layer(z).flatten(2).transpose(1, 2) for layer, z in ((self.query, x), (self.key, y), (self.value, y))
-        )
-        h = F.scaled_dot_product_attention(query, key, value)
-        return x + self.out(h.transpose(1, 2).reshape(len(x), -1, *x.shape[2:]))
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """x (B, C, H, W) with what it finds in the keys and values of y, see `read`."""
+        h = F.scaled_dot_product_attention(tokens(self.query(x)), key, value)
+        return x + self.out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+
+    def read(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value of y (B, C, h, w), (B, 1, h w, inner) each."""
+        return tokens(self.key(y)), tokens(self.value(y))
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 1, H W, C), of one head: exporters and torch's fast kernels know four dimensions only."""
+    return x.flatten(2).transpose(1, 2)[:, None]
 
 
 class LWTDM(nn.Module):
@@ -58,7 +67,7 @@ class LWTDM(nn.Module):
     Noisy and small image pass the same encoder, of residual blocks and space-to-depth; the small one, enlarged, is
     added to the noisy one after every block. In the middle the noisy one attends to the small one. The decoder is of
     residual blocks and depth-to-space; there are no skip connections. The default is the paper's, of 11,590,587
-    parameters.
+    parameters. What depends on the small image alone is computed once a sampling (`caching_sources`).
 
     Args:
         channels: C of both images.
@@ -112,6 +121,7 @@ class LWTDM(nn.Module):
         self.source_channels, self.source_factor = channels, factor
         self.classes, self.null_label = 0, None
         self.multiple = factor * 2**levels
+        self.source_cache = SourceCache()
         self.time = nn.Sequential(
             TimeFeatures(inner, time_scale), nn.Linear(inner, 4 * inner), nn.SiLU(), nn.Linear(4 * inner, inner)
         )
@@ -121,7 +131,7 @@ class LWTDM(nn.Module):
         self.down: ModuleListOf[nn.Module] = ModuleListOf(LWTDMBlock(w, inner, dropout) for w in widths)
         self.fusion: ModuleListOf[nn.Module] = ModuleListOf(nn.Conv2d(w, w, 3, padding=1) for w in widths)
         self.middle: ModuleListOf[nn.Module] = ModuleListOf(LWTDMBlock(width, inner, dropout) for _ in range(middle))
-        self.attention: ModuleListOf[nn.Module] = ModuleListOf(CrossAttention(width, inner) for _ in range(middle))
+        self.attention: ModuleListOf[CrossAttention] = ModuleListOf(CrossAttention(width, inner) for _ in range(middle))
         self.up: ModuleListOf[ModuleListOf[nn.Module]] = ModuleListOf(
             ModuleListOf(LWTDMBlock(4 * w, inner, dropout) for _ in range(2)) for w in reversed(widths)
         )
@@ -134,25 +144,74 @@ class LWTDM(nn.Module):
         Raises:
             ValueError: for a source of another size than x asks for, and for sides that the levels do not divide.
         """
+        emb = self.embed(time, source)
+        return self.decode(*self.encode(x, emb), emb)
+
+    def embed(self, time: Tensor, source: Tensor | None = None) -> Embeddings:
+        """The embedding of the time (B,), and the features of the small images (B, C, h, w).
+
+        Raises:
+            ValueError: without a source, and for one whose sides the levels do not divide.
+        """
+        if source is None or source.ndim != 4 or source.shape[1] != self.source_channels:
+            size = f"({self.source_channels}, H / {self.source_factor}, W / {self.source_factor})"
+            found = "none" if source is None else tuple(source.shape[1:])
+            raise ValueError(f"this network needs source= of shape {size}, got {found}")
+        sides = tuple(side * self.source_factor for side in source.shape[2:])
+        if any(side % self.multiple for side in sides):
+            raise ValueError(f"height and width must be multiples of {self.multiple}, got {sides}")
+        emb = self.time(time)
+        small = source.to(emb.dtype)
+        # the shared encoder's activation ranges, where it is quantized by groups of times
+        groups = tuple(int(getattr(layer, "group", 0)) for layer in self.modules())
+        features = self.source_cache.features(small, (id(self), self.training, groups), lambda: self.read(small))
+        return Embeddings({"time": emb, **features})
+
+    def read(self, source: Tensor) -> dict[str, Tensor]:
+        """What is added to the noisy images after each block, `added_K` (B, C_K, H_K, W_K), and what the middle attends
+        to, `key_K` and `value_K`."""
+        features: dict[str, Tensor] = {}
+        y = self.conv_in(source)
+        for k, (block, fusion) in enumerate(zip(self.down, self.fusion, strict=True)):
+            y = block(y, None)
+            enlarged = F.interpolate(y, scale_factor=float(self.source_factor), mode="nearest")
+            features[f"added_{k}"] = fusion(enlarged)
+            y = F.pixel_unshuffle(y, 2)
+        for k, (block, attention) in enumerate(zip(self.middle, self.attention, strict=True)):
+            y = block(y, None)
+            features[f"key_{k}"], features[f"value_{k}"] = attention.read(y)
+        return features
+
+    def encode(self, x: Tensor, emb: Embeddings) -> tuple[list[Tensor], Tensor]:
+        """The features (B, C_K, H_K, W_K) of each level, which the decoder does not read, and those in the middle.
+
+        Raises:
+            ValueError: for images of another size than the sources ask for.
+        """
         height, width = x.shape[-2:]
-        wanted = (self.source_channels, height // self.source_factor, width // self.source_factor)
         if height % self.multiple or width % self.multiple:
             raise ValueError(f"height and width must be multiples of {self.multiple}, got {(height, width)}")
-        if source is None or tuple(source.shape[1:]) != wanted:
-            found = "none" if source is None else tuple(source.shape[1:])
+        if tuple(emb["added_0"].shape[2:]) != (height, width):
+            wanted, found = (
+                (self.source_channels, *(side // self.source_factor for side in sides))
+                for sides in ((height, width), emb["added_0"].shape[2:])
+            )
             raise ValueError(f"this network needs source= of shape {wanted}, got {found}")
-        emb = self.time(time)
-        h, y = self.conv_in(x), self.conv_in(source.to(x.dtype))
-        for block, fusion in zip(self.down, self.fusion, strict=True):
-            h, y = block(h, emb), block(y, None)
-            h = h + fusion(F.interpolate(y, scale_factor=float(self.source_factor), mode="nearest"))
-            h, y = F.pixel_unshuffle(h, 2), F.pixel_unshuffle(y, 2)
-        for block, attention in zip(self.middle, self.attention, strict=True):
-            h, y = block(h, emb), block(y, None)
-            h = attention(h, y)
+        h, skips = self.conv_in(x), []
+        for k, block in enumerate(self.down):
+            h = block(h, emb["time"]) + emb[f"added_{k}"]
+            skips.append(h)
+            h = F.pixel_unshuffle(h, 2)
+        for k, (block, attention) in enumerate(zip(self.middle, self.attention, strict=True)):
+            h = attention(block(h, emb["time"]), emb[f"key_{k}"], emb[f"value_{k}"])
+        return skips, h
+
+    def decode(self, skips: list[Tensor], middle: Tensor, emb: Embeddings) -> Tensor:
+        """The raw output (B, C_out, H, W)."""
+        h = middle
         for row in self.up:
             for block in row:
-                h = block(h, emb)
+                h = block(h, emb["time"])
             h = F.pixel_shuffle(h, 2)
         result: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return result

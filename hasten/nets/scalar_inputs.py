@@ -70,6 +70,7 @@ class ScalarInputs(nn.Module):
         if steps is not None:
             self.config["steps"] = [int(count) for count in steps]
         self.null_label = getattr(net, "null_label", None)
+        pass_source(net, self)
         self.guidance_range = None if guidance is None else (float(guidance[0]), float(guidance[1]))
         self.step_counts = None if steps is None else tuple(int(count) for count in steps)
         self._add_layers(shape, guidance, steps)
@@ -172,11 +173,19 @@ class FixedGuidance(nn.Module):
         self.net, self.scale = net, float(scale)
         self.config = {"scale": self.scale}
         self.null_label = getattr(net, "null_label", None)
+        pass_source(net, self)
         self.step_counts = getattr(net, "step_counts", None)
 
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
         """Raw output (B, *S)."""
         return self.net(x, time, guidance=torch.full((len(x),), self.scale, device=x.device), **cond)
+
+
+def pass_source(net: nn.Module, wrapper: nn.Module) -> None:
+    """Give a wrapper what its network says of the source image that it reads, and of the sizes that it takes."""
+    for name in ("source_channels", "source_factor", "multiple"):
+        if hasattr(net, name):
+            setattr(wrapper, name, getattr(net, name))
 
 
 class Adapter(nn.Module):

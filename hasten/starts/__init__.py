@@ -9,5 +9,6 @@ from .diffuse_vae import DiffuseVAE
 from .early_stop import EarlyStop
 from .prior import Prior
 from .singdiffusion import SingDiffusion
+from .temperature import Temperature
 
-__all__ = ["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop", "Prior", "SingDiffusion", "Start"]
+__all__ = ["CCDF", "Auxiliary", "DiffuseVAE", "EarlyStop", "Prior", "SingDiffusion", "Start", "Temperature"]

@@ -15,11 +15,12 @@ class Start(Bindable):
     """Base of the initialisations: frozen dataclasses that compute the state from which a sampler starts.
 
     `nfe`: evaluations of networks other than the model's own, in addition to the sampler's. `gives_source`: it gives
-    the network its condition `source`.
+    the network its condition `source`. `reads_images`: it begins from images.
     """
 
     nfe: ClassVar[int] = 0
     gives_source: ClassVar[bool] = False
+    reads_images: ClassVar[bool] = True
 
     @property
     def time(self) -> float | None:

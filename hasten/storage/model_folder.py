@@ -167,8 +167,9 @@ def model_description(model: ModelLike) -> dict[str, Any]:
         description["flow_clock"] = True  # the time input of the network is sigma, not t
     if denoiser.guidance_range is not None:
         description["guidance_range"] = list(denoiser.guidance_range)
-    if getattr(model, "start", None) is not None:
-        description["start"] = model.start
+    for name in ("start", "residual_std"):
+        if getattr(model, name, None) is not None:
+            description[name] = getattr(model, name)
     if model.plans:
         description["plans"] = {name: f"plans/{check_file_name(name)}.json" for name in sorted(model.plans)}
     if model.statistics:
@@ -277,6 +278,7 @@ def read_fields(
             parts={name: part_in(folder, entry, networks, trust_code) for name, entry in entries.items()},
             sha256=description["weights"]["sha256"],
             start=description.get("start"),
+            residual_std=description.get("residual_std"),
             decoder=decoder_in(folder, description) if base is None else base.decoder,
             **{key: getattr(base, key, None) for key in ("conditioning", "pipeline")},
             **{key: description[key] for key in SAME_NAMES},

@@ -19,7 +19,7 @@ from .decode import Header, Unreadable, decode, read_alpha, read_header, readabl
 from .labels import find_labels
 from .messages import join_names, pluralize, print_once
 from .names import natural_key
-from .sources import MEMORY, Data
+from .sources import MEMORY, Data, MixedSizes, NoSplits
 from .tree import SUFFIXES, Tree, file_tree, folder_tree, zip_tree
 
 __all__ = ["SPLITS", "SUFFIXES", "Tree", "file_tree", "folder_tree", "open_tree", "zip_tree"]
@@ -276,7 +276,7 @@ def nested_splits(
             return [(prefix, selected)], [f"the class folders hold splits: {split} is used, not {rest} of others"]
     if split in (None, "train"):
         return [(prefix, names)], []
-    raise BadInput(f"{tree.root} has no split {split!r}: it has no split folders")
+    raise NoSplits(f"{tree.root} has no split {split!r}: it has no split folders")
 
 
 def read_headers(tree: Tree, names: list[str]) -> list[Header]:
@@ -292,7 +292,7 @@ def common_shape(
     first = headers[0]
     for name, one in zip(names, headers, strict=True):
         if size is None and (one.height, one.width) != (first.height, first.width):
-            raise BadInput(
+            raise MixedSizes(
                 f"{tree.root} mixes sizes: {names[0]} is {first.width}x{first.height} and {name} is "
                 f"{one.width}x{one.height}; set size to resize all images"
             )

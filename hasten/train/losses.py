@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from ..schedules.base import Schedule
 from ..utils.devices import float64_device, has_float64
 
@@ -232,8 +232,27 @@ class LikelihoodWeight:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """A loss of a batch and the network's evaluation that it was computed from.
+
+    Args:
+        loss: a scalar.
+        x_t: noisy samples (B, *S).
+        t: their times (B,), float64.
+        raw: the network's output (B, *S).
+        dropped: which samples lost their conditions, bool (B,); None: none can.
+    """
+
+    loss: Tensor
+    x_t: Tensor
+    t: Tensor
+    raw: Tensor
+    dropped: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class DenoisingLoss:
-    """Weighted mean squared error of the network's raw output against its prediction target.
+    """Weighted mean squared (or absolute) error of the network's raw output against its prediction target.
 
     `L = E_{t, eps} w(t) c_out(t)^2 || F(c_in (alpha x + sigma eps), t) - target(x, eps, t) ||^2 / d`, where `w` weights
     the squared error of x. Without a weight the factor `w c_out^2` is 1: for v-prediction, `w = 1 + SNR`.
@@ -246,12 +265,13 @@ class DenoisingLoss:
             `truncated_snr_weight`, `MinSNR(gamma)`, `EDMWeight(sigma_data)`, or `LikelihoodWeight()`, of the time; None
             for the prediction's own.
         spread: stratify the times over the batch; otherwise they are independent.
+        norm: "l2", the squared error, or "l1", the absolute one.
         null_conditions: `null_NAME` (1, ...) replaces the condition NAME of a sample that is dropped, where the batch
             has no `null_NAME` (B, ...) itself. Labels are replaced by the denoiser's null label.
         conditions: names of the conditions in a batch that the network gets; what else is in it is for other losses.
 
     Raises:
-        BadInput: if `label_drop` is out of range.
+        BadInput: if `label_drop` is out of range, and for another norm.
 
     References:
         Ho, Salimans 2022, arXiv:2207.12598 (label dropout).
@@ -263,8 +283,10 @@ class DenoisingLoss:
     spread: bool = True
     null_conditions: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     conditions: tuple[str, ...] = ("label", "text", "text_mask", "added_text_embeds", "added_time_ids", "source")
+    norm: str = "l2"
 
     def __post_init__(self) -> None:
+        check_choice("norm", self.norm, ("l2", "l1"))
         if not 0 <= self.label_drop <= 1:
             raise BadInput(f"label_drop is a fraction in [0, 1], got {self.label_drop}")
 
@@ -281,8 +303,12 @@ class DenoisingLoss:
         Raises:
             BadInput: if conditions are to be dropped and there is nothing to replace them by.
         """
+        return self.evaluate(denoiser, batch).loss
+
+    def evaluate(self, denoiser: Denoiser, batch: dict[str, Tensor]) -> Evaluation:
+        """The loss of a batch and what it was computed from. Args and Raises as for a call."""
         x = batch["x"]
-        cond = self.drop(batch, denoiser.null_label)
+        cond, dropped = self._drop(batch, denoiser.null_label)
         n = len(x)
         exact = float64_device(x.device)
         u = stratified(n, exact) if self.spread else torch.rand(n, dtype=torch.float64, device=exact)
@@ -294,17 +320,23 @@ class DenoisingLoss:
         shape = (-1,) + (1,) * (x.ndim - 1)
         x_t = (alpha.view(shape) * x + sigma.view(shape) * eps).to(x.dtype)
         raw = denoiser.raw(x_t, t, **cond)
-        error = (raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()).square()
+        difference = raw.float() - denoiser.prediction.target(x, eps, alpha, sigma).float()
+        error = difference.abs() if self.norm == "l1" else difference.square()
         if self.weight is None:
-            return error.mean()
+            return Evaluation(error.mean(), x_t, t, raw, dropped)
         factor = self.factor(denoiser, t)
-        return (factor.float().to(x.device) * error.flatten(1).mean(1)).mean()
+        loss = (factor.float().to(x.device) * error.flatten(1).mean(1)).mean()
+        return Evaluation(loss, x_t, t, raw, dropped)
 
     def drop(self, batch: Mapping[str, Tensor], null_label: int | None) -> dict[str, Tensor]:
         """The conditions of a batch, those of each sample replaced by the null ones with probability `label_drop`."""
+        return self._drop(batch, null_label)[0]
+
+    def _drop(self, batch: Mapping[str, Tensor], null_label: int | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The conditions, and which samples lost theirs, bool (B,); None where none can."""
         cond = {name: batch[name] for name in self.conditions if name in batch}
         if not self.label_drop or not cond:
-            return cond
+            return cond, None
         known = {**(self.null_conditions or {}), **batch}
         nulls = {name: known[f"null_{name}"] for name in cond if f"null_{name}" in known}
         if "label" in cond and "label" not in nulls:
@@ -322,7 +354,7 @@ class DenoisingLoss:
             value = cond[name]
             where = dropped.view(-1, *[1] * (value.ndim - 1))
             cond[name] = torch.where(where, null.to(value.device, value.dtype), value)
-        return cond
+        return cond, dropped
 
     def factor(self, denoiser: Denoiser, t: Tensor) -> Tensor:
         """`w c_out^2`, float64 (B,): the weight of the squared error of the raw output at the times `t` (B,)."""

@@ -27,6 +27,14 @@ LABELS = re.compile(r"label|target|class|(^|_)y($|_)", re.IGNORECASE)  # names o
 IDX = re.compile(r"^(.*[-_])?(train|t10k|test)[-_]images[-_.]idx3[-_]ubyte(\.gz)?$")
 
 
+class MixedSizes(BadInput):
+    """A folder whose images have several sizes was opened without `size`."""
+
+
+class NoSplits(BadInput):
+    """A folder without splits was asked for one other than `train`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Data:
     """A data set of images of one size: `len(data)`, `data.shape`, `data.images(indices)`.

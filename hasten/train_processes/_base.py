@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..denoiser import Denoiser
+from ..distributed.ranks import Ranks
+from ..errors import BadInput
 from ..model.model import Model
+from ..pick import format_spec
 from ..processes import Process
 from ..train.losses import DenoisingLoss
 from ..train.process_loss import ProcessLoss
+from ..train.sadm import Sadm, with_structure
 from ..train.sources import Data
 from ..train.trained_module import TrainedModule
 
@@ -33,6 +37,8 @@ class TrainSettings:
         batch_size: over all processes.
         device: of the training; None: the CPU.
         seed: of the run.
+        structure: options of the structure term, see `train.sadm`; None: none.
+        ranks: the processes that share a batch; None: this one.
     """
 
     lr: float = 1e-3
@@ -41,6 +47,8 @@ class TrainSettings:
     batch_size: int = 64
     device: torch.device | None = None
     seed: int = 0
+    structure: Sadm | None = None
+    ranks: Ranks | None = None
 
 
 class TrainProcess:
@@ -67,16 +75,36 @@ class TrainProcess:
         """
         raise NotImplementedError
 
-    def modules(self, denoiser: Denoiser, data: Data, settings: TrainSettings) -> list[TrainedModule]:
-        """What the training loop trains: by default the denoiser, as the module `model`, with the loss of its
-        schedule."""
+    def batch_loss(self, denoiser: Denoiser, settings: TrainSettings) -> DenoisingLoss | ProcessLoss:
+        """The loss of the default `modules`: by default that of the denoiser's schedule."""
         loss: Any = ProcessLoss if isinstance(denoiser.schedule, Process) else DenoisingLoss
-        loss = loss(label_drop=settings.label_drop)
-        return [
-            TrainedModule(
-                "model", denoiser, lambda batch: loss(denoiser, batch), lr=settings.lr, optimiser=settings.optimizer
+        made: DenoisingLoss | ProcessLoss = loss(label_drop=settings.label_drop)
+        return made
+
+    def modules(self, denoiser: Denoiser, data: Data, settings: TrainSettings) -> list[TrainedModule]:
+        """What the training loop trains: by default the denoiser, as the module `model`, with `batch_loss`, and where
+        the run has a structure term, its encoder."""
+        loss = self.batch_loss(denoiser, settings)
+
+        def plain(batch: dict[str, Tensor]) -> Tensor:
+            return loss(denoiser, batch)
+
+        trained = TrainedModule("model", denoiser, plain, lr=settings.lr, optimiser=settings.optimizer)
+        if settings.structure is None:
+            return [trained]
+        assert isinstance(loss, DenoisingLoss)  # as `check_structure` found
+        return with_structure(trained, loss, denoiser, data.shape, settings.structure, settings.ranks)
+
+    def check_structure(self, denoiser: Denoiser, settings: TrainSettings) -> None:
+        """Raise BadInput if a structure term is asked for and cannot be had."""
+        if settings.structure is None:
+            return
+        own = type(self).modules is not TrainProcess.modules
+        if own or not isinstance(self.batch_loss(denoiser, settings), DenoisingLoss):
+            raise BadInput(
+                f"structure compares clean samples and estimates of them, which {format_spec(self)} trains in another "
+                "way: leave it out, or use the processes diffusion or conditional"
             )
-        ]
 
     def averaged_denoiser(self, averaged: Mapping[str, nn.Module]) -> Denoiser:
         """The denoiser of the model to save, by default the average of `model`."""

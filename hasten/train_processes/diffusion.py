@@ -24,7 +24,6 @@ from ..train.losses import (
     x0_weight,
 )
 from ..train.sources import Data
-from ..train.trained_module import TrainedModule
 from ._base import MakeUNet, TrainProcess, TrainSettings
 
 SCHEDULES = {"cosine": VPCosine(offset=0.0), "vp": VPLinear(), "sub_vp": SubVP(), "flow": Flow()}
@@ -75,13 +74,8 @@ class Diffusion(TrainProcess):
     def denoiser(self, data: Data, unet: MakeUNet) -> Denoiser:
         return Denoiser(unet(), SCHEDULES[self.schedule], prediction_from(self.prediction))
 
-    def modules(self, denoiser: Denoiser, data: Data, settings: TrainSettings) -> list[TrainedModule]:
+    def batch_loss(self, denoiser: Denoiser, settings: TrainSettings) -> DenoisingLoss:
         weight: Any = WEIGHTS[self.weight]
         if self.weight == "likelihood" and self.times == "log_snr":
             weight = snr_weight  # the rest of the weight is in the density of the times
-        loss = DenoisingLoss(label_drop=settings.label_drop, times=TIMES[self.times], weight=weight)
-        return [
-            TrainedModule(
-                "model", denoiser, lambda batch: loss(denoiser, batch), lr=settings.lr, optimiser=settings.optimizer
-            )
-        ]
+        return DenoisingLoss(label_drop=settings.label_drop, times=TIMES[self.times], weight=weight)

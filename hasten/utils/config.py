@@ -19,7 +19,7 @@ from ..errors import BadInput, nearest
 __all__ = ["Config", "read_table", "to_toml"]
 
 # One file may hold the options of several commands, and what `hasten choose` says of its choice.
-TABLES = ("sampling", "train", "distill", "autoencoder", "decoder", "model", "certificate")
+TABLES = ("sampling", "train", "distill", "autoencoder", "decoder", "vocoder", "model", "certificate")
 Self = TypeVar("Self", bound="Config")
 
 

@@ -32,14 +32,16 @@ from ..pick import format_spec, pick
 from ..progress import ignore_messages
 from ..storage.provenance import model_hash
 from ..storage.runs import unfinished_run
+from ..tasks.speech.features import Corpus
 from ..train.data import Batches, Data
 from ..train.fingerprint import describe_data
 from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..utils.config import Config
 from ..utils.random import preserve_rng_state
-from .distill_checks import check_models
+from .distill_checks import check_models, distillation_structure
 from .distill_data import null_conditions, shared_training_data, training_data
 from .lora import check_lora
+from .source_data import PairSettings, reads_source
 from .students import Saver
 
 RUN = "run.json"
@@ -68,6 +70,9 @@ class DistillConfig(Config):
             diffusers.
         optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`,
             at 20 times the method's rate.
+        source, degrade: of a model that reads a source image: what makes the sources of the data, see `TrainConfig`;
+            None: what its card records.
+        structure: weight of the structure term, or its options (`train.sadm.Sadm`).
     """
 
     method: str = "guided"
@@ -84,6 +89,9 @@ class DistillConfig(Config):
     lora_targets: str | None = None
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
+    source: str | None = None
+    degrade: str | None = None
+    structure: float | str | None = None
 
     renamed: ClassVar[Mapping[str, str]] = {
         "evaluations": "nfe_budget",
@@ -111,6 +119,9 @@ class DistillOptions(TypedDict, total=False):
     lora_targets: str | None
     gradient_checkpointing: bool
     optimizer: str
+    source: str | None
+    degrade: str | None
+    structure: float | str | None
 
 
 @holds_lock("out", unless="dry_run")
@@ -119,7 +130,7 @@ def distill_model(
     model: Model,
     out: str | Path,
     config: DistillConfig | str | None = None,
-    data: str | Path | Data | torch.Tensor | list[str] | tuple[str, ...] | None = None,
+    data: str | Path | Data | Corpus | torch.Tensor | list[str] | tuple[str, ...] | None = None,
     *,
     init: Model | str | Path | None = None,
     dry_run: bool = False,
@@ -164,10 +175,11 @@ def distill_model(
     method, steps, minutes, evaluations = config.method, config.steps, config.minutes, config.nfe_budget
     batch_size, seed, runtime, accumulate = config.batch_size, config.seed, config.precision, config.grad_accumulation
     guidance_scale, shard, say = config.guidance_scale, config.fsdp, log
-    refuse_process(model, "distillation")
+    refuse_process(model, "distillation", sources=True)
     distiller = pick("distillers", method)
     config, init, adapted = open_init(model, init, config)
     check_models(model, init, distiller, method)
+    structure = distillation_structure(config, distiller)
     check_lora(adapted, distiller, config.lora, config.lora_targets, config.fsdp)
     ranks = Ranks.start(str(model.device))
     check_int("batch_size", batch_size, 1)
@@ -195,7 +207,8 @@ def distill_model(
         if first is not None and first.net_takes_guidance:
             first = at_scale(first, scale)
     refuse_inside(out, data if isinstance(data, (str, Path)) else None)
-    source = shared_training_data(ranks, lambda: training_data(model, data, None if dry_run else out))
+    pairs = pair_settings(model, data, config)
+    source = shared_training_data(ranks, lambda: training_data(model, data, None if dry_run else out, pairs))
     captions = condition_source(Batches(source, 1))
     null = null_conditions(model, source)
     if null:
@@ -214,7 +227,9 @@ def distill_model(
     if config.lora is not None:
         run |= {"lora": config.lora, "lora_targets": config.lora_targets}
     run |= {} if captions is None else {"captions": captions.digest()}
+    run |= {} if pairs is None else {"pairs": pairs.card()}
     run |= {} if config.optimizer == "adamw" else {"optimizer": config.optimizer}
+    run |= {} if structure is None else {"structure": asdict(structure)}
     precision = ranks.on_main_process(lambda: resolve_precision(model, runtime, batch_size))
     denoiser.requires_grad_(False).eval()
     if first is not None:
@@ -240,8 +255,13 @@ def distill_model(
         "null_conditions": null,
         "gradient_checkpointing": config.gradient_checkpointing,
         "optimizer": config.optimizer,
+        "structure": structure,
     }
-    for line in run_notices(distiller, denoiser, batch_size, accumulate * ranks.world) if ranks.is_main_process else ():
+    for line in (
+        run_notices(distiller, denoiser, batch_size, accumulate * ranks.world, structure)
+        if ranks.is_main_process
+        else ()
+    ):
         print(f"hasten: {line}", file=sys.stderr)
 
     def planned() -> dict[str, Any]:
@@ -287,6 +307,8 @@ def distill_model(
         return result
     common["precision"] = known["precision"]
     saver = Saver(model, out, result, scale, command, say, source.captions, adapted)
+    if reads_source(model):
+        saver.show_sources(source, {} if pairs is None else pairs.card())
     save = saver if ranks.is_main_process else (lambda name, student: None)
     task = DistillTask(
         **common,
@@ -321,6 +343,21 @@ def open_init(
             f"{init} is a LoRA of rank {rank} with layers of its own, which is trained further: omit {asked}"
         )
     return config.replace(lora=rank), first, model
+
+
+def pair_settings(model: Model, data: Any, config: DistillConfig) -> PairSettings | None:
+    """What makes the sources of the data; None where the model reads none, or the data has them.
+
+    Raises:
+        BadInput: for sources that are not used.
+    """
+    has_sources = isinstance(data, Data) and data.conditions is not None
+    if reads_source(model) and not has_sources:
+        return PairSettings.of(model, config.source, config.degrade)
+    if given := next((name for name in ("source", "degrade") if getattr(config, name) is not None), None):
+        why = "the data has its sources" if has_sources else f"{model.name} reads no source image"
+        raise BadInput(f"--{given} makes the sources of the data, and {why}: leave it out")
+    return None
 
 
 def at_scale(denoiser: Any, scale: float) -> Any:

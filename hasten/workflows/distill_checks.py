@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..distillers import Distiller
 from ..errors import BadInput
 from ..model.model import Model
 from ..nets.lora import lora_layers
 from ..nets.prequantized import check_original_weights
 from ..nets.quantized import layers
+from ..pick import method_names, pick
 from ..storage.checks import check_trainable
 from ..storage.model_folder import check_savable
+from ..train.sadm import Sadm, structure_options
 
 
 def check_models(model: Model, init: Model | None, distiller: Distiller, method: str) -> None:
@@ -28,6 +32,8 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
     first = model if init is None else init
     if model.conditioning is not None:
         check_prompts(first, distiller, method)
+    if model.source_shape is not None and distiller.direction == "encode":
+        raise BadInput(f"{name}: {model.name} reads a source image, and restyle has none: use another method")
     text_scale = model.conditioning is not None and distiller.adds_guidance_only  # a U-Net of diffusers can have it
     folded = model if lora_layers(first.denoiser.net) else first  # a LoRA is merged when the student is saved
     check_savable(folded, network=not distiller.adds_inputs or text_scale)
@@ -53,6 +59,8 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
     for what, mine, theirs in (
         ("shape", tuple(init.shape), tuple(model.shape)),
         ("classes", len(init.classes or ()), len(model.classes or ())),
+        ("codec", (init.codec, init.residual_std), (model.codec, model.residual_std)),
+        ("source images of shape", init.source_shape, model.source_shape),
         ("prompt embeddings", embedding_shapes(init), embedding_shapes(model)),
     ):
         if mine != theirs:
@@ -63,6 +71,31 @@ def check_models(model: Model, init: Model | None, distiller: Distiller, method:
         )
     if init.denoiser.schedule.to_dict() != model.denoiser.schedule.to_dict():
         raise BadInput(f"--init (init=) {init.name} was trained on another schedule than {model.name}")
+
+
+def distillation_structure(config: Any, distiller: Distiller) -> Sadm | None:
+    """The structure term that a `DistillConfig` asks for; None without one.
+
+    Raises:
+        BadInput: for a method whose students have no targets to compare with, and what the term does not go with.
+    """
+    options = structure_options(config.structure, trained=True)
+    if options is None:
+        return None
+    name = config.method.partition(":")[0]
+    if not distiller.takes_structure:
+        known = [method for method in method_names("distillers") if takes_structure(method)]
+        raise BadInput(f"{name} has no targets of x0 whose relations structure could compare: use {', '.join(known)}")
+    if config.fsdp:
+        raise BadInput("structure compares whole batches in an encoder of its own: it does not go with fsdp")
+    if options.times != Sadm().times:
+        raise BadInput("structure: times is for training, students are trained at their own times: leave it out")
+    return options
+
+
+def takes_structure(method: str) -> bool:
+    """Whether a method of distillation, by its name, takes a structure term."""
+    return bool(pick("distillers", method).takes_structure)
 
 
 def check_prompts(model: Model, distiller: Distiller, method: str) -> None:

@@ -14,10 +14,13 @@ from torch import Tensor
 from ..distributed.ranks import Ranks
 from ..errors import BadInput
 from ..model.model import Model
+from ..tasks.speech.features import Corpus
+from ..tasks.speech.samples import speech_samples
 from ..train import open_data
 from ..train.data import Data, to_float
 from ..train.encoded import encode_captioned
 from ..train.names import match_labels
+from .source_data import PairSettings, paired_samples, reads_source
 
 BLANK_IMAGES = 1024  # samples of the data set without real images
 ENCODED = "encoded"  # folder of latents and text embeddings in that of the run
@@ -25,18 +28,31 @@ CACHE_BYTES = 2**31  # of what is encoded in memory: what comes after is encoded
 
 
 def training_data(
-    model: Model, data: str | Path | Data | Tensor | list[str] | tuple[str, ...] | None, out: Path | None = None
+    model: Model,
+    data: str | Path | Data | Corpus | Tensor | list[str] | tuple[str, ...] | None,
+    out: Path | None = None,
+    pairs: PairSettings | None = None,
 ) -> Data:
     """The data of a distillation: samples of the model's shape, with its labels, or with its conditions of captions.
 
     Args:
         model: the teacher.
-        data: see `distill_model`; a list of texts are prompts.
+        data: see `distill_model`; a list of texts are prompts. Of a model that speaks, a corpus or its path.
         out: folder of the run, in which a cache of encoded images may be written; None: nothing is written.
+        pairs: of a model that reads a source image: what makes the sources; None: the data has them.
 
     Raises:
         BadInput: for data that does not fit the model.
     """
+    if "speech" in model.card and isinstance(data, (str, Path, Corpus)):
+        return speech_samples(model, data, out)
+    if reads_source(model):
+        if data is None or isinstance(data, (list, tuple)):
+            raise BadInput(
+                f"{model.name} makes its samples from source images: give --data, images like those of its training, "
+                "from which they are made"
+            )
+        return paired_samples(model, data, pairs)
     if model.conditioning is None:
         if isinstance(data, (list, tuple)):
             raise BadInput(f"{model.name} takes no prompts: leave out --prompts")

@@ -18,7 +18,7 @@ from ..metrics.preference import ImageReward, find_image_reward
 from ..metrics.prompt_match import PromptMatch, prompt_diversity, prompt_match
 from ..metrics.text_judge import TextJudge, load_judge
 from ..metrics.vision_folder import CoarsePixels
-from ..nets.lpips import PerceptualDistance, find_perceptual, load_perceptual
+from ..nets.lpips import HOW_TO_GET, NAMES, PerceptualDistance, find_perceptual, load_perceptual
 from ..progress import ignore_messages
 from .captioned import CaptionedSet
 from .prompts import is_image
@@ -27,7 +27,6 @@ __all__ = ["Evidence", "collect_evidence"]
 
 BATCH = 64  # pairs of images compared at once
 KEPT = 6  # sets of images whose features are in memory
-TRUNKS = ("alex", "vgg")
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Evidence:
         """The names of what is measured with, for the record."""
         names = {} if self.net is None else {"features": net_name(self.net)}
         names |= {} if self.judge is None else {"judge": self.judge.name}
-        names |= {} if self.perceptual is None else {"lpips": self.perceptual.trunk}
+        names |= {} if self.perceptual is None else {"lpips": self.perceptual.name}
         return names | ({} if self.reward is None else {"preference": self.reward.name})
 
     def prompt_scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -184,8 +183,8 @@ def collect_evidence(
         judge: what compares images with prompts, see `load_judge`; None: `captioned`'s, or `features` where this is a
             CLIP with its text tower.
         captioned: pictures with captions.
-        lpips: its trunk (`alex`, `vgg`), whose files are looked for where other packages leave them, or a file or
-            folder of weights. None: the first trunk that is found.
+        lpips: its trunk (`alex`, `vgg`, `alex_shift_tolerant`, `vgg_shift_tolerant`), whose files are looked for where
+            other packages leave them, or a file or folder of weights. None: the first trunk that is found.
         device: of the networks.
         report: receives a line on each figure that is not measured, and why.
 
@@ -206,7 +205,7 @@ def collect_evidence(
         )
     perceptual = perceptual_distance(lpips)
     if perceptual is None:
-        report("LPIPS is not measured: its weights are not on this machine; give --lpips FILE or FOLDER")
+        report(f"LPIPS is not measured: its weights are not on this machine; {HOW_TO_GET} (--lpips FILE or FOLDER)")
     reward, line = find_image_reward()
     if line:
         report(line)
@@ -227,10 +226,11 @@ def perceptual_distance(which: str | Path | None) -> PerceptualDistance | None:
         BadInput: where the one that was named is not there.
     """
     if which is None:
-        return next((found for name in TRUNKS if (found := find_perceptual(name)) is not None), None)
-    if str(which) not in TRUNKS:
+        return next((found for name in NAMES if (found := find_perceptual(name)) is not None), None)
+    if str(which) not in NAMES:
         return load_perceptual(which)
     distance = find_perceptual(str(which))
     if distance is None:
-        raise BadInput(f"the weights of LPIPS {which} are not on this machine: give their file or folder")
+        how = f"; {HOW_TO_GET}" if "shift" in str(which) else ": give their file or folder"
+        raise BadInput(f"the weights of LPIPS {which} are not on this machine{how}")
     return distance

@@ -26,6 +26,7 @@ from ..sampling import Progress
 from ..train.data import Data, open_data, to_float
 from ..train.messages import print_once
 from ..train.names import match_labels
+from ..train.sources import NoSplits
 from ..utils.config import Config
 
 if TYPE_CHECKING:
@@ -217,9 +218,8 @@ def images_of(path: str | Path, split: str) -> Data:
     """The images of a split, or all where there are no splits, which is said."""
     try:
         return open_data(path, split=split)
-    except BadInput as error:
-        if "it has no split folders" not in str(error):
-            raise
+    except NoSplits:
+        pass
     print_once(f"{path}: there is no split {split!r}: all images are used, also those that the model was trained on")
     return open_data(path, split=None)
 

@@ -23,12 +23,20 @@ from ..plan.table import plan as compile_plan
 from ..storage.lora_files import FILE as LORA_FILE
 from ..storage.lora_files import write_lora
 from ..storage.provenance import utc_now
+from ..train.sources import Data
+from ..utils.resizing import enlarge
+from .source_data import sources_of
 
 PREVIEW_IMAGES = 64  # images in the preview of a stage
 
 PREVIEW_PROMPTS = 8  # of a model of prompts, two images each
 
 PREVIEW_BATCH = 16  # of them per evaluation of the network
+
+PREVIEW_SOURCES = 16  # of a model that reads a source image, each beside its sample
+
+# entries that students keep
+CARD = ("data", "licence", "reference", "process", "degrade", "source", "crop", "flip", "speech")
 
 
 class Saver:
@@ -48,7 +56,18 @@ class Saver:
         self.base = teacher if base is None else base  # which a LoRA changes
         self.teacher, self.out, self.result, self.scale = teacher, out, result, scale
         self.command, self.say = command, say
+        self.sources: torch.Tensor | None = None
+        self.pairs: dict[str, Any] = {}
         self.prompts = preview_prompts(captions) if teacher.conditioning is not None else None
+
+    def show_sources(self, data: Data, pairs: dict[str, Any]) -> None:
+        """Show some of the data's sources and what is made of them.
+
+        Args:
+            data: with the condition `source`.
+            pairs: what made them, for the models' cards.
+        """
+        self.sources, self.pairs = sources_of(data, PREVIEW_SOURCES), pairs
 
     def __call__(self, name: str | None, student: Student) -> None:
         """Save the student of the stage `name`; None: the last one, into the run's own folder."""
@@ -65,7 +84,9 @@ class Saver:
         if name is None or picture.is_file() or student.figures.get("direction") == "encode" or not drawable(model):
             return
         try:
-            images, columns = sample_grid(model, self.prompts)
+            images, columns = (
+                source_grid(model, self.sources) if self.sources is not None else sample_grid(model, self.prompts)
+            )
             write_file(check_writable(picture), encode_png(make_image_grid(images, columns)))
         except (HastenError, RuntimeError) as e:  # the student is saved, and worth more than its picture
             first = (str(e).splitlines() or [type(e).__name__])[0]
@@ -85,7 +106,8 @@ class Saver:
         times = pick("times", student.times)(denoiser.schedule, student.steps)
         plan = compile_plan(sampler, denoiser.schedule, times) if sampler.linear else None
         card: dict[str, Any] = {
-            **{key: self.teacher.card[key] for key in ("data", "licence", "reference") if key in self.teacher.card},
+            **{key: self.teacher.card[key] for key in CARD if key in self.teacher.card},
+            **self.pairs,
             "summary": f"student of {self.teacher.name} for {student.steps} evaluations",
             "distilled": {
                 "teacher": self.teacher.name,
@@ -112,17 +134,32 @@ class Saver:
             student.steps,
             min(max(self.scale, span[0]), span[1]),
             plan=plan,
-            parts=student.parts,
+            parts={**kept_parts(self.teacher), **student.parts},
             card=card,
             conditioning=self.teacher.conditioning,
             decoder=self.teacher.decoder,
             pipeline=self.teacher.pipeline,
+            residual_std=self.teacher.residual_std,
+            # students map the same noise to the same samples; other starts are for the teacher's own first time
+            start=self.teacher.start if (self.teacher.start or "").startswith("temperature") else None,
         )
+
+
+def kept_parts(teacher: Model) -> dict[str, torch.nn.Module]:
+    """The parts of a teacher that its students need: of a model that speaks, the encoder and the aligner."""
+    return dict(teacher.parts) if "speech" in teacher.card else {}
 
 
 def drawable(model: Model) -> bool:
     """Whether the model generates images."""
-    return model.decoder is not None or (model.codec == "image" and model.shape[0] in (1, 3, 4))
+    return model.decoder is not None or (model.codec in ("image", "residual") and model.shape[0] in (1, 3, 4))
+
+
+def source_grid(model: Model, sources: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    """Source images, enlarged, each beside the model's sample."""
+    samples = model.sample(len(sources), images=sources, batch_size=PREVIEW_BATCH)
+    pairs = torch.stack([enlarge(sources.float().cpu(), model.source_factor).clamp(-1, 1), samples], 1)
+    return pairs.flatten(0, 1), 2 * max(1, round(len(sources) ** 0.5))
 
 
 def preview_prompts(captions: Sequence[str] | None) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..distributed.ranks import Ranks
@@ -19,16 +20,19 @@ from ..model.model import Model
 from ..nets.source_unet import SourceUNet
 from ..nets.unet import UNet
 from ..performance.autotune import autotune, format_runtime, parse_runtime
+from ..storage.provenance import model_hash
 from ..train.checkpoint import saved_run
+from ..train.crops import crops, open_crops
 from ..train.data import Batches, Data, open_data
 from ..train.fit import Fit
 from ..train.messages import print_once
 from ..train.trained_module import OPTIMISERS, check_eight_bit
 from ..train_processes import TrainSettings
 from ..utils.random import preserve_rng_state
+from .fine_tune import FineTuned, open_origin, origin_data
 from .train_config import TrainConfig
 from .train_pipeline import train_pipeline
-from .train_process import process_recipe, with_sources
+from .train_process import process_recipe, training_structure, with_sources
 from .training_run import check_output_folder, last_log_entry, saved_model_at
 
 if TYPE_CHECKING:
@@ -38,13 +42,13 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainConfig", "train_model"]
 
-PAIR_OPTIONS = ("process", "source", "degrade")
+PAIR_OPTIONS = ("process", "source", "degrade", "crop")
 
 
 @holds_lock("out")
 @preserve_rng_state()
 def train_model(
-    data: str | Path | Data,
+    data: str | Path | Data | Tensor,
     out: str | Path,
     config: TrainConfig | None = None,
     *,
@@ -62,7 +66,7 @@ def train_model(
     Under torchrun each process takes an equal part of every batch, and the main process writes (`train.fit.Fit`).
 
     Args:
-        data: the data, or the path of a folder, zip or array (`open_data`).
+        data: the data, or the path of a folder, zip or array (`open_data`); with `init_from` also samples (n, *S).
         out: the folder of the model, its checkpoint and its log.
         config: budget, network and optimiser. Default: `TrainConfig()`.
         device: `cpu`, `cuda`, ... Default: a GPU if there is one.
@@ -88,8 +92,11 @@ def train_model(
     base = config.base if base is None else base
     if config.cache is not None:
         refuse_inside(config.cache, data, "cache")
+    if isinstance(data, Tensor) and (base is not None or config.init_from is None):
+        raise BadInput("a tensor of samples is for init_from: give a path, or hasten.train.Data.of(images)")
     if base is not None:
-        if stray := next((name for name in PAIR_OPTIONS if getattr(config, name) is not None), None):
+        assert not isinstance(data, Tensor)
+        if stray := next((name for name in (*PAIR_OPTIONS, "init_from") if getattr(config, name) is not None), None):
             raise BadInput(f"{stray} is for models of pixels: leave it out, or base")
         return train_pipeline(data, Path(out), config, base, device=device, name=name, show=show)
     others: dict[str, Any] = dict.fromkeys(("cache", "lora", "lora_targets"))
@@ -97,12 +104,14 @@ def train_model(
         if getattr(config, key) != unset:
             raise BadInput(f"{key} is for a network of diffusers: set base to the pipeline to train")
     steps, minutes, seed, batch_size = config.steps, config.minutes, config.seed, config.batch_size
-    lr = 1e-3 if config.lr is None else config.lr
-    source = (
-        data
-        if isinstance(data, Data)
-        else open_data(data, size=config.size, channels=config.channels, label=config.label, caption=config.caption)
-    )
+    ranks = Ranks.start(device)
+    origin = None if config.init_from is None else open_origin(config, ranks)
+    lr = (1e-3 if origin is None else 1e-4) if config.lr is None else config.lr
+    if origin is None:
+        assert not isinstance(data, Tensor)
+        source = opened(data, config)
+    else:
+        source = origin_data(data, origin, config)
     if source.captions is not None:
         print_once(
             f"{source.source or 'the data'}: the captions are not used, since a model of pixels has no text encoder: "
@@ -115,13 +124,14 @@ def train_model(
             f"{', '.join(source.conditions([0]))}: drop them with replace(data, conditions=None), or set base= to a "
             "pipeline that reads them"
         )
-    recipe = process_recipe(config)
+    recipe = process_recipe(config) if origin is None else FineTuned(origin)
+    if config.source is None and config.degrade is None and hasattr(recipe, "degradation"):
+        config = replace(config, degrade=recipe.degradation)
     source = with_sources(source, config, recipe)
     out = Path(out)
     if steps is None and minutes is None:
         minutes = 30.0
     check_choice("optimizer", config.optimizer, OPTIMISERS)
-    ranks = Ranks.start(device)
     check_eight_bit(config.optimizer, ranks.device)
     previous = ranks.on_main_process(lambda: saved_run(out / "checkpoint.pt"))
     torch.manual_seed(seed)
@@ -129,8 +139,10 @@ def train_model(
     make_unet = functools.partial(unet_for, source, config.widths, config.blocks, config.patch)
     denoiser = recipe.denoiser(source, make_unet)
     net: Any = denoiser.net
-    # without label dropout the null label is not trained
-    denoiser.null_label = net.classes if getattr(net, "classes", 0) and dropped else None
+    if origin is None:  # without label dropout the null label is not trained
+        denoiser.null_label = net.classes if getattr(net, "classes", 0) and dropped else None
+    elif denoiser.null_label is None:
+        dropped = 0.0
     precision = previous.get("precision") if config.precision == "auto" else None
     precision = precision or ranks.on_main_process(
         lambda: training_precision(denoiser, source, config.precision, batch_size, ranks.device)
@@ -146,13 +158,19 @@ def train_model(
     )
     finished = bool(previous) and fit.progress(previous["step"], previous["seconds"]) >= 1
     ranks.on_main_process(lambda: check_output_folder(out, finished))
-    trained = recipe.modules(
-        denoiser, source, TrainSettings(lr, config.optimizer, dropped, batch_size, ranks.device, seed)
-    )
-    settings: dict[str, Any] = {"network": getattr(net, "config", {}), "label_drop": dropped}
+    structure = training_structure(config, origin is not None)
+    chosen = TrainSettings(lr, config.optimizer, dropped, batch_size, ranks.device, seed, structure, ranks)
+    recipe.check_structure(denoiser, chosen)
+    trained = recipe.modules(denoiser, source, chosen)
+    settings: dict[str, Any] = {"label_drop": dropped}
+    if origin is None:
+        settings["network"] = getattr(net, "config", {})
+    else:
+        settings["from"] = ranks.on_main_process(lambda: model_hash(origin))
     made = {name: getattr(config, name) for name in PAIR_OPTIONS}
+    made |= {"structure": None if structure is None else asdict(structure)}
     settings |= {name: value for name, value in made.items() if value is not None}
-    batches = Batches(source, batch_size, seed=seed, flip=config.flip)
+    batches = Batches(source, batch_size, seed=seed, flip=config.flip and not config.crop)
     averages = fit(trained, batches, out, show, settings)
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
         return load(saved)  # with what was added to it since, such as plans
@@ -182,6 +200,23 @@ def train_model(
         model.save(out)
     ranks.barrier()
     return model
+
+
+def opened(data: str | Path | Data, config: TrainConfig) -> Data:
+    """The data of a config, or crops of it.
+
+    Raises:
+        BadInput: for options that crops do not have.
+    """
+    if config.crop is None:
+        if isinstance(data, Data):
+            return data
+        return open_data(data, size=config.size, channels=config.channels, label=config.label, caption=config.caption)
+    if given := next((name for name in ("size", "label", "caption") if getattr(config, name) is not None), None):
+        raise BadInput(f"{given} is for whole images: leave it out, or crop")
+    if isinstance(data, Data):
+        return crops(data, config.crop, config.flip)
+    return open_crops(data, config.crop, channels=config.channels, flip=config.flip)
 
 
 def unet_for(
@@ -217,7 +252,8 @@ def training_precision(denoiser: Denoiser, data: Data, precision: str, batch_siz
     if precision != "auto":
         return format_runtime(parse_runtime(precision))
     x = torch.randn(min(batch_size, 64), *data.shape, device=device)
+    small = x[:, :1, :: denoiser.source_factor, :: denoiser.source_factor]
     cond: dict[str, Any] = (
-        {"source": x[:, :1].expand(-1, denoiser.source_channels, -1, -1)} if denoiser.source_channels else {}
+        {"source": small.expand(-1, denoiser.source_channels, -1, -1)} if denoiser.source_channels else {}
     )
     return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}", **cond)).split("+")[0]

@@ -21,6 +21,10 @@ class TrainConfig(Config):
         label: the column or array of labels (`open_data`).
         base: a text-to-image pipeline, its folder or hub id: its network is trained on the captions of the images.
         init: `base`, start from the network's weights, or `random`, train it from scratch.
+        init_from: a model to begin from (fine-tuning), its folder, hub id or bundled name: its network, schedule and
+            prediction are kept, and the data must have its shape and classes.
+        structure: weight of the structure term, relative to the loss, such as 0.1, or its options as text, such as
+            `"weight=0.1,times=own"` (`train.sadm.Sadm`).
         caption: the column of captions (`open_data`).
         cache: the folder of the latents and text embeddings of `base`. Default: `encoded` in the folder of the run.
         cache_dtype: their numbers, `fp16` or `fp32`.
@@ -28,10 +32,11 @@ class TrainConfig(Config):
         blocks: residual blocks at each resolution.
         patch: side of the patches of pixels that are folded into channels. Default: 2 from a side of 24, else 1.
         batch_size: images in a batch, over all processes.
-        lr: AdamW's peak learning rate. Default: 1e-3; with `base` 1e-5, or 1e-4 from scratch and for a LoRA.
+        lr: AdamW's peak learning rate. Default: 1e-3; with `init_from` 1e-4; with `base` 1e-5, or 1e-4 from
+            scratch and for a LoRA.
         optimizer: `adamw`; `adamw8bit` or `paged-adamw8bit`, of bitsandbytes on CUDA, to need less memory; `muon`.
         label_drop: probability that a label or caption is dropped, for classifier-free guidance; in [0, 1].
-        flip: mirror images horizontally with probability 1/2.
+        flip: mirror images horizontally with probability 1/2; of crops, any of the eight symmetries of the square.
         precision: `fp32` or `bf16` (autocast), with `+high` (TF32 on GPUs), `+medium` or `+channels_last`; `auto`: that
             of the run to resume, or the faster one on this device.
         seed: of the weights, the order of the images and the noise.
@@ -46,7 +51,9 @@ class TrainConfig(Config):
             Default: ordinary diffusion, `x_t = alpha x + sigma eps`.
         source: the folder of the sources of pairs, with the file names of the data.
         degrade: makes the sources from the data instead: `"downscale:factor=4"`, `"blur:std=2"`, `"jpeg:quality=10"`,
-            `"mask:fraction=0.5"` or `"grey"`.
+            `"mask:fraction=0.5"` or `"grey"`; for `super_resolution`,
+            `"low_resolution:factor=4,blur=2,noise=10,jpeg=40"`.
+        crop: side of random crops of the images, which may then be of any sizes; for models of pixels without classes.
     """
 
     steps: int | None = None
@@ -68,6 +75,8 @@ class TrainConfig(Config):
     fsdp: bool = False
     base: str | None = None
     init: str = "base"
+    init_from: str | None = None
+    structure: float | str | None = None
     caption: str | None = None
     cache: str | None = None
     cache_dtype: str = "fp16"
@@ -77,6 +86,7 @@ class TrainConfig(Config):
     process: str | None = None
     source: str | None = None
     degrade: str | None = None
+    crop: int | None = None
 
     renamed: ClassVar[Mapping[str, str]] = {
         "runtime": "precision",
@@ -106,6 +116,8 @@ class TrainOptions(TypedDict, total=False):
     grad_accumulation: int
     fsdp: bool
     init: str
+    init_from: str | None
+    structure: float | str | None
     caption: str | None
     cache: str | None
     cache_dtype: str
@@ -115,3 +127,4 @@ class TrainOptions(TypedDict, total=False):
     process: str | None
     source: str | None
     degrade: str | None
+    crop: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from ..train.data import Batches, Data, open_data
 from ..train.encoded import check_encodable, encode_captioned, image_size
 from ..train.fit import Fit
 from ..train.losses import DenoisingLoss
+from ..train.sadm import with_structure
 from ..train.trained_module import OPTIMISERS, TrainedModule, check_eight_bit
 from .lora import check_lora
 from .train_config import TrainConfig
+from .train_process import training_structure
 from .training_run import check_output_folder, last_log_entry, remove_earlier_model, saved_model_at
 
 __all__ = ["train_pipeline"]
@@ -128,11 +130,16 @@ def train_pipeline(
     )
     lr = LR["lora" if config.lora is not None else config.init] if config.lr is None else config.lr
     trained = TrainedModule("model", denoiser, lambda batch: loss(denoiser, batch), lr=lr, optimiser=config.optimizer)
-    settings = {"base": identity, "init": config.init, "label_drop": config.label_drop}
+    structure = training_structure(config, config.init == "base")
+    modules = [trained]
+    settings: dict[str, Any] = {"base": identity, "init": config.init, "label_drop": config.label_drop}
+    if structure is not None:
+        settings["structure"] = asdict(structure)
+        modules = with_structure(trained, loss, denoiser, tuple(model.shape), structure, ranks)
     if config.lora is not None:
         settings |= {"lora": config.lora, "lora_targets": config.lora_targets}
     batches = Batches(encoded, config.batch_size, seed=config.seed)
-    averaged = replace(fit, precision=precision)([trained], batches, out, show, settings)["model"]
+    averaged = replace(fit, precision=precision)(modules, batches, out, show, settings)["model"]
     assert isinstance(averaged, Denoiser)
     if finished and (saved := ranks.on_main_process(lambda: saved_model_at(out, previous["step"]))):
         return load(saved)  # with what was added to it since, such as plans
@@ -151,6 +158,7 @@ def train_pipeline(
         "flip": config.flip,
         "last": last_log_entry(out / "log.jsonl"),
         **({} if config.lora is None else {"lora_rank": config.lora}),
+        **({} if structure is None else {"structure": asdict(structure)}),
     }
     fresh: dict[str, Any] = {"plan": None, "plans": {}, "statistics": {}, "parts": {}}  # those of other weights
     pipeline = copy.copy(model.pipeline)  # which shares its components; the original is unchanged

@@ -8,13 +8,15 @@ from ..errors import BadInput
 from ..loading import load
 from ..pick import format_spec, pick
 from ..train.data import open_data
+from ..train.messages import print_once
 from ..train.pairs import degraded_pairs, folder_pairs
+from ..train.sadm import Sadm, structure_options
 from ..train.sources import Data
 from ..train.unpaired import unpaired_sources
 from ..train_processes import TrainProcess
 from .train_config import TrainConfig
 
-__all__ = ["process_recipe", "with_sources"]
+__all__ = ["process_recipe", "training_structure", "with_sources"]
 
 
 def process_recipe(config: TrainConfig) -> TrainProcess:
@@ -25,6 +27,29 @@ def process_recipe(config: TrainConfig) -> TrainProcess:
     """
     recipe: TrainProcess = pick("train_processes", config.process or "diffusion")
     return recipe
+
+
+def training_structure(config: TrainConfig, fine_tuning: bool) -> Sadm | None:
+    """The structure term that a config asks for; None without one.
+
+    Args:
+        config: of the run.
+        fine_tuning: of a trained network, where the term begins at once.
+
+    Raises:
+        BadInput: for what it does not go with.
+    """
+    options = structure_options(config.structure, trained=fine_tuning)
+    if options is None:
+        return None
+    if config.fsdp:
+        raise BadInput("structure compares whole batches in an encoder of its own: it does not go with fsdp")
+    if config.batch_size // config.grad_accumulation < 32:
+        print_once(
+            f"structure compares the samples of a batch: {config.batch_size // config.grad_accumulation} at once are "
+            "few, 32 or more show more of it (batch_size, grad_accumulation)"
+        )
+    return options
 
 
 def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
@@ -55,10 +80,22 @@ def with_sources(data: Data, config: TrainConfig, recipe: TrainProcess) -> Data:
         raise BadInput(f"--{name} is for processes that train on pairs, such as i2sb, not for {format_spec(recipe)}")
     if config.source is not None and config.degrade is not None:
         raise BadInput("--source and --degrade both give the sources of the pairs: leave one out")
-    if config.flip:
+    if config.flip and not config.crop:
         raise BadInput("--flip would mirror the targets of pairs and not their sources: leave it out")
     if config.degrade is not None:
-        return degraded_pairs(data, pick("degradations", config.degrade))
+        pairs = degraded_pairs(data, pick("degradations", config.degrade))
+        assert pairs.conditions is not None
+        small = tuple(pairs.conditions([0])["source"].shape[1:])
+        if small != tuple(data.shape) and not hasattr(recipe, "degradation"):
+            raise BadInput(
+                f"{format_spec(recipe)} needs sources of the size of the data, and {config.degrade} makes them "
+                f"{small[2]}x{small[1]}: downscale enlarges them again"
+            )
+        return pairs
+    if config.crop:
+        raise BadInput("--crop takes crops of the targets of pairs and not of their sources: give --degrade")
+    if hasattr(recipe, "degradation"):
+        raise BadInput(f"{format_spec(recipe)} makes its small images from the data: give --degrade, not --source")
     sources = open_data(
         str(config.source), size=config.size, channels=data.shape[0], label="none", caption="none"
     )  # the split of the targets

@@ -16,7 +16,7 @@ from ..progress import fraction_of, ignore_messages
 from ..sampling import Progress
 from ..storage.provenance import versions
 from ..train.data import open_data, to_float
-from ..train.sources import Data
+from ..train.sources import Data, MixedSizes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,6 +89,8 @@ def translate_images(
     shape = model.source_shape
     if shape is None:
         raise BadInput(f"{model.name} makes samples from noise, not from images: see hasten sample and hasten restyle")
+    if model.source_factor > 1:
+        raise BadInput(f"{model.name} makes images {model.source_factor} times larger: see hasten upscale")
     if model.codec == "raw":
         raise BadInput(f"{model.name} makes samples of shape {model.shape}, which are no images: use it in Python")
     grid = out.suffix.lower() == ".png"
@@ -149,10 +151,8 @@ def open_sources(path: str | Path, shape: tuple[int, ...], warn: Callable[[str],
     common: dict[str, Any] = {"split": None, "channels": shape[0], "label": "none", "caption": "none"}
     try:
         data = open_data(path, **common)
-    except BadInput as error:
-        if "size" not in str(error):
-            raise
-        data = open_data(path, size=(shape[1], shape[2]), **common)  # of several sizes
+    except MixedSizes:
+        data = open_data(path, size=(shape[1], shape[2]), **common)
         warn(f"{path}: the images are cropped and resized to {shape[2]}x{shape[1]}")
     if tuple(data.shape[1:]) != tuple(shape[1:]):
         warn(f"{path}: the images are resized from {data.shape[2]}x{data.shape[1]} to {shape[2]}x{shape[1]}")

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from hasten.errors import BadInput
-from hasten.metrics.frechet import RunningMoments, frechet_distance, frechet_interval, moments, root
+from hasten.metrics.frechet import (
+    RunningMoments,
+    frechet_between,
+    frechet_distance,
+    frechet_interval,
+    moments,
+    root,
+)
 
 
 def spd(width: int, seed: int) -> torch.Tensor:
@@ -77,3 +84,13 @@ def test_bad_input() -> None:
         frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
     with pytest.raises(BadInput, match="width 4 cannot be added"):
         RunningMoments().add(torch.zeros(2, 3)).add(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("counts", [(5, 7), (12, 30), (30, 4)])
+def test_the_distance_of_few_features_is_that_of_their_moments(counts: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(n, 12, generator=generator) * (1 + k) + k for k, n in enumerate(counts))
+    assert frechet_between(x, y) == pytest.approx(frechet_distance(*moments(x), *moments(y)), rel=1e-6)
+    assert frechet_between(x, x) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(BadInput, match="not of the same feature network"):
+        frechet_between(x, y[:, :3])

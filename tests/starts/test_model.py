@@ -67,3 +67,35 @@ def test_ccdf_by_name() -> None:
     assert float(model.way(start="ccdf:time=0.4").times[0]) == 0.4
     with pytest.raises(BadInput, match="begins from images"):
         model.sample(1, start="ccdf:time=0.4")
+
+
+def test_temperature_scales_the_noise() -> None:
+    """On N(0, s^2) data the exact probability flow is linear, so the samples scale with the temperature."""
+    model = small()
+    exact = hasten_exact(model)
+    full, half = (exact.sample(3, seed=1, steps=4, start=f"temperature:value={v}") for v in (1.0, 0.5))
+    assert torch.equal(full, exact.sample(3, seed=1, steps=4, start="noise"))
+    assert torch.allclose(half, full / 2, atol=1e-6) and float(full.abs().max()) > 0.05
+    with pytest.raises(BadInput, match=r"0\.\.2"):
+        model.sample(1, start="temperature:value=3")
+    with pytest.raises(BadInput, match="images are for a start"):
+        model.sample(1, start="temperature", images=torch.zeros(1, 1, 8, 8))
+
+
+def hasten_exact(model: Model) -> Model:
+    """The model of N(0, .1^2) on the same schedule, exact."""
+
+    class Exact(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            t = ((time.double() + 1) / len(schedule.alphas_cumprod)).view(-1, 1, 1, 1)
+            alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+            return (x * sigma / (0.01 * alpha**2 + sigma**2)).float()
+
+    schedule = model.denoiser.schedule
+    assert isinstance(schedule, Discrete)
+    denoiser = Denoiser(Exact(), schedule, "eps", clock="index").eval().requires_grad_(False)
+    return Model(denoiser, "exact", (1, 8, 8), times="lambda", sampler="ddim", steps=4)

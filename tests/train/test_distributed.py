@@ -15,6 +15,7 @@ from torch import nn
 
 from hasten.cli import main
 from hasten.distillers._ema_target import EMATarget
+from hasten.distributed.gather import gather_rows
 from hasten.distributed.ranks import Ranks
 from hasten.errors import BadInput
 from hasten.model import Model
@@ -24,6 +25,7 @@ from hasten.train.checkpoint import read_log
 from hasten.train.data import BatchSlices, shard_batches
 from hasten.train.fit import Fit
 from hasten.train.rng import MicroBatchRng
+from hasten.train.sadm import Estimates, Sadm, StructureTerm
 from hasten.train.trained_module import TrainedModule
 from hasten.workflows.distill import distill_model
 
@@ -103,9 +105,27 @@ def run_process(rank: int, folder: str) -> None:
     distilled(out / "reflow2", 1, REFLOW, 3)
     distilled(out / "shared2", 1, SHARED, 4)
     distilled(out / "halved2", 1, HALVED, 4, shard=True)
+    torch.save(structure_gradients(Ranks.start("cpu")), out / f"structure{rank}.pt")
     if rank:
         with pytest.raises(BadInput, match="multiple of the 2 processes"):
             shard_batches(Batches(data(), 7), 0, 2)
+
+
+def structure_gradients(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of encoder and estimates of a batch of 8 in equal parts, averaged, and the ratio of the norms."""
+    torch.manual_seed(4)
+    structure = StructureTerm(Sadm(start=0.0, width=8), (1, 8, 8), ranks)
+    real, output = torch.randn(2, 8, 1, 8, 8).split(1)
+    part = slice(8 * ranks.rank // ranks.world, 8 * (ranks.rank + 1) // ranks.world)
+    real, output = real[0, part], output[0, part].clone().requires_grad_(True)
+    weights, groups = torch.linspace(0.1, 1, 8)[part], (torch.arange(8) % 2)[part]
+    batch: dict[str, torch.Tensor] = {}
+    loss = structure.add(output.square().mean(), output, Estimates(output, 0.5 * output, real, weights, groups), batch)
+    (own,) = torch.autograd.grad(loss, output)
+    structure.encoder_loss(batch).backward()
+    ranks.all_reduce_gradients(structure.parameters(), torch.zeros(()))
+    encoder = torch.cat([p.grad.flatten() for p in structure.parameters() if p.grad is not None])
+    return encoder, gather_rows(own / ranks.world, ranks), structure.norms[0] / structure.norms[1]
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -138,6 +158,12 @@ def test_two_processes_match_one_with_two_micro_batches(tmp_path: Path) -> None:
         for line, other in zip(log, logs["one"], strict=True):
             for key in ("net", "critic", "net_gradient"):
                 assert line[key] == pytest.approx(other[key], rel=1e-4), (name, key)
+
+    # relations of all samples, of both processes
+    whole = structure_gradients(Ranks(torch.device("cpu")))
+    for rank in range(2):
+        for a, b in zip(torch.load(tmp_path / f"structure{rank}.pt"), whole, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
 
     # one process without micro-batches has other random numbers: near, and not the same
     plain = trained(tmp_path / "plain", 1)

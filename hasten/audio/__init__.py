@@ -1,0 +1,1 @@
+"""Sound: files, mel spectrograms, Griffin-Lim and neural vocoders."""

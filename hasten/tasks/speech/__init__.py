@@ -1,0 +1,1 @@
+"""Text to speech in a few steps: text, acoustic model, vocoder."""
