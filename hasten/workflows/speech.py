@@ -11,6 +11,7 @@ import torch
 
 from ..audio.corpus import open_corpus
 from ..audio.mel import MelSettings
+from ..distillers.prodiff import prodiff_schedule
 from ..distributed.ranks import Ranks
 from ..errors import BadInput, check_choice, check_int
 from ..files import holds_lock, refuse_inside
@@ -48,6 +49,7 @@ class SpeechConfig(Config):
         lr: peak learning rate.
         optimiser: see `TrainConfig`.
         prediction: `x0`; `eps`, as earlier models, needs many more steps of sampling.
+        entries: of the table of noise levels: 5, as the paper has it, for up to 4 steps; 101 to compare many steps.
         seed: of the weights, the order of the clips and the noise.
         split: of the corpus, where it has splits.
     """
@@ -60,6 +62,7 @@ class SpeechConfig(Config):
     lr: float = 1e-3
     optimiser: str = "adamw"
     prediction: str = "x0"
+    entries: int = 5
     seed: int = 0
     split: str = "train"
 
@@ -68,6 +71,7 @@ class SpeechConfig(Config):
         check_choice("text", self.text, KINDS)
         check_choice("optimiser", self.optimiser, OPTIMISERS)
         check_choice("prediction", self.prediction, ("x0", "eps"))
+        check_int("entries", self.entries, 2)
         check_int("batch_size", self.batch_size, 1)
         check_int("seed", self.seed, 0)
 
@@ -83,6 +87,7 @@ class SpeechOptions(TypedDict, total=False):
     lr: float
     optimiser: str
     prediction: str
+    entries: int
     seed: int
     split: str
 
@@ -146,8 +151,9 @@ def train_speech(
     torch.manual_seed(config.seed)
     known = corpus.statistics()
     model = make_acoustic_model(
-        len(corpus.symbols), corpus.settings.mels, config.preset, len(corpus.speakers), prediction=config.prediction
-    )
+        len(corpus.symbols), corpus.settings.mels, config.preset, len(corpus.speakers),
+        prodiff_schedule(config.entries - 1), config.prediction,
+    )  # fmt: skip
     for name in ("mel_mean", "mel_std", "f0_stats"):
         getattr(model.encoder, name).copy_(known[name])
     trained = TrainedModule("model", model, model, config.lr, (0.9, 0.98), 0.01, config.optimiser)
@@ -155,6 +161,7 @@ def train_speech(
         "network": model.denoiser.net.config,
         "encoder": model.encoder.config,
         "prediction": config.prediction,
+        "entries": config.entries,
         "corpus": corpus.fingerprint(),
     }
     averages = fit([trained], SpeechBatches(corpus, config.batch_size, config.seed), out, show, shared)

@@ -28,7 +28,7 @@ from hasten.tasks.speech.samples import speech_samples
 from hasten.workflows.distill import distill_model
 from hasten.workflows.speak import SpeakRequest, speak_texts
 from hasten.workflows.speech import train_speech
-from tests.tasks.speech_toy import toy_corpus, write_corpus
+from tests.tasks.speech_toy import toy_corpus
 
 Folder = Path
 
@@ -221,16 +221,26 @@ def test_the_command_line(teacher: Folder, tmp_path: Path, capsys: pytest.Captur
         assert said in error and error.count("\n") == 1, (wrong, error)
 
 
+KILLED = """
+import functools, sys
+from hasten.train.fit import Fit
+from hasten.workflows import speech
+from tests.tasks.speech_toy import toy_corpus
+speech.Fit = functools.partial(Fit, save_seconds=0.01)
+speech.train_speech(toy_corpus(8), sys.argv[1], preset="tiny", steps=int(sys.argv[2]), batch_size=2, show=False, device="cpu")
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes(tmp_path: Path) -> None:
-    data = write_corpus(tmp_path / "data", 6)
-    command = [sys.executable, "-m", "hasten", "train", str(data), "--task", "speech", "--text", "characters"]
-    command += ["--preset", "tiny", "--batch-size", "2", "--steps", "400", "--device", "cpu"]
-    out = tmp_path / "run"
-    process = subprocess.Popen([*command, "--out", str(out)])
-    while not (out / "log.jsonl").is_file() and process.poll() is None:  # after 50 steps
-        time.sleep(0.1)
+    steps = "60"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run"), steps])
+    while not (tmp_path / "run" / "checkpoint.pt").is_file() and process.poll() is None:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run([*command, "--out", str(out)], check=True)
-    assert Speech.load(out).model.card["last"]["step"] == 400
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model.json").is_file()
+    for name in ("run", "whole"):
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name), steps], check=True)
+    resumed, whole = Speech.load(tmp_path / "run"), Speech.load(tmp_path / "whole")
+    assert torch.equal(resumed.mel("bad cab"), whole.mel("bad cab"))

@@ -43,11 +43,11 @@ def trained(prediction: str, entries: int, steps: int) -> tuple[AcousticModel, C
 
 def mel_error(model: AcousticModel, denoiser: Denoiser, corpus: Corpus, sampler: str, times: Tensor) -> float:
     """Mean |mel - true mel|, standardised, of clips that were not trained on, with their true durations and pitch."""
-    unseen = Corpus([*corpus.clips, *(toy_clip(1000 + k) for k in range(32))], SYMBOLS, (), corpus.settings)
+    unseen = Corpus([*corpus.clips, *(toy_clip(1000 + k) for k in range(16))], SYMBOLS, (), corpus.settings)
     batch = collate(SpeechBatches(unseen, 1).rows[CLIPS:])
     v = model.encoder(batch["tokens"], batch["durations"], batch["f0"], batch["energy"])
     shape = tuple(batch["x"].shape[1:])
-    noise = Noise(range(32), shape, torch.float32, torch.device("cpu"))
+    noise = Noise(range(16), shape, torch.float32, torch.device("cpu"))
     x = draw(denoiser, sampler, times, noise, cond={"frames": v.frames, "mask": v.mask})
     error = (x - batch["x"]).abs() * v.mask[:, None]
     return float(error.sum() / (v.mask.sum() * shape[0]))
@@ -64,7 +64,7 @@ def times_of(entries: int, steps: int) -> Tensor:
 def test_a_model_of_the_sample_needs_few_steps_and_a_model_of_the_noise_does_not() -> None:
     errors: dict[str, list[float]] = {}
     for prediction in ("x0", "eps"):
-        model, corpus = trained(prediction, 101, 600)
+        model, corpus = trained(prediction, 101, 300)
         errors[prediction] = [
             mel_error(model, model.denoiser, corpus, "ddpm", times_of(101, steps)) for steps in (4, 100)
         ]
@@ -76,10 +76,10 @@ def test_a_model_of_the_sample_needs_few_steps_and_a_model_of_the_noise_does_not
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_student_of_two_steps_keeps_the_quality_of_four(tmp_path: Path) -> None:
-    model, corpus = trained("x0", 5, 600)
+    model, corpus = trained("x0", 5, 300)
     four = mel_error(model, model.denoiser, corpus, "ddpm", times_of(5, 4))
     teacher: Any = speech_model(model, corpus, "teacher", {})
-    result = distill_model(teacher, tmp_path, "prodiff", corpus, steps=200, batch_size=16, precision="fp32", show=False)
+    result = distill_model(teacher, tmp_path, "prodiff", corpus, steps=120, batch_size=16, precision="fp32", show=False)
     from hasten.loading import load
 
     student = load(result["folder"])

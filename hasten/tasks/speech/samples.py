@@ -19,7 +19,9 @@ __all__ = ["speech_samples"]
 FEATURES = "features.pt"  # in the folder of a run
 
 
-def speech_samples(model: Model, data: str | Path | Corpus, out: Path | None = None) -> Data:
+def speech_samples(
+    model: Model, data: str | Path | Corpus, out: Path | None = None, split: str | None = "train"
+) -> Data:
     """A corpus as samples of a model: segments of at most L frames, standardised, with their conditions.
 
     The conditions are `frames` (B, L, H), by the model's encoder from the true durations, pitch and energy, and `mask`
@@ -29,6 +31,7 @@ def speech_samples(model: Model, data: str | Path | Corpus, out: Path | None = N
         model: that speaks, with samples of shape (M, L).
         data: what `open_corpus` reads, or a `Corpus` with the model's tokens.
         out: a folder in which the features are kept; None: nowhere.
+        split: of the corpus, where it has splits.
 
     Raises:
         BadInput: for data that cannot be used.
@@ -39,7 +42,7 @@ def speech_samples(model: Model, data: str | Path | Corpus, out: Path | None = N
     else:
         aligner: Any = model.parts.get(ALIGNER)
         cache = None if out is None else out / FEATURES
-        clips = open_corpus(data)
+        clips = open_corpus(data, split)
         front = speech.front
         corpus = corpus_features(clips, speech.settings, front.kind, cache, front.symbols, aligner)
         source = str(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,7 +249,9 @@ def teacher_times(entries: int, steps: int) -> str:
     return f"explicit:values=({','.join(repr((k + 1) / entries) for k in reversed(indices))},0.0)"
 
 
-def speech_model(trained: AcousticModel, corpus: Corpus, name: str, card: dict[str, Any]) -> Model:
+def speech_model(
+    trained: AcousticModel, corpus: Corpus, name: str, card: dict[str, Any], energy: Sequence[float] | None = None
+) -> Model:
     """A trained acoustic model as a `Model`, with the encoder as its part `encoder`.
 
     Args:
@@ -257,6 +259,7 @@ def speech_model(trained: AcousticModel, corpus: Corpus, name: str, card: dict[s
         corpus: that it was trained on.
         name: of the model.
         card: what else to note.
+        energy: mean and deviation of the log energy; None: those of the corpus.
     """
     table = getattr(trained.denoiser.schedule, "alphas_cumprod", ())
     about = {
@@ -264,7 +267,7 @@ def speech_model(trained: AcousticModel, corpus: Corpus, name: str, card: dict[s
         "symbols": list(corpus.symbols),
         "speakers": list(corpus.speakers),
         "mel": corpus.settings.to_dict(),
-        "energy": [float(value) for value in corpus.statistics()["energy_stats"]],
+        "energy": [float(value) for value in (corpus.statistics()["energy_stats"] if energy is None else energy)],
     }
     steps = min(4, len(table) - 1)
     return Model(
