@@ -57,10 +57,17 @@ def open_corpus(path: str | Path, split: str | None = "train") -> list[Clip]:
         raise BadInput(f"there is no {path}: speech is a folder or a zip with metadata.csv and wavs/")
     if path.is_dir():
         files = {str(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.is_file()}
-        opened: Callable[[str], bytes] = lambda name: (path / name).read_bytes()
+
+        def opened(name: str) -> bytes:
+            return (path / name).read_bytes()
+
     elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        files, opened = set(archive.namelist()), archive.read
+        files = set(archive.namelist())
+
+        def opened(name: str) -> bytes:
+            return archive.read(name)
+
     else:
         raise BadInput(f"{path} is neither a folder nor a zip: speech is one with metadata.csv and wavs/")
     tables = sorted((name for name in files if PurePosixPath(name).name == "metadata.csv"), key=len)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ __all__ = ["GriffinLim", "linear_magnitudes"]
 
 @dataclass(frozen=True)
 class GriffinLim:
-    """The fast Griffin-Lim algorithm on magnitudes that the pseudo-inverse of the mel filters gives.
+    """The fast Griffin-Lim algorithm on magnitudes from the pseudo-inverse of the mel filters.
 
     Phases alternate between what the magnitudes ask for and what is the transform of a signal:
     `t_k = P(c_{k-1})`, `c_k = t_k + momentum (t_k - t_{k-1})`, where P sets the magnitudes and then takes the transform
@@ -36,7 +36,7 @@ class GriffinLim:
         Griffin, Lim 1984, IEEE Trans. ASSP 32; Perraudin, Balazs, Sondergaard 2013, WASPAA (momentum).
     """
 
-    settings: MelSettings = MelSettings()
+    settings: MelSettings = field(default_factory=MelSettings)
     iterations: int = 60
     momentum: float = 0.99
     seed: int = 0
@@ -67,9 +67,20 @@ class GriffinLim:
         return inverse_stft(spectrum, n_fft, hop, padding).reshape(*lead, -1)
 
 
-def linear_magnitudes(mel: Tensor, settings: MelSettings) -> Tensor:
-    """Magnitudes (..., n_fft / 2 + 1, L) of log mel (..., M, L) by the pseudo-inverse, negative ones 0."""
-    return (inverse_filters(settings).to(mel) @ mel.exp()).clamp_min(0)
+def linear_magnitudes(mel: Tensor, settings: MelSettings, iterations: int = 30) -> Tensor:
+    """Magnitudes (..., n_fft / 2 + 1, L) of log mel (..., M, L): the pseudo-inverse, then multiplicative updates to
+    the least squares of magnitudes that are not negative.
+
+    References:
+        Lee, Seung 2001, Algorithms for non-negative matrix factorization, NIPS.
+    """
+    power, filters = mel.exp(), mel_filters(settings).to(mel)
+    x = (inverse_filters(settings).to(mel) @ power).clamp_min(1e-7)
+    x = x * (filters.sum(0) > 0)[:, None]
+    above = filters.T @ power
+    for _ in range(iterations):
+        x = x * above / (filters.T @ (filters @ x)).clamp_min(1e-12)
+    return x
 
 
 @functools.lru_cache(maxsize=8)

@@ -79,8 +79,11 @@ class Vocoder:
         if half:
             weights = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
         description = {
-            "class": type(self.net).__name__, "config": self.net.config, "mel": self.settings.to_dict(), "card": self.card,
-        }  # fmt: skip
+            "class": type(self.net).__name__,
+            "config": self.net.config,
+            "mel": self.settings.to_dict(),
+            "card": self.card,
+        }
         write_atomic(folder / WEIGHTS, save(weights))
         write_atomic(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
 

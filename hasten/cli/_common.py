@@ -178,3 +178,12 @@ def prompts_of(prompt: list[str] | None, prompts: Path | None) -> list[str] | No
     if prompt and prompts is not None:
         raise BadInput("give --prompt or --prompts, not both")
     return read_prompts(prompts) if prompts is not None else prompt or None
+
+
+def command_for(model: Any, folder: Path) -> str:
+    """The command that makes images by a model that was trained or distilled into this folder."""
+    if model.source_factor > 1:
+        return f"hasten upscale IMAGES --model {folder}"
+    if model.source_shape is not None and model.start is None:
+        return f"hasten translate {folder} IMAGES"
+    return f"hasten sample {folder}{' --prompt TEXT' if model.conditioning is not None else ''}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..storage.provenance import command_line
-from ._common import explicit_options, open_shared, processes
+from ._common import command_for, explicit_options, open_shared, processes
 from ._processes import on_all_processes
 from .terminal import print_result
 
@@ -120,13 +120,8 @@ def distill(
         text = f"total: {cost}, {result['seconds'] / 60:.1f} min, peak memory {result['memory_bytes'] / 2**20:.0f} MiB"
     else:
         students = f"{len(result['students']) - 1} students, {cost} in {result['seconds'] / 60:.1f} min"
-        verb = "sample"
-        if loaded.source_shape is not None:
-            verb = "upscale" if loaded.source_factor > 1 else "translate"
-        if request.method.startswith("encoder"):
-            verb = "restyle"
-        images = " IMAGES" if loaded.source_shape is not None else ""
-        text = f"{out}: {students}; try hasten {verb} {out}{images}"
+        encodes = request.method.startswith("encoder")
+        text = f"{out}: {students}; try {f'hasten restyle {out}' if encodes else command_for(loaded, out)}"
     print_result(result, text, json)
     return result
 

@@ -17,6 +17,7 @@ from ._common import (
     prompts_of,
     warn,
 )
+from ._evaluate_speech import evaluate_spoken
 from ._processes import on_all_processes
 from .terminal import print_result
 
@@ -58,6 +59,8 @@ def evaluate(
     levels: int = 256,
     batch_size: int = 64,
     precision: str | None = None,
+    vocoder: str | None = None,
+    out: Path | None = None,
     device: str = "auto",
     json: bool = False,
 ) -> dict[str, Any]:
@@ -73,8 +76,8 @@ def evaluate(
         data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions are the prompts,
             the pictures the reference. Of a model that restores images: true images of any sizes, from which the
             degraded ones are made. With bits-per-dim: the images, of the model's size.
-        task: What is measured: generation, or super-resolution and restoration, of a model that reads a degraded image.
-            Default: what the model is for.
+        task: What is measured: generation, or super-resolution and restoration, of a model that reads a degraded image;
+            or speech, of a model that speaks the texts of the recordings of data. Default: what the model is for.
         lora: A LoRA file that is merged into the weights, or FILE:SCALE; may be given several times. That of a student
             brings its steps, sampler and guidance scale.
         n: Number of images; at least 10, better 2000 or more. Default: one of each caption of the data, all squares of
@@ -115,6 +118,8 @@ def evaluate(
         levels: With bits-per-dim, the number of values of a pixel.
         batch_size: Images in the network at once.
         precision: fp32, bf16 (autocast), or auto, which times them on this device once. Default: auto.
+        vocoder: Of speech: the folder or file of a vocoder, or griffin_lim. Default: the folder vocoder in the model's.
+        out: Of speech: a file for a report with players and spectrograms, such as report.html.
         device: auto, cpu, cuda, cuda:1, mps or xpu.
         json: Print the result as JSON.
 
@@ -139,6 +144,12 @@ def evaluate(
         config, sampler=sampler, times=times, steps=steps, guidance_scale=guidance_scale, guides=guide, start=start,
         plan=plan, accelerators=accelerate, precision=precision,
     )  # fmt: skip
+    if task == "speech" or (task is None and "speech" in loaded.card and bits_per_dim is None):
+        if data is None:
+            raise BadInput("speech is measured beside recordings: give a folder or zip with metadata.csv and wavs/")
+        return evaluate_spoken(loaded, model, data, {"split": split, "n": n, "seed": seed}, steps, vocoder, out, json)
+    if stray := next((name for name, value in (("vocoder", vocoder), ("out", out)) if value is not None), None):
+        raise BadInput(f"--{stray} is for models that speak, and {loaded.name} makes images")
     if is_restoration(loaded, task) and bits_per_dim is None:
         given = {
             "reference": reference, "label": label, "prompt": texts, "judge": judge,
@@ -192,7 +203,7 @@ def evaluate(
     return result
 
 
-TASKS = ("generation", "super-resolution", "restoration")
+TASKS = ("generation", "super-resolution", "restoration", "speech")
 
 
 def is_restoration(model: Any, task: str | None) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ._common import explicit_options, processes
+from ._common import command_for, explicit_options, processes
 from ._processes import on_all_processes
 from ._train_kinds import task_options, train_kind
 from ._train_tasks import SOUND_TASKS, train_sound
@@ -189,10 +189,6 @@ def train(
         **model.card,
     }
     last = model.card["last"]
-    prompt = " --prompt TEXT" if model.conditioning is not None else ""
-    draws = model.source_shape is None or model.start is not None
-    verb, prompt = ("sample", prompt) if draws else ("translate", " IMAGES")
-    verb = "upscale" if model.source_factor > 1 else verb
-    text = f"{out}: {last.get('step')} steps on {model.card['images']} images; try hasten {verb} {out}{prompt}"
+    text = f"{out}: {last.get('step')} steps on {model.card['images']} images; try {command_for(model, out)}"
     print_result(result, text, json)
     return result

@@ -34,6 +34,8 @@ class HarmonicVocos(nn.Module):
         frames: transform frames for each mel frame; divides n_fft and hop.
         sample_rate: in Hz.
         fmin, fmax: of the mel spectrogram in Hz, of Slaney's scale and norm; fmax 0: sample_rate / 2.
+        floor: smallest value before the logarithm of the mel spectrogram.
+        corrections: how often the sound is corrected to have the mel spectrogram that it is made from (`correct`).
         low, high: range of f0 in Hz.
 
     References:
@@ -53,16 +55,20 @@ class HarmonicVocos(nn.Module):
         sample_rate: int = 16000,
         fmin: float = 0.0,
         fmax: float = 0.0,
+        floor: float = 1e-5,
+        corrections: int = 1,
         low: float = 60.0,
         high: float = 500.0,
     ) -> None:
         super().__init__()
         self.config = {
             "mels": mels, "dim": dim, "hidden": hidden, "layers": layers, "n_fft": n_fft, "hop": hop, "frames": frames,
-            "sample_rate": sample_rate, "fmin": fmin, "fmax": fmax, "low": low, "high": high,
+            "sample_rate": sample_rate, "fmin": fmin, "fmax": fmax,
+            "floor": floor, "corrections": corrections, "low": low, "high": high,
         }  # fmt: skip
         self.frames, self.n_fft, self.hop = frames, n_fft // frames, hop // frames
-        self.sample_rate = sample_rate
+        self.sample_rate, self.floor, self.corrections = sample_rate, floor, corrections
+        self.mel_fft, self.mel_hop = n_fft, hop
         self.bins = self.n_fft // 2 + 1
         # the logarithm of the magnitude of noise of unit power: filters of area 1, and a window of power 3 n_fft / 8
         self.level = -math.log(n_fft / sample_rate) - 0.5 * math.log(0.375 * n_fft)
@@ -74,6 +80,9 @@ class HarmonicVocos(nn.Module):
         filters = mel_filter_bank(sample_rate, n_fft, mels, (fmin, fmax or sample_rate / 2))
         with torch.no_grad():  # at first both parts have half of the power
             self.head.out.bias.view(frames, 3, self.bins)[:, ::2] = -0.5 * math.log(2)
+        self.register_buffer("bank", filters, persistent=False)
+        full = envelope_matrix(filters, n_fft // 2 + 1, sample_rate)
+        self.register_buffer("mel_spread", full, persistent=False)
         self.register_buffer("spread", envelope_matrix(filters, self.bins, sample_rate), persistent=False)
 
     def forward(self, mel: Tensor, f0: Tensor | None = None, seed: int | None = 0) -> Tensor:
@@ -85,7 +94,8 @@ class HarmonicVocos(nn.Module):
             seed: of the noise and of the pulses' first phase; None for torch's global generator.
         """
         x = self.backbone(mel)
-        return self.synthesise(self.filters(x, mel), self.pitch(x) if f0 is None else f0, seed)
+        audio = self.synthesise(self.filters(x, mel), self.pitch(x) if f0 is None else f0, seed)
+        return self.correct(audio, mel)
 
     def filters(self, x: Tensor, mel: Tensor) -> Tensor:
         """a, b and c (B, 3, n_fft / 2 + 1, frames L) of features (B, L, dim) and the mel (B, M, L)."""
@@ -108,6 +118,20 @@ class HarmonicVocos(nn.Module):
         noise = short_time_fourier(noise, self.n_fft, self.hop)
         a, b, c = filters.clamp(-30, 8).unbind(1)
         return inverse_stft(torch.polar(a.exp(), b) * source + c.exp() * noise, self.n_fft, self.hop)
+
+    def correct(self, audio: Tensor, mel: Tensor) -> Tensor:
+        """Audio (B, n) whose transform is multiplied by what its own mel spectrum lacks, `corrections` times.
+
+        The factor is the exponential of `mel - mel(audio)`, interpolated between the bands and at most `e^3`.
+        """
+        mel = mel.float()
+        for _ in range(self.corrections):
+            spectrum = short_time_fourier(audio, self.mel_fft, self.mel_hop)
+            magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
+            own = (self.bank @ magnitude).clamp_min(self.floor).log()
+            factor = (self.mel_spread @ (mel - own)).clamp(-3, 3).exp()
+            audio = inverse_stft(spectrum * factor, self.mel_fft, self.mel_hop)
+        return audio
 
 
 def envelope_matrix(filters: Tensor, bins: int, sample_rate: int) -> Tensor:

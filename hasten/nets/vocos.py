@@ -98,7 +98,8 @@ class Vocos(nn.Module):
     ) -> None:
         super().__init__()
         self.config = {
-            "mels": mels, "dim": dim, "hidden": hidden, "layers": layers, "n_fft": n_fft, "hop": hop, "padding": padding,
+            "mels": mels, "dim": dim, "hidden": hidden, "layers": layers, "n_fft": n_fft, "hop": hop,
+            "padding": padding,
         }  # fmt: skip
         self.n_fft, self.hop, self.padding = n_fft, hop, padding
         self.backbone = VocosBackbone(mels, dim, hidden, layers)

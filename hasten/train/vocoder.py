@@ -71,6 +71,7 @@ class VocoderLoss:
         if isinstance(vocoder, HarmonicVocos):
             features = vocoder.backbone(target)
             made = vocoder.synthesise(vocoder.filters(features, target), batch["f0"], seed=None)
+            made = vocoder.correct(made, target)
             loss = w["pitch"] * vocoder.pitch.loss(features, batch["f0"], batch["voiced"])
         else:
             made, loss = vocoder(target), torch.zeros((), device=x.device)
