@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,36 +80,48 @@ def classifier(model: Model, args: argparse.Namespace, seed: int) -> FewShotClas
 def diffusion_rows(
     rows: Rows, fitted: FewShotClassifier, split: Split, key: dict[str, Any], controls: bool = True
 ) -> None:
-    """The rows of a fitted classifier: weights, and eliminations of the best-founded one."""
+    """The rows of a fitted classifier: weights on even times, and eliminations on times drawn by them."""
     test, y = split[2], np.asarray(split[3])
-    began = time.perf_counter()
-    errors = fitted.decide(test).errors
-    seconds = time.perf_counter() - began
-    K, T = errors.shape[1:]
-    for weights in ("time_steps", "uniform", "inverse") if controls else ("uniform",):
-        w = fitted.replace(weights=weights).weights_
-        weighted = errors * w
+    even = fitted.decide(test).errors
+    K, T = even.shape[1:]
 
-        def evaluate(some: Tensor, classes: Tensor, times: Tensor, weighted: Tensor = weighted) -> Tensor:
-            return weighted[some[:, None, None], classes[None, :, None], times[None, None]].permute(1, 0, 2)
+    def row(method: str, errors: Tensor) -> Tensor:
+        winner = eliminate(evaluate(errors), len(y), K, T, AllTimes()).winner
+        accuracy = float((fitted.classes_[winner.numpy()] == y).mean())
+        rows.add(
+            **key, method=method, accuracy=accuracy, evaluations=K * T, images=len(y), size=fitted.size_,
+            floor=fitted.time_floor_,
+        )  # fmt: skip
+        return winner
 
-        everything = eliminate(evaluate, len(y), K, T, AllTimes()).winner
-        accuracy = float((fitted.classes_[everything.numpy()] == y).mean())
-        how = {"method": weights if controls else "diffusion_classifier", "accuracy": accuracy, "evaluations": K * T}
-        rows.add(**key, **how, images=len(y), seconds=seconds, size=fitted.size_, floor=fitted.time_floor_)
-        if weights != "time_steps":
-            continue
-        share = tuple(max(1, round(T * part)) for part in (0.04, 0.1, 0.2, 1.0))
-        kept = tuple(sorted({max(1, round(K * part)) for part in (1.0, 0.5, 0.25)} | {1}, reverse=True))
-        rules = {f"paired_{e:g}": PairedStop(e) for e in (0.01, 0.05, 0.2)}
-        for name, rule in {**rules, "stages": Stages(share[-len(kept) :], kept)}.items():
-            found = eliminate(evaluate, len(y), K, T, rule)
-            calls = float(found.evaluations.double().mean())
-            rows.add(
-                **key, method=name, accuracy=float((fitted.classes_[found.winner.numpy()] == y).mean()),
-                agreement=float((found.winner == everything).double().mean()), images=len(y),
-                evaluations=calls, fewer=K * T / calls,
-            )  # fmt: skip
+    if not controls:
+        row("diffusion_classifier", even)
+        return
+    for weights in ("time_steps", "uniform", "inverse"):
+        row(f"{weights}_even", even * fitted.replace(weights=weights).weights_)
+    row("paper_step_even", even * fitted.replace(weights="time_steps", step=1.0).weights_)
+    row("uniform_all_times", fitted.replace(floor=1e-7).decide(test).errors)
+    uneven = fitted.replace(weights="time_steps", spacing="weighted").decide(test).errors
+    winner = row("time_steps", uneven)
+    share = tuple(max(1, round(T * part)) for part in (0.04, 0.1, 0.2, 1.0))
+    kept = tuple(sorted({max(1, round(K * part)) for part in (1.0, 0.5, 0.25)} | {1}, reverse=True))
+    rules: dict[str, Any] = {f"paired_{e:g}": PairedStop(e) for e in (0.01, 0.05, 0.2)}
+    for name, rule in {**rules, "stages": Stages(share[-len(kept) :], kept)}.items():
+        found = eliminate(evaluate(uneven), len(y), K, T, rule)
+        calls = float(found.evaluations.double().mean())
+        rows.add(
+            **key, method=name, accuracy=float((fitted.classes_[found.winner.numpy()] == y).mean()), images=len(y),
+            agreement=float((found.winner == winner).double().mean()), evaluations=calls, fewer=K * T / calls,
+        )  # fmt: skip
+
+
+def evaluate(errors: Tensor) -> Any:
+    """Errors (N, K, T) that were computed, as `eliminate` asks for them."""
+
+    def look_up(some: Tensor, classes: Tensor, times: Tensor) -> Tensor:
+        return errors[some[:, None, None], classes[None, :, None], times[None, None]].permute(1, 0, 2)
+
+    return look_up
 
 
 def baseline_rows(rows: Rows, split: Split, key: dict[str, Any], nets: list[str], proto: Any = None) -> None:
@@ -190,21 +201,22 @@ def cost(rows: Rows, args: argparse.Namespace) -> None:
 
     model = hasten.load("fashion")
     cond = model.conditions(1, "none")
-    for placement in ("all", "decoder", "last"):
+    places = [("all", None), ("decoder", None), ("last", None), ("last", "conv2,conv_out")]
+    for placement, targets in places:
         for K in (10, 20, 50):
-            layers = layers_of(model.denoiser, model.shape, cond, placement)
+            if rows.has(set="cost", placement=placement, targets=targets, classes=K):
+                continue
+            layers = layers_of(model.denoiser, model.shape, cond, placement, targets)
             adapters = ClassAdapters.start(model.denoiser.net, layers, K, args.rank)
             errors = ClassErrors(model.denoiser, adapters, cond, split=placement != "all")
             generator = torch.Generator().manual_seed(0)
             x, noise = torch.randn(2, 8, *model.shape, generator=generator).unbind()
             t = torch.linspace(0.1, 0.9, 8, dtype=torch.float64)
 
-            def together(
-                errors: ClassErrors = errors, x: Any = x, noise: Any = noise, t: Any = t, K: int = K
-            ) -> Tensor:
+            def together(errors: Any = errors, x: Any = x, noise: Any = noise, t: Any = t, K: int = K) -> Tensor:
                 return errors(x, noise, t, torch.arange(K))
 
-            def loop(errors: ClassErrors = errors, x: Any = x, noise: Any = noise, t: Any = t, K: int = K) -> Tensor:
+            def loop(errors: Any = errors, x: Any = x, noise: Any = noise, t: Any = t, K: int = K) -> Tensor:
                 return torch.cat([errors(x, noise, t, torch.tensor([k])) for k in range(K)])
 
             with torch.no_grad():
@@ -213,9 +225,41 @@ def cost(rows: Rows, args: argparse.Namespace) -> None:
                 seconds = interleave({"together": together, "loop": loop}, args.repeats)
             ratio = min(seconds["loop"]) / min(seconds["together"])
             rows.add(
-                set="cost", placement=placement, classes=K, rank=args.rank, macs=counts[0], macs_of_loop=counts[1],
+                set="cost", placement=placement, targets=targets, classes=K, rank=args.rank, macs=counts[0],
+                macs_of_loop=counts[1],
                 fewer_macs=counts[1] / counts[0], faster=ratio, seconds=min(seconds["together"]),
             )  # fmt: skip
+    if not rows.has(set="cost", placement="whole"):
+        whole_cost(rows, model, args)
+
+
+def whole_cost(rows: Rows, model: Model, args: argparse.Namespace) -> None:
+    """Predictions of ten kinds of clothes: shared network and early stop, against a loop over all classes and times."""
+    train, test = (hasten.train.open_data(args.data, split=part, report=False) for part in ("train", "test"))
+    chosen = torch.cat([(train.labels == k).nonzero()[:4, 0] for k in range(10)])
+    shots, labels = train.images(chosen), train.labels[chosen].numpy()
+    images = test.images(list(range(args.whole)))
+    common = {"rank": args.rank, "times": args.times, "prior_images": args.prior, "train_steps": args.steps}
+    fitted = FewShotClassifier(model, placement="last", lr=args.lr, **common).fit(shots, labels)
+    everything = fitted.replace(elimination="all")
+    one = fitted._errors(fitted.adapters_, 1.0)
+    x, noise = (torch.randn(len(fitted.times_), *model.shape) for _ in range(2))
+
+    def loop() -> None:
+        for _ in range(len(images)):
+            for k in range(10):
+                one(x, noise, fitted.times_, torch.tensor([k]))
+
+    with torch.no_grad():
+        found, exhaustive = fitted.decide(images), everything.decide(images)
+        counts = macs(lambda: fitted.decide(images)), macs(loop)
+        seconds = interleave({"ours": lambda: fitted.decide(images), "loop": loop}, args.repeats, 0)
+    rows.add(
+        set="cost", placement="whole", classes=10, images=len(images), fewer_macs=counts[1] / counts[0],
+        faster=min(seconds["loop"]) / min(seconds["ours"]), seconds=min(seconds["ours"]),
+        agreement=float((found.winner == exhaustive.winner).double().mean()),
+        fewer=10 * args.times / float(found.evaluations.double().mean()),
+    )  # fmt: skip
 
 
 def report(rows: Rows, args: argparse.Namespace) -> None:
@@ -262,6 +306,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--prior", type=int, default=64)
     parser.add_argument("--episodes", type=int, default=1500)
+    parser.add_argument("--whole", type=int, default=16, help="images of the whole prediction that cost times")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

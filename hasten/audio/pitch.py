@@ -55,9 +55,9 @@ def track_pitch(
     path = cheapest_path(cost.float().numpy(), quiet.numpy(), first)
     voiced = torch.from_numpy(path >= 0)
     places = torch.from_numpy(path).clamp_min(0)
-    lags = refined(cost, places) + first
+    lags = refined_lags(cost, places) + first
     f0 = settings.sample_rate / lags
-    return filled(f0, voiced), voiced
+    return through_unvoiced(f0, voiced), voiced
 
 
 def normalised_difference(audio: Tensor, settings: MelSettings, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ def cheapest_path(cost: np.ndarray, quiet: np.ndarray, first: int) -> np.ndarray
     return path
 
 
-def refined(cost: Tensor, places: Tensor) -> Tensor:
+def refined_lags(cost: Tensor, places: Tensor) -> Tensor:
     """The least cost within three lags of the places, with the fraction at which a parabola through it is least."""
     rows = torch.arange(len(places))
     near = (places[:, None] + torch.arange(-3, 4)).clamp(1, cost.shape[1] - 2)
@@ -123,7 +123,7 @@ def refined(cost: Tensor, places: Tensor) -> Tensor:
     return places + shift.clamp(-0.5, 0.5)
 
 
-def filled(f0: Tensor, voiced: Tensor) -> Tensor:
+def through_unvoiced(f0: Tensor, voiced: Tensor) -> Tensor:
     """f0 (L,), float32, with unvoiced frames from their voiced neighbours."""
     import numpy as np
 

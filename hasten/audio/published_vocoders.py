@@ -43,8 +43,6 @@ def published_vocoder(path: Path, settings: MelSettings | None = None) -> tuple[
         raise BadInput(f"{file} is neither a HiFi-GAN (conv_pre...) nor a Vocos (backbone.embed...): {first(weights)}")
     own = net.state_dict()
     weights = {name: w for name, w in weights.items() if not BUFFERS.match(name)}
-    from .vocoder import fill_network
-
     fill_network(net, {name: w.to(own[name].dtype) if name in own else w for name, w in weights.items()}, str(file))
     return net, settings
 
@@ -141,3 +139,18 @@ def vocos(weights: dict[str, Tensor], settings: MelSettings | None) -> tuple[nn.
 def first(weights: dict[str, Tensor]) -> str:
     """Some names of tensors, for a message."""
     return "its tensors are " + (", ".join(list(weights)[:3]) or "none")
+
+
+def fill_network(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Load weights into a network. Raises BadInput where a name or a shape differs, or one is not finite."""
+    own = net.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise BadInput(f"{where} lacks {len(missing)} tensors of the network, first {missing[0]}")
+    if extra := sorted(weights.keys() - own.keys()):
+        raise BadInput(f"{where} has {len(extra)} tensors that the network does not, first {extra[0]}")
+    for name, w in weights.items():
+        if w.shape != own[name].shape:
+            raise BadInput(f"{where}: {name} is {tuple(w.shape)}, the network needs {tuple(own[name].shape)}")
+        if not torch.isfinite(w).all():
+            raise BadInput(f"{where}: {name} holds NaN or infinity")
+    net.load_state_dict(weights)

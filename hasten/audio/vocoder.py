@@ -17,6 +17,7 @@ from ..nets.vocos import Vocos
 from ..utils.atomic import write_atomic
 from .griffin_lim import GriffinLim, check_mel
 from .mel import MelSettings
+from .published_vocoders import fill_network, published_vocoder
 
 __all__ = ["Vocoder", "load_vocoder", "vocoder_network"]
 
@@ -114,8 +115,6 @@ def load_vocoder(path: str | Path, settings: MelSettings | None = None) -> Vocod
         raise BadInput(f"there is no {path}: a vocoder is a folder with {DESCRIPTION}, a published one, or griffin_lim")
     if (path / DESCRIPTION).is_file():
         return own_vocoder(path)
-    from .published_vocoders import published_vocoder
-
     net, found = published_vocoder(path, settings)
     return Vocoder(net, found)
 
@@ -136,18 +135,3 @@ def own_vocoder(folder: Path) -> Vocoder:
         raise BadInput(f"{folder / WEIGHTS} cannot be read: {type(e).__name__}: {e}") from e
     fill_network(net, weights, str(folder / WEIGHTS))
     return Vocoder(net, MelSettings.from_dict(mel), description.get("card"))
-
-
-def fill_network(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load weights into a network. Raises BadInput where a name or a shape differs, or one is not finite."""
-    own = net.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        raise BadInput(f"{where} lacks {len(missing)} tensors of the network, first {missing[0]}")
-    if extra := sorted(weights.keys() - own.keys()):
-        raise BadInput(f"{where} has {len(extra)} tensors that the network does not, first {extra[0]}")
-    for name, w in weights.items():
-        if w.shape != own[name].shape:
-            raise BadInput(f"{where}: {name} is {tuple(w.shape)}, the network needs {tuple(own[name].shape)}")
-        if not torch.isfinite(w).all():
-            raise BadInput(f"{where}: {name} holds NaN or infinity")
-    net.load_state_dict(weights)

@@ -85,7 +85,7 @@ class Moonshine:
             tokens.append(int(outputs["logits"][0, -1].argmax()))
             if tokens[-1] == LAST:
                 break
-        return text_of([self.pieces[token] for token in tokens if token not in (FIRST, LAST)])
+        return joined_pieces([self.pieces[token] for token in tokens if token not in (FIRST, LAST)])
 
 
 def token_pieces(content: bytes) -> list[bytes]:
@@ -102,7 +102,7 @@ def token_pieces(content: bytes) -> list[bytes]:
     return pieces
 
 
-def text_of(pieces: list[bytes]) -> str:
+def joined_pieces(pieces: list[bytes]) -> str:
     """The text of tokens' pieces."""
     return b"".join(pieces).decode("utf-8", errors="replace").replace("▁", " ").strip()
 

@@ -20,10 +20,13 @@ from ..model.sources import refuse_process
 from ..pick import format_spec, method_names, pick
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ProgressFn, no_progress
+from ..starts.temperature import Temperature
 from ..storage.atomic import refuse_other_model, short_hash
 from ..storage.model_folder import check_savable
 from ..storage.provenance import model_hash, tensor_hash, utc_now
 from ..storage.weights import is_half
+from ..tasks.speech.features import Corpus
+from ..tasks.speech.samples import SegmentDenoiser, speech_samples
 from ..train.data import Data, open_data, to_float
 from ..train.fingerprint import listing
 from ..train.names import match_labels
@@ -48,7 +51,7 @@ def tune_model(
     method: str = "optimized_steps",
     sampling: SamplingConfig | None = None,
     *,
-    data: str | Path | None = None,
+    data: str | Path | Corpus | None = None,
     pairs: PairSettings | None = None,
     n: int | None = None,
     seed: int = 1_000_000,
@@ -63,7 +66,7 @@ def tune_model(
     Args:
         method: as `pick` spells it.
         sampling: what is to be improved; None: what the model recommends. options: fields of it.
-        data: what `open_data` reads.
+        data: what `open_data` reads; of a model that speaks, a corpus or its path.
         pairs: of a model that reads source images: what makes them of the data; None: what its card records.
         n: samples to calibrate on; None: the method's own number.
         seed: of calibration sample 0. command: for the model's card.
@@ -85,13 +88,15 @@ def tune_model(
     samples = source_samples(model, tuner, method, data, pairs) if reads_source(model) else None
     if tuner.needs_data and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
+    if "speech" in model.card and data is None:
+        raise BadInput(f"{model.name} speaks: tuning needs data, recordings with their text")
     n = None if n is None else check_int("n", n, 1)
     seed = check_int("seed", seed, 0, MAX_SEED - (10**7 if n is None else n))
     check_savable(model)
     check_weights(model.denoiser, model.name)
     model = replace(model)
     out = Path(out)
-    refuse_inside(out, data)
+    refuse_inside(out, None if isinstance(data, Corpus) else data)
     check_writable(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     tuner = tuner.bind(model.statistics, model.parts)
@@ -110,19 +115,27 @@ def tune_model(
         n,
         seed,
         runtime,
-        None if data is None else listing(Path(data)),
+        data.fingerprint() if isinstance(data, Corpus) else None if data is None else listing(Path(data)),
         *([] if pairs is None else [str(pairs)]),
     )
     refuse_other_model(out, model, identity)
-    temperature = float(getattr(resolved.start, "value", 1.0))
+    temperature = resolved.start.value if isinstance(resolved.start, Temperature) else 1.0
     sources = None if samples is None else sources_of(samples, SOURCES)
+    denoiser: Any = resolved.denoiser
+    labels: Any = model.labels
+    images: Any = None if samples is None or data is None else shuffled_rows(samples)
+    if "speech" in model.card and data is not None:
+        denoiser = SegmentDenoiser(denoiser, speech_samples(model, data, out))
+        labels, images = denoiser.labels, denoiser.images
+    elif data is not None and samples is None:
+        images = calibration_images(model, data)
     task = TuningTask(
-        denoiser=resolved.denoiser,
+        denoiser=denoiser,
         sampler=resolved.sampler,
         times=resolved.times,
         shape=model.shape,
-        labels=model.labels,
-        images=None if data is None else calibration_images(model, data) if samples is None else shuffled_rows(samples),
+        labels=labels,
+        images=images,
         sources=sources,
         temperature=temperature,
         seed=seed,
@@ -171,7 +184,7 @@ def attach_result(model: Model, result: Tuned, method: str, scale: float) -> str
     return name
 
 
-def calibration_images(model: Model, data: str | Path) -> Images:
+def calibration_images(model: Model, data: Any) -> Images:
     """Real images for `TuningTask.images`, in a fixed random order, with labels matched to the model's classes by name.
 
     Args:

@@ -41,8 +41,7 @@ class VocoderConfig(Config):
     Args:
         steps: budget of steps.
         minutes: budget of training time; whichever budget is used up first ends the run. Default: 30 without `steps`.
-        network: `harmonic_vocos` (filters of pulses and noise, good after an hour on a CPU) or `vocos` (the plain one,
-            which needs days on a GPU).
+        network: `harmonic_vocos` (filters of pulses and noise, for short training) or `vocos` (the plain one).
         sample_rate, n_fft, hop, mels, fmin, fmax: of the mel spectrograms (`MelSettings`).
         dim, hidden, layers: channels, inner channels and number of the network's blocks.
         mel, spectral, gan, features: weights of the loss (`VocoderLoss`); `gan` 0 trains without discriminators.

@@ -13,7 +13,7 @@ from hasten.audio.mel import MelSettings, mel
 from hasten.errors import BadInput
 from hasten.metrics.speech_distance import align, cepstra, speech_distance
 from hasten.metrics.speech_quality import DNSMOS, WINDOW, DistillMOS, without_torchaudio
-from hasten.metrics.speech_recognition import Moonshine, text_of, token_pieces
+from hasten.metrics.speech_recognition import Moonshine, joined_pieces, token_pieces
 from hasten.metrics.speech_words import normalised_words, number_words, word_error_rate, word_errors
 
 
@@ -111,7 +111,7 @@ def test_tokens_are_read_as_they_are_stored() -> None:
         (bytes([len(p)]) if len(p) < 128 else bytes([128 + len(p) % 128, len(p) // 128])) + p for p in pieces
     )
     assert token_pieces(content) == pieces
-    assert text_of(pieces[2:4]) == "hello"
+    assert joined_pieces(pieces[2:4]) == "hello"
 
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path) -> None:

@@ -22,13 +22,13 @@ from .elimination import AllTimes, Decision, Elimination, PairedStop, Stages, el
 from .errors import ClassErrors
 from .fitting import AdapterTraining, steps_for_shots, train_adapters
 from .shots import check_shots, images_for, samples_of
-from .time_weights import PAPER_VALUES, attribute_size, evaluation_times, time_of_loss, time_step_weights
+from .time_weights import attribute_size, evaluation_times, time_of_loss, time_step_weights
 
 __all__ = ["DiffusionClassifier", "FewShotClassifier"]
 
 PREDICTION = (
-    "weights", "size", "floor", "times", "spacing", "elimination", "error", "temperature", "lora_scale", "batch_size",
-    "seed",
+    "weights", "size", "step", "floor", "times", "spacing", "elimination", "error", "temperature", "lora_scale",
+    "batch_size", "seed",
 )  # fmt: skip
 WEIGHTS = ("time_steps", "uniform", "inverse")
 RULES = {"paired": PairedStop, "stages": Stages, "all": AllTimes}
@@ -64,6 +64,8 @@ class FewShotClassifier:
         lora_scale: multiplies the adapters' change in prediction; the paper has .6.
         weights: `time_steps`, the paper's w(t); `uniform`; `inverse`, 1 - w(t), a control that must fail.
         size: d of w(t); None: `attribute_size` of the shots.
+        step: of the sizes of other attributes in w(t), see `time_step_weights`; None: d, so that w(t) is a function of
+            the degree of loss alone, whatever the units and the size of the samples. The paper's is 1.
         floor: degree of loss l(t, d) below which times are left out, see `time_of_loss`.
         times: T, at which errors are compared.
         spacing: `even`, with weights w(t), or `weighted`: quantiles of the density w(t), without weights.
@@ -96,7 +98,8 @@ class FewShotClassifier:
     lora_scale: float = 1.0
     weights: str = "time_steps"
     size: float | None = None
-    floor: float = 1e-7
+    step: float | None = None
+    floor: float = 0.01
     times: int = 128
     spacing: str = "weighted"
     elimination: Any = "paired"
@@ -224,7 +227,7 @@ class FewShotClassifier:
             size = attribute_size(samples.cpu(), index)
         self.size_ = None if size is None else float(size)
         self.time_floor_ = time_of_loss(schedule, self.size_ or 0.0, self.floor)
-        step = math.sqrt(math.prod(self.model_.shape) / PAPER_VALUES)
+        step = self.step if self.step is not None else self.size_ or 1.0
 
         def weights(t: Tensor) -> Tensor:
             if self.size_ is None or self.weights == "uniform":
@@ -266,7 +269,7 @@ class FewShotClassifier:
         """A fitted copy with other parameters of prediction, which shares model and adapters.
 
         Args:
-            params: weights, size, floor, times, spacing, elimination, error, temperature, lora_scale, batch_size, seed.
+            params: such as weights, times, elimination: those that take effect after `fit`.
 
         Raises:
             BadInput: before `fit`, and for parameters of fitting.

@@ -155,7 +155,7 @@ class PairedStop:
         rounds = [
             torch.tensor([int(part[k]) for part in strata if k < len(part)]) for k in range(max(map(len, strata)))
         ]
-        return torch.cat([one[torch.randperm(len(one), generator=generator)] for one in rounds])
+        return torch.cat(rounds)
 
     def looks(self, times: int) -> list[int]:
         """`first` times, then growing by `growth` in multiples of it, to the end."""
@@ -175,6 +175,7 @@ class PairedStop:
         best = mean.argmin(1)
         difference = errors - errors[torch.arange(len(errors)), best][:, None]
         level = self.error / ((classes - 1) * max(len(self.looks(times)) - 1, 1))
+        # over all times together: more than within the strata, which is on the safe side
         reach = -t_quantile(level, m - 1) * difference.std(2) * math.sqrt((1 - m / times) / m)
         kept = ~((difference.mean(2) >= reach) & (reach > 0))
         kept[torch.arange(len(errors)), best] = True

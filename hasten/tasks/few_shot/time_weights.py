@@ -21,7 +21,6 @@ from ...schedules.discrete import Discrete
 
 __all__ = ["attribute_size", "evaluation_times", "log_loss_degree", "time_of_loss", "time_step_weights"]
 
-PAPER_VALUES = 4 * 64 * 64  # numbers of a sample of the paper's model, for which its sizes grow in steps of 1
 CHUNK = 2**24  # squared distances in memory at once
 
 
@@ -55,6 +54,7 @@ def time_step_weights(schedule: Schedule, t: Tensor, size: float, step: float = 
         t: times (T,) in (0, 1].
         size: d >= 0 of the attributes that tell the classes apart, see `attribute_size`.
         step: by which the sizes of the other attributes grow, > 0. 1: as in the paper, for samples of 4 x 64 x 64.
+            With step = d the weight depends on l(t, d) alone.
         count: how many sizes.
 
     Returns:
