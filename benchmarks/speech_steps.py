@@ -55,10 +55,7 @@ def quality(arguments: argparse.Namespace) -> None:
         out = Path(arguments.features).parent if arguments.features else None
         data = speech_samples(model, arguments.data, out, arguments.split)
         for steps in counts:
-            options: dict[str, Any] = {"steps": steps}
-            if (times := speech.times(steps)) is not None:
-                options["times"] = times
-            resolved = model.resolve(**options)
+            resolved = model.resolve(steps=steps)
             errors: list[tuple[float, float]] = []
             for first in range(0, len(data), 16):
                 rows = list(range(first, min(first + 16, len(data))))

@@ -78,7 +78,7 @@ def test_a_new_model_with_the_term_from_the_command_line(tmp_path: Path) -> None
     assert out[0] == 0, out
 
 
-def test_pipelines_of_pixels_and_of_latents(tmp_path: Path) -> None:
+def test_pipelines_of_pixels(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     pipeline("ddpm").save_pretrained(tmp_path / "ddpm")
     model = load(tmp_path / "ddpm")

@@ -44,6 +44,7 @@ def test_no_verb_takes_what_is_no_such_number(verb: str, name: str, kind: type) 
         "show": ["fashion"],
         "extract_lora": ["fashion", "x"],
         "translate": ["fashion", "x"],
+        "upscale": ["x", "--model", "fashion"],
     }.get(verb, ["fashion"])
     needed += ["--out", "never"] if verb in ("train", "quantize", "export", "tune", "extract_lora") else []
     wrong = ["inf", "nan", "1e999", "x", "0x10", "9" * 5000, "-" + "9" * 400, ""]

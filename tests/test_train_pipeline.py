@@ -299,3 +299,15 @@ def test_the_command_line_and_a_config_file(pictures: Path, tmp_path: Path, caps
     assert "made with another flip" in capsys.readouterr().err
     assert main([*argv, "--batch-size", "2", "--grad-accumulation", "2", "--precision", "fp32"]) == 0
     assert "try hasten sample" in (text := capsys.readouterr().out) and "--prompt TEXT" in text
+
+
+def test_structure_of_latents_with_a_lora(pictures: Path, tmp_path: Path) -> None:
+    """The relations of latents: the term changes what the factors become."""
+    base = hasten.load(tiny.sd_pipeline())
+    before = {name: value.clone() for name, value in weights(base).items()}
+    plain, term = (
+        weights(trained(pictures, tmp_path / f"{k}", base, structure=structure, lora=2))
+        for k, structure in enumerate((None, "weight=2,width=8"))
+    )
+    assert not same(plain, term) and not same(before, plain) and same(before, weights(base))
+    assert all(bool(value.isfinite().all()) for value in term.values())

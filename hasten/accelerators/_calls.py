@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import BadInput
 from . import Call, Recorder
 
 __all__ = ["concat_calls", "in_batches", "merge_calls", "model_calls", "rows_at_once", "warn_empty_prompt"]
@@ -47,22 +48,34 @@ def model_calls(model: Any, n: int, seed: int, setting: dict[str, Any]) -> list[
 
     Args:
         model: a `Model`; one of prompts is sampled with its `calibration_prompts`, image k with number k mod their
-            count.
+            count, and one that reads source images likewise with its `calibration_sources`.
         n: how many images are sampled.
         seed: of the first of them.
         setting: arguments of `Model.sample`.
+
+    Raises:
+        BadInput: for a model that reads source images and has none.
     """
     classes = len(model.classes or ())
     prompts = tuple(getattr(model, "calibration_prompts", ()))
+    sources: Tensor | None = getattr(model, "calibration_sources", None)
 
     def sample(first: int, rows: int) -> list[Call]:
         recorder = Recorder(model.denoiser)
         choices = range(classes) if classes else prompts if model.conditioning is not None else ()
         labels = {"label": [choices[(first + k) % len(choices)] for k in range(rows)]} if choices else {}
+        images: dict[str, Any] = {}
+        if sources is not None:
+            images["images"] = sources[(torch.arange(rows) + first) % len(sources)]
         recorded: Any = replace(model, denoiser=recorder, decoder=None)
-        recorded.sample(rows, seed=seed + first, batch_size=rows, **{**labels, **setting})
+        recorded.sample(rows, seed=seed + first, batch_size=rows, **{**labels, **images, **setting})
         return recorder.calls
 
+    if getattr(model.denoiser, "source_channels", 0) and sources is None and "images" not in setting:
+        raise BadInput(
+            f"{model.name} makes its samples from source images and has none to be calibrated on: give --data "
+            "(hasten.workflows.source_data.calibration_sources), or set its calibration_sources"
+        )
     if model.conditioning is not None and not any(prompts):
         warn_empty_prompt(model.name)
     return in_batches(n, model.shape, sample)

@@ -99,6 +99,9 @@ class ExportedNetwork(nn.Module):
         span, counts = settings.get("guidance_range"), settings.get("step_counts")
         self.guidance_range = None if span is None else (float(span[0]), float(span[1]))
         self.step_counts = None if counts is None else tuple(int(count) for count in counts)
+        for name in ("source_channels", "source_factor", "multiple"):
+            if name in settings:
+                setattr(self, name, int(settings[name]))
         self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.register_buffer("digests", torch.zeros(len(files), 32, dtype=torch.uint8))
         self.folder: Path | None = None
@@ -217,7 +220,7 @@ def record_inputs(model: Model, n: int, seed: int, evaluations: int | None = Non
     handle = model.denoiser.net.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with contextlib.suppress(_EnoughInputs):
-            model.sample(n, seed=seed, batch_size=n)
+            model.sample(n, seed=seed, batch_size=n, images=recorded_sources(model, n))
     finally:
         handle.remove()
     for key, value in inputs[0].items():
@@ -226,12 +229,27 @@ def record_inputs(model: Model, n: int, seed: int, evaluations: int | None = Non
     return [{key: value.detach().cpu() for key, value in each.items()} for each in inputs]
 
 
+def recorded_sources(model: Model, n: int) -> Tensor | None:
+    """The source images of n samples; None for a model that reads none.
+
+    Where it has no calibration sources, noise: the graph is the same, and is compared on it.
+    """
+    shape = model.source_shape
+    if shape is None or not model.denoiser.source_channels:
+        return None
+    sources = model.calibration_sources
+    if sources is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(n, *shape, generator=generator) * 2 - 1
+    return sources[torch.arange(n) % len(sources)]
+
+
 def exported_config(net: nn.Module) -> dict[str, Any]:
     """The attributes of a network that its exported form has too, as keyword arguments of `ExportedNetwork`."""
     own = not type(net).__module__.startswith("hasten.")  # "channels" may mean anything there
     config: Any = {} if own else getattr(net, "config", {})
     settings = {key: config[key] for key in ("channels", "classes") if key in config}
-    for key in ("null_label", "guidance_range", "step_counts"):
+    for key in ("null_label", "guidance_range", "step_counts", "source_channels", "source_factor", "multiple"):
         value = getattr(net, key, None)
         settings |= {} if value is None else {key: list(value) if isinstance(value, tuple) else value}
     return settings
@@ -270,7 +288,7 @@ def check_exportable(model: Model, path: Path, precision: str) -> None:
     from ..model.sources import refuse_process
     from ..storage.model_folder import check_savable
 
-    refuse_process(model, "exporting", bridges_only=True)
+    refuse_process(model, "exporting", bridges_only=True, sources=True)
     check_savable(model, network=False)
     if precision not in PRECISIONS:
         raise BadInput(f"cannot export in {precision!r}: {nearest(precision, PRECISIONS)}")
@@ -343,6 +361,8 @@ def export_network(
         net = copy.deepcopy(net).cpu().eval()
     model = replace(model, denoiser=denoiser.replace(net=net))
     int8 = precision == "int8"
+    if int8 and model.denoiser.source_channels and model.calibration_sources is None:
+        raise BadInput(f"{model.name} reads a source image: give --data, from which those that calibrate int8 are made")
     inputs = record_inputs(model, n, seed) if int8 else record_inputs(model, CHECK_IMAGES, seed, evaluations=1)
     names = tuple(key for key in inputs[0] if key not in ("x", "time"))
     dtypes = {key: str(inputs[0][key].dtype).removeprefix("torch.") for key in names}

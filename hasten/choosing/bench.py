@@ -50,6 +50,7 @@ class Bench:
         precision: Of the network.
         batch_size: Images per batch.
         timing: Images per timed batch, and rounds.
+        sources: Source images (m, C, h, w) of a model that reads them; image k has number k mod m.
     """
 
     model: Model
@@ -62,6 +63,7 @@ class Bench:
     precision: str = "fp32"
     batch_size: int = 64
     timing: tuple[int, int] = (4, 3)
+    sources: Tensor | None = None
     _models: dict[str, Model] = field(default_factory=dict, repr=False)
     # What a decision may use: not what a stopped run has found later, so that the same command decides the same.
     _nfe: dict[str, float] = field(default_factory=dict, repr=False)
@@ -78,11 +80,15 @@ class Bench:
             return None
         return torch.tensor([(first + k) % len(self.model.classes) for k in range(count)])
 
+    def given(self, first: int, count: int) -> Tensor | None:
+        """Source images of images first, first + 1, ...; None for a model that reads none."""
+        return None if self.sources is None else self.sources[torch.arange(first, first + count) % len(self.sources)]
+
     def groups(self, parts: Sequence[tuple[int, int]]) -> list[Hashable] | None:
-        """The prompt of each image: those of one prompt are not independent. None for other models."""
-        if self.model.conditioning is None:
+        """The prompt or source of each image: those of one are not independent. None for other models."""
+        prompts: Any = self.label if self.model.conditioning is not None else self.sources
+        if prompts is None:
             return None
-        prompts: Any = self.label
         return [(first + k) % len(prompts) for first, count in parts for k in range(count)]
 
     def prepared(self, variant: Variant) -> Model:
@@ -105,7 +111,9 @@ class Bench:
         with count_evaluations(model, self.progress) as evaluations:
             seed = self.seed + first + offset
             batch = min(self.batch_size, count)
-            images = sample_images(model, variant, count, seed, batch, self.precision, self.labels(first, count))
+            images = sample_images(
+                model, variant, count, seed, batch, self.precision, self.labels(first, count), self.given(first, count)
+            )
         key = key_of(variant)
         self.store.figures(key)["nfe"] = self._nfe[key] = evaluations[0] / count + start_nfe(model, variant)
         self.spend(evaluations[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..accelerators import FIRST_SEED
@@ -31,6 +32,7 @@ from ..workflows.evidence import collect_evidence
 from ..workflows.prompt_figures import captions_for
 from ..workflows.prompts import bundled_prompts, image_shape, is_image, prompts_for
 from ..workflows.reference_images import resolve_reference
+from ..workflows.source_data import paired_samples, reads_source, sources_of
 from .bench import Bench, key_of
 from .candidates import Space, appliable, plain_variant, search_space
 from .certificate import TRIES, certify, risk_of_try
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from .config import ChooseOptions
 
 __all__ = ["choose"]
+
+SOURCES = 256  # source images on which candidates are measured, of a model that reads them
 
 
 def choose(
@@ -101,7 +105,8 @@ def run_search(
     """`choose`, with the folder locked."""
     progress = ProgressReporter(0, show)
     model = model if isinstance(model, Model) else load_to_compare(model)
-    refuse_process(model, "hasten choose")
+    refuse_process(model, "hasten choose", sources=True)
+    model, sources = with_sources(model, config)
     figure, label, model = figure_for(model, config, goal, progress.say)
     plain, space = space_for(model, config, progress.say)
     count = figure.seeds if config.n is None else config.n
@@ -115,6 +120,7 @@ def run_search(
         "figure": figure.name,
         "real images": None if not isinstance(figure, Distance) else tensor_hash(figure.reference.mean),
         "prompts": label,
+        **({} if sources is None else {"sources": tensor_hash(sources)}),
         "plain model": repr(plain.method),
         "candidates": [key_of(v) for v in space.first] + [repr(one) for one in space.additions],
         "for_diffusers": config.for_diffusers,
@@ -126,7 +132,7 @@ def run_search(
     store = MeasurementStore(folder, settings)
     timing = config.timing_batch, config.rounds
     bench = Bench(
-        model, plain, figure, store, progress, label, config.seed, precision, config.batch_size, timing
+        model, plain, figure, store, progress, label, config.seed, precision, config.batch_size, timing, sources
     )  # fmt: skip
     allowed: Callable[[Variant], str | None] = lambda v: None  # noqa: E731
     if config.for_diffusers:
@@ -162,13 +168,30 @@ def run_search(
     return finish(search, best, tries, goal, out, folder, progress.say)
 
 
+def with_sources(model: Model, config: ChooseConfig) -> tuple[Model, Tensor | None]:
+    """A model that reads source images with those of its calibration, and the others, on which candidates are measured;
+    None for another model.
+
+    Raises:
+        BadInput: without data to make them from.
+    """
+    if not reads_source(model):
+        return model, None
+    if config.data is None:
+        raise BadInput(f"{model.name} makes its samples from source images: give --data, from which they are made")
+    found = sources_of(paired_samples(model, config.data), 2 * SOURCES)
+    rest = found[1::2] if len(found) > 1 else found
+    return replace(model, calibration_sources=found[::2]), rest
+
+
 def figure_for(
     model: Model, config: ChooseConfig, goal: Goal, report: Callable[[str], None]
 ) -> tuple[Figure, Any, Model]:
     """What the loss is measured by, the prompts, and the model with prompts to calibrate accelerators on."""
     ranks = Ranks(model.device)
+    data = None if reads_source(model) else config.data  # of such a model, what its sources are made from
     captioned = captions_for(
-        model, (config.data, config.split, config.judge), (config.reference, config.features), ranks, report
+        model, (data, config.split, config.judge), (config.reference, config.features), ranks, report
     )
     shape = image_shape(model)
     texts = config.prompts if config.prompts is not None else None if captioned is None else captioned.prompts()

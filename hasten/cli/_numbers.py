@@ -26,8 +26,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "int8_fraction": (0, 1), "images": (1, COUNT), "calibration_steps": (1, COUNT), "opset": (1, 1000),
     "factor": (1, 2**10), "crop": (1, 2**16), "latent_channels": (1, 2**12), "gan_weight": (0, 1e6), "lora": (1, 2**16),
     "extract_lora.rank": (1, 2**16), "images_per_prompt": (1, 1000), "levels": (2, 2**16), "mu": (-100, 100),
-    "tile": (1, 2**16), "overlap": (0, 2**16), "border": (0, 2**16),
+    "tile": (1, 2**16), "overlap": (0, 2**16), "temperature": (0, 2), "border": (0, 2**16),
     "psnr": (1, 99), "seconds": (1e-9, 1e9), "confidence": (0.5, 0.9999), "speed": (0.25, 4), "choose.n": (16, 10**8),
+    "train_steps": (1, LARGE), "times": (2, COUNT), "error": (1e-9, 0.999), "prior_images": (0, COUNT),
     "train.steps": (1, LARGE), "distill.steps": (1, LARGE), "quantize.iterations": (1, LARGE),
 }  # fmt: skip
 

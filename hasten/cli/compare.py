@@ -60,12 +60,13 @@ def compare(
         prompts: A file of prompts in their place: text with one per line, or .jsonl. Default: the captions of the data,
             the prompts of the set, or else a bundled list of 200.
         data: Of a model that takes prompts: a folder or zip of pictures with captions. The captions are the prompts,
-            the pictures the reference; accelerators are calibrated on the captions of the training pictures.
+            the pictures the reference; accelerators are calibrated on the captions of the training pictures. Of a model
+            that restores images, such as one of super-resolution: true images of any sizes.
         split: Of the data, the pictures that are held out: test, val or train.
         judge: What features are of, and what compares images with prompts: a folder of contrastive towers or of a
             CLIPModel of transformers. Default: the one that the model names.
-        lpips: The weights of LPIPS: alex or vgg, whose files are on this machine, or a file or folder. Default: those
-            that are found.
+        lpips: The weights of LPIPS: alex, vgg, alex_shift_tolerant or vgg_shift_tolerant, whose files are on this
+            machine, or a file or folder. Default: those that are found.
         repeats: Disjoint blocks of n seeds: figures are then means with their deviation.
         minutes: Time budget. Default: none. The measured speed then decides the number of images, n at most; the last
             variants are skipped where 64 images of each would take longer.

@@ -20,6 +20,8 @@ def export(
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     opset: int | None = None,
     n: int = 8,
+    data: Path | None = None,
+    degrade: str | None = None,
     seed: int = 2_000_000,
     json: bool = False,
 ) -> dict[str, Any]:
@@ -38,6 +40,9 @@ def export(
             is chosen when an openvino model is sampled (--precision bf16), not here.
         opset: Version of the ONNX operators. Default: 18.
         n: Images that calibrate int8.
+        data: Of a model that reads a source image: folder, zip or array of images, from which the sources of the
+            calibration are made.
+        degrade: What makes the sources. Default: as in the training of the model.
         seed: Of the first of these; far from the seeds that sample and compare start with.
         json: Print the result as JSON.
 
@@ -51,6 +56,12 @@ def export(
     if opset is not None and to != "onnx":
         raise BadInput(f"--opset is ONNX's: leave it out with --to {to}")
     loaded = open_model(model, "cpu", lora)
+    if data is not None:
+        from ..workflows.source_data import PairSettings, calibration_sources
+
+        loaded = calibration_sources(
+            loaded, data, None if degrade is None else PairSettings.of(loaded, degrade=degrade)
+        )
     if to == "onnx":
         from ..adapters import onnx
 

@@ -35,6 +35,8 @@ def quantize(
     seed: int = 2_000_000,
     prompt: list[str] | None = None,
     prompts: Path | None = None,
+    data: Path | None = None,
+    degrade: str | None = None,
     config: Path | None = None,
     sampler: str | None = None,
     times: str | None = None,
@@ -72,6 +74,9 @@ def quantize(
         seed: Of the first calibration image; far from the seeds that sample and compare start with.
         prompt: Of a model that takes prompts: text prompt of the calibration images; may be given several times.
         prompts: A text file of prompts in their place, one per line.
+        data: Of a model that reads a source image, such as super-resolution: folder, zip or array of images, from which
+            the sources of the calibration are made.
+        degrade: What makes the sources. Default: as in the training of the model.
         config: A SamplingConfig file (TOML or JSON) of the samplings; the options below override its fields.
         sampler: Of the samplings. Default: the model's recommended one, as for the next three.
         times: Time grid.
@@ -85,6 +90,7 @@ def quantize(
     """
     from ..workflows.prompts import prompts_for
     from ..workflows.quantize import QuantizeConfig, quantize_model
+    from ..workflows.source_data import PairSettings
 
     loaded = open_model(model, device, lora)
     texts = prompts_for(loaded, prompts_of(prompt, prompts), "the command")
@@ -102,6 +108,8 @@ def quantize(
         out,
         QuantizeConfig(**{**options, "act_bits": act_bits or None, "exclude": excluded, "split": not no_split}),  # type: ignore[arg-type]
         sampling_config(config, None, **sampling),
+        data=data,
+        pairs=None if degrade is None else PairSettings.of(loaded, degrade=degrade),
         log=(lambda line: None) if json else lambda line: print(line, flush=True),
         command=command_line(
             "quantize",
@@ -113,6 +121,8 @@ def quantize(
                 "no_split": no_split,
                 "prompt": prompt,
                 "prompts": prompts,
+                "data": data,
+                "degrade": degrade,
                 "config": config,
                 **sampling,
             },

@@ -24,6 +24,7 @@ def tune(
     steps: int | None = None,
     guidance_scale: float | None = None,
     data: Path | None = None,
+    degrade: str | None = None,
     n: int | None = None,
     seed: int = 1_000_000,
     precision: str | None = None,
@@ -44,7 +45,9 @@ def tune(
         times: Time grid to start from.
         steps: Number of steps of the time grid.
         guidance_scale: Scale of classifier-free guidance under which the result will be used.
-        data: Folder, zip or array of real images, for the methods that need them.
+        data: Folder, zip or array of real images, for the methods that need them, and for models that read a source
+            image, such as super-resolution, of which the sources are made from them.
+        degrade: What makes the sources. Default: as in the training of the model.
         n: Number of samples to calibrate on. Default: the method's own.
         seed: Of the first calibration sample; far from the seeds that sample and compare start with.
         precision: fp32 or bf16 (autocast). Default: fp32.
@@ -54,6 +57,7 @@ def tune(
     Returns:
         The folder, the plan, statistics and networks, and their figures.
     """
+    from ..workflows.source_data import PairSettings
     from ..workflows.tune import tune_model
 
     loaded = open_model(model, device)
@@ -63,9 +67,19 @@ def tune(
     sampling = {
         "sampler": sampler, "times": times, "steps": steps, "guidance_scale": guidance_scale, "precision": precision,
     }  # fmt: skip
-    options = {"method": method, "config": config, **sampling, "data": data, "n": n, "seed": seed, "out": out}
+    options = {
+        "method": method,
+        "config": config,
+        **sampling,
+        "data": data,
+        "degrade": degrade,
+        "n": n,
+        "seed": seed,
+        "out": out,
+    }
     result = tune_model(
         loaded, folder, method, sampling_config(config, "fp32", **sampling), data=data, n=n, seed=seed,
+        pairs=None if degrade is None else PairSettings.of(loaded, degrade=degrade),
         command=command_line("tune", model, options),
     )  # fmt: skip
     parts = [*([f"plan {result['plan']}"] if result["plan"] else []), *result["statistics"], *result["parts"]]

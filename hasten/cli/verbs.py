@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .choose import choose
+from .classify import classify
 from .compare import compare
 from .convert_lora import convert_lora
 from .distill import distill
@@ -22,7 +23,7 @@ from .tune import tune
 from .upscale import upscale
 
 VERBS = (
-    sample, compare, choose, distill, quantize, tune, restyle, translate, upscale, speak, export, train, evaluate,
-    models, show, sigmas, extract_lora, merge_lora, convert_lora,
+    sample, compare, choose, distill, quantize, tune, restyle, translate, upscale, classify, speak, export, train,
+    evaluate, models, show, sigmas, extract_lora, merge_lora, convert_lora,
 )  # fmt: skip
 __all__ = [verb.__name__ for verb in VERBS]

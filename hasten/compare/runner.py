@@ -40,6 +40,7 @@ from .variants import VariantSet, load_variants, parse_variants
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+CALIBRATION_SOURCES = 16
 PAIRED_IMAGES = 48  # of a row, where nothing but pairs of images is compared
 MINIMUM = {"n": 10, "rounds": 1, "timing_batch": 1, "batch_size": 1, "seed": 0, "repeats": 1}
 # The part of the protocol that is in the key of a row.
@@ -185,7 +186,10 @@ def compare(
         raise BadInput("minutes is for one process and one block of seeds: give n in its place")
     progress = ProgressReporter(0, ranks.is_main_process)
     meter, restoration = open_restoration(model, config, config.n, progress.say) if restores else (None, None)
-    n = n if meter is None else len(meter.pairs)
+    if meter is not None:
+        n = len(meter.pairs)
+        if model.calibration_sources is None:  # accelerators are calibrated on some of its sources
+            model = replace(model, calibration_sources=meter.pairs.groups[0].sources[:CALIBRATION_SOURCES])
     chosen = (None if restores else config.data, config.split, config.judge)
     against = (config.reference, None if restores else config.features)
     captioned = captions_for(model, chosen, against, ranks, progress.say)
@@ -279,8 +283,7 @@ def compare(
         return tools.create_jobs(rows, settings, ranks)
 
     state = (model, create_jobs(protocol), store, protocol, known, net, Path(out), ranks, label, captioned, evidence)
-    state += (meter,)
-    run = Comparison(*state) if budget is None else BudgetedComparison(*state, budget, create_jobs)
+    run = Comparison(*state, meter) if budget is None else BudgetedComparison(*state, meter, budget, create_jobs)
     warnings: list[str | None] = []
     if budget is None:  # otherwise n is not known yet
         warnings += [] if known is None else [without_neighbours(n, known)]

@@ -115,7 +115,7 @@ class DMD(Distiller):
                 x = self.generate(task, student, batch)
             t = self.sample_times(task.schedule, len(x), time_device(x))
             z = noised(task.schedule, x, t)
-            value = prediction_loss(fake.denoiser, z, t, x, "raw", **cond)
+            value = prediction_loss(fake.denoiser, z, t, x, "raw", None, **cond)
             if self.gan:
                 real = fake.logits(noised(task.schedule, batch["x"], t), t, **cond)
                 generated = fake.logits(z, t, **cond)

@@ -179,8 +179,8 @@ class GuidedDistillation(Distiller):
                 target = unconditional + scale.view(-1, *[1] * (z.ndim - 1)).to(z.dtype) * (conditional - unconditional)
             raw = student.raw(z, t, **cond, **({"guidance": scale} if student.net_takes_guidance else {}))
             if task.structure is not None:
-                estimates = (clean_samples(student, z, t, each) for each in (raw, target))
-                relate(task, batch, raw, *estimates, t)
+                x0, x0_target = (clean_samples(student, z, t, each) for each in (raw, target))
+                relate(task, batch, raw, x0, x0_target, t)
             error = (raw - target).float().square().flatten(1).mean(1)
             return (output_weight(student, t, self.weight).to(x.device, torch.float32) * error).mean()
 

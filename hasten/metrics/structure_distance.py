@@ -79,7 +79,7 @@ def structure_distance_of(
     """Structure distance of images in frozen random features, with that between two real halves beside it.
 
     Args:
-        images: generated (N, C, H, W), floats in [-1, 1] or uint8; the first `samples` are used.
+        images: generated (N, C, H, W), floats in [-1, 1] or uint8; `samples` of them are used.
         real: real ones of the same shape, at least 4.
         samples: maximum of each set; both get the same number.
         networks: random networks that the distance is averaged over.
@@ -97,7 +97,10 @@ def structure_distance_of(
     n = min(samples, len(images), len(real) // 2)
     if n < 2:
         raise BadInput(f"structure distance needs 2 images and 4 real ones or more, got {len(images)} and {len(real)}")
-    sets: Sequence[Tensor] = [_pixels(_check_images(part), True) for part in (real[:n], real[n : 2 * n], images[:n])]
+    generator = torch.Generator().manual_seed(seed)  # sets may be sorted by class
+    rows, own = torch.randperm(len(real), generator=generator), torch.randperm(len(images), generator=generator)
+    parts = real[rows[:n]], real[rows[n : 2 * n]], images[own[:n]]
+    sets: Sequence[Tensor] = [_pixels(_check_images(part), True) for part in parts]
     first, second, generated = (random_features(part, networks, seed=seed) for part in sets)
     values = torch.tensor([structure_distance(a, b) for a, b in zip(first, generated, strict=True)])
     floors = torch.tensor([structure_distance(a, b) for a, b in zip(first, second, strict=True)])

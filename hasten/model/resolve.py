@@ -160,7 +160,9 @@ def accelerate_model(
     times = None if plan is None else tuple(plan.times[:-1].tolist())
     plain = config.replace(accelerators=(), guides=(), start=None, precision=None)
     prompts = tuple(getattr(model, "calibration_prompts", ()))
-    key = (model.denoiser, tuple(map(repr, methods)), times, repr(plain), prompts, model.device)
+    sources = getattr(model, "calibration_sources", None)
+    known = None if sources is None else (id(sources), tuple(sources.shape))
+    key = (model.denoiser, tuple(map(repr, methods)), times, repr(plain), prompts, known, model.device)
     result = cache.pop(key, None)
     if result is None:
         if len(cache) >= CACHED:

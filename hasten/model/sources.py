@@ -61,6 +61,9 @@ def fits(model: Any, source: Tensor, shape: tuple[int, ...]) -> bool:
     return True
 
 
+WITH_TEXTS = ("distillation", "tuning")  # what gives the conditions of a text to a model that speaks
+
+
 def refuse_process(model: Any, what: str, bridges_only: bool = False, sources: bool = False) -> None:
     """Raise BadInput for a model of another process, or one whose samples do not begin from noise alone.
 
@@ -71,6 +74,10 @@ def refuse_process(model: Any, what: str, bridges_only: bool = False, sources: b
         sources: it works on models that draw from noise and read a source image as a condition.
     """
     schedule = model.denoiser.schedule
+    if "speech" in model.card and what not in WITH_TEXTS:
+        raise BadInput(
+            f"{what} would run {model.name}, which speaks, without a text: what works is hasten speak, distill and tune"
+        )
     if model.start is not None and getattr(pick("starts", model.start), "gives_source", False):
         if bridges_only:
             return

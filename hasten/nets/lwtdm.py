@@ -48,16 +48,16 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """x (B, C, H, W) with what it finds in the keys and values of y, see `read`."""
         h = F.scaled_dot_product_attention(tokens(self.query(x)), key, value)
-        return x + self.out(h.transpose(1, 2).reshape(len(x), -1, *x.shape[2:]))
+        return x + self.out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
     def read(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of y (B, C, h, w), (B, h w, inner) each."""
+        """Key and value of y (B, C, h, w), (B, 1, h w, inner) each."""
         return tokens(self.key(y)), tokens(self.value(y))
 
 
 def tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W, C)."""
-    return x.flatten(2).transpose(1, 2)
+    """(B, C, H, W) -> (B, 1, H W, C), of one head: exporters and torch's fast kernels know four dimensions only."""
+    return x.flatten(2).transpose(1, 2)[:, None]
 
 
 class LWTDM(nn.Module):
@@ -131,7 +131,7 @@ class LWTDM(nn.Module):
         self.down: ModuleListOf[nn.Module] = ModuleListOf(LWTDMBlock(w, inner, dropout) for w in widths)
         self.fusion: ModuleListOf[nn.Module] = ModuleListOf(nn.Conv2d(w, w, 3, padding=1) for w in widths)
         self.middle: ModuleListOf[nn.Module] = ModuleListOf(LWTDMBlock(width, inner, dropout) for _ in range(middle))
-        self.attention: ModuleListOf[nn.Module] = ModuleListOf(CrossAttention(width, inner) for _ in range(middle))
+        self.attention: ModuleListOf[CrossAttention] = ModuleListOf(CrossAttention(width, inner) for _ in range(middle))
         self.up: ModuleListOf[ModuleListOf[nn.Module]] = ModuleListOf(
             ModuleListOf(LWTDMBlock(4 * w, inner, dropout) for _ in range(2)) for w in reversed(widths)
         )

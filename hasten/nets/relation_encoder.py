@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ class RelationEncoder(nn.Module):
             )
             self.out = nn.Linear(hidden, features)
             return
-        conv, sides = CONVOLUTIONS[dimensions], list(shape[1:])
+        conv: Any = CONVOLUTIONS[dimensions]
+        sides = list(shape[1:])
         layers: list[nn.Module] = []
         channels, last = shape[0], width
         while True:

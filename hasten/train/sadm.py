@@ -172,8 +172,8 @@ class StructureTerm(nn.Module):
 
     def distance(self, target: Tensor, x0: Tensor, weights: Tensor | None, groups: Tensor | None) -> Tensor:
         """D between the relations of `target` and `x0`, see `relation_distance`."""
-        features = self.encoder(torch.cat([target.to(x0.dtype), x0])).split(len(x0))
-        return relation_distance(*features, weights, groups, self.options.loss, self.ranks)
+        real, generated = self.encoder(torch.cat([target.to(x0.dtype), x0])).split(len(x0))
+        return relation_distance(real, generated, weights, groups, self.options.loss, self.ranks)
 
     def add(self, loss: Tensor, output: Tensor, estimates: Estimates, batch: dict[str, Tensor]) -> Tensor:
         """The loss with the term's gradient. Its value stays that of the loss, to compare with plain runs.

@@ -30,6 +30,8 @@ class TuningTask:
         labels: returns the labels of n samples, classes in turn; None without classes.
         images: returns n real images (n, *S) in [-1, 1], always the same for the same n, and their labels; None without
             data.
+        sources: source images (m, C, h, w) of a network that reads them; sample k has number k mod m.
+        temperature: factor of the initial noise.
         seed: of calibration sample 0; sample k has `seed + k`.
         n: number of calibration samples. Default: the method's own.
         identity: of the weights, for the cache.
@@ -42,6 +44,8 @@ class TuningTask:
     shape: tuple[int, ...]
     labels: Callable[[int], Tensor | None] = lambda n: None
     images: Images | None = None
+    sources: Tensor | None = None
+    temperature: float = 1.0
     seed: int = 0
     n: int | None = None
     identity: str = ""
@@ -80,12 +84,29 @@ class TuningTask:
 
     def noise(self, first: int, count: int, dtype: torch.dtype = torch.float32) -> Noise:
         """The noise of calibration samples `first` to `first + count - 1`."""
-        return Noise(range(self.seed + first, self.seed + first + count), self.shape, dtype, self.device)
+        seeds = range(self.seed + first, self.seed + first + count)
+        return TemperedNoise(self.temperature, seeds, self.shape, dtype, self.device)
 
     def cond(self, count: int, first: int = 0) -> dict[str, Any]:
         """Keyword arguments of the denoiser for samples `first` to `first + count - 1`; sample k has class k mod C."""
         labels = self.labels(first + count)
-        return {} if labels is None else {"label": labels[first:].to(self.device)}
+        cond = {} if labels is None else {"label": labels[first:].to(self.device)}
+        if self.sources is not None:
+            cond["source"] = self.sources[torch.arange(first, first + count) % len(self.sources)].to(self.device)
+        return cond
+
+
+class TemperedNoise(Noise):
+    """Noise whose initial values are multiplied by a temperature."""
+
+    def __init__(self, temperature: float, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.temperature = temperature
+
+    def initial(self) -> Tensor:
+        """The initial noise (B, *S) times the temperature."""
+        x = super().initial()
+        return x if self.temperature == 1 else self.temperature * x
 
 
 @dataclass
@@ -106,9 +127,11 @@ class Tuned:
 
 
 class Tuner(Protocol):
-    """A tuning method: a frozen dataclass of this form in each file of `tuning/`. `needs_data`: it needs images."""
+    """A tuning method: a frozen dataclass of this form in each file of `tuning/`. `needs_data`: it needs images.
+    `reads_sources`: it takes all conditions from `task.cond`, the source images of a network that reads them too."""
 
     needs_data: ClassVar[bool] = False
+    reads_sources: ClassVar[bool] = False
 
     def bind(self, statistics: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> Tuner:
         """The method with the statistics and parts of a model that it uses."""

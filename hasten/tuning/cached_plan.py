@@ -56,6 +56,7 @@ class CachedPlan(Tuner):
     rescale: tuple[float, ...] = (1.0, 0.0)
     prediction: str | None = None
     needs_data: ClassVar[bool] = False
+    reads_sources: ClassVar[bool] = True
     negative: ClassVar[tuple[str, ...]] = ("rescale",)
 
     def __post_init__(self) -> None:

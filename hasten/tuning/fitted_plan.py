@@ -94,6 +94,7 @@ class FittedPlan(Tuner):
     pool: int = 0
     directions: int = 0
     needs_data: ClassVar[bool] = False
+    reads_sources: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("fitted_plan gradient", self.gradient, ("network", "frozen"))

@@ -99,6 +99,7 @@ class OptimizedSteps(Tuner):
     chunk: int = 16
     seed: int = 0
     needs_data: ClassVar[bool] = False
+    reads_sources: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.starts:

@@ -20,7 +20,7 @@ from ..train import open_data
 from ..train.data import Data, to_float
 from ..train.encoded import encode_captioned
 from ..train.names import match_labels
-from .source_data import PairSettings, paired_samples
+from .source_data import PairSettings, paired_samples, reads_source
 
 BLANK_IMAGES = 1024  # samples of the data set without real images
 ENCODED = "encoded"  # folder of latents and text embeddings in that of the run
@@ -46,7 +46,7 @@ def training_data(
     """
     if "speech" in model.card and isinstance(data, (str, Path, Corpus)):
         return speech_samples(model, data, out)
-    if model.source_shape is not None:
+    if reads_source(model):
         if data is None or isinstance(data, (list, tuple)):
             raise BadInput(
                 f"{model.name} makes its samples from source images: give --data, images like those of its training, "

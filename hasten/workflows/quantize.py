@@ -31,11 +31,13 @@ from ..pick import format_spec
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ignore_messages
 from ..storage.model_folder import check_savable
-from ..storage.provenance import model_hash, utc_now
+from ..storage.provenance import model_hash, tensor_hash, utc_now
 from ..storage.runs import unfinished_run
 from ..storage.weights import is_half
+from ..train.sources import Data
 from ..utils.config import Config
 from ..utils.finite import check_finite, check_weights
+from .source_data import PairSettings, calibration_sources
 from .tune import tuning_progress
 
 if TYPE_CHECKING:
@@ -153,6 +155,8 @@ def quantize_model(
     config: QuantizeConfig | None = None,
     sampling: SamplingConfig | None = None,
     *,
+    data: str | Path | Data | Tensor | None = None,
+    pairs: PairSettings | None = None,
     log: Callable[[str], None] = ignore_messages,
     command: str = "",
     **options: Unpack[QuantizeOptions],
@@ -167,6 +171,8 @@ def quantize_model(
         out: the folder to write.
         config: bits, rounding and calibration; None: 8 bits.
         sampling: of the calibration samples; None: the model's defaults.
+        data: of a model that reads source images: images from which the sources of its calibration are made.
+        pairs: what makes them; None: what the model's card records.
         log: called with one line after every block.
         command: the command line, for the model card.
         options: fields of `config` and of `sampling`.
@@ -189,7 +195,8 @@ def quantize_model(
         raise BadInput("give minutes or iterations, not both")
     if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
         raise BadInput(f"minutes must be positive, got {minutes}")
-    refuse_process(model, "quantisation", bridges_only=True)
+    refuse_process(model, "quantisation", bridges_only=True, sources=True)
+    model = calibration_sources(model, data, pairs)
     check_savable(model, network=False, integers=True)
     check_weights(model.denoiser, model.name)
     out, start = Path(out), time.perf_counter()
@@ -205,6 +212,8 @@ def quantize_model(
     }
     if model.conditioning is not None:
         run["prompts"] = list(model.calibration_prompts)
+    if model.calibration_sources is not None:
+        run["sources"] = tensor_hash(model.calibration_sources)
     record = unfinished_run(out / RUN, run, iterations_of)
     if record is not None and (out / "model.json").is_file():
         return {"folder": str(out), **json.loads((out / "model.json").read_text())["card"]["quantized"]}

@@ -16,6 +16,7 @@ from ..pick import pick
 from ..progress import ignore_messages
 from ..train.any_size import AnySize, open_any_size
 from ..train.data import to_float
+from ..train.sources import NoSplits
 from ..utils.resizing import enlarge
 
 __all__ = ["PairGroup", "RestorationPairs", "open_pairs", "restores"]
@@ -180,17 +181,12 @@ def cut_sides(model: Model, size: int | None, whole: bool) -> tuple[int, int] | 
 
 def test_images(data: str | Path, split: str, channels: int, report: Callable[[str], None]) -> AnySize:
     """The images of a split; all of them where there are no splits."""
+    if Path(data).suffix.lower() == ".npy":  # one array
+        return open_any_size(data, None, channels)
     try:
         return open_any_size(data, split, channels)
-    except BadInput as error:
-        if split == "train" or not any(words in str(error) for words in ("it has no split folders", "has no split")):
-            raise
-        try:
-            images = open_any_size(data, None, channels)
-        except BadInput:
-            raise error from None
-        if any(part in Path(name).parts for name in images.names for part in ("train", "training")):
-            raise
+    except NoSplits:
+        images = open_any_size(data, None, channels)
     report(f"{data} has no split {split!r}: all its {len(images)} images are used")
     return images
 

@@ -179,6 +179,7 @@ def open_meter(
         report(f"Fréchet distance and KID are left out: {error}")
     if net is not None and len(pairs) < MINIMUM:
         report(f"Fréchet distance and KID are left out: they need {MINIMUM} images, better 100 or more")
-    if device is not None:
-        perceptual, net = (None if one is None else one.to(device) for one in (perceptual, net))
+    for one in (perceptual, net):
+        if isinstance(one, nn.Module) and device is not None:
+            one.to(device)
     return RestorationMeter(pairs, border, perceptual, net)

@@ -22,7 +22,7 @@ from ..train.names import match_labels
 from ..train.pairs import degraded_pairs, folder_pairs
 from ..train.sources import Data
 
-__all__ = ["PairSettings", "calibration_sources", "paired_samples", "reads_source", "spread_rows"]
+__all__ = ["PairSettings", "calibration_sources", "paired_samples", "reads_source", "sources_of"]
 
 SOURCES = 64  # of the calibration of a model, by default
 
@@ -75,8 +75,9 @@ class PairSettings:
 def reads_source(model: Model) -> bool:
     """Whether the model draws from noise with a network that reads a source image; bridges, and models whose source is
     a generator's, do not."""
+    generated = model.start is not None and getattr(pick("starts", model.start), "gives_source", False)
     bridge = getattr(model.denoiser.schedule, "bridge", False)
-    return bool(model.denoiser.source_channels) and not bridge and model.start is None
+    return bool(getattr(model.denoiser, "source_channels", 0)) and not bridge and not generated
 
 
 def paired_samples(model: Model, data: str | Path | Data | Tensor, settings: PairSettings | None = None) -> Data:
@@ -176,9 +177,13 @@ def calibration_sources(
                 "which they are made"
             )
         return model
-    pairs = paired_samples(model, data, settings)
+    return replace(model, calibration_sources=sources_of(paired_samples(model, data, settings), n))
+
+
+def sources_of(pairs: Data, n: int) -> Tensor:
+    """At most n sources (n, C, h, w) of data with the condition `source`, evenly spaced."""
     assert pairs.conditions is not None
-    return replace(model, calibration_sources=pairs.conditions(spread_rows(len(pairs), n))["source"])
+    return pairs.conditions(spread_rows(len(pairs), n))["source"]
 
 
 def spread_rows(size: int, n: int) -> list[int]:

@@ -25,7 +25,7 @@ from ..storage.lora_files import write_lora
 from ..storage.provenance import utc_now
 from ..train.sources import Data
 from ..utils.resizing import enlarge
-from .source_data import spread_rows
+from .source_data import sources_of
 
 PREVIEW_IMAGES = 64  # images in the preview of a stage
 
@@ -67,8 +67,7 @@ class Saver:
             data: with the condition `source`.
             pairs: what made them, for the models' cards.
         """
-        assert data.conditions is not None
-        self.sources, self.pairs = data.conditions(spread_rows(len(data), PREVIEW_SOURCES))["source"], pairs
+        self.sources, self.pairs = sources_of(data, PREVIEW_SOURCES), pairs
 
     def __call__(self, name: str | None, student: Student) -> None:
         """Save the student of the stage `name`; None: the last one, into the run's own folder."""

@@ -92,7 +92,10 @@ def train_model(
     base = config.base if base is None else base
     if config.cache is not None:
         refuse_inside(config.cache, data, "cache")
+    if isinstance(data, Tensor) and (base is not None or config.init_from is None):
+        raise BadInput("a tensor of samples is for init_from: give a path, or hasten.train.Data.of(images)")
     if base is not None:
+        assert not isinstance(data, Tensor)
         if stray := next((name for name in (*PAIR_OPTIONS, "init_from") if getattr(config, name) is not None), None):
             raise BadInput(f"{stray} is for models of pixels: leave it out, or base")
         return train_pipeline(data, Path(out), config, base, device=device, name=name, show=show)
@@ -104,7 +107,11 @@ def train_model(
     ranks = Ranks.start(device)
     origin = None if config.init_from is None else open_origin(config, ranks)
     lr = (1e-3 if origin is None else 1e-4) if config.lr is None else config.lr
-    source = opened(data, config) if origin is None else origin_data(data, origin, config)
+    if origin is None:
+        assert not isinstance(data, Tensor)
+        source = opened(data, config)
+    else:
+        source = origin_data(data, origin, config)
     if source.captions is not None:
         print_once(
             f"{source.source or 'the data'}: the captions are not used, since a model of pixels has no text encoder: "

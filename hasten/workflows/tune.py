@@ -17,22 +17,30 @@ from ..errors import BadInput, check_int
 from ..files import check_writable, holds_lock, refuse_inside
 from ..model.model import Model
 from ..model.sources import refuse_process
-from ..pick import format_spec, pick
+from ..pick import format_spec, method_names, pick
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ProgressFn, no_progress
 from ..storage.atomic import refuse_other_model, short_hash
 from ..storage.model_folder import check_savable
-from ..storage.provenance import model_hash, utc_now
+from ..storage.provenance import model_hash, tensor_hash, utc_now
 from ..storage.weights import is_half
+from ..tasks.speech.features import Corpus
+from ..tasks.speech.samples import SegmentDenoiser, speech_samples
+from ..train.data import Data, open_data, to_float
 from ..train.fingerprint import listing
+from ..train.names import match_labels
 from ..tuning import Tuned, Tuner, TuningTask
 from ..tuning._task import Images
 from ..utils.environment import is_terminal
 from ..utils.finite import check_finite, check_weights
 from ..utils.random import MAX_SEED
+from .source_data import PairSettings, paired_samples, reads_source, sources_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+SOURCES = 256  # source images of the calibration of a model that reads them
 
 
 @holds_lock("out")
@@ -42,7 +50,8 @@ def tune_model(
     method: str = "optimized_steps",
     sampling: SamplingConfig | None = None,
     *,
-    data: str | Path | None = None,
+    data: str | Path | Corpus | None = None,
+    pairs: PairSettings | None = None,
     n: int | None = None,
     seed: int = 1_000_000,
     command: str = "",
@@ -56,7 +65,9 @@ def tune_model(
     Args:
         method: as `pick` spells it.
         sampling: what is to be improved; None: what the model recommends. options: fields of it.
-        data: what `open_data` reads. n: samples to calibrate on; None: the method's own number.
+        data: what `open_data` reads; of a model that speaks, a corpus or its path.
+        pairs: of a model that reads source images: what makes them of the data; None: what its card records.
+        n: samples to calibrate on; None: the method's own number.
         seed: of calibration sample 0. command: for the model's card.
 
     Returns:
@@ -71,17 +82,20 @@ def tune_model(
     for field in ("guides", "start", "plan", "accelerators"):
         if getattr(config, field):
             raise BadInput(f"tuning improves a sampler with its times under guidance: leave {field} out")
-    refuse_process(model, "tuning")
+    refuse_process(model, "tuning", sources=True)
     tuner: Tuner = pick("tuning", method)
+    samples = source_samples(model, tuner, method, data, pairs) if reads_source(model) else None
     if tuner.needs_data and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
+    if "speech" in model.card and data is None:
+        raise BadInput(f"{model.name} speaks: tuning needs data, recordings with their text")
     n = None if n is None else check_int("n", n, 1)
     seed = check_int("seed", seed, 0, MAX_SEED - (10**7 if n is None else n))
     check_savable(model)
     check_weights(model.denoiser, model.name)
     model = replace(model)
     out = Path(out)
-    refuse_inside(out, data)
+    refuse_inside(out, None if isinstance(data, Corpus) else data)
     check_writable(out / "model.json")
     scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
     tuner = tuner.bind(model.statistics, model.parts)
@@ -100,19 +114,34 @@ def tune_model(
         n,
         seed,
         runtime,
-        None if data is None else listing(Path(data)),
+        data.fingerprint() if isinstance(data, Corpus) else None if data is None else listing(Path(data)),
+        *([] if pairs is None else [str(pairs)]),
     )
     refuse_other_model(out, model, identity)
+    temperature = float(getattr(resolved.start, "value", 1.0))
+    sources = None if samples is None else sources_of(samples, SOURCES)
+    denoiser: Any = resolved.denoiser
+    labels: Any = model.labels
+    images: Any = None if samples is None or data is None else rows_of(samples)
+    if "speech" in model.card and data is not None:
+        denoiser = SegmentDenoiser(denoiser, speech_samples(model, data, out))
+        labels, images = denoiser.labels, denoiser.images
+    elif data is not None and samples is None:
+        images = calibration_images(model, data)
     task = TuningTask(
-        denoiser=resolved.denoiser,
+        denoiser=denoiser,
         sampler=resolved.sampler,
         times=resolved.times,
         shape=model.shape,
-        labels=model.labels,
-        images=None if data is None else calibration_images(model, data),
+        labels=labels,
+        images=images,
+        sources=sources,
+        temperature=temperature,
         seed=seed,
         n=n,
-        identity=model_hash(model),
+        identity=model_hash(model)
+        if sources is None
+        else short_hash(model_hash(model), tensor_hash(sources), temperature),
     )
     began = time.perf_counter()
     with tuning_progress() as task.tick, resolved.runtime.apply():
@@ -154,7 +183,7 @@ def attach_result(model: Model, result: Tuned, method: str, scale: float) -> str
     return name
 
 
-def calibration_images(model: Model, data: str | Path) -> Images:
+def calibration_images(model: Model, data: Any) -> Images:
     """Real images for `TuningTask.images`, in a fixed random order, with labels matched to the model's classes by name.
 
     Args:
@@ -164,27 +193,54 @@ def calibration_images(model: Model, data: str | Path) -> Images:
     Raises:
         BadInput: for a model of other shapes than images, or data that cannot be read.
     """
-    from ..train import open_data
-    from ..train.data import to_float
-    from ..train.names import match_labels
-
     if len(model.shape) != 3:
         raise BadInput(f"{model.name} generates samples of shape {model.shape}, not images: omit data")
     decoder = model.decoder  # of a latent model
     channels, height, width = model.shape if decoder is None else decoder.pixels(model.shape)
     source = open_data(data, size=(height, width), channels=channels)
     source = match_labels(source, model.classes, model.name, required=False)
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    rows = rows_of(source)
 
     def images(n: int) -> tuple[Tensor, Tensor | None]:
-        if n > len(source):
-            raise BadInput(f"{source.source or data} holds {len(source)} images, asked for {n}")
-        indices = order[:n]
-        labels = None if source.labels is None else source.labels[indices]
-        x = to_float(source.images(indices))
+        x, labels = rows(n)
         return (x if decoder is None else decoder.encode(x)).to(model.device), labels
 
     return images
+
+
+def source_samples(
+    model: Model, tuner: Tuner, method: str, data: str | Path | None, pairs: PairSettings | None
+) -> Data:
+    """The samples of a model that reads source images, as its process has them, with their sources.
+
+    Raises:
+        BadInput: for a method that has no place for sources, and without data.
+    """
+    if not tuner.reads_sources:
+        known = [name for name in method_names("tuning") if pick("tuning", name).reads_sources]
+        raise BadInput(
+            f"{method} does not give the network a source image, {model.name} reads one: {', '.join(known)} do"
+        )
+    if data is None:
+        raise BadInput(f"{model.name} makes its samples from source images: give data, from which they are made")
+    return paired_samples(model, data, pairs)
+
+
+def rows_of(data: Data) -> Images:
+    """The first n samples of data in a fixed random order, float32, and their labels.
+
+    Args:
+        data: to take them from; the function raises BadInput where it holds fewer.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+
+    def rows(n: int) -> tuple[Tensor, Tensor | None]:
+        if n > len(data):
+            raise BadInput(f"{data.source or 'the data'} holds {len(data)} images, asked for {n}")
+        indices = order[:n]
+        return to_float(data.images(indices)), None if data.labels is None else data.labels[indices]
+
+    return rows
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def test_train_save_reopen_and_sample_other_sizes(tmp_path: Path) -> None:
         ({"process": "super_resolution", "degrade": "low_resolution:factor=2", "crop": 32}, "need sources of 8x8"),
         ({"process": "super_resolution", "crop": 32, "size": 32}, "size is for whole images"),
         ({"process": "i2sb", "degrade": "low_resolution:factor=4", "size": 32}, "sources of the size of the data"),
-        ({"process": "super_resolution", "crop": 64}, "hold no crop of 64"),
+        ({"process": "super_resolution", "crop": 64}, "no image has a crop of 64"),
     ],
 )
 def test_one_line_for_what_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -24,10 +24,12 @@ from hasten.model.model import Model
 from hasten.plan.draw import draw
 from hasten.sampling import Count, Noise
 from hasten.tasks import Speech
-from hasten.tasks.speech.samples import speech_samples
+from hasten.tasks.speech.samples import SegmentDenoiser, speech_samples
 from hasten.workflows.distill import distill_model
+from hasten.workflows.quantize import quantize_model
 from hasten.workflows.speak import SpeakRequest, speak_texts
 from hasten.workflows.speech import train_speech
+from hasten.workflows.tune import tune_model
 from tests.tasks.speech_toy import toy_corpus
 
 Folder = Path
@@ -159,6 +161,31 @@ def test_a_student_of_two_steps_speaks(teacher: Folder, tmp_path: Path) -> None:
     student.model.denoiser.net.forward = spy  # type: ignore[method-assign]
     assert student.mel("bad cab").shape == Speech(model).mel("bad cab").shape
     assert seen == [4.0, 2.0]  # the entries that it was trained at
+
+
+def test_a_plan_is_tuned_on_texts(teacher: Folder, tmp_path: Path) -> None:
+    model = hasten.load(teacher)
+    with pytest.raises(BadInput, match="needs data"):
+        tune_model(model, tmp_path / "no", "optimized_steps", steps=2)
+    tune_model(model, tmp_path / "tuned", "optimized_steps", data=toy_corpus(4), sampler="unipc", steps=2, n=4)
+    tuned = Speech.load(tmp_path / "tuned")
+    assert tuned.model.plan is not None and tuned.model.plan.nfe == 2
+    assert torch.equal(tuned.mel("bad cab"), tuned.mel("bad cab", steps=2))
+    assert tuned.mel("bad cab").shape == tuned.mel("bad cab", steps=4).shape
+    with pytest.raises(BadInput, match="without a text"):
+        quantize_model(model, tmp_path / "q")
+
+
+def test_the_conditions_of_a_segment_are_given_by_its_number(teacher: Folder) -> None:
+    model = hasten.load(teacher)
+    data = speech_samples(model, toy_corpus(4))
+    numbered = SegmentDenoiser(model.denoiser, data)
+    x, rows = numbered.images(3)
+    t = torch.full((3,), 0.6, dtype=torch.float64)
+    assert data.conditions is not None
+    given = model.denoiser(x, t, **data.conditions(rows.tolist()))
+    assert torch.equal(numbered(x, t, label=rows), given) and torch.equal(numbered.raw(x, t, label=rows), given)
+    assert not torch.equal(numbered(x, t, label=rows.flip(0)), given)
 
 
 def test_long_clips_become_segments(teacher: Folder) -> None:

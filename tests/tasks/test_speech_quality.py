@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hasten.denoiser import Denoiser
 from hasten.distillers.prodiff import prodiff_schedule
+from hasten.pick import pick
 from hasten.plan.draw import draw
 from hasten.sampling import Noise
 from hasten.tasks.speech.acoustic_model import AcousticModel, make_acoustic_model
@@ -55,8 +56,9 @@ def mel_error(model: AcousticModel, denoiser: Denoiser, corpus: Corpus, sampler:
 
 def times_of(entries: int, steps: int) -> Tensor:
     """As the task samples."""
-    spelled = teacher_times(entries, steps).partition("(")[2].strip(")")
-    return torch.tensor([float(t) for t in spelled.split(",")], dtype=torch.float64)
+    grid: Any = pick("times", teacher_times(entries))
+    times: Tensor = grid(prodiff_schedule(entries - 1), steps)
+    return times
 
 
 @pytest.mark.slow
@@ -86,6 +88,5 @@ def test_a_student_of_two_steps_keeps_the_quality_of_four(tmp_path: Path) -> Non
     times = torch.tensor([1.0, 0.6, 0.0], dtype=torch.float64)
     two = mel_error(model, student.denoiser, corpus, "ddim", times)
     untrained = mel_error(model, model.denoiser, corpus, "ddim", times)
-    # the released sampler: posterior coefficients of the levels 2 and 0 of the chain, not those trained at
     print({"teacher 4": four, "student 2": two, "teacher 2": untrained})
     assert two <= 1.1 * four

@@ -188,6 +188,9 @@ def test_the_command(tmp_path: Path, folder: Path) -> None:
     assert np.array_equal(*results[:2]) and not np.array_equal(results[0], results[2])
     assert not np.array_equal(results[2], results[3])
     (tmp_path / "b.png").unlink()
+    other = image(tmp_path / "other.png", 4, 4)
+    code, out, err = run_cli("upscale", good[0], other, "--model", folder, "--out", tmp_path / "both", "--steps", 1)
+    assert code == 0 and sorted(p.name for p in (tmp_path / "both").iterdir()) == ["a.png", "other.png"]
     plain = tiny_model(shape=(3, 8, 8)).save(tmp_path / "plain")
     code, out, err = run_cli("upscale", good[0], "--model", plain, "--out", tmp_path / "b.png")
     assert code == 1 and "no model of super-resolution" in err

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ...audio.corpus import open_corpus
+from ...denoiser import Wrapper
 from ...model.model import Model
 from ...train.sources import Data
 from .features import Corpus, corpus_features
 from .speech import ALIGNER, Speech
 
-__all__ = ["speech_samples"]
+__all__ = ["SegmentDenoiser", "speech_samples"]
 
 FEATURES = "features.pt"  # in the folder of a run
 
@@ -49,6 +50,49 @@ def speech_samples(
     segments = Segments(speech, corpus, int(model.shape[-1]))
     shape: Any = tuple(model.shape)
     return Data(len(segments.place), shape, segments.spectra, source=source, conditions=segments.conditions)
+
+
+class SegmentDenoiser(Wrapper):
+    """A denoiser that gets the number of a segment as its label, and its conditions from a set of samples.
+
+    With it, what is made for models with classes, such as tuning, runs on a model that speaks.
+
+    Args:
+        denoiser: of a model that speaks.
+        samples: of `speech_samples`.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, samples: Data) -> None:
+        super().__init__(denoiser)
+        self.samples = samples
+
+    def forward(self, x_t: Tensor, t: Tensor | float, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """The inner denoiser's x0 (B, *S); label: (B,)."""
+        x0: Tensor = self.denoiser(x_t, t, **cond, **self.conditions(x_t, label))
+        return x0
+
+    def raw(self, x_t: Tensor, t: Tensor | float, label: Tensor | None = None, **cond: Any) -> Tensor:
+        """The inner denoiser's `raw`."""
+        raw: Tensor = self.denoiser.raw(x_t, t, **cond, **self.conditions(x_t, label))
+        return raw
+
+    def conditions(self, x_t: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+        """`frames` and `mask` of the segments."""
+        if label is None:
+            return {}
+        assert self.samples.conditions is not None
+        found = self.samples.conditions([int(row) for row in label.tolist()])
+        return {name: value.to(x_t.device) for name, value in found.items()}
+
+    def labels(self, n: int) -> Tensor:
+        """The segments of n samples, in a fixed random order, (n,) int64."""
+        order = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(0))
+        return order[torch.arange(n) % len(order)]
+
+    def images(self, n: int) -> tuple[Tensor, Tensor]:
+        """n samples (n, M, L) and their segments (n,)."""
+        rows = self.labels(n)
+        return self.samples.images(rows), rows
 
 
 class Segments:

@@ -155,8 +155,6 @@ class Speech:
         tokens = torch.tensor([ids], device=device)
         who = torch.tensor([self.speaker_index(speaker)], device=device)
         v = self.encoder.eval()(tokens, speaker=who, speed=speed)
-        if steps is not None and (times := self.times(steps)) is not None and "times" not in options:
-            options["times"] = times
         resolved = self.model.resolve(steps=steps, batch_size=1, **options)
         noise = Noise([seed], (self.settings.mels, v.frames.shape[1]), torch.float32, device)
         with resolved.runtime.apply():
@@ -165,13 +163,6 @@ class Speech:
                 cond={"frames": v.frames, "mask": v.mask},
             )  # fmt: skip
         return self.encoder.denormalize(x.float())[0].cpu().clamp(-12, 6)
-
-    def times(self, steps: int) -> str | None:
-        """The times of a number of steps on the table of the model; None: those that the sampler has."""
-        if "distilled" in self.model.card:
-            return None
-        entries = len(getattr(self.model.denoiser.schedule, "alphas_cumprod", ()))
-        return teacher_times(entries, steps) if entries and steps < entries else None
 
     def speaker_index(self, name: str | None) -> int:
         """The index of a speaker. Raises BadInput for an unknown one."""
@@ -236,17 +227,15 @@ class Speech:
         return torch.cat(list(self.stream(text, **options)))
 
 
-def teacher_times(entries: int, steps: int) -> str:
-    """Times of `steps` evaluations on a table: its entries, equally spaced, from the last but one; then 0.
+def teacher_times(entries: int) -> str:
+    """The grid of times of a teacher: equally spaced from the last but one of the entries of its table to the first.
 
-    The paper's sampler begins with noise at the last but one of 5 entries, whose alpha is .0016.
+    The paper's sampler begins with plain noise at the fourth of 5 entries, whose alpha is .0016.
 
     Args:
         entries: of the table.
-        steps: fewer than those.
     """
-    indices = [round(k * (entries - 2) / max(steps - 1, 1)) for k in range(steps)] if steps > 1 else [entries - 2]
-    return f"explicit:values=({','.join(repr((k + 1) / entries) for k in reversed(indices))},0.0)"
+    return f"uniform:start={(entries - 1) / entries!r}"
 
 
 def speech_model(
@@ -276,7 +265,7 @@ def speech_model(
         (corpus.settings.mels, SEGMENT_FRAMES),
         codec="raw",
         sampler="ddpm",
-        times=teacher_times(len(table), steps),
+        times=teacher_times(len(table)),
         steps=steps,
         parts={ENCODER: trained.encoder} | ({} if corpus.aligner is None else {ALIGNER: corpus.aligner}),
         card={"summary": "text to speech: the spectrogram of phonemes", "speech": about, **card},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -217,8 +216,3 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=f"cannot read .*{path.name}") as caught:
             read_picture(path)
         assert "\n" not in str(caught.value)
-
-
-def test_rasterio_is_imported_where_it_is_needed() -> None:
-    code = "import sys, hasten.tasks, hasten.workflows.upscale; assert 'rasterio' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
