@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..audio.corpus import Clip, open_corpus
 from ..audio.griffin_lim import GriffinLim
-from ..audio.mel import mel
+from ..audio.mel import MelSettings, mel
 from ..errors import BadInput, check_int
 from ..metrics.speech_distance import SpeechDistance, speech_distance
 from ..metrics.speech_quality import DNSMOS, DistillMOS
@@ -166,7 +166,8 @@ def evaluate_speech(
                 for stage, seconds in one.seconds.items():
                     row.seconds[stage] = row.seconds.get(stage, 0.0) + seconds
         for number, row in enumerate(rows):
-            measure_sound(row, recording, request, rate, first, number, fixed)
+            distances = "aligned" if number < fixed else "warped"
+            measure_sound(row, recording, request, first.settings, distances if number else "none")
         if progress is not None:
             progress(k + 1, len(clips))
     return {
@@ -184,12 +185,20 @@ def evaluate_speech(
 
 
 def measure_sound(
-    row: SpeechRow, recording: Tensor, request: SpeechRequest, rate: int, speech: Speech, number: int, fixed: int
+    row: SpeechRow, recording: Tensor, request: SpeechRequest, settings: MelSettings, distances: str = "warped"
 ) -> None:
-    """Add the measures of the last sound of a row, of which the first `fixed` have the recording's times."""
-    sound = row.sounds[-1]
-    if number:
-        row.distances.append(speech_distance(recording, sound, speech.settings, aligned=number < fixed))
+    """Add the measures of the last sound of a row.
+
+    Args:
+        row: to add to.
+        recording: of the same text, (n,).
+        request: what is measured.
+        settings: of the spectrograms.
+        distances: from the recording: `warped` in time, `aligned` frame by frame, or `none`.
+    """
+    sound, rate = row.sounds[-1], settings.sample_rate
+    if distances != "none":
+        row.distances.append(speech_distance(recording, sound, settings, aligned=distances == "aligned"))
     if request.recogniser is not None:
         row.texts.append(request.recogniser(sound, rate))
     scores: dict[str, float] = {}

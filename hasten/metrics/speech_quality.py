@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
+import io
 import sys
 import types
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ class DistillMOS:
 
     def __init__(self) -> None:
         package_folder("distillmos", "DistillMOS", "--no-deps distillmos xls-r-sqa")
-        with without_torchaudio():
+        with without_torchaudio(), contextlib.redirect_stdout(io.StringIO()):  # it says what it loads
             self.net: Any = importlib.import_module("distillmos").ConvTransformerSQAModel().eval()
 
     @torch.no_grad()
