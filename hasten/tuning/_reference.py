@@ -128,7 +128,7 @@ def fine_trajectories(
                 outputs.append(x0)
             return x0
 
-        ends.append(compiled(record, x[samples], **{key: value[samples] for key, value in cond.items()}))
+        ends.append(compiled(record, x[samples], cond={key: value[samples] for key, value in cond.items()}))
         if keep:
             states.append(torch.stack(batch_states))
             outputs.append(torch.stack(batch_outputs))

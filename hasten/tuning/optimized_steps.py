@@ -262,7 +262,7 @@ class OptimizedSteps(Tuner):
             results = []
             for k in range(first, last, self.chunk):
                 samples = slice(k, min(k + self.chunk, last))
-                results.append(table(task.denoiser, x[samples], grad=False, **cond_of(samples)))
+                results.append(table(task.denoiser, x[samples], grad=False, cond=cond_of(samples)))
                 evaluations += table.nfe * len(results[-1])
                 if what:
                     task.tick(what, samples.stop, last, 0.0)
@@ -283,7 +283,7 @@ class OptimizedSteps(Tuner):
             total, gradient = 0.0, torch.zeros_like(u)
             for k in range(0, held, self.chunk):
                 samples = slice(k, min(k + self.chunk, held))
-                result = table(task.denoiser, x[samples], grad=True, **cond_of(samples))
+                result = table(task.denoiser, x[samples], grad=True, cond=cond_of(samples))
                 loss = (as_float64(result) - exact[samples]).square().sum() / exact[:held].numel()
                 gradient += torch.autograd.grad(loss, u, retain_graph=True)[0]
                 total += loss.item()
