@@ -106,7 +106,7 @@ def run_search(
     progress = ProgressReporter(0, show)
     model = model if isinstance(model, Model) else load_to_compare(model)
     refuse_process(model, "hasten choose", sources=True)
-    model, sources = with_sources(model, config)
+    model, sources = split_sources(model, config)
     figure, label, model = figure_for(model, config, goal, progress.say)
     plain, space = space_for(model, config, progress.say)
     count = figure.seeds if config.n is None else config.n
@@ -168,7 +168,7 @@ def run_search(
     return finish(search, best, tries, goal, out, folder, progress.say)
 
 
-def with_sources(model: Model, config: ChooseConfig) -> tuple[Model, Tensor | None]:
+def split_sources(model: Model, config: ChooseConfig) -> tuple[Model, Tensor | None]:
     """A model that reads source images with those of its calibration, and the others, on which candidates are measured;
     None for another model.
 

@@ -292,6 +292,7 @@ def with_structure(
     options: Sadm,
     ranks: Ranks | None = None,
     encoder: nn.Module | None = None,
+    seed: int = 0,
 ) -> list[TrainedModule]:
     """A trained denoiser with the structure term, and the encoder, for `Fit`.
 
@@ -304,10 +305,13 @@ def with_structure(
         ranks: the processes that share a batch; None: this one.
         encoder: `(B, *S) -> (B, D)` of bounded norm, such as one that was trained on images before. Default: a
             `RelationEncoder` of random weights.
+        seed: of these.
     """
     if not options.weight:
         return [trained]
-    structure = StructureTerm(options, tuple(shape), ranks, encoder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        structure = StructureTerm(options, tuple(shape), ranks, encoder)
     wrapped = StructuredLoss(loss, denoiser, structure)
     return [replace(trained, loss=wrapped), structure.trained_module(trained.optimiser)]
 

@@ -93,7 +93,8 @@ class TrainProcess:
         if settings.structure is None:
             return [trained]
         assert isinstance(loss, DenoisingLoss)  # as `check_structure` found
-        return with_structure(trained, loss, denoiser, data.shape, settings.structure, settings.ranks)
+        options, ranks, seed = settings.structure, settings.ranks, settings.seed
+        return with_structure(trained, loss, denoiser, data.shape, options, ranks, seed=seed)
 
     def check_structure(self, denoiser: Denoiser, settings: TrainSettings) -> None:
         """Raise BadInput if a structure term is asked for and cannot be had."""

@@ -60,7 +60,8 @@ def train_model(
 ) -> Model:
     """Train a U-Net with v-prediction on the cosine path `x_t = cos(pi t/2) x + sin(pi t/2) eps`, and save it.
 
-    With `base`, the network of a text-to-image pipeline is trained instead, on images with captions (`train_pipeline`).
+    With `init_from`, a saved model is trained further, with its own network, schedule and prediction. With `base`, the
+    network of a text-to-image pipeline is trained instead, on images with captions (`train_pipeline`).
 
     The EMA of the weights becomes the model. The same call resumes from the checkpoint in `out` of a stopped run.
     Under torchrun each process takes an equal part of every batch, and the main process writes (`train.fit.Fit`).
@@ -145,7 +146,7 @@ def train_model(
         dropped = 0.0
     precision = previous.get("precision") if config.precision == "auto" else None
     precision = precision or ranks.on_main_process(
-        lambda: training_precision(denoiser, source, config.precision, batch_size, ranks.device)
+        lambda: training_precision(denoiser, source, config.precision, batch_size, ranks.device, origin)
     )
     fit = Fit(
         steps=steps,
@@ -247,7 +248,14 @@ def unet_for(
     return net
 
 
-def training_precision(denoiser: Denoiser, data: Data, precision: str, batch_size: int, device: torch.device) -> str:
+def training_precision(
+    denoiser: Denoiser,
+    data: Data,
+    precision: str,
+    batch_size: int,
+    device: torch.device,
+    origin: Model | None = None,
+) -> str:
     """The precision in its normal form; for `auto` the faster of `fp32` and `bf16`, by timing the forward pass."""
     if precision != "auto":
         return format_runtime(parse_runtime(precision))
@@ -256,4 +264,6 @@ def training_precision(denoiser: Denoiser, data: Data, precision: str, batch_siz
     cond: dict[str, Any] = (
         {"source": small.expand(-1, denoiser.source_channels, -1, -1)} if denoiser.source_channels else {}
     )
+    if origin is not None:  # some networks cannot do without a label
+        cond = {name: value.to(device) for name, value in origin.cond(len(x)).items()}
     return format_runtime(autotune(denoiser.to(device), x, f"train {denoiser.net}", **cond)).split("+")[0]

@@ -135,7 +135,7 @@ def train_pipeline(
     settings: dict[str, Any] = {"base": identity, "init": config.init, "label_drop": config.label_drop}
     if structure is not None:
         settings["structure"] = asdict(structure)
-        modules = with_structure(trained, loss, denoiser, tuple(model.shape), structure, ranks)
+        modules = with_structure(trained, loss, denoiser, tuple(model.shape), structure, ranks, seed=config.seed)
     if config.lora is not None:
         settings |= {"lora": config.lora, "lora_targets": config.lora_targets}
     batches = Batches(encoded, config.batch_size, seed=config.seed)

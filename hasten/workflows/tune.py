@@ -20,6 +20,7 @@ from ..model.sources import refuse_process
 from ..pick import format_spec, method_names, pick
 from ..plan.config import SamplingConfig, SamplingOptions
 from ..progress import ProgressFn, no_progress
+from ..starts.temperature import Temperature
 from ..storage.atomic import refuse_other_model, short_hash
 from ..storage.model_folder import check_savable
 from ..storage.provenance import model_hash, tensor_hash, utc_now
@@ -118,11 +119,11 @@ def tune_model(
         *([] if pairs is None else [str(pairs)]),
     )
     refuse_other_model(out, model, identity)
-    temperature = float(getattr(resolved.start, "value", 1.0))
+    temperature = resolved.start.value if isinstance(resolved.start, Temperature) else 1.0
     sources = None if samples is None else sources_of(samples, SOURCES)
     denoiser: Any = resolved.denoiser
     labels: Any = model.labels
-    images: Any = None if samples is None or data is None else rows_of(samples)
+    images: Any = None if samples is None or data is None else shuffled_rows(samples)
     if "speech" in model.card and data is not None:
         denoiser = SegmentDenoiser(denoiser, speech_samples(model, data, out))
         labels, images = denoiser.labels, denoiser.images
@@ -199,7 +200,7 @@ def calibration_images(model: Model, data: Any) -> Images:
     channels, height, width = model.shape if decoder is None else decoder.pixels(model.shape)
     source = open_data(data, size=(height, width), channels=channels)
     source = match_labels(source, model.classes, model.name, required=False)
-    rows = rows_of(source)
+    rows = shuffled_rows(source)
 
     def images(n: int) -> tuple[Tensor, Tensor | None]:
         x, labels = rows(n)
@@ -226,7 +227,7 @@ def source_samples(
     return paired_samples(model, data, pairs)
 
 
-def rows_of(data: Data) -> Images:
+def shuffled_rows(data: Data) -> Images:
     """The first n samples of data in a fixed random order, float32, and their labels.
 
     Args:

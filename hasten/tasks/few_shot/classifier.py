@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from .adapters import ClassAdapters, layers_of
 from .conditions import check_denoiser, class_conditions, prompts_or_labels
 from .elimination import AllTimes, Decision, Elimination, PairedStop, Stages, eliminate
 from .errors import ClassErrors
+from .estimator import Estimator
 from .fitting import AdapterTraining, steps_for_shots, train_adapters
 from .shots import check_shots, images_for, samples_of
 from .time_weights import attribute_size, evaluation_times, time_of_loss, time_step_weights
@@ -37,7 +38,7 @@ DECODE = 64  # images that the autoencoder encodes at once
 
 
 @dataclass(eq=False)
-class FewShotClassifier:
+class FewShotClassifier(Estimator):
     """TiF learner: an adapter for each class, fitted on a few shots, and the class whose adapter denoises best.
 
         class = argmin_c sum_t w(t) || eps - eps_c(alpha x0 + sigma eps, t) ||^2,
@@ -108,40 +109,6 @@ class FewShotClassifier:
     batch_size: int = 128
     seed: int = 0
     device: Any = None
-
-    _estimator_type = "classifier"
-
-    # ---- the protocol of scikit-learn ----
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments by name."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
-
-    def set_params(self, **params: Any) -> FewShotClassifier:
-        """Set arguments of the constructor. Raises BadInput for unknown ones."""
-        names = [one.name for one in fields(self)]
-        for name, value in params.items():
-            if name not in names:
-                raise BadInput(f"{type(self).__name__} has no parameter {name!r}: {nearest(name, names)}")
-            setattr(self, name, value)
-        return self
-
-    def __sklearn_clone__(self) -> FewShotClassifier:
-        """An unfitted copy, which shares the model."""
-        return type(self)(**self.get_params())
-
-    def __sklearn_is_fitted__(self) -> bool:
-        """Whether `fit` was called."""
-        return hasattr(self, "classes_")
-
-    def __sklearn_tags__(self) -> Any:
-        """What scikit-learn asks of an estimator from 1.6 on."""
-        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
-
-        return Tags(
-            estimator_type="classifier", target_tags=TargetTags(required=True), transformer_tags=None,
-            classifier_tags=ClassifierTags(), regressor_tags=None, input_tags=InputTags(three_d_array=True),
-        )  # fmt: skip
 
     # ---- fitting ----
 

@@ -194,7 +194,10 @@ def test_the_protocol_of_an_estimator() -> None:
         first.set_params(ranks=1)
     with pytest.raises(BadInput, match="not fitted"):
         first.predict(shots()[0])
-    sklearn = pytest.importorskip("sklearn.base")
+
+
+def test_scikit_learn_clones_it() -> None:
+    sklearn, first = pytest.importorskip("sklearn.base"), FewShotClassifier(unconditional(), rank=3)
     assert sklearn.clone(first).get_params() == first.get_params() and sklearn.is_classifier(first)
 
 
