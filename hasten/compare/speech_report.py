@@ -101,7 +101,7 @@ def picture(sound: Tensor, sample_rate: int, longest: int) -> bytes:
     from PIL import Image
 
     settings = MelSettings(sample_rate, fmax=0)
-    padded = np.zeros(longest, np.float32)
+    padded: np.ndarray = np.zeros(longest, np.float32)
     padded[: len(sound)] = sound.float().cpu().numpy()
     values = mel(Tensor(padded), settings).numpy()[::-1]
     shades = np.clip((values + 9.0) / 10.0, 0, 1)  # from noise that nobody hears to the loudest vowels

@@ -54,6 +54,7 @@ def test_numbers_are_spelled() -> None:
 def test_word_errors_are_the_edit_distance() -> None:
     assert word_errors(["a", "b", "c"], ["a", "x", "c", "d"]) == 2
     assert word_errors(["a", "b", "c"], []) == 3 == word_errors([], ["a", "b", "c"])
+    assert word_errors(["a", "b", "c"], ["a", "c"]) == 1 == word_errors(["a", "c"], ["a", "b", "c"])
     assert word_errors(["voicemail"], ["voice", "mail"]) == 0 == word_errors(["log", "in"], ["login"])
     assert word_errors(["the", "log", "in", "page"], ["the", "login", "screen"]) == 1
 
