@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     total[0, 0] = 0.0
     for line in range(rows + columns - 1):  # anti-diagonals: all their entries depend on the two before
         i = np.arange(max(0, line - columns + 1), min(rows, line + 1))
-        j = line - i
+        j: Any = line - i
         before = np.minimum(np.minimum(total[i, j], total[i, j + 1]), total[i + 1, j])
         total[i + 1, j + 1] = cost[i, j] + before
     i, j = rows, columns

@@ -46,6 +46,8 @@ def training_data(
     """
     if "speech" in model.card and isinstance(data, (str, Path, Corpus)):
         return speech_samples(model, data, out)
+    if isinstance(data, Corpus):
+        raise BadInput(f"{model.name} makes no speech: give images, not a corpus of recordings")
     if reads_source(model):
         if data is None or isinstance(data, (list, tuple)):
             raise BadInput(

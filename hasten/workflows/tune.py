@@ -85,7 +85,11 @@ def tune_model(
             raise BadInput(f"tuning improves a sampler with its times under guidance: leave {field} out")
     refuse_process(model, "tuning", sources=True)
     tuner: Tuner = pick("tuning", method)
-    samples = source_samples(model, tuner, method, data, pairs) if reads_source(model) else None
+    samples = None
+    if reads_source(model):
+        if isinstance(data, Corpus):
+            raise BadInput(f"{model.name} makes no speech: give images, not a corpus of recordings")
+        samples = source_samples(model, tuner, method, data, pairs)
     if tuner.needs_data and data is None:
         raise BadInput(f"{method} needs real images: give data, such as the folder that the model was trained on")
     if "speech" in model.card and data is None:

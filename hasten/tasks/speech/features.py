@@ -138,7 +138,7 @@ def corpus_features(
         aligner = TokenAligner(
             len(symbols), settings.mels, len(SPECIAL), [symbols.index(token) for token in (GAP, PAUSES[0])]
         )
-        fit = functools.partial(fit_aligner, aligner)
+        fit: Any = functools.partial(fit_aligner, aligner)
     else:
         fit = aligner
     speakers = tuple(sorted({clip.speaker for clip, _, _ in read} - {""}))
