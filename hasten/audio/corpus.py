@@ -81,7 +81,7 @@ def open_corpus(path: str | Path, split: str | None = "train") -> list[Clip]:
         raise BadInput(f"{path}/{tables[0]} is no UTF-8 text: {e}") from e
     root = str(PurePosixPath(tables[0]).parent)
     clips = []
-    for number, row in enumerate(rows_of(lines), 1):
+    for number, row in enumerate(metadata_rows(lines), 1):
         if row.get("text", "").strip() == "":
             raise BadInput(f"{path}/{tables[0]}: entry {number} has no text: {'|'.join(row.values())[:60]!r}")
         file = sound_of(row["id"], "" if root == "." else root + "/", files)
@@ -101,7 +101,7 @@ def open_corpus(path: str | Path, split: str | None = "train") -> list[Clip]:
     return clips
 
 
-def rows_of(lines: Iterable[str]) -> list[dict[str, str]]:
+def metadata_rows(lines: Iterable[str]) -> list[dict[str, str]]:
     """The entries of a metadata.csv, each with at least `id` and `text`."""
     table = [row for row in csv.reader(lines, delimiter="|", quoting=csv.QUOTE_NONE) if row]
     if not table:

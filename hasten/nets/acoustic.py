@@ -116,6 +116,10 @@ class AcousticEncoder(nn.Module):
         Ren et al. 2021, arXiv:2006.04558 (FastSpeech 2); Huang et al. 2022, arXiv:2207.06389.
     """
 
+    mel_mean: Tensor
+    mel_std: Tensor
+    f0_stats: Tensor
+
     def __init__(
         self,
         symbols: int,

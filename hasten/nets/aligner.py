@@ -139,9 +139,10 @@ def monotonic_durations(scores: Tensor, tokens: Tensor, frames: Tensor, optional
     References:
         Kim, Kim, Kong, Yoon 2020, arXiv:2005.11129.
     """
-    s = scores.detach().cpu().numpy().astype(np.float32)
+    s: Any = scores.detach().cpu().numpy().astype(np.float32)
     B, T, L = s.shape
-    last_token, last_frame = tokens.cpu().numpy() - 1, frames.cpu().numpy() - 1
+    last_token: Any = tokens.cpu().numpy() - 1
+    last_frame: Any = frames.cpu().numpy() - 1
     skip = np.full((B, T), -np.inf, np.float32)  # 0 where the token before may be skipped
     if optional is not None:
         skip[:, 2:][optional.cpu().numpy()[:, 1:-1]] = 0

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def corpus_features(
         aligner = TokenAligner(
             len(symbols), settings.mels, len(SPECIAL), [symbols.index(token) for token in (GAP, PAUSES[0])]
         )
-        fit = functools.partial(fit_aligner, aligner)
+        fit: Callable[[list[Tensor], list[Tensor]], list[Tensor]] = functools.partial(fit_aligner, aligner)
     else:
         fit = aligner
     speakers = tuple(sorted({clip.speaker for clip, _, _ in read} - {""}))
