@@ -43,6 +43,10 @@ class HarmonicVocos(nn.Module):
         Engel et al. 2020, arXiv:2001.04643 (harmonics and filtered noise).
     """
 
+    bank: Tensor
+    mel_spread: Tensor
+    spread: Tensor
+
     def __init__(
         self,
         mels: int = 80,
