@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,17 +105,10 @@ def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     total = np.full((rows + 1, columns + 1), np.inf)
     total[0, 0] = 0.0
     for line in range(rows + columns - 1):  # anti-diagonals: all their entries depend on the two before
-<<<<<<< HEAD
-        i = np.arange(max(0, line - columns + 1), min(rows, line + 1))
-        j: Any = line - i
-        before = np.minimum(np.minimum(total[i, j], total[i, j + 1]), total[i + 1, j])
-        total[i + 1, j + 1] = cost[i, j] + before
-=======
         at: np.ndarray = np.arange(max(0, line - columns + 1), min(rows, line + 1))
         to = line - at
         before = np.minimum(np.minimum(total[at, to], total[at, to + 1]), total[at + 1, to])
         total[at + 1, to + 1] = cost[at, to] + before
->>>>>>> wt-V
     i, j = rows, columns
     path: list[tuple[int, int]] = []
     while i and j:
