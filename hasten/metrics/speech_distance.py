@@ -106,7 +106,7 @@ def align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     total[0, 0] = 0.0
     for line in range(rows + columns - 1):  # anti-diagonals: all their entries depend on the two before
         at: np.ndarray = np.arange(max(0, line - columns + 1), min(rows, line + 1))
-        to = line - at
+        to: np.ndarray = line - at
         before = np.minimum(np.minimum(total[at, to], total[at, to + 1]), total[at + 1, to])
         total[at + 1, to + 1] = cost[at, to] + before
     i, j = rows, columns
