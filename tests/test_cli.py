@@ -167,7 +167,7 @@ def test_help_names_every_argument(cli: Cli) -> None:
         assert word in text
         own = cli(word, "--help")
         for name in verb.__annotations__.keys() - {"return"}:
-            assert f"--{name.replace('_', '-')}" in own, (verb.__name__, name)
+            assert f"--{name.strip('_').replace('_', '-')}" in own, (verb.__name__, name)  # `from` is a Python keyword
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_ctrl_c_is_one_line(refused: Cli, folder: Path, tmp_path: Path, monkeypa
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hasten.model.model.draw", stopped)
+    monkeypatch.setattr("hasten.model.sample_batches.draw", stopped)
     asked = ("sample", folder, "--precision", "fp32", "--out", tmp_path / "a.png")
     assert "stopped; nothing was written" in refused(130, *asked)
     assert not list(tmp_path.glob("*.png"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from ._common import open_model
+from ._common import command_for, open_model
 from ._processes import on_main_process
 from .terminal import print_result
 
@@ -73,5 +73,5 @@ def export(
     note, config = exported.card["exported"], dict(exported.denoiser.net.config)  # type: ignore[arg-type]
     result = {"folder": str(out), "files": config["files"], **note}
     line = f"{out}: {to} {precision}, {note['bytes'] / 1e6:.1f} MB, error {note['error']:.1e}"
-    print_result(result, f"{line}; try hasten sample {out}", json)
+    print_result(result, f"{line}; try {command_for(loaded, out)}", json)
     return result

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.provenance import command_line
-from ._common import open_model, prompts_of, sampling_config
+from ._common import command_for, open_model, prompts_of, sampling_config
 from ._processes import on_main_process
 from .terminal import print_result
 
@@ -130,7 +130,7 @@ def quantize(
     )
     lines = [
         f"{out}: weights of {weight_bits} bits, activations of {act_bits or 'all their'} bits, "
-        f"{100 * result['error']:.2g} % error in x0; try hasten sample {out}"
+        f"{100 * result['error']:.2g} % error in x0; try {command_for(loaded, out)}"
     ]
     if "bytes" in result:
         lines.append(

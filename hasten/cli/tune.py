@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..storage.provenance import command_line
-from ._common import open_model, sampling_config
+from ._common import command_for, open_model, sampling_config
 from ._processes import on_main_process
 from .terminal import print_result
 
@@ -83,7 +83,7 @@ def tune(
         command=command_line("tune", model, options),
     )  # fmt: skip
     parts = [*([f"plan {result['plan']}"] if result["plan"] else []), *result["statistics"], *result["parts"]]
-    lines = [f"{folder}: {', '.join(parts)} in {result['seconds']:.1f} s; try hasten sample {folder}"]
+    lines = [f"{folder}: {', '.join(parts)} in {result['seconds']:.1f} s; try {command_for(loaded, folder)}"]
     lines += [f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}"
               for key, value in result["figures"].items()]  # fmt: skip
     print_result(result, "\n".join(lines), json)

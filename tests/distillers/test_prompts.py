@@ -124,7 +124,7 @@ def test_every_evaluation_has_the_conditions_of_its_own_samples(
 ) -> None:
     """Of teacher, student and critic, in the order of the batch; under guidance followed by the null prompt."""
     if method.startswith("mmd"):
-        monkeypatch.setattr("hasten.distillers.mmd.random_classifier", lambda *_: Flat())
+        monkeypatch.setattr("hasten.distillers.mmd.random_classifier", lambda *_, **__: Flat())
     task = job(tmp_path, steps=1, batch_size=6)
     seen: list[Tensor | None] = []
     real = critics.pooled_text
