@@ -33,7 +33,8 @@ def source_images(model: Any, n: int, images: Any, start: Any) -> Tensor | None:
     if images is None:
         if shape is not None:
             size = f"{shape[2]}x{shape[1]}" if len(shape) == 3 else f"shape {tuple(shape)}"
-            raise BadInput(f"{model.name} makes its samples from source images: give images of {size}, one a sample")
+            how = f"give images of {size}, one a sample" + (": see hasten upscale" if model.source_factor > 1 else "")
+            raise BadInput(f"{model.name} makes its samples from source images: {how}")
         return None
     if shape is None and not reads:
         raise BadInput("images are for a start that begins from them, such as start='ccdf:time=0.3'")
