@@ -80,9 +80,9 @@ def clip_html(clip: Mapping[str, Any], sample_rate: int) -> str:
     longest = max(len(x) for x in sounds.values())
     figures = []
     for name, sound in sounds.items():
-        heard = clip["understood"].get(name)
+        transcript = clip["understood"].get(name)
         caption = f"<b>{html.escape(name)}</b>" + (
-            f'<br><span class="soft">{html.escape(heard)}</span>' if heard else ""
+            f'<br><span class="soft">{html.escape(transcript)}</span>' if transcript else ""
         )
         image = encoded(picture(sound, sample_rate, longest))
         flac = encoded(encode_audio(sound, sample_rate, ".flac"))

@@ -68,14 +68,14 @@ def speech_distance(
     else:
         rows, columns = align(coefficients[0], coefficients[1])
     pitches = [track_pitch(x, settings) for x in (recording, sound)]
-    (f0, voiced), (g0, heard) = ((f[i], v[i]) for (f, v), i in zip(pitches, (rows, columns)))
-    both = voiced & heard
+    (f0, voiced), (g0, other) = ((f[i], v[i]) for (f, v), i in zip(pitches, (rows, columns)))
+    both = voiced & other
     cents = 1200 * (g0[both] / f0[both]).log2()
     return SpeechDistance(
         float((mels[0][:, rows] - mels[1][:, columns]).abs().mean()),
         float(DECIBEL * (coefficients[0][:, rows] - coefficients[1][:, columns]).norm(dim=0).mean()),
         float(cents.square().mean().sqrt()) if both.any() else math.nan,
-        float((voiced != heard).float().mean()),
+        float((voiced != other).float().mean()),
         len(sound) / len(recording),
     )
 

@@ -63,8 +63,8 @@ class Moonshine:
         x = resample(audio.detach().cpu().float(), sample_rate, RATE).numpy()[None]
         if x.shape[1] < RATE // 10:
             x = np.pad(x, ((0, 0), (0, RATE // 10)))
-        heard = np.ones(x.shape, np.int64)
-        (hidden,) = self.encoder.run(None, {"input_values": x, "attention_mask": heard})
+        mask = np.ones(x.shape, np.int64)
+        (hidden,) = self.encoder.run(None, {"input_values": x, "attention_mask": mask})
         past: dict[str, Any] = {
             f"past_key_values.{k}.{part}.{kind}": np.zeros((1, HEADS, 0 if part == "decoder" else 1, WIDTH), np.float32)
             for k in range(LAYERS)
@@ -76,7 +76,7 @@ class Moonshine:
         for step in range(int(SPEED * x.shape[1] / RATE) + 4):
             inputs = {
                 "input_ids": np.array([[tokens[-1]]], np.int64), "encoder_hidden_states": hidden,
-                "encoder_attention_mask": heard, "use_cache_branch": np.array([step > 0]), **past,
+                "encoder_attention_mask": mask, "use_cache_branch": np.array([step > 0]), **past,
             }  # fmt: skip
             outputs = dict(zip(names, self.decoder.run(None, inputs)))
             for name in past:
